@@ -1,0 +1,94 @@
+"""How a global sparsity is spread over layers: keep ratios, then exact keep counts.
+
+The depth-aware rule is DART's (arXiv 2601.22632, layer-wise allocation), nine steps from a layer's
+sensitivity to its prune ratio. Steps 3 to 8 are `depth_aware`; step 2 is `normalise_sensitivity`;
+step 9 (rounding) is `keep_counts`, which, unlike the published code, meets the budget exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+ALLOCATIONS = ("uniform", "depth")
+
+EARLY_SHARE, LATE_SHARE = 0.30, 0.15  # w_e, w_l: shares of the depth that count as early and late
+EARLY_FACTOR, LATE_FACTOR = 0.25, 0.35  # alpha, beta: how far the first and the last layer are protected
+MIN_PRUNE, MAX_PRUNE = 0.10, 0.90  # p_min, p_max
+ROUNDS = 10  # of redistribution after clipping
+EPS = 1e-6
+
+
+def normalise_sensitivity(sensitivity: Sequence[float]) -> list[float]:
+    """Min-max normalisation over layers (step 2): 0 for the least sensitive layer, 1 for the most."""
+    low, high = min(sensitivity), max(sensitivity)
+    return [(s - low) / (high - low + EPS) for s in sensitivity]
+
+
+def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float) -> list[float]:
+    """Keep ratio of every layer by DART's depth-aware rule.
+
+    Args:
+        normalised_sensitivity: [L], 0 (the FFN changes the stream least) to 1 (most).
+        sparsity: global prune ratio in [0, 1); the mean of the returned ratios is 1 - sparsity.
+
+    Returns:
+        [L] keep ratios. The bounds 0.1 and 0.9 on a layer's prune ratio give way where the
+        global sparsity itself lies outside them (sparsity 0 keeps everything).
+    """
+    layers = len(normalised_sensitivity)
+    low, high = min(MIN_PRUNE, sparsity), max(MAX_PRUNE, sparsity)
+    weight = [
+        max(0.0, 1.0 - s) * _depth_factor(i / (layers - 1) if layers > 1 else 0.5)
+        for i, s in enumerate(normalised_sensitivity)
+    ]
+    budget = sparsity * layers
+    total = sum(weight)
+    prune = [budget * w / total if total > EPS else sparsity for w in weight]
+    prune = [min(max(p, low), high) for p in prune]
+    for _ in range(ROUNDS):
+        missing = budget - sum(prune)
+        if abs(missing) < EPS:
+            break
+        free = [i for i, p in enumerate(prune) if (p < high if missing > 0 else p > low)]
+        if not free:
+            break
+        free_weight = sum(weight[i] for i in free)
+        for i in free:
+            share = weight[i] / free_weight if free_weight > EPS else 1 / len(free)
+            prune[i] = min(max(prune[i] + missing * share, low), high)
+    return [1.0 - p for p in prune]
+
+
+def _depth_factor(x: float) -> float:
+    """Protection of early and late layers (step 4); x is the depth in [0, 1]. 1 means none."""
+    if x < EARLY_SHARE:
+        return EARLY_FACTOR + (1 - EARLY_FACTOR) * x / EARLY_SHARE
+    if x > 1 - LATE_SHARE:
+        return LATE_FACTOR + (1 - LATE_FACTOR) * (1 - x) / LATE_SHARE
+    return 1.0
+
+
+def keep_counts(ratios: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[int]:
+    """Kept neurons of every layer: floor, then the remainder by largest fraction, so the total is exact.
+
+    Args:
+        ratios: [L] keep ratios, meant to satisfy sum(ratio * size) = (1 - sparsity) * sum(size).
+        sizes: [L] neurons of every layer.
+        sparsity: the labelled global sparsity in [0, 1).
+
+    Returns:
+        [L] counts with sum = round((1 - sparsity) * sum(sizes)), each between 0 and its layer's size.
+    """
+    target = round((1.0 - sparsity) * sum(sizes))
+    # 1e-9: (1 - 0.7) * 10 is 3.0000000000000004 or 2.9999999999999996 by luck; a whole number stays whole.
+    exact = [min(r * n, n) for r, n in zip(ratios, sizes, strict=True)]
+    counts = [math.floor(e + 1e-9) for e in exact]
+    # Ratios that miss the budget (clipped at their bounds) need more than one pass; good ones need one.
+    while (missing := target - sum(counts)) != 0:
+        step = 1 if missing > 0 else -1
+        open_layers = [i for i, n in enumerate(sizes) if (counts[i] < n if step > 0 else counts[i] > 0)]
+        open_layers.sort(key=lambda i: (step * (counts[i] - exact[i]), i))
+        for i in open_layers[: abs(missing)]:
+            counts[i] += step
+    return counts

@@ -1,0 +1,45 @@
+"""The command line: one verb a file. Exit status 0 all well, 1 a cell failed, 2 the input is wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Before anything imports them: no progress bars and no telemetry of the libraries underneath, only our own view.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+
+from dart_eval.cli import ls, run, tables
+from dart_eval.errors import UserError
+
+app = typer.Typer(
+    name="dart-eval",
+    help="Evaluate dynamic FFN pruning of language models: DART and its baselines, with an honest protocol.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.command("tables")(tables.tables)
+app.add_typer(ls.app, name="ls")
+
+
+def main() -> None:
+    """Entry point: user errors become one line and status 2, an interrupt status 130."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {error}", markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; finished cells are kept, the same command goes on from there")
+        sys.exit(130)
+    except BrokenPipeError:  # `dart-eval tables out | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

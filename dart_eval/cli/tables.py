@@ -1,0 +1,49 @@
+"""`dart-eval tables`: the tables of a folder of results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dart_eval.cli.view import print_tables
+from dart_eval.errors import UserError, nearest
+from dart_eval.results import tables as made
+from dart_eval.results.store import Store, write_atomically
+
+
+def tables(
+    folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
+    format: Annotated[
+        str | None, typer.Option(help="md, csv, tex or json; without it, tables for the terminal (md where there is none).")
+    ] = None,
+    subtasks: Annotated[bool, typer.Option("--subtasks", help="Also the members of groups, e.g. mmlu's subjects.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
+) -> None:
+    """Print accuracy, summaries, perplexity, FLOPs and memory of finished cells, with standard error and n.
+
+    [bold]Examples[/bold]
+
+      dart-eval tables out
+
+      dart-eval tables out --format json
+
+      dart-eval tables out --format tex --save tables.tex
+    """
+    if format is not None and format not in made.FORMATS:
+        raise UserError(f"unknown format {format!r}", nearest(format, made.FORMATS))
+    records = Store(folder).load()
+    if format is None and save is None and sys.stdout.isatty():
+        print_tables(records)
+        return
+    text = made.render(records, format or "md", subtasks)
+    if save is None:
+        sys.stdout.write(text)
+        return
+    try:
+        write_atomically(save, text)
+    except OSError as error:
+        raise UserError(f"{save} cannot be written ({error.strerror})") from None
+    typer.echo(f"wrote {save}")

@@ -1,0 +1,122 @@
+"""What a person sees of a run: on a terminal a progress bar with the time left, elsewhere one line per finished cell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dart_eval.results.record import Metric, Record
+from dart_eval.results.tables import tables
+
+HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
+
+
+class TerminalView:
+    """Progress of a run, as the executor reports it. Lines go to stdout; the bar only where stdout is a terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(soft_wrap=True, highlight=False)
+        self.live = self.console.is_terminal
+        self.progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, transient=True, disable=not self.live,
+        )  # fmt: skip
+        self._bar: Any = None
+        self._all: Any = None
+        self._start = time.monotonic()
+
+    def __enter__(self) -> TerminalView:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def status(self, text: str) -> None:
+        """A step before the first cell."""
+        if self._bar is None:
+            self._bar = self.progress.add_task(text, total=None)
+        else:
+            self.progress.update(self._bar, description=text)
+
+    def planned(self, cells: int, finished: int) -> None:
+        """The plan: how many cells, how many of them were finished earlier."""
+        if finished:
+            self.console.print(f"{finished} of {cells} cells are finished already")
+        if self._bar is not None:
+            self.progress.remove_task(self._bar)
+            self._bar = None
+        self._all = self.progress.add_task("all cells", total=cells, completed=finished)
+
+    def started(self, cell: Any, requests: int) -> None:
+        """A cell begins."""
+        if self._bar is not None:
+            self.progress.remove_task(self._bar)
+        self._bar = self.progress.add_task(cell.name, total=requests)
+        self._start = time.monotonic()
+
+    def advanced(self, requests: int) -> None:
+        """Requests of the running cell were answered."""
+        if self._bar is not None:
+            self.progress.advance(self._bar, requests)
+
+    def finished(self, cell: Any, record: Record) -> None:
+        """A cell's line."""
+        shown = ", ".join(f"{_place(m, record)}{m.metric} {_number(m)}" for m in headline(record.metrics))
+        self.console.print(
+            f"[green]done[/green] {cell.name:<34} {shown}  effective sparsity {record.effective_sparsity:.3f}"
+            f"{f', {record.remasks} re-masks' if record.remasks else ''}  {record.seconds:.0f} s"
+        )
+        self._next()
+
+    def failed(self, cell: Any, error: BaseException) -> None:
+        """A failed cell's line."""
+        text = " ".join(str(error).split())[:300]
+        self.console.print(f"[red]failed[/red] {cell.name:<32} {type(error).__name__}: {text} (--verbose for more)", markup=True)
+        self._next()
+
+    def _next(self) -> None:
+        self.progress.advance(self._all)
+        if self._bar is not None:
+            self.progress.remove_task(self._bar)
+            self._bar = None
+
+
+def headline(metrics: Sequence[Metric]) -> list[Metric]:
+    """The one number per task that a line shows."""
+    chosen = {}
+    for m in metrics:
+        if m.part_of is None and m.metric in HEADLINE and m.task not in chosen:
+            chosen[m.task] = m
+    return list(chosen.values()) or [m for m in metrics if m.part_of is None][:1]
+
+
+def _place(metric: Metric, record: Record) -> str:
+    return "" if metric.task == record.inputs["task"] else f"{metric.task} "
+
+
+def _number(m: Metric) -> str:
+    digits = 4 if abs(m.value) < 10 else 2
+    return f"{m.value:.{digits}f}" + (f" ± {m.stderr:.{digits}f}" if m.stderr is not None else "")
+
+
+def print_tables(records: Sequence[Record]) -> None:
+    """The tables on a terminal; plain and unwrapped elsewhere."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    for made in tables(records):
+        table = Table(title=made.title, title_justify="left", caption=made.note, caption_justify="left", box=box.SIMPLE_HEAD)
+        for i, column in enumerate(made.columns):
+            text = column in ("task", "method", "model", "scope")
+            table.add_column(column, justify="left" if text else "right", no_wrap=not (text and i == 0))
+        for row in made.body:
+            table.add_row(*row)
+        console.print(table)

@@ -1,0 +1,148 @@
+"""FLOPs and bytes, counted from the shapes of the loaded model.
+
+A multiply-add is two FLOPs. Counted are the matrix products (projections, attention scores and values, output head)
+as an eager kernel executes them: attention over the full square of a prompt, causal or not. Norms, activations and
+softmax are left out, as torch's own flop counter leaves them out; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dart_eval.ffn import FFN, features, decoder_layers
+from dart_eval.pruning.method import Method, PromptMethod
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a model that its cost follows from.
+
+    Attributes:
+        layers, width: L and D.
+        ffn_sizes: F of every layer.
+        ffn_matrices: matrices of an FFN (3 gated, 2 plain).
+        other_weights: weights of all other projections in the decoder layers, multiplied once per token.
+        head_weights: weights of the output head, multiplied where logits are wanted.
+        attention_width: sum over layers of heads * head dimension.
+        weight_bytes: bytes of all parameters, tied ones once.
+    """
+
+    layers: int
+    width: int
+    ffn_sizes: tuple[int, ...]
+    ffn_matrices: int
+    other_weights: int
+    head_weights: int
+    attention_width: int
+    weight_bytes: int
+
+    @property
+    def ffn_weights(self) -> int:
+        """Weights of all FFNs."""
+        return self.ffn_matrices * self.width * sum(self.ffn_sizes)
+
+    @property
+    def ffn_share(self) -> float:
+        """phi: the FFNs' share of the weights that a decoded token reads."""
+        return self.ffn_weights / (self.ffn_weights + self.other_weights + self.head_weights)
+
+    def prefill(self, tokens: int) -> int:
+        """FLOPs of a dense prompt of that many tokens, logits at its last position only."""
+        per_token = 2 * (self.ffn_weights + self.other_weights)
+        return tokens * per_token + 4 * self.attention_width * tokens * tokens + 2 * self.head_weights
+
+    def decode(self, position: int, weights_read: float = 1.0) -> int:
+        """FLOPs of one decoded token that attends to `position` tokens (itself included).
+
+        weights_read: share of the FFN weights that the token multiplies.
+        """
+        ffn = round(2 * self.ffn_weights * weights_read)
+        return ffn + 2 * (self.other_weights + self.head_weights) + 4 * self.attention_width * position
+
+
+def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
+    """Read the sizes off a loaded Hugging Face causal language model."""
+    ffn_modules = {id(m) for f in ffns for m in (f.gate, f.up, f.down) if m is not None}
+    other = 0
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            if id(module) not in ffn_modules and _is_projection(module):
+                n_in, n_out = features(module)
+                other += n_in * n_out
+    config: Any = model.config
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    n_in, n_out = features(head)
+    return ModelShape(
+        layers=len(ffns), width=ffns[0].width, ffn_sizes=tuple(f.size for f in ffns), ffn_matrices=ffns[0].matrices,
+        other_weights=other, head_weights=n_in * n_out, attention_width=len(ffns) * heads * head_dim,
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )  # fmt: skip
+
+
+def _is_projection(module: nn.Module) -> bool:
+    named = type(module).__name__
+    return hasattr(module, "weight") and (hasattr(module, "in_features") or named == "Conv1D")
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """FLOPs that a method itself adds.
+
+    Attributes:
+        prefill: scoring the prompt's tokens, sensitivities and detector included, and choosing the masks.
+        decode_step: per decoded token, the detector only.
+        remask: one renewal of all masks from the ring buffer (dense gate and up on R inputs, and scoring).
+    """
+
+    prefill: int
+    decode_step: float
+    remask: int
+
+
+def tracing(method: Method, shape: ModelShape, tokens: int) -> Tracing:
+    """What `method` adds on a prompt of that many tokens. Elementwise work counts one FLOP per element and operation."""
+    if not isinstance(method, PromptMethod):
+        return Tracing(0, 0.0, 0)
+    neurons, width = sum(shape.ffn_sizes), shape.width
+    scoring = 2 * neurons  # square and add, per token; normalisation is a further sum
+    prefill = tokens * 2 * scoring
+    if method.layer_allocation == "depth":
+        prefill += tokens * shape.layers * 8 * width  # two norms, a difference, its norm, a dot product
+    if method.drift is None:
+        return Tracing(prefill, 0.0, 0)
+    prefill += tokens * 2 * width
+    decode_step = width + (2 + 6 * width) / method.drift.window  # a sum per token, a cosine per window
+    ring = method.remask.ring
+    into_hidden = 2 * (shape.ffn_matrices - 1) * width * neurons
+    return Tracing(prefill, decode_step, ring * (into_hidden + 2 * scoring) + 3 * neurons)
+
+
+def describe(
+    method: Method, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
+) -> dict[str, Any]:
+    """The cost block of a record, at the mean context length of what was run. FLOPs.
+
+    `tracing_decode_step` includes the re-masks that were seen, spread over the tokens.
+    """
+    tokens = max(1, round(context))
+    added = tracing(method, shape, tokens)
+    dense = shape.decode(tokens + 1)
+    per_token = added.decode_step + added.remask * remasks_per_token
+    return {
+        "context_tokens": tokens,
+        "prefill": shape.prefill(tokens),
+        "decode_step_dense": dense,
+        "decode_step_pruned": shape.decode(tokens + 1, weights_read),
+        "tracing_prefill": added.prefill,
+        "tracing_decode_step": per_token,
+        "tracing_share": per_token / dense,
+        "remask": added.remask,
+        "ffn_share": shape.ffn_share,
+    }

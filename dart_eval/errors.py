@@ -1,0 +1,24 @@
+"""The one exception that a user's input may raise: a single line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The input is wrong. Printed as one line (problem; remedy); the command exits with status 2."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = " ".join(problem.split())
+        self.remedy = " ".join(remedy.split())
+        super().__init__(f"{self.problem}; {self.remedy}" if self.remedy else self.problem)
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """`did you mean a, b?` for the known names closest to `name`, or the whole list where it is short."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=n, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"known: {', '.join(known)}" if len(known) <= 20 else ""

@@ -1,0 +1,1 @@
+"""Evaluation: lm-eval tasks on a (perhaps pruned) model. Knows methods only through `Session`."""

@@ -1,0 +1,184 @@
+"""One cell: run a task through lm-eval on the (perhaps pruned) model and gather its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import lm_eval
+import lm_eval.api.task
+import lm_eval.evaluator
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+
+from dart_eval.evaluation.lm import PrunedLM, Usage
+from dart_eval.evaluation.tasks import documents, leaves
+from dart_eval.pruning.session import Session
+from dart_eval.results.record import Metric
+
+BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How a task is asked: few-shot examples, how many items, seed, chat template."""
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    chat_template: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Numbers of one cell; `context` is the mean context length in tokens."""
+
+    metrics: list[Metric]
+    samples: list[dict[str, Any]]
+    usage: Usage
+    context: float
+    state_bytes: int
+
+
+def count_requests(items: Sequence[Task | Group], limit: int | None) -> int:
+    """Requests that the model will be asked, for a progress bar (an estimate before prompts are built)."""
+    total = 0
+    for task in leaves(list(items)):
+        docs = len(task.eval_docs)
+        docs = min(docs, limit) if limit else docs
+        choices = 1
+        if task.OUTPUT_TYPE == "multiple_choice" and docs:
+            first = task.eval_docs[0]
+            options = task.doc_to_choice(first) if hasattr(task, "doc_to_choice") else [None]
+            choices = len(options) if isinstance(options, list) else 1
+        total += docs * choices
+    return total
+
+
+def evaluate_task(lm: PrunedLM, session: Session | None, items: Sequence[Task | Group], settings: EvalSettings) -> Outcome:
+    """Run lm-eval's `simple_evaluate` on one task (a list: tags hold several, groups nest).
+
+    Prompts and metrics are lm-eval's; its response cache stays off.
+    """
+    lm.begin(session, documents(list(items)))
+    with _quiet():
+        results: Any = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(items),
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            bootstrap_iters=BOOTSTRAPS,
+            apply_chat_template=settings.chat_template,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+            log_samples=True,
+        )
+    total = Usage()
+    for usage in lm.usage.values():
+        total.add(usage)
+    samples = _samples(results["samples"], lm.usage)
+    requests = sum(len(s["arguments"]) for many in results["samples"].values() for s in many)
+    return Outcome(_metrics(results), samples, total, total.context / max(requests, 1), lm.state_bytes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval draws a bar of its own and asks git about the folder it stands in; a run has its own view."""
+    with (
+        patch.object(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable),
+        patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+    ):
+        yield
+
+
+def _metrics(results: Any) -> list[Metric]:
+    groups: dict[str, list[str]] = results.get("group_subtasks") or {}
+    parents = {child: parent for parent, children in groups.items() for child in children}
+    sizes = {task: counts["effective"] for task, counts in results["n-samples"].items()}
+    found = []
+    for task, values in results["results"].items():
+        better = results["higher_is_better"].get(task) or {}
+        n = sizes[task] if task in sizes else _group_size(task, groups, sizes)
+        for name, value in values.items():
+            metric, _, filter_ = name.partition(",")
+            if not filter_ or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filter_}")
+            if not isinstance(stderr, (int, float)) or math.isnan(stderr):
+                stderr = _perplexity_stderr(metric, [s[metric] for s in results["samples"].get(task, []) if metric in s])
+            label = metric if filter_ == "none" else f"{metric},{filter_}"
+            found.append(
+                Metric(task, label, float(value), stderr, n, bool(better.get(metric, True)), parents.get(task))
+            )
+    return found
+
+
+def _group_size(group: str, groups: dict[str, list[str]], sizes: dict[str, int]) -> int:
+    return sum(sizes[c] if c in sizes else _group_size(c, groups, sizes) for c in groups.get(group, []))
+
+
+def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
+    """Standard error of a ratio metric exp(-sum ll / sum w), or -sum ll / sum w / ln 2, by the delta method.
+
+    pairs: (log-likelihood, weight) per document. The documents are the independent units; the ratio's residuals
+    ll - r w give its variance (Cochran, Sampling Techniques, ch. 6).
+    """
+    n = len(pairs)
+    if n < 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
+        return None
+    weight = sum(w for _, w in pairs)
+    ratio = sum(ll for ll, _ in pairs) / weight
+    error = math.sqrt(n / (n - 1) * sum((ll - ratio * w) ** 2 for ll, w in pairs)) / weight
+    if metric == "bits_per_byte":
+        return error / math.log(2)
+    return math.exp(-ratio) * error
+
+
+def _samples(by_task: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, int], Usage]) -> list[dict[str, Any]]:
+    """What paired statistics and a reader need: hashes, metrics, answers, cost; never the documents themselves."""
+    rows = []
+    for task, samples in sorted(by_task.items()):
+        for s in samples:
+            used = usage.get((task, s["doc_id"]), Usage())
+            rows.append({
+                "task": task, "doc_id": s["doc_id"], "filter": s["filter"],
+                "doc_hash": s["doc_hash"], "prompt_hash": s["prompt_hash"], "target_hash": s["target_hash"],
+                "metrics": {m: s[m] for m in s["metrics"]},
+                "responses": [_plain(r) for r in s["filtered_resps"]],
+                "tokens": used.tokens, "remasks": used.remasks,
+                "effective_sparsity": used.effective_sparsity,
+            })  # fmt: skip
+    return rows
+
+
+def _plain(response: Any) -> Any:
+    if isinstance(response, (list, tuple)):
+        return [_plain(r) for r in response]
+    return float(response) if isinstance(response, float) else response
+
+
+def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
+    """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
+    digest = hashlib.sha256()
+    for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
+        config = task.dump_config() if hasattr(task, "dump_config") else {}
+        for volatile in ("dataset_kwargs", "metadata"):  # paths of this machine; versions are in the functions' source
+            config.pop(volatile, None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        docs = task.eval_docs
+        last = min(len(docs), settings.limit) if settings.limit else len(docs)
+        for i in range(last):
+            digest.update(json.dumps(docs[i], sort_keys=True, default=str).encode())
+        if settings.num_fewshot or config.get("num_fewshot"):
+            pool = task.fewshot_docs()
+            for doc in pool if pool is not None else []:
+                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

@@ -1,0 +1,272 @@
+"""The lm-eval model: lm-eval's own `HFLM` with causal scoring under a pruning session.
+
+Prompts, tokenisation, stop sequences and metrics stay lm-eval's. Replaced are the three places where tokens meet the
+model: log-likelihoods (protocol `scored`, see `scoring`), rolling log-likelihoods (perplexity) and generation.
+lm-eval's response cache must not be used with it: its key knows neither the model nor the method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from transformers import PreTrainedModel
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.scoring import Request, Score, Scorer, output_head
+from dart_eval.pruning.session import Session
+
+PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
+
+
+@dataclass
+class Usage:
+    """What samples cost.
+
+    Attributes:
+        tokens: scored or generated tokens.
+        masked: those of them that ran under a mask.
+        pruned: pruned share of the neurons, summed over the tokens.
+        remasks: masks renewed. context: context tokens.
+    """
+
+    tokens: int = 0
+    masked: int = 0
+    pruned: float = 0.0
+    remasks: int = 0
+    context: int = 0
+
+    @property
+    def effective_sparsity(self) -> float:
+        """Pruned neuron-tokens / all neuron-tokens, dense tokens included."""
+        return self.pruned / self.tokens if self.tokens else 0.0
+
+    @property
+    def mask_sparsity(self) -> float:
+        """What the masks in force pruned, mean over the tokens that ran under one."""
+        return self.pruned / self.masked if self.masked else 0.0
+
+    def add(self, other: Usage) -> None:
+        """Count the other's cost too."""
+        self.tokens += other.tokens
+        self.masked += other.masked
+        self.pruned += other.pruned
+        self.remasks += other.remasks
+        self.context += other.context
+
+
+class RollingLogLikelihood(float):
+    """Log-likelihood of the scored half of a document, with the share of the document's bytes that it covers."""
+
+    coverage: float = 1.0
+
+
+class PrunedLM(HFLM):
+    """`HFLM` on a loaded model, scoring causally. Set `session` to prune; None is dense.
+
+    Args:
+        model, tokenizer: as loaded.
+        batch_size: contexts per forward (their candidates run up to four times as many rows at a time).
+        max_length: tokens, context and continuation together; default the model's.
+        chunk: tokens per perplexity chunk, at most `max_length`.
+        on_progress: called with the number of requests just finished.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        chunk: int = PERPLEXITY_CHUNK,
+        on_progress: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)  # type: ignore[arg-type]
+        self.contexts_per_batch = batch_size
+        self.chunk = chunk
+        self.on_progress = on_progress
+        self.session: Session | None = None
+        self.documents: Mapping[str, str] = {}  # task -> field of its document that may be cut to fit
+        self.usage: dict[tuple[str, int], Usage] = defaultdict(Usage)  # (task, doc_id) -> cost
+        self.state_bytes = 0  # largest method state seen, per sequence
+        self._head = output_head(model)
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self._ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        self._scores: list[Score] = []  # of the last call, in the order of its requests
+        self._contexts: list[int] = []
+
+    def begin(self, session: Session | None, documents: Mapping[str, str]) -> None:
+        """Start a cell: forget what earlier cells used."""
+        self.session, self.documents = session, documents
+        self.usage, self.state_bytes = defaultdict(Usage), 0
+
+    # -- log-likelihoods -------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        answers = super().loglikelihood(requests, disable_tqdm=True)
+        for request, score, context in zip(requests, self._scores, self._contexts, strict=True):
+            self._record(request, score, context)
+        return answers
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        cut = [_truncated(context, continuation, self.max_length) for _, context, continuation in requests]
+        self._contexts = [len(r.context) for r in cut]
+        self._scores = self._score(cut)
+        return [(s.logprob, s.greedy) for s in self._scores]
+
+    def _score(self, requests: list[Request]) -> list[Score]:
+        scorer = Scorer(self.model, self._head, self.session, self.contexts_per_batch)
+        scores = scorer.score(requests, self.on_progress)
+        self.state_bytes = max(self.state_bytes, scorer.state_bytes)
+        return scores
+
+    def _record(self, request: Instance, score: Score, context: int = 0) -> None:
+        assert request.task_name is not None and request.doc_id is not None
+        self.usage[request.task_name, request.doc_id].add(
+            Usage(score.tokens, score.masked, score.pruned, score.remasks, context)
+        )
+
+    # -- perplexity ------------------------------------------------------------------------------------------
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Per chunk of a document, the second half given the first. Every chunk begins with the prefix token.
+
+        The result's `coverage` lets `tasks.rolling_results` weight the metric by the text that was scored.
+        """
+        size = min(self.chunk, self.max_length)
+        chunks: list[tuple[int, Request]] = []
+        total_bytes, scored_bytes = [0] * len(requests), [0] * len(requests)
+        for i, request in enumerate(requests):
+            tokens = list(self.tok_encode(request.args[0]))
+            if tokens and tokens[0] == self.prefix_token_id:
+                tokens = tokens[1:]
+            for start in range(0, len(tokens), size - 1):
+                piece = [self.prefix_token_id, *tokens[start : start + size - 1]]
+                half = (len(piece) + 1) // 2
+                total_bytes[i] += self._bytes(piece[1:])
+                if len(piece) > half:
+                    chunks.append((i, Request(tuple(piece[:half]), tuple(piece[half:]))))
+                    scored_bytes[i] += self._bytes(piece[half:])
+        sums = [0.0] * len(requests)
+        for (i, chunk), score in zip(chunks, self._score([c for _, c in chunks]), strict=True):
+            sums[i] += score.logprob
+            self._record(requests[i], score, len(chunk.context))
+        answers = []
+        for i, value in enumerate(sums):
+            answer = RollingLogLikelihood(value)
+            answer.coverage = scored_bytes[i] / total_bytes[i] if total_bytes[i] else 0.0
+            answers.append(answer)
+        return list(answers)
+
+    def _bytes(self, tokens: list[int]) -> int:
+        return len(self.tok_decode(tokens).encode())  # type: ignore[arg-type]
+
+    # -- generation ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Dense prefill, mask at its end, every decoded token pruned."""
+        eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)  # type: ignore[arg-type]
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        texts: dict[int, str] = {}
+        for members in groups.values():
+            kwargs = dict(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
+            stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)  # type: ignore[arg-type]
+            new_tokens: int = kwargs.pop("max_gen_toks")  # type: ignore[assignment]
+            budget = self.max_length - new_tokens
+            if budget <= 0:
+                raise UserError(f"{new_tokens} new tokens do not fit in a length of {self.max_length}")
+            prompts = {i: self._fit(requests[i], budget) for i in members}
+            members = sorted(members, key=lambda i: (len(self.tok_encode(prompts[i])), i), reverse=True)
+            for start in range(0, len(members), self.contexts_per_batch):
+                batch = members[start : start + self.contexts_per_batch]
+                ids, attention = self.tok_batch_encode([prompts[i] for i in batch], left_truncate_len=budget)
+                output = self._model_generate(
+                    context=ids.to(self.device), attention_mask=attention.to(self.device), stop=stop,
+                    max_length=ids.shape[1] + new_tokens, **kwargs,
+                )[:, ids.shape[1] :]  # fmt: skip
+                if self.session is not None:
+                    self.state_bytes = max(self.state_bytes, self.session.state_bytes // len(batch))
+                for row, i in enumerate(batch):
+                    tokens = output[row].tolist()
+                    text = postprocess_generated_text(self.tok_decode(tokens), stop, None)
+                    texts[i] = text
+                    used = self._kept(tokens, stop)
+                    self._record(requests[i], self._generation_cost(row, used), int(attention[row].sum()))
+                self.on_progress(len(batch))
+        return [texts[i] for i in range(len(requests))]
+
+    def _generation_cost(self, row: int, tokens: int) -> Score:
+        """The first token comes from the dense prefill, each later one from a decoding forward."""
+        densities = self.session.densities[: max(tokens - 1, 0)] if self.session is not None else []
+        shares = [float(1 - d[row]) for d in densities]
+        events = self.session.events if self.session is not None else []
+        remasks = sum(e["sequence"] == row and e["step"] < tokens for e in events)
+        return Score(0.0, False, tokens, sum(s > 0 for s in shares), sum(shares), remasks)
+
+    def _kept(self, tokens: list[int], stop: list[str]) -> int:
+        """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+        low, high = 1, end  # the shortest prefix that holds a stop sequence, if the whole does
+        if not any(s in self.tok_decode(tokens[:end]) for s in stop if s):  # type: ignore[arg-type]
+            return end
+        while low < high:
+            middle = (low + high) // 2
+            if any(s in self.tok_decode(tokens[:middle]) for s in stop if s):  # type: ignore[arg-type]
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _fit(self, request: Instance, budget: int) -> str:
+        """The prompt, its document cut at the end so that the whole has at most `budget` tokens.
+
+        Raises:
+            UserError: the rest of the prompt alone is too long, or the document is not in the prompt.
+        """
+        prompt: str = request.args[0]
+        excess = len(self.tok_encode(prompt)) - budget
+        if excess <= 0:
+            return prompt
+        field = self.documents.get(request.task_name or "")
+        document = str(request.doc.get(field, "")).strip() if field else ""
+        at = prompt.rfind(document) if document else -1
+        if at < 0:
+            if field is None:  # lm-eval's own rule applies: the prompt's last tokens
+                return prompt
+            raise UserError(f"the document of {request.task_name} was not found in its prompt")
+        pieces = self.tok_encode(document, add_special_tokens=False)
+        keep = len(pieces) - excess
+        while True:
+            if keep <= 0:
+                raise UserError(
+                    f"a prompt of {request.task_name} leaves no room for its document in {budget} tokens",
+                    "use fewer shots, a larger --max-length, or a model with a longer context",
+                )
+            short = self.tok_decode(pieces[:keep]).rstrip()  # type: ignore[arg-type]
+            cut = prompt[:at] + short + prompt[at + len(document) :]
+            excess = len(self.tok_encode(cut)) - budget
+            if excess <= 0:
+                return cut
+            keep -= excess
+
+
+def _truncated(context: list[int], continuation: list[int], max_length: int) -> Request:
+    """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted."""
+    if len(continuation) > max_length:
+        raise UserError(
+            f"a continuation of {len(continuation)} tokens does not fit in {max_length}", "use a larger --max-length"
+        )
+    whole = (context + continuation)[-(max_length + 1) :]
+    split = len(whole) - len(continuation)
+    return Request(tuple(whole[:split]), tuple(whole[split:]))
+

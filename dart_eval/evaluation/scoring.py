@@ -1,0 +1,249 @@
+"""Log-likelihoods without looking ahead (protocol `scored`).
+
+For each context: all tokens but the last run dense, once, and build the mask. The last context token and the
+continuation run pruned through the KV cache, so every log-probability that counts was produced by pruned FFNs, one-
+token answers included. Candidates share the context, its cache and its mask. Where a method may renew its mask, the
+continuation runs in blocks that end where a mask may change: the numbers equal token-by-token decoding.
+
+Rows of a batch are left-padded contexts; nothing crosses rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from dart_eval.errors import UserError
+from dart_eval.ffn import cache_argument
+from dart_eval.pruning.session import Session
+
+LOGIT_BYTES = 256 << 20  # of fp32 logits held at a time
+CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score `continuation` after `context`; both token ids, neither empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came out for a request.
+
+    Attributes:
+        logprob: sum of natural-log probabilities of the continuation.
+        greedy: every token of the continuation was the most likely one.
+        tokens: scored tokens. masked: those of them that ran under a mask.
+        pruned: pruned share of the neurons, summed over them (so pruned / tokens is the effective sparsity).
+        remasks: masks renewed while scoring.
+    """
+
+    logprob: float
+    greedy: bool
+    tokens: int
+    masked: int
+    pruned: float
+    remasks: int
+
+
+@dataclass
+class _Row:
+    """One distinct input of the pruned forward, and the requests it answers."""
+
+    parent: int  # row of the context batch
+    inputs: tuple[int, ...]  # last context token, then the continuation but its last token
+    targets: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request, continuation
+
+
+class Scorer:
+    """Scores requests on one model, pruned by `session` (None: dense)."""
+
+    def __init__(
+        self, model: PreTrainedModel, head: Callable[[Tensor], Tensor], session: Session | None, batch_size: int
+    ) -> None:
+        self.model, self.head, self.session, self.batch_size = model, head, session, batch_size
+        self.device = model.get_input_embeddings().weight.device
+        self.state_bytes = 0  # largest method state seen, per sequence
+        self._cache_name = cache_argument(model)
+        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[Request], progress: Callable[[int], None] = lambda n: None) -> list[Score]:
+        """One score per request, in order. Long contexts first, so that running out of memory shows at once."""
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        for i, request in enumerate(requests):
+            by_context.setdefault(request.context, []).append(i)
+        contexts = sorted(by_context, key=lambda c: (len(c), c), reverse=True)
+        scores: dict[int, Score] = {}
+        start = 0
+        while start < len(contexts):
+            batch = contexts[start : start + self.batch_size]
+            if len(batch[0]) > 1:  # one-token contexts have nothing to build a mask from: a batch of their own
+                batch = [c for c in batch if len(c) > 1]
+            for i, score in self._score_contexts(batch, by_context, requests):
+                scores[i] = score
+            progress(sum(len(by_context[c]) for c in batch))
+            start += len(batch)
+        return [scores[i] for i in range(len(requests))]
+
+    def _score_contexts(
+        self, contexts: list[tuple[int, ...]], by_context: dict[tuple[int, ...], list[int]], requests: Sequence[Request]
+    ) -> list[tuple[int, Score]]:
+        prefix, valid = _pad([c[:-1] for c in contexts], left=True, device=self.device)
+        cache: Any = DynamicCache(config=self.model.config)
+        session = self.session
+        if prefix.shape[1] == 0:
+            if session is not None:
+                session.no_context(len(contexts), self.device)
+        elif session is not None:
+            with session.context(valid):
+                self._forward(prefix, valid, valid.long().cumsum(1) - 1, cache)
+            self.state_bytes = max(self.state_bytes, session.state_bytes // len(contexts))
+        else:
+            self._forward(prefix, valid, valid.long().cumsum(1) - 1, cache)
+
+        rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
+        for parent, context in enumerate(contexts):
+            for i in by_context[context]:
+                continuation = requests[i].continuation
+                inputs = (context[-1], *continuation[:-1])
+                rows.setdefault((parent, inputs), _Row(parent, inputs)).targets.append((i, continuation))
+        ordered = sorted(rows.values(), key=lambda r: len(r.inputs), reverse=True)
+        state = session.state if session is not None else None
+        results: list[tuple[int, Score]] = []
+        size = CANDIDATES_PER_CONTEXT * self.batch_size
+        for first in range(0, len(ordered), size):
+            part = ordered[first : first + size]
+            parents = torch.tensor([r.parent for r in part], device=self.device)
+            forked = copy.deepcopy(cache)
+            if prefix.shape[1]:
+                forked.batch_select_indices(parents)
+            if session is not None:
+                session.fork(state, parents)
+            results += self._score_rows(part, valid[parents], forked)
+        return results
+
+    def _score_rows(self, rows: list[_Row], seen: Tensor, cache: Any) -> list[tuple[int, Score]]:
+        tokens, valid = _pad([r.inputs for r in rows], left=False, device=self.device)
+        offset = seen.long().sum(1, keepdim=True)  # real context tokens, so the next position
+        logprobs: list[list[Tensor]] = [[] for r in rows for _ in r.targets]
+        greedy = [True] * len(logprobs)
+        pruned, masked = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
+        session = self.session
+        start = 0
+        while start < tokens.shape[1]:
+            room = session.room() if session is not None else None
+            end = min(tokens.shape[1], start + room) if room else tokens.shape[1]
+            block, mask = tokens[:, start:end], valid[:, start:end]
+            positions = offset + torch.arange(start, end, device=self.device)
+            seen = torch.cat([seen, mask], 1)
+            if session is not None:
+                share, counted = 1 - session.density(len(rows)), mask.sum(1).cpu()
+                pruned += share * counted
+                masked += (share > 0) * counted
+                with session.decode(mask):
+                    hidden = self._forward(block, seen, positions, cache)
+            else:
+                hidden = self._forward(block, seen, positions, cache)
+            self._collect(hidden, rows, start, logprobs, greedy)
+            start = end
+        remasks = session.state.remasks.tolist() if session is not None and session.state else [0] * len(rows)
+        results, k = [], 0
+        for i, row in enumerate(rows):
+            for request, continuation in row.targets:
+                total = float(torch.cat(logprobs[k]).double().sum())
+                cost = int(masked[i]), float(pruned[i]), remasks[i]
+                results.append((request, Score(total, greedy[k], len(continuation), *cost)))
+                k += 1
+        return results
+
+    def _collect(
+        self, hidden: Tensor, rows: list[_Row], start: int, logprobs: list[list[Tensor]], greedy: list[bool]
+    ) -> None:
+        """Log-probabilities of the targets in this block; logits only there, a few at a time. hidden: [R, T, D]."""
+        places = []  # (target list, row, position in the block, token ids)
+        k = 0
+        for i, row in enumerate(rows):
+            for _, continuation in row.targets:
+                wanted = continuation[start : start + hidden.shape[1]]
+                if wanted:
+                    places.append((k, i, wanted))
+                k += 1
+        if not places:
+            return
+        row_ids = torch.tensor([i for _, i, w in places for _ in w], device=hidden.device)
+        steps = torch.tensor([t for _, _, w in places for t in range(len(w))], device=hidden.device)
+        targets = torch.tensor([t for _, _, w in places for t in w], device=hidden.device)
+        found, best = [], []
+        per = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
+        for part in torch.arange(len(targets), device=hidden.device).split(per):
+            logits = self.head(hidden[row_ids[part], steps[part]]).float()  # [n, V]
+            target = targets[part, None]
+            found.append((logits.gather(1, target) - logits.logsumexp(1, keepdim=True)).squeeze(1).cpu())
+            best.append((logits.argmax(1, keepdim=True) == target).squeeze(1).cpu())
+        sizes = [len(w) for _, _, w in places]
+        for (k, _, _), logprob, equal in zip(
+            places, torch.cat(found).split(sizes), torch.cat(best).split(sizes), strict=True
+        ):
+            logprobs[k].append(logprob)
+            greedy[k] = greedy[k] and bool(equal.all())
+
+    def _forward(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Last hidden states [B, T, D]. attention: [B, past + T] bool; positions: [B, T]."""
+        kwargs: dict[str, Any] = {self._cache_name: cache}
+        if self._takes_positions:
+            kwargs["position_ids"] = positions.clamp_min(0)
+        base = self.model.base_model
+        return base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
+
+
+def _pad(rows: list[tuple[int, ...]], left: bool, device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] padded with 0 on one side, and [B, T] bool, True for real tokens."""
+    width = max(len(r) for r in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    valid = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if row:
+            place = slice(width - len(row), width) if left else slice(0, len(row))
+            tokens[i, place] = torch.tensor(row)
+            valid[i, place] = True
+    return tokens.to(device), valid.to(device)
+
+
+@torch.no_grad()
+def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """hidden [N, D] -> logits [N, V] as the model itself computes them, checked on three tokens.
+
+    Raises:
+        UserError: the model does more between its last hidden state and its logits than is known here.
+    """
+    config, linear = model.config.get_text_config(), model.get_output_embeddings()
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = linear(hidden.to(linear.weight.device))
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    tokens = torch.tensor([[0, 1, 2]], device=model.get_input_embeddings().weight.device)
+    theirs = model(input_ids=tokens, use_cache=False).logits[0].float()
+    ours = head(model.base_model(input_ids=tokens, use_cache=False)[0][0]).float()
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        raise UserError(
+            f"the output head of {type(model).__name__} is not understood", "add it to dart_eval/evaluation/scoring.py"
+        )
+    return head

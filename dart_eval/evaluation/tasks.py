@@ -1,0 +1,212 @@
+"""Task names as users type them, and where their data comes from.
+
+Tasks are lm-eval's own (stock prompts and metrics) plus the YAMLs in `tasks/`. `--data-dir` changes nothing but the
+data source of each task, group members included.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+
+from dart_eval.errors import UserError, nearest
+from dart_eval.evaluation.lm import RollingLogLikelihood
+
+# What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "arc": ("arc_easy", "arc_challenge"),
+    "gpqa": ("gpqa_main_n_shot", "gpqa_diamond_n_shot", "gpqa_extended_n_shot"),
+    "smoke": ("smoke_questions", "smoke_stories", "smoke_summary", "smoke_highlights", "smoke_drift"),
+}
+
+# The tasks people ask for most, for `dart-eval ls tasks`.
+COMMON: dict[str, str] = {
+    "hellaswag": "which ending follows (4 choices)",
+    "boolq": "yes/no questions on a passage",
+    "rte": "does the premise entail the hypothesis",
+    "winogrande": "which of two the pronoun means",
+    "openbookqa": "elementary science (4 choices)",
+    "piqa": "which of two solutions works",
+    "mmlu": "57 subjects (4 choices); 5-shot in the papers: --num-fewshot 5",
+    "medmcqa": "medical entrance questions (4 choices); 5-shot in the papers",
+    "wikitext": "perplexity of WikiText-2 articles, second half of each chunk",
+    "cnn_dailymail": "news highlights, ROUGE-1/2/L",
+    "xsum": "one-sentence news summaries, ROUGE-1/2/L",
+    "smoke_questions": "shipped: 128 science and commonsense questions (4 choices)",
+    "smoke_stories": "shipped: 64 story endings (4 choices)",
+    "smoke_summary": "shipped: 30 articles, one-sentence summaries",
+    "smoke_highlights": "shipped: 30 articles, three-sentence summaries",
+    "smoke_drift": "shipped: 40 two-topic documents, perplexity after the switch",
+}
+
+
+def tasks_dir() -> Path:
+    """The project's own task YAMLs: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "tasks"
+    return inside if inside.is_dir() else package.parent / "tasks"
+
+
+class _Factory(TaskFactory):
+    """lm-eval's factory, with the data source and the summary cue replaced in each leaf's configuration."""
+
+    def __init__(self, data_dir: Path | None, cue: str | None) -> None:
+        super().__init__(meta={})
+        self.data_dir, self.cue = data_dir, cue
+
+    def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        config = super()._load_full_config(entry, overrides)
+        metadata = config.get("metadata") or {}
+        if self.cue is not None and "cue" in metadata:
+            prompt, old = config["doc_to_text"], metadata["cue"]
+            config["doc_to_text"] = prompt.removesuffix(old) + self.cue
+            config["metadata"] = {**metadata, "cue": self.cue}
+        if self.data_dir is not None and config.get("dataset_path") and "custom_dataset" not in config:
+            _redirect(config, self.data_dir)
+        return config
+
+
+def _redirect(config: dict[str, Any], data_dir: Path) -> None:
+    """Point a task's configuration at `<data_dir>/<hub name with __>/<configuration or default>/<split>.jsonl`."""
+    name = config.get("task", "?")
+    folder = data_dir / str(config["dataset_path"]).replace("/", "__") / str(config.get("dataset_name") or "default")
+    files = {f.stem: str(f.resolve()) for f in sorted(folder.glob("*.jsonl"))}
+    if not files:
+        raise UserError(
+            f"task {name} has no data in {data_dir} (looked for {folder.relative_to(data_dir)}/*.jsonl)",
+            "add the files, or leave --data-dir out to load from the hub",
+        )
+    wanted = [config.get(k) for k in ("training_split", "fewshot_split", "test_split")]
+    if not config.get("test_split"):  # lm-eval evaluates the test split, else the validation split
+        wanted.append(config.get("validation_split"))
+    missing = sorted({w for w in wanted if isinstance(w, str)} - set(files))
+    if missing:
+        raise UserError(
+            f"task {name} needs the split {', '.join(missing)}, and {folder} has only {', '.join(files)}",
+            "add the missing .jsonl file, or leave --data-dir out to load from the hub",
+        )
+    config["dataset_path"] = "json"
+    config["dataset_kwargs"] = {"data_files": files}
+
+
+class Tasks:
+    """Finds and loads tasks.
+
+    Args:
+        data_dir: folder of local data (layout above); None loads from the hub as lm-eval does.
+        cue: what follows the document in the summarisation tasks' prompts, instead of each task's own cue.
+
+    Raises:
+        UserError: `data_dir` is not a folder.
+    """
+
+    def __init__(self, data_dir: str | Path | None = None, cue: str | None = None) -> None:
+        self.data_dir = Path(data_dir) if data_dir is not None else None
+        if self.data_dir is not None and not self.data_dir.is_dir():
+            raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
+        self.manager = TaskManager(include_path=str(tasks_dir()))
+        self.manager._factory = _Factory(self.data_dir, cue)
+        self._loaded: dict[str, list[Task | Group]] = {}
+
+    def expand(self, names: list[str]) -> list[str]:
+        """Task names with aliases replaced, in order, each once.
+
+        Raises:
+            UserError: a name that neither this project nor lm-eval knows.
+        """
+        known = set(self.manager.all_tasks)
+        expanded: dict[str, None] = {}
+        for name in names:
+            for task in ALIASES.get(name, (name,)):
+                if task not in known:
+                    raise UserError(
+                        f"unknown task {name!r}", nearest(name, known | set(ALIASES)) or "`dart-eval ls tasks` lists them"
+                    )
+                expanded.setdefault(task)
+        if not expanded:
+            raise UserError("no task given", "for example --tasks arc,hellaswag")
+        return list(expanded)
+
+    def load(self, name: str) -> list[Task | Group]:
+        """The lm-eval task or group of that (expanded) name; tags give several. Built once, then kept.
+
+        Raises:
+            UserError: its data cannot be had.
+        """
+        if name not in self._loaded:
+            try:
+                loaded = self.manager._load_spec(name)
+            except UserError:
+                raise
+            except Exception as error:
+                raise self._explain(name, error) from error
+            items = loaded if isinstance(loaded, list) else [loaded]
+            for task in leaves(items):
+                if task.OUTPUT_TYPE == "loglikelihood_rolling":
+                    _weight_by_coverage(task)
+            self._loaded[name] = items
+        return self._loaded[name]
+
+    def _explain(self, name: str, error: Exception) -> UserError:
+        text = f"{type(error).__name__}: {error}"
+        remedies = {
+            "ImportError": "install what the task needs",
+            "ModuleNotFoundError": "install what the task needs",
+        }
+        if self.data_dir is None and _is_connection_error(error):
+            return UserError(
+                f"the data of task {name} could not be loaded: the hub cannot be reached",
+                "give local data with --data-dir, or set HF_ENDPOINT / a proxy, or fill the Hugging Face cache first",
+            )
+        remedy = remedies.get(type(error).__name__, "check the task's name and data with `dart-eval ls tasks`")
+        return UserError(f"task {name} could not be loaded ({text[:300]})", remedy)
+
+
+def _is_connection_error(error: BaseException | None) -> bool:
+    names = ("ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+    while error is not None:
+        if type(error).__name__ in names or isinstance(error, ConnectionError):
+            return True
+        text = str(error)
+        if "Couldn't reach" in text or "offline mode" in text.lower() or "doesn't exist on the Hub" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def leaves(items: list[Task | Group]) -> list[Task]:
+    """The tasks of a list of tasks and groups, groups opened."""
+    found: list[Task] = []
+    for item in items:
+        found += item.get_all_tasks() if isinstance(item, Group) else [item]
+    return found
+
+
+def documents(items: list[Task | Group]) -> dict[str, str]:
+    """Task name -> field of its document that may be cut to fit (`metadata.document` in the YAML)."""
+    found = {}
+    for task in leaves(items):
+        metadata = (task.config.metadata if isinstance(task, ConfigurableTask) else None) or {}
+        if "document" in metadata:
+            found[task.task_name] = metadata["document"]
+    return found
+
+
+def _weight_by_coverage(task: Task) -> None:
+    """Perplexity metrics are (log-likelihood, words or bytes) pairs: count only the text that was scored."""
+    stock = task.process_results
+
+    def process_results(_self: Task, doc: dict, results: list[Any]) -> dict[str, Any]:
+        metrics = stock(doc, results)
+        if isinstance(results[0], RollingLogLikelihood):
+            share = results[0].coverage
+            return {k: (v[0], v[1] * share) if isinstance(v, tuple) else v for k, v in metrics.items()}
+        return metrics
+
+    task.process_results = types.MethodType(process_results, task)  # type: ignore[method-assign]

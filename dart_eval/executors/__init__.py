@@ -1,0 +1,1 @@
+"""Executors: run the cells of a plan. `local` is one process on this machine."""

@@ -1,0 +1,258 @@
+"""Where the FFN of every layer lives in each model family: the one adapter table.
+
+A family is described by attribute paths inside a decoder layer. Nothing is guessed: `find_ffns` runs three
+tokens through the model and refuses a model whose FFN does not compute what its description says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.errors import UserError
+
+LAYER_LISTS = ("layers", "h", "decoder.layers", "language_model.layers")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attribute paths inside a decoder layer. `gate` is None for plain FFNs; `fused` halves hold gate, up."""
+
+    block: str
+    up: str
+    down: str
+    act: tuple[str, ...]
+    gate: str | None = None
+    fused: bool = False
+
+
+LAYOUTS = (
+    # Llama, Mistral, Qwen2/3, Gemma 1-3, OLMo, SmolLM, Granite, Cohere, StableLM
+    Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj"),
+    # Phi-3, GLM-4
+    Layout(
+        "mlp", "mlp.gate_up_proj", "mlp.down_proj", ("mlp.activation_fn", "mlp.act_fn"), fused=True
+    ),
+    Layout("mlp", "mlp.c_fc", "mlp.c_proj", ("mlp.act",)),  # GPT-2, GPT-BigCode, StarCoder2
+    Layout("mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ("mlp.act",)),  # GPT-NeoX, Falcon
+    Layout("mlp", "mlp.fc1", "mlp.fc2", ("mlp.activation_fn", "mlp.act")),  # Phi
+    Layout("mlp", "mlp.fc_in", "mlp.fc_out", ("mlp.act",)),  # GPT-J
+    Layout("fc1", "fc1", "fc2", ("activation_fn",)),  # OPT
+)
+
+# The norm whose input is the residual stream that enters the FFN, most specific first.
+RESIDUAL_NORMS = (
+    "pre_feedforward_layernorm", "ln_2", "ln_mlp", "final_layer_norm",
+    "post_attention_layernorm", "input_layernorm", "ln_1",
+)  # fmt: skip
+# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2): the FFN's effect is what leaves it.
+OUTPUT_NORMS = ("post_feedforward_layernorm",)
+ATTENTION_OUTPUTS = (
+    "self_attn.o_proj", "self_attn.dense", "self_attn.out_proj",
+    "attn.c_proj", "attn.out_proj", "attention.dense", "self_attention.dense",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One layer's FFN, whatever the family. F neurons, model width D.
+
+    Attributes:
+        layer: index of the decoder layer.
+        block: module whose first input is the FFN's input x, [B, T, D].
+        gate, up, down: the projections (gate None for a plain FFN; `fused`: up holds gate and up).
+        act: the activation.
+        residual: module whose first input is the residual stream y that enters the FFN, [B, T, D].
+        output: module whose output is what the FFN adds to the stream, [B, T, D].
+        attention: the attention's output projection in the same layer.
+        size, width: F, D.
+    """
+
+    layer: int
+    block: nn.Module
+    gate: nn.Module | None
+    up: nn.Module
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+    fused: bool
+    residual: nn.Module
+    output: nn.Module
+    attention: nn.Module
+    size: int
+    width: int
+
+    def intermediate(self, x: Tensor) -> Tensor:
+        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
+        if self.gate is not None:
+            return self.act(self.gate(x)) * self.up(x)
+        if self.fused:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return self.act(gate) * up
+        return self.act(self.up(x))
+
+    def input_weights(self) -> list[Tensor]:
+        """The matrices that make h, each [F, D] (gate and up, or up alone)."""
+        if self.gate is not None:
+            return [weight_matrix(self.gate), weight_matrix(self.up)]
+        return list(weight_matrix(self.up).chunk(2)) if self.fused else [weight_matrix(self.up)]
+
+    def output_weight(self) -> Tensor:
+        """The down projection, [D, F]."""
+        return weight_matrix(self.down)
+
+    @property
+    def matrices(self) -> int:
+        """How many F x D matrices a token multiplies: 3 for gated FFNs, 2 for plain ones."""
+        return 3 if self.gate is not None or self.fused else 2
+
+
+def weight_matrix(linear: nn.Module) -> Tensor:
+    """A projection's weight as [out, in]; GPT-2's Conv1D stores it transposed."""
+    weight = linear.weight
+    if not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2):
+        raise UserError(
+            f"the weights of {type(linear).__name__} are quantised and cannot be read",
+            "load the model unquantised, or use a method that scores activations",
+        )
+    return weight.T if _is_conv1d(linear) else weight
+
+
+def _is_conv1d(linear: nn.Module) -> bool:
+    return type(linear).__name__ == "Conv1D"
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a projection, without touching its (perhaps quantised) weight."""
+    if _is_conv1d(linear):
+        return int(linear.nx), int(linear.nf)
+    return int(linear.in_features), int(linear.out_features)
+
+
+def _get(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def _first(layer: nn.Module, paths: tuple[str, ...]) -> Any:
+    return next((m for p in paths if (m := _get(layer, p)) is not None), None)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
+    base = getattr(model, "base_model", model)
+    for path in LAYER_LISTS:
+        layers = _get(base, path)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            owner, _, _ = path.rpartition(".")
+            return _get(base, owner) if owner else base
+    raise UserError(
+        f"the decoder layers of {type(model).__name__} were not found",
+        "add the family to dart_eval/ffn.py (docs/architecture.md, 'a model family')",
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face causal language model."""
+    owner = decoder(model)
+    return next(m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of forward's KV cache argument: transformers 5 renames `past_key_values` to `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _describe(layer: nn.Module, index: int) -> FFN | None:
+    for layout in LAYOUTS:
+        block, up, down = (_get(layer, p) for p in (layout.block, layout.up, layout.down))
+        gate = _get(layer, layout.gate) if layout.gate else None
+        act = _first(layer, layout.act)
+        attention = _first(layer, ATTENTION_OUTPUTS)
+        if any(m is None for m in (block, up, down, act, attention)) or (layout.gate and gate is None):
+            continue
+        post_norm = _first(layer, OUTPUT_NORMS)
+        residual = _first(layer, RESIDUAL_NORMS)
+        if post_norm is not None and _get(layer, "pre_feedforward_layernorm") is None:
+            residual = block  # OLMo 2: the stream enters the FFN without a norm
+        size, width = features(down)
+        return FFN(
+            layer=index, block=block, gate=gate, up=up, down=down, act=act, fused=layout.fused,
+            residual=residual if residual is not None else block,
+            output=post_norm if post_norm is not None else down,
+            attention=attention, size=size, width=width,
+        )  # fmt: skip
+    return None
+
+
+_FOUND: weakref.WeakKeyDictionary[nn.Module, list[FFN]] = weakref.WeakKeyDictionary()
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """The FFN of every layer, checked by running three tokens through the model.
+
+    Raises:
+        UserError: the family is unknown, or its FFN does not compute what its description says.
+    """
+    if model in _FOUND:
+        return _FOUND[model]
+    ffns = []
+    for index, layer in enumerate(decoder_layers(model)):
+        ffn = _describe(layer, index)
+        if ffn is None:
+            raise UserError(
+                f"the FFN of {type(layer).__name__} (layer {index} of {type(model).__name__}) is not understood "
+                f"(its parts: {', '.join(n for n, _ in layer.named_children())})",
+                "dense gated or plain FFNs are supported; mixtures of experts are not",
+            )
+        ffns.append(ffn)
+    _verify(model, ffns)
+    _FOUND[model] = ffns
+    return ffns
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, ffns: list[FFN]) -> None:
+    """Compare each description with what the model really feeds its down projection."""
+    inputs: dict[int, Tensor] = {}
+    hidden: dict[int, Tensor] = {}
+    handles = []
+    for f in ffns:
+        handles.append(f.block.register_forward_pre_hook(_keep(inputs, f.layer)))
+        handles.append(f.down.register_forward_pre_hook(_keep(hidden, f.layer)))
+    was_training = model.training
+    try:
+        model.eval()
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        base = getattr(model, "base_model", model)
+        base(input_ids=torch.tensor([[0, 1, 2]], device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    for f in ffns:
+        seen, x = hidden.get(f.layer), inputs.get(f.layer)
+        if seen is None or x is None:
+            raise UserError(f"layer {f.layer} of {type(model).__name__} did not run its FFN as described")
+        ours = f.intermediate(x).reshape(seen.shape).float()
+        scale = seen.float().abs().max().clamp_min(1e-6)
+        if not ((ours - seen.float()).abs().max() <= 0.02 * scale):
+            raise UserError(
+                f"the FFN of layer {f.layer} of {type(model).__name__} does more than act(gate x) * (up x)",
+                "this family needs an entry of its own in dart_eval/ffn.py",
+            )
+
+
+def _keep(store: dict[int, Tensor], layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        store[layer] = args[0].detach()
+
+    return hook

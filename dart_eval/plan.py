@@ -1,0 +1,247 @@
+"""From a configuration to cells: what will be run, each with a key that tells its numbers apart from all others."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dart_eval.errors import UserError, nearest
+from dart_eval.evaluation.evaluate import EvalSettings
+from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
+from dart_eval.models import Identity, ModelSpec
+from dart_eval.pruning.calibration import DEFAULT_TEXT
+from dart_eval.pruning.method import Method
+from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.session import check_sparsity
+
+SCOPE = "scored"
+PACKAGE = Path(__file__).parent
+# Code whose change may change a number. Keys of finished cells change with it.
+NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "pruning", "evaluation")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `dart-eval run` can be told; the keys of run.yaml are these names.
+
+    Attributes:
+        model, revision, dtype, device, device_map: which model and how to load it (see `ModelSpec`).
+        method: methods as typed, `name` or `name:key=value:key=value`.
+        sparsity: pruned fractions of all FFN neurons, each in [0, 1).
+        tasks: task names.
+        num_fewshot: examples before each item; None leaves each task's own number.
+        limit: first items of each task only.
+        batch_size: contexts per forward. Does not change the numbers.
+        seed: of few-shot sampling and of methods that draw.
+        max_length: tokens of context and continuation; None is the model's.
+        chunk: tokens per perplexity chunk.
+        chat_template: wrap prompts in the model's chat template.
+        cue: replaces the summarisation tasks' own cue.
+        data_dir: local data instead of the hub.
+        calibration: text file for static methods instead of the project's own.
+        output: folder of results.
+        force: run finished cells again.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    method: tuple[str, ...] = ("dense", "griffin", "dart")
+    sparsity: tuple[float, ...] = (0.5,)
+    tasks: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    max_length: int | None = None
+    chunk: int = PERPLEXITY_CHUNK
+    chat_template: bool = False
+    cue: str | None = None
+    data_dir: str | None = None
+    calibration: str | None = None
+    output: str = "out"
+    force: bool = False
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        return ModelSpec(self.model, self.revision, self.dtype, self.device, self.device_map)
+
+    @property
+    def eval_settings(self) -> EvalSettings:
+        return EvalSettings(self.num_fewshot, self.limit, self.seed, self.chat_template)
+
+    def check(self) -> None:
+        """Refuse what no run could use.
+
+        Raises:
+            UserError: the first thing that is wrong.
+        """
+        for name in ("batch_size", "limit", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(f"--num-fewshot {self.num_fewshot} must not be negative")
+        if self.chunk < 4:
+            raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
+        if not self.method or not self.sparsity:
+            raise UserError("no method or no sparsity given", "for example --method dense,dart --sparsity 0.5,0.7")
+        if self.calibration is not None and not Path(self.calibration).is_file():
+            raise UserError(f"calibration text {self.calibration} is not a file")
+        output = Path(self.output)
+        if output.exists() and not output.is_dir():
+            raise UserError(f"output {self.output} exists and is not a folder", "choose another --output")
+        for sparsity in self.sparsity:
+            check_sparsity(sparsity)
+
+
+def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
+    """Defaults, then the YAML file, then what was given on the command line (None: not given).
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"config {file} cannot be read ({error.strerror})") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"config {file} is not YAML ({error})") from None
+        if not isinstance(loaded, dict):
+            raise UserError(f"config {file} must hold keys and values", "for example `tasks: [arc, hellaswag]`")
+        values.update({str(k).replace("-", "_"): v for k, v in loaded.items()})
+    values.update({k: v for k, v in given.items() if v is not None})
+    known = {f.name: f for f in dataclasses.fields(RunConfig)}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"unknown key {key!r} in {file}", nearest(key, known))
+        values[key] = _checked(key, value)
+    config = RunConfig(**values)
+    config.check()
+    return config
+
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("num_fewshot", "limit", "batch_size", "seed", "max_length", "chunk"), int),
+    **dict.fromkeys(("chat_template", "force"), bool),
+}
+
+
+def _checked(key: str, value: Any) -> Any:
+    if key in ("method", "tasks", "sparsity"):
+        items = value.split(",") if isinstance(value, str) else value
+        items = list(items) if isinstance(items, (list, tuple)) else [items]
+        items = [i.strip() if isinstance(i, str) else i for i in items]
+        items = [i for i in items if i != ""]
+        if key != "sparsity":
+            return tuple(str(i) for i in items)
+        try:
+            return tuple(float(i) for i in items)
+        except (TypeError, ValueError):
+            raise UserError(f"sparsity {value!r} is not a number or a list of numbers", "for example 0.5,0.7") from None
+    kind = _KINDS.get(key, str)
+    if value is None or (type(value) is kind):
+        return value
+    if kind is str and isinstance(value, (str, Path)):
+        return str(value)
+    raise UserError(f"{key} must be {'text' if kind is str else kind.__name__}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (model, method, sparsity, task ...) combination: the unit of running and skipping.
+
+    `inputs` is everything that can change a number, as recorded; `key` its hash; `name` is for people.
+    """
+
+    method: Method
+    sparsity: float
+    task: str
+    inputs: dict[str, Any] = field(compare=False)
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        sparsity = f"-{self.sparsity:g}" if self.method.prunes else ""
+        return f"{self.task}-{self.method.name}{sparsity}"
+
+
+def methods_of(config: RunConfig) -> list[Method]:
+    """The methods to run, each checked; the run's seed goes to those that draw and were given none.
+
+    Raises:
+        UserError: unknown method or parameter.
+    """
+    made = []
+    for spec in config.method:
+        name, params = parse(spec)
+        method = make(name, params)
+        if "seed" in method.params() and "seed" not in params:
+            method = dataclasses.replace(method, seed=config.seed)  # type: ignore[call-arg]
+        if method not in made:
+            made.append(method)
+    return made
+
+
+def plan(config: RunConfig, identity: Identity, tasks: Sequence[str], hashes: Mapping[str, str], device: str) -> list[Cell]:
+    """All cells, task by task; a method that does not prune comes once, whatever the sparsities.
+
+    Args:
+        identity: of the model. tasks: expanded names. hashes: task -> hash of its configuration and documents.
+        device: type of device (cpu, cuda): kernels differ in their last bits.
+    """
+    cells = []
+    for task in tasks:
+        for method in methods_of(config):
+            for sparsity in dict.fromkeys(config.sparsity) if method.prunes else (0.0,):
+                inputs = {
+                    "model": dataclasses.asdict(identity), "dtype": config.dtype, "device": device,
+                    "method": method.name, "params": method.params(), "sparsity": sparsity,
+                    "scope": SCOPE, "execution": "masked", "task": task, "task_hash": hashes[task],
+                    "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
+                    "max_length": config.max_length, "chunk": config.chunk,
+                    "chat_template": config.chat_template, "cue": config.cue,
+                    "calibration": _file_hash(config.calibration), "code": code_hash(), "versions": versions(),
+                }  # fmt: skip
+                cells.append(Cell(method, sparsity, task, inputs))
+    return cells
+
+
+def versions() -> dict[str, str]:
+    """Versions that numbers depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "lm_eval")}
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, as recorded beside the numbers."""
+    names = ("dart-eval", "datasets", "rouge-score")
+    return {**versions(), **{n: version(n) for n in names}, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def code_hash() -> str:
+    """sha256 over the source of this project's numeric code."""
+    files = [f for part in NUMERIC_CODE for f in ([PACKAGE / part] if part.endswith(".py") else (PACKAGE / part).rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _file_hash(path: str | None) -> str:
+    return hashlib.sha256(Path(path or DEFAULT_TEXT).read_bytes()).hexdigest()

@@ -1,0 +1,1 @@
+"""Pruning: methods, their registry, and `prune()`, which attaches one to a model. Knows no tasks."""

@@ -1,0 +1,66 @@
+"""Activation statistics of a calibration text, for static methods. Computed once, when a method asks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.errors import UserError
+from dart_eval.ffn import FFN, find_ffns
+
+DEFAULT_TEXT = Path(__file__).parent.parent / "data" / "calibration.txt"
+SEGMENT = 512  # tokens per forward: long enough for context, short enough for memory
+
+
+class TextCalibration:
+    """Calibration on a text file (by default the project's own, which no shipped task uses)."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, path: str | Path | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.path = Path(path) if path is not None else DEFAULT_TEXT
+        self._energy: list[Tensor] | None = None
+
+    @property
+    def ffns(self) -> list[FFN]:
+        return find_ffns(self.model)
+
+    @torch.no_grad()
+    def energy(self) -> list[Tensor]:
+        """Per layer [F] fp32: sum over all tokens of h^2, h the input of the down projection."""
+        if self._energy is None:
+            self._energy = self._measure()
+        return self._energy
+
+    def _measure(self) -> list[Tensor]:
+        if self.tokenizer is None:
+            raise UserError("this method calibrates on text and needs the tokenizer", "pass tokenizer= to prune()")
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"calibration text {self.path} cannot be read ({error.strerror})") from None
+        ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
+        if len(ids) < 2:
+            raise UserError(f"calibration text {self.path} is empty")
+        totals: list[Tensor | None] = [None] * len(self.ffns)
+
+        def watch(layer: int) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                energy = args[0].float().square().sum((0, 1))
+                before = totals[layer]
+                totals[layer] = energy if before is None else before + energy
+
+            return hook
+
+        handles = [f.down.register_forward_pre_hook(watch(f.layer)) for f in self.ffns]
+        base = getattr(self.model, "base_model", self.model)
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        try:
+            for segment in ids.split(SEGMENT):
+                base(input_ids=segment[None].to(device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [t for t in totals if t is not None]

@@ -1,0 +1,50 @@
+"""Names of methods. Built-in ones are listed here; others come through the entry point `dart_eval.methods`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from dart_eval.errors import UserError, nearest
+from dart_eval.pruning.method import Method, build
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.methods.dense import Dense
+from dart_eval.pruning.methods.griffin import Griffin
+from dart_eval.pruning.methods.magnitude import Magnitude
+from dart_eval.pruning.methods.random import Random
+from dart_eval.pruning.methods.wanda_sp import WandaSp
+
+BUILT_IN: tuple[type[Method], ...] = (Dense, Random, Magnitude, WandaSp, Griffin, Dart)
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every known method by name: the built-in ones, then those of other installed packages."""
+    known = {cls.name: cls for cls in BUILT_IN}
+    for entry in entry_points(group="dart_eval.methods"):
+        known.setdefault(entry.name, entry.load())
+    return known
+
+
+def make(name: str, params: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name with the given parameters.
+
+    Raises:
+        UserError: unknown name (nearest ones offered), unknown parameter or bad value.
+    """
+    known = methods()
+    if name not in known:
+        raise UserError(f"unknown method {name!r}", nearest(name, known))
+    return build(known[name], params or {})
+
+
+def parse(spec: str) -> tuple[str, dict[str, str]]:
+    """`dart:allocation=uniform:window=8` -> ("dart", {"allocation": "uniform", "window": "8"})."""
+    name, *pairs = spec.strip().split(":")
+    params = {}
+    for pair in pairs:
+        key, sep, value = pair.partition("=")
+        if not sep or not key:
+            raise UserError(f"{spec!r} is not a method", "write NAME or NAME:key=value:key=value")
+        params[key.strip()] = value.strip()
+    return name.strip(), params

@@ -1,0 +1,338 @@
+"""`prune()`: attach a method to a model, run, detach. The life of one forward:
+
+    begin (pre-hook of the decoder)  which phase is this, which tokens are real
+    each layer                       context: observe h and the stream;  decode: multiply h by the mask
+    end (hook of the decoder)        context: make masks;  decode: ask the detector, renew masks
+
+Masks are 0/1 factors on the input of the down projection, so any batch runs, every sequence with its own mask
+(execution `masked`: exact, no time saved). They change only in `end`, never inside a forward.
+
+Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding; more
+tokens on a filled cache extend the context (chunked prefill, a further turn): they run dense, are observed, and the
+masks are made anew. The evaluation sets phases itself with `context()` and `decode()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.allocation import keep_counts
+from dart_eval.errors import UserError
+from dart_eval.ffn import FFN, decoder, find_ffns
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
+from dart_eval.pruning.registry import make
+from dart_eval.pruning.state import SequenceState, top_k_mask
+
+Phase = Literal["off", "context", "decode"]
+
+
+class Session:
+    """One method on one model. Made by `prune`; see there."""
+
+    def __init__(self, model: nn.Module, method: Method, sparsity: float, calibration: Calibration | None = None) -> None:
+        self.model, self.method = model, method
+        self.sparsity = sparsity if method.prunes else 0.0
+        self.ffns = find_ffns(model)
+        self.state: SequenceState | None = None
+        self.densities: list[Tensor] = []  # [B] per decoding forward since the last new context
+        self.events: list[dict[str, Any]] = []  # re-masks since then: decode step, sequence, signal, threshold
+        self._static: list[Tensor] | None = None  # L x [1, F] bool
+        if isinstance(method, StaticMethod):
+            self._static = self._static_masks(method, calibration)
+        self._phase: Phase = "off"
+        self._forced: Phase | None = None
+        self._valid = torch.ones(0, 0, dtype=torch.bool)
+        self._residual: Tensor | None = None  # residual stream on its way through one layer
+        self._attention: Tensor | None = None  # last layer's attention output of this forward
+        self._given_valid: Tensor | None = None
+        self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    # -- what the user reads ---------------------------------------------------------------------------------
+
+    @property
+    def effective_sparsity(self) -> float:
+        """Pruned neuron-tokens / all neuron-tokens of the tokens generated so far, dense ones included."""
+        pruned, everything = self._totals
+        return pruned / everything if everything else 0.0
+
+    @property
+    def mask_sparsity(self) -> float:
+        """What the masks in force really prune, mean over sequences."""
+        return float(1 - self.density(1).mean())
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes the method keeps beside the model: masks, scores, ring buffer, detector."""
+        own = sum(m.numel() * m.element_size() for m in self._static or [])
+        return own + (self.state.nbytes() if self.state else 0)
+
+    @property
+    def remasks(self) -> list[int]:
+        """Re-masks so far, per sequence of the current batch."""
+        return self.state.remasks.tolist() if self.state else []
+
+    def density(self, batch: int) -> Tensor:
+        """[B] fp64: kept neurons / all neurons that a decoding forward uses now."""
+        if self._static is not None:
+            kept = sum(int(m.sum()) for m in self._static) / sum(f.size for f in self.ffns)
+            return torch.full((batch,), kept, dtype=torch.float64)
+        if self.state is not None and self.state.masks is not None:
+            return self.state.density()
+        return torch.ones(batch, dtype=torch.float64)
+
+    # -- what the evaluation calls ---------------------------------------------------------------------------
+
+    @contextmanager
+    def context(self, valid: Tensor) -> Iterator[None]:
+        """The forward inside is the dense context of new sequences. valid: [B, T] bool, False for padding."""
+        self.state = None
+        with self._force("context", valid):
+            yield
+
+    @contextmanager
+    def decode(self, valid: Tensor) -> Iterator[None]:
+        """The forward inside runs pruned under the masks in force. valid: [B, T] bool; T <= `room()`."""
+        with self._force("decode", valid):
+            yield
+
+    def no_context(self, batch: int, device: torch.device) -> None:
+        """Begin new sequences that have no context: prompt methods run them dense."""
+        self.state = None
+        if isinstance(self.method, PromptMethod):
+            self.state = SequenceState(self.ffns, self.method, self.sparsity, batch, device)
+            self.state.skip_context()
+
+    def room(self) -> int | None:
+        """Tokens that may run in one decoding forward before the masks may change; None for any number."""
+        detector = self.state.detector if self.state else None
+        return detector.room() if detector else None
+
+    def fork(self, state: SequenceState | None, rows: Tensor) -> None:
+        """Continue from `state` (earlier `session.state`) with its sequences `rows`, repeats allowed."""
+        self.state = state.select(rows) if state is not None else None
+
+    @contextmanager
+    def _force(self, phase: Phase, valid: Tensor) -> Iterator[None]:
+        self._forced, self._given_valid = phase, valid
+        try:
+            yield
+        finally:
+            self._forced, self._given_valid = None, None
+
+    # -- one forward -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = args[0]
+        batch, length = tokens.shape[:2]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        past = cache.get_seq_length() if cache is not None else 0
+        if self._forced is not None:
+            self._phase = self._forced
+        else:
+            self._phase = "decode" if past and length == 1 else "context"
+            if not past:
+                self.state = None
+        self._valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
+        if not past:
+            self.densities, self.events = [], []
+        if self.state is not None and self.state.batch != batch:
+            raise UserError(
+                f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
+                "masks are per sequence: use greedy search or sampling (num_beams=1), with one cache per batch",
+            )
+        if isinstance(self.method, PromptMethod) and self.state is None:
+            self.state = SequenceState(self.ffns, self.method, self.sparsity, batch, tokens.device)
+            if self._phase == "decode":  # the cache was filled before the session began: observe from here
+                self._phase = "context"
+        if self._phase == "decode":
+            density = self.density(batch)
+            self.densities.append(density)
+            self._totals[0] += float((1 - density).sum()) * length
+            self._totals[1] += batch * length
+        elif self._forced is None and not past:
+            self._totals[1] += batch  # the prompt's last position makes the first token, densely
+
+    def _tokens_that_count(self, mask: Any, batch: int, length: int, device: torch.device) -> Tensor:
+        if self._given_valid is not None:
+            return self._given_valid
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask[:, -length:].bool().to(device)
+        if mask is not None and batch > 1:
+            raise UserError(
+                "prune() needs the two-dimensional attention mask to leave padding out of a batch",
+                "pass attention_mask of shape [batch, tokens], or run one sequence at a time",
+            )
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        attention, self._attention = self._attention, None
+        if self.state is None:
+            return
+        if self._phase == "context":
+            self.state.finish_context(self._valid)
+        elif self.state.detector is not None and attention is not None:
+            detector = self.state.detector
+            alarms = self.state.monitor(attention, self._valid)
+            if bool(alarms.any()):
+                for row in alarms.nonzero().flatten().tolist():
+                    self.events.append({
+                        "step": len(self.densities), "sequence": row,
+                        "signal": float(detector.signal[row]), "threshold": float(detector.threshold[row]),
+                    })  # fmt: skip
+                self.state.remask(alarms)
+
+    def _on_hidden(self, layer: int) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            h = args[0]
+            if self._phase == "context" and self.state is not None:
+                self.state.observe_hidden(layer, h, self._valid)
+            elif self._phase == "decode":
+                masks = self._static if self._static is not None else (self.state and self.state.masks)
+                if masks:
+                    return (h * masks[layer].to(h.device)[:, None], *args[1:])
+            return None
+
+        return hook
+
+    def _on_input(self, layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.state is not None and self.state.ring is not None:
+                self.state.ring.write(layer, args[0])
+
+        return hook
+
+    def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._phase == "context":
+            self._residual = args[0]
+
+    def _on_output(self, layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            residual, self._residual = self._residual, None
+            if self._phase == "context" and self.state is not None and residual is not None:
+                self.state.observe_change(layer, residual, output, self._valid)
+
+        return hook
+
+    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        if self.state is None or self.state.detector is None:
+            return
+        if self._phase == "context":
+            self.state.observe_attention(output, self._valid)
+        else:
+            self._attention = output
+
+    # -- attach and detach -----------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Install the hooks the method needs. Weights are never touched."""
+        if not self.method.prunes:
+            return
+        add = self._handles.append
+        add(decoder(self.model).register_forward_pre_hook(self._begin, with_kwargs=True))
+        add(decoder(self.model).register_forward_hook(self._end))
+        prompt = self.method if isinstance(self.method, PromptMethod) else None
+        for ffn in self.ffns:
+            add(ffn.down.register_forward_pre_hook(self._on_hidden(ffn.layer)))
+            if prompt and prompt.layer_allocation == "depth":
+                add(ffn.residual.register_forward_pre_hook(self._on_residual))
+                add(ffn.output.register_forward_hook(self._on_output(ffn.layer)))
+            if prompt and prompt.drift:
+                add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
+        if prompt and prompt.drift:
+            add(self.ffns[-1].attention.register_forward_hook(self._on_attention))
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _static_masks(self, method: StaticMethod, calibration: Calibration | None) -> list[Tensor]:
+        if calibration is None:
+            raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
+        scores = method.static_scores(calibration)
+        sizes = [f.size for f in self.ffns]
+        keep = keep_counts([1 - self.sparsity] * len(sizes), sizes, self.sparsity)
+        return [
+            top_k_mask(s[None], torch.tensor([k])).to(_device_of(ffn))
+            for s, k, ffn in zip(scores, keep, self.ffns, strict=True)
+        ]
+
+
+def _device_of(ffn: FFN) -> torch.device:
+    return next(ffn.down.parameters()).device
+
+
+def check_sparsity(sparsity: float) -> float:
+    """The sparsity, if it lies in [0, 1).
+
+    Raises:
+        UserError: it does not.
+    """
+    if not 0 <= sparsity < 1:
+        raise UserError(
+            f"sparsity {sparsity:g} is outside [0, 1)", "it is the pruned fraction: write 0.7 for 70 %, below 1"
+        )
+    return sparsity
+
+
+@contextmanager
+def prune(
+    model: nn.Module,
+    method: str | Method = "dart",
+    sparsity: float = 0.5,
+    *,
+    tokenizer: Any = None,
+    calibration: Calibration | str | Path | None = None,
+    **params: Any,
+) -> Iterator[Session]:
+    """Prune the FFN neurons of `model` while the block runs; the model leaves it as it came.
+
+    The prompt (prefill) runs dense, every decoded token pruned:
+
+        with prune(model, "dart", sparsity=0.7) as session:
+            model.generate(**inputs)
+        session.effective_sparsity, session.remasks, session.state_bytes
+
+    Args:
+        model: a Hugging Face causal language model with a gated or plain FFN.
+        method: a name from `dart_eval.methods()`, or a `Method`.
+        sparsity: fraction of all FFN neurons to prune, in [0, 1).
+        tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
+        calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
+        params: the method's parameters, e.g. `allocation="uniform"`.
+
+    Yields:
+        The `Session`, which tells effective sparsity, state bytes and re-masks.
+
+    Raises:
+        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood.
+    """
+    check_sparsity(sparsity)
+    if isinstance(method, Method):
+        if params:
+            raise UserError("parameters go into the Method object, not beside it")
+    else:
+        method = make(method, params)
+    if not isinstance(calibration, Calibration):
+        calibration = TextCalibration(model, tokenizer, calibration)
+    session = Session(model, method, sparsity, calibration)
+    try:
+        session.attach()
+        yield session
+    finally:
+        session.detach()
+

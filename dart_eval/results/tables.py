@@ -1,0 +1,226 @@
+"""Tables of records: rows as data (json, csv), and for people (md, tex, a terminal)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dart_eval.results.record import Record
+
+FORMATS = ("md", "csv", "tex", "json")
+# Tables of quality: title, and the metrics that are its columns. Any other metric goes to a table of its own.
+QUALITY = (
+    ("Accuracy", ("acc", "acc_norm", "exact_match", "em", "f1", "mcc")),
+    ("Summaries", ("rouge1", "rouge2", "rougeL", "summary_words", "empty")),
+    ("Perplexity (lower is better)", ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")),
+)
+
+
+def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
+    """One row per metric of each record, sorted by model, task, metric, sparsity, method.
+
+    subtasks: also the members of groups (mmlu's subjects).
+    """
+    found = []
+    for record in records:
+        cell = record.inputs
+        for m in record.metrics:
+            if m.part_of is not None and not subtasks:
+                continue
+            found.append({
+                "model": cell["model"]["name"], "method": cell["method"], "params": cell["params"],
+                "sparsity": cell["sparsity"], "scope": cell["scope"], "task": m.task, "metric": m.metric,
+                "value": m.value, "stderr": m.stderr, "n": m.n, "higher_is_better": m.higher_is_better,
+                "mask_sparsity": record.mask_sparsity, "effective_sparsity": record.effective_sparsity,
+                "weights_read": record.weights_read, "remasks": record.remasks, "tokens": record.tokens,
+                "num_fewshot": cell["num_fewshot"], "limit": cell["limit"], "seed": cell["seed"],
+                **{f"flops_{k}": v for k, v in record.flops.items()},
+                **{f"memory_{k}": v for k, v in record.memory.items()},
+                "key": record.key,
+            })  # fmt: skip
+    found.sort(key=lambda r: (r["model"], r["task"], r["metric"], r["sparsity"], r["method"], json.dumps(r["params"])))
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people: title, column heads, cells as text, and a note under it."""
+
+    title: str
+    columns: list[str]
+    body: list[list[str]]
+    note: str = ""
+
+
+def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
+    """Accuracy, summaries, perplexity, FLOPs and memory, those that have rows."""
+    data = rows(records, subtasks)
+    labels = _labels(data)
+    made = []
+    for title, metrics in QUALITY:
+        chosen = [r for r in data if r["metric"] in metrics]
+        if chosen:
+            made.append(_quality(title, chosen, [m for m in metrics if any(r["metric"] == m for r in chosen)], labels))
+    named = {metric for _, metrics in QUALITY for metric in metrics}
+    rest = [r for r in data if r["metric"] not in named]
+    if rest:
+        made.append(_quality("Other metrics", rest, sorted({r["metric"] for r in rest}), labels))
+    return [*made, _flops(records, labels), _memory(records, labels)]
+
+
+def _labels(data: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A method's label per cell key: its name, with parameters where one name stands for several settings."""
+    settings: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in data:
+        settings.setdefault(r["method"], {})[json.dumps(r["params"], sort_keys=True)] = r["params"]
+    labels = {}
+    for r in data:
+        variants = list(settings[r["method"]].values())
+        differing = sorted({k for v in variants for k in v if any(v.get(k) != w.get(k) for w in variants)})
+        extra = ":".join(f"{k}={_plain(r['params'].get(k))}" for k in differing)
+        labels[r["key"]] = f"{r['method']}:{extra}" if extra else r["method"]
+    return labels
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], labels: dict[str, str]) -> Table:
+    lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for r in data:
+        lines.setdefault((r["task"], r["key"]), {})[r["metric"]] = r
+    many = len({r["model"] for r in data}) > 1
+    columns = [*(["model"] if many else []), "task", "method", "sparsity", *metrics, "n", "effective", "mask", "read", "scope"]
+    body = []
+    for (task, key), by_metric in sorted(lines.items(), key=lambda item: _order(next(iter(item[1].values())), labels)):
+        r = next(iter(by_metric.values()))
+        body.append([
+            *([r["model"]] if many else []), task, labels[key], f"{r['sparsity']:g}",
+            *(_value(by_metric.get(m)) for m in metrics), str(r["n"]), f"{r['effective_sparsity']:.3f}",
+            f"{r['mask_sparsity']:.3f}", f"{r['weights_read']:.3f}", r["scope"],
+        ])  # fmt: skip
+    note = (
+        "value ± standard error. sparsity: pruned share of FFN neurons asked for; effective: pruned neuron-tokens / all "
+        "neuron-tokens of the scored or generated tokens; mask: what the masks prune; read: FFN weights a pruned token reads."
+    )
+    return Table(title, columns, body, note)
+
+
+def _order(r: dict[str, Any], labels: dict[str, str]) -> tuple[Any, ...]:
+    return r["model"], r["task"], r["sparsity"], labels[r["key"]]
+
+
+def _value(r: dict[str, Any] | None) -> str:
+    if r is None:
+        return "-"
+    digits = 4 if abs(r["value"]) < 10 else 1 if abs(r["value"]) >= 100 else 2
+    if r["metric"] == "summary_words":
+        digits = 1
+    text = f"{r['value']:.{digits}f}"
+    return text if r["stderr"] is None else f"{text} ± {r['stderr']:.{digits}f}"
+
+
+def _flops(records: Sequence[Record], labels: dict[str, str]) -> Table:
+    body = []
+    for r in _sorted(records, labels):
+        f = r.flops
+        body.append([
+            _task(r), labels.get(r.key, r.inputs["method"]), f"{r.inputs['sparsity']:g}", str(f["context_tokens"]),
+            _si(f["prefill"]), _si(f["decode_step_dense"]), _si(f["decode_step_pruned"]),
+            f"{f['decode_step_pruned'] / f['decode_step_dense']:.3f}", _si(f["tracing_prefill"]),
+            _si(f["tracing_decode_step"]), f"{100 * f['tracing_share']:.3f} %", str(r.remasks),
+        ])  # fmt: skip
+    columns = ["task", "method", "sparsity", "context", "prefill", "decode dense", "decode pruned", "ratio",
+               "tracing prefill", "tracing/token", "of dense", "re-masks"]  # fmt: skip
+    note = (
+        "FLOPs from shapes (a multiply-add is two) at the mean context length of the cell; tracing/token includes the "
+        "re-masks seen. Execution is `masked`: these are the FLOPs that skipping the pruned neurons leaves, not time saved."
+    )
+    return Table("FLOPs", columns, body, note)
+
+
+def _memory(records: Sequence[Record], labels: dict[str, str]) -> Table:
+    body = []
+    for r in _sorted(records, labels):
+        m = r.memory
+        body.append([
+            _task(r), labels.get(r.key, r.inputs["method"]), f"{r.inputs['sparsity']:g}",
+            _mib(m["weights"]), _mib(m["state"], 3), _mib(m["peak"]),
+        ])  # fmt: skip
+    note = "MiB. state: what the method keeps per sequence. peak: of the process (CPU) or of the GPU while the cell ran."
+    return Table("Memory", ["task", "method", "sparsity", "weights", "state", "peak"], body, note)
+
+
+def _sorted(records: Sequence[Record], labels: dict[str, str]) -> list[Record]:
+    return sorted(
+        records,
+        key=lambda r: (r.inputs["model"]["name"], _task(r), r.inputs["sparsity"], labels.get(r.key, r.inputs["method"])),
+    )
+
+
+def _task(record: Record) -> str:
+    return str(record.inputs["task"])
+
+
+def _si(value: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def _mib(value: float, digits: int = 1) -> str:
+    return f"{value / 2**20:.{digits}f}"
+
+
+def render(records: Sequence[Record], form: str, subtasks: bool = False) -> str:
+    """The tables as text in one of `FORMATS`; json and csv hold the rows, md and tex the tables for people."""
+    if form == "json":
+        return json.dumps(rows(records, subtasks), indent=1, ensure_ascii=False) + "\n"
+    if form == "csv":
+        return _csv(rows(records, subtasks))
+    writer = _markdown if form == "md" else _latex
+    return "\n".join(writer(t) for t in tables(records, subtasks))
+
+
+def _csv(data: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    names = list(dict.fromkeys(k for r in data for k in r))
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    for r in data:
+        writer.writerow({k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in r.items()})
+    return out.getvalue()
+
+
+def _markdown(table: Table) -> str:
+    widths = [max(len(row[i]) for row in [table.columns, *table.body]) for i in range(len(table.columns))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    parts = [f"### {table.title}", "", line(table.columns), rule, *map(line, table.body), ""]
+    return "\n".join([*parts, table.note, ""] if table.note else parts)
+
+
+_TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$"}
+
+
+def _latex(table: Table) -> str:
+    def cell(text: str) -> str:
+        return "".join(_TEX.get(c, c) for c in text)
+
+    lines = [
+        r"\begin{table}", rf"\caption{{{cell(table.title)}. {cell(table.note)}}}", r"\centering",
+        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\toprule",
+        " & ".join(map(cell, table.columns)) + r" \\", r"\midrule",
+        *(" & ".join(map(cell, row)) + r" \\" for row in table.body),
+        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
