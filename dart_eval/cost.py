@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dart_eval.ffn import FFN, features, decoder_layers
+from dart_eval.ffn import FFN, decoder_layers, features
 from dart_eval.pruning.method import Method, PromptMethod
 
 
@@ -107,7 +107,7 @@ class Tracing:
 
 
 def tracing(method: Method, shape: ModelShape, tokens: int) -> Tracing:
-    """What `method` adds on a prompt of that many tokens. Elementwise work counts one FLOP per element and operation."""
+    """What `method` adds on a prompt of that many tokens. Elementwise: one FLOP per element and operation."""
     if not isinstance(method, PromptMethod):
         return Tracing(0, 0.0, 0)
     neurons, width = sum(shape.ffn_sizes), shape.width

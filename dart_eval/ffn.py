@@ -36,9 +36,7 @@ LAYOUTS = (
     # Llama, Mistral, Qwen2/3, Gemma 1-3, OLMo, SmolLM, Granite, Cohere, StableLM
     Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj"),
     # Phi-3, GLM-4
-    Layout(
-        "mlp", "mlp.gate_up_proj", "mlp.down_proj", ("mlp.activation_fn", "mlp.act_fn"), fused=True
-    ),
+    Layout("mlp", "mlp.gate_up_proj", "mlp.down_proj", ("mlp.activation_fn", "mlp.act_fn"), fused=True),
     Layout("mlp", "mlp.c_fc", "mlp.c_proj", ("mlp.act",)),  # GPT-2, GPT-BigCode, StarCoder2
     Layout("mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ("mlp.act",)),  # GPT-NeoX, Falcon
     Layout("mlp", "mlp.fc1", "mlp.fc2", ("mlp.activation_fn", "mlp.act")),  # Phi
@@ -123,11 +121,11 @@ def weight_matrix(linear: nn.Module) -> Tensor:
     return weight.T if _is_conv1d(linear) else weight
 
 
-def _is_conv1d(linear: nn.Module) -> bool:
+def _is_conv1d(linear: Any) -> bool:
     return type(linear).__name__ == "Conv1D"
 
 
-def features(linear: nn.Module) -> tuple[int, int]:
+def features(linear: Any) -> tuple[int, int]:
     """(in, out) features of a projection, without touching its (perhaps quantised) weight."""
     if _is_conv1d(linear):
         return int(linear.nx), int(linear.nf)
@@ -231,7 +229,7 @@ def _verify(model: nn.Module, ffns: list[FFN]) -> None:
     was_training = model.training
     try:
         model.eval()
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         base = getattr(model, "base_model", model)
         base(input_ids=torch.tensor([[0, 1, 2]], device=device), use_cache=False)
     finally:

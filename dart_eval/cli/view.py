@@ -1,4 +1,4 @@
-"""What a person sees of a run: on a terminal a progress bar with the time left, elsewhere one line per finished cell."""
+"""What a person sees of a run: a progress bar with the time left on a terminal, one line per finished cell anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from dart_eval.results.record import Metric, Record
@@ -79,7 +87,10 @@ class TerminalView:
     def failed(self, cell: Any, error: BaseException) -> None:
         """A failed cell's line."""
         text = " ".join(str(error).split())[:300]
-        self.console.print(f"[red]failed[/red] {cell.name:<32} {type(error).__name__}: {text} (--verbose for more)", markup=True)
+        self.console.print(
+            f"[red]failed[/red] {cell.name:<32} {type(error).__name__}: {text} (--verbose for more)",
+            markup=True,
+        )
         self._next()
 
     def _next(self) -> None:
@@ -113,7 +124,13 @@ def print_tables(records: Sequence[Record]) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
     for made in tables(records):
-        table = Table(title=made.title, title_justify="left", caption=made.note, caption_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title=made.title,
+            title_justify="left",
+            caption=made.note,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
         for i, column in enumerate(made.columns):
             text = column in ("task", "method", "model", "scope")
             table.add_column(column, justify="left" if text else "right", no_wrap=not (text and i == 0))

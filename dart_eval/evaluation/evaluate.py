@@ -18,7 +18,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
 from dart_eval.evaluation.lm import PrunedLM, Usage
-from dart_eval.evaluation.tasks import documents, leaves
+from dart_eval.evaluation.tasks import Tasks, documents, leaves
 from dart_eval.pruning.session import Session
 from dart_eval.results.record import Metric
 
@@ -61,16 +61,18 @@ def count_requests(items: Sequence[Task | Group], limit: int | None) -> int:
     return total
 
 
-def evaluate_task(lm: PrunedLM, session: Session | None, items: Sequence[Task | Group], settings: EvalSettings) -> Outcome:
-    """Run lm-eval's `simple_evaluate` on one task (a list: tags hold several, groups nest).
+def evaluate_task(lm: PrunedLM, session: Session | None, tasks: Tasks, name: str, settings: EvalSettings) -> Outcome:
+    """Run lm-eval's `simple_evaluate` on one task, group or tag.
 
     Prompts and metrics are lm-eval's; its response cache stays off.
     """
-    lm.begin(session, documents(list(items)))
+    items = tasks.load(name)
+    lm.begin(session, documents(items))
     with _quiet():
         results: Any = lm_eval.simple_evaluate(
             model=lm,
             tasks=list(items),
+            task_manager=tasks.manager,  # or lm-eval would index all its tasks again
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             bootstrap_iters=BOOTSTRAPS,
@@ -113,7 +115,9 @@ def _metrics(results: Any) -> list[Metric]:
                 continue
             stderr = values.get(f"{metric}_stderr,{filter_}")
             if not isinstance(stderr, (int, float)) or math.isnan(stderr):
-                stderr = _perplexity_stderr(metric, [s[metric] for s in results["samples"].get(task, []) if metric in s])
+                stderr = _perplexity_stderr(
+                    metric, [s[metric] for s in results["samples"].get(task, []) if metric in s]
+                )
             label = metric if filter_ == "none" else f"{metric},{filter_}"
             found.append(
                 Metric(task, label, float(value), stderr, n, bool(better.get(metric, True)), parents.get(task))
@@ -170,7 +174,10 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     digest = hashlib.sha256()
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
         config = task.dump_config() if hasattr(task, "dump_config") else {}
-        for volatile in ("dataset_kwargs", "metadata"):  # paths of this machine; versions are in the functions' source
+        for volatile in (
+            "dataset_kwargs",
+            "metadata",
+        ):  # paths of this machine; versions are in the functions' source
             config.pop(volatile, None)
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         docs = task.eval_docs

@@ -88,7 +88,7 @@ class PrunedLM(HFLM):
         chunk: int = PERPLEXITY_CHUNK,
         on_progress: Callable[[int], None] = lambda n: None,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)  # type: ignore[arg-type]
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         self.contexts_per_batch = batch_size
         self.chunk = chunk
         self.on_progress = on_progress
@@ -166,22 +166,22 @@ class PrunedLM(HFLM):
         return list(answers)
 
     def _bytes(self, tokens: list[int]) -> int:
-        return len(self.tok_decode(tokens).encode())  # type: ignore[arg-type]
+        return len(self.tok_decode(tokens).encode())
 
     # -- generation ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Dense prefill, mask at its end, every decoded token pruned."""
-        eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)  # type: ignore[arg-type]
+        eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         texts: dict[int, str] = {}
         for members in groups.values():
             kwargs = dict(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
-            stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)  # type: ignore[arg-type]
-            new_tokens: int = kwargs.pop("max_gen_toks")  # type: ignore[assignment]
+            stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+            new_tokens: int = kwargs.pop("max_gen_toks")
             budget = self.max_length - new_tokens
             if budget <= 0:
                 raise UserError(f"{new_tokens} new tokens do not fit in a length of {self.max_length}")
@@ -217,11 +217,11 @@ class PrunedLM(HFLM):
         """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""
         end = next((i + 1 for i, token in enumerate(tokens) if token in self._ends), len(tokens))
         low, high = 1, end  # the shortest prefix that holds a stop sequence, if the whole does
-        if not any(s in self.tok_decode(tokens[:end]) for s in stop if s):  # type: ignore[arg-type]
+        if not any(s in self.tok_decode(tokens[:end]) for s in stop if s):
             return end
         while low < high:
             middle = (low + high) // 2
-            if any(s in self.tok_decode(tokens[:middle]) for s in stop if s):  # type: ignore[arg-type]
+            if any(s in self.tok_decode(tokens[:middle]) for s in stop if s):
                 high = middle
             else:
                 low = middle + 1
@@ -252,7 +252,7 @@ class PrunedLM(HFLM):
                     f"a prompt of {request.task_name} leaves no room for its document in {budget} tokens",
                     "use fewer shots, a larger --max-length, or a model with a longer context",
                 )
-            short = self.tok_decode(pieces[:keep]).rstrip()  # type: ignore[arg-type]
+            short = self.tok_decode(pieces[:keep]).rstrip()
             cut = prompt[:at] + short + prompt[at + len(document) :]
             excess = len(self.tok_encode(cut)) - budget
             if excess <= 0:
@@ -264,9 +264,9 @@ def _truncated(context: list[int], continuation: list[int], max_length: int) -> 
     """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted."""
     if len(continuation) > max_length:
         raise UserError(
-            f"a continuation of {len(continuation)} tokens does not fit in {max_length}", "use a larger --max-length"
+            f"a continuation of {len(continuation)} tokens does not fit in {max_length}",
+            "use a larger --max-length",
         )
     whole = (context + continuation)[-(max_length + 1) :]
     split = len(whole) - len(continuation)
     return Request(tuple(whole[:split]), tuple(whole[split:]))
-

@@ -69,10 +69,14 @@ class Scorer:
     """Scores requests on one model, pruned by `session` (None: dense)."""
 
     def __init__(
-        self, model: PreTrainedModel, head: Callable[[Tensor], Tensor], session: Session | None, batch_size: int
+        self,
+        model: PreTrainedModel,
+        head: Callable[[Tensor], Tensor],
+        session: Session | None,
+        batch_size: int,
     ) -> None:
         self.model, self.head, self.session, self.batch_size = model, head, session, batch_size
-        self.device = model.get_input_embeddings().weight.device
+        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.state_bytes = 0  # largest method state seen, per sequence
         self._cache_name = cache_argument(model)
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
@@ -97,7 +101,10 @@ class Scorer:
         return [scores[i] for i in range(len(requests))]
 
     def _score_contexts(
-        self, contexts: list[tuple[int, ...]], by_context: dict[tuple[int, ...], list[int]], requests: Sequence[Request]
+        self,
+        contexts: list[tuple[int, ...]],
+        by_context: dict[tuple[int, ...], list[int]],
+        requests: Sequence[Request],
     ) -> list[tuple[int, Score]]:
         prefix, valid = _pad([c[:-1] for c in contexts], left=True, device=self.device)
         cache: Any = DynamicCache(config=self.model.config)
@@ -239,11 +246,13 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
-    tokens = torch.tensor([[0, 1, 2]], device=model.get_input_embeddings().weight.device)
+    device: Any = model.get_input_embeddings().weight.device
+    tokens = torch.tensor([[0, 1, 2]], device=device)
     theirs = model(input_ids=tokens, use_cache=False).logits[0].float()
     ours = head(model.base_model(input_ids=tokens, use_cache=False)[0][0]).float()
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise UserError(
-            f"the output head of {type(model).__name__} is not understood", "add it to dart_eval/evaluation/scoring.py"
+            f"the output head of {type(model).__name__} is not understood",
+            "add it to dart_eval/evaluation/scoring.py",
         )
     return head

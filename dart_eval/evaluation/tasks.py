@@ -126,7 +126,8 @@ class Tasks:
             for task in ALIASES.get(name, (name,)):
                 if task not in known:
                     raise UserError(
-                        f"unknown task {name!r}", nearest(name, known | set(ALIASES)) or "`dart-eval ls tasks` lists them"
+                        f"unknown task {name!r}",
+                        nearest(name, known | set(ALIASES)) or "`dart-eval ls tasks` lists them",
                     )
                 expanded.setdefault(task)
         if not expanded:
@@ -169,7 +170,13 @@ class Tasks:
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
-    names = ("ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+    names = (
+        "ConnectionError",
+        "ConnectError",
+        "ConnectTimeout",
+        "OfflineModeIsEnabled",
+        "LocalEntryNotFoundError",
+    )
     while error is not None:
         if type(error).__name__ in names or isinstance(error, ConnectionError):
             return True
@@ -209,4 +216,4 @@ def _weight_by_coverage(task: Task) -> None:
             return {k: (v[0], v[1] * share) if isinstance(v, tuple) else v for k, v in metrics.items()}
         return metrics
 
-    task.process_results = types.MethodType(process_results, task)  # type: ignore[method-assign]
+    task.process_results = types.MethodType(process_results, task)

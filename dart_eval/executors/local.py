@@ -28,7 +28,6 @@ from dart_eval.pruning.session import prune
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
-
 log = logging.getLogger(__name__)
 
 
@@ -105,13 +104,17 @@ class _Runner:
         self.shape = cost.shape_of(self.model, find_ffns(self.model))
         self.calibration = TextCalibration(self.model, self.tokenizer, config.calibration)
         self.lm = PrunedLM(
-            self.model, self.tokenizer, config.batch_size, config.max_length, config.chunk, on_progress=view.advanced
+            self.model,
+            self.tokenizer,
+            config.batch_size,
+            config.max_length,
+            config.chunk,
+            on_progress=view.advanced,
         )
 
     def run(self, cell: Cell) -> Record:
         """Evaluate one cell."""
-        items = self.tasks.load(cell.task)
-        self.view.started(cell, count_requests(items, self.config.limit))
+        self.view.started(cell, count_requests(self.tasks.load(cell.task), self.config.limit))
         start = time.monotonic()
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(_peak_memory(self.lm.device.type))
@@ -120,7 +123,7 @@ class _Runner:
                 session = stack.enter_context(
                     prune(self.model, cell.method, cell.sparsity, calibration=self.calibration)
                 )
-            outcome = evaluate_task(self.lm, session, items, self.config.eval_settings)
+            outcome = evaluate_task(self.lm, session, self.tasks, cell.task, self.config.eval_settings)
             state = max(outcome.state_bytes, session.state_bytes if session and session.state is None else 0)
         return self._record(cell, outcome, state, peak(), time.monotonic() - start)
 

@@ -56,7 +56,7 @@ class TextCalibration:
 
         handles = [f.down.register_forward_pre_hook(watch(f.layer)) for f in self.ffns]
         base = getattr(self.model, "base_model", self.model)
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         try:
             for segment in ids.split(SEGMENT):
                 base(input_ids=segment[None].to(device), use_cache=False)

@@ -53,6 +53,7 @@ class DriftDetector:
         self.windows: list[Tensor] = [torch.zeros(0, width, device=device) for _ in range(batch)]
         self.window_sum = torch.zeros(batch, width, device=device)  # the window being filled
         self.fill = torch.zeros(batch, dtype=torch.long, device=device)
+        self.position = 0  # decoded tokens in the current window; the same for all, since they decode together
         self.reference = torch.zeros(batch, width, device=device)
         self.threshold = torch.full((batch,), -torch.inf, device=device)
         self.pressure = torch.zeros(batch, dtype=torch.long, device=device)
@@ -76,7 +77,10 @@ class DriftDetector:
             rest = tokens[head:]
             full = len(rest) // size
             means = torch.cat(
-                [self.window_sum[row : row + 1] / size, rest[: full * size].reshape(full, size, a.shape[2]).mean(1)]
+                [
+                    self.window_sum[row : row + 1] / size,
+                    rest[: full * size].reshape(full, size, a.shape[2]).mean(1),
+                ]
             )
             self.windows[row] = torch.cat([self.windows[row], means])[-MAX_REFERENCE_WINDOWS:]
             self.window_sum[row] = rest[full * size :].sum(0)
@@ -94,12 +98,13 @@ class DriftDetector:
             if len(windows) >= max(config.min_windows, 2):
                 margin = max(config.sigma * float(similarity.std()), config.floor)
             self.threshold[row] = similarity.mean() - margin
+        self.position = 0
         for tensor in (self.window_sum, self.fill, self.pressure, self.cooling):
             tensor.zero_()
 
     def room(self) -> int:
-        """Tokens that `update` can take before a window may close."""
-        return self.config.window - int(self.fill.max())
+        """Tokens that `update` can take until the current window closes."""
+        return self.config.window - self.position
 
     def update(self, a: Tensor, valid: Tensor) -> Tensor:
         """Add decoded tokens, at most up to the end of the current window.
@@ -113,8 +118,9 @@ class DriftDetector:
         config = self.config
         self.window_sum += a.float().masked_fill(~valid[..., None], 0.0).sum(1)
         self.fill += valid.sum(1)
-        full = self.fill >= config.window
-        if not bool(full.any()):
+        self.position += a.shape[1]
+        full = self.fill >= config.window  # not for sequences that ended inside the window
+        if self.position < config.window:
             return torch.zeros_like(full)
         mean = self.window_sum / config.window
         self.signal = torch.where(full, cosine_similarity(mean, self.reference, dim=-1), self.signal)
@@ -123,14 +129,17 @@ class DriftDetector:
         cooling = self.cooling > 0
         flagged = full & ~cooling & (self.signal < self.threshold)
         self.pressure = torch.where(
-            full & ~cooling, torch.where(flagged, self.pressure + 1, (self.pressure - 1).clamp_min(0)), self.pressure
+            full & ~cooling,
+            torch.where(flagged, self.pressure + 1, (self.pressure - 1).clamp_min(0)),
+            self.pressure,
         )
         self.cooling = torch.where(full & cooling, self.cooling - 1, self.cooling)
         alarm = full & (self.pressure >= config.patience)
         self.pressure = self.pressure.masked_fill(alarm, 0)
         self.cooling = self.cooling.masked_fill(alarm, config.cooldown)
-        self.window_sum = self.window_sum.masked_fill(full[:, None], 0.0)
-        self.fill = self.fill.masked_fill(full, 0)
+        self.position = 0
+        self.window_sum = torch.zeros_like(self.window_sum)
+        self.fill = torch.zeros_like(self.fill)
         return alarm
 
     def rebase(self, rows: Tensor) -> None:
@@ -140,7 +149,7 @@ class DriftDetector:
     def select(self, rows: Tensor) -> DriftDetector:
         """An independent copy for the given sequences (indices, repeats allowed)."""
         new = object.__new__(DriftDetector)
-        new.config = self.config
+        new.config, new.position = self.config, self.position
         new.windows = [self.windows[int(r)] for r in rows]
         for name in self._tensors():
             setattr(new, name, getattr(self, name)[rows].clone())

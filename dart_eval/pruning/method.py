@@ -24,7 +24,10 @@ from dart_eval.pruning.drift import DriftConfig
 class Calibration(Protocol):
     """What a static method may look at before any prompt is seen."""
 
-    ffns: list[FFN]
+    @property
+    def ffns(self) -> list[FFN]:
+        """The model's FFNs, layer by layer."""
+        ...
 
     def energy(self) -> list[Tensor]:
         """Per layer [F]: sum over the calibration text's tokens of h^2, fp32."""
@@ -61,7 +64,8 @@ class Method(ABC):
     def __post_init__(self) -> None:
         if self.layer_allocation not in ALLOCATIONS:
             raise UserError(
-                f"{self.name}: allocation {self.layer_allocation!r} is unknown", nearest(self.layer_allocation, ALLOCATIONS)
+                f"{self.name}: allocation {self.layer_allocation!r} is unknown",
+                nearest(self.layer_allocation, ALLOCATIONS),
             )
 
     @property

@@ -36,7 +36,9 @@ Phase = Literal["off", "context", "decode"]
 class Session:
     """One method on one model. Made by `prune`; see there."""
 
-    def __init__(self, model: nn.Module, method: Method, sparsity: float, calibration: Calibration | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, method: Method, sparsity: float, calibration: Calibration | None = None
+    ) -> None:
         self.model, self.method = model, method
         self.sparsity = sparsity if method.prunes else 0.0
         self.ffns = find_ffns(model)
@@ -284,7 +286,8 @@ def check_sparsity(sparsity: float) -> float:
     """
     if not 0 <= sparsity < 1:
         raise UserError(
-            f"sparsity {sparsity:g} is outside [0, 1)", "it is the pruned fraction: write 0.7 for 70 %, below 1"
+            f"sparsity {sparsity:g} is outside [0, 1)",
+            "it is the pruned fraction: write 0.7 for 70 %, below 1",
         )
     return sparsity
 
@@ -328,11 +331,11 @@ def prune(
     else:
         method = make(method, params)
     if not isinstance(calibration, Calibration):
-        calibration = TextCalibration(model, tokenizer, calibration)
+        text = calibration
+        calibration = TextCalibration(model, tokenizer, text)
     session = Session(model, method, sparsity, calibration)
     try:
         session.attach()
         yield session
     finally:
         session.detach()
-

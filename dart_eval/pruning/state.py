@@ -79,7 +79,9 @@ class SequenceState:
     `remask` renew them between the forwards that follow.
     """
 
-    def __init__(self, ffns: Sequence[FFN], method: PromptMethod, sparsity: float, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, ffns: Sequence[FFN], method: PromptMethod, sparsity: float, batch: int, device: torch.device
+    ) -> None:
         self.ffns, self.method, self.sparsity = ffns, method, sparsity
         layers = len(ffns)
         self.batch, self.device = batch, device
@@ -179,7 +181,9 @@ class SequenceState:
 
         Scores per token, blended: w * prompt + (1 - w) * recent.
         """
-        assert self.ring is not None and self.masks is not None and self.keep is not None and self.ring.valid is not None
+        assert (
+            self.ring is not None and self.masks is not None and self.keep is not None and self.ring.valid is not None
+        )
         chosen = rows.nonzero().squeeze(1)
         w = self.method.remask.blend
         valid = self.ring.valid[chosen].float()
@@ -214,7 +218,13 @@ class SequenceState:
 
     def nbytes(self) -> int:
         """Bytes of everything kept for these sequences."""
-        tensors = [*(e for e in self.energy if e is not None), *(self.masks or []), self.cosine, self.change, self.tokens]
+        tensors = [
+            *(e for e in self.energy if e is not None),
+            *(self.masks or []),
+            self.cosine,
+            self.change,
+            self.tokens,
+        ]
         total = sum(t.numel() * t.element_size() for t in tensors)
         if self.ring is not None:
             total += self.ring.nbytes()

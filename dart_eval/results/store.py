@@ -54,7 +54,8 @@ class Store:
             write_atomically(path, text)
         except OSError as error:
             raise UserError(
-                f"results cannot be written to {self.folder} ({error.strerror or error})", "choose another --output"
+                f"results cannot be written to {self.folder} ({error.strerror or error})",
+                "choose another --output",
             ) from None
         return path
 
@@ -72,7 +73,9 @@ class Store:
             try:
                 records.append(Record.from_json(json.loads(file.read_text(encoding="utf-8"))))
             except ValueError as error:
-                raise UserError(f"{file} cannot be read ({error})", "remove it, or use the version that wrote it") from None
+                raise UserError(
+                    f"{file} cannot be read ({error})", "remove it, or use the version that wrote it"
+                ) from None
         return sorted(records, key=lambda r: (r.created, r.key))
 
 

@@ -42,7 +42,16 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
                 **{f"memory_{k}": v for k, v in record.memory.items()},
                 "key": record.key,
             })  # fmt: skip
-    found.sort(key=lambda r: (r["model"], r["task"], r["metric"], r["sparsity"], r["method"], json.dumps(r["params"])))
+    found.sort(
+        key=lambda r: (
+            r["model"],
+            r["task"],
+            r["metric"],
+            r["sparsity"],
+            r["method"],
+            json.dumps(r["params"]),
+        )
+    )
     return found
 
 
@@ -95,7 +104,18 @@ def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], labels:
     for r in data:
         lines.setdefault((r["task"], r["key"]), {})[r["metric"]] = r
     many = len({r["model"] for r in data}) > 1
-    columns = [*(["model"] if many else []), "task", "method", "sparsity", *metrics, "n", "effective", "mask", "read", "scope"]
+    columns = [
+        *(["model"] if many else []),
+        "task",
+        "method",
+        "sparsity",
+        *metrics,
+        "n",
+        "effective",
+        "mask",
+        "read",
+        "scope",
+    ]
     body = []
     for (task, key), by_metric in sorted(lines.items(), key=lambda item: _order(next(iter(item[1].values())), labels)):
         r = next(iter(by_metric.values()))
@@ -105,8 +125,9 @@ def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], labels:
             f"{r['mask_sparsity']:.3f}", f"{r['weights_read']:.3f}", r["scope"],
         ])  # fmt: skip
     note = (
-        "value ± standard error. sparsity: pruned share of FFN neurons asked for; effective: pruned neuron-tokens / all "
-        "neuron-tokens of the scored or generated tokens; mask: what the masks prune; read: FFN weights a pruned token reads."
+        "value ± standard error. sparsity: pruned share of FFN neurons asked for; effective: pruned neuron-tokens / "
+        "all neuron-tokens of the scored or generated tokens; mask: what the masks prune; "
+        "read: FFN weights a pruned token reads."
     )
     return Table(title, columns, body, note)
 
@@ -138,8 +159,9 @@ def _flops(records: Sequence[Record], labels: dict[str, str]) -> Table:
     columns = ["task", "method", "sparsity", "context", "prefill", "decode dense", "decode pruned", "ratio",
                "tracing prefill", "tracing/token", "of dense", "re-masks"]  # fmt: skip
     note = (
-        "FLOPs from shapes (a multiply-add is two) at the mean context length of the cell; tracing/token includes the "
-        "re-masks seen. Execution is `masked`: these are the FLOPs that skipping the pruned neurons leaves, not time saved."
+        "FLOPs from shapes (a multiply-add is two) at the mean context length of the cell; tracing/token includes "
+        "the re-masks seen. Execution is `masked`: these are the FLOPs that skipping the pruned neurons leaves, "
+        "not time saved."
     )
     return Table("FLOPs", columns, body, note)
 
@@ -152,14 +174,21 @@ def _memory(records: Sequence[Record], labels: dict[str, str]) -> Table:
             _task(r), labels.get(r.key, r.inputs["method"]), f"{r.inputs['sparsity']:g}",
             _mib(m["weights"]), _mib(m["state"], 3), _mib(m["peak"]),
         ])  # fmt: skip
-    note = "MiB. state: what the method keeps per sequence. peak: of the process (CPU) or of the GPU while the cell ran."
+    note = (
+        "MiB. state: what the method keeps per sequence. peak: of the process (CPU) or of the GPU while the cell ran."
+    )
     return Table("Memory", ["task", "method", "sparsity", "weights", "state", "peak"], body, note)
 
 
 def _sorted(records: Sequence[Record], labels: dict[str, str]) -> list[Record]:
     return sorted(
         records,
-        key=lambda r: (r.inputs["model"]["name"], _task(r), r.inputs["sparsity"], labels.get(r.key, r.inputs["method"])),
+        key=lambda r: (
+            r.inputs["model"]["name"],
+            _task(r),
+            r.inputs["sparsity"],
+            labels.get(r.key, r.inputs["method"]),
+        ),
     )
 
 
