@@ -1,0 +1,149 @@
+"""Bookkeeping per sequence: masks, ring buffer, re-masks, copies."""
+
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.methods.griffin import Griffin
+from dart_eval.pruning.state import RingBuffer, SequenceState, top_k_mask
+
+CPU = torch.device("cpu")
+
+
+@given(st.integers(0, 10_000), st.integers(1, 30), st.integers(1, 5))
+def test_top_k_keeps_the_largest(seed, size, rows):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 5, (rows, size), generator=generator).float()  # many ties
+    keep = torch.randint(0, size + 1, (rows,), generator=generator)
+    mask = top_k_mask(scores, keep)
+    assert mask.sum(1).tolist() == keep.tolist()
+    for row in range(rows):
+        kept, dropped = scores[row][mask[row]], scores[row][~mask[row]]
+        assert not len(kept) or not len(dropped) or kept.min() >= dropped.max()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8))
+def test_the_ring_holds_the_last_inputs(size, writes):
+    """Against a deque of (value, valid) per sequence; padding is written but marked."""
+    ring = RingBuffer(size, 2)
+    expected = [deque(maxlen=size), deque(maxlen=size)]
+    value = 0.0
+    for tokens, padded in writes:
+        x = torch.arange(value, value + tokens).repeat(2, 1)[..., None]
+        value += tokens
+        valid = torch.ones(2, tokens, dtype=torch.bool)
+        valid[1, -1] = not padded
+        for layer in range(2):
+            ring.write(layer, x * (layer + 1))
+        ring.advance(valid)
+        for row in range(2):
+            expected[row].extend(zip(x[row, :, 0].tolist(), valid[row].tolist(), strict=True))
+    for row in range(2):
+        wanted = sorted(v for v, ok in expected[row] if ok)
+        for layer in range(2):
+            assert sorted((ring.slots[layer][row, :, 0][ring.valid[row]] / (layer + 1)).tolist()) == wanted
+
+
+def _state(model, method, sparsity=0.5, batch=1):
+    return SequenceState(find_ffns(model), method, sparsity, batch, CPU)
+
+
+@pytest.mark.parametrize("method", [Dart(detect=False), Griffin()])
+def test_scores_equal_the_formula_and_ignore_padding(llama, method):
+    state = _state(llama, method, batch=2)
+    size = find_ffns(llama)[0].size
+    h = torch.randn(2, 9, size) * 3
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[0, :4] = False
+    h[0, :4] = torch.nan
+    for layer in range(3):
+        state.observe_hidden(layer, h[:, :5], valid[:, :5])  # in chunks
+        state.observe_hidden(layer, h[:, 5:], valid[:, 5:])
+    for row, first in ((0, 4), (1, 0)):
+        total = torch.zeros(size, dtype=torch.float64)
+        for t in range(first, 9):
+            token = h[row, t].double()
+            total += (token / token.norm()) ** 2 if method.name == "griffin" else token**2
+        assert torch.allclose(state.energy[0][row].double(), total, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_squares_are_kept_in_fp32(llama, dtype):
+    """1e-4 squared vanishes in fp16 and 300 squared overflows; neither may be lost."""
+    state = _state(llama, Dart(detect=False))
+    h = torch.full((1, 4000, find_ffns(llama)[0].size), 1e-4, dtype=dtype)
+    h[..., 1] = 300.0
+    state.observe_hidden(0, h, torch.ones(1, 4000, dtype=torch.bool))
+    energy = state.energy[0][0]
+    assert energy.dtype == torch.float32
+    assert float(energy[0]) == pytest.approx(4000 * float(h[0, 0, 0]) ** 2, rel=1e-3)
+    assert float(energy[1]) == pytest.approx(4000 * 300.0**2, rel=1e-3)
+
+
+def test_sensitivity_equals_the_formula(llama):
+    state = _state(llama, Dart(detect=False))
+    y, z = torch.randn(1, 7, 32), torch.randn(1, 7, 32)
+    valid = torch.ones(1, 7, dtype=torch.bool)
+    state.observe_change(1, y, z, valid)
+    state.tokens += 7
+    cosine = torch.stack([torch.dot(a, b) / a.norm() / b.norm() for a, b in zip(y[0], z[0], strict=True)]).mean()
+    change = torch.stack([(b - a).norm() / a.norm() for a, b in zip(y[0], z[0], strict=True)]).mean()
+    assert state.sensitivity(0)[1] == pytest.approx(float((1 - cosine) * change), rel=1e-5)
+
+
+def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
+    method = Dart(ring=4, blend=0.25, window=2, min_windows=1)
+    state = _state(llama.float(), method, batch=2)
+    ffns = find_ffns(llama)
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    torch.manual_seed(1)
+    for ffn in ffns:
+        state.ring.write(ffn.layer, torch.randn(2, 6, 32))
+        state.observe_hidden(ffn.layer, torch.randn(2, 6, ffn.size), valid)
+        state.observe_change(ffn.layer, torch.randn(2, 6, 32), torch.randn(2, 6, 32), valid)
+    state.observe_attention(torch.randn(2, 6, 32), valid)
+    state.finish_context(valid)
+    before = [m.clone() for m in state.masks]
+    recent = [torch.randn(2, 3, 32) for _ in ffns]
+    last_of_prompt = [slots.clone() for slots in state.ring.slots]
+    for ffn, x in zip(ffns, recent, strict=True):
+        state.ring.write(ffn.layer, x)
+    state.ring.advance(torch.ones(2, 3, dtype=torch.bool))
+    state.remask(torch.tensor([True, False]))
+    for i, ffn in enumerate(ffns):
+        # the ring of four: the prompt's last input and the three new ones
+        x = torch.cat([last_of_prompt[i][0][[(state.ring.next) % 4]], recent[i][0]])
+        h = ffn.intermediate(x)
+        score = 0.25 * state.energy[i][0] / 6 + 0.75 * h.square().sum(0) / 4
+        wanted = top_k_mask(score[None], state.keep[:1, i])[0]
+        assert torch.equal(state.masks[i][0], wanted)
+        assert torch.equal(state.masks[i][1], before[i][1])
+        assert int(state.masks[i][0].sum()) == int(before[i][0].sum())
+    assert state.remasks.tolist() == [1, 0]
+
+
+def test_a_copy_shares_nothing_that_changes(llama):
+    method = Dart(ring=4, window=2, min_windows=1)
+    state = _state(llama.float(), method)
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    for ffn in find_ffns(llama):
+        state.ring.write(ffn.layer, torch.randn(1, 6, 32))
+        state.observe_hidden(ffn.layer, torch.randn(1, 6, ffn.size), valid)
+        state.observe_change(ffn.layer, torch.randn(1, 6, 32), torch.randn(1, 6, 32), valid)
+    state.finish_context(valid)
+    before = [m.clone() for m in state.masks]
+    copy = state.select(torch.tensor([0, 0]))
+    for ffn in find_ffns(llama):
+        copy.ring.write(ffn.layer, 5 * torch.randn(2, 3, 32))
+    copy.ring.advance(torch.ones(2, 3, dtype=torch.bool))
+    copy.remask(torch.tensor([True, True]))
+    assert any(not torch.equal(m[0], b[0]) for m, b in zip(copy.masks, before, strict=True))
+    assert all(torch.equal(m, b) for m, b in zip(state.masks, before, strict=True))
+    assert state.remasks.tolist() == [0]
+    assert state.ring.next != copy.ring.next
