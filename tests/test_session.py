@@ -89,7 +89,7 @@ def test_leaving_restores_the_model_bit_for_bit(model, method):
     before = model(ids).logits
     with open_session(model, method, 0.7):
         _generate(model, ids, tokens=8)
-    with pytest.raises(RuntimeError, match="stop here"):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="stop here"):  # noqa: PT012, SIM117
         with open_session(model, method, 0.7):
             _generate(model, ids, tokens=8)
             raise RuntimeError("stop here")

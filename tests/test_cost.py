@@ -1,0 +1,66 @@
+"""FLOPs and bytes from shapes, against torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from dart_eval.cost import shape_of, tracing
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.methods.griffin import Griffin
+from dart_eval.pruning.methods.magnitude import Magnitude
+from tests.conftest import CONFIGS, FAMILIES, cache_of, random_tokens, tiny
+
+
+def _counted(call):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        out = call()
+    return counter.get_total_flops(), out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_equal_torchs_counter(family):
+    """Prompts shorter than the sliding window: there every layer attends to everything."""
+    model = tiny(family, torch.float32, attention="eager")
+    shape = shape_of(model, find_ffns(model))
+    ids = torch.tensor([random_tokens(12)])
+    prefill, out = _counted(lambda: model(ids, use_cache=True, logits_to_keep=1))
+    assert shape.prefill(12) == prefill
+    cache = {cache_argument(model): cache_of(out)}
+    step, _ = _counted(lambda: model(ids[:, :1], use_cache=True, **cache))
+    assert shape.decode(13) == step
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_flops_equal_those_of_a_model_with_smaller_ffns(family):
+    model = tiny(family, torch.float32, attention="eager")
+    config = CONFIGS[family]()
+    config._attn_implementation = "eager"
+    setattr(config, "n_inner" if family == "gpt2" else "intermediate_size", 12)  # 12 of 40 neurons: 70 % pruned
+    small = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([random_tokens(12)])
+    _, out = _counted(lambda: small(ids, use_cache=True))
+    cache = {cache_argument(small): cache_of(out)}
+    step, _ = _counted(lambda: small(ids[:, :1], use_cache=True, **cache))
+    assert shape_of(model, find_ffns(model)).decode(13, weights_read=0.3) == step
+
+
+def test_weights_and_shares(model):
+    shape = shape_of(model, find_ffns(model))
+    assert shape.weight_bytes == sum(p.numel() for p in model.parameters()) * 8
+    assert shape.ffn_weights == sum(
+        w.numel() for f in find_ffns(model) for w in [*f.input_weights(), f.output_weight()]
+    )
+    assert 0 < shape.ffn_share < 1
+
+
+def test_tracing_grows_with_what_a_method_does(llama):
+    shape = shape_of(llama, find_ffns(llama))
+    static, griffin, full = (tracing(m, shape, 100) for m in (Magnitude(), Griffin(), Dart()))
+    assert (static.prefill, static.decode_step, static.remask) == (0, 0, 0)
+    assert 0 < griffin.prefill < full.prefill
+    assert griffin.decode_step == 0 < full.decode_step
+    # the re-mask runs gate and up densely on the ring's 24 inputs: at least that
+    assert full.remask > 24 * 2 * 2 * 32 * 3 * 40
+    assert tracing(Dart(detect=False), shape, 100).remask == 0

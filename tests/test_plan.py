@@ -1,0 +1,287 @@
+"""From defaults, file and command line to cells and their keys; the registry of methods."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+
+from dart_eval import plan as plan_module
+from dart_eval.errors import UserError
+from dart_eval.models import Identity
+from dart_eval.plan import RunConfig, code_hash, config_from, methods_of, plan
+from dart_eval.pruning import registry
+from dart_eval.pruning.method import StaticMethod
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.methods.dense import Dense
+from dart_eval.pruning.methods.griffin import Griffin
+from dart_eval.pruning.registry import make, parse
+
+MODEL = Identity("tiny", None, "f00d")
+
+
+def yaml_file(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+def cells(identity=MODEL, tasks=("arc_easy",), hashes=None, device="cpu", **given):
+    config = RunConfig(**{"method": ("dart",), "tasks": tasks, **given})
+    return plan(config, identity, tasks, hashes or dict.fromkeys(tasks, "h"), device)
+
+
+def key(**given):
+    (cell,) = cells(**given)
+    return cell.key
+
+
+# -- configuration -------------------------------------------------------------------------------------------------
+
+
+def test_without_anything_the_defaults_hold():
+    assert config_from(None, {}) == RunConfig()
+
+
+def test_the_file_wins_over_defaults_and_the_command_line_over_the_file(tmp_path):
+    file = yaml_file(tmp_path, "limit: 7\nbatch_size: 3\ntasks: [arc, hellaswag]\nsparsity: [0.3, 0.6]\n")
+    made = config_from(file, {"limit": 20, "seed": None, "sparsity": "0.9"})
+    assert made == RunConfig(limit=20, batch_size=3, tasks=("arc", "hellaswag"), sparsity=(0.9,))
+
+
+def test_a_command_line_false_wins_over_the_file(tmp_path):
+    assert config_from(yaml_file(tmp_path, "force: true"), {"force": False}).force is False
+
+
+def test_keys_of_the_file_may_be_written_as_options_are(tmp_path):
+    assert config_from(yaml_file(tmp_path, "num-fewshot: 5\ndata-dir: d"), {}) == RunConfig(num_fewshot=5, data_dir="d")
+
+
+@pytest.mark.parametrize(("key", "text", "value"), [
+    ("tasks", "arc, hellaswag,", ("arc", "hellaswag")),
+    ("method", "dense,dart:window=8:detect=off", ("dense", "dart:window=8:detect=off")),
+    ("sparsity", "0.5, 0.7,0", (0.5, 0.7, 0.0)),
+])  # fmt: skip
+def test_lists_may_be_comma_separated_text(key, text, value):
+    assert getattr(config_from(None, {key: text}), key) == value
+
+
+def test_a_single_value_in_the_file_is_a_list_of_one(tmp_path):
+    made = config_from(yaml_file(tmp_path, "sparsity: 0.7\ntasks: arc\nmethod: dart"), {})
+    assert (made.sparsity, made.tasks, made.method) == ((0.7,), ("arc",), ("dart",))
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_and_the_file(tmp_path):
+    file = yaml_file(tmp_path, "sparsty: 0.5")
+    with pytest.raises(UserError, match=r"'sparsty'.*run\.yaml; did you mean sparsity"):
+        config_from(file, {})
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("batch_size: many", "batch_size must be int, not 'many'"),
+    ("batch_size: 2.5", "batch_size must be int, not 2.5"),
+    ("limit: true", "limit must be int, not True"),
+    ("force: 1", "force must be bool, not 1"),
+    ("model: 7", "model must be text, not 7"),
+    ("sparsity: [0.5, half]", "sparsity .*half.* is not a number"),
+    ("sparsity: {a: 1}", "sparsity .* is not a number"),
+    ("- arc", "must hold keys and values"),
+    ("tasks: [arc", "is not YAML"),
+    ("", "must hold keys and values"),
+])  # fmt: skip
+def test_wrong_types_in_the_file_are_refused(tmp_path, line, message):
+    with pytest.raises(UserError, match=message):
+        config_from(yaml_file(tmp_path, line), {})
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml cannot be read"):
+        config_from(tmp_path / "none.yaml", {})
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+    ({"limit": 0}, "--limit 0 must be at least 1"),
+    ({"max_length": -1}, "--max-length -1 must be at least 1"),
+    ({"num_fewshot": -1}, "--num-fewshot -1 must not be negative"),
+    ({"chunk": 3}, "--chunk 3 is too short"),
+    ({"method": ","}, "no method"),
+    ({"sparsity": ","}, "no sparsity"),
+    ({"sparsity": "0.5,1"}, r"sparsity 1 is outside \[0, 1\)"),
+    ({"sparsity": "-0.1"}, r"sparsity -0.1 is outside \[0, 1\)"),
+    ({"sparsity": "nan"}, r"sparsity nan is outside \[0, 1\)"),
+    ({"calibration": "no/such/text"}, "no/such/text is not a file"),
+])  # fmt: skip
+def test_values_that_no_run_could_use_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        config_from(None, given)
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="exists and is not a folder"):
+        config_from(None, {"output": str(yaml_file(tmp_path, "text"))})
+
+
+# -- methods -------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_spec_holds_name_and_parameters():
+    assert parse(" dart:allocation=uniform:window = 8 ") == ("dart", {"allocation": "uniform", "window": "8"})
+
+
+def test_parameters_reach_the_method_with_their_types():
+    (method,) = methods_of(RunConfig(method=("dart:allocation=uniform:window=8:sigma=0.25:detect=off",)))
+    assert method == Dart(allocation="uniform", window=8, sigma=0.25, detect=False)
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ("grifin", "unknown method 'grifin'; did you mean griffin"),
+    ("xyzzy", "unknown method 'xyzzy'; known: dart, dense, griffin"),
+    ("dart:windw=8", "dart has no parameter 'windw'; did you mean window"),
+    ("griffin:window=8", "griffin has no parameter 'window'; it has none"),
+    ("dart:window=ten", "dart:window=ten is not a int"),
+    ("dart:window=2.5", "dart:window=2.5 is not a int"),
+    ("dart:sigma=big", "dart:sigma=big is not a float"),
+    ("dart:detect=maybe", "dart:detect=maybe is not a bool"),
+    ("dart:allocation=dept", "allocation 'dept' is unknown; did you mean depth"),
+    ("dart:window=0", "must be at least 1"),
+    ("dart:blend=1.5", r"blend must lie in \[0, 1\]"),
+    ("dart:window", "'dart:window' is not a method; write NAME or NAME:key=value"),
+    ("dart:=8", "'dart:=8' is not a method"),
+])  # fmt: skip
+def test_a_wrong_method_spec_is_refused_with_the_remedy(spec, message):
+    with pytest.raises(UserError, match=message):
+        methods_of(RunConfig(method=(spec,)))
+
+
+def test_a_fraction_is_not_cut_to_an_integer_parameter():
+    with pytest.raises(UserError, match=r"window=2\.5 is not a int"):
+        make("dart", {"window": 2.5})
+    assert make("dart", {"window": 2.0}).window == 2
+
+
+def test_a_method_given_twice_runs_once():
+    assert methods_of(RunConfig(method=("griffin", "dart", "griffin", "dart:window=10"))) == [Griffin(), Dart()]
+
+
+def test_the_runs_seed_reaches_random_unless_it_has_its_own():
+    plain, own = methods_of(RunConfig(method=("random", "random:seed=3"), seed=7))
+    assert (plain.seed, own.seed) == (7, 3)
+
+
+@dataclass(frozen=True)
+class Mine(StaticMethod):
+    """A method of another package."""
+
+    name = "mine"
+    summary = "of another package"
+    level: int = 1
+
+    def static_scores(self, calibration):
+        return []
+
+
+class Entry:
+    """What `importlib.metadata.entry_points` gives."""
+
+    def __init__(self, name, target):
+        self.name, self.target = name, target
+
+    def load(self):
+        return self.target
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Entry points of other packages; a test adds to them."""
+    groups = {}
+    monkeypatch.setattr(registry, "entry_points", lambda group: groups.get(group, []))
+    return groups
+
+
+def test_a_method_of_another_package_is_found_and_made(installed):
+    with pytest.raises(UserError, match="unknown method 'mine'"):
+        make("mine")
+    installed["dart_eval.methods"] = [Entry("mine", Mine)]
+    assert registry.methods()["mine"] is Mine
+    (cell,) = cells(method=("mine:level=3",))
+    assert cell.method == Mine(level=3)
+    assert cell.inputs["params"] == {"level": 3}
+
+
+def test_another_package_cannot_replace_a_built_in_method(installed):
+    installed["dart_eval.methods"] = [Entry("dense", Mine)]
+    assert make("dense") == Dense()
+
+
+# -- cells ---------------------------------------------------------------------------------------------------------
+
+
+def test_cells_go_task_by_task_and_dense_comes_once_whatever_the_sparsities():
+    made = cells(tasks=("a", "b"), method=("dense", "griffin"), sparsity=(0.5, 0.7, 0.5))
+    assert [(c.task, c.method.name, c.sparsity) for c in made] == [
+        (task, *rest) for task in "ab" for rest in (("dense", 0.0), ("griffin", 0.5), ("griffin", 0.7))
+    ]
+    assert [c.name for c in made[:3]] == ["a-dense", "a-griffin-0.5", "a-griffin-0.7"]
+    assert len({c.key for c in made}) == 6
+
+
+def test_the_key_of_dense_does_not_depend_on_the_sparsities():
+    assert key(method=("dense",), sparsity=(0.5,)) == key(method=("dense",), sparsity=(0.3, 0.9))
+
+
+def test_the_same_question_has_the_same_key():
+    assert key(sparsity=(0.6,), limit=5) == key(sparsity=(0.6,), limit=5)
+
+
+@pytest.mark.parametrize("change", [
+    {"sparsity": (0.6,)}, {"method": ("griffin",)}, {"method": ("dart:window=8",)}, {"limit": 5}, {"seed": 1},
+    {"dtype": "float32"}, {"num_fewshot": 0}, {"cue": "In short:"}, {"chunk": 512}, {"max_length": 512},
+    {"chat_template": True}, {"hashes": {"arc_easy": "other"}}, {"device": "cuda"},
+    {"identity": dataclasses.replace(MODEL, weights="beef")}, {"identity": dataclasses.replace(MODEL, revision="c0de")},
+], ids=str)  # fmt: skip
+def test_the_key_changes_with_what_can_change_a_number(change):
+    assert key(**change) != key()
+
+
+@pytest.mark.parametrize("change", [
+    {"batch_size": 1}, {"output": "elsewhere"}, {"force": True}, {"data_dir": "mirror"},
+], ids=str)  # fmt: skip
+def test_the_key_does_not_change_with_what_cannot_change_a_number(change):
+    assert key(**change) == key()
+
+
+def test_the_key_changes_with_the_code(monkeypatch):
+    before = key()
+    monkeypatch.setattr(plan_module, "code_hash", lambda: "other code")
+    assert key() != before
+
+
+def test_the_key_changes_with_the_versions_of_the_libraries(monkeypatch):
+    before = key()
+    monkeypatch.setattr(plan_module, "versions", lambda: {"torch": "0"})
+    assert key() != before
+
+
+def test_the_key_changes_with_the_calibration_texts_content_not_with_its_path(tmp_path):
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    for file, text in ((one, "a text"), (same, "a text"), (other, "another text")):
+        file.write_text(text)
+    assert key(calibration=str(one)) == key(calibration=str(same))
+    assert len({key(calibration=str(one)), key(calibration=str(other)), key()}) == 3
+
+
+def test_the_code_hash_sees_numeric_code_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "PACKAGE", tmp_path)
+    for name in ("allocation.py", "cost.py", "ffn.py", "plan.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "pruning" / "methods").mkdir(parents=True)
+    method = tmp_path / "pruning" / "methods" / "mine.py"
+    method.write_text("a = 1")
+    before = code_hash()
+    (tmp_path / "plan.py").write_text("b = 2")
+    assert code_hash() == before
+    method.write_text("a = 2")
+    changed = code_hash()
+    assert changed != before
+    method.rename(method.with_name("yours.py"))
+    assert code_hash() != changed

@@ -1,0 +1,339 @@
+"""Records, their store, the tables of them, and the standard error of perplexities."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.evaluate import _perplexity_stderr
+from dart_eval.results.record import SCHEMA, Metric, Record
+from dart_eval.results.store import Store, write_atomically
+from dart_eval.results.tables import render, rows, tables
+
+ROW_KEYS = {
+    "model", "method", "params", "sparsity", "scope", "task", "metric", "value", "stderr", "n", "effective_sparsity",
+    "weights_read",
+}  # fmt: skip
+ARC = (Metric("arc_easy", "acc", 0.6251, 0.0123, 400, True), Metric("arc_easy", "acc_norm", 0.5, None, 400, True))
+FLOPS = {
+    "context_tokens": 40, "prefill": 4_000_000, "decode_step_dense": 200_000, "decode_step_pruned": 150_000,
+    "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 12.5 / 200_000, "remask": 700,
+    "ffn_share": 0.5,
+}  # fmt: skip
+
+
+def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", model="tiny", created="2026-01-01"):
+    inputs = {
+        "model": {"name": model, "revision": None, "weights": "f00d"}, "dtype": "float32", "method": method,
+        "params": params or {}, "sparsity": sparsity, "scope": "scored", "task": "arc_easy", "num_fewshot": None,
+        "limit": 400, "seed": 0,
+    }  # fmt: skip
+    return Record(
+        key=key, inputs=inputs, metrics=list(metrics), mask_sparsity=0.5004, effective_sparsity=0.4321,
+        weights_read=0.4996, tokens=1234, remasks=3, flops=FLOPS,
+        memory={"weights": 2**20, "state": 512, "peak": 3 * 2**20}, settings={"batch_size": 8},
+        environment={"torch": "2"}, seconds=1.5, created=created, samples=[{"doc_id": 0, "metrics": {"acc": 1.0}}],
+    )  # fmt: skip
+
+
+def table_body(text):
+    """The cells of a markdown table's rows, heads first."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+# -- record --------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_survives_json():
+    made = record(params={"window": 8, "detect": True})
+    back = Record.from_json(json.loads(json.dumps(made.to_json())))
+    assert back == dataclasses.replace(made, samples=[])
+
+
+def test_samples_are_not_written_into_the_record():
+    assert "samples" not in record().to_json()
+
+
+def test_keys_that_a_later_version_added_are_ignored():
+    assert Record.from_json({**record().to_json(), "extra": 1}).key == "k1"
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, "1", None])
+def test_a_schema_that_is_not_known_is_refused(schema):
+    with pytest.raises(ValueError, match=rf"schema {schema} is not known"):
+        Record.from_json({**record().to_json(), "schema": schema})
+
+
+@pytest.mark.parametrize("missing", ["metrics", "inputs", "effective_sparsity"])
+def test_a_record_without_a_field_is_refused(missing):
+    data = record().to_json()
+    del data[missing]
+    with pytest.raises(ValueError, match=f"not a record .*{missing}"):
+        Record.from_json(data)
+
+
+# -- store ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_creates_nothing_before_it_saves(tmp_path):
+    store = Store(tmp_path / "out")
+    assert store.get("cell", "k1") is None
+    assert not store.folder.exists()
+
+
+def test_what_is_saved_is_found_again(tmp_path):
+    store, made = Store(tmp_path), record()
+    path = store.save("cell", made)
+    assert path == store.path("cell", "k1")
+    assert store.get("cell", "k1") == dataclasses.replace(made, samples=[]) == store.load()[0]
+    assert [json.loads(line) for line in store.samples_path("cell", "k1").read_text().splitlines()] == made.samples
+
+
+def test_another_key_is_another_cell_even_under_the_same_file_name(tmp_path):
+    store, start = Store(tmp_path), "a" * 16
+    store.save("cell", record(key=start + "1"))
+    assert store.path("cell", start + "1") == store.path("cell", start + "2")
+    assert store.get("cell", start + "2") is None
+
+
+def test_records_are_loaded_oldest_first(tmp_path):
+    store = Store(tmp_path)
+    for name, key, created in (("a", "k3", "2026-01-03"), ("b", "k1", "2026-01-01"), ("c", "k2", "2026-01-02")):
+        store.save(name, record(key=key, created=created))
+    assert [r.key for r in store.load()] == ["k1", "k2", "k3"]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_record_counts_as_not_finished_and_is_named(tmp_path, share):
+    store = Store(tmp_path)
+    path = store.save("cell", record())
+    text = path.read_bytes()
+    path.write_bytes(text[: int(share * len(text))])
+    assert store.get("cell", "k1") is None
+    with pytest.raises(UserError, match="cannot be read") as error:
+        store.load()
+    assert str(path) in error.value.problem
+    assert "remove it" in error.value.remedy
+
+
+def test_a_record_of_a_newer_version_is_named(tmp_path):
+    store = Store(tmp_path)
+    path = store.save("cell", record())
+    path.write_text(json.dumps({**record().to_json(), "schema": SCHEMA + 1}))
+    assert store.get("cell", "k1") is None
+    with pytest.raises(UserError, match=f"{path.name} cannot be read .*schema {SCHEMA + 1}"):
+        store.load()
+
+
+def test_an_empty_store_tells_how_to_fill_it(tmp_path):
+    with pytest.raises(UserError, match=r"no results in .*dart-eval run --output"):
+        Store(tmp_path).load()
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch, step):
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_cell_whose_record_cannot_be_written_is_not_finished(tmp_path, monkeypatch):
+    store, replace = Store(tmp_path), os.replace
+
+    def full(source, target):
+        if str(target).endswith(".json"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*--output"):
+        store.save("cell", record())
+    assert store.get("cell", "k1") is None
+    assert list((tmp_path / "cells").iterdir()) == []
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def dense_and_dart():
+    return [record(key="k1"), record("dense", 0.0, key="k2"), record(sparsity=0.7, key="k3")]
+
+
+def test_json_has_one_row_per_metric_with_the_promised_keys():
+    data = json.loads(render(dense_and_dart(), "json"))
+    assert len(data) == 6
+    for row in data:
+        assert row.keys() >= ROW_KEYS
+    chosen = [r for r in data if r["key"] == "k3" and r["metric"] == "acc"]
+    assert [{k: chosen[0][k] for k in sorted(ROW_KEYS)}] == [{
+        "effective_sparsity": 0.4321, "method": "dart", "metric": "acc", "model": "tiny", "n": 400, "params": {},
+        "scope": "scored", "sparsity": 0.7, "stderr": 0.0123, "task": "arc_easy", "value": 0.6251,
+        "weights_read": 0.4996,
+    }]  # fmt: skip
+
+
+def test_rows_do_not_depend_on_the_order_of_records():
+    records = dense_and_dart()
+    assert rows(records) == rows(records[::-1])
+    assert [r["sparsity"] for r in rows(records)] == [0.0, 0.5, 0.7] * 2
+
+
+def test_csv_has_one_line_per_metric():
+    records = [*dense_and_dart(), record(params={"window": 8}, key="k4")]
+    lines = list(csv.DictReader(io.StringIO(render(records, "csv"))))
+    assert len(lines) == 8
+    assert lines[0].keys() >= ROW_KEYS
+    first = {r["key"]: r for r in lines if r["metric"] == "acc"}["k4"]
+    assert (float(first["value"]), float(first["stderr"])) == (0.6251, 0.0123)
+    assert json.loads(first["params"]) == {"window": 8}
+
+
+def test_a_metric_without_standard_error_has_an_empty_csv_cell_and_a_json_null():
+    lines = csv.DictReader(io.StringIO(render([record()], "csv")))
+    assert [r["stderr"] for r in lines if r["metric"] == "acc_norm"] == [""]
+    assert [r["stderr"] for r in json.loads(render([record()], "json")) if r["metric"] == "acc_norm"] == [None]
+
+
+def test_markdown_shows_value_error_and_scope_in_aligned_columns():
+    text = render([record()], "md")
+    head, row = table_body(text)[:2]
+    shown = dict(zip(head, row, strict=True))
+    assert shown == {
+        "task": "arc_easy", "method": "dart", "sparsity": "0.5", "acc": "0.6251 ± 0.0123", "acc_norm": "0.5000",
+        "n": "400", "effective": "0.432", "mask": "0.500", "read": "0.500", "scope": "scored",
+    }  # fmt: skip
+    lines = [line for line in text.split("### FLOPs")[0].splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert [line for line in text.splitlines() if line.startswith("###")] == ["### Accuracy", "### FLOPs", "### Memory"]
+
+
+def test_flops_and_memory_are_shown_with_units():
+    flops, memory = tables([record()])[1:]
+    shown = dict(zip(flops.columns, flops.body[0], strict=True))
+    assert shown["prefill"] == "4.00 M"
+    assert shown["ratio"] == "0.750"
+    assert shown["of dense"] == "0.006 %"
+    assert dict(zip(memory.columns, memory.body[0], strict=True))["peak"] == "3.0"
+
+
+@pytest.mark.parametrize(("metric", "title"), [
+    ("acc", "Accuracy"), ("rougeL", "Summaries"), ("word_perplexity", "Perplexity (lower is better)"),
+    ("chrf", "Other metrics"),
+])  # fmt: skip
+def test_every_metric_has_a_table(metric, title):
+    made = tables([record(metrics=[Metric("t", metric, 0.5, None, 10, True)])])
+    assert [t.title for t in made] == [title, "FLOPs", "Memory"]
+    assert metric in made[0].columns
+
+
+def test_tex_escapes_percent_and_underscore():
+    text = render([record()], "tex")
+    for special in "%_":
+        assert f"\\{special}" in text
+        assert special not in text.replace(f"\\{special}", "")
+    assert r"arc\_easy & dart & 0.5 & 0.6251 $\pm$ 0.0123 & 0.5000" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
+
+
+def test_subtasks_are_hidden_unless_asked_for():
+    metrics = [Metric("mmlu", "acc", 0.3, 0.01, 200, True), Metric("mmlu_law", "acc", 0.2, 0.02, 100, True, "mmlu")]
+    made = [record(metrics=metrics)]
+    for form in ("md", "csv", "json"):
+        assert "mmlu_law" not in render(made, form)
+        assert "mmlu_law" in render(made, form, subtasks=True)
+
+
+def test_two_settings_of_one_method_are_told_apart():
+    common = {"ring": 24, "detect": True}
+    records = [
+        record(params={**common, "window": 8}, key="k1"),
+        record(params={**common, "window": 10, "detect": False}, key="k2"),
+        record("griffin", key="k3"),
+    ]
+    methods = {row[1] for row in table_body(render(records, "md")) if row[0] == "arc_easy"}
+    assert methods == {"dart:detect=true:window=8", "dart:detect=false:window=10", "griffin"}
+
+
+def test_parameters_stay_hidden_where_a_method_has_one_setting():
+    records = [record(params={"window": 8}, key="k1"), record(params={"window": 8}, sparsity=0.7, key="k2")]
+    assert "window" not in render(records, "md").split("### FLOPs")[0].split("value ± standard error")[0]
+
+
+def test_the_model_is_shown_where_there_are_several():
+    heads = [table_body(render(records, "md"))[0] for records in (
+        [record()], [record(), record(model="other", key="k2")],
+    )]  # fmt: skip
+    assert ["model" in head for head in heads] == [False, True]
+
+
+# -- standard error of perplexities --------------------------------------------------------------------------------
+
+
+def random_documents(seed, count=300):
+    """(log-likelihood, weight) of documents whose length and difficulty vary."""
+    generator = np.random.default_rng(seed)
+    weights = generator.integers(50, 1500, count).astype(float)
+    return [(float(ll), float(w)) for ll, w in zip(-weights * generator.gamma(9, 0.35, count), weights, strict=True)]
+
+
+def perplexity(ll, weight):
+    return np.exp(-ll / weight)
+
+
+def bits(ll, weight):
+    return -ll / weight / math.log(2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("metric", "value"), [
+    ("word_perplexity", perplexity), ("byte_perplexity", perplexity), ("bits_per_byte", bits),
+])  # fmt: skip
+def test_the_standard_error_of_a_perplexity_agrees_with_jackknife_and_bootstrap(metric, value, seed):
+    documents = random_documents(seed)
+    ll, weight = np.array(documents).T
+    n = len(documents)
+    left_out = value(ll.sum() - ll, weight.sum() - weight)
+    jackknife = np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+    drawn = np.random.default_rng(seed).integers(0, n, (4000, n))
+    bootstrap = value(ll[drawn].sum(1), weight[drawn].sum(1)).std(ddof=1)
+    ours = _perplexity_stderr(metric, documents)
+    assert ours == pytest.approx(jackknife, rel=0.1)
+    assert ours == pytest.approx(bootstrap, rel=0.1)
+
+
+def test_documents_of_equal_quality_have_no_error():
+    assert _perplexity_stderr("word_perplexity", [(-20.0, 10.0), (-40.0, 20.0)]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("samples", [[], [(-3.0, 2.0)], [0.5, 1.0], [(-3.0, 2.0), 1.0]])
+def test_no_standard_error_without_two_documents_that_are_pairs(samples):
+    assert _perplexity_stderr("word_perplexity", samples) is None

@@ -1,0 +1,145 @@
+"""The shipped tasks: the data's own rules, names, prompts, metrics and local data."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dart_eval.evaluation.tasks import ALIASES, COMMON, Tasks, documents, leaves, tasks_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return Tasks()
+
+
+def _script():
+    spec = importlib.util.spec_from_file_location("build_smoke_data", ROOT / "scripts" / "build_smoke_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_smoke_data_keeps_its_rules():
+    script = _script()
+    assert script.problems() == []
+    assert script.rows("two_topics") == script.two_topics()
+    assert len(script.rows("articles")) >= 30
+    assert len({(r["first"], r["second"]) for r in script.two_topics()}) == 40
+
+
+def test_the_rules_catch_bad_data(monkeypatch):
+    script = _script()
+    good = {name: script.rows(name) for name in ("questions", "stories", "articles")}
+    good["questions"][0] = {**good["questions"][0], "choices": ["a", "a", "b", "c"]}
+    good["articles"][0] = {**good["articles"][0], "article": "too short", "summary_three": "One. Two."}
+    monkeypatch.setattr(script, "rows", lambda name: good[name])
+    assert len(script.problems()) == 3
+
+
+def test_names_expand_as_users_type_them(tasks):
+    assert tasks.expand(["arc", "hellaswag", "arc_easy"]) == ["arc_easy", "arc_challenge", "hellaswag"]
+    assert tasks.expand([*ALIASES, *COMMON])  # every name that `ls tasks` offers exists
+
+
+def test_smoke_prompts(tasks):
+    (questions,) = tasks.load("smoke_questions")
+    doc = questions.eval_docs[0]
+    assert questions.doc_to_text(doc) == f"Question: {doc['question']}\nAnswer:"
+    assert questions.doc_to_choice(doc)[questions.doc_to_target(doc)] == doc["choices"][doc["answer"]]
+    assert len(questions.eval_docs) >= 120
+    (summary,) = tasks.load("smoke_summary")
+    doc = summary.eval_docs[0]
+    assert summary.doc_to_text(doc) == doc["article"] + "\n\nTL;DR:"
+    assert summary.doc_to_target(doc) == doc["summary_one"]
+    assert documents([summary]) == {"smoke_summary": "article"}
+    (drift,) = tasks.load("smoke_drift")
+    doc = drift.eval_docs[0]
+    articles = {row["id"]: row["article"] for row in _script().rows("articles")}
+    assert doc["context"] + doc["rest"] == articles[doc["first"]] + "\n\n" + articles[doc["second"]]
+    assert len(drift.eval_docs) == 40
+
+
+def test_rouge_is_rouge_scores_with_stemming(tasks):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    (task,) = tasks.load("smoke_highlights")
+    doc = task.eval_docs[0]
+    answer = " The keeper fed bees, and honey kept for years. "
+    got = task.process_results(doc, [answer])
+    wanted = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(doc["reference"], answer)
+    assert {k: got[k] for k in wanted} == {k: v.fmeasure for k, v in wanted.items()}
+    assert (got["summary_words"], got["empty"]) == (9, 0)
+    assert task.process_results(doc, [" \n"]) == {
+        "rouge1": 0, "rouge2": 0, "rougeL": 0, "summary_words": 0, "empty": 1,
+    }  # fmt: skip
+
+
+def test_the_cue_is_an_option(tasks):
+    changed = Tasks(cue="In one sentence:")
+    (task,) = changed.load("smoke_summary")
+    assert task.doc_to_text(task.eval_docs[0]).endswith("\n\nIn one sentence:")
+
+
+def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path):
+    row = {"question": "What is red?", "choices": ["sky", "blood", "grass", "snow"], "answer": 1, "subject": "x"}
+    index = Tasks().manager.task_index
+    configs = [e.cfg for n, e in index.items() if n.startswith("mmlu_") and e.cfg]
+    folder = tmp_path / "cais__mmlu"
+    for name in {c["dataset_name"] for c in configs if c.get("dataset_path") == "cais/mmlu" and "dataset_name" in c}:
+        for split in ("test", "dev"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    local = Tasks(tmp_path)
+    members = leaves(local.load("mmlu"))
+    assert len(members) == 57
+    assert all(task.eval_docs[0]["question"] == "What is red?" for task in members)
+
+
+def test_every_task_with_local_data_loads(data_dir):
+    """Names of the paper's tables, on the mirror; gpqa has no data there and says so (test_errors)."""
+    local = Tasks(data_dir)
+    names = [
+        "arc",
+        "hellaswag",
+        "boolq",
+        "rte",
+        "winogrande",
+        "openbookqa",
+        "piqa",
+        "medmcqa",
+        "wikitext",
+        "cnn_dailymail",
+        "xsum",
+    ]
+    for name in local.expand(names):
+        for task in leaves(local.load(name)):
+            assert len(task.eval_docs) > 0
+
+
+def test_tasks_travel_in_the_wheel(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    for file in tasks_dir().rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            assert f"dart_eval/tasks/{file.relative_to(tasks_dir())}" in packed
+    assert "dart_eval/data/calibration.txt" in packed
