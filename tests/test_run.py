@@ -1,0 +1,169 @@
+"""A whole run on a tiny saved model: records, resuming, failures, the Python surface."""
+
+import json
+
+import pytest
+
+import dart_eval
+from dart_eval.errors import UserError
+from dart_eval.evaluation import tasks as tasks_module
+from dart_eval.executors import local
+from dart_eval.plan import config_from
+from tests.conftest import tiny
+
+SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_index():
+    """lm-eval's index of its tasks takes seconds to build; one is enough for all runs here."""
+    original, made = tasks_module.TaskManager, []
+
+    def once(**kwargs):
+        if not made:
+            made.append(original(**kwargs))
+        return made[0]
+
+    tasks_module.TaskManager = once
+    yield
+    tasks_module.TaskManager = original
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model = tiny("llama").float()
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def _config(folder, output, **changes):
+    return config_from(None, {**SWEEP, "model": folder, "output": str(output), **changes})
+
+
+class _Watch(local.Silent):
+    """Records what the executor reports."""
+
+    def __init__(self):
+        self.done, self.broken = [], []
+
+    def finished(self, cell, record):
+        self.done.append(cell.name)
+
+    def failed(self, cell, error):
+        self.broken.append((cell.name, type(error).__name__))
+
+
+def _numbers(records):
+    return [(r.inputs, r.metrics, r.tokens, r.effective_sparsity, r.remasks, r.flops) for r in records]
+
+
+def test_a_sweep_and_its_records(folder, tmp_path):
+    view = _Watch()
+    result = local.run(_config(folder, tmp_path / "out"), view)
+    # dense once, the others at both sparsities, on both tasks
+    assert len(result.records) == len(view.done) == 10
+    assert not result.failed
+    for record in result.records:
+        sparsity = record.inputs["sparsity"]
+        assert record.mask_sparsity == pytest.approx(sparsity)
+        if record.inputs["task"] == "smoke_questions":
+            assert record.effective_sparsity == pytest.approx(sparsity)
+        else:
+            assert (record.effective_sparsity < sparsity) == (sparsity > 0)
+        assert record.weights_read == pytest.approx(1 - sparsity)
+        assert all(m.n == 3 for m in record.metrics)
+        assert record.memory["weights"] > 0
+        assert record.memory["peak"] > record.memory["weights"]
+        assert (record.memory["state"] > 0) == (sparsity > 0)
+    names = {m.metric for r in result.records for m in r.metrics}
+    assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "summary_words", "empty"}
+    lines = [json.loads(x) for f in (tmp_path / "out" / "samples").iterdir() for x in f.read_text().splitlines()]
+    assert len(lines) == 30
+    assert all(len(x["doc_hash"]) == len(x["prompt_hash"]) == 64 for x in lines)
+
+    again = _Watch()
+    second = local.run(_config(folder, tmp_path / "out"), again)
+    assert again.done == []  # all skipped
+    assert _numbers(second.records) == _numbers(result.records)
+
+
+def test_two_runs_give_the_same_numbers_at_any_batch_size(folder, tmp_path):
+    a = local.run(_config(folder, tmp_path / "a", batch_size=1), _Watch())
+    b = local.run(_config(folder, tmp_path / "b", batch_size=1), _Watch())
+    c = local.run(_config(folder, tmp_path / "c", batch_size=3), _Watch())
+    assert _numbers(a.records) == _numbers(b.records)
+    assert [r.key for r in a.records] == [r.key for r in c.records]
+    for x, y in zip(a.records, c.records, strict=True):
+        assert [m.value for m in x.metrics] == pytest.approx([m.value for m in y.metrics], abs=1e-4)
+
+
+def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
+    evaluate = local.evaluate_task
+
+    def sometimes(lm, session, tasks, name, settings):
+        if session is not None and session.method.name == "random" and session.sparsity == 0.5:
+            raise RuntimeError("planted")
+        return evaluate(lm, session, tasks, name, settings)
+
+    monkeypatch.setattr(local, "evaluate_task", sometimes)
+    view = _Watch()
+    result = local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), view)
+    assert view.broken == [("smoke_questions-random-0.5", "RuntimeError")]
+    assert len(result.records) == 4
+    assert [c.name for c in result.failed] == ["smoke_questions-random-0.5"]
+    monkeypatch.undo()
+    after = _Watch()
+    assert not local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), after).failed
+    assert after.done == ["smoke_questions-random-0.5"]  # only what was missing
+
+
+def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_path, monkeypatch):
+    evaluate, calls = local.evaluate_task, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(local, "evaluate_task", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), _Watch())
+    files = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
+    assert sorted(f.suffix for f in files) == [".json", ".json", ".jsonl", ".jsonl"]
+    assert all(json.loads(f.read_text()) for f in files if f.suffix == ".json")
+
+
+def test_a_corrupt_record_is_run_again(folder, tmp_path):
+    config = _config(folder, tmp_path / "out", tasks="smoke_questions", method="dense")
+    first = local.run(config, _Watch())
+    (file,) = (tmp_path / "out" / "cells").iterdir()
+    file.write_text(file.read_text()[:100])
+    view = _Watch()
+    assert _numbers(local.run(config, view).records) == _numbers(first.records)
+    assert view.done == ["smoke_questions-dense"]
+
+
+def test_evaluate_returns_rows(folder, tmp_path):
+    rows = dart_eval.evaluate(
+        model=folder, tasks=["smoke_questions"], method=["dense", "griffin"], sparsity=[0.5], limit=2,
+        output=str(tmp_path / "out"),
+    )  # fmt: skip
+    assert {(r["method"], r["metric"]) for r in rows} == {
+        ("dense", "acc"), ("dense", "acc_norm"), ("griffin", "acc"), ("griffin", "acc_norm"),
+    }  # fmt: skip
+    assert all(r["n"] == 2 and r["model"] == "tiny-llama" and r["scope"] == "scored" for r in rows)
+    with pytest.raises(UserError, match="unknown key"):
+        dart_eval.evaluate(task="smoke_questions")
+
+
+def test_two_settings_of_one_method_are_two_cells(folder, tmp_path):
+    config = _config(
+        folder, tmp_path / "out", tasks="smoke_questions", sparsity=0.5, method="dart,dart:allocation=uniform"
+    )
+    result = local.run(config, _Watch())
+    assert len({r.key for r in result.records}) == 2
+    assert [r.inputs["params"]["allocation"] for r in result.records] == ["depth", "uniform"]
