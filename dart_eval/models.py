@@ -12,9 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dart_eval import demo_model
 from dart_eval.errors import UserError, nearest
+from dart_eval.hub import work_offline_if_unreachable
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+HASHED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py")  # weights, configuration, tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Identity:
     Attributes:
         name: as the user named it (an alias stays an alias; a folder is given by its last part).
         revision: commit on the hub, or None for a folder.
-        weights: sha256 over a folder's configuration and weights, or None for a hub model (its commit says it).
+        weights: sha256 over a folder's weights, configuration and tokenizer; None for a hub model: its commit says it.
     """
 
     name: str
@@ -74,12 +76,12 @@ class Resolved:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.source, revision=kwargs.get("revision", "main"))
             model = AutoModelForCausalLM.from_pretrained(self.source, **kwargs)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # every library underneath has errors of its own; all mean the same here
             raise _explain(self.identity.name, error) from error
         if not spec.device_map:
             try:
                 model.to(pick_device(spec.device))  # type: ignore[arg-type]
-            except RuntimeError as error:
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
                 raise UserError(
                     f"the model cannot be moved to {spec.device} ({error})", "choose another --device"
                 ) from None
@@ -97,9 +99,13 @@ def pick_device(name: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise UserError(f"unknown device {name!r}", "auto, cpu, cuda, cuda:1, mps") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device {name} is not there ({count} CUDA devices)", "choose another --device")
+    return device
 
 
 def resolve(spec: ModelSpec) -> Resolved:
@@ -128,6 +134,7 @@ def resolve(spec: ModelSpec) -> Resolved:
         return Resolved(spec, str(path), Identity(path.resolve().name, None, _check_folder(path)))
     if name.startswith((".", "/", "~")) or path.exists():
         raise UserError(f"model folder {name} does not exist or is not a folder", "give a folder with config.json")
+    work_offline_if_unreachable()
     try:
         config = AutoConfig.from_pretrained(name, revision=spec.revision or "main")
     except (OSError, ValueError) as error:
@@ -147,8 +154,7 @@ def _check_folder(path: Path) -> str:
 
 def _hash_folder(path: Path) -> str:
     digest = hashlib.sha256()
-    files = [path / "config.json", *sorted(f for pattern in WEIGHTS for f in path.glob(pattern))]
-    files += [f for f in (path / "tokenizer.json", path / "tokenizer_config.json") if f.is_file()]
+    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in HASHED)
     for file in files:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
@@ -168,4 +174,7 @@ def _explain(name: str, error: BaseException) -> UserError:
         return UserError(
             f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
         )
-    return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "it must be a causal language model")
+    return UserError(
+        f"model {name!r} cannot be loaded ({text[:300]})",
+        "it must be a complete causal language model with its tokenizer",
+    )

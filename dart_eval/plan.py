@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +93,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must lie between 0 and 2^32 - 1")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise UserError(f"--num-fewshot {self.num_fewshot} must not be negative")
         if self.chunk < 4:
@@ -99,11 +103,21 @@ class RunConfig:
             raise UserError("no method or no sparsity given", "for example --method dense,dart --sparsity 0.5,0.7")
         if self.calibration is not None and not Path(self.calibration).is_file():
             raise UserError(f"calibration text {self.calibration} is not a file")
-        output = Path(self.output)
-        if output.exists() and not output.is_dir():
-            raise UserError(f"output {self.output} exists and is not a folder", "choose another --output")
+        _check_output(Path(self.output))
         for sparsity in self.sparsity:
             check_sparsity(sparsity)
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse an output folder that could not be written, before anything is computed for it."""
+    for path in (folder, folder / "cells", folder / "samples"):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output {path} exists and is not a folder", "choose another --output")
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output {folder} cannot be written", "choose another --output")
 
 
 def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
@@ -116,13 +130,13 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     if file is not None:
         try:
             loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"config {file} cannot be read ({error.strerror})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config {file} cannot be read ({error})") from None
         except yaml.YAMLError as error:
             raise UserError(f"config {file} is not YAML ({error})") from None
         if not isinstance(loaded, dict):
             raise UserError(f"config {file} must hold keys and values", "for example `tasks: [arc, hellaswag]`")
-        values.update({str(k).replace("-", "_"): v for k, v in loaded.items()})
+        values.update({str(k).replace("-", "_"): v for k, v in loaded.items() if v is not None})
     values.update({k: v for k, v in given.items() if v is not None})
     known = {f.name: f for f in dataclasses.fields(RunConfig)}
     for key, value in values.items():
@@ -143,6 +157,8 @@ _KINDS: dict[str, type] = {
 def _checked(key: str, value: Any) -> Any:
     if key in ("method", "tasks", "sparsity"):
         items = value.split(",") if isinstance(value, str) else value
+        if isinstance(items, dict):
+            raise UserError(f"{key} must be a list, not {value!r}", f"for example `{key}: [a, b]`")
         items = list(items) if isinstance(items, (list, tuple)) else [items]
         items = [i.strip() if isinstance(i, str) else i for i in items]
         items = [i for i in items if i != ""]
@@ -219,7 +235,8 @@ def plan(
                     "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
                     "max_length": config.max_length, "chunk": config.chunk,
                     "chat_template": config.chat_template, "cue": config.cue,
-                    "calibration": _file_hash(config.calibration), "code": code_hash(), "versions": versions(),
+                    "calibration": _file_hash(config.calibration), "code": code_hash(),
+                    "method_code": _method_code(method), "versions": versions(),
                 }  # fmt: skip
                 cells.append(Cell(method, sparsity, task, inputs))
     return cells
@@ -252,6 +269,17 @@ def code_hash() -> str:
     for file in sorted(files):
         digest.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def _method_code(method: Method) -> str | None:
+    """sha256 over the module of a method from another package; ours are part of `code_hash`."""
+    if type(method).__module__.split(".")[0] == PACKAGE.name:
+        return None
+    module = inspect.getmodule(type(method))
+    try:
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest() if module else None
+    except OSError:
+        return None
 
 
 def _file_hash(path: str | None) -> str:

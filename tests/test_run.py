@@ -6,27 +6,11 @@ import pytest
 
 import dart_eval
 from dart_eval.errors import UserError
-from dart_eval.evaluation import tasks as tasks_module
 from dart_eval.executors import local
 from dart_eval.plan import config_from
 from tests.conftest import tiny
 
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_index():
-    """lm-eval's index of its tasks takes seconds to build; one is enough for all runs here."""
-    original, made = tasks_module.TaskManager, []
-
-    def once(**kwargs):
-        if not made:
-            made.append(original(**kwargs))
-        return made[0]
-
-    tasks_module.TaskManager = once
-    yield
-    tasks_module.TaskManager = original
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,9 @@ def test_the_cue_is_an_option(tasks):
 
 def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path):
     row = {"question": "What is red?", "choices": ["sky", "blood", "grass", "snow"], "answer": 1, "subject": "x"}
-    index = Tasks().manager.task_index
+    stock = Tasks()
+    stock.names()
+    index = stock.manager.task_index
     configs = [e.cfg for n, e in index.items() if n.startswith("mmlu_") and e.cfg]
     folder = tmp_path / "cais__mmlu"
     for name in {c["dataset_name"] for c in configs if c.get("dataset_path") == "cais/mmlu" and "dataset_name" in c}:

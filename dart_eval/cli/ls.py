@@ -40,6 +40,6 @@ def tasks(
             typer.echo(f"{name:<16} {text}")
     if every or pattern:
         shown = set(ALIASES) | set(COMMON)
-        for name in Tasks().manager.all_tasks:
+        for name in Tasks().names():
             if pattern in name and name not in shown:
                 typer.echo(name)

@@ -109,7 +109,8 @@ def _quieten(verbose: bool) -> None:
     import datasets
     import transformers
 
-    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+    for name in ("lm_eval", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

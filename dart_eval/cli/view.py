@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -79,18 +80,16 @@ class TerminalView:
         """A cell's line."""
         shown = ", ".join(f"{_place(m, record)}{m.metric} {_number(m)}" for m in headline(record.metrics))
         self.console.print(
-            f"[green]done[/green] {cell.name:<34} {shown}  effective sparsity {record.effective_sparsity:.3f}"
+            f"[green]done[/green] {escape(cell.name):<34} {escape(shown)}"
+            f"  effective sparsity {record.effective_sparsity:.3f}"
             f"{f', {record.remasks} re-masks' if record.remasks else ''}  {record.seconds:.0f} s"
         )
         self._next()
 
     def failed(self, cell: Any, error: BaseException) -> None:
         """A failed cell's line."""
-        text = " ".join(str(error).split())[:300]
-        self.console.print(
-            f"[red]failed[/red] {cell.name:<32} {type(error).__name__}: {text} (--verbose for more)",
-            markup=True,
-        )
+        text = escape(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        self.console.print(f"[red]failed[/red] {escape(cell.name):<32} {text} (--verbose for more)")
         self._next()
 
     def _next(self) -> None:
@@ -135,5 +134,5 @@ def print_tables(records: Sequence[Record]) -> None:
             text = column in ("task", "method", "model", "scope")
             table.add_column(column, justify="left" if text else "right", no_wrap=not (text and i == 0))
         for row in made.body:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)

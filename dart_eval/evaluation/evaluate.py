@@ -139,11 +139,16 @@ def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
     if n < 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
         return None
     weight = sum(w for _, w in pairs)
+    if weight <= 0:
+        return None
     ratio = sum(ll for ll, _ in pairs) / weight
     error = math.sqrt(n / (n - 1) * sum((ll - ratio * w) ** 2 for ll, w in pairs)) / weight
     if metric == "bits_per_byte":
         return error / math.log(2)
-    return math.exp(-ratio) * error
+    try:
+        return math.exp(-ratio) * error
+    except OverflowError:  # a perplexity beyond all numbers has no error bar
+        return None
 
 
 def _samples(by_task: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, int], Usage]) -> list[dict[str, Any]]:

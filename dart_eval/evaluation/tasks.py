@@ -17,6 +17,7 @@ from lm_eval.tasks._factory import TaskFactory
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.lm import RollingLogLikelihood
+from dart_eval.hub import work_offline_if_unreachable
 
 # What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -67,8 +68,11 @@ class _Factory(TaskFactory):
             prompt, old = config["doc_to_text"], metadata["cue"]
             config["doc_to_text"] = prompt.removesuffix(old) + self.cue
             config["metadata"] = {**metadata, "cue": self.cue}
-        if self.data_dir is not None and config.get("dataset_path") and "custom_dataset" not in config:
-            _redirect(config, self.data_dir)
+        if config.get("dataset_path") and "custom_dataset" not in config:
+            if self.data_dir is not None:
+                _redirect(config, self.data_dir)
+            else:
+                work_offline_if_unreachable()
         return config
 
 
@@ -110,9 +114,21 @@ class Tasks:
         self.data_dir = Path(data_dir) if data_dir is not None else None
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
-        self.manager = TaskManager(include_path=str(tasks_dir()))
-        self.manager._factory = _Factory(self.data_dir, cue)
+        self._factory = _Factory(self.data_dir, cue)
+        self.manager = self._index(include_defaults=False)
+        self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
+
+    def _index(self, include_defaults: bool) -> TaskManager:
+        manager = TaskManager(include_path=str(tasks_dir()), include_defaults=include_defaults)
+        manager._factory = self._factory
+        return manager
+
+    def names(self) -> list[str]:
+        """Every known task, group and tag. Indexing lm-eval's own thousands takes seconds, so it waits until asked."""
+        if not self._complete:
+            self.manager, self._complete = self._index(include_defaults=True), True
+        return self.manager.all_tasks
 
     def expand(self, names: list[str]) -> list[str]:
         """Task names with aliases replaced, in order, each once.
@@ -120,15 +136,12 @@ class Tasks:
         Raises:
             UserError: a name that neither this project nor lm-eval knows.
         """
-        known = set(self.manager.all_tasks)
         expanded: dict[str, None] = {}
         for name in names:
             for task in ALIASES.get(name, (name,)):
-                if task not in known:
-                    raise UserError(
-                        f"unknown task {name!r}",
-                        nearest(name, known | set(ALIASES)) or "`dart-eval ls tasks` lists them",
-                    )
+                if task not in self.manager.all_tasks and task not in self.names():
+                    known = {*self.names(), *ALIASES}
+                    raise UserError(f"unknown task {name!r}", nearest(name, known) or "`dart-eval ls tasks` lists them")
                 expanded.setdefault(task)
         if not expanded:
             raise UserError("no task given", "for example --tasks arc,hellaswag")
@@ -142,6 +155,7 @@ class Tasks:
         """
         if name not in self._loaded:
             try:
+                self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
                 loaded = self.manager._load_spec(name)
             except UserError:
                 raise

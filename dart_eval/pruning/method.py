@@ -6,6 +6,7 @@ Shapes: L layers, B sequences, T tokens, F neurons of a layer, D model width.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -145,6 +146,9 @@ def _cast(method: str, key: str, value: Any, kind: type) -> Any:
             return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[str(value).lower()]
         if kind is int and isinstance(value, float) and value != int(value):
             raise ValueError
+        if kind is float and not math.isfinite(float(value)):
+            raise ValueError
         return kind(value)
-    except (KeyError, ValueError, TypeError):
-        raise UserError(f"{method}:{key}={value} is not a {kind.__name__}") from None
+    except (KeyError, ValueError, TypeError, OverflowError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind.__name__)
+        raise UserError(f"{method}:{key}={value} is not {wanted}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -15,14 +16,24 @@ from dart_eval.pruning.methods.magnitude import Magnitude
 from dart_eval.pruning.methods.random import Random
 from dart_eval.pruning.methods.wanda_sp import WandaSp
 
+log = logging.getLogger(__name__)
+
 BUILT_IN: tuple[type[Method], ...] = (Dense, Random, Magnitude, WandaSp, Griffin, Dart)
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every known method by name: the built-in ones, then those of other installed packages."""
+    """Every known method by name: the built-in ones, then those of other installed packages.
+
+    A package whose method cannot be imported is left out with a warning; the others must go on working.
+    """
     known = {cls.name: cls for cls in BUILT_IN}
     for entry in entry_points(group="dart_eval.methods"):
-        known.setdefault(entry.name, entry.load())
+        if entry.name in known:
+            continue
+        try:
+            known[entry.name] = entry.load()
+        except Exception as error:
+            log.error("method %s of another package cannot be imported: %s", entry.name, error)
     return known
 
 

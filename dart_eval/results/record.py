@@ -84,6 +84,8 @@ class Record:
         Raises:
             ValueError: written by a newer version, or not a record.
         """
+        if not isinstance(data, dict):
+            raise ValueError("not a record")
         version = data.get("schema")
         if not isinstance(version, int) or version > SCHEMA:
             raise ValueError(f"record schema {version} is not known here (this version reads up to {SCHEMA})")

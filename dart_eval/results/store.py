@@ -65,7 +65,7 @@ class Store:
         Raises:
             UserError: no such folder, nothing in it, or a file that is not a record of a known version.
         """
-        files = sorted((self.folder / "cells").glob("*.json"))
+        files = sorted(f for f in (self.folder / "cells").glob("*.json") if f.is_file())
         if not files:
             raise UserError(f"no results in {self.folder}", f"run first: dart-eval run --output {self.folder}")
         records = []

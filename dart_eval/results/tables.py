@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,8 @@ class Table:
 def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
     """Accuracy, summaries, perplexity, FLOPs and memory, those that have rows."""
     data = rows(records, subtasks)
-    labels = _labels(data)
-    made = []
+    labels = _labels(records)
+    made: list[Table] = []
     for title, metrics in QUALITY:
         chosen = [r for r in data if r["metric"] in metrics]
         if chosen:
@@ -81,17 +82,34 @@ def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
     return [*made, _flops(records, labels), _memory(records, labels)]
 
 
-def _labels(data: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A method's label per cell key: its name, with parameters where one name stands for several settings."""
-    settings: dict[str, dict[str, dict[str, Any]]] = {}
-    for r in data:
-        settings.setdefault(r["method"], {})[json.dumps(r["params"], sort_keys=True)] = r["params"]
+def _model_column(records: Sequence[Record]) -> bool:
+    return len({r.inputs["model"]["name"] for r in records}) > 1
+
+
+# Settings of a run that a table names only where its records differ in them.
+SETTINGS = (
+    "dtype", "device", "seed", "limit", "num_fewshot", "max_length", "chunk", "chat_template", "cue", "calibration",
+    "code", "method_code",
+)  # fmt: skip
+
+
+def _labels(records: Sequence[Record]) -> dict[str, str]:
+    """A label per cell key: the method's name, and whatever else tells two cells of the table apart.
+
+    Parameters where one name stands for several settings; settings of the run where the records differ in them.
+    """
+    differing = [s for s in SETTINGS if len({json.dumps(r.inputs.get(s)) for r in records}) > 1]
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for r in records:
+        if r.inputs["params"] not in variants.setdefault(r.inputs["method"], []):
+            variants[r.inputs["method"]].append(r.inputs["params"])
     labels = {}
-    for r in data:
-        variants = list(settings[r["method"]].values())
-        differing = sorted({k for v in variants for k in v if any(v.get(k) != w.get(k) for w in variants)})
-        extra = ":".join(f"{k}={_plain(r['params'].get(k))}" for k in differing)
-        labels[r["key"]] = f"{r['method']}:{extra}" if extra else r["method"]
+    for r in records:
+        name, params = r.inputs["method"], r.inputs["params"]
+        names = sorted({k for v in variants[name] for k in v if any(v.get(k) != w.get(k) for w in variants[name])})
+        label = ":".join([name, *(f"{k}={_plain(params.get(k))}" for k in names)])
+        settings = " ".join(f"{s}={_plain(r.inputs.get(s))[:12]}" for s in differing)
+        labels[r.key] = f"{label} ({settings})" if settings else label
     return labels
 
 
@@ -129,6 +147,8 @@ def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], labels:
         "all neuron-tokens of the scored or generated tokens; mask: what the masks prune; "
         "read: FFN weights a pruned token reads."
     )
+    if not many:
+        note = f"Model {data[0]['model']}. {note}"
     return Table(title, columns, body, note)
 
 
@@ -147,16 +167,16 @@ def _value(r: dict[str, Any] | None) -> str:
 
 
 def _flops(records: Sequence[Record], labels: dict[str, str]) -> Table:
-    body = []
+    body, many = [], _model_column(records)
     for r in _sorted(records, labels):
         f = r.flops
         body.append([
-            _task(r), labels.get(r.key, r.inputs["method"]), f"{r.inputs['sparsity']:g}", str(f["context_tokens"]),
+            *_where(r, many), labels[r.key], f"{r.inputs['sparsity']:g}", str(f["context_tokens"]),
             _si(f["prefill"]), _si(f["decode_step_dense"]), _si(f["decode_step_pruned"]),
             f"{f['decode_step_pruned'] / f['decode_step_dense']:.3f}", _si(f["tracing_prefill"]),
             _si(f["tracing_decode_step"]), f"{100 * f['tracing_share']:.3f} %", str(r.remasks),
         ])  # fmt: skip
-    columns = ["task", "method", "sparsity", "context", "prefill", "decode dense", "decode pruned", "ratio",
+    columns = [*_heads(many), "method", "sparsity", "context", "prefill", "decode dense", "decode pruned", "ratio",
                "tracing prefill", "tracing/token", "of dense", "re-masks"]  # fmt: skip
     note = (
         "FLOPs from shapes (a multiply-add is two) at the mean context length of the cell; tracing/token includes "
@@ -167,17 +187,25 @@ def _flops(records: Sequence[Record], labels: dict[str, str]) -> Table:
 
 
 def _memory(records: Sequence[Record], labels: dict[str, str]) -> Table:
-    body = []
+    body, many = [], _model_column(records)
     for r in _sorted(records, labels):
         m = r.memory
         body.append([
-            _task(r), labels.get(r.key, r.inputs["method"]), f"{r.inputs['sparsity']:g}",
+            *_where(r, many), labels[r.key], f"{r.inputs['sparsity']:g}",
             _mib(m["weights"]), _mib(m["state"], 3), _mib(m["peak"]),
         ])  # fmt: skip
     note = (
         "MiB. state: what the method keeps per sequence. peak: of the process (CPU) or of the GPU while the cell ran."
     )
-    return Table("Memory", ["task", "method", "sparsity", "weights", "state", "peak"], body, note)
+    return Table("Memory", [*_heads(many), "method", "sparsity", "weights", "state", "peak"], body, note)
+
+
+def _heads(many: bool) -> list[str]:
+    return ["model", "task"] if many else ["task"]
+
+
+def _where(record: Record, many: bool) -> list[str]:
+    return [record.inputs["model"]["name"], _task(record)] if many else [_task(record)]
 
 
 def _sorted(records: Sequence[Record], labels: dict[str, str]) -> list[Record]:
@@ -187,7 +215,7 @@ def _sorted(records: Sequence[Record], labels: dict[str, str]) -> list[Record]:
             r.inputs["model"]["name"],
             _task(r),
             r.inputs["sparsity"],
-            labels.get(r.key, r.inputs["method"]),
+            labels[r.key],
         ),
     )
 
@@ -210,11 +238,20 @@ def _mib(value: float, digits: int = 1) -> str:
 def render(records: Sequence[Record], form: str, subtasks: bool = False) -> str:
     """The tables as text in one of `FORMATS`; json and csv hold the rows, md and tex the tables for people."""
     if form == "json":
-        return json.dumps(rows(records, subtasks), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(_finite(rows(records, subtasks)), indent=1, ensure_ascii=False) + "\n"
     if form == "csv":
         return _csv(rows(records, subtasks))
     writer = _markdown if form == "md" else _latex
     return "\n".join(writer(t) for t in tables(records, subtasks))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null instead."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(data: list[dict[str, Any]]) -> str:
@@ -238,7 +275,10 @@ def _markdown(table: Table) -> str:
     return "\n".join([*parts, table.note, ""] if table.note else parts)
 
 
-_TEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$"}
+_TEX = {
+    "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+}  # fmt: skip
 
 
 def _latex(table: Table) -> str:
