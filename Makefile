@@ -12,7 +12,8 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test check clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dart-eval run --tasks smoke --method dense,griffin,dart --sparsity 0.5,0.7 --limit 24 --output demo-output
+	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
+		--method dense,griffin,dart --sparsity 0.5,0.7 --limit 12 --output demo-output
 	@echo "The same tables again: $(BIN)/dart-eval tables demo-output --format md"
 
 test: $(VENV)/.dev
@@ -27,10 +28,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	@echo "installing dart-eval and the demo model into $(VENV) (a few minutes) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	@echo "installing dart-eval and what its tests need into $(VENV) (a few minutes) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $(VENV)/.demo $@
 

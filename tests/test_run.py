@@ -151,3 +151,26 @@ def test_two_settings_of_one_method_are_two_cells(folder, tmp_path):
     result = local.run(config, _Watch())
     assert len({r.key for r in result.records}) == 2
     assert [r.inputs["params"]["allocation"] for r in result.records] == ["depth", "uniform"]
+
+
+def test_the_chat_template_is_used_when_asked_for(folder, tmp_path, tokenizer):
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    chat = tmp_path / "chat"
+    shutil.copytree(folder, chat)
+    with_template = AutoTokenizer.from_pretrained(folder)
+    with_template.chat_template = "w9 {{ messages[0].content }} w8"
+    with_template.save_pretrained(chat)
+    hashes = {}
+    for wanted in (False, True):
+        output = tmp_path / str(wanted)
+        config = _config(str(chat), output, tasks="smoke_summary", method="dense", chat_template=wanted)
+        (record,) = local.run(config, _Watch()).records
+        (samples,) = (output / "samples").iterdir()
+        hashes[wanted] = [json.loads(line)["prompt_hash"] for line in samples.read_text().splitlines()]
+        assert record.inputs["chat_template"] is wanted
+    assert not set(hashes[True]) & set(hashes[False])
+    with pytest.raises(UserError, match="no chat template"):
+        local.run(_config(folder, tmp_path / "none", chat_template=True), _Watch())
