@@ -3,14 +3,29 @@
 Python surface: `prune` (use a method while generating), `methods` (what there is), `evaluate` (run cells).
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dart_eval.errors import UserError
-from dart_eval.pruning.registry import methods
-from dart_eval.pruning.session import prune
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.registry import methods
+    from dart_eval.pruning.session import prune
 
 __version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "evaluate", "methods", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    """`prune` and `methods` import torch and transformers, so they wait until somebody asks (`--help` does not)."""
+    if name == "prune":
+        from dart_eval.pruning.session import prune
+
+        return prune
+    if name == "methods":
+        from dart_eval.pruning.registry import methods
+
+        return methods
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def evaluate(**options: Any) -> list[dict[str, Any]]:
