@@ -1,8 +1,8 @@
 """FLOPs and bytes, counted from the shapes of the loaded model.
 
 A multiply-add is two FLOPs. Counted are the matrix products (projections, attention scores and values, output head)
-as an eager kernel executes them: attention over the full square of a prompt, causal or not. Norms, activations and
-softmax are left out, as torch's own flop counter leaves them out; a test compares the two.
+as an eager kernel executes them: a prompt's attention over its full square, a decoded token's over its KV cache.
+Norms, activations and softmax are left out, as torch's own flop counter leaves them out; a test compares the two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class ModelShape:
         ffn_matrices: matrices of an FFN (3 gated, 2 plain).
         other_weights: weights of all other projections in the decoder layers, multiplied once per token.
         head_weights: weights of the output head, multiplied where logits are wanted.
-        attention_width: sum over layers of heads * head dimension.
+        attention_width: heads * head dimension, in every layer.
+        windows: tokens that each layer can look back to (itself included), None for all.
         weight_bytes: bytes of all parameters, tied ones once.
     """
 
@@ -38,6 +39,7 @@ class ModelShape:
     other_weights: int
     head_weights: int
     attention_width: int
+    windows: tuple[int | None, ...]
     weight_bytes: int
 
     @property
@@ -53,7 +55,7 @@ class ModelShape:
     def prefill(self, tokens: int) -> int:
         """FLOPs of a dense prompt of that many tokens, logits at its last position only."""
         per_token = 2 * (self.ffn_weights + self.other_weights)
-        return tokens * per_token + 4 * self.attention_width * tokens * tokens + 2 * self.head_weights
+        return tokens * per_token + 4 * self.layers * self.attention_width * tokens * tokens + 2 * self.head_weights
 
     def decode(self, position: int, weights_read: float = 1.0) -> int:
         """FLOPs of one decoded token that attends to `position` tokens (itself included).
@@ -61,7 +63,8 @@ class ModelShape:
         weights_read: share of the FFN weights that the token multiplies.
         """
         ffn = round(2 * self.ffn_weights * weights_read)
-        return ffn + 2 * (self.other_weights + self.head_weights) + 4 * self.attention_width * position
+        seen = sum(position if w is None else min(position, w) for w in self.windows)
+        return ffn + 2 * (self.other_weights + self.head_weights) + 4 * self.attention_width * seen
 
 
 def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
@@ -81,9 +84,17 @@ def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     n_in, n_out = features(head)
     return ModelShape(
         layers=len(ffns), width=ffns[0].width, ffn_sizes=tuple(f.size for f in ffns), ffn_matrices=ffns[0].matrices,
-        other_weights=other, head_weights=n_in * n_out, attention_width=len(ffns) * heads * head_dim,
+        other_weights=other, head_weights=n_in * n_out,
+        attention_width=heads * head_dim, windows=_windows(config, len(ffns)),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )  # fmt: skip
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, as the KV cache keeps it."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
 
 
 def _is_projection(module: nn.Module) -> bool:
@@ -96,7 +107,8 @@ class Tracing:
     """FLOPs that a method itself adds.
 
     Attributes:
-        prefill: scoring the prompt's tokens, sensitivities and detector included, and choosing the masks.
+        prefill: scoring the prompt's tokens, sensitivities and detector included (an upper bound: four operations
+            per neuron and token, which token normalisation needs). Sorting scores is comparisons, and not counted.
         decode_step: per decoded token, the detector only.
         remask: one renewal of all masks from the ring buffer (dense gate and up on R inputs, and scoring).
     """

@@ -49,8 +49,8 @@ RESIDUAL_NORMS = (
     "pre_feedforward_layernorm", "ln_2", "ln_mlp", "final_layer_norm",
     "post_attention_layernorm", "input_layernorm", "ln_1",
 )  # fmt: skip
-# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2): the FFN's effect is what leaves it.
-OUTPUT_NORMS = ("post_feedforward_layernorm",)
+# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2, GLM-4): the FFN's effect is what leaves it.
+OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
 ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.dense", "self_attn.out_proj",
     "attn.c_proj", "attn.out_proj", "attention.dense", "self_attention.dense",
@@ -70,6 +70,7 @@ class FFN:
         output: module whose output is what the FFN adds to the stream, [B, T, D].
         attention: the attention's output projection in the same layer.
         size, width: F, D.
+        scale: factor on the output before it is added (Granite).
     """
 
     layer: int
@@ -84,6 +85,7 @@ class FFN:
     attention: nn.Module
     size: int
     width: int
+    scale: float = 1.0
 
     def intermediate(self, x: Tensor) -> Tensor:
         """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
@@ -179,7 +181,7 @@ def _describe(layer: nn.Module, index: int) -> FFN | None:
             continue
         post_norm = _first(layer, OUTPUT_NORMS)
         residual = _first(layer, RESIDUAL_NORMS)
-        if post_norm is not None and _get(layer, "pre_feedforward_layernorm") is None:
+        if _get(layer, "post_feedforward_layernorm") is not None and _get(layer, "pre_feedforward_layernorm") is None:
             residual = block  # OLMo 2: the stream enters the FFN without a norm
         size, width = features(down)
         return FFN(
@@ -187,6 +189,7 @@ def _describe(layer: nn.Module, index: int) -> FFN | None:
             residual=residual if residual is not None else block,
             output=post_norm if post_norm is not None else down,
             attention=attention, size=size, width=width,
+            scale=float(getattr(layer, "residual_multiplier", 1.0)),
         )  # fmt: skip
     return None
 

@@ -60,6 +60,7 @@ class Resolved:
     spec: ModelSpec
     source: str
     identity: Identity
+    dtype: str  # what the weights will be loaded as: float32, bfloat16 ...
 
     def load(self) -> tuple[PreTrainedModel, Any]:
         """The model in eval mode on its device, and its tokenizer.
@@ -128,18 +129,34 @@ def resolve(spec: ModelSpec) -> Resolved:
         name = demo_model.ALIAS
     if name == demo_model.ALIAS:
         folder = demo_model.folder()
-        return Resolved(spec, str(folder), Identity(name, None, _hash_folder(folder)))
+        return Resolved(
+            spec, str(folder), Identity(name, None, _hash_folder(folder)), _dtype(spec, _config(str(folder)))
+        )
     path = Path(name).expanduser()
     if path.is_dir():
-        return Resolved(spec, str(path), Identity(path.resolve().name, None, _check_folder(path)))
+        identity = Identity(path.resolve().name, None, _check_folder(path))
+        return Resolved(spec, str(path), identity, _dtype(spec, _config(str(path))))
     if name.startswith((".", "/", "~")) or path.exists():
         raise UserError(f"model folder {name} does not exist or is not a folder", "give a folder with config.json")
     work_offline_if_unreachable()
+    config = _config(name, spec.revision)
+    commit = getattr(config, "_commit_hash", None) or spec.revision or "main"
+    return Resolved(spec, name, Identity(name, commit, None), _dtype(spec, config))
+
+
+def _config(name: str, revision: str | None = None) -> Any:
     try:
-        config = AutoConfig.from_pretrained(name, revision=spec.revision or "main")
-    except (OSError, ValueError) as error:
-        raise _explain(name, error) from error
-    return Resolved(spec, name, Identity(name, getattr(config, "_commit_hash", None) or spec.revision or "main", None))
+        return AutoConfig.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(Path(name).name if Path(name).is_dir() else name, error) from error
+
+
+def _dtype(spec: ModelSpec, config: Any) -> str:
+    """The dtype that `auto` stands for: the checkpoint's, else float32."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    kept = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return str(kept).removeprefix("torch.") if kept is not None else "float32"
 
 
 def _check_folder(path: Path) -> str:

@@ -19,7 +19,8 @@ import yaml
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
-from dart_eval.models import Identity, ModelSpec
+from dart_eval.evaluation.tasks import tasks_dir
+from dart_eval.models import ModelSpec, Resolved
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.registry import make, parse
@@ -28,7 +29,7 @@ from dart_eval.pruning.session import check_sparsity
 SCOPE = "scored"
 PACKAGE = Path(__file__).parent
 # Code whose change may change a number. Keys of finished cells change with it.
-NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "pruning", "evaluation")
+NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "pruning", "evaluation", "executors")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class RunConfig:
         tasks: task names.
         num_fewshot: examples before each item; None leaves each task's own number.
         limit: first items of each task only.
-        batch_size: contexts per forward. Does not change the numbers.
+        batch_size: contexts per forward. Does not change the numbers in float32.
         seed: of few-shot sampling and of methods that draw.
         max_length: tokens of context and continuation; None is the model's.
         chunk: tokens per perplexity chunk.
@@ -141,7 +142,7 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     known = {f.name: f for f in dataclasses.fields(RunConfig)}
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"unknown key {key!r} in {file}", nearest(key, known))
+            raise UserError(f"unknown key {key!r}{f' in {file}' if file else ''}", nearest(key, known))
         values[key] = _checked(key, value)
     config = RunConfig(**values)
     config.check()
@@ -216,12 +217,12 @@ def methods_of(config: RunConfig) -> list[Method]:
 
 
 def plan(
-    config: RunConfig, identity: Identity, tasks: Sequence[str], hashes: Mapping[str, str], device: str
+    config: RunConfig, model: Resolved, tasks: Sequence[str], hashes: Mapping[str, str], device: str
 ) -> list[Cell]:
     """All cells, task by task; a method that does not prune comes once, whatever the sparsities.
 
     Args:
-        identity: of the model. tasks: expanded names. hashes: task -> hash of its configuration and documents.
+        model: found, not loaded. tasks: expanded names. hashes: task -> hash of its configuration and documents.
         device: type of device (cpu, cuda): kernels differ in their last bits.
     """
     cells = []
@@ -229,12 +230,14 @@ def plan(
         for method in methods_of(config):
             for sparsity in dict.fromkeys(config.sparsity) if method.prunes else (0.0,):
                 inputs = {
-                    "model": dataclasses.asdict(identity), "dtype": config.dtype, "device": device,
+                    "model": dataclasses.asdict(model.identity), "dtype": model.dtype, "device": device,
                     "method": method.name, "params": method.params(), "sparsity": sparsity,
                     "scope": SCOPE, "execution": "masked", "task": task, "task_hash": hashes[task],
                     "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
                     "max_length": config.max_length, "chunk": config.chunk,
                     "chat_template": config.chat_template, "cue": config.cue,
+                    # In half precision the shape of a batch moves last digits, and with them a close choice.
+                    "batch_size": None if model.dtype == "float32" else config.batch_size,
                     "calibration": _file_hash(config.calibration), "code": code_hash(),
                     "method_code": _method_code(method), "versions": versions(),
                 }  # fmt: skip
@@ -244,22 +247,23 @@ def plan(
 
 def versions() -> dict[str, str]:
     """Versions that numbers depend on."""
-    return {name: version(name) for name in ("torch", "transformers", "lm_eval")}
+    return {
+        name: version(name) for name in ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "rouge-score")
+    }
 
 
 def environment() -> dict[str, str]:
     """Versions and machine, as recorded beside the numbers."""
-    names = ("dart-eval", "datasets", "rouge-score")
     return {
         **versions(),
-        **{n: version(n) for n in names},
+        "dart-eval": version("dart-eval"),
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
 
 
 def code_hash() -> str:
-    """sha256 over the source of this project's numeric code."""
+    """sha256 over the source of this project's numeric code and of its own tasks."""
     files = [
         f
         for part in NUMERIC_CODE
@@ -268,6 +272,8 @@ def code_hash() -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
+    for file in sorted(f for f in tasks_dir().rglob("*") if f.suffix in (".py", ".yaml")):
+        digest.update(str(file.relative_to(tasks_dir())).encode() + file.read_bytes())
     return digest.hexdigest()
 
 

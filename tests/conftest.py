@@ -10,6 +10,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -31,6 +32,11 @@ CONFIGS = {
     # a window shorter than the tests' contexts, so that sliding layers do slide
     "gemma3": lambda: Gemma3TextConfig(
         **SMALL, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    # hands its FFNs [batch * tokens, width]
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=40, num_hidden_layers=3, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     ),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=256, n_inner=40,

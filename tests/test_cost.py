@@ -37,7 +37,9 @@ def test_pruned_flops_equal_those_of_a_model_with_smaller_ffns(family):
     model = tiny(family, torch.float32, attention="eager")
     config = CONFIGS[family]()
     config._attn_implementation = "eager"
-    setattr(config, "n_inner" if family == "gpt2" else "intermediate_size", 12)  # 12 of 40 neurons: 70 % pruned
+    setattr(
+        config, {"gpt2": "n_inner", "opt": "ffn_dim"}.get(family, "intermediate_size"), 12
+    )  # 12 of 40 neurons: 70 % pruned
     small = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.tensor([random_tokens(12)])
     _, out = _counted(lambda: small(ids, use_cache=True))
@@ -64,3 +66,15 @@ def test_tracing_grows_with_what_a_method_does(llama):
     # the re-mask runs gate and up densely on the ring's 24 inputs: at least that
     assert full.remask > 24 * 2 * 2 * 32 * 3 * 40
     assert tracing(Dart(detect=False), shape, 100).remask == 0
+
+
+def test_sliding_layers_look_back_to_their_window_only():
+    """Gemma 3 with a window of 16 and a prompt of 40, in eager attention."""
+    model = tiny("gemma3", torch.float32, attention="eager")
+    shape = shape_of(model, find_ffns(model))
+    assert shape.windows == (16, None, 16)
+    ids = torch.tensor([random_tokens(40)])
+    prefill, out = _counted(lambda: model(ids, use_cache=True, logits_to_keep=1))
+    assert shape.prefill(40) == prefill
+    step, _ = _counted(lambda: model(ids[:, :1], use_cache=True, **{cache_argument(model): cache_of(out)}))
+    assert shape.decode(41) == step

@@ -117,3 +117,17 @@ def test_memory_does_not_grow_with_the_prompt():
         detector.observe(torch.randn(1, tokens, D), torch.ones(1, tokens, dtype=torch.bool))
         sizes.append(detector.nbytes())
     assert sizes[0] == sizes[1]
+
+
+def test_a_prompt_in_chunks_closed_each_time_makes_the_same_reference():
+    """Chunked prefill: every chunk ends with `set_reference`, and the next one goes on where it stopped."""
+    a, valid = torch.randn(1, 47, D), torch.ones(1, 47, dtype=torch.bool)
+    whole, parts = (DriftDetector(DriftConfig(window=5), 1, D, CPU) for _ in range(2))
+    whole.observe(a, valid)
+    whole.set_reference()
+    for part in torch.arange(47).split(8):
+        parts.observe(a[:, part], valid[:, part])
+        parts.set_reference()
+    assert torch.allclose(whole.threshold, parts.threshold, atol=1e-6)
+    assert torch.allclose(whole.reference, parts.reference, atol=1e-6)
+    assert len(parts.windows[0]) == len(whole.windows[0]) == 9

@@ -1,13 +1,15 @@
 """From defaults, file and command line to cells and their keys; the registry of methods."""
 
 import dataclasses
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
 from dart_eval import plan as plan_module
 from dart_eval.errors import UserError
-from dart_eval.models import Identity
+from dart_eval.models import Identity, ModelSpec, Resolved
 from dart_eval.plan import RunConfig, code_hash, config_from, methods_of, plan
 from dart_eval.pruning import registry
 from dart_eval.pruning.method import StaticMethod
@@ -25,9 +27,9 @@ def yaml_file(tmp_path, text):
     return file
 
 
-def cells(identity=MODEL, tasks=("arc_easy",), hashes=None, device="cpu", **given):
+def cells(identity=MODEL, tasks=("arc_easy",), hashes=None, device="cpu", dtype="float32", **given):
     config = RunConfig(**{"method": ("dart",), "tasks": tasks, **given})
-    return plan(config, identity, tasks, hashes or dict.fromkeys(tasks, "h"), device)
+    return plan(config, Resolved(ModelSpec(), "", identity, dtype), tasks, hashes or dict.fromkeys(tasks, "h"), device)
 
 
 def key(**given):
@@ -235,7 +237,7 @@ def test_the_same_question_has_the_same_key():
 
 @pytest.mark.parametrize("change", [
     {"sparsity": (0.6,)}, {"method": ("griffin",)}, {"method": ("dart:window=8",)}, {"limit": 5}, {"seed": 1},
-    {"dtype": "float32"}, {"num_fewshot": 0}, {"cue": "In short:"}, {"chunk": 512}, {"max_length": 512},
+    {"dtype": "bfloat16"}, {"num_fewshot": 0}, {"cue": "In short:"}, {"chunk": 512}, {"max_length": 512},
     {"chat_template": True}, {"hashes": {"arc_easy": "other"}}, {"device": "cuda"},
     {"identity": dataclasses.replace(MODEL, weights="beef")}, {"identity": dataclasses.replace(MODEL, revision="c0de")},
 ], ids=str)  # fmt: skip
@@ -330,3 +332,30 @@ def test_everything_a_model_folder_holds_is_in_its_hash(tmp_path):
         (tmp_path / name).write_text("b")
         seen.add(_hash_folder(tmp_path))
     assert len(seen) == len(names) + 1
+
+
+def test_batch_size_is_in_the_key_where_it_moves_digits():
+    def keys(dtype, batch_size):
+        return [c.key for c in cells(dtype=dtype, batch_size=batch_size)]
+
+    assert keys("float32", 1) == keys("float32", 8)
+    assert keys("bfloat16", 1) != keys("bfloat16", 8)
+
+
+HASHER = """
+import sys
+from dart_eval.evaluation.evaluate import EvalSettings, task_hash
+from dart_eval.evaluation.tasks import Tasks
+tasks = Tasks(sys.argv[1])
+for name in sys.argv[2:]:
+    print(name, task_hash(tasks.load(name), EvalSettings(limit=3, num_fewshot=1)))
+"""
+
+
+def test_task_hashes_are_the_same_in_every_process(data_dir):
+    """Functions inside configurations must not be hashed by their address."""
+    names = ["arc_easy", "hellaswag", "winogrande", "medmcqa", "wikitext", "cnn_dailymail", "xsum", "smoke_drift"]
+    command = [sys.executable, "-c", HASHER, data_dir, *names]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first == second
+    assert len({line.split()[1] for line in first.splitlines()}) == len(names)

@@ -214,3 +214,35 @@ def test_wanda_sp_calibrates_on_the_given_text(llama, tokenizer, tmp_path):
         llama(part[None])
     handle.remove()
     assert torch.allclose(energy[1].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)
+
+
+def test_a_forward_without_cache_is_refused(llama):
+    with open_session(llama, "griffin", 0.5), pytest.raises(UserError, match="use_cache"):
+        llama.generate(_prompt(1, 12), max_new_tokens=3, use_cache=False, pad_token_id=0)
+
+
+def test_every_calibration_segment_begins_as_a_prompt_does(llama, tokenizer, tmp_path):
+    """A tokenizer that begins with BOS: each segment does, and BOS itself is not counted."""
+    words = random_tokens(1200, seed=2)
+
+    class WithBos:
+        bos_token_id = 1
+
+        def __call__(self, text, **_):
+            return {"input_ids": [1, *words]}
+
+    (tmp_path / "text.txt").write_text("words")
+    seen = []
+    handle = llama.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
+    energy = TextCalibration(llama, WithBos(), tmp_path / "text.txt").energy()
+    handle.remove()
+    seen = [ids for ids in seen if ids.shape[1] > 3]
+    assert all(int(ids[0, 0]) == 1 for ids in seen)
+    assert torch.cat([ids[0, 1:] for ids in seen]).tolist() == list(words)
+    hidden = []
+    ffn = find_ffns(llama)[0]
+    handle = ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0][:, 1:]))
+    for ids in seen:
+        llama(ids)
+    handle.remove()
+    assert torch.allclose(energy[0].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)

@@ -145,3 +145,48 @@ def test_tasks_travel_in_the_wheel(tmp_path):
         if file.is_file() and "__pycache__" not in file.parts:
             assert f"dart_eval/tasks/{file.relative_to(tasks_dir())}" in packed
     assert "dart_eval/data/calibration.txt" in packed
+
+
+def test_documents_are_prepared_once():
+    """gpqa shuffles its answers whenever documents are prepared; two looks must see the same."""
+    from dart_eval.evaluation.tasks import _process_once
+
+    class Config:
+        calls = 0
+
+        def process_docs(self, dataset):
+            self.calls += 1
+            return [self.calls, *dataset]
+
+    class Shuffled:
+        config = Config()
+
+    config = Shuffled.config
+    config.process_docs = config.process_docs  # an attribute, as in lm-eval's configuration
+    _process_once(Shuffled())
+    dataset, other = [1, 2], [3]
+    assert config.process_docs(dataset) is config.process_docs(dataset)
+    assert config.process_docs(other) == [2, 3]
+
+
+def test_samples_with_numpy_values_become_plain():
+    import numpy as np
+
+    from dart_eval.evaluation.evaluate import _plain
+
+    value = {"f1": (np.int64(1), np.float32(0.5)), "x": [np.array([1, 2]), None, True, "a"]}
+    assert json.loads(json.dumps(_plain(value))) == {"f1": [1, 0.5], "x": [[1, 2], None, True, "a"]}
+
+
+def test_members_of_a_mere_list_are_shown_and_those_of_a_group_hidden():
+    from dart_eval.evaluation.evaluate import _metrics
+
+    def result(group):
+        return {
+            "results": {"g": group, "a": {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "group_subtasks": {"g": ["a"]},
+            "n-samples": {"a": {"effective": 4}}, "higher_is_better": {"a": {"acc": True}}, "samples": {},
+        }  # fmt: skip
+
+    assert [(m.task, m.part_of) for m in _metrics(result({"alias": "g"}))] == [("a", None)]
+    found = _metrics(result({"acc,none": 0.5, "acc_stderr,none": 0.1}))
+    assert [(m.task, m.part_of, m.n) for m in found] == [("g", None, 4), ("a", "g", 4)]

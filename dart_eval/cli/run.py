@@ -49,7 +49,7 @@ def run(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="First items of each task only.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Contexts per forward; does not change results.  [default: 8]")
+        int | None, typer.Option(help="Contexts per forward; no effect on float32 results.  [default: 8]")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of few-shot sampling and random masks.  [default: 0]")] = None,
     max_length: Annotated[

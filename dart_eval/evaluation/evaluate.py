@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from unittest.mock import patch
 import lm_eval
 import lm_eval.api.task
 import lm_eval.evaluator
+import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
@@ -37,12 +39,12 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Numbers of one cell; `context` is the mean context length in tokens."""
+    """Numbers of one cell: metrics, samples, what they cost together and per lm-eval task."""
 
     metrics: list[Metric]
     samples: list[dict[str, Any]]
     usage: Usage
-    context: float
+    by_task: dict[str, Usage]
     state_bytes: int
 
 
@@ -86,9 +88,11 @@ def evaluate_task(lm: PrunedLM, session: Session | None, tasks: Tasks, name: str
     total = Usage()
     for usage in lm.usage.values():
         total.add(usage)
+    by_task: dict[str, Usage] = {}
+    for (task, _), usage in lm.usage.items():
+        by_task.setdefault(task, Usage()).add(usage)
     samples = _samples(results["samples"], lm.usage)
-    requests = sum(len(s["arguments"]) for many in results["samples"].values() for s in many)
-    return Outcome(_metrics(results), samples, total, total.context / max(requests, 1), lm.state_bytes)
+    return Outcome(_metrics(results), samples, total, by_task, lm.state_bytes)
 
 
 @contextmanager
@@ -103,7 +107,9 @@ def _quiet() -> Iterator[None]:
 
 def _metrics(results: Any) -> list[Metric]:
     groups: dict[str, list[str]] = results.get("group_subtasks") or {}
-    parents = {child: parent for parent, children in groups.items() for child in children}
+    # A group without a metric of its own (a mere list of tasks) hides none of its members.
+    scored = {task for task, values in results["results"].items() if any("," in name for name in values)}
+    parents = {child: parent for parent, children in groups.items() if parent in scored for child in children}
     sizes = {task: counts["effective"] for task, counts in results["n-samples"].items()}
     found = []
     for task, values in results["results"].items():
@@ -160,7 +166,7 @@ def _samples(by_task: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, in
             rows.append({
                 "task": task, "doc_id": s["doc_id"], "filter": s["filter"],
                 "doc_hash": s["doc_hash"], "prompt_hash": s["prompt_hash"], "target_hash": s["target_hash"],
-                "metrics": {m: s[m] for m in s["metrics"]},
+                "metrics": {m: _plain(s[m]) for m in s["metrics"]},
                 "responses": [_plain(r) for r in s["filtered_resps"]],
                 "tokens": used.tokens, "remasks": used.remasks,
                 "effective_sparsity": used.effective_sparsity,
@@ -168,10 +174,31 @@ def _samples(by_task: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, in
     return rows
 
 
-def _plain(response: Any) -> Any:
-    if isinstance(response, (list, tuple)):
-        return [_plain(r) for r in response]
-    return float(response) if isinstance(response, float) else response
+def _plain(value: Any) -> Any:
+    """The same as JSON knows it: numpy scalars and arrays, tuples and our own floats become plain."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, float):
+        return float(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _sourced(value: Any) -> Any:
+    """Functions replaced by their source: their text tells them apart, their address would differ in every process."""
+    if isinstance(value, dict):
+        return {str(k): _sourced(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_sourced(v) for v in value]
+    if callable(value):
+        try:
+            return inspect.getsource(inspect.unwrap(value))
+        except (OSError, TypeError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    return value
 
 
 def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
@@ -179,12 +206,9 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     digest = hashlib.sha256()
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
         config = task.dump_config() if hasattr(task, "dump_config") else {}
-        for volatile in (
-            "dataset_kwargs",
-            "metadata",
-        ):  # paths of this machine; versions are in the functions' source
-            config.pop(volatile, None)
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
+        (config.get("metadata") or {}).pop("config_source", None)
+        digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
         docs = task.eval_docs
         last = min(len(docs), settings.limit) if settings.limit else len(docs)
         for i in range(last):

@@ -34,7 +34,8 @@ class Usage:
         tokens: scored or generated tokens.
         masked: those of them that ran under a mask.
         pruned: pruned share of the neurons, summed over the tokens.
-        remasks: masks renewed. context: context tokens.
+        remasks: masks renewed.
+        context, contexts: tokens of the contexts, and how many contexts there were (one per request or chunk).
     """
 
     tokens: int = 0
@@ -42,6 +43,12 @@ class Usage:
     pruned: float = 0.0
     remasks: int = 0
     context: int = 0
+    contexts: int = 0
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens per context."""
+        return self.context / self.contexts if self.contexts else 0.0
 
     @property
     def effective_sparsity(self) -> float:
@@ -60,6 +67,7 @@ class Usage:
         self.pruned += other.pruned
         self.remasks += other.remasks
         self.context += other.context
+        self.contexts += other.contexts
 
 
 class RollingLogLikelihood(float):
@@ -130,7 +138,7 @@ class PrunedLM(HFLM):
     def _record(self, request: Instance, score: Score, context: int = 0) -> None:
         assert request.task_name is not None and request.doc_id is not None
         self.usage[request.task_name, request.doc_id].add(
-            Usage(score.tokens, score.masked, score.pruned, score.remasks, context)
+            Usage(score.tokens, score.masked, score.pruned, score.remasks, context, 1)
         )
 
     # -- perplexity ------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ class Scorer:
         per = max(1, LOGIT_BYTES // (4 * self.model.config.get_text_config().vocab_size))
         for part in torch.arange(len(targets), device=hidden.device).split(per):
             logits = self.head(hidden[row_ids[part], steps[part]]).float()  # [n, V]
-            target = targets[part, None]
+            target = targets[part, None].to(logits.device)
             # log_softmax, as stock lm-eval has it: over 262 144 words in fp32 it is off by 1e-4 against fp64, where
             # logsumexp is off by 2e-5; equal numbers are worth more here than the last digit.
             found.append(logits.log_softmax(1).gather(1, target).squeeze(1).cpu())
@@ -250,8 +250,8 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
     device: Any = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2]], device=device)
-    theirs = model(input_ids=tokens, use_cache=False).logits[0].float()
-    ours = head(model.base_model(input_ids=tokens, use_cache=False)[0][0]).float()
+    theirs = model(input_ids=tokens).logits[0].float().cpu()
+    ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
         raise UserError(
             f"the output head of {type(model).__name__} is not understood",

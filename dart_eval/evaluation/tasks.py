@@ -6,6 +6,7 @@ data source of each task, group members included.
 
 from __future__ import annotations
 
+import functools
 import types
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ class Tasks:
                 raise self._explain(name, error) from error
             items = loaded if isinstance(loaded, list) else [loaded]
             for task in leaves(items):
+                _process_once(task)
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
                     _weight_by_coverage(task)
             self._loaded[name] = items
@@ -217,6 +219,29 @@ def documents(items: list[Task | Group]) -> dict[str, str]:
         if "document" in metadata:
             found[task.task_name] = metadata["document"]
     return found
+
+
+def _process_once(task: Task) -> None:
+    """Prepare a task's documents once per run.
+
+    lm-eval prepares them anew at each look, and some tasks (gpqa) shuffle answers while doing so: without this,
+    dense and pruned cells would see different orders.
+    """
+    config = task.config
+    stock = getattr(config, "process_docs", None)
+    if stock is None:
+        return
+    done: dict[int, Any] = {}
+
+    @functools.wraps(stock)
+    def process_docs(dataset: Any) -> Any:
+        if id(dataset) not in done:
+            done[id(dataset)] = dataset, stock(dataset)  # the dataset is kept, so that its id stays its own
+        return done[id(dataset)][1]
+
+    for owner in (config, getattr(task, "fewshot_cfg", None)):
+        if owner is not None and getattr(owner, "process_docs", None) is stock:
+            owner.process_docs = process_docs
 
 
 def _weight_by_coverage(task: Task) -> None:

@@ -1,7 +1,7 @@
 """Run all cells of a configuration in this process, one after the other.
 
-Everything that can be wrong with the input is found before the first forward pass, and nothing is written before the
-first cell is finished.
+What can be told of the input beforehand (names, data, folders, parameters, the model) is refused before the first cell
+runs, and nothing is written before the first cell is finished. What shows only inside a cell fails that cell alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dart_eval.plan import Cell, RunConfig, environment, methods_of, plan
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.session import prune
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store
+from dart_eval.results.store import Store, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def run(config: RunConfig, view: View) -> RunResult:
     for name in names:
         view.status(f"loading task {name}")
         hashes[name] = task_hash(tasks.load(name), config.eval_settings)
-    device = "cuda" if config.device_map else pick_device(config.device).type
-    cells = plan(config, model.identity, names, hashes, device)
+    device = pick_device("auto" if config.device_map else config.device).type
+    cells = plan(config, model, names, hashes, device)
     store = Store(config.output)
     done = {} if config.force else {c.key: r for c in cells if (r := store.get(c.name, c.key)) is not None}
     view.planned(len(cells), len(done))
@@ -79,14 +79,14 @@ def run(config: RunConfig, view: View) -> RunResult:
         for cell in todo:
             try:
                 record = runner.run(cell)
-            except (UserError, KeyboardInterrupt):
-                raise
+                store.save(cell.name, record)
+            except StoreError:
+                raise  # the next cell could not be kept either
             except Exception as error:
                 log.debug("cell %s failed:\n%s", cell.name, "".join(traceback.format_exception(error)))
                 view.failed(cell, error)
                 failed.append(cell)
                 continue
-            store.save(cell.name, record)
             done[cell.key] = record
             view.finished(cell, record)
     return RunResult([done[c.key] for c in cells if c.key in done], failed)
@@ -140,7 +140,16 @@ class _Runner:
             weights_read=weights_read,
             tokens=usage.tokens,
             remasks=usage.remasks,
-            flops=cost.describe(cell.method, self.shape, outcome.context, weights_read, per_token),
+            by_task={
+                task: {
+                    "tokens": used.tokens,
+                    "remasks": used.remasks,
+                    "mask_sparsity": used.mask_sparsity,
+                    "effective_sparsity": used.effective_sparsity,
+                }
+                for task, used in outcome.by_task.items()
+            },
+            flops=cost.describe(cell.method, self.shape, usage.mean_context, weights_read, per_token),
             memory={"weights": self.shape.weight_bytes, "state": state, "peak": peak},
             settings={"batch_size": self.config.batch_size},
             environment=environment(),
@@ -156,8 +165,10 @@ def _peak_memory(device: str) -> Iterator[Callable[[], int]]:
     if device == "cuda":
         import torch
 
-        torch.cuda.reset_peak_memory_stats()
-        yield torch.cuda.max_memory_allocated
+        cards = range(torch.cuda.device_count())
+        for card in cards:
+            torch.cuda.reset_peak_memory_stats(card)
+        yield lambda: sum(torch.cuda.max_memory_allocated(card) for card in cards)
         return
     # Linux resets VmHWM on request; elsewhere the peak is that of the process so far.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:

@@ -42,13 +42,17 @@ class TextCalibration:
         except OSError as error:
             raise UserError(f"calibration text {self.path} cannot be read ({error.strerror})") from None
         ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        skip = int(bos is not None and len(ids) > 0 and int(ids[0]) == bos)  # segments begin as prompts do, uncounted
+        ids = ids[skip:]
         if len(ids) < 2:
             raise UserError(f"calibration text {self.path} is empty")
         totals: list[Tensor | None] = [None] * len(self.ffns)
 
         def watch(layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                energy = args[0].float().square().sum((0, 1))
+                h = args[0].reshape(-1, args[0].shape[-1])[skip:]
+                energy = h.float().square().sum(0)
                 before = totals[layer]
                 totals[layer] = energy if before is None else before + energy
 
@@ -59,7 +63,8 @@ class TextCalibration:
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         try:
             for segment in ids.split(SEGMENT):
-                base(input_ids=segment[None].to(device), use_cache=False)
+                start = torch.tensor([bos] * skip, dtype=segment.dtype)
+                base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -51,7 +51,9 @@ class DriftDetector:
         self.total = torch.zeros(batch, width, device=device)  # sum of a_t over the prompt
         self.count = torch.zeros(batch, device=device)
         self.windows: list[Tensor] = [torch.zeros(0, width, device=device) for _ in range(batch)]
-        self.window_sum = torch.zeros(batch, width, device=device)  # the window being filled
+        self.prompt_sum = torch.zeros(batch, width, device=device)  # the prompt's window being filled
+        self.prompt_fill = torch.zeros(batch, dtype=torch.long, device=device)
+        self.window_sum = torch.zeros(batch, width, device=device)  # the decoded tokens' window being filled
         self.fill = torch.zeros(batch, dtype=torch.long, device=device)
         self.position = 0  # decoded tokens in the current window; the same for all, since they decode together
         self.reference = torch.zeros(batch, width, device=device)
@@ -69,25 +71,25 @@ class DriftDetector:
         self.count += valid.sum(1)
         for row in range(a.shape[0]):
             tokens = a[row, valid[row]]
-            head = int(min(size - int(self.fill[row]), len(tokens)))
-            self.window_sum[row] += tokens[:head].sum(0)
-            self.fill[row] += head
-            if int(self.fill[row]) < size:
+            head = int(min(size - int(self.prompt_fill[row]), len(tokens)))
+            self.prompt_sum[row] += tokens[:head].sum(0)
+            self.prompt_fill[row] += head
+            if int(self.prompt_fill[row]) < size:
                 continue
             rest = tokens[head:]
             full = len(rest) // size
             means = torch.cat(
                 [
-                    self.window_sum[row : row + 1] / size,
+                    self.prompt_sum[row : row + 1] / size,
                     rest[: full * size].reshape(full, size, a.shape[2]).mean(1),
                 ]
             )
             self.windows[row] = torch.cat([self.windows[row], means])[-MAX_REFERENCE_WINDOWS:]
-            self.window_sum[row] = rest[full * size :].sum(0)
-            self.fill[row] = len(rest) - full * size
+            self.prompt_sum[row] = rest[full * size :].sum(0)
+            self.prompt_fill[row] = len(rest) - full * size
 
     def set_reference(self) -> None:
-        """Close the prompt: reference, threshold, and an empty window for what is decoded next."""
+        """Close the prompt, so far: reference, threshold, and an empty window for what is decoded next."""
         config = self.config
         self.reference = self.total / self.count.clamp_min(1)[:, None]
         for row, windows in enumerate(self.windows):

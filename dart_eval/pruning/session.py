@@ -139,6 +139,10 @@ class Session:
         if tokens is None:
             tokens = args[0]
         batch, length = tokens.shape[:2]
+        if kwargs.get("use_cache") is False:
+            raise UserError(
+                "under prune() a forward without KV cache would always be a new, dense prompt", "leave use_cache on"
+            )
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         past = cache.get_seq_length() if cache is not None else 0
         if self._forced is not None:
@@ -197,15 +201,20 @@ class Session:
                     })  # fmt: skip
                 self.state.remask(alarms)
 
+    def _in_batch(self, x: Tensor) -> Tensor:
+        """[B, T, ...] of what a layer may hand on as [B * T, ...] (OPT)."""
+        return x if x.dim() == 3 else x.view(*self._valid.shape, x.shape[-1])
+
     def _on_hidden(self, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            h = args[0]
+            h = self._in_batch(args[0])
             if self._phase == "context" and self.state is not None:
                 self.state.observe_hidden(layer, h, self._valid)
             elif self._phase == "decode":
                 masks = self._static if self._static is not None else (self.state and self.state.masks)
                 if masks:
-                    return (h * masks[layer].to(h.device)[:, None], *args[1:])
+                    masked = h * masks[layer].to(h.device)[:, None]
+                    return (masked.view(args[0].shape), *args[1:])
             return None
 
         return hook
@@ -213,19 +222,20 @@ class Session:
     def _on_input(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             if self.state is not None and self.state.ring is not None:
-                self.state.ring.write(layer, args[0])
+                self.state.ring.write(layer, self._in_batch(args[0]))
 
         return hook
 
     def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._phase == "context":
-            self._residual = args[0]
+            self._residual = self._in_batch(args[0])
 
     def _on_output(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             residual, self._residual = self._residual, None
             if self._phase == "context" and self.state is not None and residual is not None:
-                self.state.observe_change(layer, residual, output, self._valid)
+                added = self._in_batch(output) * self.ffns[layer].scale
+                self.state.observe_change(layer, residual, added, self._valid)
 
         return hook
 

@@ -38,13 +38,14 @@ class Record:
 
     Attributes:
         key: sha256 over `inputs`; two cells with the same key have the same numbers.
-        inputs: all that can change a number (see `plan.cell_inputs`).
+        inputs: all that can change a number (made by `plan.plan`).
         metrics: the results.
         mask_sparsity: what the masks in force pruned, mean over tokens that ran pruned.
         effective_sparsity: pruned neuron-tokens / all neuron-tokens of the scored or generated tokens.
         weights_read: FFN weights a pruned token multiplies / all FFN weights.
         tokens: scored or generated tokens.
         remasks: masks renewed after an alarm.
+        by_task: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity` of each lm-eval task of the cell.
         flops: see `cost.describe`.
         memory: bytes of `weights`, `state` (method, per sequence), `peak` (process or GPU, while the cell ran).
         settings: what cannot change a number, e.g. batch size.
@@ -69,6 +70,7 @@ class Record:
     seconds: float
     created: str
     schema: int = SCHEMA
+    by_task: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)  # in a file of their own, see `store`
 
     def to_json(self) -> dict[str, Any]:

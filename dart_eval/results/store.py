@@ -15,6 +15,10 @@ from dart_eval.errors import UserError
 from dart_eval.results.record import Record
 
 
+class StoreError(UserError):
+    """The results folder cannot be written."""
+
+
 class Store:
     """The records in `folder`; nothing is created before the first `save`."""
 
@@ -44,7 +48,7 @@ class Store:
         """Write samples, then the record.
 
         Raises:
-            UserError: the folder cannot be written.
+            StoreError: the folder cannot be written.
         """
         try:
             lines = "".join(json.dumps(s, ensure_ascii=False, sort_keys=True) + "\n" for s in record.samples)
@@ -53,7 +57,7 @@ class Store:
             path = self.path(name, record.key)
             write_atomically(path, text)
         except OSError as error:
-            raise UserError(
+            raise StoreError(
                 f"results cannot be written to {self.folder} ({error.strerror or error})",
                 "choose another --output",
             ) from None

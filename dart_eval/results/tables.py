@@ -13,6 +13,11 @@ from typing import Any
 from dart_eval.results.record import Record
 
 FORMATS = ("md", "csv", "tex", "json")
+# Settings of a run: columns of json and csv, and named in the tables for people where the records differ in them.
+RUN_SETTINGS = (
+    "dtype", "device", "num_fewshot", "limit", "seed", "max_length", "chunk", "chat_template", "cue", "batch_size",
+)  # fmt: skip
+HASHES = ("calibration", "code", "method_code")  # told apart by their first digits
 # Tables of quality: title, and the metrics that are its columns. Any other metric goes to a table of its own.
 QUALITY = (
     ("Accuracy", ("acc", "acc_norm", "exact_match", "em", "f1", "mcc")),
@@ -32,13 +37,15 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
         for m in record.metrics:
             if m.part_of is not None and not subtasks:
                 continue
+            used = record.by_task.get(m.task, {})  # a member of a tag or group; the whole cell otherwise
             found.append({
                 "model": cell["model"]["name"], "method": cell["method"], "params": cell["params"],
                 "sparsity": cell["sparsity"], "scope": cell["scope"], "task": m.task, "metric": m.metric,
                 "value": m.value, "stderr": m.stderr, "n": m.n, "higher_is_better": m.higher_is_better,
-                "mask_sparsity": record.mask_sparsity, "effective_sparsity": record.effective_sparsity,
-                "weights_read": record.weights_read, "remasks": record.remasks, "tokens": record.tokens,
-                "num_fewshot": cell["num_fewshot"], "limit": cell["limit"], "seed": cell["seed"],
+                "mask_sparsity": used.get("mask_sparsity", record.mask_sparsity),
+                "effective_sparsity": used.get("effective_sparsity", record.effective_sparsity),
+                "weights_read": record.weights_read, "remasks": used.get("remasks", record.remasks),
+                "tokens": used.get("tokens", record.tokens), **{s: cell.get(s) for s in RUN_SETTINGS},
                 **{f"flops_{k}": v for k, v in record.flops.items()},
                 **{f"memory_{k}": v for k, v in record.memory.items()},
                 "key": record.key,
@@ -86,19 +93,14 @@ def _model_column(records: Sequence[Record]) -> bool:
     return len({r.inputs["model"]["name"] for r in records}) > 1
 
 
-# Settings of a run that a table names only where its records differ in them.
-SETTINGS = (
-    "dtype", "device", "seed", "limit", "num_fewshot", "max_length", "chunk", "chat_template", "cue", "calibration",
-    "code", "method_code",
-)  # fmt: skip
-
-
 def _labels(records: Sequence[Record]) -> dict[str, str]:
     """A label per cell key: the method's name, and whatever else tells two cells of the table apart.
 
     Parameters where one name stands for several settings; settings of the run where the records differ in them.
     """
-    differing = [s for s in SETTINGS if len({json.dumps(r.inputs.get(s)) for r in records}) > 1]
+    differing = [s for s in (*RUN_SETTINGS, *HASHES) if len({json.dumps(r.inputs.get(s)) for r in records}) > 1]
+    models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
+    same_name = len(models) > len({name for name, _ in models})  # other weights or another revision
     variants: dict[str, list[dict[str, Any]]] = {}
     for r in records:
         if r.inputs["params"] not in variants.setdefault(r.inputs["method"], []):
@@ -108,7 +110,10 @@ def _labels(records: Sequence[Record]) -> dict[str, str]:
         name, params = r.inputs["method"], r.inputs["params"]
         names = sorted({k for v in variants[name] for k in v if any(v.get(k) != w.get(k) for w in variants[name])})
         label = ":".join([name, *(f"{k}={_plain(params.get(k))}" for k in names)])
-        settings = " ".join(f"{s}={_plain(r.inputs.get(s))[:12]}" for s in differing)
+        settings = " ".join(f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in differing)
+        if same_name:
+            which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
+            settings = f"model={str(which)[:8]} {settings}".strip()
         labels[r.key] = f"{label} ({settings})" if settings else label
     return labels
 
