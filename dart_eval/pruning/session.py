@@ -186,9 +186,13 @@ class Session:
     @torch.no_grad()
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         attention, self._attention = self._attention, None
+        phase, self._phase = (
+            self._phase,
+            "off",
+        )  # what runs from here on, a re-mask's own projections too, is no forward
         if self.state is None:
             return
-        if self._phase == "context":
+        if phase == "context":
             self.state.finish_context(self._valid)
         elif self.state.detector is not None and attention is not None:
             detector = self.state.detector
@@ -221,7 +225,7 @@ class Session:
 
     def _on_input(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.state is not None and self.state.ring is not None:
+            if self._phase != "off" and self.state is not None and self.state.ring is not None:
                 self.state.ring.write(layer, self._in_batch(args[0]))
 
         return hook
