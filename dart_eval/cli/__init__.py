@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 # Before anything imports them: no progress bars and no telemetry of the libraries underneath, only our own view.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -31,15 +32,34 @@ app.command("tables")(tables.tables)
 app.add_typer(ls.app, name="ls")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from dart_eval import __version__
+
+        typer.echo(f"dart-eval {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar="", help="Print the version.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
-    """Entry point: user errors become one line and status 2, an interrupt status 130."""
+    """Entry point: wrong input becomes one line and status 2, an interrupt status 130."""
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}")
+        errors.print(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; finished cells are kept, the same command goes on from there")
+        errors.print("interrupted; finished cells are kept, the same command goes on from there")
         sys.exit(130)
     except BrokenPipeError:  # `dart-eval tables out | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from typing import Annotated
 
 import typer
+
+from dart_eval.errors import UserError, nearest
 
 app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
 
@@ -18,9 +21,10 @@ def methods() -> None:
 
     for name, cls in known().items():
         typer.echo(f"{name:<12} {cls.summary}")
+        notes = dict(re.findall(r"^ +(\w+): (.+)$", cls.__doc__ or "", flags=re.M))
         for f in dataclasses.fields(cls):
             default = str(f.default).lower() if isinstance(f.default, bool) else f.default
-            typer.echo(f"{'':<14}{f.name}={default}")
+            typer.echo(f"{'':<13}{f'{f.name}={default}':<18}{notes.get(f.name, '')}".rstrip())
 
 
 @app.command("tasks")
@@ -39,7 +43,10 @@ def tasks(
         if pattern in name:
             typer.echo(f"{name:<16} {text}")
     if every or pattern:
+        names = Tasks().names()
+        if pattern and not any(pattern in name for name in (*names, *ALIASES)):
+            raise UserError(f"no task has {pattern!r} in its name", nearest(pattern, names))
         shown = set(ALIASES) | set(COMMON)
-        for name in Tasks().names():
+        for name in names:
             if pattern in name and name not in shown:
                 typer.echo(name)

@@ -14,15 +14,13 @@ from dart_eval.cli.view import TerminalView, print_tables
 EXAMPLES = """
 [bold]Examples[/bold]
 
-  dart-eval run --tasks smoke                                   the demo model on the shipped tasks
-
-  dart-eval run --sparsity 0.7 --tasks arc,hellaswag --limit 100
-
-  dart-eval run --model meta-llama/Llama-3.1-8B --dtype bfloat16 --sparsity 0.5,0.7 --tasks arc,xsum
-
-  dart-eval run --method dart,dart:allocation=uniform:detect=off --sparsity 0.5 --tasks hellaswag --data-dir DIR
-
-  dart-eval run --config run.yaml --limit 20
+\b
+dart-eval run --tasks smoke
+dart-eval run --sparsity 0.7 --tasks arc,hellaswag --limit 100
+dart-eval run --tasks smoke_drift --method dart,dart:allocation=uniform
+dart-eval run --tasks arc,xsum --model meta-llama/Llama-3.1-8B
+dart-eval run --tasks hellaswag --data-dir DIR --limit 20
+dart-eval run --config run.yaml
 """
 
 
@@ -32,45 +30,55 @@ def run(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Methods, comma-separated: NAME or NAME:key=value:key=value.  [default: dense,griffin,dart]"),
+        typer.Option(
+            help=r"Methods, comma-separated: NAME or NAME:key=value:key=value.  \[default: dense,griffin,dart]"
+        ),
     ] = None,
     sparsity: Annotated[
-        str | None, typer.Option(help="Pruned fractions of the FFN neurons, comma-separated.  [default: 0.5]")
+        str | None,
+        typer.Option(help=r"Pruned fractions of all FFN neurons, 0 to below 1, comma-separated.  \[default: 0.5]"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Hub id, local folder or gemma-3-270m.  [default: the demo model]")
+        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.  [default: auto]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.  [default: auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16.  \[default: auto]")] = None,
+    device: Annotated[str | None, typer.Option(help=r"auto, cpu, cuda, cuda:1, mps.  \[default: auto]")] = None,
     device_map: Annotated[str | None, typer.Option(help="Spread the model over GPUs, e.g. auto.")] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples before each item.  [default: the task's own]")
+        int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="First items of each task only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first N items of each task (of each member of a group).")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Contexts per forward; no effect on float32 results.  [default: 8]")
+        int | None, typer.Option(help=r"Contexts per forward; no effect on float32 results.  \[default: 8]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of few-shot sampling and random masks.  [default: 0]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help=r"Seed of few-shot sampling and random masks.  \[default: 0]")
+    ] = None,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens, context and continuation.  [default: the model's]")
+        int | None,
+        typer.Option(help=r"Longest sequence in tokens, context and answer together.  \[default: the model's]"),
     ] = None,
-    chunk: Annotated[int | None, typer.Option(help="Tokens per perplexity chunk.  [default: 2048]")] = None,
+    chunk: Annotated[int | None, typer.Option(help=r"Tokens per perplexity chunk.  \[default: 2048]")] = None,
     chat_template: Annotated[
-        bool | None, typer.Option("--chat-template", help="Use the model's chat template.")
+        bool | None, typer.Option("--chat-template", metavar="", help="Use the model's chat template.")
     ] = None,
     cue: Annotated[
         str | None,
-        typer.Option(help="What follows the document in summarisation prompts.  [default: TL;DR:]"),
+        typer.Option(help=r"What follows the document in summarisation prompts.  \[default: TL;DR:]"),
     ] = None,
     data_dir: Annotated[str | None, typer.Option(help="Local data instead of the hub.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="Text file for static methods.  [default: the project's own]")
+        str | None, typer.Option(help=r"Text file that wanda-sp calibrates on.  \[default: the project's own]")
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of results.  [default: out]")] = None,
+    output: Annotated[str | None, typer.Option(help=r"Folder of results.  \[default: out]")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")] = None,
-    force: Annotated[bool | None, typer.Option("--force", help="Run finished cells again.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the libraries' messages and tracebacks.")] = False,
+    force: Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
+    ] = False,
 ) -> None:
     """Run methods at sparsities on tasks. Finished cells are skipped; the tables come at the end."""
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "verbose")}

@@ -18,7 +18,9 @@ def tables(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
     format: Annotated[
         str | None,
-        typer.Option(help="md, csv, tex or json; without it, tables for the terminal (md where there is none)."),
+        typer.Option(
+            help="md, csv, tex or json; without it, that of --save's ending, or tables for the terminal (md in a pipe)."
+        ),
     ] = None,
     subtasks: Annotated[
         bool, typer.Option("--subtasks", help="Also the members of groups, e.g. mmlu's subjects.")
@@ -35,6 +37,8 @@ def tables(
 
       dart-eval tables out --format tex --save tables.tex
     """
+    if format is None and save is not None and save.suffix[1:] in made.FORMATS:
+        format = save.suffix[1:]
     if format is not None and format not in made.FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, made.FORMATS))
     records = Store(folder).load()

@@ -9,6 +9,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -118,21 +119,16 @@ def _number(m: Metric) -> str:
 
 
 def print_tables(records: Sequence[Record]) -> None:
-    """The tables on a terminal; plain and unwrapped elsewhere."""
+    """The tables, every column whole: a line longer than the terminal is wide wraps rather than lose numbers."""
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=200)
     for made in tables(records):
-        table = Table(
-            title=made.title,
-            title_justify="left",
-            caption=made.note,
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-        )
-        for i, column in enumerate(made.columns):
+        table = Table(title=made.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for column in made.columns:
             text = column in ("task", "method", "model", "scope")
-            table.add_column(column, justify="left" if text else "right", no_wrap=not (text and i == 0))
+            table.add_column(column, justify="left" if text else "right", no_wrap=True)
         for row in made.body:
             table.add_row(*map(escape, row))
-        console.print(table)
+        width = Measurement.get(console, console.options.update_width(1000), table).maximum
+        Console(highlight=False, width=max(console.width, width), soft_wrap=True).print(table)
+        console.print(escape(made.note), style="dim")
+        console.print()

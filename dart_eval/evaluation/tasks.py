@@ -145,7 +145,9 @@ class Tasks:
                     raise UserError(f"unknown task {name!r}", nearest(name, known) or "`dart-eval ls tasks` lists them")
                 expanded.setdefault(task)
         if not expanded:
-            raise UserError("no task given", "for example --tasks arc,hellaswag")
+            raise UserError(
+                "no task given", "for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them"
+            )
         return list(expanded)
 
     def load(self, name: str) -> list[Task | Group]:

@@ -71,7 +71,10 @@ class Store:
         """
         files = sorted(f for f in (self.folder / "cells").glob("*.json") if f.is_file())
         if not files:
-            raise UserError(f"no results in {self.folder}", f"run first: dart-eval run --output {self.folder}")
+            raise UserError(
+                f"no results in {self.folder}",
+                f"give the folder of an earlier run, or: dart-eval run --tasks smoke --output {self.folder}",
+            )
         records = []
         for file in files:
             try:

@@ -119,6 +119,8 @@ def _labels(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "default"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -185,7 +187,7 @@ def _flops(records: Sequence[Record], labels: dict[str, str]) -> Table:
                "tracing prefill", "tracing/token", "of dense", "re-masks"]  # fmt: skip
     note = (
         "FLOPs from shapes (a multiply-add is two) at the mean context length of the cell; tracing/token includes "
-        "the re-masks seen. Execution is `masked`: these are the FLOPs that skipping the pruned neurons leaves, "
+        "the re-masks seen. Execution is by masks: these are the FLOPs that skipping the pruned neurons leaves, "
         "not time saved."
     )
     return Table("FLOPs", columns, body, note)

@@ -21,11 +21,16 @@ class Dart(PromptMethod):
     """score_j = sum_t h_tj^2 over the prompt's tokens, no token normalisation.
 
     Attributes:
-        allocation: `depth` (the paper's rule) or `uniform`.
-        detect: watch for drift and renew the mask after an alarm.
-        window, sigma, floor, patience, cooldown, min_windows: the detector (see `DriftConfig`).
-        ring: recent FFN inputs kept per layer, from which a new mask is made.
-        blend: weight of the prompt's scores in the new mask; 0 replaces them.
+        allocation: sparsity over layers, depth (the paper's rule) or uniform
+        detect: watch for drift and renew the masks
+        window: tokens per detector window
+        sigma: margin, in standard deviations of the prompt's windows
+        floor: least margin, in cosine
+        patience: flagged windows (net) before an alarm
+        cooldown: windows ignored after an alarm
+        min_windows: with fewer prompt windows than this the margin is floor
+        ring: recent FFN inputs kept per layer, from which new masks are made
+        blend: weight of the prompt's scores in a new mask (0: recent tokens only)
     """
 
     name = "dart"

@@ -12,7 +12,11 @@ from dart_eval.pruning.method import Calibration, StaticMethod
 
 @dataclass(frozen=True)
 class Random(StaticMethod):
-    """One random order of the neurons of every layer."""
+    """One random order of the neurons of every layer.
+
+    Attributes:
+        seed: of the draw; the run's --seed where not given
+    """
 
     name = "random"
     summary = "one random set of neurons per layer (control)"
