@@ -291,10 +291,8 @@ def test_tables_of_a_folder_without_results_tell_what_to_run(refused, tmp_path, 
     if exists:
         folder.mkdir()
     message = refused("tables", folder)
-    assert (
-        message
-        == f"no results in {folder}; give the folder of an earlier run, or: dart-eval run --tasks smoke --output {folder}"
-    )
+    remedy = f"give the folder of an earlier run, or: dart-eval run --tasks smoke --output {folder}"
+    assert message == f"no results in {folder}; {remedy}"
 
 
 def test_a_record_that_cannot_be_read_is_named(refused, tmp_path):
