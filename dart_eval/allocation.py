@@ -25,12 +25,13 @@ def normalise_sensitivity(sensitivity: Sequence[float]) -> list[float]:
     return [(s - low) / (high - low + EPS) for s in sensitivity]
 
 
-def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float) -> list[float]:
+def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float, protect: bool = True) -> list[float]:
     """Keep ratio of every layer by DART's depth-aware rule.
 
     Args:
         normalised_sensitivity: [L], 0 (the FFN changes the stream least) to 1 (most).
         sparsity: global prune ratio in [0, 1); the mean of the returned ratios is 1 - sparsity.
+        protect: spare early and late layers (step 4). False is the paper's ablation: a depth factor of 1 everywhere.
 
     Returns:
         [L] keep ratios. The bounds 0.1 and 0.9 on a layer's prune ratio give way where the
@@ -39,7 +40,7 @@ def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float) -> lis
     layers = len(normalised_sensitivity)
     low, high = min(MIN_PRUNE, sparsity), max(MAX_PRUNE, sparsity)
     weight = [
-        max(0.0, 1.0 - s) * _depth_factor(i / (layers - 1) if layers > 1 else 0.5)
+        max(0.0, 1.0 - s) * (_depth_factor(i / (layers - 1) if layers > 1 else 0.5) if protect else 1.0)
         for i, s in enumerate(normalised_sensitivity)
     ]
     budget = sparsity * layers

@@ -1,9 +1,10 @@
-"""The one exception that a user's input may raise: a single line that says what is wrong and what to do."""
+"""What a user is told: a single line that says what is wrong and what to do."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -13,6 +14,16 @@ class UserError(Exception):
         self.problem = " ".join(problem.split())
         self.remedy = " ".join(remedy.split())
         super().__init__(f"{self.problem}; {self.remedy}" if self.remedy else self.problem)
+
+
+class StoreError(UserError):
+    """The results folder cannot be written: no cell could be kept."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(
+            f"results cannot be written to {folder} ({error.strerror or error})",
+            "make room or choose another --output; what is finished is kept",
+        )
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -244,6 +245,26 @@ def plan(
                 }  # fmt: skip
                 cells.append(Cell(method, sparsity, task, inputs))
     return cells
+
+
+def command(config: RunConfig, cell: Cell) -> str:
+    """The line that makes this one cell, for a shell: options that differ from their defaults, its own method."""
+    defaults = RunConfig()
+    params = [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in cell.method.params().items()
+        if value != getattr(type(cell.method), name, None)
+    ]
+    words = ["dart-eval", "run", "--tasks", cell.task, "--method", ":".join([cell.method.name, *params])]
+    if cell.method.prunes:
+        words += ["--sparsity", f"{cell.sparsity:g}"]
+    for option in dataclasses.fields(RunConfig):
+        value = getattr(config, option.name)
+        if option.name in ("method", "sparsity", "tasks", "output", "force") or value == getattr(defaults, option.name):
+            continue
+        name = "--" + option.name.replace("_", "-")
+        words += [name] if value is True else [name, str(value)]
+    return shlex.join(words)
 
 
 def versions() -> dict[str, str]:

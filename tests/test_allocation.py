@@ -16,6 +16,16 @@ KEEP_70 = [
     0.783, 0.569, 0.531, 0.465, 0.529, 0.624, 0.599, 0.507, 0.467, 0.338, 0.327, 0.294, 0.244, 0.208, 0.203,
     *[0.1] * 14, 0.143, 0.468, 0.9,
 ]  # fmt: skip
+# The same without protection of early and late layers, the ablation of the same scripts ("no border").
+UNPROTECTED_50 = [
+    0.6137, 0.4198, 0.493, 0.5161, 0.6339, 0.744, 0.7571, 0.7311, 0.7354, 0.6984, 0.7008, 0.6863, 0.6638, 0.648,
+    0.6457, 0.5904, 0.514, 0.43, 0.3711, 0.3424, 0.3045, 0.2508, 0.2364, 0.1876, 0.2134, 0.2431, 0.2439, 0.2728,
+    0.3009, 0.3946, 0.5172, 0.9,
+]  # fmt: skip
+UNPROTECTED_70 = [
+    0.3868, 0.1, 0.1953, 0.2319, 0.4189, 0.5937, 0.6144, 0.5731, 0.58, 0.5213, 0.5252, 0.5021, 0.4663, 0.4413, 0.4377,
+    0.3499, 0.2286, *[0.1] * 13, 0.2336, 0.9,
+]  # fmt: skip
 
 
 def test_the_published_table_at_70_percent():
@@ -23,6 +33,22 @@ def test_the_published_table_at_70_percent():
     # the table is printed with three decimals
     assert keep == pytest.approx(KEEP_70, abs=2e-4 + 5e-4)
     assert sum(keep) / len(keep) == pytest.approx(0.3, abs=1e-6)
+
+
+@pytest.mark.parametrize(("sparsity", "table"), [(0.5, UNPROTECTED_50), (0.7, UNPROTECTED_70)])
+def test_the_published_tables_without_protection(sparsity, table):
+    keep = depth_aware(LLAMA_8B, sparsity, protect=False)
+    assert keep == pytest.approx(table, abs=2e-4)
+    assert keep != pytest.approx(depth_aware(LLAMA_8B, sparsity), abs=0.05)
+
+
+def test_protection_by_hand():
+    """Four layers, sparsity 0.4: a budget of 1.6 over weights 1 - S, times the depth factors 1/4, 1, 1, 7/20."""
+    sensitivity = [0.0, 0.5, 0.5, 1.0]
+    # weights 1, .5, .5, 0: prune .8, .4, .4, 0; the last is raised to .1, which the others give in proportion
+    assert depth_aware(sensitivity, 0.4, protect=False) == pytest.approx([0.25, 0.625, 0.625, 0.9])
+    # weights .25, .5, .5, 0: prune .32, .64, .64, 0; then the same
+    assert depth_aware(sensitivity, 0.4) == pytest.approx([0.7, 0.4, 0.4, 0.9])
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9])

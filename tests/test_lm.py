@@ -46,7 +46,7 @@ def test_generated_tokens_but_the_first_are_pruned(lm):
         assert used.mask_sparsity == pytest.approx(0.7)
         # re-masks after decoding forwards 3 and 6 of the 7, where the prompt has windows to compare with
         assert used.remasks == (2 if doc > 3 else 0)
-    assert lm.state_bytes > 0
+    assert lm.journal.state_bytes > 0
 
 
 def test_tokens_after_a_stop_sequence_do_not_count(lm):

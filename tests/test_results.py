@@ -1,19 +1,17 @@
-"""Records, their store, the tables of them, and the standard error of perplexities."""
+"""Records, the tables of them, and the standard error of perplexities."""
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import _perplexity_stderr
 from dart_eval.results.record import SCHEMA, Metric, Record
-from dart_eval.results.store import Store, write_atomically
 from dart_eval.results.tables import render, rows, tables
 
 ROW_KEYS = {
@@ -28,6 +26,17 @@ FLOPS = {
 }  # fmt: skip
 
 
+# As version 0.1.0 wrote it
+SCHEMA_1 = """
+{"schema": 1, "key": "k1", "inputs": {"model": {"name": "tiny", "revision": null, "weights": "f00d"}, "method": "dense",
+"params": {}, "sparsity": 0.0, "scope": "scored", "task": "arc_easy"}, "metrics": [{"task": "arc_easy", "metric": "acc",
+"value": 0.5, "stderr": 0.1, "n": 25, "higher_is_better": true, "part_of": null}], "mask_sparsity": 0.0,
+"effective_sparsity": 0.0, "weights_read": 1.0, "tokens": 25, "remasks": 0, "flops": {}, "memory": {"weights": 1024,
+"state": 0, "peak": 4096}, "settings": {"batch_size": 8}, "environment": {}, "seconds": 9.5, "created": "2026-09-01",
+"by_task": {}}
+"""
+
+
 def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", model="tiny", created="2026-01-01"):
     inputs = {
         "model": {"name": model, "revision": None, "weights": "f00d"}, "dtype": "float32", "method": method,
@@ -37,8 +46,10 @@ def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", mode
     return Record(
         key=key, inputs=inputs, metrics=list(metrics), mask_sparsity=0.5004, effective_sparsity=0.4321,
         weights_read=0.4996, tokens=1234, remasks=3, flops=FLOPS,
-        memory={"weights": 2**20, "state": 512, "peak": 3 * 2**20}, settings={"batch_size": 8},
-        environment={"torch": "2"}, seconds=1.5, created=created, samples=[{"doc_id": 0, "metrics": {"acc": 1.0}}],
+        memory={"weights": 2**20, "state": 512},
+        settings={"batch_size": 8, "command": "dart-eval run"}, environment={"torch": "2"},
+        measured={"seconds": 1.5, "created": created, "peak": 3 * 2**20},
+        samples=[{"doc_id": 0, "metrics": {"acc": 1.0}}],
     )  # fmt: skip
 
 
@@ -61,11 +72,17 @@ def test_samples_are_not_written_into_the_record():
     assert "samples" not in record().to_json()
 
 
+def _sealed(data):
+    """A record's data with the digest that fits."""
+    data = {k: v for k, v in data.items() if k != "digest"}
+    return {**data, "digest": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}
+
+
 def test_keys_that_a_later_version_added_are_ignored():
-    assert Record.from_json({**record().to_json(), "extra": 1}).key == "k1"
+    assert Record.from_json(_sealed({**record().to_json(), "extra": 1})).key == "k1"
 
 
-@pytest.mark.parametrize("schema", [SCHEMA + 1, "1", None])
+@pytest.mark.parametrize("schema", [SCHEMA + 1, "1", None, 0])
 def test_a_schema_that_is_not_known_is_refused(schema):
     with pytest.raises(ValueError, match=rf"schema {schema} is not known"):
         Record.from_json({**record().to_json(), "schema": schema})
@@ -76,109 +93,23 @@ def test_a_record_without_a_field_is_refused(missing):
     data = record().to_json()
     del data[missing]
     with pytest.raises(ValueError, match=f"not a record .*{missing}"):
-        Record.from_json(data)
+        Record.from_json(_sealed(data))
 
 
-# -- store ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("field", "value"), [("mask_sparsity", 0.51), ("tokens", 1235), ("key", "k2"), ("extra", 1)])
+def test_a_record_that_was_edited_is_refused(field, value):
+    with pytest.raises(ValueError, match="digest does not fit"):
+        Record.from_json({**record().to_json(), field: value})
 
 
-def test_a_store_creates_nothing_before_it_saves(tmp_path):
-    store = Store(tmp_path / "out")
-    assert store.get("cell", "k1") is None
-    assert not store.folder.exists()
-
-
-def test_what_is_saved_is_found_again(tmp_path):
-    store, made = Store(tmp_path), record()
-    path = store.save("cell", made)
-    assert path == store.path("cell", "k1")
-    assert store.get("cell", "k1") == dataclasses.replace(made, samples=[]) == store.load()[0]
-    assert [json.loads(line) for line in store.samples_path("cell", "k1").read_text().splitlines()] == made.samples
-
-
-def test_another_key_is_another_cell_even_under_the_same_file_name(tmp_path):
-    store, start = Store(tmp_path), "a" * 16
-    store.save("cell", record(key=start + "1"))
-    assert store.path("cell", start + "1") == store.path("cell", start + "2")
-    assert store.get("cell", start + "2") is None
-
-
-def test_records_are_loaded_oldest_first(tmp_path):
-    store = Store(tmp_path)
-    for name, key, created in (("a", "k3", "2026-01-03"), ("b", "k1", "2026-01-01"), ("c", "k2", "2026-01-02")):
-        store.save(name, record(key=key, created=created))
-    assert [r.key for r in store.load()] == ["k1", "k2", "k3"]
-
-
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_truncated_record_counts_as_not_finished_and_is_named(tmp_path, share):
-    store = Store(tmp_path)
-    path = store.save("cell", record())
-    text = path.read_bytes()
-    path.write_bytes(text[: int(share * len(text))])
-    assert store.get("cell", "k1") is None
-    with pytest.raises(UserError, match="cannot be read") as error:
-        store.load()
-    assert str(path) in error.value.problem
-    assert "remove it" in error.value.remedy
-
-
-def test_a_record_of_a_newer_version_is_named(tmp_path):
-    store = Store(tmp_path)
-    path = store.save("cell", record())
-    path.write_text(json.dumps({**record().to_json(), "schema": SCHEMA + 1}))
-    assert store.get("cell", "k1") is None
-    with pytest.raises(UserError, match=f"{path.name} cannot be read .*schema {SCHEMA + 1}"):
-        store.load()
-
-
-def test_an_empty_store_tells_how_to_fill_it(tmp_path):
-    with pytest.raises(UserError, match=r"no results in .*dart-eval run --tasks smoke --output"):
-        Store(tmp_path).load()
-
-
-@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch, step):
-    path = tmp_path / "record.json"
-    write_atomically(path, "old")
-
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, step, fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
-
-
-def test_an_interrupted_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
-    path = tmp_path / "record.json"
-    write_atomically(path, "old")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
-
-
-def test_a_cell_whose_record_cannot_be_written_is_not_finished(tmp_path, monkeypatch):
-    store, replace = Store(tmp_path), os.replace
-
-    def full(source, target):
-        if str(target).endswith(".json"):
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"cannot be written .*No space left.*--output"):
-        store.save("cell", record())
-    assert store.get("cell", "k1") is None
-    assert list((tmp_path / "cells").iterdir()) == []
+def test_a_record_of_schema_1_is_read():
+    old = json.loads(SCHEMA_1)
+    read = Record.from_json(old)
+    assert (read.schema, read.seconds, read.created, read.measured["peak"]) == (SCHEMA, 9.5, "2026-09-01", 4096)
+    assert read.memory == {"weights": 1024, "state": 0}
+    assert read.metrics == [Metric("arc_easy", "acc", 0.5, 0.1, 25, True)]
+    assert read.files == {}
+    assert Record.from_json(read.to_json()) == read  # and written again in today's layout
 
 
 # -- tables --------------------------------------------------------------------------------------------------------

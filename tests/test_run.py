@@ -60,7 +60,7 @@ def test_a_sweep_and_its_records(folder, tmp_path):
         assert record.weights_read == pytest.approx(1 - sparsity)
         assert all(m.n == 3 for m in record.metrics)
         assert record.memory["weights"] > 0
-        assert record.memory["peak"] > record.memory["weights"]
+        assert record.measured["peak"] > record.memory["weights"]
         assert (record.memory["state"] > 0) == (sparsity > 0)
     names = {m.metric for r in result.records for m in r.metrics}
     assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "summary_words", "empty"}
@@ -87,10 +87,10 @@ def test_two_runs_give_the_same_numbers_at_any_batch_size(folder, tmp_path):
 def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
     evaluate = local.evaluate_task
 
-    def sometimes(lm, session, tasks, name, settings):
+    def sometimes(lm, session, tasks, name, settings, journal):
         if session is not None and session.method.name == "random" and session.sparsity == 0.5:
             raise RuntimeError("planted")
-        return evaluate(lm, session, tasks, name, settings)
+        return evaluate(lm, session, tasks, name, settings, journal)
 
     monkeypatch.setattr(local, "evaluate_task", sometimes)
     view = _Watch()

@@ -97,6 +97,41 @@ def test_sensitivity_equals_the_formula(llama):
     assert state.sensitivity(0)[1] == pytest.approx(float((1 - cosine) * change), rel=1e-5)
 
 
+def _turned(model, **params):
+    """A state that saw, per layer, one token whose FFN turns the stream by 90, 180, 90 degrees.
+
+    The outputs' lengths make r = ||z - y|| / ||y||: y has length 5; z of length 12, 0.5 and 5 sqrt(3) give 13, 5.5, 10.
+    """
+    state = _state(model, Dart(detect=False, **params), sparsity=0.5)
+    y = torch.zeros(1, 1, 32)
+    y[..., 0] = 5
+    for layer, (axis, length) in enumerate(((1, 12.0), (0, -0.5), (1, 75**0.5))):
+        z = torch.zeros(1, 1, 32)
+        z[..., axis] = length
+        state.observe_change(layer, y, z, torch.ones(1, 1, dtype=torch.bool))
+    state.tokens += 1
+    return state
+
+
+def test_magnitude_and_protection_are_used(llama):
+    """Both ablations by hand: three layers (depths 0, 1/2, 1) of 40 neurons, budget 1.5."""
+    full = _turned(llama)
+    assert full.sensitivity(0) == pytest.approx([13 / 5, 2 * 5.5 / 5, 10 / 5])
+    bare = _turned(llama, magnitude=False)
+    assert bare.sensitivity(0) == pytest.approx([1, 2, 1])  # 1 - cos alone
+
+    # S normalised 1, 1/3, 0; weights 0, 2/3, .35 -> prune 0, .984, .516, clipped .1, .9, .516; the surplus .016 is
+    # taken 2/3 : .35 from the last two: .889, .511, of 40 neurons 4.4 and 19.6 kept
+    assert full._keep_counts(0) == [36, 4, 20]
+    # normalised 0, 1, 0; weights 1/4, 0, .35 -> .625, 0, .875; the middle is raised to .1, the others give 5:7
+    assert bare._keep_counts(0) == [17, 36, 7]
+    # weights 0, 2/3, 1 -> 0, .6, .9, clipped .1, .6, .9; weights 2:3 give .1: .56, .84
+    assert _turned(llama, protect=False)._keep_counts(0) == [36, 18, 6]
+    # weights 1, 0, 1 -> .75, 0, .75; the middle is raised to .1
+    assert _turned(llama, protect=False, magnitude=False)._keep_counts(0) == [12, 36, 12]
+    assert _turned(llama, allocation="uniform", protect=False)._keep_counts(0) == [20, 20, 20]
+
+
 def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
     method = Dart(ring=4, blend=0.25, window=2, min_windows=1)
     state = _state(llama.float(), method, batch=2)

@@ -93,6 +93,10 @@ class TerminalView:
         self.console.print(f"[red]failed[/red] {escape(cell.name):<32} {text} (--verbose for more)")
         self._next()
 
+    def note(self, text: str) -> None:
+        """Something a person should know."""
+        self.console.print(escape(text), style="yellow")
+
     def _next(self) -> None:
         self.progress.advance(self._all)
         if self._bar is not None:

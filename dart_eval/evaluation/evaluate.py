@@ -17,11 +17,13 @@ import lm_eval.api.task
 import lm_eval.evaluator
 import numpy as np
 from lm_eval.api.group import Group
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
+from sacrebleu.metrics import BLEU
 
 from dart_eval.evaluation.lm import PrunedLM, Usage
-from dart_eval.evaluation.tasks import Tasks, documents, leaves
+from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
 from dart_eval.pruning.session import Session
+from dart_eval.results.journal import Journal
 from dart_eval.results.record import Metric
 
 BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
@@ -39,10 +41,11 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Numbers of one cell: metrics, samples, what they cost together and per lm-eval task."""
+    """Numbers of one cell: metrics, samples, texts of the documents, what they cost together and per lm-eval task."""
 
     metrics: list[Metric]
     samples: list[dict[str, Any]]
+    texts: list[dict[str, Any]]
     usage: Usage
     by_task: dict[str, Usage]
     state_bytes: int
@@ -63,13 +66,15 @@ def count_requests(items: Sequence[Task | Group], limit: int | None) -> int:
     return total
 
 
-def evaluate_task(lm: PrunedLM, session: Session | None, tasks: Tasks, name: str, settings: EvalSettings) -> Outcome:
+def evaluate_task(
+    lm: PrunedLM, session: Session | None, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
+) -> Outcome:
     """Run lm-eval's `simple_evaluate` on one task, group or tag.
 
-    Prompts and metrics are lm-eval's; its response cache stays off.
+    Prompts and metrics are lm-eval's; its response cache stays off. What the journal has answered is not asked again.
     """
     items = tasks.load(name)
-    lm.begin(session, documents(items))
+    lm.begin(session, documents(items), journal)
     with _quiet():
         results: Any = lm_eval.simple_evaluate(
             model=lm,
@@ -91,8 +96,10 @@ def evaluate_task(lm: PrunedLM, session: Session | None, tasks: Tasks, name: str
     by_task: dict[str, Usage] = {}
     for (task, _), usage in lm.usage.items():
         by_task.setdefault(task, Usage()).add(usage)
-    samples = _samples(results["samples"], lm.usage)
-    return Outcome(_metrics(results), samples, total, by_task, lm.state_bytes)
+    by_name = {task.task_name: task for task in leaves(items)}
+    samples = _samples(results["samples"], lm.usage, by_name)
+    texts = _texts(results["samples"], by_name)
+    return Outcome(_metrics(results), samples, texts, total, by_task, journal.state_bytes)
 
 
 @contextmanager
@@ -121,13 +128,15 @@ def _metrics(results: Any) -> list[Metric]:
                 continue
             stderr = values.get(f"{metric}_stderr,{filter_}")
             if not isinstance(stderr, (int, float)) or math.isnan(stderr):
-                stderr = _perplexity_stderr(
-                    metric, [s[metric] for s in results["samples"].get(task, []) if metric in s]
+                own = _bleu_stderr if metric == "bleu" else _perplexity_stderr
+                stderr = own(
+                    metric,
+                    [s[metric] for s in results["samples"].get(task, []) if metric in s and s["filter"] == filter_],
                 )
             label = metric if filter_ == "none" else f"{metric},{filter_}"
-            found.append(
-                Metric(task, label, float(value), stderr, n, bool(better.get(metric, True)), parents.get(task))
-            )
+            direction = better.get(metric, True)  # null in a task's file, and so None, where neither is better
+            direction = direction if direction is None else bool(direction)
+            found.append(Metric(task, label, float(value), stderr, n, direction, parents.get(task)))
     return found
 
 
@@ -157,21 +166,74 @@ def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
         return None
 
 
-def _samples(by_task: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, int], Usage]) -> list[dict[str, Any]]:
-    """What paired statistics and a reader need: hashes, metrics, answers, cost; never the documents themselves."""
+def _bleu_stderr(_metric: str, counts: list[Any]) -> float | None:
+    """Standard error of corpus BLEU by the jackknife, one document left out at a time (Efron and Tibshirani, An
+    Introduction to the Bootstrap, ch. 11).
+
+    counts: [hyp_len, ref_len, correct 1..4, total 1..4] n-grams per document, as the summarisation tasks give them.
+    """
+    n = len(counts)
+    if n < 2 or not all(isinstance(c, (tuple, list)) and len(c) == 10 for c in counts):
+        return None
+    total = [sum(column) for column in zip(*counts, strict=True)]
+    without = []
+    for document in counts:
+        hyp, ref, *ngrams = (t - c for t, c in zip(total, document, strict=True))
+        without.append(BLEU.compute_bleu(ngrams[:4], ngrams[4:], hyp, ref, smooth_method="exp").score)
+    mean = sum(without) / n
+    return math.sqrt((n - 1) / n * sum((w - mean) ** 2 for w in without))
+
+
+def _samples(
+    by_task: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, int], Usage], tasks: dict[str, Task]
+) -> list[dict[str, Any]]:
+    """What paired statistics and a reader need: hashes, metrics, answers, cost. The texts are kept apart."""
     rows = []
-    for task, samples in sorted(by_task.items()):
+    for name, samples in sorted(by_task.items()):
         for s in samples:
-            used = usage.get((task, s["doc_id"]), Usage())
+            used = usage.get((name, s["doc_id"]), Usage())
+            metrics = {m: _plain(s[m]) for m in s["metrics"]}
+            gold = _gold(tasks[name], s["doc"])
+            if gold is not None:
+                metrics["gold_ll"] = float(s["filtered_resps"][gold][0])
             rows.append({
-                "task": task, "doc_id": s["doc_id"], "filter": s["filter"],
+                "task": name, "doc_id": s["doc_id"], "filter": s["filter"], "cluster": cluster(tasks[name], s["doc"]),
                 "doc_hash": s["doc_hash"], "prompt_hash": s["prompt_hash"], "target_hash": s["target_hash"],
-                "metrics": {m: _plain(s[m]) for m in s["metrics"]},
-                "responses": [_plain(r) for r in s["filtered_resps"]],
-                "tokens": used.tokens, "remasks": used.remasks,
-                "effective_sparsity": used.effective_sparsity,
+                "metrics": metrics, "responses": [_plain(r) for r in s["filtered_resps"]],
+                "tokens": used.tokens, "remasks": used.remasks, "effective_sparsity": used.effective_sparsity,
+                **({"drift": used.trace} if used.trace else {}),
             })  # fmt: skip
     return rows
+
+
+def _gold(task: Task, doc: dict[str, Any]) -> int | None:
+    """Index of the right answer of a multiple-choice document; None for other tasks, or where it has no single one."""
+    if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask):
+        return None
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc)
+    if isinstance(gold, str) and gold in choices:
+        gold = choices.index(gold)
+    return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
+
+
+def _texts(by_task: dict[str, list[dict[str, Any]]], tasks: dict[str, Task]) -> list[dict[str, Any]]:
+    """What each document was asked and its right answer, for people; the same under every method."""
+    rows = {}
+    for name, samples in sorted(by_task.items()):
+        for s in samples:
+            requests = [[str(a) for a in args[:2]] for args in s["arguments"]]
+            choices, prompt = None, requests[0][0]
+            if tasks[name].OUTPUT_TYPE == "multiple_choice":
+                same = all(context == prompt for context, _ in requests)
+                choices = [answer if same else context + answer for context, answer in requests]
+                prompt = prompt if same else ""
+            gold = _gold(tasks[name], s["doc"])
+            target = gold if gold is not None else _plain(s["target"])
+            rows[name, s["doc_id"]] = {
+                "task": name, "doc_id": s["doc_id"], "prompt": prompt, "choices": choices, "target": target
+            }  # fmt: skip
+    return list(rows.values())
 
 
 def _plain(value: Any) -> Any:

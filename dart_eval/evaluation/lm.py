@@ -7,7 +7,10 @@ lm-eval's response cache must not be used with it: its key knows neither the mod
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel
 from dart_eval.errors import UserError
 from dart_eval.evaluation.scoring import Request, Score, Scorer, output_head
 from dart_eval.pruning.session import Session
+from dart_eval.results.journal import Journal
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
 
@@ -36,6 +40,7 @@ class Usage:
         pruned: pruned share of the neurons, summed over the tokens.
         remasks: masks renewed.
         context, contexts: tokens of the contexts, and how many contexts there were (one per request or chunk).
+        trace: what the drift detector saw, kept where there was one context only.
     """
 
     tokens: int = 0
@@ -44,6 +49,7 @@ class Usage:
     remasks: int = 0
     context: int = 0
     contexts: int = 0
+    trace: dict[str, Any] | None = None
 
     @property
     def mean_context(self) -> float:
@@ -68,6 +74,7 @@ class Usage:
         self.remasks += other.remasks
         self.context += other.context
         self.contexts += other.contexts
+        self.trace = other.trace if self.contexts == other.contexts == 1 else None
 
 
 class RollingLogLikelihood(float):
@@ -103,17 +110,26 @@ class PrunedLM(HFLM):
         self.session: Session | None = None
         self.documents: Mapping[str, str] = {}  # task -> field of its document that may be cut to fit
         self.usage: dict[tuple[str, int], Usage] = defaultdict(Usage)  # (task, doc_id) -> cost
-        self.state_bytes = 0  # largest method state seen, per sequence
+        self.journal = Journal()  # answers of the running cell
+        self._clock = time.monotonic()
         self._head = output_head(model)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
         self._scores: list[Score] = []  # of the last call, in the order of its requests
         self._contexts: list[int] = []
 
-    def begin(self, session: Session | None, documents: Mapping[str, str]) -> None:
-        """Start a cell: forget what earlier cells used."""
+    def begin(self, session: Session | None, documents: Mapping[str, str], journal: Journal | None = None) -> None:
+        """Start a cell, or go on with one: what the journal has answered is not asked again."""
         self.session, self.documents = session, documents
-        self.usage, self.state_bytes = defaultdict(Usage), 0
+        self.journal = Journal() if journal is None else journal  # an empty journal is falsy
+        self.usage = defaultdict(Usage)
+        self._clock = time.monotonic()
+
+    def _keep(self, answers: dict[str, Any], state_bytes: int) -> None:
+        """A batch is done: into the journal with it and the time since the last one."""
+        now = time.monotonic()
+        self.journal.add(answers, state_bytes, now - self._clock)
+        self._clock = now
 
     # -- log-likelihoods -------------------------------------------------------------------------------------
 
@@ -130,15 +146,24 @@ class PrunedLM(HFLM):
         return [(s.logprob, s.greedy) for s in self._scores]
 
     def _score(self, requests: list[Request]) -> list[Score]:
+        """Scores of the requests, in order, from the journal where it has them."""
+        names = [_name(r.context, r.continuation) for r in requests]
+        open_requests = {n: r for n, r in zip(names, requests, strict=True) if n not in self.journal}
+        self.on_progress(sum(n in self.journal for n in names))
+        todo = list(open_requests)
         scorer = Scorer(self.model, self._head, self.session, self.contexts_per_batch)
-        scores = scorer.score(requests, self.on_progress)
-        self.state_bytes = max(self.state_bytes, scorer.state_bytes)
-        return scores
+
+        def keep(batch: list[tuple[int, Score]]) -> None:
+            self._keep({todo[i]: dataclasses.astuple(score) for i, score in batch}, scorer.state_bytes)
+            self.on_progress(len(batch))
+
+        scorer.score(list(open_requests.values()), keep)
+        return [Score(*self.journal[n]) for n in names]
 
     def _record(self, request: Instance, score: Score, context: int = 0) -> None:
         assert request.task_name is not None and request.doc_id is not None
         self.usage[request.task_name, request.doc_id].add(
-            Usage(score.tokens, score.masked, score.pruned, score.remasks, context, 1)
+            Usage(score.tokens, score.masked, score.pruned, score.remasks, context, 1, score.trace)
         )
 
     # -- perplexity ------------------------------------------------------------------------------------------
@@ -185,7 +210,7 @@ class PrunedLM(HFLM):
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        texts: dict[int, str] = {}
+        names = [_name(*r.args) for r in requests]
         for members in groups.values():
             kwargs = dict(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
             stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
@@ -194,24 +219,30 @@ class PrunedLM(HFLM):
             if budget <= 0:
                 raise UserError(f"{new_tokens} new tokens do not fit in a length of {self.max_length}")
             prompts = {i: self._fit(requests[i], budget) for i in members}
-            members = sorted(members, key=lambda i: (len(self.tok_encode(prompts[i])), i), reverse=True)
-            for start in range(0, len(members), self.contexts_per_batch):
-                batch = members[start : start + self.contexts_per_batch]
+            todo = list({names[i]: i for i in reversed(members) if names[i] not in self.journal}.values())
+            self.on_progress(len(members) - len(todo))
+            todo.sort(key=lambda i: (len(self.tok_encode(prompts[i])), i), reverse=True)
+            for start in range(0, len(todo), self.contexts_per_batch):
+                batch = todo[start : start + self.contexts_per_batch]
                 ids, attention = self.tok_batch_encode([prompts[i] for i in batch], left_truncate_len=budget)
                 output = self._model_generate(
                     context=ids.to(self.device), attention_mask=attention.to(self.device), stop=stop,
                     max_length=ids.shape[1] + new_tokens, **kwargs,
                 )[:, ids.shape[1] :]  # fmt: skip
-                if self.session is not None:
-                    self.state_bytes = max(self.state_bytes, self.session.state_bytes // len(batch))
+                answers = {}
                 for row, i in enumerate(batch):
                     tokens = output[row].tolist()
                     text = postprocess_generated_text(self.tok_decode(tokens), stop, None)
-                    texts[i] = text
-                    used = self._kept(tokens, stop)
-                    self._record(requests[i], self._generation_cost(row, used), int(attention[row].sum()))
+                    cost = self._generation_cost(row, self._kept(tokens, stop))
+                    answers[names[i]] = [text, int(attention[row].sum()), dataclasses.astuple(cost)]
+                self._keep(answers, self.session.state_bytes // len(batch) if self.session is not None else 0)
                 self.on_progress(len(batch))
-        return [texts[i] for i in range(len(requests))]
+        texts = []
+        for name, request in zip(names, requests, strict=True):
+            text, context, cost = self.journal[name]
+            self._record(request, Score(*cost), context)
+            texts.append(text)
+        return texts
 
     def _generation_cost(self, row: int, tokens: int) -> Score:
         """The first token comes from the dense prefill, each later one from a decoding forward."""
@@ -219,7 +250,8 @@ class PrunedLM(HFLM):
         shares = [float(1 - d[row]) for d in densities]
         events = self.session.events if self.session is not None else []
         remasks = sum(e["sequence"] == row and e["step"] < tokens for e in events)
-        return Score(0.0, False, tokens, sum(s > 0 for s in shares), sum(shares), remasks)
+        trace = self.session.trace(row, tokens - 1) if self.session is not None else None
+        return Score(0.0, False, tokens, sum(s > 0 for s in shares), sum(shares), remasks, trace)
 
     def _kept(self, tokens: list[int], stop: list[str]) -> int:
         """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""
@@ -266,6 +298,11 @@ class PrunedLM(HFLM):
             if excess <= 0:
                 return cut
             keep -= excess
+
+
+def _name(*request: Any) -> str:
+    """A request's name in the journal: equal requests have equal answers."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _truncated(context: list[int], continuation: list[int], max_length: int) -> Request:

@@ -46,6 +46,7 @@ class Score:
         tokens: scored tokens. masked: those of them that ran under a mask.
         pruned: pruned share of the neurons, summed over them (so pruned / tokens is the effective sparsity).
         remasks: masks renewed while scoring.
+        trace: what the drift detector saw (`Session.trace`), if there is one and a window was full.
     """
 
     logprob: float
@@ -54,6 +55,7 @@ class Score:
     masked: int
     pruned: float
     remasks: int
+    trace: dict[str, Any] | None = None
 
 
 @dataclass
@@ -82,8 +84,13 @@ class Scorer:
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
     @torch.no_grad()
-    def score(self, requests: Sequence[Request], progress: Callable[[int], None] = lambda n: None) -> list[Score]:
-        """One score per request, in order. Long contexts first, so that running out of memory shows at once."""
+    def score(
+        self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None] = lambda batch: None
+    ) -> list[Score]:
+        """One score per request, in order. Long contexts first, so that running out of memory shows at once.
+
+        done: called after each batch with (index of the request, its score).
+        """
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, request in enumerate(requests):
             by_context.setdefault(request.context, []).append(i)
@@ -94,9 +101,9 @@ class Scorer:
             batch = contexts[start : start + self.batch_size]
             if len(batch[0]) > 1:  # one-token contexts have nothing to build a mask from: a batch of their own
                 batch = [c for c in batch if len(c) > 1]
-            for i, score in self._score_contexts(batch, by_context, requests):
-                scores[i] = score
-            progress(sum(len(by_context[c]) for c in batch))
+            found = self._score_contexts(batch, by_context, requests)
+            scores.update(found)
+            done(found)
             start += len(batch)
         return [scores[i] for i in range(len(requests))]
 
@@ -167,10 +174,11 @@ class Scorer:
         remasks = session.state.remasks.tolist() if session is not None and session.state else [0] * len(rows)
         results, k = [], 0
         for i, row in enumerate(rows):
+            trace = session.trace(i) if session is not None else None
             for request, continuation in row.targets:
                 total = float(torch.cat(logprobs[k]).double().sum())
                 cost = int(masked[i]), float(pruned[i]), remasks[i]
-                results.append((request, Score(total, greedy[k], len(continuation), *cost)))
+                results.append((request, Score(total, greedy[k], len(continuation), *cost, trace)))
                 k += 1
         return results
 

@@ -7,6 +7,7 @@ data source of each task, group members included.
 from __future__ import annotations
 
 import functools
+import hashlib
 import types
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ COMMON: dict[str, str] = {
     "smoke_highlights": "shipped: 30 articles, three-sentence summaries",
     "smoke_drift": "shipped: 40 two-topic documents, perplexity after the switch",
 }
+
+
+# Documents that share this field are no independent draws: they form a cluster for the statistics. A task of our own
+# names the field itself (`metadata.cluster`). Members of a group are clustered by task, whatever this says.
+CLUSTERS: dict[str, str] = {
+    "boolq": "passage", "cb": "premise", "hellaswag": "ctx", "race": "article", "record": "passage",
+    "rte": "sentence1", "sglue_rte": "premise", "multirc": "paragraph",
+}  # fmt: skip
 
 
 def tasks_dir() -> Path:
@@ -221,6 +230,15 @@ def documents(items: list[Task | Group]) -> dict[str, str]:
         if "document" in metadata:
             found[task.task_name] = metadata["document"]
     return found
+
+
+def cluster(task: Task, doc: dict[str, Any]) -> str | None:
+    """A name that the documents of one cluster share (same passage, same article); None: the document stands alone."""
+    metadata = (task.config.metadata if isinstance(task, ConfigurableTask) else None) or {}
+    field = metadata.get("cluster") or CLUSTERS.get(task.task_name)
+    if not field or doc.get(field) in (None, ""):
+        return None
+    return hashlib.sha256(str(doc[field]).encode()).hexdigest()[:16]
 
 
 def _process_once(task: Task) -> None:

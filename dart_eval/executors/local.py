@@ -1,7 +1,9 @@
 """Run all cells of a configuration in this process, one after the other.
 
 What can be told of the input beforehand (names, data, folders, parameters, the model) is refused before the first cell
-runs, and nothing is written before the first cell is finished. What shows only inside a cell fails that cell alone.
+runs, and nothing is written before. What shows only inside a cell fails that cell alone. A stopped run goes on where it
+was: finished cells are skipped, and a cell under way goes on after its last finished batch. Several processes may work
+on one output folder: each cell is claimed by one of them.
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ from datetime import datetime, timezone
 from typing import Any, Protocol
 
 from dart_eval import cost
-from dart_eval.errors import UserError
+from dart_eval.errors import StoreError, UserError
 from dart_eval.evaluation.evaluate import Outcome, count_requests, evaluate_task, task_hash
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.ffn import find_ffns
 from dart_eval.models import Resolved, pick_device, resolve
-from dart_eval.plan import Cell, RunConfig, environment, methods_of, plan
+from dart_eval.plan import Cell, RunConfig, command, environment, methods_of, plan
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.session import prune
+from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store, StoreError
+from dart_eval.results.store import Store
 
 log = logging.getLogger(__name__)
+POLL = 2.0  # seconds between looks at cells that another process is at work on
 
 
 class View(Protocol):
@@ -40,6 +44,7 @@ class View(Protocol):
     def advanced(self, requests: int) -> None: ...
     def finished(self, cell: Cell, record: Record) -> None: ...
     def failed(self, cell: Cell, error: BaseException) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,28 +80,36 @@ def run(config: RunConfig, view: View) -> RunResult:
     failed: list[Cell] = []
     todo = [c for c in cells if c.key not in done]
     if todo:
-        runner = _Runner(config, model, tasks, view)
+        runner = _Runner(config, model, tasks, store, view)
+    while todo:
+        elsewhere = []  # cells that another process is at work on
         for cell in todo:
-            try:
-                record = runner.run(cell)
-                store.save(cell.name, record)
-            except StoreError:
-                raise  # the next cell could not be kept either
-            except Exception as error:
-                log.debug("cell %s failed:\n%s", cell.name, "".join(traceback.format_exception(error)))
-                view.failed(cell, error)
-                failed.append(cell)
-                continue
+            with store.claim(cell.name, cell.key) as mine:
+                if not mine:
+                    elsewhere.append(cell)
+                    continue
+                try:
+                    record = runner.finish(cell)
+                except StoreError:
+                    raise  # the next cell could not be kept either
+                except Exception as error:
+                    log.debug("cell %s failed:\n%s", cell.name, "".join(traceback.format_exception(error)))
+                    view.failed(cell, error)
+                    failed.append(cell)
+                    continue
             done[cell.key] = record
-            view.finished(cell, record)
+        if len(elsewhere) == len(todo):
+            view.status(f"waiting for another process at work on {', '.join(c.name for c in elsewhere)}")
+            time.sleep(POLL)
+        todo = elsewhere
     return RunResult([done[c.key] for c in cells if c.key in done], failed)
 
 
 class _Runner:
-    """A loaded model with its tasks; runs cells."""
+    """A loaded model with its tasks and the store; runs cells."""
 
-    def __init__(self, config: RunConfig, resolved: Resolved, tasks: Tasks, view: View) -> None:
-        self.config, self.tasks, self.view = config, tasks, view
+    def __init__(self, config: RunConfig, resolved: Resolved, tasks: Tasks, store: Store, view: View) -> None:
+        self.config, self.tasks, self.store, self.view = config, tasks, store, view
         view.status(f"loading {resolved.identity.name}")
         self.model, self.tokenizer = resolved.load()
         if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
@@ -112,10 +125,33 @@ class _Runner:
             on_progress=view.advanced,
         )
 
-    def run(self, cell: Cell) -> Record:
+    def finish(self, cell: Cell) -> Record:
+        """The record of a cell that this process has claimed: what another process has made meanwhile, or a new one."""
+        force = self.config.force
+        if not force and (made := self.store.get(cell.name, cell.key)) is not None:
+            self.view.finished(cell, made)
+            return made
+        if not force:
+            for path in self.store.set_aside(cell.name, cell.key):
+                self.view.note(f"{cell.name} was damaged: set aside as {path}, and run again")
+        journal = self.store.journal(cell.name, cell.key)
+        if force:
+            journal.remove()
+        if journal:
+            self.view.note(f"{cell.name} goes on after {len(journal)} answers of an earlier run")
+        try:
+            outcome, record = self.run(cell, journal)
+            record = self.store.save(cell.name, record, outcome.texts)
+            journal.remove()
+        finally:
+            journal.close()
+        self.view.finished(cell, record)
+        return record
+
+    def run(self, cell: Cell, journal: Journal) -> tuple[Outcome, Record]:
         """Evaluate one cell."""
         self.view.started(cell, count_requests(self.tasks.load(cell.task), self.config.limit))
-        start = time.monotonic()
+        start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(_peak_memory(self.lm.device.type))
             session = None
@@ -123,11 +159,16 @@ class _Runner:
                 session = stack.enter_context(
                     prune(self.model, cell.method, cell.sparsity, calibration=self.calibration)
                 )
-            outcome = evaluate_task(self.lm, session, self.tasks, cell.task, self.config.eval_settings)
+            outcome = evaluate_task(self.lm, session, self.tasks, cell.task, self.config.eval_settings, journal)
             state = max(outcome.state_bytes, session.state_bytes if session and session.state is None else 0)
-        return self._record(cell, outcome, state, peak(), time.monotonic() - start)
+        measured = {
+            "seconds": earlier + time.monotonic() - start,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "peak": peak(),
+        }
+        return outcome, self._record(cell, outcome, state, measured)
 
-    def _record(self, cell: Cell, outcome: Outcome, state: int, peak: int, seconds: float) -> Record:
+    def _record(self, cell: Cell, outcome: Outcome, state: int, measured: dict[str, Any]) -> Record:
         usage = outcome.usage
         weights_read = 1.0 - usage.mask_sparsity
         per_token = usage.remasks / usage.tokens if usage.tokens else 0.0
@@ -150,11 +191,10 @@ class _Runner:
                 for task, used in outcome.by_task.items()
             },
             flops=cost.describe(cell.method, self.shape, usage.mean_context, weights_read, per_token),
-            memory={"weights": self.shape.weight_bytes, "state": state, "peak": peak},
-            settings={"batch_size": self.config.batch_size},
+            memory={"weights": self.shape.weight_bytes, "state": state},
+            settings={"batch_size": self.config.batch_size, "command": command(self.config, cell)},
             environment=environment(),
-            seconds=seconds,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            measured=measured,
             samples=outcome.samples,
         )
 

@@ -61,7 +61,7 @@ class DriftDetector:
         self.pressure = torch.zeros(batch, dtype=torch.long, device=device)
         self.cooling = torch.zeros(batch, dtype=torch.long, device=device)
         self.recent = torch.zeros(batch, config.recent, width, device=device)
-        self.signal = torch.full((batch,), torch.nan, device=device)  # cosine of the last full window
+        self.signal = torch.full((batch,), torch.nan, device=device)  # cosine of the window just closed
 
     def observe(self, a: Tensor, valid: Tensor) -> None:
         """Add prompt tokens. a: [B, T, D]; valid: [B, T] bool. May be called for each chunk of a prompt."""
@@ -125,7 +125,7 @@ class DriftDetector:
         if self.position < config.window:
             return torch.zeros_like(full)
         mean = self.window_sum / config.window
-        self.signal = torch.where(full, cosine_similarity(mean, self.reference, dim=-1), self.signal)
+        self.signal = torch.where(full, cosine_similarity(mean, self.reference, dim=-1), torch.nan)
         shifted = torch.cat([self.recent[:, 1:], mean[:, None]], dim=1)
         self.recent = torch.where(full[:, None, None], shifted, self.recent)
         cooling = self.cooling > 0

@@ -49,6 +49,19 @@ class Remask:
 
 
 @dataclass(frozen=True)
+class DepthRule:
+    """How the `depth` allocation judges layers; the defaults are the paper's rule, False its ablations.
+
+    Attributes:
+        protect: early and late layers are spared, whatever their sensitivity.
+        magnitude: sensitivity weighs the change of direction by its size; else the direction alone counts.
+    """
+
+    protect: bool = True
+    magnitude: bool = True
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """Base of all methods. Subclasses are frozen dataclasses: their fields are the parameters a user sets.
 
@@ -106,6 +119,11 @@ class PromptMethod(Method):
         Returns:
             [B, F] fp32, non-negative; higher is kept.
         """
+
+    @property
+    def depth_rule(self) -> DepthRule:
+        """How layers are judged (used only with the allocation `depth`)."""
+        return DepthRule()
 
     @property
     def drift(self) -> DriftConfig | None:

@@ -14,6 +14,7 @@ masks are made anew. The evaluation sets phases itself with `context()` and `dec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,9 @@ class Session:
         self.ffns = find_ffns(model)
         self.state: SequenceState | None = None
         self.densities: list[Tensor] = []  # [B] per decoding forward since the last new context
-        self.events: list[dict[str, Any]] = []  # re-masks since then: decode step, sequence, signal, threshold
+        self.events: list[dict[str, Any]] = []  # re-masks since then: step, token, sequence, signal, threshold
+        self.signals: list[Tensor] = []  # [B] per detector window since then; NaN where a sequence had ended
+        self.decoded = 0  # tokens per sequence since then
         self._static: list[Tensor] | None = None  # L x [1, F] bool
         if isinstance(method, StaticMethod):
             self._static = self._static_masks(method, calibration)
@@ -120,6 +123,32 @@ class Session:
     def fork(self, state: SequenceState | None, rows: Tensor) -> None:
         """Continue from `state` (earlier `session.state`) with its sequences `rows`, repeats allowed."""
         self.state = state.select(rows) if state is not None else None
+        self._new_log()
+
+    def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
+        """What the detector saw of one sequence since its context, or None where no window was full.
+
+        Args:
+            tokens: leave out what came after this many tokens that ran pruned.
+
+        Returns:
+            `window` (tokens), `threshold` and `signal` (cosines, one per full window), `remasks` (pruned tokens
+            before each new mask).
+        """
+        detector = self.state.detector if self.state else None
+        if detector is None:
+            return None
+        window = detector.config.window
+        last = len(self.signals) if tokens is None else min(len(self.signals), tokens // window)
+        signal = [value for s in self.signals[:last] if not math.isnan(value := float(s[row]))]
+        if not signal:
+            return None
+        remasks = [e["token"] for e in self.events if e["sequence"] == row and (tokens is None or e["token"] <= tokens)]
+        threshold = float(detector.threshold[row])
+        return {"window": window, "threshold": threshold, "signal": signal, "remasks": remasks}
+
+    def _new_log(self) -> None:
+        self.densities, self.events, self.signals, self.decoded = [], [], [], 0
 
     @contextmanager
     def _force(self, phase: Phase, valid: Tensor) -> Iterator[None]:
@@ -153,7 +182,7 @@ class Session:
                 self.state = None
         self._valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
         if not past:
-            self.densities, self.events = [], []
+            self._new_log()
         if self.state is not None and self.state.batch != batch:
             raise UserError(
                 f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
@@ -166,6 +195,7 @@ class Session:
         if self._phase == "decode":
             density = self.density(batch)
             self.densities.append(density)
+            self.decoded += length
             self._totals[0] += float((1 - density).sum()) * length
             self._totals[1] += batch * length
         elif self._forced is None and not past:
@@ -197,10 +227,12 @@ class Session:
         elif self.state.detector is not None and attention is not None:
             detector = self.state.detector
             alarms = self.state.monitor(attention, self._valid)
+            if detector.position == 0:
+                self.signals.append(detector.signal.cpu())
             if bool(alarms.any()):
                 for row in alarms.nonzero().flatten().tolist():
                     self.events.append({
-                        "step": len(self.densities), "sequence": row,
+                        "step": len(self.densities), "token": self.decoded, "sequence": row,
                         "signal": float(detector.signal[row]), "threshold": float(detector.threshold[row]),
                     })  # fmt: skip
                 self.state.remask(alarms)

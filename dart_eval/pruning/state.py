@@ -144,16 +144,21 @@ class SequenceState:
         self._make_masks([e for e in self.energy if e is not None])
 
     def sensitivity(self, row: int) -> list[float]:
-        """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer for one sequence."""
+        """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer for one sequence.
+
+        Without the rule's magnitude, the first factor alone.
+        """
         n = max(float(self.tokens[row]), 1.0)
-        return ((1 - self.cosine[row] / n) * (self.change[row] / n)).tolist()
+        turn = 1 - self.cosine[row] / n
+        return (turn * (self.change[row] / n) if self.method.depth_rule.magnitude else turn).tolist()
 
     def _keep_counts(self, row: int) -> list[int]:
         sizes = [f.size for f in self.ffns]
         if float(self.tokens[row]) == 0:
             return sizes  # nothing seen, so nothing can be chosen: this sequence runs dense, and is counted so
         if self.method.layer_allocation == "depth":
-            ratios = depth_aware(normalise_sensitivity(self.sensitivity(row)), self.sparsity)
+            normalised = normalise_sensitivity(self.sensitivity(row))
+            ratios = depth_aware(normalised, self.sparsity, self.method.depth_rule.protect)
         else:
             ratios = [1 - self.sparsity] * len(sizes)
         return keep_counts(ratios, sizes, self.sparsity)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
+
+
+class NewerSchema(ValueError):
+    """A record of a layout that only a newer version of this program knows."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Metric:
         value: mean over samples, or exp of a mean for perplexities.
         stderr: standard error of `value`, or None where the metric has none.
         n: samples.
-        higher_is_better: direction.
+        higher_is_better: direction; None where neither is better, e.g. the length of a summary.
         part_of: the group this task is a member of, or None for what the user asked for.
     """
 
@@ -28,7 +34,7 @@ class Metric:
     value: float
     stderr: float | None
     n: int
-    higher_is_better: bool
+    higher_is_better: bool | None
     part_of: str | None = None
 
 
@@ -47,11 +53,12 @@ class Record:
         remasks: masks renewed after an alarm.
         by_task: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity` of each lm-eval task of the cell.
         flops: see `cost.describe`.
-        memory: bytes of `weights`, `state` (method, per sequence), `peak` (process or GPU, while the cell ran).
-        settings: what cannot change a number, e.g. batch size.
+        memory: bytes of `weights` and `state` (method, per sequence).
+        settings: what cannot change a number: `batch_size`, and `command`, the line that makes this one cell.
         environment: versions and machine.
-        seconds: wall time of the cell.
-        created: UTC time, ISO 8601.
+        measured: what differs between two equal runs: `seconds` (wall time of the cell, interrupted attempts
+            included), `created` (UTC, ISO 8601), `peak` (bytes: of the GPU, or of the process, while the cell ran).
+        files: the cell's other files, each with `name`, `n` (lines) and `sha256`: `samples`, `texts`.
         schema: version of this layout.
     """
 
@@ -67,33 +74,65 @@ class Record:
     memory: dict[str, int]
     settings: dict[str, Any]
     environment: dict[str, str]
-    seconds: float
-    created: str
+    measured: dict[str, Any]
     schema: int = SCHEMA
     by_task: dict[str, dict[str, float]] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)  # in a file of their own, see `store`
 
+    @property
+    def created(self) -> str:
+        """When the cell was finished: UTC, ISO 8601."""
+        return str(self.measured["created"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the cell."""
+        return float(self.measured["seconds"])
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data, samples left out."""
+        """Plain data with a digest over it, samples left out."""
         data = dataclasses.asdict(dataclasses.replace(self, samples=[]))
         del data["samples"]
-        return data
+        return {**data, "digest": _digest(data)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Record:
-        """The record that `to_json` wrote.
+        """The record that `to_json` wrote, of this version or an older one.
 
         Raises:
-            ValueError: written by a newer version, or not a record.
+            NewerSchema: written by a newer version.
+            ValueError: changed since it was written, or not a record.
         """
         if not isinstance(data, dict):
             raise ValueError("not a record")
-        version = data.get("schema")
-        if not isinstance(version, int) or version > SCHEMA:
-            raise ValueError(f"record schema {version} is not known here (this version reads up to {SCHEMA})")
+        schema = data.get("schema")
+        if type(schema) is not int or schema < 1:
+            raise ValueError(f"record schema {schema} is not known")
+        if schema > SCHEMA:
+            raise NewerSchema(f"record schema {schema} is not known here: this version reads 1 to {SCHEMA}")
+        data = dict(data)
+        if schema == 1:
+            data = _from_schema_1(data)
+        elif (digest := data.pop("digest", None)) != _digest(data):
+            raise ValueError("its digest does not fit" if digest else "not a record ('digest')")
         known = {f.name for f in dataclasses.fields(cls)}
         try:
             metrics = [Metric(**m) for m in data["metrics"]]
             return cls(**{k: v for k, v in data.items() if k in known and k != "metrics"}, metrics=metrics)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a record ({error})") from None
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 kept times and the peak among the rest, and said nothing of the cell's other files."""
+    try:
+        memory = dict(data["memory"])
+        measured = {"seconds": data["seconds"], "created": data["created"], "peak": memory.pop("peak")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a record ({error})") from None
+    return {**data, "memory": memory, "measured": measured, "schema": SCHEMA}

@@ -21,7 +21,7 @@ HASHES = ("calibration", "code", "method_code")  # told apart by their first dig
 # Tables of quality: title, and the metrics that are its columns. Any other metric goes to a table of its own.
 QUALITY = (
     ("Accuracy", ("acc", "acc_norm", "exact_match", "em", "f1", "mcc")),
-    ("Summaries", ("rouge1", "rouge2", "rougeL", "summary_words", "empty")),
+    ("Summaries", ("rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty")),
     ("Perplexity (lower is better)", ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")),
 )
 
@@ -47,8 +47,8 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
                 "weights_read": record.weights_read, "remasks": used.get("remasks", record.remasks),
                 "tokens": used.get("tokens", record.tokens), **{s: cell.get(s) for s in RUN_SETTINGS},
                 **{f"flops_{k}": v for k, v in record.flops.items()},
-                **{f"memory_{k}": v for k, v in record.memory.items()},
-                "key": record.key,
+                **{f"memory_{k}": v for k, v in record.memory.items()}, "memory_peak": record.measured["peak"],
+                "seconds": record.seconds, "command": record.settings.get("command"), "key": record.key,
             })  # fmt: skip
     found.sort(
         key=lambda r: (
@@ -76,24 +76,24 @@ class Table:
 def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
     """Accuracy, summaries, perplexity, FLOPs and memory, those that have rows."""
     data = rows(records, subtasks)
-    labels = _labels(records)
+    names = labels(records)
     made: list[Table] = []
     for title, metrics in QUALITY:
         chosen = [r for r in data if r["metric"] in metrics]
         if chosen:
-            made.append(_quality(title, chosen, [m for m in metrics if any(r["metric"] == m for r in chosen)], labels))
+            made.append(_quality(title, chosen, [m for m in metrics if any(r["metric"] == m for r in chosen)], names))
     named = {metric for _, metrics in QUALITY for metric in metrics}
     rest = [r for r in data if r["metric"] not in named]
     if rest:
-        made.append(_quality("Other metrics", rest, sorted({r["metric"] for r in rest}), labels))
-    return [*made, _flops(records, labels), _memory(records, labels)]
+        made.append(_quality("Other metrics", rest, sorted({r["metric"] for r in rest}), names))
+    return [*made, _flops(records, names), _memory(records, names)]
 
 
 def _model_column(records: Sequence[Record]) -> bool:
     return len({r.inputs["model"]["name"] for r in records}) > 1
 
 
-def _labels(records: Sequence[Record]) -> dict[str, str]:
+def labels(records: Sequence[Record]) -> dict[str, str]:
     """A label per cell key: the method's name, and whatever else tells two cells of the table apart.
 
     Parameters where one name stands for several settings; settings of the run where the records differ in them.
@@ -105,7 +105,7 @@ def _labels(records: Sequence[Record]) -> dict[str, str]:
     for r in records:
         if r.inputs["params"] not in variants.setdefault(r.inputs["method"], []):
             variants[r.inputs["method"]].append(r.inputs["params"])
-    labels = {}
+    found = {}
     for r in records:
         name, params = r.inputs["method"], r.inputs["params"]
         names = sorted({k for v in variants[name] for k in v if any(v.get(k) != w.get(k) for w in variants[name])})
@@ -114,8 +114,8 @@ def _labels(records: Sequence[Record]) -> dict[str, str]:
         if same_name:
             which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
             settings = f"model={str(which)[:8]} {settings}".strip()
-        labels[r.key] = f"{label} ({settings})" if settings else label
-    return labels
+        found[r.key] = f"{label} ({settings})" if settings else label
+    return found
 
 
 def _plain(value: Any) -> str:
@@ -124,7 +124,7 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], labels: dict[str, str]) -> Table:
+def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], names: dict[str, str]) -> Table:
     lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for r in data:
         lines.setdefault((r["task"], r["key"]), {})[r["metric"]] = r
@@ -142,10 +142,10 @@ def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], labels:
         "scope",
     ]
     body = []
-    for (task, key), by_metric in sorted(lines.items(), key=lambda item: _order(next(iter(item[1].values())), labels)):
+    for (task, key), by_metric in sorted(lines.items(), key=lambda item: _order(next(iter(item[1].values())), names)):
         r = next(iter(by_metric.values()))
         body.append([
-            *([r["model"]] if many else []), task, labels[key], f"{r['sparsity']:g}",
+            *([r["model"]] if many else []), task, names[key], f"{r['sparsity']:g}",
             *(_value(by_metric.get(m)) for m in metrics), str(r["n"]), f"{r['effective_sparsity']:.3f}",
             f"{r['mask_sparsity']:.3f}", f"{r['weights_read']:.3f}", r["scope"],
         ])  # fmt: skip
@@ -159,8 +159,8 @@ def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], labels:
     return Table(title, columns, body, note)
 
 
-def _order(r: dict[str, Any], labels: dict[str, str]) -> tuple[Any, ...]:
-    return r["model"], r["task"], r["sparsity"], labels[r["key"]]
+def _order(r: dict[str, Any], names: dict[str, str]) -> tuple[Any, ...]:
+    return r["model"], r["task"], r["sparsity"], names[r["key"]]
 
 
 def _value(r: dict[str, Any] | None) -> str:
@@ -173,12 +173,12 @@ def _value(r: dict[str, Any] | None) -> str:
     return text if r["stderr"] is None else f"{text} ± {r['stderr']:.{digits}f}"
 
 
-def _flops(records: Sequence[Record], labels: dict[str, str]) -> Table:
+def _flops(records: Sequence[Record], names: dict[str, str]) -> Table:
     body, many = [], _model_column(records)
-    for r in _sorted(records, labels):
+    for r in _sorted(records, names):
         f = r.flops
         body.append([
-            *_where(r, many), labels[r.key], f"{r.inputs['sparsity']:g}", str(f["context_tokens"]),
+            *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}", str(f["context_tokens"]),
             _si(f["prefill"]), _si(f["decode_step_dense"]), _si(f["decode_step_pruned"]),
             f"{f['decode_step_pruned'] / f['decode_step_dense']:.3f}", _si(f["tracing_prefill"]),
             _si(f["tracing_decode_step"]), f"{100 * f['tracing_share']:.3f} %", str(r.remasks),
@@ -193,13 +193,13 @@ def _flops(records: Sequence[Record], labels: dict[str, str]) -> Table:
     return Table("FLOPs", columns, body, note)
 
 
-def _memory(records: Sequence[Record], labels: dict[str, str]) -> Table:
+def _memory(records: Sequence[Record], names: dict[str, str]) -> Table:
     body, many = [], _model_column(records)
-    for r in _sorted(records, labels):
+    for r in _sorted(records, names):
         m = r.memory
         body.append([
-            *_where(r, many), labels[r.key], f"{r.inputs['sparsity']:g}",
-            _mib(m["weights"]), _mib(m["state"], 3), _mib(m["peak"]),
+            *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}",
+            _mib(m["weights"]), _mib(m["state"], 3), _mib(r.measured["peak"]),
         ])  # fmt: skip
     note = (
         "MiB. state: what the method keeps per sequence. peak: of the process (CPU) or of the GPU while the cell ran."
@@ -215,14 +215,14 @@ def _where(record: Record, many: bool) -> list[str]:
     return [record.inputs["model"]["name"], _task(record)] if many else [_task(record)]
 
 
-def _sorted(records: Sequence[Record], labels: dict[str, str]) -> list[Record]:
+def _sorted(records: Sequence[Record], names: dict[str, str]) -> list[Record]:
     return sorted(
         records,
         key=lambda r: (
             r.inputs["model"]["name"],
             _task(r),
             r.inputs["sparsity"],
-            labels[r.key],
+            names[r.key],
         ),
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dart_eval.errors import UserError
 from dart_eval.pruning.drift import DriftConfig
-from dart_eval.pruning.method import PromptMethod, Remask
+from dart_eval.pruning.method import DepthRule, PromptMethod, Remask
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Dart(PromptMethod):
 
     Attributes:
         allocation: sparsity over layers, depth (the paper's rule) or uniform
+        protect: depth spares early and late layers (off: the paper's ablation)
+        magnitude: depth weighs a layer's turn of the stream by the size of the change (off: the paper's ablation)
         detect: watch for drift and renew the masks
         window: tokens per detector window
         sigma: margin, in standard deviations of the prompt's windows
@@ -36,6 +38,8 @@ class Dart(PromptMethod):
     name = "dart"
     summary = "per prompt, depth-aware over layers, renewed when the context drifts"
     allocation: str = "depth"
+    protect: bool = True
+    magnitude: bool = True
     detect: bool = True
     window: int = 10
     sigma: float = 0.5
@@ -55,6 +59,10 @@ class Dart(PromptMethod):
 
     def energy(self, h: Tensor, valid: Tensor) -> Tensor:
         return (valid[:, None] @ h.square()).squeeze(1)
+
+    @property
+    def depth_rule(self) -> DepthRule:
+        return DepthRule(protect=self.protect, magnitude=self.magnitude)
 
     @property
     def drift(self) -> DriftConfig | None:

@@ -1,0 +1,102 @@
+"""What a running cell has answered so far: an append-only file, so that a stopped cell loses at most one batch.
+
+One line per batch: a checksum, then JSON. A line that was cut short (power, full disk, kill) ends the file: what comes
+before it counts, the rest is cut off and computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dart_eval.errors import StoreError
+
+
+class Journal:
+    """Answers by request, kept in memory and, where a path is given, on disk.
+
+    Args:
+        path: file to go on with or to create at the first batch; None keeps nothing.
+
+    Attributes:
+        state_bytes: largest method state per sequence that any batch had.
+        seconds: wall time of the batches that an earlier process had finished.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.state_bytes = 0
+        self.seconds = 0.0
+        self._answers: dict[str, Any] = {}
+        self._file: Any = None
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._answers
+
+    def __getitem__(self, request: str) -> Any:
+        return self._answers[request]
+
+    def add(self, answers: Mapping[str, Any], state_bytes: int, seconds: float) -> None:
+        """Keep a batch. On return it is on disk, and no crash takes it back.
+
+        Args:
+            answers: request -> answer, plain JSON data.
+            state_bytes: of the method, per sequence. seconds: wall time of the batch.
+
+        Raises:
+            StoreError: the disk is full, for example.
+        """
+        self._answers.update(answers)
+        self.state_bytes = max(self.state_bytes, state_bytes)
+        if self.path is None:
+            return
+        text = json.dumps([dict(answers), state_bytes, seconds], ensure_ascii=False).encode()
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            written = 0
+            while written < len(line):  # an unbuffered file may take a part only, then say that the disk is full
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise StoreError(self.path.parent.parent, error) from None
+
+    def close(self) -> None:
+        """Let go of the file; it stays where it is."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Forget everything: the cell is finished, or is to be run anew."""
+        self.close()
+        self._answers.clear()
+        self.state_bytes, self.seconds = 0, 0.0
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        valid = 0
+        data = path.read_bytes()
+        for line in data.splitlines(keepends=True):
+            checksum, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+                break
+            answers, state_bytes, seconds = json.loads(text)
+            self._answers.update(answers)
+            self.state_bytes = max(self.state_bytes, state_bytes)
+            self.seconds += seconds
+            valid += len(line)
+        if valid < len(data):
+            os.truncate(path, valid)
