@@ -63,6 +63,15 @@ def tiny(family, dtype=torch.float64, seed=0, attention="sdpa"):
     return model
 
 
+def save_tiny(path, tokenizer, family="llama"):
+    """A folder with a tiny model in float32 and its tokenizer; returns its name."""
+    model = tiny(family).float()
+    model.config.max_position_embeddings = 1024
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture(params=FAMILIES)
 def model(request):
     return tiny(request.param)

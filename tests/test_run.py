@@ -8,19 +8,14 @@ import dart_eval
 from dart_eval.errors import UserError
 from dart_eval.executors import local
 from dart_eval.plan import config_from
-from tests.conftest import tiny
+from tests.conftest import save_tiny
 
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    model = tiny("llama").float()
-    model.config.max_position_embeddings = 1024
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
 
 
 def _config(folder, output, **changes):
@@ -63,7 +58,7 @@ def test_a_sweep_and_its_records(folder, tmp_path):
         assert record.measured["peak"] > record.memory["weights"]
         assert (record.memory["state"] > 0) == (sparsity > 0)
     names = {m.metric for r in result.records for m in r.metrics}
-    assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "summary_words", "empty"}
+    assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty"}
     lines = [json.loads(x) for f in (tmp_path / "out" / "samples").iterdir() for x in f.read_text().splitlines()]
     assert len(lines) == 30
     assert all(len(x["doc_hash"]) == len(x["prompt_hash"]) == 64 for x in lines)
@@ -116,7 +111,7 @@ def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_
     monkeypatch.setattr(local, "evaluate_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
         local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), _Watch())
-    files = [f for f in (tmp_path / "out").rglob("*") if f.is_file()]
+    files = [f for kind in ("cells", "samples") for f in (tmp_path / "out" / kind).iterdir()]
     assert sorted(f.suffix for f in files) == [".json", ".json", ".jsonl", ".jsonl"]
     assert all(json.loads(f.read_text()) for f in files if f.suffix == ".json")
 

@@ -1,8 +1,12 @@
-"""The command line: one verb a file. Exit status 0 all well, 1 a cell failed, 2 the input is wrong."""
+"""The command line: one verb a file.
+
+Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong, 130 or 143 stopped by a signal.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -50,17 +54,32 @@ def _options(
     pass
 
 
+class _Stopped(BaseException):
+    """Ctrl-C, or SIGTERM as schedulers send it before they kill. Not KeyboardInterrupt: typer would swallow it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise _Stopped(number)
+
+
 def main() -> None:
-    """Entry point: wrong input becomes one line and status 2, an interrupt status 130."""
+    """Entry point: wrong input becomes one line and status 2, a signal status 130 or 143."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     try:
         app()
     except UserError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; finished cells are kept, the same command goes on from there")
-        sys.exit(130)
+    except _Stopped as stop:
+        word = "interrupted" if stop.number == signal.SIGINT else "terminated"
+        errors.print(f"{word}; the same command goes on from here")
+        sys.exit(128 + stop.number)
     except BrokenPipeError:  # `dart-eval tables out | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -92,16 +92,18 @@ class Store:
         return record if record.key == key else None
 
     def set_aside(self, name: str, key: str) -> list[Path]:
-        """Move away what is left of a cell that is not finished; its claim must be held.
+        """Move away a record that `get` did not accept, and its samples; the cell's claim must be held.
 
         Returns:
-            The new names of the files that were there; half-written temporary files are removed without a word.
+            The new names of the files that were there. Half-written temporary files are removed without a word, and
+            samples without a record stay: the process was stopped between the two, and they will be written again.
         """
         moved = []
+        there = self.path(name, key).is_file()
         for path in (self.path(name, key), self.samples_path(name, key)):
             for left in path.parent.glob(f".{path.name}.*"):
                 left.unlink(missing_ok=True)
-            if path.is_file():
+            if there and path.is_file():
                 number = 1
                 while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
                     number += 1
