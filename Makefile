@@ -1,7 +1,16 @@
-# make demo    the main job on the demo model and the shipped tasks (sets everything up first)
-# make test    all tests (sets everything up first)
-# make check   lint, format, types
-# make clean   remove the environment and the demo's results
+# make demo          the main job on the demo model and the shipped tasks (sets everything up first)
+# make test          all tests (sets everything up first)
+# make check         lint, format, types
+# make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
+# make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... on the ten benchmarks
+# make clean         remove the environment and the folders of results that these make
+
+# For paper-tables: PAPER is smoke, ten or a file; OUT the folder of results.
+MODEL ?=
+DATA ?=
+LIMIT ?=
+PAPER ?= $(if $(MODEL)$(DATA),ten,smoke)
+OUT ?= paper-output
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,12 +18,22 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check clean
+.PHONY: demo test check regression paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
 		--method dense,griffin,dart --sparsity 0.5,0.7 --limit 10 --output demo-output
 	@echo "The same tables again: $(BIN)/dart-eval tables demo-output --format md"
+
+regression: $(VENV)/.demo
+	$(BIN)/dart-eval run --config scripts/regression.yaml --output regression-output
+	$(BIN)/dart-eval check regression-output --baseline results/regression-baseline.json \
+		--thresholds scripts/regression-thresholds.yaml --all
+
+paper-tables: $(VENV)/.demo
+	$(BIN)/dart-eval paper $(PAPER) --output $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-dir $(DATA)) \
+		$(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
+	$(BIN)/dart-eval report $(OUT)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -38,4 +57,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output regression-output paper-output

@@ -30,7 +30,7 @@ from dart_eval.pruning.session import check_sparsity
 SCOPE = "scored"
 PACKAGE = Path(__file__).parent
 # Code whose change may change a number. Keys of finished cells change with it.
-NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "pruning", "evaluation", "executors")
+NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "pruning", "evaluation", "executors/local.py")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class RunConfig:
         calibration: text file for static methods instead of the project's own.
         output: folder of results.
         force: run finished cells again.
+        log, log_project: also log finished cells with wandb or trackio, under this project.
     """
 
     model: str | None = None
@@ -76,6 +77,8 @@ class RunConfig:
     calibration: str | None = None
     output: str = "out"
     force: bool = False
+    log: str | None = None
+    log_project: str = "dart-eval"
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -196,6 +199,11 @@ class Cell:
         return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
 
     @property
+    def title(self) -> str:
+        """For people: task, method with the parameters that are not its defaults, sparsity."""
+        return f"{self.task} {spec_of(self.method)}" + (f" {self.sparsity:g}" if self.method.prunes else "")
+
+    @property
     def name(self) -> str:
         sparsity = f"-{self.sparsity:g}" if self.method.prunes else ""
         return f"{self.task}-{self.method.name}{sparsity}"
@@ -247,20 +255,26 @@ def plan(
     return cells
 
 
+def spec_of(method: Method) -> str:
+    """A method as a user types it: its name and the parameters that are not its defaults."""
+    params = [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in method.params().items()
+        if value != getattr(type(method), name, None)
+    ]
+    return ":".join([method.name, *params])
+
+
 def command(config: RunConfig, cell: Cell) -> str:
     """The line that makes this one cell, for a shell: options that differ from their defaults, its own method."""
     defaults = RunConfig()
-    params = [
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in cell.method.params().items()
-        if value != getattr(type(cell.method), name, None)
-    ]
-    words = ["dart-eval", "run", "--tasks", cell.task, "--method", ":".join([cell.method.name, *params])]
+    words = ["dart-eval", "run", "--tasks", cell.task, "--method", spec_of(cell.method)]
     if cell.method.prunes:
         words += ["--sparsity", f"{cell.sparsity:g}"]
     for option in dataclasses.fields(RunConfig):
         value = getattr(config, option.name)
-        if option.name in ("method", "sparsity", "tasks", "output", "force") or value == getattr(defaults, option.name):
+        elsewhere = ("method", "sparsity", "tasks", "output", "force", "log", "log_project")
+        if option.name in elsewhere or value == getattr(defaults, option.name):
             continue
         name = "--" + option.name.replace("_", "-")
         words += [name] if value is True else [name, str(value)]
@@ -270,7 +284,8 @@ def command(config: RunConfig, cell: Cell) -> str:
 def versions() -> dict[str, str]:
     """Versions that numbers depend on."""
     return {
-        name: version(name) for name in ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "rouge-score")
+        name: version(name)
+        for name in ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "rouge-score", "sacrebleu")
     }
 
 

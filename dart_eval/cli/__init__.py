@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dart_eval.cli import ls, run, tables
+from dart_eval.cli import check, compare, ls, paper, report, run, tables
 from dart_eval.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +33,10 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("tables")(tables.tables)
+app.command("compare")(compare.compare)
+app.command("check")(check.check)
+app.command("report")(report.report)
+app.command("paper")(paper.paper)
 app.add_typer(ls.app, name="ls")
 
 

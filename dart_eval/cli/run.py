@@ -75,6 +75,8 @@ def run(
     ] = None,
     output: Annotated[str | None, typer.Option(help=r"Folder of results.  \[default: out]")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")] = None,
+    log: Annotated[str | None, typer.Option(help="Also log finished cells: wandb or trackio.")] = None,
+    log_project: Annotated[str | None, typer.Option(help=r"Project to log under.  \[default: dart-eval]")] = None,
     force: Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
@@ -82,13 +84,14 @@ def run(
 ) -> None:
     """Run methods at sparsities on tasks. Finished cells are skipped; the tables come at the end."""
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "verbose")}
-    _quieten(verbose)
+    quieten(verbose)
     # The heavy imports come after `--help` and the shape of the options are settled.
     from dart_eval.executors.local import run as run_local
+    from dart_eval.executors.tracking import tracked
     from dart_eval.plan import config_from
 
     settings = config_from(config, given)
-    with TerminalView() as view:
+    with TerminalView() as terminal, tracked(terminal, settings.log, settings.log_project, settings) as view:
         result = run_local(settings, view)
     print_tables(result.records)
     if result.failed:
@@ -98,7 +101,8 @@ def run(
 run.__doc__ = f"{run.__doc__}\n{EXAMPLES}"
 
 
-def _quieten(verbose: bool) -> None:
+def quieten(verbose: bool) -> None:
+    """Silence the libraries underneath, or let them speak."""
     logging.basicConfig(level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s")
     if verbose:
         for noisy in (

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import print_tables
+from dart_eval.cli.view import print_tables, save_text
 from dart_eval.errors import UserError, nearest
 from dart_eval.results import tables as made
-from dart_eval.results.store import Store, write_atomically
+from dart_eval.results.store import Store
 
 
 def tables(
@@ -49,8 +49,5 @@ def tables(
     if save is None:
         sys.stdout.write(text)
         return
-    try:
-        write_atomically(save, text)
-    except OSError as error:
-        raise UserError(f"{save} cannot be written ({error.strerror})") from None
+    save_text(save, text)
     typer.echo(f"wrote {save}")

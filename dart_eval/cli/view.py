@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import rich.table
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -19,11 +21,14 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from dart_eval.errors import UserError
 from dart_eval.results.record import Metric, Record
+from dart_eval.results.store import write_atomically
 from dart_eval.results.tables import tables
+from dart_eval.results.writers import Table
 
+TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
 HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
 
 
@@ -69,7 +74,7 @@ class TerminalView:
         """A cell begins."""
         if self._bar is not None:
             self.progress.remove_task(self._bar)
-        self._bar = self.progress.add_task(cell.name, total=requests)
+        self._bar = self.progress.add_task(cell.title, total=requests)
         self._start = time.monotonic()
 
     def advanced(self, requests: int) -> None:
@@ -81,7 +86,7 @@ class TerminalView:
         """A cell's line."""
         shown = ", ".join(f"{_place(m, record)}{m.metric} {_number(m)}" for m in headline(record.metrics))
         self.console.print(
-            f"[green]done[/green] {escape(cell.name):<34} {escape(shown)}"
+            f"[green]done[/green] {escape(cell.title):<34} {escape(shown)}"
             f"  effective sparsity {record.effective_sparsity:.3f}"
             f"{f', {record.remasks} re-masks' if record.remasks else ''}  {record.seconds:.0f} s"
         )
@@ -90,7 +95,7 @@ class TerminalView:
     def failed(self, cell: Any, error: BaseException) -> None:
         """A failed cell's line."""
         text = escape(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        self.console.print(f"[red]failed[/red] {escape(cell.name):<32} {text} (--verbose for more)")
+        self.console.print(f"[red]failed[/red] {escape(cell.title):<32} {text} (--verbose for more)")
         self._next()
 
     def note(self, text: str) -> None:
@@ -123,16 +128,39 @@ def _number(m: Metric) -> str:
 
 
 def print_tables(records: Sequence[Record]) -> None:
-    """The tables, every column whole: a line longer than the terminal is wide wraps rather than lose numbers."""
+    """The tables of a run."""
+    for table in tables(records):
+        show(table)
+        print()
+
+
+def show(table: Table) -> None:
+    """A table on the terminal, every column whole: a line longer than the terminal is wide wraps, no number is lost."""
     console = Console(highlight=False)
-    for made in tables(records):
-        table = Table(title=made.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for column in made.columns:
-            text = column in ("task", "method", "model", "scope")
-            table.add_column(column, justify="left" if text else "right", no_wrap=True)
-        for row in made.body:
-            table.add_row(*map(escape, row))
-        width = Measurement.get(console, console.options.update_width(1000), table).maximum
-        Console(highlight=False, width=max(console.width, width), soft_wrap=True).print(table)
-        console.print(escape(made.note), style="dim")
-        console.print()
+    if not table.body:
+        console.print(f"{escape(table.title)}\n[dim]{escape(table.note)}[/dim]")
+        return
+    shown = rich.table.Table(
+        title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    for column in table.columns:
+        shown.add_column(escape(column), justify="left" if column in TEXTS else "right", no_wrap=True)
+    for i, row in enumerate(table.body):
+        if i in table.rules:
+            shown.add_section()
+        shown.add_row(*(f"[bold]{escape(c)}[/bold]" if (i, j) in table.bold else escape(c) for j, c in enumerate(row)))
+    width = Measurement.get(console, console.options.update_width(1000), shown).maximum
+    Console(highlight=False, width=max(console.width, width), soft_wrap=True).print(shown)
+    console.print(escape(table.note), style="dim")
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a file that the user named.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None

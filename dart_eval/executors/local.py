@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Protocol
@@ -49,10 +49,26 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class RunResult:
-    """Records of the configuration's cells, in the plan's order, and the cells that failed."""
+    """What came of a run.
+
+    Attributes:
+        records: of all finished cells, in the plan's order.
+        failed: cells that failed.
+        missing: task -> why it could not be loaded (only where that was allowed).
+    """
 
     records: list[Record]
     failed: list[Cell]
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A cell with what it takes to run it."""
+
+    cell: Cell
+    config: RunConfig
+    tasks: Tasks
 
 
 def run(config: RunConfig, view: View) -> RunResult:
@@ -61,35 +77,43 @@ def run(config: RunConfig, view: View) -> RunResult:
     Raises:
         UserError: the input is wrong. Nothing has been written.
     """
-    config.check()
-    methods_of(config)  # cheap checks first
-    view.status("looking up tasks")
-    tasks = Tasks(config.data_dir, config.cue)
-    names = tasks.expand(list(config.tasks))
-    view.status("finding the model")
-    model = resolve(config.model_spec)
-    hashes = {}
-    for name in names:
-        view.status(f"loading task {name}")
-        hashes[name] = task_hash(tasks.load(name), config.eval_settings)
-    device = pick_device("auto" if config.device_map else config.device).type
-    cells = plan(config, model, names, hashes, device)
-    store = Store(config.output)
-    done = {} if config.force else {c.key: r for c in cells if (r := store.get(c.name, c.key)) is not None}
-    view.planned(len(cells), len(done))
+    return run_all([config], view)
+
+
+def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
+    """Run several sweeps of one model into one folder; it is loaded once, and a cell of several sweeps runs once.
+
+    Args:
+        configs: they differ in methods, sparsities, tasks, few-shot and limit only.
+        skip_missing: go on without tasks whose data cannot be had, and report them.
+
+    Raises:
+        UserError: the input is wrong. Nothing has been written.
+    """
+    common = configs[0]
+    for config in configs:
+        config.check()
+        methods_of(config)  # cheap checks first
+    jobs, missing = _plan_all(configs, view, skip_missing)
+    store = Store(common.output)
+    done: dict[str, Record] = {}
+    if not common.force:
+        done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
+    view.planned(len(jobs), len(done))
     failed: list[Cell] = []
-    todo = [c for c in cells if c.key not in done]
+    todo = [job for key, job in jobs.items() if key not in done]
     if todo:
-        runner = _Runner(config, model, tasks, store, view)
+        runner = _Runner(common, resolve(common.model_spec), store, view)
     while todo:
         elsewhere = []  # cells that another process is at work on
-        for cell in todo:
+        for job in todo:
+            cell = job.cell
             with store.claim(cell.name, cell.key) as mine:
                 if not mine:
-                    elsewhere.append(cell)
+                    elsewhere.append(job)
                     continue
                 try:
-                    record = runner.finish(cell)
+                    record = runner.finish(job)
                 except StoreError:
                     raise  # the next cell could not be kept either
                 except Exception as error:
@@ -99,17 +123,51 @@ def run(config: RunConfig, view: View) -> RunResult:
                     continue
             done[cell.key] = record
         if len(elsewhere) == len(todo):
-            view.status(f"waiting for another process at work on {', '.join(c.name for c in elsewhere)}")
+            names = ", ".join(job.cell.name for job in elsewhere)
+            view.status(f"waiting for another process at work on {names}")
             time.sleep(POLL)
         todo = elsewhere
-    return RunResult([done[c.key] for c in cells if c.key in done], failed)
+    return RunResult([done[key] for key in jobs if key in done], failed, missing)
+
+
+def _plan_all(configs: Sequence[RunConfig], view: View, skip_missing: bool) -> tuple[dict[str, _Job], dict[str, str]]:
+    """Jobs by key, in order, and the tasks that are missing."""
+    shelves: dict[Any, Tasks] = {}  # lm-eval writes the number of shots into a task, so it is loaded once for each
+    jobs: dict[str, _Job] = {}
+    missing: dict[str, str] = {}
+    model: Resolved | None = None
+    for config in configs:
+        view.status("looking up tasks")
+        shelf = (config.data_dir, config.cue, config.num_fewshot)
+        if shelf not in shelves:
+            shelves[shelf] = Tasks(config.data_dir, config.cue)
+        tasks = shelves[shelf]
+        names = tasks.expand(list(config.tasks))
+        if model is None:
+            view.status("finding the model")
+            model = resolve(config.model_spec)
+        hashes = {}
+        for name in names:
+            view.status(f"loading task {name}")
+            try:
+                hashes[name] = task_hash(tasks.load(name), config.eval_settings)
+            except UserError as error:
+                if not skip_missing:
+                    raise
+                missing[name] = error.problem
+        device = pick_device("auto" if config.device_map else config.device).type
+        for cell in plan(config, model, list(hashes), hashes, device):
+            jobs.setdefault(cell.key, _Job(cell, config, tasks))
+    if not jobs:
+        raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
+    return jobs, missing
 
 
 class _Runner:
-    """A loaded model with its tasks and the store; runs cells."""
+    """A loaded model and the store; runs cells."""
 
-    def __init__(self, config: RunConfig, resolved: Resolved, tasks: Tasks, store: Store, view: View) -> None:
-        self.config, self.tasks, self.store, self.view = config, tasks, store, view
+    def __init__(self, config: RunConfig, resolved: Resolved, store: Store, view: View) -> None:
+        self.store, self.view = store, view
         view.status(f"loading {resolved.identity.name}")
         self.model, self.tokenizer = resolved.load()
         if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
@@ -125,9 +183,9 @@ class _Runner:
             on_progress=view.advanced,
         )
 
-    def finish(self, cell: Cell) -> Record:
+    def finish(self, job: _Job) -> Record:
         """The record of a cell that this process has claimed: what another process has made meanwhile, or a new one."""
-        force = self.config.force
+        cell, force = job.cell, job.config.force
         if not force and (made := self.store.get(cell.name, cell.key)) is not None:
             self.view.finished(cell, made)
             return made
@@ -140,7 +198,7 @@ class _Runner:
         if journal:
             self.view.note(f"{cell.name} goes on after {len(journal)} answers of an earlier run")
         try:
-            outcome, record = self.run(cell, journal)
+            outcome, record = self.run(job, journal)
             record = self.store.save(cell.name, record, outcome.texts)
             journal.remove()
         finally:
@@ -148,9 +206,10 @@ class _Runner:
         self.view.finished(cell, record)
         return record
 
-    def run(self, cell: Cell, journal: Journal) -> tuple[Outcome, Record]:
+    def run(self, job: _Job, journal: Journal) -> tuple[Outcome, Record]:
         """Evaluate one cell."""
-        self.view.started(cell, count_requests(self.tasks.load(cell.task), self.config.limit))
+        cell, settings = job.cell, job.config.eval_settings
+        self.view.started(cell, count_requests(job.tasks.load(cell.task), settings.limit))
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(_peak_memory(self.lm.device.type))
@@ -159,16 +218,17 @@ class _Runner:
                 session = stack.enter_context(
                     prune(self.model, cell.method, cell.sparsity, calibration=self.calibration)
                 )
-            outcome = evaluate_task(self.lm, session, self.tasks, cell.task, self.config.eval_settings, journal)
+            outcome = evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal)
             state = max(outcome.state_bytes, session.state_bytes if session and session.state is None else 0)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        return outcome, self._record(cell, outcome, state, measured)
+        return outcome, self._record(job, outcome, state, measured)
 
-    def _record(self, cell: Cell, outcome: Outcome, state: int, measured: dict[str, Any]) -> Record:
+    def _record(self, job: _Job, outcome: Outcome, state: int, measured: dict[str, Any]) -> Record:
+        cell, config = job.cell, job.config
         usage = outcome.usage
         weights_read = 1.0 - usage.mask_sparsity
         per_token = usage.remasks / usage.tokens if usage.tokens else 0.0
@@ -192,7 +252,7 @@ class _Runner:
             },
             flops=cost.describe(cell.method, self.shape, usage.mean_context, weights_read, per_token),
             memory={"weights": self.shape.weight_bytes, "state": state},
-            settings={"batch_size": self.config.batch_size, "command": command(self.config, cell)},
+            settings={"batch_size": config.batch_size, "command": command(config, cell)},
             environment=environment(),
             measured=measured,
             samples=outcome.samples,

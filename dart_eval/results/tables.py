@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from dart_eval.results import writers
 from dart_eval.results.record import Record
+from dart_eval.results.writers import Table
 
 FORMATS = ("md", "csv", "tex", "json")
 # Settings of a run: columns of json and csv, and named in the tables for people where the records differ in them.
@@ -61,16 +61,6 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
         )
     )
     return found
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table for people: title, column heads, cells as text, and a note under it."""
-
-    title: str
-    columns: list[str]
-    body: list[list[str]]
-    note: str = ""
 
 
 def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
@@ -245,20 +235,11 @@ def _mib(value: float, digits: int = 1) -> str:
 def render(records: Sequence[Record], form: str, subtasks: bool = False) -> str:
     """The tables as text in one of `FORMATS`; json and csv hold the rows, md and tex the tables for people."""
     if form == "json":
-        return json.dumps(_finite(rows(records, subtasks)), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(writers.finite(rows(records, subtasks)), indent=1, ensure_ascii=False) + "\n"
     if form == "csv":
         return _csv(rows(records, subtasks))
-    writer = _markdown if form == "md" else _latex
+    writer = writers.markdown if form == "md" else writers.latex
     return "\n".join(writer(t) for t in tables(records, subtasks))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null instead."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(data: list[dict[str, Any]]) -> str:
@@ -269,34 +250,3 @@ def _csv(data: list[dict[str, Any]]) -> str:
     for r in data:
         writer.writerow({k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in r.items()})
     return out.getvalue()
-
-
-def _markdown(table: Table) -> str:
-    widths = [max(len(row[i]) for row in [table.columns, *table.body]) for i in range(len(table.columns))]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    parts = [f"### {table.title}", "", line(table.columns), rule, *map(line, table.body), ""]
-    return "\n".join([*parts, table.note, ""] if table.note else parts)
-
-
-_TEX = {
-    "%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
-}  # fmt: skip
-
-
-def _latex(table: Table) -> str:
-    def cell(text: str) -> str:
-        return "".join(_TEX.get(c, c) for c in text)
-
-    lines = [
-        r"\begin{table}", rf"\caption{{{cell(table.title)}. {cell(table.note)}}}", r"\centering",
-        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\toprule",
-        " & ".join(map(cell, table.columns)) + r" \\", r"\midrule",
-        *(" & ".join(map(cell, row)) + r" \\" for row in table.body),
-        r"\bottomrule", r"\end{tabular}", r"\end{table}", "",
-    ]  # fmt: skip
-    return "\n".join(lines)

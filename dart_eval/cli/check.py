@@ -1,0 +1,84 @@
+"""`dart-eval check`: have results fallen behind a baseline?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dart_eval.cli.view import save_text, show
+from dart_eval.errors import UserError, nearest
+
+FORMATS = ("md", "json")
+
+
+def check(
+    results: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")],
+    baseline: Annotated[Path, typer.Option(help="Baseline file, or a folder of earlier results.")],
+    thresholds: Annotated[Path | None, typer.Option(help="YAML: recovery, of_dense, alpha, tasks.")] = None,
+    update: Annotated[
+        bool, typer.Option("--update", metavar="", help="Write the baseline file from the results; checks nothing.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", metavar="", help="Show also the rows that are ok.")] = False,
+    github: Annotated[
+        bool, typer.Option("--github", metavar="", help="Annotations and job summary for GitHub Actions.")
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="Write a JUnit report to this file.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="md or json; without it, a table for the terminal (md in a pipe).")
+    ] = None,
+) -> None:
+    """Hold results against a baseline: exit status 0 if they hold, 1 if something fell or is missing.
+
+    A row falls if it kept too little of the baseline's quality and, paired by document, noise does not explain it.
+
+    [bold]Examples[/bold]
+
+      dart-eval check out --baseline results/regression-baseline.json --update
+
+      dart-eval check out --baseline results/regression-baseline.json
+
+      dart-eval check out --baseline out-old --thresholds thresholds.yaml --junit report.xml
+    """
+    if format is not None and format not in FORMATS:
+        raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
+    if update and (thresholds or every or github or junit or format):
+        raise UserError("--update only writes the baseline", "leave the other options out")
+    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    if github and not summary:
+        raise UserError("--github needs GITHUB_STEP_SUMMARY, which is not set", "leave --github out outside Actions")
+    from dart_eval.results import baseline as file
+    from dart_eval.results import check as checking
+    from dart_eval.results.outcomes import cells
+
+    if update:
+        if baseline.is_dir():
+            raise UserError(f"baseline {baseline} is a folder", "name a file to write, e.g. baseline.json")
+        found = cells(results)
+        documents = file.write(baseline, found)
+        typer.echo(f"wrote {baseline}: {len(found)} cells, {documents} documents")
+        return
+    limits = checking.thresholds_from(thresholds)
+    then = file.read(baseline)
+    report = checking.check(cells(results), then, limits, str(baseline))
+    if junit is not None:
+        save_text(junit, checking.junit(report))
+    if github and summary:
+        try:
+            with open(summary, "a", encoding="utf-8") as stream:
+                stream.write(checking.markdown(report, every))
+        except OSError as error:
+            raise UserError(f"GITHUB_STEP_SUMMARY {summary} cannot be written ({error.strerror})") from None
+        for line in checking.workflow_commands(report):
+            typer.echo(line, err=format == "json")  # GitHub reads both streams; JSON stays JSON
+    if format == "json":
+        sys.stdout.write(checking.to_json(report))
+    elif format is None and sys.stdout.isatty():
+        show(checking.table(report, every))
+    else:
+        sys.stdout.write(checking.markdown(report, every))
+    if report.bad:
+        raise typer.Exit(1)

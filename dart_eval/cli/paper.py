@@ -1,0 +1,83 @@
+"""`dart-eval paper`: the tables of a paper, for any model."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dart_eval.cli.run import quieten
+from dart_eval.cli.view import TerminalView, show
+from dart_eval.errors import StoreError
+
+
+def paper(
+    name: Annotated[
+        str, typer.Argument(help="smoke (shipped data), ten (the paper's ten benchmarks and two summaries), or a file.")
+    ] = "smoke",
+    model: Annotated[
+        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16.  \[default: auto]")] = None,
+    device: Annotated[str | None, typer.Option(help=r"auto, cpu, cuda, cuda:1, mps.  \[default: auto]")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Spread the model over GPUs, e.g. auto.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Local data instead of the hub.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help=r"First items of each task.  \[default: what the file says]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help=r"Contexts per forward.  \[default: 8]")] = None,
+    seed: Annotated[int | None, typer.Option(help=r"Of few-shot sampling and random masks.  \[default: 0]")] = None,
+    output: Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")] = "paper",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
+    ] = False,
+) -> None:
+    """Run what a paper's tables need, and write them as md, csv and LaTeX.
+
+    Stopped, the same command goes on where it was. Tasks whose data cannot be had are left out and named.
+
+    [bold]Examples[/bold]
+
+    \b
+    dart-eval paper smoke --limit 8
+    dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16 --device cuda
+    dart-eval paper mine.yaml --data-dir DIR --output mine
+    """
+    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
+    quieten(verbose)
+    from dart_eval.executors.local import run_all
+    from dart_eval.paper import bertscores, load
+    from dart_eval.plan import config_from
+    from dart_eval.results.paper_tables import Paper, to_csv
+    from dart_eval.results.store import Store, write_atomically
+    from dart_eval.results.writers import latex, markdown
+
+    base = config_from(None, {**given, "method": "dense", "sparsity": "0"})
+    spec = load(name, base)
+    with TerminalView() as view:
+        result = run_all(spec.configs, view, skip_missing=True)
+        store = Store(output)
+        scores = bertscores(spec, store, result.records, base.device, view)
+    options = [
+        w for k, v in given.items() if v is not None and k != "output" for w in (f"--{k.replace('_', '-')}", str(v))
+    ]
+    filled = Paper(store, result.records, result.missing, shlex.join(["dart-eval", "paper", name, *options]), scores)
+    folder = Path(output) / "tables"
+    made = [(layout, *filled.table(layout)) for layout in spec.layouts]
+    try:
+        for layout, table, numbers in made:
+            write_atomically(folder / f"{layout.name}.md", markdown(table))
+            write_atomically(folder / f"{layout.name}.csv", to_csv(numbers))
+            write_atomically(folder / f"{layout.name}.tex", latex(table))
+        parts = [*([spec.about.strip() + "\n"] if spec.about else []), *(markdown(t) for _, t, _ in made)]
+        write_atomically(folder / "all.md", "\n".join(parts))
+    except OSError as error:
+        raise StoreError(folder, error) from None
+    for _, table, _ in made:
+        show(table)
+    typer.echo(f"wrote {folder} (all.md, and each table as md, csv and tex)")
+    if result.failed:
+        raise typer.Exit(1)

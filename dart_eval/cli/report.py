@@ -1,0 +1,43 @@
+"""`dart-eval report`: one HTML page of a folder of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dart_eval.errors import UserError
+from dart_eval.results.store import Store, write_atomically
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
+    output: Annotated[
+        Path | None, typer.Option(help="Write the page to this file.", show_default="report.html in the folder")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Head of the page.", show_default="the models' names")] = None,
+    samples: Annotated[
+        int, typer.Option(help="Documents of each task to look through; 0 leaves them out.", min=0)
+    ] = 50,
+) -> None:
+    """Write one self-contained HTML page: findings, charts, cost, memory, drift, all numbers, documents side by side.
+
+    The page opens without a network, in any browser, and can be sent as it is.
+
+    [bold]Examples[/bold]
+
+      dart-eval report out
+
+      dart-eval report out --output report.html --title "DART at 50 and 70 %" --samples 20
+    """
+    from dart_eval.results.report import build  # matplotlib is loaded only where it draws
+
+    made = build(Store(folder), title, samples)
+    path = output or folder / "report.html"
+    try:
+        write_atomically(path, made.html)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})", "choose another --output") from None
+    megabytes = len(made.html.encode()) / 1e6
+    typer.echo(f"wrote {path} ({made.cells} cells, {made.samples} samples, {megabytes:.1f} MB)")

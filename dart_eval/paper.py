@@ -1,0 +1,167 @@
+"""The tables of a paper from one file: which methods, sparsities, columns; what to run for them; how to lay them out.
+
+The file is YAML; docs/paper.md shows one. A method or a column more is a line more in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dart_eval import bertscore
+from dart_eval.errors import UserError, nearest
+from dart_eval.executors.local import View
+from dart_eval.models import pick_device
+from dart_eval.plan import RunConfig, methods_of
+from dart_eval.results.paper_tables import BERTSCORE, FIELDS, Column, Layout, Reported, Row
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+
+SHIPPED = Path(__file__).parent / "data"
+TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
+COLUMN_KEYS = ("task", "metric", "field", "num_fewshot", "limit", "limit_share")
+REPORTED_KEYS = ("label", "sparsity", "values", "source")
+
+
+@dataclass(frozen=True)
+class PaperSpec:
+    """A paper's tables: what they are about, what runs they need, their layouts.
+
+    Attributes:
+        bertscore: model whose BERTScore is measured if it is at hand, or None.
+    """
+
+    about: str
+    configs: tuple[RunConfig, ...]
+    layouts: tuple[Layout, ...]
+    bertscore: str | None
+
+
+def load(name: str, base: RunConfig) -> PaperSpec:
+    """The tables of a file, or of one that is shipped (`smoke`, `ten`), to be run with the settings of `base`.
+
+    Args:
+        base: model, data, output and the rest; `base.limit` overrides the limits in the file.
+
+    Raises:
+        UserError: the file cannot be read, or something in it is not understood.
+    """
+    shipped = SHIPPED / f"paper-{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(sorted(p.stem.removeprefix("paper-") for p in SHIPPED.glob("paper-*.yaml")))
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"paper {name} cannot be read ({reason})", f"give a YAML file, or one of: {known}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"paper {name} is not YAML ({error})") from None
+    _keys(data, ("about", "methods", "sparsity", "bertscore", "tables"), str(path))
+    if not isinstance(data.get("tables"), list) or not data["tables"]:
+        raise UserError(f"{path} has no tables", "see docs/paper.md")
+    layouts, configs = [], []
+    for table in data["tables"]:
+        layout, specs = _layout({"methods": data.get("methods"), "sparsity": data.get("sparsity"), **table}, base, path)
+        layouts.append(layout)
+        configs += _configs(layout, specs, base)
+    names = [layout.name for layout in layouts]
+    if len(names) > len(set(names)):
+        raise UserError(f"{path}: two tables have one name", "names become file names")
+    return PaperSpec(str(data.get("about", "")), tuple(configs), tuple(layouts), data.get("bertscore"))
+
+
+def _keys(data: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must hold keys and values, not {data!r}", "see docs/paper.md")
+    for key in data:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), known))
+
+
+def _layout(table: Mapping[str, Any], base: RunConfig, path: Path) -> tuple[Layout, tuple[str, ...]]:
+    """The layout of a table, and its methods as typed."""
+    where = f"{path}, table {table.get('name')!r}"
+    _keys(dict(table), TABLE_KEYS, where)
+    for key in ("name", "title", "methods", "sparsity", "columns"):
+        if not table.get(key):
+            raise UserError(f"{where} needs {key}", "see docs/paper.md")
+    methods = table["methods"]
+    if not isinstance(methods, dict):
+        raise UserError(f"{where}: methods must be labels with methods", "for example `DART: dart`")
+    specs = tuple(str(spec) for spec in methods.values())
+    made = [methods_of(dataclasses.replace(base, method=(spec,)))[0] for spec in specs]
+    rows = tuple(Row(str(label), m.name, m.params(), m.prunes) for label, m in zip(methods, made, strict=True))
+    if not isinstance(table["columns"], dict):
+        raise UserError(f"{where}: columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
+    columns = tuple(_column(str(head), column, base, where) for head, column in table["columns"].items())
+    mean = bool(table.get("mean", False))
+    if mean and len({c.metric for c in columns}) > 1:
+        raise UserError(f"{where}: a mean needs columns of one metric", "leave `mean` out")
+    reported = []
+    for entry in table.get("reported") or []:
+        _keys(entry, REPORTED_KEYS, f"{where}, reported")
+        unknown = sorted(set(entry["values"]) - {c.head for c in columns})
+        if unknown:
+            raise UserError(
+                f"{where}: reported column {unknown[0]!r} is not there", nearest(unknown[0], [c.head for c in columns])
+            )
+        values = {str(k): float(v) for k, v in entry["values"].items()}
+        reported.append(Reported(str(entry["label"]), float(entry["sparsity"]), values, str(entry["source"])))
+    sparsity = table["sparsity"] if isinstance(table["sparsity"], list) else [table["sparsity"]]
+    layout = Layout(
+        str(table["name"]), str(table["title"]), rows, tuple(float(s) for s in sparsity), columns, mean,
+        tuple(reported), str(table.get("note") or ""),
+    )  # fmt: skip
+    return layout, specs
+
+
+def _column(head: str, column: Any, base: RunConfig, where: str) -> Column:
+    _keys(column, COLUMN_KEYS, f"{where}, column {head!r}")
+    tasks = column.get("task")
+    tasks = tuple(map(str, tasks)) if isinstance(tasks, list) else (str(tasks),) if tasks else ()
+    metric, field = str(column.get("metric") or ""), str(column.get("field") or "")
+    if not tasks or bool(metric) == bool(field):
+        raise UserError(f"{where}, column {head!r} needs a task and either a metric or a field", "see docs/paper.md")
+    if field and field not in FIELDS:
+        raise UserError(f"{where}, column {head!r}: unknown field {field!r}", nearest(field, FIELDS))
+    limit = column.get("limit")
+    if base.limit is not None:
+        limit = max(1, round(base.limit * float(column.get("limit_share", 1))))
+    return Column(head, tasks, metric, field, column.get("num_fewshot"), limit)
+
+
+def _configs(layout: Layout, specs: tuple[str, ...], base: RunConfig) -> list[RunConfig]:
+    """The sweeps that fill a table: one for each number of shots and limit."""
+    groups: dict[tuple[int | None, int | None], dict[str, None]] = {}
+    for column in layout.columns:
+        groups.setdefault((column.num_fewshot, column.limit), {}).update(dict.fromkeys(column.tasks))
+    return [
+        dataclasses.replace(
+            base, method=specs, sparsity=layout.sparsity, tasks=tuple(tasks), num_fewshot=shots, limit=limit
+        )
+        for (shots, limit), tasks in groups.items()
+    ]
+
+
+def bertscores(
+    spec: PaperSpec, store: Store, records: Sequence[Record], device: str, view: View
+) -> dict[str, list[float]]:
+    """BERTScore F1 of each text of the cells that a table wants it of; empty if its model is not at hand."""
+    wanted = {t for layout in spec.layouts for c in layout.columns if c.metric == BERTSCORE for t in c.tasks}
+    source = bertscore.find(spec.bertscore) if spec.bertscore and wanted else None
+    if source is None:
+        return {}
+    found = {}
+    for record in records:
+        if record.inputs["task"] in wanted:
+            view.status(f"BERTScore of {record.inputs['task']} under {record.inputs['method']}")
+            texts, samples = store.texts(record), store.samples(record)
+            references = [str(texts[s["task"], s["doc_id"]]["target"]) for s in samples]
+            candidates = [str(s["responses"][0]) for s in samples]
+            found[record.key] = bertscore.scores(source, candidates, references, device=str(pick_device(device)))
+    return found

@@ -1,0 +1,121 @@
+"""A baseline: what a repository keeps of finished cells, so that later ones can be held against them.
+
+One JSON file, a line per document, in an order that depends on nothing but the results: its diffs can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dart_eval.errors import UserError
+from dart_eval.results.outcomes import GOLD, Cell, Document, Measure, Outcome, cells, identity, primary
+from dart_eval.results.store import write_atomically
+
+SCHEMA = 1
+DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves
+
+
+def checked(found: Outcome) -> Outcome:
+    """What a check looks at: each task's primary metric, and the right answers' log-likelihoods where there are any.
+
+    Values are rounded as the baseline file rounds them, so that equal results stay equal.
+    """
+    main = primary(found.measures)
+    tasks = {m.task for m in main}
+    measures = [*main, *(m for m in found.measures if m.name == GOLD and m.task in tasks)]
+    wanted = {(task, m.filter, m.name) for m in measures for task in m.members}
+    documents = {}
+    for key, d in sorted(found.documents.items()):
+        values = {n: _rounded(v) for n, v in sorted(d.metrics.items()) if (key[0], key[2], n) in wanted}
+        if values:
+            documents[key] = Document(d.doc, d.prompt, d.cluster, values)
+    return Outcome(tuple(measures), documents)
+
+
+def _rounded(item: Any) -> Any:
+    if isinstance(item, list):
+        return [_rounded(i) for i in item]
+    if isinstance(item, float) and math.isfinite(item):
+        item = round(item, DIGITS)
+        return int(item) if item == int(item) else item
+    return item
+
+
+def write(path: Path, found: Sequence[Cell]) -> int:
+    """Write the baseline of these cells; returns its number of documents.
+
+    Raises:
+        UserError: values that no later run could be held against, or the file cannot be written.
+    """
+    parts, count = [], 0
+    for cell in sorted(found, key=lambda c: identity(c.inputs)):
+        outcome = checked(cell.read())
+        count += len(outcome.documents)
+        measures = [
+            [m.task, m.metric, m.higher_is_better, list(m.members), m.equal]
+            for m in sorted(outcome.measures, key=lambda m: (m.task, m.metric))
+        ]
+        documents = [[*key, d.doc, d.prompt, d.cluster, d.metrics] for key, d in outcome.documents.items()]
+        try:
+            parts.append(
+                '{\n"inputs": '
+                + json.dumps(cell.inputs, sort_keys=True, indent=1, allow_nan=False)
+                + f',\n"measures": {_lines(measures)},\n"documents": {_lines(documents)}\n}}'
+            )
+        except ValueError:
+            raise UserError(
+                f"{cell.inputs['task']} under {cell.inputs['method']} has values that are not finite",
+                "a baseline of them could never be met: find out why first",
+            ) from None
+    text = f'{{\n"schema": {SCHEMA},\n"cells": [\n' + ",\n".join(parts) + "\n]\n}\n"
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})", "choose another --baseline") from None
+    return count
+
+
+def _lines(rows: Sequence[Any]) -> str:
+    return "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False, sort_keys=True) for r in rows) + "\n]"
+
+
+def read(path: Path) -> list[Cell]:
+    """The cells of a baseline file, or of a results folder.
+
+    Raises:
+        UserError: it cannot be read, is none, or holds nothing.
+    """
+    if path.is_dir():
+        return cells(path)
+    remedy = f"make it from good results: dart-eval check RESULTS --baseline {path} --update"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"baseline {path} cannot be read ({getattr(error, 'strerror', None) or error})", remedy
+        ) from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path} is no baseline of a layout known here (schema {schema})", remedy)
+    try:
+        found = [_cell(part, str(path)) for part in data["cells"]]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is no baseline ({type(error).__name__}: {error})", remedy) from None
+    if not found:
+        raise UserError(f"baseline {path} holds no cells", remedy)
+    return found
+
+
+def _cell(part: dict[str, Any], source: str) -> Cell:
+    inputs = part["inputs"]
+    measures = tuple(Measure(task, metric, up, tuple(m), equal) for task, metric, up, m, equal in part["measures"])
+    documents = {
+        (task, number, filter_): Document(doc, prompt, cluster, dict(values))
+        for task, number, filter_, doc, prompt, cluster, values in part["documents"]
+    }
+    outcome = Outcome(measures, documents)
+    return Cell(identity(inputs), inputs, source, "", lambda: outcome)

@@ -1,0 +1,373 @@
+"""Have results fallen behind a baseline? A row falls only if it lost too much and noise does not explain it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dart_eval.errors import UserError, nearest
+from dart_eval.results import stats, writers
+from dart_eval.results.baseline import checked
+from dart_eval.results.compare import chance, interval, names, number
+from dart_eval.results.outcomes import (
+    DENSE,
+    GOLD,
+    Cell,
+    Measure,
+    Outcome,
+    Unpaired,
+    check_paired,
+    contrast,
+    differences,
+    identity,
+    nearest_to,
+    older_note,
+    value,
+)
+from dart_eval.results.writers import Table, finite
+
+CHANGED = 1e-3  # a document counts as changed where its value moved by more: less is arithmetic
+OK, FELL, MISSING = "ok", "FELL", "missing"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """recovery: least share of the baseline's quality. of_dense: least share of dense's, None: any."""
+
+    recovery: float = 0.98
+    of_dense: float | None = None
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a row falls: `limits`, other ones for some tasks, and the level of the tests over all rows."""
+
+    limits: Limits = Limits()
+    alpha: float = 0.05
+    tasks: dict[str, Limits] = field(default_factory=dict)
+
+    def of(self, task: str) -> Limits:
+        return self.tasks.get(task, self.limits)
+
+
+def thresholds_from(file: Path | None) -> Thresholds:
+    """The thresholds of a YAML file; the defaults without one.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong.
+    """
+    if file is None:
+        return Thresholds()
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or "not YAML"
+        raise UserError(f"thresholds {file} cannot be read ({reason})", "for example `recovery: 0.98`") from None
+    data = _mapping(data or {}, ("recovery", "of_dense", "alpha", "tasks"), str(file))
+    tasks = data.pop("tasks", None) or {}
+    alpha = data.pop("alpha", Thresholds.alpha)
+    if not _is_number(alpha) or not 0 < alpha < 1:
+        raise UserError(f"alpha {alpha!r} in {file} must lie between 0 and 1", "for example 0.05")
+    limits = _limits(Limits(), data, str(file))
+    return Thresholds(limits, float(alpha), {
+        task: _limits(limits, _mapping(own, ("recovery", "of_dense"), f"{file} for {task}"), f"{file} for {task}")
+        for task, own in _mapping(tasks, None, f"{file} under tasks").items()
+    })  # fmt: skip
+
+
+def _mapping(data: Any, known: Sequence[str] | None, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must hold keys and values, not {data!r}", "for example `recovery: 0.98`")
+    for key in data:
+        if known is not None and key not in known:
+            raise UserError(f"unknown key {key!r} in {where}", nearest(str(key), known))
+    return dict(data)
+
+
+def _limits(limits: Limits, data: dict[str, Any], where: str) -> Limits:
+    for name, limit in data.items():
+        if (limit is not None or name == "recovery") and not (_is_number(limit) and 0 < limit <= 1):
+            raise UserError(
+                f"{name} {limit!r} in {where} must lie above 0 and at most at 1", "0.98 allows a loss of 2 %"
+            )
+    return dataclasses.replace(limits, **data)
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, (int, float)) and not isinstance(item, bool)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one baseline cell, then and now.
+
+    Attributes:
+        cell: method, parameters and sparsity, for people.
+        recovery: now / then, the other way round where lower is better: below 1 is worse. None where there is no
+            such ratio (nothing to lose, or a value below 0).
+        of_dense: the same against dense in the same results.
+        changed: documents whose value moved.
+        result: now against then; None where the cell is missing.
+        p_holm: one-sided (now is worse), adjusted over all rows.
+        verdict: `ok`, `FELL` or `missing`. why: in words.
+    """
+
+    cell: str
+    task: str
+    metric: str
+    recovery: float | None = None
+    of_dense: float | None = None
+    changed: int | None = None
+    result: stats.Paired | None = None
+    p_holm: float | None = None
+    verdict: str = MISSING
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat: then, now and the rest of the test beside the row's own fields."""
+        data = {k: v for k, v in vars(self).items() if k != "result"}
+        if self.result is not None:
+            test = dataclasses.asdict(self.result)
+            data |= {"now": test.pop("value_a"), "then": test.pop("value_b"), **test}
+        return data
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, what they were held against, and remarks."""
+
+    rows: list[Row]
+    thresholds: Thresholds
+    baseline: str
+    notes: list[str]
+
+    @property
+    def bad(self) -> list[Row]:
+        """What fell or is missing."""
+        return [r for r in self.rows if r.verdict != OK]
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        fell = sum(r.verdict == FELL for r in self.rows)
+        missing = len(self.bad) - fell
+        if not self.bad:
+            return f"ok: all {len(self.rows)} rows of {self.baseline} hold"
+        said = [*([f"{fell} fell"] if fell else []), *([f"{missing} missing"] if missing else [])]
+        return f"FAILED: of {len(self.rows)} rows of {self.baseline} {', '.join(said)}"
+
+
+def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, baseline: str) -> Report:
+    """Hold results against the cells of a baseline.
+
+    Raises:
+        UserError: the documents or prompts are others, or the thresholds name what is not there.
+    """
+    present = {identity(c.inputs): c for c in now}
+    labels = names(then)
+    rows: list[Row] = []
+    changed: dict[str, tuple[str, str]] = {}
+    for old in then:
+        cell = present.get(identity(old.inputs))
+        before = checked(old.read())
+        if cell is None:
+            why = f"not in the results: {nearest_to(old, now)}"
+            rows += [Row(labels[old.key], m.task, m.metric, why=why) for m in before.measures]
+            continue
+        after = checked(cell.read())
+        try:
+            check_paired(cell, after, old, before)
+        except Unpaired as error:
+            raise UserError(error.problem, "if the change is meant, renew the baseline with --update") from None
+        for what, values in differences(cell, old).items():
+            changed.setdefault(what, values)
+        dense = _dense(cell, present)
+        if dense is None and any(thresholds.of(m.task).of_dense is not None for m in before.measures):
+            raise UserError(
+                f"thresholds set of_dense, and the results hold no dense cell for {old.inputs['task']}",
+                "run with --method dense too, or leave of_dense out",
+            )
+        rows += [_row(labels[old.key], m, after, before, dense) for m in before.measures]
+    unknown = sorted(set(thresholds.tasks) - {r.task for r in rows})
+    if unknown:
+        raise UserError(f"thresholds name task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
+    adjusted = stats.holm([r.result.p_worse if r.result else None for r in rows])
+    rows = [_judged(dataclasses.replace(r, p_holm=p), thresholds) for r, p in zip(rows, adjusted, strict=True)]
+    notes = [f"{what}: {was} then, {is_} now." for what, (is_, was) in sorted(changed.items())]
+    notes += older_note([*now, *then])
+    new = len(present.keys() - {identity(c.inputs) for c in then})
+    if new:
+        notes.append(f"Not in the baseline, so not checked: {new} of the results' cells (--update takes them in).")
+    return Report(rows, thresholds, baseline, notes)
+
+
+def _dense(cell: Cell, present: dict[str, Cell]) -> Outcome | None:
+    """The dense cell of the same question in the same results."""
+    rest = ("method", "params", "sparsity")
+    for other in present.values():
+        if other.inputs["method"] == DENSE and identity(other.inputs, rest) == identity(cell.inputs, rest):
+            return checked(other.read())
+    return None
+
+
+def _row(name: str, measure: Measure, after: Outcome, before: Outcome, dense: Outcome | None) -> Row:
+    result = contrast(measure, after, before) if measure in after.measures else None
+    if result is None:
+        return Row(name, measure.task, measure.metric, why="the results lack this metric")
+    level = None  # sums of log-likelihoods over long answers say little as a share of dense's
+    if dense is not None and measure in dense.measures and measure.name != GOLD:
+        level = value(measure, dense)
+    keys = [k for k in after.documents if k[0] in measure.members and k[2] == measure.filter]
+    moved = sum(_moved(after.documents[k].metrics, before.documents[k].metrics, measure.name) for k in keys)
+    return Row(
+        name, measure.task, measure.metric, recovery(measure, result.value_a, result.value_b),
+        None if level is None else recovery(measure, result.value_a, level), moved, result,
+    )  # fmt: skip
+
+
+def _moved(after: dict[str, Any], before: dict[str, Any], name: str) -> bool:
+    left, right = (v if isinstance(v, list) else [v] for v in (after.get(name, 0), before.get(name, 0)))
+    return not all(abs(x - y) <= CHANGED for x, y in zip(left, right, strict=True))
+
+
+def recovery(measure: Measure, now: float, then: float) -> float | None:
+    """Share of quality that is left: now / then, or then / now where lower is better.
+
+    Mean log-likelihoods are compared as likelihoods, exp(now - then), which is what the ratio of two perplexities does.
+    """
+    if measure.name == GOLD:
+        return stats.exp(now - then)
+    good, reference = (now, then) if measure.higher_is_better else (then, now)
+    if reference == 0 or min(good, reference) < 0:
+        return None
+    return 1.0 if good == reference else good / reference
+
+
+def _judged(row: Row, thresholds: Thresholds) -> Row:
+    """The row with its verdict: too much lost, and that beyond noise where it can be told."""
+    if row.result is None:
+        return row
+    limits, why = thresholds.of(row.task), []
+    tested = row.p_holm is not None
+    lost = row.recovery is not None and not row.recovery >= limits.recovery  # NaN is lost, too
+    beyond_noise = tested and row.p_holm is not None and row.p_holm < thresholds.alpha
+    if row.recovery is None:
+        fell = beyond_noise
+    else:
+        fell = lost and (beyond_noise or not tested)
+    if fell:
+        amount = "no ratio" if row.recovery is None else f"recovery {row.recovery:.4f} below {limits.recovery:g}"
+        why.append(f"{amount}, {f'p {chance(row.p_holm)}' if tested else 'by the threshold alone'}")
+    elif lost:
+        why.append(f"recovery below {limits.recovery:g}, within noise")
+    if not tested:
+        why.append(f"not tested: {row.result.reason}")
+    if limits.of_dense is not None and row.of_dense is not None and not row.of_dense >= limits.of_dense:
+        fell = True
+        why.append(f"of dense {row.of_dense:.4f} below {limits.of_dense:g}")
+    return dataclasses.replace(row, verdict=FELL if fell else OK, why="; ".join(why))
+
+
+# -- for people and machines ---------------------------------------------------------------------------------------
+
+
+def table(report: Report, every: bool = False) -> Table:
+    """What fell or is missing, or all rows."""
+    shown = report.rows if every else report.bad
+    dense = any(r.of_dense is not None for r in shown)
+    columns = ["cell", "task", "metric", "then", "now", "recovery", *(["of dense"] if dense else []), "now - then",
+               "95 % interval", "p worse (Holm)", "changed", "verdict", "why"]  # fmt: skip
+    body = []
+    for row in shown:
+        r = row.result
+        ends = (_ratio(row.of_dense),) if dense else ()
+        numbers = (
+            ["-", "-", "-", *("-" for _ in ends), "-", "-", "-", "-"]
+            if r is None
+            else [
+                number(r.value_b), number(r.value_a), _ratio(row.recovery), *ends, f"{r.difference:+.4f}", interval(r),
+                chance(row.p_holm), f"{row.changed} of {r.n}",
+            ]
+        )  # fmt: skip
+        body.append([row.cell, row.task, row.metric, *numbers, row.verdict, row.why])
+    return Table(report.headline, columns, body, note(report, every))
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.4f}"
+
+
+def note(report: Report, every: bool = False) -> str:
+    """The rest in one line, and how verdicts come about."""
+    fine = [r for r in report.rows if r.verdict == OK]
+    parts = []
+    if fine and report.bad and not every:
+        ratios = [r.recovery for r in fine if r.recovery is not None]
+        spread = f", recovery {min(ratios):.4f} to {max(ratios):.4f}" if ratios else ""
+        parts.append(f"{len(fine)} rows are ok{spread}.")
+    same = sum(r.changed == 0 for r in report.rows)
+    parts.append(f"In {same} of {len(report.rows)} rows no document changed.")
+    t = report.thresholds
+    parts.append(
+        f"FELL: recovery below {t.limits.recovery:g} (or the task's own) and one-sided p < {t.alpha:g} after Holm over "
+        f"all rows; where nothing can be tested, the recovery alone. Perplexities: now - then of their logarithms."
+    )
+    return " ".join([*parts, *report.notes])
+
+
+def markdown(report: Report, every: bool = False) -> str:
+    """The verdict first, then the table, where it has rows."""
+    made = table(report, every)
+    return writers.markdown(made) if made.body else f"### {made.title}\n\n{made.note}\n"
+
+
+def to_json(report: Report) -> str:
+    """Everything, in full precision."""
+    data = {
+        "verdict": FELL if report.bad else OK, "headline": report.headline, "baseline": report.baseline,
+        "thresholds": dataclasses.asdict(report.thresholds), "resamples": stats.RESAMPLES, "seed": stats.SEED,
+        "rows": [r.to_json() for r in report.rows], "notes": report.notes,
+    }  # fmt: skip
+    return json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n"
+
+
+def junit(report: Report) -> str:
+    """JUnit's XML: a test case for each row."""
+    bad = str(len(report.bad))
+    counts = {"tests": str(len(report.rows)), "failures": bad, "errors": "0"}
+    root = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(root, "testsuite", {"name": "dart-eval check", **counts, "skipped": "0"})
+    for row in report.rows:
+        case = ElementTree.SubElement(
+            suite, "testcase", {"classname": row.cell, "name": f"{row.task} {row.metric}", "time": "0"}
+        )
+        if row.verdict != OK:
+            failure = ElementTree.SubElement(case, "failure", {"message": row.why, "type": row.verdict})
+            failure.text = _sentence(row)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _sentence(row: Row) -> str:
+    r = row.result
+    values = "" if r is None else f": {number(r.value_b)} then, {number(r.value_a)} now, n {r.n}"
+    return f"{row.cell}, {row.task} {row.metric}{values}; {row.why}"
+
+
+def workflow_commands(report: Report) -> list[str]:
+    """GitHub's workflow commands, one for each row that fell or is missing."""
+    lines = []
+    for row in report.bad:
+        title = f"{row.verdict} {row.task} {row.metric}"
+        for raw, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A"), (":", "%3A"), (",", "%2C")):
+            title = title.replace(raw, escaped)
+        text = _sentence(row).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        lines.append(f"::error title={title}::{text}")
+    return lines

@@ -1,0 +1,320 @@
+"""Is the difference between two sets of cells more than noise? Paired by document, one row per task and metric."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dart_eval.errors import UserError, nearest
+from dart_eval.results import stats, writers
+from dart_eval.results.outcomes import (
+    DENSE,
+    Cell,
+    Measure,
+    cells,
+    check_paired,
+    contrast,
+    describe,
+    differences,
+    identity,
+    nearest_to,
+    newest,
+    older_note,
+    primary,
+)
+from dart_eval.results.tables import labels
+from dart_eval.results.writers import Table, finite
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task, A against B.
+
+    Attributes:
+        contrast: which cells, for people. task, metric, higher_is_better: as in records.
+        result: the test. p_holm: its p adjusted over the tasks of this contrast and metric.
+        better: `A` or `B` where `p_holm` is below .05, else `-`.
+        key_a, key_b: of the two records.
+    """
+
+    contrast: str
+    task: str
+    metric: str
+    higher_is_better: bool | None
+    result: stats.Paired
+    key_a: str
+    key_b: str
+    p_holm: float | None = None
+    better: str = "-"
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat, for json and csv."""
+        data = {k: v for k, v in vars(self).items() if k != "result"}
+        return {**data, **{k: v for k, v in dataclasses.asdict(self.result).items() if k != "p_worse"}}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows, what A and B are, and what a reader must know beside the numbers."""
+
+    a: str
+    b: str
+    rows: list[Row]
+    notes: list[str]
+
+
+Pair = tuple[str, Cell, Cell]  # its name for people, A, B
+
+
+def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison:
+    """Cells of folder A against those of folder B that were asked the same.
+
+    Raises:
+        UserError: nothing in common, or not the same documents.
+    """
+    left, right = cells(a), {identity(c.inputs): c for c in cells(b)}
+    labelled = names(left)
+    pairs = [(labelled[c.key], c, right[identity(c.inputs)]) for c in left if identity(c.inputs) in right]
+    if not pairs:
+        found = min((nearest_to(c, list(right.values())) for c in left), key=lambda text: (text.count(","), text))
+        raise UserError(f"{a} and {b} have no cell in common: {found}", "run both with the same options")
+    common = {identity(c.inputs) for _, c, _ in pairs}
+    notes = [
+        f"Only in {folder}: {', '.join(describe(c).partition(' in ')[0] for c in alone)}."
+        for folder, side in ((a, left), (b, right.values()))
+        if (alone := [c for c in side if identity(c.inputs) not in common])
+    ]
+    return _compare(str(a), str(b), pairs, metrics, notes)
+
+
+def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Sequence[str] = ()) -> Comparison:
+    """Cells that differ in their method, sparsity or model, and agree in all else that was asked.
+
+    Args:
+        by: `method`, `sparsity` or `model`.
+        a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense) or models.
+
+    Raises:
+        UserError: no or several such cells, nothing in common, or not the same documents.
+    """
+    everything = newest([c for folder in folders for c in cells(folder)])
+    labelled = names(everything, model=by == "model")
+    sides = [[c for c in everything if _is(by, spec, c)] for spec in (a, b)]
+    for spec, side in zip((a, b), sides, strict=True):
+        if not side:
+            known = sorted({_trait(by, c) for c in everything})
+            where = ", ".join(map(str, folders))
+            raise UserError(f"no cell of {by} {spec} in {where}", nearest(spec, known) or f"there: {', '.join(known)}")
+    if by == "method":
+        for spec, side in zip((a, b), sides, strict=True):
+            _refuse_ambiguous(spec, side, labelled)
+    pairs: list[Pair] = []
+    for left in sides[0]:
+        for right in sides[1]:
+            if left.key == right.key:
+                raise UserError(f"{a} and {b} are the same cell: {labelled[left.key]}", "name two that differ")
+            free = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",)}[by]
+            if by != "model" and DENSE in (left.inputs["method"], right.inputs["method"]):
+                free = ("method", "params", "sparsity")  # dense goes with every method and sparsity
+            if identity(left.inputs, free) == identity(right.inputs, free):
+                pairs.append((f"{labelled[left.key]} vs {labelled[right.key]}", left, right))
+    if not pairs:
+        said = (f"{spec} has {_extent(side)}" for spec, side in zip((a, b), sides, strict=True))
+        raise UserError(f"{a} and {b} have nothing in common: {', '.join(said)}", "run both on the same tasks")
+    return _compare(a, b, pairs, metrics, [])
+
+
+def _refuse_ambiguous(spec: str, side: Sequence[Cell], labelled: dict[str, str]) -> None:
+    places: dict[str, Cell] = {}
+    for cell in side:
+        first = places.setdefault(identity(cell.inputs, ("method", "params")), cell)
+        if first is not cell:
+            raise UserError(
+                f"{spec} stands for several cells: {labelled[first.key]}, {labelled[cell.key]}",
+                "give the parameter that tells them apart, e.g. dart:allocation=uniform",
+            )
+
+
+def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
+    """Cells for people: model where it matters, method with what tells it apart, sparsity."""
+    known = labels(found)  # type: ignore[arg-type]  # it reads keys and inputs only
+    many = model or len({c.inputs["model"]["name"] for c in found}) > 1
+    return {
+        c.key: " ".join([
+            *([c.inputs["model"]["name"]] if many else []), known[c.key],
+            *([] if c.inputs["method"] == DENSE else [f"{c.inputs['sparsity']:g}"]),
+        ])
+        for c in found
+    }  # fmt: skip
+
+
+def _trait(by: str, cell: Cell) -> str:
+    if by == "model":
+        return str(cell.inputs["model"]["name"])
+    return str(cell.inputs["method"]) if by == "method" else f"{cell.inputs['sparsity']:g}"
+
+
+def _is(by: str, spec: str, cell: Cell) -> bool:
+    """Whether a cell is what the user named."""
+    if by == "model":
+        return _trait(by, cell) == spec
+    if by == "sparsity":
+        try:
+            return float(spec) == cell.inputs["sparsity"]
+        except ValueError:
+            raise UserError(f"sparsity {spec!r} is not a number", "for example 0.5; 0 is dense") from None
+    name, *params = spec.split(":")
+    given = dict(p.partition("=")[::2] for p in params)
+    return cell.inputs["method"] == name and all(
+        k in cell.inputs["params"] and _equals(cell.inputs["params"][k], v) for k, v in given.items()
+    )
+
+
+def _equals(item: Any, text: str) -> bool:
+    """Whether a parameter has the value that a user typed."""
+    if isinstance(item, bool):
+        return text.lower() in (("true", "on", "yes", "1") if item else ("false", "off", "no", "0"))
+    if isinstance(item, (int, float)):
+        try:
+            return float(text) == item
+        except ValueError:
+            return False
+    return str(item) == text
+
+
+def _extent(side: Sequence[Cell]) -> str:
+    tasks = sorted({str(c.inputs["task"]) for c in side})
+    sparsities = sorted({c.inputs["sparsity"] for c in side})
+    limits = sorted({str(c.inputs.get("limit") or "none") for c in side})
+    return f"{', '.join(tasks)} at sparsity {', '.join(f'{s:g}' for s in sparsities)} (limit {', '.join(limits)})"
+
+
+def wanted(measures: Sequence[Measure], metrics: Sequence[str]) -> list[Measure]:
+    """The measures a user asked for by name, all of them, or each task's primary one."""
+    if "all" in metrics:
+        return list(measures)
+    return [m for m in measures if m.name in metrics] if metrics else primary(measures)
+
+
+def _compare(a: str, b: str, pairs: Sequence[Pair], metrics: Sequence[str], notes: list[str]) -> Comparison:
+    rows: list[Row] = []
+    families: dict[tuple[str, ...], list[int]] = {}
+    left_out: set[str] = set()
+    known: set[str] = set()
+    changed: dict[str, set[tuple[str, str]]] = {}
+    for name, left, right in pairs:
+        x, y = left.read(), right.read()
+        check_paired(left, x, right, y)
+        left_out.update((*x.left_out, *y.left_out))
+        known.update(m.name for m in x.measures)
+        for what, values in differences(left, right).items():
+            changed.setdefault(what, set()).add(values)
+        for measure in wanted(x.measures, metrics):
+            result = contrast(measure, x, y) if measure in y.measures else None
+            if result is None:
+                left_out.add(f"{measure.task} {measure.metric}")
+                continue
+            family = (identity(left.inputs, ("task",)), identity(right.inputs, ("task",)), measure.metric)
+            families.setdefault(family, []).append(len(rows))
+            rows.append(Row(name, measure.task, measure.metric, measure.higher_is_better, result, left.key, right.key))
+    unknown = sorted(set(metrics) - known - {"all"})
+    if unknown:
+        raise UserError(f"no metric {unknown[0]!r} in these results", nearest(unknown[0], known))
+    if not rows:
+        raise UserError(
+            f"none of the metrics can be compared document by document ({', '.join(sorted(left_out))})",
+            "name others with --metric, or --metric all",
+        )
+    for members in families.values():
+        for i, p in zip(members, stats.holm([rows[i].result.p for i in members]), strict=True):
+            rows[i] = dataclasses.replace(rows[i], p_holm=p, better=_better(rows[i], p))
+    notes += older_note(cell for _, *sides in pairs for cell in sides)
+    for what, seen in sorted(changed.items()):
+        said = "; ".join(f"{in_a} in A, {in_b} in B" for in_a, in_b in sorted(seen)[:3])
+        notes.append(f"A and B differ in {what} ({said}).")
+    if left_out:
+        notes.append(f"Not a function of documents' values, so not compared: {', '.join(sorted(left_out))}.")
+    rows.sort(key=lambda r: (r.contrast, r.metric, r.task))
+    return Comparison(a, b, rows, notes)
+
+
+def _better(row: Row, p: float | None) -> str:
+    if p is None or p >= stats.ALPHA or row.higher_is_better is None or row.result.difference == 0:
+        return "-"
+    return "A" if (row.result.difference > 0) == row.higher_is_better else "B"
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for people."""
+    ratios = any(r.result.ratio is not None for r in comparison.rows)
+    columns = ["cells", "task", "metric", "A", "B", "A - B", "95 % interval", *(["A / B"] if ratios else []),
+               "p", "p (Holm)", "better", "n"]  # fmt: skip
+    body = []
+    for row in comparison.rows:
+        r = row.result
+        size = str(r.n) if r.clusters == r.n else f"{r.n} in {r.clusters}"
+        ratio = "-" if r.ratio is None else f"{r.ratio:.4f}"
+        body.append([
+            row.contrast, row.task, row.metric, number(r.value_a), number(r.value_b), f"{r.difference:+.4f}",
+            interval(r), *([ratio] if ratios else []), chance(r.p), chance(row.p_holm), row.better, size,
+        ])  # fmt: skip
+    return Table(f"A: {comparison.a}   B: {comparison.b}", columns, body, note(comparison))
+
+
+def note(comparison: Comparison) -> str:
+    """What was tested and how, and what else a reader must know."""
+    results = [r.result for r in comparison.rows]
+    used = sorted({r.test for r in results if r.test} | {r.interval for r in results if r.interval})
+    parts = [f"Paired by document. Tests and intervals: {', '.join(used) or 'none'}."]
+    if stats.BOOTSTRAP in used:
+        parts.append(f"{stats.RESAMPLES} resamples, seed {stats.SEED}.")
+    parts.append(f"p (Holm) is over the tasks of one contrast and metric; better: p (Holm) < {stats.ALPHA:g}.")
+    if any(r.kind == "log-perplexity" for r in results):
+        parts.append("Perplexities: A - B of their logarithms (nats per word or byte), A / B of themselves.")
+    if any(r.clusters < r.n for r in results):
+        parts.append("n in m: documents in m independent clusters.")
+    reasons: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if row.result.reason:
+            missing = "No interval" if row.result.p is not None else "No test and no interval"
+            reasons.setdefault(f"{missing}: {row.result.reason}", []).append(f"{row.task} {row.metric}")
+    parts += [f"{reason} ({', '.join(dict.fromkeys(where))})." for reason, where in reasons.items()]
+    return " ".join([*parts, *comparison.notes])
+
+
+def number(value: float) -> str:
+    """A metric's value, short."""
+    return f"{value:.{4 if abs(value) < 10 else 1 if abs(value) >= 100 else 2}f}"
+
+
+def interval(result: stats.Paired) -> str:
+    return "-" if result.low is None else f"{result.low:+.4f} to {result.high:+.4f}"
+
+
+def chance(p: float | None) -> str:
+    """A p-value, short."""
+    return "-" if p is None else "< .0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def render(comparison: Comparison, form: str) -> str:
+    """The comparison as text (md, csv or json); json and csv in full precision."""
+    if form == "md":
+        return writers.markdown(table(comparison))
+    rows = [r.to_json() for r in comparison.rows]
+    if form == "json":
+        data = {
+            "a": comparison.a, "b": comparison.b, "rows": rows, "notes": comparison.notes, "alpha": stats.ALPHA,
+            "resamples": stats.RESAMPLES, "seed": stats.SEED, "correction": "Holm",
+        }  # fmt: skip
+        return json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n"
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

@@ -1,0 +1,366 @@
+"""What came out of a cell, document by document, and the test of one metric between two cells.
+
+`compare` and `check` stand on this: which cells are the same question, which documents are the same, which values are
+a metric's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dart_eval.errors import UserError
+from dart_eval.results import stats
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+
+DENSE = "dense"
+# What was asked: two cells that agree in it answer the same question. `model` is its name.
+ASKED = (
+    "model", "method", "params", "sparsity", "scope", "task", "num_fewshot", "limit", "seed", "max_length", "chunk",
+    "chat_template", "cue",
+)  # fmt: skip
+# How it was computed: cells of one folder that differ in it are two experiments, not an old and a new one.
+HOW = ("dtype", "device", "execution", "batch_size", "calibration")
+PRIMARY = ("acc", "exact_match", "rougeL", "word_perplexity")  # a task's one number: the first of these it has
+GOLD = "gold_ll"
+KINDS = {
+    "word_perplexity": "log-perplexity", "byte_perplexity": "log-perplexity", "perplexity": "log-perplexity",
+    "bits_per_byte": "bits", "bleu": "bleu",
+}  # fmt: skip
+WIDTHS = {"mean": 1, "log-perplexity": 2, "bits": 2, "bleu": 10}
+HASH_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document under one filter: digests of itself and its prompt, its cluster, its values."""
+
+    doc: str
+    prompt: str
+    cluster: str | None
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of a task, as records name it.
+
+    Attributes:
+        members: the tasks whose documents it is made of: itself, or those of a group.
+        equal: members weigh the same whatever their size; else documents do.
+    """
+
+    task: str
+    metric: str
+    higher_is_better: bool | None
+    members: tuple[str, ...]
+    equal: bool = False
+
+    @property
+    def name(self) -> str:
+        """The metric without its filter."""
+        return self.metric.partition(",")[0]
+
+    @property
+    def filter(self) -> str:
+        return self.metric.partition(",")[2] or "none"
+
+    @property
+    def kind(self) -> str:
+        return KINDS.get(self.name, "mean")
+
+
+Key = tuple[str, int, str]  # task, doc_id, filter
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell's measures and documents; `left_out` names metrics that do not follow from their documents' values."""
+
+    measures: tuple[Measure, ...]
+    documents: dict[Key, Document]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A finished cell; `read` opens its outcome. `source` is the folder or file it lies in; `older` counts earlier
+    runs of the same question there."""
+
+    key: str
+    inputs: dict[str, Any]
+    source: str
+    created: str
+    read: Callable[[], Outcome] = field(repr=False, compare=False)
+    older: int = 0
+
+
+def cells(folder: Path) -> list[Cell]:
+    """The cells of a results folder; of those that were asked the same, the newest.
+
+    Raises:
+        UserError: the folder cannot be read, or holds cells that differ only in how they were computed.
+    """
+    store = Store(folder)
+
+    def reader(record: Record) -> Callable[[], Outcome]:
+        return lambda: outcome(record, store.samples(record))
+
+    return newest([Cell(r.key, r.inputs, str(folder), r.created, reader(r)) for r in store.load()])
+
+
+def asked(inputs: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
+    """What a cell was asked, but for some of it."""
+    found = {k: inputs.get(k) for k in ASKED if k not in without}
+    return {**found, "model": inputs["model"]["name"]} if "model" in found else found
+
+
+def identity(inputs: dict[str, Any], without: Iterable[str] = ()) -> str:
+    """`asked` as text that can be compared and sorted."""
+    return json.dumps(asked(inputs, without), sort_keys=True)
+
+
+def newest(found: Sequence[Cell]) -> list[Cell]:
+    """One cell for each thing that was asked: the one finished last, for code and versions move on.
+
+    Raises:
+        UserError: they differ in more than code and versions.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for cell in found:
+        groups.setdefault(identity(cell.inputs), []).append(cell)
+    for group in groups.values():
+        for name in HOW:
+            values = sorted({json.dumps(c.inputs.get(name)) for c in group})
+            if len(values) > 1:
+                raise UserError(
+                    f"{describe(group[0])} is there several times, with {name} {' and '.join(values)}",
+                    "keep them in folders of their own",
+                )
+    return [
+        dataclasses.replace(
+            max(group, key=lambda c: (c.created, c.key)), older=len(group) - 1 + sum(c.older for c in group)
+        )
+        for group in groups.values()
+    ]
+
+
+def older_note(found: Iterable[Cell]) -> list[str]:
+    """A remark where `newest` had a choice: after going back to older code the newest run is not the current one."""
+    several = sorted({c.source for c in found if c.older})
+    return [f"Several runs of one cell in {source}: the one finished last counts." for source in several]
+
+
+def describe(cell: Cell) -> str:
+    """A cell in a few words, for messages."""
+    inputs = cell.inputs
+    return f"{inputs['task']} under {inputs['method']} at sparsity {inputs['sparsity']:g} in {cell.source}"
+
+
+def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
+    """Documents and measures of a record; a group's weights are those that give the value in the record."""
+    documents = {
+        (s["task"], s["doc_id"], s["filter"]): Document(
+            s["doc_hash"][:HASH_DIGITS], s["prompt_hash"][:HASH_DIGITS], (s.get("cluster") or "")[:16] or None,
+            s["metrics"],
+        )
+        for s in samples
+    }  # fmt: skip
+    leaves = {task for task, _, _ in documents}
+    children: dict[str, set[str]] = {}
+    for m in record.metrics:
+        if m.part_of is not None:
+            children.setdefault(m.part_of, set()).add(m.task)
+
+    def members(task: str) -> set[str]:
+        below = children.get(task)
+        return {leaf for child in below for leaf in members(child)} if below else {task} & leaves
+
+    measures: list[Measure] = []
+    left_out = []
+    whole = Outcome((), documents)
+    for m in (m for m in record.metrics if m.part_of is None):
+        tasks = tuple(sorted(members(m.task)))
+        for equal in (False, True):
+            measure = Measure(m.task, m.metric, m.higher_is_better, tasks, equal)
+            found = value(measure, whole)
+            if found is not None and _same(found, m.value):
+                measures.append(measure)
+                break
+        else:
+            left_out.append(f"{m.task} {m.metric}")
+    firsts: dict[str, Measure] = {}
+    for measure in measures:
+        firsts.setdefault(measure.task, measure)
+    golds = [Measure(m.task, GOLD, True, m.members, m.equal) for m in firsts.values()]
+    measures += [g for g in golds if value(g, whole) is not None]
+    return Outcome(tuple(measures), documents, tuple(left_out))
+
+
+def _same(computed: float, recorded: float) -> bool:
+    both_nan = math.isnan(computed) and math.isnan(recorded)
+    return both_nan or math.isclose(computed, recorded, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def primary(measures: Sequence[Measure]) -> list[Measure]:
+    """Each task's one number: the first of `PRIMARY`, else its first metric that has a direction."""
+    chosen: dict[str, Measure] = {}
+    order = {name: i for i, name in enumerate(PRIMARY)}
+    for measure in sorted(measures, key=lambda m: order.get(m.name, len(order))):
+        if measure.higher_is_better is not None and measure.name != GOLD:
+            chosen.setdefault(measure.task, measure)
+    return [m for m in measures if chosen.get(m.task) == m]
+
+
+def _keys(measure: Measure, found: Outcome) -> list[Key]:
+    return sorted(
+        key
+        for key, document in found.documents.items()
+        if key[0] in measure.members and key[2] == measure.filter and measure.name in document.metrics
+    )
+
+
+def _values(measure: Measure, found: Outcome, keys: Sequence[Key]) -> np.ndarray | None:
+    """[n] or [n, width] values as `stats.KINDS` takes them; None where they are not of that shape."""
+    raw = [found.documents[k].metrics[measure.name] for k in keys]
+    if measure.name == "perplexity":  # of lm-eval: every document weighs the same
+        raw = [[v, 1] for v in raw]
+    width = WIDTHS[measure.kind]
+    for v in raw:
+        parts = v if isinstance(v, list) else [v]
+        if len(parts) != width or not all(isinstance(p, (int, float)) for p in parts):
+            return None
+    return np.array(raw, float) if raw else None
+
+
+def _weights(measure: Measure, keys: Sequence[Key]) -> np.ndarray | None:
+    if not measure.equal:
+        return None
+    sizes = {task: sum(k[0] == task for k in keys) for task in measure.members}
+    return np.array([1 / sizes[k[0]] for k in keys])
+
+
+def value(measure: Measure, found: Outcome) -> float | None:
+    """The metric over a cell's documents; None where it cannot be computed from them."""
+    keys = _keys(measure, found)
+    values, weights = _values(measure, found, keys), _weights(measure, keys)
+    return None if values is None else stats.value(measure.kind, values, weights)
+
+
+def contrast(measure: Measure, a: Outcome, b: Outcome) -> stats.Paired | None:
+    """The paired test of a measure between two outcomes that `check_paired` let pass.
+
+    A group's independent units are its members, a task's its clusters, or its documents where they have none.
+    """
+    found = _pairs(measure, a, b)
+    if found is None:
+        return None
+    x, y, units, weights = found
+    return stats.paired(measure.kind, x, y, units, weights, measure.higher_is_better)
+
+
+def contrast_of_means(
+    measures: Sequence[Measure], a: Sequence[Outcome], b: Sequence[Outcome], shares: Sequence[float]
+) -> stats.Paired | None:
+    """The paired test of a weighted mean over several tasks.
+
+    Args:
+        measures: means (no perplexities, no BLEU), one per task. a, b: that task's outcomes. shares: its weight.
+    """
+    parts = [_pairs(m, x, y) for m, x, y in zip(measures, a, b, strict=True)]
+    found = [p for p in parts if p is not None]
+    if len(found) < len(parts) or any(m.kind != "mean" for m in measures):
+        return None
+    weights = []
+    for share, (x, _, _, w) in zip(shares, found, strict=True):
+        own = np.ones(len(x)) if w is None else w
+        weights.append(share * own / own.sum())
+    x, y = (np.concatenate([part[side] for part in found]) for side in (0, 1))
+    units = [unit for _, _, own, _ in found for unit in own]
+    return stats.paired("mean", x, y, units, np.concatenate(weights), measures[0].higher_is_better)
+
+
+def _pairs(
+    measure: Measure, a: Outcome, b: Outcome
+) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray | None] | None:
+    """Values under a and b, the independent unit of each document, and weights where documents have some."""
+    keys = _keys(measure, a)
+    x, y = _values(measure, a, keys), _values(measure, b, keys) if keys == _keys(measure, b) else None
+    if x is None or y is None:
+        return None
+    group = measure.members != (measure.task,)
+    units = [k[0] if group else a.documents[k].cluster or f"{k[0]} {k[1]}" for k in keys]
+    return x, y, units, _weights(measure, keys)
+
+
+class Unpaired(UserError):
+    """Two cells were not given the same documents and prompts."""
+
+
+def check_paired(a: Cell, x: Outcome, b: Cell, y: Outcome) -> None:
+    """Refuse what is not the same documents with the same prompts.
+
+    Raises:
+        Unpaired: with what differs.
+    """
+    what = f"{a.inputs['task']} ({a.source}) and {b.inputs['task']} ({b.source}) cannot be paired"
+    sizes = [len({k[:2] for k in found.documents}) for found in (x, y)]
+    limits = [cell.inputs.get("limit") for cell in (a, b)]
+    if sizes[0] != sizes[1]:
+        said = [
+            f"{size} documents ({f'--limit {limit}' if limit else 'no --limit'})"
+            for size, limit in zip(sizes, limits, strict=True)
+        ]
+        raise Unpaired(f"{what}: {said[0]} and {said[1]}", "run both with the same data and --limit")
+    if x.documents.keys() != y.documents.keys():
+        raise Unpaired(f"{what}: they have other documents or filters", "run both with the same data")
+    for name, part in (("documents", "doc"), ("prompts", "prompt")):
+        other = [k for k in sorted(x.documents) if getattr(x.documents[k], part) != getattr(y.documents[k], part)]
+        if other:
+            raise Unpaired(
+                f"{what}: {len(other)} of {len(x.documents)} {name} differ (the first: {other[0][0]} {other[0][1]})",
+                "run both with the same data, few-shot examples, chat template and version of lm-eval",
+            )
+
+
+def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
+    """What the inputs of two cells differ in besides what was asked, in a few digits each."""
+    found = {}
+    for name, left, right in _flat(a.inputs, b.inputs):
+        if left != right and not (name == "method_code" and a.inputs["method"] != b.inputs["method"]):
+            found[name] = (left, right)
+    return found
+
+
+def _flat(a: dict[str, Any], b: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
+    for name in sorted((a.keys() | b.keys()) - set(ASKED) | {"model"}):
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            for part in sorted(left.keys() | right.keys()):
+                if (name, part) != ("model", "name"):
+                    yield f"{name}.{part}", str(left.get(part))[:12], str(right.get(part))[:12]
+        else:
+            yield name, str(left)[:12], str(right)[:12]
+
+
+def nearest_to(cell: Cell, others: Sequence[Cell]) -> str:
+    """What keeps a cell from all others: how the most alike of them was asked differently."""
+    mine = asked(cell.inputs)
+    if not others:
+        return ""
+    other = min(others, key=lambda o: sum(mine[k] != v for k, v in asked(o.inputs).items()))
+    theirs = asked(other.inputs)
+    said = [f"{k} {_short(mine[k])} and {_short(theirs[k])}" for k in ASKED if mine[k] != theirs[k]]
+    return f"{describe(cell)} and {describe(other)} differ in {', '.join(said)}"
+
+
+def _short(item: Any) -> str:
+    return str(item) if not isinstance(item, dict) else ":".join(f"{k}={v}" for k, v in item.items()) or "none"

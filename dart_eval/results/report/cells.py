@@ -1,0 +1,105 @@
+"""The records of a report, with what every section asks of them: names, styles, and which cell is whose dense one."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dart_eval.results.record import Metric, Record
+from dart_eval.results.report.text import finite, sparsity
+from dart_eval.results.tables import labels
+
+DENSE = "dense"
+PRIMARY = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a task's one number
+PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
+# Cells that agree in these asked one model the same questions: the dense one of them is what others are held against.
+QUESTION = (
+    "model", "dtype", "device", "scope", "task", "task_hash", "num_fewshot", "limit", "seed", "max_length", "chunk",
+    "chat_template", "cue",
+)  # fmt: skip
+BUILD = ("code", "versions")  # preferred equal, but a report of mixed versions still compares (and warns)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All records of a folder, in a fixed order."""
+
+    records: tuple[Record, ...]
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Cells:
+        """Sorted, so that the page does not depend on when a cell was finished."""
+
+        def order(r: Record) -> tuple[object, ...]:
+            i = r.inputs
+            return i["model"]["name"], str(i["task"]), i["method"] != DENSE, i["sparsity"], i["method"], r.key
+
+        return cls(tuple(sorted(records, key=order)))
+
+    @functools.cached_property
+    def labels(self) -> dict[str, str]:
+        """Key -> the cell's name without its sparsity."""
+        return labels(self.records)
+
+    @functools.cached_property
+    def styles(self) -> dict[str, int]:
+        """Label -> number of its look, the same in all charts; dense has a look of its own."""
+        names = sorted({self.labels[r.key] for r in self.pruned})
+        return {name: i for i, name in enumerate(names)}
+
+    @functools.cached_property
+    def pruned(self) -> tuple[Record, ...]:
+        """The cells that are not dense."""
+        return tuple(r for r in self.records if r.inputs["method"] != DENSE)
+
+    @functools.cached_property
+    def models(self) -> list[str]:
+        """Names of models."""
+        return sorted({r.inputs["model"]["name"] for r in self.records})
+
+    def name(self, record: Record) -> str:
+        """The cell's name: method, what sets it apart, sparsity."""
+        label = self.labels[record.key]
+        return label if record.inputs["method"] == DENSE else f"{label} {sparsity(record.inputs['sparsity'])}"
+
+    def dense(self, record: Record) -> Record | None:
+        """The dense cell that was asked the same, best of the same code and versions."""
+        wanted = _asked(record)
+        found = [r for r in self.records if r.inputs["method"] == DENSE and _asked(r) == wanted]
+        exact = [r for r in found if all(r.inputs.get(b) == record.inputs.get(b) for b in BUILD)]
+        return next(iter(exact or found), None)
+
+
+def _asked(record: Record) -> str:
+    return json.dumps([record.inputs.get(k) for k in QUESTION], sort_keys=True, default=str)
+
+
+def main_metrics(record: Record) -> list[Metric]:
+    """The one number of each task that was asked for: members of groups stay out."""
+    chosen: dict[str, Metric] = {}
+    own = [m for m in record.metrics if m.part_of is None]
+    for m in sorted(own, key=lambda m: PRIMARY.index(m.metric) if m.metric in PRIMARY else len(PRIMARY)):
+        if m.higher_is_better is not None:
+            chosen.setdefault(m.task, m)
+    return [chosen[task] for task in sorted(chosen)]
+
+
+def find(record: Record | None, like: Metric) -> Metric | None:
+    """The record's number of the same task and metric."""
+    if record is None:
+        return None
+    return next((m for m in record.metrics if (m.task, m.metric) == (like.task, like.metric)), None)
+
+
+def half_width(m: Metric) -> float | None:
+    """Half of the 95 % interval, where there is one."""
+    return 1.96 * m.stderr if finite(m.stderr) else None
+
+
+def unique(values: Iterable[object]) -> list[str]:
+    """Distinct values as text, sorted; numbers by size."""
+    found: Sequence[object] = list({json.dumps(v, sort_keys=True, default=str): v for v in values}.values())
+    numbers = all(isinstance(v, (int, float)) for v in found)
+    return [str(v) for v in (sorted(found) if numbers else sorted(found, key=str))]  # type: ignore[type-var]

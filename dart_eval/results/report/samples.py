@@ -1,0 +1,53 @@
+"""One pass over the samples of all cells: guessing levels, drift traces, and the documents of the explorer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dart_eval.errors import UserError
+from dart_eval.results.record import Record
+from dart_eval.results.report.cells import Cells
+from dart_eval.results.report.drift import Drift
+from dart_eval.results.report.explorer import Explorer
+from dart_eval.results.store import Store
+
+
+class Samples:
+    """What the sections need of the samples; each cell's file is read once and let go.
+
+    Attributes:
+        chance: task -> accuracy under guessing, the mean of 1 / choices.
+        drift: what the detectors saw.
+        explorer: the documents to show.
+        unread: names of cells whose samples are missing or damaged.
+    """
+
+    def __init__(self, store: Store, cells: Cells, documents: int) -> None:
+        self.drift, self.explorer = Drift(cells), Explorer(cells, documents)
+        self.unread: list[str] = []
+        self._guesses: dict[str, dict[tuple[str, Any], float]] = {}
+        for index, record in enumerate(cells.records):
+            try:
+                samples = store.samples(record)
+            except UserError:
+                self.unread.append(f"{cells.name(record)} on {record.inputs['task']}")
+                continue
+            for task, document, share in _guesses(record, samples):
+                self._guesses.setdefault(task, {})[document] = share
+            self.drift.add(record, samples)
+            self.explorer.add(index, record, samples, store.texts(record))
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """Mean over documents; tasks without choices are missing."""
+        return {task: sum(shares.values()) / len(shares) for task, shares in self._guesses.items()}
+
+
+def _guesses(record: Record, samples: list[dict[str, Any]]) -> Iterator[tuple[str, tuple[str, Any], float]]:
+    """(task, document, 1 / choices), under the document's task and under the cell's (a group)."""
+    for s in samples:
+        responses = s.get("responses") or []
+        if len(responses) > 1 and "acc" in s.get("metrics", {}) and all(isinstance(r, list) for r in responses):
+            for task in {s["task"], str(record.inputs["task"])}:
+                yield task, (s["task"], s["doc_id"]), 1 / len(responses)

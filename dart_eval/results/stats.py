@@ -1,0 +1,304 @@
+"""Paired tests of one metric on the same documents under A and under B. docs/statistics.md has formulas and sources.
+
+Every metric here is a function of sums over documents. Each is linearised at the full sample into one influence value
+per document; their differences, summed within clusters, are what the tests see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.stats import binom, norm
+
+Values = NDArray[np.float64]
+
+ALPHA = 0.05  # intervals cover 1 - ALPHA
+RESAMPLES = 10_000
+SEED = 20_240_229  # any; fixed, so that two people get the same p
+MIN_CLUSTERS = 6  # 2 / 2^5 > .05: with five, no exact test could tell anything from chance
+CHUNK = 4_000_000  # numbers of resamples held at a time
+
+SIGN_FLIP = {False: "exact McNemar", True: "exact sign flip of clusters"}
+BOOTSTRAP = "bootstrap-t"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A against B on one metric.
+
+    Attributes:
+        kind: `proportion` (every value 0 or 1), `mean`, `log-perplexity`, `bits` or `bleu`.
+        n, clusters: documents, and independent units among them.
+        value_a, value_b: the metric as records give it.
+        difference: A - B on the metric's own scale; of perplexities, of their logarithms (nats per word or byte).
+        ratio: of perplexities A / B, else None.
+        low, high: interval of `difference` at 1 - ALPHA, or None.
+        p: two-sided. p_worse: one-sided, small where A is worse; None also where neither direction is better.
+        effect: difference / standard deviation of the documents' paired differences, None where that is 0.
+        test, interval: how p and the interval were made.
+        reason: why p or the interval are missing, or empty.
+    """
+
+    kind: str
+    n: int
+    clusters: int
+    value_a: float
+    value_b: float
+    difference: float
+    ratio: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    p_worse: float | None
+    effect: float | None
+    test: str
+    interval: str
+    reason: str = ""
+
+
+def mean(values: Values, weights: Values) -> tuple[float, Values]:
+    """Weighted mean of [n] values, and its influence values."""
+    total = weights.sum()
+    value = float(weights @ values / total)
+    return value, weights * (values - value) / total
+
+
+def log_perplexity(pairs: Values, _weights: Values) -> tuple[float, Values]:
+    """-sum ll / sum w of [n, 2] pairs (ll, w), and its influence values: those of a ratio (Cochran 1977, ch. 6)."""
+    ll, w = pairs.T
+    value = float(-ll.sum() / w.sum())
+    return value, -(ll + value * w) / w.sum()
+
+
+def bits(pairs: Values, weights: Values) -> tuple[float, Values]:
+    """`log_perplexity` in bits."""
+    value, influence = log_perplexity(pairs, weights)
+    return value / math.log(2), influence / math.log(2)
+
+
+def bleu(counts: Values, _weights: Values) -> tuple[float, Values]:
+    """Corpus BLEU of [n, 10] counts (hyp_len, ref_len, correct 1-4, total 1-4), and its influence values.
+
+    BLEU = 100 exp(min(0, 1 - ref / hyp) + mean over n of log(correct_n / total_n)) of the sums, differentiated by them.
+    A sum of no correct n-grams has no derivative: smoothing makes BLEU jump there.
+    """
+    from sacrebleu.metrics import BLEU  # comes with lm-eval; slow to import
+
+    sums = counts.sum(0)
+    hyp, ref, *grams = (int(s) for s in sums)
+    score = float(BLEU.compute_bleu(grams[:4], grams[4:], hyp, ref, smooth_method="exp").score)
+    slope = np.divide(1, sums, out=np.zeros(10), where=sums > 0) * ([0] * 2 + [1 / 4] * 4 + [-1 / 4] * 4)
+    if 0 < hyp < ref:
+        slope[:2] = ref / hyp**2, -1 / hyp
+    return score, (counts - sums / len(counts)) @ (score * slope)
+
+
+KINDS: dict[str, Callable[[Values, Values], tuple[float, Values]]] = {
+    "mean": mean,
+    "log-perplexity": log_perplexity,
+    "bits": bits,
+    "bleu": bleu,
+}
+
+
+def value(kind: str, values: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """The metric as records give it: perplexities are no logarithms."""
+    made = np.asarray(values, float)
+    found = KINDS[kind](made, np.ones(len(made)) if weights is None else np.asarray(weights, float))[0]
+    return exp(found) if kind == "log-perplexity" else found
+
+
+def paired(
+    kind: str,
+    a: ArrayLike,
+    b: ArrayLike,
+    clusters: Sequence[object] | None = None,
+    weights: ArrayLike | None = None,
+    higher_is_better: bool | None = True,
+) -> Paired:
+    """Compare A with B; row i of both is the same document.
+
+    Args:
+        kind: a key of `KINDS`; means of nothing but 0 and 1 become `proportion`.
+        a, b: [n], [n, 2] or [n, 10] values, as `kind` takes them.
+        clusters: [n] labels; documents of one label are one independent unit. None: every document is one.
+        weights: [n] of a weighted mean (groups that weigh their members equally).
+    """
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    if x.shape != y.shape or not len(x):
+        raise ValueError(f"not paired: {x.shape} and {y.shape}")
+    n = len(x)
+    labels = np.arange(n) if clusters is None else np.unique(np.array(list(map(str, clusters))), return_inverse=True)[1]
+    count = int(labels.max()) + 1
+    w = np.ones(n) if weights is None else np.asarray(weights, float)
+    (value_a, influence_a), (value_b, influence_b) = KINDS[kind](x, w), KINDS[kind](y, w)
+    difference = 0.0 if np.array_equal(x, y) else value_a - value_b
+    influence = influence_a - influence_b
+    binary = kind == "mean" and weights is None and bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
+    low = high = p = p_less = p_greater = effect = None
+    test = how = reason = ""
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        reason = "values that are not finite"
+    else:
+        spread = float(np.std(influence, ddof=1)) if n > 1 else 0.0
+        if spread > 1e-12 * abs(difference):
+            effect = difference / (n * spread)
+        units: Values = np.bincount(labels, influence, count).astype(float)
+        if count < MIN_CLUSTERS:
+            reason = f"{count} independent units, fewer than {MIN_CLUSTERS}"
+        elif binary:
+            sums = np.rint(np.bincount(labels, x - y, count)).astype(int)
+            test = SIGN_FLIP[count < n]
+            p, p_less, p_greater = sign_flip(sums)
+            if count == n:
+                low, high = tango(int((sums > 0).sum()), int((sums < 0).sum()), n)
+                how = "Tango"
+            elif not sums.any():
+                low, high = tango(0, 0, count)
+                how = "Tango on clusters"
+            else:
+                made = bootstrap_t(units, difference)
+                how, reason, low, high = BOOTSTRAP, made.reason, made.low, made.high
+        elif np.array_equal(x, y):
+            p = p_less = p_greater = 1.0
+            low = high = 0.0
+            test = how = "all values equal"
+        else:
+            made = bootstrap_t(units, difference)
+            test = how = BOOTSTRAP
+            p, p_less, p_greater, low, high, reason = (
+                made.p, made.p_less, made.p_greater, made.low, made.high, made.reason,
+            )  # fmt: skip
+    ratio = None
+    if kind == "log-perplexity":
+        value_a, value_b, ratio = exp(value_a), exp(value_b), exp(difference)
+    return Paired(
+        kind="proportion" if binary else kind, n=n, clusters=count, value_a=value_a, value_b=value_b,
+        difference=difference, ratio=ratio, low=low, high=high, p=p,
+        p_worse=None if higher_is_better is None else p_less if higher_is_better else p_greater,
+        effect=effect, test=test, interval=how, reason=reason,
+    )  # fmt: skip
+
+
+def exp(value: float) -> float:
+    """e to the power of `value`; infinite where that is beyond all floats."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def sign_flip(sums: NDArray[np.int_]) -> tuple[float, float, float]:
+    """Exact p of [K] whole cluster sums whose signs are free under the null: two-sided, sum too small, sum too large.
+
+    The null distribution is a convolution of binomials, one for each size of sum. Where every sum is -1, 0 or 1
+    this is McNemar's exact test.
+    """
+    sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
+    mass = np.ones(1)  # of the sum of the positive ones
+    for size, count in zip(sizes, counts, strict=True):
+        part = np.zeros(size * count + 1)
+        part[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        mass = np.convolve(mass, part)
+    positive = int(sums[sums > 0].sum())
+    less, greater = float(mass[: positive + 1].sum()), float(mass[positive:].sum())
+    return min(1.0, 2 * min(less, greater)), min(1.0, less), min(1.0, greater)
+
+
+def tango(b: int, c: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
+    """Tango's score interval (1998) of the difference (b - c) / n between two proportions on the same n items.
+
+    b: right under A only. c: right under B only.
+    """
+    z, estimate = norm.ppf(1 - alpha / 2), (b - c) / n
+
+    def score(difference: float) -> float:
+        linear = (2 * n - b + c) * difference - b - c
+        root = math.sqrt(max(0.0, linear**2 + 8 * n * c * difference * (1 - difference)))
+        under_null = (root - linear) / (4 * n)  # share of c, of maximal likelihood given the difference
+        variance = n * (2 * under_null + difference * (1 - difference))
+        numerator = b - c - n * difference
+        if numerator == 0:
+            return 0.0
+        return numerator / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, numerator)
+
+    def solve(end: float, target: float) -> float:
+        if abs(end - estimate) < 1e-12:
+            return end
+        edge = end + (estimate - end) * 1e-12  # the score is 0/0 or infinite at the very end
+        return float(brentq(lambda d: max(-1e9, min(1e9, score(d) - target)), edge, estimate, xtol=1e-14))
+
+    return solve(-1.0, z), solve(1.0, -z)
+
+
+@dataclass(frozen=True)
+class Studentised:
+    """What `bootstrap_t` found; see `Paired`."""
+
+    p: float | None
+    p_less: float | None
+    p_greater: float | None
+    low: float | None
+    high: float | None
+    reason: str
+
+
+def bootstrap_t(
+    units: Values, estimate: float, alpha: float = ALPHA, resamples: int = RESAMPLES, seed: int = SEED
+) -> Studentised:
+    """Symmetric studentised bootstrap (Davison and Hinkley 1997, 2.4 and 5.2) of an estimate.
+
+    units: [K] influence values of independent units, which sum to 0. p is (1 + resamples beyond) / (1 + resamples).
+    A resample without spread counts as beyond: that is the safe side.
+    """
+    k = len(units)
+    error = math.sqrt(k / (k - 1) * float(units @ units))
+    if error <= 1e-9 * abs(estimate):
+        return Studentised(None, None, None, None, None, "the same difference everywhere: no spread to test against")
+    t = estimate / error
+    # Neither the order of the units nor which side is called A may matter, so both are settled before drawing.
+    sign = -1.0 if t < 0 else 1.0
+    drawn = np.sort(_statistics(np.sort(sign * units), resamples, seed))  # with t >= 0
+    degenerate = int(np.isnan(drawn).sum())  # sorted last
+    drawn = drawn[: resamples - degenerate]
+    sizes = np.sort(np.abs(drawn))
+    above = len(drawn) - int(np.searchsorted(drawn, abs(t), "left"))
+    below = int(np.searchsorted(drawn, abs(t), "right"))
+    beyond = len(drawn) - int(np.searchsorted(sizes, abs(t), "left"))
+    p, p_above, p_below = ((1 + degenerate + found) / (1 + resamples) for found in (beyond, above, below))
+    p_above = max(p_above, p / 2)  # one tail alone is too bold on few, skewed or mostly equal documents
+    p_less, p_greater = (p_below, p_above) if sign > 0 else (p_above, p_below)
+    last = math.ceil((1 - alpha) * (1 + resamples)) - 1
+    if last >= len(sizes):
+        return Studentised(p, p_less, p_greater, None, None, "too few units differ")
+    margin = float(sizes[last]) * error
+    return Studentised(p, p_less, p_greater, estimate - margin, estimate + margin, "")
+
+
+def _statistics(units: Values, resamples: int, seed: int) -> Values:
+    """Studentised sums of resamples of the units [resamples]; NaN where a resample has no spread."""
+    k, generator, found = len(units), np.random.default_rng(seed), []
+    rows = max(1, CHUNK // k)
+    for start in range(0, resamples, rows):
+        drawn = units[generator.integers(0, k, (min(rows, resamples - start), k), dtype=np.int32)]
+        total, squares = drawn.sum(1), np.einsum("ij,ij->i", drawn, drawn)
+        variance = squares - total**2 / k
+        variance[variance <= 1e-12 * squares] = np.nan
+        found.append(total / np.sqrt(k / (k - 1) * variance))
+    return np.concatenate(found)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's (1979) adjusted p of tests taken together; None, where nothing could be tested, stays None."""
+    adjusted: list[float | None] = [None] * len(p_values)
+    tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    highest = 0.0
+    for rank, (p, i) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        adjusted[i] = highest
+    return adjusted

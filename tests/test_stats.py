@@ -1,0 +1,378 @@
+"""Paired tests against independent implementations, simulation, and what must not change them."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize
+from scipy import stats as theirs
+
+from dart_eval.results import stats
+from dart_eval.results.stats import Paired, bootstrap_t, holm, paired, sign_flip, tango
+
+CASES = [(0, 0, 12), (3, 1, 20), (12, 2, 50), (2, 12, 50), (40, 20, 160), (0, 7, 30), (7, 0, 30), (5, 5, 10), (6, 0, 6)]
+zeros_and_ones = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=6, max_size=60)
+
+
+def outcomes(b, c, n):
+    """0/1 values with b documents right under A only, c under B only."""
+    a = np.array([1] * b + [0] * c + [1] * (n - b - c))
+    return a, np.array([0] * b + [1] * c + [1] * (n - b - c))
+
+
+def pairs_of(seed, n=40):
+    generator = np.random.default_rng(seed)
+    w = generator.integers(50, 800, n).astype(float)
+    return np.stack([-w * generator.gamma(9, 0.35, n), w], 1)
+
+
+def counts_of(seed, n=30):
+    """BLEU's counts of documents of 10 to 30 words."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(n):
+        hyp, ref = generator.integers(10, 30, 2)
+        totals = [hyp - k for k in range(4)]
+        rows.append([hyp, ref, *(generator.binomial(t, 0.6 ** (k + 1)) for k, t in enumerate(totals)), *totals])
+    return np.array(rows, float)
+
+
+# -- McNemar and its generalisation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("b", "c", "n"), CASES)
+def test_accuracies_are_tested_by_exact_mcnemar(b, c, n):
+    found = paired("mean", *outcomes(b, c, n))
+    assert (found.kind, found.test, found.interval) == ("proportion", "exact McNemar", "Tango")
+    assert found.difference == pytest.approx((b - c) / n)
+    discordant = b + c
+    expected = theirs.binomtest(min(b, c), discordant).pvalue if discordant else 1.0
+    assert found.p == pytest.approx(expected, rel=1e-12)
+    one_sided = theirs.binomtest(b, discordant, alternative="less").pvalue if discordant else 1.0
+    assert found.p_worse == pytest.approx(one_sided, rel=1e-12)
+
+
+@pytest.mark.parametrize(("b", "c", "n"), CASES)
+def test_mcnemar_agrees_with_statsmodels(b, c, n):
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    expected = tables.mcnemar([[n - b - c, b], [c, 0]], exact=True).pvalue
+    assert paired("mean", *outcomes(b, c, n)).p == pytest.approx(min(1.0, expected))
+
+
+@given(zeros_and_ones)
+@settings(max_examples=50, deadline=None)
+def test_clusters_of_one_are_no_clusters(values):
+    a, b = np.array(values).T
+    assert paired("mean", a, b, [f"c{i}" for i in range(len(a))]) == paired("mean", a, b)
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_the_sign_flip_test_counts_all_flips(sums):
+    found = np.array(sums)
+    signs = 1 - 2 * ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1)
+    flipped, seen = (signs * np.abs(found)).sum(1), found.sum()
+    two, less, greater = sign_flip(found)
+    assert two == pytest.approx((np.abs(flipped) >= abs(seen)).mean())
+    assert less == pytest.approx((flipped <= seen).mean())
+    assert greater == pytest.approx((flipped >= seen).mean())
+
+
+def test_clusters_count_once_however_many_documents_they_have():
+    a, b = outcomes(12, 0, 60)
+    doubled = np.repeat(a, 5), np.repeat(b, 5)
+    clusters = np.repeat(np.arange(60), 5)
+    alone, together, naive = paired("mean", a, b), paired("mean", *doubled, clusters), paired("mean", *doubled)
+    assert together.p == pytest.approx(alone.p)
+    assert together.difference == alone.difference
+    assert (together.n, together.clusters, together.test) == (300, 60, "exact sign flip of clusters")
+    assert naive.p < 1e-6 * together.p
+    assert together.low < 0.2 < together.high
+    assert together.high - together.low > 1.5 * (naive.high - naive.low)
+
+
+def test_no_interval_of_accuracies_has_width_zero():
+    ones = np.ones(40)
+    for clusters, units in ((None, 40), (np.repeat(np.arange(10), 4), 10)):
+        found = paired("mean", ones, ones, clusters)
+        z = theirs.norm.ppf(0.975) ** 2
+        assert (found.difference, found.p, found.p_worse) == (0, 1, 1)
+        assert (found.low, found.high) == pytest.approx((-z / (units + z), z / (units + z)))
+
+
+# -- Tango ---------------------------------------------------------------------------------------------------------
+
+
+def restricted_score(b, c, n, difference):
+    """The score statistic with the nuisance share found by maximising the likelihood numerically."""
+
+    def loss(share):  # of documents right under B only
+        terms = ((b, share + difference), (c, share), (n - b - c, 1 - 2 * share - difference))
+        return -sum(k * math.log(max(p, 1e-300)) for k, p in terms if k)
+
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    share = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-13}).x
+    return (b - c - n * difference) / math.sqrt(n * (2 * share + difference - difference**2))
+
+
+@pytest.mark.parametrize(("b", "c", "n"), CASES)
+def test_tango_inverts_the_restricted_score_test(b, c, n):
+    low, high = tango(b, c, n)
+    z = theirs.norm.ppf(0.975)
+    for end, expected in ((low, z), (high, -z)):
+        if abs(end) < 1:
+            assert restricted_score(b, c, n, end) == pytest.approx(expected, abs=1e-4)
+    assert low == pytest.approx(-tango(c, b, n)[1])
+    assert -1 <= low < (b - c) / n < high or (b - c) / n in (low, high)
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(9, 1, 40), (16, 4, 60), (8, 3, 25)])
+def test_tango_ends_at_zero_where_mcnemars_statistic_says_so(b, c, n):
+    level = 2 * theirs.norm.sf((b - c) / math.sqrt(b + c))
+    assert tango(b, c, n, alpha=level)[0] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("both", "a_only", "b_only"), [(0.5, 0.1, 0.1), (0.4, 0.25, 0.05), (0.9, 0.02, 0.02)])
+def test_tango_covers(both, a_only, b_only):
+    generator = np.random.default_rng(1)
+    draws = generator.multinomial(40, [a_only, b_only, both, 1 - both - a_only - b_only], 400)
+    intervals = {(b, c): tango(b, c, 40) for b, c in {(b, c) for b, c, *_ in draws.tolist()}}
+    covered = np.mean(
+        [low <= a_only - b_only <= high for low, high in (intervals[b, c] for b, c, *_ in draws.tolist())]
+    )
+    assert covered > 0.92
+
+
+# -- bootstrap-t ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 0.6])
+def test_on_normal_data_the_bootstrap_agrees_with_the_t_test(shift):
+    generator = np.random.default_rng(5)
+    a = generator.normal(shift, 1, 60)
+    b = generator.normal(0, 1, 60)
+    found, expected = paired("mean", a, b), theirs.ttest_rel(a, b)
+    assert found.test == found.interval == "bootstrap-t"
+    assert found.p == pytest.approx(expected.pvalue, abs=0.02)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()), abs=0.03)
+    assert found.effect == pytest.approx(expected.statistic / math.sqrt(60))
+    assert found.p_worse == pytest.approx(theirs.ttest_rel(a, b, alternative="less").pvalue, abs=0.02)
+
+
+@pytest.mark.parametrize(("n", "draw", "most"), [
+    (12, "normal", 0.05), (12, "exponential", 0.085), (30, "exponential", 0.07), (30, "mostly equal", 0.05),
+])  # fmt: skip
+def test_false_alarms_and_coverage_on_skewed_data(n, draw, most):
+    """The rates measured over many runs are in docs/statistics.md."""
+    generator = np.random.default_rng(2)
+    makers = {
+        "normal": lambda: generator.normal(size=n),
+        "exponential": lambda: generator.exponential(size=n) - 1,
+        "mostly equal": lambda: generator.normal(size=n) * (generator.random(n) < 0.3),
+    }
+    alarms = one_sided = covered = 0
+    runs = 500
+    for _ in range(runs):
+        d = makers[draw]()
+        found = bootstrap_t((d - d.mean()) / n, d.mean(), resamples=499)
+        alarms += found.p < 0.05
+        one_sided += min(found.p_less, found.p_greater) < 0.025
+        covered += found.low is None or found.low <= 0 <= found.high
+    bound = theirs.binom.ppf(0.999, runs, most)
+    assert alarms <= bound
+    assert one_sided <= bound
+    assert covered >= runs - bound
+
+
+def test_unequal_clusters_do_not_raise_false_alarms():
+    generator = np.random.default_rng(3)
+    alarms = naive = 0
+    for _ in range(300):
+        sizes = generator.integers(1, 8, 20)
+        clusters = np.repeat(np.arange(20), sizes)
+        d = np.repeat(generator.normal(size=20), sizes) + generator.normal(size=len(clusters)) / 3
+        u = np.bincount(clusters, (d - d.mean()) / len(d))
+        alarms += bootstrap_t(u, d.mean(), resamples=499).p < 0.05
+        naive += theirs.ttest_1samp(d, 0).pvalue < 0.05
+    assert alarms <= theirs.binom.ppf(0.999, 300, 0.07)
+    assert naive > 2 * alarms
+
+
+def test_a_fall_is_found():
+    generator = np.random.default_rng(4)
+    a = generator.normal(size=100)
+    found = paired("mean", a - 0.3 + 0.3 * generator.normal(size=100), a)
+    assert found.p == pytest.approx(1 / 10_001)
+    assert found.p_worse == pytest.approx(1 / 10_001)
+    assert found.high < 0
+
+
+def test_equal_values_differ_by_nothing():
+    found = paired("mean", [0.2, 0.4, 0.1, 0.6, 0.3, 0.9], [0.2, 0.4, 0.1, 0.6, 0.3, 0.9])
+    assert (found.difference, found.low, found.high, found.p, found.p_worse, found.effect) == (0, 0, 0, 1, 1, None)
+
+
+def test_one_changed_document_proves_nothing():
+    b = np.linspace(0.1, 0.9, 12)
+    a = b.copy()
+    a[3] = 0
+    found = paired("mean", a, b)
+    assert found.p > 0.3  # resamples without it have no spread: they count against the difference
+    assert found.low is found.high is None
+    assert found.reason == "too few units differ"
+
+
+def test_the_same_difference_everywhere_cannot_be_tested():
+    found = paired("mean", np.linspace(0, 1, 20) + 0.25, np.linspace(0, 1, 20))
+    assert found.difference == pytest.approx(0.25)
+    assert found.p is found.low is None
+    assert "same difference everywhere" in found.reason
+
+
+@pytest.mark.parametrize("kind", ["mean", "log-perplexity", "bleu"])
+def test_fewer_than_six_clusters_are_not_tested(kind):
+    values = {"mean": np.arange(10.0), "log-perplexity": pairs_of(0, 10), "bleu": counts_of(0, 10)}[kind]
+    other = values * np.linspace(1, 1.1, 10).reshape(-1, *[1] * (values.ndim - 1))
+    found = paired(kind, values, other, [i % 5 for i in range(10)])
+    assert found.p is found.p_worse is found.low is found.high is None
+    assert found.reason == "5 independent units, fewer than 6"
+    assert found.difference != 0
+
+
+def test_values_that_are_not_finite_are_not_tested():
+    found = paired("mean", [math.nan, *range(9)], range(10))
+    assert found.p is None
+    assert found.reason == "values that are not finite"
+
+
+def test_many_documents_fit_into_memory(monkeypatch):
+    monkeypatch.setattr(stats, "CHUNK", 10_000)
+    u = np.random.default_rng(0).normal(size=3000)
+    u -= u.mean()
+    assert bootstrap_t(u, 0.1, resamples=100).p > 0.5
+    assert max(1, stats.CHUNK // len(u)) == 3  # resamples at a time
+
+
+def test_unpaired_values_are_refused():
+    with pytest.raises(ValueError, match="not paired"):
+        paired("mean", [1, 2], [1])
+
+
+# -- perplexity and BLEU -------------------------------------------------------------------------------------------
+
+
+def test_perplexities_are_compared_on_the_log_scale():
+    a = pairs_of(1)
+    b = np.stack([a[:, 0] * 0.97, a[:, 1]], 1)
+    found = paired("log-perplexity", a, b, higher_is_better=False)
+    direct = [-x[:, 0].sum() / x[:, 1].sum() for x in (a, b)]
+    assert found.difference == pytest.approx(direct[0] - direct[1])
+    assert (found.value_a, found.value_b) == pytest.approx(tuple(np.exp(direct)))
+    assert found.ratio == pytest.approx(found.value_a / found.value_b)
+    assert found.p_worse < 1e-3
+    in_bits = paired("bits", a, b, higher_is_better=False)
+    assert in_bits.difference == pytest.approx(found.difference / math.log(2))
+    assert in_bits.p == found.p
+
+
+@pytest.mark.parametrize(("kind", "make"), [("log-perplexity", pairs_of), ("bits", pairs_of), ("bleu", counts_of)])
+def test_influence_values_predict_what_leaving_a_document_out_does(kind, make):
+    values = make(3, 300)
+    n = len(values)
+    whole, influence = stats.KINDS[kind](values, np.ones(n))
+    assert influence.sum() == pytest.approx(0, abs=1e-6 * abs(whole))
+    left_out = np.array([stats.KINDS[kind](np.delete(values, i, 0), np.ones(n - 1))[0] for i in range(20)])
+    assert whole - left_out == pytest.approx(influence[:20], abs=0.02 * np.abs(influence).max())
+
+
+@pytest.mark.parametrize(("kind", "make"), [("log-perplexity", pairs_of), ("bleu", counts_of)])
+def test_the_linearised_spread_is_that_of_a_bootstrap(kind, make):
+    values = make(7, 120)
+    n = len(values)
+    generator = np.random.default_rng(0)
+    drawn = [stats.KINDS[kind](values[generator.integers(0, n, n)], np.ones(n))[0] for _ in range(400)]
+    influence = stats.KINDS[kind](values, np.ones(n))[1]
+    assert math.sqrt(influence @ influence) == pytest.approx(np.std(drawn), rel=0.12)
+
+
+def test_bleu_is_sacrebleus():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    hyps = ["the cat sat on the mat today", "a dog ran over the green hill", "it rains in the north of the land"] * 4
+    refs = ["the cat sat on a mat today", "a dog ran over a green hill fast", "it rains a lot in the north"] * 4
+    metric = sacrebleu.metrics.BLEU()
+    rows = metric._extract_corpus_statistics(hyps, [refs])
+    assert stats.value("bleu", rows) == pytest.approx(metric.corpus_score(hyps, [refs]).score)
+    assert stats.value("bleu", np.array([[5, 5, 0, 0, 0, 0, 5, 4, 3, 2]] * 8)) == 0
+
+
+def test_members_that_weigh_equally():
+    a = np.array([1.0] * 30 + [0.0] * 10)
+    b = np.array([0.0] * 40)
+    weights = np.array([1 / 30] * 30 + [1 / 10] * 10)
+    assert paired("mean", a, b, weights=weights).difference == pytest.approx(0.5)
+    assert paired("mean", a, b).difference == pytest.approx(0.75)
+
+
+# -- what must not matter ------------------------------------------------------------------------------------------
+
+MAKERS = {
+    "proportion": lambda seed: np.random.default_rng(seed).integers(0, 2, 40).astype(float),
+    "mean": lambda seed: np.random.default_rng(seed).gamma(2, 1, 40),
+    "log-perplexity": pairs_of,
+    "bleu": lambda seed: counts_of(seed, 40),
+}
+
+
+@pytest.mark.parametrize("clusters", [None, [i // 3 for i in range(40)]])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_swapping_the_sides_flips_signs_and_nothing_else(kind, clusters):
+    a, b = MAKERS[kind](1), MAKERS[kind](2)
+    name = "mean" if kind == "proportion" else kind
+    one, two = paired(name, a, b, clusters), paired(name, b, a, clusters, higher_is_better=False)
+    assert one.kind == kind
+    assert two.difference == -one.difference
+    assert (two.low, two.high) == pytest.approx((-one.high, -one.low))
+    assert (two.p, two.p_worse) == pytest.approx((one.p, one.p_worse))
+    assert two.effect == pytest.approx(-one.effect)
+    if one.ratio:
+        assert two.ratio == pytest.approx(1 / one.ratio)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_order_of_documents_does_not_matter(kind):
+    a, b = MAKERS[kind](3), MAKERS[kind](4)
+    clusters = np.array([i // 3 for i in range(40)])
+    order = np.random.default_rng(0).permutation(40)
+    name = "mean" if kind == "proportion" else kind
+    one, two = paired(name, a, b, clusters), paired(name, a[order], b[order], clusters[order])
+    for x, y in zip(vars(one).values(), vars(two).values(), strict=True):
+        assert x == (pytest.approx(y, rel=1e-6) if isinstance(y, float) else y)
+
+
+def test_the_same_call_gives_the_same_numbers():
+    a, b = MAKERS["mean"](1), MAKERS["mean"](2)
+    found = paired("mean", a, b)
+    assert isinstance(found, Paired)
+    assert found == paired("mean", a, b)
+
+
+def test_no_direction_no_one_sided_p():
+    assert paired("mean", MAKERS["mean"](1), MAKERS["mean"](2), higher_is_better=None).p_worse is None
+
+
+# -- Holm ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_holm_agrees_with_statsmodels(p_values):
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert holm([None]) == [None]
+    assert holm([]) == []
