@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dart_eval.plan import config_from
 
@@ -97,3 +98,70 @@ def test_docs_name_modules_that_exist():
     package = README.parent / "dart_eval"
     for name in set(re.findall(r"\b([a-z_]+\.py)\b", text)):
         assert list(package.rglob(name)) or (README.parent / "tests" / name).exists(), name
+
+
+# -- the other pages ---------------------------------------------------------------------------------------------------
+
+DOCS = sorted((README.parent / "docs").glob("*.md"))
+
+
+def _commands(text):
+    """`dart-eval` lines of the `sh` blocks and of YAML workflows, continued lines joined."""
+    found = []
+    for block in re.findall(r"```(?:sh|yaml)\n(.*?)```", text, flags=re.S):
+        joined = re.sub(r"\\?\n\s+(?=--)", " ", block)
+        found += re.findall(r"(?:^|bin/)(dart-eval .*?)(?:  #.*)?$", joined, flags=re.M)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), [(p.name, c) for p in DOCS for c in _commands(p.read_text(encoding="utf-8"))]
+)
+def test_commands_of_the_docs_have_their_options(page, command):
+    import typer
+
+    from dart_eval.cli import app
+
+    verb, *words = shlex.split(command)[1:]
+    known = {option for p in typer.main.get_command(app).commands[verb].params for option in p.opts}
+    assert {w for w in words if w.startswith("--")} <= known
+
+
+def test_the_docs_have_commands():
+    assert len(COMMANDS_OF_DOCS) >= 4
+
+
+def test_the_paper_of_the_docs_is_understood(tmp_path):
+    from dart_eval.paper import load
+
+    (block,) = re.findall(
+        r"```yaml\n(.*?)```", (README.parent / "docs" / "paper.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    (tmp_path / "mine.yaml").write_text(block)
+    spec = load(str(tmp_path / "mine.yaml"), config_from(None, {"method": "dense", "sparsity": "0"}))
+    assert [layout.name for layout in spec.layouts] == ["accuracy", "costs"]
+
+
+def test_the_thresholds_of_the_docs_are_understood(tmp_path):
+    from dart_eval.results.check import thresholds_from
+
+    blocks = re.findall(
+        r"```yaml\n(.*?)```", (README.parent / "docs" / "ci.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    (tmp_path / "limits.yaml").write_text(next(b for b in blocks if b.startswith("recovery")))
+    assert thresholds_from(tmp_path / "limits.yaml") is not None
+    workflow = yaml.safe_load(next(b for b in blocks if b.startswith("name:")))
+    assert any(step.get("run") == "make regression" for step in workflow["jobs"]["regression"]["steps"])
+
+
+def test_the_regression_sweep_fits_its_baseline():
+    from dart_eval.results import baseline
+
+    root = README.parent
+    config = config_from(root / "scripts" / "regression.yaml", {})
+    cells = baseline.read(root / "results" / "regression-baseline.json")
+    asked = {(c.inputs["task"], c.inputs["method"], c.inputs["sparsity"], c.inputs["limit"]) for c in cells}
+    assert asked == {
+        (task, method, 0.0 if method == "dense" else s, config.limit)
+        for task in config.tasks for method in config.method for s in config.sparsity
+    }  # fmt: skip

@@ -261,7 +261,7 @@ class Paper:
         parts = []
         if any(v.stderr is not None for v in numbers):
             parts += [
-                "value ± standard error.",
+                "Value ± standard error.",
                 "Bold: better than every other pruned row of its sparsity by the paired test, Holm-adjusted p < .05.",
             ]
         if any(v.column.scale != 1 for v in numbers):

@@ -140,7 +140,7 @@ def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], names: 
             f"{r['mask_sparsity']:.3f}", f"{r['weights_read']:.3f}", r["scope"],
         ])  # fmt: skip
     note = (
-        "value ± standard error. sparsity: pruned share of FFN neurons asked for; effective: pruned neuron-tokens / "
+        "Value ± standard error. sparsity: pruned share of FFN neurons asked for; effective: pruned neuron-tokens / "
         "all neuron-tokens of the scored or generated tokens; mask: what the masks prune; "
         "read: FFN weights a pruned token reads."
     )

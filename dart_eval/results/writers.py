@@ -63,9 +63,14 @@ def latex(table: Table) -> str:
     """A table that needs the packages booktabs and graphicx (a wide one is scaled to the line) and T1 fonts."""
 
     def cell(text: str, bold: bool = False) -> str:
-        made = "".join(_TEX.get(c, c) for c in text)
+        made = "".join(_TEX.get(c, c) for c in text).replace("--", "-{}-")  # no dash: options are quoted here
         return rf"\textbf{{{made}}}" if bold else made
 
+    # A column is set right if it holds nothing but numbers and gaps.
+    numbers = [
+        all(not row[j] or row[j][0] in "-+.0123456789<" for row in table.body) for j in range(len(table.columns))
+    ]
+    sides = "".join("r" if number else "l" for number in numbers)
     lines = []
     for i, row in enumerate(table.body):
         if i in table.rules:
@@ -74,7 +79,7 @@ def latex(table: Table) -> str:
     parts = [
         r"\begin{table}", r"\centering", rf"\caption{{{cell(table.title)}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\toprule",
+        rf"\begin{{tabular}}{{{sides}}}", r"\toprule",
         " & ".join(map(cell, table.columns)) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}}",
         *([rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {cell(table.note)}}}"] if table.note else []),
         r"\end{table}", "",
