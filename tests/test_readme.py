@@ -114,9 +114,14 @@ def _commands(text):
     return found
 
 
-@pytest.mark.parametrize(
-    ("page", "command"), [(p.name, c) for p in DOCS for c in _commands(p.read_text(encoding="utf-8"))]
-)
+def _yaml_blocks(page):
+    return re.findall(r"```yaml\n(.*?)```", (README.parent / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
+
+
+COMMANDS_OF_DOCS = [(p.name, c) for p in DOCS for c in _commands(p.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS_OF_DOCS)
 def test_commands_of_the_docs_have_their_options(page, command):
     import typer
 

@@ -12,7 +12,7 @@ import pytest
 
 from dart_eval.evaluation.evaluate import _perplexity_stderr
 from dart_eval.results.record import SCHEMA, Metric, Record
-from dart_eval.results.tables import render, rows, tables
+from dart_eval.results.tables import labels, render, rows, tables
 
 ROW_KEYS = {
     "model", "method", "params", "sparsity", "scope", "task", "metric", "value", "stderr", "n", "effective_sparsity",
@@ -187,7 +187,7 @@ def test_every_metric_has_a_table(metric, title):
 
 
 def test_tex_escapes_percent_and_underscore():
-    text = render([record()], "tex")
+    text = render([record()], "tex").replace("{%\n", "{\n")  # a comment that ends a line on purpose
     for special in "%_":
         assert f"\\{special}" in text
         assert special not in text.replace(f"\\{special}", "")
@@ -275,6 +275,45 @@ def test_cells_that_differ_in_a_setting_of_the_run_can_be_told_apart():
     second.inputs["seed"] = 1
     quality = tables([first, second])[0]
     assert [row[quality.columns.index("method")] for row in quality.body] == ["dart (seed=0)", "dart (seed=1)"]
+
+
+def told_apart(*changes, **options):
+    """Labels of cells of one method whose inputs are changed."""
+    made = [record(key=f"k{i}") for i in range(len(changes))]
+    for r, change in zip(made, changes, strict=True):
+        r.inputs.update(change)
+    return list(labels(made, **options).values())
+
+
+@pytest.mark.parametrize(("name", "first", "second"), [
+    ("scope", "scored", "generated"), ("execution", "masked", "sliced"), ("execution", None, "masked"),
+])  # fmt: skip
+def test_cells_that_differ_in_scope_or_execution_are_told_apart(name, first, second):
+    assert told_apart({name: first}, {name: second}) == [
+        f"dart ({name}={first or 'default'})", f"dart ({name}={second})",
+    ]  # fmt: skip
+
+
+def test_cells_that_differ_in_versions_are_told_apart_by_what_differs():
+    old, new = {"torch": "2.1", "lm_eval": "0.4"}, {"torch": "2.2", "lm_eval": "0.4"}
+    assert told_apart({"versions": old}, {"versions": new}) == ["dart (torch=2.1)", "dart (torch=2.2)"]
+    assert told_apart({"versions": None}, {"versions": new}) == ["dart (lm_eval=none)", "dart (lm_eval=0.4)"]
+    assert told_apart({"versions": old}, {"versions": dict(reversed(old.items()))}) == ["dart"] * 2
+
+
+def test_no_more_packages_are_named_than_it_takes():
+    made = [{"torch": "2.1", "lm_eval": "0.4", "datasets": "3"}, {"torch": "2.2", "lm_eval": "0.5", "datasets": "3"},
+            {"torch": "2.2", "lm_eval": "0.5", "datasets": "4"}]  # fmt: skip
+    assert told_apart(*({"versions": v} for v in made)) == [
+        "dart (datasets=3 lm_eval=0.4)", "dart (datasets=3 lm_eval=0.5)", "dart (datasets=4 lm_eval=0.5)",
+    ]  # fmt: skip
+
+
+def test_a_setting_that_follows_from_the_task_can_be_left_out():
+    cells = [{"limit": 100}, {"limit": 64, "task": "xsum"}]
+    assert told_apart(*cells) == ["dart (limit=100)", "dart (limit=64)"]
+    assert told_apart(*cells, by_task=True) == ["dart", "dart"]
+    assert told_apart(*cells, {"limit": 10, "task": "xsum"}, by_task=True)[1:] == ["dart (limit=64)", "dart (limit=10)"]
 
 
 def test_every_table_names_the_model():

@@ -18,6 +18,7 @@ RUN_SETTINGS = (
     "dtype", "device", "num_fewshot", "limit", "seed", "max_length", "chunk", "chat_template", "cue", "batch_size",
 )  # fmt: skip
 HASHES = ("calibration", "code", "method_code")  # told apart by their first digits
+NAMED = ("scope", "execution", *RUN_SETTINGS, *HASHES)  # what a label says beside method and parameters
 # Tables of quality: title, and the metrics that are its columns. Any other metric goes to a table of its own.
 QUALITY = (
     ("Accuracy", ("acc", "acc_norm", "exact_match", "em", "f1", "mcc")),
@@ -83,12 +84,19 @@ def _model_column(records: Sequence[Record]) -> bool:
     return len({r.inputs["model"]["name"] for r in records}) > 1
 
 
-def labels(records: Sequence[Record]) -> dict[str, str]:
+def labels(records: Sequence[Record], by_task: bool = False) -> dict[str, str]:
     """A label per cell key: the method's name, and whatever else tells two cells of the table apart.
 
     Parameters where one name stands for several settings; settings of the run where the records differ in them.
+
+    by_task: settings only where cells of one task differ in them (each task may have a limit of its own).
     """
-    differing = [s for s in (*RUN_SETTINGS, *HASHES) if len({json.dumps(r.inputs.get(s)) for r in records}) > 1]
+    apart: set[str] = set()
+    packages: list[str] = []
+    for group in _by_task(records) if by_task else [records]:
+        apart |= {s for s in NAMED if len({json.dumps(r.inputs.get(s)) for r in group}) > 1}
+        packages += _moved_packages(group)
+    differing, moved = [s for s in NAMED if s in apart], list(dict.fromkeys(packages))
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
     same_name = len(models) > len({name for name, _ in models})  # other weights or another revision
     variants: dict[str, list[dict[str, Any]]] = {}
@@ -100,12 +108,36 @@ def labels(records: Sequence[Record]) -> dict[str, str]:
         name, params = r.inputs["method"], r.inputs["params"]
         names = sorted({k for v in variants[name] for k in v if any(v.get(k) != w.get(k) for w in variants[name])})
         label = ":".join([name, *(f"{k}={_plain(params.get(k))}" for k in names)])
-        settings = " ".join(f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in differing)
+        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in differing]
+        settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
         if same_name:
             which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
-            settings = f"model={str(which)[:8]} {settings}".strip()
-        found[r.key] = f"{label} ({settings})" if settings else label
+            settings.insert(0, f"model={str(which)[:8]}")
+        found[r.key] = f"{label} ({' '.join(settings)})" if settings else label
     return found
+
+
+def _by_task(records: Sequence[Record]) -> list[list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for r in records:
+        groups.setdefault(str(r.inputs["task"]), []).append(r)
+    return list(groups.values())
+
+
+def _moved_packages(records: Sequence[Record]) -> list[str]:
+    """As few packages as tell the records' versions apart."""
+    versions = [r.inputs.get("versions") or {} for r in records]
+    moved = [n for n in sorted({n for v in versions for n in v}) if len({v.get(n) for v in versions}) > 1]
+    moved.sort(key=lambda n: -len({v.get(n) for v in versions}))
+    chosen: list[str] = []
+
+    def kinds(names: Sequence[str]) -> int:
+        return len({tuple(v.get(n) for n in names) for v in versions})
+
+    for name in moved:
+        if kinds([*chosen, name]) > kinds(chosen):
+            chosen.append(name)
+    return chosen
 
 
 def _plain(value: Any) -> str:

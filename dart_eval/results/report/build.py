@@ -9,7 +9,6 @@ from markupsafe import Markup
 
 from dart_eval.results.report import charts, cost, head, page, quality, rows
 from dart_eval.results.report.cells import Cells
-from dart_eval.results.report.findings import findings
 from dart_eval.results.report.samples import Samples
 from dart_eval.results.report.text import listed
 from dart_eval.results.store import Store
@@ -43,7 +42,8 @@ def build(store: Store, title: str | None = None, documents: int = 50) -> Report
     table = rows.body(cells)
     context = {
         "title": title or f"Pruning evaluation of {listed(cells.models, 4)}",
-        "facts": head.facts(cells), "warnings": head.warnings(cells, samples.unread), "findings": findings(cells),
+        "facts": head.facts(cells), "warnings": head.warnings(cells, samples.unread),
+        "findings": samples.findings.made(),
         "cells": len(cells.records), "models": models, "several_models": len(models) > 1,
         "styles": cells.styles, "key": drawn.key,
         "has_dense": len(cells.pruned) < len(cells.records), "has_pruned": bool(cells.pruned),

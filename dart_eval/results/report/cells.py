@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dart_eval.results.outcomes import DENSE, PRIMARY
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.report.text import finite, sparsity
 from dart_eval.results.tables import labels
 
-DENSE = "dense"
-PRIMARY = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a task's one number
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
 # Cells that agree in these asked one model the same questions: the dense one of them is what others are held against.
 QUESTION = (
@@ -40,8 +39,8 @@ class Cells:
 
     @functools.cached_property
     def labels(self) -> dict[str, str]:
-        """Key -> the cell's name without its sparsity."""
-        return labels(self.records)
+        """Key -> the cell's name without its sparsity, and without what only follows from its task."""
+        return labels(self.records, by_task=True)
 
     @functools.cached_property
     def styles(self) -> dict[str, int]:
@@ -66,21 +65,30 @@ class Cells:
 
     def dense(self, record: Record) -> Record | None:
         """The dense cell that was asked the same, best of the same code and versions."""
-        wanted = _asked(record)
-        found = [r for r in self.records if r.inputs["method"] == DENSE and _asked(r) == wanted]
+        found = self._dense.get(question(record), [])
         exact = [r for r in found if all(r.inputs.get(b) == record.inputs.get(b) for b in BUILD)]
         return next(iter(exact or found), None)
 
+    @functools.cached_property
+    def _dense(self) -> dict[str, list[Record]]:
+        found: dict[str, list[Record]] = {}
+        for r in self.records:
+            if r.inputs["method"] == DENSE:
+                found.setdefault(question(r), []).append(r)
+        return found
 
-def _asked(record: Record) -> str:
+
+def question(record: Record) -> str:
+    """What was asked of which model, apart from how it was pruned: cells that agree in it can be compared."""
     return json.dumps([record.inputs.get(k) for k in QUESTION], sort_keys=True, default=str)
 
 
 def main_metrics(record: Record) -> list[Metric]:
     """The one number of each task that was asked for: members of groups stay out."""
     chosen: dict[str, Metric] = {}
+    order = {name: i for i, name in enumerate(PRIMARY)}
     own = [m for m in record.metrics if m.part_of is None]
-    for m in sorted(own, key=lambda m: PRIMARY.index(m.metric) if m.metric in PRIMARY else len(PRIMARY)):
+    for m in sorted(own, key=lambda m: order.get(m.metric.partition(",")[0], len(order))):
         if m.higher_is_better is not None:
             chosen.setdefault(m.task, m)
     return [chosen[task] for task in sorted(chosen)]
