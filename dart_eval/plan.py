@@ -30,7 +30,7 @@ from dart_eval.pruning.session import check_sparsity
 SCOPE = "scored"
 PACKAGE = Path(__file__).parent
 # Code whose change may change a number. Keys of finished cells change with it.
-NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "pruning", "evaluation", "executors/local.py")
+NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "models.py", "pruning", "evaluation", "executors/local.py")
 
 
 @dataclass(frozen=True)

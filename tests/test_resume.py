@@ -242,7 +242,11 @@ def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(folder, tmp_p
         *(program, "run", "--model", folder, "--output", str(tmp_path / "out")),
         *("--tasks", "smoke_summary", "--method", "dense", "--limit", "30", "--batch-size", "1"),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts its background jobs with SIGINT ignored, and a child inherits that: not in this test.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not any(p.stat().st_size for p in (tmp_path / "out" / "partial").glob("*")):
         assert process.poll() is None
         time.sleep(0.01)
