@@ -7,10 +7,16 @@ step 9 (rounding) is `keep_counts`, which, unlike the published code, meets the 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+
+from dart_eval.errors import UserError
 
 ALLOCATIONS = ("uniform", "depth")
+TABLE = "table:"  # and the file of a saved allocation
+TABLE_TOLERANCE = 0.005  # of the mean keep ratio: published tables are rounded to four digits
 
 EARLY_SHARE, LATE_SHARE = 0.30, 0.15  # w_e, w_l: shares of the depth that count as early and late
 EARLY_FACTOR, LATE_FACTOR = 0.25, 0.35  # alpha, beta: how far the first and the last layer are protected
@@ -81,15 +87,91 @@ def keep_counts(ratios: Sequence[float], sizes: Sequence[int], sparsity: float) 
     Returns:
         [L] counts with sum = round((1 - sparsity) * sum(sizes)), each between 0 and its layer's size.
     """
-    target = round((1.0 - sparsity) * sum(sizes))
+    exact = [r * n for r, n in zip(ratios, sizes, strict=True)]
+    return exact_counts(exact, sizes, round((1.0 - sparsity) * sum(sizes)))
+
+
+def exact_counts(wanted: Sequence[float], most: Sequence[int], total: int) -> list[int]:
+    """Whole numbers near `wanted`, between 0 and `most`, that sum to `total` (at most sum(most))."""
+    if not 0 <= total <= sum(most):
+        raise ValueError(f"{total} does not fit between 0 and {sum(most)}")
     # 1e-9: (1 - 0.7) * 10 is 3.0000000000000004 or 2.9999999999999996 by luck; a whole number stays whole.
-    exact = [min(r * n, n) for r, n in zip(ratios, sizes, strict=True)]
+    exact = [max(0.0, min(w, n)) for w, n in zip(wanted, most, strict=True)]
     counts = [math.floor(e + 1e-9) for e in exact]
-    # Ratios that miss the budget (clipped at their bounds) need more than one pass; good ones need one.
-    while (missing := target - sum(counts)) != 0:
+    # What misses the total by much (ratios clipped at their bounds) needs more than one pass; good ones need one.
+    while (missing := total - sum(counts)) != 0:
         step = 1 if missing > 0 else -1
-        open_layers = [i for i, n in enumerate(sizes) if (counts[i] < n if step > 0 else counts[i] > 0)]
+        open_layers = [i for i, n in enumerate(most) if (counts[i] < n if step > 0 else counts[i] > 0)]
         open_layers.sort(key=lambda i: (step * (counts[i] - exact[i]), i))
         for i in open_layers[: abs(missing)]:
             counts[i] += step
     return counts
+
+
+def two_stage_counts(
+    ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float, matrices: int
+) -> tuple[list[int], list[int]]:
+    """Neurons of every layer that the mask keeps, and those of them that a token picks.
+
+    The first `matrices`-th of an FFN's weights (the gate, or up in a plain FFN) is read for the mask's neurons, the
+    rest for the picked ones: weights read = (c_mask + (m - 1) c_picked) / m = 1 - sparsity, met to the neuron.
+
+    Args:
+        ratios: [L] weights read of every layer, mean 1 - sparsity.
+        spread: c_mask as a multiple of the weights read; 1 is a mask alone (every neuron of it is picked).
+        matrices: m, 3 for gated FFNs and 2 for plain ones.
+    """
+    rest, everything = matrices - 1, sum(sizes)
+    kept = round((1.0 - sparsity) * everything)
+    budget = matrices * kept  # in rows of one matrix
+    masked = min(everything, budget, round(spread * kept))  # at `budget` nothing is left to pick
+    masked = max(kept, masked - (masked - budget) % rest)  # so that the rest divides among its matrices
+    wanted = [min(spread * r, 1.0) * n for r, n in zip(ratios, sizes, strict=True)]
+    mask = exact_counts(wanted, sizes, masked)
+    left = [(matrices * r * n - w) / rest for r, n, w in zip(ratios, sizes, wanted, strict=True)]
+    return mask, exact_counts(left, mask, (budget - masked) // rest)
+
+
+def read_table(path: str | Path) -> list[float]:
+    """[L] keep ratios of a saved allocation (`write_table`).
+
+    Raises:
+        UserError: the file cannot be read, or holds no ratios.
+    """
+    remedy = "write one with `dart-eval trace --save-allocation FILE`"
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"allocation table {path} cannot be read ({getattr(error, 'strerror', None) or error})", remedy
+        ) from None
+    ratios = data.get("keep") if isinstance(data, dict) else None
+    if (
+        not isinstance(ratios, list)
+        or not ratios
+        or not all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios)
+    ):
+        raise UserError(f"{path} is no allocation table: it needs `keep`, a list of ratios in [0, 1]", remedy)
+    return [float(r) for r in ratios]
+
+
+def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
+    """Save keep ratios, with what made them, for `allocation=table:FILE`."""
+    text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def check_table(ratios: Sequence[float], layers: int, sparsity: float) -> None:
+    """Refuse a table that was made for another model or sparsity.
+
+    Raises:
+        UserError: it has another number of layers, or another mean.
+    """
+    if len(ratios) != layers:
+        raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")
+    mean = sum(ratios) / layers
+    if abs(mean - (1 - sparsity)) > TABLE_TOLERANCE:
+        raise UserError(
+            f"the allocation table keeps {mean:.3f} of the neurons, sparsity {sparsity:g} keeps {1 - sparsity:.3f}",
+            f"run it at --sparsity {1 - mean:.3g}, or make a table for {sparsity:g}",
+        )

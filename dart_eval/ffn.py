@@ -87,14 +87,19 @@ class FFN:
     width: int
     scale: float = 1.0
 
-    def intermediate(self, x: Tensor) -> Tensor:
-        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """a = act(gate x) and u = up x, each [..., F]; of a plain FFN act(up x) and None."""
         if self.gate is not None:
-            return self.act(self.gate(x)) * self.up(x)
+            return self.act(self.gate(x)), self.up(x)
         if self.fused:
             gate, up = self.up(x).chunk(2, dim=-1)
-            return self.act(gate) * up
-        return self.act(self.up(x))
+            return self.act(gate), up
+        return self.act(self.up(x)), None
+
+    def intermediate(self, x: Tensor) -> Tensor:
+        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
+        a, u = self.parts(x)
+        return a if u is None else a * u
 
     def input_weights(self) -> list[Tensor]:
         """The matrices that make h, each [F, D] (gate and up, or up alone)."""
@@ -144,6 +149,28 @@ def _get(module: Any, path: str) -> Any:
 
 def _first(layer: nn.Module, paths: tuple[str, ...]) -> Any:
     return next((m for p in paths if (m := _get(layer, p)) is not None), None)
+
+
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm between the last layer and the output head, if the model has one."""
+    return _first(decoder(model), FINAL_NORMS)
+
+
+def gain(norm: nn.Module | None, width: int) -> Tensor:
+    """[D] fp32: the elementwise factor of a norm, read off its response to +1, -1, +1 ... (ones without a norm).
+
+    Such a vector has mean 0 and mean square 1, so that RMS and layer norms alike answer with their factor alone.
+    """
+    if norm is None:
+        return torch.ones(width)
+    weight = next(norm.parameters(), None)
+    probe = 1.0 - 2.0 * (torch.arange(width) % 2).float()
+    x = probe if weight is None else probe.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        return ((norm(x) - norm(-x)) / 2).float().cpu() * probe
 
 
 def decoder(model: nn.Module) -> nn.Module:
@@ -205,6 +232,18 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """
     if model in _FOUND:
         return _FOUND[model]
+    ffns = describe(model)
+    _verify(model, ffns)
+    _FOUND[model] = ffns
+    return ffns
+
+
+def describe(model: nn.Module) -> list[FFN]:
+    """The FFN of every layer by the table alone: for a model that cannot run, since it has no weights.
+
+    Raises:
+        UserError: the family is unknown.
+    """
     ffns = []
     for index, layer in enumerate(decoder_layers(model)):
         ffn = _describe(layer, index)
@@ -215,8 +254,6 @@ def find_ffns(model: nn.Module) -> list[FFN]:
                 "dense gated or plain FFNs are supported; mixtures of experts are not",
             )
         ffns.append(ffn)
-    _verify(model, ffns)
-    _FOUND[model] = ffns
     return ffns
 
 

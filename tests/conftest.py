@@ -108,6 +108,13 @@ def cache_of(output):
 # A detector that sees drift in every window, so that masks do change
 RESTLESS = {"window": 3, "sigma": -1000.0, "floor": -3.0, "patience": 1, "cooldown": 0, "min_windows": 1, "ring": 5}
 
+# Every way to renew a mask, often enough to be seen in a test.
+RENEWED = [
+    ("griffin", {}), ("dart", {}), ("dart", RESTLESS), ("dart", {**RESTLESS, "memory": "running", "reference": "kept"}),
+    ("dart-code", {**RESTLESS, "dense_tokens": 2}), ("dart-plus", {**RESTLESS, "every": 4}),
+    ("dart", {**RESTLESS, "aggregate": "ema", "skip_first": True, "score": "max"}),
+]  # fmt: skip
+
 
 class RandomCalibration(TextCalibration):
     """Random tokens instead of a text."""

@@ -1,4 +1,7 @@
-"""Activation statistics of a calibration text, for static methods. Computed once, when a method asks."""
+"""What methods may know of a model before any prompt: activations on a text, projections onto the vocabulary.
+
+Computed once, when a method asks.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, find_ffns
+from dart_eval.pruning.scores import Projection, project
 
 DEFAULT_TEXT = Path(__file__).parent.parent / "data" / "calibration.txt"
 SEGMENT = 512  # tokens per forward: long enough for context, short enough for memory
@@ -22,6 +26,7 @@ class TextCalibration:
         self.model, self.tokenizer = model, tokenizer
         self.path = Path(path) if path is not None else DEFAULT_TEXT
         self._energy: list[Tensor] | None = None
+        self._projection: list[Projection] | None = None
 
     @property
     def ffns(self) -> list[FFN]:
@@ -33,6 +38,12 @@ class TextCalibration:
         if self._energy is None:
             self._energy = self._measure()
         return self._energy
+
+    def projection(self) -> list[Projection]:
+        """Per layer, what its neurons write to the vocabulary. A matrix product of the size of FFNs x vocabulary."""
+        if self._projection is None:
+            self._projection = project(self.model, self.ffns)
+        return self._projection
 
     def _measure(self) -> list[Tensor]:
         if self.tokenizer is None:

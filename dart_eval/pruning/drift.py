@@ -31,6 +31,7 @@ class DriftConfig:
         cooldown: windows after an alarm in which nothing is flagged.
         min_windows: with fewer prompt windows sigma is not trusted and the margin is `floor`; with none, the
             detector stays silent.
+        skip_first: the first token of the prompt (a sink with outlying activations) is no part of the reference.
         recent: windows that make the new reference after a re-mask; mu and sigma stay the prompt's.
     """
 
@@ -41,6 +42,7 @@ class DriftConfig:
     cooldown: int = 2
     min_windows: int = 4
     recent: int = 2
+    skip_first: bool = True
 
 
 class DriftDetector:
@@ -58,6 +60,8 @@ class DriftDetector:
         self.position = 0  # decoded tokens in the current window; the same for all, since they decode together
         self.reference = torch.zeros(batch, width, device=device)
         self.threshold = torch.full((batch,), -torch.inf, device=device)
+        self.mean = torch.full((batch,), torch.nan, device=device)  # mu of the prompt's windows
+        self.deviation = torch.full((batch,), torch.nan, device=device)  # their sigma, where there are two or more
         self.pressure = torch.zeros(batch, dtype=torch.long, device=device)
         self.cooling = torch.zeros(batch, dtype=torch.long, device=device)
         self.recent = torch.zeros(batch, config.recent, width, device=device)
@@ -96,10 +100,13 @@ class DriftDetector:
             if not len(windows):
                 continue
             similarity = cosine_similarity(windows, self.reference[row][None], dim=-1)
+            self.mean[row] = similarity.mean()
             margin = config.floor
+            if len(windows) >= 2:
+                self.deviation[row] = similarity.std()
             if len(windows) >= max(config.min_windows, 2):
-                margin = max(config.sigma * float(similarity.std()), config.floor)
-            self.threshold[row] = similarity.mean() - margin
+                margin = max(config.sigma * float(self.deviation[row]), config.floor)
+            self.threshold[row] = self.mean[row] - margin
         self.position = 0
         for tensor in (self.window_sum, self.fill, self.pressure, self.cooling):
             tensor.zero_()
@@ -108,11 +115,12 @@ class DriftDetector:
         """Tokens that `update` can take until the current window closes."""
         return self.config.window - self.position
 
-    def update(self, a: Tensor, valid: Tensor) -> Tensor:
+    def update(self, a: Tensor, valid: Tensor, hold: Tensor | None = None) -> Tensor:
         """Add decoded tokens, at most up to the end of the current window.
 
         Args:
             a: [B, T, D], T <= room(). valid: [B, T] bool, False for padding after a sequence's end.
+            hold: [B] bool, sequences of which no window is flagged now (they run dense after an alarm).
 
         Returns:
             [B] bool, the sequences whose alarm has just been raised.
@@ -129,6 +137,8 @@ class DriftDetector:
         shifted = torch.cat([self.recent[:, 1:], mean[:, None]], dim=1)
         self.recent = torch.where(full[:, None, None], shifted, self.recent)
         cooling = self.cooling > 0
+        if hold is not None:
+            full = full & ~hold
         flagged = full & ~cooling & (self.signal < self.threshold)
         self.pressure = torch.where(
             full & ~cooling,

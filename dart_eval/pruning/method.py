@@ -6,24 +6,27 @@ Shapes: L layers, B sequences, T tokens, F neurons of a layer, D model width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from dart_eval.allocation import ALLOCATIONS
+from dart_eval.allocation import ALLOCATIONS, TABLE, read_table
 from dart_eval.errors import UserError, nearest
 from dart_eval.ffn import FFN
 from dart_eval.pruning.drift import DriftConfig
+from dart_eval.pruning.scores import Projection
 
 
 @runtime_checkable
 class Calibration(Protocol):
-    """What a static method may look at before any prompt is seen."""
+    """What a method may look at before any prompt is seen."""
 
     @property
     def ffns(self) -> list[FFN]:
@@ -34,31 +37,50 @@ class Calibration(Protocol):
         """Per layer [F]: sum over the calibration text's tokens of h^2, fp32."""
         ...
 
+    def projection(self) -> list[Projection]:
+        """Per layer, what its neurons write to the vocabulary."""
+        ...
+
 
 @dataclass(frozen=True)
-class Remask:
-    """How masks are made anew after an alarm.
+class Renewal:
+    """How and when masks are made anew. Layer ratios stay as the prompt set them.
 
     Attributes:
         ring: R, how many recent FFN inputs are kept per layer and sequence.
-        blend: weight of the prompt's scores against the recent ones, both per token; 0 replaces them.
+        blend: weight of the old scores against the recent ones after an alarm, both per token; 0 replaces them.
+        every: also renew after so many tokens, alarm or not; 0 never.
+        every_blend: weight of the old scores in those steady renewals.
+        running: the old scores are those of the mask in force (an exponential average); else the prompt's.
+        dense_tokens: M > 0 takes the recent scores from the M tokens after an alarm, which run dense, instead of
+            from the ring.
+        on_alarm: an alarm renews the mask; else the detector only watches.
+        move_reference: the detector's reference moves to the recent windows with each renewal after an alarm.
     """
 
     ring: int = 24
     blend: float = 0.25
+    every: int = 0
+    every_blend: float = 0.8
+    running: bool = False
+    dense_tokens: int = 0
+    on_alarm: bool = True
+    move_reference: bool = True
 
 
 @dataclass(frozen=True)
 class DepthRule:
-    """How the `depth` allocation judges layers; the defaults are the paper's rule, False its ablations.
+    """How the `depth` allocation judges layers; the defaults are the paper's rule, the others its ablations.
 
     Attributes:
         protect: early and late layers are spared, whatever their sensitivity.
         magnitude: sensitivity weighs the change of direction by its size; else the direction alone counts.
+        residual: z is the stream after the FFN; else what the FFN adds.
     """
 
     protect: bool = True
     magnitude: bool = True
+    residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,16 +98,33 @@ class Method(ABC):
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.layer_allocation not in ALLOCATIONS:
+        if self.layer_allocation not in ALLOCATIONS and not self.layer_allocation.startswith(TABLE):
+            known = (*ALLOCATIONS, TABLE)
             raise UserError(
                 f"{self.name}: allocation {self.layer_allocation!r} is unknown",
-                nearest(self.layer_allocation, ALLOCATIONS),
+                f"{nearest(self.layer_allocation, known)} ({TABLE}FILE for a saved one)",
             )
+        for file in self.files():
+            if not Path(file).is_file():
+                raise UserError(
+                    f"{self.name}: allocation table {file} is not a file",
+                    "write one with `dart-eval trace --save-allocation FILE`",
+                )
 
     @property
     def layer_allocation(self) -> str:
-        """How the sparsity is spread over layers: `uniform` or `depth`."""
+        """How the sparsity is spread over layers: `uniform`, `depth`, or `table:FILE`."""
         return getattr(self, "allocation", "uniform")
+
+    def files(self) -> list[str]:
+        """Files that the method reads: what is in them can change its numbers."""
+        allocation = self.layer_allocation
+        return [allocation.removeprefix(TABLE)] if allocation.startswith(TABLE) else []
+
+    @functools.cached_property
+    def table(self) -> list[float] | None:
+        """[L] keep ratios of the saved allocation, or None where the allocation is none."""
+        return read_table(self.files()[0]) if self.files() else None
 
     def params(self) -> dict[str, Any]:
         """Every parameter with its value, as recorded in results."""
@@ -105,20 +144,40 @@ class StaticMethod(Method):
 class PromptMethod(Method):
     """A mask per sequence, from the tokens of its context.
 
-    The statistic must be a sum over tokens, so that chunks and padding cannot change it.
+    The statistic must be a weighted sum over tokens, so that chunks and padding cannot change it.
+
+    Attributes:
+        looks_ahead: the mask is made from the tokens that it will be used on (an oracle: no method to use, but the
+            distance that is left).
     """
 
+    looks_ahead: ClassVar[bool] = False
+
     @abstractmethod
-    def energy(self, h: Tensor, valid: Tensor) -> Tensor:
+    def energy(self, h: Tensor, weight: Tensor) -> Tensor:
         """Score of the given tokens, summed over them.
 
         Args:
             h: [B, T, F] fp32, the input of the down projection.
-            valid: [B, T] fp32, 1 for tokens that count and 0 for padding.
+            weight: [B, T] fp32, what a token counts: usually 1, and 0 for padding.
 
         Returns:
             [B, F] fp32, non-negative; higher is kept.
         """
+
+    def neuron_weights(self, calibration: Calibration) -> list[Tensor] | None:
+        """Per layer [F] fp32, a factor on a neuron's energy that no token changes; None for none."""
+        return None
+
+    @property
+    def token_decay(self) -> float | None:
+        """Of an exponential average over the context's tokens; None weighs them alike."""
+        return None
+
+    @property
+    def skips_first(self) -> bool:
+        """The first token (a sink with outlying activations) is left out of the scores."""
+        return False
 
     @property
     def depth_rule(self) -> DepthRule:
@@ -127,13 +186,25 @@ class PromptMethod(Method):
 
     @property
     def drift(self) -> DriftConfig | None:
-        """The detector's settings, or None for a method that never renews its mask."""
+        """The detector's settings, or None for a method without one."""
         return None
 
     @property
-    def remask(self) -> Remask:
-        """How a mask is made anew (used only with `drift`)."""
-        return Remask()
+    def renewal(self) -> Renewal:
+        """How a mask is made anew (used only with `drift`, or where `every` is set)."""
+        return Renewal()
+
+    @property
+    def stages(self) -> float:
+        """Neurons of the mask as a multiple of the weights read; above 1 every token picks some of them (see
+        `allocation.two_stage_counts`)."""
+        return 1.0
+
+    @property
+    def needs_ring(self) -> bool:
+        """Whether recent FFN inputs must be kept."""
+        alarms = self.drift is not None and self.renewal.on_alarm and not self.renewal.dense_tokens
+        return alarms or self.renewal.every > 0
 
 
 M = TypeVar("M", bound=Method)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.pruning.method import Method, build
-from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.methods.dart import Dart, DartCode, DartPlus
 from dart_eval.pruning.methods.dense import Dense
 from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.pruning.methods.magnitude import Magnitude
+from dart_eval.pruning.methods.oracle import Oracle
 from dart_eval.pruning.methods.random import Random
 from dart_eval.pruning.methods.wanda_sp import WandaSp
 
 log = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Dense, Random, Magnitude, WandaSp, Griffin, Dart)
+BUILT_IN: tuple[type[Method], ...] = (Dense, Random, Magnitude, WandaSp, Griffin, Dart, DartCode, DartPlus, Oracle)
 
 
 def methods() -> dict[str, type[Method]]:
@@ -50,10 +52,13 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Method:
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """`dart:allocation=uniform:window=8` -> ("dart", {"allocation": "uniform", "window": "8"})."""
-    name, *pairs = spec.strip().split(":")
+    """`dart:allocation=uniform:window=8` -> ("dart", {"allocation": "uniform", "window": "8"}).
+
+    Values may hold colons (`dart:allocation=table:FILE`): one separates parameters only where a name and "=" follow.
+    """
+    name, colon, rest = spec.strip().partition(":")
     params = {}
-    for pair in pairs:
+    for pair in re.split(r":(?=\s*\w*\s*=)", rest) if colon else []:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise UserError(f"{spec!r} is not a method", "write NAME or NAME:key=value:key=value")

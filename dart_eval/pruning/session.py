@@ -9,7 +9,8 @@ Masks are 0/1 factors on the input of the down projection, so any batch runs, ev
 
 Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding; more
 tokens on a filled cache extend the context (chunked prefill, a further turn): they run dense, are observed, and the
-masks are made anew. The evaluation sets phases itself with `context()` and `decode()`.
+masks are made anew. A cache that lost tokens since the last forward (assisted decoding, a turn rolled back) is
+refused: what was observed cannot be taken back. The evaluation sets phases itself with `context()` and `decode()`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dart_eval.allocation import keep_counts
+from dart_eval.allocation import check_table, keep_counts
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, decoder, find_ffns
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.state import SequenceState, top_k_mask
+from dart_eval.pruning.state import SequenceState
 
 Phase = Literal["off", "context", "decode"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decoding forward under a mask. read: [B] FFN weights read / all of them. mask: [B] neurons in the mask / all.
+
+    Both are fp64 on the CPU; they are equal but for methods whose tokens pick inside the mask.
+    """
+
+    read: Tensor
+    mask: Tensor
 
 
 class Session:
@@ -44,21 +58,37 @@ class Session:
         self.sparsity = sparsity if method.prunes else 0.0
         self.ffns = find_ffns(model)
         self.state: SequenceState | None = None
-        self.densities: list[Tensor] = []  # [B] per decoding forward since the last new context
-        self.events: list[dict[str, Any]] = []  # re-masks since then: step, token, sequence, signal, threshold
+        self.steps: list[Step] = []  # one per decoding forward since the last new context
+        self.events: list[dict[str, Any]] = []  # re-masks since then: step, token, sequence, cause, overlap
+        self.alarms: list[dict[str, Any]] = []  # of the detector since then: token, sequence
         self.signals: list[Tensor] = []  # [B] per detector window since then; NaN where a sequence had ended
         self.decoded = 0  # tokens per sequence since then
         self._static: list[Tensor] | None = None  # L x [1, F] bool
+        self._weights: list[Tensor] | None = None  # L x [F], a prompt method's factors on the energies
         if isinstance(method, StaticMethod):
             self._static = self._static_masks(method, calibration)
+        if isinstance(method, PromptMethod):
+            if calibration is not None:
+                self._weights = method.neuron_weights(calibration)
+            if method.table is not None:
+                check_table(method.table, len(self.ffns), sparsity)
         self._phase: Phase = "off"
         self._forced: Phase | None = None
         self._valid = torch.ones(0, 0, dtype=torch.bool)
         self._residual: Tensor | None = None  # residual stream on its way through one layer
         self._attention: Tensor | None = None  # last layer's attention output of this forward
+        self._gate: Tensor | None = None  # gate x of the layer under way, where tokens pick their neurons
+        self._up: Tensor | None = None  # up x of that layer
+        self._cached = 0  # tokens that the KV cache held after the last forward
+        self._frozen = False
         self._given_valid: Tensor | None = None
         self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether masks are made from the tokens that they are used on (an oracle)."""
+        return isinstance(self.method, PromptMethod) and self.method.looks_ahead
 
     # -- what the user reads ---------------------------------------------------------------------------------
 
@@ -70,8 +100,13 @@ class Session:
 
     @property
     def mask_sparsity(self) -> float:
-        """What the masks in force really prune, mean over sequences."""
-        return float(1 - self.density(1).mean())
+        """Neurons outside the masks in force, mean over sequences."""
+        return float(1 - self.shares(1).mask.mean())
+
+    @property
+    def weights_read(self) -> float:
+        """FFN weights that a decoded token multiplies / all FFN weights, mean over sequences."""
+        return float(self.shares(1).read.mean())
 
     @property
     def state_bytes(self) -> int:
@@ -84,14 +119,16 @@ class Session:
         """Re-masks so far, per sequence of the current batch."""
         return self.state.remasks.tolist() if self.state else []
 
-    def density(self, batch: int) -> Tensor:
-        """[B] fp64: kept neurons / all neurons that a decoding forward uses now."""
+    def shares(self, batch: int) -> Step:
+        """What a decoding forward would use now."""
         if self._static is not None:
             kept = sum(int(m.sum()) for m in self._static) / sum(f.size for f in self.ffns)
-            return torch.full((batch,), kept, dtype=torch.float64)
+            share = torch.full((batch,), kept, dtype=torch.float64)
+            return Step(share, share)
         if self.state is not None and self.state.masks is not None:
-            return self.state.density()
-        return torch.ones(batch, dtype=torch.float64)
+            return Step(self.state.weights_read(), self.state.mask_share())
+        everything = torch.ones(batch, dtype=torch.float64)
+        return Step(everything, everything)
 
     # -- what the evaluation calls ---------------------------------------------------------------------------
 
@@ -103,22 +140,40 @@ class Session:
             yield
 
     @contextmanager
-    def decode(self, valid: Tensor) -> Iterator[None]:
-        """The forward inside runs pruned under the masks in force. valid: [B, T] bool; T <= `room()`."""
-        with self._force("decode", valid):
+    def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
+        """The forward inside runs pruned under the masks in force. valid: [B, T] bool.
+
+        T <= `room()`, unless the masks are `frozen`: then nothing is observed and nothing renewed.
+        """
+        self._frozen = frozen
+        try:
+            with self._force("decode", valid):
+                yield
+        finally:
+            self._frozen = False
+
+    @contextmanager
+    def foresee(self, valid: Tensor) -> Iterator[None]:
+        """The forward inside is a dense rehearsal: the masks are made from its tokens alone. valid: [B, T] bool."""
+        if self.state is not None:
+            self.state.forget()
+        with self._force("context", valid):
             yield
 
     def no_context(self, batch: int, device: torch.device) -> None:
         """Begin new sequences that have no context: prompt methods run them dense."""
         self.state = None
         if isinstance(self.method, PromptMethod):
-            self.state = SequenceState(self.ffns, self.method, self.sparsity, batch, device)
+            self.state = self._new_state(batch, device)
             self.state.skip_context()
+
+    def _new_state(self, batch: int, device: torch.device) -> SequenceState:
+        assert isinstance(self.method, PromptMethod)
+        return SequenceState(self.ffns, self.method, self.sparsity, batch, device, self._weights)
 
     def room(self) -> int | None:
         """Tokens that may run in one decoding forward before the masks may change; None for any number."""
-        detector = self.state.detector if self.state else None
-        return detector.room() if detector else None
+        return self.state.room() if self.state else None
 
     def fork(self, state: SequenceState | None, rows: Tensor) -> None:
         """Continue from `state` (earlier `session.state`) with its sequences `rows`, repeats allowed."""
@@ -132,8 +187,9 @@ class Session:
             tokens: leave out what came after this many tokens that ran pruned.
 
         Returns:
-            `window` (tokens), `threshold` and `signal` (cosines, one per full window), `remasks` (pruned tokens
-            before each new mask).
+            `window` (tokens), `threshold` and `signal` (cosines, one per full window); `mean` and `deviation` of the
+            prompt's windows, where there were any; `alarms` (decoded tokens before each) and `remasks` (before each new
+            mask that followed one).
         """
         detector = self.state.detector if self.state else None
         if detector is None:
@@ -143,12 +199,23 @@ class Session:
         signal = [value for s in self.signals[:last] if not math.isnan(value := float(s[row]))]
         if not signal:
             return None
-        remasks = [e["token"] for e in self.events if e["sequence"] == row and (tokens is None or e["token"] <= tokens)]
-        threshold = float(detector.threshold[row])
-        return {"window": window, "threshold": threshold, "signal": signal, "remasks": remasks}
+
+        def those(events: list[dict[str, Any]]) -> list[int]:
+            mine = [e["token"] for e in events if e["sequence"] == row and e.get("cause") != "steady"]
+            return [token for token in mine if tokens is None or token <= tokens]
+
+        found = {
+            "window": window, "threshold": float(detector.threshold[row]), "signal": signal,
+            "alarms": those(self.alarms), "remasks": those(self.events),
+        }  # fmt: skip
+        for name in ("mean", "deviation"):
+            value = float(getattr(detector, name)[row])
+            if not math.isnan(value):
+                found[name] = value
+        return found
 
     def _new_log(self) -> None:
-        self.densities, self.events, self.signals, self.decoded = [], [], [], 0
+        self.steps, self.events, self.alarms, self.signals, self.decoded = [], [], [], [], 0
 
     @contextmanager
     def _force(self, phase: Phase, valid: Tensor) -> Iterator[None]:
@@ -174,6 +241,19 @@ class Session:
             )
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         past = cache.get_seq_length() if cache is not None else 0
+        if self._forced is None:
+            if self.looks_ahead:
+                raise UserError(
+                    f"{self.method.name} needs to see what is then scored, and a forward of its own does not show it",
+                    "use it with `dart-eval run` on tasks that score answers",
+                )
+            if past and past < self._cached:
+                raise UserError(
+                    f"the KV cache went back from {self._cached} to {past} tokens under prune()",
+                    "masks cannot be taken back: generate without an assistant or prompt lookup, and begin a turn that "
+                    "replaces another with a new cache",
+                )
+            self._cached = past + length
         if self._forced is not None:
             self._phase = self._forced
         else:
@@ -189,14 +269,14 @@ class Session:
                 "masks are per sequence: use greedy search or sampling (num_beams=1), with one cache per batch",
             )
         if isinstance(self.method, PromptMethod) and self.state is None:
-            self.state = SequenceState(self.ffns, self.method, self.sparsity, batch, tokens.device)
+            self.state = self._new_state(batch, tokens.device)
             if self._phase == "decode":  # the cache was filled before the session began: observe from here
                 self._phase = "context"
         if self._phase == "decode":
-            density = self.density(batch)
-            self.densities.append(density)
+            step = self.shares(batch)
+            self.steps.append(step)
             self.decoded += length
-            self._totals[0] += float((1 - density).sum()) * length
+            self._totals[0] += float((1 - step.read).sum()) * length
             self._totals[1] += batch * length
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
@@ -224,18 +304,20 @@ class Session:
             return
         if phase == "context":
             self.state.finish_context(self._valid)
-        elif self.state.detector is not None and attention is not None:
+        elif self.state.masks is not None and not self._frozen:
             detector = self.state.detector
-            alarms = self.state.monitor(attention, self._valid)
-            if detector.position == 0:
+            watching = detector is not None and attention is not None
+            changes = self.state.finish_decode(attention if watching else None, self._valid)
+            if watching and detector is not None and detector.position == 0:
                 self.signals.append(detector.signal.cpu())
-            if bool(alarms.any()):
-                for row in alarms.nonzero().flatten().tolist():
-                    self.events.append({
-                        "step": len(self.densities), "token": self.decoded, "sequence": row,
-                        "signal": float(detector.signal[row]), "threshold": float(detector.threshold[row]),
-                    })  # fmt: skip
-                self.state.remask(alarms)
+            if watching:
+                for row in self.state.alarms.nonzero().flatten().tolist():
+                    self.alarms.append({"token": self.decoded, "sequence": row})
+            for change in changes:
+                self.events.append({
+                    "step": len(self.steps), "token": self.decoded, "sequence": change.sequence,
+                    "cause": change.cause, "overlap": change.overlap,
+                })  # fmt: skip
 
     def _in_batch(self, x: Tensor) -> Tensor:
         """[B, T, ...] of what a layer may hand on as [B * T, ...] (OPT)."""
@@ -244,20 +326,34 @@ class Session:
     def _on_hidden(self, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             h = self._in_batch(args[0])
+            gate, up, self._gate, self._up = self._gate, self._up, None, None
             if self._phase == "context" and self.state is not None:
-                self.state.observe_hidden(layer, h, self._valid)
+                self.state.observe_hidden(layer, h, self._valid, up)
             elif self._phase == "decode":
-                masks = self._static if self._static is not None else (self.state and self.state.masks)
-                if masks:
-                    masked = h * masks[layer].to(h.device)[:, None]
-                    return (masked.view(args[0].shape), *args[1:])
+                if self._static is not None:
+                    masked = h * self._static[layer].to(h.device)[:, None]
+                elif self.state is not None and self.state.masks is not None:
+                    chosen = None if gate is None else self.ffns[layer].act(gate)
+                    masked = self.state.apply(layer, h, self._valid, chosen)
+                else:
+                    return None
+                return (masked.view(args[0].shape), *args[1:])
             return None
 
         return hook
 
+    def _on_gate(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        self._gate = self._in_batch(output)
+
+    def _on_up(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        self._up = self._in_batch(output)
+
+    def _on_both(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        self._gate, self._up = self._in_batch(output).chunk(2, dim=-1)
+
     def _on_input(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._phase != "off" and self.state is not None and self.state.ring is not None:
+            if self._phase != "off" and self.state is not None and self.state.ring is not None and not self._frozen:
                 self.state.ring.write(layer, self._in_batch(args[0]))
 
         return hook
@@ -298,8 +394,14 @@ class Session:
             if prompt and prompt.layer_allocation == "depth":
                 add(ffn.residual.register_forward_pre_hook(self._on_residual))
                 add(ffn.output.register_forward_hook(self._on_output(ffn.layer)))
-            if prompt and prompt.drift:
+            if prompt and prompt.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
+            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
+                if ffn.gate is not None:
+                    add(ffn.gate.register_forward_hook(self._on_gate))
+                    add(ffn.up.register_forward_hook(self._on_up))
+                elif ffn.fused:
+                    add(ffn.up.register_forward_hook(self._on_both))
         if prompt and prompt.drift:
             add(self.ffns[-1].attention.register_forward_hook(self._on_attention))
 

@@ -7,115 +7,126 @@ the batch's size or order. Padding is left out of every sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dart_eval.allocation import depth_aware, keep_counts, normalise_sensitivity
+from dart_eval.allocation import check_table, depth_aware, keep_counts, normalise_sensitivity, two_stage_counts
 from dart_eval.ffn import FFN
 from dart_eval.pruning.drift import DriftDetector
+from dart_eval.pruning.masks import pick, top_k_mask
 from dart_eval.pruning.method import PromptMethod
+from dart_eval.pruning.ring import RingBuffer
+from dart_eval.pruning.scores import decayed
 
 CHUNK_BYTES = 64 << 20  # of fp32 activations scored at a time
+FIRST_TOKEN = 1e-12  # what a token that is left out weighs: nothing beside others, all where it is alone
 
 
-def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
-    """True for the `keep[b]` largest scores of each row; ties go to the lower index.
+@dataclass(frozen=True)
+class Change:
+    """New masks of one sequence: `cause` is `alarm` or `steady`; `overlap` per layer, |old and new| / |old|."""
 
-    scores: [B, F]; keep: [B]. Returns [B, F] bool with exactly keep[b] True in row b.
-    """
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    chosen = torch.arange(scores.shape[-1], device=scores.device) < keep[:, None].to(scores.device)
-    return torch.zeros_like(chosen).scatter(-1, order, chosen)
-
-
-class RingBuffer:
-    """The last R FFN inputs of every layer and sequence: [B, R, D] per layer, in the model's dtype.
-
-    Slots are written in turn; their order does not matter, since scores are sums over them.
-    """
-
-    def __init__(self, size: int, layers: int) -> None:
-        self.size = size
-        self.slots: list[Tensor | None] = [None] * layers
-        self.valid: Tensor | None = None  # [B, R] bool
-        self.next = 0
-
-    def write(self, layer: int, x: Tensor) -> None:
-        """Store the last inputs of a forward. x: [B, T, D]; slots move on only with `advance`."""
-        slots = self.slots[layer]
-        if slots is None:
-            slots = self.slots[layer] = x.new_zeros(x.shape[0], self.size, x.shape[2])
-        slots.index_copy_(1, self._indices(x.shape[1], x.device), x[:, -self.size :].detach())
-
-    def advance(self, valid: Tensor) -> None:
-        """Close a forward whose tokens were `valid` ([B, T] bool), after all layers have written."""
-        if self.valid is None:
-            self.valid = valid.new_zeros(valid.shape[0], self.size)
-        self.valid.index_copy_(1, self._indices(valid.shape[1], valid.device), valid[:, -self.size :])
-        self.next = (self.next + min(valid.shape[1], self.size)) % self.size
-
-    def _indices(self, tokens: int, device: torch.device) -> Tensor:
-        return (torch.arange(min(tokens, self.size), device=device) + self.next) % self.size
-
-    def select(self, rows: Tensor) -> RingBuffer:
-        """An independent copy for the given sequences."""
-        new = RingBuffer(self.size, len(self.slots))
-        new.slots = [None if s is None else s[rows.to(s.device)] for s in self.slots]
-        new.valid = None if self.valid is None else self.valid[rows]
-        new.next = self.next
-        return new
-
-    def nbytes(self) -> int:
-        tensors = [t for t in [*self.slots, self.valid] if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    sequence: int
+    cause: str
+    overlap: list[float]
 
 
 class SequenceState:
     """State of B sequences under a prompt method.
 
-    Life: `observe_*` during the context's dense forward(s), `finish_context` makes the masks, `monitor` and
-    `remask` renew them between the forwards that follow.
+    Life: `observe_*` during the context's dense forward(s), `finish_context` makes the masks; then `apply` prunes and
+    `finish_decode` renews the masks between the forwards that follow.
+
+    Args:
+        ffns: layers. method: what is asked of them. sparsity: of all their weights.
+        weights: per layer [F], the method's factor on a neuron's energy; None for none.
     """
 
     def __init__(
-        self, ffns: Sequence[FFN], method: PromptMethod, sparsity: float, batch: int, device: torch.device
+        self,
+        ffns: Sequence[FFN],
+        method: PromptMethod,
+        sparsity: float,
+        batch: int,
+        device: torch.device,
+        weights: Sequence[Tensor] | None = None,
     ) -> None:
-        self.ffns, self.method, self.sparsity = ffns, method, sparsity
+        self.ffns, self.method, self.sparsity, self.weights = ffns, method, sparsity, weights
         layers = len(ffns)
         self.batch, self.device = batch, device
-        self.energy: list[Tensor | None] = [None] * layers  # [B, F] fp32: sum over context tokens
+        self.energy: list[Tensor | None] = [None] * layers  # [B, F] fp32: weighted sum over context tokens
+        self.up: list[Tensor | None] = [None] * layers  # the same sum of (up x)^2, where tokens pick neurons
         self.tokens = torch.zeros(batch, device=device)  # context tokens seen
+        self.weight = torch.zeros(batch, device=device)  # the sum of their weights
         self.cosine = torch.zeros(batch, layers)  # sum over tokens of cos(y, z), on the CPU
         self.change = torch.zeros(batch, layers)  # sum over tokens of ||z - y|| / ||y||
-        self.keep: Tensor | None = None  # [B, L] long, on the CPU
+        self.keep: Tensor | None = None  # [B, L] long, on the CPU: neurons of the mask
+        self.picked: Tensor | None = None  # [B, L] long: those of them that a token picks; None: all of them
         self.masks: list[Tensor] | None = None  # L x [B, F] bool
         self.remasks = torch.zeros(batch, dtype=torch.long)
+        self.alarms = torch.zeros(batch, dtype=torch.bool, device=device)  # raised by the last forward
+        self.since = 0  # decoded tokens since the last steady renewal; the same for all, since they decode together
+        self.dense_left = torch.zeros(batch, dtype=torch.long, device=device)  # tokens still to run dense
+        self.fresh: list[Tensor | None] = [None] * layers  # [B, F]: scores of those tokens so far
+        self.fresh_weight = torch.zeros(batch, device=device)
         drift = method.drift
-        self.ring = RingBuffer(method.remask.ring, layers) if drift else None
+        self.ring = RingBuffer(method.renewal.ring, layers) if method.needs_ring else None
         self.detector = DriftDetector(drift, batch, ffns[-1].width, device) if drift else None
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether tokens pick neurons inside the mask."""
+        return self.method.stages > 1
 
     # -- context -------------------------------------------------------------------------------------------
 
+    def _token_weights(self, valid: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the tokens of a context forward weigh [B, T] fp32, and by how much earlier sums shrink [B]."""
+        weight = valid.float()
+        shrink = None
+        if self.method.token_decay is not None:
+            weight, shrink = decayed(weight, self.method.token_decay)
+        if self.method.skips_first:
+            first = valid & (valid.long().cumsum(1) + self.tokens.long()[:, None] == 1)
+            weight = torch.where(first, weight * FIRST_TOKEN, weight)
+        return weight, shrink
+
     @torch.no_grad()
-    def observe_hidden(self, layer: int, h: Tensor, valid: Tensor) -> None:
-        """Score context tokens. h: [B, T, F], the input of the down projection; valid: [B, T] bool."""
-        valid = valid.to(h.device)
+    def observe_hidden(self, layer: int, h: Tensor, valid: Tensor, up: Tensor | None = None) -> None:
+        """Score context tokens.
+
+        h: [B, T, F], the input of the down projection; valid: [B, T] bool; up: [B, T, F], up x, where tokens pick.
+        """
+        weight, shrink = self._token_weights(valid)
+        if shrink is not None:
+            for sums in (self.energy, self.up):
+                old = sums[layer]
+                sums[layer] = None if old is None else old * shrink.to(old.device)[:, None]
+        self._add(self.energy, layer, h, valid, weight, self.method.energy)
+        if up is not None:
+            self._add(self.up, layer, up, valid, weight, _squares)
+
+    def _add(self, sums: list[Tensor | None], layer: int, x: Tensor, valid: Tensor, weight: Tensor, of: object) -> None:
+        """Add the energies of [B, T, F] values, a few tokens at a time."""
+        valid, weight, total = valid.to(x.device), weight.to(x.device), sums[layer]
         if not bool(valid.all()):  # padding may hold anything, NaN too
-            h = h.masked_fill(~valid[..., None], 0)
-        step = max(1, CHUNK_BYTES // (4 * h.shape[0] * h.shape[2]))
-        total = self.energy[layer]
-        for start in range(0, h.shape[1], step):
+            x = x.masked_fill(~valid[..., None], 0)
+        step = max(1, CHUNK_BYTES // (4 * x.shape[0] * x.shape[2]))
+        for start in range(0, x.shape[1], step):
             part = slice(start, start + step)
-            energy = self.method.energy(h[:, part].float(), valid[:, part].float())
+            energy = of(x[:, part].float(), weight[:, part])  # type: ignore[operator]
             total = energy if total is None else total + energy
-        self.energy[layer] = total
+        sums[layer] = total
 
     @torch.no_grad()
     def observe_change(self, layer: int, y: Tensor, z: Tensor, valid: Tensor) -> None:
         """How much the FFN changes the stream. y: residual entering it, z: what it adds; both [B, T, D]."""
         y, z, valid = y.float(), z.float(), valid.to(y.device)
+        if self.method.depth_rule.residual:
+            z = y + z
         cosine = cosine_similarity(y, z, dim=-1)
         change = (z - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-12)
         self.cosine[:, layer] += torch.where(valid, cosine, 0).sum(1).cpu()
@@ -123,11 +134,18 @@ class SequenceState:
 
     @torch.no_grad()
     def observe_attention(self, a: Tensor, valid: Tensor) -> None:
-        """Feed the detector. a: [B, T, D]. The first token (a sink with outlying activations) is left out."""
+        """Feed the detector. a: [B, T, D]. The first token (a sink with outlying activations) may be left out."""
         if self.detector is None:
             return
-        position = valid.long().cumsum(1) + self.tokens.long()[:, None]
-        self.detector.observe(a.to(self.device), valid & (position > 1))
+        if self.detector.config.skip_first:
+            valid = valid & (valid.long().cumsum(1) + self.tokens.long()[:, None] > 1)
+        self.detector.observe(a.to(self.device), valid)
+
+    def forget(self) -> None:
+        """Leave out of the scores what was observed so far."""
+        self.energy, self.up = [None] * len(self.ffns), [None] * len(self.ffns)
+        for name in ("tokens", "weight", "cosine", "change"):
+            setattr(self, name, torch.zeros_like(getattr(self, name)))
 
     def skip_context(self) -> None:
         """Nothing came before: no mask can be made, so these sequences run dense (and are counted so)."""
@@ -135,13 +153,19 @@ class SequenceState:
 
     def finish_context(self, valid: Tensor) -> None:
         """Close a context forward with tokens `valid` ([B, T] bool): ratios, masks, reference."""
+        weight, shrink = self._token_weights(valid)
+        self.weight = self.weight * (1 if shrink is None else shrink) + weight.sum(1)
         self.tokens += valid.sum(1)
         if self.ring is not None:
             self.ring.advance(valid)
         if self.detector is not None:
             self.detector.set_reference()
-        self.keep = torch.tensor([self._keep_counts(row) for row in range(self.batch)])
-        self._make_masks([e for e in self.energy if e is not None])
+        counts = [self._keep_counts(row) for row in range(self.batch)]
+        self.keep = torch.tensor([mask for mask, _ in counts])
+        self.picked = torch.tensor([picked for _, picked in counts]) if self.two_stage else None
+        self.since = 0
+        self.dense_left.zero_()
+        self.masks = [self._mask(i, e) for i, e in enumerate(self.energy) if e is not None]
 
     def sensitivity(self, row: int) -> list[float]:
         """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer for one sequence.
@@ -152,59 +176,173 @@ class SequenceState:
         turn = 1 - self.cosine[row] / n
         return (turn * (self.change[row] / n) if self.method.depth_rule.magnitude else turn).tolist()
 
-    def _keep_counts(self, row: int) -> list[int]:
+    def _keep_counts(self, row: int) -> tuple[list[int], list[int]]:
+        """Neurons of the mask and those that a token picks, per layer."""
         sizes = [f.size for f in self.ffns]
         if float(self.tokens[row]) == 0:
-            return sizes  # nothing seen, so nothing can be chosen: this sequence runs dense, and is counted so
-        if self.method.layer_allocation == "depth":
+            return sizes, sizes  # nothing seen, so nothing can be chosen: this sequence runs dense, and is counted so
+        if self.method.table is not None:
+            ratios = self.method.table
+            check_table(ratios, len(sizes), self.sparsity)
+        elif self.method.layer_allocation == "depth":
             normalised = normalise_sensitivity(self.sensitivity(row))
             ratios = depth_aware(normalised, self.sparsity, self.method.depth_rule.protect)
         else:
             ratios = [1 - self.sparsity] * len(sizes)
-        return keep_counts(ratios, sizes, self.sparsity)
+        if self.two_stage:
+            return two_stage_counts(ratios, sizes, self.sparsity, self.method.stages, self.ffns[0].matrices)
+        counts = keep_counts(ratios, sizes, self.sparsity)
+        return counts, counts
 
-    def _make_masks(self, scores: list[Tensor]) -> None:
+    def _mask(self, layer: int, scores: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The mask of the best neurons of a layer. scores: [b, F] of the sequences `rows` (indices; None: all)."""
         assert self.keep is not None
-        self.masks = [top_k_mask(s, self.keep[:, i]) for i, s in enumerate(scores)]
+        if self.weights is not None:
+            scores = scores * self.weights[layer].to(scores.device)
+        keep = self.keep if rows is None else self.keep[rows.cpu()]
+        return top_k_mask(scores, keep[:, layer])
 
     # -- decoding ------------------------------------------------------------------------------------------
 
-    def density(self) -> Tensor:
-        """[B] fp64 on the CPU: kept neurons / all neurons under the masks in force."""
-        assert self.keep is not None
-        return self.keep.double().sum(1) / sum(f.size for f in self.ffns)
+    @property
+    def dense_now(self) -> Tensor:
+        """[B] bool: sequences that run dense because they gather scores after an alarm."""
+        return self.dense_left > 0
 
-    def monitor(self, a: Tensor, valid: Tensor) -> Tensor:
-        """Close a decoding forward. a: [B, T, D] attention output; returns [B] bool, the alarms raised."""
-        assert self.ring is not None and self.detector is not None
-        self.ring.advance(valid)
-        return self.detector.update(a.to(self.device), valid)
+    def mask_share(self) -> Tensor:
+        """[B] fp64 on the CPU: neurons of the masks in force / all neurons."""
+        assert self.keep is not None
+        share = self.keep.double().sum(1) / sum(f.size for f in self.ffns)
+        return torch.where(self.dense_now.cpu(), 1.0, share)
+
+    def weights_read(self) -> Tensor:
+        """[B] fp64 on the CPU: FFN weights that a decoded token multiplies / all FFN weights."""
+        share = self.mask_share()
+        if self.picked is None:
+            return share
+        m = self.ffns[0].matrices
+        picked = self.picked.double().sum(1) / sum(f.size for f in self.ffns)
+        return torch.where(self.dense_now.cpu(), 1.0, (share + (m - 1) * picked) / m)
+
+    def room(self) -> int | None:
+        """Tokens that may run in one forward before a mask may change; None for any number."""
+        limits = [self.detector.room()] if self.detector is not None else []
+        if self.method.renewal.every:
+            limits.append(self.method.renewal.every - self.since)
+        if bool(self.dense_now.any()):
+            limits.append(int(self.dense_left[self.dense_now].min()))
+        return min(limits, default=None)
 
     @torch.no_grad()
-    def remask(self, rows: Tensor) -> None:
-        """Make new masks for the sequences `rows` ([B] bool) from the ring buffer; their ratios stay.
+    def apply(self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None = None) -> Tensor:
+        """h without the neurons that are pruned.
 
-        Scores per token, blended: w * prompt + (1 - w) * recent.
+        h: [B, T, F], the input of the down projection; gate: [B, T, F], act(gate x), where tokens pick (of a plain FFN
+        None: h itself tells).
         """
-        assert (
-            self.ring is not None and self.masks is not None and self.keep is not None and self.ring.valid is not None
-        )
+        if self.masks is None:
+            return h
+        dense = self.dense_now.to(h.device)
+        if bool(dense.any()):
+            counted = valid.to(h.device) & dense[:, None]
+            self._add(self.fresh, layer, h, counted, counted.float(), self.method.energy)
+        mask = self.masks[layer].to(h.device)
+        if self.picked is None:
+            kept = mask[:, None]
+        else:
+            score = h.float().abs() if gate is None else gate.float().abs() * self._up_norm(layer)[:, None]
+            kept = pick(score, mask, self.picked[:, layer])
+        return h * (kept | dense[:, None, None])
+
+    def _up_norm(self, layer: int) -> Tensor:
+        """[B, F] root of the mean square of up x, up to a factor per sequence."""
+        sums = self.up[layer]
+        assert sums is not None
+        return sums.sqrt()
+
+    def finish_decode(self, attention: Tensor | None, valid: Tensor) -> list[Change]:
+        """Close a decoding forward: ask the detector, renew what is due.
+
+        attention: [B, T, D] attention output of the last layer, where there is a detector. valid: [B, T] bool.
+        """
+        renewal = self.method.renewal
+        none = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+        if self.ring is not None:
+            self.ring.advance(valid)
+        alarms = ended = none
+        if self.detector is not None and attention is not None:
+            self.alarms = self.detector.update(attention.to(self.device), valid, self.dense_now)
+            alarms = self.alarms if renewal.on_alarm else none
+        if bool(self.dense_now.any()):
+            self.fresh_weight += torch.where(self.dense_now, valid.sum(1), 0)
+            left = (self.dense_left - valid.sum(1)).clamp_min(0)
+            ended = self.dense_now & (left == 0)
+            self.dense_left = torch.where(self.dense_now, left, self.dense_left)
+        if renewal.dense_tokens and bool(alarms.any()):
+            self.dense_left = self.dense_left.masked_fill(alarms, renewal.dense_tokens)
+            self.fresh_weight = self.fresh_weight.masked_fill(alarms, 0.0)
+            self.fresh = [None if f is None else f.masked_fill(alarms.to(f.device)[:, None], 0.0) for f in self.fresh]
+            alarms = none
+        due = none
+        if renewal.every:
+            self.since += valid.shape[1]
+            if self.since >= renewal.every:
+                self.since, due = 0, valid[:, -1] & ~alarms  # not for sequences that ended before
+        changes = self.remask(alarms, "alarm") + self.remask(due, "steady")
+        return changes + self.remask(ended, "alarm", dense=True)
+
+    @torch.no_grad()
+    def remask(self, rows: Tensor, cause: str = "alarm", dense: bool = False) -> list[Change]:
+        """Make new masks for the sequences `rows` ([B] bool); their ratios stay.
+
+        Scores per token, blended: w * old + (1 - w) * recent, recent being the ring's tokens, or those that ran
+        `dense` after the alarm.
+        """
+        if not bool(rows.any()):
+            return []
+        renewal = self.method.renewal
+        assert self.masks is not None and self.keep is not None
         chosen = rows.nonzero().squeeze(1)
-        w = self.method.remask.blend
-        valid = self.ring.valid[chosen].float()
-        for i, ffn in enumerate(self.ffns):
-            x, energy = self.ring.slots[i], self.energy[i]
-            assert x is not None and energy is not None
-            at = chosen.to(x.device)
-            h = ffn.intermediate(x[at]).float()
-            recent = self.method.energy(h, valid.to(h.device)) / valid.sum(1, keepdim=True).clamp_min(1).to(h.device)
-            prompt = energy[at] / self.tokens[chosen].clamp_min(1)[:, None].to(h.device)
-            new = top_k_mask(w * prompt + (1 - w) * recent, self.keep[chosen.cpu(), i])
-            # A new tensor, not a write: states copied with `select` may share the old one.
+        w = renewal.blend if cause == "alarm" else renewal.every_blend
+        overlaps = []
+        old_weight = self.weight[chosen].clamp_min(FIRST_TOKEN)[:, None]
+        for i in range(len(self.ffns)):
+            energy = self.energy[i]
+            assert energy is not None
+            at = chosen.to(energy.device)
+            recent, up = self._recent(i, chosen, dense)
+            scores = w * energy[at] / old_weight.to(energy.device) + (1 - w) * recent
+            new = self._mask(i, scores, chosen)
+            old = self.masks[i][at]
+            overlaps.append(((old & new).sum(1) / old.sum(1).clamp_min(1)).tolist())
+            # New tensors, not writes: states copied with `select` may share the old ones.
             self.masks[i] = self.masks[i].index_copy(0, at, new)
-        if self.detector is not None:
+            if renewal.running:  # as sums again, so that a further turn of the context adds to them
+                self.energy[i] = energy.index_copy(0, at, scores * old_weight.to(energy.device))
+            sums = self.up[i]
+            if sums is not None and up is not None:
+                weight = old_weight.to(sums.device)
+                self.up[i] = sums.index_copy(0, at, w * sums[at] + (1 - w) * up * weight)
+        if self.detector is not None and cause == "alarm" and renewal.move_reference:
             self.detector.rebase(rows)
         self.remasks[chosen.cpu()] += 1
+        return [Change(row, cause, [layer[k] for layer in overlaps]) for k, row in enumerate(chosen.tolist())]
+
+    def _recent(self, layer: int, chosen: Tensor, dense: bool) -> tuple[Tensor, Tensor | None]:
+        """Per-token scores [b, F] of the recent tokens of the chosen sequences, and mean squares of up x."""
+        if dense:
+            fresh = self.fresh[layer]
+            assert fresh is not None
+            at = chosen.to(fresh.device)
+            return fresh[at] / self.fresh_weight[chosen].clamp_min(1)[:, None].to(fresh.device), None
+        assert self.ring is not None and self.ring.valid is not None
+        x, valid = self.ring.slots[layer], self.ring.valid[chosen].float()
+        assert x is not None
+        a, u = self.ffns[layer].parts(x[chosen.to(x.device)])
+        h, valid = (a if u is None else a * u).float(), valid.to(x.device)
+        count = valid.sum(1, keepdim=True).clamp_min(1)
+        up = _squares(u.float(), valid) / count if self.two_stage and u is not None else None
+        return self.method.energy(h, valid) / count, up
 
     def select(self, rows: Tensor) -> SequenceState:
         """An independent copy for the given sequences (indices, repeats allowed)."""
@@ -212,27 +350,34 @@ class SequenceState:
         new.__dict__.update(self.__dict__)
         new.batch = len(rows)
         cpu = rows.cpu()
-        new.energy = [None if e is None else e[rows.to(e.device)] for e in self.energy]
+
+        def each(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+            return [None if t is None else t[rows.to(t.device)] for t in tensors]
+
+        new.energy, new.up, new.fresh = each(self.energy), each(self.up), each(self.fresh)
         new.masks = None if self.masks is None else [m[rows.to(m.device)] for m in self.masks]
-        new.tokens = self.tokens[rows.to(self.tokens.device)]
+        for name in ("tokens", "weight", "dense_left", "fresh_weight", "alarms"):
+            setattr(new, name, getattr(self, name)[rows.to(self.device)])
         new.cosine, new.change, new.remasks = self.cosine[cpu], self.change[cpu], self.remasks[cpu]
         new.keep = None if self.keep is None else self.keep[cpu]
+        new.picked = None if self.picked is None else self.picked[cpu]
         new.ring = None if self.ring is None else self.ring.select(rows)
         new.detector = None if self.detector is None else self.detector.select(rows)
         return new
 
     def nbytes(self) -> int:
         """Bytes of everything kept for these sequences."""
-        tensors = [
-            *(e for e in self.energy if e is not None),
-            *(self.masks or []),
-            self.cosine,
-            self.change,
-            self.tokens,
-        ]
+        lists = [*self.energy, *self.up, *self.fresh, *(self.masks or [])]
+        tensors = [t for t in lists if t is not None]
+        tensors += [self.cosine, self.change, self.tokens, self.weight, self.dense_left, self.fresh_weight, self.alarms]
         total = sum(t.numel() * t.element_size() for t in tensors)
         if self.ring is not None:
             total += self.ring.nbytes()
         if self.detector is not None:
             total += self.detector.nbytes()
         return total
+
+
+def _squares(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, F]: weighted sum over tokens of x^2."""
+    return (weight[:, None] @ x.square()).squeeze(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dart_eval.pruning import scores
 from dart_eval.pruning.method import PromptMethod
 
 
@@ -19,7 +20,5 @@ class Griffin(PromptMethod):
     name = "griffin"
     summary = "per prompt, token-normalised activations, uniform over layers"
 
-    def energy(self, h: Tensor, valid: Tensor) -> Tensor:
-        squares = h.square()  # [B, T, F]
-        weight = valid / squares.sum(-1).clamp_min(1e-30)  # [B, T]
-        return (weight[:, None] @ squares).squeeze(1)
+    def energy(self, h: Tensor, weight: Tensor) -> Tensor:
+        return scores.energy(h, weight, normalise="l2")
