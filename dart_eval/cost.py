@@ -109,7 +109,7 @@ class Tracing:
     Attributes:
         prefill: scoring the prompt's tokens, sensitivities and detector included (an upper bound: four operations
             per neuron and token, which token normalisation needs). Sorting scores is comparisons, and not counted.
-        decode_step: per decoded token, the detector only.
+        decode_step: per decoded token: the detector, and picking neurons where tokens do.
         remask: one renewal of all masks from the ring buffer (dense gate and up on R inputs, and scoring).
     """
 
@@ -123,17 +123,23 @@ def tracing(method: Method, shape: ModelShape, tokens: int) -> Tracing:
     if not isinstance(method, PromptMethod):
         return Tracing(0, 0.0, 0)
     neurons, width = sum(shape.ffn_sizes), shape.width
+    two_stage, renewal = method.stages > 1, method.renewal
     scoring = 2 * neurons  # square and add, per token; normalisation is a further sum
-    prefill = tokens * 2 * scoring
+    prefill = tokens * (2 + two_stage) * scoring
     if method.layer_allocation == "depth":
         prefill += tokens * shape.layers * 8 * width  # two norms, a difference, its norm, a dot product
-    if method.drift is None:
-        return Tracing(prefill, 0.0, 0)
-    prefill += tokens * 2 * width
-    decode_step = width + (2 + 6 * width) / method.drift.window  # a sum per token, a cosine per window
-    ring = method.remask.ring
-    into_hidden = 2 * (shape.ffn_matrices - 1) * width * neurons
-    return Tracing(prefill, decode_step, ring * (into_hidden + 2 * scoring) + 3 * neurons)
+    decode_step = 2.0 * neurons if two_stage else 0.0  # magnitude and factor; an upper bound: of the mask's neurons
+    if method.drift is not None:
+        prefill += tokens * 2 * width
+        decode_step += width + (2 + 6 * width) / method.drift.window  # a sum per token, a cosine per window
+    remask = 0
+    if method.needs_ring:
+        into_hidden = 2 * (shape.ffn_matrices - 1) * width * neurons
+        remask = renewal.ring * (into_hidden + (2 + two_stage) * scoring) + 3 * neurons
+    elif method.drift is not None and renewal.dense_tokens:
+        # The tokens themselves run dense, and are counted where sparsity is: here is what scoring them adds.
+        remask = renewal.dense_tokens * 2 * scoring + 3 * neurons
+    return Tracing(prefill, decode_step, remask)
 
 
 def describe(

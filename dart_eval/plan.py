@@ -20,6 +20,7 @@ import yaml
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
+from dart_eval.evaluation.scoring import SCOPES
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.models import ModelSpec, Resolved
 from dart_eval.pruning.calibration import DEFAULT_TEXT
@@ -27,7 +28,6 @@ from dart_eval.pruning.method import Method
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import check_sparsity
 
-SCOPE = "scored"
 PACKAGE = Path(__file__).parent
 # Code whose change may change a number. Keys of finished cells change with it.
 NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "models.py", "pruning", "evaluation", "executors/local.py")
@@ -41,6 +41,9 @@ class RunConfig:
         model, revision, dtype, device, device_map: which model and how to load it (see `ModelSpec`).
         method: methods as typed, `name` or `name:key=value:key=value`.
         sparsity: pruned fractions of all FFN neurons, each in [0, 1).
+        scope: which positions run pruned when answers are scored: `scored`, or `all` and `last` of other papers.
+        allocation: sparsity over layers for the methods that have a choice: uniform, depth or table:FILE; None leaves
+            each method's own.
         tasks: task names.
         num_fewshot: examples before each item; None leaves each task's own number.
         limit: first items of each task only.
@@ -64,6 +67,8 @@ class RunConfig:
     device_map: str | None = None
     method: tuple[str, ...] = ("dense", "griffin", "dart")
     sparsity: tuple[float, ...] = (0.5,)
+    scope: str = "scored"
+    allocation: str | None = None
     tasks: tuple[str, ...] = ()
     num_fewshot: int | None = None
     limit: int | None = None
@@ -86,7 +91,7 @@ class RunConfig:
 
     @property
     def eval_settings(self) -> EvalSettings:
-        return EvalSettings(self.num_fewshot, self.limit, self.seed, self.chat_template)
+        return EvalSettings(self.num_fewshot, self.limit, self.seed, self.chat_template, self.scope)
 
     def check(self) -> None:
         """Refuse what no run could use.
@@ -104,6 +109,8 @@ class RunConfig:
             raise UserError(f"--num-fewshot {self.num_fewshot} must not be negative")
         if self.chunk < 4:
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
+        if self.scope not in SCOPES:
+            raise UserError(f"--scope {self.scope} is unknown", f"one of {', '.join(SCOPES)}")
         if not self.method or not self.sparsity:
             raise UserError("no method or no sparsity given", "for example --method dense,dart --sparsity 0.5,0.7")
         if self.calibration is not None and not Path(self.calibration).is_file():
@@ -210,7 +217,7 @@ class Cell:
 
 
 def methods_of(config: RunConfig) -> list[Method]:
-    """The methods to run, each checked; the run's seed goes to those that draw and were given none.
+    """The methods to run, each checked; the run's seed and allocation go to those that have one and were given none.
 
     Raises:
         UserError: unknown method or parameter.
@@ -219,6 +226,8 @@ def methods_of(config: RunConfig) -> list[Method]:
     for spec in config.method:
         name, params = parse(spec)
         method = make(name, params)
+        if config.allocation is not None and "allocation" in method.params() and "allocation" not in params:
+            method = dataclasses.replace(method, allocation=config.allocation)  # type: ignore[call-arg]
         if "seed" in method.params() and "seed" not in params:
             method = dataclasses.replace(method, seed=config.seed)  # type: ignore[call-arg]
         if method not in made:
@@ -242,14 +251,15 @@ def plan(
                 inputs = {
                     "model": dataclasses.asdict(model.identity), "dtype": model.dtype, "device": device,
                     "method": method.name, "params": method.params(), "sparsity": sparsity,
-                    "scope": SCOPE, "execution": "masked", "task": task, "task_hash": hashes[task],
+                    "scope": config.scope, "execution": "masked", "task": task, "task_hash": hashes[task],
                     "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
                     "max_length": config.max_length, "chunk": config.chunk,
                     "chat_template": config.chat_template, "cue": config.cue,
                     # In half precision the shape of a batch moves last digits, and with them a close choice.
                     "batch_size": None if model.dtype == "float32" else config.batch_size,
                     "calibration": _file_hash(config.calibration), "code": code_hash(),
-                    "method_code": _method_code(method), "versions": versions(),
+                    "method_code": _method_code(method),
+                    "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
                 }  # fmt: skip
                 cells.append(Cell(method, sparsity, task, inputs))
     return cells
@@ -273,7 +283,7 @@ def command(config: RunConfig, cell: Cell) -> str:
         words += ["--sparsity", f"{cell.sparsity:g}"]
     for option in dataclasses.fields(RunConfig):
         value = getattr(config, option.name)
-        elsewhere = ("method", "sparsity", "tasks", "output", "force", "log", "log_project")
+        elsewhere = ("method", "allocation", "sparsity", "tasks", "output", "force", "log", "log_project")
         if option.name in elsewhere or value == getattr(defaults, option.name):
             continue
         name = "--" + option.name.replace("_", "-")

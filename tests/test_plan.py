@@ -137,7 +137,7 @@ def test_parameters_reach_the_method_with_their_types():
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("grifin", "unknown method 'grifin'; did you mean griffin"),
-    ("xyzzy", "unknown method 'xyzzy'; known: dart, dense, griffin"),
+    ("xyzzy", "unknown method 'xyzzy'; known: dart, dart-code, dart-plus, dense, griffin"),
     ("dart:windw=8", "dart has no parameter 'windw'; did you mean window"),
     ("griffin:window=8", "griffin has no parameter 'window'; it has none"),
     ("dart:window=ten", "dart:window=ten is not a whole number"),

@@ -7,9 +7,9 @@ from lm_eval.models.huggingface import HFLM
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.scoring import Request, Scorer, output_head
 from dart_eval.ffn import cache_argument
-from tests.conftest import RESTLESS, SMALL, cache_of, open_session, random_tokens, tiny
+from tests.conftest import RENEWED, SMALL, cache_of, open_session, random_tokens, tiny
 
-METHODS = [("random", {}), ("griffin", {}), ("dart", {}), ("dart", RESTLESS)]
+METHODS = [("random", {}), *RENEWED]
 
 
 def _requests():

@@ -38,6 +38,17 @@ def run(
         str | None,
         typer.Option(help=r"Pruned fractions of all FFN neurons, 0 to below 1, comma-separated.  \[default: 0.5]"),
     ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help=r"What runs pruned where answers are scored: scored, or all and last of other papers.  "
+            r"\[default: scored]"
+        ),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help=r"Sparsity over layers: uniform, depth or table:FILE.  \[default: each method's own]"),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
     ] = None,
@@ -89,11 +100,13 @@ def run(
     from dart_eval.executors.local import run as run_local
     from dart_eval.executors.tracking import tracked
     from dart_eval.plan import config_from
+    from dart_eval.results import detector
+    from dart_eval.results.store import Store
 
     settings = config_from(config, given)
     with TerminalView() as terminal, tracked(terminal, settings.log, settings.log_project, settings) as view:
         result = run_local(settings, view)
-    print_tables(result.records)
+    print_tables(result.records, detector.tables(Store(settings.output), result.records))
     if result.failed:
         raise typer.Exit(1)
 

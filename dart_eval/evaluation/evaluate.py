@@ -20,8 +20,10 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from sacrebleu.metrics import BLEU
 
+from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM, Usage
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
+from dart_eval.pruning.method import Method, PromptMethod
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Metric
@@ -31,12 +33,13 @@ BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How a task is asked: few-shot examples, how many items, seed, chat template."""
+    """How a task is asked: few-shot examples, how many items, seed, chat template, prune scope."""
 
     num_fewshot: int | None = None
     limit: int | None = None
     seed: int = 0
     chat_template: bool = False
+    scope: str = "scored"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,27 @@ def count_requests(items: Sequence[Task | Group], limit: int | None) -> int:
     return total
 
 
+def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> None:
+    """Refuse what only answers that are scored can have: other scopes, and methods that look ahead.
+
+    Raises:
+        UserError: a task generates text, or the scope is another for a perplexity.
+    """
+    for task in leaves(list(items)):
+        kind = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}.get(
+            task.OUTPUT_TYPE
+        )
+        if kind and scope != "scored":
+            raise UserError(
+                f"task {task.task_name} {kind}: --scope {scope} is for scored answers", "use --scope scored"
+            )
+        if kind == "generates text" and isinstance(method, PromptMethod) and method.looks_ahead:
+            raise UserError(
+                f"method {method.name} looks ahead, and task {task.task_name} generates text",
+                f"leave {method.name} or the task out",
+            )
+
+
 def evaluate_task(
     lm: PrunedLM, session: Session | None, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
 ) -> Outcome:
@@ -74,7 +98,7 @@ def evaluate_task(
     Prompts and metrics are lm-eval's; its response cache stays off. What the journal has answered is not asked again.
     """
     items = tasks.load(name)
-    lm.begin(session, documents(items), journal)
+    lm.begin(session, documents(items), journal, settings.scope)
     with _quiet():
         results: Any = lm_eval.simple_evaluate(
             model=lm,

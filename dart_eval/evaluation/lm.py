@@ -37,7 +37,8 @@ class Usage:
     Attributes:
         tokens: scored or generated tokens.
         masked: those of them that ran under a mask.
-        pruned: pruned share of the neurons, summed over the tokens.
+        pruned: share of the FFN weights that was not read, summed over the tokens.
+        outside: share of the neurons outside the mask, summed over the tokens.
         remasks: masks renewed.
         context, contexts: tokens of the contexts, and how many contexts there were (one per request or chunk).
         trace: what the drift detector saw, kept where there was one context only.
@@ -46,6 +47,7 @@ class Usage:
     tokens: int = 0
     masked: int = 0
     pruned: float = 0.0
+    outside: float = 0.0
     remasks: int = 0
     context: int = 0
     contexts: int = 0
@@ -58,19 +60,25 @@ class Usage:
 
     @property
     def effective_sparsity(self) -> float:
-        """Pruned neuron-tokens / all neuron-tokens, dense tokens included."""
+        """Pruned neuron-tokens / all neuron-tokens, dense tokens included; by weights, where tokens pick neurons."""
         return self.pruned / self.tokens if self.tokens else 0.0
 
     @property
+    def weights_read(self) -> float:
+        """FFN weights read / all of them, mean over the tokens that ran under a mask."""
+        return 1 - self.pruned / self.masked if self.masked else 1.0
+
+    @property
     def mask_sparsity(self) -> float:
-        """What the masks in force pruned, mean over the tokens that ran under one."""
-        return self.pruned / self.masked if self.masked else 0.0
+        """Neurons outside the masks in force, mean over the tokens that ran under one."""
+        return self.outside / self.masked if self.masked else 0.0
 
     def add(self, other: Usage) -> None:
         """Count the other's cost too."""
         self.tokens += other.tokens
         self.masked += other.masked
         self.pruned += other.pruned
+        self.outside += other.outside
         self.remasks += other.remasks
         self.context += other.context
         self.contexts += other.contexts
@@ -92,6 +100,10 @@ class PrunedLM(HFLM):
         max_length: tokens, context and continuation together; default the model's.
         chunk: tokens per perplexity chunk, at most `max_length`.
         on_progress: called with the number of requests just finished.
+
+    Attributes:
+        scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts know
+            only `scored`.
     """
 
     def __init__(
@@ -108,6 +120,7 @@ class PrunedLM(HFLM):
         self.chunk = chunk
         self.on_progress = on_progress
         self.session: Session | None = None
+        self.scope = "scored"
         self.documents: Mapping[str, str] = {}  # task -> field of its document that may be cut to fit
         self.usage: dict[tuple[str, int], Usage] = defaultdict(Usage)  # (task, doc_id) -> cost
         self.journal = Journal()  # answers of the running cell
@@ -118,9 +131,15 @@ class PrunedLM(HFLM):
         self._scores: list[Score] = []  # of the last call, in the order of its requests
         self._contexts: list[int] = []
 
-    def begin(self, session: Session | None, documents: Mapping[str, str], journal: Journal | None = None) -> None:
+    def begin(
+        self,
+        session: Session | None,
+        documents: Mapping[str, str],
+        journal: Journal | None = None,
+        scope: str = "scored",
+    ) -> None:
         """Start a cell, or go on with one: what the journal has answered is not asked again."""
-        self.session, self.documents = session, documents
+        self.session, self.documents, self.scope = session, documents, scope
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
         self.usage = defaultdict(Usage)
         self._clock = time.monotonic()
@@ -151,7 +170,7 @@ class PrunedLM(HFLM):
         open_requests = {n: r for n, r in zip(names, requests, strict=True) if n not in self.journal}
         self.on_progress(sum(n in self.journal for n in names))
         todo = list(open_requests)
-        scorer = Scorer(self.model, self._head, self.session, self.contexts_per_batch)
+        scorer = Scorer(self.model, self._head, self.session, self.contexts_per_batch, self.scope)
 
         def keep(batch: list[tuple[int, Score]]) -> None:
             self._keep({todo[i]: dataclasses.astuple(score) for i, score in batch}, scorer.state_bytes)
@@ -163,7 +182,7 @@ class PrunedLM(HFLM):
     def _record(self, request: Instance, score: Score, context: int = 0) -> None:
         assert request.task_name is not None and request.doc_id is not None
         self.usage[request.task_name, request.doc_id].add(
-            Usage(score.tokens, score.masked, score.pruned, score.remasks, context, 1, score.trace)
+            Usage(score.tokens, score.masked, score.pruned, score.outside, score.remasks, context, 1, score.trace)
         )
 
     # -- perplexity ------------------------------------------------------------------------------------------
@@ -246,12 +265,13 @@ class PrunedLM(HFLM):
 
     def _generation_cost(self, row: int, tokens: int) -> Score:
         """The first token comes from the dense prefill, each later one from a decoding forward."""
-        densities = self.session.densities[: max(tokens - 1, 0)] if self.session is not None else []
-        shares = [float(1 - d[row]) for d in densities]
+        steps = self.session.steps[: max(tokens - 1, 0)] if self.session is not None else []
+        pruned = [float(1 - step.read[row]) for step in steps]
+        outside = sum(float(1 - step.mask[row]) for step in steps)
         events = self.session.events if self.session is not None else []
         remasks = sum(e["sequence"] == row and e["step"] < tokens for e in events)
         trace = self.session.trace(row, tokens - 1) if self.session is not None else None
-        return Score(0.0, False, tokens, sum(s > 0 for s in shares), sum(shares), remasks, trace)
+        return Score(0.0, False, tokens, sum(s > 0 for s in pruned), sum(pruned), outside, remasks, trace)
 
     def _kept(self, tokens: list[int], stop: list[str]) -> int:
         """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""

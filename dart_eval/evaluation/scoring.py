@@ -1,9 +1,13 @@
-"""Log-likelihoods without looking ahead (protocol `scored`).
+"""Log-likelihoods without looking ahead (scope `scored`), and under two protocols of other papers.
 
 For each context: all tokens but the last run dense, once, and build the mask. The last context token and the
 continuation run pruned through the KV cache, so every log-probability that counts was produced by pruned FFNs, one-
 token answers included. Candidates share the context, its cache and its mask. Where a method may renew its mask, the
 continuation runs in blocks that end where a mask may change: the numbers equal token-by-token decoding.
+
+Scope `all` (the public code's of arXiv 2601.22632): each answer with its context is one forward; the mask is made from
+all its tokens, the answer's too, and prunes all of them. It looks ahead. Scope `last` (GRIFFIN's for classification,
+arXiv 2404.01365): all tokens but the last run dense and make the mask; the last input token alone runs pruned.
 
 Rows of a batch are left-padded contexts; nothing crosses rows.
 """
@@ -24,6 +28,7 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument
 from dart_eval.pruning.session import Session
 
+SCOPES = ("scored", "all", "last")
 LOGIT_BYTES = 256 << 20  # of fp32 logits held at a time
 CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
 
@@ -44,7 +49,9 @@ class Score:
         logprob: sum of natural-log probabilities of the continuation.
         greedy: every token of the continuation was the most likely one.
         tokens: scored tokens. masked: those of them that ran under a mask.
-        pruned: pruned share of the neurons, summed over them (so pruned / tokens is the effective sparsity).
+        pruned: share of the FFN weights that was not read, summed over them (pruned / tokens: effective sparsity).
+        outside: share of the neurons outside the mask, summed over them; more than `pruned` has none but methods
+            whose tokens pick inside the mask have less.
         remasks: masks renewed while scoring.
         trace: what the drift detector saw (`Session.trace`), if there is one and a window was full.
     """
@@ -54,6 +61,7 @@ class Score:
     tokens: int
     masked: int
     pruned: float
+    outside: float
     remasks: int
     trace: dict[str, Any] | None = None
 
@@ -76,8 +84,9 @@ class Scorer:
         head: Callable[[Tensor], Tensor],
         session: Session | None,
         batch_size: int,
+        scope: str = "scored",
     ) -> None:
-        self.model, self.head, self.session, self.batch_size = model, head, session, batch_size
+        self.model, self.head, self.session, self.batch_size, self.scope = model, head, session, batch_size, scope
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.state_bytes = 0  # largest method state seen, per sequence
         self._cache_name = cache_argument(model)
@@ -91,6 +100,8 @@ class Scorer:
 
         done: called after each batch with (index of the request, its score).
         """
+        if self.scope != "scored":
+            return self._score_alone(requests, done)
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, request in enumerate(requests):
             by_context.setdefault(request.context, []).append(i)
@@ -114,8 +125,7 @@ class Scorer:
         requests: Sequence[Request],
     ) -> list[tuple[int, Score]]:
         prefix, valid = _pad([c[:-1] for c in contexts], left=True, device=self.device)
-        cache: Any = DynamicCache(config=self.model.config)
-        session = self.session
+        cache, session = self._cache(), self.session
         if prefix.shape[1] == 0:
             if session is not None:
                 session.no_context(len(contexts), self.device)
@@ -144,15 +154,103 @@ class Scorer:
                 forked.batch_select_indices(parents)
             if session is not None:
                 session.fork(state, parents)
+            if session is not None and session.looks_ahead:
+                self._rehearse(part, valid[parents], copy.deepcopy(forked))
             results += self._score_rows(part, valid[parents], forked)
         return results
+
+    def _rehearse(self, rows: list[_Row], seen: Tensor, cache: Any) -> None:
+        """Let an oracle see what is to be scored. The cache is used up."""
+        assert self.session is not None
+        tokens, valid = _pad([r.inputs for r in rows], left=False, device=self.device)
+        positions = seen.long().sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=self.device)
+        with self.session.foresee(valid):
+            self._forward(tokens, torch.cat([seen, valid], 1), positions, cache)
+
+    # -- scopes of other papers ------------------------------------------------------------------------------
+
+    def _score_alone(self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None]) -> list[Score]:
+        """Scopes `all` and `last`: each distinct input is a sequence of its own; no context is shared."""
+        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for i, request in enumerate(requests):
+            inputs = (*request.context, *request.continuation[:-1])
+            rows.setdefault((inputs, len(request.continuation)), []).append(i)
+        order = sorted(rows, key=lambda r: (len(r[0]), r), reverse=True)
+        scores: dict[int, Score] = {}
+        start = 0
+        while start < len(order):
+            batch = order[start : start + self.batch_size]
+            if len(batch[0][0]) > 1:  # an only token leaves nothing to make a mask from: a batch of their own
+                batch = [r for r in batch if len(r[0]) > 1]
+            targets = [[(i, requests[i].continuation) for i in rows[r]] for r in batch]
+            found = self._score_whole([r[0] for r in batch], targets)
+            scores.update(found)
+            done(found)
+            start += len(batch)
+        return [scores[i] for i in range(len(requests))]
+
+    def _score_whole(
+        self, inputs: list[tuple[int, ...]], targets: list[list[tuple[int, tuple[int, ...]]]]
+    ) -> list[tuple[int, Score]]:
+        """Score rows whose inputs end with the answer; the answer's share of them differs from row to row."""
+        tokens, valid = _pad(inputs, left=True, device=self.device)
+        positions, session = valid.long().cumsum(1) - 1, self.session
+        if session is None:
+            hidden = self._forward(tokens, valid, positions, self._cache())
+            step = None
+        elif self.scope == "all":
+            with session.context(valid):
+                self._forward(tokens, valid, positions, self._cache())
+            self.state_bytes = max(self.state_bytes, session.state_bytes // len(inputs))
+            step = session.shares(len(inputs))
+            with session.decode(valid, frozen=True):
+                hidden = self._forward(tokens, valid, positions, self._cache())
+        else:
+            cache, before = self._cache(), tokens.shape[1] - 1
+            parts = []
+            if before:
+                with session.context(valid[:, :-1]):
+                    parts.append(self._forward(tokens[:, :-1], valid[:, :-1], positions[:, :-1], cache))
+                self.state_bytes = max(self.state_bytes, session.state_bytes // len(inputs))
+            else:
+                session.no_context(len(inputs), self.device)
+            step = session.shares(len(inputs))
+            with session.decode(valid[:, -1:], frozen=True):
+                parts.append(self._forward(tokens[:, -1:], valid, positions[:, -1:], cache))
+            hidden = torch.cat(parts, 1)
+        # The longest answer's columns, moved so that every row's answer begins in the first one.
+        lengths = [len(continuation) for ((_, continuation), *_) in targets]
+        width = max(lengths)
+        shift = torch.tensor([[width - n] for n in lengths]) + torch.arange(width)
+        index = (hidden.shape[1] - width + shift).clamp_max(hidden.shape[1] - 1).to(hidden.device)
+        answers = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+        made = [_Row(i, row, found) for i, (row, found) in enumerate(zip(inputs, targets, strict=True))]
+        logprobs: list[list[Tensor]] = [[] for row in made for _ in row.targets]
+        greedy = [True] * len(logprobs)
+        self._collect(answers, made, 0, logprobs, greedy)
+        results, k = [], 0
+        for i, row in enumerate(made):
+            for request, continuation in row.targets:
+                total = float(torch.cat(logprobs[k]).double().sum())
+                ran = len(continuation) if self.scope == "all" else 1
+                pruned, outside = (0.0, 0.0) if step is None else (float(1 - step.read[i]), float(1 - step.mask[i]))
+                cost = (ran if pruned > 0 else 0), pruned * ran, outside * ran, 0
+                results.append((request, Score(total, greedy[k], len(continuation), *cost)))
+                k += 1
+        return results
+
+    def _cache(self) -> Any:
+        return DynamicCache(config=self.model.config)
+
+    # -- scope `scored` --------------------------------------------------------------------------------------
 
     def _score_rows(self, rows: list[_Row], seen: Tensor, cache: Any) -> list[tuple[int, Score]]:
         tokens, valid = _pad([r.inputs for r in rows], left=False, device=self.device)
         offset = seen.long().sum(1, keepdim=True)  # real context tokens, so the next position
         logprobs: list[list[Tensor]] = [[] for r in rows for _ in r.targets]
         greedy = [True] * len(logprobs)
-        pruned, masked = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.long)
+        pruned, outside = torch.zeros(2, len(rows), dtype=torch.float64)
+        masked = torch.zeros(len(rows), dtype=torch.long)
         session = self.session
         start = 0
         while start < tokens.shape[1]:
@@ -162,9 +260,10 @@ class Scorer:
             positions = offset + torch.arange(start, end, device=self.device)
             seen = torch.cat([seen, mask], 1)
             if session is not None:
-                share, counted = 1 - session.density(len(rows)), mask.sum(1).cpu()
-                pruned += share * counted
-                masked += (share > 0) * counted
+                step, counted = session.shares(len(rows)), mask.sum(1).cpu()
+                pruned += (1 - step.read) * counted
+                outside += (1 - step.mask) * counted
+                masked += (step.read < 1) * counted
                 with session.decode(mask):
                     hidden = self._forward(block, seen, positions, cache)
             else:
@@ -177,7 +276,7 @@ class Scorer:
             trace = session.trace(i) if session is not None else None
             for request, continuation in row.targets:
                 total = float(torch.cat(logprobs[k]).double().sum())
-                cost = int(masked[i]), float(pruned[i]), remasks[i]
+                cost = int(masked[i]), float(pruned[i]), float(outside[i]), remasks[i]
                 results.append((request, Score(total, greedy[k], len(continuation), *cost, trace)))
                 k += 1
         return results

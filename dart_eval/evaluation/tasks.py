@@ -24,6 +24,7 @@ from dart_eval.hub import work_offline_if_unreachable
 # What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
     "arc": ("arc_easy", "arc_challenge"),
+    "drift": ("drift_smoke", "drift_smoke_same"),
     "gpqa": ("gpqa_main_n_shot", "gpqa_diamond_n_shot", "gpqa_extended_n_shot"),
     "smoke": ("smoke_questions", "smoke_stories", "smoke_summary", "smoke_highlights", "smoke_drift"),
 }
@@ -46,6 +47,10 @@ COMMON: dict[str, str] = {
     "smoke_summary": "shipped: 30 articles, one-sentence summaries",
     "smoke_highlights": "shipped: 30 articles, three-sentence summaries",
     "smoke_drift": "shipped: 40 two-topic documents, perplexity after the switch",
+    "drift_smoke": "shipped: perplexity of an article after another one",
+    "drift_smoke_same": "shipped: its control, the second half of an article after the first",
+    "drift_xsum": "the same from XSum's articles; control drift_xsum_same",
+    "drift_cnn_dailymail": "the same from CNN/DailyMail's; control drift_cnn_dailymail_same",
 }
 
 

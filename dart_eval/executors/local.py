@@ -19,12 +19,12 @@ from typing import Any, Protocol
 
 from dart_eval import cost
 from dart_eval.errors import StoreError, UserError
-from dart_eval.evaluation.evaluate import Outcome, count_requests, evaluate_task, task_hash
+from dart_eval.evaluation.evaluate import Outcome, check_answers, count_requests, evaluate_task, task_hash
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.ffn import find_ffns
 from dart_eval.models import Resolved, pick_device, resolve
-from dart_eval.plan import Cell, RunConfig, command, environment, methods_of, plan
+from dart_eval.plan import Cell, RunConfig, command, environment, methods_of, plan, spec_of
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.session import prune
 from dart_eval.results.journal import Journal
@@ -155,6 +155,9 @@ def _plan_all(configs: Sequence[RunConfig], view: View, skip_missing: bool) -> t
                 if not skip_missing:
                     raise
                 missing[name] = error.problem
+                continue
+            for method in methods_of(config):
+                check_answers(tasks.load(name), config.scope, method)
         device = pick_device("auto" if config.device_map else config.device).type
         for cell in plan(config, model, list(hashes), hashes, device):
             jobs.setdefault(cell.key, _Job(cell, config, tasks))
@@ -230,7 +233,7 @@ class _Runner:
     def _record(self, job: _Job, outcome: Outcome, state: int, measured: dict[str, Any]) -> Record:
         cell, config = job.cell, job.config
         usage = outcome.usage
-        weights_read = 1.0 - usage.mask_sparsity
+        weights_read = usage.weights_read
         per_token = usage.remasks / usage.tokens if usage.tokens else 0.0
         return Record(
             key=cell.key,
@@ -252,7 +255,11 @@ class _Runner:
             },
             flops=cost.describe(cell.method, self.shape, usage.mean_context, weights_read, per_token),
             memory={"weights": self.shape.weight_bytes, "state": state},
-            settings={"batch_size": config.batch_size, "command": command(config, cell)},
+            settings={
+                "batch_size": config.batch_size,
+                "method": spec_of(cell.method),
+                "command": command(config, cell),
+            },
             environment=environment(),
             measured=measured,
             samples=outcome.samples,
