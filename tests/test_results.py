@@ -214,6 +214,21 @@ def test_two_settings_of_one_method_are_told_apart():
     assert methods == {"dart:detect=true:window=8", "dart:detect=false:window=10", "griffin"}
 
 
+def test_settings_are_called_what_a_user_types_where_that_tells_them_apart():
+    def typed(key, spec, **params):
+        made = record(key=key, params=params)
+        return dataclasses.replace(made, settings={**made.settings, "method": spec})
+
+    usual = typed("k1", "dart", window=10, detect=True)
+    quiet = typed("k2", "dart:detect=false", window=10, detect=False)
+    assert set(labels([usual, quiet]).values()) == {"dart", "dart:detect=false"}
+    assert set(labels([quiet]).values()) == {"dart"}
+    older = typed(
+        "k3", "dart", window=8, detect=True
+    )  # of a version with other defaults: the name alone says too little
+    assert set(labels([usual, older]).values()) == {"dart:window=10", "dart:window=8"}
+
+
 def test_parameters_stay_hidden_where_a_method_has_one_setting():
     records = [record(params={"window": 8}, key="k1"), record(params={"window": 8}, sparsity=0.7, key="k2")]
     assert "window" not in render(records, "md").split("### FLOPs")[0].split("value ± standard error")[0]

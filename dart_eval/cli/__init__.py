@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dart_eval.cli import check, compare, ls, paper, report, run, tables
+from dart_eval.cli import bench, check, compare, ls, paper, report, run, tables, trace
 from dart_eval.errors import UserError
 
 app = typer.Typer(
@@ -37,6 +37,8 @@ app.command("compare")(compare.compare)
 app.command("check")(check.check)
 app.command("report")(report.report)
 app.command("paper")(paper.paper)
+app.command("trace")(trace.trace)
+app.command("bench")(bench.bench)
 app.add_typer(ls.app, name="ls")
 
 

@@ -19,12 +19,28 @@ def methods() -> None:
     """Every method with its parameters and their defaults."""
     from dart_eval.pruning.registry import methods as known
 
-    for name, cls in known().items():
+    listed = known()
+    for name, cls in listed.items():
         typer.echo(f"{name:<12} {cls.summary}")
-        notes = dict(re.findall(r"^ +(\w+): (.+)$", cls.__doc__ or "", flags=re.M))
+        base = next((c for c in listed.values() if c is not cls and issubclass(cls, c)), None)  # cls: other defaults
+        usual = {f.name: f.default for f in dataclasses.fields(base)} if base is not None else {}
+        notes = _notes(cls)
+        if base is not None:
+            typer.echo(f"{'':<13}{base.name}, but")
         for f in dataclasses.fields(cls):
+            if usual.get(f.name, ...) == f.default:
+                continue
             default = str(f.default).lower() if isinstance(f.default, bool) else f.default
-            typer.echo(f"{'':<13}{f'{f.name}={default}':<18}{notes.get(f.name, '')}".rstrip())
+            typer.echo(f"{'':<13}{f'{f.name}={default}':<23} {notes.get(f.name, '')}".rstrip())
+
+
+def _notes(cls: type) -> dict[str, str]:
+    """What each parameter means, from the docstrings of the class and its bases."""
+    found: dict[str, str] = {}
+    for c in reversed(cls.__mro__):
+        for key, text in re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", c.__doc__ or "", flags=re.M):
+            found[key] = " ".join(text.split())
+    return found
 
 
 @app.command("tasks")

@@ -10,6 +10,7 @@ import typer
 
 from dart_eval.cli.view import print_tables, save_text
 from dart_eval.errors import UserError, nearest
+from dart_eval.results import detector
 from dart_eval.results import tables as made
 from dart_eval.results.store import Store
 
@@ -41,11 +42,13 @@ def tables(
         format = save.suffix[1:]
     if format is not None and format not in made.FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, made.FORMATS))
-    records = Store(folder).load()
+    store = Store(folder)
+    records = store.load()
+    more = detector.tables(store, records) if format not in ("csv", "json") else []
     if format is None and save is None and sys.stdout.isatty():
-        print_tables(records)
+        print_tables(records, more)
         return
-    text = made.render(records, format or "md", subtasks)
+    text = made.render(records, format or "md", subtasks, more)
     if save is None:
         sys.stdout.write(text)
         return

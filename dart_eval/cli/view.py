@@ -127,9 +127,9 @@ def _number(m: Metric) -> str:
     return f"{m.value:.{digits}f}" + (f" ± {m.stderr:.{digits}f}" if m.stderr is not None else "")
 
 
-def print_tables(records: Sequence[Record]) -> None:
-    """The tables of a run."""
-    for table in tables(records):
+def print_tables(records: Sequence[Record], more: Sequence[Table] = ()) -> None:
+    """The tables of a run, then `more`."""
+    for table in [*tables(records), *more]:
         show(table)
         print()
 

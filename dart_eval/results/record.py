@@ -46,15 +46,16 @@ class Record:
         key: sha256 over `inputs`; two cells with the same key have the same numbers.
         inputs: all that can change a number (made by `plan.plan`).
         metrics: the results.
-        mask_sparsity: what the masks in force pruned, mean over tokens that ran pruned.
+        mask_sparsity: neurons outside the masks in force, mean over tokens that ran pruned.
         effective_sparsity: pruned neuron-tokens / all neuron-tokens of the scored or generated tokens.
         weights_read: FFN weights a pruned token multiplies / all FFN weights.
         tokens: scored or generated tokens.
-        remasks: masks renewed after an alarm.
+        remasks: masks renewed.
         by_task: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity` of each lm-eval task of the cell.
         flops: see `cost.describe`.
         memory: bytes of `weights` and `state` (method, per sequence).
-        settings: what cannot change a number: `batch_size`, and `command`, the line that makes this one cell.
+        settings: what cannot change a number: `batch_size`, `method` as typed, and `command`, the line that makes this
+            one cell.
         environment: versions and machine.
         measured: what differs between two equal runs: `seconds` (wall time of the cell, interrupted attempts
             included), `created` (UTC, ISO 8601), `peak` (bytes: of the GPU, or of the process, while the cell ran).

@@ -103,11 +103,14 @@ def labels(records: Sequence[Record], by_task: bool = False) -> dict[str, str]:
     for r in records:
         if r.inputs["params"] not in variants.setdefault(r.inputs["method"], []):
             variants[r.inputs["method"]].append(r.inputs["params"])
+    typed = _typed(records, variants)
     found = {}
     for r in records:
         name, params = r.inputs["method"], r.inputs["params"]
         names = sorted({k for v in variants[name] for k in v if any(v.get(k) != w.get(k) for w in variants[name])})
         label = ":".join([name, *(f"{k}={_plain(params.get(k))}" for k in names)])
+        if len(variants[name]) > 1 and name in typed:
+            label = r.settings["method"]
         settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in differing]
         settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
         if same_name:
@@ -115,6 +118,19 @@ def labels(records: Sequence[Record], by_task: bool = False) -> dict[str, str]:
             settings.insert(0, f"model={str(which)[:8]}")
         found[r.key] = f"{label} ({' '.join(settings)})" if settings else label
     return found
+
+
+def _typed(records: Sequence[Record], variants: dict[str, list[dict[str, Any]]]) -> set[str]:
+    """Methods whose settings are told apart by what a user types: the parameters that are not the defaults."""
+    specs: dict[str, set[str]] = {}
+    for r in records:
+        params = json.dumps(r.inputs["params"], sort_keys=True)
+        specs.setdefault(r.inputs["method"], set()).add(json.dumps([r.settings.get("method"), params]))
+    return {
+        name
+        for name, pairs in specs.items()
+        if len({json.loads(p)[0] for p in pairs} - {None}) == len(pairs) == len(variants[name])
+    }
 
 
 def _by_task(records: Sequence[Record]) -> list[list[Record]]:
@@ -264,14 +280,17 @@ def _mib(value: float, digits: int = 1) -> str:
     return f"{value / 2**20:.{digits}f}"
 
 
-def render(records: Sequence[Record], form: str, subtasks: bool = False) -> str:
-    """The tables as text in one of `FORMATS`; json and csv hold the rows, md and tex the tables for people."""
+def render(records: Sequence[Record], form: str, subtasks: bool = False, more: Sequence[Table] = ()) -> str:
+    """The tables as text in one of `FORMATS`; json and csv hold the rows, md and tex the tables for people.
+
+    more: tables that follow these, for people.
+    """
     if form == "json":
         return json.dumps(writers.finite(rows(records, subtasks)), indent=1, ensure_ascii=False) + "\n"
     if form == "csv":
         return _csv(rows(records, subtasks))
     writer = writers.markdown if form == "md" else writers.latex
-    return "\n".join(writer(t) for t in tables(records, subtasks))
+    return "\n".join(writer(t) for t in [*tables(records, subtasks), *more])
 
 
 def _csv(data: list[dict[str, Any]]) -> str:

@@ -1,0 +1,99 @@
+"""`dart-eval trace`: one prompt under a method, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dart_eval.cli.run import quieten
+from dart_eval.cli.view import save_text
+from dart_eval.errors import UserError
+
+
+def trace(
+    text: Annotated[str | None, typer.Argument(help="The prompt; without it, a shipped two-topic document.")] = None,
+    file: Annotated[Path | None, typer.Option(help="The prompt is the text of this file.")] = None,
+    then: Annotated[
+        Path | None, typer.Option(help="Feed this file's text after the prompt; without it the model writes on.")
+    ] = None,
+    smoke: Annotated[int, typer.Option(help="Number of the shipped two-topic document.")] = 0,
+    method: Annotated[str, typer.Option(help="NAME or NAME:key=value:key=value.")] = "dart",
+    sparsity: Annotated[float, typer.Option(help="Pruned fraction of all FFN neurons.")] = 0.5,
+    tokens: Annotated[int, typer.Option(help="Tokens after the prompt, at most.")] = 200,
+    model: Annotated[
+        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    output: Annotated[Path, typer.Option(help="JSON file to write; the picture goes beside it.")] = Path("trace.json"),
+    plot: Annotated[
+        Path | None, typer.Option(help=r"Picture to write: png, svg or pdf.  \[default: --output with .png]")
+    ] = None,
+    save_allocation: Annotated[
+        Path | None, typer.Option(help="Also save this prompt's sparsity over layers, for allocation=table:FILE.")
+    ] = None,
+) -> None:
+    """Show what a method does with one prompt: the drift signal, alarms, new masks, neurons kept in each layer.
+
+    [bold]Examples[/bold]
+
+      dart-eval trace --method dart-plus
+
+      dart-eval trace "The history of the bicycle is" --tokens 50 --output bicycle.json
+
+      dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
+    """
+    quieten(False)
+    picture = plot or output.with_suffix(".png")
+    from dart_eval.results.trace_plot import FORMATS, draw
+
+    if picture.suffix not in FORMATS:
+        raise UserError(f"picture {picture} has no known ending", f"one of {', '.join(FORMATS)}")
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens} must be at least 1")
+    if text is not None and file is not None:
+        raise UserError("a prompt and --file are given", "leave one of them out")
+    for path in (output, picture, save_allocation):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written (no such folder)", "make the folder first")
+    from dart_eval import tracing
+    from dart_eval.allocation import write_table
+    from dart_eval.models import ModelSpec, resolve
+    from dart_eval.pruning.registry import make, parse
+    from dart_eval.pruning.session import check_sparsity
+
+    check_sparsity(sparsity)
+    made = make(*parse(method))
+    following = _read(then) if then is not None else None
+    if file is not None:
+        text = _read(file)
+    if text is None and following is not None:
+        raise UserError("--then needs a prompt before it", "give a prompt or --file")
+    passage = tracing.smoke_passage(smoke) if text is None else tracing.Passage(text, following)
+    loaded, tokenizer = resolve(ModelSpec(model, None, dtype, device)).load()
+    found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
+    save_text(output, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    draw(found, picture)
+    typer.echo(tracing.summary(found))
+    typer.echo(f"wrote {output} and {picture}")
+    if save_allocation is not None:
+        layers = found["layers"]
+        if made.params().get("stages", 1) > 1:
+            raise UserError(
+                f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
+                "save the allocation of a method with stages=1",
+            )
+        ratios = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
+        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
+        typer.echo(f"wrote {save_allocation}: --allocation table:{save_allocation}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"{path} cannot be read ({reason})", "give a text file") from None

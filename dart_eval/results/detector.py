@@ -1,0 +1,127 @@
+"""How well drift detectors tell a switch of topic from none: on the traces of a drift task and of its control.
+
+Task `X` switches topics where decoding begins, its control `X_same` never does: an alarm in the first is a detection,
+in the second a false alarm. Other margins than the one that ran are judged from the recorded signals, up to the first
+re-mask of a document (it may move the reference): run with `renew=off` to keep all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dart_eval.errors import UserError
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+from dart_eval.results.tables import labels
+from dart_eval.results.writers import Table
+
+CONTROL = "_same"
+SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)  # margins, in standard deviations of the prompt's windows
+FLOORS = (0.02, 0.05, 0.1)  # margins, in cosine
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a detector did on documents with a switch and on their controls.
+
+    Attributes:
+        documents: with a switch. detected: of them, those with an alarm. delay: median tokens until it, or None.
+        watched: control tokens until an alarm or the end. false_alarms: controls with an alarm.
+    """
+
+    documents: int
+    detected: int
+    delay: float | None
+    watched: int
+    false_alarms: int
+
+    @property
+    def false_per_1000(self) -> float:
+        return 1000 * self.false_alarms / self.watched if self.watched else 0.0
+
+
+def first_alarm(signal: Sequence[float], threshold: float, patience: int) -> int | None:
+    """Windows until the counter reaches `patience`: up on a signal below the threshold, down otherwise; None: never."""
+    pressure = 0
+    for i, value in enumerate(signal):
+        pressure = pressure + 1 if value < threshold else max(0, pressure - 1)
+        if pressure >= patience:
+            return i + 1
+    return None
+
+
+def judged(
+    switched: Iterable[dict[str, Any]], same: Iterable[dict[str, Any]], margin: float | None, unit: str, patience: int
+) -> Rate:
+    """Rates of a margin on traces: `unit` is `sigma` or `cosine`; margin None takes the alarms that were raised."""
+
+    def alarm(trace: dict[str, Any]) -> tuple[int | None, int]:
+        """Tokens until the first alarm (None: never), and tokens watched."""
+        window, signal = trace["window"], trace["signal"]
+        if margin is None:
+            raised = trace.get("alarms") or []
+            return (raised[0], raised[0]) if raised else (None, window * len(signal))
+        if trace["remasks"]:
+            signal = signal[: trace["remasks"][0] // window]
+        spread = trace.get("deviation", 0.0) if unit == "sigma" else 1.0
+        found = first_alarm(signal, trace["mean"] - margin * spread, patience)
+        return (None, window * len(signal)) if found is None else (found * window, found * window)
+
+    usable = [t for t in switched if "mean" in t]
+    delays = [found for t in usable if (found := alarm(t)[0]) is not None]
+    controls = [alarm(t) for t in same if "mean" in t]
+    return Rate(
+        len(usable), len(delays), statistics.median(delays) if delays else None,
+        sum(watched for _, watched in controls), sum(found is not None for found, _ in controls),
+    )  # fmt: skip
+
+
+def tables(store: Store, records: Sequence[Record]) -> list[Table]:
+    """One table per drift task whose control was run under the same method, for those with a detector."""
+    by_place = {_place(r, str(r.inputs["task"])): r for r in records}
+    names = labels(records)
+    bodies: dict[str, list[list[str]]] = {}
+    for r in records:
+        task = str(r.inputs["task"])
+        control = by_place.get(_place(r, task + CONTROL))
+        if control is None or "patience" not in r.inputs["params"]:
+            continue
+        try:
+            switched, same = (
+                [s["drift"] for s in store.samples(x) if s.get("drift") and s["drift"]["signal"]] for x in (r, control)
+            )
+        except UserError:
+            continue  # damaged samples: `report` and `compare` say so
+        if not switched or not same:
+            continue
+        patience = int(r.inputs["params"]["patience"])
+        margins: list[tuple[str, float | None, str]] = [("as run", None, "")]
+        margins += [(f"{m:g} sigma", m, "sigma") for m in SIGMAS] + [(f"{m:g}", m, "cosine") for m in FLOORS]
+        for label, margin, unit in margins:
+            rate = judged(switched, same, margin, unit, patience)
+            bodies.setdefault(task, []).append([
+                names[r.key], f"{r.inputs['sparsity']:g}", label, f"{rate.detected} of {rate.documents}",
+                "-" if rate.delay is None else f"{rate.delay:g}", f"{rate.false_per_1000:.2f}", f"{rate.watched}",
+            ])  # fmt: skip
+    columns = ["method", "sparsity", "margin", "detected", "median delay", "false alarms / 1000 tokens", "watched"]
+    return [Table(f"Drift detector on {task}", columns, body, _note(task)) for task, body in sorted(bodies.items())]
+
+
+def _place(record: Record, task: str) -> str:
+    """What a task and its control share; their documents may differ in number."""
+    without = ("task", "task_hash", "limit")
+    return json.dumps([task, {k: v for k, v in record.inputs.items() if k not in without}], sort_keys=True)
+
+
+def _note(task: str) -> str:
+    return (
+        f"detected: documents of {task} (a switch of topic where decoding begins) with an alarm; delay: tokens until "
+        f"it; false alarms: of {task}{CONTROL} (no switch), over the tokens watched until an alarm or the end. Margin: "
+        "how far below the mean of the prompt's windows a window must be; as run: with all settings of the method. The "
+        "others are judged from the recorded signals up to a document's first re-mask, with the method's patience, no "
+        "floor."
+    )

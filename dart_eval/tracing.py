@@ -1,0 +1,148 @@
+"""One prompt under a method, step by step: what the detector saw, when masks changed and by how much."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.tasks import Tasks
+from dart_eval.ffn import cache_argument
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.method import Method, PromptMethod
+from dart_eval.pruning.session import prune
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What is traced: a prompt, then a text that is fed token by token; without one the model writes it itself.
+
+    Attributes:
+        switch: the text is on another topic than the prompt.
+    """
+
+    prompt: str
+    then: str | None = None
+    switch: bool = False
+
+
+def smoke_passage(number: int) -> Passage:
+    """The shipped two-topic document of that number (task `drift_smoke`).
+
+    Raises:
+        UserError: there is no such document.
+    """
+    (task,) = Tasks().load("drift_smoke")
+    docs = list(task.eval_docs)
+    if not 0 <= number < len(docs):
+        raise UserError(f"there is no smoke document {number}", f"0 to {len(docs) - 1}")
+    return Passage(docs[number]["context"], docs[number]["rest"], switch=True)
+
+
+@torch.no_grad()
+def trace(
+    model: PreTrainedModel, tokenizer: Any, method: Method, sparsity: float, passage: Passage, tokens: int = 200
+) -> dict[str, Any]:
+    """Run a passage under a method; the prompt dense, at most `tokens` tokens after it pruned.
+
+    Returns:
+        Plain data: `method`, `params`, `sparsity`, `prompt_tokens`, `switch`; `tokens` (decoded, as text) and
+        `logprobs` (natural log, of each); `layers`: neurons kept (`kept`) of `sizes`; `detector` (window, mean,
+        deviation, threshold, signal per window, alarms; or null); `remasks`: token, cause, overlap of the old and the
+        new mask per layer, 1 where nothing changed; `effective_sparsity`, `weights_read`, `state_bytes`.
+
+    Raises:
+        UserError: the prompt or the text is too short, or the method makes no mask from a prompt.
+    """
+    if not isinstance(method, PromptMethod) or method.looks_ahead:
+        raise UserError(
+            f"method {method.name} makes no mask from a prompt", "trace griffin, dart or another of its kind"
+        )
+    device: Any = model.get_input_embeddings().weight.device
+    prompt = torch.tensor([tokenizer(passage.prompt)["input_ids"]], device=device)
+    if prompt.shape[1] < 2:
+        raise UserError("the prompt has fewer than two tokens", "give a longer text")
+    given = None
+    if passage.then is not None:
+        given = _following(tokenizer, passage.prompt, passage.then)[:tokens]
+        if not given:
+            raise UserError("the text after the prompt has no token", "give a longer text, or let the model write it")
+    name, decoded, logprobs = cache_argument(model), [], []
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = set(ends if isinstance(ends, list) else [ends])
+    with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer)) as session:
+        out = model(prompt, use_cache=True, logits_to_keep=1)
+        for step in range(tokens if given is None else len(given)):
+            scores = out.logits[0, -1].float().log_softmax(-1)
+            token = int(scores.argmax()) if given is None else given[step]
+            decoded.append(token)
+            logprobs.append(float(scores[token]))
+            if given is None and token in ends:
+                break
+            cache = getattr(out, "cache", None) or out.past_key_values
+            out = model(torch.tensor([[token]], device=device), use_cache=True, **{name: cache})
+        state = session.state
+        assert state is not None and state.keep is not None
+        detector = session.trace(0)
+        if detector is not None:
+            del detector["remasks"]
+        return {
+            "schema": SCHEMA, "method": method.name, "params": method.params(), "sparsity": sparsity,
+            "prompt_tokens": prompt.shape[1], "switch": passage.switch,
+            "tokens": [tokenizer.decode([t]) for t in decoded], "logprobs": logprobs,
+            "layers": {"kept": state.keep[0].tolist(), "sizes": [f.size for f in session.ffns]},
+            "detector": detector,
+            "remasks": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events],
+            "effective_sparsity": session.effective_sparsity, "weights_read": session.weights_read,
+            "state_bytes": session.state_bytes,
+        }  # fmt: skip
+
+
+def _following(tokenizer: Any, prompt: str, then: str) -> list[int]:
+    """The tokens of `then` as they follow the prompt (a tokenizer may join the two differently than alone)."""
+    whole, first = tokenizer(prompt + then)["input_ids"], tokenizer(prompt)["input_ids"]
+    if whole[: len(first)] == first:
+        return list(whole[len(first) :])
+    return list(tokenizer(then, add_special_tokens=False)["input_ids"])
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What a trace shows, in a few lines for a terminal."""
+    kept, sizes = found["layers"]["kept"], found["layers"]["sizes"]
+    shares = [k / n for k, n in zip(kept, sizes, strict=True)]
+    lines = [
+        f"{found['method']} at {found['sparsity']:g}: {found['prompt_tokens']} tokens of prompt, then "
+        f"{len(found['tokens'])}{' of another topic' if found['switch'] else ''}; mean log-probability "
+        f"{sum(found['logprobs']) / len(found['logprobs']):.3f}",
+        f"layers keep {min(shares):.0%} to {max(shares):.0%} of their neurons; {found['weights_read']:.1%} of the FFN "
+        f"weights are read, effective sparsity {found['effective_sparsity']:.3f}, state "
+        f"{found['state_bytes'] / 10**6:.2f} MB",
+    ]
+    detector = found["detector"]
+    if detector is None:
+        lines.append("no detector window was closed")
+    else:
+        numbers = detector["signal"]
+        mean = f"prompt mean {detector['mean']:.3f}, " if "mean" in detector else ""
+        where = f" after token {', '.join(map(str, detector['alarms']))}" if detector["alarms"] else ""
+        threshold = detector["threshold"]
+        lines.append(
+            f"detector: {len(numbers)} windows of {detector['window']} tokens, cosine {min(numbers):.3f} to "
+            f"{max(numbers):.3f} ({mean}threshold {threshold:.3f}); {len(detector['alarms'])} alarms{where}"
+        )
+    causes = [r["cause"] for r in found["remasks"]]
+    if causes:
+        overlaps = [sum(r["overlap"]) / len(r["overlap"]) for r in found["remasks"]]
+        lines.append(
+            f"masks renewed {len(causes)} times ({causes.count('alarm')} after alarms, {causes.count('steady')} "
+            f"steady); a new mask shares {min(overlaps):.0%} to {max(overlaps):.0%} with the one before"
+        )
+    else:
+        lines.append("masks were never renewed")
+    return re.sub(r"\b1 (windows|alarms|times)", lambda m: f"1 {m[1][:-1]}", "\n".join(lines))
