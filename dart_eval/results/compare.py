@@ -143,7 +143,7 @@ def _refuse_ambiguous(spec: str, side: Sequence[Cell], labelled: dict[str, str])
 
 def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
     """Cells for people: model where it matters, method with what tells it apart, sparsity."""
-    known = labels(found)  # type: ignore[arg-type]  # it reads keys and inputs only
+    known = labels(found)  # type: ignore[arg-type]  # it reads keys, inputs and settings only
     many = model or len({c.inputs["model"]["name"] for c in found}) > 1
     return {
         c.key: " ".join([

@@ -93,7 +93,7 @@ class Outcome:
 @dataclass(frozen=True)
 class Cell:
     """A finished cell; `read` opens its outcome. `source` is the folder or file it lies in; `older` counts earlier
-    runs of the same question there."""
+    runs of the same question there; `settings` are the record's, where there is one."""
 
     key: str
     inputs: dict[str, Any]
@@ -101,6 +101,7 @@ class Cell:
     created: str
     read: Callable[[], Outcome] = field(repr=False, compare=False)
     older: int = 0
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 def cells(folder: Path) -> list[Cell]:
@@ -114,7 +115,7 @@ def cells(folder: Path) -> list[Cell]:
     def reader(record: Record) -> Callable[[], Outcome]:
         return lambda: outcome(record, store.samples(record))
 
-    return newest([Cell(r.key, r.inputs, str(folder), r.created, reader(r)) for r in store.load()])
+    return newest([Cell(r.key, r.inputs, str(folder), r.created, reader(r), settings=r.settings) for r in store.load()])
 
 
 def asked(inputs: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
@@ -358,7 +359,14 @@ def nearest_to(cell: Cell, others: Sequence[Cell]) -> str:
         return ""
     other = min(others, key=lambda o: sum(mine[k] != v for k, v in asked(o.inputs).items()))
     theirs = asked(other.inputs)
-    said = [f"{k} {_short(mine[k])} and {_short(theirs[k])}" for k in ASKED if mine[k] != theirs[k]]
+    said = []
+    for k in (k for k in ASKED if mine[k] != theirs[k]):
+        left, right = mine[k], theirs[k]
+        if isinstance(left, dict) and isinstance(right, dict):  # of many parameters, those that differ
+            left, right = (
+                {n: v for n, v in a.items() if n not in b or b[n] != v} for a, b in ((left, right), (right, left))
+            )
+        said.append(f"{k} {_short(left)} and {_short(right)}")
     return f"{describe(cell)} and {describe(other)} differ in {', '.join(said)}"
 
 
