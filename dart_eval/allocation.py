@@ -161,15 +161,15 @@ def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> N
     Path(path).write_text(text, encoding="utf-8")
 
 
-def check_table(ratios: Sequence[float], layers: int, sparsity: float) -> None:
-    """Refuse a table that was made for another model or sparsity.
+def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:
+    """Refuse a table that was made for another sparsity, or for another model where its `layers` are known.
 
     Raises:
         UserError: it has another number of layers, or another mean.
     """
-    if len(ratios) != layers:
+    if layers is not None and len(ratios) != layers:
         raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")
-    mean = sum(ratios) / layers
+    mean = sum(ratios) / len(ratios)
     if abs(mean - (1 - sparsity)) > TABLE_TOLERANCE:
         raise UserError(
             f"the allocation table keeps {mean:.3f} of the neurons, sparsity {sparsity:g} keeps {1 - sparsity:.3f}",

@@ -82,6 +82,7 @@ def _state(method: Method, ffns: list[Any], sparsity: float, tokens: int) -> tup
         masks = sum(f.size for f in ffns)  # one bool a neuron, for all sequences
         return masks, {"masks": masks}
     assert isinstance(method, PromptMethod)
+    factors = _factors(method, ffns)
     state = SequenceState(ffns, method, sparsity, 1, torch.device("cpu"))
     width = ffns[0].width
     for start in range(0, tokens, CHUNK):
@@ -102,10 +103,16 @@ def _state(method: Method, ffns: list[Any], sparsity: float, tokens: int) -> tup
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     parts = {
-        "scores": bytes_of([*state.energy, *state.up]),
+        "scores": bytes_of([*state.energy, *state.up]) + factors,
         "masks": bytes_of(state.masks or []),
         "recent inputs": state.ring.nbytes() if state.ring is not None else 0,
         "detector": state.detector.nbytes() if state.detector is not None else 0,
     }
-    total = state.nbytes()
+    total = state.nbytes() + factors
     return total, {**parts, "other": total - sum(parts.values())}
+
+
+def _factors(method: PromptMethod, ffns: list[Any]) -> int:
+    """Bytes of a method's factors on the neurons' scores, fp32, for all sequences."""
+    weighed = method.params().get("score", "magnitude") != "magnitude" or method.params().get("down_norm", False)
+    return 4 * sum(f.size for f in ffns) if weighed else 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from dart_eval.allocation import check_table
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
@@ -230,6 +231,9 @@ def methods_of(config: RunConfig) -> list[Method]:
             method = dataclasses.replace(method, allocation=config.allocation)  # type: ignore[call-arg]
         if "seed" in method.params() and "seed" not in params:
             method = dataclasses.replace(method, seed=config.seed)  # type: ignore[call-arg]
+        if isinstance(method.table, list):
+            for sparsity in config.sparsity:
+                check_table(method.table, sparsity)
         if method not in made:
             made.append(method)
     return made

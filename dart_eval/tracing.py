@@ -58,7 +58,7 @@ def trace(
         new mask per layer, 1 where nothing changed; `effective_sparsity`, `weights_read`, `state_bytes`.
 
     Raises:
-        UserError: the prompt or the text is too short, or the method makes no mask from a prompt.
+        UserError: the prompt or the text is too short or too long, or the method makes no mask from a prompt.
     """
     if not isinstance(method, PromptMethod) or method.looks_ahead:
         raise UserError(
@@ -73,6 +73,12 @@ def trace(
         given = _following(tokenizer, passage.prompt, passage.then)[:tokens]
         if not given:
             raise UserError("the text after the prompt has no token", "give a longer text, or let the model write it")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    needed = prompt.shape[1] + (tokens if given is None else len(given))
+    if longest is not None and needed > longest:
+        raise UserError(
+            f"prompt and text have {needed} tokens, the model takes {longest}", "give shorter ones, or fewer --tokens"
+        )
     name, decoded, logprobs = cache_argument(model), [], []
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = set(ends if isinstance(ends, list) else [ends])
@@ -85,6 +91,8 @@ def trace(
             logprobs.append(float(scores[token]))
             if given is None and token in ends:
                 break
+            if len(decoded) == (tokens if given is None else len(given)):
+                break  # nobody asks for what would come next
             cache = getattr(out, "cache", None) or out.past_key_values
             out = model(torch.tensor([[token]], device=device), use_cache=True, **{name: cache})
         state = session.state
@@ -132,9 +140,10 @@ def summary(found: dict[str, Any]) -> str:
         mean = f"prompt mean {detector['mean']:.3f}, " if "mean" in detector else ""
         where = f" after token {', '.join(map(str, detector['alarms']))}" if detector["alarms"] else ""
         threshold = detector["threshold"]
+        limit = "no threshold, the prompt has no full window" if threshold is None else f"threshold {threshold:.3f}"
         lines.append(
             f"detector: {len(numbers)} windows of {detector['window']} tokens, cosine {min(numbers):.3f} to "
-            f"{max(numbers):.3f} ({mean}threshold {threshold:.3f}); {len(detector['alarms'])} alarms{where}"
+            f"{max(numbers):.3f} ({mean}{limit}); {len(detector['alarms'])} alarms{where}"
         )
     causes = [r["cause"] for r in found["remasks"]]
     if causes:

@@ -157,8 +157,40 @@ def test_state_does_not_grow_with_the_prompt(method):
     assert sizes[0] == sizes[1]
 
 
+def test_what_an_alarm_will_need_is_counted_before_it_comes(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS, dense_tokens=2) as session:
+        llama(_prompt(1, 20), use_cache=True)
+        before = session.state_bytes
+        _steps(llama, session, _prompt(1, 20), random_tokens(4, seed=2))
+        assert session.state_bytes == before
+    with open_session(llama, "dart", 0.5, down_norm=True) as weighed, open_session(tiny("llama"), "dart", 0.5) as plain:
+        assert weighed.state_bytes - plain.state_bytes == 3 * 40 * 4
+
+
+@pytest.mark.parametrize("stages", [1.0, 1.5])
+def test_padding_in_the_ring_may_hold_anything(llama, stages):
+    """A padded slot of NaN, as an overflow in half precision would leave, changes nothing."""
+    method = Dart(ring=4, stages=stages, allocation="uniform", detect=False, every=1)
+    masks = []
+    for rubbish in (0.0, float("nan")):
+        torch.manual_seed(0)
+        state = SequenceState(find_ffns(llama.float()), method, 0.5, 1, CPU)
+        valid = torch.tensor([[False, True, True]])
+        for layer, ffn in enumerate(state.ffns):
+            x = torch.randn(1, 3, 32)
+            x[:, 0] = rubbish
+            state.ring.write(layer, x)
+            a, u = ffn.parts(x)
+            state.observe_hidden(layer, a * u, valid, u)
+        state.finish_context(valid)
+        state.remask(torch.tensor([True]))
+        masks.append(state.masks)
+    assert _equal(*masks)
+
+
 @pytest.mark.parametrize(("params", "words"), [
     ({"score": "maxx"}, "did you mean max"), ({"memory": "none"}, "memory"), ({"stages": 0.5}, "stages"),
+    ({"stages": 1e308}, "stages"),
     ({"every": 4, "dense_tokens": 3}, "dense_tokens"), ({"decay": 0}, "decay"), ({"every": -1}, "negative"),
 ])  # fmt: skip
 def test_wrong_parameters_are_refused(llama, params, words):

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from dart_eval.allocation import write_table
 from dart_eval.errors import UserError
 from dart_eval.evaluation.scoring import Request, Scorer
+from dart_eval.executors.local import Silent, run
 from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.plan import config_from
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.session import prune
-from tests.conftest import cache_of, open_session, random_tokens
+from tests.conftest import cache_of, open_session, random_tokens, save_tiny
 from tests.test_scoring import _requests, output_head_of
 
 METHODS = [("random", {}), ("griffin", {}), ("dart", {}), ("dart-plus", {})]
@@ -150,6 +153,26 @@ def test_the_oracle_does_not_depend_on_the_batch(llama):
             found.append(numbers(scored(llama, session, requests, "scored", batch_size)))
     for a, b in zip(*found, strict=True):
         assert a == pytest.approx(b, abs=1e-6)
+
+
+def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, tokenizer):
+    folder = save_tiny(tmp_path / "tiny", tokenizer)
+    for changes, words in (
+        ({"method": "oracle", "scope": "last"}, "has no such"),
+        ({"method": "oracle", "tasks": "smoke_summary"}, "generates"),
+        ({"scope": "all", "tasks": "smoke_summary"}, "generates text"), ({"scope": "some"}, "unknown"),
+        ({"allocation": "table:none.json"}, "not a file"),
+    ):  # fmt: skip
+        given = {"tasks": "smoke_questions", "method": "dart", "limit": 1, "output": str(tmp_path / "out"), **changes}
+        with pytest.raises(UserError, match=words):
+            run(config_from(None, {"model": folder, **given}), Silent())
+    table = tmp_path / "table.json"
+    write_table(table, [0.5, 0.5, 0.5])
+    given = {"tasks": "smoke_questions", "method": "dart", "sparsity": "0.5,0.7", "allocation": f"table:{table}"}
+    config = config_from(None, {"model": folder, **given, "output": str(tmp_path / "out")})
+    with pytest.raises(UserError, match="the allocation table keeps"):
+        run(config, Silent())
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_oracle_is_no_method_to_generate_with(llama):

@@ -44,6 +44,21 @@ def test_a_given_text_is_fed_and_scored(tokenizer):
     assert "8 windows of 3 tokens" in text and "8 alarms after token 3, 6" in text and "renewed 8 times" in text
 
 
+def test_a_short_prompt_has_no_threshold_and_that_is_said(tokenizer, tmp_path):
+    _, found = traced(tokenizer, tracing.Passage(words(5), " " + words(25, 1)))
+    assert found["detector"]["threshold"] is None
+    json.dumps(found, allow_nan=False)
+    assert "no threshold" in tracing.summary(found)
+    draw(found, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 25])
+def test_the_first_token_comes_from_the_dense_prompt(tokenizer, tokens):
+    _, found = traced(tokenizer, tracing.Passage(words(20), " " + words(25, 1)), "griffin", tokens)
+    assert len(found["tokens"]) == tokens
+    assert found["effective_sparsity"] == pytest.approx(0.5 * (tokens - 1) / tokens)
+
+
 def test_without_a_text_the_model_writes(tokenizer):
     model, found = traced(tokenizer, tracing.Passage(words(12)), spec="griffin", tokens=5)
     assert len(found["tokens"]) == 5
@@ -75,6 +90,7 @@ def test_what_cannot_be_traced_is_refused(tokenizer):
         ("oracle", tracing.Passage(words(9)), "makes no mask from a prompt"),
         ("dart", tracing.Passage("w5"), "fewer than two tokens"),
         ("dart", tracing.Passage(words(9), ""), "no token"),
+        ("dart", tracing.Passage(words(250)), "the model takes 256"),
     ):
         with pytest.raises(UserError, match=message):
             traced(tokenizer, passage, spec)
@@ -102,6 +118,14 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(tokenizer, tmp
     assert "the allocation table keeps 0.500 of the neurons, sparsity 0.7 keeps 0.300" in text
     assert "is not a file" in run("trace", *common, "--method", "dart:allocation=table:none.json", status=2)
     assert "no known ending" in run("trace", *common, "--plot", "a.gif", status=2)
+    (tmp_path / "layers.json").write_text("{")
+    assert "cannot be read" in run("trace", *common, *again, status=2)
+    wide = ("--method", "dart-plus", "--save-allocation", "wide.json", "--output", "wide-trace.json")
+    assert "wider than the weights" in run("trace", *common, *wide, status=2)
+    assert not (tmp_path / "wide-trace.json").exists()
+    assert "one name" in run("trace", *common, "--output", "a.png", status=2)
+    assert "is a folder" in run("trace", *common, "--output", "tiny", status=2)
+    assert "no method" in run("bench", "--overhead", "--method", ",", status=2)
     assert "leave one of them out" in run("trace", "w5 w6", *common, status=2)
 
 

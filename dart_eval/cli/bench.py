@@ -47,6 +47,8 @@ def bench(
         raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
     check_sparsity(sparsity)
     methods = [make(*parse(spec)) for spec in method.split(",") if spec.strip()]
+    if not methods:
+        raise UserError("no method given", "for example --method dart,dart-plus")
     found = [measure(m, shape, sparsity) for m in methods]
     if format == "json":
         typer.echo(json.dumps([dataclasses.asdict(f) for f in found], indent=1))

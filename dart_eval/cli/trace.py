@@ -56,9 +56,13 @@ def trace(
         raise UserError(f"--tokens {tokens} must be at least 1")
     if text is not None and file is not None:
         raise UserError("a prompt and --file are given", "leave one of them out")
-    for path in (output, picture, save_allocation):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written (no such folder)", "make the folder first")
+    files = [p for p in (output, picture, save_allocation) if p is not None]
+    for path in files:
+        if not path.absolute().parent.is_dir() or path.is_dir():
+            reason = "it is a folder" if path.is_dir() else "no such folder"
+            raise UserError(f"{path} cannot be written ({reason})", "choose another file, or make the folder first")
+    if len({p.absolute() for p in files}) < len(files):
+        raise UserError("two outputs have one name", "give --output, --plot and --save-allocation a file each")
     from dart_eval import tracing
     from dart_eval.allocation import write_table
     from dart_eval.models import ModelSpec, resolve
@@ -67,6 +71,11 @@ def trace(
 
     check_sparsity(sparsity)
     made = make(*parse(method))
+    if save_allocation is not None and made.params().get("stages", 1) > 1:
+        raise UserError(
+            f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
+            "save the allocation of a method with stages=1",
+        )
     following = _read(then) if then is not None else None
     if file is not None:
         text = _read(file)
@@ -75,19 +84,18 @@ def trace(
     passage = tracing.smoke_passage(smoke) if text is None else tracing.Passage(text, following)
     loaded, tokenizer = resolve(ModelSpec(model, None, dtype, device)).load()
     found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
-    save_text(output, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-    draw(found, picture)
     typer.echo(tracing.summary(found))
+    save_text(output, json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    layers = found["layers"]
+    try:
+        draw(found, picture)
+        if save_allocation is not None:
+            ratios = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
+            write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written ({error.strerror})", "choose another file") from None
     typer.echo(f"wrote {output} and {picture}")
     if save_allocation is not None:
-        layers = found["layers"]
-        if made.params().get("stages", 1) > 1:
-            raise UserError(
-                f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
-                "save the allocation of a method with stages=1",
-            )
-        ratios = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
-        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
         typer.echo(f"wrote {save_allocation}: --allocation table:{save_allocation}")
 
 

@@ -83,10 +83,17 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> 
             raise UserError(
                 f"task {task.task_name} {kind}: --scope {scope} is for scored answers", "use --scope scored"
             )
-        if kind == "generates text" and isinstance(method, PromptMethod) and method.looks_ahead:
+        if not (isinstance(method, PromptMethod) and method.looks_ahead):
+            continue
+        if kind == "generates text":
             raise UserError(
                 f"method {method.name} looks ahead, and task {task.task_name} generates text",
                 f"leave {method.name} or the task out",
+            )
+        if scope != "scored":
+            raise UserError(
+                f"method {method.name} makes its mask from the scored tokens, and --scope {scope} has no such",
+                f"leave {method.name} out, or use --scope scored",
             )
 
 

@@ -110,6 +110,7 @@ class Method(ABC):
                     f"{self.name}: allocation table {file} is not a file",
                     "write one with `dart-eval trace --save-allocation FILE`",
                 )
+        _ = self.table  # read now: a bad file is no surprise for later
 
     @property
     def layer_allocation(self) -> str:
@@ -147,8 +148,7 @@ class PromptMethod(Method):
     The statistic must be a weighted sum over tokens, so that chunks and padding cannot change it.
 
     Attributes:
-        looks_ahead: the mask is made from the tokens that it will be used on (an oracle: no method to use, but the
-            distance that is left).
+        looks_ahead: the mask is made from the tokens that it will be used on (an oracle: no method to use, but a mark).
     """
 
     looks_ahead: ClassVar[bool] = False

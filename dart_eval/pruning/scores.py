@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, final_norm, gain
 
 NORMALISATIONS = ("none", "l1", "l2")
@@ -77,9 +78,17 @@ def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
 
     E is the output head (not the input embedding, which untied models do not share), g the gains of the norms that a
     neuron's output passes on its way there: the layer's output norm, if it has one, and the final norm.
+
+    Raises:
+        UserError: the model projects its last hidden states before the output head.
     """
     head: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     width = ffns[0].width
+    if head.shape[1] != width:
+        raise UserError(
+            f"the output head of {type(model).__name__} reads {head.shape[1]} features, its layers have {width}",
+            "use score=magnitude",
+        )
     last = gain(final_norm(model), width)
     found = []
     for ffn in ffns:

@@ -16,6 +16,7 @@ refused: what was observed cannot be taken back. The evaluation sets phases itse
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Session:
             if calibration is not None:
                 self._weights = method.neuron_weights(calibration)
             if method.table is not None:
-                check_table(method.table, len(self.ffns), sparsity)
+                check_table(method.table, sparsity, len(self.ffns))
         self._phase: Phase = "off"
         self._forced: Phase | None = None
         self._valid = torch.ones(0, 0, dtype=torch.bool)
@@ -80,6 +81,7 @@ class Session:
         self._gate: Tensor | None = None  # gate x of the layer under way, where tokens pick their neurons
         self._up: Tensor | None = None  # up x of that layer
         self._cached = 0  # tokens that the KV cache held after the last forward
+        self._cache: Any = None  # weak reference to it, once it is known
         self._frozen = False
         self._given_valid: Tensor | None = None
         self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
@@ -110,8 +112,8 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes the method keeps beside the model: masks, scores, ring buffer, detector."""
-        own = sum(m.numel() * m.element_size() for m in self._static or [])
+        """Bytes the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
+        own = sum(m.numel() * m.element_size() for m in [*(self._static or []), *(self._weights or [])])
         return own + (self.state.nbytes() if self.state else 0)
 
     @property
@@ -187,9 +189,9 @@ class Session:
             tokens: leave out what came after this many tokens that ran pruned.
 
         Returns:
-            `window` (tokens), `threshold` and `signal` (cosines, one per full window); `mean` and `deviation` of the
-            prompt's windows, where there were any; `alarms` (decoded tokens before each) and `remasks` (before each new
-            mask that followed one).
+            `window` (tokens); `threshold` (None where the prompt had no full window); `signal` (cosines, one per full
+            window); `mean` and `deviation` of the prompt's windows, where there were any; `alarms` (decoded tokens
+            before each) and `remasks` (before each new mask that followed one).
         """
         detector = self.state.detector if self.state else None
         if detector is None:
@@ -204,8 +206,9 @@ class Session:
             mine = [e["token"] for e in events if e["sequence"] == row and e.get("cause") != "steady"]
             return [token for token in mine if tokens is None or token <= tokens]
 
+        threshold = float(detector.threshold[row])
         found = {
-            "window": window, "threshold": float(detector.threshold[row]), "signal": signal,
+            "window": window, "threshold": threshold if math.isfinite(threshold) else None, "signal": signal,
             "alarms": those(self.alarms), "remasks": those(self.events),
         }  # fmt: skip
         for name in ("mean", "deviation"):
@@ -247,12 +250,7 @@ class Session:
                     f"{self.method.name} needs to see what is then scored, and a forward of its own does not show it",
                     "use it with `dart-eval run` on tasks that score answers",
                 )
-            if past and past < self._cached:
-                raise UserError(
-                    f"the KV cache went back from {self._cached} to {past} tokens under prune()",
-                    "masks cannot be taken back: generate without an assistant or prompt lookup, and begin a turn that "
-                    "replaces another with a new cache",
-                )
+            self._check_cache(cache, past)
             self._cached = past + length
         if self._forced is not None:
             self._phase = self._forced
@@ -280,6 +278,32 @@ class Session:
             self._totals[1] += batch * length
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
+
+    def _check_cache(self, cache: Any, past: int) -> None:
+        """Refuse a cache that is not what the last forward left; beams may change places in it, and masks with them."""
+        known = self._cache() if self._cache is not None else None
+        if past:
+            if past < self._cached and (known is None or known is cache):
+                raise UserError(
+                    f"the KV cache went back from {self._cached} to {past} tokens under prune()",
+                    "masks cannot be taken back: generate without an assistant or prompt lookup, and begin a turn that "
+                    "replaces another with a new cache",
+                )
+            if self.state is not None and (past > self._cached or (known is not None and known is not cache)):
+                raise UserError(
+                    "this KV cache is not the one that the masks under prune() were made with",
+                    "finish one sequence before the next begins, or use a session for each",
+                )
+        self._cache = weakref.ref(cache) if cache is not None else None
+        if cache is not None and known is not cache and isinstance(self.method, PromptMethod):
+            reorder = cache.reorder_cache
+
+            def reorder_both(beams: Tensor) -> None:
+                reorder(beams)
+                if self._handles and self.state is not None and self._cache is not None and self._cache() is cache:
+                    self.state = self.state.select(beams.to(self.state.device))
+
+            cache.reorder_cache = reorder_both
 
     def _tokens_that_count(self, mask: Any, batch: int, length: int, device: torch.device) -> Tensor:
         if self._given_valid is not None:
@@ -343,13 +367,16 @@ class Session:
         return hook
 
     def _on_gate(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        self._gate = self._in_batch(output)
+        if self._phase != "off":
+            self._gate = self._in_batch(output)
 
     def _on_up(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        self._up = self._in_batch(output)
+        if self._phase != "off":
+            self._up = self._in_batch(output)
 
     def _on_both(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        self._gate, self._up = self._in_batch(output).chunk(2, dim=-1)
+        if self._phase != "off":
+            self._gate, self._up = self._in_batch(output).chunk(2, dim=-1)
 
     def _on_input(self, layer: int) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -183,7 +183,7 @@ class SequenceState:
             return sizes, sizes  # nothing seen, so nothing can be chosen: this sequence runs dense, and is counted so
         if self.method.table is not None:
             ratios = self.method.table
-            check_table(ratios, len(sizes), self.sparsity)
+            check_table(ratios, self.sparsity, len(sizes))
         elif self.method.layer_allocation == "depth":
             normalised = normalise_sensitivity(self.sensitivity(row))
             ratios = depth_aware(normalised, self.sparsity, self.method.depth_rule.protect)
@@ -296,7 +296,7 @@ class SequenceState:
         """Make new masks for the sequences `rows` ([B] bool); their ratios stay.
 
         Scores per token, blended: w * old + (1 - w) * recent, recent being the ring's tokens, or those that ran
-        `dense` after the alarm.
+        `dense` after the alarm. The mean squares of up x, by which tokens pick, are always a running average.
         """
         if not bool(rows.any()):
             return []
@@ -340,8 +340,9 @@ class SequenceState:
         assert x is not None
         a, u = self.ffns[layer].parts(x[chosen.to(x.device)])
         h, valid = (a if u is None else a * u).float(), valid.to(x.device)
-        count = valid.sum(1, keepdim=True).clamp_min(1)
-        up = _squares(u.float(), valid) / count if self.two_stage and u is not None else None
+        empty, count = (valid == 0)[..., None], valid.sum(1, keepdim=True).clamp_min(1)
+        h = h.masked_fill(empty, 0)  # padding may hold anything, NaN too
+        up = _squares(u.float().masked_fill(empty, 0), valid) / count if self.two_stage and u is not None else None
         return self.method.energy(h, valid) / count, up
 
     def select(self, rows: Tensor) -> SequenceState:
@@ -371,6 +372,10 @@ class SequenceState:
         tensors = [t for t in lists if t is not None]
         tensors += [self.cosine, self.change, self.tokens, self.weight, self.dense_left, self.fresh_weight, self.alarms]
         total = sum(t.numel() * t.element_size() for t in tensors)
+        if (
+            self.method.drift and self.method.renewal.dense_tokens and self.fresh[0] is None
+        ):  # comes with the first alarm
+            total += sum(4 * self.batch * f.size for f in self.ffns)
         if self.ring is not None:
             total += self.ring.nbytes()
         if self.detector is not None:

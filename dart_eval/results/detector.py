@@ -2,7 +2,7 @@
 
 Task `X` switches topics where decoding begins, its control `X_same` never does: an alarm in the first is a detection,
 in the second a false alarm. Other margins than the one that ran are judged from the recorded signals, up to the first
-re-mask of a document (it may move the reference): run with `renew=off` to keep all of them.
+alarm of a document (it may move the reference): run with `renew=off` to keep all of them.
 """
 
 from __future__ import annotations
@@ -55,9 +55,17 @@ def first_alarm(signal: Sequence[float], threshold: float, patience: int) -> int
 
 
 def judged(
-    switched: Iterable[dict[str, Any]], same: Iterable[dict[str, Any]], margin: float | None, unit: str, patience: int
+    switched: Iterable[dict[str, Any]],
+    same: Iterable[dict[str, Any]],
+    margin: float | None,
+    unit: str,
+    patience: int,
+    renews: bool = True,
 ) -> Rate:
-    """Rates of a margin on traces: `unit` is `sigma` or `cosine`; margin None takes the alarms that were raised."""
+    """Rates of a margin on traces: `unit` is `sigma` or `cosine`; margin None takes the alarms that were raised.
+
+    renews: an alarm was followed by a new mask, so that a margin is judged up to the first one only.
+    """
 
     def alarm(trace: dict[str, Any]) -> tuple[int | None, int]:
         """Tokens until the first alarm (None: never), and tokens watched."""
@@ -65,8 +73,8 @@ def judged(
         if margin is None:
             raised = trace.get("alarms") or []
             return (raised[0], raised[0]) if raised else (None, window * len(signal))
-        if trace["remasks"]:
-            signal = signal[: trace["remasks"][0] // window]
+        if renews and trace["alarms"]:
+            signal = signal[: trace["alarms"][0] // window]
         spread = trace.get("deviation", 0.0) if unit == "sigma" else 1.0
         found = first_alarm(signal, trace["mean"] - margin * spread, patience)
         return (None, window * len(signal)) if found is None else (found * window, found * window)
@@ -98,11 +106,11 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
             continue  # damaged samples: `report` and `compare` say so
         if not switched or not same:
             continue
-        patience = int(r.inputs["params"]["patience"])
+        patience, renews = int(r.inputs["params"]["patience"]), bool(r.inputs["params"].get("renew", True))
         margins: list[tuple[str, float | None, str]] = [("as run", None, "")]
         margins += [(f"{m:g} sigma", m, "sigma") for m in SIGMAS] + [(f"{m:g}", m, "cosine") for m in FLOORS]
         for label, margin, unit in margins:
-            rate = judged(switched, same, margin, unit, patience)
+            rate = judged(switched, same, margin, unit, patience, renews)
             bodies.setdefault(task, []).append([
                 names[r.key], f"{r.inputs['sparsity']:g}", label, f"{rate.detected} of {rate.documents}",
                 "-" if rate.delay is None else f"{rate.delay:g}", f"{rate.false_per_1000:.2f}", f"{rate.watched}",
@@ -122,6 +130,6 @@ def _note(task: str) -> str:
         f"detected: documents of {task} (a switch of topic where decoding begins) with an alarm; delay: tokens until "
         f"it; false alarms: of {task}{CONTROL} (no switch), over the tokens watched until an alarm or the end. Margin: "
         "how far below the mean of the prompt's windows a window must be; as run: with all settings of the method. The "
-        "others are judged from the recorded signals up to a document's first re-mask, with the method's patience, no "
+        "others are judged from the recorded signals up to a document's first alarm, with the method's patience, no "
         "floor."
     )

@@ -48,7 +48,8 @@ def _signal(axes: Any, found: dict[str, Any], tokens: int) -> None:
     ends = [(i + 1) * window for i in range(len(signal))]
     if "mean" in detector:
         axes.axhline(detector["mean"], color=LIMIT, linewidth=1, linestyle=":", label="mean of the prompt's windows")
-    axes.axhline(detector["threshold"], color=ALARM, linewidth=1, linestyle="--", label="threshold")
+    if detector["threshold"] is not None:
+        axes.axhline(detector["threshold"], color=ALARM, linewidth=1, linestyle="--", label="threshold")
     axes.plot(ends, signal, color=SIGNAL, marker="o", markersize=3.5, label=f"windows of {window} tokens")
     for i, token in enumerate(detector["alarms"]):
         axes.axvline(token, color=ALARM, alpha=0.25, linewidth=6, label="alarm" if i == 0 else None)

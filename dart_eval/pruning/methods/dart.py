@@ -19,6 +19,7 @@ from dart_eval.pruning.drift import DriftConfig
 from dart_eval.pruning.method import Calibration, DepthRule, PromptMethod, Renewal
 
 AGGREGATIONS = ("l2", "ema")
+MOST_STAGES = 3.0  # a gated FFN whose weights are all read in its gate: nothing is left to pick
 CHOICES = {
     "score": scores.SCORES, "normalise": scores.NORMALISATIONS, "aggregate": AGGREGATIONS,
     "sensitivity": ("ffn", "residual"), "memory": ("prompt", "running"), "reference": ("moved", "kept"),
@@ -54,7 +55,7 @@ class Dart(PromptMethod):
         dense_tokens: instead of the ring, run so many tokens dense after an alarm and make the mask from them (0: ring)
         blend: weight of the old scores in a new mask after an alarm (0: recent tokens only)
         memory: the old scores are the prompt's (prompt) or those of the mask in force (running)
-        every: renew the mask also after so many tokens without an alarm (0: never)
+        every: renew the mask also each time so many tokens have been decoded, alarm or not (0: never)
         every_blend: weight of the old scores in those steady renewals
         reference: after an alarm the detector's reference is moved to the recent windows or kept
         stages: neurons of the mask as a multiple of the weights read; above 1 each token picks some of them by
@@ -105,8 +106,11 @@ class Dart(PromptMethod):
             raise UserError(f"{self.name}: blend and every_blend must lie in [0, 1], decay in (0, 1]")
         if self.every and self.dense_tokens:
             raise UserError(f"{self.name}: every renews from the ring, dense_tokens without it", "set one of them to 0")
-        if self.stages < 1:
-            raise UserError(f"{self.name}: stages {self.stages:g} is below 1", "1 is a mask alone, 1.5 a wider one")
+        if not 1 <= self.stages <= MOST_STAGES:
+            raise UserError(
+                f"{self.name}: stages {self.stages:g} is outside [1, {MOST_STAGES:g}]",
+                "1 is a mask alone, 1.5 a wider one",
+            )
 
     def energy(self, h: Tensor, weight: Tensor) -> Tensor:
         return scores.energy(h, weight, self.normalise, 1 if self.aggregate == "ema" else 2)

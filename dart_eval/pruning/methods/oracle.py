@@ -1,4 +1,4 @@
-"""Oracle: the mask that a method with perfect foresight would make. No method to use: the distance that is left."""
+"""Oracle: a mask that sees what is to come. No method to use: a mark of how far foresight alone goes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Oracle(PromptMethod):
     """
 
     name = "oracle"
-    summary = "looks ahead: one mask from the very tokens that it is used on (an upper bound for masks)"
+    summary = "looks ahead: one mask from the very tokens that it is used on (a mark, no method)"
     looks_ahead = True
     normalise: str = "l2"
     down_norm: bool = False
