@@ -82,6 +82,14 @@ def test_dense_tokens_after_an_alarm_make_the_new_mask(llama):
     assert session.effective_sparsity == pytest.approx(5 * 0.5 / 8)  # the prompt's own token and two dense ones
 
 
+def test_windows_that_close_while_dense_tokens_run_raise_no_alarm(llama):
+    params = {**RESTLESS, "dense_tokens": 4}  # the alarm comes after token 3; the window of 4 to 6 runs dense
+    with open_session(llama, "dart", 0.5, **params) as session:
+        _steps(llama, session, _prompt(1, 20), random_tokens(8, seed=9))
+    assert [e["token"] for e in session.events] == [7]
+    assert [a["token"] for a in session.alarms] == [3]
+
+
 def test_blend_of_one_is_the_static_mask(llama):
     ids = _prompt(2, 20)
     with open_session(llama, "dart", 0.5, detect=False):
