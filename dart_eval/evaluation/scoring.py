@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,15 +107,10 @@ class Scorer:
             by_context.setdefault(request.context, []).append(i)
         contexts = sorted(by_context, key=lambda c: (len(c), c), reverse=True)
         scores: dict[int, Score] = {}
-        start = 0
-        while start < len(contexts):
-            batch = contexts[start : start + self.batch_size]
-            if len(batch[0]) > 1:  # one-token contexts have nothing to build a mask from: a batch of their own
-                batch = [c for c in batch if len(c) > 1]
-            found = self._score_contexts(batch, by_context, requests)
+        for part in _batches([len(c) for c in contexts], self.batch_size):
+            found = self._score_contexts(contexts[part], by_context, requests)
             scores.update(found)
             done(found)
-            start += len(batch)
         return [scores[i] for i in range(len(requests))]
 
     def _score_contexts(
@@ -177,16 +172,11 @@ class Scorer:
             rows.setdefault((inputs, len(request.continuation)), []).append(i)
         order = sorted(rows, key=lambda r: (len(r[0]), r), reverse=True)
         scores: dict[int, Score] = {}
-        start = 0
-        while start < len(order):
-            batch = order[start : start + self.batch_size]
-            if len(batch[0][0]) > 1:  # an only token leaves nothing to make a mask from: a batch of their own
-                batch = [r for r in batch if len(r[0]) > 1]
-            targets = [[(i, requests[i].continuation) for i in rows[r]] for r in batch]
-            found = self._score_whole([r[0] for r in batch], targets)
+        for part in _batches([len(inputs) for inputs, _ in order], self.batch_size):
+            targets = [[(i, requests[i].continuation) for i in rows[r]] for r in order[part]]
+            found = self._score_whole([inputs for inputs, _ in order[part]], targets)
             scores.update(found)
             done(found)
-            start += len(batch)
         return [scores[i] for i in range(len(requests))]
 
     def _score_whole(
@@ -321,6 +311,14 @@ class Scorer:
             kwargs["position_ids"] = positions.clamp_min(0)
         base = self.model.base_model
         return base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows, longest first; one-token rows, which leave nothing to make a mask from, apart."""
+    longer = sum(n > 1 for n in lengths)
+    for first, last in ((0, longer), (longer, len(lengths))):
+        for start in range(first, last, size):
+            yield slice(start, min(start + size, last))
 
 
 def _pad(rows: list[tuple[int, ...]], left: bool, device: Any) -> tuple[Tensor, Tensor]:
