@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dart_eval.errors import UserError
@@ -108,28 +109,46 @@ def exact_counts(wanted: Sequence[float], most: Sequence[int], total: int) -> li
     return counts
 
 
-def two_stage_counts(
-    ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float, matrices: int
-) -> tuple[list[int], list[int]]:
-    """Neurons of every layer that the mask keeps, and those of them that a token picks.
+@dataclass(frozen=True)
+class StageCounts:
+    """Neurons per layer, [L] each: of the mask; those of them that a token picks; those of these that it writes."""
 
-    The first `matrices`-th of an FFN's weights (the gate, or up in a plain FFN) is read for the mask's neurons, the
-    rest for the picked ones: weights read = (c_mask + (m - 1) c_picked) / m = 1 - sparsity, met to the neuron.
+    mask: list[int]
+    picked: list[int]
+    written: list[int]
+
+
+def stage_counts(
+    ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float, matrices: int, down: float = 1.0
+) -> StageCounts:
+    """How many neurons of every layer each stage of a token's choice keeps, at weights read = 1 - sparsity.
+
+    A gated FFN reads the gate's rows of the mask's neurons, up's of the picked ones, down's of the written ones:
+    weights read = (c_mask + c_picked + c_written) / 3. A plain FFN reads up's rows of the mask's neurons and down's of
+    the picked ones, which are those it writes: (c_mask + c_picked) / 2. Both are met to the neuron, over all layers.
 
     Args:
         ratios: [L] weights read of every layer, mean 1 - sparsity.
-        spread: c_mask as a multiple of the weights read; 1 is a mask alone (every neuron of it is picked).
-        matrices: m, 3 for gated FFNs and 2 for plain ones.
+        spread: c_mask as a multiple of the weights read; 1 is a mask alone (every neuron of it is picked and written).
+        matrices: 3 for gated FFNs and 2 for plain ones.
+        down: c_written / c_picked of a gated FFN, as far as the mask has enough neurons to pick.
     """
-    rest, everything = matrices - 1, sum(sizes)
+    gated, everything = matrices == 3, sum(sizes)
     kept = round((1.0 - sparsity) * everything)
     budget = matrices * kept  # in rows of one matrix
     masked = min(everything, budget, round(spread * kept))  # at `budget` nothing is left to pick
-    masked = max(kept, masked - (masked - budget) % rest)  # so that the rest divides among its matrices
+    if gated and down == 1:
+        masked = max(kept, masked - (masked - budget) % 2)  # so that the rest divides among its two matrices
     wanted = [min(spread * r, 1.0) * n for r, n in zip(ratios, sizes, strict=True)]
     mask = exact_counts(wanted, sizes, masked)
-    left = [(matrices * r * n - w) / rest for r, n, w in zip(ratios, sizes, wanted, strict=True)]
-    return mask, exact_counts(left, mask, (budget - masked) // rest)
+    left = [matrices * r * n - w for r, n, w in zip(ratios, sizes, wanted, strict=True)]
+    if not gated:
+        picked = exact_counts(left, mask, budget - masked)
+        return StageCounts(mask, picked, picked)
+    most = min(masked, math.ceil((budget - masked) / (1 + down)))
+    picked = exact_counts([x / (1 + down) for x in left], mask, most)
+    written = exact_counts([x * down / (1 + down) for x in left], picked, budget - masked - most)
+    return StageCounts(mask, picked, written)
 
 
 def read_table(path: str | Path) -> list[float]:

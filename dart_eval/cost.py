@@ -110,36 +110,45 @@ class Tracing:
         prefill: scoring the prompt's tokens, sensitivities and detector included (an upper bound: four operations
             per neuron and token, which token normalisation needs). Sorting scores is comparisons, and not counted.
         decode_step: per decoded token: the detector, and picking neurons where tokens do.
-        remask: one renewal of all masks from the ring buffer (dense gate and up on R inputs, and scoring).
+        remask: one renewal of all masks from the ring buffer (dense gate and up on R inputs, and scoring; the down
+            projection once, where pruned neurons are made up for).
+        remask_read: FFN weights that a renewal reads / all FFN weights, each once however many inputs it has.
     """
 
     prefill: int
     decode_step: float
     remask: int
+    remask_read: float
 
 
 def tracing(method: Method, shape: ModelShape, tokens: int) -> Tracing:
     """What `method` adds on a prompt of that many tokens. Elementwise: one FLOP per element and operation."""
     if not isinstance(method, PromptMethod):
-        return Tracing(0, 0.0, 0)
+        return Tracing(0, 0.0, 0, 0.0)
     neurons, width = sum(shape.ffn_sizes), shape.width
     two_stage, renewal = method.stages > 1, method.renewal
     scoring = 2 * neurons  # square and add, per token; normalisation is a further sum
-    prefill = tokens * (2 + two_stage) * scoring
+    sums = 1 + two_stage + method.compensate  # per neuron and token: scores, up's squares, means
+    prefill = tokens * (1 + sums) * scoring
+    constants = 2 * width * neurons if method.compensate else 0  # the down projection of the pruned neurons' means
+    prefill += constants
     if method.layer_allocation == "depth":
         prefill += tokens * shape.layers * 8 * width  # two norms, a difference, its norm, a dot product
     decode_step = 2.0 * neurons if two_stage else 0.0  # magnitude and factor; an upper bound: of the mask's neurons
+    if method.compensate:
+        decode_step += shape.layers * width
     if method.drift is not None:
         prefill += tokens * 2 * width
         decode_step += width + (2 + 6 * width) / method.drift.window  # a sum per token, a cosine per window
     remask = 0
     if method.needs_ring:
         into_hidden = 2 * (shape.ffn_matrices - 1) * width * neurons
-        remask = renewal.ring * (into_hidden + (2 + two_stage) * scoring) + 3 * neurons
+        remask = renewal.ring * (into_hidden + (1 + sums) * scoring) + 3 * neurons + constants
     elif method.drift is not None and renewal.dense_tokens:
         # The tokens themselves run dense, and are counted where sparsity is: here is what scoring them adds.
-        remask = renewal.dense_tokens * 2 * scoring + 3 * neurons
-    return Tracing(prefill, decode_step, remask)
+        remask = renewal.dense_tokens * 2 * scoring + 3 * neurons + constants
+    rows = (shape.ffn_matrices - 1 if method.needs_ring else 0) + bool(constants and remask)
+    return Tracing(prefill, decode_step, remask, rows / shape.ffn_matrices)
 
 
 def describe(
@@ -147,7 +156,8 @@ def describe(
 ) -> dict[str, Any]:
     """The cost block of a record, at the mean context length of what was run. FLOPs.
 
-    `tracing_decode_step` includes the re-masks that were seen, spread over the tokens.
+    `tracing_decode_step` includes the re-masks that were seen, spread over the tokens; `renewals_read` are the FFN
+    weights that these read, per decoded token, over all FFN weights.
     """
     tokens = max(1, round(context))
     added = tracing(method, shape, tokens)
@@ -162,5 +172,6 @@ def describe(
         "tracing_decode_step": per_token,
         "tracing_share": per_token / dense,
         "remask": added.remask,
+        "renewals_read": added.remask_read * remasks_per_token,
         "ffn_share": shape.ffn_share,
     }

@@ -66,12 +66,10 @@ def measure(
     parts: dict[str, int] = {}
     for length in sorted(prompts):
         state[length], parts = _state(method, ffns, sparsity, length)
-    matrices = sizes.ffn_matrices
-    ring = isinstance(method, PromptMethod) and method.needs_ring
     return Overhead(
         method.name, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
         added.remask / dense, method.renewal.every if isinstance(method, PromptMethod) else 0,
-        (matrices - 1) / matrices if ring else 0.0,
+        added.remask_read,
     )  # fmt: skip
 
 
@@ -105,6 +103,7 @@ def _state(method: Method, ffns: list[Any], sparsity: float, tokens: int) -> tup
     parts = {
         "scores": bytes_of([*state.energy, *state.up]) + factors,
         "masks": bytes_of(state.masks or []),
+        "compensation": bytes_of([*state.mean, *(state.constants or [])]),
         "recent inputs": state.ring.nbytes() if state.ring is not None else 0,
         "detector": state.detector.nbytes() if state.detector is not None else 0,
     }

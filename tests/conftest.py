@@ -112,7 +112,7 @@ RESTLESS = {"window": 3, "sigma": -1000.0, "floor": -3.0, "patience": 1, "cooldo
 RENEWED = [
     ("griffin", {}), ("dart", {}), ("dart", RESTLESS), ("dart", {**RESTLESS, "memory": "running", "reference": "kept"}),
     ("dart-code", {**RESTLESS, "dense_tokens": 2}), ("dart-plus", {**RESTLESS, "every": 4}),
-    ("dart", {**RESTLESS, "aggregate": "ema", "skip_first": True, "score": "max"}),
+    ("dart", {**RESTLESS, "aggregate": "ema", "skip_first": True, "score": "max", "compensate": True}),
 ]  # fmt: skip
 
 

@@ -5,11 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from dart_eval.cost import shape_of, tracing
+from dart_eval.cost import describe, shape_of, tracing
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.methods.dart import Dart
 from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.pruning.methods.magnitude import Magnitude
+from dart_eval.pruning.registry import make
 from tests.conftest import CONFIGS, FAMILIES, cache_of, random_tokens, tiny
 
 
@@ -66,6 +67,15 @@ def test_tracing_grows_with_what_a_method_does(llama):
     # the re-mask runs gate and up densely on the ring's 24 inputs: at least that
     assert full.remask > 24 * 2 * 2 * 32 * 3 * 40
     assert tracing(Dart(detect=False), shape, 100).remask == 0
+
+
+def test_what_renewals_read_is_counted(llama):
+    """Per decoded token: gate and up of every neuron from the ring, down as well where the pruned are made up for."""
+    shape = shape_of(llama, find_ffns(llama))
+    found = {name: describe(make(name), shape, 100, 0.5, 0.01)["renewals_read"] for name in ("dart", "dart-plus")}
+    assert found == {"dart": pytest.approx(0.01 * 2 / 3), "dart-plus": pytest.approx(0.01)}
+    assert describe(make("dart-code"), shape, 100, 0.5, 0.01)["renewals_read"] == 0  # its tokens run dense instead
+    assert describe(make("griffin"), shape, 100, 0.5, 0.0)["renewals_read"] == 0
 
 
 def test_sliding_layers_look_back_to_their_window_only():

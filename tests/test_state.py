@@ -124,18 +124,18 @@ def test_magnitude_and_protection_are_used(llama):
 
     # S normalised 1, 1/3, 0; weights 0, 2/3, .35 -> prune 0, .984, .516, clipped .1, .9, .516; the surplus .016 is
     # taken 2/3 : .35 from the last two: .889, .511, of 40 neurons 4.4 and 19.6 kept
-    assert full._keep_counts(0)[0] == [36, 4, 20]
+    assert full._keep_counts(0).mask == [36, 4, 20]
     # normalised 0, 1, 0; weights 1/4, 0, .35 -> .625, 0, .875; the middle is raised to .1, the others give 5:7
-    assert bare._keep_counts(0)[0] == [17, 36, 7]
+    assert bare._keep_counts(0).mask == [17, 36, 7]
     # weights 0, 2/3, 1 -> 0, .6, .9, clipped .1, .6, .9; weights 2:3 give .1: .56, .84
-    assert _turned(llama, protect=False)._keep_counts(0)[0] == [36, 18, 6]
+    assert _turned(llama, protect=False)._keep_counts(0).mask == [36, 18, 6]
     # weights 1, 0, 1 -> .75, 0, .75; the middle is raised to .1
-    assert _turned(llama, protect=False, magnitude=False)._keep_counts(0)[0] == [12, 36, 12]
-    assert _turned(llama, allocation="uniform", protect=False)._keep_counts(0)[0] == [20, 20, 20]
+    assert _turned(llama, protect=False, magnitude=False)._keep_counts(0).mask == [12, 36, 12]
+    assert _turned(llama, allocation="uniform", protect=False)._keep_counts(0).mask == [20, 20, 20]
 
 
 def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
-    method = Dart(ring=4, blend=0.25, window=2, min_windows=1)
+    method = Dart(ring=4, blend=0.25, window=2, min_windows=1, compensate=True)
     state = _state(llama.float(), method, batch=2)
     ffns = find_ffns(llama)
     valid = torch.ones(2, 6, dtype=torch.bool)
@@ -146,7 +146,8 @@ def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
         state.observe_change(ffn.layer, torch.randn(2, 6, 32), torch.randn(2, 6, 32), valid)
     state.observe_attention(torch.randn(2, 6, 32), valid)
     state.finish_context(valid)
-    before = [m.clone() for m in state.masks]
+    before, means = [m.clone() for m in state.masks], [m / 6 for m in state.mean]
+    constants = [c.clone() for c in state.constants]
     recent = [torch.randn(2, 3, 32) for _ in ffns]
     last_of_prompt = [slots.clone() for slots in state.ring.slots]
     for ffn, x in zip(ffns, recent, strict=True):
@@ -160,6 +161,10 @@ def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
         score = 0.25 * state.energy[i][0] / 6 + 0.75 * h.square().sum(0) / 4
         wanted = top_k_mask(score[None], state.keep[:1, i])[0]
         assert torch.equal(state.masks[i][0], wanted)
+        mean = 0.25 * means[i][0] + 0.75 * h.mean(0)
+        assert torch.allclose(state.mean[i][0] / 6, mean, atol=1e-6)
+        assert torch.allclose(state.constants[i][0], ffn.down(mean * ~wanted), atol=1e-6)
+        assert torch.equal(state.constants[i][1], constants[i][1])
         assert torch.equal(state.masks[i][1], before[i][1])
         assert int(state.masks[i][0].sum()) == int(before[i][0].sum())
     assert state.remasks.tolist() == [1, 0]

@@ -145,10 +145,12 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
     neurons = 3 * 40
     assert found.parts["masks"] == neurons
     assert found.parts["scores"] == neurons * 4 * (2 if name == "dart-plus" else 1)
-    ring = {"dart": 24, "dart-plus": 16}.get(name, 0)
+    assert found.parts["compensation"] == ((neurons + 3 * 32) * 4 if name == "dart-plus" else 0)
+    ring = {"dart": 24, "dart-plus": 8}.get(name, 0)
     assert found.parts["recent inputs"] == (3 * ring * 32 * 2 + ring if ring else 0)
-    assert (found.remask_every, found.remask_read) == ((16, pytest.approx(2 / 3)) if name == "dart-plus" else
-                                                       (0, pytest.approx(2 / 3 if ring else 0)))  # fmt: skip
+    assert found.remask_every == 0
+    assert found.remask_read == pytest.approx({"dart": 2 / 3, "dart-plus": 1}.get(name, 0))
+    assert measure(make(name, {"every": 16}), small_shape, 0.5, prompts=(9,)).remask_every == 16 if ring else True
 
 
 def test_shapes_have_the_sizes_of_their_models():

@@ -16,11 +16,11 @@ def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
 
 
-def pick(scores: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-    """Per token, the `keep[b]` largest scores among the neurons of its sequence's mask.
+def pick(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:
+    """Per token, the `keep[b]` largest scores among the neurons it may pick.
 
-    scores: [B, T, F], non-negative; mask: [B, F]; keep: [B], each at most the neurons of its mask. Returns [B, T, F]
-    bool with exactly keep[b] True for every token.
+    scores: [B, T, F], non-negative; among: bool, [B, 1, F] (its sequence's mask) or [B, T, F]; keep: [B], each at most
+    the neurons there. Returns [B, T, F] bool with exactly keep[b] True for every token.
     """
-    scores = scores.float().masked_fill(~mask[:, None], -1.0)
+    scores = scores.float().masked_fill(~among, -1.0)
     return top_k_mask(scores, keep[:, None].expand(scores.shape[:2]))

@@ -197,8 +197,18 @@ class PromptMethod(Method):
     @property
     def stages(self) -> float:
         """Neurons of the mask as a multiple of the weights read; above 1 every token picks some of them (see
-        `allocation.two_stage_counts`)."""
+        `allocation.stage_counts`)."""
         return 1.0
+
+    @property
+    def down(self) -> float:
+        """Of the neurons that a token picks, the share that it writes: those with the largest |h|."""
+        return 1.0
+
+    @property
+    def compensate(self) -> bool:
+        """What the neurons outside the mask add on average is added as a constant."""
+        return False
 
     @property
     def needs_ring(self) -> bool:

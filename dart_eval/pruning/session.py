@@ -349,6 +349,8 @@ class Session:
 
     def _on_hidden(self, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self._phase == "off":  # the state's own use of the projection
+                return None
             h = self._in_batch(args[0])
             gate, up, self._gate, self._up = self._gate, self._up, None, None
             if self._phase == "context" and self.state is not None:
@@ -363,6 +365,17 @@ class Session:
                     return None
                 return (masked.view(args[0].shape), *args[1:])
             return None
+
+        return hook
+
+    def _on_down(self, layer: int) -> Callable[..., Tensor | None]:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if self._phase != "decode" or self.state is None:
+                return None
+            constant = self.state.constant(layer)
+            if constant is None:
+                return None
+            return (self._in_batch(output) + constant.to(output.device, output.dtype)).view(output.shape)
 
         return hook
 
@@ -423,6 +436,8 @@ class Session:
                 add(ffn.output.register_forward_hook(self._on_output(ffn.layer)))
             if prompt and prompt.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
+            if prompt and prompt.compensate:
+                add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
             if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
                 if ffn.gate is not None:
                     add(ffn.gate.register_forward_hook(self._on_gate))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dart_eval.allocation import check_table, depth_aware, keep_counts, normalise_sensitivity, two_stage_counts
+from dart_eval.allocation import StageCounts, check_table, depth_aware, keep_counts, normalise_sensitivity, stage_counts
 from dart_eval.ffn import FFN
 from dart_eval.pruning.drift import DriftDetector
 from dart_eval.pruning.masks import pick, top_k_mask
@@ -57,15 +57,19 @@ class SequenceState:
         self.ffns, self.method, self.sparsity, self.weights = ffns, method, sparsity, weights
         layers = len(ffns)
         self.batch, self.device = batch, device
+        self.dtype = torch.float32  # of the model's activations, once seen
         self.energy: list[Tensor | None] = [None] * layers  # [B, F] fp32: weighted sum over context tokens
         self.up: list[Tensor | None] = [None] * layers  # the same sum of (up x)^2, where tokens pick neurons
+        self.mean: list[Tensor | None] = [None] * layers  # the same sum of h, where its mean makes up for the pruned
         self.tokens = torch.zeros(batch, device=device)  # context tokens seen
         self.weight = torch.zeros(batch, device=device)  # the sum of their weights
         self.cosine = torch.zeros(batch, layers)  # sum over tokens of cos(y, z), on the CPU
         self.change = torch.zeros(batch, layers)  # sum over tokens of ||z - y|| / ||y||
         self.keep: Tensor | None = None  # [B, L] long, on the CPU: neurons of the mask
         self.picked: Tensor | None = None  # [B, L] long: those of them that a token picks; None: all of them
+        self.written: Tensor | None = None  # [B, L] long: those of these that it writes; None: all of them
         self.masks: list[Tensor] | None = None  # L x [B, F] bool
+        self.constants: list[Tensor] | None = None  # L x [B, D]: what pruned neurons add on average
         self.remasks = torch.zeros(batch, dtype=torch.long)
         self.alarms = torch.zeros(batch, dtype=torch.bool, device=device)  # raised by the last forward
         self.since = 0  # decoded tokens since the last steady renewal; the same for all, since they decode together
@@ -100,14 +104,17 @@ class SequenceState:
 
         h: [B, T, F], the input of the down projection; valid: [B, T] bool; up: [B, T, F], up x, where tokens pick.
         """
+        self.dtype = h.dtype
         weight, shrink = self._token_weights(valid)
         if shrink is not None:
-            for sums in (self.energy, self.up):
+            for sums in (self.energy, self.up, self.mean):
                 old = sums[layer]
                 sums[layer] = None if old is None else old * shrink.to(old.device)[:, None]
         self._add(self.energy, layer, h, valid, weight, self.method.energy)
         if up is not None:
             self._add(self.up, layer, up, valid, weight, _squares)
+        if self.method.compensate:
+            self._add(self.mean, layer, h, valid, weight, _sums)
 
     def _add(self, sums: list[Tensor | None], layer: int, x: Tensor, valid: Tensor, weight: Tensor, of: object) -> None:
         """Add the energies of [B, T, F] values, a few tokens at a time."""
@@ -143,7 +150,8 @@ class SequenceState:
 
     def forget(self) -> None:
         """Leave out of the scores what was observed so far."""
-        self.energy, self.up = [None] * len(self.ffns), [None] * len(self.ffns)
+        for name in ("energy", "up", "mean"):
+            setattr(self, name, [None] * len(self.ffns))
         for name in ("tokens", "weight", "cosine", "change"):
             setattr(self, name, torch.zeros_like(getattr(self, name)))
 
@@ -161,11 +169,16 @@ class SequenceState:
         if self.detector is not None:
             self.detector.set_reference()
         counts = [self._keep_counts(row) for row in range(self.batch)]
-        self.keep = torch.tensor([mask for mask, _ in counts])
-        self.picked = torch.tensor([picked for _, picked in counts]) if self.two_stage else None
+        self.keep = torch.tensor([c.mask for c in counts])
+        if self.two_stage:
+            self.picked = torch.tensor([c.picked for c in counts])
+            self.written = torch.tensor([c.written for c in counts])
         self.since = 0
         self.dense_left.zero_()
         self.masks = [self._mask(i, e) for i, e in enumerate(self.energy) if e is not None]
+        if self.method.compensate:
+            everyone = torch.arange(self.batch, device=self.device)
+            self.constants = [self._constant(i, everyone) for i in range(len(self.ffns))]
 
     def sensitivity(self, row: int) -> list[float]:
         """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer for one sequence.
@@ -176,11 +189,11 @@ class SequenceState:
         turn = 1 - self.cosine[row] / n
         return (turn * (self.change[row] / n) if self.method.depth_rule.magnitude else turn).tolist()
 
-    def _keep_counts(self, row: int) -> tuple[list[int], list[int]]:
-        """Neurons of the mask and those that a token picks, per layer."""
+    def _keep_counts(self, row: int) -> StageCounts:
+        """Neurons of the mask, those that a token picks and those that it writes, per layer."""
         sizes = [f.size for f in self.ffns]
-        if float(self.tokens[row]) == 0:
-            return sizes, sizes  # nothing seen, so nothing can be chosen: this sequence runs dense, and is counted so
+        if float(self.tokens[row]) == 0:  # nothing can be chosen: this sequence runs dense, and is counted so
+            return StageCounts(sizes, sizes, sizes)
         if self.method.table is not None:
             ratios = self.method.table
             check_table(ratios, self.sparsity, len(sizes))
@@ -190,9 +203,10 @@ class SequenceState:
         else:
             ratios = [1 - self.sparsity] * len(sizes)
         if self.two_stage:
-            return two_stage_counts(ratios, sizes, self.sparsity, self.method.stages, self.ffns[0].matrices)
+            matrices = self.ffns[0].matrices
+            return stage_counts(ratios, sizes, self.sparsity, self.method.stages, matrices, self.method.down)
         counts = keep_counts(ratios, sizes, self.sparsity)
-        return counts, counts
+        return StageCounts(counts, counts, counts)
 
     def _mask(self, layer: int, scores: Tensor, rows: Tensor | None = None) -> Tensor:
         """The mask of the best neurons of a layer. scores: [b, F] of the sequences `rows` (indices; None: all)."""
@@ -201,6 +215,17 @@ class SequenceState:
             scores = scores * self.weights[layer].to(scores.device)
         keep = self.keep if rows is None else self.keep[rows.cpu()]
         return top_k_mask(scores, keep[:, layer])
+
+    def _constant(self, layer: int, rows: Tensor) -> Tensor:
+        """What the neurons outside the masks of the sequences `rows` add per token, on average: [b, D] fp32."""
+        sums, down = self.mean[layer], self.ffns[layer].down
+        assert sums is not None and self.masks is not None
+        at = rows.to(sums.device)
+        mean = sums[at] / self.weight[rows].clamp_min(FIRST_TOKEN)[:, None].to(sums.device)
+        mean = mean.masked_fill(self.masks[layer][at], 0)
+        bias = getattr(down, "bias", None)
+        added = down(mean.to(self.dtype)).float()
+        return added if bias is None else added - bias.float()
 
     # -- decoding ------------------------------------------------------------------------------------------
 
@@ -220,9 +245,10 @@ class SequenceState:
         share = self.mask_share()
         if self.picked is None:
             return share
-        m = self.ffns[0].matrices
-        picked = self.picked.double().sum(1) / sum(f.size for f in self.ffns)
-        return torch.where(self.dense_now.cpu(), 1.0, (share + (m - 1) * picked) / m)
+        assert self.written is not None
+        parts = [self.picked, self.written] if self.ffns[0].matrices == 3 else [self.picked]
+        chosen = sum(part.double().sum(1) for part in parts) / sum(f.size for f in self.ffns)
+        return torch.where(self.dense_now.cpu(), 1.0, (share + chosen) / (1 + len(parts)))
 
     def room(self) -> int | None:
         """Tokens that may run in one forward before a mask may change; None for any number."""
@@ -246,13 +272,21 @@ class SequenceState:
         if bool(dense.any()):
             counted = valid.to(h.device) & dense[:, None]
             self._add(self.fresh, layer, h, counted, counted.float(), self.method.energy)
-        mask = self.masks[layer].to(h.device)
-        if self.picked is None:
-            kept = mask[:, None]
-        else:
+        kept = self.masks[layer].to(h.device)[:, None]
+        if self.picked is not None:
+            assert self.written is not None
             score = h.float().abs() if gate is None else gate.float().abs() * self._up_norm(layer)[:, None]
-            kept = pick(score, mask, self.picked[:, layer])
+            kept = pick(score, kept, self.picked[:, layer])
+            if self.method.down < 1 and gate is not None:
+                kept = pick(h.float().abs(), kept, self.written[:, layer])
         return h * (kept | dense[:, None, None])
+
+    def constant(self, layer: int) -> Tensor | None:
+        """[B, 1, D] fp32, to be added to the FFN's pruned output; 0 for sequences that run dense now. None: nothing."""
+        if self.constants is None:
+            return None
+        constant = self.constants[layer]
+        return constant.masked_fill(self.dense_now.to(constant.device)[:, None], 0)[:, None]
 
     def _up_norm(self, layer: int) -> Tensor:
         """[B, F] root of the mean square of up x, up to a factor per sequence."""
@@ -296,7 +330,8 @@ class SequenceState:
         """Make new masks for the sequences `rows` ([B] bool); their ratios stay.
 
         Scores per token, blended: w * old + (1 - w) * recent, recent being the ring's tokens, or those that ran
-        `dense` after the alarm. The mean squares of up x, by which tokens pick, are always a running average.
+        `dense` after the alarm. The mean squares of up x, by which tokens pick, and the means of h, which make up for
+        the pruned neurons, are always running averages of the ring's tokens.
         """
         if not bool(rows.any()):
             return []
@@ -310,7 +345,7 @@ class SequenceState:
             energy = self.energy[i]
             assert energy is not None
             at = chosen.to(energy.device)
-            recent, up = self._recent(i, chosen, dense)
+            recent, up, mean = self._recent(i, chosen, dense)
             scores = w * energy[at] / old_weight.to(energy.device) + (1 - w) * recent
             new = self._mask(i, scores, chosen)
             old = self.masks[i][at]
@@ -319,22 +354,25 @@ class SequenceState:
             self.masks[i] = self.masks[i].index_copy(0, at, new)
             if renewal.running:  # as sums again, so that a further turn of the context adds to them
                 self.energy[i] = energy.index_copy(0, at, scores * old_weight.to(energy.device))
-            sums = self.up[i]
-            if sums is not None and up is not None:
-                weight = old_weight.to(sums.device)
-                self.up[i] = sums.index_copy(0, at, w * sums[at] + (1 - w) * up * weight)
+            for kind, new_mean in ((self.up, up), (self.mean, mean)):
+                sums = kind[i]
+                if sums is not None and new_mean is not None:
+                    weight = old_weight.to(sums.device)
+                    kind[i] = sums.index_copy(0, at, w * sums[at] + (1 - w) * new_mean * weight)
+            if self.constants is not None:
+                self.constants[i] = self.constants[i].index_copy(0, at, self._constant(i, chosen))
         if self.detector is not None and cause == "alarm" and renewal.move_reference:
             self.detector.rebase(rows)
         self.remasks[chosen.cpu()] += 1
         return [Change(row, cause, [layer[k] for layer in overlaps]) for k, row in enumerate(chosen.tolist())]
 
-    def _recent(self, layer: int, chosen: Tensor, dense: bool) -> tuple[Tensor, Tensor | None]:
-        """Per-token scores [b, F] of the recent tokens of the chosen sequences, and mean squares of up x."""
+    def _recent(self, layer: int, chosen: Tensor, dense: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Per-token scores [b, F] of the recent tokens of the chosen sequences, mean squares of up x, means of h."""
         if dense:
             fresh = self.fresh[layer]
             assert fresh is not None
             at = chosen.to(fresh.device)
-            return fresh[at] / self.fresh_weight[chosen].clamp_min(1)[:, None].to(fresh.device), None
+            return fresh[at] / self.fresh_weight[chosen].clamp_min(1)[:, None].to(fresh.device), None, None
         assert self.ring is not None and self.ring.valid is not None
         x, valid = self.ring.slots[layer], self.ring.valid[chosen].float()
         assert x is not None
@@ -343,7 +381,8 @@ class SequenceState:
         empty, count = (valid == 0)[..., None], valid.sum(1, keepdim=True).clamp_min(1)
         h = h.masked_fill(empty, 0)  # padding may hold anything, NaN too
         up = _squares(u.float().masked_fill(empty, 0), valid) / count if self.two_stage and u is not None else None
-        return self.method.energy(h, valid) / count, up
+        mean = _sums(h, valid) / count if self.method.compensate else None
+        return self.method.energy(h, valid) / count, up, mean
 
     def select(self, rows: Tensor) -> SequenceState:
         """An independent copy for the given sequences (indices, repeats allowed)."""
@@ -355,20 +394,24 @@ class SequenceState:
         def each(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
             return [None if t is None else t[rows.to(t.device)] for t in tensors]
 
-        new.energy, new.up, new.fresh = each(self.energy), each(self.up), each(self.fresh)
-        new.masks = None if self.masks is None else [m[rows.to(m.device)] for m in self.masks]
+        for name in ("energy", "up", "mean", "fresh"):
+            setattr(new, name, each(getattr(self, name)))
+        for name in ("masks", "constants"):
+            made = getattr(self, name)
+            setattr(new, name, None if made is None else each(made))
         for name in ("tokens", "weight", "dense_left", "fresh_weight", "alarms"):
             setattr(new, name, getattr(self, name)[rows.to(self.device)])
         new.cosine, new.change, new.remasks = self.cosine[cpu], self.change[cpu], self.remasks[cpu]
         new.keep = None if self.keep is None else self.keep[cpu]
         new.picked = None if self.picked is None else self.picked[cpu]
+        new.written = None if self.written is None else self.written[cpu]
         new.ring = None if self.ring is None else self.ring.select(rows)
         new.detector = None if self.detector is None else self.detector.select(rows)
         return new
 
     def nbytes(self) -> int:
         """Bytes of everything kept for these sequences."""
-        lists = [*self.energy, *self.up, *self.fresh, *(self.masks or [])]
+        lists = [*self.energy, *self.up, *self.mean, *self.fresh, *(self.masks or []), *(self.constants or [])]
         tensors = [t for t in lists if t is not None]
         tensors += [self.cosine, self.change, self.tokens, self.weight, self.dense_left, self.fresh_weight, self.alarms]
         total = sum(t.numel() * t.element_size() for t in tensors)
@@ -386,3 +429,8 @@ class SequenceState:
 def _squares(x: Tensor, weight: Tensor) -> Tensor:
     """[B, F]: weighted sum over tokens of x^2."""
     return (weight[:, None] @ x.square()).squeeze(1)
+
+
+def _sums(x: Tensor, weight: Tensor) -> Tensor:
+    """[B, F]: weighted sum over tokens of x."""
+    return (weight[:, None] @ x).squeeze(1)

@@ -220,12 +220,14 @@ def _flops(records: Sequence[Record], names: dict[str, str]) -> Table:
             _si(f["prefill"]), _si(f["decode_step_dense"]), _si(f["decode_step_pruned"]),
             f"{f['decode_step_pruned'] / f['decode_step_dense']:.3f}", _si(f["tracing_prefill"]),
             _si(f["tracing_decode_step"]), f"{100 * f['tracing_share']:.3f} %", str(r.remasks),
+            f"{100 * f.get('renewals_read', 0):.2f} %",
         ])  # fmt: skip
     columns = [*_heads(many), "method", "sparsity", "context", "prefill", "decode dense", "decode pruned", "ratio",
-               "tracing prefill", "tracing/token", "of dense", "re-masks"]  # fmt: skip
+               "tracing prefill", "tracing/token", "of dense", "re-masks", "their reads"]  # fmt: skip
     note = (
         "FLOPs from shapes (a multiply-add is two) at the mean context length of the cell; tracing/token includes "
-        "the re-masks seen. Execution is by masks: these are the FLOPs that skipping the pruned neurons leaves, "
+        "the re-masks seen; their reads: FFN weights that these read, per decoded token, of all FFN weights. "
+        "Execution is by masks: these are the FLOPs that skipping the pruned neurons leaves, "
         "not time saved."
     )
     return Table("FLOPs", columns, body, note)
