@@ -207,8 +207,9 @@ class DartPlus(Dart):
     summary = "each token picks inside a wide mask, renewed on drift; the rest is made up for by its mean"
     normalise: str = "l2"
     allocation: str = "uniform"
+    floor: float = 0.05
     ring: int = 8
-    blend: float = 0.5
+    blend: float = 0.8
     memory: str = "running"
     stages: float = 1.6
     down: float = 0.6
