@@ -9,11 +9,22 @@ from torch import Tensor
 def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
     """True for the `keep[b]` largest scores of each row; ties go to the lower index.
 
-    scores: [..., F]; keep: the same without F. Returns [..., F] bool with exactly keep[b] True in row b.
+    scores: [..., F], NaN counts as largest; keep: the same without F. Returns [..., F] bool with exactly keep[b] True in
+    row b. By selection, not by sorting: tokens that pick their neurons do this for every layer.
     """
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    chosen = torch.arange(scores.shape[-1], device=scores.device) < keep[..., None].to(scores.device)
-    return torch.zeros_like(chosen).scatter(-1, order, chosen)
+    size = scores.shape[-1]
+    rows = scores.masked_fill(scores.isnan(), torch.inf).reshape(-1, size)
+    counts = keep.to(scores.device).expand(scores.shape[:-1]).reshape(-1)
+    chosen = torch.zeros_like(rows, dtype=torch.bool)
+    for count in counts.unique().tolist():  # few: layers with a uniform share have one
+        if count == 0:
+            continue
+        same = (counts == count).nonzero().squeeze(1)
+        x = rows[same]
+        least = x.kthvalue(size - count + 1, dim=-1, keepdim=True).values
+        above, ties = x > least, x == least
+        chosen[same] = above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    return chosen.view(scores.shape)
 
 
 def pick(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:
