@@ -9,8 +9,8 @@ from torch import Tensor
 def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
     """True for the `keep[b]` largest scores of each row; ties go to the lower index.
 
-    scores: [..., F], NaN counts as largest; keep: the same without F. Returns [..., F] bool with exactly keep[b] True in
-    row b. By selection, not by sorting: tokens that pick their neurons do this for every layer.
+    scores: [..., F], NaN counts as largest; keep: the same without F. Returns [..., F] bool with exactly keep[b]
+    True in row b. By selection, not by sorting: tokens that pick their neurons do this for every layer.
     """
     size = scores.shape[-1]
     rows = scores.masked_fill(scores.isnan(), torch.inf).reshape(-1, size)
