@@ -29,6 +29,19 @@ def test_top_k_keeps_the_largest(seed, size, rows):
         assert not len(kept) or not len(dropped) or kept.min() >= dropped.max()
 
 
+@given(st.integers(0, 10_000), st.integers(1, 30))
+def test_top_k_selects_what_a_stable_sort_would(seed, size):
+    """Ties go to the lower index, whatever the row's own count; infinities are numbers, NaN is the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.tensor([0.0, 1.0, 2.0, torch.inf, -torch.inf, torch.nan])
+    scores = values[torch.randint(0, 6, (2, 3, size), generator=generator)]
+    keep = torch.randint(0, size + 1, (2, 3), generator=generator)
+    order = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    order = order.sort(dim=-1, descending=True, stable=True).indices
+    wanted = torch.zeros(2, 3, size, dtype=torch.bool).scatter(-1, order, torch.arange(size) < keep[..., None])
+    assert torch.equal(top_k_mask(scores, keep), wanted)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 6), st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8))
 def test_the_ring_holds_the_last_inputs(size, writes):
