@@ -149,6 +149,7 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
     ring = {"dart": 24, "dart-plus": 8}.get(name, 0)
     assert found.parts["recent inputs"] == (3 * ring * 32 * 2 + ring if ring else 0)
     assert found.remask_every == 0
+    assert (found.remask_tokens > 0) == (name != "griffin")
     assert found.remask_read == pytest.approx({"dart": 2 / 3, "dart-plus": 1}.get(name, 0))
     assert measure(make(name, {"every": 16}), small_shape, 0.5, prompts=(9,)).remask_every == 16 if ring else True
 

@@ -60,11 +60,14 @@ def bench(
         show(made)
 
 
+PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
+
+
 def table(found: list) -> Table:
     """The overhead of several methods, for people."""
     lengths = list(found[0].state_bytes)
     columns = [
-        "method", *(f"state, {n} tokens" for n in lengths), "scores", "masks", "recent inputs", "detector",
+        "method", *(f"state, {n} tokens" for n in lengths), *PARTS,
         "per decoded token", "per prompt token", "one renewal", "steady renewals",
     ]  # fmt: skip
     body = []
@@ -72,7 +75,7 @@ def table(found: list) -> Table:
         every = f"every {f.remask_every}: {100 * f.remask_tokens / f.remask_every:.1f} %" if f.remask_every else "none"
         body.append([
             f.method, *(f"{b / 10**6:.3f}" for b in f.state_bytes.values()),
-            *(f"{f.parts.get(part, 0) / 10**6:.3f}" for part in ("scores", "masks", "recent inputs", "detector")),
+            *(f"{f.parts.get(part, 0) / 10**6:.3f}" for part in PARTS),
             f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %", f"{f.remask_tokens:.2f} tokens", every,
         ])  # fmt: skip
     note = (
