@@ -67,6 +67,9 @@ def test_tracing_grows_with_what_a_method_does(llama):
     # the re-mask runs gate and up densely on the ring's 24 inputs: at least that
     assert full.remask > 24 * 2 * 2 * 32 * 3 * 40
     assert tracing(Dart(detect=False), shape, 100).remask == 0
+    # making up for pruned neurons: a sum per neuron and token, and the down projection of their means once
+    more = tracing(Dart(compensate=True), shape, 100).prefill - full.prefill
+    assert more == 100 * 2 * 3 * 40 + 2 * 32 * 3 * 40
 
 
 def test_what_renewals_read_is_counted(llama):

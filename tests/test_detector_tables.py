@@ -47,17 +47,19 @@ def test_prompts_without_windows_are_left_out():
 def test_a_task_goes_with_its_control_and_nothing_else(tmp_path):
     store = Store(tmp_path)
 
-    def save(task, signal, **changes):
-        record = cell("dart", 0.5, task, params={"patience": 2}, limit=changes.pop("limit", None), **changes)
+    def save(task, signal, limit=None, patience=2, **changes):
+        record = cell("dart", 0.5, task, params={"patience": patience}, limit=limit, **changes)
         samples = [written(i, "", task, drift=trace(signal)) for i in range(3)]
-        store.save(task, dataclasses.replace(record, samples=samples))
+        store.save(f"{task}{patience}", dataclasses.replace(record, samples=samples))
 
     save("drift_x", [0.5, 0.5])
     assert detector.tables(store, store.load()) == []
     save("drift_x_same", [0.9, 0.9], seed=1)
     assert detector.tables(store, store.load()) == []
     save("drift_x_same", [0.9, 0.9], limit=3)
+    save("drift_x", [0.9, 0.5], patience=1)  # another setting, whose control was not run
     (table,) = detector.tables(store, store.load())
+    assert len({row[0] for row in table.body}) == 1
     assert table.title == "Drift detector on drift_x"
     rows = {row[2]: row[3:] for row in table.body}
     assert rows["2 sigma"] == ["3 of 3", "20", "0.00", "60"]

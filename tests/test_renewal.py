@@ -82,6 +82,28 @@ def test_dense_tokens_after_an_alarm_make_the_new_mask(llama):
     assert session.effective_sparsity == pytest.approx(5 * 0.5 / 8)  # the prompt's own token and two dense ones
 
 
+@torch.no_grad()
+def test_tokens_that_run_dense_get_no_constant(llama):
+    """What pruned neurons add on average is missing only where they are pruned."""
+    made = {"pruned": 0, "dense": 0}
+    params = {**RESTLESS, "dense_tokens": 2, "compensate": True}
+    ffn = find_ffns(llama)[1]
+    with open_session(llama, "dart", 0.5, **params) as session:
+        inputs = []
+        ffn.down.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
+
+        def check(_module, _args, output):
+            if session._phase == "decode":
+                plain = inputs[-1] @ ffn.down.weight.T
+                made["pruned" if torch.allclose(plain, output, atol=1e-9) is False else "dense"] += 1
+                assert torch.allclose(plain, output, atol=1e-9) == bool(session.state.dense_now)
+
+        handle = ffn.down.register_forward_hook(check)
+        _steps(llama, session, _prompt(1, 20), random_tokens(9, seed=9))
+        handle.remove()
+    assert made["pruned"] > 3 and made["dense"] >= 2
+
+
 def test_windows_that_close_while_dense_tokens_run_raise_no_alarm(llama):
     params = {**RESTLESS, "dense_tokens": 4}  # the alarm comes after token 3; the window of 4 to 6 runs dense
     with open_session(llama, "dart", 0.5, **params) as session:

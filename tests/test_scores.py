@@ -52,6 +52,12 @@ def test_an_exponential_average_does_not_see_chunks_or_padding(pad, first, secon
 
 def _seen(model, method, h, split=None):
     """The state's score of every neuron of layer 0 after a context with these activations."""
+    state = _state_after(model, method, h, split)
+    return state.energy[0][0] / state.weight[0]
+
+
+def _state_after(model, method, h, split=None):
+    """The state after a context with these activations in every layer, in one piece or two."""
     state = SequenceState(find_ffns(model), method, 0.5, 1, CPU)
     parts = [h] if split is None else [h[:, :split], h[:, split:]]
     for part in parts:
@@ -59,7 +65,7 @@ def _seen(model, method, h, split=None):
         for layer in range(len(state.ffns)):
             state.observe_hidden(layer, part, valid)
         state.finish_context(valid)
-    return state.energy[0][0] / state.weight[0]
+    return state
 
 
 @pytest.mark.parametrize("split", [None, 1, 4])
@@ -69,6 +75,19 @@ def test_the_average_of_magnitudes_is_the_formula(llama, split):
     wanted = (weight[:, None] * h[0].abs()).sum(0) / weight.sum()
     got = _seen(llama, Dart(aggregate="ema", decay=0.9, allocation="uniform", detect=False), h, split)
     assert torch.allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("split", [None, 1, 4])
+@pytest.mark.parametrize("aggregate", ["l2", "ema"])
+def test_the_mean_that_makes_up_for_the_pruned_weighs_tokens_as_the_scores_do(llama, split, aggregate):
+    h = torch.randn(1, 7, 40, generator=torch.Generator().manual_seed(1))
+    weight = torch.tensor([0.9 ** (6 - t) if aggregate == "ema" else 1.0 for t in range(7)])
+    method = Dart(aggregate=aggregate, decay=0.9, allocation="uniform", detect=False, compensate=True)
+    state = _state_after(llama.float(), method, h, split)
+    wanted = (weight[:, None] * h[0]).sum(0) / weight.sum()
+    assert torch.allclose(state.mean[0][0] / state.weight[0], wanted, atol=1e-6)
+    outside = wanted * ~state.masks[0][0]
+    assert torch.allclose(state.constants[0][0], find_ffns(llama)[0].output_weight().float() @ outside, atol=1e-5)
 
 
 @pytest.mark.parametrize("split", [None, 1, 4])

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dart_eval import shapes, tracing
+from dart_eval import cost, shapes, tracing
 from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
 from dart_eval.overhead import measure
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.trace_plot import draw
@@ -42,6 +43,12 @@ def test_a_given_text_is_fed_and_scored(tokenizer):
     assert all(len(r["overlap"]) == 3 for r in found["remasks"])
     text = tracing.summary(found)
     assert "8 windows of 3 tokens" in text and "8 alarms after token 3, 6" in text and "renewed 8 times" in text
+
+
+def test_a_text_that_joins_the_prompt_is_fed_by_its_own_tokens(tokenizer):
+    """Without a space between them the last word of the prompt and the first of the text would be one token."""
+    _, found = traced(tokenizer, tracing.Passage("w9 w10 w11", "w12 w13"), "griffin")
+    assert found["tokens"] == ["w12", "w13"]
 
 
 def test_a_short_prompt_has_no_threshold_and_that_is_said(tokenizer, tmp_path):
@@ -150,6 +157,12 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
     assert found.parts["recent inputs"] == (3 * ring * 32 * 2 + ring if ring else 0)
     assert found.remask_every == 0
     assert (found.remask_tokens > 0) == (name != "griffin")
+    if name == "dart-code":  # 30 dense tokens, each for what a pruned one saves
+        model = tiny("llama")
+        sizes = cost.shape_of(model, find_ffns(model))
+        saved = 1 - sizes.decode(1025, 0.5) / sizes.decode(1025)
+        scoring = cost.tracing(make(name), sizes, 1024).remask / sizes.decode(1025)
+        assert found.remask_tokens == pytest.approx(30 * saved + scoring)
     assert found.remask_read == pytest.approx({"dart": 2 / 3, "dart-plus": 1}.get(name, 0))
     assert measure(make(name, {"every": 16}), small_shape, 0.5, prompts=(9,)).remask_every == 16 if ring else True
 

@@ -76,6 +76,9 @@ def phi3():
 def test_a_decoded_token_uses_the_neurons_that_the_formula_picks(make):
     """Step by step with a copy of the model: h is zeroed for the token at hand, the mean of the rest is added."""
     model, reference = make(), make()
+    for p in (p for p in model.parameters() if p.dim() == 1):  # biases are born zero, and would not be missed
+        p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)), dtype=p.dtype)
+    reference.load_state_dict(model.state_dict())
     ids, token = torch.tensor([random_tokens(20, seed=3)]), torch.tensor([[7]])
     ups, means, ffns = [], [], find_ffns(reference)
     inputs = {}
