@@ -125,7 +125,8 @@ def stage_counts(
 
     A gated FFN reads the gate's rows of the mask's neurons, up's of the picked ones, down's of the written ones:
     weights read = (c_mask + c_picked + c_written) / 3. A plain FFN reads up's rows of the mask's neurons and down's of
-    the picked ones, which are those it writes: (c_mask + c_picked) / 2. Both are met to the neuron, over all layers.
+    the picked ones, which are those it writes: (c_mask + c_picked) / 2. Both are met to the neuron, over all layers,
+    and by every layer up to rounding: where a mask ends at all its neurons, the layer's later stages get what is left.
 
     Args:
         ratios: [L] weights read of every layer, mean 1 - sparsity.
@@ -136,18 +137,24 @@ def stage_counts(
     gated, everything = matrices == 3, sum(sizes)
     kept = round((1.0 - sparsity) * everything)
     budget = matrices * kept  # in rows of one matrix
-    masked = min(everything, budget, round(spread * kept))  # at `budget` nothing is left to pick
+    # At matrices * r nothing is left to pick.
+    wanted = [min(spread * r, 1.0, matrices * r) * n for r, n in zip(ratios, sizes, strict=True)]
+    clipped = sum(spread * r * n - w for r, n, w in zip(ratios, sizes, wanted, strict=True))
+    masked = max(kept, min(everything, budget, round(spread * kept - clipped)))
     if gated and down == 1:
         masked = max(kept, masked - (masked - budget) % 2)  # so that the rest divides among its two matrices
-    wanted = [min(spread * r, 1.0) * n for r, n in zip(ratios, sizes, strict=True)]
     mask = exact_counts(wanted, sizes, masked)
     left = [matrices * r * n - w for r, n, w in zip(ratios, sizes, wanted, strict=True)]
     if not gated:
         picked = exact_counts(left, mask, budget - masked)
         return StageCounts(mask, picked, picked)
-    most = min(masked, math.ceil((budget - masked) / (1 + down)))
-    picked = exact_counts([x / (1 + down) for x in left], mask, most)
-    written = exact_counts([x * down / (1 + down) for x in left], picked, budget - masked - most)
+    share = [x / (1 + down) for x in left]  # of the layer's rest, for up's rows
+    missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # where the mask has fewer to pick
+    most = math.ceil((budget - masked) / (1 + down) - missing)
+    most = min(masked, max(most, math.ceil((budget - masked) / 2)))
+    picked = exact_counts(share, mask, most)
+    rest = [x - min(s, m) for x, s, m in zip(left, share, mask, strict=True)]
+    written = exact_counts(rest, picked, budget - masked - most)
     return StageCounts(mask, picked, written)
 
 

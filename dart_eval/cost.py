@@ -107,12 +107,14 @@ class Tracing:
     """FLOPs that a method itself adds.
 
     Attributes:
-        prefill: scoring the prompt's tokens, sensitivities and detector included (an upper bound: four operations
+        prefill: scoring the prompt's tokens, sensitivities and detector included (an upper bound: five operations
             per neuron and token, which token normalisation needs). Sorting scores is comparisons, and not counted.
         decode_step: per decoded token: the detector, and picking neurons where tokens do.
-        remask: one renewal of all masks from the ring buffer (dense gate and up on R inputs, and scoring; the down
-            projection once, where pruned neurons are made up for).
-        remask_read: FFN weights that a renewal reads / all FFN weights, each once however many inputs it has.
+        remask: one renewal of all masks. From the ring buffer: dense gate and up on R inputs, and scoring; down's
+            columns of the pruned neurons once, where these are made up for. From M dense tokens: scoring them, and
+            what each computes more than a pruned one.
+        remask_read: FFN weights that a renewal reads / all FFN weights: each once however many inputs the ring has;
+            of M dense tokens what each reads more than a pruned one.
     """
 
     prefill: int
@@ -121,34 +123,41 @@ class Tracing:
     remask_read: float
 
 
-def tracing(method: Method, shape: ModelShape, tokens: int) -> Tracing:
-    """What `method` adds on a prompt of that many tokens. Elementwise: one FLOP per element and operation."""
+def tracing(method: Method, shape: ModelShape, tokens: int, weights_read: float) -> Tracing:
+    """What `method` adds on a prompt of that many tokens. Elementwise: one FLOP per element and operation.
+
+    weights_read: share of the FFN weights that a pruned token multiplies.
+    """
     if not isinstance(method, PromptMethod):
         return Tracing(0, 0.0, 0, 0.0)
     neurons, width = sum(shape.ffn_sizes), shape.width
     two_stage, renewal = method.stages > 1, method.renewal
-    scoring = 2 * neurons  # square and add, per token; normalisation is a further sum
-    sums = 1 + two_stage + method.compensate  # per neuron and token: scores, up's squares, means
-    prefill = tokens * (1 + sums) * scoring
-    constants = 2 * width * neurons if method.compensate else 0  # the down projection of the pruned neurons' means
-    prefill += constants
+    mask = min(1.0, method.stages * weights_read) * neurons
+    # Per neuron and token: a square and a sum for the norm, a square, a division and a sum for the score; a square, a
+    # factor and a sum for up; a factor and a sum for the mean.
+    scoring = (5 + 3 * two_stage + 2 * method.compensate) * neurons
+    constants = round(2 * width * (neurons - mask)) if method.compensate else 0  # down's columns of the pruned neurons
+    prefill = tokens * scoring + constants
     if method.layer_allocation == "depth":
         prefill += tokens * shape.layers * 8 * width  # two norms, a difference, its norm, a dot product
-    decode_step = 2.0 * neurons if two_stage else 0.0  # magnitude and factor; an upper bound: of the mask's neurons
+    decode_step = 3 * mask if two_stage else 0.0  # |act(gate x)| and its factor; |h|, of the picked ones at most
     if method.compensate:
         decode_step += shape.layers * width
     if method.drift is not None:
         prefill += tokens * 2 * width
         decode_step += width + (2 + 6 * width) / method.drift.window  # a sum per token, a cosine per window
-    remask = 0
+    remask, read = 0, 0.0
     if method.needs_ring:
         into_hidden = 2 * (shape.ffn_matrices - 1) * width * neurons
-        remask = renewal.ring * (into_hidden + (1 + sums) * scoring) + 3 * neurons + constants
-    elif method.drift is not None and renewal.dense_tokens:
-        # The tokens themselves run dense, and are counted where sparsity is: here is what scoring them adds.
-        remask = renewal.dense_tokens * 2 * scoring + 3 * neurons + constants
-    rows = (shape.ffn_matrices - 1 if method.needs_ring else 0) + bool(constants and remask)
-    return Tracing(prefill, decode_step, remask, rows / shape.ffn_matrices)
+        remask = renewal.ring * (into_hidden + scoring)
+        read = (shape.ffn_matrices - 1) / shape.ffn_matrices
+    elif method.drift is not None and renewal.on_alarm and renewal.dense_tokens:
+        read = renewal.dense_tokens * (1 - weights_read)
+        remask = renewal.dense_tokens * scoring + round(2 * shape.ffn_weights * read)
+    if remask:
+        remask += 3 * neurons + constants  # old and recent scores blended
+        read += (1 - mask / neurons) / shape.ffn_matrices if constants else 0.0
+    return Tracing(prefill, decode_step, remask, read)
 
 
 def describe(
@@ -156,11 +165,11 @@ def describe(
 ) -> dict[str, Any]:
     """The cost block of a record, at the mean context length of what was run. FLOPs.
 
-    `tracing_decode_step` includes the re-masks that were seen, spread over the tokens; `renewals_read` are the FFN
-    weights that these read, per decoded token, over all FFN weights.
+    weights_read: of tokens that ran pruned. `tracing_decode_step` includes the re-masks that were seen, spread over the
+    tokens; `renewals_read` are the FFN weights that these read, per decoded token, over all FFN weights.
     """
     tokens = max(1, round(context))
-    added = tracing(method, shape, tokens)
+    added = tracing(method, shape, tokens, weights_read)
     dense = shape.decode(tokens + 1)
     per_token = added.decode_step + added.remask * remasks_per_token
     return {

@@ -111,6 +111,12 @@ class FFN:
         """The down projection, [D, F]."""
         return weight_matrix(self.down)
 
+    def write(self, h: Tensor) -> Tensor:
+        """The down projection of h ([..., F]) without its bias: [..., D] fp32."""
+        bias = getattr(self.down, "bias", None)
+        added = self.down(h).float()
+        return added if bias is None else added - bias.float()
+
     @property
     def matrices(self) -> int:
         """How many F x D matrices a token multiplies: 3 for gated FFNs, 2 for plain ones."""

@@ -30,10 +30,9 @@ class Overhead:
         parts: bytes by what they are for, at the longest prompt.
         decode_share: FLOPs per decoded token (detector, picking) over those of a dense token.
         scoring_share: FLOPs per prompt token (scores, sensitivity, detector) over those of a dense token.
-        remask_tokens: FLOPs of one renewal of all masks, in dense tokens; of tokens that run dense for it, what they
-            compute more than pruned ones.
+        remask_tokens: FLOPs of one renewal of all masks, in dense tokens.
         remask_every: tokens between steady renewals, 0 if there are none; those after alarms depend on the text.
-        remask_read: FFN weights that one renewal reads / all FFN weights.
+        remask_read: FFN weights that one renewal reads / all FFN weights (see `cost.Tracing`).
     """
 
     method: str
@@ -62,17 +61,14 @@ def measure(
     ffns = describe(model)
     sizes = cost.shape_of(model, ffns)
     dense = sizes.decode(context + 1)
-    added = cost.tracing(method, sizes, context)
+    added = cost.tracing(method, sizes, context, 1 - sparsity)
     state: dict[int, int] = {}
     parts: dict[str, int] = {}
     for length in sorted(prompts):
         state[length], parts = _state(method, ffns, sparsity, length)
-    remask = added.remask / dense
-    if isinstance(method, PromptMethod) and method.drift:
-        remask += method.renewal.dense_tokens * (1 - sizes.decode(context + 1, 1 - sparsity) / dense)
     return Overhead(
         method.name, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
-        remask, method.renewal.every if isinstance(method, PromptMethod) else 0,
+        added.remask / dense, method.renewal.every if isinstance(method, PromptMethod) else 0,
         added.remask_read,
     )  # fmt: skip
 

@@ -60,24 +60,32 @@ def test_weights_and_shares(model):
 
 def test_tracing_grows_with_what_a_method_does(llama):
     shape = shape_of(llama, find_ffns(llama))
-    static, griffin, full = (tracing(m, shape, 100) for m in (Magnitude(), Griffin(), Dart()))
+    static, griffin, full = (tracing(m, shape, 100, 0.5) for m in (Magnitude(), Griffin(), Dart()))
     assert (static.prefill, static.decode_step, static.remask) == (0, 0, 0)
     assert 0 < griffin.prefill < full.prefill
     assert griffin.decode_step == 0 < full.decode_step
     # the re-mask runs gate and up densely on the ring's 24 inputs: at least that
     assert full.remask > 24 * 2 * 2 * 32 * 3 * 40
-    assert tracing(Dart(detect=False), shape, 100).remask == 0
-    # making up for pruned neurons: a sum per neuron and token, and the down projection of their means once
-    more = tracing(Dart(compensate=True), shape, 100).prefill - full.prefill
-    assert more == 100 * 2 * 3 * 40 + 2 * 32 * 3 * 40
+    assert tracing(Dart(detect=False), shape, 100, 0.5).remask == 0
+    assert tracing(make("dart-code", {"renew": False}), shape, 100, 0.5).remask == 0
+    # the mean of pruned neurons: a factor and a sum per neuron and token, and down's columns of the pruned half once
+    more = tracing(Dart(compensate=True), shape, 100, 0.5)
+    assert more.prefill - full.prefill == 100 * 2 * 3 * 40 + 2 * 32 * 3 * 20
+    # tokens that pick: three operations per neuron of a mask of 0.8, and three more per neuron of the prompt
+    picky = tracing(Dart(stages=1.6), shape, 100, 0.5)
+    assert picky.decode_step - full.decode_step == pytest.approx(3 * 0.8 * 3 * 40)
+    assert picky.prefill - full.prefill == 100 * 3 * 3 * 40
 
 
 def test_what_renewals_read_is_counted(llama):
     """Per decoded token: gate and up of every neuron from the ring, down as well where the pruned are made up for."""
     shape = shape_of(llama, find_ffns(llama))
     found = {name: describe(make(name), shape, 100, 0.5, 0.01)["renewals_read"] for name in ("dart", "dart-plus")}
-    assert found == {"dart": pytest.approx(0.01 * 2 / 3), "dart-plus": pytest.approx(0.01)}
-    assert describe(make("dart-code"), shape, 100, 0.5, 0.01)["renewals_read"] == 0  # its tokens run dense instead
+    assert found == {"dart": pytest.approx(0.01 * 2 / 3), "dart-plus": pytest.approx(0.01 * (2 + 0.2) / 3)}
+    # 30 tokens run dense: each reads and multiplies the half that a pruned one leaves out
+    code, scoring = describe(make("dart-code"), shape, 100, 0.5, 0.01), 30 * 5 * 3 * 40 + 3 * 3 * 40
+    assert code["renewals_read"] == pytest.approx(0.01 * 30 * 0.5)
+    assert code["remask"] == scoring + 30 * (shape.decode(101) - shape.decode(101, 0.5))
     assert describe(make("griffin"), shape, 100, 0.5, 0.0)["renewals_read"] == 0
 
 

@@ -68,7 +68,7 @@ def table(found: list) -> Table:
     lengths = list(found[0].state_bytes)
     columns = [
         "method", *(f"state, {n} tokens" for n in lengths), *PARTS,
-        "per decoded token", "per prompt token", "one renewal", "steady renewals",
+        "per decoded token", "per prompt token", "one renewal", "its reads", "steady renewals",
     ]  # fmt: skip
     body = []
     for f in found:
@@ -76,12 +76,14 @@ def table(found: list) -> Table:
         body.append([
             f.method, *(f"{b / 10**6:.3f}" for b in f.state_bytes.values()),
             *(f"{f.parts.get(part, 0) / 10**6:.3f}" for part in PARTS),
-            f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %", f"{f.remask_tokens:.2f} tokens", every,
+            f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %", f"{f.remask_tokens:.2f} tokens",
+            f"{f.remask_read:.2f}", every,
         ])  # fmt: skip
     note = (
         f"Shape {found[0].shape}, sparsity {found[0].sparsity:g}. State in megabytes (10^6) per sequence, bfloat16 "
         "inputs, measured after prompts of these lengths. FLOPs as shares of a dense decoded token's at 1024 tokens of "
-        "context: of tracing per decoded and per prompt token; of one renewal of all masks, in dense tokens; of steady "
-        "renewals per decoded token. Renewals after alarms come on top, as often as the text drifts."
+        "context: of tracing per decoded and per prompt token; of one renewal of all masks, in dense tokens (its "
+        "reads: FFN weights, over all of them); of steady renewals per decoded token. Renewals after alarms come on "
+        "top, as often as the text drifts."
     )
     return Table("Overhead", columns, body, note)

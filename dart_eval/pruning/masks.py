@@ -12,19 +12,25 @@ def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
     scores: [..., F], NaN counts as largest; keep: the same without F. Returns [..., F] bool with exactly keep[b]
     True in row b. By selection, not by sorting: tokens that pick their neurons do this for every layer.
     """
-    size = scores.shape[-1]
-    rows = scores.masked_fill(scores.isnan(), torch.inf).reshape(-1, size)
-    counts = keep.to(scores.device).expand(scores.shape[:-1]).reshape(-1)
+    rows = scores.masked_fill(scores.isnan(), torch.inf).reshape(-1, scores.shape[-1])
+    counts = keep.cpu().expand(scores.shape[:-1]).reshape(-1)  # grouped on the CPU, where they are made
+    distinct = counts.unique().tolist()  # few: layers with a uniform share have one
+    if len(distinct) == 1:
+        return _largest(rows, distinct[0]).view(scores.shape)
     chosen = torch.zeros_like(rows, dtype=torch.bool)
-    for count in counts.unique().tolist():  # few: layers with a uniform share have one
-        if count == 0:
-            continue
-        same = (counts == count).nonzero().squeeze(1)
-        x = rows[same]
-        least = x.kthvalue(size - count + 1, dim=-1, keepdim=True).values
-        above, ties = x > least, x == least
-        chosen[same] = above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    for count in distinct:
+        same = (counts == count).nonzero().squeeze(1).to(rows.device)
+        chosen[same] = _largest(rows[same], count)
     return chosen.view(scores.shape)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """True for the `count` largest of each row of [N, F], ties to the lower index."""
+    if count == 0:
+        return torch.zeros_like(x, dtype=torch.bool)
+    least = x.kthvalue(x.shape[-1] - count + 1, dim=-1, keepdim=True).values
+    above, ties = x > least, x == least
+    return above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def pick(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:

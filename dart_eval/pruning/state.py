@@ -218,14 +218,11 @@ class SequenceState:
 
     def _constant(self, layer: int, rows: Tensor) -> Tensor:
         """What the neurons outside the masks of the sequences `rows` add per token, on average: [b, D] fp32."""
-        sums, down = self.mean[layer], self.ffns[layer].down
+        sums = self.mean[layer]
         assert sums is not None and self.masks is not None
         at = rows.to(sums.device)
         mean = sums[at] / self.weight[rows].clamp_min(FIRST_TOKEN)[:, None].to(sums.device)
-        mean = mean.masked_fill(self.masks[layer][at], 0)
-        bias = getattr(down, "bias", None)
-        added = down(mean.to(self.dtype)).float()
-        return added if bias is None else added - bias.float()
+        return self.ffns[layer].write(mean.masked_fill(self.masks[layer][at], 0).to(self.dtype))
 
     # -- decoding ------------------------------------------------------------------------------------------
 

@@ -198,13 +198,13 @@ class DartCode(Dart):
 
 @dataclass(frozen=True)
 class DartPlus(Dart):
-    """Ours: a wide mask inside which every token picks its neurons, made up for by the mean of what it leaves out.
+    """Ours: a wide mask inside which every token picks its neurons; the mean stands in for those outside.
 
     The settings are those of docs/findings.md, chosen on the smoke documents.
     """
 
     name = "dart-plus"
-    summary = "each token picks inside a wide mask, renewed on drift; the rest is made up for by its mean"
+    summary = "each token picks inside a wide mask, renewed on drift; their mean stands in for those outside"
     normalise: str = "l2"
     allocation: str = "uniform"
     floor: float = 0.05
