@@ -4,8 +4,10 @@
     each layer                       context: observe h and the stream;  decode: multiply h by the mask
     end (hook of the decoder)        context: make masks;  decode: ask the detector, renew masks
 
-Masks are 0/1 factors on the input of the down projection, so any batch runs, every sequence with its own mask
-(execution `masked`: exact, no time saved). They change only in `end`, never inside a forward.
+Two executions of the same masks. `masked`: 0/1 factors on the input of the down projection, so any batch runs, every
+sequence with its own mask; no time saved. `permuted`: the kept neurons moved to the front of the weights and nothing
+else multiplied (`permuted.py`); one mask at a time. Masks change only in `end`, never inside a forward, and outside of
+decoding forwards the weights are whole.
 
 Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding; more
 tokens on a filled cache extend the context (chunked prefill, a further turn): they run dense, are observed, and the
@@ -16,8 +18,9 @@ refused: what was observed cannot be taken back. The evaluation sets phases itse
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +30,18 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.allocation import check_table, keep_counts
-from dart_eval.errors import UserError
+from dart_eval.errors import UserError, nearest
 from dart_eval.ffn import FFN, decoder, find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
+from dart_eval.pruning.permuted import PermutedFFNs, quantised, shared
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.state import SequenceState
 
 Phase = Literal["off", "context", "decode"]
+Execution = Literal["auto", "masked", "permuted"]
+EXECUTIONS = ("auto", "masked", "permuted")
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,21 @@ class Session:
     """One method on one model. Made by `prune`; see there."""
 
     def __init__(
-        self, model: nn.Module, method: Method, sparsity: float, calibration: Calibration | None = None
+        self,
+        model: nn.Module,
+        method: Method,
+        sparsity: float,
+        calibration: Calibration | None = None,
+        execution: Execution = "auto",
+        shared_mask: bool = False,
     ) -> None:
         self.model, self.method = model, method
         self.sparsity = sparsity if method.prunes else 0.0
         self.ffns = find_ffns(model)
+        self.shared_mask = shared_mask
+        self._wanted = self._possible(execution)
+        self._permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
+        self._sliced = False  # the forward under way multiplies the kept neurons alone
         self.state: SequenceState | None = None
         self.steps: list[Step] = []  # one per decoding forward since the last new context
         self.events: list[dict[str, Any]] = []  # re-masks since then: step, token, sequence, cause, overlap
@@ -93,6 +109,11 @@ class Session:
         return isinstance(self.method, PromptMethod) and self.method.looks_ahead
 
     # -- what the user reads ---------------------------------------------------------------------------------
+
+    @property
+    def execution(self) -> str:
+        """How the sequences under way are decoded: `masked` or `permuted`."""
+        return "masked" if self._permuted is None else "permuted"
 
     @property
     def effective_sparsity(self) -> float:
@@ -171,7 +192,7 @@ class Session:
 
     def _new_state(self, batch: int, device: torch.device) -> SequenceState:
         assert isinstance(self.method, PromptMethod)
-        return SequenceState(self.ffns, self.method, self.sparsity, batch, device, self._weights)
+        return SequenceState(self.ffns, self.method, self.sparsity, batch, device, self._weights, self.shared_mask)
 
     def room(self) -> int | None:
         """Tokens that may run in one decoding forward before the masks may change; None for any number."""
@@ -228,6 +249,54 @@ class Session:
         finally:
             self._forced, self._given_valid = None, None
 
+    # -- execution -------------------------------------------------------------------------------------------
+
+    def _possible(self, execution: Execution) -> Execution:
+        """The execution that this model allows. Quantised weights fall back to masks, with a warning.
+
+        Raises:
+            UserError: no such execution, or weights that cannot be reordered because other modules use them too.
+        """
+        if execution not in EXECUTIONS:
+            raise UserError(f"unknown execution {execution!r}", nearest(execution, EXECUTIONS))
+        if execution == "masked" or not self.method.prunes:
+            return execution
+        reason = quantised(self.ffns)
+        if reason is None and (reason := shared(self.ffns, self.model)) and execution == "permuted":
+            raise UserError(reason, "use execution='masked'")
+        if reason is not None:
+            warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=4)
+            return "masked"
+        return execution
+
+    def _choose_execution(self, batch: int) -> None:
+        """For new sequences: reorder the neurons, or put them back."""
+        one = batch == 1 or self.shared_mask or self._static is not None
+        if self._wanted == "permuted" and not one:
+            raise UserError(
+                f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
+                "use shared_mask=True (one mask for all of them), execution='masked', or one sequence",
+            )
+        # What sets phases itself may take any sequence up again, with another mask.
+        if self._wanted != "masked" and one and self._forced is None:
+            if self._permuted is None:
+                self._permuted = PermutedFFNs(self.ffns, self.model)
+                self._move_kept(self._static)
+        else:
+            self._restore()
+
+    def _move_kept(self, masks: Sequence[Tensor] | None) -> None:
+        """Kept neurons to the front, if they are not there. masks: L x [B, F], the same for all sequences."""
+        if self._permuted is not None:
+            for layer, mask in enumerate(masks or ()):
+                self._permuted.select(layer, mask[0])
+
+    def _restore(self) -> None:
+        permuted = self._permuted
+        if permuted is not None:
+            permuted.restore()
+            self._permuted = None
+
     # -- one forward -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -261,6 +330,11 @@ class Session:
         self._valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
         if not past:
             self._new_log()
+        if self._permuted is not None:
+            self._permuted.whole()  # an exception may have left it sliced
+            self._sliced = False
+        if not past or self._forced is not None or (self.state is None and self._static is None):
+            self._choose_execution(batch)
         if self.state is not None and self.state.batch != batch:
             raise UserError(
                 f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
@@ -276,6 +350,9 @@ class Session:
             self.decoded += length
             self._totals[0] += float((1 - step.read).sum()) * length
             self._totals[1] += batch * length
+            if self._permuted is not None and bool((step.mask < 1).all()):
+                self._permuted.slice()
+                self._sliced = True
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
 
@@ -324,10 +401,14 @@ class Session:
             self._phase,
             "off",
         )  # what runs from here on, a re-mask's own projections too, is no forward
+        if self._sliced and self._permuted is not None:
+            self._permuted.whole()
+            self._sliced = False
         if self.state is None:
             return
         if phase == "context":
             self.state.finish_context(self._valid)
+            self._move_kept(self.state.masks)
         elif self.state.masks is not None and not self._frozen:
             detector = self.state.detector
             watching = detector is not None and attention is not None
@@ -337,6 +418,8 @@ class Session:
             if watching:
                 for row in self.state.alarms.nonzero().flatten().tolist():
                     self.alarms.append({"token": self.decoded, "sequence": row})
+            if changes:
+                self._move_kept(self.state.masks)
             for change in changes:
                 self.events.append({
                     "step": len(self.steps), "token": self.decoded, "sequence": change.sequence,
@@ -357,13 +440,13 @@ class Session:
                 self.state.observe_hidden(layer, h, self._valid, up)
             elif self._phase == "decode":
                 if self._static is not None:
-                    masked = h * self._static[layer].to(h.device)[:, None]
+                    masked = h if self._sliced else h * self._static[layer].to(h.device)[:, None]
                 elif self.state is not None and self.state.masks is not None:
                     chosen = None if gate is None else self.ffns[layer].act(gate)
-                    masked = self.state.apply(layer, h, self._valid, chosen)
+                    masked = self.state.apply(layer, h, self._valid, chosen, self._sliced)
                 else:
                     return None
-                return (masked.view(args[0].shape), *args[1:])
+                return None if masked is h else (masked.view(args[0].shape), *args[1:])
             return None
 
         return hook
@@ -448,9 +531,12 @@ class Session:
             add(self.ffns[-1].attention.register_forward_hook(self._on_attention))
 
     def detach(self) -> None:
-        """Remove every hook."""
-        while self._handles:
-            self._handles.pop().remove()
+        """Remove every hook, and put every neuron back."""
+        try:
+            while self._handles:
+                self._handles.pop().remove()
+        finally:
+            self._restore()
 
     def _static_masks(self, method: StaticMethod, calibration: Calibration | None) -> list[Tensor]:
         if calibration is None:
@@ -490,6 +576,8 @@ def prune(
     *,
     tokenizer: Any = None,
     calibration: Calibration | str | Path | None = None,
+    execution: Execution = "auto",
+    shared_mask: bool = False,
     **params: Any,
 ) -> Iterator[Session]:
     """Prune the FFN neurons of `model` while the block runs; the model leaves it as it came.
@@ -506,13 +594,18 @@ def prune(
         sparsity: fraction of all FFN neurons to prune, in [0, 1).
         tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
         calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
+        execution: `masked` multiplies by masks and saves no time; `permuted` reorders the neurons in place, so that
+            pruned ones are not computed, for one mask at a time; `auto` takes `permuted` for one sequence (and for any
+            batch where all have one mask), else `masked`.
+        shared_mask: all sequences of a batch have one mask, made from and renewed for all of them.
         params: the method's parameters, e.g. `allocation="uniform"`.
 
     Yields:
         The `Session`, which tells effective sparsity, state bytes and re-masks.
 
     Raises:
-        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood.
+        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood, weights that
+            `permuted` cannot reorder.
     """
     check_sparsity(sparsity)
     if isinstance(method, Method):
@@ -523,7 +616,7 @@ def prune(
     if not isinstance(calibration, Calibration):
         text = calibration
         calibration = TextCalibration(model, tokenizer, text)
-    session = Session(model, method, sparsity, calibration)
+    session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:
         session.attach()
         yield session
