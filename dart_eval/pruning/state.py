@@ -219,7 +219,7 @@ class SequenceState:
         return StageCounts(counts, counts, counts)
 
     def _per_token(self, sums: Tensor) -> Tensor:
-        """[B, F] sums over the context's tokens; per token where sequences are compared (else only the order counts)."""
+        """[B, F] sums over the context's tokens; per token where sequences are compared (else order alone counts)."""
         return sums / self.weight.clamp_min(FIRST_TOKEN)[:, None].to(sums.device) if self.shared else sums
 
     def _mask(self, layer: int, scores: Tensor, rows: Tensor | None = None) -> Tensor:
