@@ -72,7 +72,7 @@ class Session:
         self.ffns = find_ffns(model)
         self.shared_mask = shared_mask
         self._wanted = self._possible(execution)
-        self._permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
+        self.permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
         self._sliced = False  # the forward under way multiplies the kept neurons alone
         self.state: SequenceState | None = None
         self.steps: list[Step] = []  # one per decoding forward since the last new context
@@ -113,7 +113,7 @@ class Session:
     @property
     def execution(self) -> str:
         """How the sequences under way are decoded: `masked` or `permuted`."""
-        return "masked" if self._permuted is None else "permuted"
+        return "masked" if self.permuted is None else "permuted"
 
     @property
     def effective_sparsity(self) -> float:
@@ -279,23 +279,23 @@ class Session:
             )
         # What sets phases itself may take any sequence up again, with another mask.
         if self._wanted != "masked" and one and self._forced is None:
-            if self._permuted is None:
-                self._permuted = PermutedFFNs(self.ffns, self.model)
+            if self.permuted is None:
+                self.permuted = PermutedFFNs(self.ffns, self.model)
                 self._move_kept(self._static)
         else:
             self._restore()
 
     def _move_kept(self, masks: Sequence[Tensor] | None) -> None:
         """Kept neurons to the front, if they are not there. masks: L x [B, F], the same for all sequences."""
-        if self._permuted is not None:
+        if self.permuted is not None:
             for layer, mask in enumerate(masks or ()):
-                self._permuted.select(layer, mask[0])
+                self.permuted.select(layer, mask[0])
 
     def _restore(self) -> None:
-        permuted = self._permuted
+        permuted = self.permuted
         if permuted is not None:
             permuted.restore()
-            self._permuted = None
+            self.permuted = None
 
     # -- one forward -----------------------------------------------------------------------------------------
 
@@ -330,8 +330,8 @@ class Session:
         self._valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
         if not past:
             self._new_log()
-        if self._permuted is not None:
-            self._permuted.whole()  # an exception may have left it sliced
+        if self.permuted is not None:
+            self.permuted.whole()  # an exception may have left it sliced
             self._sliced = False
         if not past or self._forced is not None or (self.state is None and self._static is None):
             self._choose_execution(batch)
@@ -350,8 +350,8 @@ class Session:
             self.decoded += length
             self._totals[0] += float((1 - step.read).sum()) * length
             self._totals[1] += batch * length
-            if self._permuted is not None and bool((step.mask < 1).all()):
-                self._permuted.slice()
+            if self.permuted is not None and bool((step.mask < 1).all()):
+                self.permuted.slice()
                 self._sliced = True
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
@@ -401,8 +401,8 @@ class Session:
             self._phase,
             "off",
         )  # what runs from here on, a re-mask's own projections too, is no forward
-        if self._sliced and self._permuted is not None:
-            self._permuted.whole()
+        if self._sliced and self.permuted is not None:
+            self.permuted.whole()
             self._sliced = False
         if self.state is None:
             return
@@ -505,7 +505,7 @@ class Session:
     # -- attach and detach -----------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Install the hooks the method needs. Weights are never touched."""
+        """Install the hooks the method needs."""
         if not self.method.prunes:
             return
         add = self._handles.append
@@ -530,11 +530,33 @@ class Session:
         if prompt and prompt.drift:
             add(self.ffns[-1].attention.register_forward_hook(self._on_attention))
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside are the model's own: dense, unobserved, without a hook."""
+        self._unhook()
+        try:
+            yield
+        finally:
+            self.attach()
+
+    @contextmanager
+    def sliced(self) -> Iterator[None]:
+        """Forwards inside multiply the kept neurons of the permuted weights, whatever they are."""
+        assert self.permuted is not None
+        self.permuted.slice()
+        try:
+            yield
+        finally:
+            self.permuted.whole()
+
+    def _unhook(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
     def detach(self) -> None:
         """Remove every hook, and put every neuron back."""
         try:
-            while self._handles:
-                self._handles.pop().remove()
+            self._unhook()
         finally:
             self._restore()
 
