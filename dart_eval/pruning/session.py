@@ -74,6 +74,9 @@ class Session:
         self._wanted = self._possible(execution)
         self.permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
         self._sliced = False  # the forward under way multiplies the kept neurons alone
+        self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
+        # Whether h is looked at in every token, whatever the mask.
+        self._choosy = isinstance(method, PromptMethod) and (method.stages > 1 or method.renewal.dense_tokens > 0)
         self.state: SequenceState | None = None
         self.steps: list[Step] = []  # one per decoding forward since the last new context
         self.events: list[dict[str, Any]] = []  # re-masks since then: step, token, sequence, cause, overlap
@@ -185,7 +188,7 @@ class Session:
 
     def no_context(self, batch: int, device: torch.device) -> None:
         """Begin new sequences that have no context: prompt methods run them dense."""
-        self.state = None
+        self.state = self._step = None
         if isinstance(self.method, PromptMethod):
             self.state = self._new_state(batch, device)
             self.state.skip_context()
@@ -200,6 +203,7 @@ class Session:
 
     def fork(self, state: SequenceState | None, rows: Tensor) -> None:
         """Continue from `state` (earlier `session.state`) with its sequences `rows`, repeats allowed."""
+        self._step = None
         self.state = state.select(rows) if state is not None else None
         self._new_log()
 
@@ -344,8 +348,12 @@ class Session:
             self.state = self._new_state(batch, tokens.device)
             if self._phase == "decode":  # the cache was filled before the session began: observe from here
                 self._phase = "context"
+        if self._phase == "context":
+            self._step = None
         if self._phase == "decode":
-            step = self.shares(batch)
+            if self._step is None:
+                self._step = self.shares(batch)
+            step = self._step
             self.steps.append(step)
             self.decoded += length
             self._totals[0] += float((1 - step.read).sum()) * length
@@ -378,6 +386,7 @@ class Session:
             def reorder_both(beams: Tensor) -> None:
                 reorder(beams)
                 if self._handles and self.state is not None and self._cache is not None and self._cache() is cache:
+                    self._step = None
                     self.state = self.state.select(beams.to(self.state.device))
 
             cache.reorder_cache = reorder_both
@@ -397,10 +406,8 @@ class Session:
     @torch.no_grad()
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         attention, self._attention = self._attention, None
-        phase, self._phase = (
-            self._phase,
-            "off",
-        )  # what runs from here on, a re-mask's own projections too, is no forward
+        # What runs from here on, a re-mask's own projections too, is no forward.
+        phase, self._phase = self._phase, "off"
         if self._sliced and self.permuted is not None:
             self.permuted.whole()
             self._sliced = False
@@ -418,6 +425,8 @@ class Session:
             if watching:
                 for row in self.state.alarms.nonzero().flatten().tolist():
                     self.alarms.append({"token": self.decoded, "sequence": row})
+            if changes or self.state.method.renewal.dense_tokens:
+                self._step = None
             if changes:
                 self._move_kept(self.state.masks)
             for change in changes:
@@ -433,6 +442,8 @@ class Session:
     def _on_hidden(self, layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._phase == "off":  # the state's own use of the projection
+                return None
+            if self._sliced and not self._choosy:
                 return None
             h = self._in_batch(args[0])
             gate, up, self._gate, self._up = self._gate, self._up, None, None
