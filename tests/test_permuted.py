@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import _dynamo as dynamo
+from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, StaticCache
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
@@ -160,6 +162,29 @@ def test_a_further_turn_and_chunked_prefill():
     for ours, theirs in zip(*(f[0] for f in found.values()), strict=True):
         assert torch.allclose(ours, theirs)
     assert torch.allclose(*(f[1] for f in found.values()), rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "params"), [("magnitude", {}), ("griffin", {}), ("dart", RESTLESS)])
+def test_a_compiled_model_stays_compiled(method, params):
+    """Shapes and addresses do not change with the masks: what is compiled for the first tokens serves the others."""
+    dynamo.reset()
+    graphs = CompileCounter()
+    model = make("llama")
+    compiled = torch.compile(model, backend=graphs)
+    found, counts = [], []
+    for forward in (model, compiled):
+        with open_session(model, method, 0.5, execution="permuted", **params) as session:
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            logits = [model(torch.tensor([random_tokens(20)]), use_cache=True, past_key_values=cache).logits[:, -1]]
+            for _ in range(16):
+                token = logits[-1].argmax(-1, keepdim=True)
+                logits.append(forward(token, use_cache=True, past_key_values=cache).logits[:, -1])
+                counts.append(graphs.frame_count)
+            assert params != RESTLESS or session.remasks[0] > 3
+        found.append(torch.stack(logits))
+    assert torch.allclose(*found, rtol=1e-10)
+    assert 0 < counts[16] == counts[-1] < 4
 
 
 # -- every neuron once, every bit back -----------------------------------------------------------------------

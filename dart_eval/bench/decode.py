@@ -12,7 +12,6 @@ cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the
 from __future__ import annotations
 
 import contextlib
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from dart_eval import cost
 from dart_eval.errors import UserError
@@ -103,13 +102,14 @@ def measure(
     steps: int = 30,
     rounds: int = 3,
     seed: int = 0,
-    forward: Callable[..., Any] | None = None,
+    compiled: str | None = None,
 ) -> DecodeSpeed:
     """Time one method on one sequence of random tokens.
 
     Args:
         prompt_tokens, steps: per round, a prompt of random tokens and so many decoded ones.
-        forward: what runs the model instead of itself (a compiled one).
+        compiled: decode through `torch.compile` in this mode (`default`, `reduce-overhead`: with CUDA graphs, ...), the
+            dense model too, with KV caches of a fixed size.
 
     Raises:
         UserError: a method that does not prune or looks ahead, or weights that cannot be reordered.
@@ -118,7 +118,7 @@ def measure(
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
     shape = cost.shape_of(model, find_ffns(model))
     before = _weight_bytes(model)
-    bench = _Bench(model, forward or model, seed)
+    bench = _Bench(model, seed, compiled, prompt_tokens + steps)
     times: dict[str, list[float]] = {name: [] for name in ("dense", "again", "pruned", "bare")}
     prefill: dict[str, list[float]] = {"dense": [], "pruned": []}
     exchange: dict[str, list[float]] = {"dense": [], "remask": []}
@@ -163,8 +163,11 @@ def measure(
 class _Bench:
     """The variants of a step on one model."""
 
-    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any], seed: int) -> None:
-        self.model, self.forward = model, forward
+    def __init__(self, model: PreTrainedModel, seed: int, compiled: str | None = None, length: int = 0) -> None:
+        self.model, self.length = model, length
+        self.decode: Callable[..., Any] = model if compiled is None else torch.compile(model, mode=compiled)
+        self.fixed = compiled is not None
+        self._caches: dict[str, Any] = {}
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.vocabulary = model.config.get_text_config().vocab_size
         self.generator = torch.Generator().manual_seed(seed)
@@ -185,20 +188,20 @@ class _Bench:
     def step(self, tokens: Tensor, cache: Any) -> tuple[float, Any]:
         """One forward with logits at the last position."""
         kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
-        return self.timed(lambda: self.forward(input_ids=tokens, **kwargs))
+        forward = self.decode if tokens.shape[1] == 1 else self.model
+        return self.timed(lambda: forward(input_ids=tokens, **kwargs))
 
     def round(
         self, run: Session, prompt: int, steps: int, times: dict[str, list[float]], prefill: dict[str, list[float]]
     ) -> None:
         """A prompt and its decoding, all variants in turn. Steps after which masks were renewed are left out."""
         ids = self.tokens(prompt)
-        caches = {name: self._cache() for name in ("dense", "pruned")}
+        caches = {name: self._cache(name) for name in times}
+        prefill["pruned"].append(self.step(ids, caches["pruned"])[0])
         with run.paused():
-            seconds, _ = self.step(ids, caches["dense"])
-        prefill["dense"].append(seconds)
-        seconds, _ = self.step(ids, caches["pruned"])
-        prefill["pruned"].append(seconds)
-        caches["again"], caches["bare"] = copy.deepcopy(caches["dense"]), copy.deepcopy(caches["pruned"])
+            prefill["dense"].append(self.step(ids, caches["dense"])[0])
+            for name in ("again", "bare"):
+                self.step(ids, caches[name])
         order = list(times)
         for _ in range(steps):
             token, seen = self.tokens(1), len(run.events)
@@ -216,7 +219,7 @@ class _Bench:
 
     def _dense(self, run: Session) -> float:
         with run.paused():
-            return self.step(self.tokens(1), self._cache())[0]
+            return self.timed(lambda: self.model(input_ids=self.tokens(1), logits_to_keep=1))[0]
 
     def exchange(self, run: Session, times: dict[str, list[float]]) -> None:
         """Replace a fifth of every layer's kept neurons by others."""
@@ -243,8 +246,14 @@ class _Bench:
         copied = state.select(torch.arange(state.batch, device=state.device))
         times["renewal"].append(self.timed(lambda: copied.remask(everyone))[0])
 
-    def _cache(self) -> Any:
-        return DynamicCache(config=self.model.config)
+    def _cache(self, name: str) -> Any:
+        """An empty cache. Those of a fixed size are kept: a compiled model knows them by their addresses."""
+        if not self.fixed:
+            return DynamicCache(config=self.model.config)
+        if name not in self._caches:
+            self._caches[name] = StaticCache(config=self.model.config, max_cache_len=self.length)
+        self._caches[name].reset()
+        return self._caches[name]
 
 
 def _weight_bytes(model: torch.nn.Module) -> int:
@@ -271,7 +280,7 @@ def profile(
     prompt_tokens: int = 128,
 ) -> None:
     """Write a torch profiler trace of a few pruned steps, for chrome://tracing or Perfetto."""
-    bench = _Bench(model, model, seed=0)
+    bench = _Bench(model, seed=0)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -15,6 +15,7 @@ from dart_eval.errors import UserError
 from dart_eval.results.writers import Table, markdown
 
 FORMATS = ("table", "md", "json")
+COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def bench(
@@ -42,6 +43,10 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     steps: Annotated[int, typer.Option(help="Decoded tokens in a round.")] = 30,
     rounds: Annotated[int, typer.Option(help="Rounds that are timed, after one that warms up.")] = 3,
+    compile: Annotated[
+        str | None,
+        typer.Option(help="Decode through torch.compile in this mode: default, or reduce-overhead (CUDA graphs)."),
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(help="Also write a trace of torch's profiler (a few pruned steps of the last method)."),
@@ -61,6 +66,8 @@ def bench(
       dart-eval bench --overhead --shape llama-3.1-8b
     """
     quieten(False)
+    if compile is not None and compile not in COMPILE:
+        raise UserError(f"unknown compile mode {compile!r}", f"one of {', '.join(COMPILE)}")
     from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.session import check_sparsity
 
@@ -81,7 +88,9 @@ def bench(
     else:
         if shape is not None and model is not None:
             raise UserError("--shape and --model are both given", "leave one of them out")
-        found, made = _decode(methods, sparsity, shape, layers, model, dtype, device, prompt, steps, rounds, profile)
+        found, made = _decode(
+            methods, sparsity, shape, layers, model, dtype, device, prompt, steps, rounds, compile, profile
+        )
     if format == "json":
         typer.echo(json.dumps([dataclasses.asdict(f) for f in found], indent=1))
     elif format == "md":
@@ -92,7 +101,7 @@ def bench(
 
 def _decode(
     methods: list[Any], sparsity: float, shape: str | None, layers: int | None, model: str | None, dtype: str,
-    device: str, prompt: int, steps: int, rounds: int, profile: Path | None,
+    device: str, prompt: int, steps: int, rounds: int, compiled: str | None, profile: Path | None,
 ) -> tuple[list[Any], Table]:  # fmt: skip
     import torch
 
@@ -113,13 +122,18 @@ def _decode(
         loaded, tokenizer = shapes.with_random_weights(shape, layers, kind, pick_device(device)), None
         named = f"{shape} (random weights), {len(decode.find_ffns(loaded))} layers, {str(kind).removeprefix('torch.')}"
     found = [
-        decode.measure(loaded, m, sparsity, tokenizer=tokenizer, prompt_tokens=prompt, steps=steps, rounds=rounds)
+        decode.measure(
+            loaded, m, sparsity, tokenizer=tokenizer, prompt_tokens=prompt, steps=steps, rounds=rounds,
+            compiled=compiled,
+        )
         for m in methods
-    ]
+    ]  # fmt: skip
     if profile is not None:
         decode.profile(loaded, methods[-1], sparsity, str(profile), tokenizer=tokenizer, prompt_tokens=prompt)
     cuda = loaded.device.type == "cuda"
     where = torch.cuda.get_device_name(loaded.device) if cuda else f"{torch.get_num_threads()} threads"
+    if compiled is not None:
+        where += f", torch.compile ({compiled})"
     return found, decode_table(found, f"{named}, {where}")
 
 

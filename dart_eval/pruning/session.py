@@ -105,6 +105,7 @@ class Session:
         self._given_valid: Tensor | None = None
         self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._inside: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def looks_ahead(self) -> bool:
@@ -363,6 +364,7 @@ class Session:
                 self._sliced = True
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
+        self._look_inside(self._choosy or not self._sliced)
 
     def _check_cache(self, cache: Any, past: int) -> None:
         """Refuse a cache that is not what the last forward left; beams may change places in it, and masks with them."""
@@ -443,15 +445,13 @@ class Session:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._phase == "off":  # the state's own use of the projection
                 return None
-            if self._sliced and not self._choosy:
-                return None
             h = self._in_batch(args[0])
             gate, up, self._gate, self._up = self._gate, self._up, None, None
             if self._phase == "context" and self.state is not None:
                 self.state.observe_hidden(layer, h, self._valid, up)
             elif self._phase == "decode":
                 if self._static is not None:
-                    masked = h if self._sliced else h * self._static[layer].to(h.device)[:, None]
+                    masked = h * self._static[layer].to(h.device)[:, None]
                 elif self.state is not None and self.state.masks is not None:
                     chosen = None if gate is None else self.ffns[layer].act(gate)
                     masked = self.state.apply(layer, h, self._valid, chosen, self._sliced)
@@ -520,26 +520,39 @@ class Session:
         if not self.method.prunes:
             return
         add = self._handles.append
-        add(decoder(self.model).register_forward_pre_hook(self._begin, with_kwargs=True))
-        add(decoder(self.model).register_forward_hook(self._end))
+        add(decoder(self.model).register_forward_pre_hook(_eager(self._begin), with_kwargs=True))
+        add(decoder(self.model).register_forward_hook(_eager(self._end)))
         prompt = self.method if isinstance(self.method, PromptMethod) else None
         for ffn in self.ffns:
-            add(ffn.down.register_forward_pre_hook(self._on_hidden(ffn.layer)))
-            if prompt and prompt.layer_allocation == "depth":
-                add(ffn.residual.register_forward_pre_hook(self._on_residual))
-                add(ffn.output.register_forward_hook(self._on_output(ffn.layer)))
             if prompt and prompt.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
             if prompt and prompt.compensate:
                 add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
-            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
-                if ffn.gate is not None:
-                    add(ffn.gate.register_forward_hook(self._on_gate))
-                    add(ffn.up.register_forward_hook(self._on_up))
-                elif ffn.fused:
-                    add(ffn.up.register_forward_hook(self._on_both))
         if prompt and prompt.drift:
             add(self.ffns[-1].attention.register_forward_hook(self._on_attention))
+        self._look_inside(True)
+
+    def _look_inside(self, wanted: bool) -> None:
+        """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
+        if wanted == bool(self._inside):
+            return
+        while self._inside:
+            self._inside.pop().remove()
+        if not wanted:
+            return
+        add = self._inside.append
+        prompt = self.method if isinstance(self.method, PromptMethod) else None
+        for ffn in self.ffns:
+            add(ffn.down.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
+            if prompt and prompt.layer_allocation == "depth":
+                add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
+                add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
+                if ffn.gate is not None:
+                    add(ffn.gate.register_forward_hook(_eager(self._on_gate)))
+                    add(ffn.up.register_forward_hook(_eager(self._on_up)))
+                elif ffn.fused:
+                    add(ffn.up.register_forward_hook(_eager(self._on_both)))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -561,6 +574,7 @@ class Session:
             self.permuted.whole()
 
     def _unhook(self) -> None:
+        self._look_inside(False)
         while self._handles:
             self._handles.pop().remove()
 
@@ -581,6 +595,11 @@ class Session:
             top_k_mask(s[None], torch.tensor([k])).to(_device_of(ffn))
             for s, k, ffn in zip(scores, keep, self.ffns, strict=True)
         ]
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that a compiler leaves alone: what it does changes from forward to forward."""
+    return torch.compiler.disable(hook)
 
 
 def _device_of(ffn: FFN) -> torch.device:
