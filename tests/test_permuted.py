@@ -210,6 +210,7 @@ def test_random_masks_never_lose_or_double_a_neuron(family, seed, changes):
     plain = [f.intermediate(x) for f in ffns]
     written = [f.write(h) for f, h in zip(ffns, plain, strict=True)]
     permuted = PermutedFFNs(ffns, model)
+    permuted.begin()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(changes):
         for f in ffns:
@@ -279,6 +280,7 @@ def test_restored_after_an_interrupt_anywhere_in_a_swap(after):
     while interrupted:
         at += 1
         permuted = PermutedFFNs(ffns, model)
+        permuted.begin()
         permuted.select(0, masks[0])
         try:
             with _Interrupt(at, after):
@@ -387,7 +389,7 @@ def test_shared_weights_are_refused_or_masked():
         PermutedFFNs(find_ffns(views), views)
     tied = copy.deepcopy(make("llama"))  # embeddings and head, which no FFN uses
     tied.lm_head.weight = tied.model.embed_tokens.weight
-    PermutedFFNs(find_ffns(tied), tied).restore()
+    PermutedFFNs(find_ffns(tied), tied)
 
 
 def test_two_at_once_are_refused():

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, is_conv1d
+from dart_eval.pruning.gather import GatheredFFN
 
 PAIRS = 128  # neurons of each side that one step swaps, where neurons are rows
 COLUMN_ROWS = 64  # rows that one step handles, where neurons are columns: few enough to stay in the cache
@@ -53,24 +54,39 @@ class _Swap:
 class PermutedFFNs:
     """All FFNs of a model, their neurons in an order of our choice.
 
-    Between `slice()` and `whole()` the projections multiply the first `kept` neurons alone.
+    Nothing is changed before `begin()`, and `restore()` undoes everything. Between `slice()` and `whole()` the
+    projections multiply the first `kept` neurons alone.
+
+    Args:
+        gather: down is stored transposed meanwhile (in its own memory; one layer's copy is held while it is turned),
+            and tokens of one sequence multiply the neurons that they pick alone (`gather.py`).
 
     Raises:
         UserError: weights are shared with other modules.
     """
 
-    def __init__(self, ffns: Sequence[FFN], model: nn.Module) -> None:
+    def __init__(self, ffns: Sequence[FFN], model: nn.Module, gather: bool = False) -> None:
         if reason := quantised(ffns) or shared(ffns, model):
             raise UserError(reason, "use execution='masked'")
         if any(f.order is not None for f in ffns):
             raise UserError("the neurons of this model are reordered by another prune()", "leave that one first")
         self.ffns = list(ffns)
         self.kept = [f.size for f in ffns]
-        self._banks = [_banks(f) for f in ffns]
         self._swap: _Swap | None = None
-        self._slots = [slot for f in ffns for slot in _slots(f)]
-        for ffn in ffns:
+        self._turn: tuple[int, Tensor, bool] | None = None  # a layer's down under way: layer, its values, transposed
+        self._turned: list[int] = []
+        self.gathered = [GatheredFFN(f) for f in ffns] if gather else []
+        self._banks = [_banks(f, gather) for f in ffns]
+        self._slots: list[Any] = list(self.gathered) or [slot for f in ffns for slot in _slots(f)]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Take the neurons over."""
+        for ffn in self.ffns:
             ffn.order = torch.arange(ffn.size, dtype=torch.int32, device=next(ffn.down.parameters()).device)
+        if self.gathered:
+            for layer in range(len(self.ffns)):
+                self._transpose(layer, True)
 
     @torch.no_grad()
     def select(self, layer: int, mask: Tensor) -> int:
@@ -108,11 +124,14 @@ class PermutedFFNs:
         while True:
             try:
                 self._finish()
+                self._finish_turn()
                 self.whole()
                 for layer, ffn in enumerate(self.ffns):
                     if ffn.order is not None:
                         for a, b in involutions(ffn.order.tolist()):
                             self._exchange(layer, torch.tensor(a), torch.tensor(b))
+                for layer in list(self._turned):
+                    self._transpose(layer, False)
                 for ffn in self.ffns:
                     ffn.order = None
                 break
@@ -150,6 +169,25 @@ class PermutedFFNs:
             swap.at = (done + 1, None)
         self.ffns[swap.layer].order = swap.after
         self._swap = None
+
+    def _transpose(self, layer: int, turned: bool) -> None:
+        """Store a layer's down by neurons, or again as it was: in the same memory."""
+        weight: Any = self.ffns[layer].down.weight
+        values = weight.detach().t() if turned else weight.detach()
+        self._turn = (layer, values.clone(memory_format=torch.contiguous_format), turned)
+        self._finish_turn()
+
+    def _finish_turn(self) -> None:
+        if self._turn is None:
+            return
+        layer, values, turned = self._turn
+        ffn = self.ffns[layer]
+        weight: Any = ffn.down.weight
+        memory = weight.detach().as_strided((weight.numel(),), (1,))
+        memory.copy_(values.flatten())
+        weight.data = memory.view(ffn.size, ffn.width).t() if turned else memory.view(ffn.width, ffn.size)
+        self._turned = [i for i in self._turned if i != layer] + [layer] * turned
+        self._turn = None
 
 
 def _steps(bank: _Bank, a: Tensor, b: Tensor) -> list[tuple[Tensor, int, Tensor, Tensor]]:
@@ -195,7 +233,7 @@ def involutions(order: Sequence[int]) -> list[tuple[list[int], list[int]]]:
 # -- where neurons are ---------------------------------------------------------------------------------------
 
 
-def _banks(ffn: FFN) -> list[_Bank]:
+def _banks(ffn: FFN, turned: bool) -> list[_Bank]:
     banks = []
     projections: list[Any] = [ffn.gate, ffn.up]
     down: Any = ffn.down
@@ -206,6 +244,8 @@ def _banks(ffn: FFN) -> list[_Bank]:
         banks += [_Bank(part, dim) for part in module.weight.detach().chunk(halves, dim)]
         if getattr(module, "bias", None) is not None:
             banks += [_Bank(part, 0) for part in module.bias.detach().chunk(halves)]
+    if turned:  # as its memory will be
+        return [*banks, _Bank(down.weight.detach().as_strided((ffn.size, ffn.width), (ffn.width, 1)), 0)]
     return [*banks, _Bank(down.weight.detach(), int(not is_conv1d(down)))]
 
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from dart_eval.allocation import check_table, keep_counts
 from dart_eval.errors import UserError, nearest
-from dart_eval.ffn import FFN, decoder, find_ffns
+from dart_eval.ffn import FFN, decoder, find_ffns, is_conv1d
+from dart_eval.pruning import gather
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
@@ -274,6 +275,18 @@ class Session:
             return "masked"
         return execution
 
+    @property
+    def _can_gather(self) -> bool:
+        """Whether a token's choice can be made real in time: by kernels, for gated FFNs."""
+        method = self.method
+        return (
+            isinstance(method, PromptMethod)
+            and method.stages > 1
+            and not method.renewal.dense_tokens
+            and all(f.gate is not None and not is_conv1d(f.down) for f in self.ffns)
+            and all(gather.missing(_device_of(f)) is None for f in self.ffns)
+        )
+
     def _choose_execution(self, batch: int) -> None:
         """For new sequences: reorder the neurons, or put them back."""
         one = batch == 1 or self.shared_mask or self._static is not None
@@ -284,17 +297,25 @@ class Session:
             )
         # What sets phases itself may take any sequence up again, with another mask.
         if self._wanted != "masked" and one and self._forced is None:
+            if self.permuted is not None and self.permuted.gathered and batch > 1:
+                self._restore()  # the kernels know one sequence
             if self.permuted is None:
-                self.permuted = PermutedFFNs(self.ffns, self.model)
+                self.permuted = PermutedFFNs(self.ffns, self.model, self._can_gather and batch == 1)
+                self.permuted.begin()  # from here on `detach` undoes it
                 self._move_kept(self._static)
         else:
             self._restore()
 
     def _move_kept(self, masks: Sequence[Tensor] | None) -> None:
         """Kept neurons to the front, if they are not there. masks: L x [B, F], the same for all sequences."""
-        if self.permuted is not None:
-            for layer, mask in enumerate(masks or ()):
-                self.permuted.select(layer, mask[0])
+        permuted, state = self.permuted, self.state
+        if permuted is None:
+            return
+        for layer, mask in enumerate(masks or ()):
+            permuted.select(layer, mask[0])
+        if permuted.gathered and state is not None:
+            for layer, gathered in enumerate(permuted.gathered):
+                gathered.prepare(*state.choice(layer, permuted.kept[layer]))
 
     def _restore(self) -> None:
         permuted = self.permuted
@@ -364,7 +385,8 @@ class Session:
                 self._sliced = True
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
-        self._look_inside(self._choosy or not self._sliced)
+        gathers = self.permuted is not None and bool(self.permuted.gathered)
+        self._look_inside(not self._sliced or (self._choosy and not gathers))
 
     def _check_cache(self, cache: Any, past: int) -> None:
         """Refuse a cache that is not what the last forward left; beams may change places in it, and masks with them."""

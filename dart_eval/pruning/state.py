@@ -292,7 +292,7 @@ class SequenceState:
         kept = h.new_ones(1, 1, h.shape[-1], dtype=torch.bool) if sliced else self.masks[layer].to(h.device)[:, None]
         if self.picked is not None:
             assert self.written is not None
-            score = h.float().abs() if gate is None else gate.float().abs() * self._up_norm(layer, h)
+            score = h.float().abs() if gate is None else gate.float().abs() * self._up_norm(layer, h.shape[-1])
             kept = pick(score, kept, self.picked[:, layer])
             if self.method.down < 1 and gate is not None:
                 kept = pick(h.float().abs(), kept, self.written[:, layer])
@@ -305,11 +305,17 @@ class SequenceState:
         constant = self.constants[layer]
         return constant.masked_fill(self.dense_now.to(constant.device)[:, None], 0)[:, None]
 
-    def _up_norm(self, layer: int, h: Tensor) -> Tensor:
-        """[B, 1, F] root of the mean square of up x for the neurons of h, up to a factor per sequence."""
+    def choice(self, layer: int, kept: int) -> tuple[Tensor, int, int]:
+        """For the one sequence: root of the mean square of up x of the kept neurons, by row; picked; written."""
+        assert self.batch == 1 and self.picked is not None and self.written is not None
+        norm = self._up_norm(layer, kept)[0, 0]
+        return norm, int(self.picked[0, layer]), int(self.written[0, layer])
+
+    def _up_norm(self, layer: int, count: int) -> Tensor:
+        """[B, 1, count] root of the mean square of up x, by row, up to a factor per sequence."""
         sums = self.up[layer]
         assert sums is not None
-        return self.ffns[layer].by_row(sums)[:, None, : h.shape[-1]].sqrt()
+        return self.ffns[layer].by_row(sums)[:, None, :count].sqrt()
 
     def finish_decode(self, attention: Tensor | None, valid: Tensor) -> list[Change]:
         """Close a decoding forward: ask the detector, renew what is due.

@@ -1,0 +1,163 @@
+"""A token's choice inside its mask, made real in time: products that read the chosen neurons' weights alone.
+
+Two Triton kernels for one token (a matrix times a vector): `read_rows` gathers rows of up, `write_rows` rows of a
+transposed down, both inside the product, with fp32 sums. Triton is optional (`pip install 'dart-eval[triton]'`) and
+needs a CUDA GPU, or its interpreter (TRITON_INTERPRET=1), which is slow and for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dart_eval.ffn import FFN
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # optional
+    triton = None
+
+ROWS = 16  # neurons that one program reads at a time
+COLUMNS = 128  # of the model's width
+SPLITS = 8  # programs that share the neurons of one block of columns in `write_rows`
+
+
+def missing(device: torch.device) -> str | None:
+    """Why the kernels cannot run on this device, or None."""
+    if triton is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"Triton's kernels need a CUDA GPU, not {device.type}"
+    return None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _read_rows(weight, rows, x, out, count, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """out[n] = weight[rows[n]] . x"""
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = tl.load(rows + n, mask=n < count, other=0).to(tl.int64)
+        total = tl.zeros((ROWS,), dtype=tl.float32)
+        for start in range(0, width, COLUMNS):
+            d = start + tl.arange(0, COLUMNS)
+            inside = (n < count)[:, None] & (d < width)[None, :]
+            w = tl.load(weight + row[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(w * tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)[None, :], axis=1)
+        tl.store(out + n, total, mask=n < count)
+
+    @triton.jit
+    def _write_rows(
+        weight, rows, h, out, count, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
+    ):
+        """out += sum over n of h[n] * weight[rows[n]]"""
+        d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for start in range(tl.program_id(1) * ROWS, count, SPLITS * ROWS):
+            n = start + tl.arange(0, ROWS)
+            row = tl.load(rows + n, mask=n < count, other=0).to(tl.int64)
+            inside = (n < count)[:, None] & (d < width)[None, :]
+            w = tl.load(weight + row[:, None] * stride + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(w * tl.load(h + n, mask=n < count, other=0.0).to(tl.float32)[:, None], axis=0)
+        tl.atomic_add(out + d, total, mask=d < width)
+
+
+def read_rows(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """weight[rows] @ x, without a copy of the rows.
+
+    Args:
+        weight: [F, D], rows contiguous. rows: [N] int. x: [D].
+
+    Returns:
+        [N] fp32.
+    """
+    count, width = len(rows), weight.shape[1]
+    out = torch.empty(count, dtype=torch.float32, device=x.device)
+    grid: Any = (-(-count // ROWS),)
+    _read_rows[grid](weight, rows, x.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS)
+    return out
+
+
+def write_rows(weight: Tensor, rows: Tensor, h: Tensor) -> Tensor:
+    """h @ weight[rows], without a copy of the rows.
+
+    Args:
+        weight: [F, D], rows contiguous (a transposed down). rows: [N] int. h: [N].
+
+    Returns:
+        [D] fp32.
+    """
+    count, width = len(rows), weight.shape[1]
+    out = torch.zeros(width, dtype=torch.float32, device=h.device)
+    grid: Any = (-(-width // COLUMNS), SPLITS)
+    _write_rows[grid](weight, rows, h.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS, SPLITS)
+    return out
+
+
+class GatheredFFN:
+    """One FFN whose token picks neurons among the kept ones, reading of up and down what it picks alone.
+
+    While narrow, the forwards of gate, up and down are replaced: gate multiplies its first K rows; up picks the
+    `picked` largest |act(gate x)| x norm and multiplies their rows; down takes the `written` largest |h| of these. For
+    one sequence and one token. Down must be stored transposed.
+    """
+
+    def __init__(self, ffn: FFN) -> None:
+        self.layer, self.ffn = ffn.layer, ffn
+        self.kept, self.picked, self.written = ffn.size, ffn.size, ffn.size
+        self.norm = torch.empty(0)
+        self._acts: Tensor | None = None  # act(gate x) of the token under way, [K]
+        self._rows = torch.empty(0)  # what it picked
+        self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
+        self._weights: list[Tensor] = []
+
+    def prepare(self, norm: Tensor, picked: int, written: int) -> None:
+        """norm: [K] fp32, root of the mean square of up x of the kept neurons, by row."""
+        self.norm, self.picked, self.written = norm, picked, written
+
+    def cut(self, count: int) -> None:
+        self.kept = count
+
+    def narrow(self) -> None:
+        self._weights = [module.weight.detach() for module in self._modules]
+        for module, forward in zip(self._modules, (self._gate, self._up, self._down), strict=True):
+            module.__dict__["forward"] = forward
+
+    def widen(self) -> None:
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
+
+    def _gate(self, x: Tensor) -> Tensor:
+        bias: Any = self.ffn.gate.bias  # type: ignore[union-attr]
+        out = linear(x, self._weights[0][: self.kept], None if bias is None else bias[: self.kept])
+        self._acts = self.ffn.act(out).flatten()
+        return out
+
+    def _up(self, x: Tensor) -> Tensor:
+        acts, self._acts = self._acts, None
+        assert acts is not None, "up ran before gate"
+        self._rows = (acts.float().abs() * self.norm).topk(self.picked, sorted=False).indices
+        up = read_rows(self._weights[1], self._rows, x.flatten())
+        bias: Any = self.ffn.up.bias
+        if bias is not None:
+            up = up + bias[self._rows].float()
+        out = x.new_zeros(*x.shape[:-1], self.kept)
+        out.view(-1)[self._rows] = up.to(x.dtype)
+        return out
+
+    def _down(self, h: Tensor) -> Tensor:
+        rows = self._rows
+        values = h.flatten()[rows]
+        if self.written < self.picked:
+            top = values.float().abs().topk(self.written, sorted=False).indices
+            rows, values = rows[top], values[top]
+        out = write_rows(self._weights[2].t(), rows, values)
+        bias: Any = self.ffn.down.bias
+        if bias is not None:
+            out = out + bias.float()
+        return out.to(h.dtype).view(*h.shape[:-1], -1)
