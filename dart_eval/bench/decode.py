@@ -12,6 +12,7 @@ cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -82,6 +83,17 @@ class DecodeSpeed:
     order_bytes: int
     peak_bytes: int
     foreign_cores: float | None
+
+
+def row(found: DecodeSpeed) -> dict[str, Any]:
+    """Plain numbers: of a ratio its median, beside `NAME_quartiles` and `NAME_n`."""
+    made: dict[str, Any] = {}
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        made[field.name] = value.median if isinstance(value, Ratio) else value
+        if isinstance(value, Ratio):
+            made |= {f"{field.name}_quartiles": [value.low, value.high], f"{field.name}_n": value.n}
+    return made
 
 
 def paired(above: list[float], below: list[float], offset: float = 0.0) -> Ratio:

@@ -92,7 +92,9 @@ def bench(
             methods, sparsity, shape, layers, model, dtype, device, prompt, steps, rounds, compile, profile
         )
     if format == "json":
-        typer.echo(json.dumps([dataclasses.asdict(f) for f in found], indent=1))
+        from dart_eval.bench.decode import row
+
+        typer.echo(json.dumps([dataclasses.asdict(f) if overhead else row(f) for f in found], indent=1))
     elif format == "md":
         typer.echo(markdown(made))
     else:
