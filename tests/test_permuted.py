@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, StaticCa
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
-from dart_eval.pruning.permuted import PermutedFFNs, involutions
+from dart_eval.pruning.inplace import involutions
+from dart_eval.pruning.permuted import PermutedFFNs
 from tests.conftest import FAMILIES, RENEWED, RESTLESS, SMALL, cache_of, open_session, random_tokens, tiny
 
 STATIC = [("magnitude", {}), ("wanda-sp", {})]
@@ -199,6 +200,24 @@ def test_two_rounds_of_swaps_sort_any_order(order):
         for i, j in zip(a, b, strict=True):
             order[i], order[j] = order[j], order[i]
     assert order == list(range(17))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 40))
+def test_a_matrix_is_turned_in_its_own_memory(rows, columns, interrupted):
+    matrix = torch.arange(rows * columns).view(rows, columns)
+    memory, turned = matrix.clone().view(-1), []
+    work = Work(transpose(memory, rows, columns), lambda: turned.append(True))
+    if interrupted < len(work.steps):  # an interrupt right after a write, before it is noted
+        for step in work.steps[:interrupted]:
+            step.write(step.read())
+        values = work.steps[interrupted].read()
+        work.steps[interrupted].write(values)
+        work.at = (interrupted, values)
+    work.finish()
+    assert torch.equal(memory.view(columns, rows), matrix.t()) and turned
+    Work(transpose(memory, columns, rows), lambda: None).finish()
+    assert torch.equal(memory.view(rows, columns), matrix)
 
 
 @settings(deadline=None, max_examples=30)

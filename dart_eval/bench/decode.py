@@ -152,7 +152,8 @@ def measure(
             if isinstance(method, PromptMethod) and method.needs_ring:
                 bench.renewal(run, renewal)
         share = run.shares(1)
-        read, executed = float(share.read[0]), float(share.mask[0])
+        assert run.permuted is not None
+        read, executed = float(share.read[0]), run.permuted.executed()
         extra, state = _weight_bytes(model) - before, run.state_bytes
         order = sum(f.order.numel() * f.order.element_size() for f in run.ffns if f.order is not None)
     ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]

@@ -1,4 +1,4 @@
-"""A token's choice inside its mask, made real in time: products that read the chosen neurons' weights alone.
+"""A token's choice inside its mask, made real in time on a GPU: products that read the chosen neurons' weights alone.
 
 Two Triton kernels for one token (a matrix times a vector): `read_rows` gathers rows of up, `write_rows` rows of a
 transposed down, both inside the product, with fp32 sums. Triton is optional (`pip install 'dart-eval[triton]'`) and
@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
-
-from dart_eval.ffn import FFN
 
 try:
     import triton
@@ -97,67 +94,3 @@ def write_rows(weight: Tensor, rows: Tensor, h: Tensor) -> Tensor:
     grid: Any = (-(-width // COLUMNS), SPLITS)
     _write_rows[grid](weight, rows, h.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS, SPLITS)
     return out
-
-
-class GatheredFFN:
-    """One FFN whose token picks neurons among the kept ones, reading of up and down what it picks alone.
-
-    While narrow, the forwards of gate, up and down are replaced: gate multiplies its first K rows; up picks the
-    `picked` largest |act(gate x)| x norm and multiplies their rows; down takes the `written` largest |h| of these. For
-    one sequence and one token. Down must be stored transposed.
-    """
-
-    def __init__(self, ffn: FFN) -> None:
-        self.layer, self.ffn = ffn.layer, ffn
-        self.kept, self.picked, self.written = ffn.size, ffn.size, ffn.size
-        self.norm = torch.empty(0)
-        self._acts: Tensor | None = None  # act(gate x) of the token under way, [K]
-        self._rows = torch.empty(0)  # what it picked
-        self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
-        self._weights: list[Tensor] = []
-
-    def prepare(self, norm: Tensor, picked: int, written: int) -> None:
-        """norm: [K] fp32, root of the mean square of up x of the kept neurons, by row."""
-        self.norm, self.picked, self.written = norm, picked, written
-
-    def cut(self, count: int) -> None:
-        self.kept = count
-
-    def narrow(self) -> None:
-        self._weights = [module.weight.detach() for module in self._modules]
-        for module, forward in zip(self._modules, (self._gate, self._up, self._down), strict=True):
-            module.__dict__["forward"] = forward
-
-    def widen(self) -> None:
-        for module in self._modules:
-            module.__dict__.pop("forward", None)
-
-    def _gate(self, x: Tensor) -> Tensor:
-        bias: Any = self.ffn.gate.bias  # type: ignore[union-attr]
-        out = linear(x, self._weights[0][: self.kept], None if bias is None else bias[: self.kept])
-        self._acts = self.ffn.act(out).flatten()
-        return out
-
-    def _up(self, x: Tensor) -> Tensor:
-        acts, self._acts = self._acts, None
-        assert acts is not None, "up ran before gate"
-        self._rows = (acts.float().abs() * self.norm).topk(self.picked, sorted=False).indices
-        up = read_rows(self._weights[1], self._rows, x.flatten())
-        bias: Any = self.ffn.up.bias
-        if bias is not None:
-            up = up + bias[self._rows].float()
-        out = x.new_zeros(*x.shape[:-1], self.kept)
-        out.view(-1)[self._rows] = up.to(x.dtype)
-        return out
-
-    def _down(self, h: Tensor) -> Tensor:
-        rows = self._rows
-        values = h.flatten()[rows]
-        if self.written < self.picked:
-            top = values.float().abs().topk(self.written, sorted=False).indices
-            rows, values = rows[top], values[top]
-        out = write_rows(self._weights[2].t(), rows, values)
-        bias: Any = self.ffn.down.bias
-        if bias is not None:
-            out = out + bias.float()
-        return out.to(h.dtype).view(*h.shape[:-1], -1)

@@ -4,89 +4,58 @@ The order of an FFN's neurons is free: rows of gate and up and columns of down m
 kept neurons to the front makes a pruned FFN a dense one of K neurons, on a view of the same memory: no second copy of
 the weights, and shapes and addresses that do not change while K does not. A new mask swaps only what changed.
 
-Down keeps its layout, [D, F] with neurons as columns. As rows of a transposed down a swap would be cheaper, but a
-product with the first K rows takes torch 1.6 to 1.9 times as long as one with the first K columns in bfloat16 on a CPU
-(docs/findings.md), and products are what every token pays.
-
-A swap that is interrupted (Ctrl-C) can always be finished: what a step is about to write is remembered before.
+Down is turned, in its own memory, so that its neurons are rows too (`slices`). Everything is done in steps that can be
+finished after an interrupt (`inplace`), and undone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, is_conv1d
-from dart_eval.pruning.gather import GatheredFFN
-
-PAIRS = 128  # neurons of each side that one step swaps, where neurons are rows
-COLUMN_ROWS = 64  # rows that one step handles, where neurons are columns: few enough to stay in the cache
-
-
-@dataclass(frozen=True)
-class _Bank:
-    """A tensor with one entry of every neuron along `dim`: a view of a parameter."""
-
-    tensor: Tensor
-    dim: int
-
-
-@dataclass
-class _Swap:
-    """Neurons at rows `a` change places with those at rows `b` in every bank of a layer, step by step.
-
-    at: steps done, and what the next one was about to write (None: not yet read). One assignment moves it on, so that
-    an interrupt between any two operations leaves either the old state or the new one.
-    """
-
-    layer: int
-    steps: list[tuple[Tensor, int, Tensor, Tensor]]  # view, dim, where to read, where to write
-    after: Tensor  # the layer's order when all is done
-    at: tuple[int, Tensor | None] = (0, None)
+from dart_eval.pruning.inplace import Step, Work, involutions, swap, transpose
+from dart_eval.pruning.slices import Down, GatheredFFN, slots
 
 
 class PermutedFFNs:
     """All FFNs of a model, their neurons in an order of our choice.
 
     Nothing is changed before `begin()`, and `restore()` undoes everything. Between `slice()` and `whole()` the
-    projections multiply the first `kept` neurons alone.
+    projections multiply the first `kept` neurons of each layer alone.
 
     Args:
-        gather: down is stored transposed meanwhile (in its own memory; one layer's copy is held while it is turned),
-            and tokens of one sequence multiply the neurons that they pick alone (`gather.py`).
+        gather: tokens of one sequence pick among the kept neurons (`slices.GatheredFFN`).
 
     Raises:
-        UserError: weights are shared with other modules.
+        UserError: weights are quantised, or shared with other modules, or reordered already.
     """
 
     def __init__(self, ffns: Sequence[FFN], model: nn.Module, gather: bool = False) -> None:
-        if reason := quantised(ffns) or shared(ffns, model):
-            raise UserError(reason, "use execution='masked'")
         if any(f.order is not None for f in ffns):
             raise UserError("the neurons of this model are reordered by another prune()", "leave that one first")
+        if reason := quantised(ffns) or shared(ffns, model):
+            raise UserError(reason, "use execution='masked'")
         self.ffns = list(ffns)
         self.kept = [f.size for f in ffns]
-        self._swap: _Swap | None = None
-        self._turn: tuple[int, Tensor, bool] | None = None  # a layer's down under way: layer, its values, transposed
-        self._turned: list[int] = []
-        self.gathered = [GatheredFFN(f) for f in ffns] if gather else []
-        self._banks = [_banks(f, gather) for f in ffns]
-        self._slots: list[Any] = list(self.gathered) or [slot for f in ffns for slot in _slots(f)]
+        self.downs = [Down(f) for f in ffns]
+        self.gathered = [GatheredFFN(f, d) for f, d in zip(ffns, self.downs, strict=True)] if gather else []
+        self._slots: list[list[Any]] = [[g] for g in self.gathered] or [slots(f) for f in ffns]
+        self._banks = [_banks(f, d) for f, d in zip(ffns, self.downs, strict=True)]
+        self._turned = [False] * len(ffns)
+        self._work: Work | None = None
 
     @torch.no_grad()
     def begin(self) -> None:
         """Take the neurons over."""
         for ffn in self.ffns:
             ffn.order = torch.arange(ffn.size, dtype=torch.int32, device=next(ffn.down.parameters()).device)
-        if self.gathered:
-            for layer in range(len(self.ffns)):
-                self._transpose(layer, True)
+        for layer in range(len(self.ffns)):
+            self._turn(layer, True)
 
     @torch.no_grad()
     def select(self, layer: int, mask: Tensor) -> int:
@@ -101,37 +70,46 @@ class PermutedFFNs:
         self._exchange(layer, leaving, entering)
         if count != self.kept[layer]:
             self.kept[layer] = count
-            for slot in self._slots:
-                if slot.layer == layer:
-                    slot.cut(count)
+            for slot in self._slots[layer]:
+                slot.cut(count)
         return len(entering)
 
     def slice(self) -> None:
         """The projections multiply the kept neurons."""
-        for slot in self._slots:
-            slot.narrow()
+        for layer in self._slots:
+            for slot in layer:
+                slot.narrow()
 
     def whole(self) -> None:
         """The projections multiply all neurons."""
-        for slot in self._slots:
-            slot.widen()
+        for layer in self._slots:
+            for slot in layer:
+                slot.widen()
+
+    def executed(self) -> float:
+        """FFN weights that a sliced forward multiplies / all FFN weights."""
+        total = sum(f.size * f.matrices for f in self.ffns)
+        if self.gathered:
+            return sum(sum(g.read) for g in self.gathered) / total
+        return sum(kept * f.matrices for kept, f in zip(self.kept, self.ffns, strict=True)) / total
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Every neuron back to its place, bit for bit; also after an exception or an interrupt, which is raised again
-        at the end if it comes while this runs."""
+        """Every neuron back to its place, bit for bit; also after an exception or an interrupt.
+
+        An interrupt that comes while this runs is raised at its end.
+        """
         interrupt: KeyboardInterrupt | None = None
         while True:
             try:
                 self._finish()
-                self._finish_turn()
                 self.whole()
                 for layer, ffn in enumerate(self.ffns):
                     if ffn.order is not None:
                         for a, b in involutions(ffn.order.tolist()):
                             self._exchange(layer, torch.tensor(a), torch.tensor(b))
-                for layer in list(self._turned):
-                    self._transpose(layer, False)
+                        self._turn(layer, False)
+                    self.downs[layer].end()
                 for ffn in self.ffns:
                     ffn.order = None
                 break
@@ -142,190 +120,63 @@ class PermutedFFNs:
 
     def _exchange(self, layer: int, a: Tensor, b: Tensor) -> None:
         """Swap the neurons at rows a with those at rows b; no row occurs twice."""
-        self._finish()
         if not len(a):
             return
         ffn = self.ffns[layer]
         assert ffn.order is not None
-        device = ffn.order.device
-        read, write = torch.cat([b, a]).to(device), torch.cat([a, b]).to(device)
-        order = ffn.order.index_copy(0, write, ffn.order[read])
-        steps = [step for bank in self._banks[layer] for step in _steps(bank, a.to(device), b.to(device))]
-        self._swap = _Swap(layer, steps, order)
+        a, b = a.to(ffn.order.device), b.to(ffn.order.device)
+        after = ffn.order.index_copy(0, torch.cat([a, b]), ffn.order[torch.cat([b, a])])
+
+        def done() -> None:
+            ffn.order = after
+
+        self._do((step for tensor, dim in self._banks[layer] for step in swap(tensor, dim, a, b)), done)
+
+    def _turn(self, layer: int, by_neurons: bool) -> None:
+        """Store a layer's down by neurons, or again as it was."""
+        down, ffn = self.downs[layer], self.ffns[layer]
+        weight = down.module.weight
+        if self._turned[layer] == by_neurons:
+            return
+        memory = down.rows.view(-1)
+        steps: Iterable[Step] = ()
+        if not is_conv1d(down.module):
+            shape = (ffn.width, ffn.size) if by_neurons else (ffn.size, ffn.width)
+            steps = transpose(memory, *shape)
+
+        def done() -> None:
+            if not is_conv1d(down.module):
+                weight.data = down.rows.t() if by_neurons else memory.view(ffn.width, ffn.size)
+            self._turned[layer] = by_neurons
+            if by_neurons:
+                down.begin()
+
+        self._do(steps, done)
+
+    def _do(self, steps: Iterable[Step], done: Callable[[], None]) -> None:
+        self._finish()
+        self._work = Work(steps, done)
         self._finish()
 
     def _finish(self) -> None:
-        """Carry out the swap under way, from wherever it stands."""
-        swap = self._swap
-        if swap is None:
-            return
-        while swap.at[0] < len(swap.steps):
-            done, values = swap.at
-            view, dim, read, write = swap.steps[done]
-            if values is None:
-                values = _read(view, dim, read)
-                swap.at = (done, values)
-            view.index_copy_(dim, write, values)
-            swap.at = (done + 1, None)
-        self.ffns[swap.layer].order = swap.after
-        self._swap = None
-
-    def _transpose(self, layer: int, turned: bool) -> None:
-        """Store a layer's down by neurons, or again as it was: in the same memory."""
-        weight: Any = self.ffns[layer].down.weight
-        values = weight.detach().t() if turned else weight.detach()
-        self._turn = (layer, values.clone(memory_format=torch.contiguous_format), turned)
-        self._finish_turn()
-
-    def _finish_turn(self) -> None:
-        if self._turn is None:
-            return
-        layer, values, turned = self._turn
-        ffn = self.ffns[layer]
-        weight: Any = ffn.down.weight
-        memory = weight.detach().as_strided((weight.numel(),), (1,))
-        memory.copy_(values.flatten())
-        weight.data = memory.view(ffn.size, ffn.width).t() if turned else memory.view(ffn.width, ffn.size)
-        self._turned = [i for i in self._turned if i != layer] + [layer] * turned
-        self._turn = None
+        """Carry out the work under way, from wherever it stands."""
+        if self._work is not None:
+            self._work.finish()
+            self._work = None
 
 
-def _steps(bank: _Bank, a: Tensor, b: Tensor) -> list[tuple[Tensor, int, Tensor, Tensor]]:
-    """A swap in pieces, so that what is held beside the weights stays small."""
-    if bank.dim == 0:
-        pairs = zip(a.split(PAIRS), b.split(PAIRS), strict=True)
-        return [(bank.tensor, 0, torch.cat([y, x]), torch.cat([x, y])) for x, y in pairs]
-    read, write = torch.cat([b, a]), torch.cat([a, b])
-    return [(rows, 1, read, write) for rows in bank.tensor.split(COLUMN_ROWS)]
-
-
-def _read(view: Tensor, dim: int, index: Tensor) -> Tensor:
-    if dim == 1:  # of columns, the fastest that torch has on a CPU
-        return view.gather(1, index.expand(len(view), -1))
-    return view.index_select(0, index)
-
-
-def involutions(order: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Two rounds of swaps, each of disjoint pairs (rows a with rows b), that sort `order`, a permutation of 0 .. n-1.
-
-    Every cycle of a permutation is the product of two reflections.
-    """
-    rounds: list[tuple[list[int], list[int]]] = [([], []), ([], [])]
-    seen = [False] * len(order)
-    for start in range(len(order)):
-        cycle = []
-        i = start
-        while not seen[i]:
-            seen[i] = True
-            cycle.append(i)
-            i = order[i]
-        n = len(cycle)
-        # Row cycle[k] holds neuron cycle[k + 1]. k -> -k, then k -> 1 - k, send row k's content to row k + 1.
-        for (a, b), turn in zip(rounds, (0, 1), strict=True):
-            for k in range(n):
-                other = (turn - k) % n
-                if k < other:
-                    a.append(cycle[k])
-                    b.append(cycle[other])
-    return rounds
-
-
-# -- where neurons are ---------------------------------------------------------------------------------------
-
-
-def _banks(ffn: FFN, turned: bool) -> list[_Bank]:
-    banks = []
+def _banks(ffn: FFN, down: Down) -> list[tuple[Tensor, int]]:
+    """Tensors with one entry of every neuron along a dimension: views of the parameters."""
+    banks = [(down.rows, 0)]
     projections: list[Any] = [ffn.gate, ffn.up]
-    down: Any = ffn.down
     for module in projections:
         if module is None:
             continue
         dim, halves = int(is_conv1d(module)), 2 if ffn.fused else 1
-        banks += [_Bank(part, dim) for part in module.weight.detach().chunk(halves, dim)]
+        banks += [(part, dim) for part in module.weight.detach().chunk(halves, dim)]
         if getattr(module, "bias", None) is not None:
-            banks += [_Bank(part, 0) for part in module.bias.detach().chunk(halves)]
-    if turned:  # as its memory will be
-        return [*banks, _Bank(down.weight.detach().as_strided((ffn.size, ffn.width), (ffn.width, 1)), 0)]
-    return [*banks, _Bank(down.weight.detach(), int(not is_conv1d(down)))]
-
-
-def _slots(ffn: FFN) -> list[_Slot | _FusedSlot]:
-    if ffn.fused:
-        return [_FusedSlot(ffn.layer, ffn.up, ffn.size), *_slots_of(ffn.layer, ffn.down, into=True)]
-    made = [_slots_of(ffn.layer, module, into=False) for module in (ffn.gate, ffn.up) if module is not None]
-    return [slot for slots in (*made, _slots_of(ffn.layer, ffn.down, into=True)) for slot in slots]
-
-
-def _slots_of(layer: int, module: Any, into: bool) -> list[_Slot]:
-    """The weight, whose neurons are inputs (`into`) or outputs, and in the latter case the bias."""
-    weight = _Slot(layer, module, "weight", int(is_conv1d(module) != into), module.weight)
-    if into:
-        return [weight]
-    weight.features = "nf" if is_conv1d(module) else None
-    has_bias = getattr(module, "bias", None) is not None
-    return [weight, _Slot(layer, module, "bias", 0, module.bias)] if has_bias else [weight]
-
-
-@dataclass
-class _Slot:
-    """A parameter of a projection that is there whole, or as a view of its first neurons."""
-
-    layer: int
-    module: Any
-    name: str
-    dim: int
-    all: nn.Parameter
-    features: str | None = None  # where the module keeps its outputs' number and uses it (Conv1D)
-    part: nn.Parameter = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.part = self.all
-
-    def cut(self, count: int) -> None:
-        self.part = nn.Parameter(self.all.detach().narrow(self.dim, 0, count), requires_grad=False)
-
-    def narrow(self) -> None:
-        self._put(self.part)
-
-    def widen(self) -> None:
-        self._put(self.all)
-
-    def _put(self, parameter: nn.Parameter) -> None:
-        # Not by attribute: a module's __setattr__ would take longer than all the rest.
-        self.module._parameters[self.name] = parameter
-        if self.features is not None:
-            setattr(self.module, self.features, parameter.shape[self.dim])
-
-
-class _FusedSlot:
-    """A projection that holds gate above up: the kept rows of both are not one view, so it multiplies two."""
-
-    def __init__(self, layer: int, module: Any, size: int) -> None:
-        self.layer, self.module, self.size = layer, module, size
-        self.before = module.__dict__.get("forward")
-        self.cut(size)
-
-    def cut(self, count: int) -> None:
-        weight, bias = self.module.weight.detach(), self.module.bias
-        gate, up = (half[:count] for half in weight.split(self.size))
-        gate_bias, up_bias = (None, None) if bias is None else (half[:count] for half in bias.detach().split(self.size))
-
-        def forward(x: Tensor) -> Tensor:
-            return torch.cat([linear(x, gate, gate_bias), linear(x, up, up_bias)], dim=-1)
-
-        self.forward = forward
-
-    def narrow(self) -> None:
-        self.module.__dict__["forward"] = self.forward
-
-    def widen(self) -> None:
-        if self.before is None:
-            self.module.__dict__.pop("forward", None)
-        else:
-            self.module.__dict__["forward"] = self.before
-
-
-# -- where it cannot be done ---------------------------------------------------------------------------------
+            banks += [(part, 0) for part in module.bias.detach().chunk(halves)]
+    return banks
 
 
 def quantised(ffns: Sequence[FFN]) -> str | None:
@@ -338,6 +189,7 @@ def quantised(ffns: Sequence[FFN]) -> str | None:
                 and weight.dim() == 2
                 and weight.is_floating_point()
                 and weight.element_size() > 1
+                and weight.is_contiguous()
                 and not weight.is_meta
                 and (type(module) is nn.Linear or is_conv1d(module))
             ):

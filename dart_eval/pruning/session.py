@@ -277,14 +277,14 @@ class Session:
 
     @property
     def _can_gather(self) -> bool:
-        """Whether a token's choice can be made real in time: by kernels, for gated FFNs."""
+        """Whether a token's choice can save time: of gated FFNs, on a CPU or by Triton's kernels."""
         method = self.method
         return (
             isinstance(method, PromptMethod)
             and method.stages > 1
             and not method.renewal.dense_tokens
             and all(f.gate is not None and not is_conv1d(f.down) for f in self.ffns)
-            and all(gather.missing(_device_of(f)) is None for f in self.ffns)
+            and all(_device_of(f).type == "cpu" or gather.missing(_device_of(f)) is None for f in self.ffns)
         )
 
     def _choose_execution(self, batch: int) -> None:
@@ -298,7 +298,7 @@ class Session:
         # What sets phases itself may take any sequence up again, with another mask.
         if self._wanted != "masked" and one and self._forced is None:
             if self.permuted is not None and self.permuted.gathered and batch > 1:
-                self._restore()  # the kernels know one sequence
+                self._restore()  # which is for one sequence
             if self.permuted is None:
                 self.permuted = PermutedFFNs(self.ffns, self.model, self._can_gather and batch == 1)
                 self.permuted.begin()  # from here on `detach` undoes it
