@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, StaticCa
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
-from dart_eval.pruning.inplace import involutions
+from dart_eval.pruning.inplace import Work, involutions, transpose
 from dart_eval.pruning.permuted import PermutedFFNs
 from tests.conftest import FAMILIES, RENEWED, RESTLESS, SMALL, cache_of, open_session, random_tokens, tiny
 

@@ -114,8 +114,9 @@ def transpose(memory: Tensor, rows: int, columns: int) -> Iterator[Step]:
     squares = memory.view(p * q, g * g)  # square (i, j) at i q + j; it belongs at j p + i
     few = max(1, q // 2)  # pairs: a strip again
     for a, b in involutions([(k % q) * p + k // q for k in range(p * q)]):
-        for x, y in zip(torch.tensor(a).split(few), torch.tensor(b).split(few), strict=True):
-            yield _swap_rows(squares, torch.cat([x, y]).to(memory.device), torch.cat([y, x]).to(memory.device))
+        for start in range(0, len(a), few):
+            x, y = (torch.tensor(side[start : start + few], device=memory.device) for side in (a, b))
+            yield _swap_rows(squares, torch.cat([x, y]), torch.cat([y, x]))
     for strip in memory.split(g * rows):
         yield _rearranged(strip, (p, g, g), (1, 0, 2))
 

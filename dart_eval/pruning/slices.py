@@ -126,8 +126,9 @@ class Down:
     def __init__(self, ffn: FFN) -> None:
         self.ffn = ffn
         self.module: Any = ffn.down
-        self.rows = self.module.weight.detach().as_strided((ffn.size, ffn.width), (ffn.width, 1))
-        self.all = torch.arange(ffn.size, device=self.rows.device)
+        weight: Any = ffn.down.weight
+        self.rows = weight.detach().as_strided((ffn.size, ffn.width), (ffn.width, 1))
+        self.index = torch.arange(ffn.size, device=self.rows.device)
         self._forward = _Forward(self.module)
 
     def begin(self) -> None:
@@ -141,7 +142,7 @@ class Down:
         """[..., K] -> [..., D], K neurons, the first ones."""
         count, flat = h.shape[-1], h.reshape(-1, h.shape[-1])
         if h.device.type == "cpu" and len(flat) <= FEW:
-            index = self.all[:count].expand(len(flat), count)
+            index = self.index[:count].expand(len(flat), count)
             out = weighted_rows(self.rows, index, flat)
         else:
             out = linear(flat, self.rows[:count].t())
