@@ -1,4 +1,4 @@
-"""`dart-eval bench`: what methods cost."""
+"""`dart-eval bench`: what methods cost, and how fast answers are scored."""
 
 from __future__ import annotations
 
@@ -21,30 +21,58 @@ def bench(
         bool,
         typer.Option("--overhead", metavar="", help="State in bytes and tracing FLOPs, on a shape without weights."),
     ] = False,
+    scoring: Annotated[
+        bool, typer.Option("--scoring", metavar="", help="Speed of scoring answers, beside lm-eval's own HFLM.")
+    ] = False,
     shape: Annotated[str, typer.Option(help="llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.")] = "llama-3.1-8b",
     method: Annotated[
         str, typer.Option(help="Methods, comma-separated: NAME or NAME:key=value.")
     ] = "griffin,dart,dart-code,dart-plus",
     sparsity: Annotated[float, typer.Option(help="Pruned fraction of all FFN neurons.")] = 0.7,
+    tasks: Annotated[str, typer.Option(help="Tasks of --scoring, comma-separated.")] = "arc,hellaswag,mmlu",
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each item.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of both sides; ours also runs under auto.")] = 8,
+    rounds: Annotated[int, typer.Option(help="How often all sides are timed, in turn.")] = 3,
+    model: Annotated[
+        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    data_dir: Annotated[str | None, typer.Option(help="Local data instead of the hub.")] = None,
     format: Annotated[str, typer.Option(help="table, md or json.")] = "table",
 ) -> None:
-    """Measure what methods keep and compute beside the model.
+    """Measure what methods keep and compute beside the model, or how fast answers are scored.
 
     [bold]Examples[/bold]
 
       dart-eval bench --overhead --shape llama-3.1-8b
 
       dart-eval bench --overhead --method dart:ring=16 --format json
+
+      dart-eval bench --scoring --tasks arc,hellaswag,mmlu --limit 50 --data-dir DIR
     """
     quieten(False)
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
+    modes = [name for name, given in (("--overhead", overhead), ("--scoring", scoring)) if given]
+    if len(modes) != 1:
+        raise UserError(
+            f"{' and '.join(modes)} are two measurements" if modes else "nothing to measure",
+            "give one of --overhead and --scoring",
+        )
+    if scoring:
+        from dart_eval.cli import bench_scoring
+        from dart_eval.models import ModelSpec
+
+        bench_scoring.run(
+            tasks, ModelSpec(model, None, dtype, device), data_dir, batch_size, rounds, limit, num_fewshot, format
+        )
+        return
     from dart_eval.overhead import measure
     from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.session import check_sparsity
 
-    if not overhead:
-        raise UserError("nothing to measure", "give --overhead")
-    if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
     check_sparsity(sparsity)
     methods = [make(*parse(spec)) for spec in method.split(",") if spec.strip()]
     if not methods:

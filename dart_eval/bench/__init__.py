@@ -1,0 +1,1 @@
+"""What `dart-eval bench` measures on a loaded model."""
