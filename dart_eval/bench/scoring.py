@@ -1,7 +1,7 @@
 """How fast answers are scored, beside lm-eval's own `HFLM`: same process, model, requests and batch size, dense.
 
-Both sides are timed in turn, round after round: other work on the machine hits all alike, and a ratio is the median over
-rounds of times that stood side by side. Times are of `loglikelihood(requests)`: tokenisation, forwards, logits.
+All sides are timed in turn, round after round: other work on the machine hits them alike, and a ratio is the median
+over rounds of times that stood side by side. Times are of `loglikelihood(requests)`: tokenisation, forwards, logits.
 
 Tokens are counted where they are computed, by hooks: rows x width of the decoder's inputs, padding included, and rows
 that go through the output head. What must be computed, without padding: each distinct context once, with a prefix that
@@ -238,8 +238,8 @@ def counted(model: Any) -> Iterator[Computed]:
     computed = Computed()
 
     def tokens(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids")
-        ids = ids if ids is not None else kwargs.get("inputs_embeds", args[0] if args else None)
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        ids: torch.Tensor = next(x for x in given if x is not None)
         computed.tokens += ids.shape[0] * ids.shape[1]
 
     def logits(_module: Any, args: tuple[Any, ...]) -> None:

@@ -87,10 +87,10 @@ def table(found: list[TaskSpeed], model: str) -> Table:
     )
     shots = "" if found[0].num_fewshot is None else f", {found[0].num_fewshot} shots"
     note = (
-        f"Model {model}, dense, batch size {found[0].batch_size}{shots}, medians of {len(found[0].limit_seconds)} rounds "
-        "in which all sides were timed in turn. Tokens: rows x width through the decoder, padding included. Limit: what "
-        "must be computed (each distinct context, shared prefix and continuation once, without padding), at the speed "
-        "of well-filled forwards of this model; of limit: that time over the scorer's. Same: every document has stock's "
-        f"accuracies. {counts}."
+        f"Model {model}, dense, batch size {found[0].batch_size}{shots}, medians of {len(found[0].limit_seconds)} "
+        "rounds in which all sides were timed in turn. Tokens: rows x width through the decoder, padding included. "
+        "Limit: what must be computed (each distinct context, shared prefix and continuation once, no padding), at "
+        "the speed of well-filled forwards of this model; of limit: that time over the scorer's. Same: every document "
+        f"has stock's accuracies. {counts}."
     )
     return Table("Scoring", columns, body, note, rules=frozenset(rules - {0}))

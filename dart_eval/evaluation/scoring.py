@@ -15,7 +15,7 @@ Rows of a batch are left-padded contexts; nothing crosses rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ from dart_eval.pruning.session import Session
 from dart_eval.pruning.state import SequenceState
 
 SCOPES = ("scored", "all", "last")
+# An output head beyond a processor's caches is read from memory once a run: small batches wait for each other until so
+# many tokens have been computed, some seconds' work on a CPU. It is what a stopped run may lose.
+LARGE_HEAD, HELD_TOKENS = 1 << 24, 1024
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,9 @@ class Scorer:
         # The last tokens of a context that are computed even if a shared prefix holds them: one to go on from, and
         # those whose FFN inputs are kept.
         self._least = max(1, session.recent if session is not None else 0)
+        config = model.config.get_text_config()
+        self._hold = HELD_TOKENS if config.vocab_size * config.hidden_size > LARGE_HEAD else 0
+        self._tokens = 0  # computed since the output head last ran
         self._cache_name = cache_argument(model)
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
@@ -135,7 +141,7 @@ class Scorer:
     ) -> list[Score]:
         """One score per request, in order. Long contexts first, so that running out of memory shows at once.
 
-        done: called after each batch with (index of the request, its score).
+        done: called after each batch, or a few small ones, with (index of the request, its score).
         """
         if self.scope != "scored":
             return self._score_alone(requests, done)
@@ -144,14 +150,37 @@ class Scorer:
             by_context.setdefault(request.context, []).append(i)
         contexts = sorted(by_context, key=lambda c: (len(c), c), reverse=True)
         scores: dict[int, Score] = {}
+        answers, waiting, self._tokens = self._answers(), [], 0
+        for members, shared in self._context_batches(contexts):
+            waiting += self._run(members, shared, by_context, requests, answers)
+            if self._tokens >= self._hold:
+                scores |= self._finish(waiting, answers, done)
+                answers, waiting, self._tokens = self._answers(), [], 0
+        if waiting:
+            scores |= self._finish(waiting, answers, done)
+        return [scores[i] for i in range(len(requests))]
+
+    def _context_batches(
+        self, contexts: list[tuple[int, ...]]
+    ) -> Iterator[tuple[list[tuple[int, ...]], _Prefix | None]]:
+        """Batches of contexts (longest first), each with the prefix that it shares, which has been run."""
         for group in self._groups(contexts):
             members = [contexts[i] for i in group.members]  # still the longest first
             shared = self._run_prefix(members[0][: group.prefix]) if group.prefix else None
             for part in self._batches([len(c) - self._last for c in members], group.prefix):
-                found = self._score_contexts(members[part], by_context, requests, shared)
-                scores.update(found)
-                done(found)
-        return [scores[i] for i in range(len(requests))]
+                yield members[part], shared
+
+    def _finish(
+        self,
+        waiting: list[tuple[_Row, _Cost]],
+        answers: Answers,
+        done: Callable[[list[tuple[int, Score]]], None],
+    ) -> dict[int, Score]:
+        """Run the output head, and hand over the scores of rows that waited for it."""
+        answers.run()
+        found = _scores(waiting, answers)
+        done(found)
+        return dict(found)
 
     def _groups(self, contexts: list[tuple[int, ...]]) -> list[Group]:
         """Contexts (longest first) by the prefix that they share, the group of the longest first."""
@@ -222,16 +251,17 @@ class Scorer:
         self.state_bytes = max(self.state_bytes, session.state_bytes // batch)
         return cache, valid, hidden
 
-    def _score_contexts(
+    def _run(
         self,
         contexts: list[tuple[int, ...]],
+        shared: _Prefix | None,
         by_context: dict[tuple[int, ...], list[int]],
         requests: Sequence[Request],
-        shared: _Prefix | None,
-    ) -> list[tuple[int, Score]]:
+        answers: Answers,
+    ) -> list[tuple[_Row, _Cost]]:
+        """Run a batch of contexts and their candidates: hidden states go into `answers`."""
         session = self.session
         cache, valid, hidden = self._run_contexts([c[: len(c) - self._last] for c in contexts], shared)
-        answers = self._answers()
         rows: dict[tuple[int, tuple[int, ...]], _Row] = {}
         for parent, context in enumerate(contexts):
             root = answers.root()
@@ -249,14 +279,14 @@ class Scorer:
                 row.targets.append((i, continuation))
         ordered = sorted(rows.values(), key=lambda r: len(r.inputs), reverse=True)
         state = session.state if session is not None else None
-        costs: list[tuple[list[_Row], list[_Cost]]] = []
+        found: list[tuple[_Row, _Cost]] = []
         lengths, most = [len(r.inputs) for r in ordered], self.budget.candidates
         if self.budget.cached is not None:  # every row has a copy of its context's cache
             most = max(1, min(most, self.budget.cached // (valid.shape[1] + lengths[0])))
         for part in self._cut(lengths, most, self.budget.tokens):
             batch = ordered[part]
             if not batch[0].inputs:  # dense one-token answers: the context's forward has answered them
-                costs.append((batch, [_Cost()] * len(batch)))
+                found += [(row, _Cost()) for row in batch]
                 continue
             parents = torch.tensor([r.parent for r in batch], device=self.device)
             forked = fork(cache, parents)
@@ -264,9 +294,8 @@ class Scorer:
                 session.fork(state, parents)
                 if session.looks_ahead:
                     self._rehearse(batch, valid[parents], fork(forked))
-            costs.append((batch, self._run_rows(batch, valid[parents], forked, answers)))
-        answers.run()
-        return [found for batch, cost in costs for found in _scores(batch, cost, answers)]
+            found += zip(batch, self._run_rows(batch, valid[parents], forked, answers), strict=True)
+        return found
 
     def _rehearse(self, rows: list[_Row], seen: Tensor, cache: Any) -> None:
         """Let an oracle see what is to be scored. The cache is used up."""
@@ -329,18 +358,18 @@ class Scorer:
         index = (hidden.shape[1] - width + shift).clamp_max(hidden.shape[1] - 1).to(hidden.device)
         answers = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
         asked = self._answers()
-        made, costs = [], []
+        made = []
         for i, (row, found) in enumerate(zip(inputs, targets, strict=True)):
             root = asked.root()
             paths = [asked.ask(root, continuation) for _, continuation in found]
             nodes = paths[0]  # they differ in their last tokens only
             asked.give(nodes, answers[i, : len(nodes)])
-            made.append(_Row(i, row, nodes, found))
             ran = len(nodes) if self.scope == "all" else 1
             pruned, outside = (0.0, 0.0) if step is None else (float(1 - step.read[i]), float(1 - step.mask[i]))
-            costs.append(_Cost(ran if pruned > 0 else 0, pruned * ran, outside * ran))
+            cost = _Cost(ran if pruned > 0 else 0, pruned * ran, outside * ran)
+            made.append((_Row(i, row, nodes, found), cost))
         asked.run()
-        return _scores(made, costs, asked)
+        return _scores(made, asked)
 
     # -- scope `scored` --------------------------------------------------------------------------------------
 
@@ -382,6 +411,7 @@ class Scorer:
 
     def _forward(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Last hidden states [B, T, D]. attention: [B, past + T] bool; positions: [B, T]."""
+        self._tokens += tokens.numel()
         kwargs: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:
             kwargs["position_ids"] = positions.clamp_min(0)
@@ -389,10 +419,10 @@ class Scorer:
         return base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
 
 
-def _scores(rows: list[_Row], costs: list[_Cost], answers: Answers) -> list[tuple[int, Score]]:
+def _scores(rows: list[tuple[_Row, _Cost]], answers: Answers) -> list[tuple[int, Score]]:
     """Scores of the requests that these rows answer."""
     found = []
-    for row, cost in zip(rows, costs, strict=True):
+    for row, cost in rows:
         for request, continuation in row.targets:
             total = sum(answers.logprobs(row.nodes, continuation))
             greedy = answers.greedy(row.nodes, continuation)
