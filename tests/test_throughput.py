@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation import batching
+from dart_eval.evaluation import batching, scoring
 from dart_eval.evaluation.batching import Budget, batches, budget, check_batch_size, common_prefix, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
 from dart_eval.evaluation.scoring import Request, Scorer
@@ -96,6 +96,39 @@ def test_a_prefix_is_computed_once():
     shared, _ = _forwards(model, lambda: Scorer(model, head, None, 4).score(requests))
     alone, _ = _forwards(model, lambda: Scorer(model, head, None, 4, share_prefix=False).score(requests))
     assert (shared, alone) == (60 + 10 * 8, 10 * 68)
+
+
+@pytest.mark.parametrize("method", ["dense", "dart"])
+def test_small_batches_wait_for_a_large_head(monkeypatch, method):
+    """One run of the head for several batches, the same numbers, and every score is handed over once."""
+    model = tiny("llama")
+    head, calls, runs = output_head_of(model), [], {}
+    for held in (0, 150):
+        monkeypatch.setattr(scoring, "LARGE_HEAD", 1 if held else 1 << 40)
+        monkeypatch.setattr(scoring, "HELD_TOKENS", held)
+        calls.clear()
+        given_, batches_ = [], []
+        with open_session(model, method) as session:
+            scorer = Scorer(
+                model, lambda x: (calls.append(len(x)), head(x))[1], session if method != "dense" else None, 2
+            )
+            monkeypatch.setattr(scorer, "_run", lambda *a, run=scorer._run, n=batches_: (n.append(1), run(*a))[1])
+            found = scorer.score(_requests(), lambda part, kept=given_: kept.append([i for i, _ in part]))
+        runs[held] = [s.logprob for s in found]
+        assert sorted(itertools.chain(*given_)) == list(range(len(_requests())))
+        assert len(calls) == len(given_) and (len(given_) < len(batches_)) == bool(held)
+    assert runs[0] == pytest.approx(runs[150], abs=1e-6)
+
+
+def test_candidates_of_an_oracle_have_nothing_in_common(model):
+    """Each has a mask of its own, though they begin alike."""
+    context, start = random_tokens(20, seed=1), random_tokens(3, seed=2)
+    requests = [Request(context, (*start, *random_tokens(n, seed=n))) for n in (2, 5, 9)]
+    head = output_head_of(model)
+    with open_session(model, "oracle") as session:
+        together = [s.logprob for s in Scorer(model, head, session, 4).score(requests)]
+        alone = [Scorer(model, head, session, 4).score([r])[0].logprob for r in requests]
+    assert together == pytest.approx(alone, abs=1e-6)
 
 
 # -- bookkeeping -----------------------------------------------------------------------------------------------------

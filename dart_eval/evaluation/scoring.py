@@ -9,7 +9,8 @@ Scope `all` (the public code's of arXiv 2601.22632): each answer with its contex
 all its tokens, the answer's too, and prunes all of them. It looks ahead. Scope `last` (GRIFFIN's for classification,
 arXiv 2404.01365): all tokens but the last run dense and make the mask; the last input token alone runs pruned.
 
-Rows of a batch are left-padded contexts; nothing crosses rows.
+Rows of a batch are left-padded contexts; nothing crosses rows. Which rows run together (`batching`) and whether a
+prefix of several contexts is computed once (scope `scored`) move last digits only.
 """
 
 from __future__ import annotations
