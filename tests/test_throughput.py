@@ -200,6 +200,19 @@ def test_no_other_grouping_saves_more(contexts, forward):
     assert _saved(shared_prefixes(contexts, forward, 0), contexts, forward) == best
 
 
+@pytest.mark.parametrize(("outer", "inner", "prefixes"), [(40, 40, [80, 80]), (80, 5, [80]), (0, 40, [40, 40])])
+def test_of_nested_prefixes_those_are_shared_that_save_more(outer, inner, prefixes):
+    """Two subjects of three questions each: their own examples, or what both begin with."""
+    contexts = [
+        (*random_tokens(outer, seed=1), *(subject,) * inner, question)
+        for subject in (90, 91)
+        for question in (92, 93, 94)
+    ]
+    groups = shared_prefixes(contexts, forward=20)
+    assert [g.prefix for g in groups] == prefixes
+    assert sorted(len(g.members) for g in groups) == [6 // len(prefixes)] * len(prefixes)
+
+
 def test_prefixes_inside_prefixes_without_end():
     """Texts that each continue another: as deep a tree as there are contexts."""
     whole = random_tokens(3000, seed=1)

@@ -140,11 +140,9 @@ def measure(
                     _wait(model)
                     side.seconds.append(time.perf_counter() - start)
                 side.computed = computed
-            requests = ours[batch_size].requests
-            needed = needed_for(requests, ours[batch_size].budget.forward)
-            width = round(statistics.mean(len(r.context) + len(r.continuation) - 1 for r in requests))
-            token, row = unit_costs(model, ours[batch_size]._head, width)
-            limits.append(token * needed.tokens + row * needed.logits)
+                if i == 1:  # between our two sides, so that all three see the same machine
+                    needed, seconds = _limit(model, ours[batch_size])
+                    limits.append(seconds)
     by_document = [accuracies(instances, members, found) for found in answers]
     for side, found, metrics in zip(sides, answers, by_document, strict=True):
         side.ratio = statistics.median(a / b for a, b in zip(sides[0].seconds, side.seconds, strict=True))
@@ -157,6 +155,14 @@ def measure(
     return TaskSpeed(
         name, len(by_document[0]), len(instances), num_fewshot, batch_size, sides, needed, limits, foreign()
     )
+
+
+def _limit(model: Any, lm: _Watched) -> tuple[Computed, float]:
+    """What the requests of a run need, and the least time for it."""
+    needed = needed_for(lm.requests, lm.budget.forward)
+    width = round(statistics.mean(len(r.context) + len(r.continuation) - 1 for r in lm.requests))
+    token, row = unit_costs(model, lm._head, width)
+    return needed, token * needed.tokens + row * needed.logits
 
 
 def build(members: Sequence[Task], limit: int | None, num_fewshot: int | None, seed: int) -> list[Instance]:
