@@ -34,12 +34,14 @@ class Budget:
         rows: contexts per forward. candidates: candidate rows per forward.
         tokens: padded tokens per forward; None for any number.
         forward: what a forward costs beside its tokens, in tokens.
+        generated: tokens, prompts and new ones, of a batch that generates; None for any number.
     """
 
     rows: int
     candidates: int
     tokens: int | None
     forward: int
+    generated: int | None = None
 
     @property
     def cached(self) -> int | None:
@@ -78,7 +80,9 @@ def budget(batch_size: int | str, model: Any) -> Budget:
         tokens = gpu_tokens(free, token_bytes(model))
     elif gpu:  # other accelerators tell no free memory
         tokens = GPU_LEAST
-    return Budget(MOST_ROWS, MOST_ROWS, tokens, forward)
+    # Rows that generate read the weights together, token after token: on a CPU that is worth a larger prompt forward.
+    generated = tokens if gpu else CACHED_TOKENS * tokens
+    return Budget(MOST_ROWS, MOST_ROWS, tokens, forward, generated)
 
 
 def gpu_tokens(free: int, per_token: int) -> int:

@@ -246,10 +246,9 @@ class PrunedLM(HFLM):
             self.on_progress(len(members) - len(todo))
             lengths = {i: len(self.tok_encode(prompts[i])) for i in todo}
             todo.sort(key=lambda i: (lengths[i], i), reverse=True)
-            # The new tokens' share of the cache is as good as another of the prompt's. Rows decode together, however
-            # far apart their prompts' lengths are: full batches pay more than padding costs.
+            # Every new token is a forward: full batches save more than padding costs.
             sizes = [lengths[i] + new_tokens for i in todo]
-            for part in batches(sizes, self.budget.rows, self.budget.tokens, new_tokens * self.budget.forward):
+            for part in batches(sizes, self.budget.rows, self.budget.generated, new_tokens * self.budget.forward):
                 batch = todo[part]
                 ids, attention = self.tok_batch_encode([prompts[i] for i in batch], left_truncate_len=budget)
                 output = self._model_generate(
