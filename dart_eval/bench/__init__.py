@@ -1,1 +1,1 @@
-"""What methods cost: time, measured; state and FLOPs, counted."""
+"""What `dart-eval bench` measures: time, beside a control; state and FLOPs, counted."""

@@ -185,6 +185,7 @@ class _Runner:
             config.max_length,
             config.chunk,
             on_progress=view.advanced,
+            share_prefix=config.share_prefix,
         )
 
     def finish(self, job: _Job) -> Record:
@@ -258,6 +259,7 @@ class _Runner:
             memory={"weights": self.shape.weight_bytes, "state": state},
             settings={
                 "batch_size": config.batch_size,
+                "share_prefix": config.share_prefix,
                 "method": spec_of(cell.method),
                 "command": command(config, cell),
             },

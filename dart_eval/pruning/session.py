@@ -104,6 +104,7 @@ class Session:
         self._cache: Any = None  # weak reference to it, once it is known
         self._frozen = False
         self._given_valid: Tensor | None = None
+        self._real: Tensor | None = None  # [B, T] bool, real tokens of a forward that computes some of them again
         self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
@@ -166,6 +167,28 @@ class Session:
         self.state = None
         with self._force("context", valid):
             yield
+
+    @contextmanager
+    def extend(self, valid: Tensor, new: Tensor) -> Iterator[None]:
+        """The forward inside goes on with the dense contexts of the sequences in `state` (see `fork`).
+
+        It may compute tokens again that the state has seen: scores, allocation and detector leave them out. The ring
+        takes them, as its slots go by place: so the forward has at least `recent` tokens, or none that were seen.
+
+        Args:
+            valid: [B, T] bool, False for padding. new: [B, T] bool, those of them that the state has not seen.
+        """
+        self._real = valid
+        try:
+            with self._force("context", new):
+                yield
+        finally:
+            self._real = None
+
+    @property
+    def recent(self) -> int:
+        """Last tokens of a context whose FFN inputs are kept."""
+        return self.method.renewal.ring if isinstance(self.method, PromptMethod) and self.method.needs_ring else 0
 
     @contextmanager
     def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
@@ -438,7 +461,7 @@ class Session:
         if self.state is None:
             return
         if phase == "context":
-            self.state.finish_context(self._valid)
+            self.state.finish_context(self._valid, self._real)
             self._move_kept(self.state.masks)
         elif self.state.masks is not None and not self._frozen:
             detector = self.state.detector
