@@ -73,6 +73,7 @@ class Answers:
                 values += logprobs[rows, tokens].tolist()
             for (row, token), value in zip(wanted, values, strict=True):
                 self._found[part[row], token] = value, best[row] == token
+            del logits, logprobs  # before the next part's come: they are what a forward's memory peaks at
         self._hidden.clear()
 
     def logprobs(self, path: Sequence[int], continuation: Sequence[int]) -> list[float]:
