@@ -57,9 +57,12 @@ ATTENTION_OUTPUTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class FFN:
     """One layer's FFN, whatever the family. F neurons, model width D.
+
+    Its neurons may stand in another order than they were loaded in (`pruning.permuted`): what the projections give and
+    take is then in the order of their rows; `by_neuron` and `by_row` translate.
 
     Attributes:
         layer: index of the decoder layer.
@@ -71,6 +74,7 @@ class FFN:
         attention: the attention's output projection in the same layer.
         size, width: F, D.
         scale: factor on the output before it is added (Granite).
+        order: [F] int32, the neuron at each row, or None: as loaded.
     """
 
     layer: int
@@ -86,9 +90,18 @@ class FFN:
     size: int
     width: int
     scale: float = 1.0
+    order: Tensor | None = None
+
+    def by_neuron(self, x: Tensor) -> Tensor:
+        """[..., F] in the order of the rows -> in the order of the neurons."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(-1, self.order.long(), x)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """[..., F] in the order of the neurons -> in the order of the rows."""
+        return x if self.order is None else x.index_select(-1, self.order)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """a = act(gate x) and u = up x, each [..., F]; of a plain FFN act(up x) and None."""
+        """a = act(gate x) and u = up x, each [..., F], by row; of a plain FFN act(up x) and None."""
         if self.gate is not None:
             return self.act(self.gate(x)), self.up(x)
         if self.fused:
@@ -97,22 +110,22 @@ class FFN:
         return self.act(self.up(x)), None
 
     def intermediate(self, x: Tensor) -> Tensor:
-        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
+        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F], by row."""
         a, u = self.parts(x)
         return a if u is None else a * u
 
     def input_weights(self) -> list[Tensor]:
-        """The matrices that make h, each [F, D] (gate and up, or up alone)."""
+        """The matrices that make h, each [F, D], by row (gate and up, or up alone)."""
         if self.gate is not None:
             return [weight_matrix(self.gate), weight_matrix(self.up)]
         return list(weight_matrix(self.up).chunk(2)) if self.fused else [weight_matrix(self.up)]
 
     def output_weight(self) -> Tensor:
-        """The down projection, [D, F]."""
+        """The down projection, [D, F], by row."""
         return weight_matrix(self.down)
 
     def write(self, h: Tensor) -> Tensor:
-        """The down projection of h ([..., F]) without its bias: [..., D] fp32."""
+        """The down projection of h ([..., F], by row) without its bias: [..., D] fp32."""
         bias = getattr(self.down, "bias", None)
         added = self.down(h).float()
         return added if bias is None else added - bias.float()
@@ -131,16 +144,17 @@ def weight_matrix(linear: nn.Module) -> Tensor:
             f"the weights of {type(linear).__name__} are quantised and cannot be read",
             "load the model unquantised, or use a method that scores activations",
         )
-    return weight.T if _is_conv1d(linear) else weight
+    return weight.T if is_conv1d(linear) else weight
 
 
-def _is_conv1d(linear: Any) -> bool:
+def is_conv1d(linear: Any) -> bool:
+    """Whether this is GPT-2's projection, whose weight is stored [in, out]."""
     return type(linear).__name__ == "Conv1D"
 
 
 def features(linear: Any) -> tuple[int, int]:
     """(in, out) features of a projection, without touching its (perhaps quantised) weight."""
-    if _is_conv1d(linear):
+    if is_conv1d(linear):
         return int(linear.nx), int(linear.nf)
     return int(linear.in_features), int(linear.out_features)
 

@@ -19,6 +19,7 @@ import yaml
 
 from dart_eval.allocation import check_table
 from dart_eval.errors import UserError, nearest
+from dart_eval.evaluation.batching import check_batch_size
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
 from dart_eval.evaluation.scoring import SCOPES
@@ -48,7 +49,9 @@ class RunConfig:
         tasks: task names.
         num_fewshot: examples before each item; None leaves each task's own number.
         limit: first items of each task only.
-        batch_size: contexts per forward. Does not change the numbers in float32.
+        batch_size: contexts per forward, or `auto`: as many as their tokens allow. Does not change the numbers in
+            float32.
+        share_prefix: run a prefix that many contexts have in common (few-shot examples) once. Like `batch_size`.
         seed: of few-shot sampling and of methods that draw.
         max_length: tokens of context and continuation; None is the model's.
         chunk: tokens per perplexity chunk.
@@ -73,7 +76,8 @@ class RunConfig:
     tasks: tuple[str, ...] = ()
     num_fewshot: int | None = None
     limit: int | None = None
-    batch_size: int = 8
+    batch_size: int | str = 8
+    share_prefix: bool = True
     seed: int = 0
     max_length: int | None = None
     chunk: int = PERPLEXITY_CHUNK
@@ -100,7 +104,8 @@ class RunConfig:
         Raises:
             UserError: the first thing that is wrong.
         """
-        for name in ("batch_size", "limit", "max_length"):
+        check_batch_size(self.batch_size)
+        for name in ("limit", "max_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
@@ -163,8 +168,8 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
 
 
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("num_fewshot", "limit", "batch_size", "seed", "max_length", "chunk"), int),
-    **dict.fromkeys(("chat_template", "force"), bool),
+    **dict.fromkeys(("num_fewshot", "limit", "seed", "max_length", "chunk"), int),
+    **dict.fromkeys(("chat_template", "force", "share_prefix"), bool),
 }
 
 
@@ -182,6 +187,8 @@ def _checked(key: str, value: Any) -> Any:
             return tuple(float(i) for i in items)
         except (TypeError, ValueError):
             raise UserError(f"sparsity {value!r} is not a number or a list of numbers", "for example 0.5,0.7") from None
+    if key == "batch_size":
+        return check_batch_size(value)
     kind = _KINDS.get(key, str)
     if value is None or (type(value) is kind):
         return value
@@ -261,6 +268,7 @@ def plan(
                     "chat_template": config.chat_template, "cue": config.cue,
                     # In half precision the shape of a batch moves last digits, and with them a close choice.
                     "batch_size": None if model.dtype == "float32" else config.batch_size,
+                    "share_prefix": None if model.dtype == "float32" else config.share_prefix,
                     "calibration": _file_hash(config.calibration), "code": code_hash(),
                     "method_code": _method_code(method),
                     "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
@@ -291,7 +299,10 @@ def command(config: RunConfig, cell: Cell) -> str:
         if option.name in elsewhere or value == getattr(defaults, option.name):
             continue
         name = "--" + option.name.replace("_", "-")
-        words += [name] if value is True else [name, str(value)]
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name.removeprefix('--')}")
+        else:
+            words += [name, str(value)]
     return shlex.join(words)
 
 

@@ -48,3 +48,18 @@ def without_weights(name: str, layers: int | None = None) -> PreTrainedModel:
     """The model on torch's meta device: shapes, and no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def with_random_weights(
+    name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The model with random weights, as it is initialised: of the right size and speed, and of no use.
+
+    Raises:
+        UserError: unknown name.
+    """
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config(name, layers), dtype=dtype)
+    model.generation_config.eos_token_id = None  # it must not stop by chance
+    return model.eval()

@@ -82,7 +82,7 @@ def trace(
     name, decoded, logprobs = cache_argument(model), [], []
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = set(ends if isinstance(ends, list) else [ends])
-    with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer)) as session:
+    with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer), execution="masked") as session:
         out = model(prompt, use_cache=True, logits_to_keep=1)
         for step in range(tokens if given is None else len(given)):
             scores = out.logits[0, -1].float().log_softmax(-1)

@@ -57,8 +57,8 @@ def make(task, values, method="dart", sparsity=0.5, up=True, created="2026-01-01
         "model": {"name": "tiny", "revision": None, "weights": "f00d"}, "dtype": "float32", "device": "cpu",
         "method": method, "params": params, "sparsity": sparsity, "scope": "scored", "execution": "masked",
         "task": task, "task_hash": "t", "num_fewshot": None, "limit": None, "seed": 0, "max_length": None,
-        "chunk": 2048, "chat_template": False, "cue": None, "batch_size": None, "calibration": "c", "code": "c0de",
-        "method_code": None, "versions": {"torch": "2.4"}, **changes,
+        "chunk": 2048, "chat_template": False, "cue": None, "batch_size": None, "share_prefix": None,
+        "calibration": "c", "code": "c0de", "method_code": None, "versions": {"torch": "2.4"}, **changes,
     }  # fmt: skip
     if metrics is None:
         metrics = [metric_of(task, name, values, up) for name in values[0] if name != "gold_ll"]

@@ -122,7 +122,8 @@ def test_a_sparsity_outside_its_range_is_refused(refused, sparsity, words):
     ("--dtype", "bfloat61", "unknown dtype 'bfloat61'; did you mean bfloat16"),
     ("--device", "gpu", "unknown device 'gpu'; auto, cpu, cuda"),
     ("--limit", "0", "--limit 0 must be at least 1"),
-    ("--batch-size", "0", "--batch-size 0 must be at least 1"),
+    ("--batch-size", "0", "--batch-size 0 is no batch size; give a whole number from 1, or auto"),
+    ("--batch-size", "lots", "--batch-size lots is no batch size; give a whole number from 1, or auto"),
     ("--calibration", "no/text", "calibration text no/text is not a file"),
 ])  # fmt: skip
 def test_other_options_without_sense_are_refused(refused, model_folder, option, value, words):

@@ -34,6 +34,23 @@ def test_dense_generation_equals_stock_hflm(lm, tokenizer):
     assert {d: lm.usage["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
 
 
+def test_generation_does_not_depend_on_the_batch_size(tokenizer):
+    """Nor does `auto`, which runs prompts together up to their tokens and the new ones."""
+    model, rows = tiny("llama"), []
+    requests = [_Request(_words(random_tokens(n, seed=n)), n) for n in (5, 20, 11, 12, 13, 14, 15)]
+    texts = []
+    for batch_size in (1, 4, "auto"):
+        lm = PrunedLM(model, tokenizer, batch_size=batch_size)
+        lm.begin(None, {})
+        generate = lm._model_generate
+        lm._model_generate = lambda context, *a, run=generate, **k: (rows.append(len(context)), run(context, *a, **k))[
+            1
+        ]
+        texts.append(lm.generate_until(requests))
+    assert texts[0] == texts[1] == texts[2]
+    assert rows == [1] * 7 + [3, 4] + [7] or rows == [1] * 7 + [4, 3] + [7]
+
+
 def test_generated_tokens_but_the_first_are_pruned(lm):
     requests = [_Request(_words(random_tokens(n, seed=n)), n) for n in (5, 20, 11)]
     with open_session(lm.model, "dart", 0.7, **RESTLESS) as session:

@@ -10,7 +10,7 @@ import pytest
 from dart_eval import plan as plan_module
 from dart_eval.errors import UserError
 from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import RunConfig, code_hash, config_from, methods_of, plan
+from dart_eval.plan import RunConfig, code_hash, command, config_from, methods_of, plan
 from dart_eval.pruning import registry
 from dart_eval.pruning.method import StaticMethod
 from dart_eval.pruning.methods.dart import Dart
@@ -79,10 +79,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_and_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("batch_size: many", "batch_size must be int, not 'many'"),
-    ("batch_size: 2.5", "batch_size must be int, not 2.5"),
+    ("batch_size: many", "--batch-size many is no batch size; give a whole number from 1, or auto"),
+    ("batch_size: 2.5", "--batch-size 2.5 is no batch size"),
     ("limit: true", "limit must be int, not True"),
     ("force: 1", "force must be bool, not 1"),
+    ("share_prefix: 1", "share_prefix must be bool, not 1"),
     ("model: 7", "model must be text, not 7"),
     ("sparsity: [0.5, half]", "sparsity .*half.* is not a number"),
     ("sparsity: {a: 1}", "sparsity must be a list"),
@@ -101,7 +102,7 @@ def test_a_file_that_is_missing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+    ({"batch_size": 0}, "--batch-size 0 is no batch size"),
     ({"limit": 0}, "--limit 0 must be at least 1"),
     ({"max_length": -1}, "--max-length -1 must be at least 1"),
     ({"num_fewshot": -1}, "--num-fewshot -1 must not be negative"),
@@ -246,7 +247,8 @@ def test_the_key_changes_with_what_can_change_a_number(change):
 
 
 @pytest.mark.parametrize("change", [
-    {"batch_size": 1}, {"output": "elsewhere"}, {"force": True}, {"data_dir": "mirror"},
+    {"batch_size": 1}, {"batch_size": "auto"}, {"share_prefix": False}, {"output": "elsewhere"}, {"force": True},
+    {"data_dir": "mirror"},
 ], ids=str)  # fmt: skip
 def test_the_key_does_not_change_with_what_cannot_change_a_number(change):
     assert key(**change) == key()
@@ -341,6 +343,14 @@ def test_batch_size_is_in_the_key_where_it_moves_digits():
 
     assert keys("float32", 1) == keys("float32", 8)
     assert keys("bfloat16", 1) != keys("bfloat16", 8)
+    assert keys("float32", "auto") == keys("float32", 8)
+    assert keys("bfloat16", "auto") != keys("bfloat16", 8)
+
+
+def test_so_is_the_sharing_of_prefixes():
+    for dtype, same in (("float32", True), ("bfloat16", False)):
+        one, other = ([c.key for c in cells(dtype=dtype, share_prefix=share)] for share in (True, False))
+        assert (one == other) == same
 
 
 HASHER = """
@@ -360,3 +370,17 @@ def test_task_hashes_are_the_same_in_every_process(data_dir):
     first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
     assert first == second
     assert len({line.split()[1] for line in first.splitlines()}) == len(names)
+
+
+def test_the_command_of_a_cell_can_be_given_again():
+    """Options that are off by default come as their name, those that are on and switched off with `no`."""
+    (cell,) = cells(method=("dense",), tasks=("arc",), share_prefix=False, batch_size="auto")
+    config = RunConfig(share_prefix=False, batch_size="auto", chat_template=True)
+    words = command(config, cell).split()
+    assert words[-4:] == ["--batch-size", "auto", "--no-share-prefix", "--chat-template"]
+    from typer.testing import CliRunner
+
+    from dart_eval.cli import app
+
+    done = CliRunner().invoke(app, [*words[1:], "--data-dir", "no/such/folder", "--limit", "0"])
+    assert "--limit 0 must be at least 1" in str(done.exception) + done.output  # all others were understood

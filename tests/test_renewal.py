@@ -70,7 +70,7 @@ def test_dense_tokens_after_an_alarm_make_the_new_mask(llama):
     params = {**RESTLESS, "dense_tokens": 2, "blend": 0.0, "cooldown": 5, "allocation": "uniform"}
     hidden = []
     ffn = find_ffns(llama)[1]
-    with open_session(llama, "dart", 0.5, **params) as session:
+    with open_session(llama, "dart", 0.5, execution="masked", **params) as session:
         ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0][0].clone()), prepend=True)
         found = _steps(llama, session, _prompt(1, 20), tokens)
     reads = [float(step.read[0]) for step in session.steps]

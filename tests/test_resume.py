@@ -134,7 +134,7 @@ def test_kill_9_at_random_moments(folder, tmp_path, undisturbed):
 
 @pytest.mark.parametrize("task", ["smoke_questions", "smoke_summary"])
 def test_an_interrupted_cell_loses_only_the_batch_in_flight(folder, tmp_path, monkeypatch, task):
-    target = (Scorer, "_score_contexts") if task == "smoke_questions" else (PrunedLM, "_model_generate")
+    target = (Scorer, "_run") if task == "smoke_questions" else (PrunedLM, "_model_generate")
     stock = getattr(*target)
     batches, stop_at = [], None
 

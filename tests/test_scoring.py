@@ -5,6 +5,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.scoring import Request, Scorer, output_head
 from dart_eval.ffn import cache_argument
 from tests.conftest import RENEWED, SMALL, cache_of, open_session, random_tokens, tiny
@@ -90,33 +91,24 @@ def test_scores_equal_decoding_token_by_token(model, method, params):
 
 
 @pytest.mark.parametrize(("method", "params"), METHODS)
-def test_a_later_token_never_changes_an_earlier_score(llama, method, params):
+def test_a_later_token_never_changes_an_earlier_score(llama, method, params, monkeypatch):
     """Two continuations that differ in their last token: all before it must score the same to the last bit."""
     context, start = random_tokens(30, seed=1), random_tokens(14, seed=2)
     longer = [Request(context, (*start, last, 9)) for last in (5, 60)]
     with open_session(llama, method, **params) as session:
         scorer = Scorer(llama, output_head_of(llama), session, 1)
-        kept = []
-        collect = scorer._collect
+        runs, logprobs = [], Answers.logprobs
 
-        def watch(hidden, rows, first, logprobs, greedy):
-            collect(hidden, rows, first, logprobs, greedy)
-            kept.append([torch.cat(parts) for parts in logprobs if parts])
+        def watch(answers, path, continuation):
+            runs.append(logprobs(answers, path, continuation))
+            return runs[-1]
 
-        scorer._collect = watch
+        monkeypatch.setattr(Answers, "logprobs", watch)
         for request in longer:
             scorer.score([request])
-            kept.append("end")
-    runs, current = [], []
-    for item in kept:
-        if isinstance(item, str):
-            runs.append(current[-1][0])
-            current = []
-        else:
-            current.append(item)
     n = len(start)
-    assert torch.equal(runs[0][:n], runs[1][:n])
-    assert not torch.equal(runs[0][n:], runs[1][n:])
+    assert runs[0][:n] == runs[1][:n]
+    assert runs[0][n:] != runs[1][n:]
 
 
 def test_the_mask_comes_from_the_context_alone(llama):
@@ -156,10 +148,18 @@ def test_the_context_is_computed_once_for_all_candidates(llama):
     context = random_tokens(30, seed=4)
     one_token = [Request(context, (t,)) for t in (5, 6, 7, 8)]
     _score(llama, None, one_token)
-    assert lengths == [(1, 29), (1, 1)]  # the four answers even share the pruned forward
+    assert lengths == [(1, 30)]  # dense: the context's forward has the four answers
     lengths.clear()
     _score(llama, None, [Request(context, random_tokens(4, seed=s)) for s in range(4)])
-    assert lengths == [(1, 29), (4, 4)]
+    assert lengths == [(1, 30), (4, 3)]
+    lengths.clear()
+    with open_session(llama, "griffin") as session:
+        lengths.clear()
+        _score(llama, session, one_token)
+        assert lengths == [(1, 29), (1, 1)]  # the four answers share the pruned forward
+        lengths.clear()
+        _score(llama, session, [Request(context, random_tokens(4, seed=s)) for s in range(4)])
+        assert lengths == [(1, 29), (4, 4)]
     handle.remove()
 
 
@@ -169,9 +169,9 @@ def test_logits_are_computed_only_where_they_are_scored(llama):
     head = output_head(llama)
     seen.clear()
     requests = [Request(random_tokens(30), random_tokens(n, seed=n)) for n in (2, 9)]
-    Scorer(llama, head, None, 4).score(requests)
+    Scorer(llama, head, None, 4).score([*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))])
     handle.remove()
-    assert sum(seen) == 11
+    assert sum(seen) == 2 + 9 - 1  # the first position is one for all, and the third answer asks at no other
 
 
 class _Rolling:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dart_eval import cost, shapes, tracing
+from dart_eval.bench.overhead import measure
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
-from dart_eval.overhead import measure
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.trace_plot import draw
 from tests.conftest import RESTLESS, cache_of, random_tokens, save_tiny, tiny

@@ -1,17 +1,14 @@
-"""`dart-eval bench`: what methods cost."""
+"""`dart-eval bench`: what methods cost, how fast they decode, and how fast answers are scored."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dart_eval.cli.run import quieten
-from dart_eval.cli.view import show
 from dart_eval.errors import UserError
-from dart_eval.results.writers import Table, markdown
 
 FORMATS = ("table", "md", "json")
 
@@ -21,69 +18,85 @@ def bench(
         bool,
         typer.Option("--overhead", metavar="", help="State in bytes and tracing FLOPs, on a shape without weights."),
     ] = False,
-    shape: Annotated[str, typer.Option(help="llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.")] = "llama-3.1-8b",
+    scoring: Annotated[
+        bool, typer.Option("--scoring", metavar="", help="Speed of scoring answers, beside lm-eval's own HFLM.")
+    ] = False,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help=r"Random weights of this shape: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.  \[default: none; with "
+            "--overhead llama-3.1-8b]"
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="So many layers of the shape.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     method: Annotated[
         str, typer.Option(help="Methods, comma-separated: NAME or NAME:key=value.")
     ] = "griffin,dart,dart-code,dart-plus",
     sparsity: Annotated[float, typer.Option(help="Pruned fraction of all FFN neurons.")] = 0.7,
+    prompt: Annotated[int, typer.Option(help="Decoding: tokens of a prompt.")] = 128,
+    steps: Annotated[int, typer.Option(help="Decoding: tokens of a round.")] = 30,
+    rounds: Annotated[int, typer.Option(help="How often all sides are timed, in turn.")] = 3,
+    compile: Annotated[
+        str | None,
+        typer.Option(help="Decoding: through torch.compile in this mode, default or reduce-overhead (CUDA graphs)."),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Decoding: write a trace of torch's profiler, a few pruned steps of the last method."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Scoring: tasks, comma-separated.")] = "arc,hellaswag,mmlu",
+    limit: Annotated[int | None, typer.Option(help="Scoring: only the first N items of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Scoring: examples before each item.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Scoring: of both sides; ours also runs under auto.")] = 8,
+    data_dir: Annotated[str | None, typer.Option(help="Scoring: local data instead of the hub.")] = None,
     format: Annotated[str, typer.Option(help="table, md or json.")] = "table",
 ) -> None:
-    """Measure what methods keep and compute beside the model.
+    """Measure how fast methods decode; with a flag what they keep and compute, or how fast answers are scored.
+
+    Decoding: one sequence; dense, a no-op control and the method take turns step by step.
 
     [bold]Examples[/bold]
 
+      dart-eval bench --method griffin,dart
+
+      dart-eval bench --shape llama-3.2-1b --layers 4 --dtype bfloat16 --format json
+
       dart-eval bench --overhead --shape llama-3.1-8b
 
-      dart-eval bench --overhead --method dart:ring=16 --format json
+      dart-eval bench --scoring --tasks arc,hellaswag,mmlu --limit 50 --data-dir DIR
     """
     quieten(False)
-    from dart_eval.overhead import measure
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
+    if overhead and scoring:
+        raise UserError("--overhead and --scoring are two measurements", "give one of them")
+    if scoring:
+        from dart_eval.cli import bench_scoring
+        from dart_eval.models import ModelSpec
+
+        bench_scoring.run(
+            tasks, ModelSpec(model, None, dtype, device), data_dir, batch_size, rounds, limit, num_fewshot, format
+        )
+        return
     from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.session import check_sparsity
 
-    if not overhead:
-        raise UserError("nothing to measure", "give --overhead")
-    if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
     check_sparsity(sparsity)
     methods = [make(*parse(spec)) for spec in method.split(",") if spec.strip()]
     if not methods:
         raise UserError("no method given", "for example --method dart,dart-plus")
-    found = [measure(m, shape, sparsity) for m in methods]
-    if format == "json":
-        typer.echo(json.dumps([dataclasses.asdict(f) for f in found], indent=1))
+    if overhead:
+        from dart_eval.cli import bench_overhead
+
+        bench_overhead.run(methods, sparsity, shape or "llama-3.1-8b", format)
         return
-    made = table(found)
-    if format == "md":
-        typer.echo(markdown(made))
-    else:
-        show(made)
+    from dart_eval.cli import bench_decode
 
-
-PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
-
-
-def table(found: list) -> Table:
-    """The overhead of several methods, for people."""
-    lengths = list(found[0].state_bytes)
-    columns = [
-        "method", *(f"state, {n} tokens" for n in lengths), *PARTS,
-        "per decoded token", "per prompt token", "one renewal", "its reads", "steady renewals",
-    ]  # fmt: skip
-    body = []
-    for f in found:
-        every = f"every {f.remask_every}: {100 * f.remask_tokens / f.remask_every:.1f} %" if f.remask_every else "none"
-        body.append([
-            f.method, *(f"{b / 10**6:.3f}" for b in f.state_bytes.values()),
-            *(f"{f.parts.get(part, 0) / 10**6:.3f}" for part in PARTS),
-            f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %", f"{f.remask_tokens:.2f} tokens",
-            f"{f.remask_read:.2f}", every,
-        ])  # fmt: skip
-    note = (
-        f"Shape {found[0].shape}, sparsity {found[0].sparsity:g}. State in megabytes (10^6) per sequence, bfloat16 "
-        "inputs, measured after prompts of these lengths. FLOPs as shares of a dense decoded token's at 1024 tokens of "
-        "context: of tracing per decoded and per prompt token; of one renewal of all masks, in dense tokens (its "
-        "reads: FFN weights, over all of them); of steady renewals per decoded token. Renewals after alarms come on "
-        "top, as often as the text drifts."
+    bench_decode.run(
+        methods, sparsity, shape, layers, model, dtype, device, prompt, steps, rounds, compile, profile, format
     )
-    return Table("Overhead", columns, body, note)

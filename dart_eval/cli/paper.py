@@ -28,7 +28,9 @@ def paper(
     limit: Annotated[
         int | None, typer.Option(help=r"First items of each task.  \[default: what the file says]")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help=r"Contexts per forward.  \[default: 8]")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="N|auto", help=r"Contexts per forward, or auto.  \[default: 8]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help=r"Of few-shot sampling and random masks.  \[default: 0]")] = None,
     output: Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")] = "paper",
     verbose: Annotated[

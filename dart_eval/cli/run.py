@@ -63,7 +63,18 @@ def run(
         int | None, typer.Option(help="Only the first N items of each task (of each member of a group).")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help=r"Contexts per forward; no effect on float32 results.  \[default: 8]")
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help=r"Contexts per forward, or auto: as many as fit; no effect on float32 results.  \[default: 8]",
+        ),
+    ] = None,
+    share_prefix: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-prefix/--no-share-prefix",
+            help=r"Run what many contexts begin with (few-shot examples) once.  \[default: share]",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help=r"Seed of few-shot sampling and random masks.  \[default: 0]")

@@ -23,6 +23,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation.batching import batches, budget
 from dart_eval.evaluation.scoring import Request, Score, Scorer, output_head
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
@@ -96,10 +97,11 @@ class PrunedLM(HFLM):
 
     Args:
         model, tokenizer: as loaded.
-        batch_size: contexts per forward (their candidates run up to four times as many rows at a time).
+        batch_size: contexts per forward (their candidates run up to four times as many rows at a time), or `auto`.
         max_length: tokens, context and continuation together; default the model's.
         chunk: tokens per perplexity chunk, at most `max_length`.
         on_progress: called with the number of requests just finished.
+        share_prefix: run a prefix that many contexts have in common once.
 
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts know
@@ -110,13 +112,15 @@ class PrunedLM(HFLM):
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        batch_size: int = 8,
+        batch_size: int | str = 8,
         max_length: int | None = None,
         chunk: int = PERPLEXITY_CHUNK,
         on_progress: Callable[[int], None] = lambda n: None,
+        share_prefix: bool = True,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        self.contexts_per_batch = batch_size
+        # HFLM's own batch size is never used, and its `auto` would try sizes out.
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
+        self.budget, self.share_prefix = budget(batch_size, model), share_prefix
         self.chunk = chunk
         self.on_progress = on_progress
         self.session: Session | None = None
@@ -170,7 +174,7 @@ class PrunedLM(HFLM):
         open_requests = {n: r for n, r in zip(names, requests, strict=True) if n not in self.journal}
         self.on_progress(sum(n in self.journal for n in names))
         todo = list(open_requests)
-        scorer = Scorer(self.model, self._head, self.session, self.contexts_per_batch, self.scope)
+        scorer = Scorer(self.model, self._head, self.session, self.budget, self.scope, self.share_prefix)
 
         def keep(batch: list[tuple[int, Score]]) -> None:
             self._keep({todo[i]: dataclasses.astuple(score) for i, score in batch}, scorer.state_bytes)
@@ -240,9 +244,12 @@ class PrunedLM(HFLM):
             prompts = {i: self._fit(requests[i], budget) for i in members}
             todo = list({names[i]: i for i in reversed(members) if names[i] not in self.journal}.values())
             self.on_progress(len(members) - len(todo))
-            todo.sort(key=lambda i: (len(self.tok_encode(prompts[i])), i), reverse=True)
-            for start in range(0, len(todo), self.contexts_per_batch):
-                batch = todo[start : start + self.contexts_per_batch]
+            lengths = {i: len(self.tok_encode(prompts[i])) for i in todo}
+            todo.sort(key=lambda i: (lengths[i], i), reverse=True)
+            # Every new token is a forward: full batches save more than padding costs.
+            sizes = [lengths[i] + new_tokens for i in todo]
+            for part in batches(sizes, self.budget.rows, self.budget.generated, new_tokens * self.budget.forward):
+                batch = todo[part]
                 ids, attention = self.tok_batch_encode([prompts[i] for i in batch], left_truncate_len=budget)
                 output = self._model_generate(
                     context=ids.to(self.device), attention_mask=attention.to(self.device), stop=stop,

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from dart_eval.evaluation.evaluate import Outcome, check_answers, count_requests
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.ffn import find_ffns
+from dart_eval.machine import peak_memory
 from dart_eval.models import Resolved, pick_device, resolve
 from dart_eval.plan import Cell, RunConfig, command, environment, methods_of, plan, spec_of
 from dart_eval.pruning.calibration import TextCalibration
@@ -184,6 +185,7 @@ class _Runner:
             config.max_length,
             config.chunk,
             on_progress=view.advanced,
+            share_prefix=config.share_prefix,
         )
 
     def finish(self, job: _Job) -> Record:
@@ -215,11 +217,11 @@ class _Runner:
         self.view.started(cell, count_requests(job.tasks.load(cell.task), settings.limit))
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:
-            peak = stack.enter_context(_peak_memory(self.lm.device.type))
+            peak = stack.enter_context(peak_memory(self.lm.device.type))
             session = None
             if cell.method.prunes:
                 session = stack.enter_context(
-                    prune(self.model, cell.method, cell.sparsity, calibration=self.calibration)
+                    prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
                 )
             outcome = evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal)
             state = max(outcome.state_bytes, session.state_bytes if session and session.state is None else 0)
@@ -257,6 +259,7 @@ class _Runner:
             memory={"weights": self.shape.weight_bytes, "state": state},
             settings={
                 "batch_size": config.batch_size,
+                "share_prefix": config.share_prefix,
                 "method": spec_of(cell.method),
                 "command": command(config, cell),
             },
@@ -264,35 +267,6 @@ class _Runner:
             measured=measured,
             samples=outcome.samples,
         )
-
-
-@contextlib.contextmanager
-def _peak_memory(device: str) -> Iterator[Callable[[], int]]:
-    """Yields a function that tells the peak in bytes since the block began: GPU memory, or the process on a CPU."""
-    if device == "cuda":
-        import torch
-
-        cards = range(torch.cuda.device_count())
-        for card in cards:
-            torch.cuda.reset_peak_memory_stats(card)
-        yield lambda: sum(torch.cuda.max_memory_allocated(card) for card in cards)
-        return
-    # Linux resets VmHWM on request; elsewhere the peak is that of the process so far.
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
-        stream.write("5")
-    yield _peak_rss
-
-
-def _peak_rss() -> int:
-    with contextlib.suppress(OSError), open("/proc/self/status") as stream:
-        for line in stream:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Silent:

@@ -16,13 +16,14 @@ class RingBuffer:
         self.size = size
         self.slots: list[Tensor | None] = [None] * layers
         self.valid: Tensor | None = None  # [B, R] bool
-        self.next = 0
+        self.next = torch.zeros(1, dtype=torch.long)  # the slot to write; a tensor, for compilers
 
     def write(self, layer: int, x: Tensor) -> None:
         """Store the last inputs of a forward. x: [B, T, D]; slots move on only with `advance`."""
         slots = self.slots[layer]
         if slots is None:
             slots = self.slots[layer] = x.new_zeros(x.shape[0], self.size, x.shape[2])
+            self.next = self.next.to(x.device)
         slots.index_copy_(1, self._indices(x.shape[1], x.device), x[:, -self.size :].detach())
 
     def advance(self, valid: Tensor) -> None:
@@ -30,17 +31,18 @@ class RingBuffer:
         if self.valid is None:
             self.valid = valid.new_zeros(valid.shape[0], self.size)
         self.valid.index_copy_(1, self._indices(valid.shape[1], valid.device), valid[:, -self.size :])
-        self.next = (self.next + min(valid.shape[1], self.size)) % self.size
+        self.next.add_(min(valid.shape[1], self.size)).remainder_(self.size)
 
     def _indices(self, tokens: int, device: torch.device) -> Tensor:
-        return (torch.arange(min(tokens, self.size), device=device) + self.next) % self.size
+        start = self.next.to(device)
+        return start if tokens == 1 else (torch.arange(min(tokens, self.size), device=device) + start) % self.size
 
     def select(self, rows: Tensor) -> RingBuffer:
         """An independent copy for the given sequences."""
         new = RingBuffer(self.size, len(self.slots))
         new.slots = [None if s is None else s[rows.to(s.device)] for s in self.slots]
         new.valid = None if self.valid is None else self.valid[rows]
-        new.next = self.next
+        new.next = self.next.clone()
         return new
 
     def nbytes(self) -> int:

@@ -4,8 +4,10 @@
     each layer                       context: observe h and the stream;  decode: multiply h by the mask
     end (hook of the decoder)        context: make masks;  decode: ask the detector, renew masks
 
-Masks are 0/1 factors on the input of the down projection, so any batch runs, every sequence with its own mask
-(execution `masked`: exact, no time saved). They change only in `end`, never inside a forward.
+Two executions of the same masks. `masked`: 0/1 factors on the input of the down projection, so any batch runs, every
+sequence with its own mask; no time saved. `permuted`: the kept neurons moved to the front of the weights and nothing
+else multiplied (`permuted.py`); one mask at a time. Masks change only in `end`, never inside a forward, and outside of
+decoding forwards the weights are whole.
 
 Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding; more
 tokens on a filled cache extend the context (chunked prefill, a further turn): they run dense, are observed, and the
@@ -16,8 +18,9 @@ refused: what was observed cannot be taken back. The evaluation sets phases itse
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +30,19 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.allocation import check_table, keep_counts
-from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, decoder, find_ffns
+from dart_eval.errors import UserError, nearest
+from dart_eval.ffn import FFN, decoder, find_ffns, is_conv1d
+from dart_eval.pruning import gather
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
+from dart_eval.pruning.permuted import PermutedFFNs, quantised, shared
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.state import SequenceState
 
 Phase = Literal["off", "context", "decode"]
+Execution = Literal["auto", "masked", "permuted"]
+EXECUTIONS = ("auto", "masked", "permuted")
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,24 @@ class Session:
     """One method on one model. Made by `prune`; see there."""
 
     def __init__(
-        self, model: nn.Module, method: Method, sparsity: float, calibration: Calibration | None = None
+        self,
+        model: nn.Module,
+        method: Method,
+        sparsity: float,
+        calibration: Calibration | None = None,
+        execution: Execution = "auto",
+        shared_mask: bool = False,
     ) -> None:
         self.model, self.method = model, method
         self.sparsity = sparsity if method.prunes else 0.0
         self.ffns = find_ffns(model)
+        self.shared_mask = shared_mask
+        self._wanted = self._possible(execution)
+        self.permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
+        self._sliced = False  # the forward under way multiplies the kept neurons alone
+        self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
+        # Whether h is looked at in every token, whatever the mask.
+        self._choosy = isinstance(method, PromptMethod) and (method.stages > 1 or method.renewal.dense_tokens > 0)
         self.state: SequenceState | None = None
         self.steps: list[Step] = []  # one per decoding forward since the last new context
         self.events: list[dict[str, Any]] = []  # re-masks since then: step, token, sequence, cause, overlap
@@ -84,8 +104,10 @@ class Session:
         self._cache: Any = None  # weak reference to it, once it is known
         self._frozen = False
         self._given_valid: Tensor | None = None
+        self._real: Tensor | None = None  # [B, T] bool, real tokens of a forward that computes some of them again
         self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._inside: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def looks_ahead(self) -> bool:
@@ -93,6 +115,11 @@ class Session:
         return isinstance(self.method, PromptMethod) and self.method.looks_ahead
 
     # -- what the user reads ---------------------------------------------------------------------------------
+
+    @property
+    def execution(self) -> str:
+        """How the sequences under way are decoded: `masked` or `permuted`."""
+        return "masked" if self.permuted is None else "permuted"
 
     @property
     def effective_sparsity(self) -> float:
@@ -142,6 +169,28 @@ class Session:
             yield
 
     @contextmanager
+    def extend(self, valid: Tensor, new: Tensor) -> Iterator[None]:
+        """The forward inside goes on with the dense contexts of the sequences in `state` (see `fork`).
+
+        It may compute tokens again that the state has seen: scores, allocation and detector leave them out. The ring
+        takes them, as its slots go by place: so the forward has at least `recent` tokens, or none that were seen.
+
+        Args:
+            valid: [B, T] bool, False for padding. new: [B, T] bool, those of them that the state has not seen.
+        """
+        self._real = valid
+        try:
+            with self._force("context", new):
+                yield
+        finally:
+            self._real = None
+
+    @property
+    def recent(self) -> int:
+        """Last tokens of a context whose FFN inputs are kept."""
+        return self.method.renewal.ring if isinstance(self.method, PromptMethod) and self.method.needs_ring else 0
+
+    @contextmanager
     def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
         """The forward inside runs pruned under the masks in force. valid: [B, T] bool.
 
@@ -164,14 +213,14 @@ class Session:
 
     def no_context(self, batch: int, device: torch.device) -> None:
         """Begin new sequences that have no context: prompt methods run them dense."""
-        self.state = None
+        self.state = self._step = None
         if isinstance(self.method, PromptMethod):
             self.state = self._new_state(batch, device)
             self.state.skip_context()
 
     def _new_state(self, batch: int, device: torch.device) -> SequenceState:
         assert isinstance(self.method, PromptMethod)
-        return SequenceState(self.ffns, self.method, self.sparsity, batch, device, self._weights)
+        return SequenceState(self.ffns, self.method, self.sparsity, batch, device, self._weights, self.shared_mask)
 
     def room(self) -> int | None:
         """Tokens that may run in one decoding forward before the masks may change; None for any number."""
@@ -179,6 +228,7 @@ class Session:
 
     def fork(self, state: SequenceState | None, rows: Tensor) -> None:
         """Continue from `state` (earlier `session.state`) with its sequences `rows`, repeats allowed."""
+        self._step = None
         self.state = state.select(rows) if state is not None else None
         self._new_log()
 
@@ -228,6 +278,74 @@ class Session:
         finally:
             self._forced, self._given_valid = None, None
 
+    # -- execution -------------------------------------------------------------------------------------------
+
+    def _possible(self, execution: Execution) -> Execution:
+        """The execution that this model allows. Quantised weights fall back to masks, with a warning.
+
+        Raises:
+            UserError: no such execution, or weights that cannot be reordered because other modules use them too.
+        """
+        if execution not in EXECUTIONS:
+            raise UserError(f"unknown execution {execution!r}", nearest(execution, EXECUTIONS))
+        if execution == "masked" or not self.method.prunes:
+            return execution
+        reason = quantised(self.ffns)
+        if reason is None and (reason := shared(self.ffns, self.model)) and execution == "permuted":
+            raise UserError(reason, "use execution='masked'")
+        if reason is not None:
+            warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=4)
+            return "masked"
+        return execution
+
+    @property
+    def _can_gather(self) -> bool:
+        """Whether a token's choice can save time: of gated FFNs, on a CPU or by Triton's kernels."""
+        method = self.method
+        return (
+            isinstance(method, PromptMethod)
+            and method.stages > 1
+            and not method.renewal.dense_tokens
+            and all(f.gate is not None and not is_conv1d(f.down) for f in self.ffns)
+            and all(_device_of(f).type == "cpu" or gather.missing(_device_of(f)) is None for f in self.ffns)
+        )
+
+    def _choose_execution(self, batch: int) -> None:
+        """For new sequences: reorder the neurons, or put them back."""
+        one = batch == 1 or self.shared_mask or self._static is not None
+        if self._wanted == "permuted" and not one:
+            raise UserError(
+                f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
+                "use shared_mask=True (one mask for all of them), execution='masked', or one sequence",
+            )
+        # What sets phases itself may take any sequence up again, with another mask.
+        if self._wanted != "masked" and one and self._forced is None:
+            if self.permuted is not None and self.permuted.gathered and batch > 1:
+                self._restore()  # which is for one sequence
+            if self.permuted is None:
+                self.permuted = PermutedFFNs(self.ffns, self.model, self._can_gather and batch == 1)
+                self.permuted.begin()  # from here on `detach` undoes it
+                self._move_kept(self._static)
+        else:
+            self._restore()
+
+    def _move_kept(self, masks: Sequence[Tensor] | None) -> None:
+        """Kept neurons to the front, if they are not there. masks: L x [B, F], the same for all sequences."""
+        permuted, state = self.permuted, self.state
+        if permuted is None:
+            return
+        for layer, mask in enumerate(masks or ()):
+            permuted.select(layer, mask[0])
+        if permuted.gathered and state is not None:
+            for layer, gathered in enumerate(permuted.gathered):
+                gathered.prepare(*state.choice(layer, permuted.kept[layer]))
+
+    def _restore(self) -> None:
+        permuted = self.permuted
+        if permuted is not None:
+            permuted.restore()
+            self.permuted = None
+
     # -- one forward -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -261,6 +379,11 @@ class Session:
         self._valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
         if not past:
             self._new_log()
+        if self.permuted is not None:
+            self.permuted.whole()  # an exception may have left it sliced
+            self._sliced = False
+        if not past or self._forced is not None or (self.state is None and self._static is None):
+            self._choose_execution(batch)
         if self.state is not None and self.state.batch != batch:
             raise UserError(
                 f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
@@ -270,14 +393,23 @@ class Session:
             self.state = self._new_state(batch, tokens.device)
             if self._phase == "decode":  # the cache was filled before the session began: observe from here
                 self._phase = "context"
+        if self._phase == "context":
+            self._step = None
         if self._phase == "decode":
-            step = self.shares(batch)
+            if self._step is None:
+                self._step = self.shares(batch)
+            step = self._step
             self.steps.append(step)
             self.decoded += length
             self._totals[0] += float((1 - step.read).sum()) * length
             self._totals[1] += batch * length
+            if self.permuted is not None and bool((step.mask < 1).all()):
+                self.permuted.slice()
+                self._sliced = True
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
+        gathers = self.permuted is not None and bool(self.permuted.gathered)
+        self._look_inside(not self._sliced or (self._choosy and not gathers))
 
     def _check_cache(self, cache: Any, past: int) -> None:
         """Refuse a cache that is not what the last forward left; beams may change places in it, and masks with them."""
@@ -301,6 +433,7 @@ class Session:
             def reorder_both(beams: Tensor) -> None:
                 reorder(beams)
                 if self._handles and self.state is not None and self._cache is not None and self._cache() is cache:
+                    self._step = None
                     self.state = self.state.select(beams.to(self.state.device))
 
             cache.reorder_cache = reorder_both
@@ -320,14 +453,16 @@ class Session:
     @torch.no_grad()
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         attention, self._attention = self._attention, None
-        phase, self._phase = (
-            self._phase,
-            "off",
-        )  # what runs from here on, a re-mask's own projections too, is no forward
+        # What runs from here on, a re-mask's own projections too, is no forward.
+        phase, self._phase = self._phase, "off"
+        if self._sliced and self.permuted is not None:
+            self.permuted.whole()
+            self._sliced = False
         if self.state is None:
             return
         if phase == "context":
-            self.state.finish_context(self._valid)
+            self.state.finish_context(self._valid, self._real)
+            self._move_kept(self.state.masks)
         elif self.state.masks is not None and not self._frozen:
             detector = self.state.detector
             watching = detector is not None and attention is not None
@@ -337,6 +472,10 @@ class Session:
             if watching:
                 for row in self.state.alarms.nonzero().flatten().tolist():
                     self.alarms.append({"token": self.decoded, "sequence": row})
+            if changes or self.state.method.renewal.dense_tokens:
+                self._step = None
+            if changes:
+                self._move_kept(self.state.masks)
             for change in changes:
                 self.events.append({
                     "step": len(self.steps), "token": self.decoded, "sequence": change.sequence,
@@ -360,10 +499,10 @@ class Session:
                     masked = h * self._static[layer].to(h.device)[:, None]
                 elif self.state is not None and self.state.masks is not None:
                     chosen = None if gate is None else self.ffns[layer].act(gate)
-                    masked = self.state.apply(layer, h, self._valid, chosen)
+                    masked = self.state.apply(layer, h, self._valid, chosen, self._sliced)
                 else:
                     return None
-                return (masked.view(args[0].shape), *args[1:])
+                return None if masked is h else (masked.view(args[0].shape), *args[1:])
             return None
 
         return hook
@@ -422,35 +561,74 @@ class Session:
     # -- attach and detach -----------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Install the hooks the method needs. Weights are never touched."""
+        """Install the hooks the method needs."""
         if not self.method.prunes:
             return
         add = self._handles.append
-        add(decoder(self.model).register_forward_pre_hook(self._begin, with_kwargs=True))
-        add(decoder(self.model).register_forward_hook(self._end))
+        add(decoder(self.model).register_forward_pre_hook(_eager(self._begin), with_kwargs=True))
+        add(decoder(self.model).register_forward_hook(_eager(self._end)))
         prompt = self.method if isinstance(self.method, PromptMethod) else None
         for ffn in self.ffns:
-            add(ffn.down.register_forward_pre_hook(self._on_hidden(ffn.layer)))
-            if prompt and prompt.layer_allocation == "depth":
-                add(ffn.residual.register_forward_pre_hook(self._on_residual))
-                add(ffn.output.register_forward_hook(self._on_output(ffn.layer)))
             if prompt and prompt.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
             if prompt and prompt.compensate:
                 add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
-            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
-                if ffn.gate is not None:
-                    add(ffn.gate.register_forward_hook(self._on_gate))
-                    add(ffn.up.register_forward_hook(self._on_up))
-                elif ffn.fused:
-                    add(ffn.up.register_forward_hook(self._on_both))
         if prompt and prompt.drift:
             add(self.ffns[-1].attention.register_forward_hook(self._on_attention))
+        self._look_inside(True)
 
-    def detach(self) -> None:
-        """Remove every hook."""
+    def _look_inside(self, wanted: bool) -> None:
+        """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
+        if wanted == bool(self._inside):
+            return
+        while self._inside:
+            self._inside.pop().remove()
+        if not wanted:
+            return
+        add = self._inside.append
+        prompt = self.method if isinstance(self.method, PromptMethod) else None
+        for ffn in self.ffns:
+            add(ffn.down.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
+            if prompt and prompt.layer_allocation == "depth":
+                add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
+                add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
+                if ffn.gate is not None:
+                    add(ffn.gate.register_forward_hook(_eager(self._on_gate)))
+                    add(ffn.up.register_forward_hook(_eager(self._on_up)))
+                elif ffn.fused:
+                    add(ffn.up.register_forward_hook(_eager(self._on_both)))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside are the model's own: dense, unobserved, without a hook."""
+        self._unhook()
+        try:
+            yield
+        finally:
+            self.attach()
+
+    @contextmanager
+    def sliced(self) -> Iterator[None]:
+        """Forwards inside multiply the kept neurons of the permuted weights, whatever they are."""
+        assert self.permuted is not None
+        self.permuted.slice()
+        try:
+            yield
+        finally:
+            self.permuted.whole()
+
+    def _unhook(self) -> None:
+        self._look_inside(False)
         while self._handles:
             self._handles.pop().remove()
+
+    def detach(self) -> None:
+        """Remove every hook, and put every neuron back."""
+        try:
+            self._unhook()
+        finally:
+            self._restore()
 
     def _static_masks(self, method: StaticMethod, calibration: Calibration | None) -> list[Tensor]:
         if calibration is None:
@@ -462,6 +640,11 @@ class Session:
             top_k_mask(s[None], torch.tensor([k])).to(_device_of(ffn))
             for s, k, ffn in zip(scores, keep, self.ffns, strict=True)
         ]
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that a compiler leaves alone: what it does changes from forward to forward."""
+    return torch.compiler.disable(hook)
 
 
 def _device_of(ffn: FFN) -> torch.device:
@@ -490,6 +673,8 @@ def prune(
     *,
     tokenizer: Any = None,
     calibration: Calibration | str | Path | None = None,
+    execution: Execution = "auto",
+    shared_mask: bool = False,
     **params: Any,
 ) -> Iterator[Session]:
     """Prune the FFN neurons of `model` while the block runs; the model leaves it as it came.
@@ -506,13 +691,18 @@ def prune(
         sparsity: fraction of all FFN neurons to prune, in [0, 1).
         tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
         calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
+        execution: `masked` multiplies by masks and saves no time; `permuted` reorders the neurons in place, so that
+            pruned ones are not computed, for one mask at a time; `auto` takes `permuted` for one sequence (and for any
+            batch where all have one mask), else `masked`.
+        shared_mask: all sequences of a batch have one mask, made from and renewed for all of them.
         params: the method's parameters, e.g. `allocation="uniform"`.
 
     Yields:
         The `Session`, which tells effective sparsity, state bytes and re-masks.
 
     Raises:
-        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood.
+        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood, weights that
+            `permuted` cannot reorder.
     """
     check_sparsity(sparsity)
     if isinstance(method, Method):
@@ -523,7 +713,7 @@ def prune(
     if not isinstance(calibration, Calibration):
         text = calibration
         calibration = TextCalibration(model, tokenizer, text)
-    session = Session(model, method, sparsity, calibration)
+    session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:
         session.attach()
         yield session

@@ -43,6 +43,9 @@ class SequenceState:
     Args:
         ffns: layers. method: what is asked of them. sparsity: of all their weights.
         weights: per layer [F], the method's factor on a neuron's energy; None for none.
+        shared: all sequences have one mask, from all of them, and renew it together.
+
+    All of it is by neuron, whatever order the weights are in.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class SequenceState:
         batch: int,
         device: torch.device,
         weights: Sequence[Tensor] | None = None,
+        shared: bool = False,
     ) -> None:
         self.ffns, self.method, self.sparsity, self.weights = ffns, method, sparsity, weights
+        self.shared = shared
         layers = len(ffns)
         self.batch, self.device = batch, device
         self.dtype = torch.float32  # of the model's activations, once seen
@@ -124,7 +129,7 @@ class SequenceState:
         step = max(1, CHUNK_BYTES // (4 * x.shape[0] * x.shape[2]))
         for start in range(0, x.shape[1], step):
             part = slice(start, start + step)
-            energy = of(x[:, part].float(), weight[:, part])  # type: ignore[operator]
+            energy = self.ffns[layer].by_neuron(of(x[:, part].float(), weight[:, part]))  # type: ignore[operator]
             total = energy if total is None else total + energy
         sums[layer] = total
 
@@ -159,40 +164,48 @@ class SequenceState:
         """Nothing came before: no mask can be made, so these sequences run dense (and are counted so)."""
         self.keep = torch.tensor([[f.size for f in self.ffns]] * self.batch)
 
-    def finish_context(self, valid: Tensor) -> None:
-        """Close a context forward with tokens `valid` ([B, T] bool): ratios, masks, reference."""
+    def finish_context(self, valid: Tensor, real: Tensor | None = None) -> None:
+        """Close a context forward with tokens `valid` ([B, T] bool): ratios, masks, reference.
+
+        real: [B, T] bool, where the forward computed tokens again that were seen before: these and the valid ones.
+        """
         weight, shrink = self._token_weights(valid)
         self.weight = self.weight * (1 if shrink is None else shrink) + weight.sum(1)
         self.tokens += valid.sum(1)
         if self.ring is not None:
-            self.ring.advance(valid)
+            self.ring.advance(valid if real is None else real)
         if self.detector is not None:
             self.detector.set_reference()
-        counts = [self._keep_counts(row) for row in range(self.batch)]
+        if self.shared:
+            counts = [self._keep_counts(None)] * self.batch
+        else:
+            counts = [self._keep_counts(row) for row in range(self.batch)]
         self.keep = torch.tensor([c.mask for c in counts])
         if self.two_stage:
             self.picked = torch.tensor([c.picked for c in counts])
             self.written = torch.tensor([c.written for c in counts])
         self.since = 0
         self.dense_left.zero_()
-        self.masks = [self._mask(i, e) for i, e in enumerate(self.energy) if e is not None]
+        self.masks = [self._mask(i, self._per_token(e)) for i, e in enumerate(self.energy) if e is not None]
         if self.method.compensate:
             everyone = torch.arange(self.batch, device=self.device)
             self.constants = [self._constant(i, everyone) for i in range(len(self.ffns))]
 
-    def sensitivity(self, row: int) -> list[float]:
-        """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer for one sequence.
+    def sensitivity(self, row: int | None) -> list[float]:
+        """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer for one sequence (None: for all).
 
         Without the rule's magnitude, the first factor alone.
         """
-        n = max(float(self.tokens[row]), 1.0)
-        turn = 1 - self.cosine[row] / n
-        return (turn * (self.change[row] / n) if self.method.depth_rule.magnitude else turn).tolist()
+        rows = slice(None) if row is None else slice(row, row + 1)
+        n = max(float(self.tokens[rows].sum()), 1.0)
+        turn = 1 - self.cosine[rows].sum(0) / n
+        return (turn * (self.change[rows].sum(0) / n) if self.method.depth_rule.magnitude else turn).tolist()
 
-    def _keep_counts(self, row: int) -> StageCounts:
-        """Neurons of the mask, those that a token picks and those that it writes, per layer."""
+    def _keep_counts(self, row: int | None) -> StageCounts:
+        """Neurons of the mask, those that a token picks and those that it writes, per layer (None: of all together)."""
         sizes = [f.size for f in self.ffns]
-        if float(self.tokens[row]) == 0:  # nothing can be chosen: this sequence runs dense, and is counted so
+        if float((self.tokens if row is None else self.tokens[row]).sum()) == 0:
+            # Nothing can be chosen: this sequence runs dense, and is counted so.
             return StageCounts(sizes, sizes, sizes)
         if self.method.table is not None:
             ratios = self.method.table
@@ -208,9 +221,15 @@ class SequenceState:
         counts = keep_counts(ratios, sizes, self.sparsity)
         return StageCounts(counts, counts, counts)
 
+    def _per_token(self, sums: Tensor) -> Tensor:
+        """[B, F] sums over the context's tokens; per token where sequences are compared (else order alone counts)."""
+        return sums / self.weight.clamp_min(FIRST_TOKEN)[:, None].to(sums.device) if self.shared else sums
+
     def _mask(self, layer: int, scores: Tensor, rows: Tensor | None = None) -> Tensor:
         """The mask of the best neurons of a layer. scores: [b, F] of the sequences `rows` (indices; None: all)."""
         assert self.keep is not None
+        if self.shared:
+            scores = scores.mean(0, keepdim=True).expand_as(scores)
         if self.weights is not None:
             scores = scores * self.weights[layer].to(scores.device)
         keep = self.keep if rows is None else self.keep[rows.cpu()]
@@ -222,7 +241,8 @@ class SequenceState:
         assert sums is not None and self.masks is not None
         at = rows.to(sums.device)
         mean = sums[at] / self.weight[rows].clamp_min(FIRST_TOKEN)[:, None].to(sums.device)
-        return self.ffns[layer].write(mean.masked_fill(self.masks[layer][at], 0).to(self.dtype))
+        ffn = self.ffns[layer]
+        return ffn.write(ffn.by_row(mean.masked_fill(self.masks[layer][at], 0)).to(self.dtype))
 
     # -- decoding ------------------------------------------------------------------------------------------
 
@@ -257,22 +277,25 @@ class SequenceState:
         return min(limits, default=None)
 
     @torch.no_grad()
-    def apply(self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None = None) -> Tensor:
+    def apply(self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None = None, sliced: bool = False) -> Tensor:
         """h without the neurons that are pruned.
 
         h: [B, T, F], the input of the down projection; gate: [B, T, F], act(gate x), where tokens pick (of a plain FFN
-        None: h itself tells).
+        None: h itself tells). sliced: both have the mask's neurons alone, by row.
         """
-        if self.masks is None:
+        gathers = self.method.renewal.dense_tokens > 0
+        if self.masks is None or (sliced and self.picked is None and not gathers):
             return h
         dense = self.dense_now.to(h.device)
-        if bool(dense.any()):
+        if gathers and bool(dense.any()):
             counted = valid.to(h.device) & dense[:, None]
             self._add(self.fresh, layer, h, counted, counted.float(), self.method.energy)
-        kept = self.masks[layer].to(h.device)[:, None]
+            if bool(dense.all()):
+                return h
+        kept = h.new_ones(1, 1, h.shape[-1], dtype=torch.bool) if sliced else self.masks[layer].to(h.device)[:, None]
         if self.picked is not None:
             assert self.written is not None
-            score = h.float().abs() if gate is None else gate.float().abs() * self._up_norm(layer)[:, None]
+            score = h.float().abs() if gate is None else gate.float().abs() * self._up_norm(layer, h.shape[-1])
             kept = pick(score, kept, self.picked[:, layer])
             if self.method.down < 1 and gate is not None:
                 kept = pick(h.float().abs(), kept, self.written[:, layer])
@@ -285,11 +308,17 @@ class SequenceState:
         constant = self.constants[layer]
         return constant.masked_fill(self.dense_now.to(constant.device)[:, None], 0)[:, None]
 
-    def _up_norm(self, layer: int) -> Tensor:
-        """[B, F] root of the mean square of up x, up to a factor per sequence."""
+    def choice(self, layer: int, kept: int) -> tuple[Tensor, int, int]:
+        """For the one sequence: root of the mean square of up x of the kept neurons, by row; picked; written."""
+        assert self.batch == 1 and self.picked is not None and self.written is not None
+        norm = self._up_norm(layer, kept)[0, 0]
+        return norm, int(self.picked[0, layer]), int(self.written[0, layer])
+
+    def _up_norm(self, layer: int, count: int) -> Tensor:
+        """[B, 1, count] root of the mean square of up x, by row, up to a factor per sequence."""
         sums = self.up[layer]
         assert sums is not None
-        return sums.sqrt()
+        return self.ffns[layer].by_row(sums)[:, None, :count].sqrt()
 
     def finish_decode(self, attention: Tensor | None, valid: Tensor) -> list[Change]:
         """Close a decoding forward: ask the detector, renew what is due.
@@ -303,10 +332,13 @@ class SequenceState:
         alarms = ended = none
         if self.detector is not None and attention is not None:
             self.alarms = self.detector.update(attention.to(self.device), valid, self.dense_now)
+            if self.shared:
+                self.alarms = self.alarms.any().expand_as(self.alarms)
             alarms = self.alarms if renewal.on_alarm else none
-        if bool(self.dense_now.any()):
+        if renewal.dense_tokens and bool(self.dense_now.any()):
             self.fresh_weight += torch.where(self.dense_now, valid.sum(1), 0)
-            left = (self.dense_left - valid.sum(1)).clamp_min(0)
+            ran = valid.shape[1] if self.shared else valid.sum(1)  # together, ended or not
+            left = (self.dense_left - ran).clamp_min(0)
             ended = self.dense_now & (left == 0)
             self.dense_left = torch.where(self.dense_now, left, self.dense_left)
         if renewal.dense_tokens and bool(alarms.any()):
@@ -318,7 +350,8 @@ class SequenceState:
         if renewal.every:
             self.since += valid.shape[1]
             if self.since >= renewal.every:
-                self.since, due = 0, valid[:, -1] & ~alarms  # not for sequences that ended before
+                ended_before = ~valid[:, -1] & (not self.shared)
+                self.since, due = 0, ~alarms & ~ended_before
         changes = self.remask(alarms, "alarm") + self.remask(due, "steady")
         return changes + self.remask(ended, "alarm", dense=True)
 
@@ -379,7 +412,9 @@ class SequenceState:
         h = h.masked_fill(empty, 0)  # padding may hold anything, NaN too
         up = _squares(u.float().masked_fill(empty, 0), valid) / count if self.two_stage and u is not None else None
         mean = _sums(h, valid) / count if self.method.compensate else None
-        return self.method.energy(h, valid) / count, up, mean
+        by_neuron = self.ffns[layer].by_neuron
+        energy = by_neuron(self.method.energy(h, valid) / count)
+        return energy, None if up is None else by_neuron(up), None if mean is None else by_neuron(mean)
 
     def select(self, rows: Tensor) -> SequenceState:
         """An independent copy for the given sequences (indices, repeats allowed)."""

@@ -28,7 +28,7 @@ ASKED = (
     "chat_template", "cue",
 )  # fmt: skip
 # How it was computed: cells of one folder that differ in it are two experiments, not an old and a new one.
-HOW = ("dtype", "device", "execution", "batch_size", "calibration")
+HOW = ("dtype", "device", "execution", "batch_size", "share_prefix", "calibration")
 PRIMARY = ("acc", "exact_match", "rougeL", "word_perplexity")  # a task's one number: the first of these it has
 GOLD = "gold_ll"
 KINDS = {

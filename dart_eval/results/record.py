@@ -54,8 +54,8 @@ class Record:
         by_task: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity` of each lm-eval task of the cell.
         flops: see `cost.describe`.
         memory: bytes of `weights` and `state` (method, per sequence).
-        settings: what cannot change a number: `batch_size`, `method` as typed, and `command`, the line that makes this
-            one cell.
+        settings: what cannot change a number: `batch_size`, `share_prefix`, `method` as typed, and `command`, the line
+            that makes this one cell.
         environment: versions and machine.
         measured: what differs between two equal runs: `seconds` (wall time of the cell, interrupted attempts
             included), `created` (UTC, ISO 8601), `peak` (bytes: of the GPU, or of the process, while the cell ran).

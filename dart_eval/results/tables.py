@@ -16,6 +16,7 @@ FORMATS = ("md", "csv", "tex", "json")
 # Settings of a run: columns of json and csv, and named in the tables for people where the records differ in them.
 RUN_SETTINGS = (
     "dtype", "device", "num_fewshot", "limit", "seed", "max_length", "chunk", "chat_template", "cue", "batch_size",
+    "share_prefix",
 )  # fmt: skip
 HASHES = ("calibration", "code", "method_code")  # told apart by their first digits
 NAMED = ("scope", "execution", *RUN_SETTINGS, *HASHES)  # what a label says beside method and parameters

@@ -1,0 +1,1 @@
+"""What `dart-eval bench` measures: time, beside a control; state and FLOPs, counted."""

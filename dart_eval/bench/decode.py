@@ -1,0 +1,307 @@
+"""How fast a pruned model decodes, against the dense one and against what the hardware allows.
+
+Everything that is compared runs in turn, step by step, in one process: the dense model, the dense model once more (a
+control, which should be as fast as itself), the method, and the method's slices without its tracing. Each has a KV
+cache of its own, of the same length. Ratios are medians over steps of times that lie next to each other, so that what
+else the machine does hits both.
+
+The ceiling: a decoded token reads every weight once, so a model whose FFNs are the share phi of the weights it reads
+cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the FFN weights read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from dart_eval import cost
+from dart_eval.errors import UserError
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.machine import foreign_cpu, peak_memory
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.method import Method, PromptMethod
+from dart_eval.pruning.session import Session, prune
+
+CHANGED = 0.2  # of the kept neurons: the re-mask that is timed
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of paired ratios with its quartiles, over n pairs."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """One method at one sparsity on one model; times as ratios to the dense model's.
+
+    Attributes:
+        speedup: dense step / pruned step. control: dense step / dense step.
+        ceiling: from the bytes of this model, at the FFN weights that a token reads. ceiling_executed: at those that
+            this execution multiplies (a token's choice inside its mask saves reads only where a kernel skips them).
+        achieved_over_ceiling: speedup / ceiling.
+        first_token: prompt's time with scoring, masks and the first reordering / dense prompt's time.
+        remask_dense_steps: exchanging a fifth of the kept neurons in every layer, in dense steps.
+        renewal_dense_steps: making new scores and masks from the recent tokens, in dense steps (None: nothing renews).
+        tracing_overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
+        dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
+        extra_weight_bytes: memory of weights beyond the model's own. state_bytes: of the method. order_bytes: of the
+            neurons' order. peak_bytes: of the GPU, or of the process.
+        foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
+    """
+
+    method: str
+    sparsity: float
+    weights_read: float
+    weights_executed: float
+    speedup: Ratio
+    control: Ratio
+    ceiling: float
+    ceiling_executed: float
+    achieved_over_ceiling: float
+    first_token: Ratio
+    remask_dense_steps: Ratio
+    renewal_dense_steps: Ratio | None
+    tracing_overhead: Ratio
+    dense_tokens_per_second: float
+    tokens_per_second: float
+    extra_weight_bytes: int
+    state_bytes: int
+    order_bytes: int
+    peak_bytes: int
+    foreign_cores: float | None
+
+
+def row(found: DecodeSpeed) -> dict[str, Any]:
+    """Plain numbers: of a ratio its median, beside `NAME_quartiles` and `NAME_n`."""
+    made: dict[str, Any] = {}
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        made[field.name] = value.median if isinstance(value, Ratio) else value
+        if isinstance(value, Ratio):
+            made |= {f"{field.name}_quartiles": [value.low, value.high], f"{field.name}_n": value.n}
+    return made
+
+
+def paired(above: list[float], below: list[float], offset: float = 0.0) -> Ratio:
+    """Of above / below - offset, pair by pair."""
+    ratios = sorted(a / b - offset for a, b in zip(above, below, strict=True))
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return Ratio(median, low, high, len(ratios))
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    method: Method,
+    sparsity: float,
+    *,
+    tokenizer: Any = None,
+    prompt_tokens: int = 128,
+    steps: int = 30,
+    rounds: int = 3,
+    seed: int = 0,
+    compiled: str | None = None,
+) -> DecodeSpeed:
+    """Time one method on one sequence of random tokens.
+
+    Args:
+        prompt_tokens, steps: per round, a prompt of random tokens and so many decoded ones.
+        compiled: decode through `torch.compile` in this mode (`default`, `reduce-overhead`: with CUDA graphs, ...), the
+            dense model too, with KV caches of a fixed size.
+
+    Raises:
+        UserError: a method that does not prune or looks ahead, or weights that cannot be reordered.
+    """
+    if not method.prunes or (isinstance(method, PromptMethod) and method.looks_ahead):
+        raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
+    shape = cost.shape_of(model, find_ffns(model))
+    before = _weight_bytes(model)
+    bench = _Bench(model, seed, compiled, prompt_tokens + steps)
+    times: dict[str, list[float]] = {name: [] for name in ("dense", "again", "pruned", "bare")}
+    prefill: dict[str, list[float]] = {"dense": [], "pruned": []}
+    exchange: dict[str, list[float]] = {"dense": [], "remask": []}
+    renewal: dict[str, list[float]] = {"dense": [], "renewal": []}
+    calibration = TextCalibration(model, tokenizer)
+    with (
+        peak_memory(bench.device.type) as peak,
+        foreign_cpu() as foreign,
+        prune(model, method, sparsity, calibration=calibration, execution="permuted") as run,
+    ):
+        for _ in range(1 + rounds):  # the first one warms up
+            bench.round(run, prompt_tokens, steps, times, prefill)
+            if run.permuted is None:
+                raise UserError("this model's weights cannot be reordered: no time to save", "load it unquantised")
+        for values in (*times.values(), *prefill.values()):
+            del values[: len(values) // (1 + rounds)]
+        for _ in range(max(3, rounds)):
+            bench.exchange(run, exchange)
+            if isinstance(method, PromptMethod) and method.needs_ring:
+                bench.renewal(run, renewal)
+        share = run.shares(1)
+        assert run.permuted is not None
+        read, executed = float(share.read[0]), run.permuted.executed()
+        extra, state = _weight_bytes(model) - before, run.state_bytes
+        order = sum(f.order.numel() * f.order.element_size() for f in run.ffns if f.order is not None)
+    ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]
+    speedup = paired(times["dense"], times["pruned"])
+    return DecodeSpeed(
+        method=method.name, sparsity=sparsity, weights_read=read, weights_executed=executed,
+        speedup=speedup, control=paired(times["dense"], times["again"]),
+        ceiling=ceilings[0], ceiling_executed=ceilings[1], achieved_over_ceiling=speedup.median / ceilings[0],
+        first_token=paired(prefill["pruned"], prefill["dense"]),
+        remask_dense_steps=paired(exchange["remask"], exchange["dense"]),
+        renewal_dense_steps=paired(renewal["renewal"], renewal["dense"]) if renewal["dense"] else None,
+        tracing_overhead=paired(times["pruned"], times["bare"], 1.0),
+        dense_tokens_per_second=1 / statistics.median(times["dense"]),
+        tokens_per_second=1 / statistics.median(times["pruned"]),
+        extra_weight_bytes=extra, state_bytes=state, order_bytes=order, peak_bytes=peak(),
+        foreign_cores=foreign(),
+    )  # fmt: skip
+
+
+class _Bench:
+    """The variants of a step on one model."""
+
+    def __init__(self, model: PreTrainedModel, seed: int, compiled: str | None = None, length: int = 0) -> None:
+        self.model, self.length = model, length
+        self.decode: Callable[..., Any] = model if compiled is None else torch.compile(model, mode=compiled)
+        self.fixed = compiled is not None
+        self._caches: dict[str, Any] = {}
+        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cache_name = cache_argument(model)
+
+    def tokens(self, count: int) -> Tensor:
+        """[1, count] random token ids."""
+        return torch.randint(self.vocabulary, (1, count), generator=self.generator).to(self.device)
+
+    def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds, and what came out."""
+        _wait(self.device)
+        start = time.perf_counter()
+        out = work()
+        _wait(self.device)
+        return time.perf_counter() - start, out
+
+    def step(self, tokens: Tensor, cache: Any) -> tuple[float, Any]:
+        """One forward with logits at the last position."""
+        kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
+        forward = self.decode if tokens.shape[1] == 1 else self.model
+        return self.timed(lambda: forward(input_ids=tokens, **kwargs))
+
+    def round(
+        self, run: Session, prompt: int, steps: int, times: dict[str, list[float]], prefill: dict[str, list[float]]
+    ) -> None:
+        """A prompt and its decoding, all variants in turn. Steps after which masks were renewed are left out."""
+        ids = self.tokens(prompt)
+        caches = {name: self._cache(name) for name in times}
+        prefill["pruned"].append(self.step(ids, caches["pruned"])[0])
+        with run.paused():
+            prefill["dense"].append(self.step(ids, caches["dense"])[0])
+            for name in ("again", "bare"):
+                self.step(ids, caches[name])
+        order = list(times)
+        for _ in range(steps):
+            token, seen = self.tokens(1), len(run.events)
+            found = {name: self._one(run, name, token, caches[name]) for name in order}
+            order.append(order.pop(0))  # each variant comes first as often
+            for name, seconds in found.items():
+                if len(run.events) == seen:
+                    times[name].append(seconds)
+
+    def _one(self, run: Session, name: str, token: Tensor, cache: Any) -> float:
+        if name == "pruned":
+            return self.step(token, cache)[0]
+        with run.paused(), run.sliced() if name == "bare" else contextlib.nullcontext():
+            return self.step(token, cache)[0]
+
+    def _dense(self, run: Session) -> float:
+        with run.paused():
+            return self.timed(lambda: self.model(input_ids=self.tokens(1), logits_to_keep=1))[0]
+
+    def exchange(self, run: Session, times: dict[str, list[float]]) -> None:
+        """Replace a fifth of every layer's kept neurons by others."""
+        permuted = run.permuted
+        assert permuted is not None
+        masks = []
+        for ffn, kept in zip(run.ffns, permuted.kept, strict=True):
+            moved = min(round(CHANGED * kept), ffn.size - kept)
+            front = torch.arange(ffn.size) < kept
+            front[torch.randperm(kept, generator=self.generator)[:moved]] = False
+            front[kept + torch.randperm(ffn.size - kept, generator=self.generator)[:moved]] = True
+            masks.append(ffn.by_neuron(front.to(self.device)))
+        times["dense"].append(self._dense(run))
+        times["remask"].append(
+            self.timed(lambda: [permuted.select(layer, mask) for layer, mask in enumerate(masks)])[0]
+        )
+
+    def renewal(self, run: Session, times: dict[str, list[float]]) -> None:
+        """New scores and masks from the ring buffer, without moving neurons."""
+        state = run.state
+        assert state is not None
+        everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
+        times["dense"].append(self._dense(run))
+        copied = state.select(torch.arange(state.batch, device=state.device))
+        times["renewal"].append(self.timed(lambda: copied.remask(everyone))[0])
+
+    def _cache(self, name: str) -> Any:
+        """An empty cache. Those of a fixed size are kept: a compiled model knows them by their addresses."""
+        if not self.fixed:
+            return DynamicCache(config=self.model.config)
+        if name not in self._caches:
+            self._caches[name] = StaticCache(config=self.model.config, max_cache_len=self.length)
+        self._caches[name].reset()
+        return self._caches[name]
+
+
+def _weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the distinct memory behind the model's parameters and buffers."""
+    stores = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
+    }
+    return sum(stores.values())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def profile(
+    model: PreTrainedModel,
+    method: Method,
+    sparsity: float,
+    path: str,
+    *,
+    tokenizer: Any = None,
+    prompt_tokens: int = 128,
+) -> None:
+    """Write a torch profiler trace of a few pruned steps, for chrome://tracing or Perfetto."""
+    bench = _Bench(model, seed=0)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer), execution="permuted"):
+        cache = DynamicCache(config=model.config)
+        bench.step(bench.tokens(prompt_tokens), cache)
+        bench.step(bench.tokens(1), cache)
+        with torch.profiler.profile(activities=activities) as recorded:
+            for _ in range(3):
+                bench.step(bench.tokens(1), cache)
+    recorded.export_chrome_trace(path)

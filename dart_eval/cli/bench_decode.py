@@ -1,0 +1,108 @@
+"""`dart-eval bench`: the benchmark of decoding, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dart_eval.cli.view import show
+from dart_eval.errors import UserError
+from dart_eval.results.writers import Table, finite, markdown
+
+COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def run(
+    methods: list[Any], sparsity: float, shape: str | None, layers: int | None, model: str | None, dtype: str,
+    device: str, prompt: int, steps: int, rounds: int, compiled: str | None, profile: Path | None,
+    format: str,
+) -> None:  # fmt: skip
+    """Time every method, and print the table.
+
+    Raises:
+        UserError: a name or number is wrong.
+    """
+    import torch
+
+    from dart_eval import shapes
+    from dart_eval.bench import decode
+    from dart_eval.models import DTYPES, ModelSpec, pick_device, resolve
+
+    for name, value in (("--prompt", prompt), ("--steps", steps), ("--rounds", rounds)):
+        if value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
+    if compiled is not None and compiled not in COMPILE:
+        raise UserError(f"unknown compile mode {compiled!r}", f"one of {', '.join(COMPILE)}")
+    if shape is not None and model is not None:
+        raise UserError("--shape and --model are both given", "leave one of them out")
+    if shape is None:
+        if layers is not None:
+            raise UserError("--layers is for a shape", "give --shape, or leave it out")
+        resolved = resolve(ModelSpec(name=model, dtype=dtype, device=device))
+        loaded, tokenizer = resolved.load()
+        named = f"{resolved.identity.name}, {resolved.dtype}"
+    else:
+        if dtype not in DTYPES:
+            raise UserError(f"unknown dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+        kind: Any = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
+        loaded, tokenizer = shapes.with_random_weights(shape, layers, kind, pick_device(device)), None
+        named = f"{shape} (random weights), {len(decode.find_ffns(loaded))} layers, {str(kind).removeprefix('torch.')}"
+    found = [
+        decode.measure(
+            loaded, m, sparsity, tokenizer=tokenizer, prompt_tokens=prompt, steps=steps, rounds=rounds,
+            compiled=compiled,
+        )
+        for m in methods
+    ]  # fmt: skip
+    if profile is not None:
+        decode.profile(loaded, methods[-1], sparsity, str(profile), tokenizer=tokenizer, prompt_tokens=prompt)
+    cuda = loaded.device.type == "cuda"
+    where = torch.cuda.get_device_name(loaded.device) if cuda else f"{torch.get_num_threads()} threads"
+    if compiled is not None:
+        where += f", torch.compile ({compiled})"
+    if format == "json":
+        typer.echo(json.dumps(finite([decode.row(f) for f in found]), indent=1))
+        return
+    made = table(found, f"{named}, {where}")
+    if format == "md":
+        typer.echo(markdown(made))
+    else:
+        show(made)
+
+
+def table(found: list[Any], where: str) -> Table:
+    """Decoding speed of several methods, for people."""
+    columns = [
+        "method", "FFN read", "speed-up", "ceiling", "of it", "control", "first token", "re-mask", "renewal", "tracing",
+        "tokens/s", "extra weights", "state MB",
+    ]  # fmt: skip
+    body = [
+        [
+            f.method,
+            f"{f.weights_read:.2f}" + (f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""),
+            _ratio(f.speedup, 2, "x"), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control, 2, "x"),
+            f"{f.first_token.median:.2f}x", f"{f.remask_dense_steps.median:.2f}",
+            f"{f.renewal_dense_steps.median:.2f}" if f.renewal_dense_steps else "-",
+            f"{100 * f.tracing_overhead.median:.1f} %", f"{f.tokens_per_second:.1f} ({f.dense_tokens_per_second:.1f})",
+            f"{f.extra_weight_bytes / 10**6:.0f} MB", f"{(f.state_bytes + f.order_bytes) / 10**6:.2f}",
+        ]
+        for f in found
+    ]  # fmt: skip
+    foreign = [f.foreign_cores for f in found if f.foreign_cores is not None]
+    busy = f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
+    note = (
+        f"{where}; sparsity {found[0].sparsity:g}, one sequence, {found[0].speedup.n} steps a method. Speed-up over "
+        "dense, median [quartiles] of neighbouring steps; control: dense over dense. Ceiling: what the bytes of this "
+        "model allow at the FFN weights read (in brackets: those that are multiplied, where a token picks inside its "
+        "mask). First token: prompt, masks and reordering, over a dense prompt. In dense steps: re-mask, exchanging a "
+        "fifth of the kept neurons; renewal, new scores and masks from recent tokens. Tracing: what watching adds to a "
+        f"pruned step. Tokens/s: to orient, dense in brackets. State: of the method, and the neurons' order.{busy}"
+    )
+    return Table("Decoding", columns, body, note)
+
+
+def _ratio(ratio: Any, digits: int, unit: str) -> str:
+    return f"{ratio.median:.{digits}f}{unit} [{ratio.low:.{digits}f}, {ratio.high:.{digits}f}]"

@@ -1,0 +1,195 @@
+"""Which rows run together, and which contexts share a prefix: bookkeeping on lengths and tokens, without a model.
+
+A forward is taken to cost its padded tokens (rows x width) and, whatever its size, `Budget.forward` more: weights are
+read, kernels started. Batches and prefixes are chosen to make the sum small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dart_eval.errors import UserError
+
+AUTO = "auto"
+CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
+SHORTEST_PREFIX = 32  # tokens; below, what a prefix saves is lost in the bookkeeping
+# `auto`. On a CPU matrix products are as fast per token at some hundred tokens as they ever get, and larger batches
+# only pad more. On a GPU a quarter of the free memory goes into one forward's tokens (the rest: the cache's copies for
+# candidates, logits, a method's state), as a power of two, so that a little more or less free memory changes nothing.
+CPU_TOKENS, CPU_FORWARD = 1024, 24
+GPU_SHARE, GPU_LEAST, GPU_MOST, GPU_FORWARD = 0.25, 1024, 1 << 16, 512
+MOST_ROWS = 128  # of contexts or candidates in a forward under `auto`
+CACHED_TOKENS = 8  # tokens in a forward's KV cache, in multiples of its own tokens: candidates copy their contexts'
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a forward may be. A single row always runs, however long.
+
+    Attributes:
+        rows: contexts per forward. candidates: candidate rows per forward.
+        tokens: padded tokens per forward; None for any number.
+        forward: what a forward costs beside its tokens, in tokens.
+        generated: tokens, prompts and new ones, of a batch that generates; None for any number.
+    """
+
+    rows: int
+    candidates: int
+    tokens: int | None
+    forward: int
+    generated: int | None = None
+
+    @property
+    def cached(self) -> int | None:
+        """Tokens in the KV cache of one forward; None for any number."""
+        return None if self.tokens is None else CACHED_TOKENS * self.tokens
+
+
+def check_batch_size(value: Any) -> int | str:
+    """A batch size as given, if it is one.
+
+    Raises:
+        UserError: it is neither a positive whole number nor `auto`.
+    """
+    if isinstance(value, str) and value.strip().lower() == AUTO:
+        return AUTO
+    try:
+        if isinstance(value, (bool, float)) or int(value) < 1:
+            raise ValueError
+        return int(value)
+    except (TypeError, ValueError):
+        raise UserError(f"--batch-size {value} is no batch size", "give a whole number from 1, or auto") from None
+
+
+def budget(batch_size: int | str, model: Any) -> Budget:
+    """The budget for a batch size on the device where the model is (`auto`: see the constants above)."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    gpu = device.type != "cpu"
+    forward = GPU_FORWARD if gpu else CPU_FORWARD
+    if isinstance(batch_size, int):
+        return Budget(batch_size, CANDIDATES_PER_CONTEXT * batch_size, None, forward)
+    if batch_size != AUTO:
+        raise ValueError(batch_size)
+    tokens = CPU_TOKENS
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        tokens = gpu_tokens(free, token_bytes(model))
+    elif gpu:  # other accelerators tell no free memory
+        tokens = GPU_LEAST
+    # Rows that generate read the weights together, token after token: on a CPU that is worth a larger prompt forward.
+    generated = tokens if gpu else CACHED_TOKENS * tokens
+    return Budget(MOST_ROWS, MOST_ROWS, tokens, forward, generated)
+
+
+def gpu_tokens(free: int, per_token: int) -> int:
+    """Tokens per forward that so many free bytes allow: a power of two between GPU_LEAST and GPU_MOST."""
+    fitting = max(1, int(GPU_SHARE * free / per_token))
+    return min(max(1 << (fitting.bit_length() - 1), GPU_LEAST), GPU_MOST)
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes that a token of a forward needs: its KV cache with copies, and what is alive inside a layer (roughly)."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(model.parameters()).element_size()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    cache = 2 * config.num_hidden_layers * heads * head * size
+    return cache * (1 + CACHED_TOKENS) + 4 * (4 * inner + 8 * config.hidden_size)
+
+
+def batches(lengths: Sequence[int], rows: int, tokens: int | None = None, forward: int = 0) -> list[slice]:
+    """Cut rows, longest first, into batches with the least padded tokens + `forward` per batch.
+
+    Args:
+        lengths: of the rows, in falling order. rows: most per batch. tokens: most rows x longest, but for single rows.
+    """
+    n = len(lengths)
+    best, start = [0] * (n + 1), [0] * (n + 1)  # of the first j rows: least cost; where their last batch begins
+    for j in range(1, n + 1):
+        best[j] = -1
+        for i in range(j - 1, max(-1, j - 1 - rows), -1):
+            padded = (j - i) * lengths[i]
+            if tokens is not None and padded > tokens and j - i > 1:
+                break  # longer batches begin with rows at least as long
+            cost = best[i] + padded + forward
+            if best[j] < 0 or cost <= best[j]:
+                best[j], start[j] = cost, i
+    parts = []
+    while n:
+        parts.append(slice(start[n], n))
+        n = start[n]
+    return parts[::-1]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contexts (indices) whose first `prefix` tokens are the same and are computed once; 0: each for itself."""
+
+    prefix: int
+    members: list[int]
+
+
+def shared_prefixes(contexts: Sequence[tuple[int, ...]], forward: int, least: int = 1) -> list[Group]:
+    """Group contexts by long prefixes that they share, so that the most tokens are saved.
+
+    A context is in one group. A prefix costs a forward of its own: it is shared if it has SHORTEST_PREFIX tokens and
+    saves more than `forward`.
+
+    Args:
+        contexts: token ids; distinct.
+        least: last tokens of every context that are computed in any case.
+    """
+    order = sorted(range(len(contexts)), key=lambda i: contexts[i])
+    ranges = _best_ranges([contexts[i] for i in order], forward)
+    groups, rest = [], set(order)
+    for prefix, first, last in ranges:
+        members = order[first:last]
+        saved = sum(min(prefix, len(contexts[i]) - least) for i in members) - prefix
+        if saved > forward:
+            groups.append(Group(prefix, members))
+            rest.difference_update(members)
+    return groups + ([Group(0, sorted(rest))] if rest else [])
+
+
+def _best_ranges(ordered: Sequence[tuple[int, ...]], forward: int) -> list[tuple[int, int, int]]:
+    """(prefix, first, last): disjoint ranges of sorted contexts that save the most tokens.
+
+    Sorted contexts with a common prefix are a range, and such ranges are nested: a tree, walked from its leaves up
+    with a stack. Each node takes its own prefix, or what its children take, whichever saves more.
+    """
+    stack: list[tuple[int, int, list[tuple[int, int, int]], int]] = [(0, 0, [], 0)]  # prefix, first, taken, saved
+    for last in range(1, len(ordered) + 1):
+        depth = common_prefix(ordered[last - 1], ordered[last]) if last < len(ordered) else 0
+        first: int = last - 1
+        taken: list[tuple[int, int, int]] = []
+        saved = 0
+        while stack[-1][0] > depth:
+            prefix, first, inner, inner_saved = stack.pop()
+            inner.extend(taken)
+            inner_saved += saved
+            own = (last - first - 1) * prefix - forward if prefix >= SHORTEST_PREFIX else 0
+            taken, saved = ([(prefix, first, last)], own) if own > inner_saved else (inner, inner_saved)
+        if stack[-1][0] == depth:
+            prefix, first, inner, inner_saved = stack.pop()
+            inner.extend(taken)
+            stack.append((prefix, first, inner, inner_saved + saved))
+        else:
+            stack.append((depth, first, taken, saved))
+    return stack[0][2]
+
+
+def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Length of the longest common prefix."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices compare at C speed
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

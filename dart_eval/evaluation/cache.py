@@ -1,0 +1,71 @@
+"""KV caches of a batch: new ones, copies for chosen rows, and ones that begin with a prefix computed once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def new_cache(model: PreTrainedModel) -> Any:
+    """An empty cache: sliding layers keep their window only."""
+    return DynamicCache(config=model.config)
+
+
+def fork(cache: Any, rows: Tensor | None = None) -> Any:
+    """An independent copy for the given rows (indices, repeats allowed; None: all)."""
+    if not all(type(layer) in PLAIN for layer in cache.layers):
+        forked = copy.deepcopy(cache)
+    else:  # their tensors are replaced by new ones, never written to: the copies may share them until then
+        forked = copy.copy(cache)
+        forked.layers = [copy.copy(layer) for layer in cache.layers]
+    if rows is not None and cache.get_seq_length():
+        forked.batch_select_indices(rows)
+    return forked
+
+
+def can_share_prefix(model: PreTrainedModel) -> bool:
+    """Whether keys and values of a prefix are the same whatever follows, and can be laid out anew.
+
+    Not where layers keep something else than keys and values per token, look back in chunks (whose borders padding
+    moves), or turn positions by an angle that depends on the length of the whole.
+    """
+    if not all(type(layer) in PLAIN for layer in new_cache(model).layers):
+        return False
+    config = model.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ())
+    if types - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+        return False
+    return not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """Kinds of rotary positions: one dictionary, or one for each type of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    own = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
+    return own.union(*(_rope_types(v) for v in parameters.values()))
+
+
+def prefix_cache() -> Any:
+    """An empty cache that keeps every token in every layer; sliding layers are masked to their window."""
+    return DynamicCache()
+
+
+def from_prefix(model: PreTrainedModel, prefix: Any, columns: Tensor) -> Any:
+    """A cache whose row b holds, in column c, the prefix's token columns[b, c].
+
+    Args:
+        prefix: a `prefix_cache` of one row. columns: [B, C], anything in range where the attention mask says padding.
+    """
+    cache = new_cache(model)
+    for i, layer in enumerate(prefix.layers):
+        at = columns.to(layer.keys.device)
+        keys, values = (t[0][:, at].transpose(0, 1) for t in (layer.keys, layer.values))  # [H, B, C, E] -> [B, H, C, E]
+        cache.update(keys, values, i)
+    return cache

@@ -1,0 +1,85 @@
+"""From hidden states to log-probabilities: the output head runs once for each position that is asked for.
+
+Continuations of one context that begin alike share positions: they are the nodes of a tree whose edges are tokens. The
+head runs on hidden states gathered from several forwards, a few at a time: logits are wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LOGIT_BYTES = 256 << 20  # of fp32 logits held at a time
+SOFTMAX_PARTS = 4  # of these are normalised one after the other: a softmax writes as much again
+
+
+class Answers:
+    """Log-probabilities of the continuations of several contexts.
+
+    `ask` for each continuation gives the nodes at which its tokens are predicted; `give` takes the hidden states of
+    nodes; then `logprobs` and `greedy` answer.
+    """
+
+    def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int) -> None:
+        self.head, self.vocabulary = head, vocabulary
+        self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node
+        self._nodes = 0
+        self._wanted: list[set[int]] = []  # per node: tokens whose probability is asked
+        self._hidden: dict[int, Tensor] = {}  # nodes whose head has not run: [D]
+        self._found: dict[tuple[int, int], tuple[float, bool]] = {}  # (node, token) -> log-probability, the likeliest
+
+    def root(self) -> int:
+        """A new tree: the node that predicts a first token."""
+        self._wanted.append(set())
+        self._nodes += 1
+        return self._nodes - 1
+
+    def ask(self, root: int, continuation: Sequence[int]) -> list[int]:
+        """Want the probability of every token; returns the node of each."""
+        path, node = [], root
+        for k, token in enumerate(continuation):
+            path.append(node)
+            self._wanted[node].add(token)
+            if k + 1 < len(continuation):
+                if (node, token) not in self._children:
+                    self._children[node, token] = self.root()
+                node = self._children[node, token]
+        return path
+
+    def give(self, nodes: Sequence[int], hidden: Tensor) -> None:
+        """Hidden states [n, D] of n nodes; those that are known already are left alone."""
+        for node, state in zip(nodes, hidden, strict=True):
+            self._hidden.setdefault(node, state)
+
+    def run(self) -> None:
+        """Run the head on what has been given."""
+        todo = [node for node in self._hidden if self._wanted[node]]
+        per = max(1, LOGIT_BYTES // (4 * self.vocabulary))
+        for first in range(0, len(todo), per):
+            part = todo[first : first + per]
+            logits = self.head(torch.stack([self._hidden[node] for node in part])).float()  # [n, V]
+            best = logits.argmax(1).tolist()
+            wanted = [(row, token) for row, node in enumerate(part) for token in sorted(self._wanted[node])]
+            values: list[float] = []
+            step = max(1, -(-per // SOFTMAX_PARTS))
+            for start in range(0, len(part), step):
+                # log_softmax, as stock lm-eval has it: over 262 144 words in fp32 it is off by 1e-4 against fp64, where
+                # logsumexp is off by 2e-5; equal numbers are worth more here than the last digit.
+                logprobs = logits[start : start + step].log_softmax(1)
+                mine = [(row - start, token) for row, token in wanted if start <= row < start + step]
+                rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*mine, strict=True))
+                values += logprobs[rows, tokens].tolist()
+            for (row, token), value in zip(wanted, values, strict=True):
+                self._found[part[row], token] = value, best[row] == token
+            del logits, logprobs  # before the next part's come: they are what a forward's memory peaks at
+        self._hidden.clear()
+
+    def logprobs(self, path: Sequence[int], continuation: Sequence[int]) -> list[float]:
+        """Natural-log probability of each token."""
+        return [self._found[at][0] for at in zip(path, continuation, strict=True)]
+
+    def greedy(self, path: Sequence[int], continuation: Sequence[int]) -> bool:
+        """Whether every token was the most likely one."""
+        return all(self._found[at][1] for at in zip(path, continuation, strict=True))

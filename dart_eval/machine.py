@@ -1,0 +1,62 @@
+"""What the machine did while something ran: peak memory, other processes' use of the processors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], int]]:
+    """Yields a function that tells the peak in bytes since the block began: GPU memory, or the process on a CPU."""
+    if device == "cuda":
+        import torch
+
+        cards = range(torch.cuda.device_count())
+        for card in cards:
+            torch.cuda.reset_peak_memory_stats(card)
+        yield lambda: sum(torch.cuda.max_memory_allocated(card) for card in cards)
+        return
+    # Linux resets VmHWM on request; elsewhere the peak is that of the process so far.
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
+        stream.write("5")
+    yield _peak_rss
+
+
+def _peak_rss() -> int:
+    with contextlib.suppress(OSError), open("/proc/self/status") as stream:
+        for line in stream:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def foreign_cpu() -> Iterator[Callable[[], float | None]]:
+    """Yields a function that tells how many cores other processes have kept busy since, on average; None: unknown."""
+    begun, busy, own = time.perf_counter(), _busy(), time.process_time()
+
+    def cores() -> float | None:
+        now = _busy()
+        if busy is None or now is None:
+            return None
+        return max(0.0, now - busy - (time.process_time() - own)) / (time.perf_counter() - begun)
+
+    yield cores
+
+
+def _busy() -> float | None:
+    """Seconds in which the processors were busy since the machine started, stolen ones too; None where untold."""
+    try:
+        with open("/proc/stat", encoding="ascii") as stream:
+            ticks = [int(n) for n in stream.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    user, nice, system, _idle, _waiting, interrupt, soft, stolen = ticks
+    return (user + nice + system + interrupt + soft + stolen) / os.sysconf("SC_CLK_TCK")

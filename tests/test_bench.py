@@ -1,0 +1,135 @@
+"""`dart-eval bench`: what it measures is what it says; no test here depends on how fast anything is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dart_eval import cost, shapes
+from dart_eval.bench import decode
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.machine import foreign_cpu
+from dart_eval.pruning.permuted import PermutedFFNs
+from dart_eval.pruning.registry import make, parse
+from tests.conftest import RESTLESS, tiny
+
+PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
+
+
+def test_ratios_are_paired():
+    """Two neighbours slow together: the ratio stays 2, where the ratio of medians would not."""
+    found = decode.paired([2.0, 20.0, 2.2, 4.0], [1.0, 10.0, 1.1, 2.0])
+    assert (found.median, found.low, found.high, found.n) == (2.0, 2.0, 2.0, 4)
+    assert decode.paired([1.1], [1.0], 1.0).median == pytest.approx(0.1)
+
+
+def test_what_is_counted():
+    model = tiny("llama", torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    shape = cost.shape_of(model, find_ffns(model))
+    found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
+    assert found.weights_read == found.weights_executed == pytest.approx(0.3)
+    phi = shape.ffn_weights / (shape.ffn_weights + shape.other_weights + shape.head_weights)
+    assert found.ceiling == found.ceiling_executed == pytest.approx(1 / (1 - 0.7 * phi))
+    assert found.achieved_over_ceiling == pytest.approx(found.speedup.median / found.ceiling)
+    assert found.extra_weight_bytes == 0
+    assert found.order_bytes == 3 * 40 * 4
+    assert found.state_bytes > 0 and found.peak_bytes > 0
+    assert found.speedup.n == found.control.n == found.tracing_overhead.n == 10  # the warm-up is not counted
+    assert found.renewal_dense_steps is None
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    picky = decode.measure(model, make("dart-plus"), 0.7, prompt_tokens=20, steps=3, rounds=1)
+    assert picky.weights_read == pytest.approx(0.3)
+    # gate and up read the mask on a CPU, down what is written: (.48 + .48 + .16) / 3
+    assert picky.weights_executed == pytest.approx(0.373, abs=0.01)
+    assert 1 < picky.ceiling_executed < picky.ceiling
+    assert picky.renewal_dense_steps is not None
+
+
+def test_steps_with_a_renewal_are_left_out():
+    """A window of 3 tokens, an alarm in every one: of 5 steps of a round one renews."""
+    restless = ":".join(f"{k}={v}" for k, v in RESTLESS.items())
+    method = make(*parse(f"dart:{restless}"))
+    found = decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=20, steps=5)
+    assert found.speedup.n == 3 * 4
+    assert found.renewal_dense_steps.n >= 3
+
+
+def test_a_fifth_of_the_kept_neurons_is_exchanged(monkeypatch):
+    moved = []
+    original = PermutedFFNs.select
+
+    def select(self, layer, mask):
+        moved.append((original(self, layer, mask), self.kept[layer]))
+        return moved[-1][0]
+
+    monkeypatch.setattr(PermutedFFNs, "select", select)
+    decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, prompt_tokens=5, steps=2, rounds=1)
+    assert moved[-3:] == [(4, 20)] * 3
+
+
+def test_what_cannot_be_timed_is_refused():
+    model = tiny("llama", torch.float32)
+    for name in ("dense", "oracle"):
+        with pytest.raises(UserError, match=f"{name} cannot be timed"):
+            decode.measure(model, make(name), 0.5)
+
+
+def test_foreign_cpu_sees_other_processes():
+    with foreign_cpu() as foreign:
+        if foreign() is None:
+            pytest.skip("the system does not tell")
+        subprocess.run([sys.executable, "-c", "sum(i for i in range(10**7))"], check=True)
+        assert foreign() > 0.1
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "small", lambda: tiny("llama").config)
+
+
+def test_random_weights_of_a_shape(small):
+    model = shapes.with_random_weights("small", layers=2)
+    assert len(model.model.layers) == 2
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def _bench(*args):
+    return subprocess.run([PROGRAM, "bench", *args], capture_output=True, text=True, timeout=600)
+
+
+def test_at_a_terminal(tmp_path, tokenizer):
+    from tests.conftest import save_tiny
+
+    model = save_tiny(tmp_path / "model", tokenizer)
+    few = ("--model", model, "--prompt", "16", "--steps", "3", "--rounds", "1", "--method", "griffin,dart")
+    done = _bench(*few, "--format", "json", "--profile", str(tmp_path / "trace.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [f["method"] for f in found] == ["griffin", "dart"]
+    for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_dense_steps", "tracing_overhead"):
+        assert isinstance(found[0][key], float)
+    assert found[0]["extra_weight_bytes"] == 0
+    assert found[0]["speedup_quartiles"][0] <= found[0]["speedup"] <= found[0]["speedup_quartiles"][1]
+    assert found[0]["speedup_n"] == 3
+    assert (found[0]["renewal_dense_steps"] is None, found[1]["renewal_dense_steps"] > 0) == (True, True)
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    shown = _bench(*few).stdout
+    for word in ("griffin", "speed-up", "ceiling", "control", "threads"):
+        assert word in shown
+    for args, said in (
+        (("--shape", "llama", "--model", "x"), "both given"),
+        (("--steps", "0"), "--steps 0 must be at least 1"),
+        (("--layers", "2"), "--layers is for a shape"),
+        (("--compile", "fast"), "unknown compile mode"),
+        (("--shape", "llama-3.1"), "did you mean"),
+    ):
+        done = _bench(*args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert len(done.stderr.strip().splitlines()) <= 2
