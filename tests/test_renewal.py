@@ -88,7 +88,7 @@ def test_tokens_that_run_dense_get_no_constant(llama):
     made = {"pruned": 0, "dense": 0}
     params = {**RESTLESS, "dense_tokens": 2, "compensate": True}
     ffn = find_ffns(llama)[1]
-    with open_session(llama, "dart", 0.5, **params) as session:
+    with open_session(llama, "dart", 0.5, execution="masked", **params) as session:
         inputs = []
         ffn.down.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
 
