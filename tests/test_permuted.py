@@ -412,10 +412,15 @@ def test_shared_weights_are_refused_or_masked():
 
 
 def test_two_at_once_are_refused():
+    """An inner one that multiplies by masks would take rows for neurons."""
     model = make("llama")
     before = bits(model)
     with open_session(model, "griffin", 0.5) as outer:
         decoded(model, outer, [random_tokens(20)], steps=2)
         with pytest.raises(UserError, match="another prune"):
             PermutedFFNs(find_ffns(model), model)
+        for execution in ("masked", "auto"):
+            with outer.paused(), open_session(model, "griffin", 0.5, execution=execution) as inner:
+                with pytest.raises(UserError, match="another prune"):
+                    decoded(model, inner, [random_tokens(20)], steps=2)
     assert same(model, before)

@@ -21,6 +21,8 @@ from dart_eval.ffn import FFN, is_conv1d
 from dart_eval.pruning.inplace import Step, Work, involutions, swap, transpose
 from dart_eval.pruning.slices import Down, GatheredFFN, slots
 
+REORDERED = "the neurons of this model are reordered by another prune()"
+
 
 class PermutedFFNs:
     """All FFNs of a model, their neurons in an order of our choice.
@@ -37,7 +39,7 @@ class PermutedFFNs:
 
     def __init__(self, ffns: Sequence[FFN], model: nn.Module, gather: bool = False) -> None:
         if any(f.order is not None for f in ffns):
-            raise UserError("the neurons of this model are reordered by another prune()", "leave that one first")
+            raise UserError(REORDERED, "leave that one first")
         if reason := quantised(ffns) or shared(ffns, model):
             raise UserError(reason, "use execution='masked'")
         self.ffns = list(ffns)

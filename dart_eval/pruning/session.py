@@ -36,7 +36,7 @@ from dart_eval.pruning import gather
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
-from dart_eval.pruning.permuted import PermutedFFNs, quantised, shared
+from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.state import SequenceState
 
@@ -312,6 +312,8 @@ class Session:
 
     def _choose_execution(self, batch: int) -> None:
         """For new sequences: reorder the neurons, or put them back."""
+        if self.permuted is None and any(f.order is not None for f in self.ffns):
+            raise UserError(REORDERED, "leave that one first")
         one = batch == 1 or self.shared_mask or self._static is not None
         if self._wanted == "permuted" and not one:
             raise UserError(
