@@ -420,7 +420,10 @@ def test_two_at_once_are_refused():
         with pytest.raises(UserError, match="another prune"):
             PermutedFFNs(find_ffns(model), model)
         for execution in ("masked", "auto"):
-            with outer.paused(), open_session(model, "griffin", 0.5, execution=execution) as inner:
-                with pytest.raises(UserError, match="another prune"):
-                    decoded(model, inner, [random_tokens(20)], steps=2)
+            with (
+                outer.paused(),
+                open_session(model, "griffin", 0.5, execution=execution) as inner,
+                pytest.raises(UserError, match="another prune"),
+            ):
+                decoded(model, inner, [random_tokens(20)], steps=2)
     assert same(model, before)

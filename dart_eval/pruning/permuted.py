@@ -191,7 +191,7 @@ def quantised(ffns: Sequence[FFN]) -> str | None:
                 and weight.dim() == 2
                 and weight.is_floating_point()
                 and weight.element_size() > 1
-                and weight.is_contiguous()
+                and (weight.is_contiguous() or ffn.order is not None)
                 and not weight.is_meta
                 and (type(module) is nn.Linear or is_conv1d(module))
             ):
