@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from dart_eval.cli.view import show
+from dart_eval.cli.view import output
 from dart_eval.errors import UserError
-from dart_eval.results.writers import Table, finite, markdown
+from dart_eval.results.writers import Table
 
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -63,14 +60,7 @@ def run(
     where = torch.cuda.get_device_name(loaded.device) if cuda else f"{torch.get_num_threads()} threads"
     if compiled is not None:
         where += f", torch.compile ({compiled})"
-    if format == "json":
-        typer.echo(json.dumps(finite([decode.row(f) for f in found]), indent=1))
-        return
-    made = table(found, f"{named}, {where}")
-    if format == "md":
-        typer.echo(markdown(made))
-    else:
-        show(made)
+    output([decode.row(f) for f in found], table(found, f"{named}, {where}"), format)
 
 
 def table(found: list[Any], where: str) -> Table:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
-import typer
-
-from dart_eval.cli.view import show
-from dart_eval.results.writers import Table, finite, markdown
+from dart_eval.cli.view import output
+from dart_eval.results.writers import Table
 
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
 
@@ -23,14 +20,7 @@ def run(methods: list[Any], sparsity: float, shape: str, format: str) -> None:
     from dart_eval.bench.overhead import measure
 
     found = [measure(m, shape, sparsity) for m in methods]
-    if format == "json":
-        typer.echo(json.dumps(finite([dataclasses.asdict(f) for f in found]), indent=1))
-        return
-    made = table(found)
-    if format == "md":
-        typer.echo(markdown(made))
-    else:
-        show(made)
+    output([dataclasses.asdict(f) for f in found], table(found), format)
 
 
 def table(found: list) -> Table:

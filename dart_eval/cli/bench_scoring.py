@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from typing import TYPE_CHECKING
 
-import typer
-
-from dart_eval.cli.view import show
+from dart_eval.cli.view import output
 from dart_eval.errors import UserError
-from dart_eval.results.writers import Table, finite, markdown
+from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
     from dart_eval.bench.scoring import TaskSpeed
@@ -51,14 +48,7 @@ def run(
         shelf.load(name)  # what is missing shows before anything runs
     model, tokenizer = resolved.load()
     found = [measure(model, tokenizer, shelf, name, batch_size, rounds, limit, num_fewshot) for name in names]
-    if format == "json":
-        typer.echo(json.dumps(finite([dataclasses.asdict(f) for f in found]), indent=1))
-        return
-    made = table(found, resolved.identity.name)
-    if format == "md":
-        typer.echo(markdown(made))
-    else:
-        show(made)
+    output([dataclasses.asdict(f) for f in found], table(found, resolved.identity.name), format)
 
 
 def table(found: list[TaskSpeed], model: str) -> Table:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import rich.table
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -26,7 +28,7 @@ from dart_eval.errors import UserError
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.store import write_atomically
 from dart_eval.results.tables import tables
-from dart_eval.results.writers import Table
+from dart_eval.results.writers import Table, finite, markdown
 
 TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
 HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
@@ -132,6 +134,16 @@ def print_tables(records: Sequence[Record], more: Sequence[Table] = ()) -> None:
     for table in [*tables(records), *more]:
         show(table)
         print()
+
+
+def output(data: list[dict[str, Any]], table: Table, format: str) -> None:
+    """Data as `json`, or their table as `md` or for the terminal."""
+    if format == "json":
+        typer.echo(json.dumps(finite(data), indent=1))
+    elif format == "md":
+        typer.echo(markdown(table))
+    else:
+        show(table)
 
 
 def show(table: Table) -> None:
