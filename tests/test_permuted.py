@@ -188,6 +188,33 @@ def test_a_compiled_model_stays_compiled(method, params):
     assert 0 < counts[16] == counts[-1] < 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("execution", ["masked", "permuted"])
+def test_a_model_compiled_before_is_pruned_and_dense_again_after(execution):
+    """By default compiled code does not notice hooks: it would run on without them."""
+    dynamo.reset()
+    dynamo.config.skip_nnmodule_hook_guards = True  # the default, as in a new process
+    model = make("llama")
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.tensor([random_tokens(20)])
+
+    def steps(forward):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        logits = [model(ids, use_cache=True, past_key_values=cache).logits[:, -1]]
+        for token in range(5, 11):
+            logits.append(forward(torch.tensor([[token]]), use_cache=True, past_key_values=cache).logits[:, -1])
+        return torch.stack(logits)
+
+    dense = steps(compiled)
+    with open_session(model, "griffin", 0.5, execution=execution):
+        pruned = steps(compiled)
+    with open_session(model, "griffin", 0.5, execution=execution):
+        assert torch.allclose(pruned, steps(model), rtol=1e-8)
+    assert not torch.allclose(pruned, dense)
+    assert torch.allclose(dense, steps(compiled), rtol=1e-8)
+    dynamo.reset()
+
+
 # -- every neuron once, every bit back -----------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ refused: what was observed cannot be taken back. The evaluation sets phases itse
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -566,6 +567,7 @@ class Session:
         """Install the hooks the method needs."""
         if not self.method.prunes:
             return
+        _guard_hooks()
         add = self._handles.append
         add(decoder(self.model).register_forward_pre_hook(_eager(self._begin), with_kwargs=True))
         add(decoder(self.model).register_forward_hook(_eager(self._end)))
@@ -621,6 +623,7 @@ class Session:
             self.permuted.whole()
 
     def _unhook(self) -> None:
+        _guard_hooks()
         self._look_inside(False)
         while self._handles:
             self._handles.pop().remove()
@@ -642,6 +645,19 @@ class Session:
             top_k_mask(s[None], torch.tensor([k])).to(_device_of(ffn))
             for s, k, ffn in zip(scores, keep, self.ffns, strict=True)
         ]
+
+
+def _guard_hooks() -> None:
+    """Let compiled code notice hooks.
+
+    By default torch's compiler does not: a model that was compiled before `prune()` would run on without its hooks,
+    dense, and one compiled inside would keep them afterwards. Where a compiler is in use, what it has made is dropped,
+    once, and from then on it looks.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
