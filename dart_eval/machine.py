@@ -1,4 +1,4 @@
-"""What the machine did while something ran: peak memory, other processes' use of the processors."""
+"""The machine while something is measured: peak memory, other processes' use of the processors, waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
@@ -35,6 +39,14 @@ def _peak_rss() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked to: before a clock is read."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

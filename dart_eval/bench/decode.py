@@ -26,8 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from dart_eval import cost
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
-from dart_eval.machine import foreign_cpu, peak_memory
-from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.machine import foreign_cpu, peak_memory, wait
 from dart_eval.pruning.method import Method, PromptMethod
 from dart_eval.pruning.session import Session, prune
 
@@ -135,11 +134,10 @@ def measure(
     prefill: dict[str, list[float]] = {"dense": [], "pruned": []}
     exchange: dict[str, list[float]] = {"dense": [], "remask": []}
     renewal: dict[str, list[float]] = {"dense": [], "renewal": []}
-    calibration = TextCalibration(model, tokenizer)
     with (
         peak_memory(bench.device.type) as peak,
         foreign_cpu() as foreign,
-        prune(model, method, sparsity, calibration=calibration, execution="permuted") as run,
+        prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted") as run,
     ):
         for _ in range(1 + rounds):  # the first one warms up
             bench.round(run, prompt_tokens, steps, times, prefill)
@@ -192,10 +190,10 @@ class _Bench:
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds, and what came out."""
-        _wait(self.device)
+        wait(self.device)
         start = time.perf_counter()
         out = work()
-        _wait(self.device)
+        wait(self.device)
         return time.perf_counter() - start, out
 
     def step(self, tokens: Tensor, cache: Any) -> tuple[float, Any]:
@@ -277,11 +275,6 @@ def _weight_bytes(model: torch.nn.Module) -> int:
     return sum(stores.values())
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @torch.no_grad()
 def profile(
     model: PreTrainedModel,
@@ -297,7 +290,7 @@ def profile(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer), execution="permuted"):
+    with prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted"):
         cache = DynamicCache(config=model.config)
         bench.step(bench.tokens(prompt_tokens), cache)
         bench.step(bench.tokens(1), cache)

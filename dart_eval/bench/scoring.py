@@ -37,7 +37,7 @@ from dart_eval.evaluation.logits import LOGIT_BYTES, Answers
 from dart_eval.evaluation.scoring import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.ffn import decoder
-from dart_eval.machine import foreign_cpu
+from dart_eval.machine import foreign_cpu, wait
 
 METRICS = ("acc", "acc_norm")  # per document, where a task has them
 
@@ -137,7 +137,7 @@ def measure(
                 with counted(model) as computed:
                     start = time.perf_counter()
                     answers[i] = work()
-                    _wait(model)
+                    wait(model.device)
                     side.seconds.append(time.perf_counter() - start)
                 side.computed = computed
                 if i == 1:  # between our two sides, so that all three see the same machine
@@ -224,7 +224,7 @@ def unit_costs(model: Any, head: Callable[[torch.Tensor], torch.Tensor], width: 
     ids = torch.randint(config.vocab_size, (rows, width), device=device)
     start = time.perf_counter()
     hidden = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)[0]
-    _wait(model)
+    wait(model.device)
     token = (time.perf_counter() - start) / ids.numel()
     answers = Answers(head, config.vocab_size)
     states = hidden.flatten(0, 1)
@@ -260,8 +260,3 @@ def counted(model: Any) -> Iterator[Computed]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _wait(model: Any) -> None:
-    if model.get_input_embeddings().weight.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -171,7 +171,7 @@ class GatheredFFN:
         self._acts: Tensor | None = None  # act(gate x) of the token under way, [K]
         self._picked = torch.empty(0)  # which neurons it picked, by row
         self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
-        self._forwards = [_Forward(m) for m in self._modules[:2]]
+        self._forwards = [_Forward(m) for m in self._modules]
         self.kernels = gather.missing(down.rows.device) is None
 
     @property
@@ -188,9 +188,8 @@ class GatheredFFN:
         self.kept = count
 
     def narrow(self) -> None:
-        for forward, new in zip(self._forwards, (self._gate, self._up), strict=True):
+        for forward, new in zip(self._forwards, (self._gate, self._up, self._down), strict=True):
             forward.replace(new)
-        self._modules[2].__dict__["forward"] = self._down
 
     def widen(self) -> None:
         for forward in self._forwards:

@@ -350,8 +350,8 @@ class SequenceState:
         if renewal.every:
             self.since += valid.shape[1]
             if self.since >= renewal.every:
-                ended_before = ~valid[:, -1] & (not self.shared)
-                self.since, due = 0, ~alarms & ~ended_before
+                # One mask is renewed for all; else not for sequences that ended before.
+                self.since, due = 0, ~alarms if self.shared else valid[:, -1] & ~alarms
         changes = self.remask(alarms, "alarm") + self.remask(due, "steady")
         return changes + self.remask(ended, "alarm", dense=True)
 
