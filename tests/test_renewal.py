@@ -93,7 +93,7 @@ def test_tokens_that_run_dense_get_no_constant(llama):
         ffn.down.register_forward_pre_hook(lambda _m, a: inputs.append(a[0]))
 
         def check(_module, _args, output):
-            if session._phase == "decode":
+            if session.forward.phase == "decode":
                 plain = inputs[-1] @ ffn.down.weight.T
                 made["pruned" if torch.allclose(plain, output, atol=1e-9) is False else "dense"] += 1
                 assert torch.allclose(plain, output, atol=1e-9) == bool(session.state.dense_now)

@@ -48,7 +48,7 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
         neurons = sum(f.size for f in find_ffns(model))
         exact = 1 - round((1 - sparsity) * neurons) / neurons
         if method in MASKS:
-            masks = session._static or session.state.masks
+            masks = session.static_masks or session.state.masks
             for row in range(len(masks[0])):
                 assert sum(int(m[row].sum()) for m in masks) == round((1 - sparsity) * neurons)
             assert session.mask_sparsity == pytest.approx(exact)
@@ -62,7 +62,7 @@ def test_a_mask_does_what_removing_the_neurons_would(model, method):
     ids = _prompt(1, 20)
     with open_session(model, method, 0.5, **QUIET.get(method, {})) as session:
         pruned = _generate(model, ids, tokens=6)
-        masks = session._static or session.state.masks
+        masks = session.static_masks or session.state.masks
     prefill = model(ids, use_cache=True)
     cache = {cache_argument(model): cache_of(prefill)}
     with torch.no_grad():

@@ -169,7 +169,7 @@ def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
     state.remask(torch.tensor([True, False]))
     for i, ffn in enumerate(ffns):
         # the ring of four: the prompt's last input and the three new ones
-        x = torch.cat([last_of_prompt[i][0][[(state.ring.next) % 4]], recent[i][0]])
+        x = torch.cat([last_of_prompt[i][0][[int(state.ring.next) % 4]], recent[i][0]])
         h = ffn.intermediate(x)
         score = 0.25 * state.energy[i][0] / 6 + 0.75 * h.square().sum(0) / 4
         wanted = top_k_mask(score[None], state.keep[:1, i])[0]

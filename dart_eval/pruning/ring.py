@@ -24,7 +24,9 @@ class RingBuffer:
         if slots is None:
             slots = self.slots[layer] = x.new_zeros(x.shape[0], self.size, x.shape[2])
             self.next = self.next.to(x.device)
-        slots.index_copy_(1, self._indices(x.shape[1], x.device), x[:, -self.size :].detach())
+        if x.shape[1] > 1:
+            x = x[:, -self.size :]
+        slots.index_copy_(1, self._indices(x.shape[1], x.device), x.detach() if x.requires_grad else x)
 
     def advance(self, valid: Tensor) -> None:
         """Close a forward whose tokens were `valid` ([B, T] bool), after all layers have written."""
@@ -34,7 +36,7 @@ class RingBuffer:
         self.next.add_(min(valid.shape[1], self.size)).remainder_(self.size)
 
     def _indices(self, tokens: int, device: torch.device) -> Tensor:
-        start = self.next.to(device)
+        start = self.next if self.next.device == device else self.next.to(device)
         return start if tokens == 1 else (torch.arange(min(tokens, self.size), device=device) + start) % self.size
 
     def select(self, rows: Tensor) -> RingBuffer:

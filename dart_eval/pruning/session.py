@@ -18,10 +18,9 @@ refused: what was observed cannot be taken back. The evaluation sets phases itse
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +31,16 @@ from torch import Tensor, nn
 
 from dart_eval.allocation import check_table, keep_counts
 from dart_eval.errors import UserError, nearest
-from dart_eval.ffn import FFN, decoder, find_ffns, is_conv1d
+from dart_eval.ffn import FFN, find_ffns, is_conv1d
 from dart_eval.pruning import gather
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.hooks import Forward, Hooks, Phase
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
 from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.state import SequenceState
 
-Phase = Literal["off", "context", "decode"]
 Execution = Literal["auto", "masked", "permuted"]
 EXECUTIONS = ("auto", "masked", "permuted")
 
@@ -75,7 +74,6 @@ class Session:
         self.shared_mask = shared_mask
         self._wanted = self._possible(execution)
         self.permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
-        self._sliced = False  # the forward under way multiplies the kept neurons alone
         self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
         # Whether h is looked at in every token, whatever the mask.
         self._choosy = isinstance(method, PromptMethod) and (method.stages > 1 or method.renewal.dense_tokens > 0)
@@ -85,30 +83,23 @@ class Session:
         self.alarms: list[dict[str, Any]] = []  # of the detector since then: token, sequence
         self.signals: list[Tensor] = []  # [B] per detector window since then; NaN where a sequence had ended
         self.decoded = 0  # tokens per sequence since then
-        self._static: list[Tensor] | None = None  # L x [1, F] bool
+        self.static_masks: list[Tensor] | None = None  # L x [1, F] bool
         self._weights: list[Tensor] | None = None  # L x [F], a prompt method's factors on the energies
         if isinstance(method, StaticMethod):
-            self._static = self._static_masks(method, calibration)
+            self.static_masks = self._make_static_masks(method, calibration)
         if isinstance(method, PromptMethod):
             if calibration is not None:
                 self._weights = method.neuron_weights(calibration)
             if method.table is not None:
                 check_table(method.table, sparsity, len(self.ffns))
-        self._phase: Phase = "off"
         self._forced: Phase | None = None
-        self._valid = torch.ones(0, 0, dtype=torch.bool)
-        self._residual: Tensor | None = None  # residual stream on its way through one layer
-        self._attention: Tensor | None = None  # last layer's attention output of this forward
-        self._gate: Tensor | None = None  # gate x of the layer under way, where tokens pick their neurons
-        self._up: Tensor | None = None  # up x of that layer
         self._cached = 0  # tokens that the KV cache held after the last forward
         self._cache: Any = None  # weak reference to it, once it is known
-        self._frozen = False
         self._given_valid: Tensor | None = None
         self._real: Tensor | None = None  # [B, T] bool, real tokens of a forward that computes some of them again
         self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._inside: list[torch.utils.hooks.RemovableHandle] = []
+        self.forward = Forward()
+        self._hooks = Hooks(self)
 
     @property
     def looks_ahead(self) -> bool:
@@ -141,7 +132,7 @@ class Session:
     @property
     def state_bytes(self) -> int:
         """Bytes the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
-        own = sum(m.numel() * m.element_size() for m in [*(self._static or []), *(self._weights or [])])
+        own = sum(m.numel() * m.element_size() for m in [*(self.static_masks or []), *(self._weights or [])])
         return own + (self.state.nbytes() if self.state else 0)
 
     @property
@@ -151,8 +142,8 @@ class Session:
 
     def shares(self, batch: int) -> Step:
         """What a decoding forward would use now."""
-        if self._static is not None:
-            kept = sum(int(m.sum()) for m in self._static) / sum(f.size for f in self.ffns)
+        if self.static_masks is not None:
+            kept = sum(int(m.sum()) for m in self.static_masks) / sum(f.size for f in self.ffns)
             share = torch.full((batch,), kept, dtype=torch.float64)
             return Step(share, share)
         if self.state is not None and self.state.masks is not None:
@@ -197,12 +188,12 @@ class Session:
 
         T <= `room()`, unless the masks are `frozen`: then nothing is observed and nothing renewed.
         """
-        self._frozen = frozen
+        self.forward.frozen = frozen
         try:
             with self._force("decode", valid):
                 yield
         finally:
-            self._frozen = False
+            self.forward.frozen = False
 
     @contextmanager
     def foresee(self, valid: Tensor) -> Iterator[None]:
@@ -315,7 +306,7 @@ class Session:
         """For new sequences: reorder the neurons, or put them back."""
         if self.permuted is None and any(f.order is not None for f in self.ffns):
             raise UserError(REORDERED, "leave that one first")
-        one = batch == 1 or self.shared_mask or self._static is not None
+        one = batch == 1 or self.shared_mask or self.static_masks is not None
         if self._wanted == "permuted" and not one:
             raise UserError(
                 f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
@@ -328,7 +319,7 @@ class Session:
             if self.permuted is None:
                 self.permuted = PermutedFFNs(self.ffns, self.model, self._can_gather and batch == 1)
                 self.permuted.begin()  # from here on `detach` undoes it
-                self._move_kept(self._static)
+                self._move_kept(self.static_masks)
         else:
             self._restore()
 
@@ -353,7 +344,7 @@ class Session:
 
     @torch.no_grad()
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids")
+        forward, tokens = self.forward, kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
@@ -374,18 +365,18 @@ class Session:
             self._check_cache(cache, past)
             self._cached = past + length
         if self._forced is not None:
-            self._phase = self._forced
+            forward.phase = self._forced
         else:
-            self._phase = "decode" if past and length == 1 else "context"
+            forward.phase = "decode" if past and length == 1 else "context"
             if not past:
                 self.state = None
-        self._valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
+        forward.valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
         if not past:
             self._new_log()
         if self.permuted is not None:
             self.permuted.whole()  # an exception may have left it sliced
-            self._sliced = False
-        if not past or self._forced is not None or (self.state is None and self._static is None):
+            forward.sliced = False
+        if not past or self._forced is not None or (self.state is None and self.static_masks is None):
             self._choose_execution(batch)
         if self.state is not None and self.state.batch != batch:
             raise UserError(
@@ -394,11 +385,11 @@ class Session:
             )
         if isinstance(self.method, PromptMethod) and self.state is None:
             self.state = self._new_state(batch, tokens.device)
-            if self._phase == "decode":  # the cache was filled before the session began: observe from here
-                self._phase = "context"
-        if self._phase == "context":
+            if forward.phase == "decode":  # the cache was filled before the session began: observe from here
+                forward.phase = "context"
+        if forward.phase == "context":
             self._step = None
-        if self._phase == "decode":
+        if forward.phase == "decode":
             if self._step is None:
                 self._step = self.shares(batch)
             step = self._step
@@ -408,11 +399,11 @@ class Session:
             self._totals[1] += batch * length
             if self.permuted is not None and bool((step.mask < 1).all()):
                 self.permuted.slice()
-                self._sliced = True
+                forward.sliced = True
         elif self._forced is None and not past:
             self._totals[1] += batch  # the prompt's last position makes the first token, densely
         gathers = self.permuted is not None and bool(self.permuted.gathered)
-        self._look_inside(not self._sliced or (self._choosy and not gathers))
+        self._hooks.look_inside(not forward.sliced or (self._choosy and not gathers))
 
     def _check_cache(self, cache: Any, past: int) -> None:
         """Refuse a cache that is not what the last forward left; beams may change places in it, and masks with them."""
@@ -435,7 +426,8 @@ class Session:
 
             def reorder_both(beams: Tensor) -> None:
                 reorder(beams)
-                if self._handles and self.state is not None and self._cache is not None and self._cache() is cache:
+                mine = self._hooks.installed and self._cache is not None and self._cache() is cache
+                if mine and self.state is not None:
                     self._step = None
                     self.state = self.state.select(beams.to(self.state.device))
 
@@ -455,21 +447,22 @@ class Session:
 
     @torch.no_grad()
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        attention, self._attention = self._attention, None
+        forward = self.forward
+        attention, forward.attention = forward.attention, None
         # What runs from here on, a re-mask's own projections too, is no forward.
-        phase, self._phase = self._phase, "off"
-        if self._sliced and self.permuted is not None:
+        phase, forward.phase = forward.phase, "off"
+        if forward.sliced and self.permuted is not None:
             self.permuted.whole()
-            self._sliced = False
+            forward.sliced = False
         if self.state is None:
             return
         if phase == "context":
-            self.state.finish_context(self._valid, self._real)
+            self.state.finish_context(forward.valid, self._real)
             self._move_kept(self.state.masks)
-        elif self.state.masks is not None and not self._frozen:
+        elif self.state.masks is not None and not forward.frozen:
             detector = self.state.detector
             watching = detector is not None and attention is not None
-            changes = self.state.finish_decode(attention if watching else None, self._valid)
+            changes = self.state.finish_decode(attention if watching else None, forward.valid)
             if watching and detector is not None and detector.position == 0:
                 self.signals.append(detector.signal.cpu())
             if watching:
@@ -485,128 +478,17 @@ class Session:
                     "cause": change.cause, "overlap": change.overlap,
                 })  # fmt: skip
 
-    def _in_batch(self, x: Tensor) -> Tensor:
-        """[B, T, ...] of what a layer may hand on as [B * T, ...] (OPT)."""
-        return x if x.dim() == 3 else x.view(*self._valid.shape, x.shape[-1])
-
-    def _on_hidden(self, layer: int) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if self._phase == "off":  # the state's own use of the projection
-                return None
-            h = self._in_batch(args[0])
-            gate, up, self._gate, self._up = self._gate, self._up, None, None
-            if self._phase == "context" and self.state is not None:
-                self.state.observe_hidden(layer, h, self._valid, up)
-            elif self._phase == "decode":
-                if self._static is not None:
-                    masked = h * self._static[layer].to(h.device)[:, None]
-                elif self.state is not None and self.state.masks is not None:
-                    chosen = None if gate is None else self.ffns[layer].act(gate)
-                    masked = self.state.apply(layer, h, self._valid, chosen, self._sliced)
-                else:
-                    return None
-                return None if masked is h else (masked.view(args[0].shape), *args[1:])
-            return None
-
-        return hook
-
-    def _on_down(self, layer: int) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if self._phase != "decode" or self.state is None:
-                return None
-            constant = self.state.constant(layer)
-            if constant is None:
-                return None
-            return (self._in_batch(output) + constant.to(output.device, output.dtype)).view(output.shape)
-
-        return hook
-
-    def _on_gate(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        if self._phase != "off":
-            self._gate = self._in_batch(output)
-
-    def _on_up(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        if self._phase != "off":
-            self._up = self._in_batch(output)
-
-    def _on_both(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        if self._phase != "off":
-            self._gate, self._up = self._in_batch(output).chunk(2, dim=-1)
-
-    def _on_input(self, layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._phase != "off" and self.state is not None and self.state.ring is not None and not self._frozen:
-                self.state.ring.write(layer, self._in_batch(args[0]))
-
-        return hook
-
-    def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._phase == "context":
-            self._residual = self._in_batch(args[0])
-
-    def _on_output(self, layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-            residual, self._residual = self._residual, None
-            if self._phase == "context" and self.state is not None and residual is not None:
-                added = self._in_batch(output) * self.ffns[layer].scale
-                self.state.observe_change(layer, residual, added, self._valid)
-
-        return hook
-
-    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        if self.state is None or self.state.detector is None:
-            return
-        if self._phase == "context":
-            self.state.observe_attention(output, self._valid)
-        else:
-            self._attention = output
-
     # -- attach and detach -----------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Install the hooks the method needs."""
-        if not self.method.prunes:
-            return
-        _guard_hooks()
-        add = self._handles.append
-        add(decoder(self.model).register_forward_pre_hook(_eager(self._begin), with_kwargs=True))
-        add(decoder(self.model).register_forward_hook(_eager(self._end)))
-        prompt = self.method if isinstance(self.method, PromptMethod) else None
-        for ffn in self.ffns:
-            if prompt and prompt.needs_ring:
-                add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
-            if prompt and prompt.compensate:
-                add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
-        if prompt and prompt.drift:
-            add(self.ffns[-1].attention.register_forward_hook(self._on_attention))
-        self._look_inside(True)
-
-    def _look_inside(self, wanted: bool) -> None:
-        """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
-        if wanted == bool(self._inside):
-            return
-        while self._inside:
-            self._inside.pop().remove()
-        if not wanted:
-            return
-        add = self._inside.append
-        prompt = self.method if isinstance(self.method, PromptMethod) else None
-        for ffn in self.ffns:
-            add(ffn.down.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
-            if prompt and prompt.layer_allocation == "depth":
-                add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
-                add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
-            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
-                if ffn.gate is not None:
-                    add(ffn.gate.register_forward_hook(_eager(self._on_gate)))
-                    add(ffn.up.register_forward_hook(_eager(self._on_up)))
-                elif ffn.fused:
-                    add(ffn.up.register_forward_hook(_eager(self._on_both)))
+        if self.method.prunes:
+            self._hooks.install(self._begin, self._end)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Forwards inside are the model's own: dense, unobserved, without a hook."""
-        self._unhook()
+        self._hooks.remove()
         try:
             yield
         finally:
@@ -622,20 +504,14 @@ class Session:
         finally:
             self.permuted.whole()
 
-    def _unhook(self) -> None:
-        _guard_hooks()
-        self._look_inside(False)
-        while self._handles:
-            self._handles.pop().remove()
-
     def detach(self) -> None:
         """Remove every hook, and put every neuron back."""
         try:
-            self._unhook()
+            self._hooks.remove()
         finally:
             self._restore()
 
-    def _static_masks(self, method: StaticMethod, calibration: Calibration | None) -> list[Tensor]:
+    def _make_static_masks(self, method: StaticMethod, calibration: Calibration | None) -> list[Tensor]:
         if calibration is None:
             raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
         scores = method.static_scores(calibration)
@@ -645,24 +521,6 @@ class Session:
             top_k_mask(s[None], torch.tensor([k])).to(_device_of(ffn))
             for s, k, ffn in zip(scores, keep, self.ffns, strict=True)
         ]
-
-
-def _guard_hooks() -> None:
-    """Let compiled code notice hooks.
-
-    By default torch's compiler does not: a model that was compiled before `prune()` would run on without its hooks,
-    dense, and one compiled inside would keep them afterwards. Where a compiler is in use, what it has made is dropped,
-    once, and from then on it looks.
-    """
-    dynamo: Any = sys.modules.get("torch._dynamo")
-    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
-        dynamo.config.skip_nnmodule_hook_guards = False
-        dynamo.reset()
-
-
-def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that a compiler leaves alone: what it does changes from forward to forward."""
-    return torch.compiler.disable(hook)
 
 
 def _device_of(ffn: FFN) -> torch.device:

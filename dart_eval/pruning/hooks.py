@@ -1,0 +1,212 @@
+"""The hooks of a session on its model: they hand what layers compute to the sequences' state, and prune.
+
+They come and go with the session, and those that look inside FFNs also with the forwards that need them. A compiler
+sees through the others, whose tensors keep their addresses; the rest it leaves alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.ffn import decoder
+from dart_eval.pruning.method import PromptMethod
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.session import Session
+
+Phase = Literal["off", "context", "decode"]
+
+
+@dataclass
+class Forward:
+    """The forward under way.
+
+    Attributes:
+        phase: `off` between forwards. valid: [B, T] bool, False for padding.
+        sliced: it multiplies the kept neurons alone. frozen: nothing is observed.
+        attention: [B, T, D] attention output of the last layer, once it has run.
+        residual, gate, up: of the layer under way: the stream that enters it, gate x and up x.
+    """
+
+    phase: Phase = "off"
+    valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
+    sliced: bool = False
+    frozen: bool = False
+    attention: Tensor | None = None
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+    up: Tensor | None = None
+
+    def in_batch(self, x: Tensor) -> Tensor:
+        """[B, T, ...] of what a layer may hand on as [B * T, ...] (OPT)."""
+        return x if x.dim() == 3 else x.view(*self.valid.shape, x.shape[-1])
+
+
+class Hooks:
+    """Installs and removes the hooks that a session's method needs."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._prompt = session.method if isinstance(session.method, PromptMethod) else None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._inside: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model is being watched."""
+        return bool(self._handles)
+
+    def install(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
+        """Watch the model. begin, end: run before and after each forward of its decoder."""
+        _guard_hooks()
+        add, prompt, ffns = self._handles.append, self._prompt, self.session.ffns
+        add(decoder(self.session.model).register_forward_pre_hook(_eager(begin), with_kwargs=True))
+        add(decoder(self.session.model).register_forward_hook(_eager(end)))
+        for ffn in ffns:
+            if prompt and prompt.needs_ring:
+                add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
+            if prompt and prompt.compensate:
+                add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
+        if prompt and prompt.drift:
+            add(ffns[-1].attention.register_forward_hook(self._on_attention))
+        self.look_inside(True)
+
+    def look_inside(self, wanted: bool) -> None:
+        """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
+        if wanted == bool(self._inside):
+            return
+        while self._inside:
+            self._inside.pop().remove()
+        if not wanted:
+            return
+        add, prompt = self._inside.append, self._prompt
+        for ffn in self.session.ffns:
+            add(ffn.down.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
+            if prompt and prompt.layer_allocation == "depth":
+                add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
+                add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
+                if ffn.gate is not None:
+                    add(ffn.gate.register_forward_hook(_eager(self._on_gate)))
+                    add(ffn.up.register_forward_hook(_eager(self._on_up)))
+                elif ffn.fused:
+                    add(ffn.up.register_forward_hook(_eager(self._on_both)))
+
+    def remove(self) -> None:
+        """Leave the model alone."""
+        _guard_hooks()
+        self.look_inside(False)
+        while self._handles:
+            self._handles.pop().remove()
+
+    # -- what they do ----------------------------------------------------------------------------------------
+
+    def _on_hidden(self, layer: int) -> Callable[..., Any]:
+        session, forward = self.session, self.session.forward
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if forward.phase == "off":  # the state's own use of the projection
+                return None
+            h, state = forward.in_batch(args[0]), session.state
+            gate, up, forward.gate, forward.up = forward.gate, forward.up, None, None
+            if forward.phase == "context":
+                if state is not None:
+                    state.observe_hidden(layer, h, forward.valid, up)
+                return None
+            if session.static_masks is not None:
+                masked = h * session.static_masks[layer].to(h.device)[:, None]
+            elif state is not None and state.masks is not None:
+                chosen = None if gate is None else session.ffns[layer].act(gate)
+                masked = state.apply(layer, h, forward.valid, chosen, forward.sliced)
+            else:
+                return None
+            return None if masked is h else (masked.view(args[0].shape), *args[1:])
+
+        return hook
+
+    def _on_down(self, layer: int) -> Callable[..., Tensor | None]:
+        session, forward = self.session, self.session.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if forward.phase != "decode" or session.state is None:
+                return None
+            constant = session.state.constant(layer)
+            if constant is None:
+                return None
+            return (forward.in_batch(output) + constant.to(output.device, output.dtype)).view(output.shape)
+
+        return hook
+
+    def _on_input(self, layer: int) -> Callable[..., None]:
+        session, forward = self.session, self.session.forward
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            state = session.state
+            if forward.phase != "off" and state is not None and state.ring is not None and not forward.frozen:
+                state.ring.write(layer, forward.in_batch(args[0]))
+
+        return hook
+
+    def _on_output(self, layer: int) -> Callable[..., None]:
+        session, forward = self.session, self.session.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            residual, forward.residual = forward.residual, None
+            if forward.phase == "context" and session.state is not None and residual is not None:
+                added = forward.in_batch(output) * session.ffns[layer].scale
+                session.state.observe_change(layer, residual, added, forward.valid)
+
+        return hook
+
+    def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        forward = self.session.forward
+        if forward.phase == "context":
+            forward.residual = forward.in_batch(args[0])
+
+    def _on_gate(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        forward = self.session.forward
+        if forward.phase != "off":
+            forward.gate = forward.in_batch(output)
+
+    def _on_up(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        forward = self.session.forward
+        if forward.phase != "off":
+            forward.up = forward.in_batch(output)
+
+    def _on_both(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        forward = self.session.forward
+        if forward.phase != "off":
+            forward.gate, forward.up = forward.in_batch(output).chunk(2, dim=-1)
+
+    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        state, forward = self.session.state, self.session.forward
+        if state is None or state.detector is None:
+            return
+        if forward.phase == "context":
+            state.observe_attention(output, forward.valid)
+        else:
+            forward.attention = output
+
+
+def _guard_hooks() -> None:
+    """Let compiled code notice hooks.
+
+    By default torch's compiler does not: a model that was compiled before `prune()` would run on without its hooks,
+    dense, and one compiled inside would keep them afterwards. Where a compiler is in use, what it has made is dropped,
+    once, and from then on it looks.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that a compiler leaves alone: what it does changes from forward to forward."""
+    return torch.compiler.disable(hook)
