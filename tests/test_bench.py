@@ -69,7 +69,8 @@ def test_a_fifth_of_the_kept_neurons_is_exchanged(monkeypatch):
 
     monkeypatch.setattr(PermutedFFNs, "select", select)
     decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, prompt_tokens=5, steps=2, rounds=1)
-    assert moved[-3:] == [(4, 20)] * 3
+    exchanges = moved[-18:-9]  # three times three layers; after them, as often, the neurons go back and are taken over
+    assert exchanges == [(4, 20)] * 9
 
 
 def test_what_cannot_be_timed_is_refused():

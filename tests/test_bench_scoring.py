@@ -10,7 +10,7 @@ from dart_eval import machine
 from dart_eval.bench.scoring import Computed, counted, measure, needed_for
 from dart_eval.cli import app, bench_scoring
 from dart_eval.errors import UserError
-from dart_eval.evaluation.scoring import Request
+from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.machine import foreign_cpu
 from dart_eval.results.writers import markdown

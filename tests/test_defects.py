@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dart_eval.evaluation.scoring import Request, Scorer, output_head
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import DEFAULT_TEXT
@@ -57,7 +59,7 @@ def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
     request = Request(random_tokens(20), random_tokens(3, seed=2))
     with prune(llama, method, 0.5) as session:
         for _ in range(2):
-            (score,) = Scorer(llama, output_head(llama), session, 1).score([request])
+            (score,) = scorer(llama, output_head(llama), session, 1).score([request])
             assert (score.masked, score.pruned) == (3, pytest.approx(1.5))
     assert method == Dart()
 
@@ -180,7 +182,7 @@ def test_d10_candidates_share_one_mask_that_none_of_them_made(llama, method):
     context, masks = random_tokens(20, seed=3), []
     for answers in ((5, 6, 7), (50, 51)):
         with open_session(llama, method, 0.5) as session:
-            Scorer(llama, output_head(llama), session, 4).score([Request(context, (a, a)) for a in answers])
+            scorer(llama, output_head(llama), session, 4).score([Request(context, (a, a)) for a in answers])
             assert all(torch.equal(m, m[:1].expand_as(m)) for m in session.state.masks)
             masks.append([m[0] for m in session.state.masks])
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))

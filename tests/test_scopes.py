@@ -5,7 +5,8 @@ import torch
 
 from dart_eval.allocation import write_table
 from dart_eval.errors import UserError
-from dart_eval.evaluation.scoring import Request, Scorer
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
 from dart_eval.executors.local import Silent, run
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.plan import config_from
@@ -18,7 +19,7 @@ METHODS = [("random", {}), ("griffin", {}), ("dart", {}), ("dart-plus", {})]
 
 
 def scored(model, session, requests, scope, batch_size=4):
-    return Scorer(model, output_head_of(model), session, batch_size, scope).score(requests)
+    return scorer(model, output_head_of(model), session, batch_size, scope).score(requests)
 
 
 def numbers(scores):

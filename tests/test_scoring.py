@@ -4,9 +4,11 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import Answers
-from dart_eval.evaluation.scoring import Request, Scorer, output_head
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
 from dart_eval.ffn import cache_argument
 from tests.conftest import RENEWED, SMALL, cache_of, open_session, random_tokens, tiny
 
@@ -26,7 +28,7 @@ def _requests():
 
 
 def _score(model, session, requests, batch_size=4):
-    return Scorer(model, output_head_of(model), session, batch_size).score(requests)
+    return scorer(model, output_head_of(model), session, batch_size).score(requests)
 
 
 def output_head_of(model, heads={}):  # noqa: B006 - one check per model is enough
@@ -96,7 +98,7 @@ def test_a_later_token_never_changes_an_earlier_score(llama, method, params, mon
     context, start = random_tokens(30, seed=1), random_tokens(14, seed=2)
     longer = [Request(context, (*start, last, 9)) for last in (5, 60)]
     with open_session(llama, method, **params) as session:
-        scorer = Scorer(llama, output_head_of(llama), session, 1)
+        scoring = scorer(llama, output_head_of(llama), session, 1)
         runs, logprobs = [], Answers.logprobs
 
         def watch(answers, path, continuation):
@@ -105,7 +107,7 @@ def test_a_later_token_never_changes_an_earlier_score(llama, method, params, mon
 
         monkeypatch.setattr(Answers, "logprobs", watch)
         for request in longer:
-            scorer.score([request])
+            scoring.score([request])
     n = len(start)
     assert runs[0][:n] == runs[1][:n]
     assert runs[0][n:] != runs[1][n:]
@@ -169,7 +171,7 @@ def test_logits_are_computed_only_where_they_are_scored(llama):
     head = output_head(llama)
     seen.clear()
     requests = [Request(random_tokens(30), random_tokens(n, seed=n)) for n in (2, 9)]
-    Scorer(llama, head, None, 4).score([*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))])
+    scorer(llama, head, None, 4).score([*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))])
     handle.remove()
     assert sum(seen) == 2 + 9 - 1  # the first position is one for all, and the third answer asks at no other
 

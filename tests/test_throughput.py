@@ -11,7 +11,8 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation import batching, scoring
 from dart_eval.evaluation.batching import Budget, batches, budget, check_batch_size, common_prefix, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
-from dart_eval.evaluation.scoring import Request, Scorer
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
 from dart_eval.ffn import decoder
 from tests.conftest import CONFIGS, FAMILIES, RENEWED, open_session, random_tokens, tiny
 from tests.test_scoring import output_head_of
@@ -52,7 +53,7 @@ def _score(model, method, params, batch_size, share):
     head = output_head_of(model)
     with open_session(model, method, **params) as session:
         pruned = None if method == "dense" else session
-        return _forwards(model, lambda: Scorer(model, head, pruned, batch_size, "scored", share).score(_requests()))
+        return _forwards(model, lambda: scorer(model, head, pruned, batch_size, "scored", share).score(_requests()))
 
 
 @pytest.mark.parametrize(("method", "params"), METHODS)
@@ -93,8 +94,8 @@ def test_a_prefix_is_computed_once():
     head = output_head_of(model)
     prefix = random_tokens(60, seed=1)
     requests = [Request((*prefix, *random_tokens(8, seed=s)), (s,)) for s in range(10, 20)]
-    shared, _ = _forwards(model, lambda: Scorer(model, head, None, 4).score(requests))
-    alone, _ = _forwards(model, lambda: Scorer(model, head, None, 4, share_prefix=False).score(requests))
+    shared, _ = _forwards(model, lambda: scorer(model, head, None, 4).score(requests))
+    alone, _ = _forwards(model, lambda: scorer(model, head, None, 4, share_prefix=False).score(requests))
     assert (shared, alone) == (60 + 10 * 8, 10 * 68)
 
 
@@ -109,11 +110,11 @@ def test_small_batches_wait_for_a_large_head(monkeypatch, method):
         calls.clear()
         given_, batches_ = [], []
         with open_session(model, method) as session:
-            scorer = Scorer(
+            mine = scorer(
                 model, lambda x: (calls.append(len(x)), head(x))[1], session if method != "dense" else None, 2
             )
-            monkeypatch.setattr(scorer, "_run", lambda *a, run=scorer._run, n=batches_: (n.append(1), run(*a))[1])
-            found = scorer.score(_requests(), lambda part, kept=given_: kept.append([i for i, _ in part]))
+            monkeypatch.setattr(mine, "_run", lambda *a, run=mine._run, n=batches_: (n.append(1), run(*a))[1])
+            found = mine.score(_requests(), lambda part, kept=given_: kept.append([i for i, _ in part]))
         runs[held] = [s.logprob for s in found]
         assert sorted(itertools.chain(*given_)) == list(range(len(_requests())))
         assert len(calls) == len(given_) and (len(given_) < len(batches_)) == bool(held)
@@ -126,8 +127,8 @@ def test_candidates_of_an_oracle_have_nothing_in_common(model):
     requests = [Request(context, (*start, *random_tokens(n, seed=n))) for n in (2, 5, 9)]
     head = output_head_of(model)
     with open_session(model, "oracle") as session:
-        together = [s.logprob for s in Scorer(model, head, session, 4).score(requests)]
-        alone = [Scorer(model, head, session, 4).score([r])[0].logprob for r in requests]
+        together = [s.logprob for s in scorer(model, head, session, 4).score(requests)]
+        alone = [scorer(model, head, session, 4).score([r])[0].logprob for r in requests]
     assert together == pytest.approx(alone, abs=1e-6)
 
 
@@ -260,7 +261,7 @@ def test_auto_runs_short_contexts_many_at_a_time_and_long_ones_few(llama):
     contexts = [random_tokens(n, seed=s) for s, n in enumerate([4] * 30 + [200] * 12)]
     head = output_head_of(llama)
     shapes.clear()
-    Scorer(llama, head, None, "auto").score([Request(c, (5, 6)) for c in contexts])
+    scorer(llama, head, None, "auto").score([Request(c, (5, 6)) for c in contexts])
     handle.remove()
     first = [s for s in shapes if s[1] > 1]
     assert max(s[0] for s in first if s[1] == 200) == 5

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from dart_eval.pruning.method import Method, PromptMethod
 from dart_eval.pruning.session import Session, prune
 
 CHANGED = 0.2  # of the kept neurons: the re-mask that is timed
+# Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of
+# neurons that the masks keep. Torch's own limit is 8; beyond it steps would run uncompiled, without a word.
+VARIANTS = 64
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class DecodeSpeed:
         first_token: prompt's time with scoring, masks and the first reordering / dense prompt's time.
         remask_dense_steps: exchanging a fifth of the kept neurons in every layer, in dense steps.
         renewal_dense_steps: making new scores and masks from the recent tokens, in dense steps (None: nothing renews).
+        begin_dense_steps, end_dense_steps: once per `prune()`, in dense steps: taking the weights over (down is turned
+            in its own memory), and putting every neuron back.
         tracing_overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
         dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
         extra_weight_bytes: memory of weights beyond the model's own. state_bytes: of the method. order_bytes: of the
@@ -74,6 +79,8 @@ class DecodeSpeed:
     first_token: Ratio
     remask_dense_steps: Ratio
     renewal_dense_steps: Ratio | None
+    begin_dense_steps: Ratio
+    end_dense_steps: Ratio
     tracing_overhead: Ratio
     dense_tokens_per_second: float
     tokens_per_second: float
@@ -134,7 +141,9 @@ def measure(
     prefill: dict[str, list[float]] = {"dense": [], "pruned": []}
     exchange: dict[str, list[float]] = {"dense": [], "remask": []}
     renewal: dict[str, list[float]] = {"dense": [], "renewal": []}
+    once: dict[str, list[float]] = {"dense": [], "begin": [], "end": []}
     with (
+        _many_variants(compiled is not None),
         peak_memory(bench.device.type) as peak,
         foreign_cpu() as foreign,
         prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted") as run,
@@ -152,6 +161,8 @@ def measure(
         share = run.shares(1)
         assert run.permuted is not None
         read, executed = float(share.read[0]), run.permuted.executed()
+        for _ in range(max(3, rounds)):
+            bench.begin_and_end(run, once)
         extra, state = _weight_bytes(model) - before, run.state_bytes
         order = sum(f.order.numel() * f.order.element_size() for f in run.ffns if f.order is not None)
     ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]
@@ -163,12 +174,25 @@ def measure(
         first_token=paired(prefill["pruned"], prefill["dense"]),
         remask_dense_steps=paired(exchange["remask"], exchange["dense"]),
         renewal_dense_steps=paired(renewal["renewal"], renewal["dense"]) if renewal["dense"] else None,
+        begin_dense_steps=paired(once["begin"], once["dense"]), end_dense_steps=paired(once["end"], once["dense"]),
         tracing_overhead=paired(times["pruned"], times["bare"], 1.0),
         dense_tokens_per_second=1 / statistics.median(times["dense"]),
         tokens_per_second=1 / statistics.median(times["pruned"]),
         extra_weight_bytes=extra, state_bytes=state, order_bytes=order, peak_bytes=peak(),
         foreign_cores=foreign(),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _many_variants(compiled: bool) -> Iterator[None]:
+    """Let the compiler keep every variant of a step; one too many is an error."""
+    if not compiled:
+        yield
+        return
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
+        yield
 
 
 class _Bench:
@@ -256,6 +280,16 @@ class _Bench:
         times["dense"].append(self._dense(run))
         copied = state.select(torch.arange(state.batch, device=state.device))
         times["renewal"].append(self.timed(lambda: copied.remask(everyone))[0])
+
+    def begin_and_end(self, run: Session, times: dict[str, list[float]]) -> None:
+        """Put every neuron back, take the weights over again, and move the kept neurons to the front."""
+        permuted, masks = run.permuted, run.state.masks if run.state is not None else run.static_masks
+        assert permuted is not None and masks is not None
+        times["dense"].append(self._dense(run))
+        times["end"].append(self.timed(permuted.restore)[0])
+        times["begin"].append(self.timed(permuted.begin)[0])
+        for layer, mask in enumerate(masks):
+            permuted.select(layer, mask[0])
 
     def _cache(self, name: str) -> Any:
         """An empty cache. Those of a fixed size are kept: a compiled model knows them by their addresses."""

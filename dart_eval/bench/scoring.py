@@ -34,7 +34,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import AUTO, CPU_TOKENS, budget, shared_prefixes
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import LOGIT_BYTES, Answers
-from dart_eval.evaluation.scoring import Request, Score
+from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.ffn import decoder
 from dart_eval.machine import foreign_cpu, wait

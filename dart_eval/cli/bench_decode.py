@@ -66,8 +66,8 @@ def run(
 def table(found: list[Any], where: str) -> Table:
     """Decoding speed of several methods, for people."""
     columns = [
-        "method", "FFN read", "speed-up", "ceiling", "of it", "control", "first token", "re-mask", "renewal", "tracing",
-        "tokens/s", "extra weights", "state MB",
+        "method", "FFN read", "speed-up", "ceiling", "of it", "control", "first token", "re-mask", "renewal",
+        "begin, end", "tracing", "tokens/s", "extra weights", "state MB",
     ]  # fmt: skip
     body = [
         [
@@ -76,6 +76,7 @@ def table(found: list[Any], where: str) -> Table:
             _ratio(f.speedup, 2, "x"), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control, 2, "x"),
             f"{f.first_token.median:.2f}x", f"{f.remask_dense_steps.median:.2f}",
             f"{f.renewal_dense_steps.median:.2f}" if f.renewal_dense_steps else "-",
+            f"{f.begin_dense_steps.median:.1f}, {f.end_dense_steps.median:.1f}",
             f"{100 * f.tracing_overhead.median:.1f} %", f"{f.tokens_per_second:.1f} ({f.dense_tokens_per_second:.1f})",
             f"{f.extra_weight_bytes / 10**6:.0f} MB", f"{(f.state_bytes + f.order_bytes) / 10**6:.2f}",
         ]
@@ -88,7 +89,8 @@ def table(found: list[Any], where: str) -> Table:
         "dense, median [quartiles] of neighbouring steps; control: dense over dense. Ceiling: what the bytes of this "
         "model allow at the FFN weights read (in brackets: those that are multiplied, where a token picks inside its "
         "mask). First token: prompt, masks and reordering, over a dense prompt. In dense steps: re-mask, exchanging a "
-        "fifth of the kept neurons; renewal, new scores and masks from recent tokens. Tracing: what watching adds to a "
+        "fifth of the kept neurons; renewal, new scores and masks from recent tokens; begin and end, once per prune(), "
+        "taking the weights over and putting every neuron back. Tracing: what watching adds to a "
         f"pruned step. Tokens/s: to orient, dense in brackets. State: of the method, and the neurons' order.{busy}"
     )
     return Table("Decoding", columns, body, note)

@@ -126,6 +126,13 @@ def batches(lengths: Sequence[int], rows: int, tokens: int | None = None, forwar
     return parts[::-1]
 
 
+def padded_batches(lengths: Sequence[int], rows: int, tokens: int | None, forward: int) -> list[slice]:
+    """`batches`, and rows without tokens (the last ones) apart."""
+    longer = sum(n > 0 for n in lengths)
+    empty = [slice(longer + p.start, longer + p.stop) for p in batches(lengths[longer:], rows)]
+    return batches(lengths[:longer], rows, tokens, forward) + empty
+
+
 @dataclass(frozen=True)
 class Group:
     """Contexts (indices) whose first `prefix` tokens are the same and are computed once; 0: each for itself."""

@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import batches, budget
-from dart_eval.evaluation.scoring import Request, Score, Scorer, output_head
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.requests import Request, Score
+from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 
@@ -174,13 +176,13 @@ class PrunedLM(HFLM):
         open_requests = {n: r for n, r in zip(names, requests, strict=True) if n not in self.journal}
         self.on_progress(sum(n in self.journal for n in names))
         todo = list(open_requests)
-        scorer = Scorer(self.model, self._head, self.session, self.budget, self.scope, self.share_prefix)
+        scoring = scorer(self.model, self._head, self.session, self.budget, self.scope, self.share_prefix)
 
         def keep(batch: list[tuple[int, Score]]) -> None:
-            self._keep({todo[i]: dataclasses.astuple(score) for i, score in batch}, scorer.state_bytes)
+            self._keep({todo[i]: dataclasses.astuple(score) for i, score in batch}, scoring.state_bytes)
             self.on_progress(len(batch))
 
-        scorer.score(list(open_requests.values()), keep)
+        scoring.score(list(open_requests.values()), keep)
         return [Score(*self.journal[n]) for n in names]
 
     def _record(self, request: Instance, score: Score, context: int = 0) -> None:

@@ -1,0 +1,74 @@
+"""Forwards of a model's decoder, and its output head apart from them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.logits import Answers
+from dart_eval.ffn import cache_argument
+
+
+class Forwards:
+    """Runs a model up to its last hidden states, and counts the tokens that it computes.
+
+    Args:
+        head: see `output_head`.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
+        self.model, self.head = model, head
+        self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        self.tokens = 0  # computed, with padding
+        self._cache_name = cache_argument(model)
+        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+    def __call__(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Last hidden states [B, T, D]. tokens: [B, T]; attention: [B, past + T] bool; positions: [B, T]."""
+        self.tokens += tokens.numel()
+        kwargs: dict[str, Any] = {self._cache_name: cache}
+        if self._takes_positions:
+            kwargs["position_ids"] = positions.clamp_min(0)
+        base = self.model.base_model
+        return base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
+
+    def answers(self) -> Answers:
+        """A new set of questions to the output head."""
+        return Answers(self.head, self.model.config.get_text_config().vocab_size)
+
+
+@torch.no_grad()
+def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """hidden [N, D] -> logits [N, V] as the model itself computes them, checked on three tokens.
+
+    Raises:
+        UserError: the model does more between its last hidden state and its logits than is known here.
+    """
+    config, linear = model.config.get_text_config(), model.get_output_embeddings()
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = linear(hidden.to(linear.weight.device))
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    device: Any = model.get_input_embeddings().weight.device
+    tokens = torch.tensor([[0, 1, 2]], device=device)
+    theirs = model(input_ids=tokens).logits[0].float().cpu()
+    ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        raise UserError(
+            f"the output head of {type(model).__name__} is not understood",
+            "add it to dart_eval/evaluation/forwards.py",
+        )
+    return head

@@ -1,0 +1,94 @@
+"""Log-likelihoods under two protocols of other papers: each distinct input is a sequence of its own.
+
+Scope `all` (the public code's of arXiv 2601.22632): each answer with its context is one forward; the mask is made from
+all its tokens, the answer's too, and prunes all of them. It looks ahead. Scope `last` (GRIFFIN's for classification,
+arXiv 2404.01365): all tokens but the last run dense and make the mask; the last input token alone runs pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from dart_eval.evaluation.batching import Budget, batches
+from dart_eval.evaluation.cache import new_cache
+from dart_eval.evaluation.forwards import Forwards
+from dart_eval.evaluation.requests import Cost, Request, Row, Score, pad, scores
+from dart_eval.pruning.session import Session
+
+
+class WholeInputs:
+    """Scores requests by inputs that run whole, in the scope `all` or `last`."""
+
+    def __init__(self, forwards: Forwards, session: Session | None, budget: Budget, scope: str) -> None:
+        self.forwards, self.session, self.budget, self.scope = forwards, session, budget, scope
+        self.state_bytes = 0  # largest method state seen, per sequence
+
+    @torch.no_grad()
+    def score(
+        self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None] = lambda batch: None
+    ) -> list[Score]:
+        """One score per request, in order; `done` is called after each batch."""
+        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for i, request in enumerate(requests):
+            inputs = (*request.context, *request.continuation[:-1])
+            rows.setdefault((inputs, len(request.continuation)), []).append(i)
+        order = sorted(rows, key=lambda r: (len(r[0]), r), reverse=True)
+        found: dict[int, Score] = {}
+        most = self.budget
+        for part in batches([len(inputs) for inputs, _ in order], most.rows, most.tokens, most.forward):
+            targets = [[(i, requests[i].continuation) for i in rows[r]] for r in order[part]]
+            made = self._score_batch([inputs for inputs, _ in order[part]], targets)
+            found.update(made)
+            done(made)
+        return [found[i] for i in range(len(requests))]
+
+    def _score_batch(
+        self, inputs: list[tuple[int, ...]], targets: list[list[tuple[int, tuple[int, ...]]]]
+    ) -> list[tuple[int, Score]]:
+        """Score rows whose inputs end with the answer; the answer's share of them differs from row to row."""
+        tokens, valid = pad(inputs, left=True, device=self.forwards.device)
+        positions, session = valid.long().cumsum(1) - 1, self.session
+        if session is None:
+            hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+            step = None
+        elif self.scope == "all":
+            with session.context(valid):
+                self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+            self.state_bytes = max(self.state_bytes, session.state_bytes // len(inputs))
+            step = session.shares(len(inputs))
+            with session.decode(valid, frozen=True):
+                hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+        else:
+            cache, before = new_cache(self.forwards.model), tokens.shape[1] - 1
+            parts = []
+            if before:
+                with session.context(valid[:, :-1]):
+                    parts.append(self.forwards(tokens[:, :-1], valid[:, :-1], positions[:, :-1], cache))
+                self.state_bytes = max(self.state_bytes, session.state_bytes // len(inputs))
+            else:
+                session.no_context(len(inputs), self.forwards.device)
+            step = session.shares(len(inputs))
+            with session.decode(valid[:, -1:], frozen=True):
+                parts.append(self.forwards(tokens[:, -1:], valid, positions[:, -1:], cache))
+            hidden = torch.cat(parts, 1)
+        # The longest answer's columns, moved so that every row's answer begins in the first one.
+        lengths = [len(continuation) for ((_, continuation), *_) in targets]
+        width = max(lengths)
+        shift = torch.tensor([[width - n] for n in lengths]) + torch.arange(width)
+        index = (hidden.shape[1] - width + shift).clamp_max(hidden.shape[1] - 1).to(hidden.device)
+        answers = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+        asked = self.forwards.answers()
+        made = []
+        for i, (row, found) in enumerate(zip(inputs, targets, strict=True)):
+            root = asked.root()
+            paths = [asked.ask(root, continuation) for _, continuation in found]
+            nodes = paths[0]  # they differ in their last tokens only
+            asked.give(nodes, answers[i, : len(nodes)])
+            ran = len(nodes) if self.scope == "all" else 1
+            pruned, outside = (0.0, 0.0) if step is None else (float(1 - step.read[i]), float(1 - step.mask[i]))
+            cost = Cost(ran if pruned > 0 else 0, pruned * ran, outside * ran)
+            made.append((Row(i, row, nodes, found), cost))
+        asked.run()
+        return scores(made, asked)
