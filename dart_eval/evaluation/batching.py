@@ -18,8 +18,9 @@ AUTO = "auto"
 CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
 SHORTEST_PREFIX = 32  # tokens; below, what a prefix saves is lost in the bookkeeping
 # `auto`. On a CPU matrix products are as fast per token at some hundred tokens as they ever get, and larger batches
-# only pad more; a forward of the demo model takes 105 ms and 1.4 ms per token there. On a GPU a quarter of the free memory goes into one forward's tokens (the rest: the cache's copies for
-# candidates, logits, a method's state), as a power of two, so that a little more or less free memory changes nothing.
+# only pad more; a forward of the demo model takes 105 ms and 1.4 ms per token there. On a GPU a quarter of the free
+# memory goes into one forward's tokens (the rest: the cache's copies for candidates, logits, a method's state), as a
+# power of two, so that a little more or less free memory changes nothing.
 CPU_TOKENS, CPU_FORWARD = 1024, 64
 GPU_SHARE, GPU_LEAST, GPU_MOST, GPU_FORWARD = 0.25, 1024, 1 << 16, 512
 MOST_ROWS = 128  # of contexts or candidates in a forward under `auto`
