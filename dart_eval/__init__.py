@@ -41,11 +41,12 @@ def evaluate(**options: Any) -> list[dict[str, Any]]:
         UserError: the input is wrong.
         RuntimeError: cells failed; those that finished are in the output folder.
     """
-    from dart_eval.executors.local import Silent, run
+    from dart_eval.executors import run_all
+    from dart_eval.executors.jobs import Silent
     from dart_eval.plan import config_from
     from dart_eval.results.tables import rows
 
-    result = run(config_from(None, options), Silent())
+    result = run_all([config_from(None, options)], Silent())
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     return rows(result.records)

@@ -26,6 +26,11 @@ class StoreError(UserError):
         )
 
 
+def summary(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """`did you mean a, b?` for the known names closest to `name`, or the whole list where it is short."""
     known = sorted(known)

@@ -32,7 +32,15 @@ from dart_eval.pruning.session import check_sparsity
 
 PACKAGE = Path(__file__).parent
 # Code whose change may change a number. Keys of finished cells change with it.
-NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "models.py", "pruning", "evaluation", "executors/local.py")
+NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "models.py", "pruning", "evaluation", "executors/worker.py")
+
+
+EXECUTORS = ("local", "ray")
+RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
+# What `command` says in another way, or has no need to say.
+NO_OPTION_OF_A_CELL = (
+    "method", "allocation", "sparsity", "tasks", "output", "force", "log", "log_project", "executor", *RAY_OPTIONS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class RunConfig:
         calibration: text file for static methods instead of the project's own.
         output: folder of results.
         force: run finished cells again.
+        executor: `local` (this process) or `ray`. ray_address: of a running cluster; None starts one on this machine.
+        gpus_per_cell, cpus_per_cell: what an actor takes; None: a GPU where the cluster has any, and one CPU.
+        shards: parts that every cell is split into; None: as many as are worth it.
         log, log_project: also log finished cells with wandb or trackio, under this project.
     """
 
@@ -87,6 +98,11 @@ class RunConfig:
     calibration: str | None = None
     output: str = "out"
     force: bool = False
+    executor: str = "local"
+    ray_address: str | None = None
+    gpus_per_cell: float | None = None
+    cpus_per_cell: float | None = None
+    shards: int | None = None
     log: str | None = None
     log_project: str = "dart-eval"
 
@@ -115,6 +131,17 @@ class RunConfig:
             raise UserError(f"--num-fewshot {self.num_fewshot} must not be negative")
         if self.chunk < 4:
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
+        if self.executor not in EXECUTORS:
+            raise UserError(f"--executor {self.executor} is unknown", f"one of {', '.join(EXECUTORS)}")
+        given = [n for n in RAY_OPTIONS if getattr(self, n) is not None]
+        if given and self.executor != "ray":
+            raise UserError(f"--{given[0].replace('_', '-')} is for Ray", "give --executor ray, or leave it out")
+        if self.cpus_per_cell is not None and self.cpus_per_cell <= 0:
+            raise UserError(f"--cpus-per-cell {self.cpus_per_cell:g} must be more than 0")
+        if self.gpus_per_cell is not None and self.gpus_per_cell < 0:
+            raise UserError(f"--gpus-per-cell {self.gpus_per_cell:g} must not be negative")
+        if self.shards is not None and self.shards < 1:
+            raise UserError(f"--shards {self.shards} must be at least 1")
         if self.scope not in SCOPES:
             raise UserError(f"--scope {self.scope} is unknown", f"one of {', '.join(SCOPES)}")
         if not self.method or not self.sparsity:
@@ -168,7 +195,8 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
 
 
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("num_fewshot", "limit", "seed", "max_length", "chunk"), int),
+    **dict.fromkeys(("num_fewshot", "limit", "seed", "max_length", "chunk", "shards"), int),
+    **dict.fromkeys(("gpus_per_cell", "cpus_per_cell"), float),
     **dict.fromkeys(("chat_template", "force", "share_prefix"), bool),
 }
 
@@ -192,6 +220,8 @@ def _checked(key: str, value: Any) -> Any:
     kind = _KINDS.get(key, str)
     if value is None or (type(value) is kind):
         return value
+    if kind is float and type(value) is int:
+        return float(value)
     if kind is str and isinstance(value, (str, Path)):
         return str(value)
     raise UserError(f"{key} must be {'text' if kind is str else kind.__name__}, not {value!r}")
@@ -295,8 +325,7 @@ def command(config: RunConfig, cell: Cell) -> str:
         words += ["--sparsity", f"{cell.sparsity:g}"]
     for option in dataclasses.fields(RunConfig):
         value = getattr(config, option.name)
-        elsewhere = ("method", "allocation", "sparsity", "tasks", "output", "force", "log", "log_project")
-        if option.name in elsewhere or value == getattr(defaults, option.name):
+        if option.name in NO_OPTION_OF_A_CELL or value == getattr(defaults, option.name):
             continue
         name = "--" + option.name.replace("_", "-")
         if isinstance(value, bool):

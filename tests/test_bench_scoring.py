@@ -32,9 +32,10 @@ def test_both_sides_answer_alike_and_ours_computes_less(speed):
         assert side.same and side.difference < 1e-4
         assert side.accuracy == stock.accuracy and set(side.accuracy) == {"acc", "acc_norm"}
         assert len(side.seconds) == len(speed.limit_seconds) == 2
-        assert speed.needed.tokens <= side.computed.tokens < stock.computed.tokens
+        assert speed.needed.tokens <= side.computed.tokens
         assert speed.needed.logits == side.computed.logits < stock.computed.logits
         assert side.ratio > 0 and side.limit_share > 0
+    assert ours.computed.tokens < stock.computed.tokens  # auto may pad more, where that makes fewer forwards
 
 
 def test_the_table_shows_every_side_and_the_limit(speed):

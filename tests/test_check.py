@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dart_eval.cli import check as command
 from dart_eval.errors import UserError
-from dart_eval.executors import local
+from dart_eval.executors import jobs, local
 from dart_eval.plan import config_from
 from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.results import baseline, outcomes
@@ -113,7 +113,7 @@ def run(model, output):
         "model": model, "output": str(output), "tasks": "smoke_drift,smoke_questions", "method": "dense,griffin",
         "sparsity": "0.5", "limit": 10,
     })  # fmt: skip
-    assert not local.run(config, local.Silent()).failed
+    assert not local.run(config, jobs.Silent()).failed
     return output
 
 

@@ -277,7 +277,7 @@ def test_the_key_changes_with_the_calibration_texts_content_not_with_its_path(tm
 def test_the_code_hash_sees_numeric_code_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_module, "PACKAGE", tmp_path)
     (tmp_path / "executors").mkdir()
-    for name in ("allocation.py", "cost.py", "ffn.py", "models.py", "executors/local.py", "plan.py"):
+    for name in ("allocation.py", "cost.py", "ffn.py", "models.py", "executors/worker.py", "plan.py"):
         (tmp_path / name).write_text("")
     (tmp_path / "pruning" / "methods").mkdir(parents=True)
     method = tmp_path / "pruning" / "methods" / "mine.py"

@@ -16,7 +16,7 @@ import pytest
 from dart_eval.errors import StoreError
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.scoring import Scorer
-from dart_eval.executors import local
+from dart_eval.executors import jobs, local
 from dart_eval.plan import config_from
 from tests.conftest import save_tiny
 
@@ -40,7 +40,7 @@ def _config(folder, output, **changes):
     return config_from(None, {**SWEEP, "model": folder, "output": str(output), **changes})
 
 
-class _Watch(local.Silent):
+class _Watch(jobs.Silent):
     """Records what the executor reports, and says when cells begin and end."""
 
     def __init__(self, pipe=None):

@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 
 import dart_eval
 from dart_eval.errors import UserError
-from dart_eval.executors import local
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.scoring import Scorer
+from dart_eval.executors import jobs, local, worker
 from dart_eval.plan import config_from
 from tests.conftest import save_tiny
 
@@ -22,7 +25,7 @@ def _config(folder, output, **changes):
     return config_from(None, {**SWEEP, "model": folder, "output": str(output), **changes})
 
 
-class _Watch(local.Silent):
+class _Watch(jobs.Silent):
     """Records what the executor reports."""
 
     def __init__(self):
@@ -31,8 +34,8 @@ class _Watch(local.Silent):
     def finished(self, cell, record):
         self.done.append(cell.name)
 
-    def failed(self, cell, error):
-        self.broken.append((cell.name, type(error).__name__))
+    def failed(self, cell, error, where):
+        self.broken.append((cell.name, error, where))
 
 
 def _numbers(records):
@@ -80,27 +83,30 @@ def test_two_runs_give_the_same_numbers_at_any_batch_size(folder, tmp_path):
 
 
 def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
-    evaluate = local.evaluate_task
+    evaluate = worker.evaluate_task
 
     def sometimes(lm, session, tasks, name, settings, journal):
         if session is not None and session.method.name == "random" and session.sparsity == 0.5:
             raise RuntimeError("planted")
         return evaluate(lm, session, tasks, name, settings, journal)
 
-    monkeypatch.setattr(local, "evaluate_task", sometimes)
+    monkeypatch.setattr(worker, "evaluate_task", sometimes)
     view = _Watch()
     result = local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), view)
-    assert view.broken == [("smoke_questions-random-0.5", "RuntimeError")]
+    ((name, error, where),) = view.broken
+    assert (name, error) == ("smoke_questions-random-0.5", "RuntimeError: planted")
+    assert where.parent == tmp_path / "out" / "failed" and "in sometimes" in where.read_text()
     assert len(result.records) == 4
     assert [c.name for c in result.failed] == ["smoke_questions-random-0.5"]
     monkeypatch.undo()
     after = _Watch()
     assert not local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), after).failed
     assert after.done == ["smoke_questions-random-0.5"]  # only what was missing
+    assert not where.exists()
 
 
 def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_path, monkeypatch):
-    evaluate, calls = local.evaluate_task, []
+    evaluate, calls = worker.evaluate_task, []
 
     def interrupted(*args):
         calls.append(1)
@@ -108,7 +114,7 @@ def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_
             raise KeyboardInterrupt
         return evaluate(*args)
 
-    monkeypatch.setattr(local, "evaluate_task", interrupted)
+    monkeypatch.setattr(worker, "evaluate_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
         local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), _Watch())
     files = [f for kind in ("cells", "samples") for f in (tmp_path / "out" / kind).iterdir()]
@@ -169,3 +175,33 @@ def test_the_chat_template_is_used_when_asked_for(folder, tmp_path, tokenizer):
     assert not set(hashes[True]) & set(hashes[False])
     with pytest.raises(UserError, match="no chat template"):
         local.run(_config(folder, tmp_path / "none", chat_template=True), _Watch())
+
+
+@pytest.mark.parametrize("task", ["smoke_questions", "smoke_summary"])
+def test_where_memory_runs_out_batches_are_halved(folder, tmp_path, monkeypatch, task):
+    """Forwards of more than two rows do not fit: the numbers are those of small batches."""
+    wanted = local.run(_config(folder, tmp_path / "small", tasks=task, batch_size=1), _Watch())
+    for owner, name, rows in (
+        (Scorer, "_run", lambda batch, *_: len(batch.contexts)),
+        (PrunedLM, "_generate", lambda work: len(work.prompts)),
+    ):
+        stock = getattr(owner, name)
+
+        def full(self, *args, stock=stock, rows=rows):
+            if rows(*args) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return stock(self, *args)
+
+        monkeypatch.setattr(owner, name, full)
+    result = local.run(_config(folder, tmp_path / "out", tasks=task, batch_size=8), _Watch())
+    assert not result.failed
+    assert [r.settings["halved"] for r in result.records] == [2] * 5  # 8, 4, 2
+    for a, b in zip(result.records, wanted.records, strict=True):
+        assert [m.value for m in a.metrics] == pytest.approx([m.value for m in b.metrics], abs=1e-4)
+        assert "halved" not in b.settings
+    # Where one row is too much, the cell fails, and the next one begins with full batches.
+    monkeypatch.setattr(Scorer, "_run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(PrunedLM, "_generate", Scorer._run)
+    view = _Watch()
+    assert len(local.run(_config(folder, tmp_path / "none", tasks=task), view).failed) == 5
+    assert all("OutOfMemoryError" in error for _, error, _ in view.broken)

@@ -7,7 +7,8 @@ from dart_eval.allocation import write_table
 from dart_eval.errors import UserError
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.executors.local import Silent, run
+from dart_eval.executors.jobs import Silent
+from dart_eval.executors.local import run
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.plan import config_from
 from dart_eval.pruning.masks import top_k_mask

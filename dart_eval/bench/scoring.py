@@ -96,9 +96,9 @@ class _Watched(PrunedLM):
 
     requests: list[Request]
 
-    def _score(self, requests: list[Request]) -> list[Score]:
+    def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
         self.requests = requests
-        return super()._score(requests)
+        return super()._score(requests, kind)
 
 
 def measure(

@@ -50,7 +50,7 @@ def paper(
     """
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     quieten(verbose)
-    from dart_eval.executors.local import run_all
+    from dart_eval.executors import run_all
     from dart_eval.paper import bertscores, load
     from dart_eval.plan import config_from
     from dart_eval.results.paper_tables import Paper, to_csv

@@ -100,23 +100,47 @@ def run(
     log: Annotated[str | None, typer.Option(help="Also log finished cells: wandb or trackio.")] = None,
     log_project: Annotated[str | None, typer.Option(help=r"Project to log under.  \[default: dart-eval]")] = None,
     force: Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")] = None,
+    executor: Annotated[
+        str | None, typer.Option(help=r"local, or ray: many processes, GPUs or machines.  \[default: local]")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help=r"A running Ray cluster, e.g. auto.  \[default: one on this machine]")
+    ] = None,
+    gpus_per_cell: Annotated[
+        float | None, typer.Option(help=r"GPUs of a Ray worker.  \[default: 1 if there are any]")
+    ] = None,
+    cpus_per_cell: Annotated[float | None, typer.Option(help=r"CPUs of a Ray worker.  \[default: 1]")] = None,
+    shards: Annotated[
+        int | None, typer.Option(help=r"Parts that Ray splits every cell into.  \[default: as many as are worth it]")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", metavar="", help="Only say what it will take: tokens, FLOPs, memory, time.")
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
     ] = False,
 ) -> None:
     """Run methods at sparsities on tasks. Finished cells are skipped; the tables come at the end."""
-    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "verbose")}
+    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "plan", "verbose")}
     quieten(verbose)
     # The heavy imports come after `--help` and the shape of the options are settled.
-    from dart_eval.executors.local import run as run_local
+    from dart_eval.executors import run_all
+    from dart_eval.executors.sizing import held_against
     from dart_eval.executors.tracking import tracked
     from dart_eval.plan import config_from
     from dart_eval.results import detector
     from dart_eval.results.store import Store
 
     settings = config_from(config, given)
+    if plan:
+        from dart_eval.cli import plan_table
+
+        plan_table.run(settings)
+        return
     with TerminalView() as terminal, tracked(terminal, settings.log, settings.log_project, settings) as view:
-        result = run_local(settings, view)
+        result = run_all([settings], view)
+        if line := held_against(settings.output, result.records):
+            view.note(line)
     print_tables(result.records, detector.tables(Store(settings.output), result.records))
     if result.failed:
         raise typer.Exit(1)

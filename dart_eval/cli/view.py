@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +44,9 @@ class TerminalView:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
-        self._bar: Any = None
+        self._bar: Any = None  # of what comes before the first cell
         self._all: Any = None
-        self._start = time.monotonic()
+        self._cells: dict[str, Any] = {}  # the bars of cells under way, by key
 
     def __enter__(self) -> TerminalView:
         self.progress.start()
@@ -76,13 +75,14 @@ class TerminalView:
         """A cell begins."""
         if self._bar is not None:
             self.progress.remove_task(self._bar)
-        self._bar = self.progress.add_task(cell.title, total=requests)
-        self._start = time.monotonic()
+            self._bar = None
+        if cell.key not in self._cells:
+            self._cells[cell.key] = self.progress.add_task(cell.title, total=requests)
 
-    def advanced(self, requests: int) -> None:
-        """Requests of the running cell were answered."""
-        if self._bar is not None:
-            self.progress.advance(self._bar, requests)
+    def advanced(self, cell: Any, requests: int) -> None:
+        """Requests of a cell under way were answered."""
+        if cell.key in self._cells:
+            self.progress.advance(self._cells[cell.key], requests)
 
     def finished(self, cell: Any, record: Record) -> None:
         """A cell's line."""
@@ -92,23 +92,23 @@ class TerminalView:
             f"  effective sparsity {record.effective_sparsity:.3f}"
             f"{f', {record.remasks} re-masks' if record.remasks else ''}  {record.seconds:.0f} s"
         )
-        self._next()
+        self._next(cell)
 
-    def failed(self, cell: Any, error: BaseException) -> None:
+    def failed(self, cell: Any, error: str, where: Path) -> None:
         """A failed cell's line."""
-        text = escape(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        self.console.print(f"[red]failed[/red] {escape(cell.title):<32} {text} (--verbose for more)")
-        self._next()
+        self.console.print(
+            f"[red]failed[/red] {escape(cell.title):<32} {escape(error)} (traceback: {escape(str(where))})"
+        )
+        self._next(cell)
 
     def note(self, text: str) -> None:
         """Something a person should know."""
         self.console.print(escape(text), style="yellow")
 
-    def _next(self) -> None:
+    def _next(self, cell: Any) -> None:
         self.progress.advance(self._all)
-        if self._bar is not None:
-            self.progress.remove_task(self._bar)
-            self._bar = None
+        if cell.key in self._cells:
+            self.progress.remove_task(self._cells.pop(cell.key))
 
 
 def headline(metrics: Sequence[Metric]) -> list[Metric]:

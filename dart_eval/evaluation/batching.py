@@ -49,6 +49,16 @@ class Budget:
         """Tokens in the KV cache of one forward; None for any number."""
         return None if self.tokens is None else CACHED_TOKENS * self.tokens
 
+    def halved(self) -> Budget:
+        """A budget of half the size."""
+
+        def half(value: int | None) -> int | None:
+            return None if value is None else max(1, value // 2)
+
+        return Budget(
+            max(1, self.rows // 2), max(1, self.candidates // 2), half(self.tokens), self.forward, half(self.generated)
+        )
+
 
 def check_batch_size(value: Any) -> int | str:
     """A batch size as given, if it is one.

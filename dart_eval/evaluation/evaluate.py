@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +22,7 @@ from sacrebleu.metrics import BLEU
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM, Usage
+from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
 from dart_eval.pruning.method import Method, PromptMethod
 from dart_eval.pruning.session import Session
@@ -106,8 +107,42 @@ def evaluate_task(
     """
     items = tasks.load(name)
     lm.begin(session, documents(items), journal, settings.scope)
+    results = _simple_evaluate(lm, tasks, items, settings)
+    total = Usage()
+    for usage in lm.usage.values():
+        total.add(usage)
+    by_task: dict[str, Usage] = {}
+    for (task, _), usage in lm.usage.items():
+        by_task.setdefault(task, Usage()).add(usage)
+    by_name = {task.task_name: task for task in leaves(items)}
+    samples = _samples(results["samples"], lm.usage, by_name)
+    texts = _texts(results["samples"], by_name)
+    return Outcome(_metrics(results), samples, texts, total, by_task, journal.state_bytes)
+
+
+def answer_part(
+    lm: PrunedLM,
+    session: Session | None,
+    tasks: Tasks,
+    name: str,
+    settings: EvalSettings,
+    journal: Journal,
+    part: Part | Pilot,
+) -> None:
+    """Answer one of several parts of what `evaluate_task` would ask: the answers go into the journal.
+
+    A journal with the answers of all parts makes `evaluate_task` ask nothing, and its numbers are those of the whole.
+    """
+    items = tasks.load(name)
+    kinds = {"loglikelihood" if t.OUTPUT_TYPE == "multiple_choice" else t.OUTPUT_TYPE for t in leaves(items)}
+    lm.begin(session, documents(items), journal, settings.scope, part, len(kinds))
+    with suppress(PartDone):
+        _simple_evaluate(lm, tasks, items, settings)
+
+
+def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Any:
     with _quiet():
-        results: Any = lm_eval.simple_evaluate(
+        return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(items),
             task_manager=tasks.manager,  # or lm-eval would index all its tasks again
@@ -121,16 +156,6 @@ def evaluate_task(
             fewshot_random_seed=settings.seed,
             log_samples=True,
         )
-    total = Usage()
-    for usage in lm.usage.values():
-        total.add(usage)
-    by_task: dict[str, Usage] = {}
-    for (task, _), usage in lm.usage.items():
-        by_task.setdefault(task, Usage()).add(usage)
-    by_name = {task.task_name: task for task in leaves(items)}
-    samples = _samples(results["samples"], lm.usage, by_name)
-    texts = _texts(results["samples"], by_name)
-    return Outcome(_metrics(results), samples, texts, total, by_task, journal.state_bytes)
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -25,12 +25,29 @@ from transformers import PreTrainedModel
 from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import batches, budget
 from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
 from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
+T = TypeVar("T")
+
+
+NO_SCORE = Score(0.0, False, 0, 0, 0.0, 0.0, 0)  # in place of what another part answers
+NO_TEXT: list[Any] = ["", 0, dataclasses.astuple(NO_SCORE)]
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """A batch that generates: prompts by index of the request, the longest first; kwargs: of `generate`."""
+
+    prompts: dict[int, str]
+    stop: list[str]
+    new_tokens: int
+    longest: int  # tokens of a prompt
+    kwargs: dict[str, Any]
 
 
 @dataclass
@@ -134,6 +151,9 @@ class PrunedLM(HFLM):
         self._head = output_head(model)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+        self.part: Part | Pilot = WHOLE
+        self.calls: list[Call] = []  # of the cell, so far
+        self._kinds = 0  # how many calls there will be
         self._scores: list[Score] = []  # of the last call, in the order of its requests
         self._contexts: list[int] = []
 
@@ -143,18 +163,32 @@ class PrunedLM(HFLM):
         documents: Mapping[str, str],
         journal: Journal | None = None,
         scope: str = "scored",
+        part: Part | Pilot = WHOLE,
+        kinds: int = 0,
     ) -> None:
-        """Start a cell, or go on with one: what the journal has answered is not asked again."""
+        """Start a cell, or go on with one: what the journal has answered is not asked again.
+
+        Args:
+            part: what of the cell to run. kinds: of requests that the cell will ask, one call each; after the last
+                one a part that is not the whole raises `PartDone`.
+        """
+        self.part, self.calls, self._kinds = part, [], kinds
         self.session, self.documents, self.scope = session, documents, scope
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
         self.usage = defaultdict(Usage)
         self._clock = time.monotonic()
 
+    def _asked_once(self) -> None:
+        if not self.part.whole and len(self.calls) == self._kinds:
+            raise PartDone
+
     def _keep(self, answers: dict[str, Any], state_bytes: int) -> None:
         """A batch is done: into the journal with it and the time since the last one."""
         now = time.monotonic()
-        self.journal.add(answers, state_bytes, now - self._clock)
+        new = {name: answer for name, answer in answers.items() if name not in self.journal}
+        self.journal.add(new, state_bytes, now - self._clock)
         self._clock = now
+        self.on_progress(len(answers))
 
     # -- log-likelihoods -------------------------------------------------------------------------------------
 
@@ -162,6 +196,7 @@ class PrunedLM(HFLM):
         answers = super().loglikelihood(requests, disable_tqdm=True)
         for request, score, context in zip(requests, self._scores, self._contexts, strict=True):
             self._record(request, score, context)
+        self._asked_once()
         return answers
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
@@ -170,20 +205,33 @@ class PrunedLM(HFLM):
         self._scores = self._score(cut)
         return [(s.logprob, s.greedy) for s in self._scores]
 
-    def _score(self, requests: list[Request]) -> list[Score]:
+    def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
         """Scores of the requests, in order, from the journal where it has them."""
         names = [_name(r.context, r.continuation) for r in requests]
-        open_requests = {n: r for n, r in zip(names, requests, strict=True) if n not in self.journal}
-        self.on_progress(sum(n in self.journal for n in names))
-        todo = list(open_requests)
+        distinct = dict(zip(names, requests, strict=True))
         scoring = scorer(self.model, self._head, self.session, self.budget, self.scope, self.share_prefix)
+        todo = list(distinct)
+        units = scoring.units(list(distinct.values()))
+        sizes = [unit.tokens for unit in units]
+        self.calls.append(Call(kind, len(todo), [n + self.budget.forward for n in sizes], sum(sizes)))
+        for unit in self._mine(units, lambda unit: [todo[i] for i in unit.requests]):
+            made = scoring.run(unit)
+            self._keep({todo[i]: dataclasses.astuple(score) for i, score in made}, scoring.state_bytes)
+        return [Score(*self.journal[n]) if n in self.journal else NO_SCORE for n in names]
 
-        def keep(batch: list[tuple[int, Score]]) -> None:
-            self._keep({todo[i]: dataclasses.astuple(score) for i, score in batch}, scoring.state_bytes)
-            self.on_progress(len(batch))
-
-        scoring.score(list(open_requests.values()), keep)
-        return [Score(*self.journal[n]) for n in names]
+    def _mine(self, units: Sequence[T], names: Callable[[T], list[str]]) -> Iterator[T]:
+        """Units of the last call that are to be run here: of our part of the cell, not answered before as a whole."""
+        call = self.calls[-1]
+        before = sum(len(c.sizes) for c in self.calls[:-1])
+        for place, unit in enumerate(units):
+            if not self.part.takes(before + place, place, len(units)):
+                continue
+            if all(name in self.journal for name in names(unit)):
+                self.on_progress(len(names(unit)))
+                continue
+            start = time.monotonic()
+            yield unit
+            call.seconds[place] = time.monotonic() - start
 
     def _record(self, request: Instance, score: Score, context: int = 0) -> None:
         assert request.task_name is not None and request.doc_id is not None
@@ -213,7 +261,7 @@ class PrunedLM(HFLM):
                     chunks.append((i, Request(tuple(piece[:half]), tuple(piece[half:]))))
                     scored_bytes[i] += self._bytes(piece[half:])
         sums = [0.0] * len(requests)
-        for (i, chunk), score in zip(chunks, self._score([c for _, c in chunks]), strict=True):
+        for (i, chunk), score in zip(chunks, self._score([c for _, c in chunks], "loglikelihood_rolling"), strict=True):
             sums[i] += score.logprob
             self._record(requests[i], score, len(chunk.context))
         answers = []
@@ -221,6 +269,7 @@ class PrunedLM(HFLM):
             answer = RollingLogLikelihood(value)
             answer.coverage = scored_bytes[i] / total_bytes[i] if total_bytes[i] else 0.0
             answers.append(answer)
+        self._asked_once()
         return list(answers)
 
     def _bytes(self, tokens: list[int]) -> int:
@@ -236,6 +285,9 @@ class PrunedLM(HFLM):
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         names = [_name(*r.args) for r in requests]
+        call = Call("generate_until", 0, [], 0)
+        self.calls.append(call)
+        planned: list[_Generation] = []
         for members in groups.values():
             kwargs = dict(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
             stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
@@ -244,33 +296,43 @@ class PrunedLM(HFLM):
             if budget <= 0:
                 raise UserError(f"{new_tokens} new tokens do not fit in a length of {self.max_length}")
             prompts = {i: self._fit(requests[i], budget) for i in members}
-            todo = list({names[i]: i for i in reversed(members) if names[i] not in self.journal}.values())
-            self.on_progress(len(members) - len(todo))
+            todo = list({names[i]: i for i in reversed(members)}.values())
             lengths = {i: len(self.tok_encode(prompts[i])) for i in todo}
             todo.sort(key=lambda i: (lengths[i], i), reverse=True)
             # Every new token is a forward: full batches save more than padding costs.
-            sizes = [lengths[i] + new_tokens for i in todo]
-            for part in batches(sizes, self.budget.rows, self.budget.generated, new_tokens * self.budget.forward):
-                batch = todo[part]
-                ids, attention = self.tok_batch_encode([prompts[i] for i in batch], left_truncate_len=budget)
-                output = self._model_generate(
-                    context=ids.to(self.device), attention_mask=attention.to(self.device), stop=stop,
-                    max_length=ids.shape[1] + new_tokens, **kwargs,
-                )[:, ids.shape[1] :]  # fmt: skip
-                answers = {}
-                for row, i in enumerate(batch):
-                    tokens = output[row].tolist()
-                    text = postprocess_generated_text(self.tok_decode(tokens), stop, None)
-                    cost = self._generation_cost(row, self._kept(tokens, stop))
-                    answers[names[i]] = [text, int(attention[row].sum()), dataclasses.astuple(cost)]
-                self._keep(answers, self.session.state_bytes // len(batch) if self.session is not None else 0)
-                self.on_progress(len(batch))
+            sizes, forwards = [lengths[i] + new_tokens for i in todo], new_tokens * self.budget.forward
+            for part in batches(sizes, self.budget.rows, self.budget.generated, forwards):
+                batch = {i: prompts[i] for i in todo[part]}
+                planned.append(_Generation(batch, stop, new_tokens, budget, kwargs))
+                call.sizes.append(sum(sizes[part]) + forwards)
+                call.tokens += sum(sizes[part])
+            call.requests += len(todo)
+        for work in self._mine(planned, lambda work: [names[i] for i in work.prompts]):
+            answers = self._generate(work)
+            state_bytes = self.session.state_bytes // len(answers) if self.session is not None else 0
+            self._keep({names[i]: answer for i, answer in answers.items()}, state_bytes)
         texts = []
         for name, request in zip(names, requests, strict=True):
-            text, context, cost = self.journal[name]
+            text, context, cost = self.journal.get(name, NO_TEXT)
             self._record(request, Score(*cost), context)
             texts.append(text)
+        self._asked_once()
         return texts
+
+    def _generate(self, work: _Generation) -> dict[int, Any]:
+        """A batch's answers: text, tokens of the prompt, cost."""
+        ids, attention = self.tok_batch_encode(list(work.prompts.values()), left_truncate_len=work.longest)
+        output = self._model_generate(
+            context=ids.to(self.device), attention_mask=attention.to(self.device), stop=work.stop,
+            max_length=ids.shape[1] + work.new_tokens, **work.kwargs,
+        )[:, ids.shape[1] :]  # fmt: skip
+        answers = {}
+        for row, i in enumerate(work.prompts):
+            tokens = output[row].tolist()
+            text = postprocess_generated_text(self.tok_decode(tokens), work.stop, None)
+            cost = self._generation_cost(row, self._kept(tokens, work.stop))
+            answers[i] = [text, int(attention[row].sum()), dataclasses.astuple(cost)]
+        return answers
 
     def _generation_cost(self, row: int, tokens: int) -> Score:
         """The first token comes from the dense prefill, each later one from a decoding forward."""

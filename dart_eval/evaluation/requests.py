@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,38 @@ class Score:
     outside: float
     remasks: int
     trace: dict[str, Any] | None = None
+
+
+class Scoring(ABC):
+    """Scores requests on one model.
+
+    Which requests run together depends on all that are asked, not on what has been answered before: so numbers are the
+    same whether a run was stopped and went on, or its units ran in several places.
+
+    Attributes:
+        state_bytes: largest method state seen, per sequence.
+    """
+
+    state_bytes: int = 0
+
+    @abstractmethod
+    def units(self, requests: Sequence[Request]) -> list[Any]:
+        """What runs together: each knows its `requests`, as indices. Nothing runs across units."""
+
+    @abstractmethod
+    def run(self, unit: Any) -> list[tuple[int, Score]]:
+        """The scores of a unit's requests, with their indices."""
+
+    def score(
+        self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None] = lambda batch: None
+    ) -> list[Score]:
+        """One score per request, in order; `done` is called after each unit with its indices and scores."""
+        found: dict[int, Score] = {}
+        for unit in self.units(requests):
+            made = self.run(unit)
+            done(made)
+            found.update(made)
+        return [found[i] for i in range(len(requests))]
 
 
 @dataclass

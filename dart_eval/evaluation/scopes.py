@@ -7,47 +7,62 @@ arXiv 2404.01365): all tokens but the last run dense and make the mask; the last
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.forwards import Forwards
-from dart_eval.evaluation.requests import Cost, Request, Row, Score, pad, scores
+from dart_eval.evaluation.requests import Cost, Request, Row, Score, Scoring, pad, scores
 from dart_eval.pruning.session import Session
 
 
-class WholeInputs:
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a forward, and for each the requests that it answers: (index, continuation)."""
+
+    inputs: list[tuple[int, ...]]
+    targets: list[list[tuple[int, tuple[int, ...]]]]
+
+    @property
+    def requests(self) -> list[int]:
+        """Indices of the requests that it answers."""
+        return [i for found in self.targets for i, _ in found]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute, without padding."""
+        return sum(len(i) for i in self.inputs)
+
+
+class WholeInputs(Scoring):
     """Scores requests by inputs that run whole, in the scope `all` or `last`."""
 
     def __init__(self, forwards: Forwards, session: Session | None, budget: Budget, scope: str) -> None:
         self.forwards, self.session, self.budget, self.scope = forwards, session, budget, scope
-        self.state_bytes = 0  # largest method state seen, per sequence
 
-    @torch.no_grad()
-    def score(
-        self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None] = lambda batch: None
-    ) -> list[Score]:
-        """One score per request, in order; `done` is called after each batch."""
+    def units(self, requests: Sequence[Request]) -> list[Inputs]:
+        """Batches of distinct inputs, the longest first."""
         rows: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for i, request in enumerate(requests):
             inputs = (*request.context, *request.continuation[:-1])
             rows.setdefault((inputs, len(request.continuation)), []).append(i)
         order = sorted(rows, key=lambda r: (len(r[0]), r), reverse=True)
-        found: dict[int, Score] = {}
         most = self.budget
-        for part in batches([len(inputs) for inputs, _ in order], most.rows, most.tokens, most.forward):
-            targets = [[(i, requests[i].continuation) for i in rows[r]] for r in order[part]]
-            made = self._score_batch([inputs for inputs, _ in order[part]], targets)
-            found.update(made)
-            done(made)
-        return [found[i] for i in range(len(requests))]
+        return [
+            Inputs(
+                [inputs for inputs, _ in order[part]],
+                [[(i, requests[i].continuation) for i in rows[r]] for r in order[part]],
+            )
+            for part in batches([len(inputs) for inputs, _ in order], most.rows, most.tokens, most.forward)
+        ]
 
-    def _score_batch(
-        self, inputs: list[tuple[int, ...]], targets: list[list[tuple[int, tuple[int, ...]]]]
-    ) -> list[tuple[int, Score]]:
+    @torch.no_grad()
+    def run(self, unit: Inputs) -> list[tuple[int, Score]]:
         """Score rows whose inputs end with the answer; the answer's share of them differs from row to row."""
+        inputs, targets = unit.inputs, unit.targets
         tokens, valid = pad(inputs, left=True, device=self.forwards.device)
         positions, session = valid.long().cumsum(1) - 1, self.session
         if session is None:

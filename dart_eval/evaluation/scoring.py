@@ -23,7 +23,7 @@ from dart_eval.evaluation.batching import Budget, Group, budget, padded_batches,
 from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache, prefix_cache
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
-from dart_eval.evaluation.requests import Cost, Request, Row, Score, pad, scores
+from dart_eval.evaluation.requests import Cost, Request, Row, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
 from dart_eval.pruning.session import Session
 from dart_eval.pruning.state import SequenceState
@@ -35,12 +35,50 @@ LARGE_HEAD, HELD_TOKENS = 1 << 24, 1024
 
 
 @dataclass(frozen=True)
-class _Prefix:
-    """A token prefix of several contexts, run once: its length, KV cache of one row, and the method's state."""
+class Batch:
+    """Contexts of a forward, the longest first; the first `prefix` tokens are the same in all.
 
-    length: int
+    asked: context -> (index of the request, continuation).
+    """
+
+    contexts: list[tuple[int, ...]]
+    prefix: int
+    asked: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the contexts after the prefix, and of the continuations."""
+        return sum(len(c) - self.prefix + sum(len(answer) for _, answer in self.asked[c]) for c in self.contexts)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Batches whose hidden states go through the output head together. Nothing runs across units."""
+
+    batches: list[Batch]
+
+    @property
+    def requests(self) -> list[int]:
+        """Indices of the requests that it answers."""
+        return [i for b in self.batches for found in b.asked.values() for i, _ in found]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute, without padding; a prefix that several batches share is left out."""
+        return sum(b.tokens for b in self.batches)
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """A token prefix of several contexts, run once: its KV cache of one row, and the method's state."""
+
+    tokens: tuple[int, ...]
     cache: Any
     state: SequenceState | None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
 
 def scorer(
@@ -50,7 +88,7 @@ def scorer(
     batch_size: int | str | Budget,
     scope: str = "scored",
     share_prefix: bool = True,
-) -> Scorer | WholeInputs:
+) -> Scoring:
     """What scores requests on one model, pruned by `session` (None: dense).
 
     Args:
@@ -66,13 +104,13 @@ def scorer(
     return Scorer(forwards, session, most, share_prefix)
 
 
-class Scorer:
+class Scorer(Scoring):
     """Scores requests in the scope `scored`. Made by `scorer`; see there."""
 
     def __init__(self, forwards: Forwards, session: Session | None, budget: Budget, share_prefix: bool = True) -> None:
         self.forwards, self.session, self.budget = forwards, session, budget
         self.share_prefix = share_prefix and can_share_prefix(forwards.model)
-        self.state_bytes = 0  # largest method state seen, per sequence
+        self._prefix: _Prefix | None = None  # the last one that was run
         # Pruned, the context's last token runs under the mask that the tokens before it make.
         self._last = 0 if session is None else 1
         # The last tokens of a context that are computed even if a shared prefix holds them: one to go on from, and
@@ -81,50 +119,37 @@ class Scorer:
         config = forwards.model.config.get_text_config()
         self._hold = HELD_TOKENS if config.vocab_size * config.hidden_size > LARGE_HEAD else 0
 
-    @torch.no_grad()
-    def score(
-        self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None] = lambda batch: None
-    ) -> list[Score]:
-        """One score per request, in order. Long contexts first, so that running out of memory shows at once.
-
-        done: called after each batch, or a few small ones, with (index of the request, its score).
-        """
+    def units(self, requests: Sequence[Request]) -> list[Unit]:
+        """What runs together. Long contexts first, so that running out of memory shows at once."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for i, request in enumerate(requests):
             by_context.setdefault(request.context, []).append(i)
         contexts = sorted(by_context, key=lambda c: (len(c), c), reverse=True)
-        found: dict[int, Score] = {}
-        answers, waiting, seen = self.forwards.answers(), [], self.forwards.tokens
-        for members, shared in self._context_batches(contexts):
-            waiting += self._run(members, shared, by_context, requests, answers)
-            if self.forwards.tokens - seen >= self._hold:
-                found |= self._finish(waiting, answers, done)
-                answers, waiting, seen = self.forwards.answers(), [], self.forwards.tokens
-        if waiting:
-            found |= self._finish(waiting, answers, done)
-        return [found[i] for i in range(len(requests))]
+        units: list[Unit] = []
+        held = self._hold
+        for members, prefix in self._context_batches(contexts):
+            asked = {c: [(i, requests[i].continuation) for i in by_context[c]] for c in members}
+            if held >= self._hold:
+                units.append(Unit([]))
+                held = 0
+            units[-1].batches.append(Batch(members, prefix, asked))
+            held += units[-1].batches[-1].tokens
+        return units
 
-    def _context_batches(
-        self, contexts: list[tuple[int, ...]]
-    ) -> Iterator[tuple[list[tuple[int, ...]], _Prefix | None]]:
-        """Batches of contexts (longest first), each with the prefix that it shares, which has been run."""
+    @torch.no_grad()
+    def run(self, unit: Unit) -> list[tuple[int, Score]]:
+        """The scores of a unit's requests, with their indices."""
+        answers = self.forwards.answers()
+        waiting = [found for batch in unit.batches for found in self._run(batch, answers)]
+        answers.run()
+        return scores(waiting, answers)
+
+    def _context_batches(self, contexts: list[tuple[int, ...]]) -> Iterator[tuple[list[tuple[int, ...]], int]]:
+        """Batches of contexts (longest first), and the length of the prefix that each shares."""
         for group in self._groups(contexts):
             members = [contexts[i] for i in group.members]  # still the longest first
-            shared = self._run_prefix(members[0][: group.prefix]) if group.prefix else None
             for part in self._batches([len(c) - self._last for c in members], group.prefix):
-                yield members[part], shared
-
-    def _finish(
-        self,
-        waiting: list[tuple[Row, Cost]],
-        answers: Answers,
-        done: Callable[[list[tuple[int, Score]]], None],
-    ) -> dict[int, Score]:
-        """Run the output head, and hand over the scores of rows that waited for it."""
-        answers.run()
-        found = scores(waiting, answers)
-        done(found)
-        return dict(found)
+                yield members[part], group.prefix
 
     def _groups(self, contexts: list[tuple[int, ...]]) -> list[Group]:
         """Contexts (longest first) by the prefix that they share, the group of the longest first."""
@@ -145,6 +170,13 @@ class Scorer:
             tokens = min(tokens, self.budget.cached * todo[0] // lengths[0])  # the cache holds the prefix for every row
         return padded_batches(todo, self.budget.rows, tokens, self.budget.forward)
 
+    def _shared(self, batch: Batch) -> _Prefix | None:
+        """The prefix that a batch shares, from the batch before or run now."""
+        tokens = batch.contexts[0][: batch.prefix]
+        if self._prefix is None or self._prefix.tokens != tokens:
+            self._prefix = self._run_prefix(tokens) if tokens else None
+        return self._prefix
+
     def _run_prefix(self, tokens: tuple[int, ...]) -> _Prefix:
         """Run a prefix of several contexts, densely; a method's state observes it."""
         ids, valid = pad([tokens], left=True, device=self.forwards.device)
@@ -152,10 +184,10 @@ class Scorer:
         positions = torch.arange(len(tokens), device=self.forwards.device)[None]
         if session is None:
             self.forwards(ids, valid, positions, cache)
-            return _Prefix(len(tokens), cache, None)
+            return _Prefix(tokens, cache, None)
         with session.context(valid):
             self.forwards(ids, valid, positions, cache)
-        return _Prefix(len(tokens), cache, session.state)
+        return _Prefix(tokens, cache, session.state)
 
     def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[Any, Tensor, Tensor]:
         """Run contexts densely, as a batch with its padding on the left: their cache, valid [B, N], hidden [B, T, D].
@@ -189,24 +221,17 @@ class Scorer:
         self.state_bytes = max(self.state_bytes, session.state_bytes // batch)
         return cache, valid, hidden
 
-    def _run(
-        self,
-        contexts: list[tuple[int, ...]],
-        shared: _Prefix | None,
-        by_context: dict[tuple[int, ...], list[int]],
-        requests: Sequence[Request],
-        answers: Answers,
-    ) -> list[tuple[Row, Cost]]:
+    def _run(self, batch: Batch, answers: Answers) -> list[tuple[Row, Cost]]:
         """Run a batch of contexts and their candidates: hidden states go into `answers`."""
-        session = self.session
-        cache, valid, hidden = self._run_contexts([c[: len(c) - self._last] for c in contexts], shared)
+        session, contexts = self.session, batch.contexts
+        cut = [c[: len(c) - self._last] for c in contexts]
+        cache, valid, hidden = self._run_contexts(cut, self._shared(batch))
         rows: dict[tuple[int, tuple[int, ...]], Row] = {}
         for parent, context in enumerate(contexts):
             root = answers.root()
             if session is None:
                 answers.give([root], hidden[parent, -1:])
-            for i in by_context[context]:
-                continuation = requests[i].continuation
+            for i, continuation in batch.asked[context]:
                 inputs = (*context[len(context) - self._last :], *continuation[:-1])
                 if (row := rows.get((parent, inputs))) is None:
                     # What an oracle's mask is made from is the row's own tokens: rows have no hidden state in common.
@@ -222,17 +247,17 @@ class Scorer:
         if self.budget.cached is not None:  # every row has a copy of its context's cache
             most = max(1, min(most, self.budget.cached // (valid.shape[1] + lengths[0])))
         for part in padded_batches(lengths, most, self.budget.tokens, self.budget.forward):
-            batch = ordered[part]
-            if not batch[0].inputs:  # dense one-token answers: the context's forward has answered them
-                found += [(row, Cost()) for row in batch]
+            part_rows = ordered[part]
+            if not part_rows[0].inputs:  # dense one-token answers: the context's forward has answered them
+                found += [(row, Cost()) for row in part_rows]
                 continue
-            parents = torch.tensor([r.parent for r in batch], device=self.forwards.device)
+            parents = torch.tensor([r.parent for r in part_rows], device=self.forwards.device)
             forked = fork(cache, parents)
             if session is not None:
                 session.fork(state, parents)
                 if session.looks_ahead:
-                    self._rehearse(batch, valid[parents], fork(forked))
-            found += zip(batch, self._run_rows(batch, valid[parents], forked, answers), strict=True)
+                    self._rehearse(part_rows, valid[parents], fork(forked))
+            found += zip(part_rows, self._run_rows(part_rows, valid[parents], forked, answers), strict=True)
         return found
 
     def _rehearse(self, rows: list[Row], seen: Tensor, cache: Any) -> None:

@@ -45,6 +45,14 @@ class Journal:
     def __getitem__(self, request: str) -> Any:
         return self._answers[request]
 
+    def get(self, request: str, default: Any = None) -> Any:
+        """The answer, if there is one."""
+        return self._answers.get(request, default)
+
+    def answers(self) -> dict[str, Any]:
+        """All of them."""
+        return dict(self._answers)
+
     def add(self, answers: Mapping[str, Any], state_bytes: int, seconds: float) -> None:
         """Keep a batch. On return it is on disk, and no crash takes it back.
 

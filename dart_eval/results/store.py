@@ -4,6 +4,7 @@
     samples/<name>-<key>.jsonl  its samples
     texts/<task>-<hash>.jsonl   prompts and answers of a task, once for all cells that were asked the same
     partial/<name>-<key>.jsonl  what an unfinished cell has answered so far (see `journal`)
+    failed/<name>-<key>.txt     the traceback of a cell that failed; gone when it succeeds
     .locks/                     who is at work on which cell
 
 Files appear whole or not at all: written beside, flushed, then renamed. The record comes last and knows the digests of
@@ -131,9 +132,19 @@ class Store:
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
             write_atomically(self.path(name, record.key), text)
+            (self.folder / "failed" / f"{name}-{record.key[:16]}.txt").unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(self.folder, error) from None
         return record
+
+    def failed(self, name: str, key: str, text: str) -> Path:
+        """Keep why a cell failed; returns the file."""
+        path = self.folder / "failed" / f"{name}-{key[:16]}.txt"
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise StoreError(self.folder, error) from None
+        return path
 
     # -- reading ---------------------------------------------------------------------------------------------
 

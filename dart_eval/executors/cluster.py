@@ -1,0 +1,394 @@
+"""Run all cells of a configuration on Ray: one machine, several GPUs, a Slurm allocation, a cluster.
+
+Actors keep the model loaded and evaluate cells, or parts of large ones (`pool`). They hold no files: every finished
+batch travels to this process, the driver, which alone writes journals, records and logs. So nothing has to be shared,
+and a run goes on where it was, whatever was killed: an actor, a node, the driver. Keys, records and folders are those
+of the local executor, and either goes on with what the other began.
+
+A large cell is split by its batches: part i of n runs every n-th one. A batch is the same whatever runs beside it, so
+the parts' answers together are those of the whole cell; the last step makes the record of them and asks nothing more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dart_eval.errors import StoreError, UserError
+from dart_eval.evaluation.evaluate import count_requests
+from dart_eval.evaluation.part import WHOLE, Part
+from dart_eval.executors.jobs import Job, RunResult, Silent, View, open_cell, plan_all
+from dart_eval.executors.pool import Pool, Task
+from dart_eval.plan import RunConfig
+from dart_eval.results.journal import Journal
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+
+if TYPE_CHECKING:
+    from dart_eval.executors.sizing import CellSize
+
+log = logging.getLogger(__name__)
+POLL = 2.0  # seconds between looks at cells that another process is at work on
+PART_REQUESTS = 512  # that a part of a cell has at least, unless the user wants so many parts
+
+
+def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
+    """As `local.run_all`, on Ray.
+
+    Raises:
+        UserError: the input is wrong, or there is no such cluster. Nothing has been written.
+    """
+    common = configs[0]
+    for config in configs:
+        config.check()
+    view.status("connecting to Ray")
+    with _connected(common):
+        size, options = _room(common)
+        jobs, missing = plan_all(configs, view, skip_missing, _placed(common, options).device)
+        store = Store(common.output)
+        done: dict[str, Record] = {}
+        if not common.force:
+            done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
+        view.planned(len(jobs), len(done))
+        todo = [job for key, job in jobs.items() if key not in done]
+        with _Sweep(store, view, size, common.shards, done) as sweep:
+            make = functools.partial(CellWorker, _placed(common, options), _threads(options))
+            pool = Pool(make, size, options)
+            while todo:
+                pool.run(sweep.tasks(todo), sweep)
+                if sweep.elsewhere and len(sweep.elsewhere) == len(todo):
+                    names = ", ".join(job.cell.name for job in sweep.elsewhere)
+                    view.status(f"waiting for another process at work on {names}")
+                    time.sleep(POLL)
+                todo, sweep.elsewhere = sweep.elsewhere, []
+            if pool.deaths:
+                view.note(f"{pool.deaths} workers were lost on the way (see {sweep.logs}); others took over")
+    return RunResult([done[key] for key in jobs if key in done], [j.cell for j in sweep.failed_jobs], missing)
+
+
+@contextlib.contextmanager
+def _connected(config: RunConfig) -> Iterator[None]:
+    """A connection to the cluster, or to one on this machine for the time of the run."""
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--executor ray needs Ray", "pip install 'dart-eval[ray]'") from None
+    if ray.is_initialized():  # the program around us has a cluster
+        yield
+        return
+    try:
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if config.ray_address is None:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            ray.init(address=config.ray_address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"no Ray cluster at {config.ray_address} ({error})", "start one (`ray start --head`), see docs/cluster.md"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
+    """How many actors fit, and what each takes.
+
+    Raises:
+        UserError: none does.
+    """
+    import ray
+
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    gpus = config.gpus_per_cell
+    if gpus is None:
+        gpus = 1.0 if config.device in ("auto", "cuda") and any(n.get("GPU", 0) for n in nodes) else 0.0
+    cpus = 1.0 if config.cpus_per_cell is None else config.cpus_per_cell
+    fitting = sum(int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) // gpus if gpus else 1 << 20)) for n in nodes)
+    if not fitting:
+        most = {kind: max((n.get(kind, 0) for n in nodes), default=0) for kind in ("CPU", "GPU")}
+        raise UserError(
+            f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs for a cell (the largest: {most['CPU']:g} and "
+            f"{most['GPU']:g})",
+            "give a smaller --cpus-per-cell or --gpus-per-cell",
+        )
+    return fitting, {"num_cpus": cpus, "num_gpus": gpus}
+
+
+def _placed(config: RunConfig, options: dict[str, float]) -> RunConfig:
+    """The configuration where it runs; a model that has several GPUs is spread over them."""
+    gpus = options["num_gpus"]
+    device_map = config.device_map or ("auto" if gpus > 1 else None)
+    return dataclasses.replace(config, device="cuda" if gpus else "cpu", device_map=device_map)
+
+
+def _threads(options: dict[str, float]) -> int | None:
+    """Torch's threads in an actor; None: its own number."""
+    return None if options["num_gpus"] else max(1, int(options["num_cpus"]))
+
+
+def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
+    """`sizing.estimate` on a node of the cluster, and how many workers there would be.
+
+    Raises:
+        UserError: the input is wrong, or there is no such cluster.
+    """
+    view.status("connecting to Ray")
+    with _connected(configs[0]):
+        import ray
+
+        size, options = _room(configs[0])
+        view.status("trying a few batches of every task")
+        tried: Any = ray.remote(_estimate).options(**options)
+        try:
+            return ray.get(tried.remote([_placed(c, options) for c in configs], _threads(options))), size
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+
+
+# -- in the actors ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """A cell or a part of it, with what has been answered of it."""
+
+    key: str
+    config: RunConfig  # of this cell's task alone
+    part: Part
+    answers: dict[str, Any]
+    state_bytes: int
+    seconds: float
+
+
+class CellWorker:
+    """A `worker.Worker` in an actor: it keeps the model, and what it has planned.
+
+    Args:
+        threads: of torch; None leaves its own number.
+    """
+
+    def __init__(self, config: RunConfig, threads: int | None) -> None:
+        from dart_eval.executors.worker import Worker
+        from dart_eval.models import resolve
+
+        _settle(threads)
+        self.device = config.device
+        self.model = resolve(config.model_spec)
+        self.worker = Worker(config, self.model, log.info)
+        self._jobs: dict[RunConfig, dict[str, Job]] = {}
+
+    def run(self, payload: _Payload, tell: Callable[[Any], None]) -> Any:
+        """The texts and the record of a cell; of a part, whose answers have been told, how often memory ran out."""
+        if payload.config not in self._jobs:
+            # Tasks of its own: a run writes into lm-eval's, and their hashes would be others afterwards.
+            jobs, _ = plan_all([payload.config], Silent(), False, self.device, self.model)
+            self._jobs[payload.config] = jobs
+        jobs = self._jobs[payload.config]
+        if payload.key not in jobs:
+            raise UserError(
+                "this node would not evaluate the cell that the driver planned: its code, versions, model or data are "
+                "others",
+                "install the same versions and give every node the same model and --data-dir",
+            )
+        journal = _Outbox(payload, tell)
+        job = jobs[payload.key]
+        if not payload.part.whole:
+            self.worker.answer(job, journal, payload.part)
+            return self.worker.halved
+        outcome, record = self.worker.run(job, journal)
+        return outcome.texts, record
+
+
+class _Outbox(Journal):
+    """A journal that tells the driver what is added to it."""
+
+    def __init__(self, payload: _Payload, tell: Callable[[Any], None]) -> None:
+        super().__init__()
+        super().add(payload.answers, payload.state_bytes, 0.0)
+        self.seconds = payload.seconds
+        self._tell = tell
+
+    def add(self, answers: Any, state_bytes: int, seconds: float) -> None:
+        super().add(answers, state_bytes, seconds)
+        self._tell((dict(answers), state_bytes, seconds))
+
+
+def _estimate(configs: list[RunConfig], threads: int | None) -> list[CellSize]:
+    from dart_eval.executors.sizing import estimate
+
+    _settle(threads)
+    return estimate(configs, Silent(), configs[0].device)
+
+
+def _settle(threads: int | None) -> None:
+    """Silence the libraries, and take no more threads than were asked for."""
+    import warnings
+
+    import datasets
+    import torch
+    import transformers
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    for name in ("lm_eval", "huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.getLogger("dart_eval").setLevel(logging.INFO)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+# -- in the driver ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _CellTask(Task):
+    job: Job = field(kw_only=True)
+    part: Part = WHOLE
+
+
+@dataclass
+class _Open:
+    """A cell under way."""
+
+    claim: contextlib.ExitStack
+    journal: Journal
+    left: int  # parts that are not done
+    seconds: float = 0.0  # of the actors, since it was opened
+    halved: int = 0  # how often memory ran out in parts
+
+
+class _Sweep:
+    """What the driver keeps of cells: claims, journals, records, logs."""
+
+    def __init__(self, store: Store, view: View, size: int, shards: int | None, done: dict[str, Record]) -> None:
+        self.store, self.view, self.size, self.shards, self.done_records = store, view, size, shards, done
+        self.elsewhere: list[Job] = []  # cells that another process is at work on
+        self.failed_jobs: list[Job] = []
+        self.logs = store.folder / "logs"
+        self._open: dict[str, _Open] = {}
+        self._parts: dict[str, int] = {}
+        self._over: set[str] = set()  # cells of which no task is to begin any more
+        self._files: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Sweep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for key in list(self._open):
+            self._close(key)
+        for file in self._files.values():
+            file.close()
+
+    def tasks(self, jobs: Sequence[Job]) -> list[_CellTask]:
+        """The tasks of cells: one each, or one a part."""
+        made = []
+        self._over.clear()
+        for job in jobs:
+            count = self._parts[job.cell.key] = self._count(job)
+            for index in range(count):
+                name = job.cell.title + (f" part {index + 1} of {count}" if count > 1 else "")
+                made.append(_CellTask(name, job=job, part=Part(index, count)))
+        return made
+
+    def _count(self, job: Job) -> int:
+        """Parts of a cell: as many as there are actors, if each gets enough to do."""
+        if self.shards is not None:
+            return self.shards
+        requests = count_requests(job.tasks.load(job.cell.task), job.config.limit)
+        return max(1, min(self.size, requests // PART_REQUESTS))
+
+    def begin(self, task: _CellTask) -> _Payload | None:
+        job, cell = task.job, task.job.cell
+        if cell.key in self._over:
+            return None
+        if cell.key not in self._open and not self._claim(job):
+            self._over.add(cell.key)
+            return None
+        opened = self._open[cell.key]
+        config = dataclasses.replace(job.config, tasks=(cell.task,))
+        journal = opened.journal
+        return _Payload(
+            cell.key, config, task.part, journal.answers(), journal.state_bytes, journal.seconds + opened.seconds
+        )
+
+    def _claim(self, job: Job) -> bool:
+        """Take a cell up, if nobody else has."""
+        cell = job.cell
+        with contextlib.ExitStack() as stack:
+            if not stack.enter_context(self.store.claim(cell.name, cell.key)):
+                self.elsewhere.append(job)
+                return False
+            found = open_cell(self.store, job, self.view)
+            if isinstance(found, Record):
+                self.done_records[cell.key] = found
+                self.view.finished(cell, found)
+                return False
+            self._open[cell.key] = _Open(stack.pop_all(), found, self._parts[cell.key])
+        self.view.started(cell, count_requests(job.tasks.load(cell.task), job.config.limit))
+        return True
+
+    def told(self, task: _CellTask, message: Any) -> None:
+        opened = self._open.get(task.job.cell.key)
+        if opened is None:  # another part has failed
+            return
+        answers, state_bytes, seconds = message
+        opened.journal.add(answers, state_bytes, seconds)
+        opened.seconds += seconds
+        self.view.advanced(task.job.cell, len(answers))
+
+    def done(self, task: _CellTask, result: Any) -> list[_CellTask]:
+        cell = task.job.cell
+        opened = self._open.get(cell.key)
+        if opened is None:
+            return []
+        if not task.part.whole:
+            opened.left, opened.halved = opened.left - 1, opened.halved + result
+            return [_CellTask(f"{cell.title}, the whole", job=task.job)] if opened.left == 0 else []
+        texts, record = result
+        if opened.halved:
+            halved = record.settings.get("halved", 0) + opened.halved
+            record = dataclasses.replace(record, settings={**record.settings, "halved": halved})
+        record = self.store.save(cell.name, record, texts)
+        opened.journal.remove()
+        self._close(cell.key)
+        self.done_records[cell.key] = record
+        self.view.finished(cell, record)
+        return []
+
+    def failed(self, task: _CellTask, problem: str, text: str) -> None:
+        cell = task.job.cell
+        if cell.key not in self._open:
+            return
+        self._close(cell.key)
+        self._over.add(cell.key)
+        self.failed_jobs.append(task.job)
+        self.view.failed(cell, problem, self.store.failed(cell.name, cell.key, text))
+
+    def log(self, number: int, text: str) -> None:
+        path = self.logs / f"worker-{number}.log"
+        try:
+            if path not in self._files:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._files[path] = path.open("a", encoding="utf-8", buffering=1)
+            self._files[path].write(f"{datetime.now().isoformat(timespec='seconds')} {text.rstrip()}\n")
+        except OSError as error:
+            raise StoreError(self.store.folder, error) from None
+
+    def _close(self, key: str) -> None:
+        opened = self._open.pop(key)
+        opened.journal.close()
+        opened.claim.close()

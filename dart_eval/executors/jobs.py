@@ -1,0 +1,131 @@
+"""What an executor runs: cells with all that it takes, and what it tells meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.evaluate import check_answers, task_hash
+from dart_eval.evaluation.tasks import Tasks
+from dart_eval.models import Resolved, pick_device, resolve
+from dart_eval.plan import Cell, RunConfig, methods_of, plan
+from dart_eval.results.journal import Journal
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+
+
+class View(Protocol):
+    """What a person sees of a run."""
+
+    def planned(self, cells: int, finished: int) -> None: ...
+    def status(self, text: str) -> None: ...
+    def started(self, cell: Cell, requests: int) -> None: ...
+    def advanced(self, cell: Cell, requests: int) -> None: ...
+    def finished(self, cell: Cell, record: Record) -> None: ...
+    def failed(self, cell: Cell, error: str, where: Path) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        records: of all finished cells, in the plan's order.
+        failed: cells that failed.
+        missing: task -> why it could not be loaded (only where that was allowed).
+    """
+
+    records: list[Record]
+    failed: list[Cell]
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with what it takes to run it."""
+
+    cell: Cell
+    config: RunConfig
+    tasks: Tasks
+
+
+def plan_all(
+    configs: Sequence[RunConfig],
+    view: View,
+    skip_missing: bool,
+    device: str | None = None,
+    model: Resolved | None = None,
+) -> tuple[dict[str, Job], dict[str, str]]:
+    """Jobs by key, in order, and the tasks that are missing.
+
+    Args:
+        device: type of the device that cells will run on, where that is another machine's.
+        model: from an earlier call, to be used again.
+
+    Raises:
+        UserError: the input is wrong. Nothing has been written.
+    """
+    for config in configs:
+        config.check()
+        methods_of(config)  # cheap checks first
+    # lm-eval writes the number of shots into a task, so it is loaded once for each.
+    shelves: dict[Any, Tasks] = {}
+    jobs: dict[str, Job] = {}
+    missing: dict[str, str] = {}
+    for config in configs:
+        view.status("looking up tasks")
+        shelf = (config.data_dir, config.cue, config.num_fewshot)
+        if shelf not in shelves:
+            shelves[shelf] = Tasks(config.data_dir, config.cue)
+        tasks = shelves[shelf]
+        names = tasks.expand(list(config.tasks))
+        if model is None:
+            view.status("finding the model")
+            spec = config.model_spec
+            model = resolve(spec if device is None else dataclasses.replace(spec, device="cpu"))
+        hashes = {}
+        for name in names:
+            view.status(f"loading task {name}")
+            try:
+                hashes[name] = task_hash(tasks.load(name), config.eval_settings)
+            except UserError as error:
+                if not skip_missing:
+                    raise
+                missing[name] = error.problem
+                continue
+            for method in methods_of(config):
+                check_answers(tasks.load(name), config.scope, method)
+        kind = device or pick_device("auto" if config.device_map else config.device).type
+        for cell in plan(config, model, list(hashes), hashes, kind):
+            jobs.setdefault(cell.key, Job(cell, config, tasks))
+    if not jobs:
+        raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
+    return jobs, missing
+
+
+def open_cell(store: Store, job: Job, view: View) -> Record | Journal:
+    """For a claimed cell: the record that another process has made meanwhile, or the journal to go on with."""
+    cell, force = job.cell, job.config.force
+    if not force:
+        if (made := store.get(cell.name, cell.key)) is not None:
+            return made
+        for path in store.set_aside(cell.name, cell.key):
+            view.note(f"{cell.name} was damaged: set aside as {path}, and run again")
+    journal = store.journal(cell.name, cell.key)
+    if force:
+        journal.remove()
+    if journal:
+        view.note(f"{cell.name} goes on after {len(journal)} answers of an earlier run")
+    return journal
+
+
+class Silent:
+    """A view that shows nothing."""
+
+    def __getattr__(self, _name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: None

@@ -1,0 +1,159 @@
+"""A loaded model that evaluates cells, or parts of them. It knows no folder of results."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+import torch
+
+from dart_eval import cost
+from dart_eval.errors import UserError
+from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.part import Part, Pilot
+from dart_eval.executors.jobs import Job
+from dart_eval.ffn import find_ffns
+from dart_eval.machine import peak_memory
+from dart_eval.models import Resolved
+from dart_eval.plan import Cell, RunConfig, command, environment, spec_of
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.session import Session, prune
+from dart_eval.results.journal import Journal
+from dart_eval.results.record import Record
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Worker:
+    """A loaded model; evaluates cells.
+
+    Args:
+        status, advanced: told what it loads, and the number of requests just answered.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        resolved: Resolved,
+        status: Callable[[str], None] = lambda text: None,
+        advanced: Callable[[int], None] = lambda n: None,
+    ) -> None:
+        status(f"loading {resolved.identity.name}")
+        self.model, self.tokenizer = resolved.load()
+        if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
+        self.halved = 0  # how often memory ran out in the last cell
+        self.shape = cost.shape_of(self.model, find_ffns(self.model))
+        self.calibration = TextCalibration(self.model, self.tokenizer, config.calibration)
+        self.lm = PrunedLM(
+            self.model,
+            self.tokenizer,
+            config.batch_size,
+            config.max_length,
+            config.chunk,
+            on_progress=advanced,
+            share_prefix=config.share_prefix,
+        )
+
+    def run(self, job: Job, journal: Journal) -> tuple[Outcome, Record]:
+        """Evaluate one cell."""
+        cell, settings = job.cell, job.config.eval_settings
+        start, earlier = time.monotonic(), journal.seconds
+        with contextlib.ExitStack() as stack:
+            peak = stack.enter_context(peak_memory(self.lm.device.type))
+            session = self._attach(stack, cell)
+            outcome = self._smaller(lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal))
+            state = max(outcome.state_bytes, session.state_bytes if session and session.state is None else 0)
+        measured = {
+            "seconds": earlier + time.monotonic() - start,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "peak": peak(),
+        }
+        return outcome, self._record(job, outcome, state, measured)
+
+    def answer(self, job: Job, journal: Journal, part: Part | Pilot) -> None:
+        """Answer a part of one cell into the journal."""
+        with contextlib.ExitStack() as stack:
+            session = self._attach(stack, job.cell)
+            cell, settings = job.cell, job.config.eval_settings
+            self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part))
+
+    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session | None:
+        if not cell.method.prunes:
+            return None
+        pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
+        return stack.enter_context(pruned)
+
+    def _smaller(self, work: Callable[[], T]) -> T:
+        """Do the work; where memory runs out, in forwards of half the size, down to one row.
+
+        What was answered before is in the journal, and the rest is asked again.
+        """
+        whole, self.halved = self.lm.budget, 0
+        try:
+            while True:
+                try:
+                    return work()
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error) or self.lm.budget.rows == 1:
+                        raise
+                self.lm.budget = self.lm.budget.halved()
+                self.halved += 1
+                log.warning("out of memory: on with batches of %d", self.lm.budget.rows)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        finally:
+            self.lm.budget = whole
+
+    def _record(self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any]) -> Record:
+        cell, config = job.cell, job.config
+        usage = outcome.usage
+        weights_read = usage.weights_read
+        per_token = usage.remasks / usage.tokens if usage.tokens else 0.0
+        return Record(
+            key=cell.key,
+            inputs=cell.inputs,
+            metrics=outcome.metrics,
+            mask_sparsity=usage.mask_sparsity,
+            effective_sparsity=usage.effective_sparsity,
+            weights_read=weights_read,
+            tokens=usage.tokens,
+            remasks=usage.remasks,
+            by_task={
+                task: {
+                    "tokens": used.tokens,
+                    "remasks": used.remasks,
+                    "mask_sparsity": used.mask_sparsity,
+                    "effective_sparsity": used.effective_sparsity,
+                }
+                for task, used in outcome.by_task.items()
+            },
+            flops=cost.describe(cell.method, self.shape, usage.mean_context, weights_read, per_token),
+            memory={"weights": self.shape.weight_bytes, "state": state},
+            settings={
+                "batch_size": config.batch_size,
+                "share_prefix": config.share_prefix,
+                "method": spec_of(cell.method),
+                "command": command(config, cell),
+                **({"halved": self.halved} if self.halved else {}),
+            },
+            environment=environment(),
+            measured=measured,
+            samples=outcome.samples,
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the process, has no more memory: torch has several ways to say it."""
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )

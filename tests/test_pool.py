@@ -1,0 +1,166 @@
+"""The pool of Ray actors, with workers that do next to nothing: no task is lost or doubled, come what may."""
+
+import os
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from dart_eval.errors import UserError
+from dart_eval.executors import pool as pool_module
+from dart_eval.executors.pool import TRIES, Pool, Stopped, Task
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """Eight workers' room, on however many processors."""
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+class Worker:
+    """Tells when a task begins and ends; what it does between the two is the payload's first word."""
+
+    def run(self, payload, tell):
+        what, marks, name = payload
+        tell(("begin", time.time()))
+        first = not os.path.exists(f"{marks}/{name}")
+        open(f"{marks}/{name}", "w").close()
+        if what == "die" or (what == "die once" and first):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "poison":
+            raise RuntimeError("planted")
+        if what == "wrong":
+            raise UserError("the input is wrong")
+        if what == "memory":
+            raise MemoryError
+        if what == "sleep":
+            time.sleep(0.3)
+        if what == "long":
+            for i in range(600):
+                time.sleep(0.1)
+                tell(("step", i))
+        tell(("end", time.time()))
+        return name.upper()
+
+
+class Handler:
+    def __init__(self, marks):
+        self.marks, self.messages, self.results, self.lost, self.lines = marks, [], [], {}, []
+
+    def begin(self, task):
+        return None if task.what == "nothing" else (task.what, str(self.marks), task.name)
+
+    def told(self, task, message):
+        self.messages.append((task.name, *message))
+
+    def done(self, task, result):
+        self.results.append(result)
+        return [_task("sleep", f"{task.name}-next")] if task.what == "two" else []
+
+    def failed(self, task, problem, text):
+        self.lost[task.name] = (problem, text)
+
+    def log(self, number, text):
+        self.lines.append((number, text))
+
+
+def _task(what, name):
+    task = Task(name)
+    task.what = what
+    return task
+
+
+def _run(tasks, marks, size=2, handler=None):
+    handler = handler or Handler(marks)
+    pool = Pool(Worker, size, {"num_cpus": 1})
+    pool.run(tasks, handler)
+    return handler, pool
+
+
+def test_five_hundred_tasks_on_eight_workers(tmp_path):
+    handler, _ = _run([_task("quick", f"t{i}") for i in range(500)], tmp_path, size=8)
+    assert Counter(handler.results) == Counter(f"T{i}" for i in range(500))
+    assert len(handler.messages) == 1000
+    assert not handler.lost
+    assert {number for number, _ in handler.lines} == set(range(1, 9))
+
+
+def test_tasks_that_follow_and_tasks_with_nothing_to_do(tmp_path):
+    handler, _ = _run([_task("two", "a"), _task("nothing", "b"), _task("quick", "c")], tmp_path)
+    assert sorted(handler.results) == ["A", "A-NEXT", "C"]
+    assert _run([_task("nothing", "b")], tmp_path)[0].results == []
+    assert _run([], tmp_path)[0].results == []
+
+
+def test_a_killed_worker_is_replaced_and_its_task_done_again(tmp_path):
+    tasks = [_task("die once", "a"), *(_task("sleep", f"t{i}") for i in range(6))]
+    handler, pool = _run(tasks, tmp_path)
+    assert sorted(handler.results) == sorted(["A", *(f"T{i}" for i in range(6))])
+    assert pool.deaths == 1
+    assert any("is lost" in text for _, text in handler.lines)
+
+
+@pytest.mark.parametrize(("what", "tries", "word"), [("poison", TRIES, "planted"), ("wrong", 1, "the input is wrong")])
+def test_a_poisoned_task_is_given_up_and_the_rest_goes_on(tmp_path, what, tries, word):
+    handler, pool = _run([_task(what, "a"), *(_task("quick", f"t{i}") for i in range(9))], tmp_path)
+    assert sorted(handler.results) == sorted(f"T{i}" for i in range(9))
+    assert [m[:2] for m in handler.messages].count(("a", "begin")) == tries
+    problem, text = handler.lost["a"]
+    assert word in problem and f"raise {'RuntimeError' if tries > 1 else 'UserError'}" in text
+    assert (f"(tried {TRIES} times)" in problem) == (tries > 1)
+    assert pool.deaths == 0
+
+
+def test_a_task_that_kills_every_worker_is_given_up(tmp_path):
+    handler, pool = _run([_task("die", "a"), *(_task("sleep", f"t{i}") for i in range(4))], tmp_path)
+    assert sorted(handler.results) == [f"T{i}" for i in range(4)]
+    assert "the process at work on it was lost" in handler.lost["a"][0]
+    assert pool.deaths == TRIES
+
+
+def test_where_memory_ran_out_a_task_is_tried_with_nothing_beside_it(tmp_path):
+    handler, _ = _run([_task("memory", "a"), *(_task("sleep", f"t{i}") for i in range(6))], tmp_path)
+    begun = [m[2] for m in handler.messages if m[:2] == ("a", "begin")]
+    ends = [m[2] for m in handler.messages if m[1] == "end"]
+    assert len(begun) == TRIES and len(ends) == 6
+    assert min(begun[1:]) > max(ends)
+
+
+def test_an_interrupt_lets_workers_finish_what_they_tell_next(tmp_path):
+    class Interrupted(Handler):
+        def told(self, task, message):
+            super().told(task, message)
+            if message == ("step", 2) and not self.results:
+                self.results.append("interrupted")
+                raise KeyboardInterrupt
+
+    handler = Interrupted(tmp_path)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        _run([_task("long", "a"), _task("long", "b"), _task("quick", "c")], tmp_path, handler=handler)
+    assert time.monotonic() - started < pool_module.DRAIN / 2
+    steps = {name: max(m[2] for m in handler.messages if m[:2] == (name, "step")) for name in ("a", "b")}
+    assert 2 < max(steps.values()) < 100  # they told their next message, and stopped there
+    assert handler.results == ["interrupted"]
+
+
+def test_a_worker_that_cannot_be_made_fails_its_tasks(tmp_path):
+    def broken():
+        raise UserError("no such model")
+
+    handler = Handler(tmp_path)
+    Pool(broken, 2, {"num_cpus": 1}).run([_task("quick", "a")], handler)
+    assert handler.lost["a"][0] == "UserError: no such model"
+
+
+def test_an_actor_that_stops_raises_where_it_tells():
+    actor = pool_module.Actor(Worker)
+    actor.stop()
+    with pytest.raises(Stopped):
+        actor._tell("anything")
+    assert actor.poll() == [("told", "anything")]
