@@ -12,6 +12,9 @@ LIMIT ?=
 PAPER ?= $(if $(MODEL)$(DATA),ten,smoke)
 OUT ?= paper-output
 
+# For test: files of tests at a time; each may need three gigabytes.
+JOBS ?= 2
+
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,7 +39,7 @@ paper-tables: $(VENV)/.demo
 	$(BIN)/dart-eval report $(OUT)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
