@@ -1,0 +1,99 @@
+"""Several nodes and GPUs, as far as one machine can play them: Ray takes its word for what a node has."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dart_eval.errors import UserError
+from dart_eval.executors import cluster
+from dart_eval.executors.pool import Pool
+from dart_eval.plan import config_from
+from tests.conftest import save_tiny
+from tests.test_pool import Handler, Worker, _task
+
+ray = pytest.importorskip("ray")
+PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
+
+
+@pytest.fixture
+def nodes():
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_lost_node_is_made_up_for(nodes, tmp_path):
+    second = nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+
+    class Losing(Handler):
+        lost_at = None
+
+        def told(self, task, message):
+            super().told(task, message)
+            if self.lost_at is None and len({n for n, text in self.lines if "runs on" in text}) == 2:
+                self.lost_at = len(self.results)
+                nodes.remove_node(second, allow_graceful=False)
+
+    handler = Losing(tmp_path)
+    pool = Pool(Worker, 2, {"num_cpus": 1})
+    pool.run([_task("sleep", f"t{i}") for i in range(12)], handler)
+    assert handler.lost_at is not None and handler.lost_at < 12
+    assert sorted(handler.results) == sorted(f"T{i}" for i in range(12))
+    assert pool.deaths >= 1 and not handler.lost
+
+
+def test_a_cell_takes_the_gpus_that_there_are(nodes):
+    nodes.add_node(num_cpus=8, num_gpus=4)
+    nodes.add_node(num_cpus=3, num_gpus=4)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+
+    def room(**given):
+        config = config_from(None, {"tasks": "smoke", "executor": "ray", **given})
+        size, options = cluster._room(config)
+        return size, cluster._placed(config, options)
+
+    size, placed = room()
+    assert (size, placed.device, placed.device_map) == (7, "cuda", None)  # four cells, and three for want of CPUs
+    size, placed = room(gpus_per_cell=2)  # a model over two GPUs
+    assert (size, placed.device, placed.device_map) == (4, "cuda", "auto")
+    size, placed = room(gpus_per_cell=0.5, cpus_per_cell=0.5)
+    assert (size, placed.device, placed.device_map) == (14, "cuda", None)
+    size, placed = room(device="cpu", cpus_per_cell=3)
+    assert (size, placed.device, placed.device_map) == (3, "cpu", None)
+    with pytest.raises(UserError, match="no node of the cluster has 1 CPUs and 5 GPUs for a cell"):
+        room(gpus_per_cell=5)
+
+
+def test_ctrl_c_keeps_what_is_answered_and_the_same_command_goes_on(tmp_path, tokenizer):
+    folder = save_tiny(tmp_path / "model", tokenizer)
+    command = [
+        *(PROGRAM, "run", "--model", str(folder), "--output", str(tmp_path / "out"), "--executor", "ray"),
+        *("--tasks", "smoke_summary", "--method", "dense", "--limit", "40", "--batch-size", "1"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not any(p.stat().st_size for p in (tmp_path / "out" / "partial").glob("*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the command has started
+    _, errors = process.communicate()
+    assert (process.returncode, errors.strip()) == (130, "interrupted; the same command goes on from here")
+    (log,) = (tmp_path / "out" / "logs").glob("worker-*.log")
+    worker = int(log.read_text().split("process ")[1].split()[0])
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < end, "a worker outlived the run"
+        time.sleep(0.1)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "smoke_summary-dense goes on after" in done.stdout
