@@ -315,6 +315,14 @@ class _Interrupt(TorchFunctionMode):
         return result
 
 
+@pytest.fixture
+def gradients():
+    """An interrupt may hit torch as it leaves `no_grad`: gradients are on again for the tests that follow."""
+    yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("after", [False, True])
 def test_restored_after_an_interrupt_anywhere_in_a_swap(after):
     """At every operation of a swap, before and after it has run; also in the middle of putting back."""
