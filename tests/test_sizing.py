@@ -81,8 +81,8 @@ def test_the_plan_counts_what_the_run_asks(folder, tmp_path, monkeypatch):
 def test_what_a_method_takes_more_is_measured_once_for_each_kind_of_request(folder, tmp_path, monkeypatch):
     tried, pilot = [], sizing._pilot
 
-    def slow(worker, job):
-        found = pilot(worker, job)
+    def slow(worker, job, ending=0.0):
+        found = pilot(worker, job, ending)
         tried.append(f"{job.cell.task} {job.cell.method.name}")
         for call in found.calls:  # a second a unit; three under a method
             call.seconds = dict.fromkeys(call.seconds, 3.0 if job.cell.method.prunes else 1.0)

@@ -52,7 +52,7 @@ class CellSize:
 
 @dataclass(frozen=True)
 class _Timed:
-    """A pilot: its calls, seconds beside their units (prompts, tokenisation), peak bytes."""
+    """A pilot: its calls, seconds beside their units (prompts, tokenisation, metrics), peak bytes."""
 
     calls: list[Call]
     beside: float
@@ -86,7 +86,8 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
         if task not in dense:
             view.status(f"trying {cell.task}")
             plain = dataclasses.replace(cell, method=make("dense", {}), sparsity=0.0)
-            dense[task] = _pilot(worker, dataclasses.replace(job, cell=plain))
+            plain_job = dataclasses.replace(job, cell=plain)
+            dense[task] = _pilot(worker, plain_job, _ending(worker, plain_job))
         base, method = dense[task], spec_of(cell.method)
         if cell.method.prunes and any((method, c.kind) not in factors for c in base.calls):
             view.status(f"trying {cell.title}")
@@ -101,14 +102,21 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
     return found
 
 
-def _pilot(worker: Worker, job: Job) -> _Timed:
+def _ending(worker: Worker, job: Job) -> float:
+    """Seconds of a whole cell of one document beside its answer: a pilot makes no metrics, and so lacks them."""
+    start = time.monotonic()
+    worker.run(dataclasses.replace(job, config=dataclasses.replace(job.config, limit=1)), Journal())
+    return time.monotonic() - start - sum(s for call in worker.lm.calls for s in call.seconds.values())
+
+
+def _pilot(worker: Worker, job: Job, ending: float = 0.0) -> _Timed:
     start = time.monotonic()
     with peak_memory(worker.lm.device.type) as peak:
         worker.answer(job, Journal(), Pilot())
         memory = peak()
     calls = worker.lm.calls
     spent = sum(s for call in calls for s in call.seconds.values())
-    return _Timed(calls, time.monotonic() - start - spent, memory)
+    return _Timed(calls, time.monotonic() - start - spent + ending, memory)
 
 
 def _extrapolated(call: Call) -> float:
