@@ -26,6 +26,13 @@ class StoreError(UserError):
         )
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the process, has no more memory: torch has several ways to say it."""
+    text = str(error).lower()
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "out of memory" in text or "can't allocate memory" in text
+
+
 def summary(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -16,7 +16,7 @@ from dart_eval.ffn import cache_argument
 
 
 class Forwards:
-    """Runs a model up to its last hidden states, and counts the tokens that it computes.
+    """Runs a model up to its last hidden states.
 
     Args:
         head: see `output_head`.
@@ -25,13 +25,11 @@ class Forwards:
     def __init__(self, model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
         self.model, self.head = model, head
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-        self.tokens = 0  # computed, with padding
         self._cache_name = cache_argument(model)
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
     def __call__(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Last hidden states [B, T, D]. tokens: [B, T]; attention: [B, past + T] bool; positions: [B, T]."""
-        self.tokens += tokens.numel()
         kwargs: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:
             kwargs["position_ids"] = positions.clamp_min(0)

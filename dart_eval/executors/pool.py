@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dart_eval.errors import UserError, summary
+from dart_eval.errors import UserError, out_of_memory, summary
 
 TRIES = 3
 POLL = 0.5  # seconds that an actor waits for something to tell
@@ -46,13 +46,12 @@ class Task:
     """One piece of work.
 
     Attributes:
-        name: for people. tries: begun so far. alone: no other task may run beside it. error: of the last try.
+        name: for people. tries: begun so far. alone: no other task may run beside it.
     """
 
     name: str
     tries: int = 0
     alone: bool = False
-    error: str = ""
 
 
 class Handler(Protocol):
@@ -122,7 +121,7 @@ class Actor:
             self._news.put(("stopped", None))
         except BaseException as error:
             lost = isinstance(error, UserError)  # trying again would not help
-            what = (summary(error), "".join(traceback.format_exception(error)), lost, _memory(error))
+            what = (summary(error), "".join(traceback.format_exception(error)), lost, out_of_memory(error))
             self._news.put(("failed", what))
 
     def _tell(self, message: Any) -> None:
@@ -140,12 +139,6 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._news.put(("log", self.format(record)))
-
-
-def _memory(error: BaseException) -> bool:
-    """Whether memory ran out."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 @dataclass
@@ -291,7 +284,6 @@ class Pool:
         return self._again(task, f"the process at work on it was lost ({summary(error)})", str(error), False, handler)
 
     def _again(self, task: Task, problem: str, text: str, lost: bool, handler: Handler) -> list[Task]:
-        task.error = text
         if lost or task.tries >= TRIES:
             handler.failed(task, f"{problem} (tried {task.tries} times)" if task.tries > 1 else problem, text)
             return []

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from dart_eval import cost
-from dart_eval.errors import UserError
+from dart_eval.errors import UserError, out_of_memory
 from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.part import Part, Pilot
@@ -149,11 +149,3 @@ class Worker:
             measured=measured,
             samples=outcome.samples,
         )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the process, has no more memory: torch has several ways to say it."""
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
