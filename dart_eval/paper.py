@@ -15,7 +15,7 @@ import yaml
 
 from dart_eval import bertscore
 from dart_eval.errors import UserError, nearest
-from dart_eval.executors.local import View
+from dart_eval.executors.jobs import View
 from dart_eval.models import pick_device
 from dart_eval.plan import RunConfig, methods_of
 from dart_eval.results.paper_tables import BERTSCORE, FIELDS, Column, Layout, Reported, Row

@@ -36,6 +36,7 @@ NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "models.py", "pruning", "e
 
 
 EXECUTORS = ("local", "ray")
+RAY_DEVICES = ("auto", "cpu", "cuda")
 RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
 # What `command` says in another way, or has no need to say.
 NO_OPTION_OF_A_CELL = (
@@ -140,6 +141,15 @@ class RunConfig:
             raise UserError(f"--cpus-per-cell {self.cpus_per_cell:g} must be more than 0")
         if self.gpus_per_cell is not None and self.gpus_per_cell < 0:
             raise UserError(f"--gpus-per-cell {self.gpus_per_cell:g} must not be negative")
+        if self.gpus_per_cell is not None and self.gpus_per_cell > 1 and self.gpus_per_cell % 1:
+            raise UserError(f"--gpus-per-cell {self.gpus_per_cell:g} must be whole", "only one GPU can be shared")
+        if self.executor == "ray" and self.device not in RAY_DEVICES:
+            raise UserError(f"--device {self.device} is not for Ray", "give auto, cpu or cuda: Ray deals out the cards")
+        if (self.device == "cpu" and self.gpus_per_cell) or (self.device == "cuda" and self.gpus_per_cell == 0):
+            raise UserError(
+                f"--device {self.device} and --gpus-per-cell {self.gpus_per_cell:g} contradict each other",
+                "leave one of them out",
+            )
         if self.shards is not None and self.shards < 1:
             raise UserError(f"--shards {self.shards} must be at least 1")
         if self.scope not in SCOPES:

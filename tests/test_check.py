@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from dart_eval.cli import check as command
 from dart_eval.errors import UserError
-from dart_eval.executors import jobs, local
+from dart_eval.executors import jobs
 from dart_eval.plan import config_from
 from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import Limits, Thresholds, check, recovery, thresholds_from, workflow_commands
 from dart_eval.results.outcomes import Cell, Measure
-from tests.conftest import tiny
+from tests.conftest import run_local, tiny
 from tests.test_compare import digest, make, perplexities, right, samples, save
 
 N = 60
@@ -113,7 +113,7 @@ def run(model, output):
         "model": model, "output": str(output), "tasks": "smoke_drift,smoke_questions", "method": "dense,griffin",
         "sparsity": "0.5", "limit": 10,
     })  # fmt: skip
-    assert not local.run(config, jobs.Silent()).failed
+    assert not run_local(config, jobs.Silent()).failed
     return output
 
 

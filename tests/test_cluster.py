@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dart_eval.errors import UserError
-from dart_eval.executors import cluster, jobs, local, run_all
+from dart_eval.executors import cluster, jobs, run_all
 from dart_eval.plan import config_from
-from tests.conftest import save_tiny
+from tests.conftest import run_local, save_tiny
 
 ray = pytest.importorskip("ray")
 PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
@@ -75,7 +75,7 @@ def here(folder, tmp_path_factory):
     output, threads = tmp_path_factory.mktemp("local") / "out", torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        local.run(_config(folder, output, executor="local"), jobs.Silent())
+        run_local(_config(folder, output, executor="local"), jobs.Silent())
     finally:
         torch.set_num_threads(threads)
     return _files(output)
@@ -138,11 +138,34 @@ def test_a_poisoned_cell_is_recorded_and_the_sweep_goes_on(folder, tmp_path, mon
     assert (name, error) == ("smoke_questions-griffin-0.5", "RuntimeError: planted (tried 3 times)")
     assert 'raise RuntimeError("planted")' in where.read_text()
     monkeypatch.undo()
-    assert not local.run(
+    assert not run_local(
         _config(folder, tmp_path / "out", tasks="smoke_questions", executor="local"), view
     ).failed  # the local executor goes on with the folder
     assert view.made[-1] == "smoke_questions-griffin-0.5" and len(view.made) == 3
     assert not where.exists()
+
+
+class Hungry(Poisoned):
+    """Dies at the cells of one method, until their batches are smaller."""
+
+    def run(self, payload, tell):
+        if "griffin" in self.name(payload) and not payload.shrink:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return cluster.CellWorker.run(self, payload, tell)
+
+
+def test_a_cell_that_kills_workers_is_tried_with_half_the_batch(folder, tmp_path, monkeypatch, here):
+    monkeypatch.setattr(cluster, "CellWorker", Hungry)
+    assert not run_all([_config(folder, tmp_path / "out", tasks="smoke_questions")], _Watch()).failed
+    made = _files(tmp_path / "out")
+    cells = {name: data for name, data in made.items() if name.endswith(".json")}
+    assert len(cells) == 3
+    for name, data in cells.items():
+        halved = data["settings"].pop("halved", 0)
+        assert halved == ("griffin" in name)
+        assert data["inputs"] == here[name]["inputs"]
+        for ours, theirs in zip(data["metrics"], here[name]["metrics"], strict=True):
+            assert ours["value"] == pytest.approx(theirs["value"], abs=1e-4)
 
 
 def test_a_killed_driver_loses_nothing(folder, tmp_path, here):
@@ -170,6 +193,7 @@ def test_what_no_cluster_could_do_is_refused(folder, tmp_path):
     for changes, word in (
         ({"cpus_per_cell": 64}, "no node of the cluster has 64 CPUs and 0 GPUs"),
         ({"gpus_per_cell": 1}, "no node of the cluster has 1 CPUs and 1 GPUs"),
+        ({"device": "cuda"}, "no node of the cluster has 1 CPUs and 1 GPUs"),
         ({"tasks": "nonsense"}, "nonsense"),
     ):
         with pytest.raises(UserError, match=word):
@@ -188,12 +212,12 @@ def test_an_actor_evaluates_cells_of_several_sweeps(folder, tmp_path):
     worker, told = cluster.CellWorker(configs[0], None), []
     for config in [*configs, configs[0]]:
         (key,) = jobs.plan_all([config], jobs.Silent(), False, "cpu")[0]
-        payload = cluster._Payload(key, config, cluster.WHOLE, {}, 0, 5.0)
+        payload = cluster._Payload(key, config, cluster.WHOLE, {}, 0, 5.0, 0)
         _, record = worker.run(payload, told.append)
         assert record.key == key and record.seconds > 5
         answers = {name: answer for message in told for name, answer in message[0].items()}
         told.clear()
-        worker.run(cluster._Payload(key, config, cluster.WHOLE, answers, 0, 0.0), told.append)
+        worker.run(cluster._Payload(key, config, cluster.WHOLE, answers, 0, 0.0, 0), told.append)
         assert not told  # all of it had been answered
     with pytest.raises(UserError, match="would not evaluate the cell that the driver planned"):
-        worker.run(cluster._Payload("other", configs[0], cluster.WHOLE, {}, 0, 0.0), told.append)
+        worker.run(cluster._Payload("other", configs[0], cluster.WHOLE, {}, 0, 0.0, 0), told.append)

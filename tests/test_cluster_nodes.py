@@ -51,6 +51,20 @@ def test_a_lost_node_is_made_up_for(nodes, tmp_path):
     assert pool.deaths >= 1 and not handler.lost
 
 
+def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatch):
+    """By Ray's own monitor, which here takes every process for too large, whenever it looks."""
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "3000")
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        handler = Handler(tmp_path)
+        Pool(Worker, 1, {"num_cpus": 1}).run([_task("long", "a")], handler)
+    finally:
+        ray.shutdown()
+    assert handler.begun == [("a", False, 0), ("a", True, 1), ("a", True, 2)]
+    assert "low on memory" in handler.lost["a"][0]
+
+
 def test_a_cell_takes_the_gpus_that_there_are(nodes):
     nodes.add_node(num_cpus=8, num_gpus=4)
     nodes.add_node(num_cpus=3, num_gpus=4)
@@ -71,6 +85,12 @@ def test_a_cell_takes_the_gpus_that_there_are(nodes):
     assert (size, placed.device, placed.device_map) == (3, "cpu", None)
     with pytest.raises(UserError, match="no node of the cluster has 1 CPUs and 5 GPUs for a cell"):
         room(gpus_per_cell=5)
+    for given in (
+        {"device": "cuda:1"}, {"device": "mps"}, {"gpus_per_cell": 1.5}, {"device": "cpu", "gpus_per_cell": 1},
+        {"device": "cuda", "gpus_per_cell": 0},
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            config_from(None, {"tasks": "smoke", "executor": "ray", **given}).check()
 
 
 def test_ctrl_c_keeps_what_is_answered_and_the_same_command_goes_on(tmp_path, tokenizer):

@@ -50,9 +50,10 @@ class Worker:
 
 class Handler:
     def __init__(self, marks):
-        self.marks, self.messages, self.results, self.lost, self.lines = marks, [], [], {}, []
+        self.marks, self.messages, self.results, self.lost, self.lines, self.begun = marks, [], [], {}, [], []
 
     def begin(self, task):
+        self.begun.append((task.name, task.alone, task.shrink))
         return None if task.what == "nothing" else (task.what, str(self.marks), task.name)
 
     def told(self, task, message):
@@ -121,6 +122,8 @@ def test_a_task_that_kills_every_worker_is_given_up(tmp_path):
     assert sorted(handler.results) == [f"T{i}" for i in range(4)]
     assert "the process at work on it was lost" in handler.lost["a"][0]
     assert pool.deaths == TRIES
+    # Once may be an accident; twice may be for its size, as the kernel does not say.
+    assert [b for b in handler.begun if b[0] == "a"] == [("a", False, 0), ("a", False, 0), ("a", True, 1)]
 
 
 def test_where_memory_ran_out_a_task_is_tried_with_nothing_beside_it(tmp_path):

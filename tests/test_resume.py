@@ -16,9 +16,9 @@ import pytest
 from dart_eval.errors import StoreError
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.scoring import Scorer
-from dart_eval.executors import jobs, local
+from dart_eval.executors import jobs
 from dart_eval.plan import config_from
-from tests.conftest import save_tiny
+from tests.conftest import run_local, save_tiny
 
 SWEEP = {
     "method": "dense,dart:window=3:min_windows=1:ring=5", "sparsity": "0.5", "limit": 6, "batch_size": 2,
@@ -66,7 +66,7 @@ class _Watch(jobs.Silent):
 
 def _child(folder, output, pipe, changes):
     view = _Watch(pipe)
-    local.run(_config(folder, output, **changes), view)
+    run_local(_config(folder, output, **changes), view)
     pipe.send(("end", view.made))
 
 
@@ -146,16 +146,16 @@ def test_an_interrupted_cell_loses_only_the_batch_in_flight(folder, tmp_path, mo
 
     monkeypatch.setattr(*target, counted)
     whole = _config(folder, tmp_path / "whole", tasks=task, method="dart", batch_size=1)
-    local.run(whole, _Watch())
+    run_local(whole, _Watch())
     needed = len(batches)
     assert needed > 3
     batches, stop_at = [], 2
     config = dataclasses.replace(whole, output=str(tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
-        local.run(config, _Watch())
+        run_local(config, _Watch())
     batches, stop_at = [], None
     view = _Watch()
-    local.run(config, view)
+    run_local(config, view)
     assert len(batches) == needed - 2
     assert f"{task}-dart-0.5 goes on after" in view.notes[0]
     assert _files(tmp_path / "stopped") == _files(tmp_path / "whole")
@@ -187,12 +187,12 @@ def test_a_process_takes_over_what_a_dead_one_had_claimed(folder, tmp_path, undi
 @pytest.mark.parametrize("kind", ["cells", "samples"])
 def test_damaged_files_are_set_aside_named_and_redone(folder, tmp_path, undisturbed, kind):
     config = _config(folder, tmp_path / "out", tasks="smoke_questions")
-    local.run(config, _Watch())
+    run_local(config, _Watch())
     whole = _files(tmp_path / "out")
     damaged = next((tmp_path / "out" / kind).glob("smoke_questions-dart*"))
     damaged.write_bytes(damaged.read_bytes()[:-20])
     view = _Watch()
-    local.run(config, view)
+    run_local(config, view)
     assert view.made == ["smoke_questions-dart-0.5"]
     assert any(f"{damaged.name}.damaged-1" in note for note in view.notes)
     assert {n: d for n, d in _files(tmp_path / "out").items() if "damaged" not in n} == whole
@@ -225,7 +225,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_finished(folder, small_disk
             ballast.unlink()
         before = {p: p.read_bytes() for p in (output / "cells").glob("*.json")}
         try:
-            local.run(_config(folder, output), _Watch())
+            run_local(_config(folder, output), _Watch())
         except StoreError as error:
             stopped += "No space left" in str(error)
         assert all(p.read_bytes() == data for p, data in before.items())

@@ -9,9 +9,9 @@ import dart_eval
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.scoring import Scorer
-from dart_eval.executors import jobs, local, worker
+from dart_eval.executors import jobs, worker
 from dart_eval.plan import config_from
-from tests.conftest import save_tiny
+from tests.conftest import run_local, save_tiny
 
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3}
 
@@ -44,7 +44,7 @@ def _numbers(records):
 
 def test_a_sweep_and_its_records(folder, tmp_path):
     view = _Watch()
-    result = local.run(_config(folder, tmp_path / "out"), view)
+    result = run_local(_config(folder, tmp_path / "out"), view)
     # dense once, the others at both sparsities, on both tasks
     assert len(result.records) == len(view.done) == 10
     assert not result.failed
@@ -67,15 +67,15 @@ def test_a_sweep_and_its_records(folder, tmp_path):
     assert all(len(x["doc_hash"]) == len(x["prompt_hash"]) == 64 for x in lines)
 
     again = _Watch()
-    second = local.run(_config(folder, tmp_path / "out"), again)
+    second = run_local(_config(folder, tmp_path / "out"), again)
     assert again.done == []  # all skipped
     assert _numbers(second.records) == _numbers(result.records)
 
 
 def test_two_runs_give_the_same_numbers_at_any_batch_size(folder, tmp_path):
-    a = local.run(_config(folder, tmp_path / "a", batch_size=1), _Watch())
-    b = local.run(_config(folder, tmp_path / "b", batch_size=1), _Watch())
-    c = local.run(_config(folder, tmp_path / "c", batch_size=3), _Watch())
+    a = run_local(_config(folder, tmp_path / "a", batch_size=1), _Watch())
+    b = run_local(_config(folder, tmp_path / "b", batch_size=1), _Watch())
+    c = run_local(_config(folder, tmp_path / "c", batch_size=3), _Watch())
     assert _numbers(a.records) == _numbers(b.records)
     assert [r.key for r in a.records] == [r.key for r in c.records]
     for x, y in zip(a.records, c.records, strict=True):
@@ -92,7 +92,7 @@ def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(worker, "evaluate_task", sometimes)
     view = _Watch()
-    result = local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), view)
+    result = run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), view)
     ((name, error, where),) = view.broken
     assert (name, error) == ("smoke_questions-random-0.5", "RuntimeError: planted")
     assert where.parent == tmp_path / "out" / "failed" and "in sometimes" in where.read_text()
@@ -100,7 +100,7 @@ def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
     assert [c.name for c in result.failed] == ["smoke_questions-random-0.5"]
     monkeypatch.undo()
     after = _Watch()
-    assert not local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), after).failed
+    assert not run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), after).failed
     assert after.done == ["smoke_questions-random-0.5"]  # only what was missing
     assert not where.exists()
 
@@ -116,7 +116,7 @@ def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_
 
     monkeypatch.setattr(worker, "evaluate_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), _Watch())
+        run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), _Watch())
     files = [f for kind in ("cells", "samples") for f in (tmp_path / "out" / kind).iterdir()]
     assert sorted(f.suffix for f in files) == [".json", ".json", ".jsonl", ".jsonl"]
     assert all(json.loads(f.read_text()) for f in files if f.suffix == ".json")
@@ -124,11 +124,11 @@ def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_
 
 def test_a_corrupt_record_is_run_again(folder, tmp_path):
     config = _config(folder, tmp_path / "out", tasks="smoke_questions", method="dense")
-    first = local.run(config, _Watch())
+    first = run_local(config, _Watch())
     (file,) = (tmp_path / "out" / "cells").iterdir()
     file.write_text(file.read_text()[:100])
     view = _Watch()
-    assert _numbers(local.run(config, view).records) == _numbers(first.records)
+    assert _numbers(run_local(config, view).records) == _numbers(first.records)
     assert view.done == ["smoke_questions-dense"]
 
 
@@ -149,7 +149,7 @@ def test_two_settings_of_one_method_are_two_cells(folder, tmp_path):
     config = _config(
         folder, tmp_path / "out", tasks="smoke_questions", sparsity=0.5, method="dart,dart:allocation=uniform"
     )
-    result = local.run(config, _Watch())
+    result = run_local(config, _Watch())
     assert len({r.key for r in result.records}) == 2
     assert [r.inputs["params"]["allocation"] for r in result.records] == ["depth", "uniform"]
 
@@ -168,19 +168,19 @@ def test_the_chat_template_is_used_when_asked_for(folder, tmp_path, tokenizer):
     for wanted in (False, True):
         output = tmp_path / str(wanted)
         config = _config(str(chat), output, tasks="smoke_summary", method="dense", chat_template=wanted)
-        (record,) = local.run(config, _Watch()).records
+        (record,) = run_local(config, _Watch()).records
         (samples,) = (output / "samples").iterdir()
         hashes[wanted] = [json.loads(line)["prompt_hash"] for line in samples.read_text().splitlines()]
         assert record.inputs["chat_template"] is wanted
     assert not set(hashes[True]) & set(hashes[False])
     with pytest.raises(UserError, match="no chat template"):
-        local.run(_config(folder, tmp_path / "none", chat_template=True), _Watch())
+        run_local(_config(folder, tmp_path / "none", chat_template=True), _Watch())
 
 
 @pytest.mark.parametrize("task", ["smoke_questions", "smoke_summary"])
 def test_where_memory_runs_out_batches_are_halved(folder, tmp_path, monkeypatch, task):
     """Forwards of more than two rows do not fit: the numbers are those of small batches."""
-    wanted = local.run(_config(folder, tmp_path / "small", tasks=task, batch_size=1), _Watch())
+    wanted = run_local(_config(folder, tmp_path / "small", tasks=task, batch_size=1), _Watch())
     for owner, name, rows in (
         (Scorer, "_run", lambda batch, *_: len(batch.contexts)),
         (PrunedLM, "_generate", lambda work: len(work.prompts)),
@@ -193,7 +193,7 @@ def test_where_memory_runs_out_batches_are_halved(folder, tmp_path, monkeypatch,
             return stock(self, *args)
 
         monkeypatch.setattr(owner, name, full)
-    result = local.run(_config(folder, tmp_path / "out", tasks=task, batch_size=8), _Watch())
+    result = run_local(_config(folder, tmp_path / "out", tasks=task, batch_size=8), _Watch())
     assert not result.failed
     assert [r.settings["halved"] for r in result.records] == [2] * 5  # 8, 4, 2
     for a, b in zip(result.records, wanted.records, strict=True):
@@ -203,5 +203,5 @@ def test_where_memory_runs_out_batches_are_halved(folder, tmp_path, monkeypatch,
     monkeypatch.setattr(Scorer, "_run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
     monkeypatch.setattr(PrunedLM, "_generate", Scorer._run)
     view = _Watch()
-    assert len(local.run(_config(folder, tmp_path / "none", tasks=task), view).failed) == 5
+    assert len(run_local(_config(folder, tmp_path / "none", tasks=task), view).failed) == 5
     assert all("OutOfMemoryError" in error for _, error, _ in view.broken)

@@ -8,12 +8,11 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.executors.jobs import Silent
-from dart_eval.executors.local import run
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.plan import config_from
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.session import prune
-from tests.conftest import cache_of, open_session, random_tokens, save_tiny
+from tests.conftest import cache_of, open_session, random_tokens, run_local, save_tiny
 from tests.test_scoring import _requests, output_head_of
 
 METHODS = [("random", {}), ("griffin", {}), ("dart", {}), ("dart-plus", {})]
@@ -167,13 +166,13 @@ def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, token
     ):  # fmt: skip
         given = {"tasks": "smoke_questions", "method": "dart", "limit": 1, "output": str(tmp_path / "out"), **changes}
         with pytest.raises(UserError, match=words):
-            run(config_from(None, {"model": folder, **given}), Silent())
+            run_local(config_from(None, {"model": folder, **given}), Silent())
     table = tmp_path / "table.json"
     write_table(table, [0.5, 0.5, 0.5])
     given = {"tasks": "smoke_questions", "method": "dart", "sparsity": "0.5,0.7", "allocation": f"table:{table}"}
     config = config_from(None, {"model": folder, **given, "output": str(tmp_path / "out")})
     with pytest.raises(UserError, match="the allocation table keeps"):
-        run(config, Silent())
+        run_local(config, Silent())
     assert not (tmp_path / "out").exists()
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from dart_eval.evaluation.part import WHOLE, Call, Part, Pilot
-from dart_eval.executors import jobs, local, sizing
+from dart_eval.executors import jobs, sizing
 from dart_eval.executors.sizing import CellSize, duration, held_against, keep
 from dart_eval.executors.worker import Worker
+from dart_eval.models import resolve
 from dart_eval.plan import config_from
 from dart_eval.results.journal import Journal
-from tests.conftest import save_tiny
+from tests.conftest import run_local, save_tiny
 
 PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
 
@@ -58,13 +59,13 @@ def test_the_plan_counts_what_the_run_asks(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     calls, answer = {}, Worker.run
 
-    def run(self, job, journal):
-        done = answer(self, job, journal)
+    def run(self, job, journal, shrink=0):
+        done = answer(self, job, journal, shrink)
         calls[job.cell.key] = self.lm.calls
         return done
 
     monkeypatch.setattr(Worker, "run", run)
-    result = local.run(config, jobs.Silent())
+    result = run_local(config, jobs.Silent())
     assert [s.key for s in sizes] == [r.key for r in result.records]
     for size in sizes:
         made = calls[size.key]
@@ -104,7 +105,7 @@ def test_a_part_answers_its_share_and_all_parts_everything(folder, tmp_path):
     """Parts 0 and 1 of 2, then the whole, which asks nothing more."""
     config = _config(folder, tmp_path / "out", method="dart", tasks="smoke_questions,smoke_summary")
     found, _ = jobs.plan_all([config], jobs.Silent(), False)
-    worker = Worker(config, local.resolve(config.model_spec))
+    worker = Worker(config, resolve(config.model_spec))
     for job in found.values():
         journal, plain = Journal(), Journal()
         worker.answer(job, journal, Part(0, 2))
@@ -119,7 +120,7 @@ def test_a_part_answers_its_share_and_all_parts_everything(folder, tmp_path):
 
 
 def test_a_plan_is_held_against_the_run(folder, tmp_path):
-    result = local.run(_config(folder, tmp_path / "out", tasks="smoke_questions"), jobs.Silent())
+    result = run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), jobs.Silent())
     assert held_against(tmp_path / "out", result.records) is None
     sizes = [CellSize(r.key, f"cell {i}", 1, 1, 1.0, 1, 2 * r.seconds, False) for i, r in enumerate(result.records)]
     keep(tmp_path / "out", [*sizes, CellSize("other", "other", 1, 1, 1.0, 1, 999.0, False)], 1)

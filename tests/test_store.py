@@ -90,12 +90,14 @@ def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, 
 def test_setting_aside_sweeps_up_half_written_files_of_the_cell(tmp_path):
     store = Store(tmp_path)
     store.save("cell", record())
-    other = tmp_path / "cells" / ".other-k2.json.abc"
-    for left in (tmp_path / "cells" / ".cell-k1.json.xyz", tmp_path / "samples" / ".cell-k1.jsonl.xyz", other):
-        left.write_text("{")
     store.path("cell", "k1").unlink()
+    others = [tmp_path / kind / ".cell-k2.half" for kind in ("cells", "samples", "texts")]  # being written elsewhere
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("{")
+        other.with_name(".cell-k1.half").write_text("{")
     assert store.set_aside("cell", "k1") == []  # samples without a record: stopped between the two, not damaged
-    assert [p for p in tmp_path.rglob(".*") if p.is_file()] == [other]
+    assert sorted(p for p in tmp_path.rglob(".*") if p.is_file()) == others
 
 
 def _claim(folder, hold, answer):

@@ -33,6 +33,19 @@ def paper(
     ] = None,
     seed: Annotated[int | None, typer.Option(help=r"Of few-shot sampling and random masks.  \[default: 0]")] = None,
     output: Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")] = "paper",
+    executor: Annotated[
+        str | None, typer.Option(help=r"local, or ray: many processes, GPUs or machines.  \[default: local]")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help=r"A running Ray cluster, e.g. auto.  \[default: one on this machine]")
+    ] = None,
+    gpus_per_cell: Annotated[
+        float | None, typer.Option(help=r"GPUs of a Ray worker.  \[default: 1 if there are any]")
+    ] = None,
+    cpus_per_cell: Annotated[float | None, typer.Option(help=r"CPUs of a Ray worker.  \[default: 1]")] = None,
+    shards: Annotated[
+        int | None, typer.Option(help=r"Parts that Ray splits every cell into.  \[default: as many as are worth it]")
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
     ] = False,
@@ -47,12 +60,13 @@ def paper(
     dart-eval paper smoke --limit 8
     dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16 --device cuda
     dart-eval paper mine.yaml --data-dir DIR --output mine
+    dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16 --executor ray --ray-address auto
     """
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     quieten(verbose)
     from dart_eval.executors import run_all
     from dart_eval.paper import bertscores, load
-    from dart_eval.plan import config_from
+    from dart_eval.plan import RAY_OPTIONS, config_from
     from dart_eval.results.paper_tables import Paper, to_csv
     from dart_eval.results.store import Store, write_atomically
     from dart_eval.results.writers import latex, markdown
@@ -63,8 +77,12 @@ def paper(
         result = run_all(spec.configs, view, skip_missing=True)
         store = Store(output)
         scores = bertscores(spec, store, result.records, base.device, view)
+    no_matter = ("output", "executor", *RAY_OPTIONS)  # to the numbers
     options = [
-        w for k, v in given.items() if v is not None and k != "output" for w in (f"--{k.replace('_', '-')}", str(v))
+        w
+        for k, v in given.items()
+        if v is not None and k not in no_matter
+        for w in (f"--{k.replace('_', '-')}", str(v))
     ]
     filled = Paper(store, result.records, result.missing, shlex.join(["dart-eval", "paper", name, *options]), scores)
     folder = Path(output) / "tables"

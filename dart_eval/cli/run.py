@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,12 +164,6 @@ def quieten(verbose: bool) -> None:
         ):
             logging.getLogger(noisy).setLevel(logging.INFO)
         return
-    warnings.filterwarnings("ignore")
-    import datasets
-    import transformers
+    from dart_eval.quiet import silence
 
-    for name in ("lm_eval", "huggingface_hub", "datasets"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    silence()

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,53 +24,39 @@ from typing import TYPE_CHECKING, Any
 from dart_eval.errors import StoreError, UserError
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.part import WHOLE, Part
-from dart_eval.executors.jobs import Job, RunResult, Silent, View, open_cell, plan_all
+from dart_eval.executors.jobs import Job, RunResult, Silent, Sweep, View, begin_sweep, open_cell, plan_all
 from dart_eval.executors.pool import Pool, Task
 from dart_eval.plan import RunConfig
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store
 
 if TYPE_CHECKING:
     from dart_eval.executors.sizing import CellSize
 
 log = logging.getLogger(__name__)
-POLL = 2.0  # seconds between looks at cells that another process is at work on
 PART_REQUESTS = 512  # that a part of a cell has at least, unless the user wants so many parts
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
-    """As `local.run_all`, on Ray.
+    """See `executors.run_all`.
 
     Raises:
         UserError: the input is wrong, or there is no such cluster. Nothing has been written.
     """
     common = configs[0]
     for config in configs:
-        config.check()
+        config.check()  # before a cluster is asked for
     view.status("connecting to Ray")
     with _connected(common):
         size, options = _room(common)
-        jobs, missing = plan_all(configs, view, skip_missing, _placed(common, options).device)
-        store = Store(common.output)
-        done: dict[str, Record] = {}
-        if not common.force:
-            done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
-        view.planned(len(jobs), len(done))
-        todo = [job for key, job in jobs.items() if key not in done]
-        with _Sweep(store, view, size, common.shards, done) as sweep:
-            make = functools.partial(CellWorker, _placed(common, options), _threads(options))
-            pool = Pool(make, size, options)
-            while todo:
-                pool.run(sweep.tasks(todo), sweep)
-                if sweep.elsewhere and len(sweep.elsewhere) == len(todo):
-                    names = ", ".join(job.cell.name for job in sweep.elsewhere)
-                    view.status(f"waiting for another process at work on {names}")
-                    time.sleep(POLL)
-                todo, sweep.elsewhere = sweep.elsewhere, []
+        placed = _placed(common, options)
+        sweep = begin_sweep(configs, view, skip_missing, placed.device)
+        pool = Pool(functools.partial(CellWorker, placed, _threads(options)), size, options)
+        with _Desk(sweep, size, common.shards) as desk:
+            result = sweep.work_through(lambda todo: pool.run(desk.tasks(todo), desk))
             if pool.deaths:
-                view.note(f"{pool.deaths} workers were lost on the way (see {sweep.logs}); others took over")
-    return RunResult([done[key] for key in jobs if key in done], [j.cell for j in sweep.failed_jobs], missing)
+                view.note(f"{pool.deaths} workers were lost on the way (see {desk.logs}); others took over")
+    return result
 
 
 @contextlib.contextmanager
@@ -111,7 +96,8 @@ def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     gpus = config.gpus_per_cell
     if gpus is None:
-        gpus = 1.0 if config.device in ("auto", "cuda") and any(n.get("GPU", 0) for n in nodes) else 0.0
+        there = any(n.get("GPU", 0) for n in nodes)
+        gpus = 1.0 if config.device == "cuda" or (config.device == "auto" and there) else 0.0
     cpus = 1.0 if config.cpus_per_cell is None else config.cpus_per_cell
     fitting = sum(int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) // gpus if gpus else 1 << 20)) for n in nodes)
     if not fitting:
@@ -170,6 +156,7 @@ class _Payload:
     answers: dict[str, Any]
     state_bytes: int
     seconds: float
+    shrink: int  # how often batches are to be halved from the start
 
 
 class CellWorker:
@@ -205,9 +192,9 @@ class CellWorker:
         journal = _Outbox(payload, tell)
         job = jobs[payload.key]
         if not payload.part.whole:
-            self.worker.answer(job, journal, payload.part)
+            self.worker.answer(job, journal, payload.part, payload.shrink)
             return self.worker.halved
-        outcome, record = self.worker.run(job, journal)
+        outcome, record = self.worker.run(job, journal, payload.shrink)
         return outcome.texts, record
 
 
@@ -233,22 +220,15 @@ def _estimate(configs: list[RunConfig], threads: int | None) -> list[CellSize]:
 
 
 def _settle(threads: int | None) -> None:
-    """Silence the libraries, and take no more threads than were asked for."""
-    import warnings
-
-    import datasets
+    """In an actor: our own lines alone, and no more threads than were asked for."""
     import torch
-    import transformers
 
+    from dart_eval.quiet import silence
+
+    silence()
+    logging.getLogger("dart_eval").setLevel(logging.INFO)
     if threads is not None:
         torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore")
-    for name in ("lm_eval", "huggingface_hub", "datasets"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    logging.getLogger("dart_eval").setLevel(logging.INFO)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 # -- in the driver ---------------------------------------------------------------------------------------------
@@ -271,20 +251,22 @@ class _Open:
     halved: int = 0  # how often memory ran out in parts
 
 
-class _Sweep:
-    """What the driver keeps of cells: claims, journals, records, logs."""
+class _Desk:
+    """The driver's work on a sweep: claims, journals, records, logs.
 
-    def __init__(self, store: Store, view: View, size: int, shards: int | None, done: dict[str, Record]) -> None:
-        self.store, self.view, self.size, self.shards, self.done_records = store, view, size, shards, done
-        self.elsewhere: list[Job] = []  # cells that another process is at work on
-        self.failed_jobs: list[Job] = []
-        self.logs = store.folder / "logs"
+    Args:
+        size: actors at once. shards: parts of every cell; None: as many as are worth it.
+    """
+
+    def __init__(self, sweep: Sweep, size: int, shards: int | None) -> None:
+        self.sweep, self.store, self.view, self.size, self.shards = sweep, sweep.store, sweep.view, size, shards
+        self.logs = sweep.store.folder / "logs"
         self._open: dict[str, _Open] = {}
         self._parts: dict[str, int] = {}
         self._over: set[str] = set()  # cells of which no task is to begin any more
         self._files: dict[Path, Any] = {}
 
-    def __enter__(self) -> _Sweep:
+    def __enter__(self) -> _Desk:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -321,20 +303,18 @@ class _Sweep:
         opened = self._open[cell.key]
         config = dataclasses.replace(job.config, tasks=(cell.task,))
         journal = opened.journal
-        return _Payload(
-            cell.key, config, task.part, journal.answers(), journal.state_bytes, journal.seconds + opened.seconds
-        )
+        seconds = journal.seconds + opened.seconds
+        return _Payload(cell.key, config, task.part, journal.answers(), journal.state_bytes, seconds, task.shrink)
 
     def _claim(self, job: Job) -> bool:
         """Take a cell up, if nobody else has."""
         cell = job.cell
         with contextlib.ExitStack() as stack:
             if not stack.enter_context(self.store.claim(cell.name, cell.key)):
-                self.elsewhere.append(job)
-                return False
+                return False  # another process is at work on it
             found = open_cell(self.store, job, self.view)
             if isinstance(found, Record):
-                self.done_records[cell.key] = found
+                self.sweep.done[cell.key] = found
                 self.view.finished(cell, found)
                 return False
             self._open[cell.key] = _Open(stack.pop_all(), found, self._parts[cell.key])
@@ -365,7 +345,7 @@ class _Sweep:
         record = self.store.save(cell.name, record, texts)
         opened.journal.remove()
         self._close(cell.key)
-        self.done_records[cell.key] = record
+        self.sweep.done[cell.key] = record
         self.view.finished(cell, record)
         return []
 
@@ -375,7 +355,7 @@ class _Sweep:
             return
         self._close(cell.key)
         self._over.add(cell.key)
-        self.failed_jobs.append(task.job)
+        self.sweep.failed.append(cell)
         self.view.failed(cell, problem, self.store.failed(cell.name, cell.key, text))
 
     def log(self, number: int, text: str) -> None:

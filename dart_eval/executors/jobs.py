@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from dart_eval.plan import Cell, RunConfig, methods_of, plan
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+
+POLL = 2.0  # seconds between looks at cells that another process is at work on
 
 
 class View(Protocol):
@@ -106,6 +109,53 @@ def plan_all(
     if not jobs:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
     return jobs, missing
+
+
+@dataclass
+class Sweep:
+    """Planned cells, and what has become of them.
+
+    Attributes:
+        jobs: by key, in the plan's order. missing: task -> why it could not be loaded.
+        done: records by key. failed: cells.
+    """
+
+    jobs: dict[str, Job]
+    missing: dict[str, str]
+    store: Store
+    view: View
+    done: dict[str, Record]
+    failed: list[Cell] = field(default_factory=list)
+
+    @property
+    def todo(self) -> list[Job]:
+        """Jobs without a record that have not failed."""
+        over = {cell.key for cell in self.failed}
+        return [job for key, job in self.jobs.items() if key not in self.done and key not in over]
+
+    def work_through(self, work: Callable[[list[Job]], None]) -> RunResult:
+        """Let `work` make records or failures of the jobs it is given, as far as no other process has claimed them.
+
+        Those it leaves are waited for: the other process finishes them, or ends and leaves them to this one.
+        """
+        while todo := self.todo:
+            work(todo)
+            if len(self.todo) == len(todo):
+                names = ", ".join(job.cell.name for job in todo)
+                self.view.status(f"waiting for another process at work on {names}")
+                time.sleep(POLL)
+        return RunResult([self.done[key] for key in self.jobs if key in self.done], self.failed, self.missing)
+
+
+def begin_sweep(configs: Sequence[RunConfig], view: View, skip_missing: bool, device: str | None = None) -> Sweep:
+    """Plan (see `plan_all`), and look up what is finished already."""
+    jobs, missing = plan_all(configs, view, skip_missing, device)
+    store = Store(configs[0].output)
+    done: dict[str, Record] = {}
+    if not configs[0].force:
+        done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
+    view.planned(len(jobs), len(done))
+    return Sweep(jobs, missing, store, view, done)
 
 
 def open_cell(store: Store, job: Job, view: View) -> Record | Journal:

@@ -9,85 +9,52 @@ on one output folder: each cell is claimed by one of them.
 from __future__ import annotations
 
 import logging
-import time
 import traceback
 from collections.abc import Sequence
 
 from dart_eval.errors import StoreError, summary
 from dart_eval.evaluation.evaluate import count_requests
-from dart_eval.executors.jobs import Job, RunResult, View, open_cell, plan_all
+from dart_eval.executors.jobs import Job, RunResult, View, begin_sweep, open_cell
 from dart_eval.executors.worker import Worker
 from dart_eval.models import resolve
-from dart_eval.plan import Cell, RunConfig
+from dart_eval.plan import RunConfig
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
 log = logging.getLogger(__name__)
-POLL = 2.0  # seconds between looks at cells that another process is at work on
-
-
-def run(config: RunConfig, view: View) -> RunResult:
-    """Run what is not finished yet; return the records of all cells.
-
-    Raises:
-        UserError: the input is wrong. Nothing has been written.
-    """
-    return run_all([config], view)
 
 
 def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
-    """Run several sweeps of one model into one folder; it is loaded once, and a cell of several sweeps runs once.
-
-    Args:
-        configs: they differ in methods, sparsities, tasks, few-shot and limit only.
-        skip_missing: go on without tasks whose data cannot be had, and report them.
-
-    Raises:
-        UserError: the input is wrong. Nothing has been written.
-    """
-    common = configs[0]
-    jobs, missing = plan_all(configs, view, skip_missing)
-    store = Store(common.output)
-    done: dict[str, Record] = {}
-    if not common.force:
-        done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
-    view.planned(len(jobs), len(done))
-    failed: list[Cell] = []
-    todo = [job for key, job in jobs.items() if key not in done]
+    """See `executors.run_all`; the model is loaded once, and a cell of several sweeps runs once."""
+    sweep = begin_sweep(configs, view, skip_missing)
     running: Job | None = None
-    if todo:
+    if sweep.todo:
         worker = Worker(
-            common,
-            resolve(common.model_spec),
+            configs[0],
+            resolve(configs[0].model_spec),
             view.status,
             lambda n: view.advanced(running.cell, n) if running else None,
         )
-    while todo:
-        elsewhere = []  # cells that another process is at work on
+
+    def work(todo: list[Job]) -> None:
+        nonlocal running
         for job in todo:
             cell = job.cell
-            with store.claim(cell.name, cell.key) as mine:
+            with sweep.store.claim(cell.name, cell.key) as mine:
                 if not mine:
-                    elsewhere.append(job)
                     continue
                 try:
                     running = job
-                    record = _finish(job, worker, store, view)
+                    sweep.done[cell.key] = _finish(job, worker, sweep.store, view)
                 except StoreError:
                     raise  # the next cell could not be kept either
                 except Exception as error:
                     text = "".join(traceback.format_exception(error))
                     log.debug("cell %s failed:\n%s", cell.name, text)
-                    view.failed(cell, summary(error), store.failed(cell.name, cell.key, text))
-                    failed.append(cell)
-                    continue
-            done[cell.key] = record
-        if len(elsewhere) == len(todo):
-            names = ", ".join(job.cell.name for job in elsewhere)
-            view.status(f"waiting for another process at work on {names}")
-            time.sleep(POLL)
-        todo = elsewhere
-    return RunResult([done[key] for key in jobs if key in done], failed, missing)
+                    view.failed(cell, summary(error), sweep.store.failed(cell.name, cell.key, text))
+                    sweep.failed.append(cell)
+
+    return sweep.work_through(work)
 
 
 def _finish(job: Job, worker: Worker, store: Store, view: View) -> Record:

@@ -6,7 +6,8 @@ actor can be told to stop between two of them, and one that died shows at the ne
 
 Placement is Ray's: actors that find no room wait in its queue, and get tasks once they have begun. A task whose actor
 died, or that failed, goes to the end of the queue, `TRIES` times in all. The last try, and any after memory ran out,
-runs with no other task beside it.
+runs with no other task beside it; and where the system killed its process for memory, or its process was lost a second
+time (the kernel kills without a reason), at a smaller size, `Task.shrink`.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ class Task:
 
     Attributes:
         name: for people. tries: begun so far. alone: no other task may run beside it.
+        shrink: how often what it needs at a time is to be halved; the handler's payload says so to the worker.
     """
 
     name: str
     tries: int = 0
     alone: bool = False
+    lost: int = 0  # processes that died at it
+    shrink: int = 0
 
 
 class Handler(Protocol):
@@ -280,7 +284,10 @@ class Pool:
             if self.deaths > TRIES * self.size:  # they cannot even begin
                 raise UserError(f"actors die before they begin ({summary(error)})", "see the logs of Ray")
             return []
-        task.alone = task.alone or isinstance(error, ray.exceptions.OutOfMemoryError)
+        task.lost += 1
+        memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+        task.alone = task.alone or memory
+        task.shrink += memory or task.lost > 1
         return self._again(task, f"the process at work on it was lost ({summary(error)})", str(error), False, handler)
 
     def _again(self, task: Task, problem: str, text: str, lost: bool, handler: Handler) -> list[Task]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dart_eval.errors import UserError, nearest
-from dart_eval.executors.local import View
+from dart_eval.executors.jobs import View
 from dart_eval.plan import Cell, RunConfig, spec_of
 from dart_eval.results.record import Record
 

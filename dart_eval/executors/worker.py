@@ -62,14 +62,20 @@ class Worker:
             share_prefix=config.share_prefix,
         )
 
-    def run(self, job: Job, journal: Journal) -> tuple[Outcome, Record]:
-        """Evaluate one cell."""
+    def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[Outcome, Record]:
+        """Evaluate one cell.
+
+        Args:
+            shrink: how often batches are halved from the start.
+        """
         cell, settings = job.cell, job.config.eval_settings
         start, earlier = time.monotonic(), journal.seconds
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(self.lm.device.type))
             session = self._attach(stack, cell)
-            outcome = self._smaller(lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal))
+            outcome = self._smaller(
+                lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal), shrink
+            )
             state = max(outcome.state_bytes, session.state_bytes if session and session.state is None else 0)
         measured = {
             "seconds": earlier + time.monotonic() - start,
@@ -78,12 +84,12 @@ class Worker:
         }
         return outcome, self._record(job, outcome, state, measured)
 
-    def answer(self, job: Job, journal: Journal, part: Part | Pilot) -> None:
-        """Answer a part of one cell into the journal."""
+    def answer(self, job: Job, journal: Journal, part: Part | Pilot, shrink: int = 0) -> None:
+        """Answer a part of one cell into the journal; `shrink` as in `run`."""
         with contextlib.ExitStack() as stack:
             session = self._attach(stack, job.cell)
             cell, settings = job.cell, job.config.eval_settings
-            self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part))
+            self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part), shrink)
 
     def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session | None:
         if not cell.method.prunes:
@@ -91,13 +97,16 @@ class Worker:
         pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
         return stack.enter_context(pruned)
 
-    def _smaller(self, work: Callable[[], T]) -> T:
+    def _smaller(self, work: Callable[[], T], shrink: int) -> T:
         """Do the work; where memory runs out, in forwards of half the size, down to one row.
 
         What was answered before is in the journal, and the rest is asked again.
         """
         whole, self.halved = self.lm.budget, 0
         try:
+            while self.halved < shrink and self.lm.budget.rows > 1:
+                self.lm.budget = self.lm.budget.halved()
+                self.halved += 1
             while True:
                 try:
                     return work()

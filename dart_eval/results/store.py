@@ -100,10 +100,11 @@ class Store:
             samples without a record stay: the process was stopped between the two, and they will be written again.
         """
         moved = []
+        for kind in ("cells", "samples", "texts"):
+            for left in (self.folder / kind).glob(f".{self.path(name, key).stem}.*"):
+                left.unlink(missing_ok=True)
         there = self.path(name, key).is_file()
         for path in (self.path(name, key), self.samples_path(name, key)):
-            for left in path.parent.glob(f".{path.name}.*"):
-                left.unlink(missing_ok=True)
             if there and path.is_file():
                 number = 1
                 while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
@@ -124,11 +125,12 @@ class Store:
         files = {}
         try:
             path = self.samples_path(name, record.key)
-            files["samples"] = _write_lines(path, record.samples)
+            files["samples"] = _write_lines(path, record.samples, path.stem)
             if texts:
                 digest = hashlib.sha256(_lines(texts).encode()).hexdigest()
                 path = self.folder / "texts" / f"{record.inputs['task']}-{digest[:16]}.jsonl"
-                files["texts"] = _write_lines(path, texts)
+                # Cells of one task share it: what is half-written is this cell's.
+                files["texts"] = _write_lines(path, texts, self.samples_path(name, record.key).stem)
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
             write_atomically(self.path(name, record.key), text)
@@ -220,16 +222,20 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
 
 
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]], owner: str) -> dict[str, Any]:
     text = _lines(rows)
-    write_atomically(path, text)
+    write_atomically(path, text, owner)
     return {"name": path.name, "n": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either old or new, never half, whatever happens meanwhile."""
+def write_atomically(path: Path, text: str, owner: str | None = None) -> None:
+    """Write a file that is either old or new, never half, whatever happens meanwhile.
+
+    Args:
+        owner: the temporary file is named `.{owner}.*`; the file's own stem, if None.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{owner or path.stem}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
