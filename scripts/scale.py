@@ -47,6 +47,9 @@ class Count:
     def failed(self, task: Task, problem: str, text: str) -> None:
         raise RuntimeError(text)
 
+    def lost(self, number: int, task: Task | None, problem: str) -> None:
+        pass
+
     def log(self, number: int, text: str) -> None:
         pass
 

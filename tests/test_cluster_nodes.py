@@ -48,7 +48,7 @@ def test_a_lost_node_is_made_up_for(nodes, tmp_path):
     pool.run([_task("sleep", f"t{i}") for i in range(12)], handler)
     assert handler.lost_at is not None and handler.lost_at < 12
     assert sorted(handler.results) == sorted(f"T{i}" for i in range(12))
-    assert pool.deaths >= 1 and not handler.lost
+    assert pool.deaths >= 1 and not handler.given_up
 
 
 def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatc
     finally:
         ray.shutdown()
     assert handler.begun == [("a", False, 0), ("a", True, 1), ("a", True, 2)]
-    assert "low on memory" in handler.lost["a"][0]
+    assert "low on memory" in handler.given_up["a"][0]
 
 
 def test_a_cell_takes_the_gpus_that_there_are(nodes):

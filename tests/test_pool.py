@@ -50,7 +50,15 @@ class Worker:
 
 class Handler:
     def __init__(self, marks):
-        self.marks, self.messages, self.results, self.lost, self.lines, self.begun = marks, [], [], {}, [], []
+        self.marks, self.messages, self.results, self.given_up, self.lines, self.begun, self.deaths = (
+            marks,
+            [],
+            [],
+            {},
+            [],
+            [],
+            [],
+        )
 
     def begin(self, task):
         self.begun.append((task.name, task.alone, task.shrink))
@@ -64,7 +72,10 @@ class Handler:
         return [_task("sleep", f"{task.name}-next")] if task.what == "two" else []
 
     def failed(self, task, problem, text):
-        self.lost[task.name] = (problem, text)
+        self.given_up[task.name] = (problem, text)
+
+    def lost(self, number, task, problem):
+        self.deaths.append((number, task and task.name, problem))
 
     def log(self, number, text):
         self.lines.append((number, text))
@@ -87,7 +98,7 @@ def test_five_hundred_tasks_on_eight_workers(tmp_path):
     handler, _ = _run([_task("quick", f"t{i}") for i in range(500)], tmp_path, size=8)
     assert Counter(handler.results) == Counter(f"T{i}" for i in range(500))
     assert len(handler.messages) == 1000
-    assert not handler.lost
+    assert not handler.given_up
     assert {number for number, _ in handler.lines} == set(range(1, 9))
 
 
@@ -102,7 +113,8 @@ def test_a_killed_worker_is_replaced_and_its_task_done_again(tmp_path):
     tasks = [_task("die once", "a"), *(_task("sleep", f"t{i}") for i in range(6))]
     handler, pool = _run(tasks, tmp_path)
     assert sorted(handler.results) == sorted(["A", *(f"T{i}" for i in range(6))])
-    assert pool.deaths == 1
+    ((_, name, problem),) = handler.deaths
+    assert (pool.deaths, name) == (1, "a") and "ActorDiedError" in problem
     assert any("is lost" in text for _, text in handler.lines)
 
 
@@ -111,7 +123,7 @@ def test_a_poisoned_task_is_given_up_and_the_rest_goes_on(tmp_path, what, tries,
     handler, pool = _run([_task(what, "a"), *(_task("quick", f"t{i}") for i in range(9))], tmp_path)
     assert sorted(handler.results) == sorted(f"T{i}" for i in range(9))
     assert [m[:2] for m in handler.messages].count(("a", "begin")) == tries
-    problem, text = handler.lost["a"]
+    problem, text = handler.given_up["a"]
     assert word in problem and f"raise {'RuntimeError' if tries > 1 else 'UserError'}" in text
     assert (f"(tried {TRIES} times)" in problem) == (tries > 1)
     assert pool.deaths == 0
@@ -120,7 +132,7 @@ def test_a_poisoned_task_is_given_up_and_the_rest_goes_on(tmp_path, what, tries,
 def test_a_task_that_kills_every_worker_is_given_up(tmp_path):
     handler, pool = _run([_task("die", "a"), *(_task("sleep", f"t{i}") for i in range(4))], tmp_path)
     assert sorted(handler.results) == [f"T{i}" for i in range(4)]
-    assert "the process at work on it was lost" in handler.lost["a"][0]
+    assert "the process at work on it was lost" in handler.given_up["a"][0]
     assert pool.deaths == TRIES
     # Once may be an accident; twice may be for its size, as the kernel does not say.
     assert [b for b in handler.begun if b[0] == "a"] == [("a", False, 0), ("a", False, 0), ("a", True, 1)]
@@ -158,7 +170,7 @@ def test_a_worker_that_cannot_be_made_fails_its_tasks(tmp_path):
 
     handler = Handler(tmp_path)
     Pool(broken, 2, {"num_cpus": 1}).run([_task("quick", "a")], handler)
-    assert handler.lost["a"][0] == "UserError: no such model"
+    assert handler.given_up["a"][0] == "UserError: no such model"
 
 
 def test_an_actor_that_stops_raises_where_it_tells():

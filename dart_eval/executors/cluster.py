@@ -53,10 +53,7 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
         sweep = begin_sweep(configs, view, skip_missing, placed.device)
         pool = Pool(functools.partial(CellWorker, placed, _threads(options)), size, options)
         with _Desk(sweep, size, common.shards) as desk:
-            result = sweep.work_through(lambda todo: pool.run(desk.tasks(todo), desk))
-            if pool.deaths:
-                view.note(f"{pool.deaths} workers were lost on the way (see {desk.logs}); others took over")
-    return result
+            return sweep.work_through(lambda todo: pool.run(desk.tasks(todo), desk))
 
 
 @contextlib.contextmanager
@@ -357,6 +354,10 @@ class _Desk:
         self._over.add(cell.key)
         self.sweep.failed.append(cell)
         self.view.failed(cell, problem, self.store.failed(cell.name, cell.key, text))
+
+    def lost(self, number: int, task: _CellTask | None, problem: str) -> None:
+        at = f" at {task.name}" if task else ""
+        self.view.note(f"worker {number} was lost{at} ({problem[:120]}); see {self.logs / f'worker-{number}.log'}")
 
     def log(self, number: int, text: str) -> None:
         path = self.logs / f"worker-{number}.log"

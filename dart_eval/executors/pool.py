@@ -73,6 +73,9 @@ class Handler(Protocol):
     def failed(self, task: Any, problem: str, text: str) -> None:
         """A task has failed for good. problem: one line; text: the traceback, or what is known."""
 
+    def lost(self, number: int, task: Any, problem: str) -> None:
+        """An actor is no more, with the task it was at (None: it had none), which may begin again."""
+
     def log(self, number: int, text: str) -> None:
         """A line of an actor's log."""
 
@@ -280,6 +283,7 @@ class Pool:
         self.deaths += 1
         handler.log(hand.number, f"is lost: {error}")
         task = hand.task
+        handler.lost(hand.number, task, summary(error))
         if task is None:
             if self.deaths > TRIES * self.size:  # they cannot even begin
                 raise UserError(f"actors die before they begin ({summary(error)})", "see the logs of Ray")
