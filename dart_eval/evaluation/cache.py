@@ -21,11 +21,15 @@ def fork(cache: Any, rows: Tensor | None = None) -> Any:
     """An independent copy for the given rows (indices, repeats allowed; None: all)."""
     if not all(type(layer) in PLAIN for layer in cache.layers):
         forked = copy.deepcopy(cache)
-    else:  # their tensors are replaced by new ones, never written to: the copies may share them until then
-        forked = copy.copy(cache)
-        forked.layers = [copy.copy(layer) for layer in cache.layers]
-    if rows is not None and cache.get_seq_length():
-        forked.batch_select_indices(rows)
+        if rows is not None and cache.get_seq_length():
+            forked.batch_select_indices(rows)
+        return forked
+    # Their tensors are replaced by new ones, never written to: the copies may share them until then.
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    if rows is not None:
+        for layer in forked.layers:  # each may be on a device of its own, to which this takes the rows
+            layer.reorder_cache(rows)
     return forked
 
 
