@@ -70,7 +70,9 @@ def _compute(func, args, kwargs):
         card = asked or next(iter(devices), torch.device("cpu"))
     if card.type == "lazy" and card.index is None:
         card = torch.device("lazy:0")
-    kept = [x.kept if isinstance(x, OnCard) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
+    kept = [
+        x.kept if isinstance(x, OnCard) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat
+    ]
     plain_args, plain_kwargs = tree_unflatten(kept, spec)
     found = func(*plain_args, **plain_kwargs)
     same = {id(k): x for k, x in zip(kept, flat, strict=True) if isinstance(x, OnCard)}  # of operations in place

@@ -51,7 +51,7 @@ def same(model, before):
 @torch.no_grad()
 def decoded(model, session, prompts, steps=24):
     """Logits of the prompt and of each greedily decoded token."""
-    ids = torch.tensor(prompts)
+    ids = torch.as_tensor(prompts)
     out = model(ids, use_cache=True)
     logits = [out.logits[:, -1]]
     for _ in range(steps):
