@@ -15,7 +15,10 @@ from tests.cards import Cards
 from tests.conftest import FAMILIES, RENEWED, open_session, random_tokens, save_tiny, tiny
 from tests.test_permuted import decoded
 
-TASKS, METHODS = "smoke_questions,smoke_summary,smoke_drift", "dense,griffin,dart,wanda-sp"
+TASKS, METHODS = (
+    "smoke_questions,smoke_summary,smoke_drift",
+    "dense,griffin,dart:aggregate=ema:compensate=true,wanda-sp",
+)
 
 
 def spread(model):

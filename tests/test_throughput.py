@@ -1,6 +1,7 @@
 """Batches and shared prefixes: the bookkeeping is right, the numbers stay, and nothing is computed twice."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +269,19 @@ def test_auto_runs_short_contexts_many_at_a_time_and_long_ones_few(llama):
     assert max(s[0] for s in first if s[1] == 4) == 30
     assert max(a * b for a, b in shapes) <= batching.CPU_TOKENS
     assert budget(7, llama).rows == 7
+
+
+def test_auto_leaves_room_on_the_fullest_card(monkeypatch):
+    one, two = torch.device("cuda:0"), torch.device("cuda:1")
+    free = {one: 40 << 30, two: 3 << 30}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[card], 80 << 30))
+    monkeypatch.setattr(batching, "token_bytes", lambda model: 1 << 20)
+    weights = [SimpleNamespace(device=d) for d in (one, two, one)]
+    embeddings = SimpleNamespace(weight=weights[0])
+    model = SimpleNamespace(get_input_embeddings=lambda: embeddings, parameters=lambda: iter(weights))
+    assert (
+        budget("auto", model).tokens == batching.gpu_tokens(3 << 30, 1 << 20) < batching.gpu_tokens(40 << 30, 1 << 20)
+    )
 
 
 # -- caches ----------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def check_batch_size(value: Any) -> int | str:
 
 
 def budget(batch_size: int | str, model: Any) -> Budget:
-    """The budget for a batch size on the device where the model is (`auto`: see the constants above)."""
+    """The budget for a batch size on the devices where the model is (`auto`: see the constants above)."""
     device: torch.device = model.get_input_embeddings().weight.device
     gpu = device.type != "cpu"
     forward = GPU_FORWARD if gpu else CPU_FORWARD
@@ -87,8 +87,9 @@ def budget(batch_size: int | str, model: Any) -> Budget:
         raise ValueError(batch_size)
     tokens = CPU_TOKENS
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        tokens = gpu_tokens(free, token_bytes(model))
+        # Of several cards, each has its layers' part of all this: the fullest one sets the size.
+        cards = {p.device for p in model.parameters()}
+        tokens = gpu_tokens(min(torch.cuda.mem_get_info(card)[0] for card in cards), token_bytes(model))
     elif gpu:  # other accelerators tell no free memory
         tokens = GPU_LEAST
     # Rows that generate read the weights together, token after token: on a CPU that is worth a larger prompt forward.
