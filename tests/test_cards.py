@@ -12,7 +12,7 @@ from dart_eval.executors import jobs, local
 from dart_eval.models import Resolved
 from dart_eval.plan import config_from
 from tests.cards import Cards
-from tests.conftest import FAMILIES, RENEWED, open_session, random_tokens, save_tiny, tiny
+from tests.conftest import FAMILIES, RENEWED, RESTLESS, open_session, random_tokens, save_tiny, tiny
 from tests.test_permuted import decoded
 
 TASKS, METHODS = (
@@ -22,7 +22,7 @@ TASKS, METHODS = (
 
 
 def spread(model):
-    """Layers in turn on one card and the other; the rest on the first."""
+    """Layers in turn on the second card and the first, the last one on the second; all else on the first."""
     places = {}
     for name, module in model.named_modules():
         above = name.rpartition(".")[0]
@@ -30,7 +30,7 @@ def spread(model):
             continue
         last = name.rpartition(".")[2]
         if last.isdigit():
-            places[name] = f"lazy:{int(last) % 2}"
+            places[name] = f"lazy:{(int(last) + 1) % 2}"
         elif not list(module.children()):
             places[name] = "lazy:0"
     return dispatch_model(model, places)
@@ -91,9 +91,9 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, tokenize
         assert _rounded(a.samples) == _rounded(b.samples)
 
 
-@pytest.mark.parametrize(("method", "params"), RENEWED)
+@pytest.mark.parametrize(("method", "params", "shared"), [*((*m, False) for m in RENEWED), ("dart", RESTLESS, True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_spread_model_decodes_as_one_that_is_not(family, method, params):
+def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, shared):
     prompts = [random_tokens(20, seed) for seed in (3, 4)]
     found = []
     for cards in (contextlib.nullcontext(), Cards()):
@@ -103,7 +103,7 @@ def test_a_spread_model_decodes_as_one_that_is_not(family, method, params):
                 model = spread(model)
                 assert {str(p.device) for p in model.parameters()} == {"lazy:0", "lazy:1"}
             start = model.get_input_embeddings().weight.device
-            with open_session(model, method, 0.5, execution="masked", **params) as session:
+            with open_session(model, method, 0.5, execution="masked", shared_mask=shared, **params) as session:
                 logits, events, share = decoded(model, session, torch.tensor(prompts, device=start), steps=8)
             found.append((logits.cpu(), [(e["token"], e["cause"]) for e in events], share))
     assert torch.equal(found[0][0], found[1][0])
