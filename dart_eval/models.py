@@ -86,6 +86,11 @@ class Resolved:
                 raise UserError(
                     f"the model cannot be moved to {spec.device} ({error})", "choose another --device"
                 ) from None
+        elif any(p.is_meta for p in model.parameters()):  # pruning reads weights where they are
+            raise UserError(
+                f"the model does not fit: --device-map {spec.device_map} leaves weights on the CPU or disk",
+                "give more GPUs (--gpus-per-cell on Ray) or a smaller --dtype",
+            )
         return model.eval(), tokenizer
 
 

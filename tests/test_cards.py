@@ -8,8 +8,9 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
+from dart_eval.errors import UserError
 from dart_eval.executors import jobs, local
-from dart_eval.models import Resolved
+from dart_eval.models import ModelSpec, Resolved, resolve
 from dart_eval.plan import config_from
 from tests.cards import Cards
 from tests.conftest import FAMILIES, RENEWED, RESTLESS, open_session, random_tokens, save_tiny, tiny
@@ -120,3 +121,14 @@ def test_what_cards_would_refuse_is_refused():
         assert (a + torch.tensor(1.0)).tolist() == [2, 2, 2] and a[torch.tensor([0])].device == a.device
         b.copy_(a * 2)
         assert b.tolist() == [2, 2, 2] and str((b + 1).device) == "lazy:1" and b.to("cpu").device.type == "cpu"
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path, tokenizer):
+    """Where accelerate leaves layers on the disk their weights are nowhere until they run."""
+    folder = save_tiny(tmp_path / "model", tokenizer)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "disk"}
+    with pytest.raises(UserError, match="the model does not fit"):
+        resolve(ModelSpec(folder, device_map=places)).load()
+    model, _ = resolve(ModelSpec(folder, device_map="auto")).load()
+    assert {p.device.type for p in model.parameters()} <= {"cpu", "cuda"}
