@@ -158,13 +158,21 @@ class RunConfig:
             raise UserError("no method or no sparsity given", "for example --method dense,dart --sparsity 0.5,0.7")
         if self.calibration is not None and not Path(self.calibration).is_file():
             raise UserError(f"calibration text {self.calibration} is not a file")
-        _check_output(Path(self.output))
         for sparsity in self.sparsity:
             check_sparsity(sparsity)
 
+    def check_output(self) -> None:
+        """Refuse an output folder that could not be written, before anything is computed for it.
+
+        Apart from `check`, as workers on other nodes do not see it.
+
+        Raises:
+            UserError: with the reason.
+        """
+        _check_output(Path(self.output))
+
 
 def _check_output(folder: Path) -> None:
-    """Refuse an output folder that could not be written, before anything is computed for it."""
     for path in (folder, folder / "cells", folder / "samples"):
         if path.exists() and not path.is_dir():
             raise UserError(f"output {path} exists and is not a folder", "choose another --output")
@@ -201,6 +209,7 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
         values[key] = _checked(key, value)
     config = RunConfig(**values)
     config.check()
+    config.check_output()
     return config
 
 

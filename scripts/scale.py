@@ -37,8 +37,9 @@ class Count:
         self.began = self.began or time.perf_counter()
         return task.name
 
-    def told(self, task: Task, message: Any) -> None:
+    def told(self, task: Task, message: Any) -> bool:
         assert message == task.name
+        return True
 
     def done(self, task: Task, result: Any) -> Iterable[Task]:
         self.done_cells[result] += 1
@@ -59,7 +60,8 @@ def main() -> None:
     cells, workers = (int(a) for a in [*sys.argv[1:], *("500", "8")[len(sys.argv) - 1 :]])
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
     handler, start = Count(), time.perf_counter()
-    Pool(Nothing, workers, {"num_cpus": 1}).run([Task(f"cell {i}") for i in range(cells)], handler)
+    with Pool(Nothing, workers, {"num_cpus": 1}) as pool:
+        pool.run([Task(f"cell {i}") for i in range(cells)], handler)
     end = time.perf_counter()
     assert handler.done_cells == Counter(f"cell {i}" for i in range(cells)), "lost or doubled cells"
     print(f"{cells} cells on {workers} workers: none lost, none doubled")

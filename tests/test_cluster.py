@@ -1,11 +1,13 @@
 """Cells on a real Ray cluster of two workers: what the local executor writes, whatever happens on the way."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation.part import Part
 from dart_eval.executors import cluster, jobs, run_all
 from dart_eval.plan import config_from
 from tests.conftest import run_local, save_tiny
@@ -87,6 +90,7 @@ def test_every_smoke_cell_is_the_local_executors(folder, tmp_path, here):
     assert _files(tmp_path / "out") == here
     assert len(view.made) == len(set(view.made)) == len(result.records) > 10
     assert not result.failed and not list((tmp_path / "out" / "partial").glob("*"))
+    assert view.notes == ["up to 2 workers on cpu, each with 1 CPU"]
     logs = [p.read_text() for p in sorted((tmp_path / "out" / "logs").glob("worker-*.log"))]
     assert len(logs) == 2 and all("runs on" in text and "begins" in text for text in logs)
     again = _Watch()
@@ -194,6 +198,7 @@ def test_what_no_cluster_could_do_is_refused(folder, tmp_path):
         ({"cpus_per_cell": 64}, "no node of the cluster has 64 CPUs and 0 GPUs"),
         ({"gpus_per_cell": 1}, "no node of the cluster has 1 CPUs and 1 GPUs"),
         ({"device": "cuda"}, "no node of the cluster has 1 CPUs and 1 GPUs"),
+        ({"device_map": "auto"}, "--device-map auto needs workers with GPUs"),
         ({"tasks": "nonsense"}, "nonsense"),
     ):
         with pytest.raises(UserError, match=word):
@@ -206,10 +211,26 @@ def test_what_no_cluster_could_do_is_refused(folder, tmp_path):
         _config(folder, tmp_path / "out", executor="local", shards=2)
 
 
+def test_tasks_that_set_a_time_out_get_none_in_an_actor():
+    """In a thread Python would refuse it, and lm-eval's math tasks would take that for a wrong answer."""
+    cluster._settle(None, "/no/such/folder")
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.extend([signal.signal(signal.SIGALRM, print), signal.alarm(1), signal.setitimer(0, 1)])
+    )
+    thread.start()
+    thread.join()
+    assert found == [signal.SIG_DFL, 0, (0.0, 0.0)]
+    assert signal.getsignal(signal.SIGALRM) is not print
+    time.sleep(1.1)  # no alarm comes
+
+
 def test_an_actor_evaluates_cells_of_several_sweeps(folder, tmp_path):
     """Of the same task: what a run writes into lm-eval's task must not change the next sweep's keys."""
     configs = [_config(folder, tmp_path, tasks="smoke_questions", method=m, device="cpu") for m in ("dense", "griffin")]
-    worker, told = cluster.CellWorker(configs[0], None), []
+    worker, told = cluster.CellWorker(configs[0], None, os.getcwd()), []
+    # Nobody but the driver has to see the folder of results.
+    configs = [dataclasses.replace(c, output="/proc/nowhere/out") for c in configs]
     for config in [*configs, configs[0]]:
         (key,) = jobs.plan_all([config], jobs.Silent(), False, "cpu")[0]
         payload = cluster._Payload(key, config, cluster.WHOLE, {}, 0, 5.0, 0)
@@ -219,5 +240,13 @@ def test_an_actor_evaluates_cells_of_several_sweeps(folder, tmp_path):
         told.clear()
         worker.run(cluster._Payload(key, config, cluster.WHOLE, answers, 0, 0.0, 0), told.append)
         assert not told  # all of it had been answered
+    # Parts cover the cell, also where memory ran out in one of them.
+    (key,) = jobs.plan_all([configs[1]], jobs.Silent(), False, "cpu")[0]
+    for index, shrink in ((0, 1), (1, 0)):
+        assert worker.run(cluster._Payload(key, configs[1], Part(index, 2), {}, 0, 0.0, shrink), told.append) == shrink
+    answers = {name: answer for message in told for name, answer in message[0].items()}
+    told.clear()
+    worker.run(cluster._Payload(key, configs[1], cluster.WHOLE, answers, 0, 0.0, 0), told.append)
+    assert not told
     with pytest.raises(UserError, match="would not evaluate the cell that the driver planned"):
         worker.run(cluster._Payload("other", configs[0], cluster.WHOLE, {}, 0, 0.0, 0), told.append)

@@ -11,6 +11,7 @@ import pytest
 
 from dart_eval.errors import UserError
 from dart_eval.executors import cluster
+from dart_eval.executors.jobs import Silent
 from dart_eval.executors.pool import Pool
 from dart_eval.plan import config_from
 from tests.conftest import save_tiny
@@ -44,8 +45,8 @@ def test_a_lost_node_is_made_up_for(nodes, tmp_path):
                 nodes.remove_node(second, allow_graceful=False)
 
     handler = Losing(tmp_path)
-    pool = Pool(Worker, 2, {"num_cpus": 1})
-    pool.run([_task("sleep", f"t{i}") for i in range(12)], handler)
+    with Pool(Worker, 2, {"num_cpus": 1}) as pool:
+        pool.run([_task("sleep", f"t{i}") for i in range(12)], handler)
     assert handler.lost_at is not None and handler.lost_at < 12
     assert sorted(handler.results) == sorted(f"T{i}" for i in range(12))
     assert pool.deaths >= 1 and not handler.given_up
@@ -58,7 +59,8 @@ def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatc
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         handler = Handler(tmp_path)
-        Pool(Worker, 1, {"num_cpus": 1}).run([_task("long", "a")], handler)
+        with Pool(Worker, 1, {"num_cpus": 1}) as pool:
+            pool.run([_task("long", "a")], handler)
     finally:
         ray.shutdown()
     assert handler.begun == [("a", False, 0), ("a", True, 1), ("a", True, 2)]
@@ -93,7 +95,46 @@ def test_a_cell_takes_the_gpus_that_there_are(nodes):
             config_from(None, {"tasks": "smoke", "executor": "ray", **given}).check()
 
 
-def test_ctrl_c_keeps_what_is_answered_and_the_same_command_goes_on(tmp_path, tokenizer):
+def test_a_running_cluster_is_used_and_left_running(nodes, tmp_path, tokenizer):
+    nodes.add_node(num_cpus=1)
+    folder = save_tiny(tmp_path / "model", tokenizer)
+    command = [
+        *(PROGRAM, "run", "--model", str(folder), "--output", str(tmp_path / "out"), "--executor", "ray"),
+        *("--tasks", "smoke_questions", "--method", "dense,griffin", "--limit", "4", "--ray-address"),
+    ]  # fmt: skip
+    done = subprocess.run([*command, nodes.address], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = [p.read_text() for p in (tmp_path / "out" / "logs").glob("worker-*.log")]
+    assert len(logs) == 2 and all("is done" in text for text in logs)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+    assert sum(node["Alive"] for node in ray.nodes()) == 2
+    job = ray.get_runtime_context().get_job_id()
+    assert int.from_bytes(bytes.fromhex(job), "little") == 2  # the run was this cluster's first
+
+
+def test_no_cluster_at_that_address(tmp_path, tokenizer):
+    folder = save_tiny(tmp_path / "model", tokenizer)
+    config = config_from(None, {
+        "model": folder, "tasks": "smoke", "executor": "ray", "ray_address": "127.0.0.1:1",
+        "output": str(tmp_path / "o"),
+    })  # fmt: skip
+    with pytest.raises(UserError, match="no Ray cluster at 127"):
+        cluster.run_all([config], Silent())
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_cluster_of_our_own_has_the_processors_that_we_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert cluster._processors() == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert cluster._processors() is None  # Ray knows of quotas, too
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_stopped_run_keeps_what_is_answered_and_the_same_command_goes_on(tmp_path, tokenizer, number, status, word):
     folder = save_tiny(tmp_path / "model", tokenizer)
     command = [
         *(PROGRAM, "run", "--model", str(folder), "--output", str(tmp_path / "out"), "--executor", "ray"),
@@ -106,9 +147,12 @@ def test_ctrl_c_keeps_what_is_answered_and_the_same_command_goes_on(tmp_path, to
     while not any(p.stat().st_size for p in (tmp_path / "out" / "partial").glob("*")):
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the command has started
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: to all that the command has started
+    else:
+        process.send_signal(number)
     _, errors = process.communicate()
-    assert (process.returncode, errors.strip()) == (130, "interrupted; the same command goes on from here")
+    assert (process.returncode, errors.strip()) == (status, f"{word}; the same command goes on from here")
     (log,) = (tmp_path / "out" / "logs").glob("worker-*.log")
     worker = int(log.read_text().split("process ")[1].split()[0])
     end = time.monotonic() + 20

@@ -40,6 +40,13 @@ class Worker:
             raise MemoryError
         if what == "sleep":
             time.sleep(0.3)
+        if what == "steps":  # dies after every one
+            done = len(os.listdir(f"{marks}/steps"))
+            if done < 5:
+                open(f"{marks}/steps/{done}", "w").close()
+                tell(("step", done))
+                time.sleep(2)  # it has been heard
+                os.kill(os.getpid(), signal.SIGKILL)
         if what == "long":
             for i in range(600):
                 time.sleep(0.1)
@@ -66,6 +73,7 @@ class Handler:
 
     def told(self, task, message):
         self.messages.append((task.name, *message))
+        return message[0] == "step"
 
     def done(self, task, result):
         self.results.append(result)
@@ -89,8 +97,8 @@ def _task(what, name):
 
 def _run(tasks, marks, size=2, handler=None):
     handler = handler or Handler(marks)
-    pool = Pool(Worker, size, {"num_cpus": 1})
-    pool.run(tasks, handler)
+    with Pool(Worker, size, {"num_cpus": 1}) as pool:
+        pool.run(tasks, handler)
     return handler, pool
 
 
@@ -127,6 +135,56 @@ def test_a_poisoned_task_is_given_up_and_the_rest_goes_on(tmp_path, what, tries,
     assert word in problem and f"raise {'RuntimeError' if tries > 1 else 'UserError'}" in text
     assert (f"(tried {TRIES} times)" in problem) == (tries > 1)
     assert pool.deaths == 0
+
+
+def test_who_makes_progress_is_not_given_up(tmp_path):
+    (tmp_path / "steps").mkdir()
+    handler, pool = _run([_task("steps", "a")], tmp_path, size=1)
+    assert (handler.results, pool.deaths) == (["A"], 5) and pool.deaths > TRIES
+    assert handler.begun == [("a", False, 0)] * 6
+
+
+def test_an_actor_in_which_a_task_failed_is_replaced_and_others_stay(tmp_path):
+    with Pool(Worker, 1, {"num_cpus": 1}) as pool:
+        handlers = [Handler(tmp_path) for _ in range(3)]
+        for handler, task in zip(
+            handlers, (_task("quick", "a"), _task("poison", "b"), _task("quick", "c")), strict=True
+        ):
+            pool.run([task], handler)
+    first, second, third = ([n for n, text in h.lines if text.endswith("begins")] for h in handlers)
+    assert (first, second, third) == ([1], [1, 2, 3], [4])
+
+
+def test_actors_that_died_idle_cost_no_task_a_try(tmp_path):
+    with Pool(Worker, 3, {"num_cpus": 1}) as pool:
+        handler = Handler(tmp_path)
+        pool.run([_task("sleep", f"t{i}") for i in range(3)], handler)
+        pids = [int(text.split("process ")[1]) for _, text in handler.lines if "runs on" in text]
+        assert len(pids) == 3
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        task = _task("sleep", "after")
+        pool.run([task], handler)
+    assert handler.results[-1] == "AFTER" and pool.deaths == 3
+    assert (task.tries, task.lost, task.shrink) == (1, 0, 0)
+
+
+class Unreadable:
+    def __reduce__(self):
+        return _no_such_thing, ()
+
+
+def _no_such_thing():
+    raise ImportError("not on this node")
+
+
+def test_a_payload_that_an_actor_cannot_take_in_fails(tmp_path):
+    class Sends(Handler):
+        def begin(self, task):
+            return Unreadable() if task.name == "a" else super().begin(task)
+
+    handler, _ = _run([_task("quick", "a"), _task("quick", "b")], tmp_path, handler=Sends(tmp_path))
+    assert handler.results == ["B"] and "not on this node" in handler.given_up["a"][1]
 
 
 def test_a_task_that_kills_every_worker_is_given_up(tmp_path):
@@ -169,8 +227,11 @@ def test_a_worker_that_cannot_be_made_fails_its_tasks(tmp_path):
         raise UserError("no such model")
 
     handler = Handler(tmp_path)
-    Pool(broken, 2, {"num_cpus": 1}).run([_task("quick", "a")], handler)
-    assert handler.given_up["a"][0] == "UserError: no such model"
+    with Pool(broken, 2, {"num_cpus": 1}) as pool:  # each time in a new actor: another node may have it
+        pool.run([_task("quick", "a")], handler)
+    problem, _ = handler.given_up["a"]
+    assert problem.startswith("Elsewhere: no such model (on ") and problem.endswith(f"(tried {TRIES} times)")
+    assert len({n for n, text in handler.lines if "failed" in text}) == TRIES
 
 
 def test_an_actor_that_stops_raises_where_it_tells():

@@ -122,8 +122,10 @@ def test_a_part_answers_its_share_and_all_parts_everything(folder, tmp_path):
 def test_a_plan_is_held_against_the_run(folder, tmp_path):
     result = run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), jobs.Silent())
     assert held_against(tmp_path / "out", result.records) is None
-    sizes = [CellSize(r.key, f"cell {i}", 1, 1, 1.0, 1, 2 * r.seconds, False) for i, r in enumerate(result.records)]
-    keep(tmp_path / "out", [*sizes, CellSize("other", "other", 1, 1, 1.0, 1, 999.0, False)], 1)
+    sizes = [
+        CellSize(r.key, r.key, f"cell {i}", 1, 1, 1.0, 1, 2 * r.seconds, False) for i, r in enumerate(result.records)
+    ]
+    keep(tmp_path / "out", [*sizes, CellSize("other", "other", "other", 1, 1, 1.0, 1, 999.0, False)], 1)
     line = held_against(tmp_path / "out", result.records)
     assert re.fullmatch(
         r"planned .* of work for 2 cells, took .* \(-50 %\); furthest off: cell [01], .* instead of .*", line

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dart_eval.evaluation import tasks as tasks_module
 from dart_eval.evaluation.tasks import ALIASES, COMMON, Tasks, documents, leaves, tasks_dir
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,6 +168,30 @@ def test_documents_are_prepared_once():
     dataset, other = [1, 2], [3]
     assert config.process_docs(dataset) is config.process_docs(dataset)
     assert config.process_docs(other) == [2, 3]
+
+
+def test_documents_do_not_depend_on_the_tasks_loaded_before(tmp_path, monkeypatch):
+    """Tasks of one module that shuffle with its generator, as gpqa's do."""
+    (tmp_path / "shuffled.py").write_text(
+        "import random\nimport datasets\nrng = random.Random(42)\n"
+        "def load(**_):\n    docs = [{'q': str(i), 'c': list('abcdef')} for i in range(9)]\n"
+        "    return {'test': datasets.Dataset.from_list(docs)}\n"
+        "def process_docs(dataset):\n    return [dict(d, c=rng.sample(d['c'], 6)) for d in dataset]\n"
+    )
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ncustom_dataset: !function shuffled.load\nprocess_docs: !function shuffled.process_docs\n"
+            "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_choice: c\ndoc_to_target: 0\n"
+            "metric_list:\n  - metric: acc\n"
+        )
+    monkeypatch.setattr(tasks_module, "tasks_dir", lambda: tmp_path)
+
+    def choices(*names):
+        tasks = Tasks()
+        return [[doc["c"] for doc in tasks.load(name)[0].eval_docs] for name in names][-1]
+
+    assert choices("two") == choices("one", "two") == choices("two", "one", "two")
+    assert len(set(map(tuple, choices("two")))) > 3
 
 
 def test_samples_with_numpy_values_become_plain():

@@ -49,6 +49,11 @@ class Budget:
         """Tokens in the KV cache of one forward; None for any number."""
         return None if self.tokens is None else CACHED_TOKENS * self.tokens
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether `halved` would be less."""
+        return max(self.rows, self.candidates) > 1
+
     def halved(self) -> Budget:
         """A budget of half the size."""
 

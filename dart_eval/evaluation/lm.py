@@ -23,10 +23,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation.batching import batches, budget
+from dart_eval.evaluation.batching import Budget, batches, budget
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
-from dart_eval.evaluation.requests import Request, Score
+from dart_eval.evaluation.requests import Request, Score, Scoring
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
@@ -125,6 +125,8 @@ class PrunedLM(HFLM):
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts know
             only `scored`.
+        planned, budget: sizes of forwards that units are planned by, and that may be used now: smaller ones, where
+            memory has run out, run a unit in pieces. So units stay the same for all who share a cell.
     """
 
     def __init__(
@@ -139,7 +141,8 @@ class PrunedLM(HFLM):
     ) -> None:
         # HFLM's own batch size is never used, and its `auto` would try sizes out.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
-        self.budget, self.share_prefix = budget(batch_size, model), share_prefix
+        self.planned = self.budget = budget(batch_size, model)
+        self.share_prefix = share_prefix
         self.chunk = chunk
         self.on_progress = on_progress
         self.session: Session | None = None
@@ -209,15 +212,23 @@ class PrunedLM(HFLM):
         """Scores of the requests, in order, from the journal where it has them."""
         names = [_name(r.context, r.continuation) for r in requests]
         distinct = dict(zip(names, requests, strict=True))
-        scoring = scorer(self.model, self._head, self.session, self.budget, self.scope, self.share_prefix)
+        scoring = self._scorer(self.planned)
         todo = list(distinct)
         units = scoring.units(list(distinct.values()))
         sizes = [unit.tokens for unit in units]
-        self.calls.append(Call(kind, len(todo), [n + self.budget.forward for n in sizes], sum(sizes)))
+        self.calls.append(Call(kind, len(todo), [n + self.planned.forward for n in sizes], sum(sizes)))
         for unit in self._mine(units, lambda unit: [todo[i] for i in unit.requests]):
-            made = scoring.run(unit)
-            self._keep({todo[i]: dataclasses.astuple(score) for i, score in made}, scoring.state_bytes)
+            if self.budget is self.planned:
+                self._keep({todo[i]: dataclasses.astuple(s) for i, s in scoring.run(unit)}, scoring.state_bytes)
+                continue
+            left = [todo[i] for i in unit.requests if todo[i] not in self.journal]
+            smaller = self._scorer(self.budget)
+            for piece in smaller.units([distinct[n] for n in left]):
+                self._keep({left[i]: dataclasses.astuple(s) for i, s in smaller.run(piece)}, smaller.state_bytes)
         return [Score(*self.journal[n]) if n in self.journal else NO_SCORE for n in names]
+
+    def _scorer(self, size: Budget) -> Scoring:
+        return scorer(self.model, self._head, self.session, size, self.scope, self.share_prefix)
 
     def _mine(self, units: Sequence[T], names: Callable[[T], list[str]]) -> Iterator[T]:
         """Units of the last call that are to be run here: of our part of the cell, not answered before as a whole."""
@@ -300,17 +311,21 @@ class PrunedLM(HFLM):
             lengths = {i: len(self.tok_encode(prompts[i])) for i in todo}
             todo.sort(key=lambda i: (lengths[i], i), reverse=True)
             # Every new token is a forward: full batches save more than padding costs.
-            sizes, forwards = [lengths[i] + new_tokens for i in todo], new_tokens * self.budget.forward
-            for part in batches(sizes, self.budget.rows, self.budget.generated, forwards):
+            sizes, forwards = [lengths[i] + new_tokens for i in todo], new_tokens * self.planned.forward
+            for part in batches(sizes, self.planned.rows, self.planned.generated, forwards):
                 batch = {i: prompts[i] for i in todo[part]}
                 planned.append(_Generation(batch, stop, new_tokens, budget, kwargs))
                 call.sizes.append(sum(sizes[part]) + forwards)
                 call.tokens += sum(sizes[part])
             call.requests += len(todo)
         for work in self._mine(planned, lambda work: [names[i] for i in work.prompts]):
-            answers = self._generate(work)
-            state_bytes = self.session.state_bytes // len(answers) if self.session is not None else 0
-            self._keep({names[i]: answer for i, answer in answers.items()}, state_bytes)
+            left = [i for i in work.prompts if names[i] not in self.journal or self.budget is self.planned]
+            rows = max(1, len(work.prompts) * self.budget.rows // self.planned.rows)
+            for start in range(0, len(left), rows):
+                piece = {i: work.prompts[i] for i in left[start : start + rows]}
+                answers = self._generate(dataclasses.replace(work, prompts=piece))
+                state_bytes = self.session.state_bytes // len(answers) if self.session is not None else 0
+                self._keep({names[i]: answer for i, answer in answers.items()}, state_bytes)
         texts = []
         for name, request in zip(names, requests, strict=True):
             text, context, cost = self.journal.get(name, NO_TEXT)

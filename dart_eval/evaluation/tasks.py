@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ class Tasks:
         if name not in self._loaded:
             try:
                 self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
+                _forget_modules()
                 loaded = self.manager._load_spec(name)
             except UserError:
                 raise
@@ -244,6 +246,16 @@ def cluster(task: Task, doc: dict[str, Any]) -> str | None:
     if not field or doc.get(field) in (None, ""):
         return None
     return hashlib.sha256(str(doc[field]).encode()).hexdigest()[:16]
+
+
+def _forget_modules() -> None:
+    """Have lm-eval load the modules of tasks anew.
+
+    Some hold a random generator that every task of the module draws from (gpqa's shuffle of answers): documents would
+    depend on the tasks that this process had loaded before.
+    """
+    for name in [n for n, module in sys.modules.items() if hasattr(module, "__mtime__")]:  # lm-eval's mark
+        del sys.modules[name]
 
 
 def _process_once(task: Task) -> None:

@@ -15,20 +15,24 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dart_eval.errors import StoreError, UserError
+from dart_eval.errors import StoreError, UserError, summary
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.part import WHOLE, Part
 from dart_eval.executors.jobs import Job, RunResult, Silent, Sweep, View, begin_sweep, open_cell, plan_all
-from dart_eval.executors.pool import Pool, Task
+from dart_eval.executors.pool import Elsewhere, Pool, Task
 from dart_eval.plan import RunConfig
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
+from dart_eval.results.store import Store
 
 if TYPE_CHECKING:
     from dart_eval.executors.sizing import CellSize
@@ -49,10 +53,11 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
     view.status("connecting to Ray")
     with _connected(common):
         size, options = _room(common)
+        view.note(_staff(size, options))
         placed = _placed(common, options)
         sweep = begin_sweep(configs, view, skip_missing, placed.device)
-        pool = Pool(functools.partial(CellWorker, placed, _threads(options)), size, options)
-        with _Desk(sweep, size, common.shards) as desk:
+        make = functools.partial(CellWorker, placed, _threads(options), os.getcwd())
+        with _Desk(sweep, size, common.shards) as desk, Pool(make, size, options) as pool:
             return sweep.work_through(lambda todo: pool.run(desk.tasks(todo), desk))
 
 
@@ -66,20 +71,31 @@ def _connected(config: RunConfig) -> Iterator[None]:
     if ray.is_initialized():  # the program around us has a cluster
         yield
         return
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if config.ray_address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
+            ray.init(address="local", include_dashboard=False, num_cpus=_processors(), **quiet)
         else:
             ray.init(address=config.ray_address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster at {config.ray_address} ({error})", "start one (`ray start --head`), see docs/cluster.md"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # Ray has one of its own, which ends without a word
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _processors() -> int | None:
+    """Those that this process may use, where they are not all (a Slurm step, taskset); None: Ray counts them."""
+    if not hasattr(os, "sched_getaffinity"):  # Linux has it
+        return None
+    ours = len(os.sched_getaffinity(0))
+    return ours if ours < (os.cpu_count() or ours) else None
 
 
 def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
@@ -104,7 +120,20 @@ def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
             f"{most['GPU']:g})",
             "give a smaller --cpus-per-cell or --gpus-per-cell",
         )
+    if config.device_map is not None and not gpus:
+        raise UserError(
+            f"--device-map {config.device_map} needs workers with GPUs, and the cluster's have none",
+            "give --gpus-per-cell, or leave --device-map out",
+        )
     return fitting, {"num_cpus": cpus, "num_gpus": gpus}
+
+
+def _staff(size: int, options: dict[str, float]) -> str:
+    """Who will work, for people."""
+    each = f"{options['num_cpus']:g} CPU{'s' if options['num_cpus'] != 1 else ''}"
+    if gpus := options["num_gpus"]:
+        each += f" and {gpus:g} GPU{'s' if gpus != 1 else ''}"
+    return f"up to {size} worker{'s' if size != 1 else ''} on {'cuda' if gpus else 'cpu'}, each with {each}"
 
 
 def _placed(config: RunConfig, options: dict[str, float]) -> RunConfig:
@@ -131,13 +160,20 @@ def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSiz
 
         size, options = _room(configs[0])
         view.status("trying a few batches of every task")
-        tried: Any = ray.remote(_estimate).options(**options)
+        tried: Any = ray.remote(_estimate).options(max_retries=0, **options)
+        placed = [_placed(c, options) for c in configs]
         try:
-            return ray.get(tried.remote([_placed(c, options) for c in configs], _threads(options))), size
+            sizes: list[CellSize] = ray.get(tried.remote(placed, _threads(options), os.getcwd()))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
+        except ray.exceptions.RayError as error:
+            raise UserError(
+                f"the worker that tried a few batches was lost ({summary(error)})", "perhaps a smaller --batch-size"
+            ) from None
+    store = Store(configs[0].output)  # here: the node may not see it
+    return [dataclasses.replace(s, finished=store.get(s.name, s.key) is not None) for s in sizes], size
 
 
 # -- in the actors ---------------------------------------------------------------------------------------------
@@ -160,14 +196,14 @@ class CellWorker:
     """A `worker.Worker` in an actor: it keeps the model, and what it has planned.
 
     Args:
-        threads: of torch; None leaves its own number.
+        threads: of torch; None leaves its own number. folder: the driver's, from which relative paths count.
     """
 
-    def __init__(self, config: RunConfig, threads: int | None) -> None:
+    def __init__(self, config: RunConfig, threads: int | None, folder: str) -> None:
         from dart_eval.executors.worker import Worker
         from dart_eval.models import resolve
 
-        _settle(threads)
+        _settle(threads, folder)
         self.device = config.device
         self.model = resolve(config.model_spec)
         self.worker = Worker(config, self.model, log.info)
@@ -181,7 +217,7 @@ class CellWorker:
             self._jobs[payload.config] = jobs
         jobs = self._jobs[payload.config]
         if payload.key not in jobs:
-            raise UserError(
+            raise Elsewhere(
                 "this node would not evaluate the cell that the driver planned: its code, versions, model or data are "
                 "others",
                 "install the same versions and give every node the same model and --data-dir",
@@ -209,15 +245,15 @@ class _Outbox(Journal):
         self._tell((dict(answers), state_bytes, seconds))
 
 
-def _estimate(configs: list[RunConfig], threads: int | None) -> list[CellSize]:
+def _estimate(configs: list[RunConfig], threads: int | None, folder: str) -> list[CellSize]:
     from dart_eval.executors.sizing import estimate
 
-    _settle(threads)
+    _settle(threads, folder)
     return estimate(configs, Silent(), configs[0].device)
 
 
-def _settle(threads: int | None) -> None:
-    """In an actor: our own lines alone, and no more threads than were asked for."""
+def _settle(threads: int | None, folder: str) -> None:
+    """In an actor: our own lines alone, the driver's folder if it is here, no more threads than were asked for."""
     import torch
 
     from dart_eval.quiet import silence
@@ -226,6 +262,23 @@ def _settle(threads: int | None) -> None:
     logging.getLogger("dart_eval").setLevel(logging.INFO)
     if threads is not None:
         torch.set_num_threads(threads)
+    with contextlib.suppress(OSError):  # where there is no such folder, paths must be absolute
+        os.chdir(folder)
+    for name, answer in (("signal", signal.SIG_DFL), ("alarm", 0), ("setitimer", (0.0, 0.0))):
+        setattr(signal, name, _in_main_thread(getattr(signal, name), answer))
+
+
+def _in_main_thread(stock: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+    """A function of `signal` that does nothing in other threads.
+
+    lm-eval's math tasks set a time-out by SIGALRM. Python refuses that in a thread, and they take the error for a wrong
+    answer; so they get none.
+    """
+
+    def call(*args: Any) -> Any:
+        return stock(*args) if threading.current_thread() is threading.main_thread() else answer
+
+    return call
 
 
 # -- in the driver ---------------------------------------------------------------------------------------------
@@ -244,6 +297,7 @@ class _Open:
     claim: contextlib.ExitStack
     journal: Journal
     left: int  # parts that are not done
+    shrink: int = 0  # how often a part's batches had to be halved from the start
     seconds: float = 0.0  # of the actors, since it was opened
     halved: int = 0  # how often memory ran out in parts
 
@@ -318,14 +372,15 @@ class _Desk:
         self.view.started(cell, count_requests(job.tasks.load(cell.task), job.config.limit))
         return True
 
-    def told(self, task: _CellTask, message: Any) -> None:
+    def told(self, task: _CellTask, message: Any) -> bool:
         opened = self._open.get(task.job.cell.key)
         if opened is None:  # another part has failed
-            return
+            return False
         answers, state_bytes, seconds = message
         opened.journal.add(answers, state_bytes, seconds)
         opened.seconds += seconds
         self.view.advanced(task.job.cell, len(answers))
+        return bool(answers)
 
     def done(self, task: _CellTask, result: Any) -> list[_CellTask]:
         cell = task.job.cell
@@ -334,7 +389,11 @@ class _Desk:
             return []
         if not task.part.whole:
             opened.left, opened.halved = opened.left - 1, opened.halved + result
-            return [_CellTask(f"{cell.title}, the whole", job=task.job)] if opened.left == 0 else []
+            opened.shrink = max(opened.shrink, task.shrink)
+            if opened.left:
+                return []
+            name, small = f"{cell.title}, the whole", opened.shrink
+            return [_CellTask(name, alone=small > 0, shrink=small, follows=True, job=task.job)]
         texts, record = result
         if opened.halved:
             halved = record.settings.get("halved", 0) + opened.halved

@@ -149,6 +149,7 @@ class Sweep:
 
 def begin_sweep(configs: Sequence[RunConfig], view: View, skip_missing: bool, device: str | None = None) -> Sweep:
     """Plan (see `plan_all`), and look up what is finished already."""
+    configs[0].check_output()
     jobs, missing = plan_all(configs, view, skip_missing, device)
     store = Store(configs[0].output)
     done: dict[str, Record] = {}

@@ -5,9 +5,10 @@ driver asks every actor again and again what is new (`Actor.poll`). So a task's 
 actor can be told to stop between two of them, and one that died shows at the next question.
 
 Placement is Ray's: actors that find no room wait in its queue, and get tasks once they have begun. A task whose actor
-died, or that failed, goes to the end of the queue, `TRIES` times in all. The last try, and any after memory ran out,
-runs with no other task beside it; and where the system killed its process for memory, or its process was lost a second
-time (the kernel kills without a reason), at a smaller size, `Task.shrink`.
+died, or that failed, goes to the end of the queue, up to `TRIES` tries that brought nothing new. The last of them, and
+any after memory ran out, runs alone: with no other actor that holds memory. Where the system killed its process for
+memory, or its process was lost a second time (the kernel kills without a reason), it runs at a smaller size,
+`Task.shrink`. An actor in which a task has failed is replaced: what the failure left in its process is not known.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class Stopped(Exception):
     """The driver wants this task to end here."""
 
 
+class Elsewhere(UserError):
+    """This node cannot do it (it lacks the model, the data, a version); another one may."""
+
+
 class Worker(Protocol):
     """What an actor runs: made once, then one task after another."""
 
@@ -47,15 +52,18 @@ class Task:
     """One piece of work.
 
     Attributes:
-        name: for people. tries: begun so far. alone: no other task may run beside it.
+        name: for people. alone: no other actor may be there while it runs.
+        tries, lost: begun, and ended by the death of its process, since it last brought something new.
         shrink: how often what it needs at a time is to be halved; the handler's payload says so to the worker.
+        follows: it ends what has been begun, and goes before what has not.
     """
 
     name: str
-    tries: int = 0
     alone: bool = False
-    lost: int = 0  # processes that died at it
+    tries: int = 0
+    lost: int = 0
     shrink: int = 0
+    follows: bool = False
 
 
 class Handler(Protocol):
@@ -64,8 +72,8 @@ class Handler(Protocol):
     def begin(self, task: Any) -> Any:
         """The payload of a task that is about to start; None: there is nothing to do any more."""
 
-    def told(self, task: Any, message: Any) -> None:
-        """A message from a task under way."""
+    def told(self, task: Any, message: Any) -> bool:
+        """A message from a task under way; returns whether another try would begin after what it brought."""
 
     def done(self, task: Any, result: Any) -> Iterable[Any]:
         """A task has ended; returns tasks that can begin now."""
@@ -100,10 +108,11 @@ class Actor:
         """Node and process, for the log; answers once the actor has begun."""
         return f"{socket.gethostname()}, process {os.getpid()}"
 
-    def start(self, payload: Any) -> None:
-        """Begin a task; the actor must have none."""
+    def start(self, payload: Any) -> list[tuple[str, Any]]:
+        """Begin a task; the actor must have none. Returns no news yet."""
         self._stop.clear()
         threading.Thread(target=self._work, args=(payload,), daemon=True).start()
+        return []
 
     def poll(self) -> list[tuple[str, Any]]:
         """What is new: (`told`, message), (`log`, line), and at the end (`done`, result) or (`failed`, ...)."""
@@ -122,12 +131,15 @@ class Actor:
     def _work(self, payload: Any) -> None:
         try:
             if self._worker is None:
-                self._worker = self._make()
+                try:
+                    self._worker = self._make()
+                except UserError as error:
+                    raise Elsewhere(f"{error.problem} (on {socket.gethostname()})", error.remedy) from error
             self._news.put(("done", self._worker.run(payload, self._tell)))
         except Stopped:
             self._news.put(("stopped", None))
         except BaseException as error:
-            lost = isinstance(error, UserError)  # trying again would not help
+            lost = isinstance(error, UserError) and not isinstance(error, Elsewhere)  # trying again would not help
             what = (summary(error), "".join(traceback.format_exception(error)), lost, out_of_memory(error))
             self._news.put(("failed", what))
 
@@ -155,7 +167,8 @@ class _Hand:
     number: int
     actor: Any
     asked: Any  # reference to what it was asked last, while it has not answered
-    ready: bool = False
+    introduced: bool = False  # where it runs is in its log
+    present: bool = False  # it has just answered, and waits for a task
     task: Any = None
     news: deque[tuple[str, Any]] = field(default_factory=deque)  # heard, and not yet taken in
 
@@ -171,11 +184,19 @@ class Pool:
     def __init__(self, make: Callable[[], Worker], size: int, options: dict[str, Any]) -> None:
         self.make, self.size, self.options = make, size, options
         self.deaths = 0
+        self._stillborn = 0  # actors that died without a task, since one was begun
         self._hands: list[_Hand] = []
         self._started = 0
 
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hand in list(self._hands):
+            self._dismiss(hand)
+
     def run(self, tasks: Iterable[Task], handler: Handler) -> None:
-        """Work through all tasks. On an exception (Ctrl-C, a full disk) the actors finish their batches and end."""
+        """Work through all tasks; the actors stay. On an exception (Ctrl-C, a full disk) they finish their batches."""
         import ray
 
         waiting: deque[Task] = deque(tasks)
@@ -192,17 +213,19 @@ class Pool:
                     for task in self._hear(asked[ref], handler):
                         if task.alone:
                             alone.append(task)
-                        elif task.tries:
-                            waiting.append(task)
-                        else:  # it ends what has been begun
+                        elif task.follows:
                             waiting.appendleft(task)
+                        else:
+                            waiting.append(task)
         except BaseException:
             self._drain(handler)
             raise
-        finally:
-            for hand in self._hands:
-                ray.kill(hand.actor)
-            self._hands.clear()
+
+    def _dismiss(self, hand: _Hand) -> None:
+        import ray
+
+        self._hands.remove(hand)
+        ray.kill(hand.actor)
 
     def _deal(self, waiting: deque[Task], alone: deque[Task], handler: Handler) -> None:
         """Give tasks to actors that have none, and make actors where there are tasks for them."""
@@ -211,24 +234,34 @@ class Pool:
             return
         for source in (waiting, alone):
             while source and not (source is alone and (busy or waiting)):
-                idle = next((h for h in self._hands if h.ready and h.task is None), None)
-                if idle is None:
-                    if len(self._hands) < min(self.size, len(busy) + len(source)):
-                        self._hire(handler)
-                        continue
+                hand = next((h for h in self._hands if h.present), None)
+                if hand is None:
                     break
                 task = source.popleft()
                 payload = handler.begin(task)
                 if payload is None:
                     continue
                 task.tries += 1
-                idle.task = task
-                busy.append(idle)
-                handler.log(idle.number, f"{task.name} begins")
-                idle.actor.start.remote(payload)
-                idle.asked = idle.actor.poll.remote()
+                self._stillborn = 0
+                hand.task, hand.present = task, False
+                busy.append(hand)
+                handler.log(hand.number, f"{task.name} begins")
+                hand.asked = hand.actor.start.remote(payload)
                 if task.alone:
+                    for other in [h for h in self._hands if h is not hand]:  # they hold memory
+                        self._dismiss(other)
                     return
+        self._call(len(waiting) or int(bool(alone and not busy)), len(busy), handler)
+
+    def _call(self, tasks: int, busy: int, handler: Handler) -> None:
+        """Ask for as many idle actors as there are tasks: one may have died meanwhile, and no task is to try it out."""
+        for hand in self._hands:
+            hand.present = False
+        idle = [h for h in self._hands if h.task is None]
+        for hand in idle[:tasks]:
+            hand.asked = hand.asked or hand.actor.where.remote()
+        while len(self._hands) < min(self.size, busy + tasks):
+            self._hire(handler)
 
     def _hire(self, handler: Handler) -> None:
         import ray
@@ -247,9 +280,11 @@ class Pool:
         except ray.exceptions.RayError as error:  # the actor is no more, or could not begin
             return self._buried(hand, error, handler)
         hand.asked = None  # an idle actor is not asked: it would begin its next task the later
-        if not hand.ready:
-            hand.ready = True
-            handler.log(hand.number, f"runs on {news}")
+        if hand.task is None:
+            hand.present = True
+            if not hand.introduced:
+                handler.log(hand.number, f"runs on {news}")
+            hand.introduced = True
             return []
         more: list[Task] = []
         hand.news.extend(news)
@@ -259,7 +294,8 @@ class Pool:
             if kind == "log":
                 handler.log(hand.number, what)
             elif kind == "told":
-                handler.told(task, what)
+                if handler.told(task, what):
+                    task.tries, task.lost = 1, 0
             elif kind == "done":
                 hand.task = None
                 handler.log(hand.number, f"{task.name} is done")
@@ -272,6 +308,8 @@ class Pool:
                 handler.log(hand.number, f"{task.name} failed: {text}")
                 task.alone = task.alone or memory
                 more += self._again(task, problem, text, lost, handler)
+                if not lost:
+                    self._dismiss(hand)
         if hand.task is not None:
             hand.asked = hand.actor.poll.remote()
         return more
@@ -284,8 +322,13 @@ class Pool:
         handler.log(hand.number, f"is lost: {error}")
         task = hand.task
         handler.lost(hand.number, task, summary(error))
+        if task is not None and isinstance(error, ray.exceptions.RayTaskError):
+            # The actor lives, and cannot take the task in, or its news cannot be read here.
+            ray.kill(hand.actor)
+            return self._again(task, summary(error), str(error), False, handler)
         if task is None:
-            if self.deaths > TRIES * self.size:  # they cannot even begin
+            self._stillborn += 1
+            if self._stillborn > TRIES * self.size:
                 raise UserError(f"actors die before they begin ({summary(error)})", "see the logs of Ray")
             return []
         task.lost += 1

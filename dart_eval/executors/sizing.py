@@ -41,6 +41,7 @@ class CellSize:
     """
 
     key: str
+    name: str
     title: str
     requests: int
     tokens: int
@@ -98,7 +99,7 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
         tokens, requests = sum(c.tokens for c in base.calls), sum(c.requests for c in base.calls)
         flops = tokens * per_token + requests * 2 * worker.shape.head_weights
         finished = store.get(cell.name, cell.key) is not None
-        found.append(CellSize(cell.key, cell.title, requests, tokens, flops, base.memory, seconds, finished))
+        found.append(CellSize(cell.key, cell.name, cell.title, requests, tokens, flops, base.memory, seconds, finished))
     return found
 
 

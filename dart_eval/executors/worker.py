@@ -104,14 +104,14 @@ class Worker:
         """
         whole, self.halved = self.lm.budget, 0
         try:
-            while self.halved < shrink and self.lm.budget.rows > 1:
+            while self.halved < shrink and self.lm.budget.can_shrink:
                 self.lm.budget = self.lm.budget.halved()
                 self.halved += 1
             while True:
                 try:
                     return work()
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not out_of_memory(error) or self.lm.budget.rows == 1:
+                    if not out_of_memory(error) or not self.lm.budget.can_shrink:
                         raise
                 self.lm.budget = self.lm.budget.halved()
                 self.halved += 1
