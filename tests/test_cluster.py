@@ -111,7 +111,7 @@ def test_shards_and_a_killed_worker_change_nothing(folder, tmp_path, here):
 
     view = Killing()
     result = run_all([_config(folder, tmp_path / "out", shards=4)], view)
-    assert view.killed and sum("worker 1 was lost at smoke" in note for note in view.notes) == 1
+    assert view.killed and sum("worker 1 was lost" in note for note in view.notes) == 1
     assert not result.failed
     assert _files(tmp_path / "out") == here
     text = "".join(p.read_text() for p in (tmp_path / "out" / "logs").glob("*.log"))

@@ -44,7 +44,7 @@ class Worker:
             done = len(os.listdir(f"{marks}/steps"))
             if done < 5:
                 open(f"{marks}/steps/{done}", "w").close()
-                tell(("step", done))
+                tell(("new", done))
                 time.sleep(2)  # it has been heard
                 os.kill(os.getpid(), signal.SIGKILL)
         if what == "long":
@@ -73,7 +73,7 @@ class Handler:
 
     def told(self, task, message):
         self.messages.append((task.name, *message))
-        return message[0] == "step"
+        return message[0] == "new"
 
     def done(self, task, result):
         self.results.append(result)

@@ -176,7 +176,8 @@ def test_documents_do_not_depend_on_the_tasks_loaded_before(tmp_path, monkeypatc
         "import random\nimport datasets\nrng = random.Random(42)\n"
         "def load(**_):\n    docs = [{'q': str(i), 'c': list('abcdef')} for i in range(9)]\n"
         "    return {'test': datasets.Dataset.from_list(docs)}\n"
-        "def process_docs(dataset):\n    return [dict(d, c=rng.sample(d['c'], 6)) for d in dataset]\n"
+        "def process_docs(dataset):\n    docs = [dict(d, c=rng.sample(d['c'], 6)) for d in dataset]\n"
+        "    return datasets.Dataset.from_list(docs)\n"
     )
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(

@@ -17,6 +17,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,8 +78,9 @@ def _connected(config: RunConfig) -> Iterator[None]:
         if config.ray_address is None:
             ray.init(address="local", include_dashboard=False, num_cpus=_processors(), **quiet)
         else:
+            _knock(config.ray_address)
             ray.init(address=config.ray_address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster at {config.ray_address} ({error})", "start one (`ray start --head`), see docs/cluster.md"
         ) from None
@@ -88,6 +90,13 @@ def _connected(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _processors() -> int | None:
