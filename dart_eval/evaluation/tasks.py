@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import random
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
@@ -21,6 +23,8 @@ from lm_eval.tasks._factory import TaskFactory
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.hub import work_offline_if_unreachable
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 # What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -249,13 +253,15 @@ def cluster(task: Task, doc: dict[str, Any]) -> str | None:
 
 
 def _forget_modules() -> None:
-    """Have lm-eval load the modules of tasks anew.
+    """Have lm-eval load anew the modules of tasks that hold a random generator.
 
-    Some hold a random generator that every task of the module draws from (gpqa's shuffle of answers): documents would
-    depend on the tasks that this process had loaded before.
+    Every task of the module draws from it (gpqa's shuffle of answers): documents would depend on the tasks that this
+    process had loaded before.
     """
-    for name in [n for n, module in sys.modules.items() if hasattr(module, "__mtime__")]:  # lm-eval's mark
-        del sys.modules[name]
+    for name, module in list(sys.modules.items()):
+        inside = dict(getattr(module, "__dict__", {}))
+        if "__mtime__" in inside and any(isinstance(v, GENERATORS) for v in inside.values()):  # the mark is lm-eval's
+            del sys.modules[name]
 
 
 def _process_once(task: Task) -> None:

@@ -222,7 +222,10 @@ class CellWorker:
         """The texts and the record of a cell; of a part, whose answers have been told, how often memory ran out."""
         if payload.config not in self._jobs:
             # Tasks of its own: a run writes into lm-eval's, and their hashes would be others afterwards.
-            jobs, _ = plan_all([payload.config], Silent(), False, self.device, self.model)
+            try:
+                jobs, _ = plan_all([payload.config], Silent(), False, self.device, self.model)
+            except UserError as error:  # the driver could plan it
+                raise Elsewhere(f"{error.problem} (on {socket.gethostname()})", error.remedy) from error
             self._jobs[payload.config] = jobs
         jobs = self._jobs[payload.config]
         if payload.key not in jobs:
@@ -405,7 +408,7 @@ class _Desk:
             return [_CellTask(name, alone=small > 0, shrink=small, follows=True, job=task.job)]
         texts, record = result
         if opened.halved:
-            halved = record.settings.get("halved", 0) + opened.halved
+            halved = record.settings.get("halved", 0) - task.shrink + opened.halved  # the parts have counted those
             record = dataclasses.replace(record, settings={**record.settings, "halved": halved})
         record = self.store.save(cell.name, record, texts)
         opened.journal.remove()

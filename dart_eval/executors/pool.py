@@ -140,7 +140,8 @@ class Actor:
             self._news.put(("stopped", None))
         except BaseException as error:
             lost = isinstance(error, UserError) and not isinstance(error, Elsewhere)  # trying again would not help
-            what = (summary(error), "".join(traceback.format_exception(error)), lost, out_of_memory(error))
+            elsewhere, memory = isinstance(error, Elsewhere), out_of_memory(error)
+            what = (summary(error), "".join(traceback.format_exception(error)), lost, elsewhere, memory)
             self._news.put(("failed", what))
 
     def _tell(self, message: Any) -> None:
@@ -245,21 +246,21 @@ class Pool:
                 self._stillborn = 0
                 hand.task, hand.present = task, False
                 busy.append(hand)
-                handler.log(hand.number, f"{task.name} begins")
-                hand.asked = hand.actor.start.remote(payload)
                 if task.alone:
                     for other in [h for h in self._hands if h is not hand]:  # they hold memory
                         self._dismiss(other)
+                handler.log(hand.number, f"{task.name} begins")
+                hand.asked = hand.actor.start.remote(payload)
+                if task.alone:
                     return
         self._call(len(waiting) or int(bool(alone and not busy)), len(busy), handler)
 
     def _call(self, tasks: int, busy: int, handler: Handler) -> None:
-        """Ask for as many idle actors as there are tasks: one may have died meanwhile, and no task is to try it out."""
-        for hand in self._hands:
+        """Ask idle actors whether they are there: one may have died meanwhile, and no task is to try it out."""
+        for hand in [h for h in self._hands if h.task is None]:
             hand.present = False
-        idle = [h for h in self._hands if h.task is None]
-        for hand in idle[:tasks]:
-            hand.asked = hand.asked or hand.actor.where.remote()
+            if tasks:
+                hand.asked = hand.asked or hand.actor.where.remote()
         while len(self._hands) < min(self.size, busy + tasks):
             self._hire(handler)
 
@@ -304,10 +305,10 @@ class Pool:
                 hand.task = None
             elif kind == "failed":
                 hand.task = None
-                problem, text, lost, memory = what
+                problem, text, lost, elsewhere, memory = what
                 handler.log(hand.number, f"{task.name} failed: {text}")
                 task.alone = task.alone or memory
-                more += self._again(task, problem, text, lost, handler)
+                more += self._again(task, problem, text, handler, lost, elsewhere)
                 if not lost:
                     self._dismiss(hand)
         if hand.task is not None:
@@ -322,10 +323,9 @@ class Pool:
         handler.log(hand.number, f"is lost: {error}")
         task = hand.task
         handler.lost(hand.number, task, summary(error))
-        if task is not None and isinstance(error, ray.exceptions.RayTaskError):
-            # The actor lives, and cannot take the task in, or its news cannot be read here.
-            ray.kill(hand.actor)
-            return self._again(task, summary(error), str(error), False, handler)
+        ray.kill(hand.actor)  # it may live, and only its news cannot be had
+        if task is not None and isinstance(error, ray.exceptions.RayTaskError):  # it could not take the task in
+            return self._again(task, summary(error), str(error), handler)
         if task is None:
             self._stillborn += 1
             if self._stillborn > TRIES * self.size:
@@ -335,13 +335,15 @@ class Pool:
         memory = isinstance(error, ray.exceptions.OutOfMemoryError)
         task.alone = task.alone or memory
         task.shrink += memory or task.lost > 1
-        return self._again(task, f"the process at work on it was lost ({summary(error)})", str(error), False, handler)
+        return self._again(task, f"the process at work on it was lost ({summary(error)})", str(error), handler)
 
-    def _again(self, task: Task, problem: str, text: str, lost: bool, handler: Handler) -> list[Task]:
+    def _again(
+        self, task: Task, problem: str, text: str, handler: Handler, lost: bool = False, elsewhere: bool = False
+    ) -> list[Task]:
         if lost or task.tries >= TRIES:
             handler.failed(task, f"{problem} (tried {task.tries} times)" if task.tries > 1 else problem, text)
             return []
-        task.alone = task.alone or task.tries == TRIES - 1
+        task.alone = task.alone or (task.tries == TRIES - 1 and not elsewhere)
         return [task]
 
     def _drain(self, handler: Handler) -> None:
