@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dart_eval.cli import options
 from dart_eval.cli.run import quieten
 from dart_eval.cli.view import TerminalView, show
 from dart_eval.errors import StoreError
@@ -17,14 +18,12 @@ def paper(
     name: Annotated[
         str, typer.Argument(help="smoke (shipped data), ten (the paper's ten benchmarks and two summaries), or a file.")
     ] = "smoke",
-    model: Annotated[
-        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16.  \[default: auto]")] = None,
-    device: Annotated[str | None, typer.Option(help=r"auto, cpu, cuda, cuda:1, mps.  \[default: auto]")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Spread the model over GPUs, e.g. auto.")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Local data instead of the hub.")] = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
+    data_dir: options.DataDir = None,
     limit: Annotated[
         int | None, typer.Option(help=r"First items of each task.  \[default: what the file says]")
     ] = None,
@@ -33,19 +32,11 @@ def paper(
     ] = None,
     seed: Annotated[int | None, typer.Option(help=r"Of few-shot sampling and random masks.  \[default: 0]")] = None,
     output: Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")] = "paper",
-    executor: Annotated[
-        str | None, typer.Option(help=r"local, or ray: many processes, GPUs or machines.  \[default: local]")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help=r"A running Ray cluster, e.g. auto.  \[default: one on this machine]")
-    ] = None,
-    gpus_per_cell: Annotated[
-        float | None, typer.Option(help=r"GPUs of a Ray worker.  \[default: 1 if there are any]")
-    ] = None,
-    cpus_per_cell: Annotated[float | None, typer.Option(help=r"CPUs of a Ray worker.  \[default: 1]")] = None,
-    shards: Annotated[
-        int | None, typer.Option(help=r"Parts that Ray splits every cell into.  \[default: as many as are worth it]")
-    ] = None,
+    executor: options.Executor = None,
+    ray_address: options.RayAddress = None,
+    gpus_per_cell: options.GpusPerCell = None,
+    cpus_per_cell: options.CpusPerCell = None,
+    shards: options.Shards = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
     ] = False,
@@ -78,13 +69,13 @@ def paper(
         store = Store(output)
         scores = bertscores(spec, store, result.records, base.device, view)
     no_matter = ("output", "executor", *RAY_OPTIONS)  # to the numbers
-    options = [
+    words = [
         w
         for k, v in given.items()
         if v is not None and k not in no_matter
         for w in (f"--{k.replace('_', '-')}", str(v))
     ]
-    filled = Paper(store, result.records, result.missing, shlex.join(["dart-eval", "paper", name, *options]), scores)
+    filled = Paper(store, result.records, result.missing, shlex.join(["dart-eval", "paper", name, *words]), scores)
     folder = Path(output) / "tables"
     made = [(layout, *filled.table(layout)) for layout in spec.layouts]
     try:

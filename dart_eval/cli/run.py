@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, print_tables
 
 EXAMPLES = """
@@ -48,13 +49,11 @@ def run(
         str | None,
         typer.Option(help=r"Sparsity over layers: uniform, depth or table:FILE.  \[default: each method's own]"),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16.  \[default: auto]")] = None,
-    device: Annotated[str | None, typer.Option(help=r"auto, cpu, cuda, cuda:1, mps.  \[default: auto]")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Spread the model over GPUs, e.g. auto.")] = None,
+    model: options.Model = None,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    device_map: options.DeviceMap = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]")
     ] = None,
@@ -90,7 +89,7 @@ def run(
         str | None,
         typer.Option(help=r"What follows the document in summarisation prompts.  \[default: TL;DR:]"),
     ] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Local data instead of the hub.")] = None,
+    data_dir: options.DataDir = None,
     calibration: Annotated[
         str | None, typer.Option(help=r"Text file that wanda-sp calibrates on.  \[default: the project's own]")
     ] = None,
@@ -99,19 +98,11 @@ def run(
     log: Annotated[str | None, typer.Option(help="Also log finished cells: wandb or trackio.")] = None,
     log_project: Annotated[str | None, typer.Option(help=r"Project to log under.  \[default: dart-eval]")] = None,
     force: Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")] = None,
-    executor: Annotated[
-        str | None, typer.Option(help=r"local, or ray: many processes, GPUs or machines.  \[default: local]")
-    ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(help=r"A running Ray cluster, e.g. auto.  \[default: one on this machine]")
-    ] = None,
-    gpus_per_cell: Annotated[
-        float | None, typer.Option(help=r"GPUs of a Ray worker.  \[default: 1 if there are any]")
-    ] = None,
-    cpus_per_cell: Annotated[float | None, typer.Option(help=r"CPUs of a Ray worker.  \[default: 1]")] = None,
-    shards: Annotated[
-        int | None, typer.Option(help=r"Parts that Ray splits every cell into.  \[default: as many as are worth it]")
-    ] = None,
+    executor: options.Executor = None,
+    ray_address: options.RayAddress = None,
+    gpus_per_cell: options.GpusPerCell = None,
+    cpus_per_cell: options.CpusPerCell = None,
+    shards: options.Shards = None,
     plan: Annotated[
         bool, typer.Option("--plan", metavar="", help="Only say what it will take: tokens, FLOPs, memory, time.")
     ] = False,
