@@ -230,7 +230,8 @@ def test_an_actor_evaluates_cells_of_several_sweeps(folder, tmp_path):
     configs = [_config(folder, tmp_path, tasks="smoke_questions", method=m, device="cpu") for m in ("dense", "griffin")]
     worker, told = cluster.CellWorker(configs[0], None, os.getcwd()), []
     # Nobody but the driver has to see the folder of results.
-    configs = [dataclasses.replace(c, output="/proc/nowhere/out") for c in configs]
+    (tmp_path / "file").touch()
+    configs = [dataclasses.replace(c, output=str(tmp_path / "file")) for c in configs]
     for config in [*configs, configs[0]]:
         (key,) = jobs.plan_all([config], jobs.Silent(), False, "cpu")[0]
         payload = cluster._Payload(key, config, cluster.WHOLE, {}, 0, 5.0, 0)
