@@ -139,9 +139,9 @@ class Actor:
         except Stopped:
             self._news.put(("stopped", None))
         except BaseException as error:
-            lost = isinstance(error, UserError) and not isinstance(error, Elsewhere)  # trying again would not help
             elsewhere, memory = isinstance(error, Elsewhere), out_of_memory(error)
-            what = (summary(error), "".join(traceback.format_exception(error)), lost, elsewhere, memory)
+            final = isinstance(error, UserError) and not elsewhere  # trying again would not help
+            what = (summary(error), "".join(traceback.format_exception(error)), final, elsewhere, memory)
             self._news.put(("failed", what))
 
     def _tell(self, message: Any) -> None:
@@ -305,11 +305,11 @@ class Pool:
                 hand.task = None
             elif kind == "failed":
                 hand.task = None
-                problem, text, lost, elsewhere, memory = what
+                problem, text, final, elsewhere, memory = what
                 handler.log(hand.number, f"{task.name} failed: {text}")
                 task.alone = task.alone or memory
-                more += self._again(task, problem, text, handler, lost, elsewhere)
-                if not lost:
+                more += self._again(task, problem, text, handler, final, elsewhere)
+                if not final:
                     self._dismiss(hand)
         if hand.task is not None:
             hand.asked = hand.actor.poll.remote()
@@ -318,12 +318,11 @@ class Pool:
     def _buried(self, hand: _Hand, error: Exception, handler: Handler) -> list[Task]:
         import ray
 
-        self._hands.remove(hand)
+        self._dismiss(hand)  # it may live, and only its news cannot be had
         self.deaths += 1
         handler.log(hand.number, f"is lost: {error}")
         task = hand.task
         handler.lost(hand.number, task, summary(error))
-        ray.kill(hand.actor)  # it may live, and only its news cannot be had
         if task is not None and isinstance(error, ray.exceptions.RayTaskError):  # it could not take the task in
             return self._again(task, summary(error), str(error), handler)
         if task is None:
@@ -338,9 +337,9 @@ class Pool:
         return self._again(task, f"the process at work on it was lost ({summary(error)})", str(error), handler)
 
     def _again(
-        self, task: Task, problem: str, text: str, handler: Handler, lost: bool = False, elsewhere: bool = False
+        self, task: Task, problem: str, text: str, handler: Handler, final: bool = False, elsewhere: bool = False
     ) -> list[Task]:
-        if lost or task.tries >= TRIES:
+        if final or task.tries >= TRIES:
             handler.failed(task, f"{problem} (tried {task.tries} times)" if task.tries > 1 else problem, text)
             return []
         task.alone = task.alone or (task.tries == TRIES - 1 and not elsewhere)
