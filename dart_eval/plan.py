@@ -169,18 +169,15 @@ class RunConfig:
         Raises:
             UserError: with the reason.
         """
-        _check_output(Path(self.output))
-
-
-def _check_output(folder: Path) -> None:
-    for path in (folder, folder / "cells", folder / "samples"):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"output {path} exists and is not a folder", "choose another --output")
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output {folder} cannot be written", "choose another --output")
+        folder = Path(self.output)
+        for path in (folder, folder / "cells", folder / "samples"):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"output {path} exists and is not a folder", "choose another --output")
+        there = folder.absolute()
+        while not there.exists():
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output {folder} cannot be written", "choose another --output")
 
 
 def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
@@ -338,20 +335,24 @@ def spec_of(method: Method) -> str:
 
 def command(config: RunConfig, cell: Cell) -> str:
     """The line that makes this one cell, for a shell: options that differ from their defaults, its own method."""
-    defaults = RunConfig()
     words = ["dart-eval", "run", "--tasks", cell.task, "--method", spec_of(cell.method)]
     if cell.method.prunes:
         words += ["--sparsity", f"{cell.sparsity:g}"]
-    for option in dataclasses.fields(RunConfig):
-        value = getattr(config, option.name)
-        if option.name in NO_OPTION_OF_A_CELL or value == getattr(defaults, option.name):
-            continue
-        name = "--" + option.name.replace("_", "-")
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+    told = {k: v for k, v in options.items() if k not in NO_OPTION_OF_A_CELL and v != getattr(RunConfig, k)}
+    return command_line(words, told)
+
+
+def command_line(words: Sequence[str], options: Mapping[str, Any]) -> str:
+    """A line for a shell: `words`, then the options that are not None, by the names of `RunConfig`."""
+    line = [*words]
+    for key, value in options.items():
+        name = key.replace("_", "-")
         if isinstance(value, bool):
-            words.append(name if value else f"--no-{name.removeprefix('--')}")
-        else:
-            words += [name, str(value)]
-    return shlex.join(words)
+            line.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            line += [f"--{name}", str(value)]
+    return shlex.join(line)
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +56,7 @@ def paper(
     quieten(verbose)
     from dart_eval.executors import run_all
     from dart_eval.paper import bertscores, load
-    from dart_eval.plan import RAY_OPTIONS, config_from
+    from dart_eval.plan import RAY_OPTIONS, command_line, config_from
     from dart_eval.results.paper_tables import Paper, to_csv
     from dart_eval.results.store import Store, write_atomically
     from dart_eval.results.writers import latex, markdown
@@ -69,13 +68,8 @@ def paper(
         store = Store(output)
         scores = bertscores(spec, store, result.records, base.device, view)
     no_matter = ("output", "executor", *RAY_OPTIONS)  # to the numbers
-    words = [
-        w
-        for k, v in given.items()
-        if v is not None and k not in no_matter
-        for w in (f"--{k.replace('_', '-')}", str(v))
-    ]
-    filled = Paper(store, result.records, result.missing, shlex.join(["dart-eval", "paper", name, *words]), scores)
+    line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in no_matter})
+    filled = Paper(store, result.records, result.missing, line, scores)
     folder = Path(output) / "tables"
     made = [(layout, *filled.table(layout)) for layout in spec.layouts]
     try:

@@ -225,7 +225,7 @@ class CellWorker:
             try:
                 jobs, _ = plan_all([payload.config], Silent(), False, self.device, self.model)
             except UserError as error:  # the driver could plan it
-                raise Elsewhere(f"{error.problem} (on {socket.gethostname()})", error.remedy) from error
+                raise Elsewhere.here(error) from error
             self._jobs[payload.config] = jobs
         jobs = self._jobs[payload.config]
         if payload.key not in jobs:

@@ -39,6 +39,11 @@ class Stopped(Exception):
 class Elsewhere(UserError):
     """This node cannot do it (it lacks the model, the data, a version); another one may."""
 
+    @classmethod
+    def here(cls, error: UserError) -> Elsewhere:
+        """What is wrong on this node, with its name."""
+        return cls(f"{error.problem} (on {socket.gethostname()})", error.remedy)
+
 
 class Worker(Protocol):
     """What an actor runs: made once, then one task after another."""
@@ -134,7 +139,7 @@ class Actor:
                 try:
                     self._worker = self._make()
                 except UserError as error:
-                    raise Elsewhere(f"{error.problem} (on {socket.gethostname()})", error.remedy) from error
+                    raise Elsewhere.here(error) from error
             self._news.put(("done", self._worker.run(payload, self._tell)))
         except Stopped:
             self._news.put(("stopped", None))
