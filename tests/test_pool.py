@@ -169,6 +169,29 @@ def test_actors_that_died_idle_cost_no_task_a_try(tmp_path):
     assert (task.tries, task.lost, task.shrink) == (1, 0, 0)
 
 
+def test_an_actor_that_dies_while_it_waits_costs_no_task_a_try(tmp_path):
+    followers = [_task("sleep", "b"), _task("sleep", "c")]
+
+    class Kills(Handler):
+        def done(self, task, result):
+            super().done(task, result)
+            if task.name != "a":
+                return []
+            ((at, _),) = [line for line in self.lines if line[1] == "a begins"]
+            (pid,) = [int(text.split("process ")[1]) for n, text in self.lines if "runs on" in text and n != at]
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(1)  # until Ray knows
+            return followers
+
+    handler = Kills(tmp_path)
+    with Pool(Worker, 2, {"num_cpus": 1}) as pool:
+        while sum("runs on" in text for _, text in handler.lines) < 2:  # until both are there
+            pool.run([_task("sleep", "x"), _task("sleep", "y")], handler)
+        pool.run([_task("sleep", "a")], handler)
+    assert handler.results[-3:] == ["A", "B", "C"] and pool.deaths == 1
+    assert [(t.tries, t.lost) for t in followers] == [(1, 0)] * 2
+
+
 class Unreadable:
     def __reduce__(self):
         return _no_such_thing, ()

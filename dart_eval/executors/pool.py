@@ -208,11 +208,11 @@ class Pool:
         waiting: deque[Task] = deque(tasks)
         alone: deque[Task] = deque()
         try:
-            while waiting or alone or any(h.task for h in self._hands):
+            while True:
                 self._deal(waiting, alone, handler)
+                if not (waiting or alone or any(h.task for h in self._hands)):
+                    return
                 asked = {h.asked: h for h in self._hands if h.asked is not None}
-                if not asked:  # all that was left turned out to be done
-                    continue
                 ray.wait(list(asked), timeout=10 * POLL)  # for one of them
                 ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
                 for ref in ready:
