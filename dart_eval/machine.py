@@ -1,11 +1,13 @@
-"""The machine while something is measured: peak memory, other processes' use of the processors, waiting for a GPU."""
+"""The machine: its name; its memory, other processes' use of it, and waiting for its GPU while something is timed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +29,17 @@ def peak_memory(device: str) -> Iterator[Callable[[], int]]:
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
         stream.write("5")
     yield _peak_rss
+
+
+def hardware(devices: Iterable[torch.device]) -> dict[str, str]:
+    """What computed, as recorded beside numbers: the kind of machine, its GPUs or threads (they move last digits)."""
+    import torch
+
+    cards = Counter(torch.cuda.get_device_name(d) for d in devices if d.type == "cuda")
+    if not cards:
+        return {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    names = [name if count == 1 else f"{count} x {name}" for name, count in sorted(cards.items())]
+    return {"machine": platform.machine(), "gpu": ", ".join(names)}
 
 
 def _peak_rss() -> int:

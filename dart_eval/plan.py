@@ -364,13 +364,8 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, as recorded beside the numbers."""
-    return {
-        **versions(),
-        "dart-eval": version("dart-eval"),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
+    """Versions, as recorded beside the numbers."""
+    return {**versions(), "dart-eval": version("dart-eval"), "python": platform.python_version()}
 
 
 def code_hash() -> str:

@@ -1,18 +1,21 @@
 """`dart-eval bench`: what it measures is what it says; no test here depends on how fast anything is."""
 
 import json
+import platform
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dart_eval import cost, shapes
 from dart_eval.bench import decode
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
-from dart_eval.machine import foreign_cpu
+from dart_eval.machine import foreign_cpu, hardware
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.registry import make, parse
 from tests.conftest import RESTLESS, tiny
@@ -98,6 +101,31 @@ def test_random_weights_of_a_shape(small):
     assert len(model.model.layers) == 2
     assert next(model.parameters()).dtype == torch.bfloat16
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_a_folder_with_a_random_model(tmp_path, monkeypatch, capsys):
+    made, shape = tmp_path / "made", tiny("llama").config
+    shape.vocab_size = 300  # every byte has a token
+    monkeypatch.setitem(shapes.SHAPES, "small", lambda: shape)
+    monkeypatch.setattr(sys, "argv", ["random_model.py", "small", str(made), "2"])
+    script = Path(__file__).parents[1] / "scripts" / "random_model.py"
+    runpy.run_path(str(script), run_name="__main__")
+    assert f"{made}: small, 0.00 billion random weights" in capsys.readouterr().out
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
+    assert (len(model.model.layers), model.dtype) == (2, torch.bfloat16)
+    text = "The quick brown fox, ünusually slow"
+    tokens = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    assert tokenizer.decode(tokens["input_ids"][0]) == text
+    assert model.generate(**tokens, max_new_tokens=5, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 5
+    with pytest.raises(SystemExit, match="is there already"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_what_computed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {'AAB'[device.index]}")
+    assert hardware({torch.device("cuda", i) for i in range(3)})["gpu"] == "2 x Card A, Card B"
+    assert hardware({torch.device("cuda", 2)}) == {"machine": platform.machine(), "gpu": "Card B"}
+    assert hardware({torch.device("cpu")}) == {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
 
 
 def _bench(*args):

@@ -26,7 +26,7 @@ DENSE, A, B = Row("Dense", "dense", {}, False), Row("A", "a", {}, True), Row("B"
 ACC = Column("Easy", ("easy",), "acc")
 
 
-def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=None):
+def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None):
     """A record with one 0/1 value per document: `right` of them 1; and a perplexity where `loss` is given."""
     values = [1.0] * right + [0.0] * (N - right)
     metrics = [Metric(task, "acc", right / N, 0.05, N, True)]
@@ -43,7 +43,8 @@ def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=Non
     ]  # fmt: skip
     made = record(method=method, sparsity=sparsity, params=params, metrics=metrics, key=f"{task}-{method}-{sparsity}")
     inputs = {**made.inputs, "task": task, "limit": None, "device": "cpu", "code": "c0de" * 4}
-    made = dataclasses.replace(made, inputs=inputs, samples=samples)
+    environment = {"gpu": gpu} if gpu else {}
+    made = dataclasses.replace(made, inputs=inputs, samples=samples, environment=environment)
     return store.save(f"{task}-{method}", made, [{"task": task, "doc_id": i, "target": "a text"} for i in range(N)])
 
 
@@ -146,6 +147,8 @@ def test_every_table_says_what_made_it(tmp_path):
     table, _ = _paper(tmp_path, ("a", 20, {})).table(_layout(rows=(A,)))
     assert "Made of 1 cells: model tiny (f00d), float32 on cpu, scope scored, seed 0" in table.note
     assert table.note.endswith("dart-eval paper x")
+    table, _ = _paper(tmp_path, ("a", 20, {"gpu": "Card A"}), ("b", 20, {"params": {"x": 1}})).table(_layout())
+    assert "float32 on Card A and cpu, scope" in table.note
 
 
 def test_costs_are_columns_too(tmp_path):

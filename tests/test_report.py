@@ -200,6 +200,16 @@ def test_cost_is_a_ceiling_and_no_measurement(page):
     assert "0.250" in html
 
 
+def test_machines_are_named(tmp_path):
+    store = Store(tmp_path)
+    for method, environment in {"dense": {"gpu": "Card A"}, "griffin": {"threads": "2"}, "random": {}}.items():
+        made = cell(method, 0.5 * (method != "dense"))
+        environment = {"machine": "x86_64", **environment}
+        store.save(f"t-{method}", dataclasses.replace(made, environment=environment), [])
+    html = build(store).html
+    assert "x86_64, x86_64 with 2 threads and x86_64 with Card A" in html
+
+
 def test_every_row_has_its_command(page):
     html = page.read_text()
     assert html.count("<summary>show</summary>") == 5 * (2 + 2 + 2)

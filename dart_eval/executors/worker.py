@@ -19,7 +19,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.part import Part, Pilot
 from dart_eval.executors.jobs import Job
 from dart_eval.ffn import find_ffns
-from dart_eval.machine import peak_memory
+from dart_eval.machine import hardware, peak_memory
 from dart_eval.models import Resolved
 from dart_eval.plan import Cell, RunConfig, command, environment, spec_of
 from dart_eval.pruning.calibration import TextCalibration
@@ -154,7 +154,7 @@ class Worker:
                 "command": command(config, cell),
                 **({"halved": self.halved} if self.halved else {}),
             },
-            environment=environment(),
+            environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,
             samples=outcome.samples,
         )

@@ -292,12 +292,14 @@ class Paper:
         which = model["revision"] or (model["weights"] or "")[:8]
         codes = sorted({r.inputs["code"][:8] for r in records})
         seeds = sorted({r.inputs["seed"] for r in records})
+        devices = sorted({r.environment.get("gpu", r.inputs["device"]) for r in records})
         versions = ", ".join(
             f"{name} {env[name]}" for name in ("dart-eval", "torch", "transformers", "lm_eval") if name in env
         )
         return (
             f"Made of {len(records)} cells: model {model['name']} ({which}), {last.inputs['dtype']} on "
-            f"{last.inputs['device']}, scope {last.inputs['scope']}, seed {', '.join(map(str, seeds))}, {versions}, "
+            f"{' and '.join(devices)}, scope {last.inputs['scope']}, "
+            f"seed {', '.join(map(str, seeds))}, {versions}, "
             f"code {', '.join(codes)}, {records[0].created[:10]} to {last.created[:10]}: {self.command}"
         )
 

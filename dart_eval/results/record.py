@@ -56,7 +56,7 @@ class Record:
         memory: bytes of `weights` and `state` (method, per sequence).
         settings: what cannot change a number: `batch_size`, `share_prefix`, `method` as typed, and `command`, the line
             that makes this one cell; `halved`: how often memory ran out and batches were halved, where it did.
-        environment: versions and machine.
+        environment: versions and machine: its GPUs' names, or threads.
         measured: what differs between two equal runs: `seconds` (wall time of the cell, interrupted attempts
             included), `created` (UTC, ISO 8601), `peak` (bytes: of the GPU, or of the process, while the cell ran).
         files: the cell's other files, each with `name`, `n` (lines) and `sha256`: `samples`, `texts`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dart_eval.results.report.cells import Cells, main_metrics, unique
 from dart_eval.results.report.text import finite, listed, number, several, sparsity
@@ -27,7 +27,7 @@ def facts(cells: Cells) -> list[tuple[str, str]]:
     days = sorted({r.created[:10] for r in cells.records})
     methods = unique(i["method"] for i in inputs)
     levels = sorted({r.inputs["sparsity"] for r in cells.pruned})
-    machines = unique(v for r in cells.records if (v := r.environment.get("machine")))
+    machines = unique(_machine(r.environment) for r in cells.records if "machine" in r.environment)
     found = [
         ("Model" if len(models) == 1 else "Models", listed(models, 12)),
         ("Methods", listed(methods, 20)),
@@ -42,6 +42,13 @@ def facts(cells: Cells) -> list[tuple[str, str]]:
         ("Run", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""),
     ]
     return [(term, text) for term, text in found if text.strip(" ,")]
+
+
+def _machine(environment: Mapping[str, str]) -> str:
+    parts = [environment["machine"], environment.get("gpu", "")]
+    if "threads" in environment:  # older records lack it
+        parts.append(f"{environment['threads']} threads" if environment["threads"] != "1" else "1 thread")
+    return " with ".join(part for part in parts if part)
 
 
 def _of(cells: Cells, name: str) -> list[str]:
