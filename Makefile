@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= passive
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
-		--method dense,griffin,dart --sparsity 0.5,0.7 --limit 10 --output demo-output
+		--method dense,griffin,dart --sparsity 0.5,0.7 --limit 8 --output demo-output
 	@echo "The same tables again: $(BIN)/dart-eval tables demo-output --format md"
 
 regression: $(VENV)/.demo
