@@ -52,6 +52,28 @@ def test_a_lost_node_is_made_up_for(nodes, tmp_path):
     assert pool.deaths >= 1 and not handler.given_up
 
 
+def test_the_loss_of_the_own_node_ends_the_run(tmp_path):
+    """Ray would let it wait for ever."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ((raylet,),) = [p for kind, p in ray._private.worker._global_node.all_processes.items() if kind == "raylet"]
+
+    class Losing(Handler):
+        def told(self, task, message):
+            raylet.process.kill()
+            return super().told(task, message)
+
+    handler = Losing(tmp_path)
+    try:
+        with (
+            pytest.raises(UserError, match=r"node that this process belongs to is lost.*the same command"),
+            Pool(Worker, 2, {"num_cpus": 1}) as pool,
+        ):
+            pool.run([_task("sleep", f"t{i}") for i in range(100)], handler)
+    finally:
+        ray.shutdown()
+    assert len(handler.results) < 100
+
+
 def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatch):
     """By Ray's own monitor, which here takes every process for too large, whenever it looks."""
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")

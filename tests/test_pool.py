@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -84,6 +85,9 @@ class Handler:
 
     def lost(self, number, task, problem):
         self.deaths.append((number, task and task.name, problem))
+
+    def unstaffed(self, seconds):
+        self.lines.append((0, f"nobody for {seconds:.0f} s"))
 
     def log(self, number, text):
         self.lines.append((number, text))
@@ -190,6 +194,31 @@ def test_an_actor_that_dies_while_it_waits_costs_no_task_a_try(tmp_path):
         pool.run([_task("sleep", "a")], handler)
     assert handler.results[-3:] == ["A", "B", "C"] and pool.deaths == 1
     assert [(t.tries, t.lost) for t in followers] == [(1, 0)] * 2
+
+
+def test_no_room_for_an_actor_is_told_once(tmp_path, monkeypatch):
+    class Stops(Handler):
+        def unstaffed(self, seconds):
+            super().unstaffed(seconds)
+            threading.Timer(2.5, holder.kill).start()
+
+    monkeypatch.setattr(pool_module, "PATIENCE", 0.5)
+    monkeypatch.setattr(pool_module, "POLL", 0.1)  # looks every second
+    holder = Holder(8)
+    handler, pool = _run([_task("quick", "a")], tmp_path, handler=Stops(tmp_path))
+    assert [text for number, text in handler.lines if not number] == ["nobody for 1 s"]
+    assert (handler.results, pool.deaths) == (["A"], 0)
+
+
+class Holder:
+    """Keeps processors from others."""
+
+    def __init__(self, processors):
+        self.actor = ray.remote(Worker).options(num_cpus=processors).remote()
+        ray.get(self.actor.__ray_ready__.remote())
+
+    def kill(self):
+        ray.kill(self.actor)
 
 
 class Unreadable:

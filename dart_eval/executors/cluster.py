@@ -430,6 +430,11 @@ class _Desk:
         at = f" at {task.name}" if task else ""
         self.view.note(f"worker {number} was lost{at} ({problem[:120]}); see {self.logs / f'worker-{number}.log'}")
 
+    def unstaffed(self, seconds: float) -> None:
+        self.view.note(
+            f"no worker for {seconds:.0f} s: the cluster has no room or no node for one; waiting (`ray status`)"
+        )
+
     def log(self, number: int, text: str) -> None:
         path = self.logs / f"worker-{number}.log"
         try:

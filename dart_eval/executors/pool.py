@@ -30,6 +30,7 @@ from dart_eval.errors import UserError, out_of_memory, summary
 TRIES = 3
 POLL = 0.5  # seconds that an actor waits for something to tell
 DRAIN = 60.0  # seconds that actors get to finish a batch when the run is stopped
+PATIENCE = 60.0  # seconds without any actor before people are told
 
 
 class Stopped(Exception):
@@ -88,6 +89,9 @@ class Handler(Protocol):
 
     def lost(self, number: int, task: Any, problem: str) -> None:
         """An actor is no more, with the task it was at (None: it had none), which may begin again."""
+
+    def unstaffed(self, seconds: float) -> None:
+        """There has been no actor for so long, and nothing else will be heard until there is one."""
 
     def log(self, number: int, text: str) -> None:
         """A line of an actor's log."""
@@ -202,11 +206,16 @@ class Pool:
             self._dismiss(hand)
 
     def run(self, tasks: Iterable[Task], handler: Handler) -> None:
-        """Work through all tasks; the actors stay. On an exception (Ctrl-C, a full disk) they finish their batches."""
+        """Work through all tasks; the actors stay. On an exception (Ctrl-C, a full disk) they finish their batches.
+
+        Raises:
+            UserError: there will be no actors any more.
+        """
         import ray
 
         waiting: deque[Task] = deque(tasks)
         alone: deque[Task] = deque()
+        heard, told = time.monotonic(), False
         try:
             while True:
                 self._deal(waiting, alone, handler)
@@ -215,6 +224,14 @@ class Pool:
                 asked = {h.asked: h for h in self._hands if h.asked is not None}
                 ray.wait(list(asked), timeout=10 * POLL)  # for one of them
                 ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+                if ready:
+                    heard, told = time.monotonic(), False
+                else:
+                    _check_node()
+                    silent = time.monotonic() - heard
+                    if silent > PATIENCE and not told and not any(h.task for h in self._hands):
+                        told = True
+                        handler.unstaffed(silent)
                 for ref in ready:
                     for task in self._hear(asked[ref], handler):
                         if task.alone:
@@ -376,3 +393,15 @@ class Pool:
                 except ray.exceptions.RayError:
                     hand.task = None
                 hand.asked = None
+
+
+def _check_node() -> None:
+    """Ray takes a process whose node is gone for dead: its actors end, and it waits for others for ever."""
+    import ray
+
+    ours = ray.get_runtime_context().get_node_id()
+    if not any(node["NodeID"] == ours and node["Alive"] for node in ray.nodes()):
+        raise UserError(
+            "the Ray node that this process belongs to is lost, and with it all workers",
+            "start Ray again if it was yours; the same command goes on from here",
+        )
