@@ -153,9 +153,32 @@ def test_a_cluster_of_our_own_has_the_processors_that_we_may_use(monkeypatch):
     assert cluster._processors() is None  # Ray knows of quotas, too
 
 
-@pytest.mark.parametrize(
+STOPS = pytest.mark.parametrize(
     ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
+
+
+@STOPS
+def test_a_run_that_is_stopped_before_it_has_workers_says_so(tmp_path, tokenizer, number, status, word):
+    """There Ray itself notices the signal, and makes another error of it."""
+    folder, logs = save_tiny(tmp_path / "model", tokenizer), tmp_path / "out" / "logs"
+    command = [
+        *(PROGRAM, "run", "--model", str(folder), "--output", str(tmp_path / "out"), "--executor", "ray"),
+        *("--tasks", "smoke_questions", "--method", "dense", "--limit", "4"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not logs.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors.strip()) == (status, f"{word}; the same command goes on from here")
+
+
+@STOPS
 def test_a_stopped_run_keeps_what_is_answered_and_the_same_command_goes_on(tmp_path, tokenizer, number, status, word):
     folder = save_tiny(tmp_path / "model", tokenizer)
     command = [

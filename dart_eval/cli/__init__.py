@@ -82,7 +82,10 @@ def main() -> None:
     except UserError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(2)
-    except _Stopped as stop:
+    except (_Stopped, SystemError) as error:
+        stop = error.__cause__ if isinstance(error, SystemError) else error  # Ray's compiled code wraps it so
+        if not isinstance(stop, _Stopped):
+            raise
         word = "interrupted" if stop.number == signal.SIGINT else "terminated"
         errors.print(f"{word}; the same command goes on from here")
         sys.exit(128 + stop.number)
