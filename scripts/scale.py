@@ -51,6 +51,9 @@ class Count:
     def lost(self, number: int, task: Task | None, problem: str) -> None:
         pass
 
+    def stopping(self) -> None:
+        pass
+
     def unstaffed(self, seconds: float) -> None:
         pass
 

@@ -77,7 +77,7 @@ def test_the_loss_of_the_own_node_ends_the_run(tmp_path):
 def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatch):
     """By Ray's own monitor, which here takes every process for too large, whenever it looks."""
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "3000")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "5000")
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         handler = Handler(tmp_path)

@@ -133,6 +133,8 @@ def run(
             view.note(line)
     print_tables(result.records, detector.tables(Store(settings.output), result.records))
     if result.failed:
+        names = ", ".join(cell.title for cell in result.failed)
+        typer.echo(f"failed: {names}; tracebacks in {settings.output}/failed", err=True)
         raise typer.Exit(1)
 
 

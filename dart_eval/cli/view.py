@@ -41,7 +41,7 @@ class TerminalView:
         self.live = self.console.is_terminal
         self.progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TimeElapsedColumn(), TextColumn("so far,"), TimeRemainingColumn(), TextColumn("left"),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
         self._bar: Any = None  # of what comes before the first cell

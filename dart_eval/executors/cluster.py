@@ -30,7 +30,7 @@ from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.part import WHOLE, Part
 from dart_eval.executors.jobs import Job, RunResult, Silent, Sweep, View, begin_sweep, open_cell, plan_all
 from dart_eval.executors.pool import Elsewhere, Pool, Task
-from dart_eval.plan import RunConfig
+from dart_eval.plan import RunConfig, methods_of
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -51,6 +51,7 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
     common = configs[0]
     for config in configs:
         config.check()  # before a cluster is asked for
+        methods_of(config)
     view.status("connecting to Ray")
     with _connected(common):
         size, options = _room(common)
@@ -123,6 +124,8 @@ def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
     cpus = 1.0 if config.cpus_per_cell is None else config.cpus_per_cell
     fitting = sum(int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) // gpus if gpus else 1 << 20)) for n in nodes)
     if not fitting:
+        if gpus and not any(n.get("GPU", 0) for n in nodes):
+            raise UserError("no node of the cluster has a GPU", "leave --device cuda and --gpus-per-cell out for CPUs")
         most = {kind: max((n.get(kind, 0) for n in nodes), default=0) for kind in ("CPU", "GPU")}
         raise UserError(
             f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs for a cell (the largest: {most['CPU']:g} and "
@@ -428,7 +431,10 @@ class _Desk:
 
     def lost(self, number: int, task: _CellTask | None, problem: str) -> None:
         at = f" at {task.name}" if task else ""
-        self.view.note(f"worker {number} was lost{at} ({problem[:120]}); see {self.logs / f'worker-{number}.log'}")
+        self.view.note(f"worker {number} was lost{at} ({problem}); see {self.logs / f'worker-{number}.log'}")
+
+    def stopping(self) -> None:
+        self.view.note("stopping: workers finish the batch that they are at")
 
     def unstaffed(self, seconds: float) -> None:
         self.view.note(

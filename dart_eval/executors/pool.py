@@ -90,6 +90,9 @@ class Handler(Protocol):
     def lost(self, number: int, task: Any, problem: str) -> None:
         """An actor is no more, with the task it was at (None: it had none), which may begin again."""
 
+    def stopping(self) -> None:
+        """The run is to end; actors finish the batch that they are at."""
+
     def unstaffed(self, seconds: float) -> None:
         """There has been no actor for so long, and nothing else will be heard until there is one."""
 
@@ -344,19 +347,20 @@ class Pool:
         self.deaths += 1
         handler.log(hand.number, f"is lost: {error}")
         task = hand.task
-        handler.lost(hand.number, task, summary(error))
+        why = _why(error)
+        handler.lost(hand.number, task, why)
         if task is not None and isinstance(error, ray.exceptions.RayTaskError):  # it could not take the task in
             return self._again(task, summary(error), str(error), handler)
         if task is None:
             self._stillborn += 1
             if self._stillborn > TRIES * self.size:
-                raise UserError(f"actors die before they begin ({summary(error)})", "see the logs of Ray")
+                raise UserError(f"actors die before they begin ({why})", "see the logs of Ray")
             return []
         task.lost += 1
         memory = isinstance(error, ray.exceptions.OutOfMemoryError)
         task.alone = task.alone or memory
         task.shrink += memory or task.lost > 1
-        return self._again(task, f"the process at work on it was lost ({summary(error)})", str(error), handler)
+        return self._again(task, f"the process at work on it was lost ({why})", str(error), handler)
 
     def _again(
         self, task: Task, problem: str, text: str, handler: Handler, final: bool = False, elsewhere: bool = False
@@ -372,6 +376,8 @@ class Pool:
         import ray
 
         busy = [h for h in self._hands if h.task is not None]
+        if busy:
+            handler.stopping()
         for hand in busy:
             hand.actor.stop.remote()
         end = time.monotonic() + DRAIN
@@ -393,6 +399,12 @@ class Pool:
                 except ray.exceptions.RayError:
                     hand.task = None
                 hand.asked = None
+
+
+def _why(error: Exception) -> str:
+    """What Ray says of the end of an actor in one line, without its numbers for it and without guesses."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
+    return f"{type(error).__name__}: {text.partition(' Some common causes')[0][:300]}"
 
 
 def _check_node() -> None:

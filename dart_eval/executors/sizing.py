@@ -132,8 +132,8 @@ def _extrapolated(call: Call) -> float:
 
 
 def keep(folder: str | Path, sizes: Sequence[CellSize], workers: int) -> None:
-    """Write the plan into the folder of results, to be held against the run."""
-    cells = {s.key: {"title": s.title, "seconds": s.seconds} for s in sizes}
+    """Write the plan of what is to run into the folder of results, to be held against the run."""
+    cells = {s.key: {"title": s.title, "seconds": s.seconds} for s in sizes if not s.finished}
     text = json.dumps({"workers": workers, "cells": cells}, indent=1, sort_keys=True) + "\n"
     write_atomically(Path(folder) / FILE, text)
 
