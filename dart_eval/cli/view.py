@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from dart_eval.errors import UserError
 from dart_eval.results.record import Metric, Record
@@ -33,6 +34,13 @@ TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better"
 HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """With its name, as it stands beside the time that has passed; nothing where the end is unknown."""
+
+    def render(self, task: Any) -> Text:
+        return Text.assemble(super().render(task), " left") if task.total else Text()
+
+
 class TerminalView:
     """Progress of a run, as the executor reports it. Lines go to stdout; the bar only where stdout is a terminal."""
 
@@ -41,7 +49,7 @@ class TerminalView:
         self.live = self.console.is_terminal
         self.progress = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("so far,"), TimeRemainingColumn(), TextColumn("left"),
+            TimeElapsedColumn(), _TimeLeft(),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
         self._bar: Any = None  # of what comes before the first cell

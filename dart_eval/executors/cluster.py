@@ -29,7 +29,7 @@ from dart_eval.errors import StoreError, UserError, summary
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.part import WHOLE, Part
 from dart_eval.executors.jobs import Job, RunResult, Silent, Sweep, View, begin_sweep, open_cell, plan_all
-from dart_eval.executors.pool import Elsewhere, Pool, Task
+from dart_eval.executors.pool import POLL, Elsewhere, Pool, Task
 from dart_eval.plan import RunConfig, methods_of
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
@@ -175,7 +175,10 @@ def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSiz
         tried: Any = ray.remote(_estimate).options(max_retries=0, **options)
         placed = [_placed(c, options) for c in configs]
         try:
-            sizes: list[CellSize] = ray.get(tried.remote(placed, _threads(options), os.getcwd()))
+            found = tried.remote(placed, _threads(options), os.getcwd())
+            while not ray.wait([found], timeout=POLL)[0]:  # not for long at a time: Ray would keep Ctrl-C back
+                pass
+            sizes: list[CellSize] = ray.get(found)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None
