@@ -1,6 +1,7 @@
 """Tiny random models of every family, a tiny tokenizer, and where the real data and the demo model are."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,9 @@ def demo():
 def run_local(config, view):
     """Run one sweep in this process."""
     return local.run_all([config], view)
+
+
+# Signals that end a run, its status then, and the word for it.
+STOPS = pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)

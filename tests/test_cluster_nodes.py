@@ -14,7 +14,7 @@ from dart_eval.executors import cluster
 from dart_eval.executors.jobs import Silent
 from dart_eval.executors.pool import Pool
 from dart_eval.plan import config_from
-from tests.conftest import save_tiny
+from tests.conftest import STOPS, save_tiny
 from tests.test_pool import Handler, Worker, _task
 
 ray = pytest.importorskip("ray")
@@ -151,11 +151,6 @@ def test_a_cluster_of_our_own_has_the_processors_that_we_may_use(monkeypatch):
     assert cluster._processors() == 8
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     assert cluster._processors() is None  # Ray knows of quotas, too
-
-
-STOPS = pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
 
 
 @STOPS

@@ -18,7 +18,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.scoring import Scorer
 from dart_eval.executors import jobs
 from dart_eval.plan import config_from
-from tests.conftest import run_local, save_tiny
+from tests.conftest import STOPS, run_local, save_tiny
 
 SWEEP = {
     "method": "dense,dart:window=3:min_windows=1:ring=5", "sparsity": "0.5", "limit": 6, "batch_size": 2,
@@ -233,9 +233,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_finished(folder, small_disk
     assert _files(output) == undisturbed[0]
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+@STOPS
 def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(folder, tmp_path, number, status, word):
     program = str(Path(sys.executable).with_name("dart-eval"))
     command = [
