@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
+from dart_eval.finite import refuse_not_finite
 
 LAYER_LISTS = ("layers", "h", "decoder.layers", "language_model.layers")
 
@@ -300,6 +301,8 @@ def _verify(model: nn.Module, ffns: list[FFN]) -> None:
         seen, x = hidden.get(f.layer), inputs.get(f.layer)
         if seen is None or x is None:
             raise UserError(f"layer {f.layer} of {type(model).__name__} did not run its FFN as described")
+        refuse_not_finite(x, f"inputs of the FFN of layer {f.layer}")
+        refuse_not_finite(seen, f"intermediate values h of the FFN of layer {f.layer}")
         ours = f.intermediate(x).reshape(seen.shape).float()
         scale = seen.float().abs().max().clamp_min(1e-6)
         if not ((ours - seen.float()).abs().max() <= 0.02 * scale):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dart_eval.errors import UserError
 from dart_eval.evaluation.logits import Answers
 from dart_eval.ffn import cache_argument
+from dart_eval.finite import refuse_not_finite
 
 
 class Forwards:
@@ -46,7 +47,8 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """hidden [N, D] -> logits [N, V] as the model itself computes them, checked on three tokens.
 
     Raises:
-        UserError: the model does more between its last hidden state and its logits than is known here.
+        UserError: the model does more between its last hidden state and its logits than is known here, or its logits
+            are NaN or infinite.
     """
     config, linear = model.config.get_text_config(), model.get_output_embeddings()
 
@@ -64,7 +66,11 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     tokens = torch.tensor([[0, 1, 2]], device=device)
     theirs = model(input_ids=tokens).logits[0].float().cpu()
     ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+    for found in (theirs, ours):
+        refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
+    words = theirs.isfinite()  # one of -inf rules a word out
+    tolerance = 1e-2 * float(theirs[words].abs().max())
+    if not (words == ours.isfinite()).all() or not torch.allclose(ours[words], theirs[words], 1e-2, tolerance):
         raise UserError(
             f"the output head of {type(model).__name__} is not understood",
             "add it to dart_eval/evaluation/forwards.py",
