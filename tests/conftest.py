@@ -158,5 +158,8 @@ def run_local(config, view):
 
 # Signals that end a run, its status then, and the word for it.
 STOPS = pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+    ("number", "status", "word"), [
+        (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "the terminal is gone"),
+    ]
+)  # fmt: skip

@@ -163,7 +163,7 @@ def test_a_run_that_is_stopped_before_it_has_workers_says_so(tmp_path, tokenizer
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     while not logs.exists():
         assert process.poll() is None
@@ -182,7 +182,7 @@ def test_a_stopped_run_keeps_what_is_answered_and_the_same_command_goes_on(tmp_p
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     while not any(p.stat().st_size for p in (tmp_path / "out" / "partial").glob("*")):
         assert process.poll() is None

@@ -1,13 +1,16 @@
 """A sweep stopped anywhere goes on where it was: kill -9, signals, a second process, a full disk, damaged files."""
 
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -233,24 +236,62 @@ def test_a_full_disk_stops_the_run_and_loses_nothing_finished(folder, small_disk
     assert _files(output) == undisturbed[0]
 
 
-@STOPS
-def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(folder, tmp_path, number, status, word):
+def _command(folder, tmp_path):
+    """A run of many small batches."""
     program = str(Path(sys.executable).with_name("dart-eval"))
-    command = [
+    return [
         *(program, "run", "--model", folder, "--output", str(tmp_path / "out")),
         *("--tasks", "smoke_summary", "--method", "dense", "--limit", "30", "--batch-size", "1"),
-    ]  # fmt: skip
-    # A shell starts its background jobs with SIGINT ignored, and a child inherits that: not in this test.
+    ]
+
+
+@STOPS
+def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(folder, tmp_path, number, status, word):
+    command = _command(folder, tmp_path)
+    # A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP, and a child inherits that: not here.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
-    while not any(p.stat().st_size for p in (tmp_path / "out" / "partial").glob("*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    _until_a_batch_is_kept(process, tmp_path / "out")
     process.send_signal(number)
     _, errors = process.communicate()
     assert (process.returncode, errors.strip()) == (status, f"{word}; the same command goes on from here")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "smoke_summary-dense goes on after" in done.stdout
     assert not done.stderr
+
+
+def _until_a_batch_is_kept(process, output):
+    while not any(p.stat().st_size for p in (output / "partial").glob("*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def test_a_terminal_that_is_closed_ends_the_run_and_the_same_command_goes_on(folder, tmp_path):
+    ours, theirs = pty.openpty()
+
+    def take_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        _command(folder, tmp_path), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(theirs)
+    _until_a_batch_is_kept(process, tmp_path / "out")
+    os.close(ours)
+    assert process.wait(60) == 129
+    done = subprocess.run(_command(folder, tmp_path), capture_output=True, text=True, check=True)
+    assert "smoke_summary-dense goes on after" in done.stdout
+
+
+def test_nohup_goes_on_when_the_terminal_is_gone(folder, tmp_path):
+    process = subprocess.Popen(
+        _command(folder, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    _until_a_batch_is_kept(process, tmp_path / "out")
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 0

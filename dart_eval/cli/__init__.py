@@ -1,10 +1,12 @@
 """The command line: one verb a file.
 
-Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong, 130 or 143 stopped by a signal.
+Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong, 129, 130 or 143 stopped by a
+signal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -60,8 +62,12 @@ def _options(
     pass
 
 
+# Ctrl-C; what schedulers send before they kill; what a terminal sends that is closed, or a connection that is lost.
+STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal is gone"}
+
+
 class _Stopped(BaseException):
-    """Ctrl-C, or SIGTERM as schedulers send it before they kill. Not KeyboardInterrupt: typer would swallow it."""
+    """One of `STOPS`. Not KeyboardInterrupt: typer would swallow it."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -71,24 +77,41 @@ def _stop(number: int, _frame: object) -> None:
     raise _Stopped(number)
 
 
+def _stop_behind(error: BaseException | None) -> _Stopped | None:
+    """The stop that led to an error: Ray's compiled code wraps it, and a terminal that is gone cannot be written to."""
+    while error is not None and not isinstance(error, _Stopped):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def main() -> None:
-    """Entry point: wrong input becomes one line and status 2, a signal status 130 or 143."""
+    """Entry point: wrong input becomes one line and status 2, a signal 128 and its number."""
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+    for name in STOPS:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     try:
         app()
     except UserError as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}")
         sys.exit(2)
-    except (_Stopped, SystemError) as error:
-        stop = error.__cause__ if isinstance(error, SystemError) else error  # Ray's compiled code wraps it so
-        if not isinstance(stop, _Stopped):
+    except (_Stopped, SystemError, OSError) as error:
+        stop = _stop_behind(error)
+        if stop is not None:
+            with contextlib.suppress(OSError):
+                errors.print(f"{STOPS[signal.Signals(stop.number).name]}; the same command goes on from here")
+            _leave(128 + stop.number)
+        if not isinstance(error, BrokenPipeError):
             raise
-        word = "interrupted" if stop.number == signal.SIGINT else "terminated"
-        errors.print(f"{word}; the same command goes on from here")
-        sys.exit(128 + stop.number)
-    except BrokenPipeError:  # `dart-eval tables out | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        _leave(0)  # `dart-eval tables out | head`
+
+
+def _leave(status: int) -> None:
+    """Exit; what is still to be written where nobody reads goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(status)
