@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dart_eval.errors import UserError
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.ffn import cache_argument
+from dart_eval.finite import refuse_not_finite
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.method import Method, PromptMethod
 from dart_eval.pruning.session import prune
@@ -58,7 +59,8 @@ def trace(
         new mask per layer, 1 where nothing changed; `effective_sparsity`, `weights_read`, `state_bytes`.
 
     Raises:
-        UserError: the prompt or the text is too short or too long, or the method makes no mask from a prompt.
+        UserError: the prompt or the text is too short or too long, the method makes no mask from a prompt, or a
+            log-probability is NaN or infinite.
     """
     if not isinstance(method, PromptMethod) or method.looks_ahead:
         raise UserError(
@@ -88,6 +90,7 @@ def trace(
             scores = out.logits[0, -1].float().log_softmax(-1)
             token = int(scores.argmax()) if given is None else given[step]
             decoded.append(token)
+            refuse_not_finite(scores[token], "log-probabilities of a token", model.dtype)
             logprobs.append(float(scores[token]))
             if given is None and token in ends:
                 break

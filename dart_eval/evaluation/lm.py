@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import Budget, batches, budget
@@ -28,6 +29,7 @@ from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
 from dart_eval.evaluation.requests import Request, Score, Scoring
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.evaluation.unusable import LogitsWatch, Unusable
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 
@@ -157,6 +159,7 @@ class PrunedLM(HFLM):
         self.part: Part | Pilot = WHOLE
         self.calls: list[Call] = []  # of the cell, so far
         self._kinds = 0  # how many calls there will be
+        self._unusable = Unusable()  # answers of the last call
         self._scores: list[Score] = []  # of the last call, in the order of its requests
         self._contexts: list[int] = []
 
@@ -186,9 +189,15 @@ class PrunedLM(HFLM):
             raise PartDone
 
     def _keep(self, answers: dict[str, Any], state_bytes: int) -> None:
-        """A batch is done: into the journal with it and the time since the last one."""
+        """A batch is done: into the journal with it and the time since the last one.
+
+        Raises:
+            UserError: no answer of the call has been a number, and there were many.
+        """
         now = time.monotonic()
-        new = {name: answer for name, answer in answers.items() if name not in self.journal}
+        usable = self._unusable.sift(answers)
+        self._unusable.check(over=False)
+        new = {name: answer for name, answer in usable.items() if name not in self.journal}
         self.journal.add(new, state_bytes, now - self._clock)
         self._clock = now
         self.on_progress(len(answers))
@@ -214,6 +223,7 @@ class PrunedLM(HFLM):
         distinct = dict(zip(names, requests, strict=True))
         scoring = self._scorer(self.planned)
         todo = list(distinct)
+        self._unusable = Unusable(len(todo))
         units = scoring.units(list(distinct.values()))
         sizes = [unit.tokens for unit in units]
         self.calls.append(Call(kind, len(todo), [n + self.planned.forward for n in sizes], sum(sizes)))
@@ -225,6 +235,7 @@ class PrunedLM(HFLM):
             smaller = self._scorer(self.budget)
             for piece in smaller.units([distinct[n] for n in left]):
                 self._keep({left[i]: dataclasses.astuple(s) for i, s in smaller.run(piece)}, smaller.state_bytes)
+        self._unusable.check(over=True)
         return [Score(*self.journal[n]) if n in self.journal else NO_SCORE for n in names]
 
     def _scorer(self, size: Budget) -> Scoring:
@@ -296,6 +307,7 @@ class PrunedLM(HFLM):
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         names = [_name(*r.args) for r in requests]
+        self._unusable = Unusable(len(set(names)))
         call = Call("generate_until", 0, [], 0)
         self.calls.append(call)
         planned: list[_Generation] = []
@@ -326,6 +338,7 @@ class PrunedLM(HFLM):
                 answers = self._generate(dataclasses.replace(work, prompts=piece))
                 state_bytes = self.session.state_bytes // len(answers) if self.session is not None else 0
                 self._keep({names[i]: answer for i, answer in answers.items()}, state_bytes)
+        self._unusable.check(over=True)
         texts = []
         for name, request in zip(names, requests, strict=True):
             text, context, cost = self.journal.get(name, NO_TEXT)
@@ -337,15 +350,19 @@ class PrunedLM(HFLM):
     def _generate(self, work: _Generation) -> dict[int, Any]:
         """A batch's answers: text, tokens of the prompt, cost."""
         ids, attention = self.tok_batch_encode(list(work.prompts.values()), left_truncate_len=work.longest)
+        watch = LogitsWatch(len(ids))
         output = self._model_generate(
             context=ids.to(self.device), attention_mask=attention.to(self.device), stop=work.stop,
-            max_length=ids.shape[1] + work.new_tokens, **work.kwargs,
+            max_length=ids.shape[1] + work.new_tokens, logits_processor=LogitsProcessorList([watch]), **work.kwargs,
         )[:, ids.shape[1] :]  # fmt: skip
         answers = {}
         for row, i in enumerate(work.prompts):
             tokens = output[row].tolist()
             text = postprocess_generated_text(self.tok_decode(tokens), work.stop, None)
-            cost = self._generation_cost(row, self._kept(tokens, work.stop))
+            kept = self._kept(tokens, work.stop)
+            cost = self._generation_cost(row, kept)
+            if not watch.usable(row, kept):
+                cost = dataclasses.replace(cost, logprob=math.nan)
             answers[i] = [text, int(attention[row].sum()), dataclasses.astuple(cost)]
         return answers
 
