@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dart_eval.ffn import FFN, decoder_layers, features
+from dart_eval.ffn import FFN, decoder, decoder_layers, features
 from dart_eval.pruning.method import Method, PromptMethod
 
 
@@ -25,9 +25,9 @@ class ModelShape:
         layers, width: L and D.
         ffn_sizes: F of every layer.
         ffn_matrices: matrices of an FFN (3 gated, 2 plain).
-        other_weights: weights of all other projections in the decoder layers, multiplied once per token.
+        other_weights: weights of all other projections of the decoder, multiplied once per token.
         head_weights: weights of the output head, multiplied where logits are wanted.
-        attention_width: heads * head dimension, in every layer.
+        attention_widths: of each layer, heads * (what a head compares + what it sums up), twice a head's size mostly.
         windows: tokens that each layer can look back to (itself included), None for all.
         weight_bytes: bytes of all parameters, tied ones once.
     """
@@ -38,7 +38,7 @@ class ModelShape:
     ffn_matrices: int
     other_weights: int
     head_weights: int
-    attention_width: int
+    attention_widths: tuple[int, ...]
     windows: tuple[int | None, ...]
     weight_bytes: int
 
@@ -55,7 +55,7 @@ class ModelShape:
     def prefill(self, tokens: int) -> int:
         """FLOPs of a dense prompt of that many tokens, logits at its last position only."""
         per_token = 2 * (self.ffn_weights + self.other_weights)
-        return tokens * per_token + 4 * self.layers * self.attention_width * tokens * tokens + 2 * self.head_weights
+        return tokens * per_token + 2 * sum(self.attention_widths) * tokens * tokens + 2 * self.head_weights
 
     def decode(self, position: int, weights_read: float = 1.0) -> int:
         """FLOPs of one decoded token that attends to `position` tokens (itself included).
@@ -63,29 +63,30 @@ class ModelShape:
         weights_read: share of the FFN weights that the token multiplies.
         """
         ffn = round(2 * self.ffn_weights * weights_read)
-        seen = sum(position if w is None else min(position, w) for w in self.windows)
-        return ffn + 2 * (self.other_weights + self.head_weights) + 4 * self.attention_width * seen
+        seen = [position if w is None else min(position, w) for w in self.windows]
+        attention = 2 * sum(width * n for width, n in zip(self.attention_widths, seen, strict=True))
+        return ffn + 2 * (self.other_weights + self.head_weights) + attention
 
 
 def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     """Read the sizes off a loaded Hugging Face causal language model."""
     ffn_modules = {id(m) for f in ffns for m in (f.gate, f.up, f.down) if m is not None}
     other = 0
-    for layer in decoder_layers(model):
-        for module in layer.modules():
-            if id(module) not in ffn_modules and _is_projection(module):
-                n_in, n_out = features(module)
-                other += n_in * n_out
+    for module in decoder(model).modules():  # some project before and after their layers (OPT-350m)
+        if id(module) not in ffn_modules and _is_projection(module):
+            n_in, n_out = features(module)
+            other += n_in * n_out
     config: Any = model.config
     config = config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     head = model.get_output_embeddings()  # type: ignore[operator]
     n_in, n_out = features(head)
     return ModelShape(
         layers=len(ffns), width=ffns[0].width, ffn_sizes=tuple(f.size for f in ffns), ffn_matrices=ffns[0].matrices,
         other_weights=other, head_weights=n_in * n_out,
-        attention_width=heads * head_dim, windows=_windows(config, len(ffns)),
+        attention_widths=tuple(
+            _attention_width(f, layer) for f, layer in zip(ffns, decoder_layers(model), strict=True)
+        ),
+        windows=_windows(config, len(ffns)),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )  # fmt: skip
 
@@ -95,6 +96,14 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
+
+
+def _attention_width(ffn: FFN, layer: nn.Module) -> int:
+    """What all heads compare and sum up; latent attention compares more than it sums up (DeepSeek, MiniCPM3)."""
+    values, _ = features(ffn.attention)
+    attention = next(m for m in layer.children() if any(part is ffn.attention for part in m.modules()))
+    head, compared = getattr(attention, "v_head_dim", None), getattr(attention, "qk_head_dim", None)
+    return 2 * values if not head or not compared else values + values // head * compared
 
 
 def _is_projection(module: nn.Module) -> bool:

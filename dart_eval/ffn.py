@@ -1,22 +1,22 @@
 """Where the FFN of every layer lives in each model family: the one adapter table.
 
-A family is described by attribute paths inside a decoder layer. Nothing is guessed: `find_ffns` runs three
-tokens through the model and refuses a model whose FFN does not compute what its description says.
+A family is described by attribute paths inside a decoder layer. Nothing is guessed: `find_ffns` runs some tokens
+through the model (`trial`) and refuses a model whose FFN does not compute what its description says.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dart_eval import trial
 from dart_eval.errors import UserError
-from dart_eval.finite import refuse_not_finite
 
 LAYER_LISTS = ("layers", "h", "decoder.layers", "language_model.layers")
 
@@ -50,8 +50,9 @@ RESIDUAL_NORMS = (
     "pre_feedforward_layernorm", "ln_2", "ln_mlp", "final_layer_norm",
     "post_attention_layernorm", "input_layernorm", "ln_1",
 )  # fmt: skip
-# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2, GLM-4): the FFN's effect is what leaves it.
-OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm")
+# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2; GLM-4; HyperCLOVA X): the FFN's effect leaves it.
+OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2")
+SCALES = ("residual_multiplier", "residual_scale")  # of the FFN's output: Granite, HyperCLOVA X; MiniCPM3
 ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.dense", "self_attn.out_proj",
     "attn.c_proj", "attn.out_proj", "attention.dense", "self_attention.dense",
@@ -75,6 +76,9 @@ class FFN:
         attention: the attention's output projection in the same layer.
         size, width: F, D.
         scale: factor on the output before it is added (Granite).
+        after: module whose first input is the stream that leaves the FFN; None: the layer's output is that.
+        adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, where both run side by
+            side), as the trial forward saw it.
         order: [F] int32, the neuron at each row, or None: as loaded.
     """
 
@@ -91,6 +95,8 @@ class FFN:
     size: int
     width: int
     scale: float = 1.0
+    after: nn.Module | None = None
+    adds: bool = True
     order: Tensor | None = None
 
     def by_neuron(self, x: Tensor) -> Tensor:
@@ -231,13 +237,16 @@ def _describe(layer: nn.Module, index: int) -> FFN | None:
         residual = _first(layer, RESIDUAL_NORMS)
         if _get(layer, "post_feedforward_layernorm") is not None and _get(layer, "pre_feedforward_layernorm") is None:
             residual = block  # OLMo 2: the stream enters the FFN without a norm
+        after = _get(layer, "per_layer_input_gate")  # Gemma 4 E2B: adds what the token's own embedding says
+        if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m: the norm comes after the sum
+            residual, after = block, _get(layer, "final_layer_norm")
         size, width = features(down)
         return FFN(
             layer=index, block=block, gate=gate, up=up, down=down, act=act, fused=layout.fused,
             residual=residual if residual is not None else block,
             output=post_norm if post_norm is not None else down,
             attention=attention, size=size, width=width,
-            scale=float(getattr(layer, "residual_multiplier", 1.0)),
+            scale=float(next((getattr(layer, name) for name in SCALES if hasattr(layer, name)), 1.0)), after=after,
         )  # fmt: skip
     return None
 
@@ -246,17 +255,31 @@ _FOUND: weakref.WeakKeyDictionary[nn.Module, list[FFN]] = weakref.WeakKeyDiction
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """The FFN of every layer, checked by running three tokens through the model.
+    """The FFN of every layer, checked by running some tokens through the model.
 
     Raises:
-        UserError: the family is unknown, or its FFN does not compute what its description says.
+        UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
     if model in _FOUND:
         return _FOUND[model]
     ffns = describe(model)
-    _verify(model, ffns)
+    trial.check(model, ffns, decoder_layers(model))
     _FOUND[model] = ffns
     return ffns
+
+
+def check_depth(model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Refuse the allocation `depth` where what it compares is not what enters an FFN and what the FFN adds.
+
+    Raises:
+        UserError: a layer of this model does more than add its FFN's output to the stream.
+    """
+    if unknown := [f.layer for f in ffns if not f.adds]:
+        raise UserError(
+            f"the allocation depth does not fit {type(model).__name__}: layer {unknown[0]} does more than add its "
+            "FFN's output to the stream that enters it",
+            "use allocation=uniform",
+        )
 
 
 def describe(model: nn.Module) -> list[FFN]:
@@ -276,44 +299,3 @@ def describe(model: nn.Module) -> list[FFN]:
             )
         ffns.append(ffn)
     return ffns
-
-
-@torch.no_grad()
-def _verify(model: nn.Module, ffns: list[FFN]) -> None:
-    """Compare each description with what the model really feeds its down projection."""
-    inputs: dict[int, Tensor] = {}
-    hidden: dict[int, Tensor] = {}
-    handles = []
-    for f in ffns:
-        handles.append(f.block.register_forward_pre_hook(_keep(inputs, f.layer)))
-        handles.append(f.down.register_forward_pre_hook(_keep(hidden, f.layer)))
-    was_training = model.training
-    try:
-        model.eval()
-        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        base = getattr(model, "base_model", model)
-        base(input_ids=torch.tensor([[0, 1, 2]], device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
-    for f in ffns:
-        seen, x = hidden.get(f.layer), inputs.get(f.layer)
-        if seen is None or x is None:
-            raise UserError(f"layer {f.layer} of {type(model).__name__} did not run its FFN as described")
-        refuse_not_finite(x, f"inputs of the FFN of layer {f.layer}")
-        refuse_not_finite(seen, f"intermediate values h of the FFN of layer {f.layer}")
-        ours = f.intermediate(x).reshape(seen.shape).float()
-        scale = seen.float().abs().max().clamp_min(1e-6)
-        if not ((ours - seen.float()).abs().max() <= 0.02 * scale):
-            raise UserError(
-                f"the FFN of layer {f.layer} of {type(model).__name__} does more than act(gate x) * (up x)",
-                "this family needs an entry of its own in dart_eval/ffn.py",
-            )
-
-
-def _keep(store: dict[int, Tensor], layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        store[layer] = args[0].detach()
-
-    return hook

@@ -12,6 +12,7 @@ from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.pruning.methods.magnitude import Magnitude
 from dart_eval.pruning.registry import make
 from tests.conftest import CONFIGS, FAMILIES, cache_of, random_tokens, tiny
+from tests.test_trial import STREAMS, random_model
 
 
 def _counted(call):
@@ -47,6 +48,27 @@ def test_pruned_flops_equal_those_of_a_model_with_smaller_ffns(family):
     cache = {cache_argument(small): cache_of(out)}
     step, _ = _counted(lambda: small(ids[:, :1], use_cache=True, **cache))
     assert shape_of(model, find_ffns(model)).decode(13, weights_read=0.3) == step
+
+
+@pytest.mark.parametrize(
+    "family", ["opt with the norm after the FFN", "gemma4", "gemma4 with embeddings of every layer"]
+)
+def test_flops_of_families_that_project_beside_their_layers_or_whose_heads_differ(family):
+    """OPT-350m projects into and out of its layers; Gemma 4 has larger heads in its full-attention layers."""
+    model = random_model(STREAMS[family](), torch.float32)
+    shape = shape_of(model, find_ffns(model))
+    ids = torch.tensor([random_tokens(12)])
+    prefill, out = _counted(lambda: model(ids, use_cache=True, logits_to_keep=1))
+    assert shape.prefill(12) == prefill
+    step, _ = _counted(lambda: model(ids[:, :1], use_cache=True, **{cache_argument(model): cache_of(out)}))
+    assert shape.decode(13) == step
+
+
+def test_latent_attention_compares_more_than_it_sums_up():
+    """MiniCPM3, here 12 numbers and 8 of each head. (How often a decoded token expands its cache is not counted.)"""
+    model = random_model(STREAMS["minicpm3"](), torch.float32)
+    prefill, _ = _counted(lambda: model(torch.tensor([random_tokens(12)]), use_cache=True, logits_to_keep=1))
+    assert shape_of(model, find_ffns(model)).prefill(12) == prefill
 
 
 def test_weights_and_shares(model):

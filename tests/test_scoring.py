@@ -211,12 +211,13 @@ def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, metho
 
 
 def test_softcapped_and_scaled_heads_are_understood():
-    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig
 
     for config in (
         Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0),
         CohereConfig(**SMALL, logit_scale=0.3),
         GraniteConfig(**SMALL, logits_scaling=4.0),
+        HyperCLOVAXConfig(**SMALL, logits_scaling=0.25),  # multiplies
     ):
         model = AutoModelForCausalLM.from_config(config).eval()
         ids = torch.tensor([random_tokens(9)])

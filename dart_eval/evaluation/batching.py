@@ -111,12 +111,20 @@ def gpu_tokens(free: int, per_token: int) -> int:
 def token_bytes(model: Any) -> int:
     """Bytes that a token of a forward needs: its KV cache with copies, and what is alive inside a layer (roughly)."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = _largest(config, "num_key_value_heads") or config.num_attention_heads
+    head = _largest(config, "head_dim") or config.hidden_size // config.num_attention_heads
     size = next(model.parameters()).element_size()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = _largest(config, "intermediate_size") or 4 * config.hidden_size
     cache = 2 * config.num_hidden_layers * heads * head * size
     return cache * (1 + CACHED_TOKENS) + 4 * (4 * inner + 8 * config.hidden_size)
+
+
+def _largest(config: Any, name: str) -> Any:
+    """A size from a configuration, or the largest one where it differs from layer to layer (Gemma 4)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers: there is no one value
+        return max(getattr(config.per_layer_config[i], name) for i in range(config.num_hidden_layers))
 
 
 def batches(lengths: Sequence[int], rows: int, tokens: int | None = None, forward: int = 0) -> list[slice]:

@@ -56,8 +56,8 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         logits = linear(hidden.to(linear.weight.device))
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / divisor
+        if factor := getattr(config, "logits_scaling", None):  # Granite divides by what HyperCLOVA X multiplies by
+            logits = logits * factor if config.model_type == "hyperclovax" else logits / factor
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = cap * torch.tanh(logits / cap)
         return logits

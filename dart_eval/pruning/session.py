@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from dart_eval.allocation import check_table, keep_counts
 from dart_eval.errors import UserError, nearest
-from dart_eval.ffn import FFN, find_ffns, is_conv1d
+from dart_eval.ffn import FFN, check_depth, find_ffns, is_conv1d
 from dart_eval.pruning import gather
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.hooks import Forward, Hooks, Phase
@@ -71,6 +71,8 @@ class Session:
         self.model, self.method = model, method
         self.sparsity = sparsity if method.prunes else 0.0
         self.ffns = find_ffns(model)
+        if method.layer_allocation == "depth":
+            check_depth(model, self.ffns)
         self.shared_mask = shared_mask
         self._wanted = self._possible(execution)
         self.permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
@@ -577,8 +579,8 @@ def prune(
         The `Session`, which tells effective sparsity, state bytes and re-masks.
 
     Raises:
-        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood, weights that
-            `permuted` cannot reorder.
+        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood or does not suit
+            the allocation, weights that `permuted` cannot reorder.
     """
     check_sparsity(sparsity)
     if isinstance(method, Method):

@@ -1,0 +1,189 @@
+"""A trial forward: what a model's FFNs really compute, compared with their descriptions (`ffn.FFN`).
+
+Two forwards of some tokens. In the first, each FFN must feed its down projection what the description says; and where
+the stream that leaves it is what enters it and what it adds, this is noted (`FFN.adds`). In the second all neurons are
+zero: what the FFN then adds must be the same for every token. Otherwise something computes beside the neurons that
+are known (experts), and only a part of the FFN would be pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.errors import UserError, out_of_memory, summary
+from dart_eval.finite import refuse_not_finite
+
+if TYPE_CHECKING:
+    from dart_eval.ffn import FFN
+
+TOKENS = 3
+TOLERANCE = 0.02  # of the largest value: models compute in bfloat16, or on quantised weights
+CONSTANT = 1e-3  # the same for what must be equal from token to token
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Seen:
+    """What one layer computed, float32 on the CPU, [T, ...]; None where it did not run.
+
+    Attributes:
+        x, h: into the FFN, into its down projection. y: the stream into it. z: what it adds, without its scale.
+        attention: output of the attention. after: the stream that leaves it. others: modules that ran and hold
+            weights, beside the attention and the projections.
+        eps: of the dtype that it computed in.
+    """
+
+    x: Tensor | None = None
+    h: Tensor | None = None
+    y: Tensor | None = None
+    z: Tensor | None = None
+    attention: Tensor | None = None
+    after: Tensor | None = None
+    eps: float = 0.0
+
+    def __init__(self) -> None:
+        self.others: set[str] = set()
+
+    def keep(self, name: str, value: Any) -> None:
+        value = value[0] if isinstance(value, (tuple, list)) else value
+        if name == "y":
+            self.eps = torch.finfo(value.dtype).eps
+        # Of x the intermediate state is computed anew: it stays as it is.
+        setattr(self, name, value.detach() if name in ("x", "h") else _rows(value))
+
+
+def check(model: nn.Module, ffns: Sequence[FFN], layers: nn.ModuleList) -> None:
+    """Compare each description with what the model really does.
+
+    Raises:
+        UserError: the model fails on a few tokens, an FFN does something else or is not all that adds to its stream.
+    """
+    name = type(model).__name__
+    with torch.no_grad(), evaluating(model):
+        seen = _run(model, ffns, layers, zero=False)
+        for f, s in zip(ffns, seen, strict=True):
+            _check_hidden(name, f, s)
+            f.adds = _adds(f, s)
+        for f, s, empty in zip(ffns, seen, _run(model, ffns, layers, zero=True), strict=True):
+            _check_alone(name, f, s, empty)
+
+
+def _run(model: Any, ffns: Sequence[FFN], layers: nn.ModuleList, zero: bool) -> list[_Seen]:
+    """Run a few tokens. zero: with every neuron at 0."""
+    seen, handles = [_Seen() for _ in ffns], []
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    for s, f, layer in zip(seen, ffns, layers, strict=True):
+        handles += _watch(s, f, layer)
+        if zero:
+            handles.append(f.down.register_forward_pre_hook(_zeros))
+    try:
+        ids = (torch.arange(TOKENS, device=device) % vocabulary)[None]
+        getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
+    except Exception as error:  # the model's own code, which may be anybody's
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} fails on a trial forward of {TOKENS} tokens ({summary(error)})",
+            "a model must run in transformers before it can be pruned",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _watch(s: _Seen, f: FFN, layer: Any) -> list[Any]:
+    def first(name: str) -> Callable[..., None]:
+        return lambda _module, args: s.keep(name, args[0])
+
+    def output(name: str) -> Callable[..., None]:
+        return lambda _module, _args, out: s.keep(name, out)
+
+    def stream(_module: nn.Module, _args: Any, out: Any) -> None:
+        s.keep("after", out)
+        if (scalar := getattr(layer, "layer_scalar", None)) is not None and s.after is not None:  # Gemma 4
+            s.after = s.after / scalar.float().cpu()
+
+    handles = [
+        f.block.register_forward_pre_hook(first("x")), f.down.register_forward_pre_hook(first("h")),
+        f.residual.register_forward_pre_hook(first("y")), f.output.register_forward_hook(output("z")),
+        f.attention.register_forward_hook(output("attention")),
+        f.after.register_forward_pre_hook(first("after")) if f.after else layer.register_forward_hook(stream),
+    ]  # fmt: skip
+    known = {id(m) for m in (f.gate, f.up, f.down)}
+    for child in layer.children():
+        if any(m is f.attention for m in child.modules()):
+            known.update(id(m) for m in child.modules())
+    for name, module in layer.named_modules():
+        if id(module) not in known and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(lambda _m, _args, name=name: s.others.add(name)))
+    return handles
+
+
+def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (torch.zeros_like(args[0]), *args[1:])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [T, D], float32 on the CPU: a copy, as models add in place (Falcon)."""
+    return x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32, copy=True)
+
+
+def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
+    if s.x is None or s.h is None:
+        raise UserError(f"layer {f.layer} of {name} did not run its FFN as described")
+    refuse_not_finite(s.x, f"inputs of the FFN of layer {f.layer}")
+    refuse_not_finite(s.h, f"intermediate values h of the FFN of layer {f.layer}")
+    theirs, ours = _rows(s.h), _rows(f.intermediate(s.x))
+    if ours.shape != theirs.shape or not (
+        (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6)
+    ):
+        raise UserError(
+            f"the FFN of layer {f.layer} of {name} does more than act(gate x) * (up x)",
+            "this family needs an entry of its own in dart_eval/ffn.py",
+        )
+
+
+def _adds(f: FFN, s: _Seen) -> bool:
+    """Whether the stream after the FFN is y + scale z, or this and the attention's output."""
+    if s.y is None or s.z is None or s.after is None or not s.y.shape == s.z.shape == s.after.shape:
+        return False
+    added = f.scale * s.z
+    sums = [s.y + added]
+    if s.attention is not None and s.attention.shape == s.y.shape:
+        sums.append(s.y + s.attention + added)
+    rounding = 2 * s.eps * (s.y.abs() + added.abs() + s.after.abs())
+    allowed = rounding + TOLERANCE * added.abs().amax(-1, keepdim=True)
+    return any(bool(((s.after - total).abs() <= allowed).all()) for total in sums)
+
+
+def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:
+    """Refuse a layer where something adds to the stream beside the neurons that are known.
+
+    empty: with every neuron at 0. Where the stream is known to be a sum, its last term tells; elsewhere other weights.
+    """
+    if s.z is None or empty.z is None:
+        raise UserError(f"layer {f.layer} of {name} did not run its FFN as described")
+    differs = (empty.z - empty.z[:1]).abs().max() > CONSTANT * s.z.abs().max()
+    if differs or (not f.adds and s.others):
+        beside = f" ({', '.join(sorted(s.others))})" if s.others else ""
+        raise UserError(
+            f"layer {f.layer} of {name} computes more than the FFN that would be pruned{beside}",
+            "dense FFNs are supported; mixtures of experts are not",
+        )
