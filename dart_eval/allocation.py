@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dart_eval.errors import UserError
+from dart_eval.files import read_text, write
 
 ALLOCATIONS = ("uniform", "depth")
 TABLE = "table:"  # and the file of a saved allocation
@@ -166,11 +167,9 @@ def read_table(path: str | Path) -> list[float]:
     """
     remedy = "write one with `dart-eval trace --save-allocation FILE`"
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"allocation table {path} cannot be read ({getattr(error, 'strerror', None) or error})", remedy
-        ) from None
+        data = json.loads(read_text(path, "allocation table", remedy))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"allocation table {path} cannot be read ({error})", remedy) from None
     ratios = data.get("keep") if isinstance(data, dict) else None
     if (
         not isinstance(ratios, list)
@@ -184,7 +183,7 @@ def read_table(path: str | Path) -> list[float]:
 def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
     """Save keep ratios, with what made them, for `allocation=table:FILE`."""
     text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
-    Path(path).write_text(text, encoding="utf-8")
+    write(path, text)
 
 
 def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:

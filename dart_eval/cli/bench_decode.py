@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from dart_eval.cli.view import output
 from dart_eval.errors import UserError
+from dart_eval.files import check_target, write
 from dart_eval.results.writers import Table
 
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -31,6 +33,8 @@ def run(
     for name, value in (("--prompt", prompt), ("--steps", steps), ("--rounds", rounds)):
         if value < 1:
             raise UserError(f"{name} {value} must be at least 1")
+    if profile is not None:
+        check_target(profile)
     if compiled is not None and compiled not in COMPILE:
         raise UserError(f"unknown compile mode {compiled!r}", f"one of {', '.join(COMPILE)}")
     if shape is not None and model is not None:
@@ -55,7 +59,10 @@ def run(
         for m in methods
     ]  # fmt: skip
     if profile is not None:
-        decode.profile(loaded, methods[-1], sparsity, str(profile), tokenizer=tokenizer, prompt_tokens=prompt)
+        with tempfile.TemporaryDirectory() as folder:  # torch writes to a name; its ending says whether to pack
+            made = Path(folder) / f"trace{profile.suffix}"
+            decode.profile(loaded, methods[-1], sparsity, str(made), tokenizer=tokenizer, prompt_tokens=prompt)
+            write(profile, made.read_bytes())
     cuda = loaded.device.type == "cuda"
     where = torch.cuda.get_device_name(loaded.device) if cuda else f"{torch.get_num_threads()} threads"
     if compiled is not None:

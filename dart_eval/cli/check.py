@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import save_text, show
+from dart_eval.cli.view import show
 from dart_eval.errors import UserError, nearest
+from dart_eval.files import check_target, write
 
 FORMATS = ("md", "json")
 
@@ -45,6 +46,9 @@ def check(
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
+    for path in (junit, baseline if update else None):
+        if path is not None:
+            check_target(path)
     if update and (thresholds or every or github or junit or format):
         raise UserError("--update only writes the baseline", "leave the other options out")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
@@ -55,8 +59,6 @@ def check(
     from dart_eval.results.outcomes import cells
 
     if update:
-        if baseline.is_dir():
-            raise UserError(f"baseline {baseline} is a folder", "name a file to write, e.g. baseline.json")
         found = cells(results)
         documents = file.write(baseline, found)
         typer.echo(f"wrote {baseline}: {len(found)} cells, {documents} documents")
@@ -65,7 +67,7 @@ def check(
     then = file.read(baseline)
     report = checking.check(cells(results), then, limits, str(baseline))
     if junit is not None:
-        save_text(junit, checking.junit(report))
+        write(junit, checking.junit(report))
     if github and summary:
         try:
             with open(summary, "a", encoding="utf-8") as stream:

@@ -10,6 +10,7 @@ import typer
 
 from dart_eval.cli.view import save_text, show
 from dart_eval.errors import UserError, nearest
+from dart_eval.files import check_target, format_of
 
 FORMATS = ("md", "csv", "json")
 BY = ("method", "sparsity", "model")
@@ -48,10 +49,11 @@ def compare(
 
       dart-eval compare 0 0.5 --by sparsity --results out --format json
     """
-    if format is None and save is not None and save.suffix[1:] in FORMATS:
-        format = save.suffix[1:]
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
+    if save is not None:
+        check_target(save)
+        format = format_of(save, format, FORMATS)
     if by is not None and by not in BY:
         raise UserError(f"unknown --by {by!r}", nearest(by, BY))
     if by is None and results:
@@ -71,4 +73,3 @@ def compare(
         sys.stdout.write(text)
         return
     save_text(save, text)
-    typer.echo(f"wrote {save}")

@@ -10,7 +10,6 @@ import typer
 from dart_eval.cli import options
 from dart_eval.cli.run import quieten
 from dart_eval.cli.view import TerminalView, show
-from dart_eval.errors import StoreError
 
 
 def paper(
@@ -55,10 +54,11 @@ def paper(
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     quieten(verbose)
     from dart_eval.executors import run_all
+    from dart_eval.files import write
     from dart_eval.paper import bertscores, load
     from dart_eval.plan import RAY_OPTIONS, command_line, config_from
     from dart_eval.results.paper_tables import Paper, to_csv
-    from dart_eval.results.store import Store, write_atomically
+    from dart_eval.results.store import Store
     from dart_eval.results.writers import latex, markdown
 
     base = config_from(None, {**given, "method": "dense", "sparsity": "0"})
@@ -72,15 +72,12 @@ def paper(
     filled = Paper(store, result.records, result.missing, line, scores)
     folder = Path(output) / "tables"
     made = [(layout, *filled.table(layout)) for layout in spec.layouts]
-    try:
-        for layout, table, numbers in made:
-            write_atomically(folder / f"{layout.name}.md", markdown(table))
-            write_atomically(folder / f"{layout.name}.csv", to_csv(numbers))
-            write_atomically(folder / f"{layout.name}.tex", latex(table))
-        parts = [*([spec.about.strip() + "\n"] if spec.about else []), *(markdown(t) for _, t, _ in made)]
-        write_atomically(folder / "all.md", "\n".join(parts))
-    except OSError as error:
-        raise StoreError(folder, error) from None
+    remedy = "make room or choose another --output; what is finished is kept"
+    for layout, table, numbers in made:
+        for ending, text in (("md", markdown(table)), ("csv", to_csv(numbers)), ("tex", latex(table))):
+            write(folder / f"{layout.name}.{ending}", text, remedy)
+    parts = [*([spec.about.strip() + "\n"] if spec.about else []), *(markdown(t) for _, t, _ in made)]
+    write(folder / "all.md", "\n".join(parts), remedy)
     for _, table, _ in made:
         show(table)
     typer.echo(f"wrote {folder} (all.md, and each table as md, csv and tex)")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.errors import UserError
-from dart_eval.results.store import Store, write_atomically
+from dart_eval.files import check_target, is_stream, write
+from dart_eval.results.store import Store
 
 
 def report(
@@ -33,11 +33,11 @@ def report(
     """
     from dart_eval.results.report import build  # matplotlib is loaded only where it draws
 
-    made = build(Store(folder), title, samples)
     path = output or folder / "report.html"
-    try:
-        write_atomically(path, made.html)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})", "choose another --output") from None
+    check_target(path, "choose another --output")
+    made = build(Store(folder), title, samples)
+    stream = is_stream(path)
+    write(path, made.html, "choose another --output")
     megabytes = len(made.html.encode()) / 1e6
-    typer.echo(f"wrote {path} ({made.cells} cells, {made.samples} samples, {megabytes:.1f} MB)")
+    if not stream:
+        typer.echo(f"wrote {path} ({made.cells} cells, {made.samples} samples, {megabytes:.1f} MB)")

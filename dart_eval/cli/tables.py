@@ -10,6 +10,7 @@ import typer
 
 from dart_eval.cli.view import print_tables, save_text
 from dart_eval.errors import UserError, nearest
+from dart_eval.files import check_target, format_of
 from dart_eval.results import detector
 from dart_eval.results import tables as made
 from dart_eval.results.store import Store
@@ -38,10 +39,11 @@ def tables(
 
       dart-eval tables out --format tex --save tables.tex
     """
-    if format is None and save is not None and save.suffix[1:] in made.FORMATS:
-        format = save.suffix[1:]
     if format is not None and format not in made.FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, made.FORMATS))
+    if save is not None:
+        check_target(save)
+        format = format_of(save, format, made.FORMATS)
     store = Store(folder)
     records = store.load()
     more = detector.tables(store, records) if format not in ("csv", "json") else []
@@ -53,4 +55,3 @@ def tables(
         sys.stdout.write(text)
         return
     save_text(save, text)
-    typer.echo(f"wrote {save}")

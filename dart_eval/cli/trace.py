@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dart_eval.cli.run import quieten
-from dart_eval.cli.view import save_text
 from dart_eval.errors import UserError
+from dart_eval.files import check_target, is_stream, read_text, write
+from dart_eval.text import json_text
 
 
 def trace(
@@ -47,10 +47,10 @@ def trace(
       dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
     quieten(False)
-    picture = plot or output.with_suffix(".png")
+    picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
     from dart_eval.results.trace_plot import FORMATS, draw
 
-    if picture.suffix not in FORMATS:
+    if picture is not None and picture.suffix not in FORMATS:
         raise UserError(f"picture {picture} has no known ending", f"one of {', '.join(FORMATS)}")
     if tokens < 1:
         raise UserError(f"--tokens {tokens} must be at least 1")
@@ -58,9 +58,7 @@ def trace(
         raise UserError("a prompt and --file are given", "leave one of them out")
     files = [p for p in (output, picture, save_allocation) if p is not None]
     for path in files:
-        if not path.absolute().parent.is_dir() or path.is_dir():
-            reason = "it is a folder" if path.is_dir() else "no such folder"
-            raise UserError(f"{path} cannot be written ({reason})", "choose another file, or make the folder first")
+        check_target(path)
     if len({p.absolute() for p in files}) < len(files):
         raise UserError("two outputs have one name", "give --output, --plot and --save-allocation a file each")
     from dart_eval import tracing
@@ -76,32 +74,22 @@ def trace(
             f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
             "save the allocation of a method with stages=1",
         )
-    following = _read(then) if then is not None else None
+    following = read_text(then, "text", "give a text file") if then is not None else None
     if file is not None:
-        text = _read(file)
+        text = read_text(file, "text", "give a text file")
     if text is None and following is not None:
         raise UserError("--then needs a prompt before it", "give a prompt or --file")
     passage = tracing.smoke_passage(smoke) if text is None else tracing.Passage(text, following)
     loaded, tokenizer = resolve(ModelSpec(model, None, dtype, device)).load()
     found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
-    typer.echo(tracing.summary(found))
-    save_text(output, json.dumps(found, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    aside = is_stream(output)  # the JSON may be what a program reads from this one
+    typer.echo(tracing.summary(found), err=aside)
+    write(output, json_text(found, allow_nan=False) + "\n")
     layers = found["layers"]
-    try:
+    if picture is not None:
         draw(found, picture)
-        if save_allocation is not None:
-            ratios = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
-            write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written ({error.strerror})", "choose another file") from None
-    typer.echo(f"wrote {output} and {picture}")
+        typer.echo(f"wrote {output} and {picture}", err=aside)
     if save_allocation is not None:
-        typer.echo(f"wrote {save_allocation}: --allocation table:{save_allocation}")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"{path} cannot be read ({reason})", "give a text file") from None
+        ratios = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
+        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
+        typer.echo(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)

@@ -24,9 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dart_eval.errors import UserError
+from dart_eval import files
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.store import write_atomically
 from dart_eval.results.tables import tables
 from dart_eval.results.writers import Table, finite, markdown
 
@@ -175,12 +174,12 @@ def show(table: Table) -> None:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a file that the user named.
+    """Write a file that the user named; said where it is one to be found again, not a stream.
 
     Raises:
         UserError: it cannot be written.
     """
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    stream = files.is_stream(path)
+    files.write(path, text)
+    if not stream:
+        typer.echo(f"wrote {path}")

@@ -18,13 +18,14 @@ from typing import Any
 from dart_eval.evaluation.part import Call, Pilot
 from dart_eval.executors.jobs import Job, View, plan_all
 from dart_eval.executors.worker import Worker
+from dart_eval.files import read_regular, write_atomically
 from dart_eval.machine import peak_memory
 from dart_eval.models import resolve
 from dart_eval.plan import RunConfig, spec_of
 from dart_eval.pruning.registry import make
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
-from dart_eval.results.store import Store, write_atomically
+from dart_eval.results.store import Store
 
 FILE = "plan.json"
 
@@ -141,7 +142,7 @@ def keep(folder: str | Path, sizes: Sequence[CellSize], workers: int) -> None:
 def held_against(folder: str | Path, records: Sequence[Record]) -> str | None:
     """How far off the plan of this folder was, in one line; None where there is no plan of these records."""
     try:
-        planned: dict[str, Any] = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))["cells"]
+        planned: dict[str, Any] = json.loads(read_regular(Path(folder) / FILE))["cells"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     pairs = [

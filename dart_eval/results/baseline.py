@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.errors import UserError
+from dart_eval.files import write as write_file
 from dart_eval.results.outcomes import GOLD, Cell, Document, Measure, Outcome, cells, identity, primary
-from dart_eval.results.store import write_atomically
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves
@@ -72,10 +72,7 @@ def write(path: Path, found: Sequence[Cell]) -> int:
                 "a baseline of them could never be met: find out why first",
             ) from None
     text = f'{{\n"schema": {SCHEMA},\n"cells": [\n' + ",\n".join(parts) + "\n]\n}\n"
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})", "choose another --baseline") from None
+    write_file(path, text, "choose another --baseline")
     return count
 
 

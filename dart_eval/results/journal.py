@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.errors import StoreError
+from dart_eval.files import read_regular
 
 
 class Journal:
@@ -33,7 +34,7 @@ class Journal:
         self.seconds = 0.0
         self._answers: dict[str, Any] = {}
         self._file: Any = None
-        if path is not None and path.is_file():
+        if path is not None and os.path.lexists(path):
             self._read(path)
 
     def __len__(self) -> int:
@@ -96,7 +97,7 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         valid = 0
-        data = path.read_bytes()
+        data = read_regular(path)
         for line in data.splitlines(keepends=True):
             checksum, _, text = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):

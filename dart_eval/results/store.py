@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dart_eval.errors import StoreError, UserError
+from dart_eval.files import read_regular, write_atomically
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
 
@@ -84,7 +84,7 @@ class Store:
         """
         path = self.path(name, key)
         try:
-            record = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
+            record = Record.from_json(json.loads(read_regular(path)))
             self._lines(record, "samples")
         except NewerSchema as error:
             raise UserError(f"{path} cannot be read ({error})", "use that version, or another --output") from None
@@ -103,9 +103,9 @@ class Store:
         for kind in ("cells", "samples", "texts"):
             for left in (self.folder / kind).glob(f".{self.path(name, key).stem}.*"):
                 left.unlink(missing_ok=True)
-        there = self.path(name, key).is_file()
+        there = os.path.lexists(self.path(name, key))
         for path in (self.path(name, key), self.samples_path(name, key)):
-            if there and path.is_file():
+            if there and os.path.lexists(path):
                 number = 1
                 while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
                     number += 1
@@ -156,7 +156,7 @@ class Store:
         Raises:
             UserError: no such folder, nothing in it, or a file that is not a record of a known version.
         """
-        files = sorted(f for f in (self.folder / "cells").glob("*.json") if f.is_file())
+        files = sorted((self.folder / "cells").glob("*.json"))
         if not files:
             raise UserError(
                 f"no results in {self.folder}",
@@ -165,12 +165,12 @@ class Store:
         records = []
         for file in files:
             try:
-                records.append(Record.from_json(json.loads(file.read_text(encoding="utf-8"))))
+                records.append(Record.from_json(json.loads(read_regular(file))))
             except NewerSchema as error:
                 raise UserError(f"{file} cannot be read ({error})", "use that version") from None
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise UserError(
-                    f"{file} cannot be read ({error})",
+                    f"{file} cannot be read ({getattr(error, 'strerror', None) or error})",
                     "give the `dart-eval run` that made it again (it sets the file aside and redoes the cell), or "
                     "remove it",
                 ) from None
@@ -210,9 +210,9 @@ class Store:
             return []
         if known is None:  # schema 1: no digest, but a name that follows from the record's
             (path,) = (self.folder / kind).glob(f"*-{record.key[:16]}.jsonl")
-            data = path.read_bytes()
+            data = read_regular(path)
         else:
-            data = (self.folder / kind / known["name"]).read_bytes()
+            data = read_regular(self.folder / kind / known["name"])
             if hashlib.sha256(data).hexdigest() != known["sha256"]:
                 raise ValueError("its digest does not fit")
         return [json.loads(line) for line in data.splitlines()]
@@ -226,23 +226,3 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]], owner: str) -> dict
     text = _lines(rows)
     write_atomically(path, text, owner)
     return {"name": path.name, "n": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def write_atomically(path: Path, text: str, owner: str | None = None) -> None:
-    """Write a file that is either old or new, never half, whatever happens meanwhile.
-
-    Args:
-        owner: the temporary file is named `.{owner}.*`; the file's own stem, if None.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{owner or path.stem}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from dart_eval.files import write
 
 FORMATS = (".png", ".svg", ".pdf")
 SIGNAL, ALARM, STEADY, LIMIT = "#1f5fa8", "#c0392b", "#8a8f98", "#555b63"
@@ -34,7 +37,9 @@ def draw(found: dict[str, Any], path: Path, title: str = "") -> None:
     lower.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (upper, lower, side):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    made = io.BytesIO()
+    figure.savefig(made, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+    write(path, made.getvalue())
 
 
 def _signal(axes: Any, found: dict[str, Any], tokens: int) -> None:

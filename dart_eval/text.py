@@ -1,0 +1,39 @@
+"""Texts of others (names, notes, prompts) on their way to a terminal, a table, a CSV or an XML file."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+# What does something where it is shown instead of being seen: controls (C0, C1), marks that turn the direction of
+# writing, invisible letters, halves of characters and what is no character.
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
+    "\ufdd0-\ufdef\ud800-\udfff\U000e0000-\U000e0fff]"
+)
+_SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """The text with nothing in it that a terminal, a browser or an XML reader would act on.
+
+    Tabs, line breaks and their like become spaces, all else that is hidden becomes its escape (`\\x1b`, `\\u202e`).
+
+    Args:
+        lines: whether line feeds stay.
+    """
+
+    def shown(found: re.Match[str]) -> str:
+        c = found.group()
+        if c in _SPACES:
+            return c if lines and c == "\n" else " "
+        return c.encode("unicode_escape").decode("ascii")
+
+    return _HIDDEN.sub(shown, text)
+
+
+def json_text(data: Any, indent: int | None = 1, **options: Any) -> str:
+    """JSON as people read it, in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
+    text = json.dumps(data, ensure_ascii=False, indent=indent, **options)
+    return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)
