@@ -145,13 +145,25 @@ class FFN:
 
 def weight_matrix(linear: nn.Module) -> Tensor:
     """A projection's weight as [out, in]; GPT-2's Conv1D stores it transposed."""
-    weight = linear.weight
-    if not (isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2):
+    if reason := encoded(linear):
         raise UserError(
-            f"the weights of {type(linear).__name__} are quantised and cannot be read",
+            f"the weights of {type(linear).__name__} {reason} and cannot be read",
             "load the model unquantised, or use a method that scores activations",
         )
+    weight: Tensor = linear.weight
     return weight.T if is_conv1d(linear) else weight
+
+
+def encoded(linear: nn.Module) -> str | None:
+    """Why a projection's weight is no matrix of plain numbers (`are ...`), or None."""
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        return "are kept in a form of their own"
+    if type(weight) not in (Tensor, nn.Parameter):  # a library's own tensor, whatever dtype it claims to have
+        return f"are quantised or wrapped ({type(weight).__name__})"
+    if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2:
+        return f"are quantised ({str(weight.dtype).removeprefix('torch.')})"
+    return None
 
 
 def is_conv1d(linear: Any) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, is_conv1d
+from dart_eval.ffn import FFN, encoded, is_conv1d
 from dart_eval.pruning.inplace import Step, Work, involutions, swap, transpose
 from dart_eval.pruning.slices import Down, GatheredFFN, slots
 
@@ -185,17 +185,24 @@ def quantised(ffns: Sequence[FFN]) -> str | None:
     """Why these projections have no plain weights whose rows could change places, or None."""
     for ffn in ffns:
         for module in (ffn.gate, ffn.up, ffn.down):
-            weight = getattr(module, "weight", None)
-            if module is not None and not (
-                isinstance(weight, nn.Parameter)
-                and weight.dim() == 2
-                and weight.is_floating_point()
-                and weight.element_size() > 1
-                and (weight.is_contiguous() or ffn.order is not None)
-                and not weight.is_meta
-                and (type(module) is nn.Linear or is_conv1d(module))
-            ):
-                return f"the weights of {type(module).__name__} (layer {ffn.layer}) are quantised, wrapped or elsewhere"
+            if module is not None and (reason := _unlike_plain(module, ffn.order is not None)):
+                return f"{type(module).__name__} (layer {ffn.layer}) {reason}"
+    return None
+
+
+def _unlike_plain(module: nn.Module, reordered: bool) -> str | None:
+    """What keeps a projection from being a plain one, or None. reordered: by us, who turn weights and set forwards."""
+    if reason := encoded(module):
+        return f"has weights that {reason}"
+    weight: Any = module.weight
+    if not isinstance(weight, nn.Parameter) or weight.is_meta or not (weight.is_contiguous() or reordered):
+        return "has weights that are made anew, elsewhere or laid out in another way"
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return "is not torch's own linear layer"
+    # accelerate wraps the forward of every module of a model that is spread over devices.
+    own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    if not reordered and own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        return "has a forward of its own, which may quantise what it is given"
     return None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, final_norm, gain
+from dart_eval.ffn import FFN, final_norm, gain, weight_matrix
 
 NORMALISATIONS = ("none", "l1", "l2")
 SCORES = ("magnitude", "max", "mean", "combined", "product")
@@ -82,7 +82,7 @@ def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
     Raises:
         UserError: the model projects its last hidden states before the output head.
     """
-    head: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    head = weight_matrix(model.get_output_embeddings())  # type: ignore[operator]
     width = ffns[0].width
     if head.shape[1] != width:
         raise UserError(
