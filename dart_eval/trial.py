@@ -38,6 +38,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def telling(model: nn.Module) -> Iterator[None]:
+    """What the model's own code raises in the trial forward inside is told in one line.
+
+    Raises:
+        UserError: with the model's name and the error.
+    """
+    try:
+        yield
+    except Exception as error:  # it may be anybody's code
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} fails on a trial forward of {TOKENS} tokens ({summary(error)})",
+            "a model must run in transformers before it can be pruned",
+        ) from error
+
+
 class _Seen:
     """What one layer computed, float32 on the CPU, [T, ...]; None where it did not run.
 
@@ -94,14 +112,8 @@ def _run(model: Any, ffns: Sequence[FFN], layers: nn.ModuleList, zero: bool) -> 
             handles.append(f.down.register_forward_pre_hook(_zeros))
     try:
         ids = (torch.arange(TOKENS, device=device) % vocabulary)[None]
-        getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
-    except Exception as error:  # the model's own code, which may be anybody's
-        if isinstance(error, UserError) or out_of_memory(error):
-            raise
-        raise UserError(
-            f"{type(model).__name__} fails on a trial forward of {TOKENS} tokens ({summary(error)})",
-            "a model must run in transformers before it can be pruned",
-        ) from error
+        with telling(model):
+            getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

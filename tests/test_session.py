@@ -249,7 +249,7 @@ def test_wanda_sp_calibrates_on_the_given_text(llama, tokenizer, tmp_path):
     hidden = []
     ffn = find_ffns(llama)[1]
     handle = ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0]))
-    for part in ids.split(512):
+    for part in ids.split(llama.config.max_position_embeddings):
         llama(part[None])
     handle.remove()
     assert torch.allclose(energy[1].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)

@@ -18,6 +18,7 @@ from transformers import (
 
 from dart_eval import trial
 from dart_eval.errors import UserError
+from dart_eval.evaluation.forwards import output_head
 from dart_eval.ffn import cache_argument, decoder_layers, find_ffns
 from tests.conftest import SMALL, cache_of, open_session, random_tokens, tiny
 
@@ -184,8 +185,9 @@ def test_experts_that_a_layer_adds_on_its_own_are_noticed():
 def test_a_model_that_fails_is_told_in_one_line():
     model = tiny("llama")
     model.model.layers[2].self_attn.q_proj = torch.nn.Linear(31, 32).double()
-    with pytest.raises(UserError, match=r"LlamaForCausalLM fails on a trial forward .*RuntimeError.*shapes"):
-        find_ffns(model)
+    for trial_forward in (find_ffns, output_head):
+        with pytest.raises(UserError, match=r"LlamaForCausalLM fails on a trial forward .*RuntimeError.*shapes"):
+            trial_forward(model)
 
 
 def test_out_of_memory_is_left_to_those_who_know_what_to_do():

@@ -14,6 +14,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.logits import Answers
 from dart_eval.ffn import cache_argument
 from dart_eval.finite import refuse_not_finite
+from dart_eval.trial import telling
 
 
 class Forwards:
@@ -47,8 +48,8 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """hidden [N, D] -> logits [N, V] as the model itself computes them, checked on three tokens.
 
     Raises:
-        UserError: the model does more between its last hidden state and its logits than is known here, or its logits
-            are NaN or infinite.
+        UserError: the model does more between its last hidden state and its logits than is known here, its logits are
+            NaN or infinite, or it fails.
     """
     config, linear = model.config.get_text_config(), model.get_output_embeddings()
 
@@ -64,8 +65,9 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
     device: Any = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2]], device=device)
-    theirs = model(input_ids=tokens).logits[0].float().cpu()
-    ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
+    with telling(model):
+        theirs = model(input_ids=tokens).logits[0].float().cpu()
+        ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
     for found in (theirs, ours):
         refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
     words = theirs.isfinite()  # one of -inf rules a word out

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, find_ffns
 from dart_eval.pruning.scores import Projection, project
+from dart_eval.trial import evaluating
 
 DEFAULT_TEXT = Path(__file__).parent.parent / "data" / "calibration.txt"
-SEGMENT = 512  # tokens per forward: long enough for context, short enough for memory
+SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
 
 
 class TextCalibration:
@@ -72,10 +73,13 @@ class TextCalibration:
         handles = [f.down.register_forward_pre_hook(watch(f.layer)) for f in self.ffns]
         base = getattr(self.model, "base_model", self.model)
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        config: Any = self.model.config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEGMENT + skip
         try:
-            for segment in ids.split(SEGMENT):
-                start = torch.tensor([bos] * skip, dtype=segment.dtype)
-                base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
+            with evaluating(self.model):
+                for segment in ids.split(max(1, min(SEGMENT, positions - skip))):
+                    start = torch.tensor([bos] * skip, dtype=segment.dtype)
+                    base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
