@@ -150,7 +150,7 @@ def weight_matrix(linear: nn.Module) -> Tensor:
             f"the weights of {type(linear).__name__} {reason} and cannot be read",
             "load the model unquantised, or use a method that scores activations",
         )
-    weight: Tensor = linear.weight
+    weight: Any = linear.weight
     return weight.T if is_conv1d(linear) else weight
 
 
