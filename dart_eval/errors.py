@@ -6,13 +6,15 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from dart_eval.text import printable
+
 
 class UserError(Exception):
     """The input is wrong. Printed as one line (problem; remedy); the command exits with status 2."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = " ".join(problem.split())
-        self.remedy = " ".join(remedy.split())
+        self.problem = " ".join(printable(problem).split())
+        self.remedy = " ".join(printable(remedy).split())
         super().__init__(f"{self.problem}; {self.remedy}" if self.remedy else self.problem)
 
 
@@ -35,7 +37,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def summary(error: BaseException) -> str:
     """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(printable(str(error)).split())[:300]}"
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from typing import Any
@@ -37,3 +38,18 @@ def json_text(data: Any, indent: int | None = 1, **options: Any) -> str:
     """JSON as people read it, in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
     text = json.dumps(data, ensure_ascii=False, indent=indent, **options)
     return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)
+
+
+PLAIN = "dart_eval.plain"  # what an encoding does with a character that it lacks
+_SPELLED = {"±": "+-", "−": "-", "→": "->", "∞": "inf", "…": "...", "\u202f": " ", "\xa0": " "}
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    """A character in other letters, or its escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(c) or c.encode("unicode_escape").decode() for c in missing), error.end
+
+
+codecs.register_error(PLAIN, _spelled)

@@ -384,7 +384,7 @@ def test_github_gets_annotations_and_a_summary(fallen, cli, tmp_path, monkeypatc
 def test_annotations_are_escaped():
     report = checked([], [make("a,b:c%\nd", right(0.5))])
     (line,) = workflow_commands(report)
-    assert line.startswith("::error title=missing a%2Cb%3Ac%25%0Ad acc::")
+    assert line.startswith("::error title=missing a%2Cb%3Ac%25 d acc::")
     assert "\n" not in line
 
 

@@ -19,10 +19,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from dart_eval.cli import bench, check, compare, ls, paper, report, run, tables, trace
+from dart_eval.cli import bench, check, compare, ls, paper, report, run, tables, trace, view
 from dart_eval.errors import UserError
 
 app = typer.Typer(
@@ -86,7 +84,8 @@ def _stop_behind(error: BaseException | None) -> _Stopped | None:
 
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal 128 and its number."""
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    view.settle_streams()
+    errors = view.console(stderr=True, soft_wrap=True)
     for name in STOPS:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -94,7 +93,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}")
+        errors.print(f"[red]error:[/red] {view.plain(str(error))}")
         sys.exit(2)
     except (_Stopped, SystemError, OSError) as error:
         stop = _stop_behind(error)

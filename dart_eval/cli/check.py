@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import show
+from dart_eval.cli.view import put, say, show
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, write
 
@@ -61,7 +61,7 @@ def check(
     if update:
         found = cells(results)
         documents = file.write(baseline, found)
-        typer.echo(f"wrote {baseline}: {len(found)} cells, {documents} documents")
+        say(f"wrote {baseline}: {len(found)} cells, {documents} documents")
         return
     limits = checking.thresholds_from(thresholds)
     then = file.read(baseline)
@@ -75,12 +75,12 @@ def check(
         except OSError as error:
             raise UserError(f"GITHUB_STEP_SUMMARY {summary} cannot be written ({error.strerror})") from None
         for line in checking.workflow_commands(report):
-            typer.echo(line, err=format == "json")  # GitHub reads both streams; JSON stays JSON
+            say(line, err=format == "json")  # GitHub reads both streams; JSON stays JSON
     if format == "json":
-        sys.stdout.write(checking.to_json(report))
+        put(checking.to_json(report))
     elif format is None and sys.stdout.isatty():
         show(checking.table(report, every))
     else:
-        sys.stdout.write(checking.markdown(report, every))
+        put(checking.markdown(report, every))
     if report.bad:
         raise typer.Exit(1)

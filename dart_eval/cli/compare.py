@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import save_text, show
+from dart_eval.cli.view import put, save_text, show
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
 
@@ -70,6 +70,6 @@ def compare(
         return
     text = comparing.render(comparison, format or "md")
     if save is None:
-        sys.stdout.write(text)
+        put(text)
         return
     save_text(save, text)

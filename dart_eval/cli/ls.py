@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli.view import say
 from dart_eval.errors import UserError, nearest
 
 app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
@@ -21,17 +22,17 @@ def methods() -> None:
 
     listed = known()
     for name, cls in listed.items():
-        typer.echo(f"{name:<12} {cls.summary}")
+        say(f"{name:<12} {cls.summary}")
         base = next((c for c in listed.values() if c is not cls and issubclass(cls, c)), None)  # cls: other defaults
         usual = {f.name: f.default for f in dataclasses.fields(base)} if base is not None else {}
         notes = _notes(cls)
         if base is not None:
-            typer.echo(f"{'':<13}{base.name}, but")
+            say(f"{'':<13}{base.name}, but")
         for f in dataclasses.fields(cls):
             if usual.get(f.name, ...) == f.default:
                 continue
             default = str(f.default).lower() if isinstance(f.default, bool) else f.default
-            typer.echo(f"{'':<13}{f'{f.name}={default}':<23} {notes.get(f.name, '')}".rstrip())
+            say(f"{'':<13}{f'{f.name}={default}':<23} {notes.get(f.name, '')}".rstrip())
 
 
 def _notes(cls: type) -> dict[str, str]:
@@ -54,10 +55,10 @@ def tasks(
 
     for name, members in ALIASES.items():
         if pattern in name:
-            typer.echo(f"{name:<16} {', '.join(members)}")
+            say(f"{name:<16} {', '.join(members)}")
     for name, text in COMMON.items():
         if pattern in name:
-            typer.echo(f"{name:<16} {text}")
+            say(f"{name:<16} {text}")
     if every or pattern:
         names = Tasks().names()
         if pattern and not any(pattern in name for name in (*names, *ALIASES)):
@@ -65,4 +66,4 @@ def tasks(
         shown = set(ALIASES) | set(COMMON)
         for name in names:
             if pattern in name and name not in shown:
-                typer.echo(name)
+                say(name)

@@ -9,7 +9,7 @@ import typer
 
 from dart_eval.cli import options
 from dart_eval.cli.run import quieten
-from dart_eval.cli.view import TerminalView, show
+from dart_eval.cli.view import TerminalView, say, show
 
 
 def paper(
@@ -80,6 +80,6 @@ def paper(
     write(folder / "all.md", "\n".join(parts), remedy)
     for _, table, _ in made:
         show(table)
-    typer.echo(f"wrote {folder} (all.md, and each table as md, csv and tex)")
+    say(f"wrote {folder} (all.md, and each table as md, csv and tex)")
     if result.failed:
         raise typer.Exit(1)

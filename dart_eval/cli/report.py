@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli.view import say
 from dart_eval.files import check_target, is_stream, write
 from dart_eval.results.store import Store
 
@@ -40,4 +41,4 @@ def report(
     write(path, made.html, "choose another --output")
     megabytes = len(made.html.encode()) / 1e6
     if not stream:
-        typer.echo(f"wrote {path} ({made.cells} cells, {made.samples} samples, {megabytes:.1f} MB)")
+        say(f"wrote {path} ({made.cells} cells, {made.samples} samples, {megabytes:.1f} MB)")

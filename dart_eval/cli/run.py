@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.view import TerminalView, print_tables
+from dart_eval.cli.view import TerminalView, print_tables, say
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -134,7 +134,7 @@ def run(
     print_tables(result.records, detector.tables(Store(settings.output), result.records))
     if result.failed:
         names = ", ".join(cell.title for cell in result.failed)
-        typer.echo(f"failed: {names}; tracebacks in {settings.output}/failed", err=True)
+        say(f"failed: {names}; tracebacks in {settings.output}/failed", err=True)
         raise typer.Exit(1)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import print_tables, save_text
+from dart_eval.cli.view import print_tables, put, save_text
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
 from dart_eval.results import detector
@@ -52,6 +52,6 @@ def tables(
         return
     text = made.render(records, format or "md", subtasks, more)
     if save is None:
-        sys.stdout.write(text)
+        put(text)
         return
     save_text(save, text)

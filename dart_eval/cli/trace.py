@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dart_eval.cli.run import quieten
+from dart_eval.cli.view import say
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, is_stream, read_text, write
 from dart_eval.text import json_text
@@ -83,13 +84,13 @@ def trace(
     loaded, tokenizer = resolve(ModelSpec(model, None, dtype, device)).load()
     found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
     aside = is_stream(output)  # the JSON may be what a program reads from this one
-    typer.echo(tracing.summary(found), err=aside)
+    say(tracing.summary(found), err=aside)
     write(output, json_text(found, allow_nan=False) + "\n")
     layers = found["layers"]
     if picture is not None:
         draw(found, picture)
-        typer.echo(f"wrote {output} and {picture}", err=aside)
+        say(f"wrote {output} and {picture}", err=aside)
     if save_allocation is not None:
         ratios = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
         write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
-        typer.echo(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
+        say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)

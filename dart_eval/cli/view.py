@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import rich.table
-import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +28,7 @@ from dart_eval import files
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.tables import tables
 from dart_eval.results.writers import Table, finite, markdown
+from dart_eval.text import PLAIN, json_text, printable
 
 TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
 HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
@@ -44,10 +45,11 @@ class TerminalView:
     """Progress of a run, as the executor reports it. Lines go to stdout; the bar only where stdout is a terminal."""
 
     def __init__(self) -> None:
-        self.console = Console(soft_wrap=True, highlight=False)
+        self.console = console(soft_wrap=True)
         self.live = self.console.is_terminal
         self.progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            SpinnerColumn("line" if self.console.options.ascii_only else "dots"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), _TimeLeft(),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
@@ -65,9 +67,9 @@ class TerminalView:
     def status(self, text: str) -> None:
         """A step before the first cell."""
         if self._bar is None:
-            self._bar = self.progress.add_task(text, total=None)
+            self._bar = self.progress.add_task(printable(text), total=None)
         else:
-            self.progress.update(self._bar, description=text)
+            self.progress.update(self._bar, description=printable(text))
 
     def planned(self, cells: int, finished: int) -> None:
         """The plan: how many cells, how many of them were finished earlier."""
@@ -84,7 +86,7 @@ class TerminalView:
             self.progress.remove_task(self._bar)
             self._bar = None
         if cell.key not in self._cells:
-            self._cells[cell.key] = self.progress.add_task(cell.title, total=requests)
+            self._cells[cell.key] = self.progress.add_task(printable(cell.title), total=requests)
 
     def advanced(self, cell: Any, requests: int) -> None:
         """Requests of a cell under way were answered."""
@@ -95,7 +97,7 @@ class TerminalView:
         """A cell's line."""
         shown = ", ".join(f"{_place(m, record)}{m.metric} {_number(m)}" for m in headline(record.metrics))
         self.console.print(
-            f"[green]done[/green] {escape(cell.title):<34} {escape(shown)}"
+            f"[green]done[/green] {plain(cell.title):<34} {plain(shown)}"
             f"  effective sparsity {record.effective_sparsity:.3f}"
             f"{f', {record.remasks} re-masks' if record.remasks else ''}  {record.seconds:.0f} s"
         )
@@ -103,14 +105,12 @@ class TerminalView:
 
     def failed(self, cell: Any, error: str, where: Path) -> None:
         """A failed cell's line."""
-        self.console.print(
-            f"[red]failed[/red] {escape(cell.title):<32} {escape(error)} (traceback: {escape(str(where))})"
-        )
+        self.console.print(f"[red]failed[/red] {plain(cell.title):<32} {plain(error)} (traceback: {plain(str(where))})")
         self._next(cell)
 
     def note(self, text: str) -> None:
         """Something a person should know."""
-        self.console.print(escape(text), style="yellow")
+        self.console.print(plain(text), style="yellow")
 
     def _next(self, cell: Any) -> None:
         self.progress.advance(self._all)
@@ -136,6 +136,33 @@ def _number(m: Metric) -> str:
     return f"{m.value:.{digits}f}" + (f" ± {m.stderr:.{digits}f}" if m.stderr is not None else "")
 
 
+def settle_streams() -> None:
+    """Have files and pipes take UTF-8, whatever the locale; what a terminal cannot show is spelled out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=PLAIN)
+
+
+def console(**options: Any) -> Console:
+    """A terminal that shows texts as they are: no words coloured, none taken for a picture's name."""
+    return Console(highlight=False, emoji=False, **options)
+
+
+def plain(text: str) -> str:
+    """A text of any origin as a piece of rich's markup."""
+    return escape(printable(text))
+
+
+def say(text: str, err: bool = False) -> None:
+    """Lines for a person."""
+    print(printable(text, lines=True), file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def put(text: str) -> None:
+    """A text for a person or a program, as it is."""
+    sys.stdout.write(printable(text, lines=True))
+
+
 def print_tables(records: Sequence[Record], more: Sequence[Table] = ()) -> None:
     """The tables of a run, then `more`."""
     for table in [*tables(records), *more]:
@@ -146,31 +173,31 @@ def print_tables(records: Sequence[Record], more: Sequence[Table] = ()) -> None:
 def output(data: list[dict[str, Any]], table: Table, format: str) -> None:
     """Data as `json`, or their table as `md` or for the terminal."""
     if format == "json":
-        typer.echo(json.dumps(finite(data), indent=1))
+        say(json_text(finite(data)))
     elif format == "md":
-        typer.echo(markdown(table))
+        say(markdown(table))
     else:
         show(table)
 
 
 def show(table: Table) -> None:
     """A table on the terminal, every column whole: a line longer than the terminal is wide wraps, no number is lost."""
-    console = Console(highlight=False)
+    screen = console()
     if not table.body:
-        console.print(f"{escape(table.title)}\n[dim]{escape(table.note)}[/dim]")
+        screen.print(f"{plain(table.title)}\n[dim]{plain(table.note)}[/dim]")
         return
     shown = rich.table.Table(
-        title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=plain(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     for column in table.columns:
-        shown.add_column(escape(column), justify="left" if column in TEXTS else "right", no_wrap=True)
+        shown.add_column(plain(column), justify="left" if column in TEXTS else "right", no_wrap=True)
     for i, row in enumerate(table.body):
         if i in table.rules:
             shown.add_section()
-        shown.add_row(*(f"[bold]{escape(c)}[/bold]" if (i, j) in table.bold else escape(c) for j, c in enumerate(row)))
-    width = Measurement.get(console, console.options.update_width(1000), shown).maximum
-    Console(highlight=False, width=max(console.width, width), soft_wrap=True).print(shown)
-    console.print(escape(table.note), style="dim")
+        shown.add_row(*(f"[bold]{plain(c)}[/bold]" if (i, j) in table.bold else plain(c) for j, c in enumerate(row)))
+    width = Measurement.get(screen, screen.options.update_width(1000), shown).maximum
+    console(width=max(screen.width, width), soft_wrap=True).print(shown)
+    screen.print(plain(table.note), style="dim")
 
 
 def save_text(path: Path, text: str) -> None:
@@ -182,4 +209,4 @@ def save_text(path: Path, text: str) -> None:
     stream = files.is_stream(path)
     files.write(path, text)
     if not stream:
-        typer.echo(f"wrote {path}")
+        say(f"wrote {path}")

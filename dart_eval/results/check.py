@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from dart_eval.results.outcomes import (
     value,
 )
 from dart_eval.results.writers import Table, finite
+from dart_eval.text import json_text, printable
 
 CHANGED = 1e-3  # a document counts as changed where its value moved by more: less is arithmetic
 OK, FELL, MISSING = "ok", "FELL", "missing"
@@ -325,7 +325,7 @@ def note(report: Report, every: bool = False) -> str:
 def markdown(report: Report, every: bool = False) -> str:
     """The verdict first, then the table, where it has rows."""
     made = table(report, every)
-    return writers.markdown(made) if made.body else f"### {made.title}\n\n{made.note}\n"
+    return writers.markdown(made) if made.body else f"### {printable(made.title)}\n\n{printable(made.note)}\n"
 
 
 def to_json(report: Report) -> str:
@@ -335,7 +335,7 @@ def to_json(report: Report) -> str:
         "thresholds": dataclasses.asdict(report.thresholds), "resamples": stats.RESAMPLES, "seed": stats.SEED,
         "rows": [r.to_json() for r in report.rows], "notes": report.notes,
     }  # fmt: skip
-    return json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n"
+    return json_text(finite(data)) + "\n"
 
 
 def junit(report: Report) -> str:
@@ -346,10 +346,11 @@ def junit(report: Report) -> str:
     suite = ElementTree.SubElement(root, "testsuite", {"name": "dart-eval check", **counts, "skipped": "0"})
     for row in report.rows:
         case = ElementTree.SubElement(
-            suite, "testcase", {"classname": row.cell, "name": f"{row.task} {row.metric}", "time": "0"}
-        )
+            suite, "testcase",
+            {"classname": printable(row.cell), "name": printable(f"{row.task} {row.metric}"), "time": "0"},
+        )  # fmt: skip
         if row.verdict != OK:
-            failure = ElementTree.SubElement(case, "failure", {"message": row.why, "type": row.verdict})
+            failure = ElementTree.SubElement(case, "failure", {"message": printable(row.why), "type": row.verdict})
             failure.text = _sentence(row)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
@@ -358,16 +359,16 @@ def junit(report: Report) -> str:
 def _sentence(row: Row) -> str:
     r = row.result
     values = "" if r is None else f": {number(r.value_b)} then, {number(r.value_a)} now, n {r.n}"
-    return f"{row.cell}, {row.task} {row.metric}{values}; {row.why}"
+    return printable(f"{row.cell}, {row.task} {row.metric}{values}; {row.why}")
 
 
 def workflow_commands(report: Report) -> list[str]:
     """GitHub's workflow commands, one for each row that fell or is missing."""
     lines = []
     for row in report.bad:
-        title = f"{row.verdict} {row.task} {row.metric}"
-        for raw, escaped in (("%", "%25"), ("\r", "%0D"), ("\n", "%0A"), (":", "%3A"), (",", "%2C")):
+        title = printable(f"{row.verdict} {row.task} {row.metric}")
+        for raw, escaped in (("%", "%25"), (":", "%3A"), (",", "%2C")):
             title = title.replace(raw, escaped)
-        text = _sentence(row).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+        text = _sentence(row).replace("%", "%25")
         lines.append(f"::error title={title}::{text}")
     return lines

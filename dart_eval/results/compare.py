@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +27,7 @@ from dart_eval.results.outcomes import (
 )
 from dart_eval.results.tables import labels
 from dart_eval.results.writers import Table, finite
+from dart_eval.text import json_text
 
 
 @dataclass(frozen=True)
@@ -312,9 +310,5 @@ def render(comparison: Comparison, form: str) -> str:
             "a": comparison.a, "b": comparison.b, "rows": rows, "notes": comparison.notes, "alpha": stats.ALPHA,
             "resamples": stats.RESAMPLES, "seed": stats.SEED, "correction": "Holm",
         }  # fmt: skip
-        return json.dumps(finite(data), indent=1, ensure_ascii=False) + "\n"
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+        return json_text(finite(data)) + "\n"
+    return writers.csv_text([list(rows[0]), *(list(r.values()) for r in rows)])

@@ -6,9 +6,7 @@ samples of a results folder.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +16,7 @@ from typing import Any
 from dart_eval.results import outcomes, stats
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
-from dart_eval.results.writers import Table
+from dart_eval.results.writers import Table, csv_text
 
 # Costs that a column may show: of a record, and with how many digits.
 FIELDS: dict[str, tuple[Callable[[Record], float], int]] = {
@@ -346,29 +344,15 @@ def _text(made: Value | None) -> str:
 
 def to_csv(numbers: Sequence[Value]) -> str:
     """Every number in full precision, one per line."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
+    heads = [
+        "table", "row", "method", "params", "sparsity", "column", "tasks", "metric", "value", "stderr", "n", "p",
+        "bold",
+    ]  # fmt: skip
+    body = [
         [
-            "table",
-            "row",
-            "method",
-            "params",
-            "sparsity",
-            "column",
-            "tasks",
-            "metric",
-            "value",
-            "stderr",
-            "n",
-            "p",
-            "bold",
+            v.table, v.row.label, v.row.method, v.row.params, v.sparsity, v.column.head, "+".join(v.column.tasks),
+            v.column.metric or v.column.field, v.value, v.stderr, v.n, v.p, v.bold,
         ]
-    )
-    for v in numbers:
-        c = v.column
-        writer.writerow([
-            v.table, v.row.label, v.row.method, json.dumps(v.row.params, sort_keys=True), v.sparsity, c.head,
-            "+".join(c.tasks), c.metric or c.field, v.value, v.stderr, v.n, v.p, v.bold,
-        ])  # fmt: skip
-    return out.getvalue()
+        for v in numbers
+    ]  # fmt: skip
+    return csv_text([heads, *body])

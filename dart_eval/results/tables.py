@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from dart_eval.results import writers
 from dart_eval.results.record import Record
 from dart_eval.results.writers import Table
+from dart_eval.text import json_text
 
 FORMATS = ("md", "csv", "tex", "json")
 # Settings of a run: columns of json and csv, and named in the tables for people where the records differ in them.
@@ -289,7 +288,7 @@ def render(records: Sequence[Record], form: str, subtasks: bool = False, more: S
     more: tables that follow these, for people.
     """
     if form == "json":
-        return json.dumps(writers.finite(rows(records, subtasks)), indent=1, ensure_ascii=False) + "\n"
+        return json_text(writers.finite(rows(records, subtasks))) + "\n"
     if form == "csv":
         return _csv(rows(records, subtasks))
     writer = writers.markdown if form == "md" else writers.latex
@@ -297,10 +296,5 @@ def render(records: Sequence[Record], form: str, subtasks: bool = False, more: S
 
 
 def _csv(data: list[dict[str, Any]]) -> str:
-    out = io.StringIO()
     names = list(dict.fromkeys(k for r in data for k in r))
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    for r in data:
-        writer.writerow({k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in r.items()})
-    return out.getvalue()
+    return writers.csv_text([names, *([r.get(name) for name in names] for r in data)])

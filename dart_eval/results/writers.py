@@ -1,10 +1,15 @@
-"""One table as text: Markdown, LaTeX (booktabs); and data as JSON."""
+"""One table as text: Markdown, LaTeX (booktabs); and data as CSV and JSON."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from dart_eval.text import printable
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,26 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-", re.IGNORECASE)  # or the dash that stands for none
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV that a spreadsheet opens and does not run: what begins like a formula gets an apostrophe before it.
+
+    Numbers stay as they are, mappings are JSON, None is empty.
+    """
+    return "".join(",".join(map(_csv_cell, row)) + "\n" for row in rows)
+
+
+def _csv_cell(value: Any) -> str:
+    if not isinstance(value, (str, dict, list)):
+        return "" if value is None else str(value)
+    text = printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    if text.lstrip()[:1] in tuple("=+-@＝＋－＠") and not _NUMBER.fullmatch(text):
+        text = f"'{text}"
+    return '"' + text.replace('"', '""') + '"' if re.search('[",;]', text) or text != text.strip() else text
+
+
 def markdown(table: Table) -> str:
     """A table of GitHub's Markdown; a text that would break the table is escaped."""
     columns = [_md(c) for c in table.columns]
@@ -44,12 +69,12 @@ def markdown(table: Table) -> str:
         return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    parts = [f"### {table.title}", "", line(columns), rule, *map(line, body), ""]
-    return "\n".join([*parts, table.note, ""] if table.note else parts)
+    parts = [f"### {printable(table.title)}", "", line(columns), rule, *map(line, body), ""]
+    return "\n".join([*parts, printable(table.note), ""] if table.note else parts)
 
 
 def _md(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return printable(text).replace("|", "\\|")
 
 
 _TEX = {
@@ -63,7 +88,8 @@ def latex(table: Table) -> str:
     """A table that needs the packages booktabs and graphicx (a wide one is scaled to the line) and T1 fonts."""
 
     def cell(text: str, bold: bool = False) -> str:
-        made = "".join(_TEX.get(c, c) for c in text).replace("--", "-{}-")  # no dash: options are quoted here
+        made = "".join(_TEX.get(c, c) for c in printable(text))
+        made = made.replace("--", "-{}-")  # no dash: options are quoted here
         return rf"\textbf{{{made}}}" if bold else made
 
     # A column is set right if it holds nothing but numbers and gaps.

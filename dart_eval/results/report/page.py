@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 from importlib import resources
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
+
+from dart_eval.text import json_text, printable
 
 
 def render(context: dict[str, Any], data: Any) -> str:
@@ -22,13 +23,13 @@ def render(context: dict[str, Any], data: Any) -> str:
         **context, style=Markup(style), script=Markup(script), policy=_policy(script),
         data=None if data is None else Markup(script_json(data)),
     )  # fmt: skip
-    return text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a text cannot be written
+    return printable(text, lines=True)
 
 
 def script_json(data: Any) -> str:
     """JSON that can stand inside <script>: nothing in it ends the element, starts a comment, or breaks a line."""
-    text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), sort_keys=True, allow_nan=False)
-    for character in "<>&\u2028\u2029":
+    text = json_text(_finite(data), None, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
