@@ -1,5 +1,6 @@
 """`dart-eval bench`: what it measures is what it says; no test here depends on how fast anything is."""
 
+import copy
 import json
 import platform
 import runpy
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval import cost, shapes
 from dart_eval.bench import decode
+from dart_eval.bench.twin import twin
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.machine import foreign_cpu, hardware
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.registry import make, parse
@@ -51,6 +53,63 @@ def test_what_is_counted():
     assert picky.weights_executed == pytest.approx(0.373, abs=0.01)
     assert 1 < picky.ceiling_executed < picky.ceiling
     assert picky.renewal_dense_steps is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_is_the_untouched_model(dtype, monkeypatch):
+    """Every forward that is timed as dense: the weights, and what comes out, are those of the model before."""
+    model = tiny("llama", dtype)
+    reference = copy.deepcopy(model)
+    dense, forward = [], decode._Bench.timed
+
+    def timed(self, work):
+        ran = []
+
+        def keep(module, _args, kwargs, output):
+            if isinstance(module, LlamaForCausalLM):
+                ran.append((module, kwargs["input_ids"], output.logits, kwargs.get(cache_argument(module))))
+
+        handle = torch.nn.modules.module.register_module_forward_hook(keep, with_kwargs=True)
+        found = forward(self, work)
+        handle.remove()
+        for module, ids, logits, cache in ran:
+            if not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules()):
+                past = cache.get_seq_length() - ids.shape[1] if cache is not None else 0
+                dense.append((module, ids, logits, past))
+                own = dict(module.named_parameters())
+                for name, parameter in reference.named_parameters():
+                    assert torch.equal(own[name], parameter) and own[name].stride() == parameter.stride(), name
+        return found
+
+    monkeypatch.setattr(decode._Bench, "timed", timed)
+    found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
+    # Three rounds: the prompt for each cache that begins dense, five tokens twice; then before every exchange, and
+    # before every end and begin.
+    assert len(dense) == 3 * (3 + 2 * 5) + 3 + 3
+    ffn = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".mlp." in n)
+    assert (found.twin_bytes, found.extra_weight_bytes) == (ffn, 0)
+    for module, ids, logits, past in dense:
+        assert module is not model
+        if not past:
+            assert torch.equal(logits, reference(ids, logits_to_keep=1).logits)
+
+
+def test_a_twin_shares_all_but_the_ffns():
+    model = tiny("gemma3", torch.float32)
+    own = {n: p.data_ptr() for n, p in twin(model).named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert (own[name] != parameter.data_ptr()) == (".mlp." in name), name
+
+
+def test_no_memory_for_a_twin_is_told(monkeypatch):
+    def deepcopy(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 11.00 GiB")
+
+    model = tiny("llama", torch.float32)
+    find_ffns(model)
+    monkeypatch.setattr("dart_eval.bench.twin.copy.deepcopy", deepcopy)
+    with pytest.raises(UserError, match="second copy of the FFN weights"):
+        twin(model)
 
 
 def test_steps_with_a_renewal_are_left_out():

@@ -1,9 +1,11 @@
 """How fast a pruned model decodes, against the dense one and against what the hardware allows.
 
 Everything that is compared runs in turn, step by step, in one process: the dense model, the dense model once more (a
-control, which should be as fast as itself), the method, and the method's slices without its tracing. Each has a KV
-cache of its own, of the same length. Ratios are medians over steps of times that lie next to each other, so that what
-else the machine does hits both.
+control, which should be as fast as itself), the method, and the method's slices without its tracing. Dense is a second
+model, which `prune()` never touches: it has the FFN weights once more, bit for bit, and shares all others (`twin`).
+Each has a KV cache of its own, of the same length. Ratios are medians over steps of times that lie next to each other,
+so that what else the machine does hits both; weights that take turns drive each other out of the processor's cache
+alike.
 
 The ceiling: a decoded token reads every weight once, so a model whose FFNs are the share phi of the weights it reads
 cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the FFN weights read.
@@ -24,6 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from dart_eval import cost
+from dart_eval.bench.twin import own_bytes, twin
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.machine import foreign_cpu, peak_memory, wait
@@ -63,7 +66,8 @@ class DecodeSpeed:
         tracing_overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
         dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
         extra_weight_bytes: memory of weights beyond the model's own. state_bytes: of the method. order_bytes: of the
-            neurons' order. peak_bytes: of the GPU, or of the process.
+            neurons' order. twin_bytes: of the FFN weights that the dense side has once more; the benchmark's alone, in
+            no other number. peak_bytes: of the GPU, or of the process, without them.
         foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
     """
 
@@ -87,6 +91,7 @@ class DecodeSpeed:
     extra_weight_bytes: int
     state_bytes: int
     order_bytes: int
+    twin_bytes: int
     peak_bytes: int
     foreign_cores: float | None
 
@@ -130,13 +135,14 @@ def measure(
             dense model too, with KV caches of a fixed size.
 
     Raises:
-        UserError: a method that does not prune or looks ahead, or weights that cannot be reordered.
+        UserError: a method that does not prune or looks ahead, weights that cannot be reordered, or no memory for the
+            FFN weights of the dense side.
     """
     if not method.prunes or (isinstance(method, PromptMethod) and method.looks_ahead):
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
     shape = cost.shape_of(model, find_ffns(model))
     before = _weight_bytes(model)
-    bench = _Bench(model, seed, compiled, prompt_tokens + steps)
+    bench = _Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
     times: dict[str, list[float]] = {name: [] for name in ("dense", "again", "pruned", "bare")}
     prefill: dict[str, list[float]] = {"dense": [], "pruned": []}
     exchange: dict[str, list[float]] = {"dense": [], "remask": []}
@@ -178,8 +184,8 @@ def measure(
         tracing_overhead=paired(times["pruned"], times["bare"], 1.0),
         dense_tokens_per_second=1 / statistics.median(times["dense"]),
         tokens_per_second=1 / statistics.median(times["pruned"]),
-        extra_weight_bytes=extra, state_bytes=state, order_bytes=order, peak_bytes=peak(),
-        foreign_cores=foreign(),
+        extra_weight_bytes=extra, state_bytes=state, order_bytes=order, twin_bytes=own_bytes(model),
+        peak_bytes=max(0, peak() - own_bytes(model)), foreign_cores=foreign(),
     )  # fmt: skip
 
 
@@ -196,11 +202,15 @@ def _many_variants(compiled: bool) -> Iterator[None]:
 
 
 class _Bench:
-    """The variants of a step on one model."""
+    """The variants of a step: those of the model that is pruned, and its dense twin's."""
 
-    def __init__(self, model: PreTrainedModel, seed: int, compiled: str | None = None, length: int = 0) -> None:
-        self.model, self.length = model, length
-        self.decode: Callable[..., Any] = model if compiled is None else torch.compile(model, mode=compiled)
+    def __init__(
+        self, model: PreTrainedModel, dense: PreTrainedModel, seed: int, compiled: str | None = None, length: int = 0
+    ) -> None:
+        self.model, self.dense, self.length = model, dense, length
+        self._decode: dict[int, Callable[..., Any]] = {
+            id(m): m if compiled is None else torch.compile(m, mode=compiled) for m in (model, dense)
+        }
         self.fixed = compiled is not None
         self._caches: dict[str, Any] = {}
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
@@ -220,10 +230,10 @@ class _Bench:
         wait(self.device)
         return time.perf_counter() - start, out
 
-    def step(self, tokens: Tensor, cache: Any) -> tuple[float, Any]:
-        """One forward with logits at the last position."""
+    def step(self, model: PreTrainedModel, tokens: Tensor, cache: Any) -> tuple[float, Any]:
+        """One forward of the pruned model or its twin, with logits at the last position."""
         kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
-        forward = self.decode if tokens.shape[1] == 1 else self.model
+        forward = self._decode[id(model)] if tokens.shape[1] == 1 else model
         return self.timed(lambda: forward(input_ids=tokens, **kwargs))
 
     def round(
@@ -232,11 +242,10 @@ class _Bench:
         """A prompt and its decoding, all variants in turn. Steps after which masks were renewed are left out."""
         ids = self.tokens(prompt)
         caches = {name: self._cache(name) for name in times}
-        prefill["pruned"].append(self.step(ids, caches["pruned"])[0])
-        with run.paused():
-            prefill["dense"].append(self.step(ids, caches["dense"])[0])
-            for name in ("again", "bare"):
-                self.step(ids, caches[name])
+        prefill["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
+        prefill["dense"].append(self.step(self.dense, ids, caches["dense"])[0])
+        for name in ("again", "bare"):
+            self.step(self.dense, ids, caches[name])
         order = list(times)
         for _ in range(steps):
             token, seen = self.tokens(1), len(run.events)
@@ -248,13 +257,14 @@ class _Bench:
 
     def _one(self, run: Session, name: str, token: Tensor, cache: Any) -> float:
         if name == "pruned":
-            return self.step(token, cache)[0]
-        with run.paused(), run.sliced() if name == "bare" else contextlib.nullcontext():
-            return self.step(token, cache)[0]
+            return self.step(self.model, token, cache)[0]
+        if name == "bare":
+            with run.paused(), run.sliced():
+                return self.step(self.model, token, cache)[0]
+        return self.step(self.dense, token, cache)[0]
 
-    def _dense(self, run: Session) -> float:
-        with run.paused():
-            return self.timed(lambda: self.model(input_ids=self.tokens(1), logits_to_keep=1))[0]
+    def _dense(self) -> float:
+        return self.timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1))[0]
 
     def exchange(self, run: Session, times: dict[str, list[float]]) -> None:
         """Replace a fifth of every layer's kept neurons by others."""
@@ -267,7 +277,7 @@ class _Bench:
             front[torch.randperm(kept, generator=self.generator)[:moved]] = False
             front[kept + torch.randperm(ffn.size - kept, generator=self.generator)[:moved]] = True
             masks.append(ffn.by_neuron(front.to(self.device)))
-        times["dense"].append(self._dense(run))
+        times["dense"].append(self._dense())
         times["remask"].append(
             self.timed(lambda: [permuted.select(layer, mask) for layer, mask in enumerate(masks)])[0]
         )
@@ -277,7 +287,7 @@ class _Bench:
         state = run.state
         assert state is not None
         everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
-        times["dense"].append(self._dense(run))
+        times["dense"].append(self._dense())
         copied = state.select(torch.arange(state.batch, device=state.device))
         times["renewal"].append(self.timed(lambda: copied.remask(everyone))[0])
 
@@ -285,7 +295,7 @@ class _Bench:
         """Put every neuron back, take the weights over again, and move the kept neurons to the front."""
         permuted, masks = run.permuted, run.state.masks if run.state is not None else run.static_masks
         assert permuted is not None and masks is not None
-        times["dense"].append(self._dense(run))
+        times["dense"].append(self._dense())
         times["end"].append(self.timed(permuted.restore)[0])
         times["begin"].append(self.timed(permuted.begin)[0])
         for layer, mask in enumerate(masks):
@@ -320,15 +330,15 @@ def profile(
     prompt_tokens: int = 128,
 ) -> None:
     """Write a torch profiler trace of a few pruned steps, for chrome://tracing or Perfetto."""
-    bench = _Bench(model, seed=0)
+    bench = _Bench(model, model, seed=0)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted"):
         cache = DynamicCache(config=model.config)
-        bench.step(bench.tokens(prompt_tokens), cache)
-        bench.step(bench.tokens(1), cache)
+        bench.step(model, bench.tokens(prompt_tokens), cache)
+        bench.step(model, bench.tokens(1), cache)
         with torch.profiler.profile(activities=activities) as recorded:
             for _ in range(3):
-                bench.step(bench.tokens(1), cache)
+                bench.step(model, bench.tokens(1), cache)
     recorded.export_chrome_trace(path)

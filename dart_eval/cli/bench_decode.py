@@ -93,10 +93,12 @@ def table(found: list[Any], where: str) -> Table:
     busy = f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     note = (
         f"{where}; sparsity {found[0].sparsity:g}, one sequence, {found[0].speedup.n} steps a method. Speed-up over "
-        "dense, median [quartiles] of neighbouring steps; control: dense over dense. Ceiling: what the bytes of this "
-        "model allow at the FFN weights read (in brackets: those that are multiplied, where a token picks inside its "
-        "mask). First token: prompt, masks and reordering, over a dense prompt. In dense steps: re-mask, exchanging a "
-        "fifth of the kept neurons; renewal, new scores and masks from recent tokens; begin and end, once per prune(), "
+        "dense, median [quartiles] of neighbouring steps; dense: a model of the same weights that prune() never "
+        f"touched, so that the FFN weights are there twice ({found[0].twin_bytes / 10**6:.0f} MB that no column "
+        "counts); control: dense over dense. Ceiling: what the bytes of this model allow at the FFN weights read (in "
+        "brackets: those that are multiplied, where a token picks inside its mask). First token: prompt, masks and "
+        "reordering, over a dense prompt. In dense steps: re-mask, exchanging a fifth of the kept neurons; renewal, "
+        "new scores and masks from recent tokens; begin and end, once per prune(), "
         "taking the weights over and putting every neuron back. Tracing: what watching adds to a "
         f"pruned step. Tokens/s: to orient, dense in brackets. State: of the method, and the neurons' order.{busy}"
     )
