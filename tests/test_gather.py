@@ -25,7 +25,7 @@ from tests.test_permuted import _Interrupt, bits, decoded, make, same
 
 generator = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
-    for count, width in ((1, 5), (77, 200), (300, 128)):
+    for count, width in ((0, 7), (1, 5), (77, 200), (300, 128)):
         weight = torch.randn(300, width, generator=generator).to(dtype)
         rows = torch.randperm(300, generator=generator)[:count]
         x, h = torch.randn(width, generator=generator).to(dtype), torch.randn(count, generator=generator).to(dtype)

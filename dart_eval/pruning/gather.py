@@ -75,6 +75,8 @@ def read_rows(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     """
     count, width = len(rows), weight.shape[1]
     out = torch.empty(count, dtype=torch.float32, device=x.device)
+    if not count:
+        return out
     grid: Any = (-(-count // ROWS),)
     _read_rows[grid](weight, rows, x.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS)
     return out
@@ -91,6 +93,8 @@ def write_rows(weight: Tensor, rows: Tensor, h: Tensor) -> Tensor:
     """
     count, width = len(rows), weight.shape[1]
     out = torch.zeros(width, dtype=torch.float32, device=h.device)
+    if not count:
+        return out
     grid: Any = (-(-width // COLUMNS), SPLITS)
     _write_rows[grid](weight, rows, h.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS, SPLITS)
     return out

@@ -12,7 +12,7 @@ def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
     scores: [..., F], NaN counts as largest; keep: the same without F. Returns [..., F] bool with exactly keep[b]
     True in row b. By selection, not by sorting: tokens that pick their neurons do this for every layer.
     """
-    rows = scores.masked_fill(scores.isnan(), torch.inf).reshape(-1, scores.shape[-1])
+    rows = scores.masked_fill(scores.isnan(), torch.inf).reshape(scores.shape[:-1].numel(), scores.shape[-1])
     counts = keep.cpu().expand(scores.shape[:-1]).reshape(-1)  # grouped on the CPU, where they are made
     distinct = counts.unique().tolist()  # few: layers with a uniform share have one
     if len(distinct) == 1:

@@ -3,10 +3,17 @@
 A weight is there whole or as a view of its first K neurons, so that the module's own forward runs; two need a forward
 of their own: one that holds gate above up (the kept rows of both are no one view), and down.
 
-Down is stored by neurons, [F, D], so that a neuron is one row in every matrix and a swap is cheap. For one token on a
-CPU its product is a weighted sum of rows, which torch's `embedding_bag` does in 0.5 to 0.75 of the time of a product
-with the first K columns of [D, F]; a linear layer on the transposed weight takes 1.9 times as long (bfloat16, 2048 x
-8192).
+Down is stored by neurons, [F, D], so that a neuron is one row in every matrix and a swap is cheap. What multiplies it
+goes by device, tokens and dtype:
+
+    a GPU, or many tokens on a CPU      a linear layer on the transposed weight
+    at most `FEW` tokens on a CPU       weighted sums of rows, by torch's `embedding_bag`
+    many tokens on a CPU, float16       products in float32, a few neurons at a time
+
+For one token the sum of rows takes 0.4 to 0.75 of the time of a product with the first K columns of [D, F], in every
+dtype; the linear layer on the transposed weight takes as long as on the model's own in float32, twice as long in
+bfloat16, and in float16 50 to 100 times as long, for any number of tokens: torch has no fast product of this layout
+there, and one in float32 takes 0.4 to 1.5 of the time of the model's own (640 x 2048 and 2048 x 8192, two threads).
 """
 
 from __future__ import annotations
@@ -21,7 +28,11 @@ from torch.nn.functional import embedding_bag, linear
 from dart_eval.ffn import FFN, is_conv1d
 from dart_eval.pruning import gather
 
-FEW = 2  # tokens for which a weighted sum of rows beats a product on a CPU
+FEW = 4  # tokens for which weighted sums of rows beat a product on a CPU
+# Sums of rows are made in so many parts at most, of at least so many rows each: one thread makes a part. They follow
+# from the number of rows alone, so that no digit depends on the number of threads.
+PARTS, PART_ROWS = 16, 256
+CHUNK = 256  # neurons of down that are in float32 at a time
 
 
 def slots(ffn: FFN) -> list[Slot | FusedSlot]:
@@ -140,12 +151,14 @@ class Down:
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., K] -> [..., D], K neurons, the first ones."""
-        count, flat = h.shape[-1], h.reshape(-1, h.shape[-1])
+        count, flat = h.shape[-1], h.flatten(0, -2)  # not by reshape(-1, K): a layer may keep no neuron
+        rows = self.rows[:count]
         if h.device.type == "cpu" and len(flat) <= FEW:
-            index = self.index[:count].expand(len(flat), count)
-            out = weighted_rows(self.rows, index, flat)
+            out = weighted_rows(rows, self.index[:count].expand(len(flat), count), flat)
+        elif h.device.type == "cpu" and h.dtype == torch.float16:
+            out = in_float32(rows, flat)
         else:
-            out = linear(flat, self.rows[:count].t())
+            out = linear(flat, rows.t())
         if self.module.bias is not None:
             out = out + self.module.bias
         return out.view(*h.shape[:-1], -1)
@@ -153,7 +166,23 @@ class Down:
 
 def weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """[n, D]: for each of n, the sum of rows[index] times their weights. rows: [F, D]; index, weights: [n, K]."""
-    return embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+    n, count = index.shape
+    if not index.numel():
+        return rows.new_zeros(n, rows.shape[1])
+    length = max(PART_ROWS, -(-count // PARTS))
+    starts = torch.arange(0, n * count, count)[:, None] + torch.arange(0, count, length)
+    sums = embedding_bag(
+        index.flatten(), rows, starts.flatten(), mode="sum", per_sample_weights=weights.flatten()
+    )  # [n parts, D]
+    return sums.view(n, -1, rows.shape[1]).sum(1, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
+
+
+def in_float32(rows: Tensor, weights: Tensor) -> Tensor:
+    """[n, D]: weights @ rows, multiplied in float32. rows: [K, D]; weights: [n, K]."""
+    out = torch.zeros(len(weights), rows.shape[1])
+    for part, some in zip(rows.split(CHUNK), weights.split(CHUNK, dim=1), strict=True):
+        out.addmm_(some.float(), part.float())
+    return out.to(rows.dtype)
 
 
 class GatheredFFN:
