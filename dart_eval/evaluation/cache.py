@@ -36,24 +36,14 @@ def fork(cache: Any, rows: Tensor | None = None) -> Any:
 def can_share_prefix(model: PreTrainedModel) -> bool:
     """Whether keys and values of a prefix are the same whatever follows, and can be laid out anew.
 
-    Not where layers keep something else than keys and values per token, look back in chunks (whose borders padding
-    moves), or turn positions by an angle that depends on the length of the whole.
+    Not where layers keep something else than keys and values per token, or look back in chunks (whose borders padding
+    moves).
     """
     if not all(type(layer) in PLAIN for layer in new_cache(model).layers):
         return False
     config = model.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ())
-    if types - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
-        return False
-    return not _rope_types(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"}
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """Kinds of rotary positions: one dictionary, or one for each type of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    own = {str(parameters["rope_type"])} if "rope_type" in parameters else set()
-    return own.union(*(_rope_types(v) for v in parameters.values()))
+    return not types - {"full_attention", "sliding_attention"} and not getattr(config, "attention_chunk_size", None)
 
 
 def prefix_cache() -> Any:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.logits import Answers
+from dart_eval.evaluation.rotary import Angles
 from dart_eval.ffn import cache_argument
 from dart_eval.finite import refuse_not_finite
 from dart_eval.trial import telling
@@ -22,11 +23,16 @@ class Forwards:
 
     Args:
         head: see `output_head`.
+
+    Attributes:
+        angles: rotary ones that depend on the length of rows. Rows of a forward have the same (`Angles.of`), and it
+            runs inside `angles.held`.
     """
 
     def __init__(self, model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
         self.model, self.head = model, head
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+        self.angles = Angles(model)
         self._cache_name = cache_argument(model)
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
@@ -34,7 +40,8 @@ class Forwards:
         """Last hidden states [B, T, D]. tokens: [B, T]; attention: [B, past + T] bool; positions: [B, T]."""
         kwargs: dict[str, Any] = {self._cache_name: cache}
         if self._takes_positions:
-            kwargs["position_ids"] = positions.clamp_min(0)
+            # Padding has position 0: what comes after a short row would count as its length (`Angles`).
+            kwargs["position_ids"] = positions.masked_fill(~attention[:, -tokens.shape[1] :], 0)
         base = self.model.base_model
         return base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
 

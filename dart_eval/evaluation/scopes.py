@@ -7,6 +7,7 @@ arXiv 2404.01365): all tokens but the last run dense and make the mask; the last
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,10 +22,14 @@ from dart_eval.pruning.session import Session
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a forward, and for each the requests that it answers: (index, continuation)."""
+    """Inputs of a forward, and for each the requests that it answers: (index, continuation).
+
+    angles: of all inputs, see `rotary.Angles.of`.
+    """
 
     inputs: list[tuple[int, ...]]
     targets: list[list[tuple[int, tuple[int, ...]]]]
+    angles: int
 
     @property
     def requests(self) -> list[int]:
@@ -50,17 +55,21 @@ class WholeInputs(Scoring):
             inputs = (*request.context, *request.continuation[:-1])
             rows.setdefault((inputs, len(request.continuation)), []).append(i)
         order = sorted(rows, key=lambda r: (len(r[0]), r), reverse=True)
-        most = self.budget
-        return [
-            Inputs(
-                [inputs for inputs, _ in order[part]],
-                [[(i, requests[i].continuation) for i in rows[r]] for r in order[part]],
-            )
-            for part in batches([len(inputs) for inputs, _ in order], most.rows, most.tokens, most.forward)
-        ]
+        most, units = self.budget, []
+        for angles, found in itertools.groupby(order, key=lambda r: self.forwards.angles.of(len(r[0]))):
+            alike = list(found)
+            for part in batches([len(inputs) for inputs, _ in alike], most.rows, most.tokens, most.forward):
+                targets = [[(i, requests[i].continuation) for i in rows[r]] for r in alike[part]]
+                units.append(Inputs([inputs for inputs, _ in alike[part]], targets, angles))
+        return units
 
     @torch.no_grad()
     def run(self, unit: Inputs) -> list[tuple[int, Score]]:
+        """The scores of a unit's requests, with their indices."""
+        with self.forwards.angles.held(unit.angles):
+            return self._run(unit)
+
+    def _run(self, unit: Inputs) -> list[tuple[int, Score]]:
         """Score rows whose inputs end with the answer; the answer's share of them differs from row to row."""
         inputs, targets = unit.inputs, unit.targets
         tokens, valid = pad(inputs, left=True, device=self.forwards.device)

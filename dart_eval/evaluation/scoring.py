@@ -38,11 +38,12 @@ LARGE_HEAD, HELD_TOKENS = 1 << 24, 1024
 class Batch:
     """Contexts of a forward, the longest first; the first `prefix` tokens are the same in all.
 
-    asked: context -> (index of the request, continuation).
+    asked: context -> (index of the request, continuation). angles: of all rows, see `rotary.Angles.of`.
     """
 
     contexts: list[tuple[int, ...]]
     prefix: int
+    angles: int
     asked: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 
     @property
@@ -73,6 +74,7 @@ class _Prefix:
     """A token prefix of several contexts, run once: its KV cache of one row, and the method's state."""
 
     tokens: tuple[int, ...]
+    angles: int
     cache: Any
     state: SequenceState | None
 
@@ -121,26 +123,37 @@ class Scorer(Scoring):
 
     def units(self, requests: Sequence[Request]) -> list[Unit]:
         """What runs together. Long contexts first, so that running out of memory shows at once."""
-        by_context: dict[tuple[int, ...], list[int]] = {}
-        for i, request in enumerate(requests):
-            by_context.setdefault(request.context, []).append(i)
-        contexts = sorted(by_context, key=lambda c: (len(c), c), reverse=True)
         units: list[Unit] = []
         held = self._hold
-        for members, prefix in self._context_batches(contexts):
-            asked = {c: [(i, requests[i].continuation) for i in by_context[c]] for c in members}
+        for batch in self._all_batches(requests):
             if held >= self._hold:
                 units.append(Unit([]))
                 held = 0
-            units[-1].batches.append(Batch(members, prefix, asked))
-            held += units[-1].batches[-1].tokens
+            units[-1].batches.append(batch)
+            held += batch.tokens
         return units
+
+    def _all_batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """Every context once for each kind of angles that its answers' lengths give it."""
+        by_angles: dict[int, dict[tuple[int, ...], list[int]]] = {}
+        for i, request in enumerate(requests):
+            angles = self.forwards.angles.of(len(request.context) + len(request.continuation) - 1)
+            by_angles.setdefault(angles, {}).setdefault(request.context, []).append(i)
+        for angles in sorted(by_angles, reverse=True):
+            by_context = by_angles[angles]
+            contexts = sorted(by_context, key=lambda c: (len(c), c), reverse=True)
+            for members, prefix in self._context_batches(contexts):
+                asked = {c: [(i, requests[i].continuation) for i in by_context[c]] for c in members}
+                yield Batch(members, prefix, angles, asked)
 
     @torch.no_grad()
     def run(self, unit: Unit) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
         answers = self.forwards.answers()
-        waiting = [found for batch in unit.batches for found in self._run(batch, answers)]
+        waiting: list[tuple[Row, Cost]] = []
+        for batch in unit.batches:
+            with self.forwards.angles.held(batch.angles):
+                waiting += self._run(batch, answers)
         answers.run()
         return scores(waiting, answers)
 
@@ -173,21 +186,22 @@ class Scorer(Scoring):
     def _shared(self, batch: Batch) -> _Prefix | None:
         """The prefix that a batch shares, from the batch before or run now."""
         tokens = batch.contexts[0][: batch.prefix]
-        if self._prefix is None or self._prefix.tokens != tokens:
-            self._prefix = self._run_prefix(tokens) if tokens else None
+        known = self._prefix
+        if known is None or (known.tokens, known.angles) != (tokens, batch.angles):
+            self._prefix = self._run_prefix(tokens, batch.angles) if tokens else None
         return self._prefix
 
-    def _run_prefix(self, tokens: tuple[int, ...]) -> _Prefix:
+    def _run_prefix(self, tokens: tuple[int, ...], angles: int) -> _Prefix:
         """Run a prefix of several contexts, densely; a method's state observes it."""
         ids, valid = pad([tokens], left=True, device=self.forwards.device)
         cache, session = prefix_cache(), self.session
         positions = torch.arange(len(tokens), device=self.forwards.device)[None]
         if session is None:
             self.forwards(ids, valid, positions, cache)
-            return _Prefix(tokens, cache, None)
+            return _Prefix(tokens, angles, cache, None)
         with session.context(valid):
             self.forwards(ids, valid, positions, cache)
-        return _Prefix(tokens, cache, session.state)
+        return _Prefix(tokens, angles, cache, session.state)
 
     def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[Any, Tensor, Tensor]:
         """Run contexts densely, as a batch with its padding on the left: their cache, valid [B, N], hidden [B, T, D].
