@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class StoreError(UserError):
             f"results cannot be written to {folder} ({error.strerror or error})",
             "make room or choose another --output; what is finished is kept",
         )
+
+
+def remark(text: str) -> None:
+    """Say something beside the results: one line on stderr."""
+    print(f"note: {' '.join(printable(text).split())}", file=sys.stderr)
 
 
 def out_of_memory(error: BaseException) -> bool:

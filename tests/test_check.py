@@ -20,8 +20,9 @@ from dart_eval.executors import jobs
 from dart_eval.plan import config_from
 from dart_eval.pruning.methods.griffin import Griffin
 from dart_eval.results import baseline, outcomes
-from dart_eval.results.check import Limits, Thresholds, check, recovery, thresholds_from, workflow_commands
+from dart_eval.results.check import check, recovery, workflow_commands
 from dart_eval.results.outcomes import Cell, Measure
+from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
 from tests.conftest import run_local, tiny
 from tests.test_compare import digest, make, perplexities, right, samples, save
 

@@ -419,7 +419,18 @@ def test_damaged_or_missing_samples_are_said(tmp_path):
         text.unlink()
     html = build(store).html
     assert "Samples could not be read for dart 50\u202f% on arc_easy and dart 70\u202f% on arc_easy" in html
-    assert "The run kept no prompts" in html
+    assert "Prompts could not be read for dense on arc_easy, griffin 50\u202f% on arc_easy" in html
+    assert "No prompts are at hand" in html
+
+
+def test_a_record_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path, capsys):
+    store = folder(tmp_path)
+    file = next((tmp_path / "cells").glob("adart0.7*"))
+    file.write_text("{")
+    made = build(store)
+    assert made.cells == 14
+    assert f"1 record could not be read and is left out: {file.name}." in made.html
+    assert f"left out: {file} cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("part", "text"), [

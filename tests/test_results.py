@@ -49,7 +49,10 @@ def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", mode
         memory={"weights": 2**20, "state": 512},
         settings={"batch_size": 8, "command": "dart-eval run"}, environment={"torch": "2"},
         measured={"seconds": 1.5, "created": created, "peak": 3 * 2**20},
-        samples=[{"doc_id": 0, "metrics": {"acc": 1.0}}],
+        samples=[{
+            "task": "arc_easy", "doc_id": 0, "filter": "none", "doc_hash": "d", "prompt_hash": "p", "target_hash": "t",
+            "metrics": {"acc": 1.0}, "responses": [],
+        }],
     )  # fmt: skip
 
 

@@ -46,15 +46,37 @@ def test_texts_are_kept_once_for_all_cells(tmp_path):
     assert [store.texts(r)["arc_easy", 0]["prompt"] for r in store.load()] == ["Why?", "Why?", "another"]
 
 
-def test_lost_or_changed_texts_are_none(tmp_path):
+@pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
+def test_a_cell_with_damaged_texts_is_not_finished_and_is_set_aside(tmp_path, damage):
     store = Store(tmp_path)
     saved = store.save("cell", record(), TEXTS)
+    other = store.save("other", record(key="k2"))
+    assert store.texts(other) == {}  # none were kept
     (path,) = (tmp_path / "texts").iterdir()
-    path.write_text(path.read_text().replace("Why?", "How?"))
-    assert store.texts(saved) == {}
-    assert store.get("cell", "k1") is not None  # no number depends on them
-    path.unlink()
-    assert store.texts(saved) == {}
+    if damage == "lost":
+        path.unlink()
+    else:
+        text = path.read_text()
+        path.write_text(text[:-3] if damage == "cut" else text.replace("Why?", "How?"))
+    with pytest.raises(UserError, match=r"the texts of arc_easy under dart at sparsity 0.5 .* cannot be read"):
+        store.texts(saved)
+    assert store.get("cell", "k1") is None
+    assert store.get("other", "k2") is not None
+    moved = [p.name for p in store.set_aside("cell", "k1")]
+    assert moved == [
+        "cell-k1.json.damaged-1", "cell-k1.jsonl.damaged-1", f"{path.name}.damaged-1",
+    ][: 3 - (damage == "lost")]  # fmt: skip
+    store.save("cell", record(), TEXTS)
+    assert store.get("cell", "k1") is not None
+    assert store.texts(saved) == {("arc_easy", 0): TEXTS[0]}
+
+
+def test_whole_texts_are_not_set_aside_with_a_damaged_record(tmp_path):
+    store = Store(tmp_path)
+    store.save("cell", record(), TEXTS)
+    store.samples_path("cell", "k1").write_text("")
+    assert len(store.set_aside("cell", "k1")) == 2
+    assert [p.suffix for p in (tmp_path / "texts").iterdir()] == [".jsonl"]
 
 
 def test_samples_of_schema_1_have_no_digest(tmp_path):

@@ -57,13 +57,14 @@ def check(
     from dart_eval.results import baseline as file
     from dart_eval.results import check as checking
     from dart_eval.results.outcomes import cells
+    from dart_eval.results.thresholds import thresholds_from
 
     if update:
-        found = cells(results)
+        found = cells(results, strict=True)
         documents = file.write(baseline, found)
         say(f"wrote {baseline}: {len(found)} cells, {documents} documents")
         return
-    limits = checking.thresholds_from(thresholds)
+    limits = thresholds_from(thresholds)
     then = file.read(baseline)
     report = checking.check(cells(results), then, limits, str(baseline))
     if junit is not None:

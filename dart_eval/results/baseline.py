@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dart_eval.errors import UserError
+from dart_eval.errors import UserError, remark
+from dart_eval.files import reason
 from dart_eval.files import write as write_file
-from dart_eval.results.outcomes import GOLD, Cell, Document, Measure, Outcome, cells, identity, primary
+from dart_eval.results import valid
+from dart_eval.results.outcomes import GOLD, Cell, Document, Measure, Outcome, cells, describe, identity, primary
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves
@@ -60,9 +62,11 @@ def write(path: Path, found: Sequence[Cell]) -> int:
             for m in sorted(outcome.measures, key=lambda m: (m.task, m.metric))
         ]
         documents = [[*key, d.doc, d.prompt, d.cluster, d.metrics] for key, d in outcome.documents.items()]
+        typed = cell.settings.get("method", cell.inputs["method"])
+        method = f'"method": {json.dumps(typed, ensure_ascii=False)},\n' if typed != cell.inputs["method"] else ""
         try:
             parts.append(
-                '{\n"inputs": '
+                f'{{\n{method}"inputs": '
                 + json.dumps(cell.inputs, sort_keys=True, indent=1, allow_nan=False)
                 + f',\n"measures": {_lines(measures)},\n"documents": {_lines(documents)}\n}}'
             )
@@ -87,24 +91,40 @@ def read(path: Path) -> list[Cell]:
         UserError: it cannot be read, is none, or holds nothing.
     """
     if path.is_dir():
-        return cells(path)
+        return cells(path, strict=True)
     remedy = f"make it from good results: dart-eval check RESULTS --baseline {path} --update"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = valid.parsed(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"baseline {path} cannot be read ({getattr(error, 'strerror', None) or error})", remedy
-        ) from None
+        raise UserError(f"baseline {path} cannot be read ({reason(error)})", remedy) from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise UserError(f"{path} is no baseline of a layout known here (schema {schema})", remedy)
+        raise UserError(f"{path} is no baseline of a layout known here (schema {str(schema)[:40]})", remedy)
     try:
-        found = [_cell(part, str(path)) for part in data["cells"]]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is no baseline ({type(error).__name__}: {error})", remedy) from None
+        _BASELINE(data, "baseline")
+    except ValueError as error:
+        raise UserError(f"{path} is no baseline ({error})", remedy) from None
+    found: dict[str, Cell] = {}
+    for part in data["cells"]:
+        cell = _cell(part, str(path))
+        if cell.key in found:
+            remark(f"{describe(cell)} stands in {path} twice: the first counts")
+        found.setdefault(cell.key, cell)
     if not found:
         raise UserError(f"baseline {path} holds no cells", remedy)
-    return found
+    return list(found.values())
+
+
+_MEASURE = valid.row(valid.text, valid.text, valid.flag_or_none, valid.each(valid.text), valid.flag)
+_DOCUMENT = valid.row(
+    valid.text, valid.count, valid.text, valid.text, valid.text, valid.text_or_none, valid.mapping
+)  # fmt: skip
+_BASELINE = valid.fields({
+    "cells": valid.each(valid.fields(
+        {"inputs": valid.inputs, "measures": valid.each(_MEASURE), "documents": valid.each(_DOCUMENT)},
+        {"method": valid.text},
+    )),
+})  # fmt: skip
 
 
 def _cell(part: dict[str, Any], source: str) -> Cell:
@@ -115,4 +135,5 @@ def _cell(part: dict[str, Any], source: str) -> Cell:
         for task, number, filter_, doc, prompt, cluster, values in part["documents"]
     }
     outcome = Outcome(measures, documents)
-    return Cell(identity(inputs), inputs, source, "", lambda: outcome)
+    settings = {"method": part["method"]} if "method" in part else {}
+    return Cell(identity(inputs), inputs, source, "", lambda: outcome, settings=settings)

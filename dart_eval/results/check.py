@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-import yaml
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.results import stats, writers
@@ -24,84 +22,18 @@ from dart_eval.results.outcomes import (
     Unpaired,
     check_paired,
     contrast,
-    differences,
     identity,
-    nearest_to,
     older_note,
     value,
 )
+from dart_eval.results.pairing import counterparts, current, differences, nearest_to
+from dart_eval.results.store import UnreadSamples
+from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table, finite
 from dart_eval.text import json_text, printable
 
 CHANGED = 1e-3  # a document counts as changed where its value moved by more: less is arithmetic
 OK, FELL, MISSING = "ok", "FELL", "missing"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """recovery: least share of the baseline's quality. of_dense: least share of dense's, None: any."""
-
-    recovery: float = 0.98
-    of_dense: float | None = None
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """When a row falls: `limits`, other ones for some tasks, and the level of the tests over all rows."""
-
-    limits: Limits = Limits()
-    alpha: float = 0.05
-    tasks: dict[str, Limits] = field(default_factory=dict)
-
-    def of(self, task: str) -> Limits:
-        return self.tasks.get(task, self.limits)
-
-
-def thresholds_from(file: Path | None) -> Thresholds:
-    """The thresholds of a YAML file; the defaults without one.
-
-    Raises:
-        UserError: the file cannot be read, or a key or value in it is wrong.
-    """
-    if file is None:
-        return Thresholds()
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or "not YAML"
-        raise UserError(f"thresholds {file} cannot be read ({reason})", "for example `recovery: 0.98`") from None
-    data = _mapping(data or {}, ("recovery", "of_dense", "alpha", "tasks"), str(file))
-    tasks = data.pop("tasks", None) or {}
-    alpha = data.pop("alpha", Thresholds.alpha)
-    if not _is_number(alpha) or not 0 < alpha < 1:
-        raise UserError(f"alpha {alpha!r} in {file} must lie between 0 and 1", "for example 0.05")
-    limits = _limits(Limits(), data, str(file))
-    return Thresholds(limits, float(alpha), {
-        task: _limits(limits, _mapping(own, ("recovery", "of_dense"), f"{file} for {task}"), f"{file} for {task}")
-        for task, own in _mapping(tasks, None, f"{file} under tasks").items()
-    })  # fmt: skip
-
-
-def _mapping(data: Any, known: Sequence[str] | None, where: str) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise UserError(f"{where} must hold keys and values, not {data!r}", "for example `recovery: 0.98`")
-    for key in data:
-        if known is not None and key not in known:
-            raise UserError(f"unknown key {key!r} in {where}", nearest(str(key), known))
-    return dict(data)
-
-
-def _limits(limits: Limits, data: dict[str, Any], where: str) -> Limits:
-    for name, limit in data.items():
-        if (limit is not None or name == "recovery") and not (_is_number(limit) and 0 < limit <= 1):
-            raise UserError(
-                f"{name} {limit!r} in {where} must lie above 0 and at most at 1", "0.98 allows a loss of 2 %"
-            )
-    return dataclasses.replace(limits, **data)
-
-
-def _is_number(item: Any) -> bool:
-    return isinstance(item, (int, float)) and not isinstance(item, bool)
 
 
 @dataclass(frozen=True)
@@ -170,25 +102,28 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
     Raises:
         UserError: the documents or prompts are others, or the thresholds name what is not there.
     """
-    present = {identity(c.inputs): c for c in now}
-    labels = names(then)
+    now, notes = current(now, then)
+    partners = counterparts(then, now)
+    # A baseline of an earlier version does not say what was typed; the results do.
+    typed = [c if c.settings else dataclasses.replace(c, settings=partners[c.key].settings) if c.key in partners else c
+             for c in then]  # fmt: skip
+    labels = names(typed)
     rows: list[Row] = []
-    changed: dict[str, tuple[str, str]] = {}
+    changed: dict[str, set[tuple[str, str]]] = {}
     for old in then:
-        cell = present.get(identity(old.inputs))
         before = checked(old.read())
-        if cell is None:
-            why = f"not in the results: {nearest_to(old, now)}"
-            rows += [Row(labels[old.key], m.task, m.metric, why=why) for m in before.measures]
+        try:
+            cell, after = _answer(old, partners.get(old.key), now)
+        except _Missing as error:
+            rows += [Row(labels[old.key], m.task, m.metric, why=error.problem) for m in before.measures]
             continue
-        after = checked(cell.read())
         try:
             check_paired(cell, after, old, before)
         except Unpaired as error:
             raise UserError(error.problem, "if the change is meant, renew the baseline with --update") from None
-        for what, values in differences(cell, old).items():
-            changed.setdefault(what, values)
-        dense = _dense(cell, present)
+        for what, (is_, was) in differences(cell, old).items():
+            changed.setdefault(what, set()).add((was, is_))
+        dense = _dense(cell, now)
         if dense is None and any(thresholds.of(m.task).of_dense is not None for m in before.measures):
             raise UserError(
                 f"thresholds set of_dense, and the results hold no dense cell for {old.inputs['task']}",
@@ -200,20 +135,42 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         raise UserError(f"thresholds name task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
     adjusted = stats.holm([r.result.p_worse if r.result else None for r in rows])
     rows = [_judged(dataclasses.replace(r, p_holm=p), thresholds) for r, p in zip(rows, adjusted, strict=True)]
-    notes = [f"{what}: {was} then, {is_} now." for what, (is_, was) in sorted(changed.items())]
+    for what, pairs in sorted(changed.items()):
+        notes.append(f"{what}: {'; '.join(f'{was} then, {is_} now' for was, is_ in sorted(pairs)[:3])}.")
     notes += older_note([*now, *then])
-    new = len(present.keys() - {identity(c.inputs) for c in then})
+    new = len({c.key for c in now} - {c.key for c in partners.values()})
     if new:
         notes.append(f"Not in the baseline, so not checked: {new} of the results' cells (--update takes them in).")
     return Report(rows, thresholds, baseline, notes)
 
 
-def _dense(cell: Cell, present: dict[str, Cell]) -> Outcome | None:
+class _Missing(UserError):
+    """The results hold nothing for a cell of the baseline, or nothing that can be trusted."""
+
+
+def _answer(old: Cell, cell: Cell | None, now: Sequence[Cell]) -> tuple[Cell, Outcome]:
+    """The results' cell for one of the baseline, and its outcome.
+
+    Raises:
+        _Missing: with the reason.
+    """
+    if cell is None:
+        raise _Missing(f"not in the results: {nearest_to(old, now)}")
+    if cell.doubt:
+        raise _Missing(f"{cell.doubt} cannot be read, and may be a later run of this cell")
+    try:
+        return cell, checked(cell.read())
+    except UnreadSamples as error:
+        raise _Missing(error.problem) from None
+
+
+def _dense(cell: Cell, now: Sequence[Cell]) -> Outcome | None:
     """The dense cell of the same question in the same results."""
     rest = ("method", "params", "sparsity")
-    for other in present.values():
+    for other in now:
         if other.inputs["method"] == DENSE and identity(other.inputs, rest) == identity(cell.inputs, rest):
-            return checked(other.read())
+            with contextlib.suppress(UnreadSamples):  # its own row says so
+                return checked(other.read())
     return None
 
 
@@ -234,7 +191,7 @@ def _row(name: str, measure: Measure, after: Outcome, before: Outcome, dense: Ou
 
 def _moved(after: dict[str, Any], before: dict[str, Any], name: str) -> bool:
     left, right = (v if isinstance(v, list) else [v] for v in (after.get(name, 0), before.get(name, 0)))
-    return not all(abs(x - y) <= CHANGED for x, y in zip(left, right, strict=True))
+    return len(left) != len(right) or not all(abs(x - y) <= CHANGED for x, y in zip(left, right, strict=True))
 
 
 def recovery(measure: Measure, now: float, then: float) -> float | None:

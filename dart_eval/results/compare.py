@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.errors import UserError, nearest
+from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import stats, writers
 from dart_eval.results.outcomes import (
     DENSE,
@@ -18,13 +18,14 @@ from dart_eval.results.outcomes import (
     check_paired,
     contrast,
     describe,
-    differences,
     identity,
-    nearest_to,
+    model_of,
     newest,
     older_note,
     primary,
 )
+from dart_eval.results.pairing import counterparts, differences, nearest_to
+from dart_eval.results.store import UnreadSamples
 from dart_eval.results.tables import labels
 from dart_eval.results.writers import Table, finite
 from dart_eval.text import json_text
@@ -76,17 +77,19 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison
     Raises:
         UserError: nothing in common, or not the same documents.
     """
-    left, right = cells(a), {identity(c.inputs): c for c in cells(b)}
+    left, right = cells(a), cells(b)
     labelled = names(left)
-    pairs = [(labelled[c.key], c, right[identity(c.inputs)]) for c in left if identity(c.inputs) in right]
+    partners = counterparts(left, right)
+    pairs = [(labelled[c.key], c, partners[c.key]) for c in left if c.key in partners]
     if not pairs:
-        found = min((nearest_to(c, list(right.values())) for c in left), key=lambda text: (text.count(","), text))
+        found = min((nearest_to(c, right) for c in left), key=lambda text: (text.count(","), text))
         raise UserError(f"{a} and {b} have no cell in common: {found}", "run both with the same options")
-    common = {identity(c.inputs) for _, c, _ in pairs}
+    common = {c.key for _, *sides in pairs for c in sides}
+    several = len({model_of(c.inputs["model"]) for c in [*left, *right]}) > 1
     notes = [
-        f"Only in {folder}: {', '.join(describe(c).partition(' in ')[0] for c in alone)}."
-        for folder, side in ((a, left), (b, right.values()))
-        if (alone := [c for c in side if identity(c.inputs) not in common])
+        f"Only in {folder}: {', '.join(describe(c, several) for c in alone)}."
+        for folder, side in ((a, left), (b, right))
+        if (alone := [c for c in side if c.key not in common])
     ]
     return _compare(str(a), str(b), pairs, metrics, notes)
 
@@ -96,7 +99,8 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
 
     Args:
         by: `method`, `sparsity` or `model`.
-        a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense) or models.
+        a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense) or models (`NAME`, or `NAME@` and
+            first digits of the weights' hash or the commit, where several have one name).
 
     Raises:
         UserError: no or several such cells, nothing in common, or not the same documents.
@@ -109,9 +113,12 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
             known = sorted({_trait(by, c) for c in everything})
             where = ", ".join(map(str, folders))
             raise UserError(f"no cell of {by} {spec} in {where}", nearest(spec, known) or f"there: {', '.join(known)}")
-    if by == "method":
-        for spec, side in zip((a, b), sides, strict=True):
+    for spec, side in zip((a, b), sides, strict=True):
+        if by == "method":
             _refuse_ambiguous(spec, side, labelled)
+        models = sorted({model_of(c.inputs["model"]) for c in side})
+        if by == "model" and len(models) > 1:
+            raise UserError(f"{spec} stands for several models: {', '.join(models)}", "name one of them so")
     pairs: list[Pair] = []
     for left in sides[0]:
         for right in sides[1]:
@@ -154,14 +161,19 @@ def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
 
 def _trait(by: str, cell: Cell) -> str:
     if by == "model":
-        return str(cell.inputs["model"]["name"])
-    return str(cell.inputs["method"]) if by == "method" else f"{cell.inputs['sparsity']:g}"
+        return model_of(cell.inputs["model"])
+    return (
+        str(cell.settings.get("method") or cell.inputs["method"]) if by == "method" else f"{cell.inputs['sparsity']:g}"
+    )
 
 
 def _is(by: str, spec: str, cell: Cell) -> bool:
     """Whether a cell is what the user named."""
     if by == "model":
-        return _trait(by, cell) == spec
+        model = cell.inputs["model"]
+        name, _, digits = spec.rpartition("@")
+        exact = name == model["name"] and any((model.get(k) or "").startswith(digits) for k in ("weights", "revision"))
+        return spec == model["name"] or bool(digits and exact)
     if by == "sparsity":
         try:
             return float(spec) == cell.inputs["sparsity"]
@@ -206,8 +218,14 @@ def _compare(a: str, b: str, pairs: Sequence[Pair], metrics: Sequence[str], note
     left_out: set[str] = set()
     known: set[str] = set()
     changed: dict[str, set[tuple[str, str]]] = {}
+    unread: UnreadSamples | None = None
     for name, left, right in pairs:
-        x, y = left.read(), right.read()
+        try:
+            x, y = left.read(), right.read()
+        except UnreadSamples as error:
+            unread = error
+            remark(f"left out: {error}")
+            continue
         check_paired(left, x, right, y)
         left_out.update((*x.left_out, *y.left_out))
         known.update(m.name for m in x.measures)
@@ -221,6 +239,8 @@ def _compare(a: str, b: str, pairs: Sequence[Pair], metrics: Sequence[str], note
             family = (identity(left.inputs, ("task",)), identity(right.inputs, ("task",)), measure.metric)
             families.setdefault(family, []).append(len(rows))
             rows.append(Row(name, measure.task, measure.metric, measure.higher_is_better, result, left.key, right.key))
+    if unread is not None and not known:
+        raise unread
     unknown = sorted(set(metrics) - known - {"all"})
     if unknown:
         raise UserError(f"no metric {unknown[0]!r} in these results", nearest(unknown[0], known))

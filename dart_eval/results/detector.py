@@ -96,7 +96,8 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     for r in records:
         task = str(r.inputs["task"])
         control = by_place.get(_place(r, task + CONTROL))
-        if control is None or "patience" not in r.inputs["params"]:
+        patience = r.inputs["params"].get("patience")
+        if control is None or not isinstance(patience, int):
             continue
         try:
             switched, same = (
@@ -106,7 +107,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
             continue  # damaged samples: `report` and `compare` say so
         if not switched or not same:
             continue
-        patience, renews = int(r.inputs["params"]["patience"]), bool(r.inputs["params"].get("renew", True))
+        renews = bool(r.inputs["params"].get("renew", True))
         margins: list[tuple[str, float | None, str]] = [("as run", None, "")]
         margins += [(f"{m:g} sigma", m, "sigma") for m in SIGMAS] + [(f"{m:g}", m, "cosine") for m in FLOORS]
         for label, margin, unit in margins:

@@ -22,7 +22,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
 DENSE = "dense"
-# What was asked: two cells that agree in it answer the same question. `model` is its name.
+# What was asked: two cells that agree in it answer the same question. `model`: name, revision and weights.
 ASKED = (
     "model", "method", "params", "sparsity", "scope", "task", "num_fewshot", "limit", "seed", "max_length", "chunk",
     "chat_template", "cue",
@@ -92,8 +92,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cell:
-    """A finished cell; `read` opens its outcome. `source` is the folder or file it lies in; `older` counts earlier
-    runs of the same question there; `settings` are the record's, where there is one."""
+    """A finished cell; `read` opens its outcome.
+
+    Attributes:
+        source: the folder or file it lies in. older: how many earlier runs of the same question there are.
+        settings: the record's, where there is one. doubt: a record beside it that cannot be read and has its name, so
+            that it may be a later run of the same cell; empty where there is none.
+    """
 
     key: str
     inputs: dict[str, Any]
@@ -102,26 +107,55 @@ class Cell:
     read: Callable[[], Outcome] = field(repr=False, compare=False)
     older: int = 0
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    doubt: str = ""
 
 
-def cells(folder: Path) -> list[Cell]:
+def cells(folder: Path, strict: bool = False) -> list[Cell]:
     """The cells of a results folder; of those that were asked the same, the newest.
+
+    Args:
+        strict: refuse a folder with a record that cannot be read; else it is named on stderr and left out.
 
     Raises:
         UserError: the folder cannot be read, or holds cells that differ only in how they were computed.
     """
     store = Store(folder)
+    found = store.scan()
+    if strict and found.unread:
+        raise next(iter(found.unread.values()))
+    found.tell()
+    unread = {_title(file): file.name for file in found.unread}
 
     def reader(record: Record) -> Callable[[], Outcome]:
         return lambda: outcome(record, store.samples(record))
 
-    return newest([Cell(r.key, r.inputs, str(folder), r.created, reader(r), settings=r.settings) for r in store.load()])
+    return newest([
+        Cell(
+            r.key, r.inputs, str(folder), r.created, reader(r), settings=r.settings,
+            doubt=unread.get(_title(found.files[r.key]), ""),
+        )
+        for r in found.records
+    ])  # fmt: skip
+
+
+def _title(file: Path) -> str:
+    """What a record's file is called without its key: runs of one cell share it."""
+    return file.stem.rpartition("-")[0]
 
 
 def asked(inputs: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
     """What a cell was asked, but for some of it."""
     found = {k: inputs.get(k) for k in ASKED if k not in without}
-    return {**found, "model": inputs["model"]["name"]} if "model" in found else found
+    if "model" in found:
+        found["model"] = {k: inputs["model"].get(k) for k in ("name", "revision", "weights")}
+    return found
+
+
+def model_of(model: dict[str, Any]) -> str:
+    """A model as a user names it where its name alone is not enough: `NAME@` and first digits of its weights' hash or
+    its commit."""
+    which = model.get("weights") or model.get("revision")
+    return f"{model['name']}@{which[:HASH_DIGITS]}" if which else str(model["name"])
 
 
 def identity(inputs: dict[str, Any], without: Iterable[str] = ()) -> str:
@@ -142,8 +176,9 @@ def newest(found: Sequence[Cell]) -> list[Cell]:
         for name in HOW:
             values = sorted({json.dumps(c.inputs.get(name)) for c in group})
             if len(values) > 1:
+                place = f"{describe(group[0])} in {group[0].source}"
                 raise UserError(
-                    f"{describe(group[0])} is there several times, with {name} {' and '.join(values)}",
+                    f"{place} is there several times, with {name} {' and '.join(values)}",
                     "keep them in folders of their own",
                 )
     return [
@@ -160,10 +195,12 @@ def older_note(found: Iterable[Cell]) -> list[str]:
     return [f"Several runs of one cell in {source}: the one finished last counts." for source in several]
 
 
-def describe(cell: Cell) -> str:
-    """A cell in a few words, for messages."""
+def describe(cell: Cell, model: bool = False) -> str:
+    """A cell in a few words, for messages; with its model where that must be said."""
     inputs = cell.inputs
-    return f"{inputs['task']} under {inputs['method']} at sparsity {inputs['sparsity']:g} in {cell.source}"
+    method = cell.settings.get("method") or inputs["method"]
+    which = f" of {model_of(inputs['model'])}" if model else ""
+    return f"{inputs['task']} under {method} at sparsity {inputs['sparsity']:g}{which}"
 
 
 def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
@@ -330,45 +367,3 @@ def check_paired(a: Cell, x: Outcome, b: Cell, y: Outcome) -> None:
                 f"{what}: {len(other)} of {len(x.documents)} {name} differ (the first: {other[0][0]} {other[0][1]})",
                 "run both with the same data, few-shot examples, chat template and version of lm-eval",
             )
-
-
-def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
-    """What the inputs of two cells differ in besides what was asked, in a few digits each."""
-    found = {}
-    for name, left, right in _flat(a.inputs, b.inputs):
-        if left != right and not (name == "method_code" and a.inputs["method"] != b.inputs["method"]):
-            found[name] = (left, right)
-    return found
-
-
-def _flat(a: dict[str, Any], b: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
-    for name in sorted((a.keys() | b.keys()) - set(ASKED) | {"model"}):
-        left, right = a.get(name), b.get(name)
-        if isinstance(left, dict) and isinstance(right, dict):
-            for part in sorted(left.keys() | right.keys()):
-                if (name, part) != ("model", "name"):
-                    yield f"{name}.{part}", str(left.get(part))[:12], str(right.get(part))[:12]
-        else:
-            yield name, str(left)[:12], str(right)[:12]
-
-
-def nearest_to(cell: Cell, others: Sequence[Cell]) -> str:
-    """What keeps a cell from all others: how the most alike of them was asked differently."""
-    mine = asked(cell.inputs)
-    if not others:
-        return ""
-    other = min(others, key=lambda o: sum(mine[k] != v for k, v in asked(o.inputs).items()))
-    theirs = asked(other.inputs)
-    said = []
-    for k in (k for k in ASKED if mine[k] != theirs[k]):
-        left, right = mine[k], theirs[k]
-        if isinstance(left, dict) and isinstance(right, dict):  # of many parameters, those that differ
-            left, right = (
-                {n: v for n, v in a.items() if n not in b or b[n] != v} for a, b in ((left, right), (right, left))
-            )
-        said.append(f"{k} {_short(left)} and {_short(right)}")
-    return f"{describe(cell)} and {describe(other)} differ in {', '.join(said)}"
-
-
-def _short(item: Any) -> str:
-    return str(item) if not isinstance(item, dict) else ":".join(f"{k}={v}" for k, v in item.items()) or "none"

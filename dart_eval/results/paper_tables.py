@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dart_eval.errors import UserError
 from dart_eval.results import outcomes, stats
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -116,6 +117,9 @@ class Paper:
         missing: task -> why it could not be run.
         command: the line that makes the tables, for their provenance.
         bertscores: record key -> F1 of each of its texts, where a model for it was at hand.
+
+    Raises:
+        UserError: the cells are of several models.
     """
 
     def __init__(
@@ -126,6 +130,12 @@ class Paper:
         command: str,
         bertscores: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
+        models = {json.dumps(r.inputs["model"], sort_keys=True): r.inputs["model"] for r in records}
+        if len(models) > 1:
+            named = ", ".join(sorted(map(outcomes.model_of, models.values())))
+            raise UserError(
+                f"a paper's tables are of one model, not of {named}", "give each model an --output of its own"
+            )
         self.store, self.missing, self.command, self.bertscores = store, missing, command, bertscores or {}
         self._records = {_place(r.inputs): r for r in records}
         self._by_key = {r.key: r for r in records}

@@ -8,6 +8,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from dart_eval.results import valid
+
 SCHEMA = 2
 
 
@@ -117,12 +119,14 @@ class Record:
             data = _from_schema_1(data)
         elif (digest := data.pop("digest", None)) != _digest(data):
             raise ValueError("its digest does not fit" if digest else "not a record ('digest')")
-        known = {f.name for f in dataclasses.fields(cls)}
         try:
-            metrics = [Metric(**m) for m in data["metrics"]]
-            return cls(**{k: v for k, v in data.items() if k in known and k != "metrics"}, metrics=metrics)
-        except (KeyError, TypeError) as error:
+            valid.record(data, "record")
+        except ValueError as error:
             raise ValueError(f"not a record ({error})") from None
+        known = {f.name for f in dataclasses.fields(cls)} - {"samples"}
+        known_of_metric = {f.name for f in dataclasses.fields(Metric)}
+        metrics = [Metric(**{k: v for k, v in m.items() if k in known_of_metric}) for m in data["metrics"]]
+        return cls(**{k: v for k, v in data.items() if k in known and k != "metrics"}, metrics=metrics)
 
 
 def _digest(data: dict[str, Any]) -> str:

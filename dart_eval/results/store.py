@@ -19,15 +19,47 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dart_eval.errors import StoreError, UserError
-from dart_eval.files import read_regular, write_atomically
+from dart_eval.errors import StoreError, UserError, remark
+from dart_eval.files import read_regular, reason, write_atomically
+from dart_eval.results import valid
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
+
+REDO = "give the `dart-eval run` that made it again (it sets the file aside and redoes the cell), or remove it"
+
+
+class UnreadSamples(UserError):
+    """A cell's samples, or its texts, are missing or not as they were written."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder.
+
+    Attributes:
+        records: oldest first, each once.
+        files: key -> where its record stands.
+        unread: files that hold no record, and what is wrong with them.
+        twice: files whose record stands elsewhere too, and where.
+    """
+
+    records: list[Record]
+    files: dict[str, Path]
+    unread: dict[Path, UserError]
+    twice: dict[Path, Path]
+
+    def tell(self) -> None:
+        """Say on stderr what was left out."""
+        for error in self.unread.values():
+            remark(f"left out: {error}")
+        for file, first in self.twice.items():
+            remark(f"{file} holds the same cell as {first}: it counts once")
 
 
 class Store:
@@ -77,15 +109,16 @@ class Store:
             raise StoreError(self.folder, error) from None
 
     def get(self, name: str, key: str) -> Record | None:
-        """The finished cell's record; None where there is none or it or its samples are damaged.
+        """The finished cell's record; None where there is none, or one of its files is missing or damaged.
 
         Raises:
             UserError: a newer version of this program wrote it.
         """
         path = self.path(name, key)
         try:
-            record = Record.from_json(json.loads(read_regular(path)))
+            record = _read(path)
             self._lines(record, "samples")
+            self._data(record, "texts")
         except NewerSchema as error:
             raise UserError(f"{path} cannot be read ({error})", "use that version, or another --output") from None
         except (OSError, ValueError):
@@ -93,7 +126,9 @@ class Store:
         return record if record.key == key else None
 
     def set_aside(self, name: str, key: str) -> list[Path]:
-        """Move away a record that `get` did not accept, and its samples; the cell's claim must be held.
+        """Move away a record that `get` did not accept, its samples, and its texts if they are damaged.
+
+        The cell's claim must be held.
 
         Returns:
             The new names of the files that were there. Half-written temporary files are removed without a word, and
@@ -104,7 +139,7 @@ class Store:
             for left in (self.folder / kind).glob(f".{self.path(name, key).stem}.*"):
                 left.unlink(missing_ok=True)
         there = os.path.lexists(self.path(name, key))
-        for path in (self.path(name, key), self.samples_path(name, key)):
+        for path in (self.path(name, key), self.samples_path(name, key), *self._damaged_texts(name, key)):
             if there and os.path.lexists(path):
                 number = 1
                 while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
@@ -112,6 +147,20 @@ class Store:
                 path.rename(aside)
                 moved.append(aside)
         return moved
+
+    def _damaged_texts(self, name: str, key: str) -> list[Path]:
+        """The texts of a record that can be read, where they are there and not as they were written."""
+        try:
+            record = _read(self.path(name, key))
+        except (OSError, ValueError):
+            return []
+        try:
+            self._data(record, "texts")
+        except OSError:
+            return []
+        except ValueError:
+            return [self.folder / "texts" / record.files["texts"]["name"]]
+        return []
 
     def save(self, name: str, record: Record, texts: Sequence[dict[str, Any]] = ()) -> Record:
         """Write texts and samples, then the record that names them.
@@ -150,11 +199,11 @@ class Store:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def load(self) -> list[Record]:
-        """All records, oldest first.
+    def scan(self) -> Found:
+        """All that lies in the folder.
 
         Raises:
-            UserError: no such folder, nothing in it, or a file that is not a record of a known version.
+            UserError: no such folder, or no record in it that can be read.
         """
         files = sorted((self.folder / "cells").glob("*.json"))
         if not files:
@@ -162,60 +211,110 @@ class Store:
                 f"no results in {self.folder}",
                 f"give the folder of an earlier run, or: dart-eval run --tasks smoke --output {self.folder}",
             )
-        records = []
+        kept: dict[str, tuple[Path, Record]] = {}
+        unread: dict[Path, UserError] = {}
+        twice: dict[Path, Path] = {}
         for file in files:
             try:
-                records.append(Record.from_json(json.loads(read_regular(file))))
-            except NewerSchema as error:
-                raise UserError(f"{file} cannot be read ({error})", "use that version") from None
+                record = _read(file)
             except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{file} cannot be read ({getattr(error, 'strerror', None) or error})",
-                    "give the `dart-eval run` that made it again (it sets the file aside and redoes the cell), or "
-                    "remove it",
-                ) from None
-        return sorted(records, key=lambda r: (r.created, r.key))
+                remedy = "use that version" if isinstance(error, NewerSchema) else REDO
+                unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
+                continue
+            first = kept.get(record.key)
+            if first is not None and first[1].created >= record.created:
+                twice[file] = first[0]
+                continue
+            if first is not None:
+                twice[first[0]] = file
+            kept[record.key] = file, record
+        if not kept:
+            first_error = next(iter(unread.values()))
+            more = f", and none of the {len(unread) - 1} others there can" if len(unread) > 1 else ""
+            raise UserError(f"{first_error.problem}{more}", first_error.remedy)
+        records = sorted((r for _, r in kept.values()), key=lambda r: (r.created, r.key))
+        return Found(records, {key: file for key, (file, _) in kept.items()}, unread, twice)
+
+    def load(self) -> list[Record]:
+        """All records, oldest first, each once; files that hold none are named on stderr and left out.
+
+        Raises:
+            UserError: see `scan`.
+        """
+        found = self.scan()
+        found.tell()
+        return found.records
+
+    def missing(self, name: str, record: Record) -> list[Path]:
+        """The files of a finished cell that are not there."""
+        files = [self.path(name, record.key)]
+        files += [self.folder / kind / known["name"] for kind, known in record.files.items()]
+        return [f for f in files if not f.is_file()]
 
     def samples(self, record: Record) -> list[dict[str, Any]]:
         """The samples of a record of this folder, one per document, task and filter.
 
         Raises:
-            UserError: their file is missing, or not as it was written.
+            UnreadSamples: their file is missing, or not as it was written.
         """
+        return self._told(record, "samples")
+
+    def texts(self, record: Record) -> dict[tuple[str, int], dict[str, Any]]:
+        """(task, doc_id) -> prompt, choices and target of a record's documents; empty where they were not kept.
+
+        Raises:
+            UnreadSamples: their file is missing, or not as it was written.
+        """
+        return {(line["task"], line["doc_id"]): line for line in self._told(record, "texts")}
+
+    def _told(self, record: Record, kind: str) -> list[dict[str, Any]]:
         try:
-            return self._lines(record, "samples")
+            return self._lines(record, kind)
         except (OSError, ValueError) as error:
             inputs = record.inputs
-            raise UserError(
-                f"the samples of {inputs['task']} under {inputs['method']} at sparsity {inputs['sparsity']:g} in "
-                f"{self.folder} cannot be read ({getattr(error, 'strerror', None) or error})",
+            raise UnreadSamples(
+                f"the {kind} of {inputs['task']} under {inputs['method']} at sparsity {inputs['sparsity']:g} in "
+                f"{self.folder} cannot be read ({reason(error)})",
                 "give the `dart-eval run` that made them again: it redoes the cell",
             ) from None
 
-    def texts(self, record: Record) -> dict[tuple[str, int], dict[str, Any]]:
-        """(task, doc_id) -> prompt, choices and target of a record's documents; empty where they were not kept."""
-        try:
-            return {(line["task"], line["doc_id"]): line for line in self._lines(record, "texts")}
-        except (OSError, ValueError):
-            return {}
-
     def _lines(self, record: Record, kind: str) -> list[dict[str, Any]]:
-        """A record's file of that kind.
+        """The lines of a record's file of that kind.
+
+        Raises:
+            OSError: it is not there. ValueError: it is damaged.
+        """
+        check = {"samples": valid.sample, "texts": valid.document}[kind]
+        lines = [valid.parsed(line) for line in self._data(record, kind).splitlines()]
+        for i, line in enumerate(lines):
+            check(line, f"line {i + 1}")
+        return lines
+
+    def _data(self, record: Record, kind: str) -> bytes:
+        """A record's file of that kind, as it was written.
 
         Raises:
             OSError: it is not there. ValueError: it is damaged.
         """
         known = record.files.get(kind)
         if known is None and kind == "texts":
-            return []
+            return b""
         if known is None:  # schema 1: no digest, but a name that follows from the record's
             (path,) = (self.folder / kind).glob(f"*-{record.key[:16]}.jsonl")
-            data = read_regular(path)
-        else:
-            data = read_regular(self.folder / kind / known["name"])
-            if hashlib.sha256(data).hexdigest() != known["sha256"]:
-                raise ValueError("its digest does not fit")
-        return [json.loads(line) for line in data.splitlines()]
+            return read_regular(path)
+        data = read_regular(self.folder / kind / known["name"])
+        if hashlib.sha256(data).hexdigest() != known["sha256"]:
+            raise ValueError("its digest does not fit")
+        return data
+
+
+def _read(path: Path) -> Record:
+    """A record's file.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it holds no record.
+    """
+    return Record.from_json(valid.parsed(read_regular(path)))
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> str:

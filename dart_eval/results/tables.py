@@ -48,7 +48,7 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
                 "weights_read": record.weights_read, "remasks": used.get("remasks", record.remasks),
                 "tokens": used.get("tokens", record.tokens), **{s: cell.get(s) for s in RUN_SETTINGS},
                 **{f"flops_{k}": v for k, v in record.flops.items()},
-                **{f"memory_{k}": v for k, v in record.memory.items()}, "memory_peak": record.measured["peak"],
+                **{f"memory_{k}": v for k, v in record.memory.items()}, "memory_peak": record.measured.get("peak"),
                 "seconds": record.seconds, "command": record.settings.get("command"), "key": record.key,
             })  # fmt: skip
     found.sort(
@@ -215,11 +215,12 @@ def _flops(records: Sequence[Record], names: dict[str, str]) -> Table:
     body, many = [], _model_column(records)
     for r in _sorted(records, names):
         f = r.flops
+        dense, pruned, share = f.get("decode_step_dense"), f.get("decode_step_pruned"), f.get("tracing_share")
         body.append([
-            *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}", str(f["context_tokens"]),
-            _si(f["prefill"]), _si(f["decode_step_dense"]), _si(f["decode_step_pruned"]),
-            f"{f['decode_step_pruned'] / f['decode_step_dense']:.3f}", _si(f["tracing_prefill"]),
-            _si(f["tracing_decode_step"]), f"{100 * f['tracing_share']:.3f} %", str(r.remasks),
+            *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}", str(f.get("context_tokens", "-")),
+            _si(f.get("prefill")), _si(dense), _si(pruned), f"{pruned / dense:.3f}" if dense and pruned else "-",
+            _si(f.get("tracing_prefill")), _si(f.get("tracing_decode_step")),
+            "-" if share is None else f"{100 * share:.3f} %", str(r.remasks),
             f"{100 * f.get('renewals_read', 0):.2f} %",
         ])  # fmt: skip
     columns = [*_heads(many), "method", "sparsity", "context", "prefill", "decode dense", "decode pruned", "ratio",
@@ -239,7 +240,7 @@ def _memory(records: Sequence[Record], names: dict[str, str]) -> Table:
         m = r.memory
         body.append([
             *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}",
-            _mib(m["weights"]), _mib(m["state"], 3), _mib(r.measured["peak"]),
+            _mib(m.get("weights")), _mib(m.get("state"), 3), _mib(r.measured.get("peak")),
         ])  # fmt: skip
     note = (
         "MiB. state: what the method keeps per sequence. peak: of the process (CPU) or of the GPU while the cell ran."
@@ -271,15 +272,17 @@ def _task(record: Record) -> str:
     return str(record.inputs["task"])
 
 
-def _si(value: float) -> str:
+def _si(value: float | None) -> str:
+    if value is None:
+        return "-"
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.2f} {unit}"
     return f"{value:.0f}"
 
 
-def _mib(value: float, digits: int = 1) -> str:
-    return f"{value / 2**20:.{digits}f}"
+def _mib(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value / 2**20:.{digits}f}"
 
 
 def render(records: Sequence[Record], form: str, subtasks: bool = False, more: Sequence[Table] = ()) -> str:

@@ -32,9 +32,11 @@ def build(store: Store, title: str | None = None, documents: int = 50) -> Report
         documents: documents of each task in the sample explorer; 0 leaves it out.
 
     Raises:
-        UserError: no records, or a damaged one.
+        UserError: no record that can be read.
     """
-    cells = Cells.of(store.load())
+    found = store.scan()
+    found.tell()
+    cells = Cells.of(found.records)
     samples = Samples(store, cells, documents)
     drawn = _Drawn()
     data = samples.explorer.data()
@@ -42,7 +44,7 @@ def build(store: Store, title: str | None = None, documents: int = 50) -> Report
     table = rows.body(cells)
     context = {
         "title": title or f"Pruning evaluation of {listed(cells.models, 4)}",
-        "facts": head.facts(cells), "warnings": head.warnings(cells, samples.unread),
+        "facts": head.facts(cells), "warnings": [*head.warnings(cells), *head.unread(list(found.unread), samples)],
         "findings": samples.findings.made(),
         "cells": len(cells.records), "models": models, "several_models": len(models) > 1,
         "styles": cells.styles, "key": drawn.key,

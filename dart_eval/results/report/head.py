@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from dart_eval.results.outcomes import model_of
 from dart_eval.results.report.cells import Cells, main_metrics, unique
+from dart_eval.results.report.samples import Samples
 from dart_eval.results.report.text import finite, listed, number, several, sparsity
 
 FEW = 100  # documents below which an interval is wide enough to say so
@@ -67,8 +70,8 @@ def _versions(cells: Cells) -> list[str]:
             if (found := unique(v for r in cells.records if (v := r.environment.get(name))))]  # fmt: skip
 
 
-def warnings(cells: Cells, unread: Sequence[str]) -> list[str]:
-    """Sentences about what makes numbers weak or not comparable. unread: cells whose samples could not be read."""
+def warnings(cells: Cells) -> list[str]:
+    """Sentences about what makes numbers weak or not comparable."""
     found = [*_small(cells), *_mixed(cells)]
     half = [d for d in _of(cells, "dtype") if d in HALF]
     if half:
@@ -88,8 +91,19 @@ def warnings(cells: Cells, unread: Sequence[str]) -> list[str]:
               if m.part_of is None and not finite(m.value)]  # fmt: skip
     if broken:
         found.append(f"No finite value for {listed(broken, 4)}: left out of the charts.")
-    if unread:
-        found.append(f"Samples could not be read for {listed(unread, 4)}: the sample explorer lacks them.")
+    return found
+
+
+def unread(files: Sequence[Path], samples: Samples) -> list[str]:
+    """Sentences about what the page lacks. files: those of the folder that hold no record."""
+    found = []
+    if files:
+        are = "is" if len(files) == 1 else "are"
+        names = listed([f.name for f in files], 4)
+        found.append(f"{several(len(files), 'record')} could not be read and {are} left out: {names}.")
+    for what, cells in (("Samples", samples.unread), ("Prompts", samples.untold)):
+        if cells:
+            found.append(f"{what} could not be read for {listed(cells, 4)}: the sample explorer lacks them.")
     return found
 
 
@@ -121,8 +135,7 @@ def _mixed(cells: Cells) -> list[str]:
         if len(values) > 1:
             found.append(f"Cells differ in {word}: {listed([v if v != 'None' else 'default' for v in values])}.")
     for name in cells.models:
-        hashes = unique(str(r.inputs["model"].get("weights"))[:8] for r in cells.records
-                        if r.inputs["model"]["name"] == name)  # fmt: skip
-        if len(hashes) > 1:
-            found.append(f"The name {name} stands for different weights ({listed(hashes)}).")
+        models = unique(model_of(r.inputs["model"]) for r in cells.records if r.inputs["model"]["name"] == name)
+        if len(models) > 1:
+            found.append(f"The name {name} stands for different weights ({listed(models)}).")
     return found

@@ -24,27 +24,34 @@ class Samples:
         chance: task -> accuracy under guessing, the mean of 1 / choices.
         drift: what the detectors saw.
         explorer: the documents to show.
-        unread: names of cells whose samples are missing or damaged.
+        unread: names of cells whose samples are missing or damaged. untold: of cells whose prompts are.
     """
 
     def __init__(self, store: Store, cells: Cells, documents: int) -> None:
         self.findings, self.drift, self.explorer = Findings(cells), Drift(cells), Explorer(cells, documents)
         self.unread: list[str] = []
+        self.untold: list[str] = []
         self._guesses: dict[str, dict[tuple[str, Any], float]] = {}
         for _, group in itertools.groupby(enumerate(cells.records), lambda item: _task(item[1])):  # they are sorted
             together = list(group)
             found: dict[str, Outcome] = {}
             for index, record in together:
+                name = f"{cells.name(record)} on {record.inputs['task']}"
                 try:
                     samples = store.samples(record)
                 except UserError:
-                    self.unread.append(f"{cells.name(record)} on {record.inputs['task']}")
+                    self.unread.append(name)
                     continue
+                try:
+                    texts = store.texts(record)
+                except UserError:
+                    self.untold.append(name)
+                    texts = {}
                 found[record.key] = outcome(record, samples)
                 for task, document, share in _guesses(record, samples):
                     self._guesses.setdefault(task, {})[document] = share
                 self.drift.add(record, samples)
-                self.explorer.add(index, record, samples, store.texts(record))
+                self.explorer.add(index, record, samples, texts)
             self.findings.add([record for _, record in together], found)
 
     @property

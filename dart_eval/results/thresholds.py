@@ -1,0 +1,82 @@
+"""When a check fails: the least share of the baseline's quality, of dense's, and the level of the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dart_eval.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """recovery: least share of the baseline's quality. of_dense: least share of dense's, None: any."""
+
+    recovery: float = 0.98
+    of_dense: float | None = None
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a row falls: `limits`, other ones for some tasks, and the level of the tests over all rows."""
+
+    limits: Limits = Limits()
+    alpha: float = 0.05
+    tasks: dict[str, Limits] = field(default_factory=dict)
+
+    def of(self, task: str) -> Limits:
+        return self.tasks.get(task, self.limits)
+
+
+def thresholds_from(file: Path | None) -> Thresholds:
+    """The thresholds of a YAML file; the defaults without one.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value in it is wrong.
+    """
+    if file is None:
+        return Thresholds()
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or "not YAML"
+        raise UserError(f"thresholds {file} cannot be read ({reason})", "for example `recovery: 0.98`") from None
+    data = _mapping({} if data is None else data, ("recovery", "of_dense", "alpha", "tasks"), str(file))
+    tasks = data.pop("tasks", None)
+    alpha = data.pop("alpha", Thresholds.alpha)
+    if not _is_number(alpha) or not 0 < alpha < 1:
+        raise UserError(f"alpha {alpha!r} in {file} must lie between 0 and 1", "for example 0.05")
+    limits = _limits(Limits(), data, str(file))
+    return Thresholds(limits, float(alpha), {
+        task: _limits(limits, _mapping(own, ("recovery", "of_dense"), f"{file} for {task}"), f"{file} for {task}")
+        for task, own in _mapping({} if tasks is None else tasks, None, f"{file} under tasks").items()
+    })  # fmt: skip
+
+
+def _mapping(data: Any, known: Sequence[str] | None, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise UserError(f"{where} must hold keys and values, not {str(data)[:60]!r}", "for example `recovery: 0.98`")
+    for key in data:
+        if not isinstance(key, str):
+            raise UserError(f"key {key!r} in {where} is no text", "put it in quotes if it is a name")
+        if known is not None and key not in known:
+            raise UserError(f"unknown key {key!r} in {where}", nearest(key, known))
+    return dict(data)
+
+
+def _limits(limits: Limits, data: dict[str, Any], where: str) -> Limits:
+    for name, limit in data.items():
+        if (limit is not None or name == "recovery") and not (_is_number(limit) and 0 < limit <= 1):
+            raise UserError(
+                f"{name} {limit!r} in {where} must lie above 0 and at most at 1", "0.98 allows a loss of 2 %"
+            )
+    return dataclasses.replace(limits, **data)
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, (int, float)) and not isinstance(item, bool)

@@ -1,0 +1,188 @@
+"""What a file of results holds is checked once, where it is read, so that nothing later trips over it.
+
+A digest shows that a file was cut or changed, not that what it says makes sense: other programs write records too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+DEEPEST = 32  # levels of lists and dicts; ours have five
+LARGEST = 2**63  # beyond it a whole number has no float
+
+Check = Callable[[Any, str], None]
+
+
+def parsed(text: str | bytes) -> Any:
+    """JSON as plain data that can be written, counted and shown.
+
+    Raises:
+        ValueError: it is no JSON, nested deeper than any file of ours, or holds a number or text beyond all use.
+    """
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    level, depth = [data], 0
+    while level:  # level by level: a file that is nested on purpose must not exhaust our own stack
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST} levels")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += [*item, *item.values()]
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, str):
+                _encodable(item)
+            elif isinstance(item, int) and abs(item) >= LARGEST:
+                raise ValueError(f"a number of {len(str(abs(item)))} digits")
+        level = below
+    return data
+
+
+def _encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"a text that is no Unicode: {text[:40]!r}") from None
+
+
+# -- checks: each takes a value and the words for where it stands, and raises ValueError ----------------------------
+
+
+def _kind(words: str, fits: Callable[[Any], bool]) -> Check:
+    def check(item: Any, where: str) -> None:
+        if not fits(item):
+            raise ValueError(f"{where} is {_short(item)}, not {words}")
+
+    return check
+
+
+def _short(item: Any) -> str:
+    said = json.dumps(item)
+    return said if len(said) <= 40 else f"{said[:37]}..."
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, (int, float)) and not isinstance(item, bool)
+
+
+text = _kind("a text", lambda item: isinstance(item, str))
+text_or_none = _kind("a text or null", lambda item: item is None or isinstance(item, str))
+number = _kind("a number", _is_number)
+number_or_none = _kind("a number or null", lambda item: item is None or _is_number(item))
+count = _kind("a whole number", lambda item: isinstance(item, int) and not isinstance(item, bool))
+flag = _kind("true or false", lambda item: isinstance(item, bool))
+flag_or_none = _kind("true, false or null", lambda item: item is None or isinstance(item, bool))
+mapping = _kind("a mapping", lambda item: isinstance(item, dict))
+listing = _kind("a list", lambda item: isinstance(item, list))
+file_name = _kind(
+    "the name of a file",
+    lambda item: isinstance(item, str) and item not in ("", ".", "..") and not set(item) & set("/\\\0"),
+)
+_flat = _kind(
+    "a plain value", lambda item: not isinstance(item, dict)
+    and not (isinstance(item, list) and any(isinstance(i, (dict, list)) for i in item)),
+)  # fmt: skip
+
+
+def each(check: Check) -> Check:
+    """A check of every entry of a list."""
+
+    def checked(items: Any, where: str) -> None:
+        listing(items, where)
+        for i, item in enumerate(items):
+            check(item, f"{where}[{i}]")
+
+    return checked
+
+
+def row(*checks: Check) -> Check:
+    """A check of a list of so many entries, one each."""
+
+    def checked(items: Any, where: str) -> None:
+        listing(items, where)
+        if len(items) != len(checks):
+            raise ValueError(f"{where} has {len(items)} entries, not {len(checks)}")
+        for i, (check, item) in enumerate(zip(checks, items, strict=True)):
+            check(item, f"{where}[{i}]")
+
+    return checked
+
+
+def values(check: Check) -> Check:
+    """A check of every value of a mapping."""
+
+    def checked(items: Any, where: str) -> None:
+        mapping(items, where)
+        for name, item in items.items():
+            check(item, f"{where}.{name}")
+
+    return checked
+
+
+def fields(needed: Mapping[str, Check], known: Mapping[str, Check] | None = None, rest: Check | None = None) -> Check:
+    """A check of a mapping: entries that it must have, that it may have, and all others."""
+
+    def checked(items: Any, where: str) -> None:
+        mapping(items, where)
+        for name in needed:
+            if name not in items:
+                raise ValueError(f"{where} lacks {name!r}")
+        checks = {**needed, **(known or {})}
+        for name, item in items.items():
+            check = checks.get(name, rest)
+            if check is not None:
+                check(item, f"{where}.{name}")
+
+    return checked
+
+
+# -- what our files hold ---------------------------------------------------------------------------------------------
+
+inputs = fields(
+    {
+        "model": fields({"name": text}, {"revision": text_or_none, "weights": text_or_none}),
+        "method": text, "params": mapping, "sparsity": number, "scope": text, "task": text,
+    },
+    {"versions": lambda item, where: item is None or values(text_or_none)(item, where)},
+    _flat,
+)  # fmt: skip
+metric = fields({
+    "task": text, "metric": text, "value": number, "stderr": number_or_none, "n": count,
+    "higher_is_better": flag_or_none,
+}, {"part_of": text_or_none})  # fmt: skip
+record = fields(
+    {
+        "key": text, "inputs": inputs, "metrics": each(metric), "mask_sparsity": number, "effective_sparsity": number,
+        "weights_read": number, "tokens": count, "remasks": count, "flops": values(number), "memory": values(number),
+        "settings": fields({}, {"method": text, "command": text}), "environment": values(text),
+        "measured": fields({"seconds": number, "created": text}, {"peak": number}),
+    },
+    {
+        "by_task": values(values(number)),
+        "files": values(fields({"name": file_name, "n": count, "sha256": text})),
+    },
+)  # fmt: skip
+drift = fields(
+    {"signal": each(number_or_none), "window": count},
+    {
+        "threshold": number_or_none, "mean": number, "deviation": number, "alarms": each(number),
+        "remasks": each(number),
+    },
+)  # fmt: skip
+sample = fields(
+    {
+        "task": text, "doc_id": count, "filter": text, "doc_hash": text, "prompt_hash": text, "target_hash": text,
+        "metrics": mapping, "responses": listing,
+    },
+    {
+        "cluster": text_or_none, "tokens": number, "remasks": number, "effective_sparsity": number,
+        "drift": lambda item, where: item is None or drift(item, where),
+    },
+)  # fmt: skip
+document = fields({"task": text, "doc_id": count}, {"prompt": text_or_none})
