@@ -156,9 +156,9 @@ class Store:
             return []
         try:
             self._data(record, "texts")
-        except OSError:
+        except FileNotFoundError:
             return []
-        except ValueError:
+        except (OSError, ValueError):
             return [self.folder / "texts" / record.files["texts"]["name"]]
         return []
 
