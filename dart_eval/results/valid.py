@@ -90,6 +90,16 @@ _flat = _kind(
 )  # fmt: skip
 
 
+def optional(check: Check) -> Check:
+    """The same check, of what may be null."""
+
+    def checked(item: Any, where: str) -> None:
+        if item is not None:
+            check(item, where)
+
+    return checked
+
+
 def each(check: Check) -> Check:
     """A check of every entry of a list."""
 
@@ -149,7 +159,7 @@ inputs = fields(
         "model": fields({"name": text}, {"revision": text_or_none, "weights": text_or_none}),
         "method": text, "params": mapping, "sparsity": number, "scope": text, "task": text,
     },
-    {"versions": lambda item, where: item is None or values(text_or_none)(item, where)},
+    {"versions": optional(values(text_or_none))},
     _flat,
 )  # fmt: skip
 metric = fields({
@@ -182,7 +192,7 @@ sample = fields(
     },
     {
         "cluster": text_or_none, "tokens": number, "remasks": number, "effective_sparsity": number,
-        "drift": lambda item, where: item is None or drift(item, where),
+        "drift": optional(drift),
     },
 )  # fmt: skip
 document = fields({"task": text, "doc_id": count}, {"prompt": text_or_none})
