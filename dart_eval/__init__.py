@@ -39,7 +39,7 @@ def evaluate(**options: Any) -> list[dict[str, Any]]:
 
     Raises:
         UserError: the input is wrong.
-        RuntimeError: cells failed; those that finished are in the output folder.
+        RuntimeError: cells failed, or the output folder was deleted meanwhile; those that finished are in it.
     """
     from dart_eval.executors import run_all
     from dart_eval.executors.jobs import Silent
@@ -49,4 +49,6 @@ def evaluate(**options: Any) -> list[dict[str, Any]]:
     result = run_all([config_from(None, options)], Silent())
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
+    if result.lost:
+        raise RuntimeError(f"files of finished cells have been deleted: {result.lost[0][1][0]}")
     return rows(result.records)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -312,6 +313,19 @@ def test_a_full_disk_is_said_in_one_line_and_loses_no_earlier_batch(tmp_path, mo
         journal.add({"f": [1]}, 0, 0.0)
     monkeypatch.undo()
     assert "e" in Journal(path)
+
+
+def test_a_journal_that_is_deleted_under_way_is_written_anew(tmp_path):
+    path = tmp_path / "out" / "partial" / "cell.jsonl"
+    _written(path)
+    journal = Journal(path)
+    journal.add({"e": [1]}, 40, 0.5)
+    shutil.rmtree(tmp_path / "out")
+    journal.add({"f": [2]}, 10, 0.25)
+    journal.add({"g": [3]}, 10, 0.25)
+    again = Journal(path)
+    assert again.answers() == journal.answers()
+    assert (len(again), again.state_bytes, again.seconds) == (7, 40, 2.5)
 
 
 def test_without_a_path_nothing_is_written():

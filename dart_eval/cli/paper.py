@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.run import quieten
+from dart_eval.cli.run import finish, quieten
 from dart_eval.cli.view import TerminalView, say, show
 
 
@@ -66,6 +66,8 @@ def paper(
     with TerminalView() as view:
         result = run_all(spec.configs, view, skip_missing=True)
         store = Store(output)
+        if result.lost:
+            finish(result, output)
         scores = bertscores(spec, store, result.records, base.device, view)
     no_matter = ("output", "executor", *RAY_OPTIONS)  # to the numbers
     line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in no_matter})
@@ -81,5 +83,4 @@ def paper(
     for _, table, _ in made:
         show(table)
     say(f"wrote {folder} (all.md, and each table as md, csv and tex)")
-    if result.failed:
-        raise typer.Exit(1)
+    finish(result, output)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, print_tables, say
+
+if TYPE_CHECKING:
+    from dart_eval.executors.jobs import RunResult
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -132,9 +135,18 @@ def run(
         if line := held_against(settings.output, result.records):
             view.note(line)
     print_tables(result.records, detector.tables(Store(settings.output), result.records))
+    finish(result, settings.output)
+
+
+def finish(result: RunResult, output: str) -> None:
+    """End with status 1 where cells failed, or where files of finished ones have been taken away meanwhile."""
     if result.failed:
         names = ", ".join(cell.title for cell in result.failed)
-        say(f"failed: {names}; tracebacks in {settings.output}/failed", err=True)
+        say(f"failed: {names}; tracebacks in {output}/failed", err=True)
+    if result.lost:
+        names = ", ".join(f"{cell.title} ({files[0]})" for cell, files in result.lost)
+        say(f"missing: files of finished cells have been deleted: {names}; the same command runs them again", err=True)
+    if result.failed or result.lost:
         raise typer.Exit(1)
 
 

@@ -41,11 +41,13 @@ class RunResult:
         records: of all finished cells, in the plan's order.
         failed: cells that failed.
         missing: task -> why it could not be loaded (only where that was allowed).
+        lost: finished cells whose files have been taken away since, and those files.
     """
 
     records: list[Record]
     failed: list[Cell]
     missing: dict[str, str]
+    lost: list[tuple[Cell, list[Path]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class Sweep:
                 names = ", ".join(job.cell.name for job in todo)
                 self.view.status(f"waiting for another process at work on {names}")
                 time.sleep(POLL)
-        return RunResult([self.done[key] for key in self.jobs if key in self.done], self.failed, self.missing)
+        finished = [(job.cell, self.done[key]) for key, job in self.jobs.items() if key in self.done]
+        lost = [(cell, files) for cell, record in finished if (files := self.store.missing(cell.name, record))]
+        return RunResult([record for _, record in finished], self.failed, self.missing, lost)
 
 
 def begin_sweep(configs: Sequence[RunConfig], view: View, skip_missing: bool, device: str | None = None) -> Sweep:

@@ -32,6 +32,7 @@ class Journal:
         self.path = path
         self.state_bytes = 0
         self.seconds = 0.0
+        self._spent = 0.0  # the same and that of our own batches
         self._answers: dict[str, Any] = {}
         self._file: Any = None
         if path is not None and os.path.lexists(path):
@@ -66,11 +67,15 @@ class Journal:
         """
         self._answers.update(answers)
         self.state_bytes = max(self.state_bytes, state_bytes)
+        self._spent += seconds
         if self.path is None:
             return
-        text = json.dumps([dict(answers), state_bytes, seconds], ensure_ascii=False).encode()
-        line = b"%08x %s\n" % (zlib.crc32(text), text)
         try:
+            if self._file is not None and not os.fstat(self._file.fileno()).st_nlink:  # somebody has deleted it
+                self.close()
+                answers, state_bytes, seconds = self._answers, self.state_bytes, self._spent
+            text = json.dumps([dict(answers), state_bytes, seconds], ensure_ascii=False).encode()
+            line = b"%08x %s\n" % (zlib.crc32(text), text)
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("ab", buffering=0)
@@ -91,7 +96,7 @@ class Journal:
         """Forget everything: the cell is finished, or is to be run anew."""
         self.close()
         self._answers.clear()
-        self.state_bytes, self.seconds = 0, 0.0
+        self.state_bytes, self.seconds, self._spent = 0, 0.0, 0.0
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -106,6 +111,7 @@ class Journal:
             self._answers.update(answers)
             self.state_bytes = max(self.state_bytes, state_bytes)
             self.seconds += seconds
+            self._spent += seconds
             valid += len(line)
         if valid < len(data):
             os.truncate(path, valid)
