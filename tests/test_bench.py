@@ -1,6 +1,7 @@
 """`dart-eval bench`: what it measures is what it says; no test here depends on how fast anything is."""
 
 import copy
+import functools
 import json
 import platform
 import runpy
@@ -60,28 +61,27 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
     """Every forward that is timed as dense: the weights, and what comes out, are those of the model before."""
     model = tiny("llama", dtype)
     reference = copy.deepcopy(model)
-    dense, forward = [], decode._Bench.timed
+    dense, ran, timed, forward = [], [], decode._Bench.timed, LlamaForCausalLM.forward
 
-    def timed(self, work):
-        ran = []
+    @functools.wraps(forward)
+    def keep(module, **kwargs):
+        output = forward(module, **kwargs)
+        ran.append((module, kwargs["input_ids"], output.logits, kwargs.get(cache_argument(module))))
+        return output
 
-        def keep(module, _args, kwargs, output):
-            if isinstance(module, LlamaForCausalLM):
-                ran.append((module, kwargs["input_ids"], output.logits, kwargs.get(cache_argument(module))))
-
-        handle = torch.nn.modules.module.register_module_forward_hook(keep, with_kwargs=True)
-        found = forward(self, work)
-        handle.remove()
+    def watched(self, work):
+        ran.clear()
+        found = timed(self, work)
         for module, ids, logits, cache in ran:
             if not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules()):
-                past = cache.get_seq_length() - ids.shape[1] if cache is not None else 0
-                dense.append((module, ids, logits, past))
+                dense.append((module, ids, logits, cache.get_seq_length() - ids.shape[1] if cache is not None else 0))
                 own = dict(module.named_parameters())
                 for name, parameter in reference.named_parameters():
                     assert torch.equal(own[name], parameter) and own[name].stride() == parameter.stride(), name
         return found
 
-    monkeypatch.setattr(decode._Bench, "timed", timed)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", keep)
+    monkeypatch.setattr(decode._Bench, "timed", watched)
     found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
     # Three rounds: the prompt for each cache that begins dense, five tokens twice; then before every exchange, and
     # before every end and begin.
@@ -91,7 +91,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
     for module, ids, logits, past in dense:
         assert module is not model
         if not past:
-            assert torch.equal(logits, reference(ids, logits_to_keep=1).logits)
+            assert torch.equal(logits, reference(input_ids=ids, logits_to_keep=1).logits)
 
 
 def test_a_twin_shares_all_but_the_ffns():
