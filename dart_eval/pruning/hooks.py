@@ -81,8 +81,7 @@ class Hooks:
         """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
         if wanted == bool(self._inside):
             return
-        while self._inside:
-            self._inside.pop().remove()
+        _drop(self._inside)
         if not wanted:
             return
         add, prompt = self._inside.append, self._prompt
@@ -102,8 +101,7 @@ class Hooks:
         """Leave the model alone."""
         _guard_hooks()
         self.look_inside(False)
-        while self._handles:
-            self._handles.pop().remove()
+        _drop(self._handles)
 
     # -- what they do ----------------------------------------------------------------------------------------
 
@@ -192,6 +190,13 @@ class Hooks:
             state.observe_attention(output, forward.valid)
         else:
             forward.attention = output
+
+
+def _drop(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    """Remove these hooks. A handle is forgotten after its hook: an interrupt between the two leaves none behind."""
+    while handles:
+        handles[-1].remove()
+        handles.pop()
 
 
 def _guard_hooks() -> None:

@@ -49,6 +49,26 @@ class Work:
         self.done()
 
 
+def to_the_end(work: Callable[[], None]) -> None:
+    """Do `work`, and again where an interrupt breaks it (Ctrl-C, or what a signal's handler raises), until it is done.
+
+    Then the first interrupt is raised. `work` must be such that doing it again, from wherever it stopped, completes it.
+    An interrupt that comes before or after the loop is raised at once: whoever must have the work done calls this
+    twice, the second time in `finally`.
+    """
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            work()
+            break
+        except Exception:
+            raise
+        except BaseException as error:
+            interrupt = interrupt or error
+    if interrupt is not None:
+        raise interrupt
+
+
 def swap(tensor: Tensor, dim: int, a: Tensor, b: Tensor) -> Iterator[Step]:
     """Entries `a` of the first or second dimension change places with `b` ([n] long each; no entry twice).
 

@@ -99,26 +99,18 @@ class PermutedFFNs:
     def restore(self) -> None:
         """Every neuron back to its place, bit for bit; also after an exception or an interrupt.
 
-        An interrupt that comes while this runs is raised at its end.
+        What an interrupt leaves undone the next call does.
         """
-        interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                self._finish()
-                self.whole()
-                for layer, ffn in enumerate(self.ffns):
-                    if ffn.order is not None:
-                        for a, b in involutions(ffn.order.tolist()):
-                            self._exchange(layer, torch.tensor(a), torch.tensor(b))
-                        self._turn(layer, False)
-                    self.downs[layer].end()
-                for ffn in self.ffns:
-                    ffn.order = None
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+        self._finish()
+        self.whole()
+        for layer, ffn in enumerate(self.ffns):
+            if ffn.order is not None:
+                for a, b in involutions(ffn.order.tolist()):
+                    self._exchange(layer, torch.tensor(a), torch.tensor(b))
+                self._turn(layer, False)
+            self.downs[layer].end()
+        for ffn in self.ffns:
+            ffn.order = None
 
     def _exchange(self, layer: int, a: Tensor, b: Tensor) -> None:
         """Swap the neurons at rows a with those at rows b; no row occurs twice."""

@@ -35,6 +35,7 @@ from dart_eval.ffn import FFN, check_depth, find_ffns, is_conv1d
 from dart_eval.pruning import gather
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.hooks import Forward, Hooks, Phase
+from dart_eval.pruning.inplace import to_the_end
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
 from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
@@ -507,7 +508,13 @@ class Session:
             self.permuted.whole()
 
     def detach(self) -> None:
-        """Remove every hook, and put every neuron back."""
+        """Remove every hook, and put every neuron back; an interrupt meanwhile is raised at the end."""
+        try:
+            to_the_end(self._leave)
+        finally:
+            to_the_end(self._leave)
+
+    def _leave(self) -> None:
         try:
             self._hooks.remove()
         finally:
@@ -593,7 +600,10 @@ def prune(
         calibration = TextCalibration(model, tokenizer, text)
     session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:
-        session.attach()
-        yield session
-    finally:
+        try:
+            session.attach()
+            yield session
+        finally:
+            session.detach()
+    finally:  # an interrupt may have come before the first one began
         session.detach()
