@@ -5,6 +5,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation.fitting import fit
 from dart_eval.evaluation.lm import PrunedLM
 from tests.conftest import RESTLESS, open_session, random_tokens, tiny
 
@@ -87,21 +88,20 @@ def test_the_end_of_sequence_counts_and_what_follows_does_not(lm):
 def test_the_document_is_cut_never_the_cue_or_the_instruction(lm, tokenizer):
     document = _words(random_tokens(60, seed=1))
     prompt = f"w4 w5 w6 {document} w7 w8"
-    lm.documents = {"t": "text"}
-    short = lm._fit(_Request(prompt, 0, doc={"text": document}), 30)
+    short, cut = fit(lm, _Request(prompt, 0, doc={"text": document}), 30, "text")
+    assert cut
     assert len(tokenizer(short)["input_ids"]) == 30
     assert short.startswith("w4 w5 w6 " + document[:8])
     assert short.endswith("w7 w8")
     kept = short.removeprefix("w4 w5 w6 ").removesuffix(" w7 w8")
     assert document.startswith(kept)
-    assert lm._fit(_Request(prompt, 0, doc={"text": document}), 65) == prompt
+    assert fit(lm, _Request(prompt, 0, doc={"text": document}), 65, "text") == (prompt, False)
 
 
 def test_a_prompt_without_room_for_its_document_is_refused(lm):
     document = _words(random_tokens(20, seed=1))
-    lm.documents = {"t": "text"}
     with pytest.raises(UserError, match="no room"):
-        lm._fit(_Request(f"{_words(random_tokens(40))} {document}", 0, doc={"text": document}), 30)
+        fit(lm, _Request(f"{_words(random_tokens(40))} {document}", 0, doc={"text": document}), 30, "text")
 
 
 def test_other_prompts_keep_their_last_tokens_as_in_lm_eval(tokenizer):

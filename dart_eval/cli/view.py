@@ -99,7 +99,8 @@ class TerminalView:
         self.console.print(
             f"[green]done[/green] {plain(cell.title):<34} {plain(shown)}"
             f"  effective sparsity {record.effective_sparsity:.3f}"
-            f"{f', {record.remasks} re-masks' if record.remasks else ''}  {record.seconds:.0f} s"
+            f"{f', {record.remasks} re-masks' if record.remasks else ''}"
+            f"{f', {record.cut} prompts cut' if record.cut else ''}  {record.seconds:.0f} s"
         )
         self._next(cell)
 

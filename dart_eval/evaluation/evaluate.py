@@ -45,13 +45,19 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Numbers of one cell: metrics, samples, texts of the documents, what they cost together and per lm-eval task."""
+    """Numbers of one cell: metrics, samples, texts of the documents, what they cost together and per lm-eval task.
+
+    Attributes:
+        prompts: of each lm-eval task: `documents` that were asked, how many of their prompts were `cut`, and the tokens
+            (`length`) that prompt and answer had to fit into.
+    """
 
     metrics: list[Metric]
     samples: list[dict[str, Any]]
     texts: list[dict[str, Any]]
     usage: Usage
     by_task: dict[str, Usage]
+    prompts: dict[str, dict[str, int]]
     state_bytes: int
 
 
@@ -117,7 +123,14 @@ def evaluate_task(
     by_name = {task.task_name: task for task in leaves(items)}
     samples = _samples(results["samples"], lm.usage, by_name)
     texts = _texts(results["samples"], by_name)
-    return Outcome(_metrics(results), samples, texts, total, by_task, journal.state_bytes)
+    prompts = {
+        task: {
+            "documents": sum(t == task for t, _ in lm.usage), "cut": sum(t == task for t, _ in lm.cut),
+            "length": lm.max_length,
+        }
+        for task in by_task
+    }  # fmt: skip
+    return Outcome(_metrics(results), samples, texts, total, by_task, prompts, journal.state_bytes)
 
 
 def answer_part(

@@ -25,6 +25,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import Budget, batches, budget
+from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
 from dart_eval.evaluation.requests import Request, Score, Scoring
@@ -127,6 +128,7 @@ class PrunedLM(HFLM):
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts know
             only `scored`.
+        cut: (task, doc_id) of the cell's documents whose prompt does not fit whole.
         planned, budget: sizes of forwards that units are planned by, and that may be used now: smaller ones, where
             memory has run out, run a unit in pieces. So units stay the same for all who share a cell.
     """
@@ -151,6 +153,7 @@ class PrunedLM(HFLM):
         self.scope = "scored"
         self.documents: Mapping[str, str] = {}  # task -> field of its document that may be cut to fit
         self.usage: dict[tuple[str, int], Usage] = defaultdict(Usage)  # (task, doc_id) -> cost
+        self.cut: set[tuple[str, int]] = set()
         self.journal = Journal()  # answers of the running cell
         self._clock = time.monotonic()
         self._head = output_head(model)
@@ -162,6 +165,7 @@ class PrunedLM(HFLM):
         self._unusable = Unusable()  # answers of the last call
         self._scores: list[Score] = []  # of the last call, in the order of its requests
         self._contexts: list[int] = []
+        self._cut: list[bool] = []
 
     def begin(
         self,
@@ -181,7 +185,7 @@ class PrunedLM(HFLM):
         self.part, self.calls, self._kinds = part, [], kinds
         self.session, self.documents, self.scope = session, documents, scope
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
-        self.usage = defaultdict(Usage)
+        self.usage, self.cut = defaultdict(Usage), set()
         self._clock = time.monotonic()
 
     def _asked_once(self) -> None:
@@ -206,15 +210,16 @@ class PrunedLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         answers = super().loglikelihood(requests, disable_tqdm=True)
-        for request, score, context in zip(requests, self._scores, self._contexts, strict=True):
-            self._record(request, score, context)
+        for request, score, context, cut in zip(requests, self._scores, self._contexts, self._cut, strict=True):
+            self._record(request, score, context, cut)
         self._asked_once()
         return answers
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        cut = [_truncated(context, continuation, self.max_length) for _, context, continuation in requests]
-        self._contexts = [len(r.context) for r in cut]
-        self._scores = self._score(cut)
+        fitting = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
+        self._contexts = [len(r.context) for r in fitting]
+        self._cut = [len(r.context) < len(whole) for r, (_, whole, _) in zip(fitting, requests, strict=True)]
+        self._scores = self._score(fitting)
         return [(s.logprob, s.greedy) for s in self._scores]
 
     def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
@@ -255,8 +260,10 @@ class PrunedLM(HFLM):
             yield unit
             call.seconds[place] = time.monotonic() - start
 
-    def _record(self, request: Instance, score: Score, context: int = 0) -> None:
+    def _record(self, request: Instance, score: Score, context: int = 0, cut: bool = False) -> None:
         assert request.task_name is not None and request.doc_id is not None
+        if cut:
+            self.cut.add((request.task_name, request.doc_id))
         self.usage[request.task_name, request.doc_id].add(
             Usage(score.tokens, score.masked, score.pruned, score.outside, score.remasks, context, 1, score.trace)
         )
@@ -311,6 +318,7 @@ class PrunedLM(HFLM):
         call = Call("generate_until", 0, [], 0)
         self.calls.append(call)
         planned: list[_Generation] = []
+        cut: set[int] = set()
         for members in groups.values():
             kwargs = dict(normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks))
             stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
@@ -318,7 +326,10 @@ class PrunedLM(HFLM):
             budget = self.max_length - new_tokens
             if budget <= 0:
                 raise UserError(f"{new_tokens} new tokens do not fit in a length of {self.max_length}")
-            prompts = {i: self._fit(requests[i], budget) for i in members}
+            fields = {i: self.documents.get(requests[i].task_name or "") for i in members}
+            fitted = {i: fit(self, requests[i], budget, fields[i]) for i in members}
+            prompts = {i: prompt for i, (prompt, _) in fitted.items()}
+            cut |= {i for i, (_, shorter) in fitted.items() if shorter}
             todo = list({names[i]: i for i in reversed(members)}.values())
             lengths = {i: len(self.tok_encode(prompts[i])) for i in todo}
             todo.sort(key=lambda i: (lengths[i], i), reverse=True)
@@ -340,9 +351,9 @@ class PrunedLM(HFLM):
                 self._keep({names[i]: answer for i, answer in answers.items()}, state_bytes)
         self._unusable.check(over=True)
         texts = []
-        for name, request in zip(names, requests, strict=True):
+        for i, (name, request) in enumerate(zip(names, requests, strict=True)):
             text, context, cost = self.journal.get(name, NO_TEXT)
-            self._record(request, Score(*cost), context)
+            self._record(request, Score(*cost), context, i in cut)
             texts.append(text)
         self._asked_once()
         return texts
@@ -390,51 +401,7 @@ class PrunedLM(HFLM):
                 low = middle + 1
         return low
 
-    def _fit(self, request: Instance, budget: int) -> str:
-        """The prompt, its document cut at the end so that the whole has at most `budget` tokens.
-
-        Raises:
-            UserError: the rest of the prompt alone is too long, or the document is not in the prompt.
-        """
-        prompt: str = request.args[0]
-        excess = len(self.tok_encode(prompt)) - budget
-        if excess <= 0:
-            return prompt
-        field = self.documents.get(request.task_name or "")
-        document = str(request.doc.get(field, "")).strip() if field else ""
-        at = prompt.rfind(document) if document else -1
-        if at < 0:
-            if field is None:  # lm-eval's own rule applies: the prompt's last tokens
-                return prompt
-            raise UserError(f"the document of {request.task_name} was not found in its prompt")
-        pieces = self.tok_encode(document, add_special_tokens=False)
-        keep = len(pieces) - excess
-        while True:
-            if keep <= 0:
-                raise UserError(
-                    f"a prompt of {request.task_name} leaves no room for its document in {budget} tokens",
-                    "use fewer shots, a larger --max-length, or a model with a longer context",
-                )
-            short = self.tok_decode(pieces[:keep]).rstrip()
-            cut = prompt[:at] + short + prompt[at + len(document) :]
-            excess = len(self.tok_encode(cut)) - budget
-            if excess <= 0:
-                return cut
-            keep -= excess
-
 
 def _name(*request: Any) -> str:
     """A request's name in the journal: equal requests have equal answers."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _truncated(context: list[int], continuation: list[int], max_length: int) -> Request:
-    """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted."""
-    if len(continuation) > max_length:
-        raise UserError(
-            f"a continuation of {len(continuation)} tokens does not fit in {max_length}",
-            "use a larger --max-length",
-        )
-    whole = (context + continuation)[-(max_length + 1) :]
-    split = len(whole) - len(continuation)
-    return Request(tuple(whole[:split]), tuple(whole[split:]))

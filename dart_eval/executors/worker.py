@@ -142,6 +142,7 @@ class Worker:
                     "remasks": used.remasks,
                     "mask_sparsity": used.mask_sparsity,
                     "effective_sparsity": used.effective_sparsity,
+                    **outcome.prompts[task],
                 }
                 for task, used in outcome.by_task.items()
             },
@@ -156,5 +157,6 @@ class Worker:
             },
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,
+            cut=sum(p["cut"] for p in outcome.prompts.values()),
             samples=outcome.samples,
         )

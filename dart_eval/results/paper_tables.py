@@ -17,6 +17,7 @@ from dart_eval.errors import UserError
 from dart_eval.results import outcomes, stats
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.results.tables import cut_prompts
 from dart_eval.results.writers import Table, csv_text
 
 # Costs that a column may show: of a record, and with how many digits.
@@ -286,6 +287,7 @@ class Paper:
         parts += [f"{task}: not measured ({reason})." for task, reason in self.missing.items() if task in tasks]
         if any(c.metric == BERTSCORE for c in layout.columns) and not self.bertscores:
             parts.append("BERTScore: not measured (no model for it at hand).")
+        parts += cut_prompts([self._by_key[k] for k in dict.fromkeys(k for v in numbers for k in v.keys)])
         parts += [f"[{i + 1}] reported, not ours: {source}." for i, source in enumerate(_sources(layout))]
         return " ".join([*parts, self._provenance(numbers)])
 

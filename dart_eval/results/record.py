@@ -53,7 +53,10 @@ class Record:
         weights_read: FFN weights a pruned token multiplies / all FFN weights.
         tokens: scored or generated tokens.
         remasks: masks renewed.
-        by_task: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity` of each lm-eval task of the cell.
+        by_task: of each lm-eval task of the cell `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity`; and its
+            `documents`, how many of their prompts were `cut`, to fit with the answer into `length` tokens (older
+            records lack these three).
+        cut: documents whose prompt was cut, of all its tasks; None in older records, which did not count them.
         flops: see `cost.describe`.
         memory: bytes of `weights` and `state` (method, per sequence).
         settings: what cannot change a number: `batch_size`, `share_prefix`, `method` as typed, and `command`, the line
@@ -81,6 +84,7 @@ class Record:
     schema: int = SCHEMA
     by_task: dict[str, dict[str, float]] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cut: int | None = None
     samples: list[dict[str, Any]] = field(default_factory=list, repr=False)  # in a file of their own, see `store`
 
     @property

@@ -46,7 +46,8 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
                 "mask_sparsity": used.get("mask_sparsity", record.mask_sparsity),
                 "effective_sparsity": used.get("effective_sparsity", record.effective_sparsity),
                 "weights_read": record.weights_read, "remasks": used.get("remasks", record.remasks),
-                "tokens": used.get("tokens", record.tokens), **{s: cell.get(s) for s in RUN_SETTINGS},
+                "tokens": used.get("tokens", record.tokens), "cut": used.get("cut", record.cut),
+                **{s: cell.get(s) for s in RUN_SETTINGS},
                 **{f"flops_{k}": v for k, v in record.flops.items()},
                 **{f"memory_{k}": v for k, v in record.memory.items()}, "memory_peak": record.measured.get("peak"),
                 "seconds": record.seconds, "command": record.settings.get("command"), "key": record.key,
@@ -72,12 +73,33 @@ def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
     for title, metrics in QUALITY:
         chosen = [r for r in data if r["metric"] in metrics]
         if chosen:
-            made.append(_quality(title, chosen, [m for m in metrics if any(r["metric"] == m for r in chosen)], names))
+            present = [m for m in metrics if any(r["metric"] == m for r in chosen)]
+            made.append(_quality(title, chosen, present, names, cut_prompts(_of(records, chosen))))
     named = {metric for _, metrics in QUALITY for metric in metrics}
     rest = [r for r in data if r["metric"] not in named]
     if rest:
-        made.append(_quality("Other metrics", rest, sorted({r["metric"] for r in rest}), names))
+        present = sorted({r["metric"] for r in rest})
+        made.append(_quality("Other metrics", rest, present, names, cut_prompts(_of(records, rest))))
     return [*made, _flops(records, names), _memory(records, names)]
+
+
+def _of(records: Sequence[Record], data: Sequence[dict[str, Any]]) -> list[Record]:
+    """The records that rows are of."""
+    keys = {r["key"] for r in data}
+    return [r for r in records if r.key in keys]
+
+
+def cut_prompts(records: Sequence[Record]) -> list[str]:
+    """A sentence for each task of which prompts were cut to the context."""
+    found: dict[str, None] = {}
+    for r in records:
+        parts = [p for p in r.by_task.values() if "cut" in p]
+        cut, asked = (sum(int(p.get(name, 0)) for p in parts) for name in ("cut", "documents"))
+        if cut:
+            length = int(max(p.get("length", 0) for p in parts))
+            said = f"{cut} of {asked} prompts of {_task(r)} {'was' if cut == 1 else 'were'} cut"
+            found[f"{said} to fit with the answer into {length} tokens."] = None
+    return list(found)
 
 
 def _model_column(records: Sequence[Record]) -> bool:
@@ -162,7 +184,9 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], names: dict[str, str]) -> Table:
+def _quality(
+    title: str, data: list[dict[str, Any]], metrics: list[str], names: dict[str, str], remarks: Sequence[str]
+) -> Table:
     lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for r in data:
         lines.setdefault((r["task"], r["key"]), {})[r["metric"]] = r
@@ -194,7 +218,7 @@ def _quality(title: str, data: list[dict[str, Any]], metrics: list[str], names: 
     )
     if not many:
         note = f"Model {data[0]['model']}. {note}"
-    return Table(title, columns, body, note)
+    return Table(title, columns, body, " ".join([note, *remarks]))
 
 
 def _order(r: dict[str, Any], names: dict[str, str]) -> tuple[Any, ...]:

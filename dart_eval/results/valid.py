@@ -174,7 +174,7 @@ record = fields(
         "measured": fields({"seconds": number, "created": text}, {"peak": number}),
     },
     {
-        "by_task": values(values(number)),
+        "by_task": values(values(number)), "cut": optional(count),
         "files": values(fields({"name": file_name, "n": count, "sha256": text})),
     },
 )  # fmt: skip

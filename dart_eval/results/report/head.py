@@ -9,6 +9,7 @@ from dart_eval.results.outcomes import model_of
 from dart_eval.results.report.cells import Cells, main_metrics, unique
 from dart_eval.results.report.samples import Samples
 from dart_eval.results.report.text import finite, listed, number, several, sparsity
+from dart_eval.results.tables import cut_prompts
 
 FEW = 100  # documents below which an interval is wide enough to say so
 DIFFERENCES = {  # settings that a reader would not expect to differ inside a report
@@ -89,6 +90,7 @@ def warnings(cells: Cells) -> list[str]:
         )
     broken = [f"{cells.name(r)} on {m.task} ({m.metric})" for r in cells.records for m in r.metrics
               if m.part_of is None and not finite(m.value)]  # fmt: skip
+    found += cut_prompts(cells.records)
     if broken:
         found.append(f"No finite value for {listed(broken, 4)}: left out of the charts.")
     return found

@@ -1,0 +1,65 @@
+"""Prompts that are longer than the context: what is cut of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.api.instance import Instance
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.requests import Request
+
+
+def fit(lm: Any, request: Instance, budget: int, field: str | None) -> tuple[str, bool]:
+    """A prompt that is to be continued, its document cut at the end so that the whole has at most `budget` tokens.
+
+    Args:
+        lm: for its tokeniser. field: of the document, what may be cut; None leaves the prompt as it is, and lm-eval's
+            own rule applies: its last tokens are kept.
+
+    Returns:
+        The prompt, and whether it was or will be cut.
+
+    Raises:
+        UserError: the rest of the prompt alone is too long, or the document is not in the prompt.
+    """
+    prompt: str = request.args[0]
+    excess = len(lm.tok_encode(prompt)) - budget
+    if excess <= 0:
+        return prompt, False
+    document = str(request.doc.get(field, "")).strip() if field else ""
+    at = prompt.rfind(document) if document else -1
+    if at < 0:
+        if field is None:
+            return prompt, True
+        raise UserError(f"the document of {request.task_name} was not found in its prompt")
+    pieces = lm.tok_encode(document, add_special_tokens=False)
+    keep = len(pieces) - excess
+    while True:
+        if keep <= 0:
+            raise UserError(
+                f"a prompt of {request.task_name} leaves no room for its document in {budget} tokens",
+                "use fewer shots, a larger --max-length, or a model with a longer context",
+            )
+        short = lm.tok_decode(pieces[:keep]).rstrip()
+        cut = prompt[:at] + short + prompt[at + len(document) :]
+        excess = len(lm.tok_encode(cut)) - budget
+        if excess <= 0:
+            return cut, True
+        keep -= excess
+
+
+def truncated(context: list[int], continuation: list[int], max_length: int) -> Request:
+    """Cut from the left as `HFLM` does: at most max_length + 1 tokens, the last of which is only predicted.
+
+    Raises:
+        UserError: the continuation alone is too long.
+    """
+    if len(continuation) > max_length:
+        raise UserError(
+            f"a continuation of {len(continuation)} tokens does not fit in {max_length}",
+            "use a larger --max-length",
+        )
+    whole = (context + continuation)[-(max_length + 1) :]
+    split = len(whole) - len(continuation)
+    return Request(tuple(whole[:split]), tuple(whole[split:]))
