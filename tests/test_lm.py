@@ -124,6 +124,15 @@ def test_contexts_are_cut_from_the_left_as_in_hflm(tokenizer):
         ours._loglikelihood_tokens([(("", ""), [4], list(random_tokens(40)))])
 
 
+def test_what_a_row_writes_after_its_end_is_no_part_of_its_text(tokenizer):
+    """In a batch it goes on until all have ended, where the model's own settings name no end."""
+    model, tokens = tiny("llama"), random_tokens(20, seed=20)
+    lm = PrunedLM(model, tokenizer, batch_size=2)
+    lm._model_generate = lambda context, *_, **__: torch.cat([context, torch.tensor([[5, 2, 7, 8], [5, 6, 7, 8]])], 1)
+    lm.begin(None, {})
+    assert lm.generate_until([_Request(_words(tokens), 1), _Request(_words(tokens[1:]), 2)]) == ["w5", "w5 w6 w7 w8"]
+
+
 def test_models_may_have_several_ends(tokenizer):
     model = tiny("llama")
     model.generation_config.eos_token_id = [2, 50]

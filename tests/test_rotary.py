@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
@@ -135,3 +136,77 @@ def test_angles_that_cannot_be_told_a_length_are_refused():
     del model.model.rotary_emb.rope_type
     with pytest.raises(UserError, match="LlamaForCausalLM turns positions by angles that depend on the length"):
         Angles(model)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+PROMPTS, NEW = (10, 20, 30, 45, 48, 49, 60), 20  # tokens; from 29 on, the angles change while text is written
+
+
+class _Request:
+    """What lm-eval hands to `generate_until`."""
+
+    def __init__(self, tokens, new=NEW):
+        self.args = (" ".join(f"w{t}" for t in tokens), {"until": [], "max_gen_toks": new, "do_sample": False})
+        self.task_name, self.doc_id, self.doc = "t", len(tokens), {}
+
+
+def _generate(model, tokenizer, requests, batch_size, session=None):
+    """Texts, and what each cost."""
+    lm = PrunedLM(model, tokenizer, batch_size=batch_size, max_length=256)
+    lm.begin(session, {})
+    texts = lm.generate_until(requests)
+    costs = [lm.usage["t", r.doc_id] for r in requests]
+    return texts, [(c.tokens, c.masked, round(c.pruned, 6), c.remasks) for c in costs]
+
+
+@KINDS
+def test_dense_generation_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
+    requests, stock = [_Request(random_tokens(n, seed=n)) for n in PROMPTS], []
+    for request in requests:
+        lm = HFLM(pretrained=_model(kind), tokenizer=tokenizer, batch_size=1, max_length=256)
+        stock += lm.generate_until([request], disable_tqdm=True)
+    for batch_size in (1, 8):
+        assert _generate(_model(kind), tokenizer, requests, batch_size)[0] == stock
+
+
+@KINDS
+@pytest.mark.parametrize("method", METHODS[1:3])
+def test_pruned_generation_does_not_depend_on_the_batch_size_or_what_ran_before(kind, method, tokenizer):
+    requests, model = [_Request(random_tokens(n, seed=n)) for n in PROMPTS], _model(kind)
+    found = []
+    for batch_size, order in ((1, 1), (8, 1), (8, -1)):
+        with open_session(model, method[0], 0.5, **method[1]) as session:
+            texts, costs = _generate(model, tokenizer, requests[::order], batch_size, session)
+        found.append((texts[::order], costs[::order]))
+    assert found[0] == found[1] == found[2]
+    for request, text in zip(requests, found[0][0], strict=True):
+        with open_session(_model(kind), method[0], 0.5, **method[1]) as session:
+            assert _generate(session.model, tokenizer, [request], 1, session)[0] == [text]
+
+
+@pytest.mark.parametrize("method", METHODS[1:3])
+def test_where_phi3_computes_its_cache_anew_a_token_is_dense_and_masks_are_made_of_all_before_it(method, tokenizer):
+    """A prompt of 40: token 10 follows 49 tokens, which run again, under the other angles, as a prompt would."""
+    model, prompt = _model("longrope"), random_tokens(40, seed=40)
+
+    def run(tokens, new):
+        with open_session(model, method[0], 0.5, **method[1]) as session:
+            texts, costs = _generate(model, tokenizer, [_Request(tokens, new)], 8, session)
+        return [int(word[1:]) for word in texts[0].split()], costs[0]
+
+    whole, (tokens, masked, pruned, remasks) = run(prompt, NEW)
+    first, (*_, first_remasks) = run(prompt, 9)
+    rest, (*_, rest_remasks) = run((*prompt, *first), NEW - 9)
+    assert whole == first + rest
+    assert (tokens, masked) == (NEW, NEW - 2)
+    assert pruned == pytest.approx(0.5 * (NEW - 2))
+    assert remasks == first_remasks + rest_remasks
+    assert (remasks > 0) == (method[0] == "dart")
+
+
+def test_dynamic_angles_leave_the_cache_as_it_is(tokenizer):
+    model = _model("dynamic")
+    with open_session(model, "griffin", 0.5) as session:
+        _, costs = _generate(model, tokenizer, [_Request(random_tokens(40, seed=40))], 8, session)
+    assert costs == [(NEW, NEW - 1, 0.5 * (NEW - 1), 0)]

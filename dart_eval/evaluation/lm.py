@@ -27,8 +27,10 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import Budget, batches, budget
 from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.generated import GenerationLog
 from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
 from dart_eval.evaluation.requests import Request, Score, Scoring
+from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.unusable import LogitsWatch, Unusable
 from dart_eval.pruning.session import Session
@@ -156,7 +158,7 @@ class PrunedLM(HFLM):
         self.cut: set[tuple[str, int]] = set()
         self.journal = Journal()  # answers of the running cell
         self._clock = time.monotonic()
-        self._head = output_head(model)
+        self._head, self._angles = output_head(model), Angles(model)
         ends = getattr(model.generation_config, "eos_token_id", None)
         self._ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
         self.part: Part | Pilot = WHOLE
@@ -334,12 +336,14 @@ class PrunedLM(HFLM):
             lengths = {i: len(self.tok_encode(prompts[i])) for i in todo}
             todo.sort(key=lambda i: (lengths[i], i), reverse=True)
             # Every new token is a forward: full batches save more than padding costs.
-            sizes, forwards = [lengths[i] + new_tokens for i in todo], new_tokens * self.planned.forward
-            for part in batches(sizes, self.planned.rows, self.planned.generated, forwards):
-                batch = {i: prompts[i] for i in todo[part]}
-                planned.append(_Generation(batch, stop, new_tokens, budget, kwargs))
-                call.sizes.append(sum(sizes[part]) + forwards)
-                call.tokens += sum(sizes[part])
+            forwards = new_tokens * self.planned.forward
+            for group in self._angles.together([(lengths[i], lengths[i] + new_tokens) for i in todo]):
+                sizes = [lengths[todo[n]] + new_tokens for n in group]
+                for part in batches(sizes, self.planned.rows, self.planned.generated, forwards):
+                    batch = {i: prompts[i] for i in (todo[n] for n in group[part])}
+                    planned.append(_Generation(batch, stop, new_tokens, budget, kwargs))
+                    call.sizes.append(sum(sizes[part]) + forwards)
+                    call.tokens += sum(sizes[part])
             call.requests += len(todo)
         for work in self._mine(planned, lambda work: [names[i] for i in work.prompts]):
             left = [i for i in work.prompts if names[i] not in self.journal or self.budget is self.planned]
@@ -361,31 +365,23 @@ class PrunedLM(HFLM):
     def _generate(self, work: _Generation) -> dict[int, Any]:
         """A batch's answers: text, tokens of the prompt, cost."""
         ids, attention = self.tok_batch_encode(list(work.prompts.values()), left_truncate_len=work.longest)
-        watch = LogitsWatch(len(ids))
-        output = self._model_generate(
-            context=ids.to(self.device), attention_mask=attention.to(self.device), stop=work.stop,
-            max_length=ids.shape[1] + work.new_tokens, logits_processor=LogitsProcessorList([watch]), **work.kwargs,
-        )[:, ids.shape[1] :]  # fmt: skip
+        watch, log = LogitsWatch(len(ids)), GenerationLog(self.session)
+        self._angles.reset()
+        with log.watching(self.model):
+            output = self._model_generate(
+                context=ids.to(self.device), attention_mask=attention.to(self.device), stop=work.stop,
+                max_length=ids.shape[1] + work.new_tokens, logits_processor=LogitsProcessorList([watch]), **work.kwargs,
+            )[:, ids.shape[1] :]  # fmt: skip
         answers = {}
         for row, i in enumerate(work.prompts):
             tokens = output[row].tolist()
-            text = postprocess_generated_text(self.tok_decode(tokens), work.stop, None)
-            kept = self._kept(tokens, work.stop)
-            cost = self._generation_cost(row, kept)
+            kept = self._kept(tokens, work.stop)  # a row that has ended may write on until its whole batch has
+            text = postprocess_generated_text(self.tok_decode(tokens[:kept]), work.stop, None)
+            cost = log.cost(row, kept)
             if not watch.usable(row, kept):
                 cost = dataclasses.replace(cost, logprob=math.nan)
             answers[i] = [text, int(attention[row].sum()), dataclasses.astuple(cost)]
         return answers
-
-    def _generation_cost(self, row: int, tokens: int) -> Score:
-        """The first token comes from the dense prefill, each later one from a decoding forward."""
-        steps = self.session.steps[: max(tokens - 1, 0)] if self.session is not None else []
-        pruned = [float(1 - step.read[row]) for step in steps]
-        outside = sum(float(1 - step.mask[row]) for step in steps)
-        events = self.session.events if self.session is not None else []
-        remasks = sum(e["sequence"] == row and e["step"] < tokens for e in events)
-        trace = self.session.trace(row, tokens - 1) if self.session is not None else None
-        return Score(0.0, False, tokens, sum(s > 0 for s in pruned), sum(pruned), outside, remasks, trace)
 
     def _kept(self, tokens: list[int], stop: list[str]) -> int:
         """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""
