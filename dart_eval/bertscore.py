@@ -99,7 +99,7 @@ def _encoder(folder: str, layer: int | None, device: str) -> Any:
     from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
     from transformers.utils import logging
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     depth = config.num_hidden_layers
     layer = BEST_LAYER.get((config.model_type, depth), depth) if layer is None else layer
     if not 1 <= layer <= depth:
@@ -109,8 +109,8 @@ def _encoder(folder: str, layer: int | None, device: str) -> Any:
     logging.set_verbosity_error()  # or it reports the weights of the layers and heads left out
     logging.disable_progress_bar()
     try:
-        model: Any = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     finally:
         logging.set_verbosity(level)
         if bar:

@@ -72,7 +72,7 @@ def _convert(target: Path) -> None:
                 f"the package {PACKAGE} holds other weights than this version knows",
                 "install the version named in dart-eval's [demo] extra",
             )
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         # A model read from GGUF refuses save_pretrained: its state goes into a model made from its config.
         config = read.config
         if hasattr(config, "quantization_config"):
@@ -80,7 +80,8 @@ def _convert(target: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
         model.load_state_dict(read.state_dict())
         model.save_pretrained(work / "model")
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(work / "model")
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        tokenizer.save_pretrained(work / "model")
         os.replace(work / "model", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)

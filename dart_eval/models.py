@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dart_eval import demo_model
+from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
 from dart_eval.hub import work_offline_if_unreachable
 
@@ -29,6 +31,7 @@ class ModelSpec:
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (cuda, mps, else cpu) or a torch device.
         device_map: for accelerate (`auto`: spread over the GPUs); replaces `device`.
+        trust_remote_code: run the code that a model brings along; without it none ever runs.
     """
 
     name: str | None = None
@@ -36,6 +39,7 @@ class ModelSpec:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class Identity:
     Attributes:
         name: as the user named it (an alias stays an alias; a folder is given by its last part).
         revision: commit on the hub, or None for a folder.
-        weights: sha256 over a folder's weights, configuration and tokenizer; None for a hub model: its commit says it.
+        weights: sha256 over a folder's weights, configuration, tokenizer and code; None for a hub model: its commit
+            says it.
+        remote_code: code of the model's own runs in place of the library's.
     """
 
     name: str
     revision: str | None
     weights: str | None
+    remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,23 +69,38 @@ class Resolved:
     identity: Identity
     dtype: str  # what the weights will be loaded as: float32, bfloat16 ...
 
-    def load(self) -> tuple[PreTrainedModel, Any]:
+    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
         """The model in eval mode on its device, and its tokenizer.
 
+        Args:
+            note: told what is odd about the checkpoint.
+
         Raises:
-            UserError: it cannot be loaded.
+            UserError: it cannot be loaded, or its weights or its tokenizer are not what it needs.
         """
-        spec = self.spec
-        kwargs: dict[str, Any] = {"dtype": DTYPES[spec.dtype]}
-        if spec.device_map:
-            kwargs["device_map"] = spec.device_map
+        spec, name = self.spec, self.identity.name
+        kwargs: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
         if self.identity.revision:
             kwargs["revision"] = self.identity.revision
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.source, revision=kwargs.get("revision", "main"))
-            model = AutoModelForCausalLM.from_pretrained(self.source, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(self.source, **kwargs)
+            made: Any = AutoModelForCausalLM.from_pretrained(
+                self.source, dtype=getattr(torch, self.dtype), device_map=spec.device_map, output_loading_info=True,
+                ignore_mismatched_sizes=True, **kwargs,
+            )  # fmt: skip
         except Exception as error:  # every library underneath has errors of its own; all mean the same here
-            raise _explain(self.identity.name, error) from error
+            raise _explain(name, error) from error
+        model, info = made
+        for text in check_weights(name, info):
+            note(text)
+        if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
+            raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
+        check_tokenizer(name, model, tokenizer)
+        self._place(model)
+        return model.eval(), tokenizer
+
+    def _place(self, model: PreTrainedModel) -> None:
+        spec = self.spec
         if not spec.device_map:
             try:
                 model.to(pick_device(spec.device))  # type: ignore[arg-type]
@@ -91,7 +113,6 @@ class Resolved:
                 f"the model does not fit: --device-map {spec.device_map} leaves weights on the CPU or disk",
                 "give more GPUs (--gpus-per-cell on Ray) or a smaller --dtype",
             )
-        return model.eval(), tokenizer
 
 
 def pick_device(name: str) -> torch.device:
@@ -119,7 +140,7 @@ def resolve(spec: ModelSpec) -> Resolved:
 
     Raises:
         UserError: nothing is installed or given, the folder has no weights, the hub cannot be reached or has no
-            such model, the dtype is unknown.
+            such model, the dtype is unknown, the model brings code that does not run unasked.
     """
     if spec.dtype not in DTYPES:
         raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
@@ -134,34 +155,41 @@ def resolve(spec: ModelSpec) -> Resolved:
         name = demo_model.ALIAS
     if name == demo_model.ALIAS:
         folder = demo_model.folder()
-        return Resolved(
-            spec, str(folder), Identity(name, None, _hash_folder(folder)), _dtype(spec, _config(str(folder)))
-        )
+        return _resolved(spec, str(folder), name, _hash_folder(folder))
     path = Path(name).expanduser()
     if path.is_dir():
-        identity = Identity(path.resolve().name, None, _check_folder(path))
-        return Resolved(spec, str(path), identity, _dtype(spec, _config(str(path))))
+        return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
     if name.startswith((".", "/", "~")) or path.exists():
         raise UserError(f"model folder {name} does not exist or is not a folder", "give a folder with config.json")
     work_offline_if_unreachable()
-    config = _config(name, spec.revision)
-    commit = getattr(config, "_commit_hash", None) or spec.revision or "main"
-    return Resolved(spec, name, Identity(name, commit, None), _dtype(spec, config))
+    return _resolved(spec, name, name, None)
 
 
-def _config(name: str, revision: str | None = None) -> Any:
+def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
+    """A model by its configuration; `weights`: hash of a folder."""
     try:
-        return AutoConfig.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError, KeyError) as error:
-        raise _explain(Path(name).name if Path(name).is_dir() else name, error) from error
+        revision = spec.revision or "main"
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # the model's own code may run here
+        raise _explain(name, error) from error
+    commit = None if weights else getattr(config, "_commit_hash", None) or revision
+    code = own_code(source, config, commit)
+    if code is not None and "/" in code and not spec.trust_remote_code:
+        raise _untrusted(name, code)
+    identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
+    return Resolved(spec, source, identity, _dtype(spec, config, source, commit))
 
 
-def _dtype(spec: ModelSpec, config: Any) -> str:
-    """The dtype that `auto` stands for: the checkpoint's, else float32."""
+def _dtype(spec: ModelSpec, config: Any, source: str, revision: str | None) -> str:
+    """The dtype that the weights will be loaded as; `auto` stands for the checkpoint's own."""
     if spec.dtype != "auto":
         return spec.dtype
-    kept = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return str(kept).removeprefix("torch.") if kept is not None else "float32"
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return _name(named) if named is not None else weights_dtype(source, revision)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_folder(path: Path) -> str:
@@ -176,17 +204,26 @@ def _check_folder(path: Path) -> str:
 
 def _hash_folder(path: Path) -> str:
     digest = hashlib.sha256()
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix in HASHED)
-    for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+    files = {f for f in path.iterdir() if f.suffix in HASHED} | set(path.rglob("*.py"))
+    for file in sorted(f for f in files if f.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
 
 
+def _untrusted(name: str, code: str) -> UserError:
+    return UserError(
+        f"model {name!r} brings code of its own ({code}), and none runs unasked",
+        "read it; if you trust it, give --trust-remote-code",
+    )
+
+
 def _explain(name: str, error: BaseException) -> UserError:
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return _untrusted(name, "auto_map or custom_generate")
     if "connect" in text.lower() or "offline" in text.lower() or "couldn't connect" in text.lower():
         return UserError(
             f"model {name!r} is no local folder, and the hub cannot be reached",

@@ -49,7 +49,9 @@ class RunConfig:
     """Everything `dart-eval run` can be told; the keys of run.yaml are these names.
 
     Attributes:
-        model, revision, dtype, device, device_map: which model and how to load it (see `ModelSpec`).
+        model, revision, dtype, device, device_map, trust_remote_code: which model and how to load it (see `ModelSpec`).
+        confirm_run_unsafe_code: tasks may run code that the model writes, and metrics that stand in the working
+            directory.
         method: methods as typed, `name` or `name:key=value:key=value`.
         sparsity: pruned fractions of all FFN neurons, each in [0, 1).
         scope: which positions run pruned when answers are scored: `scored`, or `all` and `last` of other papers.
@@ -81,6 +83,8 @@ class RunConfig:
     dtype: str = "auto"
     device: str = "auto"
     device_map: str | None = None
+    trust_remote_code: bool = False
+    confirm_run_unsafe_code: bool = False
     method: tuple[str, ...] = ("dense", "griffin", "dart")
     sparsity: tuple[float, ...] = (0.5,)
     scope: str = "scored"
@@ -109,7 +113,7 @@ class RunConfig:
 
     @property
     def model_spec(self) -> ModelSpec:
-        return ModelSpec(self.model, self.revision, self.dtype, self.device, self.device_map)
+        return ModelSpec(self.model, self.revision, self.dtype, self.device, self.device_map, self.trust_remote_code)
 
     @property
     def eval_settings(self) -> EvalSettings:
@@ -213,7 +217,7 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("num_fewshot", "limit", "seed", "max_length", "chunk", "shards"), int),
     **dict.fromkeys(("gpus_per_cell", "cpus_per_cell"), float),
-    **dict.fromkeys(("chat_template", "force", "share_prefix"), bool),
+    **dict.fromkeys(("chat_template", "force", "share_prefix", "trust_remote_code", "confirm_run_unsafe_code"), bool),
 }
 
 

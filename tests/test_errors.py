@@ -52,7 +52,7 @@ def model_folder(tmp_path):
     """Looks like a model as long as nobody loads it."""
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "config.json").write_text('{"model_type": "llama", "dtype": "float32"}')
     (folder / "model.safetensors").touch()
     return folder
 

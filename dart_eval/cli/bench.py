@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli import options
 from dart_eval.cli.run import quieten
 from dart_eval.errors import UserError
 
@@ -34,6 +35,7 @@ def bench(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    trust_remote_code: options.TrustRemoteCode = None,
     method: Annotated[
         str, typer.Option(help="Methods, comma-separated: NAME or NAME:key=value.")
     ] = "griffin,dart,dart-code,dart-plus",
@@ -75,13 +77,13 @@ def bench(
         raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
     if overhead and scoring:
         raise UserError("--overhead and --scoring are two measurements", "give one of them")
+    from dart_eval.models import ModelSpec
+
+    spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
     if scoring:
         from dart_eval.cli import bench_scoring
-        from dart_eval.models import ModelSpec
 
-        bench_scoring.run(
-            tasks, ModelSpec(model, None, dtype, device), data_dir, batch_size, rounds, limit, num_fewshot, format
-        )
+        bench_scoring.run(tasks, spec, data_dir, batch_size, rounds, limit, num_fewshot, format)
         return
     from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.session import check_sparsity
@@ -97,6 +99,4 @@ def bench(
         return
     from dart_eval.cli import bench_decode
 
-    bench_decode.run(
-        methods, sparsity, shape, layers, model, dtype, device, prompt, steps, rounds, compile, profile, format
-    )
+    bench_decode.run(methods, sparsity, shape, layers, spec, prompt, steps, rounds, compile, profile, format)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dart_eval.cli.view import output
+from dart_eval.cli.view import output, print_note
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, write
 from dart_eval.results.writers import Table
+
+if TYPE_CHECKING:
+    from dart_eval.models import ModelSpec
 
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 def run(
-    methods: list[Any], sparsity: float, shape: str | None, layers: int | None, model: str | None, dtype: str,
-    device: str, prompt: int, steps: int, rounds: int, compiled: str | None, profile: Path | None,
-    format: str,
+    methods: list[Any], sparsity: float, shape: str | None, layers: int | None, spec: ModelSpec, prompt: int,
+    steps: int, rounds: int, compiled: str | None, profile: Path | None, format: str,
 ) -> None:  # fmt: skip
     """Time every method, and print the table.
 
@@ -28,7 +30,7 @@ def run(
 
     from dart_eval import shapes
     from dart_eval.bench import decode
-    from dart_eval.models import DTYPES, ModelSpec, pick_device, resolve
+    from dart_eval.models import DTYPES, pick_device, resolve
 
     for name, value in (("--prompt", prompt), ("--steps", steps), ("--rounds", rounds)):
         if value < 1:
@@ -37,19 +39,19 @@ def run(
         check_target(profile)
     if compiled is not None and compiled not in COMPILE:
         raise UserError(f"unknown compile mode {compiled!r}", f"one of {', '.join(COMPILE)}")
-    if shape is not None and model is not None:
+    if shape is not None and spec.name is not None:
         raise UserError("--shape and --model are both given", "leave one of them out")
     if shape is None:
         if layers is not None:
             raise UserError("--layers is for a shape", "give --shape, or leave it out")
-        resolved = resolve(ModelSpec(name=model, dtype=dtype, device=device))
-        loaded, tokenizer = resolved.load()
+        resolved = resolve(spec)
+        loaded, tokenizer = resolved.load(print_note)
         named = f"{resolved.identity.name}, {resolved.dtype}"
     else:
-        if dtype not in DTYPES:
-            raise UserError(f"unknown dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
-        kind: Any = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
-        loaded, tokenizer = shapes.with_random_weights(shape, layers, kind, pick_device(device)), None
+        if spec.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {spec.dtype!r}", f"one of {', '.join(DTYPES)}")
+        kind: Any = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
+        loaded, tokenizer = shapes.with_random_weights(shape, layers, kind, pick_device(spec.device)), None
         named = f"{shape} (random weights), {len(decode.find_ffns(loaded))} layers, {str(kind).removeprefix('torch.')}"
     found = [
         decode.measure(

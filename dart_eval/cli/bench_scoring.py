@@ -6,7 +6,7 @@ import dataclasses
 import statistics
 from typing import TYPE_CHECKING
 
-from dart_eval.cli.view import output
+from dart_eval.cli.view import output, print_note
 from dart_eval.errors import UserError
 from dart_eval.results.writers import Table
 
@@ -46,7 +46,7 @@ def run(
     resolved = resolve(spec)
     for name in names:
         shelf.load(name)  # what is missing shows before anything runs
-    model, tokenizer = resolved.load()
+    model, tokenizer = resolved.load(print_note)
     found = [measure(model, tokenizer, shelf, name, batch_size, rounds, limit, num_fewshot) for name in names]
     output([dataclasses.asdict(f) for f in found], table(found, resolved.identity.name), format)
 

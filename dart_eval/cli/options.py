@@ -11,6 +11,16 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Dtype = Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16.  \[default: auto]")]
 Device = Annotated[str | None, typer.Option(help=r"auto, cpu, cuda, cuda:1, mps.  \[default: auto]")]
 DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over GPUs, e.g. auto.")]
+TrustRemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", metavar="", help="Run the code that the model brings along; else none runs."),
+]
+UnsafeCode = Annotated[
+    bool | None,
+    typer.Option(
+        "--confirm-run-unsafe-code", metavar="", help="Tasks may run code that the model writes (humaneval, mbpp)."
+    ),
+]
 DataDir = Annotated[str | None, typer.Option(help="Local data instead of the hub.")]
 
 Executor = Annotated[

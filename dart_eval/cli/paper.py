@@ -21,6 +21,8 @@ def paper(
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    confirm_run_unsafe_code: options.UnsafeCode = None,
     data_dir: options.DataDir = None,
     limit: Annotated[
         int | None, typer.Option(help=r"First items of each task.  \[default: what the file says]")

@@ -57,6 +57,8 @@ def run(
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    confirm_run_unsafe_code: options.UnsafeCode = None,
     num_fewshot: Annotated[
         int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]")
     ] = None,

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli import options
 from dart_eval.cli.run import quieten
-from dart_eval.cli.view import say
+from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, is_stream, read_text, write
 from dart_eval.text import json_text
@@ -29,6 +30,7 @@ def trace(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    trust_remote_code: options.TrustRemoteCode = None,
     output: Annotated[Path, typer.Option(help="JSON file to write; the picture goes beside it.")] = Path("trace.json"),
     plot: Annotated[
         Path | None, typer.Option(help=r"Picture to write: png, svg or pdf.  \[default: --output with .png]")
@@ -81,7 +83,8 @@ def trace(
     if text is None and following is not None:
         raise UserError("--then needs a prompt before it", "give a prompt or --file")
     passage = tracing.smoke_passage(smoke) if text is None else tracing.Passage(text, following)
-    loaded, tokenizer = resolve(ModelSpec(model, None, dtype, device)).load()
+    spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
+    loaded, tokenizer = resolve(spec).load(print_note)
     found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
     aside = is_stream(output)  # the JSON may be what a program reads from this one
     say(tracing.summary(found), err=aside)

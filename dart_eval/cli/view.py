@@ -201,6 +201,11 @@ def show(table: Table) -> None:
     screen.print(plain(table.note), style="dim")
 
 
+def print_note(text: str) -> None:
+    """Something a person should know, apart from the results."""
+    say(text, err=True)
+
+
 def save_text(path: Path, text: str) -> None:
     """Write a file that the user named; said where it is one to be found again, not a stream.
 

@@ -221,7 +221,7 @@ class CellWorker:
         _settle(threads, folder)
         self.device = config.device
         self.model = resolve(config.model_spec)
-        self.worker = Worker(config, self.model, log.info)
+        self.worker = Worker(config, self.model, log.info, note=log.info)
         self._jobs: dict[RunConfig, dict[str, Job]] = {}
 
     def run(self, payload: _Payload, tell: Callable[[Any], None]) -> Any:

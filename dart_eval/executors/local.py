@@ -34,6 +34,7 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
             resolve(configs[0].model_spec),
             view.status,
             lambda n: view.advanced(running.cell, n) if running else None,
+            view.note,
         )
 
     def work(todo: list[Job]) -> None:

@@ -77,7 +77,7 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
     """
     jobs, _ = plan_all(configs, view, False, device)
     store = Store(configs[0].output)
-    worker = Worker(configs[0], resolve(configs[0].model_spec), view.status)
+    worker = Worker(configs[0], resolve(configs[0].model_spec), view.status, note=view.note)
     dense: dict[tuple[str, RunConfig], _Timed] = {}
     factors: dict[tuple[str, str], float] = {}  # (method, kind) -> time over dense
     per_token = 2 * (worker.shape.ffn_weights + worker.shape.other_weights)

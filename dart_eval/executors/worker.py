@@ -35,7 +35,8 @@ class Worker:
     """A loaded model; evaluates cells.
 
     Args:
-        status, advanced: told what it loads, and the number of requests just answered.
+        status, advanced, note: told what it loads, the number of requests just answered, and what is odd about the
+            model.
     """
 
     def __init__(
@@ -44,9 +45,13 @@ class Worker:
         resolved: Resolved,
         status: Callable[[str], None] = lambda text: None,
         advanced: Callable[[int], None] = lambda n: None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         status(f"loading {resolved.identity.name}")
-        self.model, self.tokenizer = resolved.load()
+        self.notes: list[str] = []
+        self.model, self.tokenizer = resolved.load(self.notes.append)
+        for text in self.notes:
+            note(text)
         if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
         self.halved = 0  # how often memory ran out in the last cell
@@ -154,6 +159,7 @@ class Worker:
                 "method": spec_of(cell.method),
                 "command": command(config, cell),
                 **({"halved": self.halved} if self.halved else {}),
+                **({"notes": self.notes} if self.notes else {}),
             },
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,

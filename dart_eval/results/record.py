@@ -60,7 +60,8 @@ class Record:
         flops: see `cost.describe`.
         memory: bytes of `weights` and `state` (method, per sequence).
         settings: what cannot change a number: `batch_size`, `share_prefix`, `method` as typed, and `command`, the line
-            that makes this one cell; `halved`: how often memory ran out and batches were halved, where it did.
+            that makes this one cell; `halved`: how often memory ran out and batches were halved, where it did; `notes`
+            on the model's checkpoint, where there are any.
         environment: versions and machine: its GPUs' names, or threads.
         measured: what differs between two equal runs: `seconds` (wall time of the cell, interrupted attempts
             included), `created` (UTC, ISO 8601), `peak` (bytes: of the GPU, or of the process, while the cell ran).

@@ -1,0 +1,125 @@
+"""What stands in a checkpoint's files, and whether a loaded model was made of all that it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file
+
+from dart_eval.errors import UserError
+
+SHOWN = 3  # names in a message
+SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def weights_dtype(source: str, revision: str | None) -> str:
+    """The dtype that transformers' `auto` takes where a configuration names none: of the first floating-point weight.
+
+    Raises:
+        UserError: no file of weights can be read.
+    """
+    problem = "has no weights"
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file = _file(source, name, revision)
+        if file is None and (index := _file(source, f"{name}.index.json", revision)) is not None:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            file = _file(source, min(shards), revision)
+        if file is None:
+            continue
+        try:
+            if file.suffix == ".bin":
+                weights = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+                found = [str(w.dtype).removeprefix("torch.") for w in weights.values()]
+            else:
+                with safe_open(file, framework="pt") as opened:
+                    kinds = [opened.get_slice(key).get_dtype() for key in opened.keys()]  # noqa: SIM118 - no mapping
+                found = [SAFETENSORS.get(kind, "") for kind in kinds]
+            return next(dtype for dtype in found if dtype in SAFETENSORS.values())
+        except StopIteration:
+            problem = f"has no floating-point weights in {file.name}"
+        except Exception as error:  # of safetensors, of pickle, of the file system
+            problem = f"has weights that cannot be read ({file.name}: {' '.join(str(error).split())[:200]})"
+    raise UserError(f"model {Path(source).name} names no dtype, and {problem}", "give --dtype, or complete weights")
+
+
+def own_code(source: str, config: Any, revision: str | None) -> str | None:
+    """What would run of a model that brings code of its own (a file's name, for people); None: it brings none."""
+    attention = str(getattr(config, "_attn_implementation", None) or "")
+    if "/" in attention:
+        return f"the attention {attention} of the hub"
+    if getattr(config, "auto_map", None):
+        return "auto_map in config.json"
+    if get_tokenizer_config(source, revision=revision).get("auto_map"):
+        return "auto_map in tokenizer_config.json"
+    return "custom_generate" if _file(source, "custom_generate/generate.py", revision) is not None else None
+
+
+def _file(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a model, fetched from the hub where it must be; None where the model has no such."""
+    try:
+        found = cached_file(source, name, revision=revision or "main")
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+def check_weights(name: str, info: Mapping[str, Any]) -> list[str]:
+    """What is to be told of how a model was loaded.
+
+    Args:
+        info: of `from_pretrained(output_loading_info=True)`, in which tied weights and the like do not stand.
+
+    Raises:
+        UserError: weights are missing (they would be random ones), or have another shape.
+    """
+    missing, unused = info["missing_keys"], info["unexpected_keys"]
+    if wrong := info["mismatched_keys"]:
+        key, theirs, ours = min(wrong)
+        raise UserError(
+            f"{len(wrong)} weights of model {name} have another shape than its config.json says: {key} is "
+            f"{list(theirs)}, not {list(ours)}",
+            "give the weights their own config.json",
+        )
+    if missing:
+        instead = f", and has {len(unused)} that the model does not know ({_few(unused)})" if unused else ""
+        raise UserError(
+            f"model {name} lacks {len(missing)} weights ({_few(missing)}){instead}",
+            "save the whole model itself, not a wrapper of it, with save_pretrained; config.json must fit it",
+        )
+    if unused:
+        return [f"model {name}: {len(unused)} weights of the checkpoint are not used ({_few(unused)})"]
+    return []
+
+
+def _few(names: Collection[str]) -> str:
+    return ", ".join([*sorted(names)[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+
+
+def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that the model has no embeddings for, or that knows neither a beginning nor an end.
+
+    Special tokens that no plain text has (of images, for example) may lie beyond the embedding.
+
+    Raises:
+        UserError: with both sizes, or what is missing.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of model {name} has neither a BOS nor an EOS token",
+            "name one in its tokenizer_config.json (bos_token, eos_token): answers without a context begin with it",
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    largest = max(i for i in tokenizer.get_vocab().values() if i not in special)
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer of model {name} has token ids up to {largest}, and the model {rows} embeddings",
+            "give the model its own tokenizer, or save it after resize_token_embeddings",
+        )
