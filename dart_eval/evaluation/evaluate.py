@@ -24,6 +24,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM, Usage
 from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
+from dart_eval.evaluation.unsafe import nothing_of_this_folder
 from dart_eval.pruning.method import Method, PromptMethod
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
@@ -154,7 +155,8 @@ def answer_part(
 
 
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Any:
-    with _quiet():
+    first = leaves(list(items))[0].task_name
+    with _quiet(), nothing_of_this_folder(first, tasks.unsafe_code):
         return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(items),
@@ -168,6 +170,7 @@ def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], 
             torch_random_seed=settings.seed,
             fewshot_random_seed=settings.seed,
             log_samples=True,
+            confirm_run_unsafe_code=tasks.unsafe_code,
         )
 
 
@@ -340,6 +343,8 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
         config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
         (config.get("metadata") or {}).pop("config_source", None)
         digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
+        for script in getattr(task, "own_metrics", ()):
+            digest.update(script.read_bytes())
         docs = task.eval_docs
         last = min(len(docs), settings.limit) if settings.limit else len(docs)
         for i in range(last):

@@ -19,9 +19,11 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.lm import RollingLogLikelihood
+from dart_eval.evaluation.unsafe import check_task, is_unsafe, nothing_of_this_folder, own_metrics
 from dart_eval.hub import work_offline_if_unreachable
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
@@ -77,11 +79,14 @@ def tasks_dir() -> Path:
 class _Factory(TaskFactory):
     """lm-eval's factory, with the data source and the summary cue replaced in each leaf's configuration."""
 
-    def __init__(self, data_dir: Path | None, cue: str | None) -> None:
+    def __init__(self, data_dir: Path | None, cue: str | None, unsafe_code: bool) -> None:
         super().__init__(meta={})
-        self.data_dir, self.cue = data_dir, cue
+        self.data_dir, self.cue, self.unsafe_code = data_dir, cue, unsafe_code
 
     def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
+            raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
+            check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
         config = super()._load_full_config(entry, overrides)
         metadata = config.get("metadata") or {}
         if self.cue is not None and "cue" in metadata:
@@ -125,16 +130,18 @@ class Tasks:
     Args:
         data_dir: folder of local data (layout above); None loads from the hub as lm-eval does.
         cue: what follows the document in the summarisation tasks' prompts, instead of each task's own cue.
+        unsafe_code: tasks may run code that the model writes, and metrics of the working directory (see `unsafe`).
 
     Raises:
         UserError: `data_dir` is not a folder.
     """
 
-    def __init__(self, data_dir: str | Path | None = None, cue: str | None = None) -> None:
+    def __init__(self, data_dir: str | Path | None = None, cue: str | None = None, unsafe_code: bool = False) -> None:
+        self.unsafe_code = unsafe_code
         self.data_dir = Path(data_dir) if data_dir is not None else None
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
-        self._factory = _Factory(self.data_dir, cue)
+        self._factory = _Factory(self.data_dir, cue, unsafe_code)
         self.manager = self._index(include_defaults=False)
         self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
@@ -173,19 +180,23 @@ class Tasks:
         """The lm-eval task or group of that (expanded) name; tags give several. Built once, then kept.
 
         Raises:
-            UserError: its data cannot be had.
+            UserError: its data cannot be had, or it would run code that nobody has confirmed.
         """
         if name not in self._loaded:
             try:
                 self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
                 _forget_modules()
-                loaded = self.manager._load_spec(name)
+                with nothing_of_this_folder(name, self.unsafe_code):
+                    loaded = self.manager._load_spec(name)
             except UserError:
                 raise
             except Exception as error:
                 raise self._explain(name, error) from error
             items = loaded if isinstance(loaded, list) else [loaded]
             for task in leaves(items):
+                check_task(task.task_name, is_unsafe(task), self.unsafe_code)
+                if self.unsafe_code:
+                    setattr(task, "own_metrics", own_metrics())  # noqa: B010 - lm-eval knows no such field
                 _process_once(task)
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
                     _weight_by_coverage(task)

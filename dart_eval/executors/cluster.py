@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from dart_eval.errors import StoreError, UserError, summary
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.part import WHOLE, Part
+from dart_eval.evaluation.unsafe import away_from_this_folder
 from dart_eval.executors.jobs import Job, RunResult, Silent, Sweep, View, begin_sweep, open_cell, plan_all
 from dart_eval.executors.pool import POLL, Elsewhere, Pool, Task
 from dart_eval.plan import RunConfig, methods_of
@@ -76,11 +77,11 @@ def _connected(config: RunConfig) -> Iterator[None]:
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if config.ray_address is None:
-            ray.init(address="local", include_dashboard=False, num_cpus=_processors(), **quiet)
-        else:
+        if config.ray_address is not None:
             _knock(config.ray_address)
-            ray.init(address=config.ray_address, **quiet)
+        own = {"address": "local", "include_dashboard": False, "num_cpus": _processors()}
+        with away_from_this_folder():
+            ray.init(**(own if config.ray_address is None else {"address": config.ray_address}), **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"no Ray cluster at {config.ray_address} ({error})", "start one (`ray start --head`), see docs/cluster.md"

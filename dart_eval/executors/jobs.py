@@ -86,7 +86,7 @@ def plan_all(
         view.status("looking up tasks")
         shelf = (config.data_dir, config.cue, config.num_fewshot)
         if shelf not in shelves:
-            shelves[shelf] = Tasks(config.data_dir, config.cue)
+            shelves[shelf] = Tasks(config.data_dir, config.cue, config.confirm_run_unsafe_code)
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         if model is None:

@@ -1,0 +1,108 @@
+"""Code and data that tasks would take from the working directory, or that the model writes: none, unless told.
+
+`evaluate.load("code_eval")` runs ./code_eval/code_eval.py where there is such a file, and `load_dataset("a/b")` takes
+the folder ./a/b for the hub's. Both are refused by name here, whoever calls them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import datasets.load
+import evaluate.loading
+from lm_eval.api.task import Task
+
+from dart_eval.errors import UserError
+
+REMEDY = "start dart-eval in another folder, or give --confirm-run-unsafe-code"
+LOADERS = {
+    evaluate.loading: ("LocalEvaluationModuleFactory",),
+    # of datasets 4, and of datasets 3
+    datasets.load: (
+        "LocalDatasetModuleFactory", "LocalDatasetModuleFactoryWithScript", "LocalDatasetModuleFactoryWithoutScript",
+    ),
+}  # fmt: skip
+
+
+def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
+    """Refuse a task that runs what the model writes.
+
+    Raises:
+        UserError: it does, and the user has not confirmed that.
+    """
+    if unsafe and not confirmed:
+        raise UserError(
+            f"task {name} runs code that the model writes",
+            "give --confirm-run-unsafe-code where that can do no harm, in a container for example",
+        )
+
+
+def is_unsafe(task: Task) -> bool:
+    """Whether lm-eval marks it so."""
+    return bool(getattr(task, "UNSAFE_CODE", False))
+
+
+@contextmanager
+def nothing_of_this_folder(name: str, confirmed: bool) -> Iterator[None]:
+    """While the block runs, metrics and data sets by a bare name are the libraries' own, never the working directory's.
+
+    Args:
+        name: of the task, for people.
+        confirmed: let them be the working directory's, and let generated code run.
+
+    Raises:
+        UserError: a metric or a data set of the working directory was asked for, even if the task swallowed the error.
+    """
+    if confirmed:
+        with patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}):
+            yield
+        return
+    refused: list[UserError] = []
+    with ExitStack() as stack:
+        for module, names in LOADERS.items():
+            for loader in names:
+                if (stock := getattr(module, loader, None)) is not None:
+                    stack.enter_context(patch.object(module, loader, _guarded(stock, name, refused)))
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if refused:
+                raise refused[0] from error
+            raise
+    if refused:
+        raise refused[0]
+
+
+def _guarded(stock: Any, task: str, refused: list[UserError]) -> Any:
+    class Guarded(stock):
+        def __init__(self, path: str, *args: Any, **kwargs: Any) -> None:
+            if not os.path.isabs(path):
+                refused.append(UserError(f"task {task} would load ./{path} of the working directory", REMEDY))
+                raise refused[-1]
+            super().__init__(path, *args, **kwargs)
+
+    return Guarded
+
+
+@contextmanager
+def away_from_this_folder() -> Iterator[None]:
+    """Stand in the folder that this package is imported from: Ray's workers import from where Ray was started."""
+    before = Path.cwd()
+    os.chdir(Path(__file__).resolve().parents[2])
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def own_metrics() -> list[Path]:
+    """The scripts of the working directory that `evaluate.load` would run, `NAME/NAME.py`."""
+    found = [*Path().glob("*/*.py"), *Path().glob("*/*/*.py")]
+    return sorted(f for f in found if f.stem == f.parent.name)

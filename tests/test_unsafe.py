@@ -1,0 +1,162 @@
+"""Tasks run nothing of the working directory, and nothing that the model writes, unless told."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import evaluate
+import lm_eval
+import pytest
+from datasets import load_dataset
+from lm_eval.tasks import TaskManager
+
+import dart_eval
+from dart_eval.cli import main
+from dart_eval.errors import UserError
+from dart_eval.evaluation import tasks
+from dart_eval.evaluation.evaluate import EvalSettings, task_hash
+from dart_eval.evaluation.tasks import Tasks, tasks_dir
+from dart_eval.evaluation.unsafe import nothing_of_this_folder
+from dart_eval.executors import cluster
+from dart_eval.plan import RunConfig, config_from
+
+METRIC = """
+from pathlib import Path
+import datasets
+import evaluate
+Path({marker!r}).touch()
+TEXT = datasets.Value("string")
+class Own(evaluate.Metric):
+    def _info(self):
+        features = datasets.Features({{"predictions": datasets.Sequence(TEXT), "references": TEXT}})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+    def _compute(self, predictions, references, k):
+        return {{"pass@1": 1.0}}, {{}}
+"""
+ROW = {
+    "task_id": "HumanEval/0", "prompt": "def one():\n", "canonical_solution": "    return 1\n",
+    "test": "def check(f): pass", "entry_point": "one",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return TaskManager(include_path=str(tasks_dir()))
+
+
+@pytest.fixture
+def index(manager, monkeypatch):
+    """lm-eval's tasks, indexed once."""
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: manager)
+
+
+@pytest.fixture
+def marker(tmp_path, monkeypatch):
+    """A working directory with a metric of the name that humaneval loads; it leaves a mark where it runs."""
+    for name in [n for n in sys.modules if "humaneval" in n or "code_eval" in n]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "work" / "code_eval").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    Path("code_eval/code_eval.py").write_text(METRIC.format(marker=str(tmp_path / "ran")))
+    return tmp_path / "ran"
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data" / "openai__openai_humaneval" / "default"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text(json.dumps(ROW) + "\n")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp"])
+def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_it_runs(
+    task, index, marker, data, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    monkeypatch.setattr(sys, "argv", ["dart-eval", "run", "--tasks", task, "--data-dir", str(data), "--model", "m"])
+    monkeypatch.setattr("dart_eval.executors.jobs.resolve", lambda spec: None)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert (
+        f"error: task {task} runs code that the model writes; give --confirm-run-unsafe-code" in capsys.readouterr().err
+    )
+    assert not marker.exists()
+
+
+def test_with_the_users_word_such_a_task_runs(index, marker, data, monkeypatch):
+    from dart_eval.evaluation import evaluate as ours
+
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    told = {}
+    monkeypatch.setattr(
+        lm_eval, "simple_evaluate", lambda **k: told.update(k, allowed=os.environ["HF_ALLOW_CODE_EVAL"])
+    )
+    config = config_from(None, {"tasks": "humaneval", "data_dir": str(data), "confirm_run_unsafe_code": True})
+    shelf = Tasks(config.data_dir, config.cue, config.confirm_run_unsafe_code)
+    (task,) = shelf.load("humaneval")
+    assert marker.exists()
+    ours._simple_evaluate(None, shelf, [task], EvalSettings())
+    assert (told["confirm_run_unsafe_code"], told["allowed"]) == (True, "1")
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+def test_a_metric_of_the_working_directory_that_may_run_belongs_to_the_tasks_hash(marker):
+    hashes = []
+    for text in ("", "# another\n"):
+        path = Path("code_eval/code_eval.py")
+        path.write_text(path.read_text() + text)
+        hashes.append(task_hash(Tasks(unsafe_code=True).load("smoke_questions"), EvalSettings()))
+    hashes += [task_hash(Tasks().load("smoke_questions"), EvalSettings())]
+    assert len(set(hashes)) == 3
+
+
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_other_metrics_of_the_working_directory_are_refused_by_name(marker, swallowed):
+    def load():
+        with nothing_of_this_folder("french", False):
+            try:
+                evaluate.load("code_eval")
+            except UserError:  # as several tasks do: they say that a package is missing
+                if not swallowed:
+                    raise ImportError("install what the task needs") from None
+
+    with pytest.raises(UserError, match=r"task french would load \./code_eval/code_eval.py of the working directory"):
+        load()
+    assert not marker.exists()
+
+
+def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkeypatch):
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    (tmp_path / "org" / "set" / "test.jsonl").write_text('{"a": 1}\n')
+    monkeypatch.chdir(tmp_path)
+    words = r"task some would load \./org/set of the working directory; start dart-eval in"
+    with pytest.raises(UserError, match=words), nothing_of_this_folder("some", False):
+        load_dataset("org/set")
+    with nothing_of_this_folder("some", False):  # local data by a full path are meant
+        assert load_dataset(str(tmp_path / "org" / "set"))["test"]["a"] == [1]
+
+
+def test_metrics_of_the_working_directory_do_not_run_while_answers_are_scored(index, marker, monkeypatch):
+    """Some tasks load them only then."""
+    from dart_eval.evaluation import evaluate as ours
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: evaluate.load("code_eval"))
+    shelf = Tasks()
+    with pytest.raises(UserError, match="task smoke_questions would load"):
+        ours._simple_evaluate(None, shelf, shelf.load("smoke_questions"), EvalSettings())
+    assert not marker.exists()
+
+
+def test_ray_is_not_started_in_the_working_directory(marker, monkeypatch):
+    """Its workers import from there first."""
+    ray, started = pytest.importorskip("ray"), []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: started.append(Path.cwd()))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    here = Path.cwd()
+    with cluster._connected(RunConfig(executor="ray")):
+        assert Path.cwd() == here
+    assert started == [Path(dart_eval.__file__).parents[1]]
