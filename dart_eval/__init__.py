@@ -34,8 +34,8 @@ def evaluate(**options: Any) -> list[dict[str, Any]]:
         dart_eval.evaluate(tasks=["smoke_questions"], method=["dense", "dart"], sparsity=[0.5], limit=20)
 
     Returns:
-        One row per metric of every cell: `model, method, params, sparsity, scope, task, metric, value, stderr, n,
-        effective_sparsity, weights_read, ...` (those of `dart-eval tables --format json`).
+        One row per metric of every cell: `model, label, method, params, sparsity, scope, task, metric, value, stderr,
+        n, effective_sparsity, weights_read, ...` (those of `dart-eval tables --format json`).
 
     Raises:
         UserError: the input is wrong.

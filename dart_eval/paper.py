@@ -159,7 +159,7 @@ def bertscores(
     found = {}
     for record in records:
         if record.inputs["task"] in wanted:
-            view.status(f"BERTScore of {record.inputs['task']} under {record.inputs['method']}")
+            view.status(f"BERTScore of {record.inputs['task']} under {record.settings.get('method', '')}")
             texts, samples = store.texts(record), store.samples(record)
             references = [str(texts[s["task"], s["doc_id"]]["target"]) for s in samples]
             candidates = [str(s["responses"][0]) for s in samples]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from dart_eval.evaluation.evaluate import _perplexity_stderr
+from dart_eval.results.labels import labels
 from dart_eval.results.record import SCHEMA, Metric, Record
-from dart_eval.results.tables import labels, render, rows, tables
+from dart_eval.results.tables import render, rows, tables
 
 ROW_KEYS = {
     "model", "method", "params", "sparsity", "scope", "task", "metric", "value", "stderr", "n", "effective_sparsity",
@@ -225,7 +226,7 @@ def test_settings_are_called_what_a_user_types_where_that_tells_them_apart():
     usual = typed("k1", "dart", window=10, detect=True)
     quiet = typed("k2", "dart:detect=false", window=10, detect=False)
     assert set(labels([usual, quiet]).values()) == {"dart", "dart:detect=false"}
-    assert set(labels([quiet]).values()) == {"dart"}
+    assert set(labels([quiet]).values()) == {"dart:detect=false"}
     older = typed(
         "k3", "dart", window=8, detect=True
     )  # of a version with other defaults: the name alone says too little

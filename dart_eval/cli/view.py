@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from dart_eval.results.writers import Table, finite, markdown
 from dart_eval.text import PLAIN, json_text, printable
 
 TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
+NAMES = ("method", "cell", "cells")  # columns that may go over several lines
+SHORTEST = 24  # characters of such a line
 HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
 
 
@@ -182,23 +185,54 @@ def output(data: list[dict[str, Any]], table: Table, format: str) -> None:
 
 
 def show(table: Table) -> None:
-    """A table on the terminal, every column whole: a line longer than the terminal is wide wraps, no number is lost."""
+    """A table on the terminal.
+
+    Where it is wider than the terminal, names of methods go over several lines. All else stays whole, so that no number
+    is lost: a line that is still too long wraps.
+    """
     screen = console()
     if not table.body:
         screen.print(f"{plain(table.title)}\n[dim]{plain(table.note)}[/dim]")
         return
-    shown = rich.table.Table(
+    drawn = _drawn(table)
+    width = _width(screen, drawn)
+    if width > screen.width:
+        names = [i for i, column in enumerate(table.columns) if column in NAMES]
+        longest = {i: max(len(row[i]) for row in table.body) for i in names}
+        drawn = _drawn(table, {i: max(SHORTEST, longest[i] - (width - screen.width)) for i in names})
+        width = _width(screen, drawn)
+    console(width=max(screen.width, width), soft_wrap=True).print(drawn)
+    screen.print(plain(table.note), style="dim")
+
+
+def _width(screen: Console, drawn: rich.table.Table) -> int:
+    return Measurement.get(screen, screen.options.update_width(1000), drawn).maximum
+
+
+def _drawn(table: Table, widths: Mapping[int, int] | None = None) -> rich.table.Table:
+    """The table, cells of some columns in lines of at most so many characters."""
+    drawn = rich.table.Table(
         title=plain(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     for column in table.columns:
-        shown.add_column(plain(column), justify="left" if column in TEXTS else "right", no_wrap=True)
+        drawn.add_column(plain(column), justify="left" if column in TEXTS else "right", no_wrap=True)
     for i, row in enumerate(table.body):
         if i in table.rules:
-            shown.add_section()
-        shown.add_row(*(f"[bold]{plain(c)}[/bold]" if (i, j) in table.bold else plain(c) for j, c in enumerate(row)))
-    width = Measurement.get(screen, screen.options.update_width(1000), shown).maximum
-    console(width=max(screen.width, width), soft_wrap=True).print(shown)
-    screen.print(plain(table.note), style="dim")
+            drawn.add_section()
+        cells = [folded(c, widths[j]) if widths and j in widths else [c] for j, c in enumerate(row)]
+        texts = ["\n".join(plain(line) for line in lines) for lines in cells]
+        drawn.add_row(*(f"[bold]{text}[/bold]" if (i, j) in table.bold else text for j, text in enumerate(texts)))
+    return drawn
+
+
+def folded(name: str, width: int) -> list[str]:
+    """A cell's name in lines of about `width` characters, broken between the parameters of a method and at spaces."""
+    lines = [""]
+    for part in re.findall(r":?[^: ]+ ?|[: ]", printable(name)):
+        if lines[-1].strip() and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
 
 
 def print_note(text: str) -> None:

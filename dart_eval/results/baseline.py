@@ -72,7 +72,7 @@ def write(path: Path, found: Sequence[Cell]) -> int:
             )
         except ValueError:
             raise UserError(
-                f"{cell.inputs['task']} under {cell.inputs['method']} has values that are not finite",
+                f"{describe(cell)} has values that are not finite",
                 "a baseline of them could never be met: find out why first",
             ) from None
     text = f'{{\n"schema": {SCHEMA},\n"cells": [\n' + ",\n".join(parts) + "\n]\n}\n"

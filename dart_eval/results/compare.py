@@ -10,6 +10,7 @@ from typing import Any
 
 from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import stats, writers
+from dart_eval.results.labels import labels
 from dart_eval.results.outcomes import (
     DENSE,
     Cell,
@@ -26,7 +27,6 @@ from dart_eval.results.outcomes import (
 )
 from dart_eval.results.pairing import counterparts, differences, nearest_to
 from dart_eval.results.store import UnreadSamples
-from dart_eval.results.tables import labels
 from dart_eval.results.writers import Table, finite
 from dart_eval.text import json_text
 
@@ -148,7 +148,7 @@ def _refuse_ambiguous(spec: str, side: Sequence[Cell], labelled: dict[str, str])
 
 def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
     """Cells for people: model where it matters, method with what tells it apart, sparsity."""
-    known = labels(found)  # type: ignore[arg-type]  # it reads keys, inputs and settings only
+    known = labels(found)
     many = model or len({c.inputs["model"]["name"] for c in found}) > 1
     return {
         c.key: " ".join([

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError
+from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
-from dart_eval.results.tables import labels
 from dart_eval.results.writers import Table
 
 CONTROL = "_same"

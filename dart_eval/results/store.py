@@ -272,8 +272,9 @@ class Store:
             return self._lines(record, kind)
         except (OSError, ValueError) as error:
             inputs = record.inputs
+            method = record.settings.get("method") or inputs["method"]
             raise UnreadSamples(
-                f"the {kind} of {inputs['task']} under {inputs['method']} at sparsity {inputs['sparsity']:g} in "
+                f"the {kind} of {inputs['task']} under {method} at sparsity {inputs['sparsity']:g} in "
                 f"{self.folder} cannot be read ({reason(error)})",
                 "give the `dart-eval run` that made them again: it redoes the cell",
             ) from None

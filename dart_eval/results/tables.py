@@ -7,18 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dart_eval.results import writers
+from dart_eval.results.labels import RUN_SETTINGS, labels
 from dart_eval.results.record import Record
 from dart_eval.results.writers import Table
 from dart_eval.text import json_text
 
 FORMATS = ("md", "csv", "tex", "json")
-# Settings of a run: columns of json and csv, and named in the tables for people where the records differ in them.
-RUN_SETTINGS = (
-    "dtype", "device", "num_fewshot", "limit", "seed", "max_length", "chunk", "chat_template", "cue", "batch_size",
-    "share_prefix",
-)  # fmt: skip
-HASHES = ("calibration", "code", "method_code")  # told apart by their first digits
-NAMED = ("scope", "execution", *RUN_SETTINGS, *HASHES)  # what a label says beside method and parameters
 # Tables of quality: title, and the metrics that are its columns. Any other metric goes to a table of its own.
 QUALITY = (
     ("Accuracy", ("acc", "acc_norm", "exact_match", "em", "f1", "mcc")),
@@ -32,7 +26,7 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
 
     subtasks: also the members of groups (mmlu's subjects).
     """
-    found = []
+    found, names = [], labels(records)
     for record in records:
         cell = record.inputs
         for m in record.metrics:
@@ -40,7 +34,8 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
                 continue
             used = record.by_task.get(m.task, {})  # a member of a tag or group; the whole cell otherwise
             found.append({
-                "model": cell["model"]["name"], "method": cell["method"], "params": cell["params"],
+                "model": cell["model"]["name"], "label": names[record.key], "method": cell["method"],
+                "params": cell["params"],
                 "sparsity": cell["sparsity"], "scope": cell["scope"], "task": m.task, "metric": m.metric,
                 "value": m.value, "stderr": m.stderr, "n": m.n, "higher_is_better": m.higher_is_better,
                 "mask_sparsity": used.get("mask_sparsity", record.mask_sparsity),
@@ -104,84 +99,6 @@ def cut_prompts(records: Sequence[Record]) -> list[str]:
 
 def _model_column(records: Sequence[Record]) -> bool:
     return len({r.inputs["model"]["name"] for r in records}) > 1
-
-
-def labels(records: Sequence[Record], by_task: bool = False) -> dict[str, str]:
-    """A label per cell key: the method's name, and whatever else tells two cells of the table apart.
-
-    Parameters where one name stands for several settings; settings of the run where the records differ in them.
-
-    by_task: settings only where cells of one task differ in them (each task may have a limit of its own).
-    """
-    apart: set[str] = set()
-    packages: list[str] = []
-    for group in _by_task(records) if by_task else [records]:
-        apart |= {s for s in NAMED if len({json.dumps(r.inputs.get(s)) for r in group}) > 1}
-        packages += _moved_packages(group)
-    differing, moved = [s for s in NAMED if s in apart], list(dict.fromkeys(packages))
-    models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
-    same_name = len(models) > len({name for name, _ in models})  # other weights or another revision
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for r in records:
-        if r.inputs["params"] not in variants.setdefault(r.inputs["method"], []):
-            variants[r.inputs["method"]].append(r.inputs["params"])
-    typed = _typed(records, variants)
-    found = {}
-    for r in records:
-        name, params = r.inputs["method"], r.inputs["params"]
-        names = sorted({k for v in variants[name] for k in v if any(v.get(k) != w.get(k) for w in variants[name])})
-        label = ":".join([name, *(f"{k}={_plain(params.get(k))}" for k in names)])
-        if len(variants[name]) > 1 and name in typed:
-            label = r.settings["method"]
-        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in differing]
-        settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
-        if same_name:
-            which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
-            settings.insert(0, f"model={str(which)[:8]}")
-        found[r.key] = f"{label} ({' '.join(settings)})" if settings else label
-    return found
-
-
-def _typed(records: Sequence[Record], variants: dict[str, list[dict[str, Any]]]) -> set[str]:
-    """Methods whose settings are told apart by what a user types: the parameters that are not the defaults."""
-    specs: dict[str, set[str]] = {}
-    for r in records:
-        params = json.dumps(r.inputs["params"], sort_keys=True)
-        specs.setdefault(r.inputs["method"], set()).add(json.dumps([r.settings.get("method"), params]))
-    return {
-        name
-        for name, pairs in specs.items()
-        if len({json.loads(p)[0] for p in pairs} - {None}) == len(pairs) == len(variants[name])
-    }
-
-
-def _by_task(records: Sequence[Record]) -> list[list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for r in records:
-        groups.setdefault(str(r.inputs["task"]), []).append(r)
-    return list(groups.values())
-
-
-def _moved_packages(records: Sequence[Record]) -> list[str]:
-    """As few packages as tell the records' versions apart."""
-    versions = [r.inputs.get("versions") or {} for r in records]
-    moved = [n for n in sorted({n for v in versions for n in v}) if len({v.get(n) for v in versions}) > 1]
-    moved.sort(key=lambda n: -len({v.get(n) for v in versions}))
-    chosen: list[str] = []
-
-    def kinds(names: Sequence[str]) -> int:
-        return len({tuple(v.get(n) for n in names) for v in versions})
-
-    for name in moved:
-        if kinds([*chosen, name]) > kinds(chosen):
-            chosen.append(name)
-    return chosen
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "default"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _quality(

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dart_eval.results.labels import labels, specs
 from dart_eval.results.outcomes import DENSE, PRIMARY
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.report.text import finite, sparsity
-from dart_eval.results.tables import labels
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
 # Cells that agree in these asked one model the same questions: the dense one of them is what others are held against.
@@ -41,6 +41,11 @@ class Cells:
     def labels(self) -> dict[str, str]:
         """Key -> the cell's name without its sparsity, and without what only follows from its task."""
         return labels(self.records, by_task=True)
+
+    @functools.cached_property
+    def methods(self) -> list[str]:
+        """Methods as they were typed."""
+        return sorted(set(specs(self.records).values()))
 
     @functools.cached_property
     def styles(self) -> dict[str, int]:

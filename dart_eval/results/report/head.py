@@ -29,12 +29,11 @@ def facts(cells: Cells) -> list[tuple[str, str]]:
         for i in inputs
     )
     days = sorted({r.created[:10] for r in cells.records})
-    methods = unique(i["method"] for i in inputs)
     levels = sorted({r.inputs["sparsity"] for r in cells.pruned})
     machines = unique(_machine(r.environment) for r in cells.records if "machine" in r.environment)
     found = [
         ("Model" if len(models) == 1 else "Models", listed(models, 12)),
-        ("Methods", listed(methods, 20)),
+        ("Methods", listed(cells.methods, 20)),
         ("Sparsity", listed([sparsity(s) for s in levels], 20)),
         ("Tasks", listed(unique(i["task"] for i in inputs), 40)),
         ("Documents", _limits(cells)),

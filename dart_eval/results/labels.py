@@ -1,0 +1,114 @@
+"""What cells are called: the method as it was typed, and whatever else tells two cells apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+# Settings of a run: columns of json and csv, and named in the tables for people where the records differ in them.
+RUN_SETTINGS = (
+    "dtype", "device", "num_fewshot", "limit", "seed", "max_length", "chunk", "chat_template", "cue", "batch_size",
+    "share_prefix",
+)  # fmt: skip
+HASHES = ("calibration", "code", "method_code")  # told apart by their first digits
+NAMED = ("scope", "execution", *RUN_SETTINGS, *HASHES)  # what a label says beside method and parameters
+
+
+class Named(Protocol):
+    """What can be named: a record, or a cell of a baseline."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def inputs(self) -> dict[str, Any]: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+
+def specs(records: Iterable[Named]) -> dict[str, str]:
+    """Key -> the method as a user types it: its name and the parameters that are not its defaults.
+
+    Where that does not tell two settings apart (another version had other defaults, or an old record does not say what
+    was typed), also the parameters in which they differ.
+    """
+    variants: dict[str, dict[str, dict[str, Any]]] = {}  # method -> its settings, as text and as they are
+    typed: dict[tuple[str, str], str] = {}
+    places = {}
+    for r in records:
+        method, params = r.inputs["method"], json.dumps(r.inputs["params"], sort_keys=True)
+        places[r.key] = method, params
+        variants.setdefault(method, {})[params] = r.inputs["params"]
+        said = r.settings.get("method")
+        if said:  # of several the longest: what one version must be told is another's default
+            typed[method, params] = max(typed.get((method, params), ""), said, key=lambda text: (len(text), text))
+    found: dict[tuple[str, str], str] = {}
+    for method, settings in variants.items():
+        own = {params: typed.get((method, params), method) for params in settings}
+        if len(set(own.values())) < len(own):
+            named = {part.partition("=")[0] for text in own.values() for part in text.split(":")[1:]}
+            every = list(settings.values())
+            names = sorted({
+                k for v in every for k in v if k in named or any(k not in w or v[k] != w[k] for w in every)
+            })  # fmt: skip
+            for params, setting in settings.items():
+                own[params] = ":".join([method, *(f"{k}={_plain(setting.get(k))}" for k in names)])
+        found.update({(method, params): text for params, text in own.items()})
+    return {key: found[place] for key, place in places.items()}
+
+
+def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
+    """A label per cell key: the method as it was typed, and whatever else tells two cells of the table apart.
+
+    Settings of the run, the model's hash and versions stand there where the records differ in them.
+
+    by_task: settings only where cells of one task differ in them (each task may have a limit of its own).
+    """
+    apart: set[str] = set()
+    packages: list[str] = []
+    for group in _by_task(records) if by_task else [records]:
+        apart |= {s for s in NAMED if len({json.dumps(r.inputs.get(s)) for r in group}) > 1}
+        packages += _moved_packages(group)
+    differing, moved = [s for s in NAMED if s in apart], list(dict.fromkeys(packages))
+    models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
+    same_name = len(models) > len({name for name, _ in models})  # other weights or another revision
+    methods = specs(records)
+    found = {}
+    for r in records:
+        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in differing]
+        settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
+        if same_name:
+            which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
+            settings.insert(0, f"model={str(which)[:8]}")
+        method = methods[r.key]
+        found[r.key] = f"{method} ({' '.join(settings)})" if settings else method
+    return found
+
+
+def _by_task(records: Sequence[Named]) -> list[list[Named]]:
+    groups: dict[str, list[Named]] = {}
+    for r in records:
+        groups.setdefault(str(r.inputs["task"]), []).append(r)
+    return list(groups.values())
+
+
+def _moved_packages(records: Sequence[Named]) -> list[str]:
+    """As few packages as tell the records' versions apart."""
+    versions = [r.inputs.get("versions") or {} for r in records]
+    moved = [n for n in sorted({n for v in versions for n in v}) if len({v.get(n) for v in versions}) > 1]
+    moved.sort(key=lambda n: -len({v.get(n) for v in versions}))
+    chosen: list[str] = []
+
+    def kinds(names: Sequence[str]) -> int:
+        return len({tuple(v.get(n) for n in names) for v in versions})
+
+    for name in moved:
+        if kinds([*chosen, name]) > kinds(chosen):
+            chosen.append(name)
+    return chosen
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "default"
+    return str(value).lower() if isinstance(value, bool) else str(value)
