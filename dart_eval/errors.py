@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dart_eval.text import printable
@@ -17,6 +18,15 @@ class UserError(Exception):
         self.problem = " ".join(printable(problem).split())
         self.remedy = " ".join(printable(remedy).split())
         super().__init__(f"{self.problem}; {self.remedy}" if self.remedy else self.problem)
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Put where it is wrong before what is wrong, in every error of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}{error.problem}", error.remedy) from None
 
 
 class StoreError(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dart_eval import demo_model
 from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
+from dart_eval.files import check_name
 from dart_eval.hub import work_offline_if_unreachable
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,7 +158,8 @@ def resolve(spec: ModelSpec) -> Resolved:
     if name == demo_model.ALIAS:
         folder = demo_model.folder()
         return _resolved(spec, str(folder), name, _hash_folder(folder))
-    path = Path(name).expanduser()
+    check_name(name, "--model")
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
     if name.startswith((".", "/", "~")) or path.exists():

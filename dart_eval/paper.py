@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dart_eval import bertscore
-from dart_eval.errors import UserError, nearest
+from dart_eval.errors import UserError, naming, nearest, summary
 from dart_eval.executors.jobs import View
 from dart_eval.models import pick_device
 from dart_eval.plan import RunConfig, methods_of
 from dart_eval.results.paper_tables import BERTSCORE, FIELDS, Column, Layout, Reported, Row
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.values import checked
+from dart_eval.yamls import read_mapping, shown
 
 SHIPPED = Path(__file__).parent / "data"
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
@@ -51,22 +51,22 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     Raises:
         UserError: the file cannot be read, or something in it is not understood.
     """
-    shipped = SHIPPED / f"paper-{name}.yaml"
-    path = shipped if shipped.is_file() else Path(name)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(p.stem.removeprefix("paper-") for p in SHIPPED.glob("paper-*.yaml")))
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"paper {name} cannot be read ({reason})", f"give a YAML file, or one of: {known}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"paper {name} is not YAML ({error})") from None
+    shipped = {p.stem.removeprefix("paper-"): p for p in sorted(SHIPPED.glob("paper-*.yaml"))}
+    path = shipped.get(name, Path(name))
+    data = read_mapping(path, "paper", "tables: ...", f"give a YAML file, or one of: {', '.join(shipped)}")
     _keys(data, ("about", "methods", "sparsity", "bertscore", "tables"), str(path))
     if not isinstance(data.get("tables"), list) or not data["tables"]:
         raise UserError(f"{path} has no tables", "see docs/paper.md")
     layouts, configs = [], []
     for table in data["tables"]:
-        layout, specs = _layout({"methods": data.get("methods"), "sparsity": data.get("sparsity"), **table}, base, path)
+        _keys(table, TABLE_KEYS, f"{path}, a table")
+        where = f"{path}, table {shown(table.get('name'))}"
+        both = {"methods": data.get("methods"), "sparsity": data.get("sparsity"), **table}
+        try:
+            with naming(f"{where}: "):
+                layout, specs = _layout(both, base)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise UserError(f"{where}: a value is of the wrong kind ({summary(error)})", "see docs/paper.md") from None
         layouts.append(layout)
         configs += _configs(layout, specs, base)
     names = [layout.name for layout in layouts]
@@ -77,62 +77,61 @@ def load(name: str, base: RunConfig) -> PaperSpec:
 
 def _keys(data: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(data, dict):
-        raise UserError(f"{where} must hold keys and values, not {data!r}", "see docs/paper.md")
+        raise UserError(f"{where} must hold keys and values, not {shown(data)}", "see docs/paper.md")
     for key in data:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), known))
 
 
-def _layout(table: Mapping[str, Any], base: RunConfig, path: Path) -> tuple[Layout, tuple[str, ...]]:
+def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[Layout, tuple[str, ...]]:
     """The layout of a table, and its methods as typed."""
-    where = f"{path}, table {table.get('name')!r}"
-    _keys(dict(table), TABLE_KEYS, where)
     for key in ("name", "title", "methods", "sparsity", "columns"):
         if not table.get(key):
-            raise UserError(f"{where} needs {key}", "see docs/paper.md")
+            raise UserError(f"it needs {key}", "see docs/paper.md")
+    if Path(str(table["name"])).name != str(table["name"]) or "\0" in str(table["name"]):
+        raise UserError("the name is no file name", "names become file names")
     methods = table["methods"]
     if not isinstance(methods, dict):
-        raise UserError(f"{where}: methods must be labels with methods", "for example `DART: dart`")
-    specs = tuple(str(spec) for spec in methods.values())
+        raise UserError("methods must be labels with methods", "for example `DART: dart`")
+    specs = checked("method", list(methods.values()))
     made = [methods_of(dataclasses.replace(base, method=(spec,)))[0] for spec in specs]
     rows = tuple(Row(str(label), m.name, m.params(), m.prunes) for label, m in zip(methods, made, strict=True))
     if not isinstance(table["columns"], dict):
-        raise UserError(f"{where}: columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
-    columns = tuple(_column(str(head), column, base, where) for head, column in table["columns"].items())
+        raise UserError("columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
+    columns = tuple(_column(str(head), column, base) for head, column in table["columns"].items())
     mean = bool(table.get("mean", False))
     if mean and len({c.metric for c in columns}) > 1:
-        raise UserError(f"{where}: a mean needs columns of one metric", "leave `mean` out")
+        raise UserError("a mean needs columns of one metric", "leave `mean` out")
     reported = []
     for entry in table.get("reported") or []:
-        _keys(entry, REPORTED_KEYS, f"{where}, reported")
+        _keys(entry, REPORTED_KEYS, "reported")
         unknown = sorted(set(entry["values"]) - {c.head for c in columns})
         if unknown:
             raise UserError(
-                f"{where}: reported column {unknown[0]!r} is not there", nearest(unknown[0], [c.head for c in columns])
+                f"reported column {unknown[0]!r} is not there", nearest(unknown[0], [c.head for c in columns])
             )
         values = {str(k): float(v) for k, v in entry["values"].items()}
         reported.append(Reported(str(entry["label"]), float(entry["sparsity"]), values, str(entry["source"])))
-    sparsity = table["sparsity"] if isinstance(table["sparsity"], list) else [table["sparsity"]]
     layout = Layout(
-        str(table["name"]), str(table["title"]), rows, tuple(float(s) for s in sparsity), columns, mean,
+        str(table["name"]), str(table["title"]), rows, checked("sparsity", table["sparsity"]), columns, mean,
         tuple(reported), str(table.get("note") or ""),
     )  # fmt: skip
     return layout, specs
 
 
-def _column(head: str, column: Any, base: RunConfig, where: str) -> Column:
-    _keys(column, COLUMN_KEYS, f"{where}, column {head!r}")
+def _column(head: str, column: Any, base: RunConfig) -> Column:
+    _keys(column, COLUMN_KEYS, f"column {head!r}")
     tasks = column.get("task")
-    tasks = tuple(map(str, tasks)) if isinstance(tasks, list) else (str(tasks),) if tasks else ()
+    tasks = checked("tasks", tasks) if tasks else ()
     metric, field = str(column.get("metric") or ""), str(column.get("field") or "")
     if not tasks or bool(metric) == bool(field):
-        raise UserError(f"{where}, column {head!r} needs a task and either a metric or a field", "see docs/paper.md")
+        raise UserError(f"column {head!r} needs a task and either a metric or a field", "see docs/paper.md")
     if field and field not in FIELDS:
-        raise UserError(f"{where}, column {head!r}: unknown field {field!r}", nearest(field, FIELDS))
-    limit = column.get("limit")
+        raise UserError(f"column {head!r}: unknown field {field!r}", nearest(field, FIELDS))
+    limit, shots = (None if column.get(k) is None else checked(k, column[k]) for k in ("limit", "num_fewshot"))
     if base.limit is not None:
         limit = max(1, round(base.limit * float(column.get("limit_share", 1))))
-    return Column(head, tasks, metric, field, column.get("num_fewshot"), limit)
+    return Column(head, tasks, metric, field, shots, limit)
 
 
 def _configs(layout: Layout, specs: tuple[str, ...], base: RunConfig) -> list[RunConfig]:

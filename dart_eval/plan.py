@@ -15,20 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dart_eval.allocation import check_table
-from dart_eval.errors import UserError, nearest
+from dart_eval.errors import UserError, naming, nearest
 from dart_eval.evaluation.batching import check_batch_size
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
 from dart_eval.evaluation.scoring import SCOPES
 from dart_eval.evaluation.tasks import tasks_dir
+from dart_eval.files import check_name
 from dart_eval.models import ModelSpec, Resolved
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.method import Method
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import check_sparsity
+from dart_eval.values import checked
+from dart_eval.yamls import read_mapping
 
 PACKAGE = Path(__file__).parent
 # Code whose change may change a number. Keys of finished cells change with it.
@@ -37,6 +38,7 @@ NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "models.py", "pruning", "e
 
 EXECUTORS = ("local", "ray")
 RAY_DEVICES = ("auto", "cpu", "cuda")
+PATHS = ("model", "data_dir", "calibration", "output")
 RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
 # What `command` says in another way, or has no need to say.
 NO_OPTION_OF_A_CELL = (
@@ -192,59 +194,26 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     """
     values: dict[str, Any] = {}
     if file is not None:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise UserError(f"config {file} cannot be read ({reason})", "give a YAML file") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"config {file} is not YAML ({error})") from None
-        if not isinstance(loaded, dict):
-            raise UserError(f"config {file} must hold keys and values", "for example `tasks: [arc, hellaswag]`")
-        values.update({str(k).replace("-", "_"): v for k, v in loaded.items() if v is not None})
+        for key, value in read_mapping(file, "config", "tasks: [arc, hellaswag]").items():
+            name = str(key).replace("-", "_")
+            if name in values:
+                raise UserError(f"{name} stands twice in {file}", "leave one of them out")
+            if value is not None:
+                values[name] = value
     values.update({k: v for k, v in given.items() if v is not None})
     known = {f.name: f for f in dataclasses.fields(RunConfig)}
     for key, value in values.items():
         if key not in known:
             raise UserError(f"unknown key {key!r}{f' in {file}' if file else ''}", nearest(key, known))
-        values[key] = _checked(key, value)
+        with naming(f"{file}: " if file and given.get(key) is None else ""):
+            values[key] = checked(key, value)
     config = RunConfig(**values)
+    for key in PATHS:
+        if (path := getattr(config, key)) is not None:
+            check_name(path, f"--{key.replace('_', '-')}")
     config.check()
     config.check_output()
     return config
-
-
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("num_fewshot", "limit", "seed", "max_length", "chunk", "shards"), int),
-    **dict.fromkeys(("gpus_per_cell", "cpus_per_cell"), float),
-    **dict.fromkeys(("chat_template", "force", "share_prefix", "trust_remote_code", "confirm_run_unsafe_code"), bool),
-}
-
-
-def _checked(key: str, value: Any) -> Any:
-    if key in ("method", "tasks", "sparsity"):
-        items = value.split(",") if isinstance(value, str) else value
-        if isinstance(items, dict):
-            raise UserError(f"{key} must be a list, not {value!r}", f"for example `{key}: [a, b]`")
-        items = list(items) if isinstance(items, (list, tuple)) else [items]
-        items = [i.strip() if isinstance(i, str) else i for i in items]
-        items = [i for i in items if i != ""]
-        if key != "sparsity":
-            return tuple(str(i) for i in items)
-        try:
-            return tuple(float(i) for i in items)
-        except (TypeError, ValueError):
-            raise UserError(f"sparsity {value!r} is not a number or a list of numbers", "for example 0.5,0.7") from None
-    if key == "batch_size":
-        return check_batch_size(value)
-    kind = _KINDS.get(key, str)
-    if value is None or (type(value) is kind):
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is str and isinstance(value, (str, Path)):
-        return str(value)
-    raise UserError(f"{key} must be {'text' if kind is str else kind.__name__}, not {value!r}")
 
 
 @dataclass(frozen=True)

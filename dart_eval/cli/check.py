@@ -11,7 +11,7 @@ import typer
 
 from dart_eval.cli.view import put, say, show
 from dart_eval.errors import UserError, nearest
-from dart_eval.files import check_target, write
+from dart_eval.files import check_name, check_target, write
 
 FORMATS = ("md", "json")
 
@@ -46,6 +46,7 @@ def check(
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
+    check_name(baseline, "--baseline")
     for path in (junit, baseline if update else None):
         if path is not None:
             check_target(path)

@@ -50,6 +50,7 @@ def trace(
       dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
     quieten(False)
+    check_target(output)
     picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
     from dart_eval.results.trace_plot import FORMATS, draw
 

@@ -24,6 +24,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.evaluation.unsafe import check_task, is_unsafe, nothing_of_this_folder, own_metrics
+from dart_eval.files import check_name
 from dart_eval.hub import work_offline_if_unreachable
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
@@ -138,6 +139,8 @@ class Tasks:
 
     def __init__(self, data_dir: str | Path | None = None, cue: str | None = None, unsafe_code: bool = False) -> None:
         self.unsafe_code = unsafe_code
+        if data_dir is not None:
+            check_name(data_dir, "data dir")
         self.data_dir = Path(data_dir) if data_dir is not None else None
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, find_ffns
+from dart_eval.files import read_text
 from dart_eval.pruning.scores import Projection, project
 from dart_eval.trial import evaluating
 
@@ -49,10 +50,7 @@ class TextCalibration:
     def _measure(self) -> list[Tensor]:
         if self.tokenizer is None:
             raise UserError("this method calibrates on text and needs the tokenizer", "pass tokenizer= to prune()")
-        try:
-            text = self.path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"calibration text {self.path} cannot be read ({error.strerror})") from None
+        text = read_text(self.path, "calibration text", "give a text file")
         ids = torch.tensor(self.tokenizer(text, verbose=False)["input_ids"])
         bos = getattr(self.tokenizer, "bos_token_id", None)
         skip = int(bos is not None and len(ids) > 0 and int(ids[0]) == bos)  # segments begin as prompts do, uncounted

@@ -20,6 +20,7 @@ from torch import Tensor
 from dart_eval.allocation import ALLOCATIONS, TABLE, read_table
 from dart_eval.errors import UserError, nearest
 from dart_eval.ffn import FFN
+from dart_eval.files import check_name
 from dart_eval.pruning.drift import DriftConfig
 from dart_eval.pruning.scores import Projection
 
@@ -105,6 +106,7 @@ class Method(ABC):
                 f"{nearest(self.layer_allocation, known)} ({TABLE}FILE for a saved one)",
             )
         for file in self.files():
+            check_name(file, f"{self.name}: allocation table")
             if not Path(file).is_file():
                 raise UserError(
                     f"{self.name}: allocation table {file} is not a file",

@@ -18,6 +18,7 @@ refused: what was observed cannot be taken back. The evaluation sets phases itse
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -537,11 +538,13 @@ def _device_of(ffn: FFN) -> torch.device:
 
 
 def check_sparsity(sparsity: float) -> float:
-    """The sparsity, if it lies in [0, 1).
+    """The sparsity, if it is a number in [0, 1).
 
     Raises:
-        UserError: it does not.
+        UserError: it is not.
     """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
     if not 0 <= sparsity < 1:
         raise UserError(
             f"sparsity {sparsity:g} is outside [0, 1)",

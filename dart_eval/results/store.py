@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dart_eval.errors import StoreError, UserError, remark
-from dart_eval.files import read_regular, reason, write_atomically
+from dart_eval.files import check_name, read_regular, reason, write_atomically
 from dart_eval.results import valid
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
@@ -205,6 +205,7 @@ class Store:
         Raises:
             UserError: no such folder, or no record in it that can be read.
         """
+        check_name(self.folder, "folder")
         files = sorted((self.folder / "cells").glob("*.json"))
         if not files:
             raise UserError(
