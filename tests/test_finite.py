@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -18,6 +19,9 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import prune
+from dart_eval.results.report.build import build
+from dart_eval.results.store import Store
+from dart_eval.results.tables import render
 from tests.conftest import VOCAB, random_tokens, tiny
 from tests.test_lm import _Request, _words
 
@@ -147,3 +151,28 @@ def test_a_trace_of_nan_is_refused(tokenizer):
     passage = tracing.Passage(_words(random_tokens(15)), _words(random_tokens(10)))
     with pytest.raises(UserError, match="NaN or infinity in float32: 1 of 1 log-probabilities of a token"):
         tracing.trace(model, tokenizer, make("griffin", {}), 0.5, passage)
+
+
+def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetful, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run = ("--model", forgetful(12, torch.nan), "--tasks", "smoke_questions,smoke_drift", "--limit", 6, "--output", out)
+    with monkeypatch.context() as before:
+        before.setattr(unusable.Unusable, "sift", lambda self, answers: answers)
+        assert _run(monkeypatch, capsys, *run, "--method", "dense,griffin")[0] == 0
+    words = "of 6 answers of smoke_questions under dense at sparsity 0 in .* are NaN or infinite; run the cell again"
+    for line in (
+        ["compare", "dense", "griffin", "--by", "method", "--results", out],
+        ["check", out, "--baseline", tmp_path / "base.json", "--update"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, line)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert re.search(words.replace("questions", "(questions|drift)"), capsys.readouterr().err)
+    table = render(Store(out).load(), "md")
+    assert "| smoke_drift | dense   | 0        | no number " in table
+    assert "no number: answers were NaN or infinite; run the cell again" in table
+    assert "nan" not in render(Store(out).load(), "json").lower()
+    page = build(Store(out)).html
+    assert "samples are missing or damaged, or hold NaN or infinity" in page
+    assert 'data-order="">nan<' in page  # said, and no number to sort or draw by

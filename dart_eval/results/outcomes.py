@@ -147,7 +147,9 @@ def asked(inputs: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]
     """What a cell was asked, but for some of it."""
     found = {k: inputs.get(k) for k in ASKED if k not in without}
     if "model" in found:
-        found["model"] = {k: inputs["model"].get(k) for k in ("name", "revision", "weights")}
+        model = inputs["model"]
+        fields = ["name", "revision", "weights", *(["remote_code"] if model.get("remote_code") else [])]
+        found["model"] = {k: model.get(k) for k in fields}
     return found
 
 

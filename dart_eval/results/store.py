@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -256,9 +257,18 @@ class Store:
         """The samples of a record of this folder, one per document, task and filter.
 
         Raises:
-            UnreadSamples: their file is missing, or not as it was written.
+            UnreadSamples: their file is missing, or not as it was written, or answers in it are no numbers (an older
+                version kept those), so that no accuracy over them is one.
         """
-        return self._told(record, "samples")
+        found = self._told(record, "samples")
+        if wrong := sum(not _numbers(line.get("responses") or []) for line in found):
+            inputs = record.inputs
+            raise UnreadSamples(
+                f"{wrong} of {len(found)} answers of {inputs['task']} under {inputs['method']} at sparsity "
+                f"{inputs['sparsity']:g} in {self.folder} are NaN or infinite",
+                "run the cell again, in another --dtype or with other weights",
+            )
+        return found
 
     def texts(self, record: Record) -> dict[tuple[str, int], dict[str, Any]]:
         """(task, doc_id) -> prompt, choices and target of a record's documents; empty where they were not kept.
@@ -327,3 +337,9 @@ def _write_lines(path: Path, rows: Sequence[dict[str, Any]], owner: str) -> dict
     text = _lines(rows)
     write_atomically(path, text, owner)
     return {"name": path.name, "n": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _numbers(responses: Sequence[Any]) -> bool:
+    """Whether the log-likelihoods among a document's answers are finite."""
+    flat = [x for r in responses for x in (r if isinstance(r, list) else [r])]
+    return all(math.isfinite(x) for x in flat if isinstance(x, float))

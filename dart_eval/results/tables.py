@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.writers import Table
 from dart_eval.text import json_text
 
+NO_NUMBER = "no number"
 FORMATS = ("md", "csv", "tex", "json")
 # Tables of quality: title, and the metrics that are its columns. Any other metric goes to a table of its own.
 QUALITY = (
@@ -135,6 +137,10 @@ def _quality(
     )
     if not many:
         note = f"Model {data[0]['model']}. {note}"
+    if any(NO_NUMBER in row for row in body):
+        note += (
+            f" {NO_NUMBER}: answers were NaN or infinite; run the cell again, in another dtype or with other weights."
+        )
     return Table(title, columns, body, " ".join([note, *remarks]))
 
 
@@ -145,6 +151,8 @@ def _order(r: dict[str, Any], names: dict[str, str]) -> tuple[Any, ...]:
 def _value(r: dict[str, Any] | None) -> str:
     if r is None:
         return "-"
+    if not math.isfinite(r["value"]):
+        return NO_NUMBER
     digits = 4 if abs(r["value"]) < 10 else 1 if abs(r["value"]) >= 100 else 2
     if r["metric"] == "summary_words":
         digits = 1

@@ -124,7 +124,7 @@ def _contrast(a: Record, b: Record, m: Metric, found: Mapping[str, Outcome]) -> 
     """The paired test, or why there is none."""
     x, y = found.get(a.key), found.get(b.key)
     if x is None or y is None or not (x.documents and y.documents):
-        return "samples are missing or damaged"
+        return "samples are missing or damaged, or hold NaN or infinity"
     try:
         outcomes.check_paired(_cell(a, x), x, _cell(b, y), y)
     except outcomes.Unpaired as error:
