@@ -138,7 +138,7 @@ def _watch(s: _Seen, f: FFN, layer: Any) -> list[Any]:
         f.attention.register_forward_hook(output("attention")),
         f.after.register_forward_pre_hook(first("after")) if f.after else layer.register_forward_hook(stream),
     ]  # fmt: skip
-    known = {id(m) for m in (f.gate, f.up, f.down)}
+    known = {id(m) for part in (f.gate, f.up, f.down) if part is not None for m in part.modules()}  # adapters too
     for child in layer.children():
         if any(m is f.attention for m in child.modules()):
             known.update(id(m) for m in child.modules())

@@ -208,3 +208,23 @@ def test_every_module_keeps_its_mode():
     before = [m.training for m in model.modules()]
     find_ffns(model)
     assert [m.training for m in model.modules()] == before
+
+
+class _Adapted(torch.nn.Module):
+    """A projection with a low-rank one beside it, as adapters are injected."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base, self.low = linear, torch.nn.Linear(linear.in_features, linear.out_features, bias=False).double()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x):
+        return self.base(x) + self.low(x)
+
+
+@pytest.mark.parametrize("config", [STREAMS["gemma4"], UNKNOWN["doge"]])
+def test_adapters_of_the_projections_belong_to_the_ffn(config):
+    model = random_model(config())
+    for layer in model.model.layers:
+        layer.mlp.down_proj = _Adapted(layer.mlp.down_proj)
+    assert len(find_ffns(model)) == 3
