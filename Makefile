@@ -2,6 +2,7 @@
 # make test          all tests (sets everything up first)
 # make check         lint, format, types
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
+# make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
 # make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... on the ten benchmarks
 # make clean         remove the environment and the folders of results that these make
 
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test check regression paper-tables clean
+.PHONY: demo test check regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
@@ -32,6 +33,10 @@ regression: $(VENV)/.demo
 	$(BIN)/dart-eval run --config scripts/regression.yaml --output regression-output
 	$(BIN)/dart-eval check regression-output --baseline results/regression-baseline.json \
 		--thresholds scripts/regression-thresholds.yaml --all
+
+# With the environment of `make test` where it is there, else with the Python that is (torch and transformers suffice).
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) scripts/gpu_check.py $(ARGS)
 
 paper-tables: $(VENV)/.demo
 	$(BIN)/dart-eval paper $(PAPER) --output $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data-dir $(DATA)) \

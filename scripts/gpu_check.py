@@ -1,0 +1,155 @@
+"""Everything that a first GPU shows, in under eight minutes: is it right, and is it fast?
+
+    python scripts/gpu_check.py              # on a CUDA GPU; writes results/gpu/CARD.json
+    python scripts/gpu_check.py --dry        # the same checks on a CPU, on tiny shapes; times mean nothing
+
+It needs no network, and nothing but torch and transformers: a check that needs more is skipped and says why. Each check
+runs in a process of its own: one that fails, or runs over its time, is noted in one line and the others go on.
+Exit status: 0, 1 (a check failed), 2 (no GPU, or wrong arguments).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TOTAL = 450.0  # seconds for all checks together
+# check -> the most seconds that it may take, in the order in which they run
+LIMITS = {
+    "parity": 60, "executions": 60, "kernels": 40, "flash": 40, "scoring": 60, "sweep": 60, "decode_eager": 90,
+    "graphs": 60, "compile": 60, "decode_graph": 180, "decode_compiled": 180,
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the checks, print the table, write the file; the exit status."""
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--dry", action="store_true", help="on a CPU, on tiny shapes: no time or goal means anything")
+    parser.add_argument("--only", default=",".join(LIMITS), help="checks, comma-separated (default: all)")
+    parser.add_argument("--output", type=Path, help="folder of the JSON (default: results/gpu; --dry: none)")
+    given = parser.parse_args(arguments)
+    names = [name for name in given.only.split(",") if name]
+    if unknown := [name for name in names if name not in LIMITS]:
+        print(f"error: no check {', '.join(unknown)}; there are {', '.join(LIMITS)}", file=sys.stderr)
+        return 2
+    prepare(given.dry)
+    import gpu_checks
+
+    asked = {"numbers": {"card": "CPU (dry)"}} if given.dry else isolated(gpu_checks.card, (), 60)
+    card = asked["numbers"]
+    if not card.get("card"):
+        why = f" ({asked['why']})" if "why" in asked else ""
+        print(f"error: no CUDA GPU is at hand{why}; --dry runs the same checks on a CPU, tiny shapes", file=sys.stderr)
+        return 2
+    begun, found = time.monotonic(), []
+    for name in names:
+        left = TOTAL - (time.monotonic() - begun)
+        found.append({"check": name, **isolated(getattr(gpu_checks, name), (given.dry,), min(LIMITS[name], left))})
+        print(line(found[-1]), flush=True)
+    report = {**card, "dry": given.dry, "seconds": round(time.monotonic() - begun, 1), "checks": found}
+    folder = given.output or (None if given.dry else ROOT / "results" / "gpu")
+    print(table(report))
+    if folder is not None:
+        print(f"written: {save(report, folder)}")
+    return int(any(f["status"] == "failed" for f in found))
+
+
+def prepare(dry: bool) -> None:
+    """What must stand before torch and Triton are imported."""
+    sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def isolated(check: Callable[..., Any], arguments: tuple[Any, ...], limit: float) -> dict[str, Any]:
+    """A check in a process of its own: `status`, `seconds`, its `numbers`, and why it was skipped or failed.
+
+    The process is a fork, which has the imports and no GPU yet: this one never touches the GPU.
+    """
+    if limit <= 0:
+        return {"status": "failed", "seconds": 0.0, "why": "no time was left for it", "numbers": {}}
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(check, arguments, theirs))
+    begun = time.monotonic()
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv() if ours.poll(limit) else {"status": "failed", "why": f"it ran over its {limit:.0f} s"}
+    except EOFError:
+        process.join()
+        answer = {"status": "failed", "why": f"its process ended with status {process.exitcode}"}
+    _end(process)
+    return {"numbers": {}, **answer, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def _child(check: Callable[..., Any], arguments: tuple[Any, ...], answer: Connection) -> None:
+    """Run a check and send what it found."""
+    os.setsid()  # so that what it starts (a compiler's workers) ends with it
+    from gpu_checks import Skip
+
+    warnings.simplefilter("ignore")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # libraries' chatter; a failure is told whole in the file
+        os.dup2(nowhere, stream)
+    try:
+        answer.send({"status": "passed", "numbers": check(*arguments)})
+    except Skip as reason:
+        answer.send({"status": "skipped", "why": str(reason)})
+    except BaseException as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        answer.send({"status": "failed", "why": why, "traceback": traceback.format_exc()[-4000:]})
+
+
+def _end(process: Any) -> None:
+    process.join(5)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.pid is not None:
+            try:
+                os.killpg(process.pid, number)
+            except (ProcessLookupError, PermissionError):
+                break
+        process.join(5)
+
+
+def line(found: dict[str, Any]) -> str:
+    """One check, for people."""
+    said = found.get("why") or found["numbers"].get("said", "")
+    return f"{found['check']:<16} {found['status']:<8} {found['seconds']:6.1f} s  {said}".rstrip()
+
+
+def table(report: dict[str, Any]) -> str:
+    """All of them."""
+    counts = {s: sum(f["status"] == s for f in report["checks"]) for s in ("passed", "failed", "skipped")}
+    head = f"{report['card']}: " + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
+    return "\n".join(["", f"{head} in {report['seconds']:.0f} s", *("  " + line(f) for f in report["checks"])])
+
+
+def save(report: dict[str, Any], folder: Path) -> Path:
+    """Write the JSON, whole or not at all; its name is the card's, made safe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", report["card"]).strip("-") or "unknown"
+    path, half = folder / f"{name}.json", folder / f".{name}.{os.getpid()}"
+    half.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    half.replace(path)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

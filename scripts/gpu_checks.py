@@ -1,0 +1,323 @@
+"""The checks of `gpu_check.py`: each gets `dry` and returns its numbers, `said` being those for people.
+
+Models have random weights of known shapes, so nothing is downloaded. What is compared runs on the same weights and the
+same given tokens, within tolerances that follow from the dtype (`gpu_models`). What pruning itself moves is much more,
+and is told beside it: a comparison that could not see pruning would show nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import math
+import time
+from typing import Any
+
+import torch
+from gpu_models import (
+    PROMPT,
+    RESTLESS,
+    SPARSITY,
+    STEPS,
+    Skip,
+    apart,
+    card,
+    logits_of,
+    pruned,
+    require,
+    rounded,
+    small,
+    tokens_for,
+    tolerance,
+)
+from transformers import PreTrainedModel
+
+from dart_eval import shapes
+from dart_eval.bench import decode
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
+from dart_eval.pruning import gather
+from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
+
+__all__ = ["Skip", "card"]
+GOAL = 1.9  # times the compiled dense model, at 70 %
+
+
+# -- is it right ---------------------------------------------------------------------------------------------------
+
+
+def parity(dry: bool) -> dict[str, Any]:
+    """In float16 and bfloat16, dense and under one mask, as in float32 with the same weights; every bit comes back."""
+    model, numbers = small(dry), {}
+    for dtype in (torch.float16, torch.bfloat16):
+        low, high = rounded(model, dtype)
+        before = {name: p.clone() for name, p in low.named_parameters()}
+        most, name = tolerance(low, dtype), str(dtype).removeprefix("torch.")
+        dense = logits_of(high)
+        numbers[f"{name} dense"] = apart(logits_of(low), dense)
+        require(numbers[f"{name} dense"], most, f"dense, {name} and float32")
+        ours, theirs = (pruned(m, "magnitude", "permuted")[0] for m in (low, high))
+        numbers[f"{name} pruned"], numbers[f"{name} pruning moves"] = apart(ours, theirs), apart(theirs, dense)
+        require(numbers[f"{name} pruned"], most, f"pruned, {name} and float32")
+        if numbers[f"{name} pruning moves"] < 3 * most:
+            raise AssertionError("pruning moves the logits too little to be seen")
+        if not all(torch.equal(before[n], p) for n, p in low.named_parameters()):
+            raise AssertionError(f"{name}: prune() did not put the weights back")
+    numbers["said"] = f"fp16 {numbers['float16 pruned']:.1g}, bf16 {numbers['bfloat16 pruned']:.1g} from float32"
+    return numbers
+
+
+def executions(dry: bool) -> dict[str, Any]:
+    """masked = permuted, by Triton's kernels where tokens choose: in float32 to its digits, in bfloat16 to its own."""
+    numbers: dict[str, Any] = {}
+    model = small(dry)
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, tolerance(model, torch.bfloat16))):
+        low = copy.deepcopy(model).to(dtype)
+        for method, params in (("griffin", {}), ("dart", RESTLESS), ("dart-plus", RESTLESS)):
+            ours, session = pruned(low, method, "permuted", **params)
+            theirs, reference = pruned(low, method, "masked", **params)
+            name = f"{method} {str(dtype).removeprefix('torch.')}"
+            numbers[name] = apart(ours, theirs)
+            # Rounding moves which neurons a token chooses, at the edge of what it may: they are the smallest.
+            require(numbers[name], 4 * most if method == "dart-plus" else most, f"{name}, permuted and masked")
+            if [e["token"] for e in session.events] != [e["token"] for e in reference.events]:
+                raise AssertionError(f"{name}: re-masks came at other tokens")
+            if params and not session.events:
+                raise AssertionError(f"{name}: no mask changed")
+    low = copy.deepcopy(model)
+    texts = []
+    for execution in ("masked", "permuted"):
+        with prune(low, "dart", SPARSITY, execution=execution, **RESTLESS):  # type: ignore[arg-type]
+            texts.append(low.generate(tokens_for(low, PROMPT), max_new_tokens=STEPS, do_sample=False))
+    if not torch.equal(*texts):
+        raise AssertionError("generate says something else permuted than masked")
+    numbers["triton"] = gather.missing(low.device) or "its kernels ran"
+    numbers["said"] = f"dart {numbers['dart float32']:.1g} apart in float32; Triton: {numbers['triton']}"
+    return numbers
+
+
+def kernels(dry: bool) -> dict[str, Any]:
+    """Triton's kernels against torch, on the shapes of Llama 3.1 8B and ragged ones."""
+    device = torch.device("cpu" if dry else "cuda")
+    if reason := gather.missing(device):
+        raise Skip(reason)
+    worst, generator = 0.0, torch.Generator().manual_seed(0)
+    for size, width in ((300, 128), (77, 200)) if dry else ((14336, 4096), (8192, 2048), (1001, 777)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            weight = (torch.randn(size, width, generator=generator) * width**-0.5).to(device, dtype)
+            for count in (0, 1, size // 3, size):
+                rows = torch.randperm(size, generator=generator)[:count].to(device)
+                x = torch.randn(width, generator=generator).to(device, dtype)
+                h = torch.randn(count, generator=generator).to(device, dtype)
+                exact = weight.double()[rows]
+                for ours, theirs in (
+                    (gather.read_rows(weight, rows, x), exact @ x.double()),
+                    (gather.write_rows(weight, rows, h), h.double() @ exact),
+                ):
+                    if count:
+                        worst = max(worst, apart(ours.double(), theirs))
+    require(worst, 1e-5, "kernels and torch in float64 (they sum in float32)")
+    return {"worst": worst, "said": f"{worst:.1g} from float64"}
+
+
+def flash(dry: bool) -> dict[str, Any]:
+    """Attention by flash kernels, torch's own and the package's where present: dense and pruned as by plain ones."""
+    if dry:
+        raise Skip("flash attention needs a CUDA GPU")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model, numbers = small(dry).to(torch.bfloat16), {}
+    most = tolerance(model, torch.bfloat16)
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    expected = [logits_of(plain), pruned(plain, "magnitude", "permuted")[0]]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = {"sdpa": [logits_of(model), pruned(model, "magnitude", "permuted")[0]]}
+    if importlib.util.find_spec("flash_attn") is not None:
+        model.set_attn_implementation("flash_attention_2")
+        found["flash_attn"] = [logits_of(model), pruned(model, "magnitude", "permuted")[0]]
+    for name, pair in found.items():
+        for what, ours, theirs in zip(("dense", "pruned"), pair, expected, strict=True):
+            numbers[f"{name} {what}"] = apart(ours, theirs)
+            require(numbers[f"{name} {what}"], most, f"{name}, {what}")
+    absent = "" if "flash_attn" in found else "; flash_attn is not installed"
+    return {**numbers, "said": f"torch's {numbers['sdpa pruned']:.1g} apart{absent}"}
+
+
+def compiled_as_eager(dry: bool, mode: str) -> dict[str, Any]:
+    """Dense and pruned steps through torch.compile as without it, over masks that change."""
+    import torch._dynamo
+
+    model = small(dry, layers=2)
+    options: dict[str, Any] = {"backend": "eager"} if dry else {"mode": mode}
+    numbers: dict[str, Any] = {}
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        for name, params in (("dense", {}), ("griffin", {}), ("dart", RESTLESS)):
+            torch._dynamo.reset()
+            forward = torch.compile(model, **options)
+            if name == "dense":
+                numbers[name] = apart(logits_of(model, forward, fixed=True), logits_of(model, fixed=True))
+            else:
+                found = []
+                for decodes in (forward, None):
+                    with prune(model, name, SPARSITY, execution="permuted", **params) as session:
+                        found.append(logits_of(model, decodes, fixed=True))
+                if params and not session.events:
+                    raise AssertionError("no mask changed")
+                numbers[name] = apart(*found)
+            require(numbers[name], 1e-4, f"{name}, compiled ({mode}) and eager, in float32")
+    worst = max(numbers.values())
+    return {**numbers, "said": f"{worst:.1g} from eager" + (" (dry: only traced)" if dry else "")}
+
+
+def compile(dry: bool) -> dict[str, Any]:
+    """`torch.compile` as its default is."""
+    return compiled_as_eager(dry, "default")
+
+
+def graphs(dry: bool) -> dict[str, Any]:
+    """CUDA graphs, by torch.compile."""
+    if dry:
+        raise Skip("CUDA graphs need a CUDA GPU")
+    return compiled_as_eager(dry, "reduce-overhead")
+
+
+# -- is it fast ----------------------------------------------------------------------------------------------------
+
+
+def large(dry: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Llama 3.1 8B's shape in bfloat16, with as many layers as two copies of the FFNs leave room for."""
+    if dry:
+        return small(dry).to(torch.bfloat16), {"shape": "tiny", "layers": 2}
+    shape = shapes.config("llama-3.1-8b")
+    ffn = 3 * shape.hidden_size * shape.intermediate_size * 2
+    attention = (2 + 2 * shape.num_key_value_heads / shape.num_attention_heads) * shape.hidden_size**2 * 2
+    fixed = 2 * shape.vocab_size * shape.hidden_size * 2 + 4e9  # embeddings, head, and what forwards need
+    free, all_layers = torch.cuda.mem_get_info(0)[0], shape.num_hidden_layers
+    layers = min(all_layers, int((0.95 * free - fixed) // (2 * ffn + attention)))
+    if layers < 1:
+        raise Skip(f"{free / 1e9:.0f} GB of free memory do not hold one layer of llama-3.1-8b twice")
+    about = {"shape": "llama-3.1-8b", "layers": layers}
+    if layers < all_layers:
+        about["scaled_down"] = f"{layers} of {all_layers} layers: {free / 1e9:.0f} GB of memory were free"
+    return shapes.with_random_weights("llama-3.1-8b", layers, torch.bfloat16, "cuda"), about
+
+
+def decoding(dry: bool, compiled: str | None, methods: tuple[str, ...]) -> dict[str, Any]:
+    """`bench` of decoding at 70 %."""
+    model, about = large(dry)
+    prompt, steps, rounds = (8, 2, 1) if dry else (128, 30, 2)
+    rows = [
+        decode.row(
+            decode.measure(
+                model, make(name), SPARSITY, prompt_tokens=prompt, steps=steps, rounds=rounds, compiled=compiled
+            )
+        )
+        for name in methods
+    ]
+    for row in rows:
+        if row["extra_weight_bytes"]:
+            raise AssertionError(f"{row['method']} keeps {row['extra_weight_bytes']} bytes of weights beside the model")
+    said = ", ".join(
+        f"{r['method']} {r['speedup']:.2f}x (control {r['control']:.2f}x, ceiling {r['ceiling']:.2f}x)" for r in rows
+    )
+    said += f"; {rows[0]['dense_tokens_per_second']:.0f} dense tokens/s"
+    if compiled is not None:
+        best = max(row["speedup"] for row in rows)
+        about |= {"goal": GOAL, "goal_met": best >= GOAL}
+        said += f"; goal {GOAL}x: {'met' if best >= GOAL else 'missed'}"
+    return {**about, "rows": rows, "said": said}
+
+
+def decode_eager(dry: bool) -> dict[str, Any]:
+    """Without a compiler: the methods one after the other."""
+    return decoding(dry, None, ("griffin", "dart", "dart-plus"))
+
+
+def decode_compiled(dry: bool) -> dict[str, Any]:
+    """The dense model compiled too."""
+    if dry:
+        raise Skip("a compiler's times mean nothing on tiny shapes; `compile` has traced the model")
+    return decoding(dry, "default", ("griffin",))
+
+
+def decode_graph(dry: bool) -> dict[str, Any]:
+    """With CUDA graphs, the dense model too."""
+    if dry:
+        raise Skip("CUDA graphs need a CUDA GPU")
+    return decoding(dry, "reduce-overhead", ("griffin",))
+
+
+def scoring(dry: bool) -> dict[str, Any]:
+    """Answers scored a second, dense and pruned, four to a context; dense ones as a plain forward gives them."""
+    model, about = large(dry)
+    head, vocabulary = output_head(model), model.config.vocab_size
+    draw = torch.Generator().manual_seed(2)
+
+    def text(low: int, high: int) -> tuple[int, ...]:
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return tuple(torch.randint(vocabulary, (length,), generator=draw).tolist())
+
+    contexts = [text(16, 32) if dry else text(96, 256) for _ in range(3 if dry else 96)]
+    requests = [Request(context, text(2, 12)) for context in contexts for _ in range(4)]
+    length, numbers = sum(len(c) for c in contexts) + sum(len(r.continuation) for r in requests), {}
+    for name in ("dense", "griffin", "dart"):
+        with prune(model, name, SPARSITY) as session, torch.no_grad():
+            score = scorer(model, head, session if name != "dense" else None, "auto").score
+            score(requests[:4])
+            begun = time.perf_counter()
+            answers = score(requests)
+            numbers[f"{name} tokens/s"] = round(length / (time.perf_counter() - begun), 1)
+        if not all(math.isfinite(a.logprob) for a in answers):
+            raise AssertionError(f"{name}: a log-likelihood is not finite")
+        if name == "dense":
+            numbers["from a plain forward"] = max(
+                abs(a.logprob - plain_logprob(model, r)) / len(r.continuation)
+                for a, r in zip(answers[:8], requests[:8], strict=True)
+            )
+            # In bfloat16 a log-probability of about log V is known to some rounding steps of that size.
+            require(numbers["from a plain forward"], 16 * torch.finfo(torch.bfloat16).eps, "nats a token, dense")
+    said = ", ".join(f"{k} {v:.0f}" for k, v in numbers.items() if k.endswith("/s"))
+    return {**about, "answers": len(requests), **numbers, "said": said}
+
+
+@torch.no_grad()
+def plain_logprob(model: PreTrainedModel, request: Request) -> float:
+    """Of a continuation, by one forward of everything."""
+    ids = torch.tensor([request.context + request.continuation], device=model.device)
+    logs = model(input_ids=ids[:, :-1]).logits[0].float().log_softmax(-1)
+    start = len(request.context) - 1
+    return float(logs[start:].gather(1, ids[0, start + 1 :, None]).sum())
+
+
+def sweep(dry: bool) -> dict[str, Any]:
+    """Two methods on two of the shipped tasks through `dart_eval.evaluate`, with a random model."""
+    for needed in ("lm_eval", "datasets", "typer"):
+        try:
+            importlib.import_module(needed)
+        except ImportError:
+            raise Skip(f"{needed} is not installed (pip install -e .)") from None
+    import tempfile
+    from pathlib import Path
+
+    from random_model import tokenizer
+
+    import dart_eval
+
+    root = Path(__file__).resolve().parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        texts = (path.read_text(encoding="utf-8") for path in root.glob("tasks/smoke/*.jsonl"))
+        made, model = tokenizer(texts, 320 if dry else 8192), small(dry)
+        made.save_pretrained(f"{folder}/model")
+        model.to(torch.bfloat16).save_pretrained(f"{folder}/model")
+        rows = dart_eval.evaluate(
+            model=f"{folder}/model", device="cpu" if dry else "cuda", tasks=["smoke_questions"],
+            method=["dense", "griffin", "dart"], sparsity=[0.5], limit=2 if dry else 20, output=f"{folder}/out",
+        )  # fmt: skip
+    numbers = {f"{r['method']} {r['task']} {r['metric']}": r["value"] for r in rows}
+    if not all(math.isfinite(value) for value in numbers.values()):
+        raise AssertionError("a value is not finite")
+    return {**numbers, "said": f"{len({(r['method'], r['task']) for r in rows})} cells"}
