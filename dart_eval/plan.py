@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -266,17 +266,22 @@ def methods_of(config: RunConfig) -> list[Method]:
 
 
 def plan(
-    config: RunConfig, model: Resolved, tasks: Sequence[str], hashes: Mapping[str, str], device: str
-) -> list[Cell]:
+    config: RunConfig, model: Resolved, tasks: Sequence[str], hashes: Mapping[str, str], device: str,
+    drawn: Collection[str] = (),
+) -> list[Cell]:  # fmt: skip
     """All cells, task by task; a method that does not prune comes once, whatever the sparsities.
 
     Args:
         model: found, not loaded. tasks: expanded names. hashes: task -> hash of its configuration and documents.
         device: type of device (cpu, cuda): kernels differ in their last bits.
+        drawn: those of the tasks that draw their answers.
     """
     cells = []
     for task in tasks:
         for method in methods_of(config):
+            # The shape of a batch moves last digits. They show in half precision, and where a token chooses its
+            # neurons: near a tie it takes others. What shares a batch also shares its random numbers.
+            moves = model.dtype != "float32" or method.token_chooses
             for sparsity in dict.fromkeys(config.sparsity) if method.prunes else (0.0,):
                 inputs = {
                     "model": dataclasses.asdict(model.identity), "dtype": model.dtype, "device": device,
@@ -285,9 +290,8 @@ def plan(
                     "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
                     "max_length": config.max_length, "chunk": config.chunk,
                     "chat_template": config.chat_template, "cue": config.cue,
-                    # In half precision the shape of a batch moves last digits, and with them a close choice.
-                    "batch_size": None if model.dtype == "float32" else config.batch_size,
-                    "share_prefix": None if model.dtype == "float32" else config.share_prefix,
+                    "batch_size": config.batch_size if moves or task in drawn else None,
+                    "share_prefix": config.share_prefix if moves else None,
                     "calibration": _file_hash(config.calibration), "code": code_hash(),
                     "method_code": _method_code(method),
                     "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),

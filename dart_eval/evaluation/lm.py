@@ -24,6 +24,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches, budget
 from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.forwards import output_head
@@ -316,6 +317,11 @@ class PrunedLM(HFLM):
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         names = [_name(*r.args) for r in requests]
+        draw = [sampling.draws(r.args[1]) for r in requests]
+        if any(draw):  # equal requests of a task that draws are draws of their own
+            counts = sampling.repetitions([r.args for r in requests])
+            names = [_name(*r.args, n) if d else m for r, n, d, m in zip(requests, counts, draw, names, strict=True)]
+        seed = torch.initial_seed()
         self._unusable = Unusable(len(set(names)))
         call = Call("generate_until", 0, [], 0)
         self.calls.append(call)
@@ -350,6 +356,8 @@ class PrunedLM(HFLM):
             rows = max(1, len(work.prompts) * self.budget.rows // self.planned.rows)
             for start in range(0, len(left), rows):
                 piece = {i: work.prompts[i] for i in left[start : start + rows]}
+                if draw[left[start]]:
+                    sampling.begin_stream(seed, [names[i] for i in piece])
                 answers = self._generate(dataclasses.replace(work, prompts=piece))
                 state_bytes = self.session.state_bytes // len(answers) if self.session is not None else 0
                 self._keep({names[i]: answer for i, answer in answers.items()}, state_bytes)

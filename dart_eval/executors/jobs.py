@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import check_answers, task_hash
-from dart_eval.evaluation.tasks import Tasks
+from dart_eval.evaluation.sampling import task_draws
+from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.models import Resolved, pick_device, resolve
 from dart_eval.plan import Cell, RunConfig, methods_of, plan
 from dart_eval.results.journal import Journal
@@ -93,7 +94,7 @@ def plan_all(
             view.status("finding the model")
             spec = config.model_spec
             model = resolve(spec if device is None else dataclasses.replace(spec, device="cpu"))
-        hashes = {}
+        hashes, drawn = {}, set()
         for name in names:
             view.status(f"loading task {name}")
             try:
@@ -103,10 +104,12 @@ def plan_all(
                     raise
                 missing[name] = error.problem
                 continue
+            if task_draws(leaves(list(tasks.load(name)))):
+                drawn.add(name)
             for method in methods_of(config):
                 check_answers(tasks.load(name), config.scope, method)
         kind = device or pick_device("auto" if config.device_map else config.device).type
-        for cell in plan(config, model, list(hashes), hashes, kind):
+        for cell in plan(config, model, list(hashes), hashes, kind, drawn):
             jobs.setdefault(cell.key, Job(cell, config, tasks))
     if not jobs:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")

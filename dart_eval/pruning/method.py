@@ -129,6 +129,11 @@ class Method(ABC):
         """[L] keep ratios of the saved allocation, or None where the allocation is none."""
         return read_table(self.files()[0]) if self.files() else None
 
+    @property
+    def token_chooses(self) -> bool:
+        """Whether each token chooses neurons of its own: a near-tie may fall either way with the shape of a batch."""
+        return False
+
     def params(self) -> dict[str, Any]:
         """Every parameter with its value, as recorded in results."""
         return dataclasses.asdict(self)
@@ -211,6 +216,10 @@ class PromptMethod(Method):
     def compensate(self) -> bool:
         """What the neurons outside the mask add on average is added as a constant."""
         return False
+
+    @property
+    def token_chooses(self) -> bool:
+        return self.stages > 1
 
     @property
     def needs_ring(self) -> bool:

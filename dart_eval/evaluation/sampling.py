@@ -1,0 +1,44 @@
+"""Tasks that draw their answers: one stream of random numbers for each batch, whatever ran before it.
+
+So a run that was stopped, or whose batches ran in several places, draws what a whole one does. What remains is which
+prompts share a batch: the batch size is part of such a cell's key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.task import Task
+from lm_eval.models.utils import normalize_gen_kwargs
+
+
+def draws(kwargs: Mapping[str, Any]) -> bool:
+    """Whether these settings of generation draw tokens instead of taking the likeliest."""
+    return bool(normalize_gen_kwargs(dict(kwargs)).get("do_sample"))
+
+
+def task_draws(members: Sequence[Task]) -> bool:
+    """Whether one of these tasks draws its answers."""
+    return any(t.OUTPUT_TYPE == "generate_until" and draws(t.get_config("generation_kwargs") or {}) for t in members)
+
+
+def begin_stream(seed: int, names: Sequence[str]) -> None:
+    """Begin the random numbers of a batch. names: of its requests, in order."""
+    digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def repetitions(requests: Sequence[Any]) -> list[int]:
+    """How often an equal request came before each: a task may want several draws of one."""
+    seen: Counter[str] = Counter()
+    counts = []
+    for request in requests:
+        name = json.dumps(request, sort_keys=True)
+        counts.append(seen[name])
+        seen[name] += 1
+    return counts
