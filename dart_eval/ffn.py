@@ -272,8 +272,9 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
-    if model in _FOUND:
-        return _FOUND[model]
+    known = _FOUND.get(model)
+    if known is not None and unchanged(model, known):
+        return known
     ffns = describe(model)
     trial.check(model, ffns, decoder_layers(model))
     _FOUND[model] = ffns
@@ -292,6 +293,21 @@ def check_depth(model: nn.Module, ffns: Sequence[FFN]) -> None:
             "FFN's output to the stream that enters it",
             "use allocation=uniform",
         )
+
+
+def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
+    """Whether these are still the FFNs of the model: adapters, dropped layers and quantisation make others."""
+    try:
+        return [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
+    except UserError:
+        return False
+
+
+def _parts(ffn: FFN) -> list[int]:
+    """Its modules and weights, by identity."""
+    modules = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.act, ffn.residual, ffn.output, ffn.attention]
+    weights = [getattr(m, "weight", None) for m in (ffn.gate, ffn.up, ffn.down)]
+    return [id(x) for x in (*modules, *weights)]
 
 
 def describe(model: nn.Module) -> list[FFN]:

@@ -457,8 +457,8 @@ def test_two_at_once_are_refused():
         for execution in ("masked", "auto"):
             with (
                 outer.paused(),
-                open_session(model, "griffin", 0.5, execution=execution) as inner,
                 pytest.raises(UserError, match="another prune"),
+                open_session(model, "griffin", 0.5, execution=execution),
             ):
-                decoded(model, inner, [random_tokens(20)], steps=2)
+                pass
     assert same(model, before)

@@ -165,7 +165,7 @@ def test_a_further_turn_after_renewals_counts_all_its_tokens(llama):
 
     def turn(value):
         for layer, ffn in enumerate(state.ffns):
-            state.ring.write(layer, torch.randn(1, 10, 32))
+            state.ring.write(layer, torch.randn(1, 10, 32), valid)
             state.observe_hidden(layer, torch.full((1, 10, ffn.size), value), valid)
         state.finish_context(valid)
 
@@ -209,7 +209,7 @@ def test_padding_in_the_ring_may_hold_anything(llama, stages):
         for layer, ffn in enumerate(state.ffns):
             x = torch.randn(1, 3, 32)
             x[:, 0] = rubbish
-            state.ring.write(layer, x)
+            state.ring.write(layer, x, valid)
             a, u = ffn.parts(x)
             state.observe_hidden(layer, a * u, valid, u)
         state.finish_context(valid)

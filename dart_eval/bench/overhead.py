@@ -90,7 +90,7 @@ def _state(method: Method, ffns: list[Any], sparsity: float, tokens: int) -> tup
         h = torch.randn(1, n, ffns[0].size, dtype=torch.bfloat16)
         for ffn in ffns:
             if state.ring is not None:
-                state.ring.write(ffn.layer, stream)
+                state.ring.write(ffn.layer, stream, valid)
             state.observe_hidden(ffn.layer, h, valid, h if state.two_stage and ffn.matrices == 3 else None)
             if method.layer_allocation == "depth":
                 state.observe_change(ffn.layer, stream, stream.flip(-1), valid)

@@ -115,9 +115,6 @@ class Scorer(Scoring):
         self._prefix: _Prefix | None = None  # the last one that was run
         # Pruned, the context's last token runs under the mask that the tokens before it make.
         self._last = 0 if session is None else 1
-        # The last tokens of a context that are computed even if a shared prefix holds them: one to go on from, and
-        # those whose FFN inputs are kept.
-        self._least = max(1, session.recent if session is not None else 0)
         config = forwards.model.config.get_text_config()
         self._hold = HELD_TOKENS if config.vocab_size * config.hidden_size > LARGE_HEAD else 0
 
@@ -169,7 +166,7 @@ class Scorer(Scoring):
         if not self.share_prefix:
             return [Group(0, list(range(len(contexts))))] if contexts else []
         parts = [c[: len(c) - self._last] for c in contexts]
-        groups = [Group(g.prefix, sorted(g.members)) for g in shared_prefixes(parts, self.budget.forward, self._least)]
+        groups = [Group(g.prefix, sorted(g.members)) for g in shared_prefixes(parts, self.budget.forward)]
         return sorted(groups, key=lambda g: g.members[0])
 
     def _batches(self, lengths: list[int], prefix: int = 0) -> list[slice]:
@@ -177,7 +174,7 @@ class Scorer(Scoring):
 
         Contexts of no tokens leave nothing to make a mask from.
         """
-        todo = [max(n - prefix, min(n, self._least)) for n in lengths]
+        todo = [max(n - prefix, min(n, 1)) for n in lengths]  # one token to go on from
         tokens = self.budget.tokens
         if tokens is not None and self.budget.cached is not None and lengths[0]:
             tokens = min(tokens, self.budget.cached * todo[0] // lengths[0])  # the cache holds the prefix for every row
@@ -216,7 +213,7 @@ class Scorer(Scoring):
             assert session is not None
             session.no_context(batch, self.forwards.device)
             return new_cache(self.forwards.model), valid, tokens[..., None]
-        start = 0 if shared is None else max(0, min(shared.length, tokens.shape[1] - self._least))
+        start = 0 if shared is None else max(0, min(shared.length, tokens.shape[1] - 1))
         if shared is None or not start:
             cache = new_cache(self.forwards.model)
             if session is None:
@@ -229,8 +226,7 @@ class Scorer(Scoring):
             if session is None:
                 return cache, valid, self.forwards(block, valid, places, cache)
             session.fork(shared.state, torch.zeros(batch, dtype=torch.long, device=self.forwards.device))
-            real = valid[:, start:]
-            with session.extend(real, real & (places >= shared.length)):
+            with session.extend(valid[:, start:] & (places >= shared.length)):
                 hidden = self.forwards(block, valid, places, cache)
         self.state_bytes = max(self.state_bytes, session.state_bytes // batch)
         return cache, valid, hidden

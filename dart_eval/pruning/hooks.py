@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dart_eval.errors import UserError
 from dart_eval.ffn import decoder
 from dart_eval.pruning.method import PromptMethod
 
@@ -28,16 +29,23 @@ class Forward:
     """The forward under way.
 
     Attributes:
-        phase: `off` between forwards. valid: [B, T] bool, False for padding.
+        phase: `off` between forwards. last: that of the forward before.
+        valid: [B, T] bool, False for padding.
+        kept: it was given a KV cache.
         sliced: it multiplies the kept neurons alone. frozen: nothing is observed.
+        looking: h is looked at in every layer. seen: layers whose h has come.
         attention: [B, T, D] attention output of the last layer, once it has run.
         residual, gate, up: of the layer under way: the stream that enters it, gate x and up x.
     """
 
     phase: Phase = "off"
+    last: Phase = "off"
     valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
+    kept: bool = True
     sliced: bool = False
     frozen: bool = False
+    looking: bool = False
+    seen: set[int] = field(default_factory=set)
     attention: Tensor | None = None
     residual: Tensor | None = None
     gate: Tensor | None = None
@@ -53,6 +61,7 @@ class Hooks:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.decoder = decoder(session.model)
         self._prompt = session.method if isinstance(session.method, PromptMethod) else None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
@@ -66,8 +75,9 @@ class Hooks:
         """Watch the model. begin, end: run before and after each forward of its decoder."""
         _guard_hooks()
         add, prompt, ffns = self._handles.append, self._prompt, self.session.ffns
-        add(decoder(self.session.model).register_forward_pre_hook(_eager(begin), with_kwargs=True))
-        add(decoder(self.session.model).register_forward_hook(_eager(end)))
+        add(self.session.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
+        add(self.decoder.register_forward_pre_hook(_eager(begin), with_kwargs=True))
+        add(self.decoder.register_forward_hook(_eager(end)))
         for ffn in ffns:
             if prompt and prompt.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
@@ -112,6 +122,7 @@ class Hooks:
             if forward.phase == "off":  # the state's own use of the projection
                 return None
             h, state = forward.in_batch(args[0]), session.state
+            forward.seen.add(layer)
             gate, up, forward.gate, forward.up = forward.gate, forward.up, None, None
             if forward.phase == "context":
                 if state is not None:
@@ -147,7 +158,7 @@ class Hooks:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             state = session.state
             if forward.phase != "off" and state is not None and state.ring is not None and not forward.frozen:
-                state.ring.write(layer, forward.in_batch(args[0]))
+                state.ring.write(layer, forward.in_batch(args[0]), forward.valid)
 
         return hook
 
@@ -197,6 +208,15 @@ def _drop(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
     while handles:
         handles[-1].remove()
         handles.pop()
+
+
+def _no_labels(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A loss of a forward would be that of a dense prompt, whatever the method."""
+    if kwargs.get("labels") is not None:
+        raise UserError(
+            "a forward with labels is a prompt, which prune() runs dense: its loss would be the dense model's",
+            "measure perplexity with `dart-eval run`, or score tokens one by one through the KV cache",
+        )
 
 
 def _guard_hooks() -> None:

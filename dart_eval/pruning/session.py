@@ -11,8 +11,9 @@ decoding forwards the weights are whole.
 
 Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding; more
 tokens on a filled cache extend the context (chunked prefill, a further turn): they run dense, are observed, and the
-masks are made anew. A cache that lost tokens since the last forward (assisted decoding, a turn rolled back) is
-refused: what was observed cannot be taken back. The evaluation sets phases itself with `context()` and `decode()`.
+masks are made anew. Under `generate`, whose prompt is known, so does a single token of the prompt. A cache that lost
+tokens since the last forward (assisted decoding, a turn rolled back) is refused: what was observed cannot be taken
+back. The evaluation sets phases itself with `context()` and `decode()`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,16 +32,20 @@ from torch import Tensor, nn
 
 from dart_eval.allocation import check_table, keep_counts
 from dart_eval.errors import UserError, nearest
-from dart_eval.ffn import FFN, check_depth, find_ffns, is_conv1d
+from dart_eval.ffn import FFN, check_depth, find_ffns, is_conv1d, unchanged
 from dart_eval.pruning import gather
+from dart_eval.pruning.cache_watch import CacheWatch, check_cache
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.calls import Calls, refuse_second
 from dart_eval.pruning.hooks import Forward, Hooks, Phase
 from dart_eval.pruning.inplace import to_the_end
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
+from dart_eval.pruning.padding import real_tokens
 from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.tally import Tally
 
 Execution = Literal["auto", "masked", "permuted"]
 EXECUTIONS = ("auto", "masked", "permuted")
@@ -97,12 +101,11 @@ class Session:
             if method.table is not None:
                 check_table(method.table, sparsity, len(self.ffns))
         self._forced: Phase | None = None
-        self._cached = 0  # tokens that the KV cache held after the last forward
-        self._cache: Any = None  # weak reference to it, once it is known
         self._given_valid: Tensor | None = None
-        self._real: Tensor | None = None  # [B, T] bool, real tokens of a forward that computes some of them again
-        self._totals = [0.0, 0.0]  # pruned, all (in sequences x tokens), over the session
+        self._tally = Tally()
         self.forward = Forward()
+        self._cache = CacheWatch(self._follow_beams)
+        self._calls = Calls(model)
         self._hooks = Hooks(self)
 
     @property
@@ -119,9 +122,12 @@ class Session:
 
     @property
     def effective_sparsity(self) -> float:
-        """Pruned neuron-tokens / all neuron-tokens of the tokens generated so far, dense ones included."""
-        pruned, everything = self._totals
-        return pruned / everything if everything else 0.0
+        """Share of the FFN weights that the tokens generated so far did not read, dense tokens included.
+
+        Each context's last position makes a token, densely. What a batch computes for a sequence after its end is left
+        out, where `generate` runs it.
+        """
+        return self._tally.share
 
     @property
     def mask_sparsity(self) -> float:
@@ -165,26 +171,13 @@ class Session:
             yield
 
     @contextmanager
-    def extend(self, valid: Tensor, new: Tensor) -> Iterator[None]:
+    def extend(self, new: Tensor) -> Iterator[None]:
         """The forward inside goes on with the dense contexts of the sequences in `state` (see `fork`).
 
-        It may compute tokens again that the state has seen: scores, allocation and detector leave them out. The ring
-        takes them, as its slots go by place: so the forward has at least `recent` tokens, or none that were seen.
-
-        Args:
-            valid: [B, T] bool, False for padding. new: [B, T] bool, those of them that the state has not seen.
+        new: [B, T] bool, the tokens that the state has not seen; the forward may compute others again.
         """
-        self._real = valid
-        try:
-            with self._force("context", new):
-                yield
-        finally:
-            self._real = None
-
-    @property
-    def recent(self) -> int:
-        """Last tokens of a context whose FFN inputs are kept."""
-        return self.method.renewal.ring if isinstance(self.method, PromptMethod) and self.method.needs_ring else 0
+        with self._force("context", new):
+            yield
 
     @contextmanager
     def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
@@ -347,39 +340,34 @@ class Session:
     # -- one forward -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward, tokens = self.forward, kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = args[0]
         batch, length = tokens.shape[:2]
-        if kwargs.get("use_cache") is False:
-            raise UserError(
-                "under prune() a forward without KV cache would always be a new, dense prompt", "leave use_cache on"
-            )
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        past = cache.get_seq_length() if cache is not None else 0
-        if self._forced is None:
-            if self.looks_ahead:
-                raise UserError(
-                    f"{self.method.name} needs to see what is then scored, and a forward of its own does not show it",
-                    "use it with `dart-eval run` on tasks that score answers",
-                )
-            self._check_cache(cache, past)
-            self._cached = past + length
-        if self._forced is not None:
-            forward.phase = self._forced
+        self._check(module, cache, kwargs)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        forward.kept = cache is not None
+        self._set_phase(cache, past, length)
+        if self._given_valid is None:
+            mask = kwargs.get("attention_mask")
+            forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device)
         else:
-            forward.phase = "decode" if past and length == 1 else "context"
-            if not past:
-                self.state = None
-        forward.valid = self._tokens_that_count(kwargs.get("attention_mask"), batch, length, tokens.device)
+            forward.valid = self._given_valid
+        chunk = bool(past) and forward.last == "context"
         if not past:
             self._new_log()
         if self.permuted is not None:
             self.permuted.whole()  # an exception may have left it sliced
             forward.sliced = False
+        if not past and self._forced is None and not unchanged(self.model, self.ffns):
+            raise UserError(
+                f"layers of {type(self.model).__name__} have changed inside prune()",
+                "inject adapters, drop layers or quantise before the block begins",
+            )
         if not past or self._forced is not None or (self.state is None and self.static_masks is None):
             self._choose_execution(batch)
         if self.state is not None and self.state.batch != batch:
@@ -391,77 +379,80 @@ class Session:
             self.state = self._new_state(batch, tokens.device)
             if forward.phase == "decode":  # the cache was filled before the session began: observe from here
                 forward.phase = "context"
-        if forward.phase == "context":
-            self._step = None
         if forward.phase == "decode":
-            if self._step is None:
-                self._step = self.shares(batch)
-            step = self._step
-            self.steps.append(step)
-            self.decoded += length
-            self._totals[0] += float((1 - step.read).sum()) * length
-            self._totals[1] += batch * length
-            if self.permuted is not None and bool((step.mask < 1).all()):
-                self.permuted.slice()
-                forward.sliced = True
-        elif self._forced is None and not past:
-            self._totals[1] += batch  # the prompt's last position makes the first token, densely
+            self._begin_decode(tokens, batch, length)
+        else:
+            self._step = None
+            if self._forced is None:
+                self._tally.context(batch, chunk)
+        forward.seen.clear()
         gathers = self.permuted is not None and bool(self.permuted.gathered)
-        self._hooks.look_inside(not forward.sliced or (self._choosy and not gathers))
+        forward.looking = not forward.sliced or (self._choosy and not gathers)
+        self._hooks.look_inside(forward.looking)
+        if forward.phase == "context" and kwargs.get("logits_to_keep"):
+            # Layers that share keys and values would compute the last tokens alone (Gemma 4): masks are made from all.
+            return args, {**kwargs, "logits_to_keep": 0}
+        return None
 
-    def _check_cache(self, cache: Any, past: int) -> None:
-        """Refuse a cache that is not what the last forward left; beams may change places in it, and masks with them."""
-        known = self._cache() if self._cache is not None else None
-        if past:
-            if past < self._cached and (known is None or known is cache):
-                raise UserError(
-                    f"the KV cache went back from {self._cached} to {past} tokens under prune()",
-                    "masks cannot be taken back: generate without an assistant or prompt lookup, and begin a turn that "
-                    "replaces another with a new cache",
-                )
-            if self.state is not None and (past > self._cached or (known is not None and known is not cache)):
-                raise UserError(
-                    "this KV cache is not the one that the masks under prune() were made with",
-                    "finish one sequence before the next begins, or use a session for each",
-                )
-        self._cache = weakref.ref(cache) if cache is not None else None
-        if cache is not None and known is not cache and isinstance(self.method, PromptMethod):
-            reorder = cache.reorder_cache
-
-            def reorder_both(beams: Tensor) -> None:
-                reorder(beams)
-                mine = self._hooks.installed and self._cache is not None and self._cache() is cache
-                if mine and self.state is not None:
-                    self._step = None
-                    self.state = self.state.select(beams.to(self.state.device))
-
-            cache.reorder_cache = reorder_both
-
-    def _tokens_that_count(self, mask: Any, batch: int, length: int, device: torch.device) -> Tensor:
-        if self._given_valid is not None:
-            return self._given_valid
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask[:, -length:].bool().to(device)
-        if mask is not None and batch > 1:
+    def _check(self, module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse forwards that a session cannot follow."""
+        if module is not self._hooks.decoder:
+            raise UserError("this is a copy of a model under prune()", "make copies before the block, or after it")
+        check_cache(cache, kwargs.get("use_cache"))
+        if self._forced is None and self.looks_ahead:
             raise UserError(
-                "prune() needs the two-dimensional attention mask to leave padding out of a batch",
-                "pass attention_mask of shape [batch, tokens], or run one sequence at a time",
+                f"{self.method.name} needs to see what is then scored, and a forward of its own does not show it",
+                "use it with `dart-eval run` on tasks that score answers",
             )
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
+
+    def _set_phase(self, cache: Any, past: int, length: int) -> None:
+        if self._forced is not None:
+            self.forward.phase = self._forced
+            return
+        self._cache.check(cache, past, self.state is not None)
+        self._cache.follow(cache, past + length, isinstance(self.method, PromptMethod))
+        decodes = past and length == 1 and past >= self._calls.prompt
+        self.forward.phase = "decode" if decodes else "context"
+        if not past:
+            self.state = None
+
+    def _begin_decode(self, tokens: Tensor, batch: int, length: int) -> None:
+        if self._step is None:
+            self._step = self.shares(batch)
+        step = self._step
+        self.steps.append(step)
+        self.decoded += length
+        ended = None
+        if self._forced is None and batch > 1 and self._calls.ends and not tokens.is_floating_point():
+            ended = torch.isin(tokens[:, -1], torch.tensor(sorted(self._calls.ends), device=tokens.device))
+        self._tally.decode(step.read, length, ended)
+        if self.permuted is not None and bool((step.mask < 1).all()):
+            self.permuted.slice()
+            self.forward.sliced = True
+
+    def _follow_beams(self, beams: Tensor) -> None:
+        if self._hooks.installed and self.state is not None:
+            self._step = None
+            self.state = self.state.select(beams.to(self.state.device))
 
     @torch.no_grad()
-    def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         forward = self.forward
         attention, forward.attention = forward.attention, None
         # What runs from here on, a re-mask's own projections too, is no forward.
         phase, forward.phase = forward.phase, "off"
+        forward.last = phase
         if forward.sliced and self.permuted is not None:
             self.permuted.whole()
             forward.sliced = False
+        if not forward.kept:
+            self._cache.take(output, type(self.model).__name__, isinstance(self.method, PromptMethod))
+        if forward.looking and (self.state is not None or phase == "decode"):
+            self._check_seen(forward.seen)
         if self.state is None:
             return
         if phase == "context":
-            self.state.finish_context(forward.valid, self._real)
+            self.state.finish_context(forward.valid)
             self._move_kept(self.state.masks)
         elif self.state.masks is not None and not forward.frozen:
             detector = self.state.detector
@@ -482,11 +473,22 @@ class Session:
                     "cause": change.cause, "overlap": change.overlap,
                 })  # fmt: skip
 
+    def _check_seen(self, seen: set[int]) -> None:
+        """Whether every layer's FFN ran where it was found."""
+        missing = [f.layer for f in self.ffns if f.layer not in seen]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(self.ffns)} FFNs of {type(self.model).__name__} did not run where prune() "
+                f"found them (the first in layer {missing[0]})",
+                "change layers, adapters or quantisation before the block begins",
+            )
+
     # -- attach and detach -----------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Install the hooks the method needs."""
         if self.method.prunes:
+            self._calls.watch()
             self._hooks.install(self._begin, self._end)
 
     @contextmanager
@@ -496,7 +498,7 @@ class Session:
         try:
             yield
         finally:
-            self.attach()
+            self._hooks.install(self._begin, self._end)
 
     @contextmanager
     def sliced(self) -> Iterator[None]:
@@ -518,6 +520,8 @@ class Session:
     def _leave(self) -> None:
         try:
             self._hooks.remove()
+            self._calls.release()
+            self._cache.leave()
         finally:
             self._restore()
 
@@ -593,6 +597,7 @@ def prune(
             the allocation, weights that `permuted` cannot reorder.
     """
     check_sparsity(sparsity)
+    refuse_second(model)
     if isinstance(method, Method):
         if params:
             raise UserError("parameters go into the Method object, not beside it")

@@ -164,16 +164,13 @@ class SequenceState:
         """Nothing came before: no mask can be made, so these sequences run dense (and are counted so)."""
         self.keep = torch.tensor([[f.size for f in self.ffns]] * self.batch)
 
-    def finish_context(self, valid: Tensor, real: Tensor | None = None) -> None:
-        """Close a context forward with tokens `valid` ([B, T] bool): ratios, masks, reference.
-
-        real: [B, T] bool, where the forward computed tokens again that were seen before: these and the valid ones.
-        """
+    def finish_context(self, valid: Tensor) -> None:
+        """Close a context forward with tokens `valid` ([B, T] bool): ratios, masks, reference."""
         weight, shrink = self._token_weights(valid)
         self.weight = self.weight * (1 if shrink is None else shrink) + weight.sum(1)
         self.tokens += valid.sum(1)
         if self.ring is not None:
-            self.ring.advance(valid if real is None else real)
+            self.ring.advance(valid)
         if self.detector is not None:
             self.detector.set_reference()
         if self.shared:

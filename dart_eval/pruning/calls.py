@@ -1,0 +1,111 @@
+"""What a model's own methods do while a session lasts.
+
+`generate` says where its prompt ends and which tokens end a sequence; no forward says so. Methods that would change the
+weights under the session, or run the model in a way that it cannot follow, are refused at the call. All of it stands in
+the modules' `__dict__`, and a copy of a module would take it along, and the hooks with it: so copying is refused too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dart_eval.errors import UserError
+
+GUARD = "_under_prune"
+WEIGHTS = ("_apply", "load_state_dict")  # `_apply` is what `to`, `half`, `cuda` and the like end in
+CONTINUOUS = ("generate_batch", "init_continuous_batching")
+
+
+class _Replaced:
+    """A method of a module while a session lasts."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, _memo: Any) -> Any:
+        raise UserError(
+            "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
+        )
+
+
+class Calls:
+    """The methods of one model that a session has replaced.
+
+    Attributes:
+        prompt: tokens of the prompt that `generate` is at work on, those in its cache included; 0 outside of it.
+        ends: ids of the tokens that end a sequence of it, and that it pads ended ones with.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.prompt = 0
+        self.ends: frozenset[int] = frozenset()
+        self._modules: list[nn.Module] = []
+
+    def watch(self) -> None:
+        """Replace them.
+
+        Raises:
+            UserError: another session is at work on this model.
+        """
+        refuse_second(self.model)
+        self._modules = list(self.model.modules())
+        for module in self._modules:
+            module.__dict__[GUARD] = self
+            for name in WEIGHTS:
+                module.__dict__[name] = _Replaced(_keeps_weights)
+        for name in CONTINUOUS:
+            if hasattr(self.model, name):
+                self.model.__dict__[name] = _Replaced(_no_continuous_batching)
+        if callable(generate := getattr(self.model, "generate", None)):
+            self.model.__dict__["generate"] = _Replaced(functools.partial(self._generate, generate))
+
+    def release(self) -> None:
+        """Put them back."""
+        for module in self._modules:
+            for name in (*WEIGHTS, *CONTINUOUS, "generate", GUARD):
+                module.__dict__.pop(name, None)
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.prompt, self.ends
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
+        self.prompt = max((int(t.shape[1]) for t in given if t is not None), default=0)
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        named = [kwargs.get(n, getattr(config, n, None)) for n in ("eos_token_id", "pad_token_id")]
+        self.ends = frozenset(
+            i for ids in named for i in (ids if isinstance(ids, (list, tuple)) else [ids]) if i is not None
+        )
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self.prompt, self.ends = before
+
+
+def refuse_second(model: nn.Module) -> None:
+    """Refuse a model that a session is at work on, or on a part of it: two masks would compound.
+
+    Raises:
+        UserError: one is.
+    """
+    if any(GUARD in module.__dict__ for module in model.modules()):
+        raise UserError("this model is under another prune()", "leave that one first")
+
+
+def _keeps_weights(*_args: Any, **_kwargs: Any) -> Any:
+    raise UserError(
+        "the weights of a model under prune() must stay as they are", "move, cast or load them before the block"
+    )
+
+
+def _no_continuous_batching(*_args: Any, **_kwargs: Any) -> Any:
+    raise UserError(
+        "continuous batching runs prompts and decoded tokens in one forward, which prune() cannot follow",
+        "use generate()",
+    )
