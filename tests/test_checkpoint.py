@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dart_eval
 from dart_eval.cli import main
+from dart_eval.errors import UserError
+from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.plan import config_from
 from tests.conftest import FAMILIES, run_local, save_tiny, tiny
+from tests.test_lm import _Request
 from tests.test_run import _Watch
 
 
@@ -198,6 +201,18 @@ def test_a_tokenizer_without_beginning_and_end_is_refused(folder, refused):
     assert refused(folder).startswith(
         "the tokenizer of model model has neither a BOS nor an EOS token; name one in its"
     )
+
+
+def test_a_tokenizer_without_an_end_writes_no_texts(tokenizer):
+    endless = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", pad_token="<pad>"
+    )
+    lm = PrunedLM(tiny("llama"), endless)
+    lm.begin(None, {})
+    with pytest.raises(
+        UserError, match="the tokenizer has no EOS token to end a text; name one in its tokenizer_config"
+    ):
+        lm.generate_until([_Request("w5 w6", 0)])
 
 
 # -- code ----------------------------------------------------------------------------------------------------------

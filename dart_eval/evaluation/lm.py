@@ -312,6 +312,8 @@ class PrunedLM(HFLM):
     @torch.no_grad()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Dense prefill, mask at its end, every decoded token pruned."""
+        if self.eot_token_id is None:
+            raise UserError("the tokenizer has no EOS token to end a text", "name one in its tokenizer_config.json")
         eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
