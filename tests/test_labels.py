@@ -159,3 +159,17 @@ def test_a_table_that_fits_stays_as_it_is(monkeypatch, capsys):
 ])  # fmt: skip
 def test_names_are_broken_between_parameters_and_words(name, lines):
     assert view.folded(name, 22) == lines
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_long_name_leaves_room_for_its_bar(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    class Cell:
+        key, title = "k", f"smoke_questions {LONG} 0.5"
+
+    shown = view.TerminalView()
+    shown.planned(1, 0)
+    shown.started(Cell, 10)
+    (title,) = [t.description for t in shown.progress.tasks if "dart" in t.description]
+    assert title == Cell.title[: width - 47] + "…"

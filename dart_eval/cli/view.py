@@ -34,6 +34,7 @@ from dart_eval.text import PLAIN, json_text, printable
 TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
+BESIDE = 46  # characters of a line of progress beside its title
 HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
 
 
@@ -89,7 +90,7 @@ class TerminalView:
             self.progress.remove_task(self._bar)
             self._bar = None
         if cell.key not in self._cells:
-            self._cells[cell.key] = self.progress.add_task(printable(cell.title), total=requests)
+            self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
 
     def advanced(self, cell: Any, requests: int) -> None:
         """Requests of a cell under way were answered."""
@@ -115,6 +116,11 @@ class TerminalView:
     def note(self, text: str) -> None:
         """Something a person should know."""
         self.console.print(plain(text), style="yellow")
+
+    def _short(self, title: str) -> str:
+        """A title that leaves room for its bar and the times beside it."""
+        room = max(20, self.console.width - BESIDE)
+        return title if len(title) <= room else f"{title[: room - 1]}…"
 
     def _next(self, cell: Any) -> None:
         self.progress.advance(self._all)
