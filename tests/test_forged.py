@@ -1,15 +1,19 @@
 """Files of results that were damaged, forged or written by another program: one line, never a traceback or a number."""
 
 import copy
+import dataclasses
 import json
 import math
 import sys
+import zlib
 
 import pytest
 
 from dart_eval.cli import main
 from dart_eval.errors import UserError
+from dart_eval.executors.sizing import held_against
 from dart_eval.results import valid
+from dart_eval.results.journal import Journal
 from dart_eval.results.store import Store
 from dart_eval.results.thresholds import thresholds_from
 from tests.test_compare import make, right, save
@@ -32,6 +36,8 @@ FORGED = {
     "a model that is a name": (("inputs", "model"), "tiny"),
     "a hash that is a number": (("inputs", "model", "weights"), 7),
     "a sparsity that is text": (("inputs", "sparsity"), "0.5"),
+    "a sparsity that is no number": (("inputs", "sparsity"), math.nan),
+    "a count that is no number": (("by_task",), {"arc": {"documents": math.nan, "cut": 1}}),
     "parameters that are a list": (("inputs", "params"), []),
     "a method that is a list": (("inputs", "method"), ["dart"]),
     "no task": (("inputs", "task"), None),
@@ -153,6 +159,36 @@ def test_a_record_that_lacks_costs_is_shown_without_them(results, shown, verb):
     status, out, errors = shown(*VERBS[verb])
     assert (status, errors) == (0, "")
     assert verb not in ("tables", "compare") or "dart" in out
+
+
+def test_groups_that_are_their_own_members_go_round_only_once(results, shown):
+    data = {"task": "arc", "metric": "acc", "value": 1.0, "stderr": 0.1, "n": 60, "higher_is_better": True}
+    own = [{**data, "task": task, "part_of": group} for task, group in (("a", "arc"), ("b", "a"), ("a", "b"))]
+    _forge(_file(results, "dart"), ("metrics",), [{**data, "part_of": None}, *own])
+    for verb in VERBS.values():
+        status, _, errors = shown(*verb)
+        assert (status, errors) == (0, "")
+
+
+@pytest.mark.parametrize("text", [
+    DEEP, "[]", '{"cells": []}', '{"cells": {"k": {"title": 1, "seconds": "x"}}}', '{"cells": {"k": 3}}', "[1",
+])  # fmt: skip
+def test_a_forged_plan_is_no_plan(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    assert held_against(tmp_path, [dataclasses.replace(make("arc", right(0.5)), key="k")]) is None
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "[1, 2, 3]", '[{}, "x", 1]', "{}", "[{}, 1, null]", '{"a": "'])
+def test_a_forged_journal_counts_up_to_what_is_forged(tmp_path, text):
+    path = tmp_path / "cell.jsonl"
+    journal = Journal(path)
+    journal.add({"a": [1]}, 10, 0.5)
+    journal.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"%08x %s\n" % (zlib.crc32(text.encode()), text.encode()))
+    again = Journal(path)
+    assert (again.answers(), again.state_bytes, again.seconds) == ({"a": [1]}, 10, 0.5)
+    assert path.read_bytes() == whole
 
 
 def test_a_check_does_not_pass_over_a_record_that_it_cannot_read(results, shown):

@@ -148,7 +148,7 @@ def test_the_paper_of_the_docs_is_understood(tmp_path):
 
 
 def test_the_thresholds_of_the_docs_are_understood(tmp_path):
-    from dart_eval.results.check import thresholds_from
+    from dart_eval.results.thresholds import thresholds_from
 
     blocks = re.findall(
         r"```yaml\n(.*?)```", (README.parent / "docs" / "ci.md").read_text(encoding="utf-8"), flags=re.S

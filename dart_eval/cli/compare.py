@@ -48,6 +48,8 @@ def compare(
       dart-eval compare dart:allocation=uniform dart:allocation=depth --by method --metric gold_ll,acc
 
       dart-eval compare 0 0.5 --by sparsity --results out --format json
+
+      dart-eval compare model@1a2b3c4d model@5e6f7a8b --by model
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))

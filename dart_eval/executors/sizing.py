@@ -23,6 +23,7 @@ from dart_eval.machine import peak_memory
 from dart_eval.models import resolve
 from dart_eval.plan import RunConfig, spec_of
 from dart_eval.pruning.registry import make
+from dart_eval.results import valid
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -142,9 +143,11 @@ def keep(folder: str | Path, sizes: Sequence[CellSize], workers: int) -> None:
 def held_against(folder: str | Path, records: Sequence[Record]) -> str | None:
     """How far off the plan of this folder was, in one line; None where there is no plan of these records."""
     try:
-        planned: dict[str, Any] = json.loads(read_regular(Path(folder) / FILE))["cells"]
-    except (OSError, ValueError, KeyError, TypeError):
+        data = valid.parsed(read_regular(Path(folder) / FILE))
+        valid.plan(data, FILE)
+    except (OSError, ValueError):
         return None
+    planned: dict[str, Any] = data["cells"]
     pairs = [
         (planned[r.key]["title"], float(planned[r.key]["seconds"]), r.seconds) for r in records if r.key in planned
     ]

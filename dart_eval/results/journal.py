@@ -15,6 +15,7 @@ from typing import Any
 
 from dart_eval.errors import StoreError
 from dart_eval.files import read_regular
+from dart_eval.results import valid
 
 
 class Journal:
@@ -101,17 +102,21 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
-        valid = 0
+        whole = 0
         data = read_regular(path)
         for line in data.splitlines(keepends=True):
             checksum, _, text = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
                 break
-            answers, state_bytes, seconds = json.loads(text)
+            try:
+                valid.batch(batch := valid.parsed(text), "batch")
+            except ValueError:
+                break
+            answers, state_bytes, seconds = batch
             self._answers.update(answers)
             self.state_bytes = max(self.state_bytes, state_bytes)
             self.seconds += seconds
             self._spent += seconds
-            valid += len(line)
-        if valid < len(data):
-            os.truncate(path, valid)
+            whole += len(line)
+        if whole < len(data):
+            os.truncate(path, whole)

@@ -221,8 +221,14 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
             children.setdefault(m.part_of, set()).add(m.task)
 
     def members(task: str) -> set[str]:
-        below = children.get(task)
-        return {leaf for child in below for leaf in members(child)} if below else {task} & leaves
+        below, ends, seen = [task], set(), set()
+        while below:
+            last = below.pop()
+            if last not in seen:  # a group that is its own member would go round for ever
+                seen.add(last)
+                below += children.get(last, ())
+                ends |= set() if last in children else {last}
+        return ends & leaves
 
     measures: list[Measure] = []
     left_out = []

@@ -76,6 +76,7 @@ text_or_none = _kind("a text or null", lambda item: item is None or isinstance(i
 number = _kind("a number", _is_number)
 number_or_none = _kind("a number or null", lambda item: item is None or _is_number(item))
 count = _kind("a whole number", lambda item: isinstance(item, int) and not isinstance(item, bool))
+share = _kind("a number from 0 to 1", lambda item: _is_number(item) and 0 <= item <= 1)
 flag = _kind("true or false", lambda item: isinstance(item, bool))
 flag_or_none = _kind("true, false or null", lambda item: item is None or isinstance(item, bool))
 mapping = _kind("a mapping", lambda item: isinstance(item, dict))
@@ -157,7 +158,7 @@ def fields(needed: Mapping[str, Check], known: Mapping[str, Check] | None = None
 inputs = fields(
     {
         "model": fields({"name": text}, {"revision": text_or_none, "weights": text_or_none}),
-        "method": text, "params": mapping, "sparsity": number, "scope": text, "task": text,
+        "method": text, "params": mapping, "sparsity": share, "scope": text, "task": text,
     },
     {"versions": optional(values(text_or_none))},
     _flat,
@@ -174,7 +175,8 @@ record = fields(
         "measured": fields({"seconds": number, "created": text}, {"peak": number}),
     },
     {
-        "by_task": values(values(number)), "cut": optional(count),
+        "by_task": values(fields({}, {"documents": count, "cut": count, "length": count}, number)),
+        "cut": optional(count),
         "files": values(fields({"name": file_name, "n": count, "sha256": text})),
     },
 )  # fmt: skip
@@ -195,4 +197,6 @@ sample = fields(
         "drift": optional(drift),
     },
 )  # fmt: skip
+batch = row(mapping, number, number)  # of a journal
+plan = fields({"cells": values(fields({"title": text, "seconds": number}))})
 document = fields({"task": text, "doc_id": count}, {"prompt": text_or_none})
