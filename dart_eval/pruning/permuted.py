@@ -48,6 +48,8 @@ class PermutedFFNs:
         self.gathered = [GatheredFFN(f, d) for f, d in zip(ffns, self.downs, strict=True)] if gather else []
         self._slots: list[list[Any]] = [[g] for g in self.gathered] or [slots(f) for f in ffns]
         self._banks = [_banks(f, d) for f, d in zip(ffns, self.downs, strict=True)]
+        into = [m for f in ffns for m in (f.gate, f.up) if m is not None]
+        self._own = [(p, p.detach()) for m in into for p in m.parameters(recurse=False)]
         self._turned = [False] * len(ffns)
         self._work: Work | None = None
 
@@ -103,6 +105,9 @@ class PermutedFFNs:
         """
         self._finish()
         self.whole()
+        for parameter, own in self._own:
+            if parameter.data_ptr() != own.data_ptr():  # cast or moved meanwhile, and so in an order of ours
+                parameter.data = own
         for layer, ffn in enumerate(self.ffns):
             if ffn.order is not None:
                 for a, b in involutions(ffn.order.tolist()):
