@@ -55,7 +55,7 @@ def _rounded(value):
     return pytest.approx(value, rel=1e-5, abs=1e-4) if isinstance(value, float) else value
 
 
-def _load(self):
+def _load(self, note=print):
     from transformers import AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(self.source, attn_implementation="eager")
@@ -72,7 +72,7 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, tokenize
         configs = [config_from(None, {**given, "output": output, **w}) for w in ({"tasks": TASKS}, few_shot)]
         return local.run_all(configs, view)
 
-    def load(self):
+    def load(self, note=print):
         model, tokenizer = _load(self)
         return spread(model), tokenizer
 
