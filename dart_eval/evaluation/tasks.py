@@ -23,6 +23,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.evaluation.lm import RollingLogLikelihood
+from dart_eval.evaluation.local_data import check_documents, first_fault
 from dart_eval.evaluation.unsafe import check_task, is_unsafe, nothing_of_this_folder, own_metrics
 from dart_eval.files import check_name
 from dart_eval.hub import work_offline_if_unreachable
@@ -83,6 +84,7 @@ class _Factory(TaskFactory):
     def __init__(self, data_dir: Path | None, cue: str | None, unsafe_code: bool) -> None:
         super().__init__(meta={})
         self.data_dir, self.cue, self.unsafe_code = data_dir, cue, unsafe_code
+        self.local: list[tuple[list[str], Any]] = []  # files and preparation of each leaf read from `data_dir`
 
     def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
@@ -96,14 +98,19 @@ class _Factory(TaskFactory):
             config["metadata"] = {**metadata, "cue": self.cue}
         if config.get("dataset_path") and "custom_dataset" not in config:
             if self.data_dir is not None:
-                _redirect(config, self.data_dir)
+                files = _redirect(config, self.data_dir)
+                self.local.append((files, config.get("process_docs")))
             else:
                 work_offline_if_unreachable()
         return config
 
 
-def _redirect(config: dict[str, Any], data_dir: Path) -> None:
-    """Point a task's configuration at `<data_dir>/<hub name with __>/<configuration or default>/<split>.jsonl`."""
+def _redirect(config: dict[str, Any], data_dir: Path) -> list[str]:
+    """Point a task's configuration at `<data_dir>/<hub name with __>/<configuration or default>/<split>.jsonl`.
+
+    Returns:
+        The files.
+    """
     name = config.get("task", "?")
     folder = data_dir / str(config["dataset_path"]).replace("/", "__") / str(config.get("dataset_name") or "default")
     files = {f.stem: str(f.resolve()) for f in sorted(folder.glob("*.jsonl"))}
@@ -115,6 +122,9 @@ def _redirect(config: dict[str, Any], data_dir: Path) -> None:
     wanted = [config.get(k) for k in ("training_split", "fewshot_split", "test_split")]
     if not config.get("test_split"):  # lm-eval evaluates the test split, else the validation split
         wanted.append(config.get("validation_split"))
+    for file in files.values():
+        if not Path(file).is_file():  # a pipe would be waited for
+            raise UserError(f"task {name}: {file} is no regular file", "give the data set's files themselves")
     missing = sorted({w for w in wanted if isinstance(w, str)} - set(files))
     if missing:
         raise UserError(
@@ -123,6 +133,7 @@ def _redirect(config: dict[str, Any], data_dir: Path) -> None:
         )
     config["dataset_path"] = "json"
     config["dataset_kwargs"] = {"data_files": files}
+    return list(files.values())
 
 
 class Tasks:
@@ -148,6 +159,7 @@ class Tasks:
         self.manager = self._index(include_defaults=False)
         self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
+        self._local: dict[str, list[tuple[list[str], Any]]] = {}  # as in the factory, by name
 
     def _index(self, include_defaults: bool) -> TaskManager:
         manager = TaskManager(include_path=str(tasks_dir()), include_defaults=include_defaults)
@@ -186,6 +198,7 @@ class Tasks:
             UserError: its data cannot be had, or it would run code that nobody has confirmed.
         """
         if name not in self._loaded:
+            self._factory.local = []
             try:
                 self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
                 _forget_modules()
@@ -204,10 +217,32 @@ class Tasks:
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
                     _weight_by_coverage(task)
             self._loaded[name] = items
+            self._local[name] = self._factory.local
         return self._loaded[name]
 
+    def check(self, name: str, limit: int | None) -> None:
+        """Refuse documents that cannot be asked (see `check_documents`).
+
+        Raises:
+            UserError: with the document, or the file and the line.
+        """
+        try:
+            for task in leaves(self.load(name)):
+                check_documents(task, limit)
+        except UserError:
+            raise
+        except Exception as error:
+            self._factory.local = self._local[name]
+            raise self._explain(name, error) from error
+
     def _explain(self, name: str, error: Exception) -> UserError:
-        text = f"{type(error).__name__}: {error}"
+        for files, prepare in self._factory.local:
+            if fault := first_fault(files, prepare if callable(prepare) else None):
+                return UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = f"{type(cause).__name__}: {cause}"
         remedies = {
             "ImportError": "install what the task needs",
             "ModuleNotFoundError": "install what the task needs",
