@@ -59,8 +59,8 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         raise UserError(f"{path} has no tables", "see docs/paper.md")
     layouts, configs = [], []
     for table in data["tables"]:
-        _keys(table, TABLE_KEYS, f"{path}, a table")
-        where = f"{path}, table {shown(table.get('name'))}"
+        where = f"{path}, table {shown(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
+        _keys(table, TABLE_KEYS, where)
         both = {"methods": data.get("methods"), "sparsity": data.get("sparsity"), **table}
         try:
             with naming(f"{where}: "):
