@@ -154,12 +154,15 @@ def weight_matrix(linear: nn.Module) -> Tensor:
     return weight.T if is_conv1d(linear) else weight
 
 
+PLAIN = (Tensor, nn.Parameter)  # what holds its numbers as they are
+
+
 def encoded(linear: nn.Module) -> str | None:
     """Why a projection's weight is no matrix of plain numbers (`are ...`), or None."""
     weight = getattr(linear, "weight", None)
     if weight is None:
         return "are kept in a form of their own"
-    if type(weight) not in (Tensor, nn.Parameter):  # a library's own tensor, whatever dtype it claims to have
+    if type(weight) not in PLAIN:  # a library's own tensor, whatever dtype it claims to have
         return f"are quantised or wrapped ({type(weight).__name__})"
     if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2:
         return f"are quantised ({str(weight.dtype).removeprefix('torch.')})"

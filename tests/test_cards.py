@@ -8,11 +8,12 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
+from dart_eval import ffn
 from dart_eval.errors import UserError
 from dart_eval.executors import jobs, local
 from dart_eval.models import ModelSpec, Resolved, resolve
 from dart_eval.plan import config_from
-from tests.cards import Cards
+from tests.cards import Cards, OnCard
 from tests.conftest import FAMILIES, RENEWED, RESTLESS, open_session, random_tokens, save_tiny, tiny
 from tests.test_permuted import decoded
 
@@ -20,6 +21,11 @@ TASKS, METHODS = (
     "smoke_questions,smoke_summary,smoke_drift",
     "dense,griffin,dart:aggregate=ema:compensate=true,wanda-sp",
 )
+
+
+@pytest.fixture(autouse=True)
+def _cards_hold_plain_numbers(monkeypatch):
+    monkeypatch.setattr(ffn, "PLAIN", (*ffn.PLAIN, OnCard))
 
 
 def spread(model):
