@@ -318,11 +318,8 @@ class PrunedLM(HFLM):
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        names = [_name(*r.args) for r in requests]
         draw = [sampling.draws(r.args[1]) for r in requests]
-        if any(draw):  # equal requests of a task that draws are draws of their own
-            counts = sampling.repetitions([r.args for r in requests])
-            names = [_name(*r.args, n) if d else m for r, n, d, m in zip(requests, counts, draw, names, strict=True)]
+        names = sampling.named([r.args for r in requests], draw, _name)
         seed = torch.initial_seed()
         self._unusable = Unusable(len(set(names)))
         call = Call("generate_until", 0, [], 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,12 +33,16 @@ def begin_stream(seed: int, names: Sequence[str]) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def repetitions(requests: Sequence[Any]) -> list[int]:
-    """How often an equal request came before each: a task may want several draws of one."""
+def named(requests: Sequence[tuple[Any, ...]], drawn: Sequence[bool], name: Callable[..., str]) -> list[str]:
+    """A name for each request. Equal requests have one, but for those that draw: each is a draw of its own.
+
+    name: makes it of a request's parts.
+    """
     seen: Counter[str] = Counter()
-    counts = []
-    for request in requests:
-        name = json.dumps(request, sort_keys=True)
-        counts.append(seen[name])
-        seen[name] += 1
-    return counts
+    names = []
+    for request, draw in zip(requests, drawn, strict=True):
+        names.append(name(*request))
+        if draw:
+            seen[names[-1]] += 1
+            names[-1] = name(*request, seen[names[-1]])
+    return names
