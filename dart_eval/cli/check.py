@@ -46,7 +46,8 @@ def check(
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
-    check_name(baseline, "--baseline")
+    if not update:
+        check_name(baseline, "--baseline")
     for path in (junit, baseline if update else None):
         if path is not None:
             check_target(path)
