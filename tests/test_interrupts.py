@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dart_eval.cli import _Stopped
-from dart_eval.pruning import hooks, inplace, permuted, session, slices
+from dart_eval.pruning import calls, hooks, inplace, permuted, session, slices
 from tests.conftest import RESTLESS, open_session, random_tokens
 from tests.test_permuted import bits, decoded, make, same
 
-FILES = {m.__file__ for m in (session, hooks, permuted, slices, inplace, torch.utils.hooks)}
+FILES = {m.__file__ for m in (session, calls, hooks, permuted, slices, inplace, torch.utils.hooks)}
 # What leads there, instruction by instruction; where a matrix is moved, every seventh line; none of what only counts.
 CLOSELY = {
     "prune",
