@@ -89,7 +89,7 @@ def check_name(path: str | Path, what: str) -> None:
             os.stat(path)
     except (OSError, ValueError) as error:
         shown = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
-        raise UserError(f"{what} {shown} is no possible path ({reason(error)})", "give another") from None
+        raise UserError(f"{what} {shown} cannot be a path ({reason(error)})", "give another path") from None
 
 
 def read_text(path: str | Path, what: str, remedy: str) -> str:

@@ -218,7 +218,7 @@ def _hash_folder(path: Path) -> str:
 
 def _untrusted(name: str, code: str) -> UserError:
     return UserError(
-        f"model {name!r} brings code of its own ({code}), and none runs unasked",
+        f"model {name!r} brings code of its own ({code}), which needs your consent",
         "read it; if you trust it, give --trust-remote-code",
     )
 

@@ -249,7 +249,7 @@ def test_code_of_a_model_folder_does_not_run_unasked(folder, coded, refused):
     marker = coded("own")
     message = refused(folder)
     assert message == (
-        "model 'model' brings code of its own (auto_map or custom_generate), and none runs unasked; read it; if you "
+        "model 'model' brings code of its own (auto_map or custom_generate), which needs your consent; read it; if you "
         "trust it, give --trust-remote-code"
     )
     assert not marker.exists()

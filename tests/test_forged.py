@@ -148,7 +148,7 @@ def test_where_every_record_is_bad_nothing_is_shown(results, shown, verb):
     assert (status, out) == (2, "")
     first = sorted((results / "cells").iterdir())[0].relative_to(results.parent)
     assert errors.startswith(f"error: {first} cannot be read (")
-    assert "and none of the 2 others there can; give the `dart-eval run` that made it again" in errors
+    assert "and none of the 2 others there can; repeat the `dart-eval run` that made it" in errors
     assert errors.count("\n") == 1
 
 

@@ -32,7 +32,7 @@ def twin(model: M) -> M:
             raise
         raise UserError(
             "the memory does not hold a second copy of the FFN weights, which the dense side is timed on",
-            "give --layers fewer, or a smaller model",
+            "give a smaller model, or --shape with fewer --layers",
         ) from None
 
 

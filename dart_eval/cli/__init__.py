@@ -99,7 +99,8 @@ def main() -> None:
         stop = _stop_behind(error)
         if stop is not None:
             with contextlib.suppress(OSError):
-                errors.print(f"{STOPS[signal.Signals(stop.number).name]}; the same command goes on from here")
+                resumes = "; the same command goes on from here" if sys.argv[1:2] in (["run"], ["paper"]) else ""
+                errors.print(STOPS[signal.Signals(stop.number).name] + resumes)
             _leave(128 + stop.number)
         if not isinstance(error, BrokenPipeError):
             raise

@@ -13,12 +13,12 @@ Device = Annotated[str | None, typer.Option(help=r"auto, cpu, cuda, cuda:1, mps.
 DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over GPUs, e.g. auto.")]
 TrustRemoteCode = Annotated[
     bool | None,
-    typer.Option("--trust-remote-code", metavar="", help="Run the code that the model brings along; else none runs."),
+    typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model (default: none)."),
 ]
 UnsafeCode = Annotated[
     bool | None,
     typer.Option(
-        "--confirm-run-unsafe-code", metavar="", help="Tasks may run code that the model writes (humaneval, mbpp)."
+        "--confirm-run-unsafe-code", metavar="", help="Let tasks run what the model writes, or code in this folder."
     ),
 ]
 DataDir = Annotated[str | None, typer.Option(help="Local data instead of the hub.")]

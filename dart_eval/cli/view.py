@@ -103,8 +103,7 @@ class TerminalView:
         self.console.print(
             f"[green]done[/green] {plain(cell.title):<34} {plain(shown)}"
             f"  effective sparsity {record.effective_sparsity:.3f}"
-            f"{f', {record.remasks} re-masks' if record.remasks else ''}"
-            f"{f', {record.cut} prompts cut' if record.cut else ''}  {record.seconds:.0f} s"
+            f"{_some(record.remasks, 're-mask')}{_some(record.cut, 'cut prompt')}  {record.seconds:.0f} s"
         )
         self._next(cell)
 
@@ -139,6 +138,11 @@ def headline(metrics: Sequence[Metric]) -> list[Metric]:
 
 def _place(metric: Metric, record: Record) -> str:
     return "" if metric.task == record.inputs["task"] else f"{metric.task} "
+
+
+def _some(count: int | None, what: str) -> str:
+    """So many of something, after a comma; nothing where there are none."""
+    return f", {count} {what}{'s' if count > 1 else ''}" if count else ""
 
 
 def _number(m: Metric) -> str:

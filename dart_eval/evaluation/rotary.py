@@ -38,9 +38,9 @@ class Angles:
         self._modules = [m for m in model.modules() if hasattr(m, "rope_type")] if self._switches or self._grows else []
         if (self._switches or self._grows) and not self._modules:
             raise UserError(
-                f"{type(model).__name__} turns positions by angles that depend on the length, where they are made is "
-                "not known",
-                "only the rotary modules of transformers can be told a length: use the model's own class there",
+                f"{type(model).__name__} turns positions by angles that depend on the length, and dart-eval cannot "
+                "find the module that computes them",
+                "use the model's class from transformers: only its rotary modules can be given a length",
             )
 
     def of(self, length: int) -> int:

@@ -47,8 +47,8 @@ class CacheWatch:
         if past < self.tokens and (known is None or known is cache):
             raise UserError(
                 f"the KV cache went back from {self.tokens} to {past} tokens under prune()",
-                "masks cannot be taken back: generate without an assistant or prompt lookup, and begin a turn that "
-                "replaces another with a new cache",
+                "masks cannot be undone: do not use an assistant model or prompt lookup, and give a turn that "
+                "replaces another a new cache",
             )
         if has_masks and (past > self.tokens or (known is not None and known is not cache)):
             raise UserError(
@@ -82,7 +82,7 @@ class CacheWatch:
         if cache is None:
             raise UserError(
                 f"{model} gave no KV cache: under prune() each forward would be a new prompt",
-                "leave use_cache on and gradient checkpointing off; a model without a cache cannot be pruned so",
+                "leave use_cache on and gradient checkpointing off; prune() needs a model with a KV cache",
             )
         self.follow(cache, self.tokens, beams)
 

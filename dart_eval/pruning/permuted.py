@@ -193,7 +193,7 @@ def _unlike_plain(module: nn.Module, reordered: bool) -> str | None:
         return f"has weights that {reason}"
     weight: Any = module.weight
     if not isinstance(weight, nn.Parameter) or weight.is_meta or not (weight.is_contiguous() or reordered):
-        return "has weights that are made anew, elsewhere or laid out in another way"
+        return "has weights that are computed on the fly, held elsewhere or not contiguous"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return "is not torch's own linear layer"
     # accelerate wraps the forward of every module of a model that is spread over devices.

@@ -401,7 +401,7 @@ class Session:
         check_cache(cache, kwargs.get("use_cache"))
         if self._forced is None and self.looks_ahead:
             raise UserError(
-                f"{self.method.name} needs to see what is then scored, and a forward of its own does not show it",
+                f"{self.method.name} looks ahead at the text to be scored, which a forward called by hand lacks",
                 "use it with `dart-eval run` on tasks that score answers",
             )
 

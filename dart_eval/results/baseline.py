@@ -99,7 +99,7 @@ def read(path: Path) -> list[Cell]:
         raise UserError(f"baseline {path} cannot be read ({reason(error)})", remedy) from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise UserError(f"{path} is no baseline of a layout known here (schema {str(schema)[:40]})", remedy)
+        raise UserError(f"{path} is not in a baseline layout known here (schema {str(schema)[:40]})", remedy)
     try:
         _BASELINE(data, "baseline")
     except ValueError as error:

@@ -118,7 +118,7 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
             _refuse_ambiguous(spec, side, labelled)
         models = sorted({model_of(c.inputs["model"]) for c in side})
         if by == "model" and len(models) > 1:
-            raise UserError(f"{spec} stands for several models: {', '.join(models)}", "name one of them so")
+            raise UserError(f"{spec} stands for several models: {', '.join(models)}", "give one of these names")
     pairs: list[Pair] = []
     for left in sides[0]:
         for right in sides[1]:

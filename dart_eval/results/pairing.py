@@ -28,9 +28,9 @@ def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell
         if alone and beside:
             if len(alone) > 1 or len(beside) > 1:
                 raise UserError(
-                    f"which models named {name} belong together cannot be told: {_named(alone)} in {ours[0].source}, "
+                    f"it is unclear which models named {name} to compare: {_named(alone)} in {ours[0].source}, "
                     f"{_named(beside)} in {theirs[0].source}",
-                    "keep each checkpoint's results in a folder of its own, or name two: "
+                    "keep each checkpoint's results in a folder of its own, or compare two of them: "
                     f"dart-eval compare {model_of(alone[0])} {model_of(beside[0])} --by model",
                 )
             partners[json.dumps(alone[0], sort_keys=True)] = beside[0]

@@ -32,7 +32,7 @@ from dart_eval.results import valid
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
 
-REDO = "give the `dart-eval run` that made it again (it sets the file aside and redoes the cell), or remove it"
+REDO = "repeat the `dart-eval run` that made it (it sets the file aside and redoes the cell), or remove it"
 
 
 class UnreadSamples(UserError):
