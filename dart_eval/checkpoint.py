@@ -116,7 +116,7 @@ def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
         )
     rows = model.get_input_embeddings().weight.shape[0]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
     largest = max(i for i in tokenizer.get_vocab().values() if i not in special)
     if largest >= rows:
         raise UserError(

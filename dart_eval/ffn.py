@@ -307,10 +307,10 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 
 
 def _parts(ffn: FFN) -> list[int]:
-    """Its modules and weights, by identity."""
+    """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
     modules = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.act, ffn.residual, ffn.output, ffn.attention]
-    weights = [getattr(m, "weight", None) for m in (ffn.gate, ffn.up, ffn.down)]
-    return [id(x) for x in (*modules, *weights)]
+    projections = [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
+    return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 
 
 def describe(model: nn.Module) -> list[FFN]:

@@ -1,6 +1,8 @@
 """What a session must notice or refuse: chats, ends in a batch, copies, nested blocks, changed layers and weights."""
 
 import copy
+import functools
+import pickle
 
 import pytest
 import torch
@@ -38,8 +40,23 @@ def test_a_prompt_in_chunks_has_one_dense_token(llama):
         generate(llama, prompt(), 5, prefill_chunk_size=7)
         assert session.effective_sparsity == pytest.approx(0.5 * 4 / 5)
         generate(llama, prompt(seed=3), 1)
-        generate(llama, prompt(seed=4), 1)
+        out = generate(llama, prompt(seed=4), 1)
         assert session.effective_sparsity == pytest.approx(0.5 * 4 / 7)
+        ids = torch.cat([out.sequences, prompt(3, seed=5)], 1)
+        generate(llama, ids, 1, **{cache_argument(llama): cache_of(out)})  # a turn, not a chunk
+        assert session.effective_sparsity == pytest.approx(0.5 * 4 / 8)
+
+
+def test_a_prefix_that_was_cached_before_serves_every_prompt(llama):
+    """As transformers' documentation has it: a copy of the prefix's cache for each prompt."""
+    name, prefix = cache_argument(llama), prompt(8)
+    with torch.no_grad():
+        cached = cache_of(llama(prefix, use_cache=True))
+    with torch.no_grad(), open_session(llama, "random", 0.5) as session:
+        for tokens in (9, 4):
+            ids = torch.cat([prefix, prompt(5, seed=tokens)], 1)
+            generate(llama, ids, tokens, **{name: copy.deepcopy(cached)})
+        assert session.effective_sparsity == pytest.approx(0.5 * 11 / 13)
 
 
 def test_a_cache_that_was_filled_before_counts_its_first_token_as_dense(llama):
@@ -148,7 +165,9 @@ def test_beams_of_a_copied_cache_change_places_in_the_copy_alone(llama):
         cache.reorder_cache(torch.tensor([1, 0]))
         assert torch.equal(cache.layers[0].keys, keys.flip(0))
         assert all(torch.equal(a, b.flip(0)) for a, b in zip(session.state.masks, masks, strict=True))
+        assert type(copied) is DynamicCache and type(copy.deepcopy(cache)) is DynamicCache
     assert type(cache) is DynamicCache
+    pickle.loads(pickle.dumps(copied))
 
 
 @pytest.mark.parametrize("execution", ["masked", "permuted"])
@@ -156,7 +175,7 @@ def test_beams_of_a_copied_cache_change_places_in_the_copy_alone(llama):
     "change",
     [
         lambda m: m.half(),
-        lambda m: m.to("cpu"),
+        lambda m: m.to("meta"),
         lambda m: m.model.layers[1].mlp.to(torch.float16),
         lambda m: m.load_state_dict(m.state_dict()),
         lambda m: m.model.layers[0].mlp.down_proj.load_state_dict(m.model.layers[0].mlp.down_proj.state_dict()),
@@ -171,6 +190,14 @@ def test_weights_are_not_cast_moved_or_loaded_inside_the_block(llama, execution,
     assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
     assert llama.half().dtype == torch.float16
     assert llama.__dict__.keys() == tiny("llama").__dict__.keys()
+
+
+@pytest.mark.parametrize("execution", ["masked", "permuted"])
+def test_a_move_to_where_the_weights_are_is_none(llama, execution):
+    with open_session(llama, "griffin", 0.5, execution=execution):
+        wanted = generate(llama, prompt(), 3).sequences
+        assert llama.to("cpu") is llama and llama.double() is llama
+        assert generate(llama, prompt(), 3).sequences.tolist() == wanted.tolist()
 
 
 def test_weights_that_were_replaced_by_hand_are_put_back(llama):
@@ -268,6 +295,32 @@ def test_layers_that_change_inside_the_block_are_noticed(llama, method):
         with pytest.raises(UserError, match="layers of LlamaForCausalLM have changed"):
             generate(llama, prompt(), 4)
     assert len(find_ffns(llama)) == 3
+
+
+def test_a_method_that_a_user_has_set_is_there_again(llama):
+    mine = llama.generate = functools.partial(llama.generate, max_length=23)
+    with open_session(llama, "griffin", 0.5) as session:
+        assert llama.generate(prompt(), do_sample=False, pad_token_id=0).shape[1] == 23
+        assert session.effective_sparsity == pytest.approx(0.5 * 2 / 3)
+    assert llama.generate is mine
+
+
+def test_a_weight_that_is_made_anew_is_no_changed_layer(llama):
+    for layer in llama.model.layers:
+        torch.nn.utils.parametrize.register_parametrization(layer.mlp.down_proj, "weight", torch.nn.Identity())
+    kept = []
+    with open_session(llama, "griffin", 0.5, execution="masked"):
+        for _ in range(5):
+            generate(llama, prompt(), 2)
+            kept.append([layer.mlp.down_proj.weight for layer in llama.model.layers])  # so that no address comes back
+
+
+@pytest.mark.parametrize("end", [lambda e: e, lambda e: [e, 95], lambda e: torch.tensor([e, 95])])
+def test_ends_are_taken_as_generate_takes_them(llama, end):
+    ids = torch.cat([prompt(seed=1), prompt(seed=2)])
+    with open_session(llama, "griffin", 0.5) as session:
+        generate(llama, ids, 4, eos_token_id=end(94))
+        assert 0 < session.effective_sparsity <= 0.5
 
 
 def test_the_methods_of_a_model_are_its_own_again(llama):

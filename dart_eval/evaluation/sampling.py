@@ -1,7 +1,8 @@
 """Tasks that draw their answers: one stream of random numbers for each batch, whatever ran before it.
 
 So a run that was stopped, or whose batches ran in several places, draws what a whole one does. What remains is which
-prompts share a batch: the batch size is part of such a cell's key.
+prompts share a batch: the batch size is part of such a cell's key. (Where memory runs out and batches are halved, other
+prompts share one; `halved` in the record says so.)
 """
 
 from __future__ import annotations

@@ -42,15 +42,15 @@ class CacheWatch:
             UserError: it went back, or is another.
         """
         known = self._cache()
-        if not past:
+        if not past or not has_masks:
             return
-        if past < self.tokens and (known is None or known is cache):
+        if past < self.tokens and known is cache:
             raise UserError(
                 f"the KV cache went back from {self.tokens} to {past} tokens under prune()",
                 "masks cannot be undone: do not use an assistant model or prompt lookup, and give a turn that "
                 "replaces another a new cache",
             )
-        if has_masks and (past > self.tokens or (known is not None and known is not cache)):
+        if past != self.tokens or (known is not None and known is not cache):
             raise UserError(
                 "this KV cache is not the one that the masks under prune() were made with",
                 "finish one sequence before the next begins, or use a session for each",
@@ -117,7 +117,12 @@ def check_cache(cache: Any, use_cache: bool | None) -> None:
 
 
 class _Followed:
-    """A cache that tells a watch when its beams change places."""
+    """A cache that tells a watch when its beams change places. Its copies are plain ones."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        parts: Any = super().__reduce_ex__(protocol)
+        make, (cls, *rest), state, *items = parts
+        return make, (cls.__mro__[2], *rest), {k: v for k, v in state.items() if k != FOLLOWED}, *items
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]

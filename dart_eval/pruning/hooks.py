@@ -29,7 +29,7 @@ class Forward:
     """The forward under way.
 
     Attributes:
-        phase: `off` between forwards. last: that of the forward before.
+        phase: `off` between forwards. last: that of the forward before. turn: the call of `generate` that it is of.
         valid: [B, T] bool, False for padding.
         kept: it was given a KV cache.
         sliced: it multiplies the kept neurons alone. frozen: nothing is observed.
@@ -40,6 +40,7 @@ class Forward:
 
     phase: Phase = "off"
     last: Phase = "off"
+    turn: int = 0
     valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
     kept: bool = True
     sliced: bool = False

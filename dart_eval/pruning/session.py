@@ -357,7 +357,8 @@ class Session:
             forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device)
         else:
             forward.valid = self._given_valid
-        chunk = bool(past) and forward.last == "context"
+        chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
+        forward.turn = self._calls.turn
         if not past:
             self._new_log()
         if self.permuted is not None:
