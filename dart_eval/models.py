@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -60,6 +61,10 @@ class Identity:
     revision: str | None
     weights: str | None
     remote_code: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; of code of its own only where there is some."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not False}
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def plan(
             moves = model.dtype != "float32" or method.token_chooses
             for sparsity in dict.fromkeys(config.sparsity) if method.prunes else (0.0,):
                 inputs = {
-                    "model": dataclasses.asdict(model.identity), "dtype": model.dtype, "device": device,
+                    "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
                     "method": method.name, "params": method.params(), "sparsity": sparsity,
                     "scope": config.scope, "execution": "masked", "task": task, "task_hash": hashes[task],
                     "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,

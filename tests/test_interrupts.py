@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dart_eval.cli import _Stopped
-from dart_eval.pruning import calls, hooks, inplace, permuted, session, slices
+from dart_eval.pruning import cache_watch, calls, hooks, inplace, permuted, session, slices
 from tests.conftest import RESTLESS, open_session, random_tokens
 from tests.test_permuted import bits, decoded, make, same
 
-FILES = {m.__file__ for m in (session, calls, hooks, permuted, slices, inplace, torch.utils.hooks)}
+FILES = {m.__file__ for m in (session, cache_watch, calls, hooks, permuted, slices, inplace, torch.utils.hooks)}
 # What leads there, instruction by instruction; where a matrix is moved, every seventh line; none of what only counts.
 CLOSELY = {
     "prune",
@@ -19,6 +19,8 @@ CLOSELY = {
     "_leave",
     "to_the_end",
     "remove",
+    "release",
+    "leave",
     "_drop",
     "look_inside",
     "_restore",
@@ -57,8 +59,11 @@ def one_layer():
 
 
 def untouched(model, before):
-    """The bits of the weights, no hook, no forward of another."""
-    left = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    """The bits of the weights, no hook, no method of another."""
+    left = any(
+        m._forward_hooks or m._forward_pre_hooks or vars(m).keys() & {"forward", "generate", "_apply", calls.GUARD}
+        for m in model.modules()
+    )
     return same(model, before) and not left
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from dart_eval.cli import view
+from dart_eval.models import Identity
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check, junit, table, workflow_commands
 from dart_eval.results.compare import compare_folders, compare_within
@@ -173,3 +174,31 @@ def test_a_long_name_leaves_room_for_its_bar(width, monkeypatch):
     shown.started(Cell, 10)
     (title,) = [t.description for t in shown.progress.tasks if "dart" in t.description]
     assert title == Cell.title[: width - 47] + "…"
+
+
+def _shaped(spec, size, created="2026-01-01T00:00:00+00:00"):
+    """A cell whose key holds the batch size, or (None) does not, as it cannot move its numbers."""
+    made = of(spec)
+    inputs = {**made.inputs, "batch_size": size, "share_prefix": None if size is None else True}
+    measured = {**made.measured, "created": created}
+    return dataclasses.replace(made, inputs=inputs, key=f"{spec}{size}".ljust(64, "0"), measured=measured)
+
+
+def test_a_batch_size_that_only_some_cells_have_tells_no_two_apart():
+    plain = [_shaped("dense", None), _shaped("griffin", None), _shaped("dart-plus", 8)]
+    assert list(labels(plain).values()) == ["dense", "griffin", "dart-plus"]
+    two = labels([*plain, _shaped("dart-plus", 4)])
+    assert list(two.values()) == ["dense", "griffin", "dart-plus (batch_size=8)", "dart-plus (batch_size=4)"]
+
+
+def test_a_cell_whose_key_has_come_to_hold_the_batch_size_is_the_newer_run(tmp_path):
+    older, newer = _shaped("dart-plus", None), _shaped("dart-plus", 8, "2026-02-01T00:00:00+00:00")
+    folder = save(tmp_path / "out", of("dense"), older, newer)
+    found = [c for c in outcomes.cells(folder) if c.inputs["method"] == "dart-plus"]
+    assert [c.key for c in found] == [newer.key]
+
+
+def test_a_model_without_code_of_its_own_is_named_as_before():
+    made = Identity("m", None, "abc").to_json()
+    assert made == {"name": "m", "revision": None, "weights": "abc"}
+    assert Identity("m", None, "abc", remote_code=True).to_json()["remote_code"] is True

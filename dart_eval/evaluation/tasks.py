@@ -236,12 +236,12 @@ class Tasks:
             raise self._explain(name, error) from error
 
     def _explain(self, name: str, error: Exception) -> UserError:
-        for files, prepare in self._factory.local:
-            if fault := first_fault(files, prepare if callable(prepare) else None):
-                return UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        for files, prepare in self._factory.local if not isinstance(cause, ImportError) else ():
+            if fault := first_fault(files, prepare if callable(prepare) else None):
+                return UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
         text = f"{type(cause).__name__}: {cause}"
         remedies = {
             "ImportError": "install what the task needs",

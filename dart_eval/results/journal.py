@@ -72,7 +72,7 @@ class Journal:
         if self.path is None:
             return
         try:
-            if self._file is not None and not os.fstat(self._file.fileno()).st_nlink:  # somebody has deleted it
+            if self._file is not None and not self._is_there(self._file.fileno()):  # somebody has deleted it
                 self.close()
                 answers, state_bytes, seconds = self._answers, self.state_bytes, self._spent
             text = json.dumps([dict(answers), state_bytes, seconds], ensure_ascii=False).encode()
@@ -92,6 +92,14 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _is_there(self, number: int) -> bool:
+        """Whether the open file of that number still has our name."""
+        assert self.path is not None
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(number))
+        except FileNotFoundError:
+            return False
 
     def remove(self) -> None:
         """Forget everything: the cell is finished, or is to be run anew."""

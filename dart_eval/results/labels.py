@@ -12,6 +12,8 @@ RUN_SETTINGS = (
     "share_prefix",
 )  # fmt: skip
 HASHES = ("calibration", "code", "method_code")  # told apart by their first digits
+# None where they cannot move a number (see `plan.plan`): such a cell goes with any value of another's.
+SHAPES = ("batch_size", "share_prefix")
 NAMED = ("scope", "execution", *RUN_SETTINGS, *HASHES)  # what a label says beside method and parameters
 
 
@@ -67,7 +69,7 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
     apart: set[str] = set()
     packages: list[str] = []
     for group in _by_task(records) if by_task else [records]:
-        apart |= {s for s in NAMED if len({json.dumps(r.inputs.get(s)) for r in group}) > 1}
+        apart |= {s for s in NAMED if len(values(s, group)) > 1}
         packages += _moved_packages(group)
     differing, moved = [s for s in NAMED if s in apart], list(dict.fromkeys(packages))
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
@@ -75,7 +77,8 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
     methods = specs(records)
     found = {}
     for r in records:
-        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in differing]
+        said = [s for s in differing if s not in SHAPES or r.inputs.get(s) is not None]
+        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in said]
         settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
         if same_name:
             which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
@@ -83,6 +86,12 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
         method = methods[r.key]
         found[r.key] = f"{method} ({' '.join(settings)})" if settings else method
     return found
+
+
+def values(setting: str, cells: Iterable[Named]) -> list[str]:
+    """The values that a setting has in these cells, as text; without those that go with any."""
+    found = {json.dumps(c.inputs.get(setting)) for c in cells}
+    return sorted(found - {"null"} if setting in SHAPES else found)
 
 
 def _by_task(records: Sequence[Named]) -> list[list[Named]]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from dart_eval.errors import UserError
 from dart_eval.results import stats
+from dart_eval.results.labels import values
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
@@ -176,11 +177,11 @@ def newest(found: Sequence[Cell]) -> list[Cell]:
         groups.setdefault(identity(cell.inputs), []).append(cell)
     for group in groups.values():
         for name in HOW:
-            values = sorted({json.dumps(c.inputs.get(name)) for c in group})
-            if len(values) > 1:
+            found_values = values(name, group)
+            if len(found_values) > 1:
                 place = f"{describe(group[0])} in {group[0].source}"
                 raise UserError(
-                    f"{place} is there several times, with {name} {' and '.join(values)}",
+                    f"{place} is there several times, with {name} {' and '.join(found_values)}",
                     "keep them in folders of their own",
                 )
     return [

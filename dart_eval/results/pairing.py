@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dart_eval.errors import UserError
+from dart_eval.results.labels import SHAPES
 from dart_eval.results.outcomes import ASKED, Cell, asked, describe, identity, model_of
 
 
@@ -86,6 +87,8 @@ def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
 def _flat(a: dict[str, Any], b: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
     for name in sorted((a.keys() | b.keys()) - set(ASKED) | {"model"}):
         left, right = a.get(name), b.get(name)
+        if name in SHAPES and None in (left, right):
+            continue
         if isinstance(left, dict) and isinstance(right, dict):
             for part in sorted(left.keys() | right.keys()):
                 if (name, part) != ("model", "name"):
