@@ -24,6 +24,7 @@ def checked(key: str, value: Any) -> Any:
     Raises:
         UserError: it is of another kind, empty, or beyond all use.
     """
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's numbers and arrays
     if key == "sparsity":
         return tuple(_sparsity(item) for item in _items(value))
     if key in ("method", "tasks"):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dart_eval
-from dart_eval import plan
+from dart_eval import plan, values
 from dart_eval.cli import main
 from dart_eval.errors import UserError
 from dart_eval.pruning.session import check_sparsity, prune
@@ -247,3 +247,8 @@ def test_evaluate_refuses_in_one_line(options, tmp_path, monkeypatch):
     with pytest.raises(UserError):
         dart_eval.evaluate(**{"tasks": ["smoke_questions"], **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_numpy_are_numbers():
+    limit, sparsity = values.checked("limit", np.int64(5)), values.checked("sparsity", np.array([0.5, 0.75]))
+    assert (limit, type(limit), sparsity) == (5, int, (0.5, 0.75))
