@@ -26,6 +26,8 @@ def checked(key: str, value: Any) -> Any:
     """
     value = value.tolist() if hasattr(value, "tolist") else value  # numpy's numbers and arrays
     if key == "sparsity":
+        if isinstance(value, dict):
+            raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
         return tuple(_sparsity(item) for item in _items(value))
     if key in ("method", "tasks"):
         return tuple(_text(key, item) for item in _items(value))

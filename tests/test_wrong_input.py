@@ -51,7 +51,7 @@ CONFIGS = {
     "sparsity: true": "sparsity True is not a number",
     "sparsity: false": "sparsity False is not a number",
     "sparsity: [0.5, [0.7]]": "sparsity [0.7] is not a number",
-    "sparsity: {a: 0.5}": "sparsity {'a': 0.5} is not a number",
+    "sparsity: {a: 0.5}": "sparsity must be a list, not {'a': 0.5}",
     "sparsity: .nan": "sparsity nan is outside [0, 1)",
     "sparsity: 2024-01-01": "sparsity datetime.date(2024, 1, 1) is not a number",
     "sparsity: 0x" + "f" * 5000: "sparsity a value of kind int is not a number",
