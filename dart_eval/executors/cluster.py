@@ -335,6 +335,7 @@ class _Desk:
         self._parts: dict[str, int] = {}
         self._over: set[str] = set()  # cells of which no task is to begin any more
         self._files: dict[Path, Any] = {}
+        self._notes: set[str] = set()  # of workers, each shown once
 
     def __enter__(self) -> _Desk:
         return self
@@ -422,6 +423,10 @@ class _Desk:
         self._close(cell.key)
         self.sweep.done[cell.key] = record
         self.view.finished(cell, record)
+        for text in record.settings.get("notes", []):
+            if text not in self._notes:
+                self._notes.add(text)
+                self.view.note(text)
         return []
 
     def failed(self, task: _CellTask, problem: str, text: str) -> None:
