@@ -178,5 +178,5 @@ def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, token
 
 def test_the_oracle_is_no_method_to_generate_with(llama):
     ids = torch.tensor([random_tokens(9)])
-    with prune(llama, "oracle", 0.5), pytest.raises(UserError, match="needs to see"):
+    with prune(llama, "oracle", 0.5), pytest.raises(UserError, match="looks ahead at the text to be scored"):
         llama.generate(ids, max_new_tokens=2, pad_token_id=0)
