@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.cli import main, view
@@ -132,6 +132,8 @@ def test_errors_are_one_line(text):
 
 
 @given(TEXTS)
+@example("\\[")
+@example("a\\\\[b] \\[1")
 @settings(max_examples=100, deadline=None)
 def test_the_terminal_shows_every_text_and_obeys_none(text):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")

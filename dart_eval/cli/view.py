@@ -162,9 +162,13 @@ def console(**options: Any) -> Console:
     return Console(highlight=False, emoji=False, **options)
 
 
+_BRACKETS = re.compile(r"(\\*\[[a-z#/@][^[]*?])|(\\+)\[")
+
+
 def plain(text: str) -> str:
     """A text of any origin as a piece of rich's markup."""
-    return escape(printable(text))
+    # Where no tag follows, rich takes one of the backslashes before a bracket away.
+    return _BRACKETS.sub(lambda found: found[1] or f"{found[2]}\\[", escape(printable(text)))
 
 
 def say(text: str, err: bool = False) -> None:
