@@ -18,10 +18,10 @@ class CacheWatch:
     """Knows the cache of the last forward, refuses another, and follows beams that change places in it.
 
     Args:
-        reorder: called with the beams ([B] indices) when they do.
+        reorder: called with the beams ([B] indices) when they do; None: masks do not follow them.
     """
 
-    def __init__(self, reorder: Callable[[Tensor], None]) -> None:
+    def __init__(self, reorder: Callable[[Tensor], None] | None) -> None:
         self.tokens = 0  # that the cache held after the last forward
         self._reorder = reorder
         self._cache: Callable[[], Any] = lambda: None  # a weak reference, once there is a cache
@@ -56,8 +56,8 @@ class CacheWatch:
                 "finish one sequence before the next begins, or use a session for each",
             )
 
-    def follow(self, cache: Any, tokens: int, beams: bool) -> None:
-        """Take over the cache of a forward; with it `tokens` it will hold. beams: they may change places."""
+    def follow(self, cache: Any, tokens: int) -> None:
+        """Take over the cache of a forward; with it `tokens` it will hold."""
         self.tokens = tokens
         if cache is self._cache() and cache is not None:
             return
@@ -66,12 +66,12 @@ class CacheWatch:
             self._cache = lambda: None
             return
         self._cache = weakref.ref(cache)
-        if beams:
+        if self._reorder is not None:
             # The class and not the instance: a copy of the cache then acts on itself.
             cache.__class__ = _followed(cache.__class__)
             cache.__dict__[FOLLOWED] = weakref.ref(self)
 
-    def take(self, output: Any, model: str, beams: bool) -> None:
+    def take(self, output: Any, model: str) -> None:
         """Take over the cache that a forward has made itself. output: what came out; model: its class, for people.
 
         Raises:
@@ -84,7 +84,7 @@ class CacheWatch:
                 f"{model} gave no KV cache: under prune() each forward would be a new prompt",
                 "leave use_cache on and gradient checkpointing off; prune() needs a model with a KV cache",
             )
-        self.follow(cache, self.tokens, beams)
+        self.follow(cache, self.tokens)
 
     def leave(self) -> None:
         """Let the cache be what it was."""
@@ -95,7 +95,7 @@ class CacheWatch:
 
     def reordered(self, cache: Any, beams: Tensor) -> None:
         """Beams have changed places in a cache that may be a copy of ours."""
-        if cache is self._cache():
+        if cache is self._cache() and self._reorder is not None:
             self._reorder(beams)
 
 

@@ -104,7 +104,7 @@ class Session:
         self._given_valid: Tensor | None = None
         self._tally = Tally()
         self.forward = Forward()
-        self._cache = CacheWatch(self._follow_beams)
+        self._cache = CacheWatch(self._follow_beams if isinstance(method, PromptMethod) else None)
         self._calls = Calls(model)
         self._hooks = Hooks(self)
 
@@ -411,7 +411,7 @@ class Session:
             self.forward.phase = self._forced
             return
         self._cache.check(cache, past, self.state is not None)
-        self._cache.follow(cache, past + length, isinstance(self.method, PromptMethod))
+        self._cache.follow(cache, past + length)
         decodes = past and length == 1 and past >= self._calls.prompt
         self.forward.phase = "decode" if decodes else "context"
         if not past:
@@ -447,7 +447,7 @@ class Session:
             self.permuted.whole()
             forward.sliced = False
         if not forward.kept:
-            self._cache.take(output, type(self.model).__name__, isinstance(self.method, PromptMethod))
+            self._cache.take(output, type(self.model).__name__)
         if forward.looking and (self.state is not None or phase == "decode"):
             self._check_seen(forward.seen)
         if self.state is None:
