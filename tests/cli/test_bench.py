@@ -1,0 +1,224 @@
+"""`dart-eval bench`: what it measures is what it says; no test here depends on how fast anything is."""
+
+import copy
+import functools
+import json
+import platform
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from dart_eval import cost, shapes
+from dart_eval.bench import decode
+from dart_eval.bench.twin import twin
+from dart_eval.errors import UserError
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.machine import foreign_cpu, hardware
+from dart_eval.pruning.permuted import PermutedFFNs
+from dart_eval.pruning.registry import make, parse
+from tests.helpers.models import tiny
+from tests.helpers.sessions import RESTLESS
+
+PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
+
+
+def test_ratios_are_paired():
+    """Two neighbours slow together: the ratio stays 2, where the ratio of medians would not."""
+    found = decode.paired([2.0, 20.0, 2.2, 4.0], [1.0, 10.0, 1.1, 2.0])
+    assert (found.median, found.low, found.high, found.n) == (2.0, 2.0, 2.0, 4)
+    assert decode.paired([1.1], [1.0], 1.0).median == pytest.approx(0.1)
+
+
+def test_what_is_counted():
+    model = tiny("llama", torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    shape = cost.shape_of(model, find_ffns(model))
+    found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
+    assert found.weights_read == found.weights_executed == pytest.approx(0.3)
+    phi = shape.ffn_weights / (shape.ffn_weights + shape.other_weights + shape.head_weights)
+    assert found.ceiling == found.ceiling_executed == pytest.approx(1 / (1 - 0.7 * phi))
+    assert found.achieved_over_ceiling == pytest.approx(found.speedup.median / found.ceiling)
+    assert found.extra_weight_bytes == 0
+    assert found.order_bytes == 3 * 40 * 4
+    assert found.state_bytes > 0 and found.peak_bytes > 0
+    assert found.speedup.n == found.control.n == found.tracing_overhead.n == 10  # the warm-up is not counted
+    assert found.renewal_dense_steps is None
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    picky = decode.measure(model, make("dart-plus"), 0.7, prompt_tokens=20, steps=3, rounds=1)
+    assert picky.weights_read == pytest.approx(0.3)
+    # gate and up read the mask on a CPU, down what is written: (.48 + .48 + .16) / 3
+    assert picky.weights_executed == pytest.approx(0.373, abs=0.01)
+    assert 1 < picky.ceiling_executed < picky.ceiling
+    assert picky.renewal_dense_steps is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dense_is_the_untouched_model(dtype, monkeypatch):
+    """Every forward that is timed as dense: the weights, and what comes out, are those of the model before."""
+    model = tiny("llama", dtype)
+    reference = copy.deepcopy(model)
+    dense, ran, timed, forward = [], [], decode._Bench.timed, LlamaForCausalLM.forward
+
+    @functools.wraps(forward)
+    def keep(module, **kwargs):
+        output = forward(module, **kwargs)
+        ran.append((module, kwargs["input_ids"], output.logits, kwargs.get(cache_argument(module))))
+        return output
+
+    def watched(self, work):
+        ran.clear()
+        found = timed(self, work)
+        for module, ids, logits, cache in ran:
+            if not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules()):
+                dense.append((module, ids, logits, cache.get_seq_length() - ids.shape[1] if cache is not None else 0))
+                own = dict(module.named_parameters())
+                for name, parameter in reference.named_parameters():
+                    assert torch.equal(own[name], parameter) and own[name].stride() == parameter.stride(), name
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", keep)
+    monkeypatch.setattr(decode._Bench, "timed", watched)
+    found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
+    # Three rounds: the prompt for each cache that begins dense, five tokens twice; then before every exchange, and
+    # before every end and begin.
+    assert len(dense) == 3 * (3 + 2 * 5) + 3 + 3
+    ffn = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".mlp." in n)
+    assert (found.twin_bytes, found.extra_weight_bytes) == (ffn, 0)
+    for module, ids, logits, past in dense:
+        assert module is not model
+        if not past:
+            assert torch.equal(logits, reference(input_ids=ids, logits_to_keep=1).logits)
+
+
+def test_a_twin_shares_all_but_the_ffns():
+    model = tiny("gemma3", torch.float32)
+    own = {n: p.data_ptr() for n, p in twin(model).named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert (own[name] != parameter.data_ptr()) == (".mlp." in name), name
+
+
+def test_no_memory_for_a_twin_is_told(monkeypatch):
+    def deepcopy(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 11.00 GiB")
+
+    model = tiny("llama", torch.float32)
+    find_ffns(model)
+    monkeypatch.setattr("dart_eval.bench.twin.copy.deepcopy", deepcopy)
+    with pytest.raises(UserError, match="second copy of the FFN weights"):
+        twin(model)
+
+
+def test_steps_with_a_renewal_are_left_out():
+    """A window of 3 tokens, an alarm in every one: of 5 steps of a round one renews."""
+    restless = ":".join(f"{k}={v}" for k, v in RESTLESS.items())
+    method = make(*parse(f"dart:{restless}"))
+    found = decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=20, steps=5)
+    assert found.speedup.n == 3 * 4
+    assert found.renewal_dense_steps.n >= 3
+
+
+def test_a_fifth_of_the_kept_neurons_is_exchanged(monkeypatch):
+    moved = []
+    original = PermutedFFNs.select
+
+    def select(self, layer, mask):
+        moved.append((original(self, layer, mask), self.kept[layer]))
+        return moved[-1][0]
+
+    monkeypatch.setattr(PermutedFFNs, "select", select)
+    decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, prompt_tokens=5, steps=2, rounds=1)
+    exchanges = moved[-18:-9]  # three times three layers; after them, as often, the neurons go back and are taken over
+    assert exchanges == [(4, 20)] * 9
+
+
+def test_what_cannot_be_timed_is_refused():
+    model = tiny("llama", torch.float32)
+    for name in ("dense", "oracle"):
+        with pytest.raises(UserError, match=f"{name} cannot be timed"):
+            decode.measure(model, make(name), 0.5)
+
+
+def test_foreign_cpu_sees_other_processes():
+    with foreign_cpu() as foreign:
+        if foreign() is None:
+            pytest.skip("the system does not tell")
+        subprocess.run([sys.executable, "-c", "sum(i for i in range(10**7))"], check=True)
+        assert foreign() > 0.1
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "small", lambda: tiny("llama").config)
+
+
+def test_random_weights_of_a_shape(small):
+    model = shapes.with_random_weights("small", layers=2)
+    assert len(model.model.layers) == 2
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_a_folder_with_a_random_model(tmp_path, monkeypatch, capsys):
+    made, shape = tmp_path / "made", tiny("llama").config
+    shape.vocab_size = 300  # every byte has a token
+    monkeypatch.setitem(shapes.SHAPES, "small", lambda: shape)
+    monkeypatch.setattr(sys, "argv", ["random_model.py", "small", str(made), "2"])
+    script = Path(__file__).parents[2] / "scripts" / "random_model.py"
+    runpy.run_path(str(script), run_name="__main__")
+    assert f"{made}: small, 0.00 billion random weights" in capsys.readouterr().out
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
+    assert (len(model.model.layers), model.dtype) == (2, torch.bfloat16)
+    text = "The quick brown fox, ünusually slow"
+    tokens = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    assert tokenizer.decode(tokens["input_ids"][0]) == text
+    assert model.generate(**tokens, max_new_tokens=5, do_sample=False).shape[1] == tokens["input_ids"].shape[1] + 5
+    with pytest.raises(SystemExit, match="is there already"):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def test_what_computed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {'AAB'[device.index]}")
+    assert hardware({torch.device("cuda", i) for i in range(3)})["gpu"] == "2 x Card A, Card B"
+    assert hardware({torch.device("cuda", 2)}) == {"machine": platform.machine(), "gpu": "Card B"}
+    assert hardware({torch.device("cpu")}) == {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
+
+
+def _bench(*args):
+    return subprocess.run([PROGRAM, "bench", *args], capture_output=True, text=True, timeout=600)
+
+
+def test_at_a_terminal(tmp_path, tokenizer):
+    from tests.helpers.models import save_tiny
+
+    model = save_tiny(tmp_path / "model", tokenizer)
+    few = ("--model", model, "--prompt", "16", "--steps", "3", "--rounds", "1", "--method", "griffin,dart")
+    done = _bench(*few, "--format", "json", "--profile", str(tmp_path / "trace.json"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [f["method"] for f in found] == ["griffin", "dart"]
+    for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_dense_steps", "tracing_overhead"):
+        assert isinstance(found[0][key], float)
+    assert found[0]["extra_weight_bytes"] == 0
+    assert found[0]["speedup_quartiles"][0] <= found[0]["speedup"] <= found[0]["speedup_quartiles"][1]
+    assert found[0]["speedup_n"] == 3
+    assert (found[0]["renewal_dense_steps"] is None, found[1]["renewal_dense_steps"] > 0) == (True, True)
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    shown = _bench(*few).stdout
+    for word in ("griffin", "speed-up", "ceiling", "control", "threads"):
+        assert word in shown
+    for args, said in (
+        (("--shape", "llama", "--model", "x"), "both given"),
+        (("--steps", "0"), "--steps 0 must be at least 1"),
+        (("--layers", "2"), "--layers is for a shape"),
+        (("--compile", "fast"), "unknown compile mode"),
+        (("--shape", "llama-3.1"), "did you mean"),
+    ):
+        done = _bench(*args)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+        assert len(done.stderr.strip().splitlines()) <= 2

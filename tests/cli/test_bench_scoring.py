@@ -1,0 +1,105 @@
+"""`bench --scoring`: counts are those of the shapes, ours and stock agree, the input is checked."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dart_eval import machine
+from dart_eval.bench.scoring import Computed, counted, measure, needed_for
+from dart_eval.cli import app, bench_scoring
+from dart_eval.errors import UserError
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.tasks import Tasks
+from dart_eval.machine import foreign_cpu
+from dart_eval.results.writers import markdown
+from tests.helpers.models import random_tokens, save_tiny, tiny
+
+
+@pytest.fixture(scope="module")
+def speed(tokenizer):
+    model = tiny("llama").float()
+    model.config.max_position_embeddings = 1024
+    return measure(model, tokenizer, Tasks(), "smoke_questions", batch_size=3, rounds=2, limit=9)
+
+
+def test_both_sides_answer_alike_and_ours_computes_less(speed):
+    stock, ours, auto = speed.sides
+    assert (stock.name, ours.name, auto.name) == ("HFLM", "ours, 3", "ours, auto")
+    assert (speed.items, speed.requests) == (9, 36)
+    for side in (ours, auto):
+        assert side.same and side.difference < 1e-4
+        assert side.accuracy == stock.accuracy and set(side.accuracy) == {"acc", "acc_norm"}
+        assert len(side.seconds) == len(speed.limit_seconds) == 2
+        assert speed.needed.tokens <= side.computed.tokens
+        assert speed.needed.logits == side.computed.logits < stock.computed.logits
+        assert side.ratio > 0 and side.limit_share > 0
+    assert ours.computed.tokens < stock.computed.tokens  # auto may pad more, where that makes fewer forwards
+
+
+def test_the_table_shows_every_side_and_the_limit(speed):
+    made = bench_scoring.table([speed, speed], "tiny")
+    assert [row[1] for row in made.body] == ["HFLM", "ours, 3", "ours, auto", "limit"] * 2
+    assert all(len(row) == len(made.columns) for row in made.body)
+    assert made.rules == {4}
+    text = markdown(made)
+    assert "9 items, 36 answers" in text and str(speed.needed.tokens) in text
+
+
+def test_what_must_be_computed():
+    prefix = random_tokens(40, seed=1)
+    contexts = [(*prefix, *random_tokens(n, seed=n)) for n in (5, 9)] + [random_tokens(7, seed=3)]
+    requests = [Request(c, (4, 5, 6)) for c in contexts] + [Request(contexts[0], (4, 5, 9)), Request(contexts[2], (8,))]
+    # prefix and rests; two tokens of each distinct continuation, none of the last; predictions after it and two tokens
+    assert needed_for(requests, 8) == Computed(40 + 5 + 9 + 7 + 3 * 2, 3 * 3)
+    assert needed_for(requests, 100) == Computed(2 * 40 + 5 + 9 + 7 + 3 * 2, 3 * 3)  # not worth a forward
+
+
+def test_tokens_are_counted_where_they_are_computed(llama):
+    with counted(llama) as computed:
+        llama(torch.tensor([random_tokens(7)] * 3))
+        llama.base_model(torch.tensor([random_tokens(5)]))
+    llama(torch.tensor([random_tokens(7)]))
+    assert computed == Computed(3 * 7 + 5, 3 * 7)
+
+
+def test_the_work_of_other_processes_is_what_the_system_did_without_us(monkeypatch):
+    clocks = {"_busy": [100.0, 130.0], "process": [10.0, 20.0], "wall": [0.0, 10.0]}
+    monkeypatch.setattr(machine, "_busy", lambda: clocks["_busy"].pop(0))
+    monkeypatch.setattr(machine.time, "process_time", lambda: clocks["process"].pop(0))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: clocks["wall"].pop(0))
+    with foreign_cpu() as foreign:
+        assert foreign() == pytest.approx(2.0)  # 30 seconds of which 10 were ours, in 10
+
+
+def test_where_the_system_does_not_tell_nothing_is_recorded(monkeypatch):
+    monkeypatch.setattr(machine, "_busy", lambda: None)
+    with foreign_cpu() as foreign:
+        assert foreign() is None
+
+
+def test_a_task_without_answers_is_refused(tokenizer):
+    with pytest.raises(UserError, match="smoke_summary scores no answers"):
+        measure(tiny("llama").float(), tokenizer, Tasks(), "smoke_summary", limit=2)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--scoring", "--overhead"], "two measurements"), 
+    (["--scoring", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    (["--scoring", "--rounds", "0"], "--rounds 0 must be at least 1"), (["--scoring", "--tasks", ","], "no task"),
+    (["--scoring", "--format", "csv"], "unknown format"), (["--scoring", "--tasks", "nothing_such"], "nothing_such"),
+])  # fmt: skip
+def test_wrong_input_is_refused(words, message):
+    done = CliRunner().invoke(app, ["bench", *words])
+    assert isinstance(done.exception, UserError) and message in str(done.exception)
+
+
+def test_the_command_prints_json(tmp_path, tokenizer):
+    folder = save_tiny(tmp_path / "tiny", tokenizer)
+    words = ["--scoring", "--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", folder]
+    done = CliRunner().invoke(app, ["bench", *words, "--format", "json"])
+    assert done.exit_code == 0, done.output
+    (found,) = json.loads(done.stdout)
+    assert (found["task"], found["items"], found["batch_size"]) == ("smoke_stories", 3, 8)
+    assert all(side["same"] for side in found["sides"])

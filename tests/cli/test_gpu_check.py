@@ -1,0 +1,163 @@
+"""`make gpu-check` on a CPU: what it would do on a GPU, on tiny shapes; a check that fails stands alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "gpu_check.py"
+# What the project installs beside torch, transformers, accelerate and Triton, and a plain CUDA image does not have.
+ABSENT = (
+    "lm_eval", "typer", "rich", "datasets", "evaluate", "ray", "matplotlib", "scipy", "sacrebleu", "rouge_score",
+    "wandb", "trackio", "gguf", "hypothesis",
+)  # fmt: skip
+PLAIN = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
+
+
+def plain(code, *args, **environment):
+    """Run code in a process that has what a plain image has."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLAIN + code, *args], cwd=ROOT, capture_output=True, text=True,
+        timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )  # fmt: skip
+
+
+def test_the_core_needs_torch_and_transformers_alone():
+    done = plain(
+        "import dart_eval, dart_eval.pruning.session, dart_eval.bench.decode, dart_eval.shapes\n"
+        "import dart_eval.evaluation.scoring, dart_eval.evaluation.forwards\n"
+        "print(dart_eval.prune, dart_eval.methods())"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "griffin" in done.stdout
+
+
+def test_dry_in_a_plain_image(tmp_path):
+    """Every check runs or says why not; the file has the card's name and the numbers."""
+    code = f"import runpy; sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = plain(code, "--dry", "--output", str(tmp_path / "gpu"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu" / "CPU-dry.json").read_text())
+    found = {check["check"]: check for check in report["checks"]}
+    skipped = {name: check["why"] for name, check in found.items() if check["status"] == "skipped"}
+    assert (report["card"], report["dry"]) == ("CPU (dry)", True)
+    assert skipped.pop("sweep") == "lm_eval is not installed (pip install -e .)"
+    assert set(skipped) <= {"flash", "graphs", "decode_graph", "decode_compiled", "kernels"}
+    assert {name for name, check in found.items() if check["status"] == "passed"} >= {
+        "parity", "executions", "scoring", "decode_eager", "compile",
+    }  # fmt: skip
+    assert (
+        0 < found["parity"]["numbers"]["bfloat16 pruned"] < 0.05 < found["parity"]["numbers"]["bfloat16 pruning moves"]
+    )
+    rows = found["decode_eager"]["numbers"]["rows"]
+    assert [row["method"] for row in rows] == ["griffin", "dart", "dart-plus"]
+    assert all(row["extra_weight_bytes"] == 0 for row in rows)
+    assert "passed" in done.stdout and "griffin" in done.stdout
+
+
+def test_without_a_gpu_one_line():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no CUDA GPU is at hand; --dry") and done.stderr.count("\n") == 1
+
+
+def test_a_small_sweep_where_lm_eval_is_there():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT), "--dry", "--only", "sweep"], capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "sweep            passed" in done.stdout and "3 cells" in done.stdout
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module, with checks of ours; what importing it sets is undone."""
+    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
+    for name in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    import gpu_check
+    import gpu_checks
+
+    def endless(dry):
+        time.sleep(600)
+
+    def broken(dry):
+        raise RuntimeError("first line\nsecond line")
+
+    def killed(dry):
+        os._exit(9)
+
+    def fine(dry):
+        return {"said": "all is well"}
+
+    def absent(dry):
+        raise gpu_checks.Skip("no such thing here")
+
+    monkeypatch.setattr(gpu_check, "prepare", lambda dry: None)
+    for check in (broken, endless, killed, absent, fine):
+        monkeypatch.setattr(gpu_checks, check.__name__, check, raising=False)
+    monkeypatch.setattr(gpu_check, "LIMITS", {"broken": 60, "endless": 0.2, "killed": 60, "absent": 60, "fine": 60})
+    yield gpu_check
+    for name in ("gpu_check", "gpu_checks", "gpu_models"):
+        sys.modules.pop(name)
+
+
+def test_a_check_that_fails_stands_alone(script, tmp_path, capfd):
+    assert script.main(["--dry", "--only", "broken,endless,killed,absent,fine", "--output", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "CPU-dry.json").read_text())
+    found = {check["check"]: (check["status"], check.get("why")) for check in report["checks"]}
+    assert found == {
+        "broken": ("failed", "RuntimeError: first line second line"),
+        "endless": ("failed", "it ran over its 0 s"),
+        "killed": ("failed", "its process ended with status 9"),
+        "absent": ("skipped", "no such thing here"),
+        "fine": ("passed", None),
+    }
+    assert "1 passed, 3 failed, 1 skipped" in capfd.readouterr().out
+    assert script.main(["--dry", "--only", "absent,fine"]) == 0
+    assert script.main(["--dry", "--only", "fien"]) == 2
+    assert os.listdir(tmp_path) == ["CPU-dry.json"]
+
+
+def test_a_wrong_product_is_seen(script, monkeypatch):
+    """Down without two of its rows: the executions are told apart."""
+    import gpu_checks
+
+    from dart_eval.pruning import slices
+
+    product = slices.weighted_rows
+    monkeypatch.setattr(
+        slices, "weighted_rows", lambda rows, index, weights: product(rows, index[:, :-2], weights[:, :-2])
+    )
+    with pytest.raises(AssertionError, match="griffin float32, permuted and masked"):
+        gpu_checks.executions(dry=True)
+
+
+def test_the_file_is_named_by_the_card(script, tmp_path):
+    report = {"card": "NVIDIA H100 80GB HBM3 / ../x", "checks": []}
+    assert script.save(report, tmp_path / "results").name == "NVIDIA-H100-80GB-HBM3-x.json"
+
+
+def test_a_small_card_gets_fewer_layers(script, monkeypatch):
+    import gpu_checks
+
+    made = []
+    monkeypatch.setattr(gpu_checks.shapes, "with_random_weights", lambda *args: made.append(args))
+    for free, layers in ((80e9, 32), (24e9, 21), (8e9, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        about = gpu_checks.large(dry=False)[1]
+        assert about["layers"] == made[-1][1] == layers
+        assert ("scaled_down" in about) == (layers < 32)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6e9, 6e9))
+    with pytest.raises(gpu_checks.Skip, match="do not hold one layer"):
+        gpu_checks.large(dry=False)

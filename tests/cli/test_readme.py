@@ -1,0 +1,172 @@
+"""The README is run as printed: `console` blocks in a shell, the Python block, the YAML block.
+
+Blocks marked `sh` need a network or a user's own files; their options are checked, not their results. `make demo` and
+`make test` are run by .ci/run.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dart_eval.plan import config_from
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+def _blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+
+
+CONSOLE = [line.split("  #")[0].strip() for block in _blocks("console") for line in block.splitlines() if line.strip()]
+COMMANDS = [line for line in CONSOLE if line.startswith("dart-eval ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for all commands, which build on each other."""
+    return tmp_path_factory.mktemp("readme")
+
+
+def _run(command, folder, code=0):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_readme_has_its_commands():
+    assert CONSOLE[:2] == ["make demo", "make test"]
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, folder, demo):
+    done = _run(command, folder)
+    assert done.stdout.strip()
+    assert not done.stderr.strip()  # quiet: nothing but results
+
+
+def test_a_second_run_skips_finished_cells(folder, demo):
+    first = next(c for c in COMMANDS if c.startswith("dart-eval run"))
+    cells = {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")}
+    done = _run(first, folder)
+    assert "3 of 3 cells are finished already" in done.stdout
+    assert {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")} == cells
+
+
+def test_python_block(folder, demo):
+    (block,) = _blocks("python")
+    (folder / "readme.py").write_text(block)
+    done = _run(f"{shlex.quote(sys.executable)} readme.py", folder)
+    assert "The history of the bicycle is" in done.stdout
+    effective, remasks, state = done.stdout.splitlines()[-1].split()
+    assert float(effective) == pytest.approx(0.5 * 19 / 20)  # the first of twenty tokens comes from the prefill
+    assert remasks == "[0]"
+    assert int(state) > 1_000_000
+
+
+def test_yaml_block(tmp_path):
+    (block,) = _blocks("yaml")
+    (tmp_path / "run.yaml").write_text(block)
+    config = config_from(tmp_path / "run.yaml", {"limit": 3})
+    assert config.method == ("dense", "griffin", "dart:allocation=uniform:detect=off")
+    assert (config.sparsity, config.limit, config.model) == ((0.5, 0.7), 3, "./my-model")
+
+
+@pytest.mark.parametrize("command", [line for b in _blocks("sh") for line in b.strip().splitlines()])
+def test_options_of_the_other_commands_exist(command):
+    words = [word for word in shlex.split(command) if word != "--plan"]  # the one without a value
+    assert words[:2] == ["dart-eval", "run"]
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    values = {k.removeprefix("--").replace("-", "_"): int(v) if v.isdigit() else v for k, v in given.items()}
+    config_from(None, values)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / target).exists(), target
+
+
+def test_docs_name_modules_that_exist():
+    text = (README.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package = README.parent / "dart_eval"
+    for name in set(re.findall(r"\b([a-z_]+\.py)\b", text)):
+        assert list(package.rglob(name)) or (README.parent / "tests" / name).exists(), name
+
+
+# -- the other pages ---------------------------------------------------------------------------------------------------
+
+DOCS = sorted((README.parent / "docs").glob("*.md"))
+
+
+def _commands(text):
+    """`dart-eval` lines of the `sh` blocks and of YAML workflows, continued lines joined."""
+    found = []
+    for block in re.findall(r"```(?:sh|yaml)\n(.*?)```", text, flags=re.S):
+        joined = re.sub(r"\\?\n\s+(?=--)", " ", block)
+        found += re.findall(r"(?:^|bin/)(dart-eval .*?)(?:  #.*)?$", joined, flags=re.M)
+    return found
+
+
+def _yaml_blocks(page):
+    return re.findall(r"```yaml\n(.*?)```", (README.parent / "docs" / page).read_text(encoding="utf-8"), flags=re.S)
+
+
+COMMANDS_OF_DOCS = [(p.name, c) for p in DOCS for c in _commands(p.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS_OF_DOCS)
+def test_commands_of_the_docs_have_their_options(page, command):
+    import typer
+
+    from dart_eval.cli import app
+
+    verb, *words = shlex.split(command)[1:]
+    known = {option for p in typer.main.get_command(app).commands[verb].params for option in p.opts}
+    assert {w for w in words if w.startswith("--")} <= known
+
+
+def test_the_docs_have_commands():
+    assert len(COMMANDS_OF_DOCS) >= 4
+
+
+def test_the_paper_of_the_docs_is_understood(tmp_path):
+    from dart_eval.paper import load
+
+    (block,) = re.findall(
+        r"```yaml\n(.*?)```", (README.parent / "docs" / "paper.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    (tmp_path / "mine.yaml").write_text(block)
+    spec = load(str(tmp_path / "mine.yaml"), config_from(None, {"method": "dense", "sparsity": "0"}))
+    assert [layout.name for layout in spec.layouts] == ["accuracy", "costs"]
+
+
+def test_the_thresholds_of_the_docs_are_understood(tmp_path):
+    from dart_eval.results.thresholds import thresholds_from
+
+    blocks = re.findall(
+        r"```yaml\n(.*?)```", (README.parent / "docs" / "ci.md").read_text(encoding="utf-8"), flags=re.S
+    )
+    (tmp_path / "limits.yaml").write_text(next(b for b in blocks if b.startswith("recovery")))
+    assert thresholds_from(tmp_path / "limits.yaml") is not None
+    workflow = yaml.safe_load(next(b for b in blocks if b.startswith("name:")))
+    assert any(step.get("run") == "make regression" for step in workflow["jobs"]["regression"]["steps"])
+
+
+def test_the_regression_sweep_fits_its_baseline():
+    from dart_eval.results import baseline
+
+    root = README.parent
+    config = config_from(root / "scripts" / "regression.yaml", {})
+    cells = baseline.read(root / "results" / "regression-baseline.json")
+    asked = {(c.inputs["task"], c.inputs["method"], c.inputs["sparsity"], c.inputs["limit"]) for c in cells}
+    assert asked == {
+        (task, method, 0.0 if method == "dense" else s, config.limit)
+        for task in config.tasks for method in config.method for s in config.sparsity
+    }  # fmt: skip

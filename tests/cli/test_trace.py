@@ -1,0 +1,187 @@
+"""`dart-eval trace` and `bench --overhead`: what they write and say, at a terminal."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dart_eval import cost, shapes, tracing
+from dart_eval.bench.overhead import measure
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.registry import make, parse
+from dart_eval.results.trace_plot import draw
+from tests.helpers.models import random_tokens, save_tiny, tiny
+from tests.helpers.sessions import RESTLESS, cache_of
+
+PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
+
+
+def words(count, seed=0):
+    return " ".join(f"w{t}" for t in random_tokens(count, seed))
+
+
+def traced(tokenizer, passage, spec="dart", tokens=40, **params):
+    model = tiny("llama").float()
+    name, given = parse(spec)
+    return model, tracing.trace(model, tokenizer, make(name, {**given, **params}), 0.5, passage, tokens)
+
+
+def test_a_given_text_is_fed_and_scored(tokenizer):
+    passage = tracing.Passage(words(30), " " + words(25, 1), switch=True)
+    model, found = traced(tokenizer, passage, **RESTLESS)
+    assert found["prompt_tokens"] == 30
+    assert found["tokens"] == words(25, 1).split()
+    assert len(found["logprobs"]) == 25
+    with torch.no_grad():  # the first comes from the dense prompt
+        logits = model(torch.tensor([random_tokens(30)])).logits[0, -1].log_softmax(-1)
+    assert found["logprobs"][0] == pytest.approx(float(logits[random_tokens(25, 1)[0]]), abs=1e-4)
+    assert found["detector"]["alarms"] == [r["token"] for r in found["remasks"]] == list(range(3, 25, 3))
+    assert sum(found["layers"]["kept"]) == 60
+    assert all(len(r["overlap"]) == 3 for r in found["remasks"])
+    text = tracing.summary(found)
+    assert "8 windows of 3 tokens" in text and "8 alarms after token 3, 6" in text and "renewed 8 times" in text
+
+
+def test_a_text_that_joins_the_prompt_is_fed_by_its_own_tokens(tokenizer):
+    """Without a space between them the last word of the prompt and the first of the text would be one token."""
+    _, found = traced(tokenizer, tracing.Passage("w9 w10 w11", "w12 w13"), "griffin")
+    assert found["tokens"] == ["w12", "w13"]
+
+
+def test_a_short_prompt_has_no_threshold_and_that_is_said(tokenizer, tmp_path):
+    _, found = traced(tokenizer, tracing.Passage(words(5), " " + words(25, 1)))
+    assert found["detector"]["threshold"] is None
+    json.dumps(found, allow_nan=False)
+    assert "no threshold" in tracing.summary(found)
+    draw(found, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 25])
+def test_the_first_token_comes_from_the_dense_prompt(tokenizer, tokens):
+    _, found = traced(tokenizer, tracing.Passage(words(20), " " + words(25, 1)), "griffin", tokens)
+    assert len(found["tokens"]) == tokens
+    assert found["effective_sparsity"] == pytest.approx(0.5 * (tokens - 1) / tokens)
+
+
+def test_without_a_text_the_model_writes(tokenizer):
+    model, found = traced(tokenizer, tracing.Passage(words(12)), spec="griffin", tokens=5)
+    assert len(found["tokens"]) == 5
+    assert found["detector"] is None and found["remasks"] == []
+    assert "never renewed" in tracing.summary(found)
+    with torch.no_grad():
+        out = model(torch.tensor([random_tokens(12)]), use_cache=True)
+    assert found["tokens"][0] == tokenizer.decode([int(out.logits[0, -1].argmax())])
+    assert cache_of(out) is not None
+
+
+@pytest.mark.parametrize(("spec", "params"), [
+    ("griffin", {}), ("dart", RESTLESS), ("dart", {"renew": False, "window": 3}), ("dart-plus", {"every": 4}),
+])  # fmt: skip
+@pytest.mark.parametrize("ending", [".png", ".svg"])
+def test_pictures_of_every_kind(tokenizer, tmp_path, spec, params, ending):
+    _, found = traced(tokenizer, tracing.Passage(words(30), " " + words(25, 1)), spec, **params)
+    draw(found, tmp_path / f"a{ending}")
+    draw(found, tmp_path / f"b{ending}")
+    data = (tmp_path / f"a{ending}").read_bytes()
+    assert len(data) > 5000
+    if ending == ".png":
+        assert data == (tmp_path / f"b{ending}").read_bytes()
+
+
+def test_what_cannot_be_traced_is_refused(tokenizer):
+    for spec, passage, message in (
+        ("random", tracing.Passage(words(9)), "makes no mask from a prompt"),
+        ("oracle", tracing.Passage(words(9)), "makes no mask from a prompt"),
+        ("dart", tracing.Passage("w5"), "fewer than two tokens"),
+        ("dart", tracing.Passage(words(9), ""), "no token"),
+        ("dart", tracing.Passage(words(250)), "the model takes 256"),
+    ):
+        with pytest.raises(UserError, match=message):
+            traced(tokenizer, passage, spec)
+
+
+def test_the_command_writes_all_it_says_and_the_table_can_be_used(tokenizer, tmp_path):
+    folder = save_tiny(tmp_path / "tiny", tokenizer)
+    (tmp_path / "prompt.txt").write_text(words(40))
+    common = ["--model", folder, "--file", "prompt.txt", "--tokens", "12"]
+
+    def run(*options, status=0):
+        done = subprocess.run([PROGRAM, *options], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        return done.stdout + done.stderr
+
+    text = run("trace", *common, "--save-allocation", "layers.json")
+    assert "wrote trace.json and trace.png" in text and "table:layers.json" in text
+    found = json.loads((tmp_path / "trace.json").read_text())
+    saved = json.loads((tmp_path / "layers.json").read_text())
+    assert [round(r * 40) for r in saved["keep"]] == found["layers"]["kept"]
+    again = ["--method", "dart:allocation=table:layers.json:detect=off"]
+    run("trace", *common, *again, "--output", "again.json", "--plot", "again.svg")
+    assert json.loads((tmp_path / "again.json").read_text())["layers"] == found["layers"]
+    text = run("trace", *common, *again, "--sparsity", "0.7", status=2)
+    assert "the allocation table keeps 0.500 of the neurons, sparsity 0.7 keeps 0.300" in text
+    assert "is not a file" in run("trace", *common, "--method", "dart:allocation=table:none.json", status=2)
+    assert "no known ending" in run("trace", *common, "--plot", "a.gif", status=2)
+    (tmp_path / "layers.json").write_text("{")
+    assert "cannot be read" in run("trace", *common, *again, status=2)
+    wide = ("--method", "dart-plus", "--save-allocation", "wide.json", "--output", "wide-trace.json")
+    assert "wider than the weights" in run("trace", *common, *wide, status=2)
+    assert not (tmp_path / "wide-trace.json").exists()
+    assert "one name" in run("trace", *common, "--output", "a.png", status=2)
+    assert "is a folder" in run("trace", *common, "--output", "tiny", status=2)
+    assert "no method" in run("bench", "--overhead", "--method", ",", status=2)
+    assert "leave one of them out" in run("trace", "w5 w6", *common, status=2)
+
+
+# -- overhead ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_shape(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "small", lambda: tiny("llama").config)
+    return "small"
+
+
+@pytest.mark.parametrize("name", ["griffin", "dart", "dart-code", "dart-plus"])
+def test_overhead_is_that_of_the_real_state(small_shape, name):
+    found = measure(make(name), small_shape, 0.5, prompts=(700, 1000))
+    assert found.state_bytes[700] == found.state_bytes[1000] == sum(found.parts.values())
+    neurons = 3 * 40
+    assert found.parts["masks"] == neurons
+    assert found.parts["scores"] == neurons * 4 * (2 if name == "dart-plus" else 1)
+    assert found.parts["compensation"] == ((neurons + 3 * 32) * 4 if name == "dart-plus" else 0)
+    ring = {"dart": 24, "dart-plus": 8}.get(name, 0)
+    assert found.parts["recent inputs"] == (3 * ring * 32 * 2 + ring if ring else 0)
+    assert found.remask_every == 0
+    assert (found.remask_tokens > 0) == (name != "griffin")
+    if name == "dart-code":  # 30 dense tokens, each for what a pruned one saves
+        model = tiny("llama")
+        sizes = cost.shape_of(model, find_ffns(model))
+        saved = 1 - sizes.decode(1025, 0.5) / sizes.decode(1025)
+        scoring = (30 * 5 + 3) * neurons / sizes.decode(1025)
+        assert found.remask_tokens == pytest.approx(30 * saved + scoring)
+    reads = {"dart": 2 / 3, "dart-plus": (2 + 0.2) / 3, "dart-code": 30 * 0.5}  # down's columns of the pruned fifth
+    assert found.remask_read == pytest.approx(reads.get(name, 0))
+    assert measure(make(name, {"every": 16}), small_shape, 0.5, prompts=(9,)).remask_every == 16 if ring else True
+
+
+def test_shapes_have_the_sizes_of_their_models():
+    for name, billions in (("llama-3.1-8b", 8.03), ("llama-3.2-1b", 1.236), ("qwen2.5-1.5b", 1.544)):
+        model = shapes.without_weights(name)
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+    assert len(shapes.without_weights("llama-3.1-8b", 2).model.layers) == 2
+    with pytest.raises(UserError, match="did you mean llama"):
+        shapes.config("llama-3.1-8B")
+
+
+@pytest.mark.parametrize("name", ["dart", "dart-code", "dart-plus"])
+def test_the_claim_of_ten_megabytes_and_a_thousandth_of_the_flops(name):
+    """The paper's: under 10 MB whatever the prompt's length, tracing under 0.1 % of a dense token's FLOPs."""
+    found = measure(make(name), "llama-3.1-8b", 0.7, prompts=(64, 704))
+    assert max(found.state_bytes.values()) < 10**7
+    assert found.decode_share < 0.001
+    assert found.scoring_share < 0.001

@@ -1,0 +1,254 @@
+"""Wrong input of every kind: one line with the cause, status 2, no traceback, nothing written."""
+
+import dataclasses
+import datetime
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dart_eval
+from dart_eval import plan, values
+from dart_eval.cli import main
+from dart_eval.errors import UserError
+from dart_eval.pruning.session import check_sparsity, prune
+from tests.helpers.models import tiny
+
+LONG, DEEP = "x" * 300, "deep/" * 900 + "x"
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Runs a command that must fail where nothing stands, and returns its message."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        shown = capsys.readouterr()
+        assert (stop.value.code, shown.out) == (2, ""), shown.err
+        assert len(shown.err.splitlines()) == 1 and shown.err.startswith("error: "), shown.err
+        assert "Traceback" not in shown.err and len(shown.err) < 6000
+        assert list(folder.iterdir()) == []
+        return shown.err.removeprefix("error: ").rstrip("\n")
+
+    return run
+
+
+# -- configuration files -------------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+CONFIGS = {
+    "sparsity: true": "sparsity True is not a number",
+    "sparsity: false": "sparsity False is not a number",
+    "sparsity: [0.5, [0.7]]": "sparsity [0.7] is not a number",
+    "sparsity: {a: 0.5}": "sparsity must be a list, not {'a': 0.5}",
+    "sparsity: .nan": "sparsity nan is outside [0, 1)",
+    "sparsity: 2024-01-01": "sparsity datetime.date(2024, 1, 1) is not a number",
+    "sparsity: 0x" + "f" * 5000: "sparsity a value of kind int is not a number",
+    "tasks: [[arc, hellaswag]]": "tasks must be text or a list of texts, not ['arc', 'hellaswag']",
+    "tasks: [5]": "tasks must be text or a list of texts, not 5",
+    "tasks: {arc: 1}": "tasks must be text or a list of texts, not {'arc': 1}",
+    "tasks: &a [*a]": "tasks must be text or a list of texts, not [[[[[[[...]]]]]]]",
+    "method: no": "method must be text or a list of texts, not False",
+    "method: [dense, ~]": "method must be text or a list of texts, not None",
+    "method: 2024-01-01": "method must be text",
+    "model: 5": "model must be text, not 5",
+    "model: ''": "model is empty",
+    'model: "a\\0b"': "model holds a NUL character",
+    "output: ''": "output is empty; give a value, or leave the key out",
+    "output: [out]": "output must be text, not ['out']",
+    'output: "a\\0b"': "output holds a NUL character",
+    f"output: {LONG}": "--output xxx",
+    f"output: {DEEP}": "File name too long",
+    f"data_dir: {LONG}": "--data-dir xxx",
+    f"calibration: {LONG}": "--calibration xxx",
+    f"model: {LONG}": "--model xxx",
+    f"method: 'dart:allocation=table:{LONG}'": "allocation table xxx",
+    "limit: true": "limit must be int, not True",
+    "limit: 2.5": "limit must be int, not 2.5",
+    "limit: [3]": "limit must be int, not [3]",
+    "limit: " + "9" * 30: "limit is too large; give a number below 2^32",
+    "limit: 0x" + "f" * 5000: "limit is too large",
+    "limit: -" + "9" * 30: "limit is too small",
+    "seed: 1.0": "seed must be int, not 1.0",
+    "batch_size: true": "--batch-size True is no batch size",
+    "batch_size: [8]": "--batch-size [8] is no batch size",
+    "batch_size: 0x" + "f" * 5000: "is no batch size",
+    "chat_template: 'yes'": "chat_template must be bool, not 'yes'",
+    "gpus_per_cell: .inf": "gpus_per_cell must be float, not inf",
+    "executor: [ray]": "executor must be text, not ['ray']",
+    "tasks: arc\ntasks: hellaswag": "'tasks' stands twice in \"the file\", line 2",
+    "batch_size: 8\nbatch-size: 8": "batch_size stands twice in",
+    "1: 2": "unknown key '1'",
+    "? [a, b]\n: c": "is not YAML",
+    "2024-13-45: x": "is not YAML (month must be in 1..12)",
+    "limit: 2024-13-45": "is not YAML (month must be in 1..12)",
+    "limit: !!int ''": "is not YAML (string index out of range)",
+    "limit: !!python/name:os.system x": "is not YAML (could not determine a constructor",
+    "a: " + "[" * 5000: "is nested too deeply",
+    "a: b\n---\nc: d": "is not YAML",
+    "tasks: \x07": "is not YAML",
+    "": "must hold keys and values; for example `tasks: [arc, hellaswag]`",
+    "- a": "must hold keys and values",
+    BOMB: "unknown key 'a'",
+    BOMB.replace("i: ", "tasks: "): "unknown key 'a'",
+}
+
+
+@pytest.mark.parametrize("text", list(CONFIGS), ids=range(len(CONFIGS)))
+def test_a_configuration_with_a_wrong_value_is_refused_with_the_value(refused, tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert CONFIGS[text] in refused("run", "--config", tmp_path / "run.yaml")
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4)
+    | st.dates() | st.datetimes() | st.sampled_from([10**30, -1, 0, 0.5, "auto", "dart", "0.5,0.7", "", "a\0b", LONG])
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=4), inner), max_leaves=6
+)
+KEYS = st.sampled_from([f.name for f in dataclasses.fields(plan.RunConfig)]) | st.text(max_size=4)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=3))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    file = folder / "any.yaml"
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    try:
+        config = plan.config_from(file, {})
+    except UserError as error:
+        config, said = None, str(error)
+    if config is None:
+        assert "\n" not in said and len(said) < 2000
+        return
+    for key, value in vars(config).items():
+        default = getattr(plan.RunConfig, key)
+        assert value == default or type(value) in (str, int, float, bool, tuple)
+    assert all(type(s) is float and 0 <= s < 1 for s in config.sparsity)
+    assert config.output
+
+
+COLUMNS = "columns: {a: {task: x, metric: acc}}"
+TABLES = {
+    f"{COLUMNS}, sparsity: [x]": "sparsity 'x' is not a number",
+    f"{COLUMNS}, sparsity: true": "sparsity True is not a number",
+    f"{COLUMNS}, methods: [dart]": "methods must be labels with methods",
+    f"{COLUMNS}, methods: {{a: [dart]}}": "method must be text",
+    f"{COLUMNS}, reported: 5": "a value is of the wrong kind",
+    f"{COLUMNS}, reported: [{{label: x}}]": "a value is of the wrong kind (KeyError: 'values')",
+    f"{COLUMNS}, reported: [{{label: x, sparsity: y, values: {{}}, source: z}}]": "a value is of the wrong kind",
+    "columns: {a: 5}": "column 'a' must hold keys and values, not 5",
+    "columns: {a: {task: [[x]], metric: acc}}": "tasks must be text or a list of texts, not ['x']",
+    "columns: {a: {task: x, metric: acc, limit: y}}": "limit must be int, not 'y'",
+    "columns: [a]": "columns must be heads with tasks",
+    f"{COLUMNS}, name: ../x": "the name is no file name",
+}
+
+
+@pytest.mark.parametrize("table", list(TABLES))
+def test_a_paper_with_a_wrong_value_is_refused_with_its_table(refused, tmp_path, table):
+    named = "" if "name: " in table else "name: n, "
+    both = "" if "methods: " in table else "methods: {a: dart}, "
+    both += "" if "sparsity: [" in table or "sparsity: t" in table else "sparsity: 0.5, "
+    (tmp_path / "paper.yaml").write_text(f"tables: [{{{named}title: t, {both}{table}}}]")
+    message = refused("paper", tmp_path / "paper.yaml")
+    assert "paper.yaml, table '" in message and TABLES[table] in message
+
+
+@pytest.mark.parametrize("text", ["tables: 5", "tables: [5]", "tables: [{}]", "tables: [[a]]", "tables: {a: 1}"])
+def test_a_paper_without_tables_is_refused(refused, tmp_path, text):
+    (tmp_path / "paper.yaml").write_text(text)
+    assert "paper.yaml" in refused("paper", tmp_path / "paper.yaml")
+
+
+# -- paths in every option -----------------------------------------------------------------------------------------
+
+PLACES = {
+    "run --config": ("run", "--config", "{}"),
+    "run --output": ("run", "--tasks", "smoke_questions", "--output", "{}"),
+    "run --data-dir": ("run", "--tasks", "smoke_questions", "--data-dir", "{}"),
+    "run --model": ("run", "--tasks", "smoke_questions", "--model", "{}"),
+    "run --calibration": ("run", "--tasks", "smoke_questions", "--calibration", "{}"),
+    "run --allocation": ("run", "--tasks", "smoke_questions", "--allocation", "table:{}"),
+    "paper": ("paper", "{}"),
+    "paper --output": ("paper", "smoke", "--output", "{}"),
+    "tables": ("tables", "{}"),
+    "tables --save": ("tables", "out", "--save", "{}"),
+    "compare": ("compare", "{}", "out"),
+    "compare --results": ("compare", "a", "b", "--by", "method", "--results", "{}"),
+    "compare --save": ("compare", "a", "b", "--save", "{}"),
+    "check": ("check", "{}", "--baseline", "none"),
+    "check --baseline": ("check", "out", "--baseline", "{}"),
+    "check --thresholds": ("check", "out", "--baseline", "none", "--thresholds", "{}"),
+    "check --junit": ("check", "out", "--baseline", "none", "--junit", "{}"),
+    "report": ("report", "{}"),
+    "report --output": ("report", "out", "--output", "{}"),
+    "trace --file": ("trace", "--file", "{}"),
+    "trace --then": ("trace", "a", "--then", "{}"),
+    "trace --output": ("trace", "--output", "{}"),
+    "trace --plot": ("trace", "--plot", "{}/a.png"),
+    "trace --save-allocation": ("trace", "--save-allocation", "{}"),
+    "trace --model": ("trace", "--model", "{}"),
+    "bench --profile": ("bench", "--profile", "{}", "--shape", "llama-3.2-1b", "--layers", "1"),
+    "bench --model": ("bench", "--model", "{}"),
+    "bench --data-dir": ("bench", "--scoring", "--tasks", "smoke_questions", "--data-dir", "{}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [LONG, DEEP, "loop", "file/below", ""],
+                         ids=["long", "deep", "loop", "file", "empty"])  # fmt: skip
+@pytest.mark.parametrize("place", list(PLACES))
+def test_no_possible_path_is_refused_in_every_option(refused, tmp_path, place, path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    if path in ("loop", "file/below"):
+        path = f"{tmp_path}/{path}"
+    if place == "trace --plot":
+        path = path or f"{tmp_path}/file"
+    refused(*(word.format(path) for word in PLACES[place]))
+
+
+# -- Python --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", None, True, [0.5], np.array([0.5]), torch.tensor([0.5]), 0.5j])
+def test_prune_takes_a_number_as_sparsity(sparsity):
+    with pytest.raises(UserError, match="is not a number"), prune(tiny("llama"), "griffin", sparsity=sparsity):
+        pass
+    with pytest.raises(UserError, match="is not a number"):
+        plan.RunConfig(sparsity=(sparsity,)).check()
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5, np.float32(0.5), np.int64(0)])
+def test_every_real_number_is_one(sparsity):
+    assert check_sparsity(sparsity) == sparsity
+
+
+@pytest.mark.parametrize("options", [
+    {"sparsity": "half"}, {"sparsity": True}, {"sparsity": [["0.5"]]}, {"tasks": [1]}, {"output": ""}, {"limit": "3"},
+    {"limit": datetime.date(2024, 1, 1)}, {"model": b"folder"}, {"method": object()}, {"outputs": "x"},
+])  # fmt: skip
+def test_evaluate_refuses_in_one_line(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        dart_eval.evaluate(**{"tasks": ["smoke_questions"], **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_numpy_are_numbers():
+    limit, sparsity = values.checked("limit", np.int64(5)), values.checked("sparsity", np.array([0.5, 0.75]))
+    assert (limit, type(limit), sparsity) == (5, int, (0.5, 0.75))

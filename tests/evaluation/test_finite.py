@@ -1,0 +1,178 @@
+"""NaN and infinity never become a result: they are counted, named and refused."""
+
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dart_eval import tracing
+from dart_eval.cli import main
+from dart_eval.errors import UserError
+from dart_eval.evaluation import unusable
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.requests import Request
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import prune
+from dart_eval.results.report.build import build
+from dart_eval.results.store import Store
+from dart_eval.results.tables import render
+from tests.helpers.models import VOCAB, random_tokens, tiny
+from tests.helpers.requests import TextRequest, words
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_a_model_whose_ffn_computes_nan_is_refused_with_the_cause(llama):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"NaN or infinity in float64: 3 of 120 .* FFN of layer 1; .*--dtype bfloat16"):
+        find_ffns(llama)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_whose_logits_are_nan_or_infinite_is_refused_with_the_cause(llama, value):
+    with torch.no_grad():
+        llama.lm_head.weight[7] = value
+    with pytest.raises(UserError, match=r"NaN or infinity in float64: \d of 3 largest logits of a token; .*--dtype"):
+        output_head(llama)
+
+
+def test_logits_beyond_float16_are_refused_and_not_compared_with_an_infinite_tolerance():
+    model = tiny("llama", torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.clamp_(-0.1, 0.1).mul_(6e5)
+    with pytest.raises(UserError, match="NaN or infinity in float16"):
+        output_head(model)
+
+
+def test_a_model_that_rules_words_out_is_understood(llama):
+    llama.lm_head.bias = torch.nn.Parameter(torch.zeros(llama.config.vocab_size, dtype=torch.float64))
+    with torch.no_grad():
+        llama.lm_head.bias[90:] = -torch.inf
+    hidden = torch.ones(1, 32, dtype=torch.float64)
+    assert output_head(llama)(hidden)[0].isinf().nonzero().flatten().tolist() == list(range(90, 96))
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory, tokenizer):
+    """Saves a model that computes a number for positions up to `last`, and `value` after it."""
+
+    def save(last, value):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=1024, **ENDS))
+        with torch.no_grad():
+            model.transformer.wpe.weight[last + 1 :] = value
+        folder = tmp_path_factory.mktemp("forgetful")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def _run(monkeypatch, capsys, *args):
+    """Exit status and what was written on stderr and stdout."""
+    monkeypatch.setattr(sys, "argv", ["dart-eval", "run", "--device", "cpu", *map(str, args)])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0, "".join(capsys.readouterr())
+    return 0, "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, tmp_path, monkeypatch, capsys, value):
+    out = tmp_path / "out"
+    run = ("--model", forgetful(12, value), "--tasks", "smoke_questions", "--limit", 6, "--output", out)
+    for _ in range(2):  # the second try finds what is usable in the journal, and nothing that is not
+        status, said = _run(monkeypatch, capsys, *run, "--method", "dense,griffin", "--batch-size", 1)
+        assert status == 1
+        assert said.count("6 of 7 answers are NaN or infinite; its weights may hold NaN") == 2
+        assert not list(out.glob("cells/*"))
+        kept = [json.loads(line[9:])[0] for f in out.glob("partial/*") for line in f.read_text().splitlines()]
+        assert kept
+        assert all(math.isfinite(answer[0]) for answers in kept for answer in answers.values())
+
+
+def test_a_cell_without_any_usable_answer_ends_before_all_are_asked_and_the_others_go_on(
+    forgetful, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(unusable, "HOPELESS", 3)
+    tasks = ("--tasks", "smoke_drift,smoke_questions", "--limit", 6, "--output", tmp_path / "out", "--batch-size", 1)
+    status, said = _run(monkeypatch, capsys, "--model", forgetful(60, torch.nan), "--method", "dense", *tasks)
+    assert status == 1
+    assert "3 of the first 3 of 6 answers are NaN or infinite" in said
+    assert [f.name.partition("-")[0] for f in (tmp_path / "out" / "cells").iterdir()] == ["smoke_questions"]
+
+
+def test_a_log_likelihood_of_minus_infinity_is_no_answer(tokenizer):
+    model = tiny("llama")
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB, dtype=torch.float64))
+    with torch.no_grad():
+        model.lm_head.bias[9] = -torch.inf
+    lm = PrunedLM(model, tokenizer)
+    lm.begin(None, {})
+    assert lm._score([_asked(5, 6, 7)])[0].logprob < 0
+    with pytest.raises(UserError, match="1 of 2 answers are NaN or infinite"):
+        lm._score([_asked(5, 6, 7), _asked(5, 6, 9)])
+    assert len(lm.journal) == 1
+
+
+def _asked(*tokens):
+    return Request(tokens[:-1], tokens[-1:])
+
+
+@pytest.mark.parametrize("method", ["dense", "griffin"])
+def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ENDS)).eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight[20:] = torch.nan
+    lm = PrunedLM(model, tokenizer, batch_size=2)
+    lm._ends = set()
+    requests = [TextRequest(words([5] * n), n) for n in (4, 6, 18)]  # eight new tokens each: the last one meets NaN
+    with prune(model, method, 0.5) as session:
+        lm.begin(session, {})
+        with pytest.raises(UserError, match="1 of 3 answers are NaN or infinite"):
+            lm.generate_until(requests)
+    assert len(lm.journal) == 2
+
+
+def test_a_trace_of_nan_is_refused(tokenizer):
+    model = tiny("gpt2").float()
+    with torch.no_grad():
+        model.transformer.wpe.weight[20:] = torch.nan
+    passage = tracing.Passage(words(random_tokens(15)), words(random_tokens(10)))
+    with pytest.raises(UserError, match="NaN or infinity in float32: 1 of 1 log-probabilities of a token"):
+        tracing.trace(model, tokenizer, make("griffin", {}), 0.5, passage)
+
+
+def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetful, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run = ("--model", forgetful(12, torch.nan), "--tasks", "smoke_questions,smoke_drift", "--limit", 6, "--output", out)
+    with monkeypatch.context() as before:
+        before.setattr(unusable.Unusable, "sift", lambda self, answers: answers)
+        assert _run(monkeypatch, capsys, *run, "--method", "dense,griffin")[0] == 0
+    words = "of 6 answers of smoke_questions under dense at sparsity 0 in .* are NaN or infinite; run the cell again"
+    for line in (
+        ["compare", "dense", "griffin", "--by", "method", "--results", out],
+        ["check", out, "--baseline", tmp_path / "base.json", "--update"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, line)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert re.search(words.replace("questions", "(questions|drift)"), capsys.readouterr().err)
+    table = render(Store(out).load(), "md")
+    assert "| smoke_drift | dense   | 0        | no number " in table
+    assert "no number: answers were NaN or infinite; run the cell again" in table
+    assert "nan" not in render(Store(out).load(), "json").lower()
+    page = build(Store(out)).html
+    assert "samples are missing or damaged, or hold NaN or infinity" in page
+    assert 'data-order="">nan<' in page  # said, and no number to sort or draw by

@@ -1,0 +1,133 @@
+"""The lm-eval model: generation, what it costs, and prompts that must be cut."""
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.fitting import fit
+from dart_eval.evaluation.lm import PrunedLM
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.requests import TextRequest, words
+from tests.helpers.sessions import RESTLESS, open_session
+
+
+@pytest.fixture
+def lm(tokenizer):
+    return PrunedLM(tiny("llama"), tokenizer, batch_size=2)
+
+
+def test_dense_generation_equals_stock_hflm(lm, tokenizer):
+    requests = [TextRequest(words(random_tokens(n, seed=n)), n) for n in (5, 20, 11)]
+    lm.begin(None, {})
+    stock = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=2)
+    assert lm.generate_until(requests) == stock.generate_until(requests, disable_tqdm=True)
+    assert {d: lm.usage["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
+
+
+def test_generation_does_not_depend_on_the_batch_size(tokenizer):
+    """Nor does `auto`, which runs prompts together up to their tokens and the new ones."""
+    model, rows = tiny("llama"), []
+    requests = [TextRequest(words(random_tokens(n, seed=n)), n) for n in (5, 20, 11, 12, 13, 14, 15)]
+    texts = []
+    for batch_size in (1, 4, "auto"):
+        lm = PrunedLM(model, tokenizer, batch_size=batch_size)
+        lm.begin(None, {})
+        generate = lm._model_generate
+        lm._model_generate = lambda context, *a, run=generate, **k: (rows.append(len(context)), run(context, *a, **k))[
+            1
+        ]
+        texts.append(lm.generate_until(requests))
+    assert texts[0] == texts[1] == texts[2]
+    assert rows == [1] * 7 + [3, 4] + [7] or rows == [1] * 7 + [4, 3] + [7]
+
+
+def test_generated_tokens_but_the_first_are_pruned(lm):
+    requests = [TextRequest(words(random_tokens(n, seed=n)), n) for n in (5, 20, 11)]
+    with open_session(lm.model, "dart", 0.7, **RESTLESS) as session:
+        lm.begin(session, {})
+        lm.generate_until(requests)
+    for doc in (5, 20, 11):
+        used = lm.usage["t", doc]
+        assert (used.tokens, used.masked, used.context) == (8, 7, doc)
+        assert used.effective_sparsity == pytest.approx(0.7 * 7 / 8)
+        assert used.mask_sparsity == pytest.approx(0.7)
+        # re-masks after decoding forwards 3 and 6 of the 7, where the prompt has windows to compare with
+        assert used.remasks == (2 if doc > 3 else 0)
+    assert lm.journal.state_bytes > 0
+
+
+def test_tokens_after_a_stop_sequence_do_not_count(lm):
+    prompt = words(random_tokens(20, seed=20))
+    lm.begin(None, {})
+    (whole,) = lm.generate_until([TextRequest(prompt, 1)])
+    third = whole.split()[2]
+    first = whole.split().index(third)
+    with open_session(lm.model, "griffin", 0.0) as session:
+        lm.begin(session, {})
+        (cut,) = lm.generate_until([TextRequest(prompt, 1, until=[third])])
+    assert cut.split() == whole.split()[:first]
+    assert lm.usage["t", 1].tokens == first + 1
+
+
+def test_the_end_of_sequence_counts_and_what_follows_does_not(lm):
+    assert lm._kept([5, 6, 2, 0, 0], []) == 3
+    assert lm._kept([5, 6, 7], []) == 3
+
+
+def test_the_document_is_cut_never_the_cue_or_the_instruction(lm, tokenizer):
+    document = words(random_tokens(60, seed=1))
+    prompt = f"w4 w5 w6 {document} w7 w8"
+    short, cut = fit(lm, TextRequest(prompt, 0, doc={"text": document}), 30, "text")
+    assert cut
+    assert len(tokenizer(short)["input_ids"]) == 30
+    assert short.startswith("w4 w5 w6 " + document[:8])
+    assert short.endswith("w7 w8")
+    kept = short.removeprefix("w4 w5 w6 ").removesuffix(" w7 w8")
+    assert document.startswith(kept)
+    assert fit(lm, TextRequest(prompt, 0, doc={"text": document}), 65, "text") == (prompt, False)
+
+
+def test_a_prompt_without_room_for_its_document_is_refused(lm):
+    document = words(random_tokens(20, seed=1))
+    with pytest.raises(UserError, match="no room"):
+        fit(lm, TextRequest(f"{words(random_tokens(40))} {document}", 0, doc={"text": document}), 30, "text")
+
+
+def test_other_prompts_keep_their_last_tokens_as_in_lm_eval(tokenizer):
+    model = tiny("llama")
+    lm = PrunedLM(model, tokenizer, batch_size=1, max_length=40)
+    request = TextRequest(words(random_tokens(60, seed=3)), 0)
+    lm.begin(None, {})
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=40)
+    assert lm.generate_until([request]) == stock.generate_until([request], disable_tqdm=True)
+
+
+def test_contexts_are_cut_from_the_left_as_in_hflm(tokenizer):
+    model = tiny("llama").float()
+    pairs = [(("", ""), list(random_tokens(50, seed=1)), list(random_tokens(6, seed=2)))]
+    ours = PrunedLM(model, tokenizer, max_length=30)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=30)
+    (a, _), (b, _) = ours._loglikelihood_tokens(pairs)[0], theirs._loglikelihood_tokens(pairs, disable_tqdm=True)[0]
+    assert a == pytest.approx(b, abs=1e-4)
+    with pytest.raises(UserError, match="does not fit"):
+        ours._loglikelihood_tokens([(("", ""), [4], list(random_tokens(40)))])
+
+
+def test_what_a_row_writes_after_its_end_is_no_part_of_its_text(tokenizer):
+    """In a batch it goes on until all have ended, where the model's own settings name no end."""
+    model, tokens = tiny("llama"), random_tokens(20, seed=20)
+    lm = PrunedLM(model, tokenizer, batch_size=2)
+    lm._model_generate = lambda context, *_, **__: torch.cat([context, torch.tensor([[5, 2, 7, 8], [5, 6, 7, 8]])], 1)
+    lm.begin(None, {})
+    assert lm.generate_until([TextRequest(words(tokens), 1), TextRequest(words(tokens[1:]), 2)]) == [
+        "w5",
+        "w5 w6 w7 w8",
+    ]
+
+
+def test_models_may_have_several_ends(tokenizer):
+    model = tiny("llama")
+    model.generation_config.eos_token_id = [2, 50]
+    assert PrunedLM(model, tokenizer)._kept([5, 50, 0], []) == 2
+    assert torch.is_inference_mode_enabled() is False

@@ -1,0 +1,213 @@
+"""Rotary angles that depend on the length of the whole input: `longrope` (Phi-3) and `dynamic`."""
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.scoring import scorer
+from tests.helpers.models import SMALL, random_tokens, tiny
+from tests.helpers.sessions import RESTLESS, open_session
+
+ORIGINAL = 48  # tokens up to which the angles are the first ones
+CONFIGS = {
+    "longrope": lambda: Phi3Config(
+        **SMALL,
+        original_max_position_embeddings=ORIGINAL,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL,
+            "short_factor": [1.0] * 4, "long_factor": [8.0, 4.0, 2.0, 6.0],
+        },
+    ),
+    "dynamic": lambda: LlamaConfig(
+        **{**SMALL, "max_position_embeddings": ORIGINAL},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    ),
+}  # fmt: skip
+KINDS = pytest.mark.parametrize("kind", CONFIGS)
+METHODS = [None, ("griffin", {}), ("dart", RESTLESS), ("dart-plus", {**RESTLESS, "every": 4})]
+
+
+def _model(kind, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def _requests():
+    """Rows on both sides of the original maximum, at it, and across it; several answers to one context."""
+    lengths = [(10, 3), (40, 12), (46, 3), (47, 2), (48, 1), (48, 2), (44, 8), (60, 4), (20, 40), (70, 70)]
+    found = [Request(random_tokens(c, seed=c), random_tokens(n, seed=100 + n)) for c, n in lengths]
+    found += [Request(random_tokens(45, seed=45), random_tokens(n, seed=200 + n)) for n in (1, 2, 4, 5, 12)]
+    start = random_tokens(40, seed=9)  # shared, and longer with some contexts than the angles stay the same
+    return found + [
+        Request((*start, *random_tokens(n, seed=300 + n)), random_tokens(3, seed=n)) for n in (2, 4, 6, 8, 20, 21, 22)
+    ]
+
+
+def _scores(model, method, batch_size, requests, scope="scored", share=True):
+    head = output_head(model)
+    if method is None:
+        return [s.logprob for s in scorer(model, head, None, batch_size, scope, share).score(requests)]
+    with open_session(model, method[0], 0.5, **method[1]) as session:
+        return [s.logprob for s in scorer(model, head, session, batch_size, scope, share).score(requests)]
+
+
+@KINDS
+def test_dense_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
+    requests, stock = _requests(), []
+    for request in requests:  # on a model of its own: `dynamic` angles depend on what ran before
+        lm = HFLM(pretrained=_model(kind, torch.float32), tokenizer=tokenizer, batch_size=1, max_length=256)
+        asked = [(("", ""), list(request.context), list(request.continuation))]
+        stock.append(lm._loglikelihood_tokens(asked, disable_tqdm=True)[0][0])
+    model = _model(kind, torch.float32)
+    for batch_size in (1, 8, "auto"):
+        assert _scores(model, None, batch_size, requests) == pytest.approx(stock, abs=1e-4)
+
+
+@KINDS
+@pytest.mark.parametrize("scope", ["scored", "all", "last"])
+@pytest.mark.parametrize("method", METHODS)
+def test_results_do_not_depend_on_the_batch_size_the_order_or_what_ran_before(kind, scope, method):
+    model, requests = _model(kind), _requests()
+    alone = [_scores(_model(kind), method, 1, [request], scope)[0] for request in requests[:12]]
+    for batch_size in (1, 8):
+        found = _scores(model, method, batch_size, requests, scope)
+        assert found[:12] == pytest.approx(alone, abs=1e-6)
+    assert _scores(model, method, 3, requests[::-1], scope)[::-1] == pytest.approx(found, abs=1e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("method", METHODS[:3])
+def test_a_shared_prefix_has_the_angles_of_the_rows_that_share_it(kind, method):
+    model, requests = _model(kind), _requests()
+    tokens = []
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _m, _args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    together = _scores(model, method, 8, requests)
+    shared = sum(tokens)
+    tokens.clear()
+    assert _scores(model, method, 8, requests, share=False) == pytest.approx(together, abs=1e-6)
+    handle.remove()
+    assert shared < sum(tokens)
+
+
+@KINDS
+def test_held_angles_are_those_of_a_whole_input_of_that_length(kind):
+    model = _model(kind)
+    rotary, x = model.model.rotary_emb, torch.zeros(1, dtype=torch.float64)
+    angles = Angles(model)
+    for length in (20, ORIGINAL, ORIGINAL + 1, 80, 30):
+        angles.reset()
+        whole = rotary(x, torch.arange(length)[None])
+        rotary(x, torch.arange(200)[None])  # what ran before
+        with angles.held(angles.of(length)):
+            first = rotary(x, torch.arange(5)[None])
+            rest = rotary(x, position_ids=torch.arange(5, 11)[None])
+        for part, a, b in zip(whole, first, rest, strict=True):
+            assert torch.equal(part[:, :11], torch.cat([a, b], 1))
+    assert not rotary._forward_hooks and not rotary._forward_pre_hooks
+
+
+def test_rows_are_told_apart_by_their_angles():
+    longrope, dynamic, plain = Angles(_model("longrope")), Angles(_model("dynamic")), Angles(tiny("llama"))
+    assert [longrope.of(n) for n in (1, 48, 49, 90)] == [0, 0, 49, 49]
+    assert [dynamic.of(n) for n in (1, 48, 49, 90)] == [0, 0, 49, 90]
+    assert [plain.of(n) for n in (1, 48, 49, 90)] == [0, 0, 0, 0]
+    spans = [(90, 95), (50, 52), (47, 50), (45, 49), (40, 48), (10, 12)]
+    assert longrope.together(spans) == [[0, 1], [2], [3], [4, 5]]
+    assert dynamic.together(spans) == [[0], [1], [2], [3], [4, 5]]
+    assert plain.together(spans) == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_angles_that_cannot_be_told_a_length_are_refused():
+    model = tiny("llama")
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    del model.model.rotary_emb.rope_type
+    with pytest.raises(UserError, match="LlamaForCausalLM turns positions by angles that depend on the length"):
+        Angles(model)
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+PROMPTS, NEW = (10, 20, 30, 45, 48, 49, 60), 20  # tokens; from 29 on, the angles change while text is written
+
+
+class _Request:
+    """What lm-eval hands to `generate_until`."""
+
+    def __init__(self, tokens, new=NEW):
+        self.args = (" ".join(f"w{t}" for t in tokens), {"until": [], "max_gen_toks": new, "do_sample": False})
+        self.task_name, self.doc_id, self.doc = "t", len(tokens), {}
+
+
+def _generate(model, tokenizer, requests, batch_size, session=None):
+    """Texts, and what each cost."""
+    lm = PrunedLM(model, tokenizer, batch_size=batch_size, max_length=256)
+    lm.begin(session, {})
+    texts = lm.generate_until(requests)
+    costs = [lm.usage["t", r.doc_id] for r in requests]
+    return texts, [(c.tokens, c.masked, round(c.pruned, 6), c.remasks) for c in costs]
+
+
+@KINDS
+def test_dense_generation_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
+    requests, stock = [_Request(random_tokens(n, seed=n)) for n in PROMPTS], []
+    for request in requests:
+        lm = HFLM(pretrained=_model(kind), tokenizer=tokenizer, batch_size=1, max_length=256)
+        stock += lm.generate_until([request], disable_tqdm=True)
+    for batch_size in (1, 8):
+        assert _generate(_model(kind), tokenizer, requests, batch_size)[0] == stock
+
+
+@KINDS
+@pytest.mark.parametrize("method", METHODS[1:3])
+def test_pruned_generation_does_not_depend_on_the_batch_size_or_what_ran_before(kind, method, tokenizer):
+    requests, model = [_Request(random_tokens(n, seed=n)) for n in PROMPTS], _model(kind)
+    found = []
+    for batch_size, order in ((1, 1), (8, 1), (8, -1)):
+        with open_session(model, method[0], 0.5, **method[1]) as session:
+            texts, costs = _generate(model, tokenizer, requests[::order], batch_size, session)
+        found.append((texts[::order], costs[::order]))
+    assert found[0] == found[1] == found[2]
+    for request, text in zip(requests, found[0][0], strict=True):
+        with open_session(_model(kind), method[0], 0.5, **method[1]) as session:
+            assert _generate(session.model, tokenizer, [request], 1, session)[0] == [text]
+
+
+@pytest.mark.parametrize("method", METHODS[1:3])
+def test_where_phi3_computes_its_cache_anew_a_token_is_dense_and_masks_are_made_of_all_before_it(method, tokenizer):
+    """A prompt of 40: token 10 follows 49 tokens, which run again, under the other angles, as a prompt would."""
+    model, prompt = _model("longrope"), random_tokens(40, seed=40)
+
+    def run(tokens, new):
+        with open_session(model, method[0], 0.5, **method[1]) as session:
+            texts, costs = _generate(model, tokenizer, [_Request(tokens, new)], 8, session)
+        return [int(word[1:]) for word in texts[0].split()], costs[0]
+
+    whole, (tokens, masked, pruned, remasks) = run(prompt, NEW)
+    first, (*_, first_remasks) = run(prompt, 9)
+    rest, (*_, rest_remasks) = run((*prompt, *first), NEW - 9)
+    assert whole == first + rest
+    assert (tokens, masked) == (NEW, NEW - 2)
+    assert pruned == pytest.approx(0.5 * (NEW - 2))
+    assert remasks == first_remasks + rest_remasks
+    assert (remasks > 0) == (method[0] == "dart")
+
+
+def test_dynamic_angles_leave_the_cache_as_it_is(tokenizer):
+    model = _model("dynamic")
+    with open_session(model, "griffin", 0.5) as session:
+        _, costs = _generate(model, tokenizer, [_Request(random_tokens(40, seed=40))], 8, session)
+    assert costs == [(NEW, NEW - 1, 0.5 * (NEW - 1), 0)]

@@ -1,0 +1,225 @@
+"""Causal scoring: dense equals HFLM, pruned equals token-by-token decoding, and nothing looks ahead."""
+
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.logits import Answers
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
+from dart_eval.ffn import cache_argument
+from tests.helpers.models import SMALL, random_tokens, tiny
+from tests.helpers.requests import output_head_of, questions
+from tests.helpers.sessions import RENEWED, cache_of, open_session
+
+METHODS = [("random", {}), *RENEWED]
+
+
+def _score(model, session, requests, batch_size=4):
+    return scorer(model, output_head_of(model), session, batch_size).score(requests)
+
+
+def test_dense_equals_stock_hflm(model, tokenizer):
+    """Log-likelihoods within 1e-4 in fp32, and the same greedy flags."""
+    model = model.float()
+    requests = questions()
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    theirs = stock._loglikelihood_tokens(
+        [(("", str(i)), list(r.context), list(r.continuation)) for i, r in enumerate(requests)], disable_tqdm=True
+    )
+    ours = _score(model, None, requests)
+    for (logprob, greedy), score in zip(theirs, ours, strict=True):
+        assert score.logprob == pytest.approx(logprob, abs=1e-4)
+        assert score.greedy == greedy
+        assert score.pruned == 0
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_batch_size_and_order_do_not_matter(model, method, params):
+    requests = questions()
+    results = []
+    for batch_size, order in ((1, 1), (3, 1), (16, -1)):
+        with open_session(model, method, **params) as session:
+            scores = _score(model, session, requests[::order], batch_size)[::order]
+        results.append([(s.logprob, s.greedy, s.tokens, s.pruned, s.remasks) for s in scores])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a == pytest.approx(b, abs=1e-6)
+
+
+def _step_by_step(model, session, request):
+    """Feed one token at a time under the session's own phases: decoding cannot see what was not yet fed."""
+    name = cache_argument(model)
+    out = model(torch.tensor([request.context[:-1]]), use_cache=True)
+    total = 0.0
+    for token, target in zip((request.context[-1], *request.continuation), request.continuation, strict=False):
+        out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
+        total += float(out.logits[0, -1].log_softmax(-1)[target])
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_scores_equal_decoding_token_by_token(model, method, params):
+    """The no-look-ahead test: blocks, shared contexts and re-masks give what one token at a time gives."""
+    requests = [r for r in questions() if len(r.context) > 1]
+    with open_session(model, method, **params) as session:
+        blocks = _score(model, session, requests)
+    remasks = 0
+    for request, score in zip(requests, blocks, strict=True):
+        with open_session(model, method, **params) as session:
+            assert score.logprob == pytest.approx(_step_by_step(model, session, request), abs=2e-5)
+            assert score.remasks == sum(session.remasks)
+        remasks += score.remasks
+    assert bool(remasks) == bool(params)
+
+
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_a_later_token_never_changes_an_earlier_score(llama, method, params, monkeypatch):
+    """Two continuations that differ in their last token: all before it must score the same to the last bit."""
+    context, start = random_tokens(30, seed=1), random_tokens(14, seed=2)
+    longer = [Request(context, (*start, last, 9)) for last in (5, 60)]
+    with open_session(llama, method, **params) as session:
+        scoring = scorer(llama, output_head_of(llama), session, 1)
+        runs, logprobs = [], Answers.logprobs
+
+        def watch(answers, path, continuation):
+            runs.append(logprobs(answers, path, continuation))
+            return runs[-1]
+
+        monkeypatch.setattr(Answers, "logprobs", watch)
+        for request in longer:
+            scoring.score([request])
+    n = len(start)
+    assert runs[0][:n] == runs[1][:n]
+    assert runs[0][n:] != runs[1][n:]
+
+
+def test_the_mask_comes_from_the_context_alone(llama):
+    context = random_tokens(20, seed=3)
+    masks = []
+    for seed in (1, 2):
+        with open_session(llama, "griffin") as session:
+            _score(llama, session, [Request(context, random_tokens(5, seed=seed))])
+            masks.append(session.state.masks)
+    with open_session(llama, "griffin") as session:
+        llama(torch.tensor([context[:-1]]), use_cache=True)
+        masks.append(session.state.masks)
+    for other in masks[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(masks[0], other, strict=True))
+
+
+@pytest.mark.parametrize("method", ["random", "griffin", "dart"])
+def test_every_scored_token_is_pruned(llama, method):
+    """One-token answers included; only a prompt method without any context has nothing to prune by."""
+    with open_session(llama, method, 0.7) as session:
+        scores = _score(llama, session, questions())
+    for request, score in zip(questions(), scores, strict=True):
+        assert score.tokens == len(request.continuation)
+        if len(request.context) == 1 and method != "random":
+            assert (score.pruned, score.masked) == (0, 0)
+        else:
+            assert score.pruned == pytest.approx(0.7 * score.tokens)
+            assert score.masked == score.tokens
+
+
+def test_the_context_is_computed_once_for_all_candidates(llama):
+    output_head_of(llama)  # checks itself with a forward of its own
+    lengths = []
+    handle = llama.model.register_forward_pre_hook(
+        lambda _m, _a, kw: lengths.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+    )
+    context = random_tokens(30, seed=4)
+    one_token = [Request(context, (t,)) for t in (5, 6, 7, 8)]
+    _score(llama, None, one_token)
+    assert lengths == [(1, 30)]  # dense: the context's forward has the four answers
+    lengths.clear()
+    _score(llama, None, [Request(context, random_tokens(4, seed=s)) for s in range(4)])
+    assert lengths == [(1, 30), (4, 3)]
+    lengths.clear()
+    with open_session(llama, "griffin") as session:
+        lengths.clear()
+        _score(llama, session, one_token)
+        assert lengths == [(1, 29), (1, 1)]  # the four answers share the pruned forward
+        lengths.clear()
+        _score(llama, session, [Request(context, random_tokens(4, seed=s)) for s in range(4)])
+        assert lengths == [(1, 29), (4, 4)]
+    handle.remove()
+
+
+def test_logits_are_computed_only_where_they_are_scored(llama):
+    seen = []
+    handle = llama.lm_head.register_forward_pre_hook(lambda _m, a: seen.append(a[0].shape[:-1].numel()))
+    head = output_head(llama)
+    seen.clear()
+    requests = [Request(random_tokens(30), random_tokens(n, seed=n)) for n in (2, 9)]
+    scorer(llama, head, None, 4).score([*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))])
+    handle.remove()
+    assert sum(seen) == 2 + 9 - 1  # the first position is one for all, and the third answer asks at no other
+
+
+class _Rolling:
+    def __init__(self, text):
+        self.args, self.task_name, self.doc_id = (text,), "t", 0
+
+
+@pytest.mark.parametrize("method", [None, "griffin"])
+def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, method):
+    llama = llama.float()
+    tokens = random_tokens(70, seed=6)
+    lm = PrunedLM(llama, tokenizer, batch_size=2, chunk=33)
+    chunks = [(1, *tokens[:32]), (1, *tokens[32:64]), (1, *tokens[64:])]
+    halves = [Request(c[: (len(c) + 1) // 2], c[(len(c) + 1) // 2 :]) for c in chunks]
+
+    def run(session):
+        lm.begin(session, {})
+        (answer,) = lm.loglikelihood_rolling([_Rolling(" ".join(f"w{t}" for t in tokens))])
+        return answer, _score(llama, session, halves)
+
+    if method is None:
+        answer, scores = run(None)
+    else:
+        with open_session(llama, method) as session:
+            answer, scores = run(session)
+    assert float(answer) == pytest.approx(sum(s.logprob for s in scores), abs=1e-3)
+    scored = sum(len(h.continuation) for h in halves)
+    assert answer.coverage == pytest.approx(scored / len(tokens), abs=0.05)
+    assert lm.usage["t", 0].tokens == scored
+    if method is None:  # stock: the second half given the first
+        stock = HFLM(pretrained=llama, tokenizer=tokenizer)
+        pairs = [(("", ""), list(h.context), list(h.continuation)) for h in halves]
+        theirs = sum(v for v, _ in stock._loglikelihood_tokens(pairs, disable_tqdm=True))
+        assert float(answer) == pytest.approx(theirs, abs=1e-3)
+
+
+def test_softcapped_and_scaled_heads_are_understood():
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig
+
+    for config in (
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0),
+        CohereConfig(**SMALL, logit_scale=0.3),
+        GraniteConfig(**SMALL, logits_scaling=4.0),
+        HyperCLOVAXConfig(**SMALL, logits_scaling=0.25),  # multiplies
+    ):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        ids = torch.tensor([random_tokens(9)])
+        hidden = model.base_model(ids)[0][0]
+        assert torch.allclose(output_head(model)(hidden), model(ids).logits[0], atol=1e-5)
+
+
+def test_a_head_that_does_more_is_refused():
+    from dart_eval.errors import UserError
+
+    model = tiny("llama")
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+
+    model.forward = changed
+    with pytest.raises(UserError, match="output head"):
+        output_head(model)

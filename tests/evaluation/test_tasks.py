@@ -1,0 +1,218 @@
+"""The shipped tasks: the data's own rules, names, prompts, metrics and local data."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dart_eval.evaluation import tasks as tasks_module
+from dart_eval.evaluation.tasks import ALIASES, COMMON, Tasks, documents, leaves, tasks_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return Tasks()
+
+
+def _script():
+    spec = importlib.util.spec_from_file_location("build_smoke_data", ROOT / "scripts" / "build_smoke_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_smoke_data_keeps_its_rules():
+    script = _script()
+    assert script.problems() == []
+    assert script.rows("two_topics") == script.two_topics()
+    assert len(script.rows("articles")) >= 30
+    assert len({(r["first"], r["second"]) for r in script.two_topics()}) == 40
+
+
+def test_the_rules_catch_bad_data(monkeypatch):
+    script = _script()
+    good = {name: script.rows(name) for name in ("questions", "stories", "articles")}
+    good["questions"][0] = {**good["questions"][0], "choices": ["a", "a", "b", "c"]}
+    good["articles"][0] = {**good["articles"][0], "article": "too short", "summary_three": "One. Two."}
+    monkeypatch.setattr(script, "rows", lambda name: good[name])
+    assert len(script.problems()) == 3
+
+
+def test_names_expand_as_users_type_them(tasks):
+    assert tasks.expand(["arc", "hellaswag", "arc_easy"]) == ["arc_easy", "arc_challenge", "hellaswag"]
+    assert tasks.expand([*ALIASES, *COMMON])  # every name that `ls tasks` offers exists
+
+
+def test_smoke_prompts(tasks):
+    (questions,) = tasks.load("smoke_questions")
+    doc = questions.eval_docs[0]
+    assert questions.doc_to_text(doc) == f"Question: {doc['question']}\nAnswer:"
+    assert questions.doc_to_choice(doc)[questions.doc_to_target(doc)] == doc["choices"][doc["answer"]]
+    assert len(questions.eval_docs) >= 120
+    (summary,) = tasks.load("smoke_summary")
+    doc = summary.eval_docs[0]
+    assert summary.doc_to_text(doc) == doc["article"] + "\n\nTL;DR:"
+    assert summary.doc_to_target(doc) == doc["summary_one"]
+    assert documents([summary]) == {"smoke_summary": "article"}
+    (drift,) = tasks.load("smoke_drift")
+    doc = drift.eval_docs[0]
+    articles = {row["id"]: row["article"] for row in _script().rows("articles")}
+    assert doc["context"] + doc["rest"] == articles[doc["first"]] + "\n\n" + articles[doc["second"]]
+    assert len(drift.eval_docs) == 40
+
+
+def test_rouge_is_rouge_scores_with_stemming(tasks):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    (task,) = tasks.load("smoke_highlights")
+    doc = task.eval_docs[0]
+    answer = " The keeper fed bees, and honey kept for years. "
+    got = task.process_results(doc, [answer])
+    wanted = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(doc["reference"], answer)
+    assert {k: got[k] for k in wanted} == {k: v.fmeasure for k, v in wanted.items()}
+    assert (got["summary_words"], got["empty"]) == (9, 0)
+    assert task.process_results(doc, [" \n"]) == {
+        "rouge1": 0, "rouge2": 0, "rougeL": 0, "summary_words": 0, "empty": 1, "bleu": [0, 73] + [0] * 8,
+    }  # fmt: skip
+
+
+def test_the_cue_is_an_option(tasks):
+    changed = Tasks(cue="In one sentence:")
+    (task,) = changed.load("smoke_summary")
+    assert task.doc_to_text(task.eval_docs[0]).endswith("\n\nIn one sentence:")
+
+
+def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path):
+    row = {"question": "What is red?", "choices": ["sky", "blood", "grass", "snow"], "answer": 1, "subject": "x"}
+    stock = Tasks()
+    stock.names()
+    index = stock.manager.task_index
+    configs = [e.cfg for n, e in index.items() if n.startswith("mmlu_") and e.cfg]
+    folder = tmp_path / "cais__mmlu"
+    for name in {c["dataset_name"] for c in configs if c.get("dataset_path") == "cais/mmlu" and "dataset_name" in c}:
+        for split in ("test", "dev"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    local = Tasks(tmp_path)
+    members = leaves(local.load("mmlu"))
+    assert len(members) == 57
+    assert all(task.eval_docs[0]["question"] == "What is red?" for task in members)
+
+
+def test_every_task_with_local_data_loads(data_dir):
+    """Names of the paper's tables, on the mirror; gpqa has no data there and says so (test_errors)."""
+    local = Tasks(data_dir)
+    names = [
+        "arc",
+        "hellaswag",
+        "boolq",
+        "rte",
+        "winogrande",
+        "openbookqa",
+        "piqa",
+        "medmcqa",
+        "wikitext",
+        "cnn_dailymail",
+        "xsum",
+    ]
+    for name in local.expand(names):
+        for task in leaves(local.load(name)):
+            assert len(task.eval_docs) > 0
+
+
+def test_tasks_travel_in_the_wheel(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    for file in tasks_dir().rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            assert f"dart_eval/tasks/{file.relative_to(tasks_dir())}" in packed
+    assert "dart_eval/data/calibration.txt" in packed
+
+
+def test_documents_are_prepared_once():
+    """gpqa shuffles its answers whenever documents are prepared; two looks must see the same."""
+    from dart_eval.evaluation.tasks import _process_once
+
+    class Config:
+        calls = 0
+
+        def process_docs(self, dataset):
+            self.calls += 1
+            return [self.calls, *dataset]
+
+    class Shuffled:
+        config = Config()
+
+    config = Shuffled.config
+    config.process_docs = config.process_docs  # an attribute, as in lm-eval's configuration
+    _process_once(Shuffled())
+    dataset, other = [1, 2], [3]
+    assert config.process_docs(dataset) is config.process_docs(dataset)
+    assert config.process_docs(other) == [2, 3]
+
+
+def test_documents_do_not_depend_on_the_tasks_loaded_before(tmp_path, monkeypatch):
+    """Tasks of one module that shuffle with its generator, as gpqa's do."""
+    (tmp_path / "shuffled.py").write_text(
+        "import random\nimport datasets\nrng = random.Random(42)\n"
+        "def load(**_):\n    docs = [{'q': str(i), 'c': list('abcdef')} for i in range(9)]\n"
+        "    return {'test': datasets.Dataset.from_list(docs)}\n"
+        "def process_docs(dataset):\n    docs = [dict(d, c=rng.sample(d['c'], 6)) for d in dataset]\n"
+        "    return datasets.Dataset.from_list(docs)\n"
+    )
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\ncustom_dataset: !function shuffled.load\nprocess_docs: !function shuffled.process_docs\n"
+            "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{q}}'\ndoc_to_choice: c\ndoc_to_target: 0\n"
+            "metric_list:\n  - metric: acc\n"
+        )
+    monkeypatch.setattr(tasks_module, "tasks_dir", lambda: tmp_path)
+
+    def choices(*names):
+        tasks = Tasks()
+        return [[doc["c"] for doc in tasks.load(name)[0].eval_docs] for name in names][-1]
+
+    assert choices("two") == choices("one", "two") == choices("two", "one", "two")
+    assert len(set(map(tuple, choices("two")))) > 3
+
+
+def test_samples_with_numpy_values_become_plain():
+    import numpy as np
+
+    from dart_eval.evaluation.evaluate import _plain
+
+    value = {"f1": (np.int64(1), np.float32(0.5)), "x": [np.array([1, 2]), None, True, "a"]}
+    assert json.loads(json.dumps(_plain(value))) == {"f1": [1, 0.5], "x": [[1, 2], None, True, "a"]}
+
+
+def test_members_of_a_mere_list_are_shown_and_those_of_a_group_hidden():
+    from dart_eval.evaluation.evaluate import _metrics
+
+    def result(group):
+        return {
+            "results": {"g": group, "a": {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "group_subtasks": {"g": ["a"]},
+            "n-samples": {"a": {"effective": 4}}, "higher_is_better": {"a": {"acc": True}}, "samples": {},
+        }  # fmt: skip
+
+    assert [(m.task, m.part_of) for m in _metrics(result({"alias": "g"}))] == [("a", None)]
+    found = _metrics(result({"acc,none": 0.5, "acc_stderr,none": 0.1}))
+    assert [(m.task, m.part_of, m.n) for m in found] == [("g", None, 4), ("a", "g", 4)]

@@ -1,0 +1,98 @@
+"""The folder of results is deleted while a run writes into it: the run says what is missing and ends with status 1."""
+
+import shutil
+import sys
+
+import pytest
+
+import dart_eval
+from dart_eval.cli import main, view
+from dart_eval.evaluation import tasks
+from dart_eval.evaluation.scoring import Scorer
+from tests.helpers.models import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def manager():
+    """lm-eval's index of tasks, built once: it takes seconds."""
+    return tasks.TaskManager(include_path=str(tasks.tasks_dir()))
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capsys, manager):
+    """Runs two cells into `out`; its status, output and messages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: manager)
+    command = ["dart-eval", "run", "--model", folder, "--tasks", "smoke_questions", "--limit", "2", "--method"]
+    monkeypatch.setattr(sys, "argv", [*command, "dense,griffin"])
+
+    def made():
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, errors = capsys.readouterr()
+        return stop.value.code or 0, out, errors
+
+    return made
+
+
+def test_a_folder_that_is_deleted_after_a_cell_is_missed_at_the_end(run, tmp_path, monkeypatch):
+    stock, deleted = view.TerminalView.finished, []
+
+    def finished(self, cell, record):
+        stock(self, cell, record)
+        if not deleted:
+            deleted.extend((tmp_path / "out" / "cells").iterdir())
+            shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(view.TerminalView, "finished", finished)
+    status, _, errors = run()
+    assert status == 1
+    assert errors == (
+        f"missing: files of finished cells have been deleted: smoke_questions dense (out/cells/{deleted[0].name}); the "
+        "same command runs them again\n"
+    )
+    status, out, errors = run()
+    assert (status, errors) == (0, "")
+    assert "1 of 2 cells are finished already" in out
+
+
+def test_a_folder_that_is_deleted_inside_a_cell_holds_that_cell_in_the_end(run, tmp_path, monkeypatch):
+    stock, deleted = Scorer._run, []
+
+    def scored(self, *args, **kwargs):
+        if not deleted:
+            deleted.append(1)
+            shutil.rmtree(tmp_path / "out")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Scorer, "_run", scored)
+    status, _, errors = run()
+    assert (status, errors) == (0, "")
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["samples", "texts"])
+def test_a_part_of_a_cell_that_is_deleted_is_missed(run, tmp_path, monkeypatch, kind):
+    stock = view.TerminalView.finished
+
+    def finished(self, cell, record):
+        stock(self, cell, record)
+        if cell.method.prunes:
+            shutil.rmtree(tmp_path / "out" / kind)
+
+    monkeypatch.setattr(view.TerminalView, "finished", finished)
+    status, _, errors = run()
+    assert status == 1
+    assert f"smoke_questions dense (out/{kind}/smoke_questions" in errors
+
+
+def test_python_is_told_too(folder, tmp_path, monkeypatch, manager):
+    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: manager)
+    monkeypatch.setattr("dart_eval.results.store.Store.missing", lambda self, name, record: [self.path(name, "x")])
+    with pytest.raises(RuntimeError, match=r"files of finished cells have been deleted: .*out/cells/smoke_questions"):
+        dart_eval.evaluate(model=folder, tasks="smoke_questions", limit=1, method="dense", output=str(tmp_path / "out"))

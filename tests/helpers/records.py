@@ -1,0 +1,167 @@
+"""Records of results by hand."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+
+from dart_eval.results.record import Metric, Record
+from dart_eval.results.store import Store
+
+ARC = (Metric("arc_easy", "acc", 0.6251, 0.0123, 400, True), Metric("arc_easy", "acc_norm", 0.5, None, 400, True))
+
+
+FLOPS = {
+    "context_tokens": 40, "prefill": 4_000_000, "decode_step_dense": 200_000, "decode_step_pruned": 150_000,
+    "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 12.5 / 200_000, "remask": 700,
+    "ffn_share": 0.5,
+}  # fmt: skip
+
+
+# As version 0.1.0 wrote it
+SCHEMA_1 = """
+{"schema": 1, "key": "k1", "inputs": {"model": {"name": "tiny", "revision": null, "weights": "f00d"}, "method": "dense",
+"params": {}, "sparsity": 0.0, "scope": "scored", "task": "arc_easy"}, "metrics": [{"task": "arc_easy", "metric": "acc",
+"value": 0.5, "stderr": 0.1, "n": 25, "higher_is_better": true, "part_of": null}], "mask_sparsity": 0.0,
+"effective_sparsity": 0.0, "weights_read": 1.0, "tokens": 25, "remasks": 0, "flops": {}, "memory": {"weights": 1024,
+"state": 0, "peak": 4096}, "settings": {"batch_size": 8}, "environment": {}, "seconds": 9.5, "created": "2026-09-01",
+"by_task": {}}
+"""
+
+
+def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", model="tiny", created="2026-01-01"):
+    inputs = {
+        "model": {"name": model, "revision": None, "weights": "f00d"}, "dtype": "float32", "method": method,
+        "params": params or {}, "sparsity": sparsity, "scope": "scored", "task": "arc_easy", "num_fewshot": None,
+        "limit": 400, "seed": 0,
+    }  # fmt: skip
+    return Record(
+        key=key, inputs=inputs, metrics=list(metrics), mask_sparsity=0.5004, effective_sparsity=0.4321,
+        weights_read=0.4996, tokens=1234, remasks=3, flops=FLOPS,
+        memory={"weights": 2**20, "state": 512},
+        settings={"batch_size": 8, "command": "dart-eval run"}, environment={"torch": "2"},
+        measured={"seconds": 1.5, "created": created, "peak": 3 * 2**20},
+        samples=[{
+            "task": "arc_easy", "doc_id": 0, "filter": "none", "doc_hash": "d", "prompt_hash": "p", "target_hash": "t",
+            "metrics": {"acc": 1.0}, "responses": [],
+        }],
+    )  # fmt: skip
+
+
+def table_body(text):
+    """The cells of a markdown table's rows, heads first."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def sealed(data):
+    """A record's data with the digest that fits."""
+    data = {k: v for k, v in data.items() if k != "digest"}
+    return {**data, "digest": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}
+
+
+N = 60
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def samples(task, values, data="v1", filter_="none", clusters=None):
+    """One sample per entry of `values`: {metric: value}."""
+    return [
+        {
+            "task": task, "doc_id": i, "filter": filter_, "doc_hash": digest(f"{task} {i} {data}"),
+            "prompt_hash": digest(f"prompt {task} {i} {data}"), "target_hash": digest(f"target {i}"),
+            "cluster": clusters[i] if clusters else None, "metrics": metrics, "responses": [],
+            "tokens": 5, "remasks": 0, "effective_sparsity": 0.5,
+        }
+        for i, metrics in enumerate(values)
+    ]  # fmt: skip
+
+
+def metric_of(task, name, values, up=True, part_of=None):
+    """The record's metric over `samples`' values."""
+    if name.endswith("perplexity"):
+        ll, w = np.array([v[name] for v in values]).sum(0)
+        found = math.exp(-ll / w)
+    else:
+        found = float(np.mean([v[name] for v in values]))
+    return Metric(task, name, found, 0.01, len(values), up, part_of)
+
+
+def answered(
+    task, values, method="dart", sparsity=0.5, up=True, created="2026-01-01", metrics=None, lines=None, **changes
+):
+    """A record of `values` ({metric: value} per document) with consistent metrics and samples."""
+    params = changes.pop("params", {} if method == "dense" else {"allocation": "depth", "detect": True})
+    inputs = {
+        "model": {"name": "tiny", "revision": None, "weights": "f00d"}, "dtype": "float32", "device": "cpu",
+        "method": method, "params": params, "sparsity": sparsity, "scope": "scored", "execution": "masked",
+        "task": task, "task_hash": "t", "num_fewshot": None, "limit": None, "seed": 0, "max_length": None,
+        "chunk": 2048, "chat_template": False, "cue": None, "batch_size": None, "share_prefix": None,
+        "calibration": "c", "code": "c0de", "method_code": None, "versions": {"torch": "2.4"}, **changes,
+    }  # fmt: skip
+    if metrics is None:
+        metrics = [metric_of(task, name, values, up) for name in values[0] if name != "gold_ll"]
+    return Record(
+        key=digest(json.dumps(inputs, sort_keys=True) + created), inputs=inputs, metrics=metrics, mask_sparsity=0.5,
+        effective_sparsity=0.5, weights_read=0.5, tokens=1, remasks=0, flops={}, memory={"weights": 1, "state": 1},
+        settings={"batch_size": 8, "command": "dart-eval run"}, environment={},
+        measured={"seconds": 1.0, "created": created, "peak": 1}, samples=lines or samples(task, values),
+    )  # fmt: skip
+
+
+def save(folder, *records):
+    for record in records:
+        Store(folder).save("cell", record)
+    return folder
+
+
+def right(share, n=N, seed=0):
+    """0/1 accuracies."""
+    return [{"acc": float(x)} for x in np.random.default_rng(seed).random(n) < share]
+
+
+def perplexities(scale, n=N, seed=0):
+    generator = np.random.default_rng(seed)
+    w = generator.integers(50, 500, n)
+    return [{"word_perplexity": [float(-x * scale * generator.gamma(9, 0.3)), int(x)]} for x in w]
+
+
+FLOPS_OF_CELL = {
+    "context_tokens": 40, "prefill": 4_000_000, "decode_step_dense": 200_000, "decode_step_pruned": 150_000,
+    "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 12.5 / 200_000, "remask": 700,
+    "ffn_share": 0.5,
+}  # fmt: skip
+
+
+def cell(method="dart", sparsity=0.5, task="arc_easy", metrics=None, model="tiny", samples=(), **inputs):
+    """A record by hand; its values follow from the sparsity unless they are given."""
+    made = [Metric(task, "acc", 0.6 - 0.3 * sparsity, 0.02, 400, True), Metric(task, "acc_norm", 0.5, None, 400, True)]
+    key = hashlib.sha256(repr((model, method, sparsity, task, sorted(inputs.items()))).encode()).hexdigest()
+    dense = {**FLOPS_OF_CELL, "decode_step_pruned": 200_000, "tracing_share": 0.0}
+    return Record(
+        key=key,
+        inputs={
+            "model": {"name": model, "revision": None, "weights": "f00dfeed1234"}, "dtype": "float32", "device": "cpu",
+            "method": method, "params": {}, "sparsity": sparsity, "scope": "scored", "execution": "masked",
+            "task": task, "task_hash": "1", "num_fewshot": None, "limit": 400, "seed": 0, "code": "c0de",
+            "versions": {"torch": "2"}, **inputs,
+        },
+        metrics=list(made if metrics is None else metrics), mask_sparsity=sparsity, effective_sparsity=sparsity,
+        weights_read=1 - sparsity, tokens=1234, remasks=3, flops=dense if method == "dense" else FLOPS_OF_CELL,
+        memory={"weights": 2**20, "state": 0 if method == "dense" else 512},
+        settings={"batch_size": 8, "command": f"dart-eval run --method {method} --tasks {task}"},
+        environment={"torch": "2", "machine": "x86_64"}, by_task={task: {}},
+        measured={"seconds": 1.5, "created": "2026-01-02T03:04:05+00:00", "peak": 3 * 2**20}, samples=list(samples),
+    )  # fmt: skip
+
+
+def written(doc, text, task="xsum", **more):
+    return {
+        "task": task, "doc_id": doc, "filter": "none", "doc_hash": f"d{doc}", "prompt_hash": f"p{doc}",
+        "target_hash": "t", "cluster": None, "metrics": {"rougeL": 0.25, "bleu": [1] * 10}, "responses": [text],
+        "tokens": 30, "remasks": 1, "effective_sparsity": 0.48, **more,
+    }  # fmt: skip

@@ -1,0 +1,93 @@
+"""Sessions on tiny models: ways to re-mask, decoding by hand, what a model was before."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dart_eval.ffn import cache_argument
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.session import prune
+from tests.helpers.models import random_tokens
+
+# A detector that sees drift in every window, so that masks do change
+RESTLESS = {"window": 3, "sigma": -1000.0, "floor": -3.0, "patience": 1, "cooldown": 0, "min_windows": 1, "ring": 5}
+
+
+# Every way to renew a mask, often enough to be seen in a test.
+RENEWED = [
+    ("griffin", {}), ("dart", {}), ("dart", RESTLESS), ("dart", {**RESTLESS, "memory": "running", "reference": "kept"}),
+    ("dart-code", {**RESTLESS, "dense_tokens": 2}), ("dart-plus", {**RESTLESS, "every": 4}),
+    ("dart", {**RESTLESS, "aggregate": "ema", "skip_first": True, "score": "max", "compensate": True}),
+]  # fmt: skip
+
+
+class RandomCalibration(TextCalibration):
+    """Random tokens instead of a text."""
+
+    def _measure(self):
+        self.tokenizer = lambda text, **_: {"input_ids": list(random_tokens(200, seed=5))}
+        return super()._measure()
+
+
+def open_session(model, method, sparsity=0.5, **params):
+    """`prune` with a calibration that needs no tokenizer."""
+    return prune(model, method, sparsity, calibration=RandomCalibration(model, None), **params)
+
+
+def cache_of(output):
+    """The KV cache in a model's output, whose name transformers 5 changes."""
+    cache = getattr(output, "cache", None)
+    return cache if cache is not None else output.past_key_values
+
+
+def prompts_of(rows, length, seed=0):
+    return torch.tensor([random_tokens(length, seed=seed + i) for i in range(rows)])
+
+
+def generate(model, ids, tokens=12, attention_mask=None):
+    if attention_mask is None:
+        attention_mask = torch.ones_like(ids)
+    return model.generate(
+        ids, attention_mask=attention_mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def decoded(model, session, prompts, steps=24):
+    """Logits of the prompt and of each greedily decoded token."""
+    ids = torch.as_tensor(prompts)
+    out = model(ids, use_cache=True)
+    logits = [out.logits[:, -1]]
+    for _ in range(steps):
+        token = logits[-1].argmax(-1, keepdim=True)
+        out = model(token, use_cache=True, **{cache_argument(model): cache_of(out)})
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits), list(session.events), session.effective_sparsity
+
+
+def bits(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def same(model, before):
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(
+        torch.equal(now[n], t) and now[n].stride() == t.stride() for n, t in before.items()
+    )
+
+
+class Interrupt(TorchFunctionMode):
+    """Ctrl-C before or after the n-th torch operation."""
+
+    def __init__(self, at, after):
+        super().__init__()
+        self.left, self.after = at, after
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise KeyboardInterrupt
+        result = func(*args, **(kwargs or {}))
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return result

@@ -1,0 +1,140 @@
+"""A model spread over two cards by accelerate: every part of a method's state lies where its layer is."""
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from transformers import AutoModelForCausalLM
+
+from dart_eval import ffn
+from dart_eval.errors import UserError
+from dart_eval.executors import jobs, local
+from dart_eval.models import ModelSpec, Resolved, resolve
+from dart_eval.plan import config_from
+from tests.helpers.cards import Cards, OnCard
+from tests.helpers.models import FAMILIES, random_tokens, save_tiny, tiny
+from tests.helpers.sessions import RENEWED, RESTLESS, decoded, open_session
+
+TASKS, METHODS = (
+    "smoke_questions,smoke_summary,smoke_drift",
+    "dense,griffin,dart:aggregate=ema:compensate=true,wanda-sp",
+)
+
+
+@pytest.fixture(autouse=True)
+def _cards_hold_plain_numbers(monkeypatch):
+    monkeypatch.setattr(ffn, "PLAIN", (*ffn.PLAIN, OnCard))
+
+
+def spread(model):
+    """Layers in turn on the second card and the first, the last one on the second; all else on the first."""
+    places = {}
+    for name, module in model.named_modules():
+        above = name.rpartition(".")[0]
+        if above in places or any(name.startswith(f"{place}.") for place in places):
+            continue
+        last = name.rpartition(".")[2]
+        if last.isdigit():
+            places[name] = f"lazy:{(int(last) + 1) % 2}"
+        elif not list(module.children()):
+            places[name] = "lazy:0"
+    return dispatch_model(model, places)
+
+
+class _Watch(jobs.Silent):
+    def __init__(self):
+        self.errors = []
+
+    def failed(self, cell, error, where):
+        self.errors.append(f"{cell.name}: {error}")
+        self.where = where
+
+
+def _rounded(value):
+    """Batches on a card are others than on a CPU: the last digits are, too."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return pytest.approx(value, rel=1e-5, abs=1e-4) if isinstance(value, float) else value
+
+
+def _load(self, note=print):
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(self.source, attn_implementation="eager")
+    return model.eval(), AutoTokenizer.from_pretrained(self.source)
+
+
+def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, tokenizer, monkeypatch):
+    folder = save_tiny(tmp_path / "model", tokenizer)
+    given = {"model": folder, "method": METHODS, "limit": 3, "device": "cpu"}
+    few_shot = {"tasks": "smoke_questions", "num_fewshot": 3}  # with a prefix that all have in common
+
+    def run(output, view):
+        output = str(tmp_path / output)
+        configs = [config_from(None, {**given, "output": output, **w}) for w in ({"tasks": TASKS}, few_shot)]
+        return local.run_all(configs, view)
+
+    def load(self, note=print):
+        model, tokenizer = _load(self)
+        return spread(model), tokenizer
+
+    monkeypatch.setattr(Resolved, "load", _load)
+    wanted = run("one", jobs.Silent())
+    monkeypatch.setattr(Resolved, "load", load)
+    monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # knows no cards but real ones
+    view = _Watch()
+    with Cards():
+        found = run("two", view)
+    assert not found.failed, view.errors
+    assert len(found.records) == len(wanted.records) == 4 * 4
+    for a, b in zip(found.records, wanted.records, strict=True):
+        assert _rounded([dataclasses.asdict(m) for m in a.metrics]) == _rounded(
+            [dataclasses.asdict(m) for m in b.metrics]
+        )
+        assert _rounded(a.samples) == _rounded(b.samples)
+
+
+@pytest.mark.parametrize(("method", "params", "shared"), [*((*m, False) for m in RENEWED), ("dart", RESTLESS, True)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, shared):
+    prompts = [random_tokens(20, seed) for seed in (3, 4)]
+    found = []
+    for cards in (contextlib.nullcontext(), Cards()):
+        model = tiny(family, attention="eager")
+        with cards:
+            if found:
+                model = spread(model)
+                assert {str(p.device) for p in model.parameters()} == {"lazy:0", "lazy:1"}
+            start = model.get_input_embeddings().weight.device
+            with open_session(model, method, 0.5, execution="masked", shared_mask=shared, **params) as session:
+                logits, events, share = decoded(model, session, torch.tensor(prompts, device=start), steps=8)
+            found.append((logits.cpu(), [(e["token"], e["cause"]) for e in events], share))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    assert bool(found[0][1]) == bool(params)  # masks did change
+
+
+def test_what_cards_would_refuse_is_refused():
+    with Cards():
+        a, b = torch.ones(3).to("lazy:0"), torch.ones(3).to("lazy:1")
+        for wrong in (lambda: a + b, lambda: a * torch.ones(3), lambda: a[b.long()], lambda: torch.cat([a, b])):
+            with pytest.raises(RuntimeError, match="expected all tensors on the same device"):
+                wrong()
+        assert (a + torch.tensor(1.0)).tolist() == [2, 2, 2] and a[torch.tensor([0])].device == a.device
+        b.copy_(a * 2)
+        assert b.tolist() == [2, 2, 2] and str((b + 1).device) == "lazy:1" and b.to("cpu").device.type == "cpu"
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path, tokenizer):
+    """Where accelerate leaves layers on the disk their weights are nowhere until they run."""
+    folder = save_tiny(tmp_path / "model", tokenizer)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "disk"}
+    with pytest.raises(UserError, match="the model does not fit"):
+        resolve(ModelSpec(folder, device_map=places)).load()
+    model, _ = resolve(ModelSpec(folder, device_map="auto")).load()
+    assert {p.device.type for p in model.parameters()} <= {"cpu", "cuda"}

@@ -1,0 +1,244 @@
+"""The public code of arXiv 2601.22632 has defects, numbered D1 to D22 in our notes; here is shown that we have none.
+
+D11, D12, D14 and D21 are of its scripts (perplexity, summaries, baselines, packaging): the tests of those parts cover
+them. D15 (masks save no time) is about execution.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
+from dart_eval.evaluation.tasks import tasks_dir
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.pruning.calibration import DEFAULT_TEXT
+from dart_eval.pruning.drift import DriftConfig, DriftDetector
+from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.session import prune
+from dart_eval.pruning.state import SequenceState
+from tests.helpers.models import SMALL, random_tokens, tiny
+from tests.helpers.sessions import RESTLESS, cache_of, open_session
+
+CPU = torch.device("cpu")
+
+
+def decode(model, session, ids, tokens):
+    """Masks of all layers in force at each decoded token, as kept counts; then all events."""
+    name, out, counts = cache_argument(model), model(ids, use_cache=True), []
+    for token in tokens:
+        dense = bool(session.state.dense_now.any())
+        counts.append(
+            [f.size if dense else int(m.sum()) for f, m in zip(find_ffns(model), session.state.masks, strict=True)]
+        )
+        out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
+    return counts, session.events
+
+
+def prompt(length=20, seed=0):
+    return torch.tensor([random_tokens(length, seed=seed)])
+
+
+@pytest.mark.parametrize("dense_tokens", [0, 1, 2])
+def test_d1_every_layer_is_masked_again_after_an_alarm_and_the_next_alarm_can_come(llama, dense_tokens):
+    with open_session(llama, "dart", 0.5, **RESTLESS, dense_tokens=dense_tokens) as session:
+        counts, events = decode(llama, session, prompt(), random_tokens(30, seed=1))
+    assert len(events) >= 3
+    ran_dense = [sum(c) == sum(f.size for f in find_ffns(llama)) for c in counts]
+    assert dense_tokens * len(events) <= sum(ran_dense) <= dense_tokens * (len(events) + 1)  # none from the ring
+    for c, dense in zip(counts, ran_dense, strict=True):
+        assert dense or sum(c) == 60  # half of 3 x 40, whatever came before
+    assert all(math.isfinite(float(t)) for t in session.state.detector.threshold)
+
+
+def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
+    method = Dart()
+    request = Request(random_tokens(20), random_tokens(3, seed=2))
+    with prune(llama, method, 0.5) as session:
+        for _ in range(2):
+            (score,) = scorer(llama, output_head(llama), session, 1).score([request])
+            assert (score.masked, score.pruned) == (3, pytest.approx(1.5))
+    assert method == Dart()
+
+
+def test_d3_and_d4_each_layer_has_its_own_count_before_and_after_an_alarm(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        counts, events = decode(llama, session, prompt(), random_tokens(12, seed=1))
+        wanted = session.state.keep[0].tolist()
+    assert len(set(wanted)) == 3  # a shift or an exchange would show
+    assert events and all(c == wanted for c in counts)
+
+
+@pytest.mark.parametrize("length", [4, 12, 60])
+def test_d5_the_first_prompt_has_a_threshold_unless_it_is_too_short_to_have_a_window(llama, length):
+    with open_session(llama, "dart", 0.5, window=5) as session:
+        llama(prompt(length), use_cache=True)
+        threshold = float(session.state.detector.threshold[0])
+    assert math.isfinite(threshold) == (length > 5)
+    assert not math.isnan(threshold)
+
+
+def test_d6_sigma_acts_and_the_first_token_is_out():
+    torch.manual_seed(0)
+    a = torch.randn(1, 60, 16) * 0.3 + 1
+    a[:, 0] = -100  # a sink
+    valid = torch.ones(1, 60, dtype=torch.bool)
+    found = {}
+    for sigma in (0.5, 2.0):
+        detector = DriftDetector(DriftConfig(window=5, sigma=sigma, floor=0.0), 1, 16, CPU)
+        detector.observe(a[:, 1:], valid[:, 1:])
+        detector.set_reference()
+        found[sigma] = float(detector.threshold[0])
+    assert found[2.0] < found[0.5] < 1
+
+    class Seen(SequenceState):
+        pass
+
+    model = tiny("llama")
+    for skip, sees_sink in ((True, False), (False, True)):
+        state = Seen(find_ffns(model), Dart(window=5, detect_skip_first=skip), 0.5, 1, CPU)
+        state.detector = DriftDetector(state.method.drift, 1, 16, CPU)
+        state.observe_attention(a, valid)
+        assert (float(state.detector.total.min()) < 0) == sees_sink
+
+
+def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
+    name, second = cache_argument(llama), prompt(24, seed=5)
+
+    def snapshot(session):
+        state = session.state
+        return [*state.masks, state.detector.reference, state.detector.threshold, state.detector.pressure]
+
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        llama(second, use_cache=True)
+        alone = snapshot(session)
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        decode(llama, session, prompt(), random_tokens(7, seed=1))
+        llama(second, use_cache=True)
+        after = snapshot(session)
+        out = llama(second[:, :9], use_cache=True)
+        llama(second[:, 9:], use_cache=True, **{name: cache_of(out)})
+        chunked = snapshot(session)
+        out = llama(second[:, :1], use_cache=True)  # a prompt of one token is a prompt
+        assert session.state.tokens.tolist() == [1.0]
+    assert all(torch.equal(x, y) for x, y in zip(alone, after, strict=True))
+    assert all(torch.allclose(x.double(), y.double()) for x, y in zip(alone, chunked, strict=True))
+
+
+def test_d7_a_cache_that_went_back_is_refused(llama):
+    from dart_eval.errors import UserError
+
+    with open_session(llama, "dart", 0.5):
+        out = llama(prompt(20), use_cache=True)
+        cache = cache_of(out)
+        cache.crop(-5)
+        with pytest.raises(UserError, match="went back from 20 to 15"):
+            llama(prompt(1), use_cache=True, **{cache_argument(llama): cache})
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "itself"}])
+def test_d7_assisted_decoding_is_refused(llama, options):
+    from dart_eval.errors import UserError
+
+    if "assistant_model" in options:
+        options = {"assistant_model": tiny("llama", seed=1)}
+    ids = torch.tensor([[*random_tokens(6), *random_tokens(6), *random_tokens(6)]])
+    with open_session(llama, "dart", 0.7), pytest.raises(UserError, match="went back"):
+        llama.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_d8_sums_are_kept_in_fp32(llama, dtype):
+    for params in ({}, {"aggregate": "ema", "decay": 1.0}, {"normalise": "l1"}, {"stages": 1.5}):
+        state = SequenceState(find_ffns(llama), Dart(detect=False, **params), 0.5, 1, CPU)
+        h = torch.full((1, 3000, 40), 1e-4, dtype=dtype)
+        valid = torch.ones(1, 3000, dtype=torch.bool)
+        state.observe_hidden(0, h, valid, h if params.get("stages") else None)
+        token = float(h[0, 0, 0])
+        wanted = {"ema": token, "l1": (1 / 40) ** 2}.get(params.get("aggregate") or params.get("normalise"), token**2)
+        assert state.energy[0].dtype == torch.float32
+        assert float(state.energy[0][0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
+        if params.get("stages"):
+            assert float(state.up[0][0, 0]) == pytest.approx(3000 * token**2, rel=1e-2)
+
+
+def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):
+    for method in ("griffin", "dart", "dart-code", "dart-plus"):
+        with prune(llama, method, 0.5):  # no tokenizer, no text
+            llama(prompt(), use_cache=True)
+    text = " ".join(DEFAULT_TEXT.read_text(encoding="utf-8").split())
+    for name in ("questions", "stories", "articles"):
+        for line in (tasks_dir() / "smoke" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            for value in json.loads(line).values():
+                if isinstance(value, str) and len(value) > 40:
+                    assert " ".join(value.split())[:60] not in text
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart", "dart-code", "dart-plus"])
+def test_d10_candidates_share_one_mask_that_none_of_them_made(llama, method):
+    context, masks = random_tokens(20, seed=3), []
+    for answers in ((5, 6, 7), (50, 51)):
+        with open_session(llama, method, 0.5) as session:
+            scorer(llama, output_head(llama), session, 4).score([Request(context, (a, a)) for a in answers])
+            assert all(torch.equal(m, m[:1].expand_as(m)) for m in session.state.masks)
+            masks.append([m[0] for m in session.state.masks])
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+def test_d13_dense_tokens_count_against_the_label(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS, dense_tokens=3) as session:
+        counts, _ = decode(llama, session, prompt(), random_tokens(24, seed=1))
+    pruned = sum(1 - sum(c) / 120 for c in counts)
+    assert session.effective_sparsity == pytest.approx(pruned / 25)  # 24 and the prompt's own
+    assert session.effective_sparsity < 0.4
+
+
+def test_d16_each_sequence_of_a_batch_has_its_own_mask(llama):
+    with open_session(llama, "dart", 0.5) as session:
+        llama(torch.tensor([random_tokens(20, seed=1), random_tokens(20, seed=2)]), use_cache=True)
+        assert any(not torch.equal(m[0], m[1]) for m in session.state.masks)
+
+
+def test_d17_a_long_prompt_keeps_no_more_than_a_short_one():
+    detector = [DriftDetector(DriftConfig(window=2), 1, 8, CPU) for _ in range(2)]
+    for found, length in zip(detector, (200, 2000), strict=True):
+        found.observe(torch.randn(1, length, 8), torch.ones(1, length, dtype=torch.bool))
+        found.set_reference()
+    assert detector[0].nbytes() == detector[1].nbytes()
+
+
+def test_d18_the_projection_is_made_only_where_a_score_wants_it(llama, monkeypatch):
+    def fail(*_):
+        raise AssertionError("not asked for")
+
+    monkeypatch.setattr("dart_eval.pruning.calibration.project", fail)
+    for method in ("dart", "dart-code", "dart-plus", "griffin"):
+        with open_session(llama, method, 0.5):
+            pass
+    with pytest.raises(AssertionError), open_session(llama, "dart", 0.5, score="max"):
+        pass
+
+
+def test_d20_every_family_has_allocation_and_detector(model):
+    with open_session(model, "dart", 0.5, **RESTLESS) as session:
+        counts, events = decode(model, session, prompt(), random_tokens(12, seed=1))
+    assert len(set(map(tuple, counts))) == 1 and len(set(counts[0])) > 1
+    assert len(events) >= 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_d22_no_attention_probabilities_are_asked_for(attention):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL)
+    config._attn_implementation = attention
+    model = AutoModelForCausalLM.from_config(config).eval()
+    signals = []
+    with open_session(model, "dart", 0.5, **RESTLESS) as session:
+        decode(model, session, prompt(), random_tokens(7, seed=1))
+        signals = session.trace(0)["signal"]
+    assert len(signals) == 2
+    assert model.config.output_attentions is False

@@ -1,0 +1,120 @@
+"""An interrupt at any point of leaving `prune()`: the model is as it was, and the interrupt is raised."""
+
+import signal
+import sys
+
+import pytest
+import torch
+
+from dart_eval.cli import _Stopped
+from dart_eval.pruning import cache_watch, calls, hooks, inplace, permuted, session, slices
+from tests.helpers.models import biased, random_tokens
+from tests.helpers.sessions import RESTLESS, bits, decoded, open_session, same
+
+FILES = {m.__file__ for m in (session, cache_watch, calls, hooks, permuted, slices, inplace, torch.utils.hooks)}
+# What leads there, instruction by instruction; where a matrix is moved, every seventh line; none of what only counts.
+CLOSELY = {
+    "prune",
+    "detach",
+    "_leave",
+    "to_the_end",
+    "remove",
+    "release",
+    "leave",
+    "_drop",
+    "look_inside",
+    "_restore",
+    "restore",
+    "_finish",
+}
+COUNTING = {"involutions"}
+STRIDE = 7
+
+
+class Interrupt:
+    """Raises at the n-th point that is looked at."""
+
+    def __init__(self, at, error):
+        self.left, self.error, self.lines = at, error, 0
+
+    def __call__(self, frame, event, _arg):
+        code = frame.f_code
+        if code.co_filename not in FILES or code.co_name in COUNTING:
+            return None
+        closely = code.co_name in CLOSELY
+        frame.f_trace_opcodes = closely
+        self.lines += event == "line"
+        if event == "opcode" or (event == "line" and not closely and self.lines % STRIDE == 0):
+            self.left -= 1
+            if not self.left:
+                raise self.error
+        return self
+
+
+def one_layer():
+    model = biased("llama")
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model
+
+
+def untouched(model, before):
+    """The bits of the weights, no hook, no method of another."""
+    left = any(
+        m._forward_hooks or m._forward_pre_hooks or vars(m).keys() & {"forward", "generate", "_apply", calls.GUARD}
+        for m in model.modules()
+    )
+    return same(model, before) and not left
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("dart-plus", KeyboardInterrupt()), ("dart", _Stopped(signal.SIGTERM))],
+    ids=["Ctrl-C", "signal"],
+)
+def test_an_interrupt_anywhere_on_the_way_out(method, error):
+    model = one_layer()
+    before, at, wrong, left = bits(model), 0, [], 0
+    tracing = sys.gettrace()
+    while left <= 0:
+        at += 1
+        interrupt, raised = Interrupt(at, error), None
+        try:
+            with open_session(model, method, 0.5, execution="permuted", **RESTLESS) as run:
+                decoded(model, run, [random_tokens(4)], steps=1)
+                assert run.permuted is not None and not same(model, before)
+                sys.settrace(interrupt)
+        except BaseException as found:
+            raised = found
+        finally:
+            sys.settrace(tracing)
+        torch.set_grad_enabled(True)  # an interrupt may hit torch as it leaves `no_grad`
+        left = interrupt.left
+        if raised is not (error if left <= 0 else None) or not untouched(model, before):
+            wrong.append(at)
+            model = one_layer()
+    assert not wrong, f"{len(wrong)} of {at} points, the first {wrong[:9]}"
+    assert at > 300
+
+
+def test_an_impatient_user_loses_nothing(monkeypatch):
+    """Ctrl-C over and over while neurons are put back: the first one is raised, at the end."""
+    model = one_layer()
+    before = bits(model)
+    stops = [KeyboardInterrupt(i) for i in range(5)]
+    finish = inplace.Work.finish
+
+    def stopped(self):
+        if stops[1:]:
+            raise stops.pop(1)
+        finish(self)
+
+    def leave():
+        with open_session(model, "dart", 0.5, execution="permuted", **RESTLESS) as run:
+            decoded(model, run, [random_tokens(4)], steps=1)
+            monkeypatch.setattr(inplace.Work, "finish", stopped)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        leave()
+    assert raised.value.args == (1,)
+    assert len(stops) == 1 and untouched(model, before)

@@ -1,0 +1,126 @@
+"""Projections that are no plain matrices, as quantisation libraries and accelerate leave them."""
+
+import warnings
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch.nn.functional import linear
+
+from dart_eval.errors import UserError
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.pruning.permuted import quantised
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.sessions import cache_of, open_session
+
+
+class Boxed(torch.Tensor):
+    """Integers and a scale that pass for a float32 tensor: torchao's way."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype, device=data.device)
+
+    def __init__(self, data):
+        self.scale = data.abs().amax(1, keepdim=True) / 127
+        self.integers = (data / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        if func.name() in ("aten::t", "aten::mm", "aten::addmm", "aten::linear"):
+            plain = [a.integers.to(a.dtype) * a.scale if isinstance(a, Boxed) else a for a in args]
+            return func(*plain, **(kwargs or {}))
+        raise NotImplementedError(func.name())
+
+
+def _box(module):
+    module.weight = torch.nn.Parameter(Boxed(module.weight.detach()), requires_grad=False)
+
+
+def _round_inputs(module):
+    """Plain weights, and a forward of the instance that rounds its inputs: compressed-tensors' W8A8."""
+
+    def forward(x):
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-8) / 7
+        return linear((x / scale).round() * scale, module.weight, module.bias)
+
+    module.forward = forward
+
+
+def _pack(module):
+    """The weight under another name: GPTQ, packed compressed-tensors."""
+    module.packed = module._parameters.pop("weight")
+    module.forward = lambda x: linear(x, module.packed, module.bias)
+
+
+def _eighths(module):
+    """float8 and a scale beside it: the numbers alone say nothing of a row's norm."""
+    module.scale = module.weight.detach().abs().amax(1, keepdim=True) / 448
+    module.weight = torch.nn.Parameter((module.weight.detach() / module.scale).to(torch.float8_e4m3fn), False)
+    module.forward = lambda x: linear(x, module.weight.to(x.dtype) * module.scale, module.bias)
+
+
+def _projections(model):
+    return [m for f in find_ffns(model) for m in (f.gate, f.up, f.down)]
+
+
+def _decoded(model, execution):
+    """A decoded token's logits, and how they were made."""
+    ids = torch.tensor([random_tokens(20)])
+    with open_session(model, "griffin", 0.5, execution=execution) as session:
+        out = model(ids, use_cache=True)
+        step = model(ids[:, :1], use_cache=True, **{cache_argument(model): cache_of(out)})
+        return step.logits, session.execution
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_round_inputs, r"Linear \(layer 0\) has a forward of its own"),
+        (_box, r"Linear \(layer 0\) has weights that are quantised or wrapped \(Boxed\)"),
+        (_pack, r"Linear \(layer 0\) has weights that are kept in a form of their own"),
+        (_eighths, r"Linear \(layer 0\) has weights that are quantised \(float8_e4m3fn\)"),
+    ],
+)
+def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(change, reason):
+    model = tiny("llama")
+    for module in _projections(model):
+        change(module)
+    with pytest.warns(UserWarning, match=reason):
+        found, execution = _decoded(model, "auto")
+    assert execution == "masked"
+    assert torch.equal(found, _decoded(model, "masked")[0])
+
+
+@pytest.mark.parametrize("change", [_box, _pack, _eighths])
+@pytest.mark.parametrize("method", ["magnitude", "wanda-sp"])
+def test_methods_that_read_weights_refuse_quantised_ones_in_one_line(method, change):
+    model = tiny("llama")
+    for module in _projections(model):
+        change(module)
+    with (
+        pytest.raises(UserError, match=r"weights of Linear are .* cannot be read; load the model unquantised"),
+        open_session(model, method, 0.5),
+    ):
+        pass
+
+
+def test_a_model_that_accelerate_spreads_is_still_reordered():
+    """Its hooks replace the forward of every module, and keep the class's own."""
+    model = tiny("llama")
+    before, _ = _decoded(model, "permuted")
+    for module in _projections(model):
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    assert quantised(find_ffns(model)) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found, execution = _decoded(model, "permuted")
+    assert execution == "permuted"
+    assert torch.equal(found, before)
+    wrapped = tiny("llama")
+    for module in _projections(wrapped):
+        _round_inputs(module)
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    assert "forward of its own" in quantised(find_ffns(wrapped))

@@ -1,0 +1,275 @@
+"""`prune()` on every family and method: what is masked, what is restored, what is reported."""
+
+import pytest
+import torch
+
+import dart_eval
+from dart_eval.errors import UserError
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.registry import BUILT_IN
+from dart_eval.pruning.session import prune
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.sessions import RENEWED, RESTLESS, cache_of, generate, open_session, prompts_of
+
+PRUNERS = [cls.name for cls in BUILT_IN if cls.prunes and not getattr(cls, "looks_ahead", False)]
+MASKS = [name for name in PRUNERS if name != "dart-plus"]  # a mask alone decides, the same for all tokens
+QUIET = {"dart": {"detect": False}, "dart-code": {"detect": False}}
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_sparsity_zero_is_dense(model, method):
+    ids = prompts_of(2, 20)
+    dense = generate(model, ids)
+    with open_session(model, method, 0.0) as session:
+        pruned = generate(model, ids)
+    assert torch.equal(dense.sequences, pruned.sequences)
+    assert torch.allclose(torch.stack(dense.logits), torch.stack(pruned.logits))
+    assert session.effective_sparsity == 0
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
+    with open_session(model, method, sparsity) as session:
+        generate(model, prompts_of(2, 20), tokens=5)
+        neurons = sum(f.size for f in find_ffns(model))
+        exact = 1 - round((1 - sparsity) * neurons) / neurons
+        if method in MASKS:
+            masks = session.static_masks or session.state.masks
+            for row in range(len(masks[0])):
+                assert sum(int(m[row].sum()) for m in masks) == round((1 - sparsity) * neurons)
+            assert session.mask_sparsity == pytest.approx(exact)
+        assert session.weights_read == pytest.approx(1 - exact)
+        assert session.effective_sparsity == pytest.approx(exact * 4 / 5)  # the first token comes from the prefill
+
+
+@pytest.mark.parametrize("method", MASKS)
+def test_a_mask_does_what_removing_the_neurons_would(model, method):
+    """Decoding under the mask equals decoding with the pruned columns of down set to zero after the prefill."""
+    ids = prompts_of(1, 20)
+    with open_session(model, method, 0.5, **QUIET.get(method, {})) as session:
+        pruned = generate(model, ids, tokens=6)
+        masks = session.static_masks or session.state.masks
+    prefill = model(ids, use_cache=True)
+    cache = {cache_argument(model): cache_of(prefill)}
+    with torch.no_grad():
+        for ffn, mask in zip(find_ffns(model), masks, strict=True):
+            ffn.output_weight()[:, ~mask[0]] = 0
+    token, logits = prefill.logits[:, -1].argmax(-1), [prefill.logits[:, -1]]
+    for _ in range(5):
+        out = model(token[:, None], use_cache=True, **cache)
+        logits.append(out.logits[:, -1])
+        token = out.logits[:, -1].argmax(-1)
+    assert torch.allclose(torch.stack(pruned.logits).double(), torch.stack(logits), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_pruning_changes_the_output(llama, method):
+    ids = prompts_of(1, 20)
+    dense = generate(llama, ids)
+    with open_session(llama, method, 0.7):
+        pruned = generate(llama, ids)
+    assert torch.equal(dense.logits[0], pruned.logits[0])  # prefill is dense
+    assert not torch.allclose(dense.logits[1], pruned.logits[1])
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_leaving_restores_the_model_bit_for_bit(model, method):
+    ids = prompts_of(1, 10)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = model(ids).logits
+    with open_session(model, method, 0.7):
+        generate(model, ids, tokens=8)
+    with pytest.raises(RuntimeError, match="stop here"):  # noqa: PT012, SIM117
+        with open_session(model, method, 0.7):
+            generate(model, ids, tokens=8)
+            raise RuntimeError("stop here")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model(ids).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("method", "params"), RENEWED)
+def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
+    lengths = (20, 9, 14)
+    prompts = [random_tokens(n, seed=n) for n in lengths]
+    width = max(lengths)
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+    attention = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    with open_session(model, method, 0.5, **params) as session:
+        together = generate(model, ids, tokens=15, attention_mask=attention)
+        events = {(e["sequence"], e["step"]) for e in session.events}
+    alone_events = set()
+    for row, prompt in enumerate(prompts):
+        with open_session(model, method, 0.5, **params) as session:
+            alone = generate(model, torch.tensor([prompt]), tokens=15)
+            alone_events |= {(row, e["step"]) for e in session.events}
+        assert alone.sequences[0, len(prompt) :].tolist() == together.sequences[row, width:].tolist()
+        for a, b in zip(alone.logits, together.logits, strict=True):
+            assert torch.allclose(a[0], b[row], atol=1e-6)
+    assert events == alone_events
+    assert bool(events) == bool(params)
+
+
+def test_masks_change_between_forwards_and_only_after_an_alarm(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        seen = []
+        original = session._end
+
+        def watch(*args):
+            before = [m.clone() for m in session.state.masks] if session.state.masks else None
+            original(*args)
+            after = session.state.masks
+            seen.append(before is not None and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+
+        session.detach()
+        session._end = watch
+        session.attach()
+        generate(llama, prompts_of(1, 20), tokens=14)
+    # 13 decoding forwards follow the prefill; windows of three close after the 3rd, 6th, 9th and 12th
+    changed = [i for i, c in enumerate(seen) if c]
+    assert changed
+    assert set(changed) <= {3, 6, 9, 12}
+    assert [e["step"] for e in session.events] == [3, 6, 9, 12]
+    assert session.remasks == [4]
+
+
+def test_two_runs_give_the_same(llama):
+    outs = []
+    for _ in range(2):
+        with open_session(llama, "dart", 0.6, **RESTLESS):
+            outs.append(generate(llama, prompts_of(2, 15)))
+    assert torch.equal(torch.stack(outs[0].logits), torch.stack(outs[1].logits))
+
+
+def test_a_new_prompt_starts_afresh(llama):
+    first, second = prompts_of(1, 15, seed=1), prompts_of(1, 18, seed=2)
+    with open_session(llama, "dart", 0.6, **RESTLESS):
+        alone = generate(llama, second)
+    with open_session(llama, "dart", 0.6, **RESTLESS):
+        generate(llama, first)
+        after = generate(llama, second)
+    assert torch.equal(torch.stack(alone.logits), torch.stack(after.logits))
+
+
+def test_a_further_turn_extends_the_context(llama):
+    """Several tokens on a filled cache run dense and are observed: a split prompt makes the same mask."""
+    ids = prompts_of(1, 20)
+    with open_session(llama, "griffin", 0.5) as session:
+        llama(ids, use_cache=True)
+        whole = [m.clone() for m in session.state.masks]
+        out = llama(ids[:, :12], use_cache=True)
+        llama(ids[:, 12:], use_cache=True, **{cache_argument(llama): cache_of(out)})
+        assert all(torch.equal(a, b) for a, b in zip(whole, session.state.masks, strict=True))
+
+
+def test_beam_search_is_refused_where_masks_cannot_follow(llama):
+    with open_session(llama, "griffin", 0.5) as session:
+        llama(prompts_of(2, 12), use_cache=True)
+        state = session.state
+        out = llama(prompts_of(1, 12), use_cache=True)
+        session.state = state
+        with pytest.raises(UserError, match="batch changed"):
+            llama(prompts_of(1, 1), use_cache=True, **{cache_argument(llama): cache_of(out)})
+
+
+@pytest.mark.parametrize(("method", "params"), [("griffin", {}), ("dart", RESTLESS), ("dart-plus", {"every": 2})])
+@torch.no_grad()
+def test_beams_take_their_masks_with_them(llama, method, params):
+    """The score of the best beam is that of its tokens decoded alone; beams changed places on the way."""
+    ids = prompts_of(2, 12)
+    with open_session(llama, method, 0.5, **params):
+        out = llama.generate(
+            ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=14, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+        )  # fmt: skip
+    assert any(
+        len(set(row[row >= 0].tolist())) > 1 for row in out.beam_indices
+    )  # the best beam was not always in one row
+    name = cache_argument(llama)
+    for row in range(2):
+        with open_session(llama, method, 0.5, **params):
+            step, total = llama(ids[row : row + 1], use_cache=True), 0.0
+            for token in out.sequences[row, 12:].tolist():
+                total += float(step.logits[0, -1].log_softmax(-1)[token])
+                step = llama(torch.tensor([[token]]), use_cache=True, **{name: cache_of(step)})
+        assert float(out.sequences_scores[row]) == pytest.approx(total, abs=1e-5)
+
+
+def test_another_cache_than_that_of_the_masks_is_refused(llama):
+    name = cache_argument(llama)
+    with open_session(llama, "griffin", 0.5):
+        first = llama(prompts_of(1, 20), use_cache=True)
+        llama(prompts_of(1, 12, seed=3), use_cache=True)
+        with pytest.raises(UserError, match="not the one that the masks"):
+            llama(prompts_of(1, 1), use_cache=True, **{name: cache_of(first)})
+    with open_session(llama, "random", 0.5):  # one mask for all
+        first = llama(prompts_of(1, 20), use_cache=True)
+        llama(prompts_of(1, 12, seed=3), use_cache=True)
+        llama(prompts_of(1, 1), use_cache=True, **{name: cache_of(first)})
+
+
+def test_state_bytes_count_what_is_kept(llama):
+    with open_session(llama, "dart", 0.5) as session:
+        generate(llama, prompts_of(1, 20), tokens=3)
+        neurons, layers, width = 3 * 40, 3, 32
+        least = neurons * (1 + 4) + layers * 24 * width * 8  # masks, fp32 scores, ring in the model's fp64
+        assert least <= session.state_bytes <= least + 4 * width * 8 + 200
+
+
+def test_the_python_surface():
+    assert set(PRUNERS) <= set(dart_eval.methods())
+    with pytest.raises(UserError, match="did you mean griffin"), prune(tiny("llama"), "grifin", 0.5):
+        pass
+    with pytest.raises(UserError, match="outside"), prune(tiny("llama"), "griffin", 1.0):
+        pass
+    with pytest.raises(UserError, match="tokenizer"), prune(tiny("llama"), "wanda-sp", 0.5):
+        pass
+
+
+def test_wanda_sp_calibrates_on_the_given_text(llama, tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{t}" for t in random_tokens(700)))
+    calibration = TextCalibration(llama, tokenizer, path)
+    energy = calibration.energy()
+    ids = torch.tensor(tokenizer(path.read_text())["input_ids"])
+    hidden = []
+    ffn = find_ffns(llama)[1]
+    handle = ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0]))
+    for part in ids.split(llama.config.max_position_embeddings):
+        llama(part[None])
+    handle.remove()
+    assert torch.allclose(energy[1].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)
+
+
+def test_a_forward_without_cache_is_refused(llama):
+    with open_session(llama, "griffin", 0.5), pytest.raises(UserError, match="use_cache"):
+        llama.generate(prompts_of(1, 12), max_new_tokens=3, use_cache=False, pad_token_id=0)
+
+
+def test_every_calibration_segment_begins_as_a_prompt_does(llama, tokenizer, tmp_path):
+    """A tokenizer that begins with BOS: each segment does, and BOS itself is not counted."""
+    words = random_tokens(1200, seed=2)
+
+    class WithBos:
+        bos_token_id = 1
+
+        def __call__(self, text, **_):
+            return {"input_ids": [1, *words]}
+
+    (tmp_path / "text.txt").write_text("words")
+    seen = []
+    handle = llama.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
+    energy = TextCalibration(llama, WithBos(), tmp_path / "text.txt").energy()
+    handle.remove()
+    seen = [ids for ids in seen if ids.shape[1] > 3]
+    assert all(int(ids[0, 0]) == 1 for ids in seen)
+    assert torch.cat([ids[0, 1:] for ids in seen]).tolist() == list(words)
+    hidden = []
+    ffn = find_ffns(llama)[0]
+    handle = ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0][:, 1:]))
+    for ids in seen:
+        llama(ids)
+    handle.remove()
+    assert torch.allclose(energy[0].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)

@@ -1,0 +1,330 @@
+"""What a session must notice or refuse: chats, ends in a batch, copies, nested blocks, changed layers and weights."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, OpenAIGPTConfig
+
+from dart_eval.errors import UserError
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.pruning.session import prune
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.sessions import RESTLESS, cache_of, open_session
+
+
+def prompt(length=20, seed=0):
+    return torch.tensor([random_tokens(length, seed=seed)])
+
+
+def generate(model, ids, tokens, **options):
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(ids, max_new_tokens=tokens, return_dict_in_generate=True, **options)
+
+
+# -- effective sparsity --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["griffin", "random"])
+def test_every_turn_of_a_chat_has_one_dense_token(llama, method):
+    with open_session(llama, method, 0.5) as session:
+        out = generate(llama, prompt(), 5)
+        ids = torch.cat([out.sequences, prompt(4, seed=9)], 1)
+        generate(llama, ids, 5, **{cache_argument(llama): cache_of(out)})
+        assert session.effective_sparsity == pytest.approx(0.5 * 8 / 10)
+
+
+def test_a_prompt_in_chunks_has_one_dense_token(llama):
+    with open_session(llama, "griffin", 0.5) as session:
+        generate(llama, prompt(), 5, prefill_chunk_size=7)
+        assert session.effective_sparsity == pytest.approx(0.5 * 4 / 5)
+        generate(llama, prompt(seed=3), 1)
+        out = generate(llama, prompt(seed=4), 1)
+        assert session.effective_sparsity == pytest.approx(0.5 * 4 / 7)
+        ids = torch.cat([out.sequences, prompt(3, seed=5)], 1)
+        generate(llama, ids, 1, **{cache_argument(llama): cache_of(out)})  # a turn, not a chunk
+        assert session.effective_sparsity == pytest.approx(0.5 * 4 / 8)
+
+
+def test_a_prefix_that_was_cached_before_serves_every_prompt(llama):
+    """As transformers' documentation has it: a copy of the prefix's cache for each prompt."""
+    name, prefix = cache_argument(llama), prompt(8)
+    with torch.no_grad():
+        cached = cache_of(llama(prefix, use_cache=True))
+    with torch.no_grad(), open_session(llama, "random", 0.5) as session:
+        for tokens in (9, 4):
+            ids = torch.cat([prefix, prompt(5, seed=tokens)], 1)
+            generate(llama, ids, tokens, **{name: copy.deepcopy(cached)})
+        assert session.effective_sparsity == pytest.approx(0.5 * 11 / 13)
+
+
+def test_a_cache_that_was_filled_before_counts_its_first_token_as_dense(llama):
+    name, ids = cache_argument(llama), prompt()
+    out = llama(ids, use_cache=True)
+    with open_session(llama, "griffin", 0.5) as session:
+        for token in random_tokens(4, seed=2):
+            out = llama(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
+        assert session.effective_sparsity == pytest.approx(0.5 * 3 / 4)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_a_batch_computes_after_the_end_of_a_sequence_is_no_token_of_it(llama, given):
+    ids = torch.cat([prompt(seed=1), prompt(seed=2)])
+    with open_session(llama, "griffin", 0.5):
+        free = generate(llama, ids, 10).sequences[:, 20:]
+    said = free.tolist()
+    end = next(t for t in said[0][1:-2] if t not in said[1] and t != said[0][0])
+    kept = said[0].index(end) + 1
+    options = {"eos_token_id": end} if given else {}
+    if not given:
+        llama.generation_config.eos_token_id = end
+    with open_session(llama, "griffin", 0.5) as session:
+        generate(llama, ids, 10, **options)
+        assert session.effective_sparsity == pytest.approx(0.5 * (kept - 1 + 9) / (kept + 10))
+
+
+def test_padding_that_a_sequence_says_itself_is_a_token_of_it(llama):
+    ids = torch.cat([prompt(seed=1), prompt(seed=2)])
+    with open_session(llama, "griffin", 0.5) as session:
+        said = generate(llama, ids, 10).sequences[:, 20:].tolist()
+    middle = next(t for t in said[0][:-2] if t not in (said[0][-2], said[1][-2]))
+    with open_session(llama, "griffin", 0.5) as session:
+        generate(llama, ids, 10, pad_token_id=middle)  # nothing ends: no end of sequence is set
+        assert session.effective_sparsity == pytest.approx(0.5 * 9 / 10)
+
+
+# -- phases --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [8, 9, 15])
+def test_a_last_chunk_of_one_token_belongs_to_the_prompt(llama, length):
+    ids = prompt(length)
+    with open_session(llama, "griffin", 0.5) as session:
+        whole = generate(llama, ids, 6).sequences
+        tokens = session.state.tokens.tolist()
+        chunked = generate(llama, ids, 6, prefill_chunk_size=7).sequences
+        assert session.state.tokens.tolist() == tokens == [length]
+    assert whole.tolist() == chunked.tolist()
+
+
+def test_a_turn_of_one_token_belongs_to_the_context(llama):
+    name = cache_argument(llama)
+    with open_session(llama, "griffin", 0.5) as session:
+        out = generate(llama, prompt(), 1)
+        turn = generate(llama, torch.cat([prompt(), prompt(1, seed=8)], 1), 3, **{name: cache_of(out)})
+        assert session.state.tokens.tolist() == [21] and turn.sequences.shape[1] == 24
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["random", "griffin"])
+def test_a_loss_under_prune_is_refused(llama, method):
+    ids = prompt()
+    with open_session(llama, method, 0.5), pytest.raises(UserError, match="labels"):
+        llama(ids, labels=ids)
+    assert torch.isfinite(llama(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("inner", ["masked", "auto"])
+@pytest.mark.parametrize("outer", ["masked", "permuted"])
+def test_a_second_prune_of_one_model_is_refused(llama, outer, inner):
+    before = llama(prompt()).logits
+    with open_session(llama, "griffin", 0.5, execution=outer) as session:
+        wanted = generate(llama, prompt(), 6).sequences
+        for part in (llama, llama.model):
+            with pytest.raises(UserError, match="another prune"), open_session(part, "griffin", 0.5, execution=inner):
+                pass
+        assert generate(llama, prompt(), 6).sequences.tolist() == wanted.tolist()
+        assert session.effective_sparsity > 0
+    assert torch.equal(llama(prompt()).logits, before)
+    with open_session(llama, "griffin", 0.5):
+        pass
+
+
+@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.model, lambda m: m.model.layers[0].mlp])
+def test_a_copy_of_a_model_inside_the_block_is_refused(llama, part):
+    with open_session(llama, "griffin", 0.5):
+        generate(llama, prompt(), 3)
+        with pytest.raises(UserError, match="copy of a model"):
+            copy.deepcopy(part(llama))
+    copied = copy.deepcopy(llama)
+    assert torch.equal(copied(prompt()).logits, llama(prompt()).logits)
+
+
+def test_beams_of_a_copied_cache_change_places_in_the_copy_alone(llama):
+    with torch.no_grad(), open_session(llama, "griffin", 0.5) as session:
+        out = llama(torch.cat([prompt(seed=1), prompt(seed=2)]), use_cache=True)
+        cache, state = cache_of(out), session.state
+        keys, masks = cache.layers[0].keys.clone(), [m.clone() for m in state.masks]
+        copied = copy.deepcopy(cache)
+        copied.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(cache.layers[0].keys, keys) and session.state is state
+        assert torch.equal(copied.layers[0].keys, keys.flip(0))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(cache.layers[0].keys, keys.flip(0))
+        assert all(torch.equal(a, b.flip(0)) for a, b in zip(session.state.masks, masks, strict=True))
+        assert type(copied) is DynamicCache and type(copy.deepcopy(cache)) is DynamicCache
+    assert type(cache) is DynamicCache
+    pickle.loads(pickle.dumps(copied))
+
+
+@pytest.mark.parametrize("execution", ["masked", "permuted"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.half(),
+        lambda m: m.to("meta"),
+        lambda m: m.model.layers[1].mlp.to(torch.float16),
+        lambda m: m.load_state_dict(m.state_dict()),
+        lambda m: m.model.layers[0].mlp.down_proj.load_state_dict(m.model.layers[0].mlp.down_proj.state_dict()),
+    ],
+)
+def test_weights_are_not_cast_moved_or_loaded_inside_the_block(llama, execution, change):
+    before = {k: v.clone() for k, v in llama.state_dict().items()}
+    with open_session(llama, "griffin", 0.5, execution=execution):
+        generate(llama, prompt(), 3)
+        with pytest.raises(UserError, match="must stay as they are"):
+            change(llama)
+    assert all(torch.equal(v, before[k]) for k, v in llama.state_dict().items())
+    assert llama.half().dtype == torch.float16
+    assert llama.__dict__.keys() == tiny("llama").__dict__.keys()
+
+
+@pytest.mark.parametrize("execution", ["masked", "permuted"])
+def test_a_move_to_where_the_weights_are_is_none(llama, execution):
+    with open_session(llama, "griffin", 0.5, execution=execution):
+        wanted = generate(llama, prompt(), 3).sequences
+        assert llama.to("cpu") is llama and llama.double() is llama
+        assert generate(llama, prompt(), 3).sequences.tolist() == wanted.tolist()
+
+
+def test_weights_that_were_replaced_by_hand_are_put_back(llama):
+    before = {k: v.clone() for k, v in llama.state_dict().items()}
+    with open_session(llama, "griffin", 0.5, execution="permuted"):
+        generate(llama, prompt(), 3)
+        for parameter in llama.model.layers.parameters():
+            if parameter.dim() == 2 and 40 in parameter.shape:
+                parameter.data = parameter.data.half()
+        assert llama.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+    assert all(v.dtype == before[k].dtype and torch.equal(v, before[k]) for k, v in llama.state_dict().items())
+
+
+def test_continuous_batching_is_refused(llama):
+    with open_session(llama, "griffin", 0.5), pytest.raises(UserError, match="continuous batching"):
+        llama.generate_batch([list(random_tokens(5))], max_new_tokens=3)
+
+
+def test_a_cache_that_is_a_tuple_is_refused(llama):
+    with open_session(llama, "griffin", 0.5), pytest.raises(UserError, match="is a tuple"):
+        llama.model(prompt(), **{cache_argument(llama): ((torch.zeros(1), torch.zeros(1)),)})
+
+
+@pytest.mark.parametrize("how", ["config", "model"])
+def test_a_model_that_keeps_no_cache_is_refused(llama, how):
+    if how == "config":
+        llama.config.use_cache = False
+    else:
+        llama = AutoModelForCausalLM.from_config(
+            OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        ).eval()
+    for method in ("griffin", "random"):
+        with pytest.raises(UserError, match="no KV cache"), open_session(llama, method, 0.5):
+            llama(prompt())
+
+
+# -- layers that are not what they were ------------------------------------------------------------------------------
+
+
+class Adapter(torch.nn.Linear):
+    """A projection with something beside it, as adapters are injected: a new module in the old one's place."""
+
+    def __init__(self, base):
+        torch.nn.Module.__init__(self)
+        self.base, self.in_features, self.out_features = base, base.in_features, base.out_features
+        self.side = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) * self.side
+
+
+def inject(model):
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Adapter(layer.mlp.down_proj)
+
+
+def drop(model):
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.config.layer_types = None
+
+
+@pytest.mark.parametrize("change", [inject, drop])
+@pytest.mark.parametrize("method", ["griffin", "dart", "random"])
+def test_layers_that_changed_between_two_blocks_are_found_again(llama, change, method):
+    with open_session(llama, method, 0.5, execution="masked"):
+        generate(llama, prompt(), 4)
+    change(llama)
+    dense = llama(prompt()).logits
+    with open_session(llama, method, 0.5, execution="masked") as session:
+        out = generate(llama, prompt(), 4)
+        assert len(session.ffns) == len(llama.model.layers)
+        for ffn, layer in zip(session.ffns, llama.model.layers, strict=True):
+            assert ffn.down is layer.mlp.down_proj
+        assert session.effective_sparsity == pytest.approx(0.5 * 3 / 4)
+        pruned = llama(out.sequences[:, -1:], **{cache_argument(llama): cache_of(out)}).logits
+    full = llama(out.sequences).logits[:, -1:]
+    assert not torch.allclose(pruned, full)  # something was pruned
+    assert torch.equal(dense, llama(prompt()).logits)
+
+
+@pytest.mark.parametrize("method", ["griffin", "random"])
+def test_layers_that_change_inside_the_block_are_noticed(llama, method):
+    with open_session(llama, method, 0.5, execution="masked"):
+        generate(llama, prompt(), 4)
+        inject(llama)
+        with pytest.raises(UserError, match="layers of LlamaForCausalLM have changed"):
+            generate(llama, prompt(), 4)
+    assert len(find_ffns(llama)) == 3
+
+
+def test_a_method_that_a_user_has_set_is_there_again(llama):
+    mine = llama.generate = functools.partial(llama.generate, max_length=23)
+    with open_session(llama, "griffin", 0.5) as session:
+        assert llama.generate(prompt(), do_sample=False, pad_token_id=0).shape[1] == 23
+        assert session.effective_sparsity == pytest.approx(0.5 * 2 / 3)
+    assert llama.generate is mine
+
+
+def test_a_weight_that_is_made_anew_is_no_changed_layer(llama):
+    for layer in llama.model.layers:
+        torch.nn.utils.parametrize.register_parametrization(layer.mlp.down_proj, "weight", torch.nn.Identity())
+    kept = []
+    with open_session(llama, "griffin", 0.5, execution="masked"):
+        for _ in range(5):
+            generate(llama, prompt(), 2)
+            kept.append([layer.mlp.down_proj.weight for layer in llama.model.layers])  # so that no address comes back
+
+
+@pytest.mark.parametrize("end", [lambda e: e, lambda e: [e, 95], lambda e: torch.tensor([e, 95])])
+def test_ends_are_taken_as_generate_takes_them(llama, end):
+    ids = torch.cat([prompt(seed=1), prompt(seed=2)])
+    with open_session(llama, "griffin", 0.5) as session:
+        generate(llama, ids, 4, eos_token_id=end(94))
+        assert 0 < session.effective_sparsity <= 0.5
+
+
+def test_the_methods_of_a_model_are_its_own_again(llama):
+    with prune(llama, "dart", 0.5, **RESTLESS):
+        generate(llama, prompt(), 8)
+    assert not any(name in m.__dict__ for m in llama.modules() for name in ("generate", "_apply", "load_state_dict"))

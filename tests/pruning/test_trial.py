@@ -1,0 +1,190 @@
+"""The trial forward: where an FFN meets the stream, whether it is all that adds to it, models that fail."""
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+from transformers import (
+    BartConfig,
+    DogeConfig,
+    Gemma4TextConfig,
+)
+
+from dart_eval import trial
+from dart_eval.errors import UserError
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.ffn import cache_argument, decoder_layers, find_ffns
+from tests.helpers.models import GEMMA4, SMALL, STREAMS, random_model, random_tokens, tiny
+from tests.helpers.sessions import cache_of, open_session
+
+BESIDE = {
+    "gemma4": (
+        lambda: Gemma4TextConfig(
+            **GEMMA4, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
+            moe_intermediate_size=16,
+        ),
+        "experts",
+    ),
+    "doge": (lambda: DogeConfig(**SMALL, is_moe=True, num_experts=16, num_experts_per_tok=2), "mlp.up_embed"),
+}  # fmt: skip
+UNKNOWN = {
+    "doge": lambda: DogeConfig(**SMALL),
+    "bart": lambda: BartConfig(
+        vocab_size=96, d_model=32, decoder_layers=3, decoder_attention_heads=4, decoder_ffn_dim=40, is_decoder=True
+    ),
+}
+
+
+def _sensitivity(model, ids, before=()):
+    with open_session(model, "dart", 0.5, detect=False) as session:
+        for count in before:
+            model(torch.tensor([random_tokens(count, seed=count)]), use_cache=True)
+        model(ids, use_cache=True)
+        return session.state.sensitivity(0)
+
+
+def _by_hand(model, ids):
+    """S of every layer, from the stream before and after its FFN."""
+    found, handles = {}, []
+    for layer, ffn in enumerate(find_ffns(model)):
+        own = decoder_layers(model)[layer]
+
+        def keep(name, value, layer=layer):
+            found[layer, name] = (value[0] if isinstance(value, tuple) else value).detach().clone().reshape(-1, 32)
+
+        handles.append(ffn.residual.register_forward_pre_hook(lambda _m, a, keep=keep: keep("y", a)))
+        handles.append(ffn.attention.register_forward_hook(lambda _m, _a, o, keep=keep: keep("a", o)))
+        if hasattr(own, "do_layer_norm_before") or hasattr(own, "per_layer_input_gate"):
+            last = own.final_layer_norm if hasattr(own, "do_layer_norm_before") else own.per_layer_input_gate
+            handles.append(last.register_forward_pre_hook(lambda _m, a, keep=keep: keep("after", a)))
+        else:
+            handles.append(own.register_forward_hook(lambda _m, _a, o, keep=keep: keep("after", o)))
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    result = []
+    for layer, own in enumerate(decoder_layers(model)):
+        y, after = found[layer, "y"], found[layer, "after"]
+        if hasattr(own, "layer_scalar") and not hasattr(own, "per_layer_input_gate"):
+            after = after / own.layer_scalar
+        z = after - y
+        side_by_side = getattr(model.config, "parallel_attn", None) or getattr(
+            model.config, "use_parallel_residual", None
+        )
+        if side_by_side:
+            z = z - found[layer, "a"]
+        turn = 1 - cosine_similarity(y, z, dim=-1).mean()
+        result.append(float(turn * ((z - y).norm(dim=-1) / y.norm(dim=-1)).mean()))
+    return result
+
+
+@pytest.mark.parametrize("family", STREAMS)
+def test_depth_judges_layers_by_the_stream_that_enters_the_ffn_and_what_it_adds(family):
+    model, ids = random_model(STREAMS[family]()), torch.tensor([random_tokens(12)])
+    assert all(ffn.adds for ffn in find_ffns(model))
+    assert _sensitivity(model, ids) == pytest.approx(_by_hand(model, ids), rel=1e-4)
+
+
+def test_depth_sees_nothing_of_the_sequence_before_where_the_norm_comes_after_the_ffn():
+    model = random_model(STREAMS["opt with the norm after the FFN"]())
+    ids = torch.tensor([random_tokens(12)])
+    alone = _sensitivity(model, ids)
+    assert _sensitivity(model, ids, before=(12, 7)) == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", STREAMS)
+def test_what_an_ffn_adds_is_recognised_in_every_dtype(family, dtype):
+    assert all(ffn.adds for ffn in find_ffns(random_model(STREAMS[family](), dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_scale_that_is_not_known_is_noticed(dtype):
+    model = random_model(STREAMS["hyperclovax"](), dtype)
+    ffns = find_ffns(model)
+    for ffn in ffns:
+        ffn.scale = 0.4
+    trial.check(model, ffns, decoder_layers(model))
+    assert not any(ffn.adds for ffn in ffns)
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_depth_is_refused_by_name_where_a_layer_does_more_and_all_else_works(family):
+    model, ids = random_model(UNKNOWN[family]()), torch.tensor([random_tokens(12)])
+    assert not any(ffn.adds for ffn in find_ffns(model))
+    with (
+        pytest.raises(UserError, match=rf"allocation depth does not fit {type(model).__name__}.*allocation=uniform"),
+        open_session(model, "dart", 0.5),
+    ):
+        pass
+    with open_session(model, "dart", 0.5, allocation="uniform") as session:
+        out = model(ids, use_cache=True)
+        model(ids[:, :1], use_cache=True, **{cache_argument(model): cache_of(out)})
+        assert session.steps[0].read.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", BESIDE)
+def test_a_dense_ffn_beside_experts_is_refused_by_name(family, dtype):
+    config, part = BESIDE[family]
+    model = random_model(config(), dtype)
+    with pytest.raises(UserError, match=rf"layer 0 of {type(model).__name__} computes more .*{part}"):
+        find_ffns(model)
+
+
+def test_experts_that_a_layer_adds_on_its_own_are_noticed():
+    """Nothing in the block or behind its norm tells: the layer adds another FFN's output."""
+    model = tiny("llama")
+    layer = model.model.layers[1]
+    layer.experts = torch.nn.Linear(32, 32).double()
+    layer.register_forward_hook(lambda m, _args, out: out + m.experts(out))
+    with pytest.raises(UserError, match=r"layer 1 of LlamaForCausalLM computes more .*\(experts\)"):
+        find_ffns(model)
+
+
+def test_a_model_that_fails_is_told_in_one_line():
+    model = tiny("llama")
+    model.model.layers[2].self_attn.q_proj = torch.nn.Linear(31, 32).double()
+    for trial_forward in (find_ffns, output_head):
+        with pytest.raises(UserError, match=r"LlamaForCausalLM fails on a trial forward .*RuntimeError.*shapes"):
+            trial_forward(model)
+
+
+def test_out_of_memory_is_left_to_those_who_know_what_to_do():
+    model = tiny("llama")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.layers[0].mlp.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        find_ffns(model)
+
+
+def test_every_module_keeps_its_mode():
+    model = tiny("opt")
+    model.train()
+    model.model.decoder.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    find_ffns(model)
+    assert [m.training for m in model.modules()] == before
+
+
+class _Adapted(torch.nn.Module):
+    """A projection with a low-rank one beside it, as adapters are injected."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base, self.low = linear, torch.nn.Linear(linear.in_features, linear.out_features, bias=False).double()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x):
+        return self.base(x) + self.low(x)
+
+
+@pytest.mark.parametrize("config", [STREAMS["gemma4"], UNKNOWN["doge"]])
+def test_adapters_of_the_projections_belong_to_the_ffn(config):
+    model = random_model(config())
+    for layer in model.model.layers:
+        layer.mlp.down_proj = _Adapted(layer.mlp.down_proj)
+    assert len(find_ffns(model)) == 3

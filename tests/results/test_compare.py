@@ -1,0 +1,356 @@
+"""`dart-eval compare`: which cells and documents are paired, what is refused, what the rows say."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dart_eval.cli import compare as command
+from dart_eval.cli import view
+from dart_eval.errors import UserError
+from dart_eval.results import outcomes
+from dart_eval.results.compare import compare_folders, compare_within, render
+from dart_eval.results.record import Metric
+from tests.helpers.records import N, answered, digest, metric_of, perplexities, right, samples, save
+
+# -- two folders ---------------------------------------------------------------------------------------------------
+
+
+def test_cells_are_matched_by_what_was_asked_whatever_made_them(tmp_path):
+    a = save(tmp_path / "a", answered("arc", right(0.9)), answered("arc", right(0.9), "dense", 0.0))
+    b = save(
+        tmp_path / "b",
+        answered("arc", right(0.5), code="other", versions={"torch": "2.5"}),
+        answered("arc", right(0.9), "dense", 0.0),
+        answered("piqa", right(0.9)),
+    )
+    found = compare_folders(a, b)
+    assert [(r.contrast, r.task, r.metric) for r in found.rows] == [("dart 0.5", "arc", "acc"), ("dense", "arc", "acc")]
+    assert [r.better for r in found.rows] == ["A", "-"]
+    assert found.rows[1].result.p == 1
+    text = " ".join(found.notes)
+    assert "differ in code (c0de in A, other in B)" in text
+    assert "differ in versions.torch (2.4 in A, 2.5 in B)" in text
+    assert f"Only in {b}: piqa under dart at sparsity 0.5." in text
+
+
+def test_where_lower_is_better_the_lower_side_is_better(tmp_path):
+    a = save(tmp_path / "a", answered("drift", perplexities(1.0), up=False))
+    b = save(tmp_path / "b", answered("drift", perplexities(1.1), up=False))
+    for left, right_, better in ((a, b, "A"), (b, a, "B")):
+        (row,) = compare_folders(left, right_).rows
+        assert row.better == better
+        assert (row.result.ratio < 1) == (better == "A") == (row.result.difference < 0)
+    assert "nats per word" in render(compare_folders(a, b), "md")
+
+
+def test_of_several_runs_of_one_cell_the_newest_counts(tmp_path):
+    a = save(
+        tmp_path / "a",
+        answered("arc", right(0.2), created="2026-01-01", code="old"),
+        answered("arc", right(0.9), created="2026-02-01", code="new"),
+    )
+    b = save(tmp_path / "b", answered("arc", right(0.9)))
+    found = compare_folders(a, b)
+    assert found.rows[0].result.difference == 0
+    assert f"Several runs of one cell in {a}: the one finished last counts." in found.notes
+    assert not any(str(b) in note for note in found.notes)
+
+
+def test_two_precisions_in_one_folder_are_no_old_and_new(tmp_path):
+    a = save(tmp_path / "a", answered("arc", right(0.2)), answered("arc", right(0.2), dtype="bfloat16"))
+    with pytest.raises(UserError, match=r'there several times, with dtype "bfloat16" and "float32"'):
+        compare_folders(a, a)
+
+
+def test_nothing_in_common_is_answered_with_what_differs(tmp_path):
+    a = save(tmp_path / "a", answered("arc", right(0.5), limit=100))
+    b = save(tmp_path / "b", answered("arc", right(0.5), limit=200), answered("piqa", right(0.5), limit=200))
+    with pytest.raises(UserError, match=r"no cell in common: arc under dart .* differ in limit 100 and 200;"):
+        compare_folders(a, b)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"n": 50}, r"60 documents \(no --limit\) and 50 documents \(no --limit\)"),
+    ({"data": "v2"}, r"60 of 60 documents differ \(the first: arc 0\)"),
+    ({"prompt": True}, r"1 of 60 prompts differ \(the first: arc 7\).*few-shot"),
+    ({"ids": True}, "other documents or filters"),
+])  # fmt: skip
+def test_what_cannot_be_paired_is_refused_with_the_reason(tmp_path, change, words):
+    a = save(tmp_path / "a", answered("arc", right(0.5)))
+    values = right(0.5)[: change.get("n", N)]
+    lines = samples("arc", values, data=change.get("data", "v1"))
+    if "prompt" in change:
+        lines[7]["prompt_hash"] = digest("another")
+    if "ids" in change:
+        lines[7]["doc_id"] = 1000
+    b = save(tmp_path / "b", answered("arc", values, lines=lines))
+    with pytest.raises(outcomes.Unpaired, match=words):
+        compare_folders(a, b)
+
+
+def test_damaged_samples_are_refused(tmp_path):
+    a = save(tmp_path / "a", answered("arc", right(0.5)))
+    (file,) = (a / "samples").iterdir()
+    file.write_text(file.read_text().replace('"acc": 1.0', '"acc": 0.0', 1))
+    with pytest.raises(UserError, match=r"samples of arc under dart .* cannot be read"):
+        compare_folders(a, a)
+    file.unlink()
+    with pytest.raises(UserError, match=r"samples of arc under dart .* cannot be read"):
+        compare_folders(a, a)
+
+
+# -- one folder ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Two methods at two sparsities and dense, on two tasks; DART in two allocations on one of them."""
+    records = []
+    for task in ("arc", "piqa"):
+        records.append(answered(task, right(0.9), "dense", 0.0))
+        for s in (0.5, 0.7):
+            records.append(answered(task, right(0.9 - s / 2), "dart", s))
+            records.append(answered(task, right(0.8 - s / 2), "griffin", s, params={}))
+    records.append(answered("arc", right(0.6), params={"allocation": "uniform", "detect": True}))
+    return save(tmp_path / "out", *records)
+
+
+def places(comparison):
+    return [(r.contrast, r.task) for r in comparison.rows]
+
+
+def test_methods_are_compared_at_each_sparsity_both_have(sweep):
+    found = compare_within("method", "griffin", "dart:allocation=depth", [sweep])
+    assert places(found) == [
+        (f"griffin {s} vs dart:allocation=depth {s}", t) for s in ("0.5", "0.7") for t in ("arc", "piqa")
+    ]
+    assert all(r.result.difference <= 0 for r in found.rows)
+
+
+def test_dense_goes_with_every_sparsity(sweep):
+    found = compare_within("method", "dense", "griffin", [sweep])
+    assert places(found) == [(f"dense vs griffin {s}", t) for s in ("0.5", "0.7") for t in ("arc", "piqa")]
+    assert {r.better for r in found.rows} == {"A"}
+
+
+def test_two_settings_of_one_method(sweep):
+    found = compare_within("method", "dart:allocation=uniform:detect=on", "dart:allocation=depth", [sweep])
+    assert places(found) == [("dart:allocation=uniform 0.5 vs dart:allocation=depth 0.5", "arc")]
+
+
+def test_sparsities_are_compared_within_each_method(sweep):
+    found = compare_within("sparsity", "0.5", "0.7", [sweep])
+    assert ("griffin 0.5 vs griffin 0.7", "arc") in places(found)
+    assert len(found.rows) == 4  # uniform has no 0.7
+    found = compare_within("sparsity", "0", "0.7", [sweep])
+    assert {p[0] for p in places(found)} == {"dense vs dart:allocation=depth 0.7", "dense vs griffin 0.7"}
+
+
+def test_models_are_compared_where_all_else_agrees(tmp_path):
+    models = [{"name": name, "revision": None, "weights": name} for name in ("small", "large")]
+    a = save(tmp_path / "a", answered("arc", right(0.3), model=models[0]))
+    b = save(tmp_path / "b", answered("arc", right(0.8), model=models[1]))
+    (row,) = compare_within("model", "small", "large", [a, b]).rows
+    assert (row.contrast, row.better) == ("small dart 0.5 vs large dart 0.5", "B")
+
+
+@pytest.mark.parametrize(("by", "a", "b", "words"), [
+    ("method", "dart", "griffin", "dart stands for several cells: dart:allocation=.* 0.5, dart:allocation=.* 0.5;"),
+    ("method", "grifin", "dart", "no cell of method grifin in .*; did you mean griffin"),
+    ("method", "dart:window=8", "griffin", "no cell of method dart:window=8"),
+    ("method", "griffin", "griffin", "griffin and griffin are the same cell"),
+    ("sparsity", "0.6", "0.5", "no cell of sparsity 0.6 .*0.5"),
+    ("sparsity", "half", "0.5", "sparsity 'half' is not a number"),
+    ("model", "tiny", "huge", "no cell of model huge"),
+])  # fmt: skip
+def test_what_names_no_or_several_cells_is_refused(sweep, by, a, b, words):
+    with pytest.raises(UserError, match=words):
+        compare_within(by, a, b, [sweep])
+
+
+def test_methods_without_a_common_task_are_refused_with_what_each_has(tmp_path):
+    out = save(tmp_path, answered("arc", right(0.5)), answered("piqa", right(0.5), "griffin", 0.7, params={}))
+    with pytest.raises(UserError, match=r"dart has arc at sparsity 0.5 .*, griffin has piqa at sparsity 0.7"):
+        compare_within("method", "dart", "griffin", [out])
+
+
+# -- metrics and corrections ---------------------------------------------------------------------------------------
+
+
+def both(values, other):
+    return [{**v, **o} for v, o in zip(values, other, strict=True)]
+
+
+def lengths(n=N):
+    return [{"acc_norm": float(i % 2), "gold_ll": -float(i)} for i in range(n)]
+
+
+def test_the_primary_metric_is_shown_and_others_on_request(tmp_path):
+    values = both(right(0.5), lengths())
+    a = save(tmp_path, answered("arc", values))
+    for wanted, shown in (
+        ((), {"acc"}), (("acc_norm",), {"acc_norm"}), (("acc", "gold_ll"), {"acc", "gold_ll"}),
+        (("all",), {"acc", "acc_norm", "gold_ll"}),
+    ):  # fmt: skip
+        assert {r.metric for r in compare_folders(a, a, wanted).rows} == shown
+    with pytest.raises(UserError, match=r"no metric 'acc_nrm' in these results; did you mean acc_norm"):
+        compare_folders(a, a, ["acc_nrm"])
+
+
+def test_filters_are_told_apart(tmp_path):
+    values = [{"exact_match": float(i % 2)} for i in range(N)]
+    lines = samples("gsm", values, filter_="strict") + samples("gsm", values[::-1], filter_="flexible")
+    metrics = [Metric("gsm", f"exact_match,{f}", 0.5, 0.1, N, True) for f in ("strict", "flexible")]
+    a = save(tmp_path, answered("gsm", values, metrics=metrics, lines=lines))
+    assert [r.metric for r in compare_folders(a, a).rows] == ["exact_match,strict"]
+    assert len(compare_folders(a, a, ["exact_match"]).rows) == 2
+
+
+def test_a_metric_that_documents_do_not_give_is_left_out_and_said(tmp_path):
+    values = [{"acc": 1.0, "mcc": [i % 2, 1]} for i in range(N)]
+    metrics = [Metric("cola", "acc", 1.0, 0.0, N, True), Metric("cola", "mcc", 0.3, None, N, True)]
+    a = save(tmp_path / "a", answered("cola", values, metrics=metrics))
+    found = compare_folders(a, a, ["all"])
+    assert [r.metric for r in found.rows] == ["acc"]
+    assert "not compared: cola mcc" in " ".join(found.notes)
+    b = save(tmp_path / "b", answered("cola", values, metrics=metrics[1:]))
+    with pytest.raises(UserError, match=r"document by document \(cola mcc\)"):
+        compare_folders(b, b)
+
+
+def test_p_is_corrected_over_the_tasks_of_one_contrast_and_metric(sweep):
+    rows = compare_within("method", "dense", "griffin", [sweep]).rows
+    by_contrast = {}
+    for row in rows:
+        by_contrast.setdefault(row.contrast, []).append(row)
+    for family in by_contrast.values():
+        p = sorted((r.result.p, r.p_holm) for r in family)
+        assert len(p) == 2
+        assert p[0][1] == pytest.approx(min(1, 2 * p[0][0]))
+
+
+def test_the_model_of_lm_eval_perplexity_weighs_documents_equally(tmp_path):
+    values = [{"perplexity": -float(i % 5)} for i in range(N)]
+    metrics = [Metric("lambada", "perplexity", math.exp(2), None, N, False)]
+    a = save(tmp_path, answered("lambada", values, metrics=metrics))
+    (row,) = compare_folders(a, a).rows
+    assert row.result.kind == "log-perplexity"
+    assert row.result.value_a == pytest.approx(math.exp(2))
+
+
+# -- groups --------------------------------------------------------------------------------------------------------
+
+
+def group(share, by_size, seed=0):
+    """A record of a group in a group, aggregated as lm-eval does it."""
+    from lm_eval.api.metrics import aggregate_subtask_metrics
+
+    sizes = {f"mmlu_{i}": 5 + 7 * i for i in range(8)}
+    values = {t: right(share + 0.05 * i, n, seed + i) for i, (t, n) in enumerate(sizes.items())}
+    metrics = [
+        metric_of(t, "acc", v, part_of="mmlu_stem" if i < 4 else "mmlu") for i, (t, v) in enumerate(values.items())
+    ]
+    means = [m.value for m in metrics]
+    total = aggregate_subtask_metrics(means, list(sizes.values()), by_size)
+    stem = aggregate_subtask_metrics(means[:4], list(sizes.values())[:4], by_size)
+    metrics.append(Metric("mmlu_stem", "acc", stem, 0.1, sum(list(sizes.values())[:4]), True, "mmlu"))
+    metrics.append(Metric("mmlu", "acc", total, 0.1, sum(sizes.values()), True))
+    lines = [s for t, v in values.items() for s in samples(t, v)]
+    return answered("mmlu", [], metrics=metrics, lines=lines), total
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_groups_value_is_that_of_the_record_and_its_members_are_the_clusters(tmp_path, by_size):
+    (one, value_a), (two, value_b) = group(0.5, by_size), group(0.3, by_size, seed=20)
+    (row,) = compare_folders(save(tmp_path / "a", one), save(tmp_path / "b", two)).rows
+    assert (row.task, row.result.n, row.result.clusters) == ("mmlu", 236, 8)
+    assert (row.result.value_a, row.result.value_b) == pytest.approx((value_a, value_b), rel=1e-12)
+    assert row.result.difference == pytest.approx(value_a - value_b)
+    assert row.result.test == ("exact sign flip of clusters" if by_size else "bootstrap-t")
+
+
+def test_documents_of_one_cluster_are_one_unit(tmp_path):
+    clusters = [f"passage {i // 4}" for i in range(N)]
+    sides = [answered("boolq", right(s), lines=samples("boolq", right(s), clusters=clusters)) for s in (0.9, 0.6)]
+    found = compare_folders(*(save(tmp_path / str(i), r) for i, r in enumerate(sides)))
+    (row,) = found.rows
+    assert (row.result.n, row.result.clusters) == (60, 15)
+    assert "60 in 15" in render(found, "md")
+
+
+# -- output --------------------------------------------------------------------------------------------------------
+
+
+def test_json_and_csv_hold_the_rows_in_full(sweep):
+    found = compare_within("method", "dense", "griffin", [sweep])
+    data = json.loads(render(found, "json"))
+    assert (data["seed"], data["resamples"], data["correction"]) == (20240229, 10_000, "Holm")
+    lines = list(csv.DictReader(io.StringIO(render(found, "csv"))))
+    for row, line, made in zip(data["rows"], lines, found.rows, strict=True):
+        assert row["value_a"] == float(line["value_a"]) == made.result.value_a
+        assert row["p_holm"] == float(line["p_holm"]) == made.p_holm
+        assert row.keys() >= {"contrast", "task", "metric", "n", "difference", "low", "high", "p", "better", "effect"}
+        assert row["key_a"] == line["key_a"]
+
+
+def test_the_note_says_tests_seed_and_what_was_not_tested(tmp_path):
+    a = save(tmp_path / "a", answered("arc", right(0.5)[:5]), answered("drift", perplexities(1.0), up=False))
+    b = save(tmp_path / "b", answered("arc", right(0.9)[:5]), answered("drift", perplexities(1.1), up=False))
+    text = render(compare_folders(a, b), "md")
+    for words in ("bootstrap-t", "10000 resamples, seed 20240229", "Holm",
+                  "No test and no interval: 5 independent units, fewer than 6 (arc acc)."):  # fmt: skip
+        assert words in text
+
+
+@pytest.fixture
+def cli():
+    app = typer.Typer()
+    app.command()(command.compare)
+    return lambda *args: CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_the_command_prints_and_saves(cli, sweep, tmp_path):
+    args = ("griffin", "dart:allocation=depth", "--by", "method", "--results", sweep)
+    printed = cli(*args)
+    assert printed.exit_code == 0, printed.output
+    assert printed.stdout.startswith("### A: griffin   B: dart:allocation=depth")
+    assert cli(*args, "--save", tmp_path / "x" / "t.csv").exit_code == 0
+    assert (tmp_path / "x" / "t.csv").read_text().count("\n") == 5
+    assert json.loads(cli(*args, "--format", "json", "--metric", "all").stdout)["rows"]
+    assert cli(*args).stdout == printed.stdout
+
+
+def test_two_folders_at_the_command_line(cli, sweep):
+    found = cli(sweep, sweep, "--format", "json")
+    assert {r["better"] for r in json.loads(found.stdout)["rows"]} == {"-"}
+
+
+@pytest.mark.parametrize(("args", "words"), [
+    (("a", "b", "--by", "metod"), "did you mean method"),
+    (("a", "b", "--format", "tex"), "unknown format 'tex'"),
+    (("a", "b", "--results", "out"), "--results goes with --by"),
+    (("no-a", "no-b"), "no results in no-a"),
+    (("dart", "dense", "--by", "method"), "no results in out"),
+])  # fmt: skip
+def test_wrong_options_are_refused(cli, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    found = cli(*args)
+    assert isinstance(found.exception, UserError)
+    assert words in str(found.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_terminal_table_keeps_every_column(sweep, capsys):
+    from dart_eval.results.compare import table
+
+    made = table(compare_within("method", "dense", "griffin", [sweep]))
+    view.show(dataclasses.replace(made, title="[x]"))
+    shown = capsys.readouterr().out
+    for cell in (*made.columns, *made.body[0]):
+        assert cell in shown

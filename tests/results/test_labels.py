@@ -1,0 +1,203 @@
+"""Rows say what was typed: the parameters that are not a method's defaults, in every table, report and check."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import pytest
+
+from dart_eval.cli import view
+from dart_eval.models import Identity
+from dart_eval.results import baseline, outcomes
+from dart_eval.results.check import check, junit, table, workflow_commands
+from dart_eval.results.compare import compare_folders, compare_within
+from dart_eval.results.labels import labels, specs
+from dart_eval.results.report import build
+from dart_eval.results.store import Store
+from dart_eval.results.tables import render, tables
+from dart_eval.results.thresholds import Thresholds
+from dart_eval.results.writers import Table
+from tests.helpers.records import FLOPS, answered, record, right, save
+
+UNIFORM = "dart:allocation=uniform"
+LONG = "dart:allocation=uniform:detect=false:window=12:blend=0.5:reference=kept:memory=running"
+
+
+def of(spec, share=0.9, task="arc", **params):
+    """A record of a method as it was typed."""
+    method = spec.partition(":")[0]
+    own = {} if method == "dense" else {"allocation": "uniform" if "uniform" in spec else "depth", **params}
+    made = answered(task, right(share), method, 0.0 if method == "dense" else 0.5, params=own)
+    made.settings["method"] = spec
+    made.flops.update(FLOPS)
+    return made
+
+
+@pytest.fixture
+def out(tmp_path):
+    return save(tmp_path / "out", of("dense"), of("griffin"), of(UNIFORM))
+
+
+def test_every_table_says_it_also_where_a_method_has_one_setting(out):
+    records = Store(out).load()
+    made = tables(records)
+    assert len(made) == 3
+    for t in made:
+        assert {row[1] for row in t.body} == {"dense", "griffin", UNIFORM}
+    for form in ("md", "tex"):
+        assert render(records, form).count(UNIFORM) == 3
+
+
+def test_data_keeps_method_and_parameters_beside_the_label(out):
+    records = Store(out).load()
+    for rows in (json.loads(render(records, "json")), list(csv.DictReader(io.StringIO(render(records, "csv"))))):
+        (row,) = (r for r in rows if r["method"] == "dart")
+        assert row["label"] == UNIFORM
+        params = row["params"] if isinstance(row["params"], dict) else json.loads(row["params"])
+        assert params == {"allocation": "uniform"}
+
+
+def test_the_report_says_it_in_its_head_its_findings_and_its_tables(out):
+    html = build(Store(out)).html
+    assert f"{UNIFORM}, dense and griffin" in html
+    assert f"{UNIFORM} against dense:" in html
+    assert f'<th scope="row">{UNIFORM}</th>' in html
+    assert f'<td class="model">{UNIFORM}</td>' in html
+
+
+def test_comparisons_say_it(out, tmp_path):
+    (row,) = compare_within("method", "griffin", "dart", [out]).rows
+    assert row.contrast == f"griffin 0.5 vs {UNIFORM} 0.5"
+    other = save(tmp_path / "other", of("dense"), of(UNIFORM))
+    found = compare_folders(other, out)
+    assert [r.contrast for r in found.rows] == [f"{UNIFORM} 0.5", "dense"]
+    found = compare_folders(out, save(tmp_path / "third", of("dense")))
+    assert f"arc under {UNIFORM} at sparsity 0.5" in " ".join(found.notes)
+
+
+def test_a_check_says_it_and_its_baseline_keeps_it(out, tmp_path):
+    file = tmp_path / "b.json"
+    baseline.write(file, outcomes.cells(out))
+    assert [c.get("method") for c in json.loads(file.read_text())["cells"]].count(UNIFORM) == 1
+    fallen = outcomes.cells(save(tmp_path / "now", of("dense"), of("griffin"), of(UNIFORM, 0.1)))
+    report = check(fallen, baseline.read(file), Thresholds(), "b.json")
+    (row,) = report.bad
+    assert row.cell == f"{UNIFORM} 0.5"
+    assert table(report).body[0][0] == f"{UNIFORM} 0.5"
+    assert f'classname="{UNIFORM} 0.5"' in junit(report)
+    assert f"{UNIFORM} 0.5, arc acc" in workflow_commands(report)[0]
+    (missing,) = check(fallen[:2], [c for c in baseline.read(file) if "uniform" in c.key], Thresholds(), "b").rows
+    assert missing.cell == f"{UNIFORM} 0.5"
+
+
+def test_a_baseline_that_does_not_say_it_is_named_by_the_results(out, tmp_path):
+    file = tmp_path / "b.json"
+    cells = outcomes.cells(out)
+    baseline.write(file, [dataclasses.replace(c, settings={}) for c in cells])
+    assert UNIFORM not in file.read_text()
+    report = check(cells, baseline.read(file), Thresholds(), "b.json")
+    assert {r.cell for r in report.rows} == {"dense", "griffin 0.5", f"{UNIFORM} 0.5"}
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def _typed(key, spec, **params):
+    made = record(key=key, params=params, method=spec.partition(":")[0])
+    return dataclasses.replace(made, settings={**made.settings, "method": spec})
+
+
+def test_two_versions_with_other_defaults_are_told_apart_and_what_was_typed_stays():
+    first = _typed("k1", UNIFORM, allocation="uniform", window=10)
+    later = _typed("k2", UNIFORM, allocation="uniform", window=8)
+    assert list(labels([first, later]).values()) == [f"{UNIFORM}:window=10", f"{UNIFORM}:window=8"]
+
+
+def test_one_setting_has_one_name_whoever_made_it():
+    old = record(key="k1", params={"allocation": "uniform"})  # does not say what was typed
+    other = _typed("k2", "dart", allocation="uniform")  # of a version where that was the default
+    assert set(specs([old, _typed("k3", UNIFORM, allocation="uniform"), other]).values()) == {UNIFORM}
+
+
+def test_a_file_in_a_method_is_no_parameter():
+    first = _typed("k1", "dart:allocation=table:a.json", allocation="table:a.json", window=10)
+    later = _typed("k2", "dart:allocation=table:a.json", allocation="table:a.json", window=8)
+    assert list(labels([first, later]).values()) == [
+        "dart:allocation=table:a.json:window=10", "dart:allocation=table:a.json:window=8",
+    ]  # fmt: skip
+
+
+# -- on a terminal -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_long_names_are_readable_on_a_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    body = [["arc_easy", LONG, "0.5", "0.6251 ± 0.0123", "400"], ["arc_easy", "dense", "0", "0.7000 ± 0.0100", "400"]]
+    view.show(Table("Accuracy", ["task", "method", "sparsity", "acc", "n"], body, "note"))
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= width for line in lines)
+    shown = "".join(line[9:].split("  0.5")[0].strip() for line in lines if ":" in line)
+    assert shown == LONG
+    assert sum(":" in line for line in lines) > 1
+    assert any("0.6251 ± 0.0123" in line for line in lines)
+
+
+def test_a_table_that_fits_stays_as_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    view.show(Table("Accuracy", ["method", "acc"], [[LONG, "0.5"]], "note"))
+    assert LONG in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "lines"), [
+    ("dense", ["dense"]),
+    (UNIFORM, ["dart", "  :allocation=uniform"]),
+    ("dart:window=8 0.5 vs griffin 0.5", ["dart:window=8 0.5 vs", "  griffin 0.5"]),
+    ("dart (model=aaaa1111 limit=100)", ["dart (model=aaaa1111", "  limit=100)"]),
+    ("a" * 40, ["a" * 40]),
+])  # fmt: skip
+def test_names_are_broken_between_parameters_and_words(name, lines):
+    assert view.folded(name, 22) == lines
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_long_name_leaves_room_for_its_bar(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+
+    class Cell:
+        key, title = "k", f"smoke_questions {LONG} 0.5"
+
+    shown = view.TerminalView()
+    shown.planned(1, 0)
+    shown.started(Cell, 10)
+    (title,) = [t.description for t in shown.progress.tasks if "dart" in t.description]
+    assert title == Cell.title[: width - 47] + "…"
+
+
+def _shaped(spec, size, created="2026-01-01T00:00:00+00:00"):
+    """A cell whose key holds the batch size, or (None) does not, as it cannot move its numbers."""
+    made = of(spec)
+    inputs = {**made.inputs, "batch_size": size, "share_prefix": None if size is None else True}
+    measured = {**made.measured, "created": created}
+    return dataclasses.replace(made, inputs=inputs, key=f"{spec}{size}".ljust(64, "0"), measured=measured)
+
+
+def test_a_batch_size_that_only_some_cells_have_tells_no_two_apart():
+    plain = [_shaped("dense", None), _shaped("griffin", None), _shaped("dart-plus", 8)]
+    assert list(labels(plain).values()) == ["dense", "griffin", "dart-plus"]
+    two = labels([*plain, _shaped("dart-plus", 4)])
+    assert list(two.values()) == ["dense", "griffin", "dart-plus (batch_size=8)", "dart-plus (batch_size=4)"]
+
+
+def test_a_cell_whose_key_has_come_to_hold_the_batch_size_is_the_newer_run(tmp_path):
+    older, newer = _shaped("dart-plus", None), _shaped("dart-plus", 8, "2026-02-01T00:00:00+00:00")
+    folder = save(tmp_path / "out", of("dense"), older, newer)
+    found = [c for c in outcomes.cells(folder) if c.inputs["method"] == "dart-plus"]
+    assert [c.key for c in found] == [newer.key]
+
+
+def test_a_model_without_code_of_its_own_is_named_as_before():
+    made = Identity("m", None, "abc").to_json()
+    assert made == {"name": "m", "revision": None, "weights": "abc"}
+    assert Identity("m", None, "abc", remote_code=True).to_json()["remote_code"] is True

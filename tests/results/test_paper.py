@@ -1,0 +1,384 @@
+"""The paper's tables: what the file asks for is run, laid out, tested, and written in three formats."""
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from dart_eval.errors import UserError
+from dart_eval.paper import SHIPPED, bertscores, load
+from dart_eval.plan import config_from
+from dart_eval.results import stats
+from dart_eval.results.paper_tables import Column, Layout, Paper, Reported, Row, to_csv
+from dart_eval.results.record import Metric
+from dart_eval.results.store import Store
+from dart_eval.results.writers import Table, latex, markdown
+from tests.helpers.models import save_tiny
+from tests.helpers.records import record, table_body
+
+N = 40
+DENSE, A, B = Row("Dense", "dense", {}, False), Row("A", "a", {}, True), Row("B", "b", {"x": 1}, True)
+ACC = Column("Easy", ("easy",), "acc")
+
+
+def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None):
+    """A record with one 0/1 value per document: `right` of them 1; and a perplexity where `loss` is given."""
+    values = [1.0] * right + [0.0] * (N - right)
+    metrics = [Metric(task, "acc", right / N, 0.05, N, True)]
+    if loss is not None:
+        metrics.append(Metric(task, "word_perplexity", stats.exp(loss), 0.5, N, False))
+    samples = [
+        {
+            "task": task, "doc_id": i, "filter": "none", "doc_hash": f"{i:08}", "prompt_hash": "p", "cluster": None,
+            "target_hash": "t", "responses": ["a text"],
+            # losses vary over documents in a way of each method's own, and average to `loss`
+            "metrics": {"acc": v, "word_perplexity": [-10 * (loss or 0) - (-1) ** (i // (1 + (method == "b"))), 10]},
+        }
+        for i, v in enumerate(values)
+    ]  # fmt: skip
+    made = record(method=method, sparsity=sparsity, params=params, metrics=metrics, key=f"{task}-{method}-{sparsity}")
+    inputs = {**made.inputs, "task": task, "limit": None, "device": "cpu", "code": "c0de" * 4}
+    environment = {"gpu": gpu} if gpu else {}
+    made = dataclasses.replace(made, inputs=inputs, samples=samples, environment=environment)
+    return store.save(f"{task}-{method}", made, [{"task": task, "doc_id": i, "target": "a text"} for i in range(N)])
+
+
+def _paper(tmp_path, *cells, **options):
+    store = Store(tmp_path)
+    records = [_cell(store, *c[:2], **c[2]) for c in cells]
+    return Paper(store, records, options.get("missing", {}), "dart-eval paper x", options.get("bertscores"))
+
+
+def _layout(columns=(ACC,), rows=(DENSE, A, B), **more):
+    return Layout("t", "Title", rows, (0.5,), columns, **more)
+
+
+def test_rows_come_in_blocks_with_their_numbers(tmp_path):
+    paper = _paper(
+        tmp_path, ("dense", 30, {"sparsity": 0.0}), ("a", 20, {}), ("b", 18, {"params": {"x": 1}}),
+    )  # fmt: skip
+    table, numbers = paper.table(_layout())
+    assert table.columns == ["method", "sparsity", "Easy (n=40)", "effective", "read"]
+    assert table.body == [
+        ["Dense", "0", "75.0 ± 5.0", "0.432", "0.500"],
+        ["A", "0.5", "50.0 ± 5.0", "0.432", "0.500"],
+        ["B", "0.5", "45.0 ± 5.0", "0.432", "0.500"],
+    ]
+    assert table.rules == {1}
+    assert [(v.value, v.stderr, v.n) for v in numbers] == [(0.75, 0.05, 40), (0.5, 0.05, 40), (0.45, 0.05, 40)]
+
+
+def test_the_best_is_bold_only_where_the_test_says_so(tmp_path):
+    clear = _paper(tmp_path / "clear", ("dense", 40, {"sparsity": 0.0}), ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
+    table, numbers = clear.table(_layout())
+    assert table.bold == {(1, 2)}  # A, not Dense, which is better still
+    assert [v.p is not None for v in numbers] == [False, True, False]
+    assert numbers[1].p == pytest.approx(2 * 0.5**20)  # McNemar, 20 documents to none
+    close = _paper(tmp_path / "close", ("a", 30, {}), ("b", 28, {"params": {"x": 1}}))
+    table, numbers = close.table(_layout())
+    assert table.bold == frozenset()
+    assert numbers[0].p == pytest.approx(0.5)  # two documents, one way: 2 / 2^2
+    alone = _paper(tmp_path / "alone", ("a", 30, {}))
+    table, numbers = alone.table(_layout(rows=(A,)))
+    assert table.bold == frozenset() and numbers[0].p is None
+
+
+def test_among_three_the_best_must_beat_both(tmp_path):
+    c = Row("C", "c", {}, True)
+    paper = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}}), ("c", 29, {}))
+    table, numbers = paper.table(_layout(rows=(A, B, c)))
+    assert table.bold == frozenset()  # A beats B, but not C
+    assert numbers[0].p == pytest.approx(1.0)
+
+
+def test_lower_perplexity_is_the_better_one(tmp_path):
+    paper = _paper(tmp_path, ("a", 30, {"loss": 3.0}), ("b", 30, {"loss": 2.5, "params": {"x": 1}}))
+    table, numbers = paper.table(_layout((Column("PPL", ("easy",), "word_perplexity"),), (A, B)))
+    assert table.bold == {(1, 2)}
+    assert table.body[0][2] == "20.1 ± 0.5"
+    assert [v.bold for v in numbers] == [False, True]
+
+
+def test_the_mean_weighs_columns_alike_and_is_tested(tmp_path):
+    columns = (ACC, Column("Hard", ("hard", "harder"), "acc"))
+    cells = [
+        (method, right, {"task": task, **more})
+        for method, more, rights in (("a", {}, (20, 10, 30)), ("b", {"params": {"x": 1}}, (4, 10, 30)))
+        for task, right in zip(("easy", "hard", "harder"), rights, strict=True)
+    ]
+    paper = _paper(tmp_path, *cells)
+    table, numbers = paper.table(_layout(columns, (A, B), mean=True))
+    by_place = {(v.row.label, v.column.head): v for v in numbers}
+    assert by_place["A", "Hard"].value == pytest.approx(0.5)
+    assert by_place["A", "Hard"].stderr == pytest.approx(0.05 / 2**0.5)
+    assert by_place["A", "mean"].value == pytest.approx(0.5)  # (.5 + (.25 + .75) / 2) / 2, not a mean of three
+    assert by_place["B", "mean"].value == pytest.approx((0.1 + 0.5) / 2)
+    assert by_place["A", "mean"].bold and by_place["A", "Easy"].bold and not by_place["A", "Hard"].bold
+    assert table.columns[-3:] == ["mean", "effective", "read"]
+
+
+def test_a_cell_that_is_not_there_is_a_dash_and_is_explained(tmp_path):
+    paper = _paper(tmp_path, ("a", 20, {}), missing={"hard": "no data in D", "another": "not asked for"})
+    table, numbers = paper.table(_layout((ACC, Column("Hard", ("hard",), "acc")), (A, B), mean=True))
+    assert [row[2:5] for row in table.body] == [["50.0 ± 5.0", "-", "-"], ["-", "-", "-"]]
+    assert len(numbers) == 1
+    assert "hard: not measured (no data in D)." in table.note
+    assert "another" not in table.note
+
+
+def test_reported_numbers_stand_apart_with_their_source(tmp_path):
+    known = (
+        Reported("theirs", 0.5, {"Easy": 0.666}, "page 3"), Reported("theirs too", 0.5, {"Easy": 0.5}, "page 3"),
+        Reported("elsewhere", 0.7, {"Easy": 0.1}, "page 4"),
+    )  # fmt: skip
+    paper = _paper(tmp_path, ("a", 20, {}))
+    table, numbers = paper.table(_layout(rows=(A,), reported=known))
+    assert table.body[1:] == [["theirs [1]", "0.5", "66.6", "", ""], ["theirs too [1]", "0.5", "50.0", "", ""]]
+    assert len(numbers) == 1  # they are not ours
+    assert "[1] reported, not ours: page 3." in table.note
+
+
+def test_every_table_says_what_made_it(tmp_path):
+    table, _ = _paper(tmp_path, ("a", 20, {})).table(_layout(rows=(A,)))
+    assert "Made of 1 cells: model tiny (f00d), float32 on cpu, scope scored, seed 0" in table.note
+    assert table.note.endswith("dart-eval paper x")
+    table, _ = _paper(tmp_path, ("a", 20, {"gpu": "Card A"}), ("b", 20, {"params": {"x": 1}})).table(_layout())
+    assert "float32 on Card A and cpu, scope" in table.note
+
+
+def test_costs_are_columns_too(tmp_path):
+    columns = (Column("state", ("easy",), field="state_mib"), Column("FLOPs", ("easy",), field="flops_per_token"))
+    table, _ = _paper(tmp_path, ("a", 20, {}), ("b", 20, {"params": {"x": 1}})).table(_layout(columns, (A, B)))
+    assert table.columns[2:4] == ["state", "FLOPs"]
+    assert table.body[0][2:4] == ["0.000", "0.750"]
+    assert table.bold == frozenset()
+    assert "±" not in table.note
+
+
+def test_bertscore_only_where_it_was_measured(tmp_path):
+    column = Column("BS", ("easy",), "bertscore")
+    without, _ = _paper(tmp_path, ("a", 20, {})).table(_layout((column,), (A,)))
+    assert without.body[0][2] == "-"
+    assert "BERTScore: not measured" in without.note
+    scores = {"easy-a-0.5": [0.9, 0.8] * 20, "easy-b-0.5": [0.5, 0.45] * 20}
+    cells = ("a", 20, {}), ("b", 20, {"params": {"x": 1}})
+    table, numbers = _paper(tmp_path, *cells, bertscores=scores).table(_layout((column,), (A, B)))
+    assert table.body[0][2] == "85.0 ± 0.8"
+    assert numbers[0].bold and not numbers[1].bold
+
+
+def test_csv_holds_every_number_in_full(tmp_path):
+    _, numbers = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}})).table(_layout(rows=(A, B)))
+    rows = list(csv.DictReader(io.StringIO(to_csv(numbers))))
+    assert [(r["row"], float(r["value"]), r["bold"]) for r in rows] == [("A", 0.75, "True"), ("B", 0.25, "False")]
+    assert json.loads(rows[1]["params"]) == {"x": 1}
+    assert float(rows[0]["p"]) == numbers[0].p
+
+
+HOSTILE = Table(
+    "50 % of A_1 & $B$ #3", ["method", "a|b", "{c}"],
+    [["x_y^z~", "1 ± 2", r"\input{x}"], ["<b>", '"q"', "p | q"], ["- [1]", "", ""]],
+    "100 % sure_ & done < 3", frozenset({(0, 1)}), frozenset({1}),
+)  # fmt: skip
+
+
+def test_markdown_marks_bold_and_keeps_its_columns():
+    body = table_body(markdown(HOSTILE).replace(r"\|", "/"))
+    assert body[1] == ["x_y^z~", "**1 ± 2**", r"\input{x}"]
+    assert [len(row) for row in body] == [3, 3, 3, 3]
+
+
+def test_latex_escapes_and_rules():
+    text = latex(HOSTILE)
+    assert r"\textbf{1 $\pm$ 2}" in text
+    assert r"\textbackslash{}input\{x\}" in text
+    lines = text.splitlines()
+    assert lines.count(r"\midrule") == 2
+    assert (
+        lines.index(r"\midrule", lines.index(r"\midrule") + 1)
+        == next(i for i, x in enumerate(lines) if "less" in x) - 1
+    )
+
+
+def test_latex_compiles(tmp_path):
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no LaTeX at hand (pdflatex)")
+    paper = _paper(tmp_path / "out", ("a", 30, {}), ("b", 10, {"params": {"x": 1}}))
+    known = (Reported("theirs", 0.5, {"Easy": 0.666}, "page_3, 50 %"),)
+    wide = tuple(dataclasses.replace(ACC, head=f"Easy_{i}") for i in range(14))
+    tables = [
+        HOSTILE,
+        *(paper.table(_layout(c, (A, B), reported=known if c == (ACC,) else ()))[0] for c in ((ACC,), wide)),
+    ]
+    document = "\n".join([
+        r"\documentclass{article}", r"\usepackage[T1]{fontenc}", r"\usepackage{booktabs,graphicx}", r"\begin{document}",
+        *map(latex, tables), r"\end{document}",
+    ])  # fmt: skip
+    (tmp_path / "t.tex").write_text(document, encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull \\hbox" not in done.stdout  # a wide table is scaled to the line
+
+
+# -- the file ------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "about": "A small paper.", "sparsity": [0.5],
+    "methods": {"Dense": "dense", "Ours": "dart:window=3", "G": "griffin"},
+    "tables": [
+        {"name": "one", "title": "One", "columns": {
+            "Q": {"task": "smoke_questions", "metric": "acc", "limit": 3},
+            "R": {"task": "smoke_summary", "metric": "rougeL", "limit": 2, "limit_share": 0.5},
+        }},
+        {"name": "two", "title": "Two", "methods": {"Ours": "dart:window=3"}, "columns": {
+            "Q": {"task": "smoke_questions", "metric": "acc", "limit": 3},
+            "state": {"task": "smoke_questions", "field": "state_mib", "limit": 3},
+        }},
+    ],
+}  # fmt: skip
+BASE = {"method": "dense", "sparsity": "0"}
+
+
+def _file(tmp_path, **changes):
+    path = tmp_path / "paper.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return str(path)
+
+
+def test_the_file_gives_sweeps_and_layouts(tmp_path):
+    spec = load(_file(tmp_path), config_from(None, {**BASE, "seed": 3}))
+    assert [(c.tasks, c.limit, c.method) for c in spec.configs] == [
+        (("smoke_questions",), 3, ("dense", "dart:window=3", "griffin")),
+        (("smoke_summary",), 2, ("dense", "dart:window=3", "griffin")),
+        (("smoke_questions",), 3, ("dart:window=3",)),
+    ]
+    assert {c.sparsity for c in spec.configs} == {(0.5,)} and {c.seed for c in spec.configs} == {3}
+    one, two = spec.layouts
+    assert [(r.label, r.method, r.prunes) for r in one.rows] == [
+        ("Dense", "dense", False), ("Ours", "dart", True), ("G", "griffin", True),
+    ]  # fmt: skip
+    assert one.rows[1].params["window"] == 3
+    assert two.columns[1].field == "state_mib"
+
+
+def test_limit_overrides_the_file(tmp_path):
+    spec = load(_file(tmp_path), config_from(None, {**BASE, "limit": 5}))
+    assert [c.limit for c in spec.layouts[0].columns] == [5, 2]  # half of it for the second, rounded
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tabels": []}, r"unknown key 'tabels'; did you mean tables\?"),
+        ({"tables": []}, "has no tables"),
+        ({"tables": [{**SMALL["tables"][0], "colums": {}}]}, "table 'one': unknown key 'colums'"),
+        ({"tables": [{"name": "x", "title": "X"}]}, "needs columns"),
+        ({"tables": [SMALL["tables"][0]] * 2}, "two tables have one name"),
+        ({"methods": {"A": "drat"}}, "unknown method 'drat'"),
+        ({"methods": ["dart"]}, "labels with methods"),
+        ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "t"}}}]}, "either a metric or a field"),
+        ({"tables": [{"name": "x", "title": "X", "columns": {"Q": {"task": "t", "field": "sate"}}}]}, "unknown field"),
+        (
+            {"tables": [{"name": "x", "title": "X", "mean": True, "columns": {
+                "Q": {"task": "t", "metric": "acc"}, "R": {"task": "t", "metric": "bleu"}}}]},
+            "a mean needs columns of one metric",
+        ),
+        (
+            {"tables": [{**SMALL["tables"][0], "reported": [
+                {"label": "l", "sparsity": 0.5, "values": {"Z": 1}, "source": "s"}]}]},
+            "reported column 'Z' is not there",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said(tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        load(_file(tmp_path, **change), config_from(None, BASE))
+
+
+def test_a_file_that_is_not_there_names_the_shipped_ones():
+    with pytest.raises(UserError, match="smoke, ten"):
+        load("fifteen", config_from(None, BASE))
+
+
+@pytest.mark.parametrize("name", [p.stem.removeprefix("paper-") for p in SHIPPED.glob("paper-*.yaml")])
+def test_shipped_files_are_understood(name):
+    spec = load(name, config_from(None, BASE))
+    assert {layout.name for layout in spec.layouts} >= {"accuracy", "summaries", "ablations", "overhead"}
+    if name == "ten":
+        heads = [c.head for c in spec.layouts[0].columns]
+        assert heads == [
+            "BoolQ",
+            "RTE",
+            "HellaSwag",
+            "WinoGrande",
+            "ARC-E",
+            "ARC-C",
+            "OpenBookQA",
+            "MMLU",
+            "GPQA",
+            "MedMCQA",
+        ]
+        assert [c.num_fewshot for c in spec.layouts[0].columns] == [0] * 7 + [5] * 3
+
+
+def test_the_command_runs_writes_and_goes_on(tmp_path, tokenizer, monkeypatch, capsys):
+    from dart_eval.cli import app
+
+    folder = save_tiny(tmp_path / "tiny", tokenizer)
+    tables = [*SMALL["tables"], {
+        "name": "three", "title": "Three", "columns": {"Q": {"task": "arc_easy", "metric": "acc", "limit": 2}},
+    }]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    command = ["paper", _file(tmp_path, tables=tables), "--model", folder, "--data-dir", "data", "--output", "out"]
+    with pytest.raises(SystemExit) as exit_:
+        app(command)
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    assert said.count("done smoke_questions dart:window=3 0.5") == 1  # in two tables, run once
+    assert sorted(p.name for p in (tmp_path / "out" / "tables").iterdir()) == [
+        "all.md", *(f"{n}.{e}" for n in ("one", "three", "two") for e in ("csv", "md", "tex")),
+    ]  # fmt: skip
+    text = (tmp_path / "out" / "tables" / "all.md").read_text()
+    assert text.startswith("A small paper.")
+    assert "arc_easy: not measured (task arc_easy has no data in data" in text
+    assert "Q (n=3)" in text
+    with pytest.raises(SystemExit):
+        app(command)
+    again = capsys.readouterr().out
+    assert "6 of 6 cells are finished already" in again
+    assert "done " not in again
+    assert (tmp_path / "out" / "tables" / "all.md").read_text() == text
+
+
+def test_bertscores_of_a_run(tmp_path, monkeypatch):
+    from dart_eval import paper as module
+
+    store = Store(tmp_path / "out")
+    made = _cell(store, "a", 20)
+    asked = {}
+
+    def scores(model, candidates, references, **options):
+        asked.update(model=model, candidates=candidates, references=references)
+        return [0.5] * len(candidates)
+
+    monkeypatch.setattr(module.bertscore, "find", lambda name: f"/cache/{name}")
+    monkeypatch.setattr(module.bertscore, "scores", scores)
+    columns = {"BS": {"task": "easy", "metric": "bertscore"}}
+    table = {"name": "x", "title": "X", "columns": columns}
+    spec = load(_file(tmp_path, bertscore="roberta", tables=[table]), config_from(None, BASE))
+
+    class Silent:
+        def status(self, text):
+            pass
+
+    assert bertscores(spec, store, [made], "cpu", Silent()) == {made.key: [0.5] * N}
+    assert asked == {"model": "/cache/roberta", "candidates": ["a text"] * N, "references": ["a text"] * N}
+    monkeypatch.setattr(module.bertscore, "find", lambda name: None)
+    assert bertscores(spec, store, [made], "cpu", Silent()) == {}

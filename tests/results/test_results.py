@@ -1,0 +1,309 @@
+"""Records, the tables of them, and the standard error of perplexities."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+
+from dart_eval.evaluation.evaluate import _perplexity_stderr
+from dart_eval.results.labels import labels
+from dart_eval.results.record import SCHEMA, Metric, Record
+from dart_eval.results.tables import render, rows, tables
+from tests.helpers.records import SCHEMA_1, record, sealed, table_body
+
+ROW_KEYS = {
+    "model", "method", "params", "sparsity", "scope", "task", "metric", "value", "stderr", "n", "effective_sparsity",
+    "weights_read",
+}  # fmt: skip
+
+
+# -- record --------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_survives_json():
+    made = record(params={"window": 8, "detect": True})
+    back = Record.from_json(json.loads(json.dumps(made.to_json())))
+    assert back == dataclasses.replace(made, samples=[])
+
+
+def test_samples_are_not_written_into_the_record():
+    assert "samples" not in record().to_json()
+
+
+def test_keys_that_a_later_version_added_are_ignored():
+    assert Record.from_json(sealed({**record().to_json(), "extra": 1})).key == "k1"
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, "1", None, 0])
+def test_a_schema_that_is_not_known_is_refused(schema):
+    with pytest.raises(ValueError, match=rf"schema {schema} is not known"):
+        Record.from_json({**record().to_json(), "schema": schema})
+
+
+@pytest.mark.parametrize("missing", ["metrics", "inputs", "effective_sparsity"])
+def test_a_record_without_a_field_is_refused(missing):
+    data = record().to_json()
+    del data[missing]
+    with pytest.raises(ValueError, match=f"not a record .*{missing}"):
+        Record.from_json(sealed(data))
+
+
+@pytest.mark.parametrize(("field", "value"), [("mask_sparsity", 0.51), ("tokens", 1235), ("key", "k2"), ("extra", 1)])
+def test_a_record_that_was_edited_is_refused(field, value):
+    with pytest.raises(ValueError, match="digest does not fit"):
+        Record.from_json({**record().to_json(), field: value})
+
+
+def test_a_record_of_schema_1_is_read():
+    old = json.loads(SCHEMA_1)
+    read = Record.from_json(old)
+    assert (read.schema, read.seconds, read.created, read.measured["peak"]) == (SCHEMA, 9.5, "2026-09-01", 4096)
+    assert read.memory == {"weights": 1024, "state": 0}
+    assert read.metrics == [Metric("arc_easy", "acc", 0.5, 0.1, 25, True)]
+    assert read.files == {}
+    assert Record.from_json(read.to_json()) == read  # and written again in today's layout
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def dense_and_dart():
+    return [record(key="k1"), record("dense", 0.0, key="k2"), record(sparsity=0.7, key="k3")]
+
+
+def test_json_has_one_row_per_metric_with_the_promised_keys():
+    data = json.loads(render(dense_and_dart(), "json"))
+    assert len(data) == 6
+    for row in data:
+        assert row.keys() >= ROW_KEYS
+    chosen = [r for r in data if r["key"] == "k3" and r["metric"] == "acc"]
+    assert [{k: chosen[0][k] for k in sorted(ROW_KEYS)}] == [{
+        "effective_sparsity": 0.4321, "method": "dart", "metric": "acc", "model": "tiny", "n": 400, "params": {},
+        "scope": "scored", "sparsity": 0.7, "stderr": 0.0123, "task": "arc_easy", "value": 0.6251,
+        "weights_read": 0.4996,
+    }]  # fmt: skip
+
+
+def test_rows_do_not_depend_on_the_order_of_records():
+    records = dense_and_dart()
+    assert rows(records) == rows(records[::-1])
+    assert [r["sparsity"] for r in rows(records)] == [0.0, 0.5, 0.7] * 2
+
+
+def test_csv_has_one_line_per_metric():
+    records = [*dense_and_dart(), record(params={"window": 8}, key="k4")]
+    lines = list(csv.DictReader(io.StringIO(render(records, "csv"))))
+    assert len(lines) == 8
+    assert lines[0].keys() >= ROW_KEYS
+    first = {r["key"]: r for r in lines if r["metric"] == "acc"}["k4"]
+    assert (float(first["value"]), float(first["stderr"])) == (0.6251, 0.0123)
+    assert json.loads(first["params"]) == {"window": 8}
+
+
+def test_a_metric_without_standard_error_has_an_empty_csv_cell_and_a_json_null():
+    lines = csv.DictReader(io.StringIO(render([record()], "csv")))
+    assert [r["stderr"] for r in lines if r["metric"] == "acc_norm"] == [""]
+    assert [r["stderr"] for r in json.loads(render([record()], "json")) if r["metric"] == "acc_norm"] == [None]
+
+
+def test_markdown_shows_value_error_and_scope_in_aligned_columns():
+    text = render([record()], "md")
+    head, row = table_body(text)[:2]
+    shown = dict(zip(head, row, strict=True))
+    assert shown == {
+        "task": "arc_easy", "method": "dart", "sparsity": "0.5", "acc": "0.6251 ± 0.0123", "acc_norm": "0.5000",
+        "n": "400", "effective": "0.432", "mask": "0.500", "read": "0.500", "scope": "scored",
+    }  # fmt: skip
+    lines = [line for line in text.split("### FLOPs")[0].splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert [line for line in text.splitlines() if line.startswith("###")] == ["### Accuracy", "### FLOPs", "### Memory"]
+
+
+def test_flops_and_memory_are_shown_with_units():
+    flops, memory = tables([record()])[1:]
+    shown = dict(zip(flops.columns, flops.body[0], strict=True))
+    assert shown["prefill"] == "4.00 M"
+    assert shown["ratio"] == "0.750"
+    assert shown["of dense"] == "0.006 %"
+    assert dict(zip(memory.columns, memory.body[0], strict=True))["peak"] == "3.0"
+
+
+@pytest.mark.parametrize(("metric", "title"), [
+    ("acc", "Accuracy"), ("rougeL", "Summaries"), ("word_perplexity", "Perplexity (lower is better)"),
+    ("chrf", "Other metrics"),
+])  # fmt: skip
+def test_every_metric_has_a_table(metric, title):
+    made = tables([record(metrics=[Metric("t", metric, 0.5, None, 10, True)])])
+    assert [t.title for t in made] == [title, "FLOPs", "Memory"]
+    assert metric in made[0].columns
+
+
+def test_tex_escapes_percent_and_underscore():
+    text = render([record()], "tex").replace("{%\n", "{\n")  # a comment that ends a line on purpose
+    for special in "%_":
+        assert f"\\{special}" in text
+        assert special not in text.replace(f"\\{special}", "")
+    assert r"arc\_easy & dart & 0.5 & 0.6251 $\pm$ 0.0123 & 0.5000" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
+
+
+def test_subtasks_are_hidden_unless_asked_for():
+    metrics = [Metric("mmlu", "acc", 0.3, 0.01, 200, True), Metric("mmlu_law", "acc", 0.2, 0.02, 100, True, "mmlu")]
+    made = [record(metrics=metrics)]
+    for form in ("md", "csv", "json"):
+        assert "mmlu_law" not in render(made, form)
+        assert "mmlu_law" in render(made, form, subtasks=True)
+
+
+def test_two_settings_of_one_method_are_told_apart():
+    common = {"ring": 24, "detect": True}
+    records = [
+        record(params={**common, "window": 8}, key="k1"),
+        record(params={**common, "window": 10, "detect": False}, key="k2"),
+        record("griffin", key="k3"),
+    ]
+    methods = {row[1] for row in table_body(render(records, "md")) if row[0] == "arc_easy"}
+    assert methods == {"dart:detect=true:window=8", "dart:detect=false:window=10", "griffin"}
+
+
+def test_settings_are_called_what_a_user_types_where_that_tells_them_apart():
+    def typed(key, spec, **params):
+        made = record(key=key, params=params)
+        return dataclasses.replace(made, settings={**made.settings, "method": spec})
+
+    usual = typed("k1", "dart", window=10, detect=True)
+    quiet = typed("k2", "dart:detect=false", window=10, detect=False)
+    assert set(labels([usual, quiet]).values()) == {"dart", "dart:detect=false"}
+    assert set(labels([quiet]).values()) == {"dart:detect=false"}
+    older = typed(
+        "k3", "dart", window=8, detect=True
+    )  # of a version with other defaults: the name alone says too little
+    assert set(labels([usual, older]).values()) == {"dart:window=10", "dart:window=8"}
+
+
+def test_parameters_stay_hidden_where_a_method_has_one_setting():
+    records = [record(params={"window": 8}, key="k1"), record(params={"window": 8}, sparsity=0.7, key="k2")]
+    assert "window" not in render(records, "md").split("### FLOPs")[0].split("value ± standard error")[0]
+
+
+def test_the_model_is_shown_where_there_are_several():
+    heads = [table_body(render(records, "md"))[0] for records in (
+        [record()], [record(), record(model="other", key="k2")],
+    )]  # fmt: skip
+    assert ["model" in head for head in heads] == [False, True]
+
+
+# -- standard error of perplexities --------------------------------------------------------------------------------
+
+
+def random_documents(seed, count=300):
+    """(log-likelihood, weight) of documents whose length and difficulty vary."""
+    generator = np.random.default_rng(seed)
+    weights = generator.integers(50, 1500, count).astype(float)
+    return [(float(ll), float(w)) for ll, w in zip(-weights * generator.gamma(9, 0.35, count), weights, strict=True)]
+
+
+def perplexity(ll, weight):
+    return np.exp(-ll / weight)
+
+
+def bits(ll, weight):
+    return -ll / weight / math.log(2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("metric", "value"), [
+    ("word_perplexity", perplexity), ("byte_perplexity", perplexity), ("bits_per_byte", bits),
+])  # fmt: skip
+def test_the_standard_error_of_a_perplexity_agrees_with_jackknife_and_bootstrap(metric, value, seed):
+    documents = random_documents(seed)
+    ll, weight = np.array(documents).T
+    n = len(documents)
+    left_out = value(ll.sum() - ll, weight.sum() - weight)
+    jackknife = np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum())
+    drawn = np.random.default_rng(seed).integers(0, n, (4000, n))
+    bootstrap = value(ll[drawn].sum(1), weight[drawn].sum(1)).std(ddof=1)
+    ours = _perplexity_stderr(metric, documents)
+    assert ours == pytest.approx(jackknife, rel=0.1)
+    assert ours == pytest.approx(bootstrap, rel=0.1)
+
+
+def test_documents_of_equal_quality_have_no_error():
+    assert _perplexity_stderr("word_perplexity", [(-20.0, 10.0), (-40.0, 20.0)]) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("samples", [[], [(-3.0, 2.0)], [0.5, 1.0], [(-3.0, 2.0), 1.0]])
+def test_no_standard_error_without_two_documents_that_are_pairs(samples):
+    assert _perplexity_stderr("word_perplexity", samples) is None
+
+
+def test_cells_that_differ_in_a_setting_of_the_run_can_be_told_apart():
+    first, second = record(key="k1"), record(key="k2")
+    second.inputs["seed"] = 1
+    quality = tables([first, second])[0]
+    assert [row[quality.columns.index("method")] for row in quality.body] == ["dart (seed=0)", "dart (seed=1)"]
+
+
+def told_apart(*changes, **options):
+    """Labels of cells of one method whose inputs are changed."""
+    made = [record(key=f"k{i}") for i in range(len(changes))]
+    for r, change in zip(made, changes, strict=True):
+        r.inputs.update(change)
+    return list(labels(made, **options).values())
+
+
+@pytest.mark.parametrize(("name", "first", "second"), [
+    ("scope", "scored", "generated"), ("execution", "masked", "sliced"), ("execution", None, "masked"),
+])  # fmt: skip
+def test_cells_that_differ_in_scope_or_execution_are_told_apart(name, first, second):
+    assert told_apart({name: first}, {name: second}) == [
+        f"dart ({name}={first or 'default'})", f"dart ({name}={second})",
+    ]  # fmt: skip
+
+
+def test_cells_that_differ_in_versions_are_told_apart_by_what_differs():
+    old, new = {"torch": "2.1", "lm_eval": "0.4"}, {"torch": "2.2", "lm_eval": "0.4"}
+    assert told_apart({"versions": old}, {"versions": new}) == ["dart (torch=2.1)", "dart (torch=2.2)"]
+    assert told_apart({"versions": None}, {"versions": new}) == ["dart (lm_eval=none)", "dart (lm_eval=0.4)"]
+    assert told_apart({"versions": old}, {"versions": dict(reversed(old.items()))}) == ["dart"] * 2
+
+
+def test_no_more_packages_are_named_than_it_takes():
+    made = [{"torch": "2.1", "lm_eval": "0.4", "datasets": "3"}, {"torch": "2.2", "lm_eval": "0.5", "datasets": "3"},
+            {"torch": "2.2", "lm_eval": "0.5", "datasets": "4"}]  # fmt: skip
+    assert told_apart(*({"versions": v} for v in made)) == [
+        "dart (datasets=3 lm_eval=0.4)", "dart (datasets=3 lm_eval=0.5)", "dart (datasets=4 lm_eval=0.5)",
+    ]  # fmt: skip
+
+
+def test_a_setting_that_follows_from_the_task_can_be_left_out():
+    cells = [{"limit": 100}, {"limit": 64, "task": "xsum"}]
+    assert told_apart(*cells) == ["dart (limit=100)", "dart (limit=64)"]
+    assert told_apart(*cells, by_task=True) == ["dart", "dart"]
+    assert told_apart(*cells, {"limit": 10, "task": "xsum"}, by_task=True)[1:] == ["dart (limit=64)", "dart (limit=10)"]
+
+
+def test_every_table_names_the_model():
+    one = render([record()], "md")
+    assert "Model tiny." in one
+    for table in tables([record(), record(key="k2", model="other")]):
+        assert table.columns[0] == "model"
+
+
+def test_json_has_no_nan():
+    text = render([record(metrics=[Metric("t", "acc", math.nan, math.inf, 3, True)])], "json")
+    assert json.loads(text, parse_constant=pytest.fail)[0]["value"] is None
+
+
+def test_tex_escapes_whatever_a_name_may_hold():
+    text = render([record(model="a{b}$c~d^e\\f")], "tex")
+    assert r"a\{b\}\$c\textasciitilde{}d\textasciicircum{}e\textbackslash{}f" in text
+
+
+def test_an_error_bar_never_stops_a_cell():
+    assert _perplexity_stderr("word_perplexity", [(-1e6, 1), (-2e6, 2)]) is None
+    assert _perplexity_stderr("word_perplexity", [(-1.0, 0), (-2.0, 0)]) is None

@@ -1,0 +1,209 @@
+"""Two models of one folder name (checkpoint-1000/model, checkpoint-2000/model) are two models in every comparison."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dart_eval.errors import UserError
+from dart_eval.results import detector, outcomes
+from dart_eval.results.check import FELL, MISSING, check, junit
+from dart_eval.results.compare import compare_folders, compare_within
+from dart_eval.results.pairing import counterparts
+from dart_eval.results.paper_tables import Paper
+from dart_eval.results.report import build
+from dart_eval.results.report.cells import Cells
+from dart_eval.results.report.quality import against_cost
+from dart_eval.results.store import Store
+from dart_eval.results.tables import tables
+from dart_eval.results.thresholds import Limits, Thresholds
+from tests.helpers.records import FLOPS, answered, right, save
+
+OLD, NEW = "aaaa1111bbbb2222", "cccc3333dddd4444"
+
+
+def of(weights, method, share, seed=0, revision=None, **more):
+    sparsity = 0.0 if method == "dense" else 0.5
+    model = {"name": "model", "revision": revision, "weights": weights}
+    made = answered("arc", right(share, seed=seed), method, sparsity, model=model, **more)
+    made.flops.update(FLOPS)
+    return made
+
+
+def both(folder):
+    """Dense and griffin of each of two models of one name; each model's griffin is as good as its own dense."""
+    return save(
+        folder, of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9), of(NEW, "dense", 0.2, 1, created="2026-01-02"),
+        of(NEW, "griffin", 0.2, 1, created="2026-01-02"),
+    )  # fmt: skip
+
+
+def test_a_method_is_not_held_against_another_models_dense(tmp_path):
+    out = save(tmp_path, of(OLD, "griffin", 0.9), of(NEW, "dense", 0.2, 1))
+    with pytest.raises(UserError, match="nothing in common"):
+        compare_within("method", "dense", "griffin", [out])
+
+
+def test_each_model_is_compared_with_itself_and_named(tmp_path):
+    found = compare_within("method", "dense", "griffin", [both(tmp_path)])
+    assert [r.contrast for r in found.rows] == [
+        "dense (model=aaaa1111) vs griffin (model=aaaa1111) 0.5",
+        "dense (model=cccc3333) vs griffin (model=cccc3333) 0.5",
+    ]
+    assert [r.result.difference for r in found.rows] == [0, 0]
+    assert not any("Several runs" in note for note in found.notes)
+
+
+def test_two_revisions_of_the_hub_are_two_models(tmp_path):
+    out = save(
+        tmp_path, *(of(None, m, 0.9, revision=r) for m in ("dense", "griffin") for r in ("f00d0000", "beef0000"))
+    )
+    found = compare_within("method", "dense", "griffin", [out])
+    assert [r.contrast for r in found.rows] == [
+        "dense (model=beef0000) vs griffin (model=beef0000) 0.5",
+        "dense (model=f00d0000) vs griffin (model=f00d0000) 0.5",
+    ]
+
+
+def test_models_of_one_name_are_compared_by_the_first_digits_of_their_hash(tmp_path):
+    out = both(tmp_path)
+    found = compare_within("model", "model@aaaa", "model@cccc3333", [out])
+    assert [r.contrast for r in found.rows] == [
+        "model dense (model=aaaa1111) vs model dense (model=cccc3333)",
+        "model griffin (model=aaaa1111) 0.5 vs model griffin (model=cccc3333) 0.5",
+    ]
+    assert [r.better for r in found.rows] == ["A", "A"]
+    with pytest.raises(UserError, match=r"model stands for several models: model@aaaa1111, model@cccc3333"):
+        compare_within("model", "model", "model", [out])
+    with pytest.raises(UserError, match="no cell of model model@bbbb"):
+        compare_within("model", "model@bbbb", "model@aaaa", [out])
+
+
+# -- two folders -----------------------------------------------------------------------------------------------------
+
+
+def test_two_folders_are_compared_model_against_model_and_it_is_said(tmp_path):
+    a = save(tmp_path / "a", of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9))
+    b = save(tmp_path / "b", of(NEW, "dense", 0.2, 1), of(NEW, "griffin", 0.2, 1))
+    found = compare_folders(a, b)
+    assert [(r.contrast, r.better) for r in found.rows] == [("dense", "A"), ("griffin 0.5", "A")]
+    assert "A and B differ in model.weights (aaaa1111bbbb in A, cccc3333dddd in B)." in found.notes
+
+
+def test_between_folders_the_same_weights_go_together_first(tmp_path):
+    a = save(tmp_path / "a", of(OLD, "dense", 0.9))
+    found = compare_folders(a, both(tmp_path / "b"))
+    assert [r.result.difference for r in found.rows] == [0]
+    (said,) = found.notes
+    assert said.startswith(f"Only in {tmp_path / 'b'}: arc under griffin at sparsity 0.5 of model@aaaa1111, ")
+    assert said.count("model@cccc3333") == 2
+
+
+def test_where_several_could_be_meant_none_is_taken(tmp_path):
+    a = save(tmp_path / "a", of("eeee5555", "dense", 0.9))
+    with pytest.raises(UserError, match=r"model@eeee5555 in .*a, model@aaaa1111, model@cccc3333 in .*b; keep each"):
+        compare_folders(a, both(tmp_path / "b"))
+
+
+def test_one_model_that_each_side_has_alone_goes_with_the_other(tmp_path):
+    a = save(tmp_path / "a", of(OLD, "dense", 0.9), of("eeee5555", "dense", 0.8))
+    b = save(tmp_path / "b", of(OLD, "dense", 0.9), of(NEW, "dense", 0.8))
+    left, right_ = outcomes.cells(a), outcomes.cells(b)
+    found = counterparts(left, right_)
+    weights = {c.inputs["model"]["weights"]: found[c.key].inputs["model"]["weights"] for c in left}
+    assert weights == {OLD: OLD, "eeee5555": NEW}
+
+
+# -- a baseline ------------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_model_is_held_against_the_baseline_and_said(tmp_path):
+    then = outcomes.cells(save(tmp_path / "then", of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9)))
+    now = outcomes.cells(save(tmp_path / "now", of(NEW, "dense", 0.9), of(NEW, "griffin", 0.3)))
+    report = check(now, then, Thresholds(), "b.json")
+    assert [(r.cell, r.verdict) for r in report.rows] == [("dense", "ok"), ("griffin 0.5", FELL)]
+    assert "model.weights: aaaa1111bbbb then, cccc3333dddd now." in report.notes
+
+
+def test_of_a_changed_model_the_one_run_last_is_checked(tmp_path):
+    """The old checkpoint's results still lie there: they must not stand in for the new one's."""
+    then = outcomes.cells(save(tmp_path / "then", of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9)))
+    now = outcomes.cells(both(tmp_path / "now"))
+    report = check(now, then, Thresholds(), "b.json")
+    assert [r.verdict for r in report.rows] == [FELL, FELL]
+    several = f"Several models named model in {tmp_path / 'now'} (model@aaaa1111, model@cccc3333)"
+    assert report.notes[0] == f"{several}: the one finished last counts."
+
+
+def test_a_cell_that_only_the_older_model_has_is_missing(tmp_path):
+    then = outcomes.cells(save(tmp_path / "then", of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9)))
+    folder = save(tmp_path / "now", of(OLD, "griffin", 0.9), of(NEW, "dense", 0.9, created="2026-02-01"))
+    report = check(outcomes.cells(folder), then, Thresholds(), "b.json")
+    assert [r.verdict for r in report.rows] == ["ok", MISSING]
+
+
+def test_a_baseline_of_two_models_checks_each_against_itself(tmp_path):
+    cells = outcomes.cells(both(tmp_path))
+    report = check(cells, cells, Thresholds(), "b.json")
+    assert {r.cell for r in report.rows} == {
+        "dense (model=aaaa1111)", "dense (model=cccc3333)", "griffin (model=aaaa1111) 0.5",
+        "griffin (model=cccc3333) 0.5",
+    }  # fmt: skip
+    assert all(r.verdict == "ok" and r.recovery == 1 for r in report.rows)
+    assert 'classname="griffin (model=cccc3333) 0.5"' in junit(report)
+
+
+def test_quality_of_dense_is_of_the_models_own_dense(tmp_path):
+    then = outcomes.cells(save(tmp_path / "then", of(OLD, "griffin", 0.9)))
+    now = outcomes.cells(save(tmp_path / "now", of(OLD, "griffin", 0.9), of(NEW, "dense", 0.9, created="2025-01-01")))
+    with pytest.raises(UserError, match="the results hold no dense cell for arc"):
+        check(now, then, Thresholds(Limits(of_dense=0.5)), "b.json")
+
+
+# -- tables, the report, a paper, drift --------------------------------------------------------------------------------
+
+
+def test_tables_tell_them_apart(tmp_path):
+    methods = {row[1] for row in tables(Store(both(tmp_path)).load())[0].body}
+    assert methods == {f"{m} (model={h[:8]})" for m in ("dense", "griffin") for h in (OLD, NEW)}
+
+
+def test_a_report_holds_each_against_its_own_dense_and_says_that_there_are_two(tmp_path):
+    html = build(Store(both(tmp_path))).html
+    assert "The name model stands for different weights (model@aaaa1111 and model@cccc3333)." in html
+    assert "griffin (model=aaaa1111) against dense (model=aaaa1111):" in html
+    assert "griffin (model=aaaa1111) against dense (model=cccc3333):" not in html
+    alone = Cells.of([of(OLD, "griffin", 0.9), of(NEW, "dense", 0.2)])
+    assert against_cost(alone, "model") == []
+
+
+def test_a_papers_tables_are_of_one_model(tmp_path):
+    store = Store(both(tmp_path))
+    with pytest.raises(UserError, match="of one model, not of model@aaaa1111, model@cccc3333"):
+        Paper(store, store.load(), {}, "dart-eval paper x")
+
+
+def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
+    drift = {"signal": [0.9, 0.5], "window": 10, "mean": 0.9, "deviation": 0.1, "alarms": [], "remasks": []}
+
+    def traced(task, weights):
+        made = of(weights, "dart", 0.9, params={"patience": 2})
+        made.inputs["task"] = task
+        for s in made.samples:
+            s["drift"] = drift
+        return dataclasses.replace(made, key=outcomes.identity(made.inputs)[-40:].encode().hex())
+
+    def drawn(folder, *weights):
+        store = Store(folder)
+        for i, (task, which) in enumerate(zip(("switch", "switch_same"), weights, strict=True)):
+            store.save(f"cell{i}", traced(task, which))
+        return detector.tables(store, store.load())
+
+    assert len(drawn(tmp_path / "a", OLD, OLD)) == 1
+    assert drawn(tmp_path / "b", OLD, NEW) == []
+
+
+def test_the_question_names_the_model_with_its_weights():
+    first, second = (json.loads(outcomes.identity(of(w, "dart", 0.9).inputs)) for w in (OLD, NEW))
+    assert {k for k in first if first[k] != second[k]} == {"model"}
+    assert outcomes.model_of({"name": "hub/model", "revision": None, "weights": None}) == "hub/model"

@@ -1,0 +1,334 @@
+"""The folder of results: what is written whole, found again, claimed, set aside; and the journal of a running cell."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dart_eval.errors import StoreError, UserError
+from dart_eval.results.journal import Journal
+from dart_eval.results.record import SCHEMA
+from dart_eval.results.store import Store, write_atomically
+from tests.helpers.records import SCHEMA_1, record
+
+TEXTS = [{"task": "arc_easy", "doc_id": 0, "prompt": "Why?", "choices": ["a", "b"], "target": 1}]
+
+
+def test_a_store_creates_nothing_before_it_saves(tmp_path):
+    store = Store(tmp_path / "out")
+    assert store.get("cell", "k1") is None
+    assert not store.folder.exists()
+
+
+def test_what_is_saved_is_found_again(tmp_path):
+    store, made = Store(tmp_path), record()
+    saved = store.save("cell", made, TEXTS)
+    assert store.path("cell", "k1").is_file()
+    assert store.get("cell", "k1") == dataclasses.replace(saved, samples=[]) == store.load()[0]
+    assert store.samples(store.load()[0]) == made.samples
+    assert store.texts(store.load()[0]) == {("arc_easy", 0): TEXTS[0]}
+    assert dataclasses.replace(saved, files={}) == made
+
+
+def test_texts_are_kept_once_for_all_cells(tmp_path):
+    store = Store(tmp_path)
+    for key in ("k1", "k2"):
+        store.save("cell", record(key=key), TEXTS)
+    assert len(list((tmp_path / "texts").iterdir())) == 1
+    store.save("cell", record(key="k3"), [{**TEXTS[0], "prompt": "another"}])
+    assert len(list((tmp_path / "texts").iterdir())) == 2
+    assert [store.texts(r)["arc_easy", 0]["prompt"] for r in store.load()] == ["Why?", "Why?", "another"]
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
+def test_a_cell_with_damaged_texts_is_not_finished_and_is_set_aside(tmp_path, damage):
+    store = Store(tmp_path)
+    saved = store.save("cell", record(), TEXTS)
+    other = store.save("other", record(key="k2"))
+    assert store.texts(other) == {}  # none were kept
+    (path,) = (tmp_path / "texts").iterdir()
+    if damage == "lost":
+        path.unlink()
+    else:
+        text = path.read_text()
+        path.write_text(text[:-3] if damage == "cut" else text.replace("Why?", "How?"))
+    with pytest.raises(UserError, match=r"the texts of arc_easy under dart at sparsity 0.5 .* cannot be read"):
+        store.texts(saved)
+    assert store.get("cell", "k1") is None
+    assert store.get("other", "k2") is not None
+    moved = [p.name for p in store.set_aside("cell", "k1")]
+    assert moved == [
+        "cell-k1.json.damaged-1", "cell-k1.jsonl.damaged-1", f"{path.name}.damaged-1",
+    ][: 3 - (damage == "lost")]  # fmt: skip
+    store.save("cell", record(), TEXTS)
+    assert store.get("cell", "k1") is not None
+    assert store.texts(saved) == {("arc_easy", 0): TEXTS[0]}
+
+
+def test_whole_texts_are_not_set_aside_with_a_damaged_record(tmp_path):
+    store = Store(tmp_path)
+    store.save("cell", record(), TEXTS)
+    store.samples_path("cell", "k1").write_text("")
+    assert len(store.set_aside("cell", "k1")) == 2
+    assert [p.suffix for p in (tmp_path / "texts").iterdir()] == [".jsonl"]
+
+
+def test_samples_of_schema_1_have_no_digest(tmp_path):
+    store = Store(tmp_path)
+    store.save("cell", record())
+    old = json.loads(SCHEMA_1)
+    store.path("cell", "k1").write_text(json.dumps(old))
+    (read,) = store.load()
+    assert store.samples(read) == record().samples
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
+def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, damage):
+    store = Store(tmp_path)
+    store.save("cell", record())
+    path = store.samples_path("cell", "k1")
+    if damage == "lost":
+        path.unlink()
+    else:
+        text = path.read_text()
+        path.write_text(text[:-3] if damage == "cut" else text.replace("1.0", "0.0"))
+    assert store.get("cell", "k1") is None
+    with pytest.raises(UserError, match=r"samples of arc_easy under dart at sparsity 0.5 .* cannot be read"):
+        store.samples(store.load()[0])
+    moved = store.set_aside("cell", "k1")
+    assert [p.name for p in moved] == ["cell-k1.json.damaged-1", "cell-k1.jsonl.damaged-1"][: 2 - (damage == "lost")]
+    assert all(p.is_file() for p in moved)
+    store.save("cell", record())  # damaged once more: nothing that was set aside is overwritten
+    store.path("cell", "k1").write_text("{")
+    assert store.set_aside("cell", "k1")[0].name == "cell-k1.json.damaged-2"
+
+
+def test_setting_aside_sweeps_up_half_written_files_of_the_cell(tmp_path):
+    store = Store(tmp_path)
+    store.save("cell", record())
+    store.path("cell", "k1").unlink()
+    others = [tmp_path / kind / ".cell-k2.half" for kind in ("cells", "samples", "texts")]  # being written elsewhere
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("{")
+        other.with_name(".cell-k1.half").write_text("{")
+    assert store.set_aside("cell", "k1") == []  # samples without a record: stopped between the two, not damaged
+    assert sorted(p for p in tmp_path.rglob(".*") if p.is_file()) == others
+
+
+def _claim(folder, hold, answer):
+    with Store(folder).claim("cell", "k1") as mine:
+        answer.send(mine)
+        if hold:
+            time.sleep(60)
+
+
+def test_a_claim_is_held_by_one_process_and_ends_with_it(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+
+    def start(hold):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_claim, args=(tmp_path, hold, theirs))
+        process.start()
+        return process, ours.recv()
+
+    first, mine = start(hold=True)
+    assert mine
+    second, theirs = start(hold=False)
+    assert not theirs
+    with Store(tmp_path).claim("cell", "k1") as ours, Store(tmp_path).claim("cell", "k2") as other:
+        assert (ours, other) == (False, True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    third, mine = start(hold=False)
+    assert mine
+    for process in (second, third):
+        process.join()
+
+
+def test_another_key_is_another_cell_even_under_the_same_file_name(tmp_path):
+    store, start = Store(tmp_path), "a" * 16
+    store.save("cell", record(key=start + "1"))
+    assert store.path("cell", start + "1") == store.path("cell", start + "2")
+    assert store.get("cell", start + "2") is None
+
+
+def test_records_are_loaded_oldest_first(tmp_path):
+    store = Store(tmp_path)
+    for name, key, created in (("a", "k3", "2026-01-03"), ("b", "k1", "2026-01-01"), ("c", "k2", "2026-01-02")):
+        store.save(name, record(key=key, created=created))
+    assert [r.key for r in store.load()] == ["k1", "k2", "k3"]
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_record_counts_as_not_finished_and_is_named(tmp_path, share):
+    store = Store(tmp_path)
+    store.save("cell", record())
+    path = store.path("cell", "k1")
+    text = path.read_bytes()
+    path.write_bytes(text[: int(share * len(text))])
+    assert store.get("cell", "k1") is None
+    with pytest.raises(UserError, match="cannot be read") as error:
+        store.load()
+    assert str(path) in error.value.problem
+    assert "remove it" in error.value.remedy
+
+
+def test_a_record_of_a_newer_version_is_named(tmp_path):
+    store = Store(tmp_path)
+    store.save("cell", record())
+    path = store.path("cell", "k1")
+    path.write_text(json.dumps({**record().to_json(), "schema": SCHEMA + 1}))
+    with pytest.raises(UserError, match=f"schema {SCHEMA + 1} is not known"):  # neither redone nor set aside
+        store.get("cell", "k1")
+    with pytest.raises(UserError, match=f"{path.name} cannot be read .*schema {SCHEMA + 1}"):
+        store.load()
+
+
+def test_an_empty_store_tells_how_to_fill_it(tmp_path):
+    with pytest.raises(UserError, match=r"no results in .*dart-eval run --tasks smoke --output"):
+        Store(tmp_path).load()
+
+
+@pytest.mark.parametrize("step", ["fsync", "chmod", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch, step):
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_no_temporary(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_cell_whose_record_cannot_be_written_is_not_finished(tmp_path, monkeypatch):
+    store, replace = Store(tmp_path), os.replace
+
+    def full(source, target):
+        if str(target).endswith(".json"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left.*--output"):
+        store.save("cell", record())
+    assert store.get("cell", "k1") is None
+    assert list((tmp_path / "cells").iterdir()) == []
+
+
+# -- journal -------------------------------------------------------------------------------------------------------
+
+BATCHES = [{"a": [0.1 + 0.2, True]}, {"b": ["ünsafe\n\u2028", None], "c": [float("-inf")]}, {"d": {"signal": [1e-300]}}]
+
+
+def _written(path):
+    journal = Journal(path)
+    for i, batch in enumerate(BATCHES):
+        journal.add(batch, state_bytes=10 * (3 - i), seconds=0.5)
+    journal.close()
+    return path.read_bytes()
+
+
+def test_a_journal_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "partial" / "cell.jsonl"
+    _written(path)
+    journal = Journal(path)
+    for batch in BATCHES:
+        for request, answer in batch.items():
+            assert request in journal
+            assert journal[request] == answer  # floats to the last bit
+    assert (len(journal), journal.state_bytes, journal.seconds) == (4, 30, 1.5)
+    journal.add({"e": [1]}, 40, 0.5)
+    assert len(Journal(path)) == 5
+    journal.remove()
+    assert not path.exists()
+    assert len(journal) == 0
+
+
+def test_a_journal_cut_anywhere_keeps_the_batches_before_the_cut(tmp_path):
+    whole = _written(tmp_path / "whole")
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    assert len(ends) == len(BATCHES)
+    path = tmp_path / "cut"
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        complete = sum(end <= cut for end in ends)
+        journal = Journal(path)
+        assert len(journal) == sum(len(b) for b in BATCHES[:complete])
+        journal.add({"z": [1]}, 0, 0.0)  # goes on after the last whole line
+        journal.close()
+        assert len(Journal(path)) == len(journal)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(place=st.floats(0, 0.999), byte=st.integers(0, 255))
+def test_a_journal_with_a_changed_byte_gives_no_wrong_answer(tmp_path, place, byte):
+    path = tmp_path / "changed"
+    path.unlink(missing_ok=True)
+    data = bytearray(_written(path))
+    data[int(place * len(data))] = byte
+    path.write_bytes(bytes(data))
+    journal = Journal(path)
+    for batch in BATCHES:
+        for request, answer in batch.items():
+            assert request not in journal or journal[request] == answer
+
+
+def test_a_full_disk_is_said_in_one_line_and_loses_no_earlier_batch(tmp_path, monkeypatch):
+    path = tmp_path / "out" / "partial" / "cell.jsonl"
+    _written(path)
+    journal = Journal(path)
+    journal.add({"e": [1]}, 0, 0.0)
+
+    def full(_handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"cannot be written to .*out \(No space left on device\)"):
+        journal.add({"f": [1]}, 0, 0.0)
+    monkeypatch.undo()
+    assert "e" in Journal(path)
+
+
+def test_a_journal_that_is_deleted_under_way_is_written_anew(tmp_path):
+    path = tmp_path / "out" / "partial" / "cell.jsonl"
+    _written(path)
+    journal = Journal(path)
+    journal.add({"e": [1]}, 40, 0.5)
+    shutil.rmtree(tmp_path / "out")
+    journal.add({"f": [2]}, 10, 0.25)
+    journal.add({"g": [3]}, 10, 0.25)
+    again = Journal(path)
+    assert again.answers() == journal.answers()
+    assert (len(again), again.state_bytes, again.seconds) == (7, 40, 2.5)
+
+
+def test_without_a_path_nothing_is_written():
+    journal = Journal()
+    journal.add({"a": [1]}, 5, 0.0)
+    assert (journal["a"], journal.state_bytes, len(journal)) == ([1], 5, 1)

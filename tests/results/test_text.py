@@ -1,0 +1,223 @@
+"""Texts of others reach no terminal, table, CSV, XML or page raw, and every output takes every text."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dart_eval.cli import main, view
+from dart_eval.errors import UserError, summary
+from dart_eval.results import check, compare, stats, tables, writers
+from dart_eval.results.report import page
+from dart_eval.results.writers import Table, csv_text
+from dart_eval.text import json_text, printable
+from tests.helpers.records import answered, record, save
+
+PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
+NASTY = [
+    "\x1b[31mred", "\x1b]0;title\x07", "a\nb", "a\r\nb", "nul\0", "\x9b2J", "\u202egnp.exe", "\u2066x\u2069", "\ud800",
+    "\udc9b", "\ufffe", "\x7f", "a\u2028b", "\u200bx", "=cmd|' /C calc'!A0", "+1+1", "-1+1", "@SUM(1)", "\t=1", "\r=1",
+    " =1", "\uff1d1", "a,b;c\"d'e", "-0.5", "[/red]", "[bold]", "\\", ":x:", "a|b", "</script>", "]]>", "\u05d0b",
+    "-", "%0A::error::x", "🏳️", "\U000e0041",
+]  # fmt: skip
+TEXTS = st.one_of(st.sampled_from(NASTY), st.text(st.characters()), st.lists(st.sampled_from(NASTY)).map("".join))
+MANY = settings(max_examples=200, deadline=None)
+
+
+def raw(text, allowed="\n"):
+    """The characters of a text that do something where they are shown."""
+    hidden = {
+        c for c in text
+        if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    }  # fmt: skip
+    return hidden - set(allowed)
+
+
+@given(TEXTS)
+@MANY
+def test_what_is_printable_holds_nothing_that_acts_and_stays_as_it_is(text):
+    shown = printable(text)
+    assert raw(shown, "") == set()
+    assert printable(shown) == shown
+    shown.encode("utf-8")
+    assert printable(text, lines=True).count("\n") == text.count("\n")
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語", "שלום", "مرحبا", "👩‍👩‍👧", "±½∞", "x" * 1000])
+def test_a_text_without_controls_is_shown_as_it_is(text):
+    assert printable(text) == text
+
+
+def test_escapes_say_what_was_there():
+    assert printable("\x1b[2J\0\u202e\ud800") == r"\x1b[2J\x00\u202e\ud800"
+    assert printable("one\ntwo\tthree\x85four") == "one two three four"
+
+
+@given(st.recursive(TEXTS, lambda inner: st.dictionaries(TEXTS, inner) | st.lists(inner), max_leaves=5))
+@MANY
+def test_json_loses_nothing_and_holds_nothing_raw(data):
+    made = json_text(data)
+    assert json.loads(made) == json.loads(json.dumps(data))
+    assert raw(made) == set()
+    made.encode("utf-8")
+
+
+@given(st.lists(st.lists(TEXTS | st.floats() | st.integers() | st.none(), min_size=2, max_size=2), min_size=1))
+@MANY
+def test_csv_has_its_cells_back_and_none_of_them_is_a_formula(rows):
+    made = csv_text(rows)
+    assert raw(made) == set()
+    back = list(csv.reader(io.StringIO(made)))
+    assert [len(row) for row in back] == [2] * len(rows)
+    for cell, value in zip(chain(*back), chain(*rows), strict=True):
+        if isinstance(value, (int, float)):
+            assert cell == str(value)
+        elif cell.lstrip()[:1] in tuple("=+-@\t\r"):
+            assert re.fullmatch(r"-|[+-][\d.]+(e[+-]?\d+)?", cell, re.IGNORECASE), cell
+        else:
+            assert cell.removeprefix("'") == printable(value or "")
+
+
+@pytest.mark.parametrize(("text", "cell"), [
+    ("-0.5", "-0.5"), ("+1e-3", "+1e-3"), ("-", "-"), ("=1+1", "'=1+1"), ("@x", "'@x"), ("-1+1", "'-1+1"),
+    ("\t=1", "' =1"), ("a;=1", '"a;=1"'), (-0.5, "-0.5"), (None, ""), ({"a": "\x9b"}, '"{""a"": ""\\u009b""}"'),
+])  # fmt: skip
+def test_cells_that_begin_a_formula_are_quoted_and_numbers_are_not(text, cell):
+    assert csv_text([[text]]) == cell + "\n"
+
+
+@given(TEXTS, TEXTS, TEXTS)
+@MANY
+def test_tables_hold_one_line_a_row(title, cell, note):
+    table = Table(title, ["a", cell], [[cell, "1"], ["b", cell]], note or "x", bold=frozenset({(0, 0)}))
+    for made in (writers.markdown(table), writers.latex(table)):
+        assert raw(made) == set()
+    assert len(writers.markdown(table).splitlines()) == 8
+    assert len(writers.latex(table).splitlines()) == 14
+
+
+@given(TEXTS, TEXTS)
+@MANY
+def test_junit_is_well_formed_and_annotations_are_one_line(name, why):
+    row = check.Row(name, name, name, result=None, verdict=check.MISSING, why=why)
+    report = check.Report([row], check.Thresholds(), name, [why])
+    made = check.junit(report)
+    case = ElementTree.fromstring(made.encode("utf-8")).find("testsuite/testcase")
+    assert case.get("classname") == printable(name)
+    assert raw(made) == set()
+    (line,) = check.workflow_commands(report)
+    assert raw(line, "") == set()
+    assert line.startswith("::error title=") and line.count("\n") == 0
+    assert raw(check.markdown(report)) == raw(check.to_json(report)) == set()
+
+
+@given(TEXTS)
+@MANY
+def test_errors_are_one_line(text):
+    assert raw(str(UserError(text, text)), "") == set()
+    assert raw(summary(ValueError(text)), "") == set()
+
+
+@given(TEXTS)
+@example("\\[")
+@example("a\\\\[b] \\[1")
+@settings(max_examples=100, deadline=None)
+def test_the_terminal_shows_every_text_and_obeys_none(text):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    before, sys.stdout = sys.stdout, stream
+    try:
+        view.show(Table(text, ["a", text], [[text, "1"]], text, bold=frozenset({(0, 0)})))
+        view.show(Table(text, ["a"], [], text))
+        terminal = view.TerminalView()
+        terminal.status(text)
+        terminal.note(text)
+        view.say(text)
+        view.put(text)
+    finally:
+        sys.stdout = before
+    stream.flush()
+    shown = stream.buffer.getvalue().decode("utf-8")
+    assert raw(shown) == set()
+    if printable(text).strip() == text and len(text) < 40:
+        assert shown.count(text) >= 8
+
+
+EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
+
+
+def test_no_name_in_a_record_reaches_a_table_raw():
+    made = record(EVIL, model=EVIL, key="k2")
+    made.inputs["task"] = EVIL
+    for form in tables.FORMATS:
+        assert raw(tables.render([made, record()], form)) == set(), form
+
+
+def test_no_name_in_a_record_reaches_a_comparison_raw(tmp_path):
+    values = [{"acc": float(i % 2)} for i in range(20)]
+    save(tmp_path / "a", answered("arc", values, "dart", params={"x": EVIL}))
+    save(tmp_path / "b", answered("arc", values[::-1], "dart", params={"x": EVIL}))
+    found = compare.compare_folders(tmp_path / "a", tmp_path / "b")
+    found.notes.append(EVIL)
+    for form in ("md", "csv", "json"):
+        assert raw(compare.render(found, form)) == set(), form
+    assert stats.ALPHA < 1
+
+
+@pytest.mark.parametrize("command", [
+    ("tables", "no\x1b[31m\u202e\x9b"), ("run", "--tasks", "\x1b[31m"), ("run", "--method", "\x1b[31m"),
+    ("run", "--tasks", "smoke", "--model", "./\x1b[31m\x9b"), ("compare", "\x1b[31m", "b"), ("paper", "\x1b[31m"),
+])  # fmt: skip
+def test_no_error_reaches_the_terminal_raw(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dart-eval", *command])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    shown = capsys.readouterr()
+    assert (stop.value.code, shown.out) == (2, "")
+    assert raw(shown.err) == set()
+    assert r"\x1b[31m" in shown.err or r"\x1b\[31m" in shown.err
+
+
+def test_a_page_holds_nothing_raw_and_its_data_are_whole():
+    data = {"tasks": [{"documents": [EVIL, "\ud800"]}]}
+    assert json.loads(page.script_json(data)) == data
+    assert raw(page.script_json(data), "") == set()
+
+
+# -- locales -------------------------------------------------------------------------------------------------------
+
+
+ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("form", ["md", "json", "csv", "tex"])
+def test_pipes_and_files_are_utf8_under_an_ascii_locale(tmp_path, form):
+    values = [{"acc": float(i % 2)} for i in range(20)]
+    save(tmp_path / "out", answered("arc", values, "dart", params={"x": "ünï ±"}), answered("arc", values, "dart"))
+    for rest in ([], ["--save", f"t.{form}"]):
+        done = subprocess.run(
+            [PROGRAM, "compare", "out", "out", "--format", form if form != "tex" else "md", *rest], cwd=tmp_path,
+            env={**os.environ, **ASCII}, capture_output=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr.decode()
+        text = (tmp_path / f"t.{form}").read_bytes() if rest else done.stdout
+        assert "ünï ±" in text.decode("utf-8")
+
+
+def test_a_terminal_that_lacks_a_character_has_it_spelled_out():
+    made = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=view.PLAIN)
+    made.write("0.5 ± 0.1 → ∞ ü 👍")
+    made.flush()
+    assert made.buffer.getvalue() == rb"0.5 +- 0.1 -> inf \xfc \U0001f44d"
