@@ -10,6 +10,15 @@ from tests.helpers.models import FAMILIES, tiny, word_tokenizer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Fixtures that need something give its marker to every test that uses them.
+NEEDS = {"demo": "demo", "data_dir": "data", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for fixture in NEEDS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(NEEDS[fixture])
+
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
