@@ -45,7 +45,7 @@ paper-tables: $(VENV)/.demo
 	$(BIN)/dart-eval report $(OUT)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 FAST := not demo and not data and not ray and not browser and not process and not slow
 test-fast: $(VENV)/.dev

@@ -18,12 +18,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Fixtures that need something give its marker to every test that uses them.
 NEEDS = {"demo": "demo", "data_dir": "data", "browser": "browser"}
+LONG = ("ray", "demo", "process", "slow")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         for fixture in NEEDS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(NEEDS[fixture])
+    # Files that take long come first, so that no worker waits for another's last one.
+    first = {item.path: [] for item in items}
+    for item in items:
+        first[item.path] += [LONG.index(m.name) for m in item.iter_markers() if m.name in LONG]
+    items.sort(key=lambda item: min(first[item.path], default=len(LONG)))
 
 
 @pytest.fixture(params=FAMILIES)
