@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.helpers.models import FAMILIES, tiny, word_tokenizer
+from tests.helpers import quick  # noqa: F401 - before anything runs
+from tests.helpers.models import FAMILIES, save_tiny, tiny, word_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,6 +46,26 @@ def llama():
 @pytest.fixture(scope="session")
 def tokenizer():
     return word_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def saved_llama(tmp_path_factory, tokenizer):
+    """The name of a folder with a tiny model and its tokenizer, to be read alone: who spoils one takes a copy."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def task_index():
+    """lm-eval's index of all tasks, built once: it takes seconds."""
+    from dart_eval.evaluation.tasks import TaskManager, tasks_dir
+
+    return TaskManager(include_path=str(tasks_dir()))
+
+
+@pytest.fixture
+def indexed(task_index, monkeypatch):
+    """Who asks for the index of all tasks in this test has it at once."""
+    monkeypatch.setattr("dart_eval.evaluation.tasks.TaskManager", lambda include_path, include_defaults: task_index)
 
 
 @pytest.fixture(scope="session")

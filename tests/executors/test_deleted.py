@@ -1,43 +1,21 @@
 """The folder of results is deleted while a run writes into it: the run says what is missing and ends with status 1."""
 
 import shutil
-import sys
 
 import pytest
 
 import dart_eval
-from dart_eval.cli import main, view
-from dart_eval.evaluation import tasks
-from dart_eval.evaluation.scoring import Scorer
-from tests.helpers.models import save_tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
-
-
-@pytest.fixture(scope="module")
-def manager():
-    """lm-eval's index of tasks, built once: it takes seconds."""
-    return tasks.TaskManager(include_path=str(tasks.tasks_dir()))
+from dart_eval.cli import view
+from dart_eval.results.journal import Journal
+from tests.helpers.commands import command
 
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch, capsys, manager):
+def run(saved_llama, tmp_path, monkeypatch):
     """Runs two cells into `out`; its status, output and messages."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: manager)
-    command = ["dart-eval", "run", "--model", folder, "--tasks", "smoke_questions", "--limit", "2", "--method"]
-    monkeypatch.setattr(sys, "argv", [*command, "dense,griffin"])
-
-    def made():
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, errors = capsys.readouterr()
-        return stop.value.code or 0, out, errors
-
-    return made
+    words = ("run", "--model", saved_llama, "--tasks", "smoke_questions", "--limit", 2, "--method", "dense,griffin")
+    return lambda: command(*words)
 
 
 def test_a_folder_that_is_deleted_after_a_cell_is_missed_at_the_end(run, tmp_path, monkeypatch):
@@ -62,17 +40,17 @@ def test_a_folder_that_is_deleted_after_a_cell_is_missed_at_the_end(run, tmp_pat
 
 
 def test_a_folder_that_is_deleted_inside_a_cell_holds_that_cell_in_the_end(run, tmp_path, monkeypatch):
-    stock, deleted = Scorer._run, []
+    stock, deleted = Journal.add, []
 
-    def scored(self, *args, **kwargs):
+    def add(self, *answers):
         if not deleted:
             deleted.append(1)
             shutil.rmtree(tmp_path / "out")
-        return stock(self, *args, **kwargs)
+        return stock(self, *answers)
 
-    monkeypatch.setattr(Scorer, "_run", scored)
+    monkeypatch.setattr(Journal, "add", add)
     status, _, errors = run()
-    assert (status, errors) == (0, "")
+    assert deleted and (status, errors) == (0, "")
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
 
 
@@ -91,8 +69,9 @@ def test_a_part_of_a_cell_that_is_deleted_is_missed(run, tmp_path, monkeypatch, 
     assert f"smoke_questions dense (out/{kind}/smoke_questions" in errors
 
 
-def test_python_is_told_too(folder, tmp_path, monkeypatch, manager):
-    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: manager)
+def test_python_is_told_too(saved_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("dart_eval.results.store.Store.missing", lambda self, name, record: [self.path(name, "x")])
     with pytest.raises(RuntimeError, match=r"files of finished cells have been deleted: .*out/cells/smoke_questions"):
-        dart_eval.evaluate(model=folder, tasks="smoke_questions", limit=1, method="dense", output=str(tmp_path / "out"))
+        dart_eval.evaluate(
+            model=saved_llama, tasks="smoke_questions", limit=1, method="dense", output=str(tmp_path / "out")
+        )

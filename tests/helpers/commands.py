@@ -1,24 +1,74 @@
-"""Runs in this process, and what they report."""
+"""`dart-eval` in this process, as a process of its own, and runs without a command line.
 
+Processes are forked from a server that has imported everything (`preloaded`): they begin in a fifth of a second. They
+are processes in every other way, with their own streams, folder, environment, signals and terminal. Only what Python
+and libraries read of the environment when they start is the server's: a locale, the number of threads.
+"""
+
+import atexit
+import fcntl
+import io
+import multiprocessing
+import os
 import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from dart_eval import cli
 from dart_eval.executors import jobs, local
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
+
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+# Signals that end a run, its status then, and the word for it.
+STOPS = pytest.mark.parametrize(
+    ("number", "status", "word"),
+    list(zip(STOPPING, (130, 143, 129), ("interrupted", "terminated", "the terminal is gone"), strict=True)),
+)
+
+
+# -- in this process ---------------------------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """What came of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*args):
+    """Run `dart-eval` with these words in this process; its status and what it wrote."""
+    kept = sys.argv, sys.stdout, sys.stderr
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)]
+    sys.argv, (sys.stdout, sys.stderr), code = ["dart-eval", *map(str, args)], streams, 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv, sys.stdout, sys.stderr = kept
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Done(code, *(s.buffer.getvalue().decode() for s in streams))
 
 
 def run_local(config, view):
     """Run one sweep in this process."""
     return local.run_all([config], view)
-
-
-# Signals that end a run, its status then, and the word for it.
-STOPS = pytest.mark.parametrize(
-    ("number", "status", "word"), [
-        (signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"),
-        (signal.SIGHUP, 129, "the terminal is gone"),
-    ]
-)  # fmt: skip
 
 
 class Watch(jobs.Silent):
@@ -32,3 +82,124 @@ class Watch(jobs.Silent):
 
     def failed(self, cell, error, where):
         self.broken.append((cell.name, error, where))
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def start(target, *args):
+    """A process that calls a function of a module; see `multiprocessing.Process`."""
+    here = Path.cwd()
+    os.chdir(ROOT)  # where a server that is started now finds the package and these helpers
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+    process = CONTEXT.Process(target=target, args=args)
+    process.start()
+    atexit.register(process.kill)  # or one that a failed test has left would be waited for
+    return process
+
+
+class Started:
+    """A `dart-eval` under way, much like `subprocess.Popen`."""
+
+    def __init__(self, args, process, kept):
+        self.args, self.pid = args, process.pid
+        self._process, self._kept = process, kept
+
+    @property
+    def stdout(self):
+        """All that it has written so far."""
+        return self._text("stdout")
+
+    @property
+    def stderr(self):
+        return self._text("stderr")
+
+    def _text(self, name):
+        path = Path(self._kept.name, name)
+        return path.read_text("utf-8") if path.exists() else ""
+
+    def poll(self):
+        """Its status; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout=120):
+        """Its status once it has ended; as of subprocess, minus the signal that killed it."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.poll()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def started(*args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, session=False, ignored=()):
+    """Start `dart-eval` with these words as a process.
+
+    Args:
+        env: the whole environment, as for subprocess; None is this process's.
+        stdin, stdout, stderr: file descriptors; None reads nothing, or keeps the text for the handle to show.
+        session: it leads a session and a process group, whose terminal is its standard input if that is one.
+        ignored: signals that it ignores from the start; all others do what they do by default.
+    """
+    kept, passed = tempfile.TemporaryDirectory(prefix="dart-eval-"), []
+    for given, name in ((stdin, os.devnull), (stdout, f"{kept.name}/stdout"), (stderr, f"{kept.name}/stderr")):
+        number = os.open(name, os.O_RDWR | os.O_CREAT) if given is None else os.dup(given)
+        passed.append(Connection(number))  # the kind of object that takes a descriptor along
+    words = [str(a) for a in args]
+    folder, environment = str(cwd or Path.cwd()), dict(os.environ if env is None else env)
+    process = start(_become, words, folder, environment, passed, session, tuple(ignored))
+    for connection in passed:
+        connection.close()
+    return Started(["dart-eval", *words], process, kept)
+
+
+def program(*args, timeout=300, **options):
+    """Run `dart-eval` with these words as a process, to its end; options as of `started`."""
+    process = started(*args, **options)
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, code, process.stdout, process.stderr)
+
+
+def until(condition, process=None, timeout=120):
+    """Wait until a condition holds; a process that ends meanwhile is an error."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process is None or process.poll() is None, process.stderr
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.01)
+
+
+def _become(words, folder, environment, passed, session, ignored):
+    """In a process that has just been forked: be `dart-eval`."""
+    if session:
+        os.setsid()
+    for number, connection in enumerate(passed):
+        os.dup2(connection.fileno(), number)
+        connection.close()
+    if session and os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in STOPPING:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in ignored else default)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["dart-eval", *words]
+    try:
+        cli.main()
+    finally:
+        atexit._run_exitfuncs()  # as at the end of a program; multiprocessing leaves them out, and Ray needs its own
