@@ -1,0 +1,277 @@
+"""Break the numeric core in many small ways, and see whether the fast lane of the tests notices each.
+
+    python scripts/mutate.py                              # the whole list, tests/mutation/*.yaml
+    python scripts/mutate.py --sample 10 --seed 202648    # as CI does
+    python scripts/mutate.py --only drift.py --near       # those of a module, by the tests about it alone
+
+The list is ours, and so is the script: mutmut and cosmic-ray change operators by the thousand, and neither can say
+"missed fp32" or "the state is stale".
+
+One process imports torch and the like and forks a child for each mutant, in which an import hook hands the changed
+source to Python: no file is written. The child runs the tests about the mutant's module first, then all others of the
+fast lane, and stops at the first failure. A test that hangs counts as a failure.
+Exit status: 0; 1 (a mutant survives that is not said to); 2 (the list does not fit the code, or the tests fail without
+any mutant).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mutation_report import Result, report  # noqa: E402 - the script's own folder is on the path
+
+from tests.mutation.listed import Mutant, mutants  # noqa: E402 - the repository is no installed package
+
+PRELOADED = (
+    "torch", "transformers", "lm_eval.evaluator", "lm_eval.models.huggingface", "scipy.stats", "sacrebleu.metrics",
+    "evaluate", "torch._dynamo", "torch.utils.flop_counter", "transformers.masking_utils", "matplotlib.figure",
+    "typer.testing", "statsmodels.stats.multitest", "hypothesis", "pytest",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gemma3", "gpt2", "opt", "phi3")),
+)  # fmt: skip
+HANG = 120  # seconds that a test may take
+LIMIT = 1200  # and all tests of a mutant
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is asked, print a line for each mutant; the exit status."""
+    options = _options(arguments)
+    chosen = [m for m in mutants() if options.only in m.file or options.only in m.what]
+    if options.sample:
+        chosen = random.Random(options.seed).sample(chosen, min(options.sample, len(chosen)))
+        print(f"{len(chosen)} mutants, drawn with --seed {options.seed}", flush=True)
+    try:
+        for mutant in chosen:
+            mutant.source()
+    except ValueError as error:
+        print(f"The list does not fit the code: {error}", file=sys.stderr)
+        return 2
+    known = _known(options.resume)
+    todo = [m for m in chosen if _name(m) not in known]
+    if todo:
+        _preload()
+    lane = sorted({t for m in todo for t in m.tests}) if options.sample or options.only or options.near else ["tests"]
+    trusted: set[str] = set()  # tests, or files of them, that pass without any mutant
+    if todo and not _pass(lane, trusted):
+        return 2
+    for mutant, result in _run(todo, options.jobs, options.near):
+        assert mutant is not None
+        if result.by and lane != ["tests"] and not _pass([result.by.split(" ")[0]], trusted):
+            return 2
+        known[_name(mutant)] = result
+        print(f"{result.seconds:5.0f} s  {result.by or 'SURVIVES'}  <- {mutant.file}: {mutant.what}", flush=True)
+        if options.resume:
+            with options.resume.open("a") as file:
+                file.write(json.dumps({"name": _name(mutant), **asdict(result)}) + "\n")
+    found = [(m, known[_name(m)]) for m in chosen]
+    if options.output:
+        options.output.write_text(report(found), encoding="utf-8")
+    missed = [m for m, result in found if not result.by and not m.survives]
+    print(f"{sum(bool(r.by) for _, r in found)} of {len(found)} mutants are noticed; {len(missed)} are missed.")
+    return int(bool(missed))
+
+
+def _pass(tests: Sequence[str], trusted: set[str]) -> bool:
+    """Whether these pass without any mutant; else it is said which does not."""
+    unknown = [t for t in tests if not {t, t.partition("::")[0]} & trusted]
+    if not unknown or not unknown[0].startswith("tests"):
+        return True
+    result = next(_run([None], 1, False, unknown))[1]
+    if result.by:
+        print(f"Without any mutant the tests fail: {result.by}\n{result.log}", file=sys.stderr)
+        return False
+    print(f"Without a mutant the tests pass ({result.seconds:.0f} s).", flush=True)
+    trusted.update(unknown)
+    return True
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="mutate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sample", type=int, default=0, help="draw so many instead of all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--only", default="", help="those whose file or description has this text")
+    parser.add_argument("--near", action="store_true", help="run only the tests about a mutant's module: quick")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
+    parser.add_argument("--output", type=Path, help="the report, Markdown")
+    parser.add_argument("--resume", type=Path, help="a file of results so far: what it has is not run again")
+    return parser.parse_args(arguments)
+
+
+def _name(mutant: Mutant) -> str:
+    return hashlib.sha256(json.dumps([mutant.file, mutant.old, mutant.new]).encode()).hexdigest()[:16]
+
+
+def _known(file: Path | None) -> dict[str, Result]:
+    if file is None or not file.exists():
+        return {}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {line.pop("name"): Result(**line) for line in lines}
+
+
+def _preload() -> None:
+    """What children share: all that is slow to import, but neither dart_eval nor a test."""
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert not any(name.split(".")[0] == "dart_eval" for name in sys.modules)
+
+
+@dataclass
+class Child:
+    """A process at work on a mutant."""
+
+    mutant: Mutant | None
+    folder: Path
+    start: float
+
+    def result(self, status: int, over_time: bool) -> Result:
+        """What came out, once it has ended."""
+        seconds, file = round(time.monotonic() - self.start, 1), self.folder / "by"
+        log = (self.folder / "log").read_text(errors="replace")[-2000:]
+        if file.exists():
+            by = file.read_text()
+        else:
+            by = f"no end after {LIMIT} s" if over_time else f"the process died (status {status})"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return Result(by, seconds, log if self.mutant is None else "")
+
+
+def _run(
+    todo: Sequence[Mutant | None], jobs: int, near: bool, lane: Sequence[str] = ()
+) -> Iterator[tuple[Mutant | None, Result]]:
+    """Results as they come. near: the tests about a mutant's module alone. lane: those to run without a mutant."""
+    waiting, running = list(todo), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            mutant, folder = waiting.pop(0), Path(tempfile.mkdtemp(prefix="mutant-"))
+            stages = [lane] if mutant is None else [mutant.tests] if near else [mutant.tests, ["tests"]]
+            running[_fork(lambda m=mutant, f=folder, s=stages: _test(m, f, s))] = Child(
+                mutant, folder, time.monotonic()
+            )
+        time.sleep(0.1)
+        for pid, child in list(running.items()):
+            over = time.monotonic() - child.start > LIMIT
+            if over:
+                os.killpg(pid, signal.SIGKILL)
+            ended, status = os.waitpid(pid, 0 if over else os.WNOHANG)
+            if ended:
+                del running[pid]
+                yield child.mutant, child.result(status, over)
+
+
+def _fork(work: Callable[[], None]) -> int:
+    """A child that does `work` in a process group of its own, and leaves without cleaning up after the parent."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        os.setpgid(pid, pid)
+        return pid
+    try:
+        work()
+    finally:
+        os._exit(1)
+
+
+def _test(mutant: Mutant | None, folder: Path, stages: Sequence[Sequence[str]]) -> None:
+    """In a child: run the tests stage by stage, up to the first failure, whose name goes into the file `by`."""
+    import pytest
+
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(ROOT)
+    if mutant is not None:
+        sys.meta_path.insert(0, Broken(mutant))
+    first = FirstFailure(folder / "by")
+    for number, files in enumerate(stages):
+        given = ["-x", "-m", _fast(), "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder / str(number)}"]
+        code = pytest.main([*given, *files], plugins=[first])
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            first.end(f"pytest ends with status {int(code)}")
+            break
+    else:
+        first.end()
+    os._exit(0)
+
+
+def _fast() -> str:
+    """Which tests the fast lane has, as the Makefile says it."""
+    found = re.search(r"^FAST := (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert found is not None
+    return found[1]
+
+
+class Broken:
+    """An import hook that makes one module from the changed source."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.name = mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        self.path, self.code = str(ROOT / mutant.file), mutant.source()
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name != self.name:
+            return None
+        from importlib.machinery import ModuleSpec, SourceFileLoader
+        from importlib.util import spec_from_file_location
+
+        code = compile(self.code, self.path, "exec")
+
+        class Loader(SourceFileLoader):
+            def get_code(self, fullname: str) -> object:
+                return code
+
+        spec: ModuleSpec | None = spec_from_file_location(name, self.path, loader=Loader(name, self.path))
+        return spec
+
+
+class FirstFailure:
+    """A plugin of pytest: the first test that fails, also where it hangs.
+
+    file: takes its name.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.by = file, ""
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        def hang(*_: object) -> None:
+            self.end(f"{nodeid} (it hangs)")
+            os._exit(0)
+
+        signal.signal(signal.SIGALRM, hang)
+        signal.alarm(HANG)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self._see(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        self._see(report)
+
+    def _see(self, report: Any) -> None:
+        if report.failed and not self.by:
+            self.by = report.nodeid
+
+    def end(self, otherwise: str = "") -> None:
+        """Say what was found."""
+        self.file.write_text(self.by or otherwise)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

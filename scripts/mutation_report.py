@@ -1,0 +1,64 @@
+"""The report of `mutate.py`, in Markdown: counts, survivors, one line for each mutant."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.mutation.listed import Mutant
+
+
+@dataclass(frozen=True)
+class Result:
+    """Which test noticed a mutant (none: it survives), after how many seconds; what the tests said without one."""
+
+    by: str
+    seconds: float
+    log: str = ""
+
+
+Found = Sequence[tuple["Mutant", Result]]
+
+
+def report(found: Found) -> str:
+    """The page."""
+    noticed = sum(bool(result.by) for _, result in found)
+    lines = [
+        "# Mutants of the numeric core",
+        "",
+        f"Made by `make mutations`. {noticed} of {len(found)} mutants ({noticed / len(found):.1%}) are noticed by the",
+        "fast lane of the tests. `tests/mutation/*.yaml` says what each changes. Seconds are those of two mutants at a",
+        "time on two cores, without the imports that all share.",
+        "",
+        "## Survivors",
+        "",
+    ]
+    survivors = [(m, r) for m, r in found if not r.by]
+    lines += [f"* `{m.file}`: {m.what} {m.survives or '**No test notices it.**'}" for m, _ in survivors] or ["None."]
+    lines += ["", "## By kind and by part", ""]
+    lines += [*_counts("kind", found, lambda m: m.kind), "", *_counts("module", found, lambda m: m.file), ""]
+    lines += ["## One by one", ""]
+    for file, part in itertools.groupby(found, key=lambda pair: pair[0].file):
+        lines += [f"### {file}", "", "| what is broken | kind | noticed by | s |", "| --- | --- | --- | --- |"]
+        for mutant, result in part:
+            by = f"`{_cell(result.by)}`" if result.by else "**survives**"
+            lines.append(f"| {_cell(mutant.what)} | {mutant.kind} | {by} | {result.seconds:.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """A text in one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _counts(title: str, found: Found, of: object) -> Iterator[str]:
+    every = Counter(of(m) for m, _ in found)  # type: ignore[operator]
+    noticed = Counter(of(m) for m, r in found if r.by)  # type: ignore[operator]
+    yield from (f"| {title} | mutants | noticed |", "| --- | --- | --- |")
+    for name, count in sorted(every.items()):
+        yield f"| {name} | {count} | {noticed[name]} |"
