@@ -1,4 +1,7 @@
-"""Renewing masks: steady averages, dense tokens, blends, watching only; and what must not change."""
+"""Renewing masks: dense tokens, blends, watching only; and what must not change.
+
+The formulas: tests/derivations/test_dart_drift.py.
+"""
 
 import pytest
 import torch
@@ -31,36 +34,6 @@ def _steps(model, session, ids, tokens):
         out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
         found.append(_masks(session))
     return found
-
-
-@torch.no_grad()
-def test_a_steady_average_is_the_formula(llama):
-    """After 4 and 8 tokens: S <- 0.8 S + 0.2 (mean score of the ring's tokens), S from the prompt at first."""
-    llama = llama.float()
-    tokens = random_tokens(8, seed=9)
-    params = {"every": 4, "every_blend": 0.8, "memory": "running", "ring": 4, "detect": False, "normalise": "l2",
-              "allocation": "uniform"}  # fmt: skip
-    hidden, inputs = [], []
-    ffn = find_ffns(llama)[1]
-    with open_session(llama, "dart", 0.5, **params) as session:
-        ffn.block.register_forward_pre_hook(lambda _m, a: inputs.append(a[0][0].clone()))
-        ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0][0].clone()), prepend=True)
-        found = _steps(llama, session, prompts_of(1, 20), tokens)
-
-    def score(h):
-        return (h / h.norm(dim=1, keepdim=True)).square().mean(0)
-
-    running = score(hidden[0])
-    keep = torch.tensor([20])
-    assert torch.equal(found[0][1], top_k_mask(running[None], keep))
-    for i, step in enumerate((4, 8)):
-        recent = torch.cat(inputs[1 + 4 * i : 5 + 4 * i])  # dense activations of what ran under the mask
-        running = 0.8 * running + 0.2 * score(ffn.intermediate(recent))
-        assert torch.equal(found[step][1], top_k_mask(running[None], keep))
-    changed = [i for i in range(1, 9) if not _equal(found[i], found[i - 1])]
-    assert set(changed) <= {4, 8} and changed
-    assert [(e["cause"], e["token"]) for e in session.events] == [("steady", 4), ("steady", 8)]
-    assert all(0 < o <= 1 for e in session.events for o in e["overlap"])
 
 
 @torch.no_grad()

@@ -1,0 +1,49 @@
+"""The package on the same tokens: all that the derivations of methods ask of it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dart_eval.pruning.session import prune
+from tests.helpers.sessions import cache_of
+
+
+@dataclass
+class Run:
+    """masks: after the prompt and after each decoded token, L x [F] bool. logprobs: [T, V], of prompt and decoded.
+
+    alarms: decoded tokens before each. remasks: the same, and the cause. overlaps: of the old mask and the new, per
+    re-mask and layer, |both| / |old|. signal, threshold: of the detector.
+    """
+
+    masks: list
+    logprobs: torch.Tensor
+    alarms: list
+    remasks: list
+    overlaps: list
+    signal: list
+    threshold: float
+
+
+@torch.no_grad()
+def run(model, method, prompt, decoded, sparsity=0.5, **settings):
+    """Run a prompt, then feed tokens one at a time under `prune`."""
+    with prune(model, method, sparsity, **settings) as session:
+        ids, masks, rows, past = [list(prompt), *([token] for token in decoded)], [], [], {}
+        for tokens in ids:
+            out = model(torch.tensor([tokens]), use_cache=True, **past)
+            past = {("cache" if hasattr(out, "cache") else "past_key_values"): cache_of(out)}
+            rows.append(out.logits[0].log_softmax(-1))
+            now = session.static_masks if session.state is None else session.state.masks
+            masks.append([m[0].clone() for m in now])
+        seen = session.trace(0) or {"signal": [], "threshold": None}
+        return Run(
+            masks, torch.cat(rows), [a["token"] for a in session.alarms],
+            [(e["token"], e["cause"]) for e in session.events], [e["overlap"] for e in session.events],
+            seen["signal"], seen["threshold"],
+        )  # fmt: skip
+
+
+def same_masks(ours, plain):
+    """Whether two lists of masks of all layers hold the same neurons."""
+    return len(ours) == len(plain) and all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))

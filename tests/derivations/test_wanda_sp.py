@@ -1,0 +1,59 @@
+"""Wanda-sp: the score of Wanda (arXiv 2306.11695), for whole neurons, as FLAP (arXiv 2312.11983) has it.
+
+Wanda scores a weight by its size times the norm of what it multiplies. On a calibration text, whose tokens are t,
+
+    s_ij = |W_ij| * ||h_j||_2,    ||h_j||_2 = sqrt( sum_t h_tj^2 ),
+
+W being the down projection, whose column j is what neuron j writes. A neuron has the mean of its column:
+
+    s_j = mean_i |W_ij| * ||h_j||_2
+
+The same share is kept in every layer, for good: no prompt changes it. The text runs in pieces of at most 512 tokens,
+no longer than the model has positions; each begins with the token that begins every text, which is not counted.
+"""
+
+import pytest
+import torch
+
+from tests.derivations import ours
+from tests.derivations.plain import Plain, counts, largest
+from tests.helpers.models import biased, random_tokens
+
+TEXT, BOS, POSITIONS = random_tokens(600, seed=3), 1, 256  # positions of the tiny models
+
+
+def wanda_sp(model, sparsity):
+    """The masks of all layers."""
+    squares = 0
+    for start in range(0, len(TEXT), POSITIONS - 1):
+        plain = Plain(model)
+        plain.run([BOS, *TEXT[start : start + POSITIONS - 1]])
+        squares = squares + torch.stack([(seen.h[1:] ** 2).sum(0) for seen in plain.seen])
+    scores = []
+    for layer, h_squared in zip(plain.layers, squares, strict=True):
+        w = layer.down.weight.T if model.config.model_type == "gpt2" else layer.down.weight  # [D, F]
+        scores.append(w.abs().mean(0) * h_squared.sqrt())
+    sizes = [len(s) for s in scores]
+    keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))
+    return [largest(s, k) for s, k in zip(scores, keep, strict=True)]
+
+
+class OneText:
+    """A tokenizer for which every text has the same tokens."""
+
+    bos_token_id = BOS
+
+    def __call__(self, text, **_):
+        return {"input_ids": [BOS, *TEXT]}
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.63])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "phi3"])
+def test_wanda_sp_is_its_formula(family, sparsity):
+    model = biased(family)
+    masks, prompt, decoded = wanda_sp(model, sparsity), random_tokens(8, seed=1), random_tokens(4, seed=2)
+    found = ours.run(model, "wanda-sp", prompt, decoded, sparsity, tokenizer=OneText())
+    assert all(ours.same_masks(now, masks) for now in found.masks)
+    plain = Plain(model)
+    rows = [plain.run(prompt), *(plain.run([token], lambda layer, h: h * masks[layer]) for token in decoded)]
+    assert torch.allclose(found.logprobs, torch.cat(rows), rtol=0, atol=1e-9)
