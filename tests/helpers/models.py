@@ -1,5 +1,8 @@
 """Tiny random models of every family, a tokenizer and random tokens."""
 
+import copy
+import functools
+
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -51,31 +54,42 @@ CONFIGS = {
 FAMILIES = sorted(CONFIGS)
 
 
-def tiny(family, dtype=torch.float64, seed=0, attention="sdpa"):
-    """A random model with weights large enough that pruning changes what it says.
-
-    float64, so that the order of sums in a batch cannot blur a comparison.
-    """
+@functools.cache
+def _made(config, scale, dtype=torch.float64, seed=0, attention="sdpa"):
     torch.manual_seed(seed)
-    config = CONFIGS[family]()
+    config = config()
     config._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(6)
+                parameter.mul_(scale)
     model.generation_config.eos_token_id = None  # random models must not stop by chance
     return model
 
 
+def made(config, scale=6, **options):
+    """A copy of the random model that a function's configuration makes: made once, and every copy is the caller's own.
+
+    Its weights are large enough that pruning changes what it says.
+    """
+    model = copy.deepcopy(_made(config, scale, **options))
+    torch.manual_seed(options.get("seed", 0))  # what a test draws next does not depend on who made the model first
+    return model
+
+
+def tiny(family, dtype=torch.float64, **options):
+    """A random model of a family; float64, so that the order of sums in a batch cannot blur a comparison."""
+    return made(CONFIGS[family], dtype=dtype, **options)
+
+
+def phi3():
+    return Phi3Config(**SMALL)
+
+
 def biased(family):
     """A tiny model with biases that are not zero."""
-    if family != "phi3":
-        model = tiny(family)
-    else:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(Phi3Config(**SMALL)).double().eval()
-        model.generation_config.eos_token_id = None
+    model = tiny(family) if family != "phi3" else made(phi3, scale=1)
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.dim() == 1):
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)), dtype=p.dtype)

@@ -1,5 +1,7 @@
 """Questions to be scored and prompts to be continued."""
 
+import functools
+
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from tests.helpers.models import random_tokens
@@ -17,10 +19,10 @@ def questions():
     return found
 
 
-def output_head_of(model, heads={}):  # noqa: B006 - one check per model is enough
-    if model not in heads:
-        heads[model] = output_head(model)
-    return heads[model]
+@functools.lru_cache(maxsize=1)
+def output_head_of(model):
+    """The model's output head; one check per model is enough."""
+    return output_head(model)
 
 
 class TextRequest:

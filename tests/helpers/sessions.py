@@ -76,6 +76,11 @@ def same(model, before):
     )
 
 
+def hooked(model):
+    """The modules that have hooks, by name. torch tells it by private names alone."""
+    return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
 class Interrupt(TorchFunctionMode):
     """Ctrl-C before or after the n-th torch operation."""
 

@@ -9,7 +9,7 @@ import torch
 from dart_eval.cli import _Stopped
 from dart_eval.pruning import cache_watch, calls, hooks, inplace, permuted, session, slices
 from tests.helpers.models import biased, random_tokens
-from tests.helpers.sessions import RESTLESS, bits, decoded, open_session, same
+from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session, same
 
 FILES = {m.__file__ for m in (session, cache_watch, calls, hooks, permuted, slices, inplace, torch.utils.hooks)}
 # What leads there, instruction by instruction; where a matrix is moved, every seventh line; none of what only counts.
@@ -60,11 +60,8 @@ def one_layer():
 
 def untouched(model, before):
     """The bits of the weights, no hook, no method of another."""
-    left = any(
-        m._forward_hooks or m._forward_pre_hooks or vars(m).keys() & {"forward", "generate", "_apply", calls.GUARD}
-        for m in model.modules()
-    )
-    return same(model, before) and not left
+    left = any(vars(m).keys() & {"forward", "generate", "_apply", calls.GUARD} for m in model.modules())
+    return same(model, before) and not left and not hooked(model)
 
 
 @pytest.mark.parametrize(

@@ -9,27 +9,37 @@ from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.registry import BUILT_IN
 from dart_eval.pruning.session import prune
-from tests.helpers.models import random_tokens, tiny
-from tests.helpers.sessions import RENEWED, RESTLESS, cache_of, generate, open_session, prompts_of
+from tests.helpers.matrices import on_families
+from tests.helpers.models import FAMILIES, random_tokens, tiny
+from tests.helpers.sessions import (
+    RENEWED,
+    RESTLESS,
+    bits,
+    cache_of,
+    generate,
+    hooked,
+    open_session,
+    prompts_of,
+    same,
+)
 
 PRUNERS = [cls.name for cls in BUILT_IN if cls.prunes and not getattr(cls, "looks_ahead", False)]
 MASKS = [name for name in PRUNERS if name != "dart-plus"]  # a mask alone decides, the same for all tokens
 QUIET = {"dart": {"detect": False}, "dart-code": {"detect": False}}
 
 
-@pytest.mark.parametrize("method", PRUNERS)
+@on_families(["method"], FAMILIES, PRUNERS)
 def test_sparsity_zero_is_dense(model, method):
     ids = prompts_of(2, 20)
-    dense = generate(model, ids)
+    dense = generate(model, ids, tokens=6)
     with open_session(model, method, 0.0) as session:
-        pruned = generate(model, ids)
+        pruned = generate(model, ids, tokens=6)
     assert torch.equal(dense.sequences, pruned.sequences)
     assert torch.allclose(torch.stack(dense.logits), torch.stack(pruned.logits))
     assert session.effective_sparsity == 0
 
 
-@pytest.mark.parametrize("method", PRUNERS)
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+@on_families(["method", "sparsity"], FAMILIES, [(m, s) for m in PRUNERS for s in (0.3, 0.5, 0.7)])
 def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
     with open_session(model, method, sparsity) as session:
         generate(model, prompts_of(2, 20), tokens=5)
@@ -44,7 +54,7 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
         assert session.effective_sparsity == pytest.approx(exact * 4 / 5)  # the first token comes from the prefill
 
 
-@pytest.mark.parametrize("method", MASKS)
+@on_families(["method"], FAMILIES, MASKS)
 def test_a_mask_does_what_removing_the_neurons_would(model, method):
     """Decoding under the mask equals decoding with the pruned columns of down set to zero after the prefill."""
     ids = prompts_of(1, 20)
@@ -74,23 +84,23 @@ def test_pruning_changes_the_output(llama, method):
     assert not torch.allclose(dense.logits[1], pruned.logits[1])
 
 
-@pytest.mark.parametrize("method", PRUNERS)
+@on_families(["method"], FAMILIES, PRUNERS)
 def test_leaving_restores_the_model_bit_for_bit(model, method):
     ids = prompts_of(1, 10)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state = bits(model)
     before = model(ids).logits
     with open_session(model, method, 0.7):
-        generate(model, ids, tokens=8)
+        generate(model, ids, tokens=5)
     with pytest.raises(RuntimeError, match="stop here"):  # noqa: PT012, SIM117
         with open_session(model, method, 0.7):
-            generate(model, ids, tokens=8)
+            generate(model, ids, tokens=5)
             raise RuntimeError("stop here")
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert same(model, state)
     assert torch.equal(model(ids).logits, before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not hooked(model)
 
 
-@pytest.mark.parametrize(("method", "params"), RENEWED)
+@on_families(["method", "params"], FAMILIES, RENEWED)
 def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     lengths = (20, 9, 14)
     prompts = [random_tokens(n, seed=n) for n in lengths]
@@ -98,12 +108,12 @@ def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
     attention = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
     with open_session(model, method, 0.5, **params) as session:
-        together = generate(model, ids, tokens=15, attention_mask=attention)
+        together = generate(model, ids, tokens=9, attention_mask=attention)
         events = {(e["sequence"], e["step"]) for e in session.events}
     alone_events = set()
     for row, prompt in enumerate(prompts):
         with open_session(model, method, 0.5, **params) as session:
-            alone = generate(model, torch.tensor([prompt]), tokens=15)
+            alone = generate(model, torch.tensor([prompt]), tokens=9)
             alone_events |= {(row, e["step"]) for e in session.events}
         assert alone.sequences[0, len(prompt) :].tolist() == together.sequences[row, width:].tolist()
         for a, b in zip(alone.logits, together.logits, strict=True):
@@ -112,23 +122,23 @@ def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     assert bool(events) == bool(params)
 
 
+def masks_of(session):
+    return torch.stack(session.state.masks).clone() if session.state and session.state.masks else None
+
+
 def test_masks_change_between_forwards_and_only_after_an_alarm(llama):
-    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
-        seen = []
-        original = session._end
-
-        def watch(*args):
-            before = [m.clone() for m in session.state.masks] if session.state.masks else None
-            original(*args)
-            after = session.state.masks
-            seen.append(before is not None and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)))
-
-        session.detach()
-        session._end = watch
-        session.attach()
-        generate(llama, prompts_of(1, 20), tokens=14)
+    seen = []  # masks as the last layer used them
+    with torch.no_grad(), open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        handle = llama.model.norm.register_forward_hook(lambda *_: seen.append(masks_of(session)))
+        out, changed = llama(prompts_of(1, 20), use_cache=True), []
+        for step in range(1, 14):
+            before = masks_of(session)
+            out = llama(out.logits[:, -1:].argmax(-1), use_cache=True, **{cache_argument(llama): cache_of(out)})
+            assert torch.equal(seen[-1], before)
+            if not torch.equal(masks_of(session), before):
+                changed.append(step)
+        handle.remove()
     # 13 decoding forwards follow the prefill; windows of three close after the 3rd, 6th, 9th and 12th
-    changed = [i for i, c in enumerate(seen) if c]
     assert changed
     assert set(changed) <= {3, 6, 9, 12}
     assert [e["step"] for e in session.events] == [3, 6, 9, 12]
