@@ -1,14 +1,12 @@
 """An interrupt at any point of leaving `prune()`: the model is as it was, and the interrupt is raised."""
 
-import signal
 import sys
 
 import pytest
 import torch
 
-from dart_eval.cli import _Stopped
 from dart_eval.pruning import cache_watch, calls, hooks, inplace, permuted, session, slices
-from tests.helpers.models import biased, random_tokens
+from tests.helpers.models import biased, random_tokens, shallow
 from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session, same
 
 FILES = {m.__file__ for m in (session, cache_watch, calls, hooks, permuted, slices, inplace, torch.utils.hooks)}
@@ -31,6 +29,10 @@ COUNTING = {"involutions"}
 STRIDE = 7
 
 
+class Stopped(BaseException):
+    """As the command line raises at a signal: no Exception, and no KeyboardInterrupt."""
+
+
 class Interrupt:
     """Raises at the n-th point that is looked at."""
 
@@ -51,30 +53,24 @@ class Interrupt:
         return self
 
 
-def one_layer():
-    model = biased("llama")
-    model.model.layers = model.model.layers[:1]
-    model.config.num_hidden_layers = 1
-    return model
-
-
 def untouched(model, before):
     """The bits of the weights, no hook, no method of another."""
     left = any(vars(m).keys() & {"forward", "generate", "_apply", calls.GUARD} for m in model.modules())
     return same(model, before) and not left and not hooked(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "error"),
-    [("dart-plus", KeyboardInterrupt()), ("dart", _Stopped(signal.SIGTERM))],
+    ("method", "error", "every"),
+    [("dart-plus", KeyboardInterrupt(), 1), ("dart", Stopped(), 5)],
     ids=["Ctrl-C", "signal"],
 )
-def test_an_interrupt_anywhere_on_the_way_out(method, error):
-    model = one_layer()
+def test_an_interrupt_anywhere_on_the_way_out(method, error, every):
+    model = shallow(biased("llama"))
     before, at, wrong, left = bits(model), 0, [], 0
     tracing = sys.gettrace()
     while left <= 0:
-        at += 1
+        at += every
         interrupt, raised = Interrupt(at, error), None
         try:
             with open_session(model, method, 0.5, execution="permuted", **RESTLESS) as run:
@@ -89,14 +85,14 @@ def test_an_interrupt_anywhere_on_the_way_out(method, error):
         left = interrupt.left
         if raised is not (error if left <= 0 else None) or not untouched(model, before):
             wrong.append(at)
-            model = one_layer()
+            model = shallow(biased("llama"))
     assert not wrong, f"{len(wrong)} of {at} points, the first {wrong[:9]}"
     assert at > 300
 
 
 def test_an_impatient_user_loses_nothing(monkeypatch):
     """Ctrl-C over and over while neurons are put back: the first one is raised, at the end."""
-    model = one_layer()
+    model = shallow(biased("llama"))
     before = bits(model)
     stops = [KeyboardInterrupt(i) for i in range(5)]
     finish = inplace.Work.finish

@@ -7,15 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import _dynamo as dynamo
-from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.inplace import Work, involutions, transpose
 from dart_eval.pruning.permuted import PermutedFFNs
+from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, SMALL, biased, random_tokens
 from tests.helpers.sessions import RENEWED, RESTLESS, Interrupt, bits, cache_of, decoded, open_session, same
 
@@ -23,8 +22,7 @@ STATIC = [("magnitude", {}), ("wanda-sp", {})]
 METHODS = [*RENEWED, *STATIC, ("dart-plus", {**RESTLESS, "down": 1.0}), ("dart", {"allocation": "uniform"})]
 
 
-@pytest.mark.parametrize(("method", "params"), METHODS)
-@pytest.mark.parametrize("family", [*FAMILIES, "phi3"])
+@pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS))
 def test_permuted_equals_masked(family, method, params):
     """Logits, re-masks and what is counted, over two prompts in turn; the weights come back bit for bit."""
     model = biased(family)
@@ -32,7 +30,7 @@ def test_permuted_equals_masked(family, method, params):
     found = {}
     for execution in ("masked", "permuted"):
         with open_session(model, method, 0.5, execution=execution, **params) as session:
-            found[execution] = [decoded(model, session, [random_tokens(20, seed)]) for seed in (3, 4)]
+            found[execution] = [decoded(model, session, [random_tokens(20, seed)], steps=12) for seed in (3, 4)]
             assert session.execution == execution
         assert same(model, before)
     for (ours, events, share), (theirs, their_events, their_share) in zip(*found.values(), strict=True):
@@ -127,56 +125,6 @@ def test_a_further_turn_and_chunked_prefill():
     assert torch.allclose(*(f[1] for f in found.values()), rtol=1e-8, atol=1e-8)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("method", "params"), [("magnitude", {}), ("griffin", {}), ("dart", RESTLESS)])
-def test_a_compiled_model_stays_compiled(method, params):
-    """Shapes and addresses do not change with the masks: what is compiled for the first tokens serves the others."""
-    dynamo.reset()
-    graphs = CompileCounter()
-    model = biased("llama")
-    compiled = torch.compile(model, backend=graphs)
-    found, counts = [], []
-    for forward in (model, compiled):
-        with open_session(model, method, 0.5, execution="permuted", **params) as session:
-            cache = StaticCache(config=model.config, max_cache_len=64)
-            logits = [model(torch.tensor([random_tokens(20)]), use_cache=True, past_key_values=cache).logits[:, -1]]
-            for _ in range(16):
-                token = logits[-1].argmax(-1, keepdim=True)
-                logits.append(forward(token, use_cache=True, past_key_values=cache).logits[:, -1])
-                counts.append(graphs.frame_count)
-            assert params != RESTLESS or session.remasks[0] > 3
-        found.append(torch.stack(logits))
-    assert torch.allclose(*found, rtol=1e-10)
-    assert 0 < counts[16] == counts[-1] < 4
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("execution", ["masked", "permuted"])
-def test_a_model_compiled_before_is_pruned_and_dense_again_after(execution):
-    """By default compiled code does not notice hooks: it would run on without them."""
-    dynamo.reset()
-    dynamo.config.skip_nnmodule_hook_guards = True  # the default, as in a new process
-    model = biased("llama")
-    compiled = torch.compile(model, backend="eager")
-    ids = torch.tensor([random_tokens(20)])
-
-    def steps(forward):
-        cache = StaticCache(config=model.config, max_cache_len=64)
-        logits = [model(ids, use_cache=True, past_key_values=cache).logits[:, -1]]
-        for token in range(5, 11):
-            logits.append(forward(torch.tensor([[token]]), use_cache=True, past_key_values=cache).logits[:, -1])
-        return torch.stack(logits)
-
-    dense = steps(compiled)
-    with open_session(model, "griffin", 0.5, execution=execution):
-        pruned = steps(compiled)
-    with open_session(model, "griffin", 0.5, execution=execution):
-        assert torch.allclose(pruned, steps(model), rtol=1e-8)
-    assert not torch.allclose(pruned, dense)
-    assert torch.allclose(dense, steps(compiled), rtol=1e-8)
-    dynamo.reset()
-
-
 # -- every neuron once, every bit back -----------------------------------------------------------------------
 
 
@@ -244,12 +192,12 @@ def test_restored_after_an_exception():
     before = bits(model)
     with open_session(model, "dart", 0.5, **RESTLESS) as session:
         decoded(model, session, [random_tokens(20)], steps=5)
-        model.model.layers[1].self_attn.o_proj.register_forward_hook(_raise)
+        trap = model.model.layers[1].self_attn.o_proj.register_forward_hook(_raise)
         with pytest.raises(RuntimeError, match="boom"):
             decoded(model, session, [random_tokens(20)])
         assert not same(model, before)
     assert same(model, before)
-    model.model.layers[1].self_attn.o_proj._forward_hooks.clear()
+    trap.remove()
     with torch.no_grad():
         ids = torch.tensor([random_tokens(20)])
         reference = biased("llama")
