@@ -1,6 +1,7 @@
 # make demo          the main job on the demo model and the shipped tasks (sets everything up first)
 # make test          all tests (sets everything up first)
 # make test-fast     those of the numeric core and all others on tiny models, in a minute
+# make golden        renew tests/golden/golden.json, the numbers that test-fast compares with, and say what moved
 # make check         lint, format, types
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
 # make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast check regression gpu-check paper-tables clean
+.PHONY: demo test test-fast golden check regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
@@ -50,6 +51,9 @@ test: $(VENV)/.dev
 FAST := not demo and not data and not ray and not browser and not process and not slow
 test-fast: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(FAST)"
+
+golden: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

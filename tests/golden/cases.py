@@ -1,0 +1,116 @@
+"""What is measured: five families of tiny models, every preset, and settings of theirs.
+
+Weights and tokens come from `RandomState`, whose numbers numpy keeps the same in all its versions.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
+
+HERE = Path(__file__).parent
+TABLE = HERE / "allocation.json"  # for three layers at sparsity 0.5
+CALIBRATION = HERE / "calibration.txt"  # words of `tests.helpers.models.word_tokenizer`
+
+VOCABULARY, FIRST_WORD = 16, 4  # tokens below the first word are special
+ENDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {**ENDS, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "max_position_embeddings": 160}
+GATED = {**SIZES, "intermediate_size": 44, "num_key_value_heads": 1}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**GATED),
+    "qwen2": lambda: Qwen2Config(**GATED),
+    "gemma3": lambda: Gemma3TextConfig(  # its window is shorter than the prompts
+        **GATED, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "gpt2": lambda: GPT2Config(**ENDS, n_embd=24, n_layer=3, n_head=3, n_positions=160, n_inner=44),
+    "opt": lambda: OPTConfig(**SIZES, ffn_dim=44, word_embed_proj_dim=24),
+}
+
+
+@functools.cache
+def model(family):
+    """The family's model in float64. Its biases and norms do something, and pruning changes what it says."""
+    config = CONFIGS[family]()
+    config.tie_word_embeddings = False  # random models whose head is their embedding repeat one token
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            drawn = np.random.RandomState(zlib.crc32(name.encode())).uniform(-1, 1, tuple(parameter.shape))
+            if parameter.dim() == 1:
+                parameter.add_(torch.from_numpy(0.3 * drawn))
+            else:
+                parameter.copy_(torch.from_numpy(0.6 * drawn))
+    made.generation_config.eos_token_id = None  # random models must not stop by chance
+    return made
+
+
+def tokens(count, seed):
+    """Random tokens, none of them special."""
+    return tuple(np.random.RandomState(seed).randint(FIRST_WORD, VOCABULARY, count).tolist())
+
+
+# Two prompts of a batch: one of five windows of the detector, one that is padded.
+PROMPTS = [tokens(52, seed=1), tokens(37, seed=2)]
+NEW_TOKENS = 40
+
+# (context, answer): candidates of one context, answers of one token and of several windows, hardly any context
+QUESTIONS = [
+    *((tokens(41, seed=3), tokens(n, seed=10 + n)) for n in (1, 3, 14)),
+    *((tokens(18, seed=4), tokens(n, seed=20 + n)) for n in (1, 13)),
+    (tokens(1, seed=5), tokens(4, seed=6)),
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method as a user types it, and how it is run. decodes: False for what can only score answers."""
+
+    method: str
+    sparsity: float = 0.5
+    shared_mask: bool = False
+    decodes: bool = True
+
+
+# A detector that sees drift in every window; without the first two it sees it in some.
+RESTLESS = "sigma=-1000:floor=-3:window=3:patience=1:cooldown=0:min_windows=1:ring=5"
+
+SETTINGS = {
+    "dense": Setting("dense"),
+    "random": Setting("random", 0.62),
+    "magnitude": Setting("magnitude"),
+    "wanda-sp": Setting("wanda-sp", 0.37),
+    "griffin": Setting("griffin", 0.55),
+    "dart": Setting("dart", 0.37),
+    "dart-code": Setting("dart-code"),
+    "dart-plus": Setting("dart-plus"),
+    "oracle": Setting("oracle", decodes=False),
+    "random seed": Setting("random:seed=3"),
+    "every window an alarm": Setting(f"dart:{RESTLESS}", 0.3),
+    "some windows an alarm": Setting(
+        "dart:window=2:sigma=0.5:floor=0:patience=3:cooldown=1:allocation=uniform:blend=0"
+    ),
+    "running memory, reference kept": Setting(f"dart:{RESTLESS}:memory=running:reference=kept"),
+    "detector only": Setting("dart:window=3:patience=1:floor=0.02:renew=off:detect_skip_first=off", 0.7),
+    "steady re-masks": Setting("dart:detect=off:every=4:memory=running:ring=6:normalise=l2:allocation=uniform"),
+    "steady re-masks and alarms": Setting(f"dart-plus:{RESTLESS}:every=4:every_blend=0.6"),
+    "dense tokens": Setting(f"dart-code:{RESTLESS}:dense_tokens=2:blend=0.3", 0.37),
+    "two stages": Setting("dart:stages=1.6:detect=off", 0.45),
+    "three stages": Setting(f"dart:{RESTLESS}:stages=1.5:down=0.6", 0.62),
+    "compensation": Setting(f"dart:{RESTLESS}:compensate=on:skip_first=on", 0.37),
+    "saved table": Setting(f"dart:allocation=table:{TABLE}:detect=off"),
+    "shared mask": Setting(f"dart:{RESTLESS}", 0.37, shared_mask=True),
+    "shared mask, stages and compensation": Setting("dart-plus:every=5", 0.62, shared_mask=True),
+    "vocabulary score": Setting("dart:score=max:aggregate=ema:decay=0.9:detect=off", 0.7),
+    "product of scores and down columns": Setting("dart:score=product:down_norm=on:normalise=l1:detect=off"),
+    "residual sensitivity": Setting("dart:sensitivity=residual:protect=off:detect=off", 0.3),
+    "direction alone": Setting("dart:magnitude=off:detect=off", 0.3),
+    "oracle by down columns": Setting("oracle:normalise=l1:down_norm=on", 0.7, decodes=False),
+}
+
+# Those that run as lm-eval's model too: texts up to a stop sequence, and perplexities.
+TEXTS = ("griffin", "every window an alarm", "dart-plus")

@@ -1,0 +1,70 @@
+"""The cases, and the numbers of each as plain data and numpy arrays."""
+
+from functools import partial
+
+import torch
+
+from tests.golden import surface
+from tests.golden.cases import CONFIGS, NEW_TOKENS, PROMPTS, QUESTIONS, SETTINGS, TEXTS, model, tokens
+from tests.helpers.requests import words
+
+
+def measure(family, name):
+    """The numbers of a setting on a family's model.
+
+    Returns:
+        `sequences`, of each prompt in a padded batch by masks; `permuted`, the same of the first prompt alone (of all
+        where they have one mask) by permuted weights, which must equal it; `batch` and `alone`, what those two runs
+        tell of all their sequences; `scores`, the answers in every scope; `cost`.
+    """
+    setting, tiny = SETTINGS[name], model(family)
+    found = {}
+    if setting.decodes:
+        found["sequences"], found["batch"] = _decode(tiny, setting, "masked", PROMPTS)
+        alone = PROMPTS if setting.shared_mask else PROMPTS[:1]
+        found["permuted"], found["alone"] = _decode(tiny, setting, "permuted", alone)
+    found["scores"] = surface.scores(tiny, setting, QUESTIONS)
+    found["cost"] = surface.costs(tiny, setting, context=len(PROMPTS[0]))
+    return found
+
+
+def _decode(tiny, setting, execution, prompts):
+    """Numbers of each prompt, and of all together; the prompts are padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([(0,) * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([(0,) * (width - len(p)) + (1,) * len(p) for p in prompts])
+    rows = range(len(prompts))
+    with surface.session_of(tiny, setting, execution) as session:
+        _generate(tiny, ids, mask, 1)
+        first = [surface.masks(session, row) for row in rows]
+        output = _generate(tiny, ids, mask, NEW_TOKENS)
+        logits = torch.stack(output.logits, 1).float().numpy()
+        sequences = [
+            {
+                "masks after the prompt": first[row],
+                "masks after the last token": surface.masks(session, row),
+                "text": output.sequences[row, width:].tolist(),
+                "logits": logits[row],
+                **surface.seen_of(session, row),
+            }
+            for row in rows
+        ]
+        return sequences, surface.seen_of_all(session)
+
+
+def _generate(tiny, ids, mask, count):
+    return tiny.generate(
+        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+
+
+def measure_texts(family, name):
+    """The numbers of a setting as lm-eval's model: texts up to a stop sequence, and a perplexity."""
+    prompts = [words(tokens(n, seed=30 + n)) for n in (9, 28, 17)]
+    return surface.run_as_lm(model(family), SETTINGS[name], prompts, words(tokens(45, seed=7)), stop="w7")
+
+
+# Name -> what measures it.
+CASES = {f"{family}, {name}": partial(measure, family, name) for family in CONFIGS for name in SETTINGS}
+CASES |= {f"{family}, {name}, texts": partial(measure_texts, family, name) for family in CONFIGS for name in TEXTS}

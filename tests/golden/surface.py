@@ -1,0 +1,125 @@
+"""All that golden numbers touch of the package. Where its surface changes, this changes, and no number does."""
+
+import functools
+import itertools
+from contextlib import contextmanager, nullcontext
+
+from dart_eval.cost import describe, shape_of
+from dart_eval.evaluation.forwards import output_head
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import SCOPES, scorer
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.session import prune
+from tests.golden.cases import CALIBRATION
+from tests.helpers.models import word_tokenizer
+from tests.helpers.requests import TextRequest
+
+tokenizer = functools.cache(word_tokenizer)
+
+
+def method_of(setting):
+    return make(*parse(setting.method))
+
+
+@contextmanager
+def session_of(model, setting, execution="masked"):
+    """The session of a setting's method on a model."""
+    with prune(
+        model, method_of(setting), setting.sparsity, tokenizer=tokenizer(), calibration=CALIBRATION,
+        execution=execution, shared_mask=setting.shared_mask,
+    ) as session:  # fmt: skip
+        yield session
+
+
+def masks(session, row):
+    """Per layer [F] bool, the mask in force of one sequence; None without any."""
+    if session.static_masks is not None:
+        return [mask[0].numpy() for mask in session.static_masks]
+    return [mask[row].numpy() for mask in session.state.masks] if session.state is not None else None
+
+
+def seen_of(session, row):
+    """What a session tells of one sequence: what its decoded tokens read, re-masks, alarms, the detector."""
+    steps = [(float(step.read[row]), float(step.mask[row])) for step in session.steps]
+    return {
+        "read, in the mask, tokens": [[*step, len([*alike])] for step, alike in itertools.groupby(steps)],
+        "events": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events if e["sequence"] == row],
+        "alarms": [a["token"] for a in session.alarms if a["sequence"] == row],
+        "detector": session.trace(row),
+    }
+
+
+def seen_of_all(session):
+    """What a session tells of all its sequences together."""
+    return {
+        "effective sparsity": session.effective_sparsity,
+        "outside the mask": session.mask_sparsity,
+        "read": session.weights_read,
+        "state bytes": session.state_bytes,
+        "re-masks": session.remasks,
+    }
+
+
+def scores(model, setting, questions):
+    """Scope -> what came out for each (context, answer), and the bytes of the largest state."""
+    head, requests, found = head_of(model), [Request(*question) for question in questions], {}
+    with session_of(model, setting) as session:
+        for scope in SCOPES:
+            run = scorer(model, head, session if session.method.prunes else None, 4, scope)
+            answers = run.score(requests)
+            found[scope] = {
+                "logprob": [a.logprob for a in answers],
+                "greedy": [a.greedy for a in answers],
+                **_used(answers),
+                "state bytes": run.state_bytes,
+            }
+    return found
+
+
+def costs(model, setting, context):
+    """FLOPs and reads, counted at a context of that length."""
+    return describe(method_of(setting), shape(model), context, 1 - setting.sparsity, remasks_per_token=0.1)
+
+
+@functools.cache
+def head_of(model):
+    return output_head(model)
+
+
+@functools.cache
+def shape(model):
+    return shape_of(model, find_ffns(model))
+
+
+def run_as_lm(model, setting, prompts, text, stop):
+    """As lm-eval's model: texts after prompts and the score of a text, with what each cost."""
+    lm = PrunedLM(model, tokenizer(), batch_size=2, max_length=96, chunk=33)
+    pruned = session_of(model, setting) if method_of(setting).prunes else nullcontext()
+    with pruned as session:
+        lm.begin(session, {})
+        texts = lm.generate_until([TextRequest(prompt, i, [stop], 16) for i, prompt in enumerate(prompts)])
+        whole = TextRequest(text, len(prompts))
+        whole.args = (text,)
+        (rolling,) = lm.loglikelihood_rolling([whole])
+    used = [usage for _, usage in sorted(lm.usage.items())]
+    return {
+        "texts": texts,
+        "logprob": float(rolling),
+        "coverage": rolling.coverage,
+        "context tokens": [u.context for u in used],
+        **_used(used),
+    }
+
+
+def _used(answers):
+    """What answers cost, one entry each: tokens, those under a mask, shares summed over them, and the detector."""
+    return {
+        "tokens": [a.tokens for a in answers],
+        "under a mask": [a.masked for a in answers],
+        "not read": [a.pruned for a in answers],
+        "outside the mask": [a.outside for a in answers],
+        "re-masks": [a.remasks for a in answers],
+        "detector": [a.trace for a in answers],
+    }

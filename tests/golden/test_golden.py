@@ -1,0 +1,66 @@
+"""The numbers of the package are those of the file, in every case. `make golden` renews it and says what moved."""
+
+import numpy as np
+import pytest
+
+from tests.golden import file
+from tests.golden.measure import CASES
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return file.read()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_the_golden_ones(golden, case):
+    moved = file.moved(golden[case], CASES[case]())
+    assert not moved, f"{case}:\n{file.told(moved)}"
+
+
+def test_every_line_of_the_file_is_a_case(golden):
+    assert list(golden) == list(CASES)
+
+
+BEFORE = {
+    "sequences": [{"logits": np.array([[1.0, 2.0]]), "mask": np.array([True, False, True]), "text": [4, 5, 6]}],
+    "cost": {"flops": 100, "share": 0.5},
+    "detector": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sequences": [{**BEFORE["sequences"][0], "logits": np.array([[1.0, 2.5]])}]},
+         "sequences, logits: 1 of 2 moved, by up to 0.5"),
+        ({"sequences": [{**BEFORE["sequences"][0], "mask": np.array([False, True, True])}]},
+         "sequences, mask: 2 of 3 moved, by up to 1"),
+        ({"sequences": [{**BEFORE["sequences"][0], "text": [4, 5]}]}, "sequences, text: 1 of 1 moved"),
+        ({"sequences": []}, "sequences: 1 of 1 moved"),
+        ({"cost": {"flops": 101, "share": 0.5}}, "cost, flops: 1 of 1 moved, by up to 1"),
+        ({"cost": {"flops": 100, "share": 0.5 + 1e-8}}, "cost, share: 1 of 1 moved, by up to 1e-08"),
+        ({"cost": {"flops": 100}}, "cost, share: 1 of 1 moved"),
+        ({"detector": {"signal": [0.5]}}, "detector: 1 of 1 moved"),
+        ({"permuted": [{**BEFORE["sequences"][0], "text": [4, 5, 7]}]}, "permuted, text: 1 of 3 moved, by up to 1"),
+    ],
+)  # fmt: skip
+def test_what_moved_is_named_and_counted(change, said):
+    moved = file.moved(BEFORE, {**BEFORE, **change})
+    assert file.told(moved) == f"  {said}"
+
+
+def test_last_digits_of_sums_in_single_precision_may_move():
+    near = {**BEFORE["sequences"][0], "logits": np.array([[1.0, 2.0 + 9e-6]])}
+    assert not file.moved(BEFORE, {**BEFORE, "sequences": [near], "permuted": [near]})
+    assert file.moved(BEFORE, {**BEFORE, "sequences": [{**near, "logits": np.array([[np.nan, 2.0]])}]})
+
+
+def test_the_file_gives_back_what_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(file, "FILE", tmp_path / "golden.json")
+    mask, logits = np.arange(11) % 3 == 0, np.array([[1.5, -2.25]], np.float32)
+    file.write({"a case": {"mask": mask, "logits": logits, "share": 1 / 3}, "another": {"text": [4, 5]}})
+    found = file.read()
+    assert not file.moved(found["a case"], {"mask": mask, "logits": logits, "share": 1 / 3})
+    assert found["a case"]["mask"].tolist() == mask.tolist() and found["another"] == {"text": [4, 5]}
+    assert len(file.FILE.read_text().splitlines()) == 2 + 2
