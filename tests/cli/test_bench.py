@@ -21,10 +21,9 @@ from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.machine import foreign_cpu, hardware
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.registry import make, parse
+from tests.helpers.commands import command
 from tests.helpers.models import tiny
 from tests.helpers.sessions import RESTLESS
-
-PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
 
 
 def test_ratios_are_paired():
@@ -74,6 +73,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
         ran.clear()
         found = timed(self, work)
         for module, ids, logits, cache in ran:
+            # Torch shows in no public way whether a module has hooks.
             if not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in module.modules()):
                 dense.append((module, ids, logits, cache.get_seq_length() - ids.shape[1] if cache is not None else 0))
                 own = dict(module.named_parameters())
@@ -143,11 +143,12 @@ def test_what_cannot_be_timed_is_refused():
             decode.measure(model, make(name), 0.5)
 
 
+@pytest.mark.process
 def test_foreign_cpu_sees_other_processes():
     with foreign_cpu() as foreign:
         if foreign() is None:
             pytest.skip("the system does not tell")
-        subprocess.run([sys.executable, "-c", "sum(i for i in range(10**7))"], check=True)
+        subprocess.run([sys.executable, "-S", "-c", "sum(i for i in range(10**7))"], check=True)
         assert foreign() > 0.1
 
 
@@ -188,18 +189,11 @@ def test_what_computed(monkeypatch):
     assert hardware({torch.device("cpu")}) == {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
 
 
-def _bench(*args):
-    return subprocess.run([PROGRAM, "bench", *args], capture_output=True, text=True, timeout=600)
-
-
-def test_at_a_terminal(tmp_path, tokenizer):
-    from tests.helpers.models import save_tiny
-
-    model = save_tiny(tmp_path / "model", tokenizer)
-    few = ("--model", model, "--prompt", "16", "--steps", "3", "--rounds", "1", "--method", "griffin,dart")
-    done = _bench(*few, "--format", "json", "--profile", str(tmp_path / "trace.json"))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_the_command_shows_and_writes_what_it_measures(tmp_path, saved_llama):
+    few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--method", "griffin,dart")
+    done = command("bench", *few, "--format", "json", "--profile", tmp_path / "trace.json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     assert [f["method"] for f in found] == ["griffin", "dart"]
     for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_dense_steps", "tracing_overhead"):
         assert isinstance(found[0][key], float)
@@ -208,17 +202,20 @@ def test_at_a_terminal(tmp_path, tokenizer):
     assert found[0]["speedup_n"] == 3
     assert (found[0]["renewal_dense_steps"] is None, found[1]["renewal_dense_steps"] > 0) == (True, True)
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    shown = _bench(*few).stdout
+    shown = command("bench", *few).out
     for word in ("griffin", "speed-up", "ceiling", "control", "threads"):
         assert word in shown
-    for args, said in (
-        (("--shape", "llama", "--model", "x"), "both given"),
-        (("--steps", "0"), "--steps 0 must be at least 1"),
-        (("--layers", "2"), "--layers is for a shape"),
-        (("--compile", "fast"), "unknown compile mode"),
-        (("--shape", "llama-3.1"), "did you mean"),
-    ):
-        done = _bench(*args)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert said in done.stderr
-        assert len(done.stderr.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--shape", "llama", "--model", "x"), "both given"),
+    (("--steps", "0"), "--steps 0 must be at least 1"),
+    (("--layers", "2"), "--layers is for a shape"),
+    (("--compile", "fast"), "unknown compile mode"),
+    (("--shape", "llama-3.1"), "did you mean"),
+])  # fmt: skip
+def test_wrong_input_is_refused_in_one_line(words, said):
+    done = command("bench", *words)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert len(done.err.strip().splitlines()) == 1

@@ -1,12 +1,15 @@
 """`bench --scoring`: counts are those of the shapes, ours and stock agree, the input is checked."""
 
+import io
 import json
+import os
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from dart_eval import machine
+from dart_eval.bench import scoring
 from dart_eval.bench.scoring import Computed, counted, measure, needed_for
 from dart_eval.cli import app, bench_scoring
 from dart_eval.errors import UserError
@@ -14,7 +17,15 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.machine import foreign_cpu
 from dart_eval.results.writers import markdown
-from tests.helpers.models import random_tokens, save_tiny, tiny
+from tests.helpers.models import random_tokens, tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_logits():
+    """The cost of a row of logits is measured on a few of them: no test here asks how fast anything is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "LOGIT_BYTES", 2**18)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +76,16 @@ def test_tokens_are_counted_where_they_are_computed(llama):
 
 
 def test_the_work_of_other_processes_is_what_the_system_did_without_us(monkeypatch):
-    clocks = {"_busy": [100.0, 130.0], "process": [10.0, 20.0], "wall": [0.0, 10.0]}
-    monkeypatch.setattr(machine, "_busy", lambda: clocks["_busy"].pop(0))
+    clocks = {"busy": [100, 130], "process": [10.0, 20.0], "wall": [0.0, 10.0]}
+
+    def stat(path, **_):
+        assert path == "/proc/stat"
+        ticks = clocks["busy"].pop(0) * os.sysconf("SC_CLK_TCK")
+        # of every kind of work some; idle and waiting, the fourth and fifth, are none
+        shares = 50, 10, 20, 700, 300, 10, 5, 5
+        return io.StringIO(" ".join(["cpu ", *(str(ticks * share // 100) for share in shares), "0 0\n"]))
+
+    monkeypatch.setattr(machine, "open", stat, raising=False)
     monkeypatch.setattr(machine.time, "process_time", lambda: clocks["process"].pop(0))
     monkeypatch.setattr(machine.time, "perf_counter", lambda: clocks["wall"].pop(0))
     with foreign_cpu() as foreign:
@@ -74,7 +93,10 @@ def test_the_work_of_other_processes_is_what_the_system_did_without_us(monkeypat
 
 
 def test_where_the_system_does_not_tell_nothing_is_recorded(monkeypatch):
-    monkeypatch.setattr(machine, "_busy", lambda: None)
+    def absent(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine, "open", absent, raising=False)
     with foreign_cpu() as foreign:
         assert foreign() is None
 
@@ -90,14 +112,13 @@ def test_a_task_without_answers_is_refused(tokenizer):
     (["--scoring", "--rounds", "0"], "--rounds 0 must be at least 1"), (["--scoring", "--tasks", ","], "no task"),
     (["--scoring", "--format", "csv"], "unknown format"), (["--scoring", "--tasks", "nothing_such"], "nothing_such"),
 ])  # fmt: skip
-def test_wrong_input_is_refused(words, message):
+def test_wrong_input_is_refused(indexed, words, message):
     done = CliRunner().invoke(app, ["bench", *words])
     assert isinstance(done.exception, UserError) and message in str(done.exception)
 
 
-def test_the_command_prints_json(tmp_path, tokenizer):
-    folder = save_tiny(tmp_path / "tiny", tokenizer)
-    words = ["--scoring", "--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", folder]
+def test_the_command_prints_json(saved_llama):
+    words = ["--scoring", "--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", saved_llama]
     done = CliRunner().invoke(app, ["bench", *words, "--format", "json"])
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)

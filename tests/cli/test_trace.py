@@ -1,9 +1,6 @@
 """`dart-eval trace` and `bench --overhead`: what they write and say, at a terminal."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +11,9 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.trace_plot import draw
-from tests.helpers.models import random_tokens, save_tiny, tiny
+from tests.helpers.commands import command
+from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of
-
-PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
 
 
 def words(count, seed=0):
@@ -104,15 +100,16 @@ def test_what_cannot_be_traced_is_refused(tokenizer):
             traced(tokenizer, passage, spec)
 
 
-def test_the_command_writes_all_it_says_and_the_table_can_be_used(tokenizer, tmp_path):
-    folder = save_tiny(tmp_path / "tiny", tokenizer)
+def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
     (tmp_path / "prompt.txt").write_text(words(40))
-    common = ["--model", folder, "--file", "prompt.txt", "--tokens", "12"]
+    common = ["--model", saved_llama, "--file", "prompt.txt", "--tokens", "12"]
 
     def run(*options, status=0):
-        done = subprocess.run([PROGRAM, *options], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        return done.stdout + done.stderr
+        done = command(*options)
+        assert done.code == status, done.err
+        return done.out + done.err
 
     text = run("trace", *common, "--save-allocation", "layers.json")
     assert "wrote trace.json and trace.png" in text and "table:layers.json" in text
@@ -132,7 +129,7 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(tokenizer, tmp
     assert "wider than the weights" in run("trace", *common, *wide, status=2)
     assert not (tmp_path / "wide-trace.json").exists()
     assert "one name" in run("trace", *common, "--output", "a.png", status=2)
-    assert "is a folder" in run("trace", *common, "--output", "tiny", status=2)
+    assert "is a folder" in run("trace", *common, "--output", "folder", status=2)
     assert "no method" in run("bench", "--overhead", "--method", ",", status=2)
     assert "leave one of them out" in run("trace", "w5 w6", *common, status=2)
 

@@ -29,7 +29,7 @@ DRIFT = {"window": 10, "threshold": 0.7, "signal": [0.9, 0.8, 0.6, 0.65, 0.9], "
 
 
 METHODS = ("dense", 0.0), ("griffin", 0.5), ("griffin", 0.7), ("dart", 0.5), ("dart", 0.7)
-FEW = ("dense", 0.0), ("dart", 0.5)  # a page of these is made in half the time
+FEW = ("dense", 0.0), ("dart", 0.5)  # where what is said of methods is not the point
 
 
 def folder(path, hostile="", methods=METHODS):
