@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
+from transformers import LlamaConfig, Phi3Config
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
@@ -11,8 +11,10 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
-from tests.helpers.models import SMALL, random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, open_session
+from tests.helpers.matrices import product
+from tests.helpers.models import SMALL, made, random_tokens, tiny
+from tests.helpers.requests import TextRequest, words
+from tests.helpers.sessions import RESTLESS, hooked, open_session
 
 ORIGINAL = 48  # tokens up to which the angles are the first ones
 CONFIGS = {
@@ -34,14 +36,7 @@ METHODS = [None, ("griffin", {}), ("dart", RESTLESS), ("dart-plus", {**RESTLESS,
 
 
 def _model(kind, dtype=torch.float64):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]()).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-    model.generation_config.eos_token_id = None
-    return model
+    return made(CONFIGS[kind], dtype=dtype)
 
 
 def _requests():
@@ -75,10 +70,12 @@ def test_dense_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
         assert _scores(model, None, batch_size, requests) == pytest.approx(stock, abs=1e-4)
 
 
-@KINDS
-@pytest.mark.parametrize("scope", ["scored", "all", "last"])
-@pytest.mark.parametrize("method", METHODS)
-def test_results_do_not_depend_on_the_batch_size_the_order_or_what_ran_before(kind, scope, method):
+@pytest.mark.parametrize(
+    ("kind", "method", "scope"),
+    product(CONFIGS, [(m, "scored") for m in METHODS], "longrope", every=2)
+    + product(CONFIGS, [(m, scope) for m in METHODS for scope in ("all", "last")], "longrope", every=4),
+)
+def test_results_do_not_depend_on_the_batch_size_the_order_or_what_ran_before(kind, method, scope):
     model, requests = _model(kind), _requests()
     alone = [_scores(_model(kind), method, 1, [request], scope)[0] for request in requests[:12]]
     for batch_size in (1, 8):
@@ -117,7 +114,7 @@ def test_held_angles_are_those_of_a_whole_input_of_that_length(kind):
             rest = rotary(x, position_ids=torch.arange(5, 11)[None])
         for part, a, b in zip(whole, first, rest, strict=True):
             assert torch.equal(part[:, :11], torch.cat([a, b], 1))
-    assert not rotary._forward_hooks and not rotary._forward_pre_hooks
+    assert not hooked(model)
 
 
 def test_rows_are_told_apart_by_their_angles():
@@ -141,15 +138,11 @@ def test_angles_that_cannot_be_told_a_length_are_refused():
 
 # -- generation --------------------------------------------------------------------------------------------------------
 
-PROMPTS, NEW = (10, 20, 30, 45, 48, 49, 60), 20  # tokens; from 29 on, the angles change while text is written
+PROMPTS, NEW = (10, 38, 45, 48, 49, 60), 12  # tokens; from 37 on, the angles change while text is written
 
 
-class _Request:
-    """What lm-eval hands to `generate_until`."""
-
-    def __init__(self, tokens, new=NEW):
-        self.args = (" ".join(f"w{t}" for t in tokens), {"until": [], "max_gen_toks": new, "do_sample": False})
-        self.task_name, self.doc_id, self.doc = "t", len(tokens), {}
+def _request(tokens, new=NEW):
+    return TextRequest(words(tokens), len(tokens), tokens=new)
 
 
 def _generate(model, tokenizer, requests, batch_size, session=None):
@@ -163,7 +156,7 @@ def _generate(model, tokenizer, requests, batch_size, session=None):
 
 @KINDS
 def test_dense_generation_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
-    requests, stock = [_Request(random_tokens(n, seed=n)) for n in PROMPTS], []
+    requests, stock = [_request(random_tokens(n, seed=n)) for n in PROMPTS], []
     for request in requests:
         lm = HFLM(pretrained=_model(kind), tokenizer=tokenizer, batch_size=1, max_length=256)
         stock += lm.generate_until([request], disable_tqdm=True)
@@ -171,10 +164,9 @@ def test_dense_generation_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
         assert _generate(_model(kind), tokenizer, requests, batch_size)[0] == stock
 
 
-@KINDS
-@pytest.mark.parametrize("method", METHODS[1:3])
+@pytest.mark.parametrize(("kind", "method"), product(CONFIGS, [(m,) for m in METHODS[1:3]], "longrope", every=2))
 def test_pruned_generation_does_not_depend_on_the_batch_size_or_what_ran_before(kind, method, tokenizer):
-    requests, model = [_Request(random_tokens(n, seed=n)) for n in PROMPTS], _model(kind)
+    requests, model = [_request(random_tokens(n, seed=n)) for n in PROMPTS], _model(kind)
     found = []
     for batch_size, order in ((1, 1), (8, 1), (8, -1)):
         with open_session(model, method[0], 0.5, **method[1]) as session:
@@ -193,7 +185,7 @@ def test_where_phi3_computes_its_cache_anew_a_token_is_dense_and_masks_are_made_
 
     def run(tokens, new):
         with open_session(model, method[0], 0.5, **method[1]) as session:
-            texts, costs = _generate(model, tokenizer, [_Request(tokens, new)], 8, session)
+            texts, costs = _generate(model, tokenizer, [_request(tokens, new)], 8, session)
         return [int(word[1:]) for word in texts[0].split()], costs[0]
 
     whole, (tokens, masked, pruned, remasks) = run(prompt, NEW)
@@ -209,5 +201,5 @@ def test_where_phi3_computes_its_cache_anew_a_token_is_dense_and_masks_are_made_
 def test_dynamic_angles_leave_the_cache_as_it_is(tokenizer):
     model = _model("dynamic")
     with open_session(model, "griffin", 0.5) as session:
-        _, costs = _generate(model, tokenizer, [_Request(random_tokens(40, seed=40))], 8, session)
+        _, costs = _generate(model, tokenizer, [_request(random_tokens(40, seed=40))], 8, session)
     assert costs == [(NEW, NEW - 1, 0.5 * (NEW - 1), 0)]

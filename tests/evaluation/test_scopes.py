@@ -13,11 +13,12 @@ from dart_eval.plan import config_from
 from dart_eval.pruning.masks import top_k_mask
 from dart_eval.pruning.session import prune
 from tests.helpers.commands import run_local
-from tests.helpers.models import random_tokens, save_tiny
+from tests.helpers.matrices import on_families
+from tests.helpers.models import FAMILIES, random_tokens, save_tiny
 from tests.helpers.requests import output_head_of, questions
 from tests.helpers.sessions import cache_of, open_session
 
-METHODS = [("random", {}), ("griffin", {}), ("dart", {}), ("dart-plus", {})]
+METHODS = ["random", "griffin", "dart", "dart-plus"]
 
 
 def scored(model, session, requests, scope, batch_size=4):
@@ -37,13 +38,12 @@ def test_dense_is_dense_in_every_scope(model, scope):
         assert [s.logprob for s in scored(model, session, requests, scope)] == pytest.approx(stock, abs=1e-5)
 
 
-@pytest.mark.parametrize("scope", ["all", "last"])
-@pytest.mark.parametrize(("method", "params"), METHODS)
-def test_batch_size_and_order_do_not_matter(model, scope, method, params):
+@on_families(["method", "scope"], FAMILIES, [(m, s) for m in METHODS for s in ("all", "last")])
+def test_batch_size_and_order_do_not_matter(model, method, scope):
     requests = questions()
     found = []
     for batch_size, order in ((1, 1), (3, 1), (16, -1)):
-        with open_session(model, method, **params) as session:
+        with open_session(model, method) as session:
             found.append(numbers(scored(model, session, requests[::order], scope, batch_size)[::order]))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):

@@ -1,23 +1,25 @@
-"""Products of families and settings: the whole of them in `make test`, enough of them in the fast lane."""
+"""Products of models and settings: the whole of them in `make test`, enough of them in the fast lane."""
 
 import pytest
 
 
-def product(families, settings, first="llama"):
-    """Pairs of a family and a setting, as pytest's parameters; all but the fast lane's are marked slow.
+def product(models, settings, first="llama", every=1):
+    """Pairs of a model and a setting, as pytest's parameters; those that the fast lane leaves out are marked slow.
 
-    The fast lane takes every setting on the first family and on one of the others, in turn: so each family has some.
+    The fast lane takes every setting (or every n-th) on the first model, and each of those on one of the other models,
+    in turn, so that all models have some.
     """
-    others = [f for f in families if f != first]
+    others = [m for m in models if m != first]
     found = []
     for i, setting in enumerate(settings):
         values = setting if isinstance(setting, tuple) else (setting,)
-        for family in families:
-            fast = family in (first, others[i % len(others)])
-            found.append(pytest.param(family, *values, marks=[] if fast else [pytest.mark.slow]))
+        turn, left_out = divmod(i, every)
+        for model in models:
+            fast = not left_out and model in (first, others[turn % len(others)])
+            found.append(pytest.param(model, *values, marks=[] if fast else [pytest.mark.slow]))
     return found
 
 
-def on_families(names, families, settings, first="llama"):
+def on_families(names, families, settings):
     """Parametrize a test over the product; the fixture `model` makes the family's model."""
-    return pytest.mark.parametrize(("model", *names), product(families, settings, first), indirect=["model"])
+    return pytest.mark.parametrize(("model", *names), product(families, settings), indirect=["model"])
