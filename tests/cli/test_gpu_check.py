@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.commands import program
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 # What the project installs beside torch, transformers, accelerate and Triton, and a plain CUDA image does not have.
@@ -20,30 +22,45 @@ ABSENT = (
 PLAIN = f"import sys; sys.modules.update(dict.fromkeys({ABSENT!r}))\n"
 
 
-def plain(code, *args, **environment):
-    """Run code in a process that has what a plain image has."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PLAIN + code, *args], cwd=ROOT, capture_output=True, text=True,
-        timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+# The checks as a user starts them; then what the core is made of, in the same process: one is slow enough to start.
+CODE = """
+import runpy
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    status = stop.code
+import dart_eval, dart_eval.pruning.session, dart_eval.bench.decode, dart_eval.shapes
+import dart_eval.evaluation.scoring, dart_eval.evaluation.forwards
+print("core:", dart_eval.prune, *dart_eval.methods())
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """All checks on a CPU in a process that has what a plain image has: its standard output and the report."""
+    folder = tmp_path_factory.mktemp("plain")
+    begin = PLAIN + f"sys.argv[0] = {str(SCRIPT)!r}" + CODE
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", begin, "--dry", "--output", str(folder)], cwd=ROOT, capture_output=True,
+        text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-
-
-def test_the_core_needs_torch_and_transformers_alone():
-    done = plain(
-        "import dart_eval, dart_eval.pruning.session, dart_eval.bench.decode, dart_eval.shapes\n"
-        "import dart_eval.evaluation.scoring, dart_eval.evaluation.forwards\n"
-        "print(dart_eval.prune, dart_eval.methods())"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "griffin" in done.stdout
-
-
-def test_dry_in_a_plain_image(tmp_path):
-    """Every check runs or says why not; the file has the card's name and the numbers."""
-    code = f"import runpy; sys.argv[0] = {str(SCRIPT)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = plain(code, "--dry", "--output", str(tmp_path / "gpu"))
     assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "gpu" / "CPU-dry.json").read_text())
+    return done.stdout, json.loads((folder / "CPU-dry.json").read_text())
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_core_needs_torch_and_transformers_alone(plain):
+    said = plain[0].splitlines()[-1]
+    assert said.startswith("core: ") and "griffin" in said.split()
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_dry_in_a_plain_image(plain):
+    """Every check runs or says why not; the file has the card's name and the numbers."""
+    said, report = plain
     found = {check["check"]: check for check in report["checks"]}
     skipped = {name: check["why"] for name, check in found.items() if check["status"] == "skipped"}
     assert (report["card"], report["dry"]) == ("CPU (dry)", True)
@@ -58,23 +75,20 @@ def test_dry_in_a_plain_image(tmp_path):
     rows = found["decode_eager"]["numbers"]["rows"]
     assert [row["method"] for row in rows] == ["griffin", "dart", "dart-plus"]
     assert all(row["extra_weight_bytes"] == 0 for row in rows)
-    assert "passed" in done.stdout and "griffin" in done.stdout
+    assert "passed" in said and "griffin" in said
 
 
+@pytest.mark.process
 def test_without_a_gpu_one_line():
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=600,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    done = program(script=SCRIPT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no CUDA GPU is at hand; --dry") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_small_sweep_where_lm_eval_is_there():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), "--dry", "--only", "sweep"], capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
+    done = program("--dry", "--only", "sweep", script=SCRIPT)
     assert done.returncode == 0, done.stdout
     assert "sweep            passed" in done.stdout and "3 cells" in done.stdout
 
@@ -112,6 +126,7 @@ def script(monkeypatch):
         sys.modules.pop(name)
 
 
+@pytest.mark.process
 def test_a_check_that_fails_stands_alone(script, tmp_path, capfd):
     assert script.main(["--dry", "--only", "broken,endless,killed,absent,fine", "--output", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "CPU-dry.json").read_text())

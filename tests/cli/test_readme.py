@@ -1,20 +1,18 @@
-"""The README is run as printed: `console` blocks in a shell, the Python block, the YAML block.
+"""The README is run as printed: commands of `console` blocks as processes, the Python block, the YAML block.
 
 Blocks marked `sh` need a network or a user's own files; their options are checked, not their results. `make demo` and
 `make test` are run by .ci/run.
 """
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dart_eval.plan import config_from
+from tests.helpers.commands import program
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -33,10 +31,13 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("readme")
 
 
-def _run(command, folder, code=0):
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == code, done.stderr
+def _run(line, folder):
+    """Run a line as a shell would: it has nothing in it that a shell would take for more than words."""
+    assert not re.search(r"[|&;<>()$`*?\[\]{}~!#\n]", line), line
+    name, *words = shlex.split(line)
+    assert name == "dart-eval"
+    done = program(*words, cwd=folder)
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -45,14 +46,18 @@ def test_the_readme_has_its_commands():
     assert len(COMMANDS) >= 5
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command, folder, demo):
+def test_command(command, folder, demo_installed):
     done = _run(command, folder)
     assert done.stdout.strip()
     assert not done.stderr.strip()  # quiet: nothing but results
 
 
-def test_a_second_run_skips_finished_cells(folder, demo):
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_second_run_skips_finished_cells(folder, demo_installed):
     first = next(c for c in COMMANDS if c.startswith("dart-eval run"))
     cells = {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")}
     done = _run(first, folder)
@@ -60,10 +65,13 @@ def test_a_second_run_skips_finished_cells(folder, demo):
     assert {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")} == cells
 
 
-def test_python_block(folder, demo):
+@pytest.mark.process
+@pytest.mark.slow
+def test_python_block(folder, demo_installed):
     (block,) = _blocks("python")
     (folder / "readme.py").write_text(block)
-    done = _run(f"{shlex.quote(sys.executable)} readme.py", folder)
+    done = program(script="readme.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
     assert "The history of the bicycle is" in done.stdout
     effective, remasks, state = done.stdout.splitlines()[-1].split()
     assert float(effective) == pytest.approx(0.5 * 19 / 20)  # the first of twenty tokens comes from the prefill

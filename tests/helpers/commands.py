@@ -10,6 +10,7 @@ import fcntl
 import io
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -139,10 +140,11 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def started(*args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, session=False, ignored=()):
+def started(*args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, session=False, ignored=(), script=None):
     """Start `dart-eval` with these words as a process.
 
     Args:
+        script: a Python file that is run instead, with these words.
         env: the whole environment, as for subprocess; None is this process's.
         stdin, stdout, stderr: file descriptors; None reads nothing, or keeps the text for the handle to show.
         session: it leads a session and a process group, whose terminal is its standard input if that is one.
@@ -154,10 +156,11 @@ def started(*args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, ses
         passed.append(Connection(number))  # the kind of object that takes a descriptor along
     words = [str(a) for a in args]
     folder, environment = str(cwd or Path.cwd()), dict(os.environ if env is None else env)
-    process = start(_become, words, folder, environment, passed, session, tuple(ignored))
+    name = "dart-eval" if script is None else str(script)
+    process = start(_become, name, words, folder, environment, passed, session, tuple(ignored))
     for connection in passed:
         connection.close()
-    return Started(["dart-eval", *words], process, kept)
+    return Started([name, *words], process, kept)
 
 
 def program(*args, timeout=300, **options):
@@ -180,8 +183,8 @@ def until(condition, process=None, timeout=120):
         time.sleep(0.01)
 
 
-def _become(words, folder, environment, passed, session, ignored):
-    """In a process that has just been forked: be `dart-eval`."""
+def _become(name, words, folder, environment, passed, session, ignored):
+    """In a process that has just been forked: be `dart-eval`, or a script."""
     if session:
         os.setsid()
     for number, connection in enumerate(passed):
@@ -198,8 +201,11 @@ def _become(words, folder, environment, passed, session, ignored):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["dart-eval", *words]
+    sys.argv = [name, *words]
     try:
-        cli.main()
+        if name == "dart-eval":
+            cli.main()
+        else:
+            runpy.run_path(name, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # as at the end of a program; multiprocessing leaves them out, and Ray needs its own
