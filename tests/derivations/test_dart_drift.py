@@ -141,12 +141,13 @@ def test_alarms_masks_and_probabilities_are_the_definition(family, number):
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 10_000), st.integers(0, 60), st.integers(0, 60), st.integers(1, 7), st.integers(1, 3),
+@given(st.integers(0, 10_000), st.integers(0, 60), st.integers(0, 90), st.integers(1, 7), st.integers(1, 3),
        st.integers(0, 3), st.integers(0, 9))  # fmt: skip
 def test_any_alarms_are_the_definition(seed, length, decoded, window, patience, cooldown, pad):
     """Also where a prompt comes in chunks behind padding that holds nonsense, and decoded tokens by the block."""
     rng, shape = np.random.default_rng(seed), {"window": window, "patience": patience, "cooldown": cooldown}
-    prompt, new = rng.normal(size=(length, 6)) + 2, rng.normal(size=(decoded, 6)) + rng.choice([0.0, 2.0])
+    level = rng.choice([0.0, 2.0], size=decoded).repeat(window)[:decoded, None]  # some windows drift, some do not
+    prompt, new = rng.normal(size=(length, 6)) + 2, rng.normal(size=(decoded, 6)) + level
     plain = Detector(torch.tensor(prompt), sigma=0.5, floor=0.05, **shape)
     wanted = [n for n, o in enumerate(torch.tensor(new), 1) if plain.alarm(o)]
 
