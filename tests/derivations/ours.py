@@ -10,14 +10,20 @@ from tests.helpers.sessions import cache_of
 
 @dataclass
 class Run:
-    """masks: after the prompt and after each decoded token, L x [F] bool. logprobs: [T, V], of prompt and decoded.
+    """What came out.
 
-    alarms: decoded tokens before each. remasks: the same, and the cause. overlaps: of the old mask and the new, per
-    re-mask and layer, |both| / |old|. signal, threshold: of the detector.
+    Attributes:
+        masks: after the prompt and after each decoded token, L x [F] bool.
+        logprobs: [T, V], of the tokens of prompt and decoded.
+        read: FFN weights that each decoded token reads / all of them.
+        alarms: decoded tokens before each. remasks: the same, and the cause.
+        overlaps: per re-mask and layer, neurons in the old mask and the new / those in the old.
+        signal, threshold: of the detector.
     """
 
     masks: list
     logprobs: torch.Tensor
+    read: list
     alarms: list
     remasks: list
     overlaps: list
@@ -38,10 +44,15 @@ def run(model, method, prompt, decoded, sparsity=0.5, **settings):
             masks.append([m[0].clone() for m in now])
         seen = session.trace(0) or {"signal": [], "threshold": None}
         return Run(
-            masks, torch.cat(rows), [a["token"] for a in session.alarms],
-            [(e["token"], e["cause"]) for e in session.events], [e["overlap"] for e in session.events],
-            seen["signal"], seen["threshold"],
-        )  # fmt: skip
+            masks=masks,
+            logprobs=torch.cat(rows),
+            read=[float(step.read[0]) for step in session.steps],
+            alarms=[a["token"] for a in session.alarms],
+            remasks=[(e["token"], e["cause"]) for e in session.events],
+            overlaps=[e["overlap"] for e in session.events],
+            signal=seen["signal"],
+            threshold=seen["threshold"],
+        )
 
 
 def same_masks(ours, plain):

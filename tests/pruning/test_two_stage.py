@@ -1,16 +1,14 @@
-"""Masks inside which each token picks its neurons: exact counts, the formula, equal weights read."""
+"""Masks inside which each token picks its neurons: exact counts, equal weights read.
 
-import pytest
+The formula: tests/derivations/test_dart_plus.py.
+"""
+
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Phi3Config
 
 from dart_eval.allocation import StageCounts, stage_counts
-from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.masks import pick
-from tests.helpers.models import SMALL, random_tokens, tiny
-from tests.helpers.sessions import cache_of, open_session
 
 
 @settings(deadline=None)
@@ -85,67 +83,3 @@ def test_each_token_picks_exactly_its_count_inside_the_mask(seed, size, tokens):
             inside = mask[row] & ~kept[row, t]
             if kept[row, t].any() and inside.any():
                 assert scores[row, t][kept[row, t]].min() >= scores[row, t][inside].max()
-
-
-def phi3():
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(Phi3Config(**SMALL)).double().eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("make", [lambda: tiny("llama"), lambda: tiny("gemma3"), lambda: tiny("gpt2"), phi3])
-def test_a_decoded_token_uses_the_neurons_that_the_formula_picks(make):
-    """Step by step with a copy of the model: h is zeroed for the token at hand, the mean of the rest is added."""
-    model, reference = make(), make()
-    for p in (p for p in model.parameters() if p.dim() == 1):  # biases are born zero, and would not be missed
-        p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)), dtype=p.dtype)
-    reference.load_state_dict(model.state_dict())
-    ids, token = torch.tensor([random_tokens(20, seed=3)]), torch.tensor([[7]])
-    ups, means, ffns = [], [], find_ffns(reference)
-    inputs = {}
-    handles = [f.block.register_forward_pre_hook(lambda _m, a, i=f.layer: inputs.__setitem__(i, a[0])) for f in ffns]
-    reference(ids)
-    for f in ffns:
-        act, up = f.parts(inputs[f.layer])
-        means.append((act if up is None else act * up)[0].mean(0))
-        ups.append(None if up is None else up[0].float().square().sum(0).sqrt())
-    for handle in handles:
-        handle.remove()
-
-    with open_session(model, "dart-plus", 0.5, detect=False, every=0, stages=1.4, down=0.5) as session:
-        out = model(ids, use_cache=True)
-        masks = [m[0].clone() for m in session.state.masks]
-        picked, written = session.state.picked[0].tolist(), session.state.written[0].tolist()
-        ours = model(token, use_cache=True, **{cache_argument(model): cache_of(out)}).logits
-        read = session.weights_read
-
-    def zero(f):
-        def hook(_module, args):
-            x = args[0]
-            a, _ = f.parts(inputs[f.layer].reshape(1, 1, -1))
-            a = a.flatten().float().abs()
-            score = a if ups[f.layer] is None else a * ups[f.layer]
-            keep = score.masked_fill(~masks[f.layer], -1).topk(picked[f.layer]).indices
-            if f.matrices == 3:
-                keep = keep[x.flatten()[keep].abs().topk(written[f.layer]).indices]
-            out = torch.zeros_like(x)
-            out[..., keep] = x[..., keep]
-            return (out,)
-
-        return hook
-
-    def make_up(f):
-        outside = means[f.layer].masked_fill(masks[f.layer], 0)
-        return lambda _module, _args, output: output + f.output_weight() @ outside
-
-    out = reference(ids, use_cache=True)
-    handles = [f.block.register_forward_pre_hook(lambda _m, a, i=f.layer: inputs.__setitem__(i, a[0])) for f in ffns]
-    handles += [f.down.register_forward_pre_hook(zero(f)) for f in ffns]
-    handles += [f.down.register_forward_hook(make_up(f)) for f in ffns]
-    theirs = reference(token, use_cache=True, **{cache_argument(reference): cache_of(out)}).logits
-    assert torch.allclose(ours, theirs, atol=1e-8)
-    neurons, m = sum(f.size for f in ffns), ffns[0].matrices
-    rows = sum(int(x.sum()) for x in masks) + sum(picked) + (sum(written) if m == 3 else 0)
-    assert rows == m * round(0.5 * neurons)
-    assert read == pytest.approx(0.5)
-    assert sum(int(x.sum()) for x in masks) > 0.6 * neurons  # wider than one stage
