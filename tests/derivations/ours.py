@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dart_eval.pruning.session import prune
-from tests.helpers.sessions import cache_of
+from tests.derivations.plain import cache_name
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Run:
 def run(model, method, prompt, decoded, sparsity=0.5, **settings):
     """Run a prompt, then feed tokens one at a time under `prune`."""
     with prune(model, method, sparsity, **settings) as session:
-        ids, masks, rows, past = [list(prompt), *([token] for token in decoded)], [], [], {}
-        for tokens in ids:
+        name, masks, rows, past = cache_name(model), [], [], {}
+        for tokens in [list(prompt), *([token] for token in decoded)]:
             out = model(torch.tensor([tokens]), use_cache=True, **past)
-            past = {("cache" if hasattr(out, "cache") else "past_key_values"): cache_of(out)}
+            past = {name: getattr(out, name)}
             rows.append(out.logits[0].log_softmax(-1))
             now = session.static_masks if session.state is None else session.state.masks
             masks.append([m[0].clone() for m in now])

@@ -44,6 +44,11 @@ def layers_of(model):
     return made
 
 
+def cache_name(model):
+    """What the KV cache is called, which transformers 5 has changed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def gated(mlp):
     """x -> act(gate x), up x, of a Llama's FFN or a Phi-3's, whose first matrix is both."""
 
@@ -81,7 +86,7 @@ class Plain:
 
     def __init__(self, model):
         self.model, self.layers, self.cache, self.seen = model, layers_of(model), None, None
-        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self.cache_name = cache_name(model)
 
     @torch.no_grad()
     def run(self, tokens, change=None, constants=None):
