@@ -7,13 +7,6 @@ import pytest
 
 from dart_eval import demo_model
 from dart_eval.cli import main
-from dart_eval.evaluation import tasks
-
-
-@pytest.fixture(scope="module")
-def manager():
-    """lm-eval's index of tasks, built once: it takes seconds."""
-    return tasks.TaskManager(include_path=str(tasks.tasks_dir()))
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +23,7 @@ def refused(tmp_path, monkeypatch, capsys, request):
 
     def run(*args, indexed=True):
         if indexed:
-            index = request.getfixturevalue("manager")
-            monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: index)
+            request.getfixturevalue("indexed")
         monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
             main()

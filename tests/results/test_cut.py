@@ -4,10 +4,9 @@ import dataclasses
 import json
 
 import pytest
+from transformers import LlamaForCausalLM, LlamaModel
 
 from dart_eval.cli.view import TerminalView
-from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.scoring import Scorer
 from dart_eval.executors import jobs
 from dart_eval.plan import config_from
 from dart_eval.results.record import Record
@@ -15,17 +14,12 @@ from dart_eval.results.report import build
 from dart_eval.results.store import Store
 from dart_eval.results.tables import render, rows
 from tests.helpers.commands import run_local
-from tests.helpers.models import save_tiny
 from tests.helpers.records import record, sealed
 
 NEW = 48  # tokens of a summary at most
 LENGTHS = {"smoke_questions": 14, "smoke_summary": 350 + NEW}  # of the six prompts some fit
-STEP = {"smoke_questions": (Scorer, "_run"), "smoke_summary": (PrunedLM, "_model_generate")}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
+# What the model is asked once a batch at least
+STEP = {"smoke_questions": (LlamaModel, "forward"), "smoke_summary": (LlamaForCausalLM, "generate")}
 
 
 def _config(folder, output, task, **changes):
@@ -46,31 +40,31 @@ def _too_long(store, record, tokenizer, length):
 
 
 @pytest.mark.parametrize("task", LENGTHS)
-def test_cut_prompts_are_counted_also_where_a_run_goes_on(folder, tmp_path, monkeypatch, tokenizer, task):
-    whole = run_local(_config(folder, tmp_path / "whole", task), jobs.Silent()).records
+def test_cut_prompts_are_counted_also_where_a_run_goes_on(saved_llama, tmp_path, monkeypatch, tokenizer, task):
+    whole = run_local(_config(saved_llama, tmp_path / "whole", task), jobs.Silent()).records
     expected = _too_long(Store(tmp_path / "whole"), whole[0], tokenizer, LENGTHS[task])
     assert 0 < expected < 6
     for r in whole:
         assert r.cut == r.by_task[task]["cut"] == expected
         assert (r.by_task[task]["documents"], r.by_task[task]["length"]) == (6, LENGTHS[task])
-    stock, calls = getattr(*STEP[task]), []
+    stock, output = getattr(*STEP[task]), tmp_path / "again"
 
     def stops(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
+        if any(p.stat().st_size for p in output.glob("partial/*")):  # something is answered
             raise KeyboardInterrupt
         return stock(self, *args, **kwargs)
 
-    config = _config(folder, tmp_path / "again", task)
+    config = _config(saved_llama, output, task)
     monkeypatch.setattr(*STEP[task], stops)
     with pytest.raises(KeyboardInterrupt):
         run_local(config, jobs.Silent())
+    monkeypatch.undo()
     again = run_local(config, jobs.Silent()).records
     assert [r.by_task for r in again] == [r.by_task for r in whole]
 
 
-def test_where_every_prompt_fits_none_is_counted(folder, tmp_path):
-    config = _config(folder, tmp_path, "smoke_questions", max_length=200, method="dense")
+def test_where_every_prompt_fits_none_is_counted(saved_llama, tmp_path):
+    config = _config(saved_llama, tmp_path, "smoke_questions", max_length=200, method="dense")
     (made,) = run_local(config, jobs.Silent()).records
     assert (made.cut, made.by_task["smoke_questions"]["cut"]) == (0, 0)
     assert "cut to fit" not in render([made], "md")

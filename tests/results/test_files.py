@@ -14,9 +14,9 @@ from dart_eval import files
 from dart_eval.cli import main
 from dart_eval.errors import StoreError, UserError
 from dart_eval.results.store import Store
+from tests.helpers.commands import program
 from tests.helpers.records import answered, record, samples, save
 
-PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
 VALUES = [{"acc": float(i % 2)} for i in range(12)]
 
 
@@ -102,6 +102,7 @@ def test_a_device_is_written_into_and_stays_a_device(tmp_path):
         files.read_text(null, "config", "give a file")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("append", [True, False])
 def test_standard_output_by_its_name_comes_after_what_was_said_before(tmp_path, append):
     """Also where it is a file: a second opening of it would begin at its start, a rename would lose it."""
@@ -116,12 +117,10 @@ def test_standard_output_by_its_name_comes_after_what_was_said_before(tmp_path, 
     assert (tmp_path / "own").is_symlink()
 
 
+@pytest.mark.process
 def test_tables_to_standard_output_hold_the_table_alone(folder, tmp_path):
     (tmp_path / "own").symlink_to("/proc/self/fd/1")
-    done = subprocess.run(
-        [PROGRAM, "tables", "out", "--save", "own", "--format", "json"], cwd=tmp_path, capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
+    done = program("tables", "out", "--save", "own", "--format", "json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["method"] == "griffin"
 

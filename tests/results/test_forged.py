@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import zlib
 
@@ -108,15 +109,15 @@ def _file(results, method):
     return next((results / "cells").glob(f"arc-{method}-*.json"))
 
 
-VERBS = {
+QUICK = {
     "tables": ("tables", "out"),
     "compare": ("compare", "out", "out"),
     "by method": ("compare", "dense", "griffin", "--by", "method"),
-    "report": ("report", "out"),
 }
+VERBS = {**QUICK, "report": ("report", "out")}
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", QUICK)
 @pytest.mark.parametrize("forged", FORGED)
 def test_a_forged_record_is_named_and_left_out(results, shown, forged, verb):
     _forge(_file(results, "dart"), *FORGED[forged])
@@ -129,14 +130,36 @@ def test_a_forged_record_is_named_and_left_out(results, shown, forged, verb):
         assert "dart" not in out.replace("dart-eval", "")
 
 
-@pytest.mark.parametrize("text", [DEEP, '{"a":' * 5000 + "1" + "}" * 5000, "{", "[]", "null", '"x"', "\xff", ""])
-@pytest.mark.parametrize("verb", VERBS)
+NO_RECORDS = [DEEP, '{"a":' * 5000 + "1" + "}" * 5000, "{", "[]", "null", '"x"', "\xff", ""]
+
+
+@pytest.mark.parametrize("text", NO_RECORDS)
+@pytest.mark.parametrize("verb", QUICK)
 def test_a_file_that_is_no_record_is_named_and_left_out(results, shown, verb, text):
     _file(results, "dart").write_text(text, encoding="latin-1")
     status, _, errors = shown(*VERBS[verb])
     assert status == 0
     assert len(set(errors.splitlines())) == 1
     assert f"{_file(results, 'dart').relative_to(results.parent)} cannot be read (" in errors
+
+
+def test_a_report_leaves_out_every_kind_of_bad_record(results, shown):
+    """All of them beside good ones: a page takes its time."""
+    whole, bad = _file(results, "dart"), []
+    for i, forged in enumerate(FORGED.values()):
+        bad.append(shutil.copy(whole, whole.with_name(f"forged-{i}.json")))
+        _forge(bad[-1], *forged)
+    for i, text in enumerate(NO_RECORDS):
+        bad.append(whole.with_name(f"no-record-{i}.json"))
+        bad[-1].write_text(text, encoding="latin-1")
+    whole.unlink()
+    status, out, errors = shown("report", "out")
+    assert status == 0
+    assert "(2 cells, " in out
+    lines = sorted(errors.splitlines())
+    assert len(lines) == len(bad)
+    for line, file in zip(lines, sorted(bad), strict=True):
+        assert line.startswith(f"note: left out: {file.relative_to(results.parent)} cannot be read (")
 
 
 @pytest.mark.parametrize("verb", VERBS)

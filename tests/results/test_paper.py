@@ -18,7 +18,7 @@ from dart_eval.results.paper_tables import Column, Layout, Paper, Reported, Row,
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, latex, markdown
-from tests.helpers.models import save_tiny
+from tests.helpers.commands import command
 from tests.helpers.records import record, table_body
 
 N = 40
@@ -205,6 +205,7 @@ def test_latex_escapes_and_rules():
     )
 
 
+@pytest.mark.process
 def test_latex_compiles(tmp_path):
     if shutil.which("pdflatex") is None:
         pytest.skip("no LaTeX at hand (pdflatex)")
@@ -220,8 +221,8 @@ def test_latex_compiles(tmp_path):
         *map(latex, tables), r"\end{document}",
     ])  # fmt: skip
     (tmp_path / "t.tex").write_text(document, encoding="utf-8")
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull \\hbox" not in done.stdout  # a wide table is scaled to the line
 
@@ -327,21 +328,17 @@ def test_shipped_files_are_understood(name):
         assert [c.num_fewshot for c in spec.layouts[0].columns] == [0] * 7 + [5] * 3
 
 
-def test_the_command_runs_writes_and_goes_on(tmp_path, tokenizer, monkeypatch, capsys):
-    from dart_eval.cli import app
-
-    folder = save_tiny(tmp_path / "tiny", tokenizer)
+@pytest.mark.slow
+def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, monkeypatch):
     tables = [*SMALL["tables"], {
         "name": "three", "title": "Three", "columns": {"Q": {"task": "arc_easy", "metric": "acc", "limit": 2}},
     }]  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    command = ["paper", _file(tmp_path, tables=tables), "--model", folder, "--data-dir", "data", "--output", "out"]
-    with pytest.raises(SystemExit) as exit_:
-        app(command)
-    assert exit_.value.code == 0
-    said = capsys.readouterr().out
-    assert said.count("done smoke_questions dart:window=3 0.5") == 1  # in two tables, run once
+    words = ["paper", _file(tmp_path, tables=tables), "--model", saved_llama, "--data-dir", "data", "--output", "out"]
+    done = command(*words)
+    assert done.code == 0, done.err
+    assert done.out.count("done smoke_questions dart:window=3 0.5") == 1  # in two tables, run once
     assert sorted(p.name for p in (tmp_path / "out" / "tables").iterdir()) == [
         "all.md", *(f"{n}.{e}" for n in ("one", "three", "two") for e in ("csv", "md", "tex")),
     ]  # fmt: skip
@@ -349,9 +346,7 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, tokenizer, monkeypatch, c
     assert text.startswith("A small paper.")
     assert "arc_easy: not measured (task arc_easy has no data in data" in text
     assert "Q (n=3)" in text
-    with pytest.raises(SystemExit):
-        app(command)
-    again = capsys.readouterr().out
+    again = command(*words).out
     assert "6 of 6 cells are finished already" in again
     assert "done " not in again
     assert (tmp_path / "out" / "tables" / "all.md").read_text() == text

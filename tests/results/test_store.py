@@ -16,6 +16,7 @@ from dart_eval.errors import StoreError, UserError
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import SCHEMA
 from dart_eval.results.store import Store, write_atomically
+from tests.helpers.commands import start
 from tests.helpers.records import SCHEMA_1, record
 
 TEXTS = [{"task": "arc_easy", "doc_id": 0, "prompt": "Why?", "choices": ["a", "b"], "target": 1}]
@@ -130,24 +131,21 @@ def _claim(folder, hold, answer):
             time.sleep(60)
 
 
+@pytest.mark.process
 def test_a_claim_is_held_by_one_process_and_ends_with_it(tmp_path):
-    context = multiprocessing.get_context("forkserver")
+    def claim(hold):
+        ours, theirs = multiprocessing.Pipe()
+        return start(_claim, tmp_path, hold, theirs), ours.recv()
 
-    def start(hold):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_claim, args=(tmp_path, hold, theirs))
-        process.start()
-        return process, ours.recv()
-
-    first, mine = start(hold=True)
+    first, mine = claim(hold=True)
     assert mine
-    second, theirs = start(hold=False)
+    second, theirs = claim(hold=False)
     assert not theirs
     with Store(tmp_path).claim("cell", "k1") as ours, Store(tmp_path).claim("cell", "k2") as other:
         assert (ours, other) == (False, True)
     os.kill(first.pid, signal.SIGKILL)
     first.join()
-    third, mine = start(hold=False)
+    third, mine = claim(hold=False)
     assert mine
     for process in (second, third):
         process.join()
