@@ -9,7 +9,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dart_eval.plan import config_from
 from tests.helpers.commands import program
@@ -153,18 +152,6 @@ def test_the_paper_of_the_docs_is_understood(tmp_path):
     (tmp_path / "mine.yaml").write_text(block)
     spec = load(str(tmp_path / "mine.yaml"), config_from(None, {"method": "dense", "sparsity": "0"}))
     assert [layout.name for layout in spec.layouts] == ["accuracy", "costs"]
-
-
-def test_the_thresholds_of_the_docs_are_understood(tmp_path):
-    from dart_eval.results.thresholds import thresholds_from
-
-    blocks = re.findall(
-        r"```yaml\n(.*?)```", (README.parent / "docs" / "ci.md").read_text(encoding="utf-8"), flags=re.S
-    )
-    (tmp_path / "limits.yaml").write_text(next(b for b in blocks if b.startswith("recovery")))
-    assert thresholds_from(tmp_path / "limits.yaml") is not None
-    workflow = yaml.safe_load(next(b for b in blocks if b.startswith("name:")))
-    assert any(step.get("run") == "make regression" for step in workflow["jobs"]["regression"]["steps"])
 
 
 def test_the_regression_sweep_fits_its_baseline():

@@ -121,6 +121,7 @@ VALUES = st.recursive(
 KEYS = st.sampled_from([f.name for f in dataclasses.fields(plan.RunConfig)]) | st.text(max_size=4)
 
 
+@pytest.mark.slow
 @given(st.dictionaries(KEYS, VALUES, max_size=3))
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_configuration_is_understood_or_refused(tmp_path_factory, data):

@@ -31,6 +31,7 @@ SCHEMA_1 = """
 
 
 def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", model="tiny", created="2026-01-01"):
+    """A record for tests of storing and showing: its numbers are told apart at sight, and its key is given."""
     inputs = {
         "model": {"name": model, "revision": None, "weights": "f00d"}, "dtype": "float32", "method": method,
         "params": params or {}, "sparsity": sparsity, "scope": "scored", "task": "arc_easy", "num_fewshot": None,
@@ -94,7 +95,7 @@ def metric_of(task, name, values, up=True, part_of=None):
 def answered(
     task, values, method="dart", sparsity=0.5, up=True, created="2026-01-01", metrics=None, lines=None, **changes
 ):
-    """A record of `values` ({metric: value} per document) with consistent metrics and samples."""
+    """A record for tests of statistics: `values` ({metric: value} per document) give its metrics and samples."""
     params = changes.pop("params", {} if method == "dense" else {"allocation": "depth", "detect": True})
     inputs = {
         "model": {"name": "tiny", "revision": None, "weights": "f00d"}, "dtype": "float32", "device": "cpu",
@@ -130,18 +131,11 @@ def perplexities(scale, n=N, seed=0):
     return [{"word_perplexity": [float(-x * scale * generator.gamma(9, 0.3)), int(x)]} for x in w]
 
 
-FLOPS_OF_CELL = {
-    "context_tokens": 40, "prefill": 4_000_000, "decode_step_dense": 200_000, "decode_step_pruned": 150_000,
-    "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 12.5 / 200_000, "remask": 700,
-    "ffn_share": 0.5,
-}  # fmt: skip
-
-
 def cell(method="dart", sparsity=0.5, task="arc_easy", metrics=None, model="tiny", samples=(), **inputs):
-    """A record by hand; its values follow from the sparsity unless they are given."""
+    """A record for pages of many: its key follows from what it is of, its values from the sparsity or as given."""
     made = [Metric(task, "acc", 0.6 - 0.3 * sparsity, 0.02, 400, True), Metric(task, "acc_norm", 0.5, None, 400, True)]
     key = hashlib.sha256(repr((model, method, sparsity, task, sorted(inputs.items()))).encode()).hexdigest()
-    dense = {**FLOPS_OF_CELL, "decode_step_pruned": 200_000, "tracing_share": 0.0}
+    dense = {**FLOPS, "decode_step_pruned": 200_000, "tracing_share": 0.0}
     return Record(
         key=key,
         inputs={
@@ -151,7 +145,7 @@ def cell(method="dart", sparsity=0.5, task="arc_easy", metrics=None, model="tiny
             "versions": {"torch": "2"}, **inputs,
         },
         metrics=list(made if metrics is None else metrics), mask_sparsity=sparsity, effective_sparsity=sparsity,
-        weights_read=1 - sparsity, tokens=1234, remasks=3, flops=dense if method == "dense" else FLOPS_OF_CELL,
+        weights_read=1 - sparsity, tokens=1234, remasks=3, flops=dense if method == "dense" else FLOPS,
         memory={"weights": 2**20, "state": 0 if method == "dense" else 512},
         settings={"batch_size": 8, "command": f"dart-eval run --method {method} --tasks {task}"},
         environment={"torch": "2", "machine": "x86_64"}, by_task={task: {}},

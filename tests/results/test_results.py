@@ -200,6 +200,9 @@ def test_the_model_is_shown_where_there_are_several():
 # -- standard error of perplexities --------------------------------------------------------------------------------
 
 
+# The formula by itself, where no run has the documents that would show it: hence a private name.
+
+
 def random_documents(seed, count=300):
     """(log-likelihood, weight) of documents whose length and difficulty vary."""
     generator = np.random.default_rng(seed)
