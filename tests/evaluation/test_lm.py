@@ -5,8 +5,9 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation.fitting import fit
-from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.fitting import fit, truncated
+from dart_eval.evaluation.generated import GenerationLog
+from dart_eval.evaluation.lm import PrunedLM, Usage
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import RESTLESS, open_session
@@ -131,3 +132,47 @@ def test_models_may_have_several_ends(tokenizer):
     model.generation_config.eos_token_id = [2, 50]
     assert PrunedLM(model, tokenizer)._kept([5, 50, 0], []) == 2
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_a_document_that_an_example_has_too_is_cut_where_it_is_asked_about(lm):
+    document = words(random_tokens(20, seed=1))
+    prompt = f"{document} w9 w4 {document} w7 w8"
+    short, cut = fit(lm, TextRequest(prompt, 0, doc={"text": document}), 39, "text")
+    assert cut and short.startswith(f"{document} w9 w4 ") and short.endswith("w7 w8")
+
+
+def test_an_answer_may_fill_the_context():
+    answer = list(random_tokens(30))
+    found = truncated([4, 5, 6], answer, 30)  # its last token is only predicted, so one of the context fits too
+    assert (found.context, found.continuation) == ((6,), tuple(answer))
+
+
+def test_shares_are_means_over_the_tokens_that_they_speak_of():
+    total = Usage()
+    total.add(Usage(tokens=4, masked=2, pruned=1.0, outside=0.6, remasks=1, context=10, contexts=1))
+    total.add(Usage(tokens=6, masked=3, pruned=1.4, outside=0.9, context=5, contexts=1))
+    assert total.effective_sparsity == pytest.approx(2.4 / 10)
+    assert total.weights_read == pytest.approx(1 - 2.4 / 5)
+    assert total.mask_sparsity == pytest.approx(1.5 / 5)
+    assert (total.remasks, total.mean_context) == (1, 7.5)
+
+
+def test_a_text_that_begins_with_the_prefix_token_has_it_once(lm):
+    lm.begin(None, {})
+    text = words(random_tokens(20, seed=4))
+    requests = [TextRequest(text, 0), TextRequest(f"<bos> {text}", 1)]
+    for request in requests:
+        request.args = request.args[:1]
+    plain, begun = lm.loglikelihood_rolling(requests)
+    assert plain == begun
+    assert plain.coverage == begun.coverage
+
+
+def test_re_masks_count_with_the_first_token_that_is_decoded_after_them(lm):
+    """Windows of three: re-masks follow the decoding forwards 3 and 6, which make tokens 4 and 7."""
+    log = None
+    with open_session(lm.model, "dart", 0.5, **RESTLESS) as session:
+        log = GenerationLog(session)
+        with log.watching(lm.model):
+            lm.model.generate(torch.tensor([random_tokens(20)]), max_new_tokens=9, do_sample=False, pad_token_id=0)
+        assert [log.cost(0, n).remasks for n in range(1, 9)] == [0, 0, 0, 1, 1, 1, 2, 2]

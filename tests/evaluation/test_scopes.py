@@ -17,7 +17,7 @@ from tests.helpers.commands import run_local
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, random_tokens, save_tiny
 from tests.helpers.requests import output_head_of, questions
-from tests.helpers.sessions import open_session
+from tests.helpers.sessions import RESTLESS, open_session
 
 METHODS = ["random", "griffin", "dart", "dart-plus"]
 
@@ -99,3 +99,11 @@ def test_the_oracle_is_no_method_to_generate_with(llama):
     ids = torch.tensor([random_tokens(9)])
     with prune(llama, "oracle", 0.5), pytest.raises(UserError, match="looks ahead at the text to be scored"):
         llama.generate(ids, max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("scope", ["all", "last"])
+def test_no_mask_is_renewed_while_a_whole_input_runs_under_it(llama, scope):
+    with open_session(llama, "dart", **RESTLESS) as session:
+        scored(llama, session, [Request(random_tokens(30), random_tokens(14, seed=1))], scope)
+        assert session.state.remasks.tolist() == [0]
+        assert session.events == session.alarms == session.signals == []

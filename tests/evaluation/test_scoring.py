@@ -13,7 +13,7 @@ from dart_eval.ffn import cache_argument
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions
-from tests.helpers.sessions import RENEWED, cache_of, open_session
+from tests.helpers.sessions import RENEWED, RESTLESS, cache_of, open_session
 
 METHODS = [("random", {}), *RENEWED]
 
@@ -224,3 +224,19 @@ def test_a_head_that_does_more_is_refused():
     model.forward = changed
     with pytest.raises(UserError, match="output head"):
         output_head(model)
+
+
+def test_what_is_not_read_and_what_is_outside_the_mask_are_counted_apart(llama):
+    """dart-plus at half of the weights: masks of 1.6 times as many neurons, tokens that pick among them."""
+    request = Request(random_tokens(20), random_tokens(6, seed=1))
+    with open_session(llama, "dart-plus", 0.5) as session:
+        (score,) = _score(llama, session, [request])
+        assert (session.mask_sparsity, session.weights_read) == (pytest.approx(0.2), pytest.approx(0.5))
+    assert (score.pruned, score.outside) == (pytest.approx(0.5 * 6), pytest.approx(0.2 * 6))
+
+
+def test_a_log_counts_every_token_of_a_block(llama):
+    """Answers run in blocks of a window's three tokens; the last context token is the first of them."""
+    with open_session(llama, "dart", 0.5, **RESTLESS) as session:
+        _score(llama, session, [Request(random_tokens(20), random_tokens(8, seed=1))])
+        assert [e["token"] for e in session.events] == [a["token"] for a in session.alarms] == [3, 6]

@@ -309,3 +309,8 @@ def test_prefixes_are_shared_only_where_keys_do_not_depend_on_what_follows():
     chunked.config.attention_chunk_size = 16
     assert not can_share_prefix(chunked)
     assert set(CONFIGS) == set(FAMILIES)
+
+
+def test_a_batch_may_have_all_the_tokens_that_are_allowed():
+    assert batches([5, 5, 5], 8, tokens=10, forward=1) == [slice(0, 1), slice(1, 3)]
+    assert batches([5, 5], 8, tokens=9, forward=1) == [slice(0, 1), slice(1, 2)]

@@ -65,3 +65,16 @@ def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
     with open_session(model, "wanda-sp", 0.5):
         pass
     assert [m.training for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_energies_are_sums_in_fp32_over_every_segments_own_tokens(dtype):
+    """Not over the token that each begins with."""
+    calibration = TextCalibration(tiny("llama", dtype), _Tokenizer(bos=True))
+    seen = []
+    handle = calibration.ffns[1].down.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, 1:].double()))
+    energy = calibration.energy()[1]
+    handle.remove()
+    assert sum(map(len, seen)) == len(WORDS) and len(seen) > 2
+    assert energy.dtype == torch.float32
+    assert torch.allclose(energy.double(), torch.cat(seen).square().sum(0), rtol=1e-5)

@@ -1,15 +1,16 @@
 """The drift detector's bookkeeping. What it is meant to do: tests/derivations/test_dart_drift.py."""
 
+import pytest
 import torch
 
-from dart_eval.pruning.drift import DriftConfig, DriftDetector
+from dart_eval.pruning.drift import MAX_REFERENCE_WINDOWS, DriftConfig, DriftDetector
 
 D = 6
 CPU = torch.device("cpu")
 
 
 def test_a_sequence_that_ended_raises_no_alarm():
-    config = DriftConfig(window=4, patience=1, floor=-3.0, sigma=0.0)  # every full window is flagged
+    config = DriftConfig(window=4, patience=1, floor=-3.0, sigma=-1000.0)  # every full window is flagged
     detector = DriftDetector(config, 2, D, CPU)
     detector.observe(torch.randn(2, 20, D), torch.ones(2, 20, dtype=torch.bool))
     detector.set_reference()
@@ -64,3 +65,40 @@ def test_a_prompt_in_chunks_closed_each_time_makes_the_same_reference():
     assert torch.allclose(whole.threshold, parts.threshold, atol=1e-6)
     assert torch.allclose(whole.reference, parts.reference, atol=1e-6)
     assert len(parts.windows[0]) == len(whole.windows[0]) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_attention_outputs_are_kept_in_fp32(dtype):
+    """Their sum over a prompt, and that over a window, are beyond float16 and between two numbers of bfloat16."""
+    detector = DriftDetector(DriftConfig(window=250), 1, D, CPU)
+    a, valid = torch.full((1, 500, D), 300.0, dtype=dtype), torch.ones(1, 500, dtype=torch.bool)
+    a[..., 1] = 302.0
+    detector.observe(a, valid)
+    detector.set_reference()
+    wanted = a[0, 0].float()
+    assert torch.allclose(detector.reference[0], wanted, rtol=1e-5)
+    detector.update(a[:, :250], valid[:, :250])
+    assert torch.allclose(detector.recent[0, -1], wanted, rtol=1e-5)
+
+
+def test_of_a_long_prompt_the_latest_windows_set_the_threshold():
+    """The first six of seventy windows point elsewhere: only the mean of all has them."""
+    a = torch.ones(1, MAX_REFERENCE_WINDOWS + 6, D)
+    a[0, :6, 0] = -9.0
+    detector = DriftDetector(DriftConfig(window=1, floor=0.1), 1, D, CPU)
+    detector.observe(a, torch.ones(a.shape[:2], dtype=torch.bool))
+    detector.set_reference()
+    alike = torch.cosine_similarity(a[0, -1], a[0].mean(0), dim=0)
+    assert float(detector.threshold[0]) == pytest.approx(float(alike) - 0.1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patience", "cooldown", "before", "after"), [(2, 0, [False], [False, True]), (1, 3, [True, False], [True, False])]
+)
+def test_a_further_turn_begins_without_flags_and_without_a_cool_down(patience, cooldown, before, after):
+    config = DriftConfig(window=2, sigma=-1000.0, floor=-3.0, patience=patience, cooldown=cooldown)  # all are flagged
+    detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
+    for alarms in (before, after):
+        detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
+        detector.set_reference()
+        assert [bool(detector.update(torch.randn(1, 2, D), two)) for _ in alarms] == alarms

@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 from dart_eval.ffn import final_norm, find_ffns, gain
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.methods.magnitude import Magnitude
+from dart_eval.pruning.methods.oracle import Oracle
+from dart_eval.pruning.methods.random import Random
 from dart_eval.pruning.scores import decayed, energy, project
 from dart_eval.pruning.state import SequenceState
 from tests.helpers.models import SMALL, tiny
@@ -42,7 +45,7 @@ def test_an_exponential_average_does_not_see_chunks_or_padding(pad, first, secon
     n = first + second
     wanted = sum(decay ** (n - 1 - t) * h[0, t].abs() for t in range(n))
     total = torch.zeros(1, 4)
-    for part, padding in ((h[:, :first], pad), (h[:, first:], 0)):
+    for part, padding in ((h[:, :first], pad), (h[:, first:], pad)):
         x = torch.cat([torch.full((1, padding, 4), 9.0), part], 1)
         valid = (torch.arange(x.shape[1])[None] >= padding).float()
         weight, shrink = decayed(valid, decay)
@@ -158,3 +161,41 @@ def test_scores_with_the_projection(llama):
             state.finish_context(valid)
             full = value * down if down_norm and score != "product" else value * down**2 if down_norm else value
             assert set(state.masks[0][0].nonzero().flatten().tolist()) == set(full.topk(20).indices.tolist())
+
+
+def test_factors_beside_an_average_of_magnitudes_are_those_of_a_norm(llama):
+    """Beside energies they are squared."""
+    calibration = TextCalibration(llama, None)
+    largest, down = calibration.projection()[1].largest, find_ffns(llama)[1].output_weight().float().norm(dim=0)
+    for aggregate, power in (("l2", 2), ("ema", 1)):
+        method = Dart(aggregate=aggregate, score="max", down_norm=True)
+        assert torch.allclose(method.neuron_weights(calibration)[1], (largest * down) ** power, rtol=1e-4)
+
+
+def test_a_new_reference_has_the_windows_that_the_new_mask_is_made_from():
+    assert Dart(ring=24, window=10).drift.recent == 2
+    assert Dart(ring=8, window=10).drift.recent == 1
+    assert Dart(ring=8, window=5, dense_tokens=30).drift.recent == 6
+
+
+def test_the_oracle_normalises_as_it_is_told():
+    torch.manual_seed(0)
+    h, weight = torch.randn(2, 5, 7), torch.ones(2, 5)
+    for normalise in ("none", "l1", "l2"):
+        assert torch.equal(Oracle(normalise=normalise).energy(h, weight), energy(h, weight, normalise))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_magnitude_multiplies_the_norms_of_a_neurons_rows(family):
+    model = tiny(family)
+    for ffn, score in zip(find_ffns(model), Magnitude().static_scores(TextCalibration(model, None)), strict=True):
+        up = ffn.up.weight.norm(dim=1)
+        assert torch.allclose(score.double(), up if family == "opt" else up * ffn.gate.weight.norm(dim=1), rtol=1e-5)
+
+
+def test_random_neurons_differ_from_layer_to_layer_and_from_seed_to_seed(llama):
+    calibration = TextCalibration(llama, None)
+    first, again, other = (Random(seed=seed).static_scores(calibration) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not any(torch.equal(a, b) for a in first for b in other)

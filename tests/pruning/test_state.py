@@ -103,6 +103,22 @@ def test_sums_of_squares_are_kept_in_fp32(llama, dtype):
     assert float(energy[1]) == pytest.approx(4000 * 300.0**2, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sensitivity", ["ffn", "residual"])
+def test_a_layers_sensitivity_is_made_in_fp32(llama, dtype, sensitivity):
+    """Also of the stream after the FFN, where that is what counts."""
+    state, valid = _state(llama, Dart(detect=False, sensitivity=sensitivity)), torch.ones(1, 7, dtype=torch.bool)
+    y, z = torch.randn(1, 7, 32).to(dtype), torch.randn(1, 7, 32).to(dtype)
+    state.observe_change(1, y, z, valid)
+    state.tokens += 7
+    y, z = y[0].double(), z[0].double()
+    z = y + z if sensitivity == "residual" else z
+    turn = 1 - torch.cosine_similarity(y, z, dim=1).mean()
+    assert state.sensitivity(0)[1] == pytest.approx(
+        float(turn * ((z - y).norm(dim=1) / y.norm(dim=1)).mean()), rel=1e-5
+    )
+
+
 def _turned(model, **params):
     """A state that saw, per layer, one token whose FFN turns the stream by 90, 180, 90 degrees.
 

@@ -205,8 +205,8 @@ def test_the_primary_metric_is_shown_and_others_on_request(tmp_path):
 
 def test_filters_are_told_apart(tmp_path):
     values = [{"exact_match": float(i % 2)} for i in range(N)]
-    lines = samples("gsm", values, filter_="strict") + samples("gsm", values[::-1], filter_="flexible")
-    metrics = [Metric("gsm", f"exact_match,{f}", 0.5, 0.1, N, True) for f in ("strict", "flexible")]
+    lines = samples("gsm", values, filter_="strict") + samples("gsm", [{"exact_match": 1.0}] * N, filter_="flexible")
+    metrics = [Metric("gsm", f"exact_match,{f}", v, 0.1, N, True) for f, v in (("strict", 0.5), ("flexible", 1.0))]
     a = save(tmp_path, answered("gsm", values, metrics=metrics, lines=lines))
     assert [r.metric for r in compare_folders(a, a).rows] == ["exact_match,strict"]
     assert len(compare_folders(a, a, ["exact_match"]).rows) == 2
@@ -273,6 +273,18 @@ def test_a_groups_value_is_that_of_the_record_and_its_members_are_the_clusters(t
     assert (row.result.value_a, row.result.value_b) == pytest.approx((value_a, value_b), rel=1e-12)
     assert row.result.difference == pytest.approx(value_a - value_b)
     assert row.result.test == ("exact sign flip of clusters" if by_size else "bootstrap-t")
+
+
+def test_a_mean_over_tasks_weighs_them_by_their_shares_whatever_their_size():
+    def outcome(task, values):
+        found = {(task, i, "none"): outcomes.Document("d", "p", None, {"acc": v}) for i, v in enumerate(values)}
+        return outcomes.Outcome((), found)
+
+    measures = [outcomes.Measure(task, "acc", True, (task,)) for task in ("a", "b")]
+    ours = [outcome("a", [1.0] * 6 + [0.0] * 4), outcome("b", [1.0] * 30)]
+    theirs = [outcome("a", [0.0] * 10), outcome("b", [1.0] * 27 + [0.0] * 3)]
+    found = outcomes.contrast_of_means(measures, ours, theirs, [0.25, 0.75])
+    assert found.difference == pytest.approx(0.25 * 0.6 + 0.75 * 0.1)
 
 
 def test_documents_of_one_cluster_are_one_unit(tmp_path):

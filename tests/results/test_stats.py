@@ -328,3 +328,27 @@ def test_statsmodels_agrees_on_mcnemar_and_holm():
     # One call: statsmodels collects all of Python's garbage in each.
     p_values = [*np.random.default_rng(0).random(8).round(2) / 10, 0.001, 0.001, 0.0, 1.0]
     assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
+
+
+@pytest.mark.parametrize(("b", "c"), [(9, 2), (2, 9)])
+def test_the_interval_of_accuracies_lies_on_the_side_of_their_difference(b, c):
+    found = paired("mean", *outcomes(b, c, 40))
+    assert (found.low, found.high) == tango(b, c, 40)
+    assert found.difference == pytest.approx((b - c) / 40)
+    assert found.low < found.difference < found.high
+
+
+def test_the_bootstrap_divides_by_the_error_of_so_many_units():
+    """Of eight units, by hand over the same resamples: t is a sum over the root of n / (n - 1) squared deviations."""
+    units = np.random.default_rng(3).normal(size=8)
+    units -= units.mean()
+
+    def error(x):
+        return np.sqrt(8 / 7 * np.square(x - x.mean()).sum())
+
+    drawn = np.sort(units)[np.random.default_rng(5).integers(0, 8, (999, 8), dtype=np.int32)]
+    sizes = np.sort([abs(x.sum()) / error(x) for x in drawn])
+    found = bootstrap_t(units, 1.3, resamples=999, seed=5)
+    assert found.p == (1 + (sizes >= 1.3 / error(units)).sum()) / 1000
+    margin = sizes[949] * error(units)
+    assert (found.low, found.high) == pytest.approx((1.3 - margin, 1.3 + margin))
