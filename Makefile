@@ -2,6 +2,7 @@
 # make test          all tests (sets everything up first)
 # make test-fast     those of the numeric core and all others on tiny models, in a minute
 # make golden        renew tests/golden/golden.json, the numbers that test-fast compares with, and say what moved
+# make mutations     does that minute notice the core broken in many small ways? Half an hour, ARGS="--sample 10" is short
 # make check         lint, format, types
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
 # make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast golden check regression gpu-check paper-tables clean
+.PHONY: demo test test-fast golden mutations check regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
@@ -54,6 +55,9 @@ test-fast: $(VENV)/.dev
 
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden
+
+mutations: $(VENV)/.dev
+	$(BIN)/python scripts/mutate.py --jobs $(JOBS) $(if $(ARGS),$(ARGS),--output results/mutations.md)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,14 +2,16 @@
 
     python scripts/mutate.py                              # the whole list, tests/mutation/*.yaml
     python scripts/mutate.py --sample 10 --seed 202648    # as CI does
-    python scripts/mutate.py --only drift.py --near       # those of a module, by the tests about it alone
+    python scripts/mutate.py --only drift.py --near       # those of a module, without the tests of others
 
 The list is ours, and so is the script: mutmut and cosmic-ray change operators by the thousand, and neither can say
 "missed fp32" or "the state is stale".
 
 One process imports torch and the like and forks a child for each mutant, in which an import hook hands the changed
-source to Python: no file is written. The child runs the tests about the mutant's module first, then all others of the
-fast lane, and stops at the first failure. A test that hangs counts as a failure.
+source to Python: no file is written. The child runs the test that noticed the mutant last time (results/mutations.md),
+those about its module, then all of the fast lane, and stops at the first failure. A test that hangs counts as a
+failure. The whole list is run only where the fast lane passes without any mutant; after a sample the tests that failed
+are run without one.
 Exit status: 0; 1 (a mutant survives that is not said to); 2 (the list does not fit the code, or the tests fail without
 any mutant).
 """
@@ -17,6 +19,7 @@ any mutant).
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -34,9 +37,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "results" / "mutations.md"
 sys.path.insert(0, str(ROOT))
 
-from mutation_report import Result, report  # noqa: E402 - the script's own folder is on the path
+from mutation_report import Result, noticed_by, report  # noqa: E402 - the script's own folder is on the path
 
 from tests.mutation.listed import Mutant, mutants  # noqa: E402 - the repository is no installed package
 
@@ -46,8 +50,10 @@ PRELOADED = (
     "typer.testing", "statsmodels.stats.multitest", "hypothesis", "pytest",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gemma3", "gpt2", "opt", "phi3")),
 )  # fmt: skip
-HANG = 120  # seconds that a test may take
-LIMIT = 1200  # and all tests of a mutant
+HANG = 60  # seconds of a processor that a test may take
+LIMIT = 3600  # seconds of a clock for all tests of a mutant
+WIDE = ("tests/derivations", "tests/golden")  # of the whole core
+HANGS = " (it hangs)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,20 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo = [m for m in chosen if _name(m) not in known]
     if todo:
         _preload()
-    lane = sorted({t for m in todo for t in m.tests}) if options.sample or options.only or options.near else ["tests"]
-    trusted: set[str] = set()  # tests, or files of them, that pass without any mutant
-    if todo and not _pass(lane, trusted):
+    whole = not (options.sample or options.only or options.near or known)
+    if todo and whole and not _pass(["tests"]):
         return 2
-    for mutant, result in _run(todo, options.jobs, options.near):
+    before = noticed_by(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
+    for mutant, result in _run([(m, _stages(m, options.near, before)) for m in todo], options.jobs):
         assert mutant is not None
-        if result.by and lane != ["tests"] and not _pass([result.by.split(" ")[0]], trusted):
-            return 2
         known[_name(mutant)] = result
         print(f"{result.seconds:5.0f} s  {result.by or 'SURVIVES'}  <- {mutant.file}: {mutant.what}", flush=True)
         if options.resume:
             with options.resume.open("a") as file:
                 file.write(json.dumps({"name": _name(mutant), **asdict(result)}) + "\n")
     found = [(m, known[_name(m)]) for m in chosen]
+    by = {r.by.removesuffix(HANGS) for _, r in found if r.by.startswith("tests")}
+    if todo and not whole and by and not _pass(sorted(by)):
+        return 2
     if options.output:
         options.output.write_text(report(found), encoding="utf-8")
     missed = [m for m, result in found if not result.by and not m.survives]
@@ -88,18 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(missed))
 
 
-def _pass(tests: Sequence[str], trusted: set[str]) -> bool:
+def _pass(tests: Sequence[str]) -> bool:
     """Whether these pass without any mutant; else it is said which does not."""
-    unknown = [t for t in tests if not {t, t.partition("::")[0]} & trusted]
-    if not unknown or not unknown[0].startswith("tests"):
-        return True
-    result = next(_run([None], 1, False, unknown))[1]
+    result = next(_run([(None, [tests])], 1))[1]
     if result.by:
         print(f"Without any mutant the tests fail: {result.by}\n{result.log}", file=sys.stderr)
-        return False
-    print(f"Without a mutant the tests pass ({result.seconds:.0f} s).", flush=True)
-    trusted.update(unknown)
-    return True
+    else:
+        print(f"Without any mutant the tests pass ({result.seconds:.0f} s).", flush=True)
+    return not result.by
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -107,7 +110,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=0, help="draw so many instead of all")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--only", default="", help="those whose file or description has this text")
-    parser.add_argument("--near", action="store_true", help="run only the tests about a mutant's module: quick")
+    parser.add_argument("--near", action="store_true", help="leave out the tests of other modules: quick")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--output", type=Path, help="the report, Markdown")
     parser.add_argument("--resume", type=Path, help="a file of results so far: what it has is not run again")
@@ -141,39 +144,45 @@ class Child:
     folder: Path
     start: float
 
-    def result(self, status: int, over_time: bool) -> Result:
+    def result(self, status: int, seconds: float, over_time: bool) -> Result:
         """What came out, once it has ended."""
-        seconds, file = round(time.monotonic() - self.start, 1), self.folder / "by"
+        file = self.folder / "by"
         log = (self.folder / "log").read_text(errors="replace")[-2000:]
         if file.exists():
             by = file.read_text()
         else:
             by = f"no end after {LIMIT} s" if over_time else f"the process died (status {status})"
         shutil.rmtree(self.folder, ignore_errors=True)
-        return Result(by, seconds, log if self.mutant is None else "")
+        return Result(by, round(seconds, 1), log if self.mutant is None else "")
 
 
-def _run(
-    todo: Sequence[Mutant | None], jobs: int, near: bool, lane: Sequence[str] = ()
-) -> Iterator[tuple[Mutant | None, Result]]:
-    """Results as they come. near: the tests about a mutant's module alone. lane: those to run without a mutant."""
+Stages = Sequence[Sequence[str]]  # files of tests, or tests, by their names
+
+
+def _stages(mutant: Mutant, near: bool, before: dict[str, str]) -> Stages:
+    """What to run until something fails: the test that noticed it last time, those of the module, the fast lane."""
+    last = [[before[mutant.what]]] if mutant.what in before else []
+    others = [] if near else [["tests", *(f"--ignore={name}" for name in WIDE)]]
+    return [*last, mutant.tests, WIDE, *others]
+
+
+def _run(todo: Sequence[tuple[Mutant | None, Stages]], jobs: int) -> Iterator[tuple[Mutant | None, Result]]:
+    """Results as they come."""
     waiting, running = list(todo), {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            mutant, folder = waiting.pop(0), Path(tempfile.mkdtemp(prefix="mutant-"))
-            stages = [lane] if mutant is None else [mutant.tests] if near else [mutant.tests, ["tests"]]
-            running[_fork(lambda m=mutant, f=folder, s=stages: _test(m, f, s))] = Child(
-                mutant, folder, time.monotonic()
-            )
+            (mutant, stages), folder = waiting.pop(0), Path(tempfile.mkdtemp(prefix="mutant-"))
+            pid = _fork(functools.partial(_test, mutant, folder, stages))
+            running[pid] = Child(mutant, folder, time.monotonic())
         time.sleep(0.1)
         for pid, child in list(running.items()):
             over = time.monotonic() - child.start > LIMIT
             if over:
                 os.killpg(pid, signal.SIGKILL)
-            ended, status = os.waitpid(pid, 0 if over else os.WNOHANG)
+            ended, status, usage = os.wait4(pid, 0 if over else os.WNOHANG)
             if ended:
                 del running[pid]
-                yield child.mutant, child.result(status, over)
+                yield child.mutant, child.result(status, usage.ru_utime + usage.ru_stime, over)
 
 
 def _fork(work: Callable[[], None]) -> int:
@@ -189,7 +198,7 @@ def _fork(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def _test(mutant: Mutant | None, folder: Path, stages: Sequence[Sequence[str]]) -> None:
+def _test(mutant: Mutant | None, folder: Path, stages: Stages) -> None:
     """In a child: run the tests stage by stage, up to the first failure, whose name goes into the file `by`."""
     import pytest
 
@@ -203,6 +212,8 @@ def _test(mutant: Mutant | None, folder: Path, stages: Sequence[Sequence[str]]) 
     for number, files in enumerate(stages):
         given = ["-x", "-m", _fast(), "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder / str(number)}"]
         code = pytest.main([*given, *files], plugins=[first])
+        if code == pytest.ExitCode.USAGE_ERROR and number + 1 < len(stages):
+            continue  # a test of that name is no more
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             first.end(f"pytest ends with status {int(code)}")
             break
@@ -252,11 +263,11 @@ class FirstFailure:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         def hang(*_: object) -> None:
-            self.end(f"{nodeid} (it hangs)")
+            self.end(nodeid + HANGS)
             os._exit(0)
 
-        signal.signal(signal.SIGALRM, hang)
-        signal.alarm(HANG)
+        signal.signal(signal.SIGPROF, hang)
+        signal.setitimer(signal.ITIMER_PROF, HANG)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self._see(report)

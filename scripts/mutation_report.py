@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """Which test noticed a mutant (none: it survives), after how many seconds; what the tests said without one."""
+    """Which test noticed a mutant (none: it survives), after how many seconds; what was said, if there is no mutant."""
 
     by: str
     seconds: float
@@ -31,8 +32,8 @@ def report(found: Found) -> str:
         "# Mutants of the numeric core",
         "",
         f"Made by `make mutations`. {noticed} of {len(found)} mutants ({noticed / len(found):.1%}) are noticed by the",
-        "fast lane of the tests. `tests/mutation/*.yaml` says what each changes. Seconds are those of two mutants at a",
-        "time on two cores, without the imports that all share.",
+        "fast lane of the tests. `tests/mutation/*.yaml` says what each changes. Seconds are a processor's, without",
+        "the imports that all share.",
         "",
         "## Survivors",
         "",
@@ -62,3 +63,9 @@ def _counts(title: str, found: Found, of: object) -> Iterator[str]:
     yield from (f"| {title} | mutants | noticed |", "| --- | --- | --- |")
     for name, count in sorted(every.items()):
         yield f"| {name} | {count} | {noticed[name]} |"
+
+
+def noticed_by(text: str) -> dict[str, str]:
+    """What is broken -> the test that noticed it, as an earlier report says."""
+    rows = re.findall(r"^\| (.+) \| [a-z ]+ \| `(tests/.+)` \| \d+ \|$", text, re.M)
+    return {what.replace("\\|", "|"): by.replace("\\|", "|") for what, by in rows}
