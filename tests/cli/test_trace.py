@@ -81,10 +81,10 @@ def test_without_a_text_the_model_writes(tokenizer):
 def test_pictures_of_every_kind(tokenizer, tmp_path, spec, params, ending):
     _, found = traced(tokenizer, tracing.Passage(words(30), " " + words(25, 1)), spec, **params)
     draw(found, tmp_path / f"a{ending}")
-    draw(found, tmp_path / f"b{ending}")
     data = (tmp_path / f"a{ending}").read_bytes()
     assert len(data) > 5000
     if ending == ".png":
+        draw(found, tmp_path / f"b{ending}")
         assert data == (tmp_path / f"b{ending}").read_bytes()
 
 

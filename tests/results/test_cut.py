@@ -39,6 +39,7 @@ def _too_long(store, record, tokenizer, length):
     return sum(tokens(t["prompt"]) + max(tokens(c) for c in t["choices"]) > length + 1 for t in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", LENGTHS)
 def test_cut_prompts_are_counted_also_where_a_run_goes_on(saved_llama, tmp_path, monkeypatch, tokenizer, task):
     whole = run_local(_config(saved_llama, tmp_path / "whole", task), jobs.Silent()).records

@@ -90,6 +90,7 @@ def test_drift_is_summed_up_over_documents(page):
     assert f"{1000 * 3 / 1234:.2f}" in html
 
 
+@pytest.mark.slow
 def test_equal_folders_give_equal_bytes(tmp_path):
     first, second = (folder(tmp_path / name, methods=FEW) for name in "ab")
     assert build(first).html == build(second).html
