@@ -4,7 +4,6 @@ import builtins
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,40 +12,31 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dart_eval
-from dart_eval.cli import main
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.plan import config_from
-from tests.helpers.commands import Watch, run_local
-from tests.helpers.models import FAMILIES, save_tiny, tiny
+from tests.helpers.commands import Watch, command, run_local
+from tests.helpers.models import FAMILIES, tiny
 from tests.helpers.requests import TextRequest
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tokenizer):
-    return Path(save_tiny(tmp_path_factory.mktemp("models") / "whole", tokenizer))
-
-
 @pytest.fixture
-def folder(whole, tmp_path, monkeypatch):
+def folder(saved_llama, tmp_path, monkeypatch):
     """A copy of a model that loads, to be spoilt; the working directory is empty."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    return Path(shutil.copytree(whole, tmp_path / "model"))
+    return Path(shutil.copytree(saved_llama, tmp_path / "model"))
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused():
     """Runs a model that must be refused, and returns the line that says why."""
 
     def run(folder, *more):
-        line = ["dart-eval", "run", "--tasks", "smoke_questions", "--limit", "1", "--device", "cpu", "--model"]
-        monkeypatch.setattr(sys, "argv", [*line, str(folder), *more])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        shown = capsys.readouterr()
-        assert (stop.value.code, shown.out) == (2, "")
+        line = ["run", "--tasks", "smoke_questions", "--limit", "1", "--device", "cpu", "--model"]
+        shown = command(*line, folder, *more)
+        assert (shown.code, shown.out) == (2, "")
         assert len(shown.err.splitlines()) == 1, shown.err
         assert not list(Path().iterdir())
         return shown.err.strip().removeprefix("error: ")

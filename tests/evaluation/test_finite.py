@@ -3,25 +3,24 @@
 import json
 import math
 import re
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dart_eval import tracing
-from dart_eval.cli import main
 from dart_eval.errors import UserError
 from dart_eval.evaluation import unusable
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.requests import Request
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import prune
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
 from dart_eval.results.tables import render
+from tests.helpers.commands import command
 from tests.helpers.models import VOCAB, random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 
@@ -76,22 +75,18 @@ def forgetful(tmp_path_factory, tokenizer):
     return save
 
 
-def _run(monkeypatch, capsys, *args):
-    """Exit status and what was written on stderr and stdout."""
-    monkeypatch.setattr(sys, "argv", ["dart-eval", "run", "--device", "cpu", *map(str, args)])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code or 0, "".join(capsys.readouterr())
-    return 0, "".join(capsys.readouterr())
+def _run(*args):
+    """Exit status and what was written on stdout and stderr."""
+    done = command("run", "--device", "cpu", *args)
+    return done.code, done.out + done.err
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, tmp_path, monkeypatch, capsys, value):
+def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, tmp_path, value):
     out = tmp_path / "out"
     run = ("--model", forgetful(12, value), "--tasks", "smoke_questions", "--limit", 6, "--output", out)
     for _ in range(2):  # the second try finds what is usable in the journal, and nothing that is not
-        status, said = _run(monkeypatch, capsys, *run, "--method", "dense,griffin", "--batch-size", 1)
+        status, said = _run(*run, "--method", "dense,griffin", "--batch-size", 1)
         assert status == 1
         assert said.count("6 of 7 answers are NaN or infinite; its weights may hold NaN") == 2
         assert not list(out.glob("cells/*"))
@@ -101,11 +96,11 @@ def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, t
 
 
 def test_a_cell_without_any_usable_answer_ends_before_all_are_asked_and_the_others_go_on(
-    forgetful, tmp_path, monkeypatch, capsys
+    forgetful, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(unusable, "HOPELESS", 3)
     tasks = ("--tasks", "smoke_drift,smoke_questions", "--limit", 6, "--output", tmp_path / "out", "--batch-size", 1)
-    status, said = _run(monkeypatch, capsys, "--model", forgetful(60, torch.nan), "--method", "dense", *tasks)
+    status, said = _run("--model", forgetful(60, torch.nan), "--method", "dense", *tasks)
     assert status == 1
     assert "3 of the first 3 of 6 answers are NaN or infinite" in said
     assert [f.name.partition("-")[0] for f in (tmp_path / "out" / "cells").iterdir()] == ["smoke_questions"]
@@ -118,14 +113,15 @@ def test_a_log_likelihood_of_minus_infinity_is_no_answer(tokenizer):
         model.lm_head.bias[9] = -torch.inf
     lm = PrunedLM(model, tokenizer)
     lm.begin(None, {})
-    assert lm._score([_asked(5, 6, 7)])[0].logprob < 0
+    assert lm.loglikelihood([_asked(0, "w7")])[0][0] < 0
     with pytest.raises(UserError, match="1 of 2 answers are NaN or infinite"):
-        lm._score([_asked(5, 6, 7), _asked(5, 6, 9)])
+        lm.loglikelihood([_asked(0, "w7"), _asked(1, "w9")])
     assert len(lm.journal) == 1
 
 
-def _asked(*tokens):
-    return Request(tokens[:-1], tokens[-1:])
+def _asked(document, answer):
+    """As lm-eval asks for the log-likelihood of an answer."""
+    return SimpleNamespace(args=("w5 w6", f" {answer}"), task_name="t", doc_id=document, idx=0, doc={})
 
 
 @pytest.mark.parametrize("method", ["dense", "griffin"])
@@ -153,22 +149,21 @@ def test_a_trace_of_nan_is_refused(tokenizer):
         tracing.trace(model, tokenizer, make("griffin", {}), 0.5, passage)
 
 
-def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetful, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetful, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run = ("--model", forgetful(12, torch.nan), "--tasks", "smoke_questions,smoke_drift", "--limit", 6, "--output", out)
     with monkeypatch.context() as before:
         before.setattr(unusable.Unusable, "sift", lambda self, answers: answers)
-        assert _run(monkeypatch, capsys, *run, "--method", "dense,griffin")[0] == 0
+        assert _run(*run, "--method", "dense,griffin")[0] == 0
     words = "of 6 answers of smoke_questions under dense at sparsity 0 in .* are NaN or infinite; run the cell again"
     for line in (
         ["compare", "dense", "griffin", "--by", "method", "--results", out],
         ["check", out, "--baseline", tmp_path / "base.json", "--update"],
     ):
-        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, line)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        assert re.search(words.replace("questions", "(questions|drift)"), capsys.readouterr().err)
+        done = command(*line)
+        assert done.code == 2
+        assert re.search(words.replace("questions", "(questions|drift)"), done.err)
     table = render(Store(out).load(), "md")
     assert "| smoke_drift | dense   | 0        | no number " in table
     assert "no number: answers were NaN or infinite; run the cell again" in table

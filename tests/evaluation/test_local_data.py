@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation import tasks
 from dart_eval.evaluation.local_data import first_fault
 from dart_eval.evaluation.tasks import Tasks
 
@@ -88,19 +87,14 @@ def data_dir(folder, validation, train=GOOD):
     return place
 
 
-@pytest.fixture(scope="module")
-def manager():
-    """lm-eval's index of tasks, built once: it takes seconds."""
-    return tasks.TaskManager(include_path=str(tasks.tasks_dir()))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch, manager):
+@pytest.fixture
+def _beside(tmp_path, monkeypatch, indexed):
     """Data sets that were read are kept beside the test."""
-    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: manager)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.mark.slow  # the index of all tasks
+@pytest.mark.usefixtures("_beside")
 @pytest.mark.parametrize(("kind", "words"), [
     ("latin-1", "validation.jsonl, line 5 is not UTF-8 text"), ("cut", "validation.jsonl, line 4 is not JSON"),
     ("missing", "validation.jsonl, line 5 lacks the field 'ind'"), ("empty", "validation.jsonl, which holds no"),
@@ -114,6 +108,8 @@ def test_a_task_whose_data_cannot_be_read_names_the_line(tmp_path, kind, words):
     assert "DatasetGenerationError" not in str(said.value)
 
 
+@pytest.mark.slow  # the index of all tasks
+@pytest.mark.usefixtures("_beside")
 @pytest.mark.parametrize(("changes", "words"), [
     ({"label": "4"}, "the right answer of document 4 of task hellaswag is '4', and it has 4 choices"),
     ({"label": "-1"}, "the right answer of document 4 of task hellaswag is '-1'"),
@@ -127,6 +123,8 @@ def test_a_right_answer_outside_the_choices_is_told_with_its_document(tmp_path, 
         shelf.check("hellaswag", None)
 
 
+@pytest.mark.slow  # the index of all tasks
+@pytest.mark.usefixtures("_beside")
 def test_data_that_would_never_end_are_refused(tmp_path):
     place = data_dir(tmp_path / "data", GOOD)
     os.mkfifo(place / "test.jsonl")

@@ -15,7 +15,7 @@ from dart_eval.plan import config_from
 from dart_eval.pruning.session import prune
 from tests.helpers.commands import run_local
 from tests.helpers.matrices import on_families
-from tests.helpers.models import FAMILIES, random_tokens, save_tiny
+from tests.helpers.models import FAMILIES, random_tokens
 from tests.helpers.requests import output_head_of, questions
 from tests.helpers.sessions import RESTLESS, open_session
 
@@ -75,8 +75,8 @@ def test_the_oracle_does_not_depend_on_the_batch(llama):
         assert a == pytest.approx(b, abs=1e-6)
 
 
-def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, tokenizer):
-    folder = save_tiny(tmp_path / "tiny", tokenizer)
+def test_what_only_scored_answers_can_have_is_refused_beforehand(tmp_path, saved_llama):
+    folder = saved_llama
     for changes, words in (
         ({"method": "oracle", "scope": "last"}, "has no such"),
         ({"method": "oracle", "tasks": "smoke_summary"}, "generates"),

@@ -44,6 +44,7 @@ def test_the_rules_catch_bad_data(monkeypatch):
     assert len(script.problems()) == 3
 
 
+@pytest.mark.slow  # the index of all tasks as it is built
 def test_names_expand_as_users_type_them(tasks):
     assert tasks.expand(["arc", "hellaswag", "arc_easy"]) == ["arc_easy", "arc_challenge", "hellaswag"]
     assert tasks.expand([*ALIASES, *COMMON])  # every name that `ls tasks` offers exists
@@ -88,7 +89,8 @@ def test_the_cue_is_an_option(tasks):
     assert task.doc_to_text(task.eval_docs[0]).endswith("\n\nIn one sentence:")
 
 
-def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path):
+@pytest.mark.slow
+def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path, indexed):
     row = {"question": "What is red?", "choices": ["sky", "blood", "grass", "snow"], "answer": 1, "subject": "x"}
     stock = Tasks()
     stock.names()
@@ -105,7 +107,7 @@ def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path):
     assert all(task.eval_docs[0]["question"] == "What is red?" for task in members)
 
 
-def test_every_task_with_local_data_loads(data_dir):
+def test_every_task_with_local_data_loads(data_dir, indexed):
     """Names of the paper's tables, on the mirror; gpqa has no data there and says so (test_errors)."""
     local = Tasks(data_dir)
     names = [
@@ -126,6 +128,7 @@ def test_every_task_with_local_data_loads(data_dir):
             assert len(task.eval_docs) > 0
 
 
+@pytest.mark.process
 def test_tasks_travel_in_the_wheel(tmp_path):
     command = [
         sys.executable,

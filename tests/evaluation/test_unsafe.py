@@ -9,17 +9,15 @@ import evaluate
 import lm_eval
 import pytest
 from datasets import load_dataset
-from lm_eval.tasks import TaskManager
 
 import dart_eval
-from dart_eval.cli import main
 from dart_eval.errors import UserError
-from dart_eval.evaluation import tasks
 from dart_eval.evaluation.evaluate import EvalSettings, task_hash
-from dart_eval.evaluation.tasks import Tasks, tasks_dir
+from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
 from dart_eval.executors import cluster
 from dart_eval.plan import RunConfig, config_from
+from tests.helpers.commands import command
 
 METRIC = """
 from pathlib import Path
@@ -38,17 +36,6 @@ ROW = {
     "task_id": "HumanEval/0", "prompt": "def one():\n", "canonical_solution": "    return 1\n",
     "test": "def check(f): pass", "entry_point": "one",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def manager():
-    return TaskManager(include_path=str(tasks_dir()))
-
-
-@pytest.fixture
-def index(manager, monkeypatch):
-    """lm-eval's tasks, indexed once."""
-    monkeypatch.setattr(tasks, "TaskManager", lambda include_path, include_defaults: manager)
 
 
 @pytest.fixture
@@ -70,23 +57,21 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
+@pytest.mark.slow  # the index of all tasks
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp"])
 def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_it_runs(
-    task, index, marker, data, monkeypatch, capsys
+    task, indexed, marker, data, monkeypatch
 ):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    monkeypatch.setattr(sys, "argv", ["dart-eval", "run", "--tasks", task, "--data-dir", str(data), "--model", "m"])
     monkeypatch.setattr("dart_eval.executors.jobs.resolve", lambda spec: None)
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    assert (
-        f"error: task {task} runs code that the model writes; give --confirm-run-unsafe-code" in capsys.readouterr().err
-    )
+    done = command("run", "--tasks", task, "--data-dir", data, "--model", "m")
+    assert done.code == 2
+    assert f"error: task {task} runs code that the model writes; give --confirm-run-unsafe-code" in done.err
     assert not marker.exists()
 
 
-def test_with_the_users_word_such_a_task_runs(index, marker, data, monkeypatch):
+@pytest.mark.slow
+def test_with_the_users_word_such_a_task_runs(indexed, marker, data, monkeypatch):
     from dart_eval.evaluation import evaluate as ours
 
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
@@ -139,7 +124,7 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkey
         assert load_dataset(str(tmp_path / "org" / "set"))["test"]["a"] == [1]
 
 
-def test_metrics_of_the_working_directory_do_not_run_while_answers_are_scored(index, marker, monkeypatch):
+def test_metrics_of_the_working_directory_do_not_run_while_answers_are_scored(marker, monkeypatch):
     """Some tasks load them only then."""
     from dart_eval.evaluation import evaluate as ours
 

@@ -15,7 +15,7 @@ from dart_eval.models import ModelSpec, Resolved, resolve
 from dart_eval.plan import config_from
 from tests.helpers.cards import Cards, OnCard
 from tests.helpers.matrices import product
-from tests.helpers.models import FAMILIES, random_tokens, save_tiny, tiny
+from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import RENEWED, RESTLESS, decoded, open_session
 
 METHODS = "dense,griffin,dart:aggregate=ema:compensate=true,wanda-sp"
@@ -77,11 +77,10 @@ def _load(self, note=print):
 
 
 @pytest.mark.slow
-def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, tokenizer, monkeypatch):
-    folder = save_tiny(tmp_path / "model", tokenizer)
+def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_llama, monkeypatch):
 
     def run(output, view):
-        given = {"model": folder, "device": "cpu", "output": str(tmp_path / output)}
+        given = {"model": saved_llama, "device": "cpu", "output": str(tmp_path / output)}
         return local.run_all([config_from(None, given | cells) for cells in CELLS], view)
 
     def load(self, note=print):
@@ -137,12 +136,11 @@ def test_what_cards_would_refuse_is_refused():
         assert b.tolist() == [2, 2, 2] and str((b + 1).device) == "lazy:1" and b.to("cpu").device.type == "cpu"
 
 
-def test_a_model_that_does_not_fit_is_refused(tmp_path, tokenizer):
+def test_a_model_that_does_not_fit_is_refused(saved_llama):
     """Where accelerate leaves layers on the disk their weights are nowhere until they run."""
-    folder = save_tiny(tmp_path / "model", tokenizer)
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     places |= {"model.layers.0": "cpu", "model.layers.1": "cpu", "model.layers.2": "disk"}
     with pytest.raises(UserError, match="the model does not fit"):
-        resolve(ModelSpec(folder, device_map=places)).load()
-    model, _ = resolve(ModelSpec(folder, device_map="auto")).load()
+        resolve(ModelSpec(saved_llama, device_map=places)).load()
+    model, _ = resolve(ModelSpec(saved_llama, device_map="auto")).load()
     assert {p.device.type for p in model.parameters()} <= {"cpu", "cuda"}

@@ -131,7 +131,7 @@ def _turned(model, **params):
         z = torch.zeros(1, 1, 32)
         z[..., axis] = length
         state.observe_change(layer, y, z, torch.ones(1, 1, dtype=torch.bool))
-    state.tokens += 1
+    state.finish_context(torch.ones(1, 1, dtype=torch.bool))
     return state
 
 
@@ -144,14 +144,14 @@ def test_magnitude_and_protection_are_used(llama):
 
     # S normalised 1, 1/3, 0; weights 0, 2/3, .35 -> prune 0, .984, .516, clipped .1, .9, .516; the surplus .016 is
     # taken 2/3 : .35 from the last two: .889, .511, of 40 neurons 4.4 and 19.6 kept
-    assert full._keep_counts(0).mask == [36, 4, 20]
+    assert full.keep[0].tolist() == [36, 4, 20]
     # normalised 0, 1, 0; weights 1/4, 0, .35 -> .625, 0, .875; the middle is raised to .1, the others give 5:7
-    assert bare._keep_counts(0).mask == [17, 36, 7]
+    assert bare.keep[0].tolist() == [17, 36, 7]
     # weights 0, 2/3, 1 -> 0, .6, .9, clipped .1, .6, .9; weights 2:3 give .1: .56, .84
-    assert _turned(llama, protect=False)._keep_counts(0).mask == [36, 18, 6]
+    assert _turned(llama, protect=False).keep[0].tolist() == [36, 18, 6]
     # weights 1, 0, 1 -> .75, 0, .75; the middle is raised to .1
-    assert _turned(llama, protect=False, magnitude=False)._keep_counts(0).mask == [12, 36, 12]
-    assert _turned(llama, allocation="uniform", protect=False)._keep_counts(0).mask == [20, 20, 20]
+    assert _turned(llama, protect=False, magnitude=False).keep[0].tolist() == [12, 36, 12]
+    assert _turned(llama, allocation="uniform", protect=False).keep[0].tolist() == [20, 20, 20]
 
 
 def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
