@@ -102,3 +102,13 @@ def test_a_further_turn_begins_without_flags_and_without_a_cool_down(patience, c
         detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
         detector.set_reference()
         assert [bool(detector.update(torch.randn(1, 2, D), two)) for _ in alarms] == alarms
+
+
+def test_as_many_windows_as_asked_for_are_enough_to_trust_their_deviation():
+    config = DriftConfig(window=2, sigma=3.0, floor=0.0, min_windows=4)
+    for tokens, trusted in ((6, 0), (8, 1)):
+        detector = DriftDetector(config, 1, D, CPU)
+        detector.observe(torch.randn(1, tokens, D), torch.ones(1, tokens, dtype=torch.bool))
+        detector.set_reference()
+        assert float(detector.deviation) > 0
+        assert float(detector.threshold) == pytest.approx(float(detector.mean - trusted * 3 * detector.deviation))
