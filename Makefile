@@ -2,7 +2,7 @@
 # make test          all tests (sets everything up first)
 # make test-fast     those of the numeric core and all others on tiny models, in a minute
 # make golden        renew tests/golden/golden.json, the numbers that test-fast compares with, and say what moved
-# make mutations     does that minute notice the core broken in many small ways? Half an hour, ARGS="--sample 10" is short
+# make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
 # make check         lint, format, types
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
 # make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
