@@ -1,12 +1,8 @@
 """Several nodes and GPUs, as far as one machine can play them: Ray takes its word for what a node has."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import psutil
 import pytest
 
 from dart_eval.errors import UserError
@@ -14,26 +10,27 @@ from dart_eval.executors import cluster
 from dart_eval.executors.jobs import Silent
 from dart_eval.executors.pool import Pool
 from dart_eval.plan import config_from
-from tests.helpers.commands import STOPS
-from tests.helpers.models import save_tiny
+from tests.helpers.commands import program
+from tests.helpers.nursery import LOCAL
 from tests.helpers.pools import Handler, Worker, task_of
 
 ray = pytest.importorskip("ray")
-PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("quick_workers")]
+NODE = {"object_store_memory": 80_000_000}
 
 
 @pytest.fixture
-def nodes():
+def nodes(quick_workers):
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NODE})
     yield made
     ray.shutdown()
     made.shutdown()
 
 
 def test_a_lost_node_is_made_up_for(nodes, tmp_path):
-    second = nodes.add_node(num_cpus=1)
+    second = nodes.add_node(num_cpus=1, **NODE)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
 
     class Losing(Handler):
@@ -55,12 +52,13 @@ def test_a_lost_node_is_made_up_for(nodes, tmp_path):
 
 def test_the_loss_of_the_own_node_ends_the_run(tmp_path):
     """Ray would let it wait for ever."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    ((raylet,),) = [p for kind, p in ray._private.worker._global_node.all_processes.items() if kind == "raylet"]
+    earlier = psutil.Process().children()  # other clusters' may not be reaped
+    ray.init(num_cpus=2, **LOCAL)
+    (raylet,) = [p for p in psutil.Process().children() if p not in earlier and p.name() == "raylet"]
 
     class Losing(Handler):
         def told(self, task, message):
-            raylet.process.kill()
+            raylet.kill()
             return super().told(task, message)
 
     handler = Losing(tmp_path)
@@ -79,7 +77,7 @@ def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatc
     """By Ray's own monitor, which here takes every process for too large, whenever it looks."""
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "5000")
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(num_cpus=1, **LOCAL)
     try:
         handler = Handler(tmp_path)
         with Pool(Worker, 1, {"num_cpus": 1}) as pool:
@@ -91,8 +89,8 @@ def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatc
 
 
 def test_a_cell_takes_the_gpus_that_there_are(nodes):
-    nodes.add_node(num_cpus=8, num_gpus=4)
-    nodes.add_node(num_cpus=3, num_gpus=4)
+    nodes.add_node(num_cpus=8, num_gpus=4, **NODE)
+    nodes.add_node(num_cpus=3, num_gpus=4, **NODE)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
 
     def room(**given):
@@ -118,27 +116,23 @@ def test_a_cell_takes_the_gpus_that_there_are(nodes):
             config_from(None, {"tasks": "smoke", "executor": "ray", **given}).check()
 
 
-def test_a_running_cluster_is_used_and_left_running(nodes, tmp_path, tokenizer):
-    nodes.add_node(num_cpus=1)
-    folder = save_tiny(tmp_path / "model", tokenizer)
-    command = [
-        *(PROGRAM, "run", "--model", str(folder), "--output", str(tmp_path / "out"), "--executor", "ray"),
-        *("--tasks", "smoke_questions", "--method", "dense,griffin", "--limit", "4", "--ray-address"),
-    ]  # fmt: skip
-    done = subprocess.run([*command, nodes.address], capture_output=True, text=True)
+@pytest.mark.process
+def test_a_running_cluster_is_used_and_left_running(nodes, saved_llama, tmp_path):
+    nodes.add_node(num_cpus=1, **NODE)
+    sweep = ("--tasks", "smoke_questions", "--method", "dense,griffin", "--limit", "4", "--output", tmp_path / "out")
+    done = program("run", "--model", saved_llama, *sweep, "--executor", "ray", "--ray-address", nodes.address)
     assert done.returncode == 0, done.stderr
     logs = [p.read_text() for p in (tmp_path / "out" / "logs").glob("worker-*.log")]
-    assert len(logs) == 2 and all("is done" in text for text in logs)
+    assert len(logs) == 2 and "".join(logs).count(" is done") == 2
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
     assert sum(node["Alive"] for node in ray.nodes()) == 2
     job = ray.get_runtime_context().get_job_id()
     assert int.from_bytes(bytes.fromhex(job), "little") == 2  # the run was this cluster's first
 
 
-def test_no_cluster_at_that_address(tmp_path, tokenizer):
-    folder = save_tiny(tmp_path / "model", tokenizer)
+def test_no_cluster_at_that_address(saved_llama, tmp_path):
     config = config_from(None, {
-        "model": folder, "tasks": "smoke", "executor": "ray", "ray_address": "127.0.0.1:1",
+        "model": saved_llama, "tasks": "smoke", "executor": "ray", "ray_address": "127.0.0.1:1",
         "output": str(tmp_path / "o"),
     })  # fmt: skip
     with pytest.raises(UserError, match="no Ray cluster at 127"):
@@ -152,53 +146,3 @@ def test_a_cluster_of_our_own_has_the_processors_that_we_may_use(monkeypatch):
     assert cluster._processors() == 8
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     assert cluster._processors() is None  # Ray knows of quotas, too
-
-
-@STOPS
-def test_a_run_that_is_stopped_before_it_has_workers_says_so(tmp_path, tokenizer, number, status, word):
-    """There Ray itself notices the signal, and makes another error of it."""
-    folder, logs = save_tiny(tmp_path / "model", tokenizer), tmp_path / "out" / "logs"
-    command = [
-        *(PROGRAM, "run", "--model", str(folder), "--output", str(tmp_path / "out"), "--executor", "ray"),
-        *("--tasks", "smoke_questions", "--method", "dense", "--limit", "4"),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )  # fmt: skip
-    while not logs.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors.strip()) == (status, f"{word}; the same command goes on from here")
-
-
-@STOPS
-def test_a_stopped_run_keeps_what_is_answered_and_the_same_command_goes_on(tmp_path, tokenizer, number, status, word):
-    folder = save_tiny(tmp_path / "model", tokenizer)
-    command = [
-        *(PROGRAM, "run", "--model", str(folder), "--output", str(tmp_path / "out"), "--executor", "ray"),
-        *("--tasks", "smoke_summary", "--method", "dense", "--limit", "40", "--batch-size", "1"),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
-    )  # fmt: skip
-    while not any(p.stat().st_size for p in (tmp_path / "out" / "partial").glob("*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does: to all that the command has started
-    else:
-        process.send_signal(number)
-    _, errors = process.communicate()
-    assert (process.returncode, errors.strip()) == (status, f"{word}; the same command goes on from here")
-    (log,) = (tmp_path / "out" / "logs").glob("worker-*.log")
-    worker = int(log.read_text().split("process ")[1].split()[0])
-    end = time.monotonic() + 20
-    while Path(f"/proc/{worker}").exists():
-        assert time.monotonic() < end, "a worker outlived the run"
-        time.sleep(0.1)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "smoke_summary-dense goes on after" in done.stdout

@@ -8,6 +8,7 @@ and libraries read of the environment when they start is the server's: a locale,
 import atexit
 import fcntl
 import io
+import json
 import multiprocessing
 import os
 import runpy
@@ -76,13 +77,33 @@ class Watch(jobs.Silent):
     """Records what the executor reports."""
 
     def __init__(self):
-        self.done, self.broken = [], []
+        self.begun, self.done, self.broken, self.notes, self.answered = [], [], [], [], 0
+
+    def started(self, cell, requests):
+        self.begun.append(cell.name)
+
+    def advanced(self, cell, requests):
+        self.answered += requests
 
     def finished(self, cell, record):
         self.done.append(cell.name)
 
     def failed(self, cell, error, where):
         self.broken.append((cell.name, error, where))
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def results(output):
+    """The files of finished cells by name; of records what two equal runs share, of all others the bytes."""
+    found = {}
+    for path in sorted(p for kind in ("cells", "samples", "texts") for p in Path(output, kind).iterdir()):
+        found[path.name] = path.read_bytes()
+        if path.suffix == ".json":
+            found[path.name] = json.loads(found[path.name])
+            del found[path.name]["measured"], found[path.name]["digest"]
+    return found
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -157,7 +178,7 @@ def started(*args, cwd=None, env=None, stdin=None, stdout=None, stderr=None, ses
     words = [str(a) for a in args]
     folder, environment = str(cwd or Path.cwd()), dict(os.environ if env is None else env)
     name = "dart-eval" if script is None else str(script)
-    process = start(_become, name, words, folder, environment, passed, session, tuple(ignored))
+    process = start(_become, name, words, folder, environment, passed, session, tuple(ignored), sys.executable)
     for connection in passed:
         connection.close()
     return Started([name, *words], process, kept)
@@ -183,7 +204,7 @@ def until(condition, process=None, timeout=120):
         time.sleep(0.01)
 
 
-def _become(name, words, folder, environment, passed, session, ignored):
+def _become(name, words, folder, environment, passed, session, ignored, python):
     """In a process that has just been forked: be `dart-eval`, or a script."""
     if session:
         os.setsid()
@@ -201,7 +222,7 @@ def _become(name, words, folder, environment, passed, session, ignored):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [name, *words]
+    sys.argv, sys.executable = [name, *words], python
     try:
         if name == "dart-eval":
             cli.main()
