@@ -112,3 +112,12 @@ def test_as_many_windows_as_asked_for_are_enough_to_trust_their_deviation():
         detector.set_reference()
         assert float(detector.deviation) > 0
         assert float(detector.threshold) == pytest.approx(float(detector.mean - trusted * 3 * detector.deviation))
+
+
+def test_windows_of_a_sequence_that_runs_dense_are_none_of_the_cool_down():
+    config = DriftConfig(window=2, sigma=-1000.0, floor=-3.0, patience=1, cooldown=1)  # all are flagged
+    detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
+    detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
+    detector.set_reference()
+    alarms = [bool(detector.update(torch.randn(1, 2, D), two, torch.tensor([bool(hold)]))) for hold in (0, 1, 1, 0, 0)]
+    assert alarms == [True, False, False, False, True]
