@@ -19,7 +19,7 @@ settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # Fixtures that need something give its marker to every test that uses them.
-NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser"}
+NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser", "task_index": "slow"}
 LONG = ("ray", "demo", "process", "slow")
 
 

@@ -190,6 +190,7 @@ def test_a_mixture_of_experts_is_refused_by_name(refused, saved):
     assert "mixtures of experts are not" in message
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_generate_text_is_refused(refused, saved):
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -100,6 +100,7 @@ def test_what_cannot_be_traced_is_refused(tokenizer):
             traced(tokenizer, passage, spec)
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()

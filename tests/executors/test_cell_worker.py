@@ -30,6 +30,7 @@ def make(saved_llama, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_tasks_that_set_a_time_out_get_none_in_an_actor(make):
     """In a thread Python would refuse it, and lm-eval's math tasks would take that for a wrong answer."""
     make("/no/such/folder")

@@ -60,6 +60,7 @@ def test_a_sweep_and_its_records(folder, tmp_path):
     assert _numbers(second.records) == _numbers(result.records)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_numbers_at_any_batch_size(folder, tmp_path):
     a = run_local(_config(folder, tmp_path / "a", batch_size=1), Watch())
     b = run_local(_config(folder, tmp_path / "b", batch_size=1), Watch())
@@ -142,6 +143,7 @@ def test_two_settings_of_one_method_are_two_cells(folder, tmp_path):
     assert [r.inputs["params"]["allocation"] for r in result.records] == ["depth", "uniform"]
 
 
+@pytest.mark.slow
 def test_the_chat_template_is_used_when_asked_for(folder, tmp_path, tokenizer):
     import shutil
 
@@ -165,6 +167,7 @@ def test_the_chat_template_is_used_when_asked_for(folder, tmp_path, tokenizer):
         run_local(_config(folder, tmp_path / "none", chat_template=True), Watch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "halvings"), [("smoke_questions", 2), ("smoke_summary", 1)])  # batches of 8, of 4
 def test_where_memory_runs_out_batches_are_halved(folder, tmp_path, monkeypatch, task, halvings):
     """Forwards of more than two rows do not fit: the numbers are those of small batches."""

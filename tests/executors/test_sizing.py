@@ -54,6 +54,7 @@ def test_extrapolation():
     assert sizing._extrapolated(Call("loglikelihood", 0, [], 0)) == 0
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_the_run_asks(folder, tmp_path, monkeypatch):
     config = _config(folder, tmp_path / "out")
     sizes = sizing.estimate([config], jobs.Silent())
@@ -80,6 +81,7 @@ def test_the_plan_counts_what_the_run_asks(folder, tmp_path, monkeypatch):
     assert all(s.finished for s in again)
 
 
+@pytest.mark.slow
 def test_what_a_method_takes_more_is_measured_once_for_each_kind_of_request(folder, tmp_path, monkeypatch):
     tried, pilot = [], sizing._pilot
 
@@ -139,6 +141,8 @@ def test_durations():
     assert [duration(s) for s in (3.4, 89, 100, 5000, 9000)] == ["3 s", "89 s", "2 min", "83 min", "2.5 h"]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_at_a_terminal(folder, tmp_path):
     command = [PROGRAM, "run", "--model", str(folder), "--tasks", "smoke_questions", "--method", "dense,dart",
                "--limit", "4", "--output", str(tmp_path / "out")]  # fmt: skip

@@ -33,11 +33,17 @@ def _decode(tiny, setting, execution, prompts):
     width = max(map(len, prompts))
     ids = torch.tensor([(0,) * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([(0,) * (width - len(p)) + (1,) * len(p) for p in prompts])
-    rows = range(len(prompts))
+    rows, first = range(len(prompts)), []
+
+    def after_the_prompt(_ids, logits):
+        first.extend(surface.masks(session, row) for row in rows if len(first) < len(rows))
+        return logits
+
     with surface.session_of(tiny, setting, execution) as session:
-        _generate(tiny, ids, mask, 1)
-        first = [surface.masks(session, row) for row in rows]
-        output = _generate(tiny, ids, mask, NEW_TOKENS)
+        output = tiny.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True, logits_processor=[after_the_prompt],
+        )  # fmt: skip
         logits = torch.stack(output.logits, 1).float().numpy()
         sequences = [
             {
@@ -50,13 +56,6 @@ def _decode(tiny, setting, execution, prompts):
             for row in rows
         ]
         return sequences, surface.seen_of_all(session)
-
-
-def _generate(tiny, ids, mask, count):
-    return tiny.generate(
-        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
 
 
 def measure_texts(family, name):

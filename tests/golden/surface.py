@@ -19,6 +19,7 @@ from tests.helpers.requests import TextRequest
 tokenizer = functools.cache(word_tokenizer)
 
 
+@functools.cache  # packages are searched for methods at every call
 def method_of(setting):
     return make(*parse(setting.method))
 
