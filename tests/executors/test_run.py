@@ -1,25 +1,20 @@
 """A whole run on a tiny saved model: records, resuming, failures, the Python surface."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import dart_eval
 from dart_eval.errors import UserError
-from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.scoring import Scorer
 from dart_eval.executors import worker
 from dart_eval.plan import config_from
 from tests.helpers.commands import Watch, run_local
-from tests.helpers.models import save_tiny
 
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
 
 
 def _config(folder, output, **changes):
@@ -30,9 +25,9 @@ def _numbers(records):
     return [(r.inputs, r.metrics, r.tokens, r.effective_sparsity, r.remasks, r.flops) for r in records]
 
 
-def test_a_sweep_and_its_records(folder, tmp_path):
+def test_a_sweep_and_its_records(saved_llama, tmp_path):
     view = Watch()
-    result = run_local(_config(folder, tmp_path / "out"), view)
+    result = run_local(_config(saved_llama, tmp_path / "out"), view)
     # dense once, the others at both sparsities, on both tasks
     assert len(result.records) == len(view.done) == 10
     assert not result.failed
@@ -55,23 +50,24 @@ def test_a_sweep_and_its_records(folder, tmp_path):
     assert all(len(x["doc_hash"]) == len(x["prompt_hash"]) == 64 for x in lines)
 
     again = Watch()
-    second = run_local(_config(folder, tmp_path / "out"), again)
+    second = run_local(_config(saved_llama, tmp_path / "out"), again)
     assert again.done == []  # all skipped
     assert _numbers(second.records) == _numbers(result.records)
 
 
 @pytest.mark.slow
-def test_two_runs_give_the_same_numbers_at_any_batch_size(folder, tmp_path):
-    a = run_local(_config(folder, tmp_path / "a", batch_size=1), Watch())
-    b = run_local(_config(folder, tmp_path / "b", batch_size=1), Watch())
-    c = run_local(_config(folder, tmp_path / "c", batch_size=3), Watch())
+def test_two_runs_give_the_same_numbers_at_any_batch_size(saved_llama, tmp_path):
+    a, b, c = (
+        run_local(_config(saved_llama, tmp_path / name, sparsity="0.5", batch_size=size), Watch())
+        for name, size in (("a", 1), ("b", 1), ("c", 3))
+    )
     assert _numbers(a.records) == _numbers(b.records)
     assert [r.key for r in a.records] == [r.key for r in c.records]
     for x, y in zip(a.records, c.records, strict=True):
         assert [m.value for m in x.metrics] == pytest.approx([m.value for m in y.metrics], abs=1e-4)
 
 
-def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
+def test_a_failing_cell_does_not_stop_the_others(saved_llama, tmp_path, monkeypatch):
     evaluate = worker.evaluate_task
 
     def sometimes(lm, session, tasks, name, settings, journal):
@@ -81,7 +77,7 @@ def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(worker, "evaluate_task", sometimes)
     view = Watch()
-    result = run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), view)
+    result = run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), view)
     ((name, error, where),) = view.broken
     assert (name, error) == ("smoke_questions-random-0.5", "RuntimeError: planted")
     assert where.parent == tmp_path / "out" / "failed" and "in sometimes" in where.read_text()
@@ -89,12 +85,12 @@ def test_a_failing_cell_does_not_stop_the_others(folder, tmp_path, monkeypatch):
     assert [c.name for c in result.failed] == ["smoke_questions-random-0.5"]
     monkeypatch.undo()
     after = Watch()
-    assert not run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), after).failed
+    assert not run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), after).failed
     assert after.done == ["smoke_questions-random-0.5"]  # only what was missing
     assert not where.exists()
 
 
-def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_path, monkeypatch):
+def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(saved_llama, tmp_path, monkeypatch):
     evaluate, calls = worker.evaluate_task, []
 
     def interrupted(*args):
@@ -105,14 +101,14 @@ def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(folder, tmp_
 
     monkeypatch.setattr(worker, "evaluate_task", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), Watch())
+        run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), Watch())
     files = [f for kind in ("cells", "samples") for f in (tmp_path / "out" / kind).iterdir()]
     assert sorted(f.suffix for f in files) == [".json", ".json", ".jsonl", ".jsonl"]
     assert all(json.loads(f.read_text()) for f in files if f.suffix == ".json")
 
 
-def test_a_corrupt_record_is_run_again(folder, tmp_path):
-    config = _config(folder, tmp_path / "out", tasks="smoke_questions", method="dense")
+def test_a_corrupt_record_is_run_again(saved_llama, tmp_path):
+    config = _config(saved_llama, tmp_path / "out", tasks="smoke_questions", method="dense")
     first = run_local(config, Watch())
     (file,) = (tmp_path / "out" / "cells").iterdir()
     file.write_text(file.read_text()[:100])
@@ -121,9 +117,9 @@ def test_a_corrupt_record_is_run_again(folder, tmp_path):
     assert view.done == ["smoke_questions-dense"]
 
 
-def test_evaluate_returns_rows(folder, tmp_path):
+def test_evaluate_returns_rows(saved_llama, tmp_path):
     rows = dart_eval.evaluate(
-        model=folder, tasks=["smoke_questions"], method=["dense", "griffin"], sparsity=[0.5], limit=2,
+        model=saved_llama, tasks=["smoke_questions"], method=["dense", "griffin"], sparsity=[0.5], limit=2,
         output=str(tmp_path / "out"),
     )  # fmt: skip
     assert {(r["method"], r["metric"]) for r in rows} == {
@@ -134,24 +130,19 @@ def test_evaluate_returns_rows(folder, tmp_path):
         dart_eval.evaluate(task="smoke_questions")
 
 
-def test_two_settings_of_one_method_are_two_cells(folder, tmp_path):
+def test_two_settings_of_one_method_are_two_cells(saved_llama, tmp_path):
     config = _config(
-        folder, tmp_path / "out", tasks="smoke_questions", sparsity=0.5, method="dart,dart:allocation=uniform"
+        saved_llama, tmp_path / "out", tasks="smoke_questions", sparsity=0.5, method="dart,dart:allocation=uniform"
     )
     result = run_local(config, Watch())
     assert len({r.key for r in result.records}) == 2
     assert [r.inputs["params"]["allocation"] for r in result.records] == ["depth", "uniform"]
 
 
-@pytest.mark.slow
-def test_the_chat_template_is_used_when_asked_for(folder, tmp_path, tokenizer):
-    import shutil
-
-    from transformers import AutoTokenizer
-
+def test_the_chat_template_is_used_when_asked_for(saved_llama, tmp_path):
     chat = tmp_path / "chat"
-    shutil.copytree(folder, chat)
-    with_template = AutoTokenizer.from_pretrained(folder)
+    shutil.copytree(saved_llama, chat)
+    with_template = AutoTokenizer.from_pretrained(saved_llama)
     with_template.chat_template = "w9 {{ messages[0].content }} w8"
     with_template.save_pretrained(chat)
     hashes = {}
@@ -164,35 +155,39 @@ def test_the_chat_template_is_used_when_asked_for(folder, tmp_path, tokenizer):
         assert record.inputs["chat_template"] is wanted
     assert not set(hashes[True]) & set(hashes[False])
     with pytest.raises(UserError, match="no chat template"):
-        run_local(_config(folder, tmp_path / "none", chat_template=True), Watch())
+        run_local(_config(saved_llama, tmp_path / "none", chat_template=True), Watch())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "halvings"), [("smoke_questions", 2), ("smoke_summary", 1)])  # batches of 8, of 4
-def test_where_memory_runs_out_batches_are_halved(folder, tmp_path, monkeypatch, task, halvings):
-    """Forwards of more than two rows do not fit: the numbers are those of small batches."""
-    wanted = run_local(_config(folder, tmp_path / "small", tasks=task, batch_size=1), Watch())
-    for owner, name, rows in (
-        (Scorer, "_run", lambda batch, *_: len(batch.contexts)),
-        (PrunedLM, "_generate", lambda work: len(work.prompts)),
-    ):
-        stock = getattr(owner, name)
+@pytest.mark.parametrize(("task", "most", "halvings"), [("smoke_questions", 2, 3), ("smoke_summary", 2, 1)])
+def test_where_memory_runs_out_batches_are_halved(saved_llama, tmp_path, monkeypatch, task, most, halvings):
+    """Forwards of more rows do not fit: the numbers are those of small batches."""
+    wanted = run_local(_config(saved_llama, tmp_path / "small", tasks=task, batch_size=1), Watch())
+    stock, fitting = LlamaModel.forward, [most]
 
-        def full(self, *args, stock=stock, rows=rows):
-            if rows(*args) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return stock(self, *args)
+    def full(self, input_ids=None, **more):
+        if len(input_ids if input_ids is not None else more["inputs_embeds"]) > fitting[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stock(self, input_ids=input_ids, **more)
 
-        monkeypatch.setattr(owner, name, full)
-    result = run_local(_config(folder, tmp_path / "out", tasks=task, batch_size=8), Watch())
+    # What looks at a model tries it on its own; a batch runs in a cell alone.
+    evaluate = worker.evaluate_task
+
+    def inside(*args):
+        with monkeypatch.context() as patched:
+            patched.setattr(LlamaModel, "forward", full)
+            return evaluate(*args)
+
+    monkeypatch.setattr(worker, "evaluate_task", inside)
+    monkeypatch.setattr("gc.collect", lambda: 0)  # at every halving: half a second
+    result = run_local(_config(saved_llama, tmp_path / "out", tasks=task, batch_size=8), Watch())
     assert not result.failed
     assert [r.settings["halved"] for r in result.records] == [halvings] * 5
     for a, b in zip(result.records, wanted.records, strict=True):
         assert [m.value for m in a.metrics] == pytest.approx([m.value for m in b.metrics], abs=1e-4)
         assert "halved" not in b.settings
     # Where one row is too much, the cell fails, and the next one begins with full batches.
-    monkeypatch.setattr(Scorer, "_run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
-    monkeypatch.setattr(PrunedLM, "_generate", Scorer._run)
+    fitting[0] = 0
     view = Watch()
-    assert len(run_local(_config(folder, tmp_path / "none", tasks=task), view).failed) == 5
+    assert len(run_local(_config(saved_llama, tmp_path / "none", tasks=task), view).failed) == 5
     assert all("OutOfMemoryError" in error for _, error, _ in view.broken)
