@@ -46,12 +46,14 @@ paper-tables: $(VENV)/.demo
 		$(if $(LIMIT),--limit $(LIMIT)) $(ARGS)
 	$(BIN)/dart-eval report $(OUT)
 
+# Bytecode is kept, whatever the environment says: compiling the tests anew takes longer than many of them.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) --dist loadfile --no-loadscope-reorder
 
-FAST := not demo and not data and not ray and not browser and not process and not slow
+FAST := not demo and not data and not ray and not browser and not process and not surface and not slow
 test-fast: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "$(FAST)"
+	$(PYTEST) --dist worksteal --ignore tests/cli -m "$(FAST)"
 
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden

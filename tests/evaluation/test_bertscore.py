@@ -110,6 +110,7 @@ def test_against_the_package(folders):
         assert scores(folders["bert"], candidates, references, layer) == pytest.approx(f1.tolist(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_roberta_large_uses_its_seventeenth_layer(tmp_path, folders):
     config = RobertaConfig(
         vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=24, num_attention_heads=1,

@@ -39,7 +39,7 @@ def test_dense_is_dense_in_every_scope(model, scope):
         assert [s.logprob for s in scored(model, session, requests, scope)] == pytest.approx(stock, abs=1e-5)
 
 
-@on_families(["method", "scope"], FAMILIES, [(m, s) for m in METHODS for s in ("all", "last")])
+@on_families(["method", "scope"], FAMILIES, [(m, s) for m in METHODS for s in ("all", "last")], every=2)
 def test_batch_size_and_order_do_not_matter(model, method, scope):
     requests = questions()
     found = []

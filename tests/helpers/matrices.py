@@ -20,6 +20,6 @@ def product(models, settings, first="llama", every=1):
     return found
 
 
-def on_families(names, families, settings):
+def on_families(names, families, settings, every=1):
     """Parametrize a test over the product; the fixture `model` makes the family's model."""
-    return pytest.mark.parametrize(("model", *names), product(families, settings), indirect=["model"])
+    return pytest.mark.parametrize(("model", *names), product(families, settings, every=every), indirect=["model"])

@@ -39,7 +39,7 @@ def test_sparsity_zero_is_dense(model, method):
     assert session.effective_sparsity == 0
 
 
-@on_families(["method", "sparsity"], FAMILIES, [(m, s) for m in PRUNERS for s in (0.3, 0.5, 0.7)])
+@on_families(["method", "sparsity"], FAMILIES, [(m, s) for m in PRUNERS for s in (0.3, 0.5, 0.7)], every=2)
 def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
     with open_session(model, method, sparsity) as session:
         generate(model, prompts_of(2, 20), tokens=5)
