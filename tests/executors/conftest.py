@@ -1,5 +1,7 @@
 """What tests of the executors share."""
 
+import signal
+
 import pytest
 
 
@@ -10,3 +12,11 @@ def quick_workers():
 
     with nursery():
         yield
+
+
+@pytest.fixture
+def own_signals(tmp_path, monkeypatch):
+    """What a worker of Ray's changes of its process is put back in the end: the folder, functions of `signal`."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("signal", "alarm", "setitimer"):
+        monkeypatch.setattr(signal, name, getattr(signal, name))

@@ -17,11 +17,8 @@ SWEEP = {"tasks": "smoke_questions", "sparsity": "0.5", "limit": 6, "batch_size"
 
 
 @pytest.fixture
-def make(saved_llama, tmp_path, monkeypatch):
-    """Makes a worker and its configuration; what it changes of its process is put back in the end."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("signal", "alarm", "setitimer"):
-        monkeypatch.setattr(signal, name, getattr(signal, name))
+def make(saved_llama, own_signals):
+    """Makes a worker and its configuration."""
 
     def make(folder, **changes):
         config = config_from(None, {**SWEEP, "model": saved_llama, "device": "cpu", **changes})

@@ -1,7 +1,5 @@
 """Several nodes and GPUs, as far as one machine can play them: Ray takes its word for what a node has."""
 
-import os
-
 import psutil
 import pytest
 
@@ -88,24 +86,30 @@ def test_what_is_killed_for_memory_is_tried_again_with_less(tmp_path, monkeypatc
     assert "low on memory" in handler.given_up["a"][0]
 
 
-def test_a_cell_takes_the_gpus_that_there_are(nodes):
+def test_a_cell_takes_the_gpus_that_there_are(nodes, saved_llama, tmp_path, monkeypatch):
     nodes.add_node(num_cpus=8, num_gpus=4, **NODE)
     nodes.add_node(num_cpus=3, num_gpus=4, **NODE)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
 
-    def room(**given):
-        config = config_from(None, {"tasks": "smoke", "executor": "ray", **given})
-        size, options = cluster._room(config)
-        return size, cluster._placed(config, options)
+    class Asked(Exception):
+        """What a run wants of a pool: its workers' configuration and their number."""
 
-    size, placed = room()
-    assert (size, placed.device, placed.device_map) == (7, "cuda", None)  # four cells, and three for want of CPUs
-    size, placed = room(gpus_per_cell=2)  # a model over two GPUs
-    assert (size, placed.device, placed.device_map) == (4, "cuda", "auto")
-    size, placed = room(gpus_per_cell=0.5, cpus_per_cell=0.5)
-    assert (size, placed.device, placed.device_map) == (14, "cuda", None)
-    size, placed = room(device="cpu", cpus_per_cell=3)
-    assert (size, placed.device, placed.device_map) == (3, "cpu", None)
+    def asked(make, size, options):
+        raise Asked(make.args[0], size)
+
+    monkeypatch.setattr(cluster, "Pool", asked)
+    sweep = {"model": saved_llama, "tasks": "smoke_questions", "output": str(tmp_path / "out"), "executor": "ray"}
+
+    def room(**given):
+        with pytest.raises(Asked) as found:
+            cluster.run_all([config_from(None, {**sweep, **given})], Silent())
+        placed, size = found.value.args
+        return size, placed.device, placed.device_map
+
+    assert room() == (7, "cuda", None)  # four cells, and three for want of CPUs
+    assert room(gpus_per_cell=2) == (4, "cuda", "auto")  # a model over two GPUs
+    assert room(gpus_per_cell=0.5, cpus_per_cell=0.5) == (14, "cuda", None)
+    assert room(device="cpu", cpus_per_cell=3) == (3, "cpu", None)
     with pytest.raises(UserError, match="no node of the cluster has 1 CPUs and 5 GPUs for a cell"):
         room(gpus_per_cell=5)
     for given in (
@@ -138,11 +142,3 @@ def test_no_cluster_at_that_address(saved_llama, tmp_path):
     with pytest.raises(UserError, match="no Ray cluster at 127"):
         cluster.run_all([config], Silent())
     assert not (tmp_path / "o").exists()
-
-
-def test_a_cluster_of_our_own_has_the_processors_that_we_may_use(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert cluster._processors() == 8
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
-    assert cluster._processors() is None  # Ray knows of quotas, too

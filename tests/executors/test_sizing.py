@@ -1,10 +1,6 @@
 """What a sweep will take: counted as the run counts it, and held against it afterwards."""
 
-import dataclasses
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,15 +11,7 @@ from dart_eval.executors.worker import Worker
 from dart_eval.models import resolve
 from dart_eval.plan import config_from
 from dart_eval.results.journal import Journal
-from tests.helpers.commands import run_local
-from tests.helpers.models import save_tiny
-
-PROGRAM = str(Path(sys.executable).with_name("dart-eval"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
+from tests.helpers.commands import command, run_local
 
 
 def _config(folder, output, **changes):
@@ -47,6 +35,7 @@ def test_a_pilot_takes_the_largest_unit_and_some_of_the_others(total, places):
 
 
 def test_extrapolation():
+    """The formula alone: to what is estimated by it, measured times are added."""
     sizes = [100, 50, 50, 20, 20, 10]
     call = Call("loglikelihood", 6, sizes, 0, {0: 9.0, 2: 5.0, 4: 2.0})
     assert sizing._extrapolated(call) == 9 + 150 * 7 / 70
@@ -55,8 +44,8 @@ def test_extrapolation():
 
 
 @pytest.mark.slow
-def test_the_plan_counts_what_the_run_asks(folder, tmp_path, monkeypatch):
-    config = _config(folder, tmp_path / "out")
+def test_the_plan_counts_what_the_run_asks(saved_llama, tmp_path, monkeypatch):
+    config = _config(saved_llama, tmp_path / "out")
     sizes = sizing.estimate([config], jobs.Silent())
     assert not (tmp_path / "out").exists()
     calls, answer = {}, Worker.run
@@ -82,31 +71,33 @@ def test_the_plan_counts_what_the_run_asks(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_a_method_takes_more_is_measured_once_for_each_kind_of_request(folder, tmp_path, monkeypatch):
-    tried, pilot = [], sizing._pilot
+def test_what_a_method_takes_more_is_measured_once_for_each_kind_of_request(saved_llama, tmp_path, monkeypatch):
+    tried, answer = [], Worker.answer
+    seconds = {"dense": 1.0, "griffin": 2.0, "dart": 4.0}  # a unit
 
-    def slow(worker, job, ending=0.0):
-        found = pilot(worker, job, ending)
+    def slow(self, job, *args):
+        answer(self, job, *args)
         tried.append(f"{job.cell.task} {job.cell.method.name}")
-        for call in found.calls:  # a second a unit; three under a method
-            call.seconds = dict.fromkeys(call.seconds, 3.0 if job.cell.method.prunes else 1.0)
-        return dataclasses.replace(found, beside=0.5)
+        for call in self.lm.calls:
+            call.seconds = dict.fromkeys(call.seconds, seconds[job.cell.method.name])
 
-    monkeypatch.setattr(sizing, "_pilot", slow)
-    config = _config(folder, tmp_path / "out", tasks="smoke_questions,smoke_drift,smoke_summary", sparsity="0.5,0.7")
-    sizes = sizing.estimate([config], jobs.Silent())
-    assert tried.count("smoke_questions dart") == tried.count("smoke_summary dart") == 1
-    assert [t for t in tried if t.endswith("dense")] == [
-        f"{t} dense" for t in dict.fromkeys(s.title.split()[0] for s in sizes)
-    ]
-    by_title = {s.title: s.seconds for s in sizes}
-    dense, dart = by_title["smoke_questions dense"], by_title["smoke_questions dart 0.7"]
-    assert (dart - 0.5) / (dense - 0.5) == pytest.approx(3)
+    monkeypatch.setattr(Worker, "answer", slow)
+    tasks = ("smoke_questions", "smoke_drift", "smoke_summary")
+    config = _config(
+        saved_llama, tmp_path / "out", tasks=",".join(tasks), method="dense,griffin,dart", sparsity="0.5,0.7"
+    )
+    by_title = {s.title: s.seconds for s in sizing.estimate([config], jobs.Silent())}
+    assert sorted(t for t in tried if t.endswith("dense")) == sorted(f"{t} dense" for t in tasks)
+    for task in ("smoke_questions", "smoke_summary"):
+        assert tried.count(f"{task} griffin") == tried.count(f"{task} dart") == 1
+    for task in tasks:  # what a cell takes beside its units is the same under all methods
+        dense, *pruned = (by_title[f"{task} {m}"] for m in ("dense", "griffin 0.5", "griffin 0.7", "dart 0.7"))
+        assert [(p - dense) / (pruned[0] - dense) for p in pruned] == pytest.approx([1, 1, 3])
 
 
-def test_a_part_answers_its_share_and_all_parts_everything(folder, tmp_path):
+def test_a_part_answers_its_share_and_all_parts_everything(saved_llama, tmp_path):
     """Parts 0 and 1 of 2, then the whole, which asks nothing more."""
-    config = _config(folder, tmp_path / "out", method="dart", tasks="smoke_questions,smoke_summary")
+    config = _config(saved_llama, tmp_path / "out", method="dart", tasks="smoke_questions,smoke_summary")
     found, _ = jobs.plan_all([config], jobs.Silent(), False)
     worker = Worker(config, resolve(config.model_spec))
     for job in found.values():
@@ -122,8 +113,8 @@ def test_a_part_answers_its_share_and_all_parts_everything(folder, tmp_path):
         assert merged.samples == whole.samples and merged.metrics == whole.metrics
 
 
-def test_a_plan_is_held_against_the_run(folder, tmp_path):
-    result = run_local(_config(folder, tmp_path / "out", tasks="smoke_questions"), jobs.Silent())
+def test_a_plan_is_held_against_the_run(saved_llama, tmp_path):
+    result = run_local(_config(saved_llama, tmp_path / "out", tasks="smoke_questions"), jobs.Silent())
     assert held_against(tmp_path / "out", result.records) is None
     sizes = [
         CellSize(r.key, r.key, f"cell {i}", 1, 1, 1.0, 1, 2 * r.seconds, False) for i, r in enumerate(result.records)
@@ -143,11 +134,13 @@ def test_durations():
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_at_a_terminal(folder, tmp_path):
-    command = [PROGRAM, "run", "--model", str(folder), "--tasks", "smoke_questions", "--method", "dense,dart",
-               "--limit", "4", "--output", str(tmp_path / "out")]  # fmt: skip
-    planned = subprocess.run([*command, "--plan"], capture_output=True, text=True, check=True)
-    assert "smoke_questions dart 0.5" in planned.stdout and "2 to run" in planned.stdout
+def test_a_plan_at_the_command_line_and_the_run_that_follows_it(saved_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("run", "--model", saved_llama, "--tasks", "smoke_questions", "--method", "dense,dart", "--limit", 4)
+    planned = command(*words, "--output", "out", "--plan")
+    assert (planned.code, planned.err) == (0, "")
+    assert "smoke_questions dart 0.5" in planned.out and "2 to run" in planned.out
     assert not (tmp_path / "out" / "cells").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert re.search(r"planned .* of work for 2 cells, took", done.stdout)
+    done = command(*words, "--output", "out")
+    assert done.code == 0
+    assert re.search(r"planned .* of work for 2 cells, took", done.out)

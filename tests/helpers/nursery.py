@@ -2,7 +2,8 @@
 
 Ray starts a worker by a command that begins with `sys.executable`. Here that is a script: it hands what it was given on
 to the nursery, waits for the worker that is forked there, and ends when it ends. The worker runs Ray's own program and
-has a process number of its own, by which Ray and the tests know it. All else of Ray's starts as ever.
+has a process number of its own, by which Ray and the tests know it. It ends with the raylet, whose child the script is.
+All else of Ray's starts as ever.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -24,15 +26,17 @@ LOCAL = {
     "object_store_memory": 80_000_000,
 }  # fmt: skip
 SCRIPT = """#!{python} -IS
-import json, os, socket, sys
+import json, os, select, socket, sys
 if not sys.argv[1].endswith("default_worker.py"):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 nursery = socket.socket(socket.AF_UNIX)
 nursery.connect({address!r})
 socket.send_fds(nursery, [b"streams"], [0, 1, 2])
 nursery.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode())
-nursery.shutdown(socket.SHUT_WR)
-nursery.recv(1)  # nothing, at the worker's end
+nursery.sendall(b"\\0")
+raylet = os.getppid()
+while os.getppid() == raylet and not select.select([nursery], [], [], 0.5)[0]:
+    pass
 """
 
 
@@ -66,16 +70,24 @@ def _keep(listener):
 
 
 def _be_worker(client):
-    """Run Ray's program for a worker; the script waits for as long as `client` is open."""
+    """Run Ray's program for a worker; it and the script, at the other end of `client`, end together."""
     os.setpgid(0, 0)  # as the raylet has it with workers: when one is lost, it kills the whole group
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _, streams, _, _ = socket.recv_fds(client, len(b"streams"), 3)
-    told = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    sys.argv, folder, environment = json.loads(told)
+    told = b""
+    while not told.endswith(b"\0"):
+        told += client.recv(1 << 16)
+    sys.argv, folder, environment = json.loads(told[:-1])
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    threading.Thread(target=_end_with, args=[client], daemon=True).start()
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _end_with(client):
+    client.recv(1)
+    os.kill(os.getpid(), signal.SIGKILL)
