@@ -4,12 +4,15 @@ import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from dart_eval import plan as plan_module
 from dart_eval.errors import UserError
-from dart_eval.models import Identity, ModelSpec, Resolved
+from dart_eval.evaluation.evaluate import EvalSettings, task_hash
+from dart_eval.evaluation.tasks import Tasks
+from dart_eval.models import Identity, ModelSpec, Resolved, resolve
 from dart_eval.plan import RunConfig, code_hash, command, config_from, methods_of, plan
 from dart_eval.pruning import registry
 from dart_eval.pruning.method import StaticMethod
@@ -310,31 +313,29 @@ def test_a_broken_plugin_does_not_stop_the_others(monkeypatch):
         make("broken")
 
 
-def test_a_changed_third_party_method_changes_the_key(monkeypatch):
-    from dart_eval import plan as module
-
-    class Mine(Griffin):
-        name = "mine"
-
-    Mine.__module__ = "somewhere.else"
+def test_a_changed_third_party_method_changes_the_key(installed, monkeypatch):
+    installed["dart_eval.methods"] = [Entry("mine", Mine)]
     sources = iter(["first", "second"])
-    monkeypatch.setattr(module.inspect, "getmodule", lambda _cls: module)
-    monkeypatch.setattr(module.inspect, "getsource", lambda _module: next(sources))
-    assert module._method_code(Griffin()) is None
-    assert module._method_code(Mine()) != module._method_code(Mine())
+    monkeypatch.setattr(plan_module.inspect, "getsource", lambda _module: next(sources))
+    (first,), (second,) = cells(method=("mine",)), cells(method=("mine",))
+    assert first.key != second.key
+    assert len({first.inputs["method_code"], second.inputs["method_code"]}) == 2
+    (ours,) = cells(method=("griffin",))
+    assert ours.inputs["method_code"] is None  # it is part of the package's code
 
 
-def test_everything_a_model_folder_holds_is_in_its_hash(tmp_path):
-    from dart_eval.models import _hash_folder
-
-    names = ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.model", "model.safetensors")
-    for name in names:
-        (tmp_path / name).write_text("a")
-    seen = {_hash_folder(tmp_path)}
-    for name in names:
-        (tmp_path / name).write_text("b")
-        seen.add(_hash_folder(tmp_path))
-    assert len(seen) == len(names) + 1
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "chat_template.jinja", "tokenizer.model", "model.safetensors", "own.py"],
+)
+def test_everything_a_model_folder_holds_is_in_its_identity(tmp_path, name):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "dtype": "float32"}')
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / name).touch()
+    before = resolve(ModelSpec(str(tmp_path))).identity
+    with (tmp_path / name).open("a") as file:
+        file.write(" ")
+    assert resolve(ModelSpec(str(tmp_path))).identity != before
 
 
 def test_batch_size_is_in_the_key_where_it_moves_digits():
@@ -353,23 +354,27 @@ def test_so_is_the_sharing_of_prefixes():
         assert (one == other) == same
 
 
-HASHER = """
-import sys
-from dart_eval.evaluation.evaluate import EvalSettings, task_hash
-from dart_eval.evaluation.tasks import Tasks
-tasks = Tasks(sys.argv[1])
-for name in sys.argv[2:]:
-    print(name, task_hash(tasks.load(name), EvalSettings(limit=3, num_fewshot=1)))
-"""
+HASHER = "import sys; from tests.executors.test_plan import hashes; print(*hashes(*sys.argv[1:]))"
 
 
-def test_task_hashes_are_the_same_in_every_process(data_dir):
+def hashes(data_dir, *names):
+    """A hash of each task."""
+    tasks = Tasks(data_dir)
+    return [task_hash(tasks.load(name), EvalSettings(limit=3, num_fewshot=1)) for name in names]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_task_hashes_are_the_same_in_every_process(data_dir, indexed):
     """Functions inside configurations must not be hashed by their address."""
     names = ["arc_easy", "hellaswag", "winogrande", "medmcqa", "wikitext", "cnn_dailymail", "xsum", "smoke_drift"]
-    command = [sys.executable, "-c", HASHER, data_dir, *names]
-    first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
-    assert first == second
-    assert len({line.split()[1] for line in first.splitlines()}) == len(names)
+    root = Path(__file__).resolve().parents[2]
+    other = subprocess.run(
+        [sys.executable, "-c", HASHER, data_dir, *names], cwd=root, capture_output=True, text=True, check=True
+    )
+    found = hashes(data_dir, *names)
+    assert other.stdout.split() == found
+    assert len(set(found)) == len(names)
 
 
 def test_the_command_of_a_cell_can_be_given_again():
