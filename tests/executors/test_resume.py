@@ -104,8 +104,8 @@ def test_kill_9_at_random_moments(saved_llama, tmp_path, undisturbed):
     assert inside >= 2  # some of them hit a cell in the middle, however fast it is
 
 
-@pytest.mark.parametrize("task", ["smoke_questions", "smoke_summary"])
-def test_an_interrupted_cell_loses_only_the_batch_in_flight(saved_llama, tmp_path, monkeypatch, task):
+@pytest.mark.parametrize(("task", "limit"), [("smoke_questions", 6), ("smoke_summary", 4)])
+def test_an_interrupted_cell_loses_only_the_batch_in_flight(saved_llama, tmp_path, monkeypatch, task, limit):
     stock, batches, stop_at = Journal.add, [], None
 
     def add(self, *batch):
@@ -115,7 +115,7 @@ def test_an_interrupted_cell_loses_only_the_batch_in_flight(saved_llama, tmp_pat
         stock(self, *batch)
 
     monkeypatch.setattr(Journal, "add", add)
-    whole = _config(saved_llama, tmp_path / "whole", tasks=task, method="dart", batch_size=1)
+    whole = _config(saved_llama, tmp_path / "whole", tasks=task, method="dart", batch_size=1, limit=limit)
     run_local(whole, Watch())
     needed = len(batches)
     assert needed > 3
