@@ -167,15 +167,6 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
     assert measure(make(name, {"every": 16}), small_shape, 0.5, prompts=(9,)).remask_every == 16 if ring else True
 
 
-def test_shapes_have_the_sizes_of_their_models():
-    for name, billions in (("llama-3.1-8b", 8.03), ("llama-3.2-1b", 1.236), ("qwen2.5-1.5b", 1.544)):
-        model = shapes.without_weights(name)
-        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
-    assert len(shapes.without_weights("llama-3.1-8b", 2).model.layers) == 2
-    with pytest.raises(UserError, match="did you mean llama"):
-        shapes.config("llama-3.1-8B")
-
-
 @pytest.mark.parametrize("name", ["dart", "dart-code", "dart-plus"])
 def test_the_claim_of_ten_megabytes_and_a_thousandth_of_the_flops(name):
     """The paper's: under 10 MB whatever the prompt's length, tracing under 0.1 % of a dense token's FLOPs."""
