@@ -1,12 +1,11 @@
 """Wrong input at the command line: one line that names the problem and the remedy, status 2, nothing written."""
 
 import shutil
-import sys
 
 import pytest
 
 from dart_eval import demo_model
-from dart_eval.cli import main
+from tests.helpers.commands import command
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +17,14 @@ def _empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys, request):
+def refused(tmp_path, request):
     """Runs a command that must fail, and returns its message."""
 
     def run(*args, indexed=True):
         if indexed:
             request.getfixturevalue("indexed")
-        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        shown = capsys.readouterr()
-        assert stop.value.code == 2
+        shown = command(*args)
+        assert shown.code == 2
         assert shown.out == ""
         lines = shown.err.splitlines()
         assert len(lines) == 1, shown.err

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import sys
 
 import numpy as np
 import pytest
@@ -13,27 +12,24 @@ from hypothesis import strategies as st
 
 import dart_eval
 from dart_eval import plan, values
-from dart_eval.cli import main
 from dart_eval.errors import UserError
 from dart_eval.pruning.session import check_sparsity, prune
+from tests.helpers.commands import command
 from tests.helpers.models import tiny
 
 LONG, DEEP = "x" * 300, "deep/" * 900 + "x"
 
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch, capsys):
+def refused(tmp_path, monkeypatch):
     """Runs a command that must fail where nothing stands, and returns its message."""
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        shown = capsys.readouterr()
-        assert (stop.value.code, shown.out) == (2, ""), shown.err
+        shown = command(*args)
+        assert (shown.code, shown.out) == (2, ""), shown.err
         assert len(shown.err.splitlines()) == 1 and shown.err.startswith("error: "), shown.err
         assert "Traceback" not in shown.err and len(shown.err) < 6000
         assert list(folder.iterdir()) == []

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from dart_eval import files
-from dart_eval.cli import main
 from dart_eval.errors import StoreError, UserError
 from dart_eval.results.store import Store
-from tests.helpers.commands import program
+from tests.helpers.commands import command, program
 from tests.helpers.records import answered, record, samples, save
 
 VALUES = [{"acc": float(i % 2)} for i in range(12)]
@@ -29,21 +28,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch):
     """Runs a command that may write where it stands; returns its status and what it said."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
+    return command
 
 
 def verbs(folder, target):

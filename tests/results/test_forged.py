@@ -5,18 +5,17 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import zlib
 
 import pytest
 
-from dart_eval.cli import main
 from dart_eval.errors import UserError
 from dart_eval.executors.sizing import held_against
 from dart_eval.results import valid
 from dart_eval.results.journal import Journal
 from dart_eval.results.store import Store
 from dart_eval.results.thresholds import thresholds_from
+from tests.helpers.commands import command
 from tests.helpers.records import FLOPS, answered, right, save, sealed
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -74,18 +73,10 @@ def _forge(path, where, value):
 
 
 @pytest.fixture
-def shown(tmp_path, monkeypatch, capsys):
+def shown(tmp_path, monkeypatch):
     """Runs a command; its status, output and messages."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["dart-eval", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, errors = capsys.readouterr()
-        return stop.value.code or 0, out, errors
-
-    return run
+    return command
 
 
 def _records(task="arc"):

@@ -15,12 +15,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dart_eval.cli import main, view
+from dart_eval.cli import view
 from dart_eval.errors import UserError, summary
 from dart_eval.results import check, compare, stats, tables, writers
 from dart_eval.results.report import page
 from dart_eval.results.writers import Table, csv_text
 from dart_eval.text import json_text, printable
+from tests.helpers.commands import command
 from tests.helpers.records import answered, record, save
 
 NASTY = [
@@ -174,17 +175,14 @@ def test_no_name_in_a_record_reaches_a_comparison_raw(tmp_path):
     assert stats.ALPHA < 1
 
 
-@pytest.mark.parametrize("command", [
+@pytest.mark.parametrize("words", [
     ("tables", "no\x1b[31m\u202e\x9b"), ("run", "--tasks", "\x1b[31m"), ("run", "--method", "\x1b[31m"),
     ("run", "--tasks", "smoke", "--model", "./\x1b[31m\x9b"), ("compare", "\x1b[31m", "b"), ("paper", "\x1b[31m"),
 ])  # fmt: skip
-def test_no_error_reaches_the_terminal_raw(indexed, command, monkeypatch, capsys, tmp_path):
+def test_no_error_reaches_the_terminal_raw(indexed, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["dart-eval", *command])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    shown = capsys.readouterr()
-    assert (stop.value.code, shown.out) == (2, "")
+    shown = command(*words)
+    assert (shown.code, shown.out) == (2, "")
     assert raw(shown.err) == set()
     assert r"\x1b[31m" in shown.err or r"\x1b\[31m" in shown.err
 
