@@ -7,6 +7,7 @@ import torch
 from tests.golden import surface
 from tests.golden.cases import CONFIGS, NEW_TOKENS, PROMPTS, QUESTIONS, SETTINGS, TEXTS, model, tokens
 from tests.helpers.requests import words
+from tests.helpers.sessions import generate
 
 
 def measure(family, name):
@@ -40,10 +41,7 @@ def _decode(tiny, setting, execution, prompts):
         return logits
 
     with surface.session_of(tiny, setting, execution) as session:
-        output = tiny.generate(
-            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
-            return_dict_in_generate=True, output_logits=True, logits_processor=[after_the_prompt],
-        )  # fmt: skip
+        output = generate(tiny, ids, NEW_TOKENS, mask, logits_processor=[after_the_prompt])
         logits = torch.stack(output.logits, 1).float().numpy()
         sequences = [
             {
