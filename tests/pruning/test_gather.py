@@ -1,5 +1,6 @@
 """The kernels that read what a token picks, in Triton's interpreter: a process of its own, told before the import."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -14,7 +15,7 @@ from dart_eval.pruning import gather
 from dart_eval.pruning.permuted import PermutedFFNs
 from tests.helpers.commands import start
 from tests.helpers.models import biased, random_tokens
-from tests.helpers.sessions import RESTLESS, Interrupt, bits, decoded, open_session, same
+from tests.helpers.sessions import RESTLESS, bits, decoded, interrupted_anywhere, open_session, same
 
 pytestmark = [
     pytest.mark.process,
@@ -71,22 +72,16 @@ def a_batch_after_one_sequence():
 def interrupts():
     """Ctrl-C at every operation of turning, moving and putting back."""
     model = biased("llama")
-    before, ffns, at, interrupted = bits(model), find_ffns(model)[:1], 0, True
+    before, ffns = bits(model), find_ffns(model)[:1]
     mask = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.4
-    while interrupted:
-        at += 1
-        permuted = PermutedFFNs(ffns, model, gather=True)
-        try:
-            with Interrupt(at, bool(at % 2)):
-                permuted.begin()
-                permuted.select(0, mask)
-                permuted.restore()
-            interrupted = False
-        except KeyboardInterrupt:
-            pass
+
+    def work(permuted):
+        permuted.begin()
+        permuted.select(0, mask)
         permuted.restore()
-        assert same(model, before), at
-    assert at > 20
+
+    begin = functools.partial(PermutedFFNs, ffns, model, gather=True)
+    assert interrupted_anywhere(begin, work, lambda at: bool(at % 2), model, before) > 20
 
 
 def _interpreted(check, told):

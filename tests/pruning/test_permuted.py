@@ -16,7 +16,17 @@ from dart_eval.pruning.inplace import Work, involutions, transpose
 from dart_eval.pruning.permuted import PermutedFFNs
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, SMALL, biased, random_tokens
-from tests.helpers.sessions import RENEWED, RESTLESS, Interrupt, bits, cache_of, decoded, open_session, same
+from tests.helpers.sessions import (
+    RENEWED,
+    RESTLESS,
+    Interrupt,
+    bits,
+    cache_of,
+    decoded,
+    interrupted_anywhere,
+    open_session,
+    same,
+)
 
 STATIC = [("magnitude", {}), ("wanda-sp", {})]
 METHODS = [*RENEWED, *STATIC, ("dart-plus", {**RESTLESS, "down": 1.0}), ("dart", {"allocation": "uniform"})]
@@ -222,23 +232,18 @@ def test_restored_after_an_interrupt_anywhere_in_a_swap(after):
     model = biased("llama")
     before, ffns = bits(model), find_ffns(model)[:1]
     masks = [torch.rand(40, generator=torch.Generator().manual_seed(s)) < 0.4 for s in (1, 2)]
-    interrupted = True
-    at = 0
-    while interrupted:
-        at += 1
+
+    def begin():
         permuted = PermutedFFNs(ffns, model)
         permuted.begin()
         permuted.select(0, masks[0])
-        try:
-            with Interrupt(at, after):
-                permuted.select(0, masks[1])
-                permuted.restore()
-            interrupted = False
-        except KeyboardInterrupt:
-            pass
+        return permuted
+
+    def work(permuted):
+        permuted.select(0, masks[1])
         permuted.restore()
-        assert same(model, before), at
-    assert at > 30
+
+    assert interrupted_anywhere(begin, work, lambda at: after, model, before) > 30
 
 
 def test_a_keyboard_interrupt_in_generate():
