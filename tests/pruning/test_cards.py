@@ -14,6 +14,7 @@ from dart_eval.executors import jobs, local
 from dart_eval.models import ModelSpec, Resolved, resolve
 from dart_eval.plan import config_from
 from tests.helpers.cards import Cards, OnCard
+from tests.helpers.commands import Watch
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import RENEWED, RESTLESS, decoded, open_session
@@ -51,15 +52,6 @@ def spread(model):
     return dispatch_model(model, places)
 
 
-class _Watch(jobs.Silent):
-    def __init__(self):
-        self.errors = []
-
-    def failed(self, cell, error, where):
-        self.errors.append(f"{cell.name}: {error}")
-        self.where = where
-
-
 def _rounded(value):
     """Batches on a card are others than on a CPU: the last digits are, too."""
     if isinstance(value, dict):
@@ -91,10 +83,10 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
     wanted = run("one", jobs.Silent())
     monkeypatch.setattr(Resolved, "load", load)
     monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # knows no cards but real ones
-    view = _Watch()
+    view = Watch()
     with Cards():
         found = run("two", view)
-    assert not found.failed, view.errors
+    assert not found.failed, view.broken
     assert len(found.records) == len(wanted.records) == 4 * 3 + 2
     for a, b in zip(found.records, wanted.records, strict=True):
         assert _rounded([dataclasses.asdict(m) for m in a.metrics]) == _rounded(
