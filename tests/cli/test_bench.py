@@ -61,6 +61,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
     """Every forward that is timed as dense: the weights, and what comes out, are those of the model before."""
     model = tiny("llama", dtype)
     reference = copy.deepcopy(model)
+    # Which forwards are timed, and as what, shows nowhere outside.
     dense, ran, timed, forward = [], [], decode._Bench.timed, LlamaForCausalLM.forward
 
     @functools.wraps(forward)

@@ -131,7 +131,7 @@ def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method):
     with torch.no_grad():
         model.transformer.wpe.weight[20:] = torch.nan
     lm = PrunedLM(model, tokenizer, batch_size=2)
-    lm._ends = set()
+    lm._ends = set()  # no token ends a text, so that each runs into NaN or not by its length alone
     requests = [TextRequest(words([5] * n), n) for n in (4, 6, 18)]  # eight new tokens each: the last one meets NaN
     with prune(model, method, 0.5) as session:
         lm.begin(session, {})

@@ -34,7 +34,7 @@ def test_generation_does_not_depend_on_the_batch_size(tokenizer):
     for batch_size in (1, 4, "auto"):
         lm = PrunedLM(model, tokenizer, batch_size=batch_size)
         lm.begin(None, {})
-        generate = lm._model_generate
+        generate = lm._model_generate  # lm-eval's step of one batch: how many rows run together shows nowhere else
         lm._model_generate = lambda context, *a, run=generate, **k: (rows.append(len(context)), run(context, *a, **k))[
             1
         ]
@@ -72,6 +72,7 @@ def test_tokens_after_a_stop_sequence_do_not_count(lm):
 
 
 def test_the_end_of_sequence_counts_and_what_follows_does_not(lm):
+    # Which tokens count, apart from a model that would have to write them.
     assert lm._kept([5, 6, 2, 0, 0], []) == 3
     assert lm._kept([5, 6, 7], []) == 3
 
@@ -109,6 +110,7 @@ def test_contexts_are_cut_from_the_left_as_in_hflm(tokenizer):
     pairs = [(("", ""), list(random_tokens(50, seed=1)), list(random_tokens(6, seed=2)))]
     ours = PrunedLM(model, tokenizer, max_length=30)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=30)
+    # lm-eval's public call takes texts; these are tokens.
     (a, _), (b, _) = ours._loglikelihood_tokens(pairs)[0], theirs._loglikelihood_tokens(pairs, disable_tqdm=True)[0]
     assert a == pytest.approx(b, abs=1e-4)
     with pytest.raises(UserError, match="does not fit"):
@@ -119,6 +121,7 @@ def test_what_a_row_writes_after_its_end_is_no_part_of_its_text(tokenizer):
     """In a batch it goes on until all have ended, where the model's own settings name no end."""
     model, tokens = tiny("llama"), random_tokens(20, seed=20)
     lm = PrunedLM(model, tokenizer, batch_size=2)
+    # A model that would go on after its end, as rows of a batch do.
     lm._model_generate = lambda context, *_, **__: torch.cat([context, torch.tensor([[5, 2, 7, 8], [5, 6, 7, 8]])], 1)
     lm.begin(None, {})
     assert lm.generate_until([TextRequest(words(tokens), 1), TextRequest(words(tokens[1:]), 2)]) == [

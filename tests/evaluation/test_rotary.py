@@ -63,6 +63,7 @@ def test_dense_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
     requests, stock = _requests(), []
     for request in requests:  # on a model of its own: `dynamic` angles depend on what ran before
         lm = HFLM(pretrained=_model(kind, torch.float32), tokenizer=tokenizer, batch_size=1, max_length=256)
+        # lm-eval's public call takes texts; these are tokens.
         asked = [(("", ""), list(request.context), list(request.continuation))]
         stock.append(lm._loglikelihood_tokens(asked, disable_tqdm=True)[0][0])
     model = _model(kind, torch.float32)

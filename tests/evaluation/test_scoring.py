@@ -27,6 +27,7 @@ def test_dense_equals_stock_hflm(model, tokenizer):
     model = model.float()
     requests = questions()
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    # lm-eval's public call takes texts; these are tokens.
     theirs = stock._loglikelihood_tokens(
         [(("", str(i)), list(r.context), list(r.continuation)) for i, r in enumerate(requests)], disable_tqdm=True
     )
@@ -191,6 +192,7 @@ def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, metho
     if method is None:  # stock: the second half given the first
         stock = HFLM(pretrained=llama, tokenizer=tokenizer)
         pairs = [(("", ""), list(h.context), list(h.continuation)) for h in halves]
+        # lm-eval's public call takes texts and cuts them otherwise; these are our chunks.
         theirs = sum(v for v, _ in stock._loglikelihood_tokens(pairs, disable_tqdm=True))
         assert float(answer) == pytest.approx(theirs, abs=1e-3)
 

@@ -9,6 +9,7 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+# The step from lm-eval's result to our metrics, by itself: no model writes the texts that these tests need.
 from dart_eval.evaluation.evaluate import _bleu_stderr, _metrics
 from dart_eval.evaluation.tasks import Tasks, leaves, tasks_dir
 

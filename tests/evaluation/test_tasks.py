@@ -153,6 +153,7 @@ def test_tasks_travel_in_the_wheel(tmp_path):
 
 def test_documents_are_prepared_once():
     """gpqa shuffles its answers whenever documents are prepared; two looks must see the same."""
+    # A task that shuffles needs its data from the hub; this is what is put around its function.
     from dart_eval.evaluation.tasks import _process_once
 
     class Config:
@@ -201,6 +202,7 @@ def test_documents_do_not_depend_on_the_tasks_loaded_before(tmp_path, monkeypatc
 def test_samples_with_numpy_values_become_plain():
     import numpy as np
 
+    # No shipped task returns numpy's values; lm-eval's own do.
     from dart_eval.evaluation.evaluate import _plain
 
     value = {"f1": (np.int64(1), np.float32(0.5)), "x": [np.array([1, 2]), None, True, "a"]}
@@ -208,6 +210,7 @@ def test_samples_with_numpy_values_become_plain():
 
 
 def test_members_of_a_mere_list_are_shown_and_those_of_a_group_hidden():
+    # From lm-eval's result to our metrics: no shipped task is a group of this kind.
     from dart_eval.evaluation.evaluate import _metrics
 
     def result(group):

@@ -83,6 +83,7 @@ def test_with_the_users_word_such_a_task_runs(indexed, marker, data, monkeypatch
     shelf = Tasks(config.data_dir, config.cue, config.confirm_run_unsafe_code)
     (task,) = shelf.load("humaneval")
     assert marker.exists()
+    # `evaluate_cell` would first score; what lm-eval is handed shows only here.
     ours._simple_evaluate(None, shelf, [task], EvalSettings())
     assert (told["confirm_run_unsafe_code"], told["allowed"]) == (True, "1")
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
@@ -130,7 +131,7 @@ def test_metrics_of_the_working_directory_do_not_run_while_answers_are_scored(ma
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: evaluate.load("code_eval"))
     shelf = Tasks()
-    with pytest.raises(UserError, match="task smoke_questions would load"):
+    with pytest.raises(UserError, match="task smoke_questions would load"):  # before any model answers: see above
         ours._simple_evaluate(None, shelf, shelf.load("smoke_questions"), EvalSettings())
     assert not marker.exists()
 
@@ -142,6 +143,7 @@ def test_ray_is_not_started_in_the_working_directory(marker, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **_: started.append(Path.cwd()))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     here = Path.cwd()
+    # Whatever runs on Ray connects by this, and would start a cluster.
     with cluster._connected(RunConfig(executor="ray")):
         assert Path.cwd() == here
     assert started == [Path(dart_eval.__file__).parents[1]]

@@ -35,7 +35,7 @@ def test_a_pilot_takes_the_largest_unit_and_some_of_the_others(total, places):
 
 
 def test_extrapolation():
-    """The formula alone: to what is estimated by it, measured times are added."""
+    """The formula alone: what is public adds measured times to it, which no test can know."""
     sizes = [100, 50, 50, 20, 20, 10]
     call = Call("loglikelihood", 6, sizes, 0, {0: 9.0, 2: 5.0, 4: 2.0})
     assert sizing._extrapolated(call) == 9 + 150 * 7 / 70

@@ -51,6 +51,7 @@ def _round_inputs(module):
 
 def _pack(module):
     """The weight under another name: GPTQ, packed compressed-tensors."""
+    # What such packages do: torch has no public way to take a parameter away and keep it.
     module.packed = module._parameters.pop("weight")
     module.forward = lambda x: linear(x, module.packed, module.bias)
 

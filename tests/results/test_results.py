@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+# The formula alone, held against its derivation: a model's perplexities are no round numbers.
 from dart_eval.evaluation.evaluate import _perplexity_stderr
 from dart_eval.results.labels import labels
 from dart_eval.results.record import SCHEMA, Metric, Record
