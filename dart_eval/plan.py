@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.allocation import check_table
+from dart_eval.code_hash import PACKAGE, code_hash, source_hash
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.evaluation.batching import check_batch_size
 from dart_eval.evaluation.evaluate import EvalSettings
@@ -30,11 +31,6 @@ from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import check_sparsity
 from dart_eval.values import checked
 from dart_eval.yamls import read_mapping
-
-PACKAGE = Path(__file__).parent
-# Code whose change may change a number. Keys of finished cells change with it.
-NUMERIC_CODE = ("allocation.py", "cost.py", "ffn.py", "models.py", "pruning", "evaluation", "executors/worker.py")
-
 
 EXECUTORS = ("local", "ray")
 RAY_DEVICES = ("auto", "cpu", "cuda")
@@ -292,7 +288,7 @@ def plan(
                     "chat_template": config.chat_template, "cue": config.cue,
                     "batch_size": config.batch_size if moves or task in drawn else None,
                     "share_prefix": config.share_prefix if moves else None,
-                    "calibration": _file_hash(config.calibration), "code": code_hash(),
+                    "calibration": _file_hash(config.calibration), "code": code_hash(tasks_dir()),
                     "method_code": _method_code(method),
                     "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
                 }  # fmt: skip
@@ -345,28 +341,13 @@ def environment() -> dict[str, str]:
     return {**versions(), "dart-eval": version("dart-eval"), "python": platform.python_version()}
 
 
-def code_hash() -> str:
-    """sha256 over the source of this project's numeric code and of its own tasks."""
-    files = [
-        f
-        for part in NUMERIC_CODE
-        for f in ([PACKAGE / part] if part.endswith(".py") else (PACKAGE / part).rglob("*.py"))
-    ]
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(str(file.relative_to(PACKAGE)).encode() + file.read_bytes())
-    for file in sorted(f for f in tasks_dir().rglob("*") if f.suffix in (".py", ".yaml")):
-        digest.update(str(file.relative_to(tasks_dir())).encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
 def _method_code(method: Method) -> str | None:
-    """sha256 over the module of a method from another package; ours are part of `code_hash`."""
+    """Hash of the module of a method from another package; ours are part of `code_hash`."""
     if type(method).__module__.split(".")[0] == PACKAGE.name:
         return None
     module = inspect.getmodule(type(method))
     try:
-        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest() if module else None
+        return source_hash(inspect.getsource(module)) if module else None
     except OSError:
         return None
 

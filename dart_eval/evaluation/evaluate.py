@@ -20,6 +20,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from sacrebleu.metrics import BLEU
 
+from dart_eval.code_hash import source_hash
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM, Usage
 from dart_eval.evaluation.part import Part, PartDone, Pilot
@@ -322,14 +323,14 @@ def _plain(value: Any) -> Any:
 
 
 def _sourced(value: Any) -> Any:
-    """Functions replaced by their source: their text tells them apart, their address would differ in every process."""
+    """Functions replaced by hashes of their source: it tells them apart, addresses would differ in every process."""
     if isinstance(value, dict):
         return {str(k): _sourced(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_sourced(v) for v in value]
     if callable(value):
         try:
-            return inspect.getsource(inspect.unwrap(value))
+            return source_hash(inspect.getsource(inspect.unwrap(value)))
         except (OSError, TypeError):
             return getattr(value, "__qualname__", type(value).__qualname__)
     return value

@@ -1,0 +1,235 @@
+"""The hash of the code: what moves it, what does not, and whether it sees all that computes a number."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from dart_eval.code_hash import NOT_RUN, PACKAGE, hash_of, numeric_files, source_hash
+from dart_eval.evaluation.tasks import tasks_dir
+from dart_eval.plan import config_from
+from tests.helpers.commands import Watch, run_local
+
+CODE = '''\
+"""What it is."""
+
+import torch
+
+SCALE = 0.5  # of everything
+
+
+class Score:
+    """How much a neuron matters."""
+
+    floor: float = 0.1
+
+    def energy(self, h, weight):
+        """The sum over tokens."""
+        if weight is None:
+            h = h * 2
+            h = h + 1
+        return torch.where(h > self.floor, h, SCALE)
+
+    async def name(self):
+        return f"energy {self.floor:.2f}"
+'''
+
+HARMLESS = {
+    "a comment": ("# of everything", "# of nothing"),
+    "a new comment": ("import torch\n", "# torch is a library.\nimport torch\n"),
+    "the docstring of a module": ("What it is.", "What it was."),
+    "the docstring of a class": ('"""How much a neuron matters."""', "'''How much\n\n    it matters.'''"),
+    "the docstring of a function": ("The sum over tokens.", "A sum."),
+    "a new docstring": ("async def name(self):\n", 'async def name(self):\n        "Of people."\n'),
+    "a docstring in two pieces": ('"""The sum over tokens."""', '"The sum " "over tokens."'),
+    "no docstring": ('        """The sum over tokens."""\n', ""),
+    "a wrapped line": ("torch.where(h > self.floor, h, SCALE)", "torch.where(\n    h > self.floor,\n    h, SCALE\n)"),
+    "a line wrapped by a backslash": ("h = h * 2", "h = \\\n  h * 2"),
+    "blanks": ("h = h * 2", "h  =  h*2"),
+    "a wider block": (f"{' ' * 12}h = h * 2\n{' ' * 12}h = h + 1", f"{' ' * 16}h = h * 2\n{' ' * 16}h = h + 1"),
+    "empty lines": ("class Score:", "\n\n\nclass Score:"),
+}
+HARMFUL = {
+    "a number": ("h * 2", "h * 3"),
+    "how a number is written": ("0.5", ".5"),
+    "an operator": ("h > self.floor", "h >= self.floor"),
+    "a name": ("h, SCALE", "weight, SCALE"),
+    "a default": ("= 0.1", "= 0.2"),
+    "an f-string": ("energy {", "score {"),
+    "the format in an f-string": (":.2f", ":.3f"),
+    "a text that is no docstring": ("    floor: float = 0.1\n", '    floor: float = 0.1\n    "Of a score."\n'),
+    "a text after an import": ("import torch\n", 'import torch\n"No docstring."\n'),
+    "a text in a block": ("            h = h * 2\n", '            "No docstring."\n            h = h * 2\n'),
+    "what is no text": ('"""The sum over tokens."""', 'b"The sum over tokens."'),
+    "what belongs to a block": ("            h = h + 1", "        h = h + 1"),
+    "a comma": ("SCALE)", "SCALE,)"),
+}
+
+
+def changed(change):
+    old, new = change
+    assert CODE.count(old) == 1
+    ast.parse(made := CODE.replace(old, new))
+    return made
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_how_code_is_written_down_does_not_move_the_hash(change):
+    assert source_hash(changed(change)) == source_hash(CODE)
+
+
+@pytest.mark.parametrize("change", HARMFUL.values(), ids=HARMFUL)
+def test_what_code_says_moves_the_hash(change):
+    assert source_hash(changed(change)) != source_hash(CODE)
+
+
+def test_a_text_that_only_looks_like_a_docstring_counts():
+    loop = "for i in x:\n    'a'\n    f(i)\n"
+    assert source_hash(loop) != source_hash(loop.replace("'a'", "'b'"))
+    formatted = "def f(x):\n    f'{x}'\n"
+    assert source_hash(formatted) != source_hash(formatted.replace("{x}", "{x()}"))
+
+
+def test_half_a_call_and_a_method_with_its_indentation_have_a_hash():
+    """As `inspect.getsource` gives them."""
+    assert source_hash("    key=lambda x: (x,\n") != source_hash("    key=lambda x: (y,\n")
+    method = "    def f(self):\n        '''A docstring.'''\n        return 1  # one\n"
+    assert source_hash(method) == source_hash("    def f(self):\n        return 1\n")
+
+
+# -- which files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A package and its tasks."""
+    package, tasks = tmp_path / "package", tmp_path / "tasks"
+    texts = {
+        "allocation.py": "a = 1", "plan.py": "a = 1", "pruning/session.py": "a = 1", "pruning/execution.py": "a = 1",
+        "pruning/methods/mine.py": "a = 1", "pruning/permuted.py": "a = 1", "pruning/gather.py": "a = 1",
+        "evaluation/lm.py": "a = 1", "executors/worker.py": "a = 1", "executors/local.py": "a = 1",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    (tasks / "own").mkdir(parents=True)
+    (tasks / "own" / "own.yaml").write_text("task: own  # a task\n")
+    (tasks / "own" / "own.py").write_text("a = 1  # one")
+    return package, tasks
+
+
+@pytest.mark.parametrize(("name", "moves"), [
+    ("allocation.py", True), ("pruning/session.py", True), ("pruning/execution.py", True), ("evaluation/lm.py", True),
+    ("pruning/methods/mine.py", True), ("executors/worker.py", True), ("plan.py", False),
+    ("executors/local.py", False), ("pruning/permuted.py", False), ("pruning/gather.py", False),
+])  # fmt: skip
+def test_only_a_change_of_numeric_code_that_is_run_moves_the_hash(folders, name, moves):
+    before = hash_of(*folders)
+    (folders[0] / name).write_text("a = 1  # one")
+    assert hash_of(*folders) == before
+    (folders[0] / name).write_text("a = 2")
+    assert (hash_of(*folders) != before) == moves
+
+
+def test_new_and_renamed_files_move_the_hash(folders):
+    package, tasks = folders
+    method = package / "pruning" / "methods" / "mine.py"
+    found = [hash_of(package, tasks)]
+    for change in (
+        lambda: method.with_name("new.py").write_text("a = 1"),
+        lambda: method.rename(method.with_name("yours.py")),
+        lambda: (tasks / "own" / "own.yaml").rename(tasks / "own" / "other.yaml"),
+    ):
+        change()
+        found.append(hash_of(package, tasks))
+    assert len({*found}) == len(found)
+
+
+def test_code_of_tasks_counts_by_its_tokens_and_their_yaml_as_it_is(folders):
+    own = folders[1] / "own"
+    before = hash_of(*folders)
+    (own / "own.py").write_text("a = 1  # two")
+    assert hash_of(*folders) == before
+    (own / "own.py").write_text("a = 2")
+    changed = hash_of(*folders)
+    assert changed != before
+    (own / "own.yaml").write_text("task: own\n")
+    assert hash_of(*folders) != changed
+
+
+# -- does it see all ---------------------------------------------------------------------------------------------------
+
+# What a worker or a task imports and no number comes of. A new module must be put here or into `NUMERIC_CODE`.
+WITHOUT_NUMBERS = {
+    "checkpoint.py": "refuses models; the dtype that it reads is part of a key",
+    "code_hash.py": "hashes",
+    "demo_model.py": "makes a model, whose files are hashed",
+    "errors.py": "messages",
+    "executors/jobs.py": "says what is to be run",
+    "files.py": "reads and writes files as they are",
+    "finite.py": "refuses",
+    "hub.py": "asks whether the hub is there",
+    "machine.py": "describes the machine",
+    "plan.py": "makes keys: all that it decides is in them",
+    "pruning/gather.py": "is not run",
+    "pruning/inplace.py": "puts back what `permuted.py` moved",
+    "pruning/permuted.py": "is not run",
+    "pruning/slices.py": "is not run",
+    "results/journal.py": "hands back what it was given",
+    "results/record.py": "holds what it was given",
+    "results/store.py": "keeps records",
+    "results/valid.py": "refuses",
+    "text.py": "messages",
+    "values.py": "reads options, which are part of a key",
+    "yamls.py": "reads options, which are part of a key",
+}
+
+
+def imported(file):
+    """The modules of the package that a file imports anywhere in it, as files."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
+            named = PACKAGE.joinpath(*node.module.split(".")[1:])
+            found |= {named.with_suffix(".py"), *(named / f"{alias.name}.py" for alias in node.names)}
+    return {f for f in found if f.is_file()}
+
+
+def reached(files):
+    """These files and all that they import, and what that imports."""
+    found, todo = set(), list(files)
+    while todo:
+        if (file := todo.pop()) not in found:
+            found.add(file)
+            todo += imported(file)
+    return found
+
+
+def test_what_a_worker_imports_counts_or_computes_no_number():
+    files = reached([PACKAGE / "executors" / "worker.py", *tasks_dir().rglob("*.py")])
+    ours = {f.relative_to(PACKAGE).as_posix() for f in files if f.is_relative_to(PACKAGE)}
+    numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files(PACKAGE)}
+    assert ours - numeric == {*WITHOUT_NUMBERS}
+    assert {*NOT_RUN} <= {*WITHOUT_NUMBERS}
+
+
+@pytest.mark.slow
+def test_what_cells_execute_is_known(saved_llama, tmp_path):
+    """Of each kind of task: answers, a perplexity, a text."""
+    config = config_from(None, {
+        "model": saved_llama, "method": "dense,dart-plus,wanda-sp", "output": str(tmp_path), "limit": 1,
+        "tasks": "smoke_questions,smoke_stories,smoke_summary",
+    })  # fmt: skip
+    executed = set()
+    sys.setprofile(lambda frame, event, _: executed.add(frame.f_code.co_filename) if event == "call" else None)
+    try:
+        result = run_local(config, Watch())
+    finally:
+        sys.setprofile(None)
+    assert len(result.records) == 9
+    ours = {Path(f).relative_to(PACKAGE).as_posix() for f in executed if Path(f).is_relative_to(PACKAGE)}
+    numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files(PACKAGE)}
+    assert {"pruning/state.py", "evaluation/lm.py", "executors/worker.py", "results/journal.py"} <= ours
+    assert not ours & {*NOT_RUN} - {"pruning/inplace.py"}  # it also brings a session's end to its end
+    assert ours - numeric <= {*WITHOUT_NUMBERS, "executors/local.py"}  # which hands cells to the worker
