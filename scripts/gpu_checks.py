@@ -39,6 +39,7 @@ from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning import gather
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import prune
 
@@ -266,7 +267,7 @@ def scoring(dry: bool) -> dict[str, Any]:
     length, numbers = sum(len(c) for c in contexts) + sum(len(r.continuation) for r in requests), {}
     for name in ("dense", "griffin", "dart"):
         with prune(model, name, SPARSITY) as session, torch.no_grad():
-            score = scorer(model, head, session if name != "dense" else None, "auto").score
+            score = scorer(model, head, session if session.prunes else DenseSession(), "auto").score
             score(requests[:4])
             begun = time.perf_counter()
             answers = score(requests)

@@ -38,6 +38,7 @@ from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.ffn import decoder
 from dart_eval.machine import foreign_cpu, wait
+from dart_eval.pruning.dense import DenseSession
 
 METRICS = ("acc", "acc_norm")  # per document, where a task has them
 
@@ -118,10 +119,10 @@ def measure(
     ours = {size: _Watched(model, tokenizer, size) for size in (batch_size, AUTO)}
     sides = [Side("HFLM"), *(Side(f"ours, {size}") for size in ours)]
     for lm in ours.values():
-        lm.begin(None, {})
+        lm.begin(DenseSession(), {})
 
     def score(lm: PrunedLM) -> list[tuple[float, bool]]:
-        lm.begin(None, {})  # a new journal: nothing is answered from it
+        lm.begin(DenseSession(), {})  # a new journal: nothing is answered from it
         return lm.loglikelihood(instances)
 
     works: list[Callable[[], Any]] = [lambda: stock.loglikelihood(instances, disable_tqdm=True)]

@@ -26,6 +26,7 @@ from dart_eval.evaluation.lm import PrunedLM, Usage
 from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.method import Method, PromptMethod
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
@@ -107,7 +108,7 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> 
 
 
 def evaluate_task(
-    lm: PrunedLM, session: Session | None, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
+    lm: PrunedLM, session: Session | DenseSession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
 ) -> Outcome:
     """Run lm-eval's `simple_evaluate` on one task, group or tag.
 
@@ -137,7 +138,7 @@ def evaluate_task(
 
 def answer_part(
     lm: PrunedLM,
-    session: Session | None,
+    session: Session | DenseSession,
     tasks: Tasks,
     name: str,
     settings: EvalSettings,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from dart_eval.evaluation.requests import Score
 from dart_eval.ffn import decoder
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session, Step
 
 
@@ -19,12 +20,9 @@ class GenerationLog:
     A prefill makes a token densely, each forward after it one under the masks. There may be several: where the rotary
     angles switch, Phi-3 computes the KV cache of the prompt and all tokens so far anew. To the session these are new
     contexts, with new masks and a new log.
-
-    Args:
-        session: None where the model runs dense.
     """
 
-    def __init__(self, session: Session | None) -> None:
+    def __init__(self, session: Session | DenseSession) -> None:
         self.session = session
         self._parts: list[tuple[list[Step], list[dict[str, Any]]]] = []  # steps and events since each prefill
 
@@ -38,9 +36,8 @@ class GenerationLog:
             handle.remove()
 
     def _note(self, *_: Any) -> None:
-        session = self.session
-        if session is not None and (not self._parts or self._parts[-1][0] is not session.steps):
-            self._parts.append((session.steps, session.events))
+        if not self._parts or self._parts[-1][0] is not self.session.steps:
+            self._parts.append((self.session.steps, self.session.events))
 
     def cost(self, row: int, tokens: int) -> Score:
         """Of the first `tokens` that a row generated."""
@@ -52,5 +49,5 @@ class GenerationLog:
         counted = [step for step in steps[:tokens] if step is not None]
         pruned = [float(1 - step.read[row]) for step in counted]
         outside = sum(float(1 - step.mask[row]) for step in counted)
-        trace = self.session.trace(row, tokens - 1) if self.session is not None and len(self._parts) == 1 else None
+        trace = self.session.trace(row, tokens - 1) if len(self._parts) == 1 else None
         return Score(0.0, False, tokens, sum(s > 0 for s in pruned), sum(pruned), outside, remasks, trace)

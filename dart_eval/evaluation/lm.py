@@ -34,6 +34,7 @@ from dart_eval.evaluation.requests import Request, Score, Scoring
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.unusable import LogitsWatch, Unusable
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 
@@ -118,7 +119,7 @@ class RollingLogLikelihood(float):
 
 
 class PrunedLM(HFLM):
-    """`HFLM` on a loaded model, scoring causally. Set `session` to prune; None is dense.
+    """`HFLM` on a loaded model, scoring causally under a session.
 
     Args:
         model, tokenizer: as loaded.
@@ -152,7 +153,7 @@ class PrunedLM(HFLM):
         self.share_prefix = share_prefix
         self.chunk = chunk
         self.on_progress = on_progress
-        self.session: Session | None = None
+        self.session: Session | DenseSession = DenseSession()
         self.scope = "scored"
         self.documents: Mapping[str, str] = {}  # task -> field of its document that may be cut to fit
         self.usage: dict[tuple[str, int], Usage] = defaultdict(Usage)  # (task, doc_id) -> cost
@@ -172,7 +173,7 @@ class PrunedLM(HFLM):
 
     def begin(
         self,
-        session: Session | None,
+        session: Session | DenseSession,
         documents: Mapping[str, str],
         journal: Journal | None = None,
         scope: str = "scored",
@@ -358,7 +359,7 @@ class PrunedLM(HFLM):
                 if draw[left[start]]:
                     sampling.begin_stream(seed, [names[i] for i in piece])
                 answers = self._generate(dataclasses.replace(work, prompts=piece))
-                state_bytes = self.session.state_bytes // len(answers) if self.session is not None else 0
+                state_bytes = self.session.state_bytes // len(answers)
                 self._keep({names[i]: answer for i, answer in answers.items()}, state_bytes)
         self._unusable.check(over=True)
         texts = []

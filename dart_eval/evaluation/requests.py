@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from dart_eval.evaluation.logits import Answers
+from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.session import Session
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ class Scoring(ABC):
     same whether a run was stopped and went on, or its units ran in several places.
 
     Attributes:
+        session: what prunes the model, or lets it run dense.
         state_bytes: largest method state seen, per sequence.
     """
 
+    session: Session | DenseSession
     state_bytes: int = 0
 
     @abstractmethod
@@ -65,6 +69,10 @@ class Scoring(ABC):
     @abstractmethod
     def run(self, unit: Any) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
+
+    def _note_state(self, sequences: int) -> None:
+        """The contexts of so many sequences have run."""
+        self.state_bytes = max(self.state_bytes, self.session.state_bytes // sequences)
 
     def score(
         self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None] = lambda batch: None

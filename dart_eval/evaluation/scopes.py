@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Cost, Request, Row, Score, Scoring, pad, scores
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.session import Session, Step
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Inputs:
 class WholeInputs(Scoring):
     """Scores requests by inputs that run whole, in the scope `all` or `last`."""
 
-    def __init__(self, forwards: Forwards, session: Session | None, budget: Budget, scope: str) -> None:
+    def __init__(self, forwards: Forwards, session: Session | DenseSession, budget: Budget, scope: str) -> None:
         self.forwards, self.session, self.budget, self.scope = forwards, session, budget, scope
 
     def units(self, requests: Sequence[Request]) -> list[Inputs]:
@@ -69,34 +71,32 @@ class WholeInputs(Scoring):
         with self.forwards.angles.held(unit.angles):
             return self._run(unit)
 
+    def _forward(self, inputs: list[tuple[int, ...]]) -> tuple[Tensor, Step]:
+        """Run inputs as the scope has it: hidden [B, T, D], and what the last forward used."""
+        tokens, valid = pad(inputs, left=True, device=self.forwards.device)
+        positions, session, cache = valid.long().cumsum(1) - 1, self.session, new_cache(self.forwards.model)
+        if self.scope == "all" or not session.prunes:
+            if session.prunes:
+                with session.context(valid):
+                    self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+                self._note_state(len(inputs))
+            with session.decode(valid, frozen=True):
+                return self.forwards(tokens, valid, positions, cache), session.steps[-1]
+        before = []
+        if tokens.shape[1] > 1:
+            with session.context(valid[:, :-1]):
+                before.append(self.forwards(tokens[:, :-1], valid[:, :-1], positions[:, :-1], cache))
+            self._note_state(len(inputs))
+        else:
+            session.no_context(len(inputs), self.forwards.device)
+        with session.decode(valid[:, -1:], frozen=True):
+            last = self.forwards(tokens[:, -1:], valid, positions[:, -1:], cache)
+        return torch.cat([*before, last], 1), session.steps[-1]
+
     def _run(self, unit: Inputs) -> list[tuple[int, Score]]:
         """Score rows whose inputs end with the answer; the answer's share of them differs from row to row."""
         inputs, targets = unit.inputs, unit.targets
-        tokens, valid = pad(inputs, left=True, device=self.forwards.device)
-        positions, session = valid.long().cumsum(1) - 1, self.session
-        if session is None:
-            hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-            step = None
-        elif self.scope == "all":
-            with session.context(valid):
-                self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-            self.state_bytes = max(self.state_bytes, session.state_bytes // len(inputs))
-            step = session.shares(len(inputs))
-            with session.decode(valid, frozen=True):
-                hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-        else:
-            cache, before = new_cache(self.forwards.model), tokens.shape[1] - 1
-            parts = []
-            if before:
-                with session.context(valid[:, :-1]):
-                    parts.append(self.forwards(tokens[:, :-1], valid[:, :-1], positions[:, :-1], cache))
-                self.state_bytes = max(self.state_bytes, session.state_bytes // len(inputs))
-            else:
-                session.no_context(len(inputs), self.forwards.device)
-            step = session.shares(len(inputs))
-            with session.decode(valid[:, -1:], frozen=True):
-                parts.append(self.forwards(tokens[:, -1:], valid, positions[:, -1:], cache))
-            hidden = torch.cat(parts, 1)
+        hidden, step = self._forward(inputs)
         # The longest answer's columns, moved so that every row's answer begins in the first one.
         lengths = [len(continuation) for ((_, continuation), *_) in targets]
         width = max(lengths)
@@ -111,7 +111,7 @@ class WholeInputs(Scoring):
             nodes = paths[0]  # they differ in their last tokens only
             asked.give(nodes, answers[i, : len(nodes)])
             ran = len(nodes) if self.scope == "all" else 1
-            pruned, outside = (0.0, 0.0) if step is None else (float(1 - step.read[i]), float(1 - step.mask[i]))
+            pruned, outside = float(1 - step.read[i]), float(1 - step.mask[i])
             cost = Cost(ran if pruned > 0 else 0, pruned * ran, outside * ran)
             made.append((Row(i, row, nodes, found), cost))
         asked.run()

@@ -25,6 +25,7 @@ from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Cost, Request, Row, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session
 from dart_eval.pruning.state import SequenceState
 
@@ -86,12 +87,12 @@ class _Prefix:
 def scorer(
     model: PreTrainedModel,
     head: Callable[[Tensor], Tensor],
-    session: Session | None,
+    session: Session | DenseSession,
     batch_size: int | str | Budget,
     scope: str = "scored",
     share_prefix: bool = True,
 ) -> Scoring:
-    """What scores requests on one model, pruned by `session` (None: dense).
+    """What scores requests on one model under a session.
 
     Args:
         head: see `forwards.output_head`.
@@ -109,12 +110,15 @@ def scorer(
 class Scorer(Scoring):
     """Scores requests in the scope `scored`. Made by `scorer`; see there."""
 
-    def __init__(self, forwards: Forwards, session: Session | None, budget: Budget, share_prefix: bool = True) -> None:
+    def __init__(
+        self, forwards: Forwards, session: Session | DenseSession, budget: Budget, share_prefix: bool = True
+    ) -> None:
         self.forwards, self.session, self.budget = forwards, session, budget
         self.share_prefix = share_prefix and can_share_prefix(forwards.model)
         self._prefix: _Prefix | None = None  # the last one that was run
-        # Pruned, the context's last token runs under the mask that the tokens before it make.
-        self._last = 0 if session is None else 1
+        # Pruned, the context's last token runs with the answer, under the mask that the tokens before it make. Dense,
+        # it runs with the context, whose forward thus predicts every answer's first token.
+        self._last = 1 if session.prunes else 0
         config = forwards.model.config.get_text_config()
         self._hold = HELD_TOKENS if config.vocab_size * config.hidden_size > LARGE_HEAD else 0
 
@@ -191,14 +195,10 @@ class Scorer(Scoring):
     def _run_prefix(self, tokens: tuple[int, ...], angles: int) -> _Prefix:
         """Run a prefix of several contexts, densely; a method's state observes it."""
         ids, valid = pad([tokens], left=True, device=self.forwards.device)
-        cache, session = prefix_cache(), self.session
-        positions = torch.arange(len(tokens), device=self.forwards.device)[None]
-        if session is None:
+        cache, positions = prefix_cache(), torch.arange(len(tokens), device=self.forwards.device)[None]
+        with self.session.context(valid):
             self.forwards(ids, valid, positions, cache)
-            return _Prefix(tokens, angles, cache, None)
-        with session.context(valid):
-            self.forwards(ids, valid, positions, cache)
-        return _Prefix(tokens, angles, cache, session.state)
+        return _Prefix(tokens, angles, cache, self.session.state)
 
     def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[Any, Tensor, Tensor]:
         """Run contexts densely, as a batch with its padding on the left: their cache, valid [B, N], hidden [B, T, D].
@@ -210,25 +210,20 @@ class Scorer(Scoring):
         tokens, valid = pad(contexts, left=True, device=self.forwards.device)
         positions, session, batch = valid.long().cumsum(1) - 1, self.session, len(contexts)
         if tokens.shape[1] == 0:
-            assert session is not None
             session.no_context(batch, self.forwards.device)
             return new_cache(self.forwards.model), valid, tokens[..., None]
         start = 0 if shared is None else max(0, min(shared.length, tokens.shape[1] - 1))
         if shared is None or not start:
             cache = new_cache(self.forwards.model)
-            if session is None:
-                return cache, valid, self.forwards(tokens, valid, positions, cache)
             with session.context(valid):
                 hidden = self.forwards(tokens, valid, positions, cache)
         else:
             cache = from_prefix(self.forwards.model, shared.cache, positions[:, :start].clamp_min(0))
             block, places = tokens[:, start:], positions[:, start:]
-            if session is None:
-                return cache, valid, self.forwards(block, valid, places, cache)
             session.fork(shared.state, torch.zeros(batch, dtype=torch.long, device=self.forwards.device))
             with session.extend(valid[:, start:] & (places >= shared.length)):
                 hidden = self.forwards(block, valid, places, cache)
-        self.state_bytes = max(self.state_bytes, session.state_bytes // batch)
+        self._note_state(batch)
         return cache, valid, hidden
 
     def _run(self, batch: Batch, answers: Answers) -> list[tuple[Row, Cost]]:
@@ -239,19 +234,19 @@ class Scorer(Scoring):
         rows: dict[tuple[int, tuple[int, ...]], Row] = {}
         for parent, context in enumerate(contexts):
             root = answers.root()
-            if session is None:
+            if not self._last:
                 answers.give([root], hidden[parent, -1:])
             for i, continuation in batch.asked[context]:
                 inputs = (*context[len(context) - self._last :], *continuation[:-1])
                 if (row := rows.get((parent, inputs))) is None:
                     # What an oracle's mask is made from is the row's own tokens: rows have no hidden state in common.
-                    alone = session is not None and session.looks_ahead
-                    row = Row(parent, inputs, answers.ask(answers.root() if alone else root, continuation))
+                    own = answers.root() if session.looks_ahead else root
+                    row = Row(parent, inputs, answers.ask(own, continuation))
                     rows[parent, inputs] = row
                 answers.ask(row.nodes[0], continuation)
                 row.targets.append((i, continuation))
         ordered = sorted(rows.values(), key=lambda r: len(r.inputs), reverse=True)
-        state = session.state if session is not None else None
+        state = session.state
         found: list[tuple[Row, Cost]] = []
         lengths, most = [len(r.inputs) for r in ordered], self.budget.candidates
         if self.budget.cached is not None:  # every row has a copy of its context's cache
@@ -263,16 +258,14 @@ class Scorer(Scoring):
                 continue
             parents = torch.tensor([r.parent for r in part_rows], device=self.forwards.device)
             forked = fork(cache, parents)
-            if session is not None:
-                session.fork(state, parents)
-                if session.looks_ahead:
-                    self._rehearse(part_rows, valid[parents], fork(forked))
+            session.fork(state, parents)
+            if session.looks_ahead:
+                self._rehearse(part_rows, valid[parents], fork(forked))
             found += zip(part_rows, self._run_rows(part_rows, valid[parents], forked, answers), strict=True)
         return found
 
     def _rehearse(self, rows: list[Row], seen: Tensor, cache: Any) -> None:
         """Let an oracle see what is to be scored. The cache is used up."""
-        assert self.session is not None
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         positions = seen.long().sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=self.forwards.device)
         with self.session.foresee(valid):
@@ -287,26 +280,23 @@ class Scorer(Scoring):
         session = self.session
         start = 0
         while start < tokens.shape[1]:
-            room = session.room() if session is not None else None
+            room = session.room()
             end = min(tokens.shape[1], start + room) if room else tokens.shape[1]
             block, mask = tokens[:, start:end], valid[:, start:end]
             positions = offset + torch.arange(start, end, device=self.forwards.device)
             seen = torch.cat([seen, mask], 1)
-            if session is not None:
-                step, counted = session.shares(len(rows)), mask.sum(1).cpu()
-                pruned += (1 - step.read) * counted
-                outside += (1 - step.mask) * counted
-                masked += (step.read < 1) * counted
-                with session.decode(mask):
-                    hidden = self.forwards(block, seen, positions, cache)
-            else:
+            with session.decode(mask):
                 hidden = self.forwards(block, seen, positions, cache)
+            step, counted = session.steps[-1], mask.sum(1).cpu()
+            pruned += (1 - step.read) * counted
+            outside += (1 - step.mask) * counted
+            masked += (step.read < 1) * counted
             for i, row in enumerate(rows):
                 nodes = row.nodes[len(row.nodes) - len(row.inputs) :][start:end]  # dense: the context gave the first
                 answers.give(nodes, hidden[i, : len(nodes)])
             start = end
-        remasks = session.state.remasks.tolist() if session is not None and session.state else [0] * len(rows)
-        traces = [session.trace(i) if session is not None else None for i in range(len(rows))]
+        remasks = session.remasks or [0] * len(rows)
         return [
-            Cost(int(masked[i]), float(pruned[i]), float(outside[i]), remasks[i], traces[i]) for i in range(len(rows))
+            Cost(int(masked[i]), float(pruned[i]), float(outside[i]), remasks[i], session.trace(i))
+            for i in range(len(rows))
         ]

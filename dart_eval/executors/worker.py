@@ -23,6 +23,7 @@ from dart_eval.machine import hardware, peak_memory
 from dart_eval.models import Resolved
 from dart_eval.plan import Cell, RunConfig, command, environment, spec_of
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session, prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
@@ -81,7 +82,7 @@ class Worker:
             outcome = self._smaller(
                 lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal), shrink
             )
-            state = max(outcome.state_bytes, session.state_bytes if session and session.state is None else 0)
+            state = max(outcome.state_bytes, session.state_bytes if session.state is None else 0)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -96,9 +97,9 @@ class Worker:
             cell, settings = job.cell, job.config.eval_settings
             self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part), shrink)
 
-    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session | None:
+    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session | DenseSession:
         if not cell.method.prunes:
-            return None
+            return DenseSession()
         pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
         return stack.enter_context(pruned)
 

@@ -109,6 +109,11 @@ class Session:
         self._hooks = Hooks(self)
 
     @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned; the model runs as it is otherwise."""
+        return self.method.prunes
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether masks are made from the tokens that they are used on (an oracle)."""
         return isinstance(self.method, PromptMethod) and self.method.looks_ahead

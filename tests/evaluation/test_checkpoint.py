@@ -16,6 +16,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.plan import config_from
+from dart_eval.pruning.dense import DenseSession
 from tests.helpers.commands import Watch, command, run_local
 from tests.helpers.models import FAMILIES, tiny
 from tests.helpers.requests import TextRequest
@@ -198,7 +199,7 @@ def test_a_tokenizer_without_an_end_writes_no_texts(tokenizer):
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", pad_token="<pad>"
     )
     lm = PrunedLM(tiny("llama"), endless)
-    lm.begin(None, {})
+    lm.begin(DenseSession(), {})
     with pytest.raises(
         UserError, match="the tokenizer has no EOS token to end a text; name one in its tokenizer_config"
     ):

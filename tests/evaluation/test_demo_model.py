@@ -10,6 +10,7 @@ from dart_eval.evaluation.evaluate import EvalSettings, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import prune
 from dart_eval.results.journal import Journal
 
@@ -29,7 +30,7 @@ def stock(demo):
 
 def _compare(ours, stock, tasks, name, num_fewshot=None, limit=LIMIT):
     settings = EvalSettings(limit=limit, num_fewshot=num_fewshot, seed=0)
-    outcome = evaluate_task(ours, None, tasks, name, settings, Journal())
+    outcome = evaluate_task(ours, DenseSession(), tasks, name, settings, Journal())
     theirs = lm_eval.simple_evaluate(
         model=stock, tasks=tasks.load(name), task_manager=tasks.manager, limit=limit, num_fewshot=num_fewshot,
         random_seed=0, numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0, bootstrap_iters=0,
@@ -68,7 +69,7 @@ def test_real_perplexity_is_that_of_the_second_half(ours, stock, data_dir, index
     """Stock conditional log-likelihood of each chunk's second half given its first, weighted by the text scored."""
     tasks = Tasks(data_dir)
     ours.chunk = 256
-    outcome = evaluate_task(ours, None, tasks, "wikitext", EvalSettings(limit=1), Journal())
+    outcome = evaluate_task(ours, DenseSession(), tasks, "wikitext", EvalSettings(limit=1), Journal())
     ours.chunk = 2048
     (task,) = tasks.load("wikitext")
     text = task.doc_to_target(task.eval_docs[0])
@@ -92,7 +93,7 @@ def test_scores_learn_from_the_prompt(demo, ours):
     for method in (None, "griffin", "dart", "wanda-sp", "random"):
         settings = EvalSettings(limit=1)
         if method is None:
-            outcome = evaluate_task(ours, None, Tasks(), "smoke_drift", settings, Journal())
+            outcome = evaluate_task(ours, DenseSession(), Tasks(), "smoke_drift", settings, Journal())
         else:
             with prune(model, method, 0.5, calibration=TextCalibration(model, tokenizer)) as session:
                 outcome = evaluate_task(ours, session, Tasks(), "smoke_drift", settings, Journal())

@@ -8,6 +8,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.generated import GenerationLog
 from dart_eval.evaluation.lm import PrunedLM, Usage
+from dart_eval.pruning.dense import DenseSession
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import RESTLESS, open_session
@@ -20,7 +21,7 @@ def lm(tokenizer):
 
 def test_dense_generation_equals_stock_hflm(lm, tokenizer):
     requests = [TextRequest(words(random_tokens(n, seed=n)), n) for n in (5, 20, 11)]
-    lm.begin(None, {})
+    lm.begin(DenseSession(), {})
     stock = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=2)
     assert lm.generate_until(requests) == stock.generate_until(requests, disable_tqdm=True)
     assert {d: lm.usage["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
@@ -33,7 +34,7 @@ def test_generation_does_not_depend_on_the_batch_size(tokenizer):
     texts = []
     for batch_size in (1, 4, "auto"):
         lm = PrunedLM(model, tokenizer, batch_size=batch_size)
-        lm.begin(None, {})
+        lm.begin(DenseSession(), {})
         generate = lm._model_generate  # lm-eval's step of one batch: how many rows run together shows nowhere else
         lm._model_generate = lambda context, *a, run=generate, **k: (rows.append(len(context)), run(context, *a, **k))[
             1
@@ -60,7 +61,7 @@ def test_generated_tokens_but_the_first_are_pruned(lm):
 
 def test_tokens_after_a_stop_sequence_do_not_count(lm):
     prompt = words(random_tokens(20, seed=20))
-    lm.begin(None, {})
+    lm.begin(DenseSession(), {})
     (whole,) = lm.generate_until([TextRequest(prompt, 1)])
     third = whole.split()[2]
     first = whole.split().index(third)
@@ -100,7 +101,7 @@ def test_other_prompts_keep_their_last_tokens_as_in_lm_eval(tokenizer):
     model = tiny("llama")
     lm = PrunedLM(model, tokenizer, batch_size=1, max_length=40)
     request = TextRequest(words(random_tokens(60, seed=3)), 0)
-    lm.begin(None, {})
+    lm.begin(DenseSession(), {})
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=40)
     assert lm.generate_until([request]) == stock.generate_until([request], disable_tqdm=True)
 
@@ -123,7 +124,7 @@ def test_what_a_row_writes_after_its_end_is_no_part_of_its_text(tokenizer):
     lm = PrunedLM(model, tokenizer, batch_size=2)
     # A model that would go on after its end, as rows of a batch do.
     lm._model_generate = lambda context, *_, **__: torch.cat([context, torch.tensor([[5, 2, 7, 8], [5, 6, 7, 8]])], 1)
-    lm.begin(None, {})
+    lm.begin(DenseSession(), {})
     assert lm.generate_until([TextRequest(words(tokens), 1), TextRequest(words(tokens[1:]), 2)]) == [
         "w5",
         "w5 w6 w7 w8",
@@ -161,7 +162,7 @@ def test_shares_are_means_over_the_tokens_that_they_speak_of():
 
 
 def test_a_text_that_begins_with_the_prefix_token_has_it_once(lm):
-    lm.begin(None, {})
+    lm.begin(DenseSession(), {})
     text = words(random_tokens(20, seed=4))
     requests = [TextRequest(text, 0), TextRequest(f"<bos> {text}", 1)]
     for request in requests:

@@ -11,6 +11,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.pruning.dense import DenseSession
 from tests.helpers.matrices import product
 from tests.helpers.models import SMALL, made, random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
@@ -53,7 +54,7 @@ def _requests():
 def _scores(model, method, batch_size, requests, scope="scored", share=True):
     head = output_head(model)
     if method is None:
-        return [s.logprob for s in scorer(model, head, None, batch_size, scope, share).score(requests)]
+        return [s.logprob for s in scorer(model, head, DenseSession(), batch_size, scope, share).score(requests)]
     with open_session(model, method[0], 0.5, **method[1]) as session:
         return [s.logprob for s in scorer(model, head, session, batch_size, scope, share).score(requests)]
 
@@ -150,7 +151,7 @@ def _request(tokens, new=NEW):
 def _generate(model, tokenizer, requests, batch_size, session=None):
     """Texts, and what each cost."""
     lm = PrunedLM(model, tokenizer, batch_size=batch_size, max_length=256)
-    lm.begin(session, {})
+    lm.begin(session or DenseSession(), {})
     texts = lm.generate_until(requests)
     costs = [lm.usage["t", r.doc_id] for r in requests]
     return texts, [(c.tokens, c.masked, round(c.pruned, 6), c.remasks) for c in costs]

@@ -8,6 +8,7 @@ from dart_eval.evaluation import sampling
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import Identity, ModelSpec, Resolved
 from dart_eval.plan import RunConfig, plan
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.results.journal import Journal
 from tests.helpers.models import random_tokens, tiny
 
@@ -25,7 +26,7 @@ def requests(count=5, kwargs=KWARGS, repeats=1):
 def answers(tokenizer, asked, batch_size=2, journal=None):
     torch.manual_seed(7)
     lm = PrunedLM(tiny("llama").float(), tokenizer, batch_size, max_length=64)
-    lm.begin(None, {}, journal)
+    lm.begin(DenseSession(), {}, journal)
     return lm.generate_until(asked)
 
 

@@ -12,6 +12,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.executors.jobs import Silent
 from dart_eval.plan import config_from
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import prune
 from tests.helpers.commands import run_local
 from tests.helpers.matrices import on_families
@@ -33,8 +34,8 @@ def numbers(scores):
 @pytest.mark.parametrize("scope", ["all", "last"])
 def test_dense_is_dense_in_every_scope(model, scope):
     requests = questions()
-    stock = [s.logprob for s in scored(model, None, requests, "scored")]
-    assert [s.logprob for s in scored(model, None, requests, scope)] == pytest.approx(stock, abs=1e-5)
+    stock = [s.logprob for s in scored(model, DenseSession(), requests, "scored")]
+    assert [s.logprob for s in scored(model, DenseSession(), requests, scope)] == pytest.approx(stock, abs=1e-5)
     with open_session(model, "griffin", 0.0) as session:
         assert [s.logprob for s in scored(model, session, requests, scope)] == pytest.approx(stock, abs=1e-5)
 

@@ -10,6 +10,7 @@ from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.ffn import cache_argument
+from dart_eval.pruning.dense import DenseSession
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions
@@ -31,7 +32,7 @@ def test_dense_equals_stock_hflm(model, tokenizer):
     theirs = stock._loglikelihood_tokens(
         [(("", str(i)), list(r.context), list(r.continuation)) for i, r in enumerate(requests)], disable_tqdm=True
     )
-    ours = _score(model, None, requests)
+    ours = _score(model, DenseSession(), requests)
     for (logprob, greedy), score in zip(theirs, ours, strict=True):
         assert score.logprob == pytest.approx(logprob, abs=1e-4)
         assert score.greedy == greedy
@@ -135,10 +136,10 @@ def test_the_context_is_computed_once_for_all_candidates(llama):
     )
     context = random_tokens(30, seed=4)
     one_token = [Request(context, (t,)) for t in (5, 6, 7, 8)]
-    _score(llama, None, one_token)
+    _score(llama, DenseSession(), one_token)
     assert lengths == [(1, 30)]  # dense: the context's forward has the four answers
     lengths.clear()
-    _score(llama, None, [Request(context, random_tokens(4, seed=s)) for s in range(4)])
+    _score(llama, DenseSession(), [Request(context, random_tokens(4, seed=s)) for s in range(4)])
     assert lengths == [(1, 30), (4, 3)]
     lengths.clear()
     with open_session(llama, "griffin") as session:
@@ -157,7 +158,9 @@ def test_logits_are_computed_only_where_they_are_scored(llama):
     head = output_head(llama)
     seen.clear()
     requests = [Request(random_tokens(30), random_tokens(n, seed=n)) for n in (2, 9)]
-    scorer(llama, head, None, 4).score([*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))])
+    scorer(llama, head, DenseSession(), 4).score(
+        [*requests, Request(random_tokens(30), (*requests[1].continuation[:3], 5))]
+    )
     handle.remove()
     assert sum(seen) == 2 + 9 - 1  # the first position is one for all, and the third answer asks at no other
 
@@ -181,7 +184,7 @@ def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, metho
         return answer, _score(llama, session, halves)
 
     if method is None:
-        answer, scores = run(None)
+        answer, scores = run(DenseSession())
     else:
         with open_session(llama, method) as session:
             answer, scores = run(session)
@@ -242,3 +245,8 @@ def test_a_log_counts_every_token_of_a_block(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         _score(llama, session, [Request(random_tokens(20), random_tokens(8, seed=1))])
         assert [e["token"] for e in session.events] == [a["token"] for a in session.alarms] == [3, 6]
+
+
+def test_a_dense_session_is_asked_nothing_that_one_which_prunes_does_not_know(llama):
+    with open_session(llama, "griffin") as session:
+        assert [name for name in dir(DenseSession()) if not hasattr(session, name) and name[0] != "_"] == []

@@ -15,6 +15,7 @@ from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.ffn import decoder
+from dart_eval.pruning.dense import DenseSession
 from tests.helpers.matrices import product
 from tests.helpers.models import CONFIGS, FAMILIES, random_tokens, tiny
 from tests.helpers.requests import output_head_of
@@ -55,7 +56,7 @@ def _forwards(model, work):
 def _score(model, method, params, batch_size, share):
     head = output_head_of(model)
     with open_session(model, method, **params) as session:
-        pruned = None if method == "dense" else session
+        pruned = session if session.prunes else DenseSession()
         return _forwards(model, lambda: scorer(model, head, pruned, batch_size, "scored", share).score(_requests()))
 
 
@@ -100,8 +101,8 @@ def test_a_prefix_is_computed_once():
     head = output_head_of(model)
     prefix = random_tokens(60, seed=1)
     requests = [Request((*prefix, *random_tokens(8, seed=s)), (s,)) for s in range(10, 20)]
-    shared, _ = _forwards(model, lambda: scorer(model, head, None, 4).score(requests))
-    alone, _ = _forwards(model, lambda: scorer(model, head, None, 4, share_prefix=False).score(requests))
+    shared, _ = _forwards(model, lambda: scorer(model, head, DenseSession(), 4).score(requests))
+    alone, _ = _forwards(model, lambda: scorer(model, head, DenseSession(), 4, share_prefix=False).score(requests))
     assert (shared, alone) == (60 + 10 * 8, 10 * 68)
 
 
@@ -116,9 +117,8 @@ def test_small_batches_wait_for_a_large_head(monkeypatch, method):
         calls.clear()
         given_ = []
         with open_session(model, method) as session:
-            mine = scorer(
-                model, lambda x: (calls.append(len(x)), head(x))[1], session if method != "dense" else None, 2
-            )
+            scored = session if session.prunes else DenseSession()
+            mine = scorer(model, lambda x: (calls.append(len(x)), head(x))[1], scored, 2)
             found = mine.score(_requests(), lambda part, kept=given_: kept.append([i for i, _ in part]))
         runs[held], counts[held] = [s.logprob for s in found], len(calls)
         assert sorted(itertools.chain(*given_)) == list(range(len(_requests())))
@@ -267,7 +267,7 @@ def test_auto_runs_short_contexts_many_at_a_time_and_long_ones_few(llama):
     contexts = [random_tokens(n, seed=s) for s, n in enumerate([4] * 30 + [200] * 12)]
     head = output_head_of(llama)
     shapes.clear()
-    scorer(llama, head, None, "auto").score([Request(c, (5, 6)) for c in contexts])
+    scorer(llama, head, DenseSession(), "auto").score([Request(c, (5, 6)) for c in contexts])
     handle.remove()
     first = [s for s in shapes if s[1] > 1]
     assert max(s[0] for s in first if s[1] == 200) == 5

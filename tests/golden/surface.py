@@ -10,6 +10,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import SCOPES, scorer
 from dart_eval.ffn import find_ffns
+from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import prune
 from tests.golden.cases import CALIBRATION
@@ -68,7 +69,7 @@ def scores(model, setting, questions):
     head, requests, found = head_of(model), [Request(*question) for question in questions], {}
     with session_of(model, setting) as session:
         for scope in SCOPES:
-            run = scorer(model, head, session if session.method.prunes else None, 4, scope)
+            run = scorer(model, head, session if session.prunes else DenseSession(), 4, scope)
             answers = run.score(requests)
             found[scope] = {
                 "logprob": [a.logprob for a in answers],
@@ -97,7 +98,7 @@ def shape(model):
 def run_as_lm(model, setting, prompts, text, stop):
     """As lm-eval's model: texts after prompts and the score of a text, with what each cost."""
     lm = PrunedLM(model, tokenizer(), batch_size=2, max_length=96, chunk=33)
-    pruned = session_of(model, setting) if method_of(setting).prunes else nullcontext()
+    pruned = session_of(model, setting) if method_of(setting).prunes else nullcontext(DenseSession())
     with pruned as session:
         lm.begin(session, {})
         texts = lm.generate_until([TextRequest(prompt, i, [stop], 16) for i, prompt in enumerate(prompts)])
