@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from sacrebleu.metrics import BLEU
 
 from dart_eval.code_hash import source_hash
 from dart_eval.errors import UserError
-from dart_eval.evaluation.lm import PrunedLM, Usage
+from dart_eval.evaluation.costs import Cost
+from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
@@ -58,8 +60,8 @@ class Outcome:
     metrics: list[Metric]
     samples: list[dict[str, Any]]
     texts: list[dict[str, Any]]
-    usage: Usage
-    by_task: dict[str, Usage]
+    cost: Cost
+    by_task: dict[str, Cost]
     prompts: dict[str, dict[str, int]]
     state_bytes: int
 
@@ -117,23 +119,21 @@ def evaluate_task(
     items = tasks.load(name)
     lm.begin(session, documents(items), journal, settings.scope)
     results = _simple_evaluate(lm, tasks, items, settings)
-    total = Usage()
-    for usage in lm.usage.values():
-        total.add(usage)
-    by_task: dict[str, Usage] = {}
-    for (task, _), usage in lm.usage.items():
-        by_task.setdefault(task, Usage()).add(usage)
+    by_task: dict[str, Cost] = defaultdict(Cost)
+    for (task, _), used in lm.costs.items():
+        by_task[task] += used
     by_name = {task.task_name: task for task in leaves(items)}
-    samples = _samples(results["samples"], lm.usage, by_name)
+    samples = _samples(results["samples"], lm.costs, by_name)
     texts = _texts(results["samples"], by_name)
     prompts = {
         task: {
-            "documents": sum(t == task for t, _ in lm.usage), "cut": sum(t == task for t, _ in lm.cut),
+            "documents": sum(t == task for t, _ in lm.costs), "cut": sum(t == task for t, _ in lm.cut),
             "length": lm.max_length,
         }
         for task in by_task
     }  # fmt: skip
-    return Outcome(_metrics(results), samples, texts, total, by_task, prompts, journal.state_bytes)
+    cost = sum(lm.costs.values(), Cost())
+    return Outcome(_metrics(results), samples, texts, cost, by_task, prompts, journal.state_bytes)
 
 
 def answer_part(
@@ -259,13 +259,13 @@ def _bleu_stderr(_metric: str, counts: list[Any]) -> float | None:
 
 
 def _samples(
-    by_task: dict[str, list[dict[str, Any]]], usage: dict[tuple[str, int], Usage], tasks: dict[str, Task]
+    by_task: dict[str, list[dict[str, Any]]], costs: dict[tuple[str, int], Cost], tasks: dict[str, Task]
 ) -> list[dict[str, Any]]:
     """What paired statistics and a reader need: hashes, metrics, answers, cost. The texts are kept apart."""
     rows = []
     for name, samples in sorted(by_task.items()):
         for s in samples:
-            used = usage.get((name, s["doc_id"]), Usage())
+            used = costs.get((name, s["doc_id"]), Cost())
             metrics = {m: _plain(s[m]) for m in s["metrics"]}
             gold = _gold(tasks[name], s["doc"])
             if gold is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dart_eval.evaluation.requests import Score
+from dart_eval.evaluation.costs import Cost
 from dart_eval.ffn import decoder
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session, Step
@@ -39,7 +39,7 @@ class GenerationLog:
         if not self._parts or self._parts[-1][0] is not self.session.steps:
             self._parts.append((self.session.steps, self.session.events))
 
-    def cost(self, row: int, tokens: int) -> Score:
+    def cost(self, row: int, tokens: int) -> Cost:
         """Of the first `tokens` that a row generated."""
         steps: list[Step | None] = []  # None: a prefill
         remasks = 0
@@ -47,7 +47,12 @@ class GenerationLog:
             remasks += sum(e["sequence"] == row and len(steps) + e["step"] < tokens for e in events)
             steps += [None, *part]
         counted = [step for step in steps[:tokens] if step is not None]
-        pruned = [float(1 - step.read[row]) for step in counted]
-        outside = sum(float(1 - step.mask[row]) for step in counted)
-        trace = self.session.trace(row, tokens - 1) if len(self._parts) == 1 else None
-        return Score(0.0, False, tokens, sum(s > 0 for s in pruned), sum(pruned), outside, remasks, trace)
+        not_read = [float(1 - step.read[row]) for step in counted]
+        return Cost(
+            tokens=tokens,
+            pruned_tokens=sum(share > 0 for share in not_read),
+            not_read_sum=sum(not_read),
+            outside_sum=sum(float(1 - step.mask[row]) for step in counted),
+            remasks=remasks,
+            trace=self.session.trace(row, tokens - 1) if len(self._parts) == 1 else None,
+        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,11 +25,12 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from dart_eval.errors import UserError
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches, budget
+from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generated import GenerationLog
 from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
-from dart_eval.evaluation.requests import Request, Score, Scoring
+from dart_eval.evaluation.requests import Request, Score, Scoring, Text
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.unusable import LogitsWatch, Unusable
@@ -40,10 +40,10 @@ from dart_eval.results.journal import Journal
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
 T = TypeVar("T")
+A = TypeVar("A", Score, Text)
 
 
-NO_SCORE = Score(0.0, False, 0, 0, 0.0, 0.0, 0)  # in place of what another part answers
-NO_TEXT: list[Any] = ["", 0, dataclasses.astuple(NO_SCORE)]
+NO_SCORE, NO_TEXT = Score(0.0, False, Cost()), Text("", Cost())  # in place of what another part answers
 
 
 @dataclass(frozen=True)
@@ -55,61 +55,6 @@ class _Generation:
     new_tokens: int
     longest: int  # tokens of a prompt
     kwargs: dict[str, Any]
-
-
-@dataclass
-class Usage:
-    """What samples cost.
-
-    Attributes:
-        tokens: scored or generated tokens.
-        masked: those of them that ran under a mask.
-        pruned: share of the FFN weights that was not read, summed over the tokens.
-        outside: share of the neurons outside the mask, summed over the tokens.
-        remasks: masks renewed.
-        context, contexts: tokens of the contexts, and how many contexts there were (one per request or chunk).
-        trace: what the drift detector saw, kept where there was one context only.
-    """
-
-    tokens: int = 0
-    masked: int = 0
-    pruned: float = 0.0
-    outside: float = 0.0
-    remasks: int = 0
-    context: int = 0
-    contexts: int = 0
-    trace: dict[str, Any] | None = None
-
-    @property
-    def mean_context(self) -> float:
-        """Tokens per context."""
-        return self.context / self.contexts if self.contexts else 0.0
-
-    @property
-    def effective_sparsity(self) -> float:
-        """Pruned neuron-tokens / all neuron-tokens, dense tokens included; by weights, where tokens pick neurons."""
-        return self.pruned / self.tokens if self.tokens else 0.0
-
-    @property
-    def weights_read(self) -> float:
-        """FFN weights read / all of them, mean over the tokens that ran under a mask."""
-        return 1 - self.pruned / self.masked if self.masked else 1.0
-
-    @property
-    def mask_sparsity(self) -> float:
-        """Neurons outside the masks in force, mean over the tokens that ran under one."""
-        return self.outside / self.masked if self.masked else 0.0
-
-    def add(self, other: Usage) -> None:
-        """Count the other's cost too."""
-        self.tokens += other.tokens
-        self.masked += other.masked
-        self.pruned += other.pruned
-        self.outside += other.outside
-        self.remasks += other.remasks
-        self.context += other.context
-        self.contexts += other.contexts
-        self.trace = other.trace if self.contexts == other.contexts == 1 else None
 
 
 class RollingLogLikelihood(float):
@@ -156,7 +101,7 @@ class PrunedLM(HFLM):
         self.session: Session | DenseSession = DenseSession()
         self.scope = "scored"
         self.documents: Mapping[str, str] = {}  # task -> field of its document that may be cut to fit
-        self.usage: dict[tuple[str, int], Usage] = defaultdict(Usage)  # (task, doc_id) -> cost
+        self.costs: dict[tuple[str, int], Cost] = defaultdict(Cost)  # of each (task, doc_id)
         self.cut: set[tuple[str, int]] = set()
         self.journal = Journal()  # answers of the running cell
         self._clock = time.monotonic()
@@ -168,7 +113,6 @@ class PrunedLM(HFLM):
         self._kinds = 0  # how many calls there will be
         self._unusable = Unusable()  # answers of the last call
         self._scores: list[Score] = []  # of the last call, in the order of its requests
-        self._contexts: list[int] = []
         self._cut: list[bool] = []
 
     def begin(
@@ -189,14 +133,14 @@ class PrunedLM(HFLM):
         self.part, self.calls, self._kinds = part, [], kinds
         self.session, self.documents, self.scope = session, documents, scope
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
-        self.usage, self.cut = defaultdict(Usage), set()
+        self.costs, self.cut = defaultdict(Cost), set()
         self._clock = time.monotonic()
 
     def _asked_once(self) -> None:
         if not self.part.whole and len(self.calls) == self._kinds:
             raise PartDone
 
-    def _keep(self, answers: dict[str, Any], state_bytes: int) -> None:
+    def _keep(self, answers: Mapping[str, Score | Text], state_bytes: int) -> None:
         """A batch is done: into the journal with it and the time since the last one.
 
         Raises:
@@ -205,7 +149,7 @@ class PrunedLM(HFLM):
         now = time.monotonic()
         usable = self._unusable.sift(answers)
         self._unusable.check(over=False)
-        new = {name: answer for name, answer in usable.items() if name not in self.journal}
+        new = {name: dataclasses.asdict(answer) for name, answer in usable.items() if name not in self.journal}
         self.journal.add(new, state_bytes, now - self._clock)
         self._clock = now
         self.on_progress(len(answers))
@@ -214,14 +158,13 @@ class PrunedLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         answers = super().loglikelihood(requests, disable_tqdm=True)
-        for request, score, context, cut in zip(requests, self._scores, self._contexts, self._cut, strict=True):
-            self._record(request, score, context, cut)
+        for request, score, cut in zip(requests, self._scores, self._cut, strict=True):
+            self._record(request, score.cost, cut)
         self._asked_once()
         return answers
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         fitting = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
-        self._contexts = [len(r.context) for r in fitting]
         self._cut = [len(r.context) < len(whole) for r, (_, whole, _) in zip(fitting, requests, strict=True)]
         self._scores = self._score(fitting)
         return [(s.logprob, s.greedy) for s in self._scores]
@@ -238,14 +181,20 @@ class PrunedLM(HFLM):
         self.calls.append(Call(kind, len(todo), [n + self.planned.forward for n in sizes], sum(sizes)))
         for unit in self._mine(units, lambda unit: [todo[i] for i in unit.requests]):
             if self.budget is self.planned:
-                self._keep({todo[i]: dataclasses.astuple(s) for i, s in scoring.run(unit)}, scoring.state_bytes)
+                self._keep({todo[i]: score for i, score in scoring.run(unit)}, scoring.state_bytes)
                 continue
             left = [todo[i] for i in unit.requests if todo[i] not in self.journal]
             smaller = self._scorer(self.budget)
             for piece in smaller.units([distinct[n] for n in left]):
-                self._keep({left[i]: dataclasses.astuple(s) for i, s in smaller.run(piece)}, smaller.state_bytes)
+                self._keep({left[i]: score for i, score in smaller.run(piece)}, smaller.state_bytes)
         self._unusable.check(over=True)
-        return [Score(*self.journal[n]) if n in self.journal else NO_SCORE for n in names]
+        return [self._answer(name, NO_SCORE) for name in names]
+
+    def _answer(self, name: str, missing: A) -> A:
+        """The journal's answer to a request."""
+        if (kept := self.journal.get(name)) is None:
+            return missing
+        return type(missing)(**{**kept, "cost": Cost(**kept["cost"])})
 
     def _scorer(self, size: Budget) -> Scoring:
         return scorer(self.model, self._head, self.session, size, self.scope, self.share_prefix)
@@ -264,13 +213,11 @@ class PrunedLM(HFLM):
             yield unit
             call.seconds[place] = time.monotonic() - start
 
-    def _record(self, request: Instance, score: Score, context: int = 0, cut: bool = False) -> None:
+    def _record(self, request: Instance, cost: Cost, cut: bool = False) -> None:
         assert request.task_name is not None and request.doc_id is not None
         if cut:
             self.cut.add((request.task_name, request.doc_id))
-        self.usage[request.task_name, request.doc_id].add(
-            Usage(score.tokens, score.masked, score.pruned, score.outside, score.remasks, context, 1, score.trace)
-        )
+        self.costs[request.task_name, request.doc_id] += cost
 
     # -- perplexity ------------------------------------------------------------------------------------------
 
@@ -294,9 +241,9 @@ class PrunedLM(HFLM):
                     chunks.append((i, Request(tuple(piece[:half]), tuple(piece[half:]))))
                     scored_bytes[i] += self._bytes(piece[half:])
         sums = [0.0] * len(requests)
-        for (i, chunk), score in zip(chunks, self._score([c for _, c in chunks], "loglikelihood_rolling"), strict=True):
+        for (i, _), score in zip(chunks, self._score([c for _, c in chunks], "loglikelihood_rolling"), strict=True):
             sums[i] += score.logprob
-            self._record(requests[i], score, len(chunk.context))
+            self._record(requests[i], score.cost)
         answers = []
         for i, value in enumerate(sums):
             answer = RollingLogLikelihood(value)
@@ -364,14 +311,14 @@ class PrunedLM(HFLM):
         self._unusable.check(over=True)
         texts = []
         for i, (name, request) in enumerate(zip(names, requests, strict=True)):
-            text, context, cost = self.journal.get(name, NO_TEXT)
-            self._record(request, Score(*cost), context, i in cut)
-            texts.append(text)
+            answer = self._answer(name, NO_TEXT)
+            self._record(request, answer.cost, i in cut)
+            texts.append(answer.text)
         self._asked_once()
         return texts
 
-    def _generate(self, work: _Generation) -> dict[int, Any]:
-        """A batch's answers: text, tokens of the prompt, cost."""
+    def _generate(self, work: _Generation) -> dict[int, Text]:
+        """A batch's texts."""
         ids, attention = self.tok_batch_encode(list(work.prompts.values()), left_truncate_len=work.longest)
         watch, log = LogitsWatch(len(ids)), GenerationLog(self.session)
         self._angles.reset()
@@ -385,10 +332,8 @@ class PrunedLM(HFLM):
             tokens = output[row].tolist()
             kept = self._kept(tokens, work.stop)  # a row that has ended may write on until its whole batch has
             text = postprocess_generated_text(self.tok_decode(tokens[:kept]), work.stop, None)
-            cost = log.cost(row, kept)
-            if not watch.usable(row, kept):
-                cost = dataclasses.replace(cost, logprob=math.nan)
-            answers[i] = [text, int(attention[row].sum()), dataclasses.astuple(cost)]
+            cost = log.cost(row, kept) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
+            answers[i] = Text(text, cost, watch.usable(row, kept))
         return answers
 
     def _kept(self, tokens: list[int], stop: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.logits import Answers
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session
@@ -30,22 +32,32 @@ class Score:
     Attributes:
         logprob: sum of natural-log probabilities of the continuation.
         greedy: every token of the continuation was the most likely one.
-        tokens: scored tokens. masked: those of them that ran under a mask.
-        pruned: share of the FFN weights that was not read, summed over them (pruned / tokens: effective sparsity).
-        outside: share of the neurons outside the mask, summed over them; more than `pruned` has none but methods
-            whose tokens pick inside the mask have less.
-        remasks: masks renewed while scoring.
-        trace: what the drift detector saw (`Session.trace`), if there is one and a window was full.
+        cost: of the continuation's tokens.
     """
 
     logprob: float
     greedy: bool
-    tokens: int
-    masked: int
-    pruned: float
-    outside: float
-    remasks: int
-    trace: dict[str, Any] | None = None
+    cost: Cost
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is a number."""
+        return math.isfinite(self.logprob)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What was generated after a prompt.
+
+    Attributes:
+        text: without the stop sequence that ended it.
+        cost: of its tokens, those of the stop sequence included.
+        usable: it came from logits that are numbers.
+    """
+
+    text: str
+    cost: Cost
+    usable: bool = True
 
 
 class Scoring(ABC):
@@ -91,31 +103,25 @@ class Row:
     """One distinct input of the pruned forward, and the requests it answers."""
 
     parent: int  # row of the context batch
+    context: int  # tokens of the context
     inputs: tuple[int, ...]  # tokens after the context's forward, but the continuation's last
     nodes: list[int]  # of `Answers`: where each token of the continuation is predicted
     targets: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request, continuation
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a row cost: the fields of `Score` that do not depend on its last token."""
-
-    masked: int = 0
-    pruned: float = 0.0
-    outside: float = 0.0
-    remasks: int = 0
-    trace: dict[str, Any] | None = None
-
-
 def scores(rows: Sequence[tuple[Row, Cost]], answers: Answers) -> list[tuple[int, Score]]:
-    """Scores of the requests that these rows answer."""
+    """Scores of the requests that these rows answer.
+
+    Args:
+        rows: with what their pruned tokens cost.
+        answers: to which all hidden states have been given.
+    """
     found = []
-    for row, cost in rows:
+    for row, pruned in rows:
+        cost = Cost(tokens=len(row.nodes), contexts=1, context_tokens=row.context) + pruned
         for request, continuation in row.targets:
             total = sum(answers.logprobs(row.nodes, continuation))
-            greedy = answers.greedy(row.nodes, continuation)
-            own = (cost.masked, cost.pruned, cost.outside, cost.remasks, cost.trace)
-            found.append((request, Score(total, greedy, len(continuation), *own)))
+            found.append((request, Score(total, answers.greedy(row.nodes, continuation), cost)))
     return found
 
 

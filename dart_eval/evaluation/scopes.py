@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import new_cache
+from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
-from dart_eval.evaluation.requests import Cost, Request, Row, Score, Scoring, pad, scores
+from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session, Step
 
@@ -111,8 +112,10 @@ class WholeInputs(Scoring):
             nodes = paths[0]  # they differ in their last tokens only
             asked.give(nodes, answers[i, : len(nodes)])
             ran = len(nodes) if self.scope == "all" else 1
-            pruned, outside = float(1 - step.read[i]), float(1 - step.mask[i])
-            cost = Cost(ran if pruned > 0 else 0, pruned * ran, outside * ran)
-            made.append((Row(i, row, nodes, found), cost))
+            not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
+            cost = Cost(
+                pruned_tokens=ran if not_read > 0 else 0, not_read_sum=not_read * ran, outside_sum=outside * ran
+            )
+            made.append((Row(i, len(row) + 1 - len(nodes), row, nodes, found), cost))
         asked.run()
         return scores(made, asked)

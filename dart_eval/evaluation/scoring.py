@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from dart_eval.evaluation.batching import Budget, Group, budget, padded_batches, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache, prefix_cache
+from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
-from dart_eval.evaluation.requests import Cost, Request, Row, Score, Scoring, pad, scores
+from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.session import Session
@@ -241,7 +242,7 @@ class Scorer(Scoring):
                 if (row := rows.get((parent, inputs))) is None:
                     # What an oracle's mask is made from is the row's own tokens: rows have no hidden state in common.
                     own = answers.root() if session.looks_ahead else root
-                    row = Row(parent, inputs, answers.ask(own, continuation))
+                    row = Row(parent, len(context), inputs, answers.ask(own, continuation))
                     rows[parent, inputs] = row
                 answers.ask(row.nodes[0], continuation)
                 row.targets.append((i, continuation))
@@ -275,10 +276,8 @@ class Scorer(Scoring):
         """Run candidates after their contexts' caches, in blocks that end where a mask may change."""
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         offset = seen.long().sum(1, keepdim=True)  # real context tokens, so the next position
-        pruned, outside = torch.zeros(2, len(rows), dtype=torch.float64)
-        masked = torch.zeros(len(rows), dtype=torch.long)
-        session = self.session
-        start = 0
+        pruned_tokens, not_read, outside = torch.zeros(3, len(rows), dtype=torch.float64)  # sums over tokens
+        session, start = self.session, 0
         while start < tokens.shape[1]:
             room = session.room()
             end = min(tokens.shape[1], start + room) if room else tokens.shape[1]
@@ -288,15 +287,18 @@ class Scorer(Scoring):
             with session.decode(mask):
                 hidden = self.forwards(block, seen, positions, cache)
             step, counted = session.steps[-1], mask.sum(1).cpu()
-            pruned += (1 - step.read) * counted
+            pruned_tokens += (step.read < 1) * counted
+            not_read += (1 - step.read) * counted
             outside += (1 - step.mask) * counted
-            masked += (step.read < 1) * counted
             for i, row in enumerate(rows):
                 nodes = row.nodes[len(row.nodes) - len(row.inputs) :][start:end]  # dense: the context gave the first
                 answers.give(nodes, hidden[i, : len(nodes)])
             start = end
         remasks = session.remasks or [0] * len(rows)
         return [
-            Cost(int(masked[i]), float(pruned[i]), float(outside[i]), remasks[i], session.trace(i))
+            Cost(
+                pruned_tokens=int(pruned_tokens[i]), not_read_sum=float(not_read[i]), outside_sum=float(outside[i]),
+                remasks=remasks[i], trace=session.trace(i),
+            )
             for i in range(len(rows))
-        ]
+        ]  # fmt: skip

@@ -6,20 +6,20 @@ word that the model rules out; neither ranks an answer, and a perplexity over it
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation.requests import Score, Text
 from dart_eval.finite import REMEDY
 
 HOPELESS = 64  # answers, none of them usable, after which the rest is not asked
 
 
 class Unusable:
-    """Counts the answers of a call of the model; an answer's score begins with its log-likelihood.
+    """Counts the answers of a call of the model.
 
     Args:
         asked: distinct answers that the call wants.
@@ -28,9 +28,9 @@ class Unusable:
     def __init__(self, asked: int = 0) -> None:
         self.asked, self.seen, self.wrong = asked, 0, 0
 
-    def sift(self, answers: dict[str, Any]) -> dict[str, Any]:
+    def sift(self, answers: Mapping[str, Score | Text]) -> dict[str, Score | Text]:
         """The answers that may be kept."""
-        usable = {name: answer for name, answer in answers.items() if math.isfinite(_logprob(answer))}
+        usable = {name: answer for name, answer in answers.items() if answer.usable}
         self.seen += len(answers)
         self.wrong += len(answers) - len(usable)
         return usable
@@ -45,11 +45,6 @@ class Unusable:
             return
         answered = f"{self.asked}" if over else f"the first {self.seen} of {self.asked}"
         raise UserError(f"{self.wrong} of {answered} answers are NaN or infinite", REMEDY)
-
-
-def _logprob(answer: Any) -> float:
-    """Of a score as kept, or of a generated text, whose score stands last."""
-    return float(answer[0] if isinstance(answer[0], (int, float)) else answer[-1][0])
 
 
 class LogitsWatch(LogitsProcessor):

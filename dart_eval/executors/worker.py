@@ -130,29 +130,28 @@ class Worker:
 
     def _record(self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any]) -> Record:
         cell, config = job.cell, job.config
-        usage = outcome.usage
-        weights_read = usage.weights_read
-        per_token = usage.remasks / usage.tokens if usage.tokens else 0.0
+        used = outcome.cost
+        per_token = used.remasks / used.tokens if used.tokens else 0.0
         return Record(
             key=cell.key,
             inputs=cell.inputs,
             metrics=outcome.metrics,
-            mask_sparsity=usage.mask_sparsity,
-            effective_sparsity=usage.effective_sparsity,
-            weights_read=weights_read,
-            tokens=usage.tokens,
-            remasks=usage.remasks,
+            mask_sparsity=used.mask_sparsity,
+            effective_sparsity=used.effective_sparsity,
+            weights_read=used.read,
+            tokens=used.tokens,
+            remasks=used.remasks,
             by_task={
                 task: {
-                    "tokens": used.tokens,
-                    "remasks": used.remasks,
-                    "mask_sparsity": used.mask_sparsity,
-                    "effective_sparsity": used.effective_sparsity,
+                    "tokens": own.tokens,
+                    "remasks": own.remasks,
+                    "mask_sparsity": own.mask_sparsity,
+                    "effective_sparsity": own.effective_sparsity,
                     **outcome.prompts[task],
                 }
-                for task, used in outcome.by_task.items()
+                for task, own in outcome.by_task.items()
             },
-            flops=cost.describe(cell.method, self.shape, usage.mean_context, weights_read, per_token),
+            flops=cost.describe(cell.method, self.shape, used.mean_context, used.read, per_token),
             memory={"weights": self.shape.weight_bytes, "state": state},
             settings={
                 "batch_size": config.batch_size,

@@ -75,8 +75,8 @@ def test_scores_are_those_of_decoding_token_by_token(family, scope):
     for (context, answer), score in zip(QUESTIONS, found, strict=True):
         logprob, masked = likelihood(model, context, answer, 0.6, scope)
         assert score.logprob == pytest.approx(logprob, rel=1e-6)  # the package takes logits to float32
-        assert (score.tokens, score.masked) == (len(answer), masked)
-        assert score.pruned == pytest.approx(0.6 * masked)
+        assert (score.cost.tokens, score.cost.pruned_tokens) == (len(answer), masked)
+        assert score.cost.not_read_sum == pytest.approx(0.6 * masked)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -88,4 +88,4 @@ def test_a_dense_score_is_the_sum_of_the_logs_of_the_probabilities(family):
             p = model(torch.tensor([[*context, *answer]])).logits[0].softmax(-1)
         places = range(len(context) - 1, len(context) + len(answer) - 1)
         assert score.logprob == pytest.approx(sum(float(p[i, t].log()) for i, t in zip(places, answer, strict=True)))
-        assert (score.masked, score.pruned) == (0, 0)
+        assert (score.cost.pruned_tokens, score.cost.not_read_sum) == (0, 0)

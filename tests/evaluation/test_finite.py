@@ -93,7 +93,7 @@ def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, t
         assert not list(out.glob("cells/*"))
         kept = [json.loads(line[9:])[0] for f in out.glob("partial/*") for line in f.read_text().splitlines()]
         assert kept
-        assert all(math.isfinite(answer[0]) for answers in kept for answer in answers.values())
+        assert all(math.isfinite(answer["logprob"]) for answers in kept for answer in answers.values())
 
 
 def test_a_cell_without_any_usable_answer_ends_before_all_are_asked_and_the_others_go_on(

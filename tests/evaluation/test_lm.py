@@ -5,9 +5,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.generated import GenerationLog
-from dart_eval.evaluation.lm import PrunedLM, Usage
+from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
@@ -24,7 +25,7 @@ def test_dense_generation_equals_stock_hflm(lm, tokenizer):
     lm.begin(DenseSession(), {})
     stock = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=2)
     assert lm.generate_until(requests) == stock.generate_until(requests, disable_tqdm=True)
-    assert {d: lm.usage["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
+    assert {d: lm.costs["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
 
 
 def test_generation_does_not_depend_on_the_batch_size(tokenizer):
@@ -50,8 +51,8 @@ def test_generated_tokens_but_the_first_are_pruned(lm):
         lm.begin(session, {})
         lm.generate_until(requests)
     for doc in (5, 20, 11):
-        used = lm.usage["t", doc]
-        assert (used.tokens, used.masked, used.context) == (8, 7, doc)
+        used = lm.costs["t", doc]
+        assert (used.tokens, used.pruned_tokens, used.context_tokens) == (8, 7, doc)
         assert used.effective_sparsity == pytest.approx(0.7 * 7 / 8)
         assert used.mask_sparsity == pytest.approx(0.7)
         # re-masks after decoding forwards 3 and 6 of the 7, where the prompt has windows to compare with
@@ -69,7 +70,7 @@ def test_tokens_after_a_stop_sequence_do_not_count(lm):
         lm.begin(session, {})
         (cut,) = lm.generate_until([TextRequest(prompt, 1, until=[third])])
     assert cut.split() == whole.split()[:first]
-    assert lm.usage["t", 1].tokens == first + 1
+    assert lm.costs["t", 1].tokens == first + 1
 
 
 def test_the_end_of_sequence_counts_and_what_follows_does_not(lm):
@@ -152,11 +153,11 @@ def test_an_answer_may_fill_the_context():
 
 
 def test_shares_are_means_over_the_tokens_that_they_speak_of():
-    total = Usage()
-    total.add(Usage(tokens=4, masked=2, pruned=1.0, outside=0.6, remasks=1, context=10, contexts=1))
-    total.add(Usage(tokens=6, masked=3, pruned=1.4, outside=0.9, context=5, contexts=1))
+    one = Cost(tokens=4, pruned_tokens=2, not_read_sum=1.0, outside_sum=0.6, remasks=1, context_tokens=10, contexts=1)
+    other = Cost(tokens=6, pruned_tokens=3, not_read_sum=1.4, outside_sum=0.9, context_tokens=5, contexts=1)
+    total = one + other
     assert total.effective_sparsity == pytest.approx(2.4 / 10)
-    assert total.weights_read == pytest.approx(1 - 2.4 / 5)
+    assert total.read == pytest.approx(1 - 2.4 / 5)
     assert total.mask_sparsity == pytest.approx(1.5 / 5)
     assert (total.remasks, total.mean_context) == (1, 7.5)
 

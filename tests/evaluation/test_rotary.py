@@ -153,8 +153,8 @@ def _generate(model, tokenizer, requests, batch_size, session=None):
     lm = PrunedLM(model, tokenizer, batch_size=batch_size, max_length=256)
     lm.begin(session or DenseSession(), {})
     texts = lm.generate_until(requests)
-    costs = [lm.usage["t", r.doc_id] for r in requests]
-    return texts, [(c.tokens, c.masked, round(c.pruned, 6), c.remasks) for c in costs]
+    costs = [lm.costs["t", r.doc_id] for r in requests]
+    return texts, [(c.tokens, c.pruned_tokens, round(c.not_read_sum, 6), c.remasks) for c in costs]
 
 
 @KINDS

@@ -28,7 +28,10 @@ def scored(model, session, requests, scope, batch_size=4):
 
 
 def numbers(scores):
-    return [(s.logprob, s.greedy, s.tokens, s.masked, s.pruned, s.outside) for s in scores]
+    return [
+        (s.logprob, s.greedy, s.cost.tokens, s.cost.pruned_tokens, s.cost.not_read_sum, s.cost.outside_sum)
+        for s in scores
+    ]
 
 
 @pytest.mark.parametrize("scope", ["all", "last"])

@@ -36,7 +36,7 @@ def test_dense_equals_stock_hflm(model, tokenizer):
     for (logprob, greedy), score in zip(theirs, ours, strict=True):
         assert score.logprob == pytest.approx(logprob, abs=1e-4)
         assert score.greedy == greedy
-        assert score.pruned == 0
+        assert score.cost.not_read_sum == 0
 
 
 @on_families(["method", "params"], FAMILIES, METHODS, every=2)
@@ -46,7 +46,7 @@ def test_batch_size_and_order_do_not_matter(model, method, params):
     for batch_size, order in ((1, 1), (3, 1), (16, -1)):
         with open_session(model, method, **params) as session:
             scores = _score(model, session, requests[::order], batch_size)[::order]
-        results.append([(s.logprob, s.greedy, s.tokens, s.pruned, s.remasks) for s in scores])
+        results.append([(s.logprob, s.greedy, s.cost.tokens, s.cost.not_read_sum, s.cost.remasks) for s in scores])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a == pytest.approx(b, abs=1e-6)
@@ -74,8 +74,8 @@ def test_scores_equal_decoding_token_by_token(model, method, params):
     for request, score in list(zip(requests, blocks, strict=True))[::2]:  # short answers and long, of every context
         with open_session(model, method, **params) as session:
             assert score.logprob == pytest.approx(_step_by_step(model, session, request), abs=2e-5)
-            assert score.remasks == sum(session.remasks)
-        remasks += score.remasks
+            assert score.cost.remasks == sum(session.remasks)
+        remasks += score.cost.remasks
     assert bool(remasks) == bool(params)
 
 
@@ -120,12 +120,12 @@ def test_every_scored_token_is_pruned(llama, method):
     with open_session(llama, method, 0.7) as session:
         scores = _score(llama, session, questions())
     for request, score in zip(questions(), scores, strict=True):
-        assert score.tokens == len(request.continuation)
+        assert score.cost.tokens == len(request.continuation)
         if len(request.context) == 1 and method != "random":
-            assert (score.pruned, score.masked) == (0, 0)
+            assert (score.cost.not_read_sum, score.cost.pruned_tokens) == (0, 0)
         else:
-            assert score.pruned == pytest.approx(0.7 * score.tokens)
-            assert score.masked == score.tokens
+            assert score.cost.not_read_sum == pytest.approx(0.7 * score.cost.tokens)
+            assert score.cost.pruned_tokens == score.cost.tokens
 
 
 def test_the_context_is_computed_once_for_all_candidates(llama):
@@ -191,7 +191,7 @@ def test_perplexity_scores_the_second_half_of_each_chunk(llama, tokenizer, metho
     assert float(answer) == pytest.approx(sum(s.logprob for s in scores), abs=1e-3)
     scored = sum(len(h.continuation) for h in halves)
     assert answer.coverage == pytest.approx(scored / len(tokens), abs=0.05)
-    assert lm.usage["t", 0].tokens == scored
+    assert lm.costs["t", 0].tokens == scored
     if method is None:  # stock: the second half given the first
         stock = HFLM(pretrained=llama, tokenizer=tokenizer)
         pairs = [(("", ""), list(h.context), list(h.continuation)) for h in halves]
@@ -237,7 +237,7 @@ def test_what_is_not_read_and_what_is_outside_the_mask_are_counted_apart(llama):
     with open_session(llama, "dart-plus", 0.5) as session:
         (score,) = _score(llama, session, [request])
         assert (session.mask_sparsity, session.weights_read) == (pytest.approx(0.2), pytest.approx(0.5))
-    assert (score.pruned, score.outside) == (pytest.approx(0.5 * 6), pytest.approx(0.2 * 6))
+    assert (score.cost.not_read_sum, score.cost.outside_sum) == (pytest.approx(0.5 * 6), pytest.approx(0.2 * 6))
 
 
 def test_a_log_counts_every_token_of_a_block(llama):

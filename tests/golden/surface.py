@@ -74,7 +74,7 @@ def scores(model, setting, questions):
             found[scope] = {
                 "logprob": [a.logprob for a in answers],
                 "greedy": [a.greedy for a in answers],
-                **_used(answers),
+                **_used([a.cost for a in answers]),
                 "state bytes": run.state_bytes,
             }
     return found
@@ -105,23 +105,23 @@ def run_as_lm(model, setting, prompts, text, stop):
         whole = TextRequest(text, len(prompts))
         whole.args = (text,)
         (rolling,) = lm.loglikelihood_rolling([whole])
-    used = [usage for _, usage in sorted(lm.usage.items())]
+    used = [cost for _, cost in sorted(lm.costs.items())]
     return {
         "texts": texts,
         "logprob": float(rolling),
         "coverage": rolling.coverage,
-        "context tokens": [u.context for u in used],
+        "context tokens": [u.context_tokens for u in used],
         **_used(used),
     }
 
 
-def _used(answers):
+def _used(costs):
     """What answers cost, one entry each: tokens, those under a mask, shares summed over them, and the detector."""
     return {
-        "tokens": [a.tokens for a in answers],
-        "under a mask": [a.masked for a in answers],
-        "not read": [a.pruned for a in answers],
-        "outside the mask": [a.outside for a in answers],
-        "re-masks": [a.remasks for a in answers],
-        "detector": [a.trace for a in answers],
+        "tokens": [c.tokens for c in costs],
+        "under a mask": [c.pruned_tokens for c in costs],
+        "not read": [c.not_read_sum for c in costs],
+        "outside the mask": [c.outside_sum for c in costs],
+        "re-masks": [c.remasks for c in costs],
+        "detector": [c.trace for c in costs],
     }

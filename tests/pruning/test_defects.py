@@ -61,7 +61,7 @@ def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
     with prune(llama, method, 0.5) as session:
         for _ in range(2):
             (score,) = scorer(llama, output_head(llama), session, 1).score([request])
-            assert (score.masked, score.pruned) == (3, pytest.approx(1.5))
+            assert (score.cost.pruned_tokens, score.cost.not_read_sum) == (3, pytest.approx(1.5))
     assert method == Dart()
 
 

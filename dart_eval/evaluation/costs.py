@@ -1,0 +1,65 @@
+"""What scored or generated tokens cost, of one answer or of many together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens, and what they did without. Costs are added up by `+`.
+
+    Attributes:
+        tokens: scored or generated.
+        pruned_tokens: those of them that did not read all FFN weights.
+        not_read_sum: share of the FFN weights that was not read, summed over the tokens.
+        outside_sum: share of the neurons outside the mask, summed over the tokens. It is less than `not_read_sum` where
+            tokens choose inside the mask, and the same elsewhere.
+        remasks: re-masks while they ran.
+        contexts: of requests or chunks, one for each.
+        context_tokens: of all contexts.
+        trace: what the drift detector saw (`Session.trace`), if there is one context and a window was full.
+    """
+
+    tokens: int = 0
+    pruned_tokens: int = 0
+    not_read_sum: float = 0.0
+    outside_sum: float = 0.0
+    remasks: int = 0
+    contexts: int = 0
+    context_tokens: int = 0
+    trace: dict[str, Any] | None = None
+
+    def __add__(self, other: Cost) -> Cost:
+        contexts = self.contexts + other.contexts
+        return Cost(
+            tokens=self.tokens + other.tokens,
+            pruned_tokens=self.pruned_tokens + other.pruned_tokens,
+            not_read_sum=self.not_read_sum + other.not_read_sum,
+            outside_sum=self.outside_sum + other.outside_sum,
+            remasks=self.remasks + other.remasks,
+            contexts=contexts,
+            context_tokens=self.context_tokens + other.context_tokens,
+            trace=(self.trace or other.trace) if contexts == 1 else None,
+        )
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens per context."""
+        return self.context_tokens / self.contexts if self.contexts else 0.0
+
+    @property
+    def effective_sparsity(self) -> float:
+        """Share of the FFN weights that was not read, mean over all tokens, dense ones included."""
+        return self.not_read_sum / self.tokens if self.tokens else 0.0
+
+    @property
+    def read(self) -> float:
+        """Share of the FFN weights that was read, mean over the tokens that ran pruned."""
+        return 1 - self.not_read_sum / self.pruned_tokens if self.pruned_tokens else 1.0
+
+    @property
+    def mask_sparsity(self) -> float:
+        """Share of the neurons outside the mask, mean over the tokens that ran pruned."""
+        return self.outside_sum / self.pruned_tokens if self.pruned_tokens else 0.0
