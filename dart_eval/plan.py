@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.allocation import check_table
-from dart_eval.code_hash import PACKAGE, code_hash, source_hash
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.evaluation.batching import check_batch_size
 from dart_eval.evaluation.evaluate import EvalSettings
@@ -24,6 +23,7 @@ from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
 from dart_eval.evaluation.scoring import SCOPES
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.files import check_name
+from dart_eval.hashes import PACKAGE, code_hash, source_hash
 from dart_eval.models import ModelSpec, Resolved
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.method import Method

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,16 +18,14 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from sacrebleu.metrics import BLEU
 
-from dart_eval.code_hash import source_hash
 from dart_eval.errors import UserError
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.dense import AnySession
 from dart_eval.pruning.method import Method, PromptMethod
-from dart_eval.pruning.session import Session
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Metric
 
@@ -87,10 +82,9 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> 
     Raises:
         UserError: a task generates text, or the scope is another for a perplexity.
     """
+    kinds = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}
     for task in leaves(list(items)):
-        kind = {"generate_until": "generates text", "loglikelihood_rolling": "measures perplexity"}.get(
-            task.OUTPUT_TYPE
-        )
+        kind = kinds.get(task.OUTPUT_TYPE)
         if kind and scope != "scored":
             raise UserError(
                 f"task {task.task_name} {kind}: --scope {scope} is for scored answers", "use --scope scored"
@@ -110,7 +104,7 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> 
 
 
 def evaluate_task(
-    lm: PrunedLM, session: Session | DenseSession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
+    lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
 ) -> Outcome:
     """Run lm-eval's `simple_evaluate` on one task, group or tag.
 
@@ -137,14 +131,9 @@ def evaluate_task(
 
 
 def answer_part(
-    lm: PrunedLM,
-    session: Session | DenseSession,
-    tasks: Tasks,
-    name: str,
-    settings: EvalSettings,
-    journal: Journal,
+    lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal,
     part: Part | Pilot,
-) -> None:
+) -> None:  # fmt: skip
     """Answer one of several parts of what `evaluate_task` would ask: the answers go into the journal.
 
     A journal with the answers of all parts makes `evaluate_task` ask nothing, and its numbers are those of the whole.
@@ -321,38 +310,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _sourced(value: Any) -> Any:
-    """Functions replaced by hashes of their source: it tells them apart, addresses would differ in every process."""
-    if isinstance(value, dict):
-        return {str(k): _sourced(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_sourced(v) for v in value]
-    if callable(value):
-        try:
-            return source_hash(inspect.getsource(inspect.unwrap(value)))
-        except (OSError, TypeError):
-            return getattr(value, "__qualname__", type(value).__qualname__)
-    return value
-
-
-def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
-    """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
-    digest = hashlib.sha256()
-    for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
-        config = task.dump_config() if hasattr(task, "dump_config") else {}
-        config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
-        (config.get("metadata") or {}).pop("config_source", None)
-        digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
-        for script in getattr(task, "own_metrics", ()):
-            digest.update(script.read_bytes())
-        docs = task.eval_docs
-        last = min(len(docs), settings.limit) if settings.limit else len(docs)
-        for i in range(last):
-            digest.update(json.dumps(docs[i], sort_keys=True, default=str).encode())
-        if settings.num_fewshot or config.get("num_fewshot"):
-            pool = task.fewshot_docs()
-            for doc in pool if pool is not None else []:
-                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
-    return digest.hexdigest()

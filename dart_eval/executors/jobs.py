@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation.evaluate import check_answers, task_hash
+from dart_eval.evaluation.evaluate import check_answers
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.tasks import Tasks, leaves
+from dart_eval.hashes import task_hash
 from dart_eval.models import Resolved, pick_device, resolve
 from dart_eval.plan import Cell, RunConfig, methods_of, plan
 from dart_eval.results.journal import Journal

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_eval.pruning.session import Step
+from dart_eval.pruning.session import Session, Step
 from dart_eval.pruning.state import SequenceState
 
 
@@ -59,3 +59,6 @@ class DenseSession:
 
     def trace(self, row: int, tokens: int | None = None) -> None:
         """What a detector saw: there is none."""
+
+
+AnySession = Session | DenseSession  # what the evaluation runs a model under

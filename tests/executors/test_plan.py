@@ -10,8 +10,9 @@ import pytest
 
 from dart_eval import plan as plan_module
 from dart_eval.errors import UserError
-from dart_eval.evaluation.evaluate import EvalSettings, task_hash
+from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.tasks import Tasks
+from dart_eval.hashes import task_hash
 from dart_eval.models import Identity, ModelSpec, Resolved, resolve
 from dart_eval.plan import RunConfig, command, config_from, methods_of, plan
 from dart_eval.pruning import registry

@@ -1,20 +1,29 @@
-"""A hash of the code that makes a cell's numbers: it moves with what the code says, not with how that is written down.
+"""Hashes of the code and the task that make a cell's numbers: they move with what is said, not with how it is written.
 
-It is taken over Python's tokens. Comments, docstrings, blank lines, the width of indentations and where a line inside
-brackets breaks do not count. All else does: names, numbers, operators, texts (f-strings too), and what belongs to which
-block. So does a trailing comma that a formatter adds, which changes a tuple elsewhere.
+Those of code are taken over Python's tokens. Comments, docstrings, blank lines, the width of indentations and where a
+line inside brackets breaks do not count. All else does: names, numbers, operators, texts (f-strings too), and what
+belongs to which block. So does a trailing comma that a formatter adds, which changes a tuple elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import io
+import json
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from token import tok_name
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+
+from dart_eval.evaluation.evaluate import EvalSettings
+from dart_eval.evaluation.tasks import leaves
 
 PACKAGE = Path(__file__).parent
 # Files and folders that `dart-eval run` executes and that have a say in a number. Left out is what hands on what it was
@@ -66,6 +75,27 @@ def numeric_files(package: Path) -> list[Path]:
     return sorted(found - {package / name for name in NOT_RUN})
 
 
+def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
+    """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
+    digest = hashlib.sha256()
+    for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
+        config = task.dump_config() if hasattr(task, "dump_config") else {}
+        config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
+        (config.get("metadata") or {}).pop("config_source", None)
+        digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
+        for script in getattr(task, "own_metrics", ()):
+            digest.update(script.read_bytes())
+        docs = task.eval_docs
+        last = min(len(docs), settings.limit) if settings.limit else len(docs)
+        for i in range(last):
+            digest.update(json.dumps(docs[i], sort_keys=True, default=str).encode())
+        if settings.num_fewshot or config.get("num_fewshot"):
+            pool = task.fewshot_docs()
+            for doc in pool if pool is not None else []:
+                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def source_hash(source: str) -> str:
     """sha256 over the tokens of Python source; over the text where that is none, such as half a call around a lambda.
 
@@ -77,6 +107,20 @@ def source_hash(source: str) -> str:
     except (tokenize.TokenError, SyntaxError):
         said = source
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _sourced(value: Any) -> Any:
+    """Functions replaced by hashes of their source: it tells them apart, addresses would differ in every process."""
+    if isinstance(value, dict):
+        return {str(k): _sourced(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_sourced(v) for v in value]
+    if callable(value):
+        try:
+            return source_hash(inspect.getsource(inspect.unwrap(value)))
+        except (OSError, TypeError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    return value
 
 
 def _said(source: str) -> list[str]:

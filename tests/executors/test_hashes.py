@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.code_hash import NOT_RUN, PACKAGE, hash_of, numeric_files, source_hash
 from dart_eval.evaluation.tasks import tasks_dir
+from dart_eval.hashes import NOT_RUN, PACKAGE, hash_of, numeric_files, source_hash
 from dart_eval.plan import config_from
 from tests.helpers.commands import Watch, run_local
 
@@ -163,12 +163,12 @@ def test_code_of_tasks_counts_by_its_tokens_and_their_yaml_as_it_is(folders):
 # What a worker or a task imports and no number comes of. A new module must be put here or into `NUMERIC_CODE`.
 WITHOUT_NUMBERS = {
     "checkpoint.py": "refuses models; the dtype that it reads is part of a key",
-    "code_hash.py": "hashes",
     "demo_model.py": "makes a model, whose files are hashed",
     "errors.py": "messages",
     "executors/jobs.py": "says what is to be run",
     "files.py": "reads and writes files as they are",
     "finite.py": "refuses",
+    "hashes.py": "hashes",
     "hub.py": "asks whether the hub is there",
     "machine.py": "describes the machine",
     "plan.py": "makes keys: all that it decides is in them",
