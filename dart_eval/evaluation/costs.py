@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -14,8 +14,7 @@ class Cost:
         tokens: scored or generated.
         pruned_tokens: those of them that did not read all FFN weights.
         not_read_sum: share of the FFN weights that was not read, summed over the tokens.
-        outside_sum: share of the neurons outside the mask, summed over the tokens. It is less than `not_read_sum` where
-            tokens choose inside the mask, and the same elsewhere.
+        outside_sum: share of the neurons outside the mask, summed over the tokens; less, where tokens choose inside it.
         remasks: re-masks while they ran.
         contexts: of requests or chunks, one for each.
         context_tokens: of all contexts.
@@ -32,17 +31,9 @@ class Cost:
     trace: dict[str, Any] | None = None
 
     def __add__(self, other: Cost) -> Cost:
-        contexts = self.contexts + other.contexts
-        return Cost(
-            tokens=self.tokens + other.tokens,
-            pruned_tokens=self.pruned_tokens + other.pruned_tokens,
-            not_read_sum=self.not_read_sum + other.not_read_sum,
-            outside_sum=self.outside_sum + other.outside_sum,
-            remasks=self.remasks + other.remasks,
-            contexts=contexts,
-            context_tokens=self.context_tokens + other.context_tokens,
-            trace=(self.trace or other.trace) if contexts == 1 else None,
-        )
+        counts = [field.name for field in fields(Cost) if field.name != "trace"]
+        total = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        return Cost(**total, trace=(self.trace or other.trace) if total["contexts"] == 1 else None)
 
     @property
     def mean_context(self) -> float:

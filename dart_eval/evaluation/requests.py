@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.logits import Answers
-from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.dense import AnySession
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,13 @@ class Text:
     Attributes:
         text: without the stop sequence that ended it.
         cost: of its tokens, those of the stop sequence included.
+        cut: the prompt did not fit whole.
         usable: it came from logits that are numbers.
     """
 
     text: str
     cost: Cost
+    cut: bool = False
     usable: bool = True
 
 
@@ -71,7 +72,7 @@ class Scoring(ABC):
         state_bytes: largest method state seen, per sequence.
     """
 
-    session: Session | DenseSession
+    session: AnySession
     state_bytes: int = 0
 
     @abstractmethod
@@ -86,15 +87,9 @@ class Scoring(ABC):
         """The contexts of so many sequences have run."""
         self.state_bytes = max(self.state_bytes, self.session.state_bytes // sequences)
 
-    def score(
-        self, requests: Sequence[Request], done: Callable[[list[tuple[int, Score]]], None] = lambda batch: None
-    ) -> list[Score]:
-        """One score per request, in order; `done` is called after each unit with its indices and scores."""
-        found: dict[int, Score] = {}
-        for unit in self.units(requests):
-            made = self.run(unit)
-            done(made)
-            found.update(made)
+    def score(self, requests: Sequence[Request]) -> list[Score]:
+        """One score per request, in order."""
+        found = dict(pair for unit in self.units(requests) for pair in self.run(unit))
         return [found[i] for i in range(len(requests))]
 
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods under two protocols of other papers: each distinct input is a sequence of its own.
+"""Log-likelihoods in two scopes of other papers: each distinct input is a sequence of its own.
 
 Scope `all` (the public code's of arXiv 2601.22632): each answer with its context is one forward; the mask is made from
 all its tokens, the answer's too, and prunes all of them. It looks ahead. Scope `last` (GRIFFIN's for classification,
@@ -19,8 +19,8 @@ from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
-from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.session import Session, Step
+from dart_eval.pruning.dense import AnySession
+from dart_eval.pruning.session import Step
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Inputs:
     inputs: list[tuple[int, ...]]
     targets: list[list[tuple[int, tuple[int, ...]]]]
     angles: int
+    forwards = 1  # what it takes beside its tokens, about
 
     @property
     def requests(self) -> list[int]:
@@ -48,7 +49,7 @@ class Inputs:
 class WholeInputs(Scoring):
     """Scores requests by inputs that run whole, in the scope `all` or `last`."""
 
-    def __init__(self, forwards: Forwards, session: Session | DenseSession, budget: Budget, scope: str) -> None:
+    def __init__(self, forwards: Forwards, session: AnySession, budget: Budget, scope: str) -> None:
         self.forwards, self.session, self.budget, self.scope = forwards, session, budget, scope
 
     def units(self, requests: Sequence[Request]) -> list[Inputs]:
@@ -70,7 +71,8 @@ class WholeInputs(Scoring):
     def run(self, unit: Inputs) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
         with self.forwards.angles.held(unit.angles):
-            return self._run(unit)
+            hidden, step = self._forward(unit.inputs)
+        return self._scores(unit, hidden, step)
 
     def _forward(self, inputs: list[tuple[int, ...]]) -> tuple[Tensor, Step]:
         """Run inputs as the scope has it: hidden [B, T, D], and what the last forward used."""
@@ -94,10 +96,9 @@ class WholeInputs(Scoring):
             last = self.forwards(tokens[:, -1:], valid, positions[:, -1:], cache)
         return torch.cat([*before, last], 1), session.steps[-1]
 
-    def _run(self, unit: Inputs) -> list[tuple[int, Score]]:
+    def _scores(self, unit: Inputs, hidden: Tensor, step: Step) -> list[tuple[int, Score]]:
         """Score rows whose inputs end with the answer; the answer's share of them differs from row to row."""
         inputs, targets = unit.inputs, unit.targets
-        hidden, step = self._forward(inputs)
         # The longest answer's columns, moved so that every row's answer begins in the first one.
         lengths = [len(continuation) for ((_, continuation), *_) in targets]
         width = max(lengths)
@@ -113,9 +114,7 @@ class WholeInputs(Scoring):
             asked.give(nodes, answers[i, : len(nodes)])
             ran = len(nodes) if self.scope == "all" else 1
             not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
-            cost = Cost(
-                pruned_tokens=ran if not_read > 0 else 0, not_read_sum=not_read * ran, outside_sum=outside * ran
-            )
+            cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)
             made.append((Row(i, len(row) + 1 - len(nodes), row, nodes, found), cost))
         asked.run()
         return scores(made, asked)

@@ -2,7 +2,7 @@
 
 For each context: all tokens but the last run dense, once, and build the mask. The last context token and the
 continuation run pruned through the KV cache, so every log-probability that counts was produced by pruned FFNs, one-
-token answers included. Candidates share the context, its cache and its mask. Where a method may renew its mask, the
+token answers included. Candidates share the context, its cache and its mask. Where a method may re-mask, the
 continuation runs in blocks that end where a mask may change: the numbers equal token-by-token decoding.
 
 Rows of a batch are left-padded contexts; nothing crosses rows. Which rows run together (`batching`) and whether a
@@ -26,8 +26,7 @@ from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
-from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.dense import AnySession
 from dart_eval.pruning.state import SequenceState
 
 SCOPES = ("scored", "all", "last")
@@ -59,6 +58,7 @@ class Unit:
     """Batches whose hidden states go through the output head together. Nothing runs across units."""
 
     batches: list[Batch]
+    forwards = 1  # what it takes beside its tokens, about
 
     @property
     def requests(self) -> list[int]:
@@ -80,15 +80,11 @@ class _Prefix:
     cache: Any
     state: SequenceState | None
 
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
 
 def scorer(
     model: PreTrainedModel,
     head: Callable[[Tensor], Tensor],
-    session: Session | DenseSession,
+    session: AnySession,
     batch_size: int | str | Budget,
     scope: str = "scored",
     share_prefix: bool = True,
@@ -111,9 +107,7 @@ def scorer(
 class Scorer(Scoring):
     """Scores requests in the scope `scored`. Made by `scorer`; see there."""
 
-    def __init__(
-        self, forwards: Forwards, session: Session | DenseSession, budget: Budget, share_prefix: bool = True
-    ) -> None:
+    def __init__(self, forwards: Forwards, session: AnySession, budget: Budget, share_prefix: bool = True) -> None:
         self.forwards, self.session, self.budget = forwards, session, budget
         self.share_prefix = share_prefix and can_share_prefix(forwards.model)
         self._prefix: _Prefix | None = None  # the last one that was run
@@ -213,7 +207,7 @@ class Scorer(Scoring):
         if tokens.shape[1] == 0:
             session.no_context(batch, self.forwards.device)
             return new_cache(self.forwards.model), valid, tokens[..., None]
-        start = 0 if shared is None else max(0, min(shared.length, tokens.shape[1] - 1))
+        start = 0 if shared is None else max(0, min(len(shared.tokens), tokens.shape[1] - 1))
         if shared is None or not start:
             cache = new_cache(self.forwards.model)
             with session.context(valid):
@@ -222,7 +216,7 @@ class Scorer(Scoring):
             cache = from_prefix(self.forwards.model, shared.cache, positions[:, :start].clamp_min(0))
             block, places = tokens[:, start:], positions[:, start:]
             session.fork(shared.state, torch.zeros(batch, dtype=torch.long, device=self.forwards.device))
-            with session.extend(valid[:, start:] & (places >= shared.length)):
+            with session.extend(valid[:, start:] & (places >= len(shared.tokens))):
                 hidden = self.forwards(block, valid, places, cache)
         self._note_state(batch)
         return cache, valid, hidden

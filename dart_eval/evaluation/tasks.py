@@ -243,27 +243,18 @@ class Tasks:
             if fault := first_fault(files, prepare if callable(prepare) else None):
                 return UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
         text = f"{type(cause).__name__}: {cause}"
-        remedies = {
-            "ImportError": "install what the task needs",
-            "ModuleNotFoundError": "install what the task needs",
-        }
         if self.data_dir is None and _is_connection_error(error):
             return UserError(
                 f"the data of task {name} could not be loaded: the hub cannot be reached",
                 "give local data with --data-dir, or set HF_ENDPOINT / a proxy, or fill the Hugging Face cache first",
             )
-        remedy = remedies.get(type(error).__name__, "check the task's name and data with `dart-eval ls tasks`")
+        library = "install what the task needs" if isinstance(error, ImportError) else None
+        remedy = library or "check the task's name and data with `dart-eval ls tasks`"
         return UserError(f"task {name} could not be loaded ({text[:300]})", remedy)
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
-    names = (
-        "ConnectionError",
-        "ConnectError",
-        "ConnectTimeout",
-        "OfflineModeIsEnabled",
-        "LocalEntryNotFoundError",
-    )
+    names = ("ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
     while error is not None:
         if type(error).__name__ in names or isinstance(error, ConnectionError):
             return True

@@ -29,10 +29,11 @@ class Unusable:
         self.asked, self.seen, self.wrong = asked, 0, 0
 
     def sift(self, answers: Mapping[str, Score | Text]) -> dict[str, Score | Text]:
-        """The answers that may be kept."""
+        """The answers that may be kept. Raises as `check` does."""
         usable = {name: answer for name, answer in answers.items() if answer.usable}
         self.seen += len(answers)
         self.wrong += len(answers) - len(usable)
+        self.check(over=False)
         return usable
 
     def check(self, over: bool) -> None:

@@ -23,8 +23,8 @@ from dart_eval.machine import hardware, peak_memory
 from dart_eval.models import Resolved
 from dart_eval.plan import Cell, RunConfig, command, environment, spec_of
 from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.session import Session, prune
+from dart_eval.pruning.dense import AnySession, DenseSession
+from dart_eval.pruning.session import prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 
@@ -97,7 +97,7 @@ class Worker:
             cell, settings = job.cell, job.config.eval_settings
             self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part), shrink)
 
-    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> Session | DenseSession:
+    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> AnySession:
         if not cell.method.prunes:
             return DenseSession()
         pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")

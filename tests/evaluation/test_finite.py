@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dart_eval import tracing
 from dart_eval.errors import UserError
-from dart_eval.evaluation import unusable
+from dart_eval.evaluation import generation, unusable
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.ffn import find_ffns
@@ -126,13 +126,14 @@ def _asked(document, answer):
 
 
 @pytest.mark.parametrize("method", ["dense", "griffin"])
-def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method):
+def test_texts_that_were_generated_from_nan_are_no_answers(tokenizer, method, monkeypatch):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, **ENDS)).eval()
     with torch.no_grad():
         model.transformer.wpe.weight[20:] = torch.nan
     lm = PrunedLM(model, tokenizer, batch_size=2)
-    lm._ends = set()  # no token ends a text, so that each runs into NaN or not by its length alone
+    # No token ends a text, so that each runs into NaN or not by its length alone.
+    monkeypatch.setattr(generation, "ends_of", lambda lm: set())
     requests = [TextRequest(words([5] * n), n) for n in (4, 6, 18)]  # eight new tokens each: the last one meets NaN
     with prune(model, method, 0.5) as session:
         lm.begin(session, {})

@@ -7,8 +7,9 @@ from lm_eval.models.huggingface import HFLM
 from dart_eval.errors import UserError
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.fitting import fit, truncated
-from dart_eval.evaluation.generated import GenerationLog
+from dart_eval.evaluation.generation import GenerationLog, Generator
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.rotary import Angles
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
@@ -75,8 +76,9 @@ def test_tokens_after_a_stop_sequence_do_not_count(lm):
 
 def test_the_end_of_sequence_counts_and_what_follows_does_not(lm):
     # Which tokens count, apart from a model that would have to write them.
-    assert lm._kept([5, 6, 2, 0, 0], []) == 3
-    assert lm._kept([5, 6, 7], []) == 3
+    generator = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {})
+    assert generator.counted([5, 6, 2, 0, 0], []) == 3
+    assert generator.counted([5, 6, 7], []) == 3
 
 
 def test_the_document_is_cut_never_the_cue_or_the_instruction(lm, tokenizer):
@@ -135,7 +137,8 @@ def test_what_a_row_writes_after_its_end_is_no_part_of_its_text(tokenizer):
 def test_models_may_have_several_ends(tokenizer):
     model = tiny("llama")
     model.generation_config.eos_token_id = [2, 50]
-    assert PrunedLM(model, tokenizer)._kept([5, 50, 0], []) == 2
+    lm = PrunedLM(model, tokenizer)
+    assert Generator(lm, DenseSession(), lm.planned, Angles(model), {}).counted([5, 50, 0], []) == 2
     assert torch.is_inference_mode_enabled() is False
 
 
@@ -153,9 +156,11 @@ def test_an_answer_may_fill_the_context():
 
 
 def test_shares_are_means_over_the_tokens_that_they_speak_of():
-    one = Cost(tokens=4, pruned_tokens=2, not_read_sum=1.0, outside_sum=0.6, remasks=1, context_tokens=10, contexts=1)
+    counts = {"tokens": 4, "pruned_tokens": 2, "remasks": 1, "context_tokens": 10, "contexts": 1}
+    one = Cost(**counts, not_read_sum=1.0, outside_sum=0.6, trace={"window": 10})
     other = Cost(tokens=6, pruned_tokens=3, not_read_sum=1.4, outside_sum=0.9, context_tokens=5, contexts=1)
     total = one + other
+    assert (total.trace, (one + Cost()).trace) == (None, one.trace)  # what a detector saw is of one context
     assert total.effective_sparsity == pytest.approx(2.4 / 10)
     assert total.read == pytest.approx(1 - 2.4 / 5)
     assert total.mask_sparsity == pytest.approx(1.5 / 5)

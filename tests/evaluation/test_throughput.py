@@ -118,13 +118,13 @@ def test_small_batches_wait_for_a_large_head(monkeypatch, method):
         monkeypatch.setattr(scoring, "LARGE_HEAD", 1 if held else 1 << 40)
         monkeypatch.setattr(scoring, "HELD_TOKENS", held)
         calls.clear()
-        given_ = []
         with open_session(model, method) as session:
             scored = session if session.prunes else DenseSession()
             mine = scorer(model, lambda x: (calls.append(len(x)), head(x))[1], scored, 2)
-            found = mine.score(_requests(), lambda part, kept=given_: kept.append([i for i, _ in part]))
-        runs[held], counts[held] = [s.logprob for s in found], len(calls)
-        assert sorted(itertools.chain(*given_)) == list(range(len(_requests())))
+            given_ = [mine.run(unit) for unit in mine.units(_requests())]
+        found = sorted(itertools.chain(*given_), key=lambda pair: pair[0])
+        runs[held], counts[held] = [s.logprob for _, s in found], len(calls)
+        assert [i for i, _ in found] == list(range(len(_requests())))
         assert len(calls) == len(given_)
     assert 2 * counts[150] < counts[0]
     assert runs[0] == pytest.approx(runs[150], abs=1e-6)

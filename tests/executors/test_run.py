@@ -159,7 +159,7 @@ def test_the_chat_template_is_used_when_asked_for(saved_llama, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "most", "halvings"), [("smoke_questions", 2, 3), ("smoke_summary", 2, 1)])
+@pytest.mark.parametrize(("task", "most", "halvings"), [("smoke_questions", 2, 3), ("smoke_summary", 2, 2)])
 def test_where_memory_runs_out_batches_are_halved(saved_llama, tmp_path, monkeypatch, task, most, halvings):
     """Forwards of more rows do not fit: the numbers are those of small batches."""
     wanted = run_local(_config(saved_llama, tmp_path / "small", tasks=task, batch_size=1), Watch())

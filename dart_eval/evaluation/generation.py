@@ -1,0 +1,222 @@
+"""Generated texts: the prompt runs dense and makes the mask, every decoded token runs pruned.
+
+Tokens are drawn and prompts prepared by lm-eval's `HFLM`. What is here: which prompts run together, which of the new
+tokens count, and what they cost.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from transformers import LogitsProcessorList
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation import sampling
+from dart_eval.evaluation.batching import Budget, batches
+from dart_eval.evaluation.costs import Cost
+from dart_eval.evaluation.fitting import fit
+from dart_eval.evaluation.requests import Text
+from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.unusable import LogitsWatch
+from dart_eval.ffn import decoder
+from dart_eval.pruning.dense import AnySession
+from dart_eval.pruning.session import Step
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be continued."""
+
+    request: int  # its index
+    name: str
+    text: str
+    tokens: int
+    cut: bool  # it did not fit whole
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that are continued together, the longest first.
+
+    Attributes:
+        longest: tokens that a prompt may have.
+        new_tokens: that each may get.
+        stop: texts that end one.
+        kwargs: further ones of `generate`.
+        draws: tokens are drawn instead of being the likeliest.
+    """
+
+    prompts: list[Prompt]
+    longest: int
+    new_tokens: int
+    stop: list[str]
+    kwargs: dict[str, Any]
+    draws: bool
+
+    @property
+    def requests(self) -> list[int]:
+        """Indices of the requests that it answers."""
+        return [p.request for p in self.prompts]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompts, and as many new ones as there may be."""
+        return sum(p.tokens + self.new_tokens for p in self.prompts)
+
+    @property
+    def forwards(self) -> int:
+        """What it takes beside its tokens: one for each new token."""
+        return self.new_tokens
+
+
+class Generator:
+    """Continues prompts on one model under a session.
+
+    Args:
+        lm: lm-eval's model.
+        session: what prunes it, or lets it run dense.
+        budget: sizes of batches.
+        angles: of the model.
+        documents: task -> field of its document that may be cut to fit.
+        seed: of what draws its tokens.
+
+    Attributes:
+        state_bytes: largest method state seen, per sequence.
+
+    Raises:
+        UserError: nothing ends a text.
+    """
+
+    def __init__(
+        self, lm: HFLM, session: AnySession, budget: Budget, angles: Angles, documents: Mapping[str, str], seed: int = 0
+    ) -> None:
+        if lm.eot_token_id is None:
+            raise UserError("the tokenizer has no EOS token to end a text", "name one in its tokenizer_config.json")
+        self.lm, self.session, self.budget, self.angles = lm, session, budget, angles
+        self.documents, self.seed, self.ends, self.state_bytes = documents, seed, ends_of(lm), 0
+
+    def units(self, requests: Sequence[tuple[str, Instance]]) -> list[Prompts]:
+        """What runs together.
+
+        Args:
+            requests: distinct ones, with their names.
+
+        Raises:
+            UserError: a prompt has no room beside the new tokens.
+        """
+        groups: dict[str, list[int]] = {}
+        for i, (_, request) in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        return [unit for members in groups.values() for unit in self._units({i: requests[i] for i in members})]
+
+    def _units(self, group: dict[int, tuple[str, Instance]]) -> Iterator[Prompts]:
+        """Of requests with the same settings, by their index."""
+        settings = next(iter(group.values()))[1].args[1]
+        kwargs = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
+        eos = self.lm.tok_decode([self.lm.eot_token_id], skip_special_tokens=False)
+        stop = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+        new: int = kwargs.pop("max_gen_toks")
+        longest = self.lm.max_length - new
+        if longest <= 0:
+            raise UserError(f"{new} new tokens do not fit in a length of {self.lm.max_length}")
+        prompts = []
+        for i, (name, request) in group.items():
+            text, cut = fit(self.lm, request, longest, self.documents.get(request.task_name or ""))
+            prompts.append(Prompt(i, name, text, len(self.lm.tok_encode(text)), cut))
+        prompts.sort(key=lambda p: (p.tokens, p.request), reverse=True)
+        for alike in self.angles.together([(p.tokens, p.tokens + new) for p in prompts]):
+            sizes = [prompts[n].tokens + new for n in alike]
+            # Every new token is a forward: full batches save more than padding costs.
+            for part in batches(sizes, self.budget.rows, self.budget.generated, new * self.budget.forward):
+                together = [prompts[n] for n in alike[part]]
+                yield Prompts(together, longest, new, stop, kwargs, sampling.draws(settings))
+
+    @torch.no_grad()
+    def run(self, unit: Prompts) -> list[tuple[int, Text]]:
+        """The texts of a unit's requests, with their indices."""
+        if unit.draws:
+            sampling.begin_stream(self.seed, [p.name for p in unit.prompts])
+        lm, prompts = self.lm, unit.prompts
+        ids, attention = lm.tok_batch_encode([p.text for p in prompts], left_truncate_len=unit.longest)
+        watch, log = LogitsWatch(len(ids)), GenerationLog(self.session)
+        self.angles.reset()
+        with log.watching(lm.model):
+            output = lm._model_generate(
+                context=ids.to(lm.device), attention_mask=attention.to(lm.device), stop=unit.stop,
+                max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,
+            )[:, ids.shape[1] :]  # fmt: skip
+        self.state_bytes = max(self.state_bytes, self.session.state_bytes // len(prompts))
+        texts = []
+        for row, prompt in enumerate(prompts):
+            tokens = output[row].tolist()
+            counted = self.counted(tokens, unit.stop)  # a row that has ended may write on until its whole batch has
+            text = postprocess_generated_text(lm.tok_decode(tokens[:counted]), unit.stop, None)
+            cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
+            texts.append((prompt.request, Text(text, cost, prompt.cut, watch.usable(row, counted))))
+        return texts
+
+    def counted(self, tokens: list[int], stop: list[str]) -> int:
+        """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+
+        def stopped(count: int) -> bool:
+            return any(s in self.lm.tok_decode(tokens[:count]) for s in stop if s)
+
+        # The shortest beginning that holds a stop sequence, if the whole does.
+        return 1 + bisect_left(range(1, end), True, key=stopped) if stopped(end) else end
+
+
+def ends_of(lm: HFLM) -> set[int | None]:
+    """Tokens that end a text: the tokenizer's end of sequence, and those of the model's own settings."""
+    ends = getattr(lm.model.generation_config, "eos_token_id", None)
+    return {lm.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
+
+
+class GenerationLog:
+    """What a session logs while a batch generates.
+
+    A prefill makes a token densely, each forward after it one under the masks. There may be several: where the rotary
+    angles switch, Phi-3 computes the KV cache of the prompt and all tokens so far anew. To the session these are new
+    contexts, with new masks and a new log.
+    """
+
+    def __init__(self, session: AnySession) -> None:
+        self.session = session
+        self._parts: list[tuple[list[Step], list[dict[str, Any]]]] = []  # steps and events since each prefill
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """The forwards inside generate the batch."""
+        handle = decoder(model).register_forward_hook(self._note)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _note(self, *_: Any) -> None:
+        if not self._parts or self._parts[-1][0] is not self.session.steps:
+            self._parts.append((self.session.steps, self.session.events))
+
+    def cost(self, row: int, tokens: int) -> Cost:
+        """Of the first `tokens` that a row generated."""
+        steps: list[Step | None] = []  # None: a prefill
+        remasks = 0
+        for part, events in self._parts:
+            remasks += sum(e["sequence"] == row and len(steps) + e["step"] < tokens for e in events)
+            steps += [None, *part]
+        counted = [step for step in steps[:tokens] if step is not None]
+        not_read = [float(1 - step.read[row]) for step in counted]
+        return Cost(
+            tokens=tokens, pruned_tokens=sum(share > 0 for share in not_read), not_read_sum=sum(not_read),
+            outside_sum=sum(float(1 - step.mask[row]) for step in counted), remasks=remasks,
+            trace=self.session.trace(row, tokens - 1) if len(self._parts) == 1 else None,
+        )  # fmt: skip
