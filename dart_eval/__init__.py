@@ -1,6 +1,7 @@
 """dart-eval: an honest harness for dynamic FFN pruning of language models.
 
-Python surface: `prune` (use a method while generating), `methods` (what there is), `evaluate` (run cells).
+Python surface: `prune` (use a method while generating), `methods` (what there is), `Pruner` (a method of your own
+parts), `evaluate` (run cells).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 from dart_eval.errors import UserError
 
 if TYPE_CHECKING:
+    from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.registry import methods
     from dart_eval.pruning.session import prune
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "evaluate", "methods", "prune"]
+__all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune"]
 
 
 def __getattr__(name: str) -> Any:
-    """`prune` and `methods` import torch and transformers, so they wait until somebody asks (`--help` does not)."""
+    """These import torch and transformers, so they wait until somebody asks (`--help` does not)."""
     if name == "prune":
         from dart_eval.pruning.session import prune
 
@@ -25,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from dart_eval.pruning.registry import methods
 
         return methods
+    if name == "Pruner":
+        from dart_eval.pruning.method import Pruner
+
+        return Pruner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from dart_eval.errors import UserError
 from dart_eval.files import read_text, write
 
-ALLOCATIONS = ("uniform", "depth")
-TABLE = "table:"  # and the file of a saved allocation
 TABLE_TOLERANCE = 0.005  # of the mean keep ratio: published tables are rounded to four digits
 
 EARLY_SHARE, LATE_SHARE = 0.30, 0.15  # w_e, w_l: shares of the depth that count as early and late
@@ -111,52 +109,85 @@ def exact_counts(wanted: Sequence[float], most: Sequence[int], total: int) -> li
 
 
 @dataclass(frozen=True)
-class StageCounts:
-    """Neurons per layer, [L] each: of the mask; those of them that a token picks; those of these that it writes."""
+class Counts:
+    """Neurons per layer, [L] each: of the mask; those of them that a token takes; those of these that it writes.
+
+    whole: matrices of which a token reads the rows of the whole mask. Of down it reads the columns of what it writes,
+    of all other matrices the rows of what it takes.
+    """
 
     mask: list[int]
-    picked: list[int]
+    taken: list[int]
     written: list[int]
+    whole: int
 
 
-def stage_counts(
-    ratios: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float, matrices: int, down: float = 1.0
-) -> StageCounts:
-    """How many neurons of every layer each stage of a token's choice keeps, at weights read = 1 - sparsity.
+def chosen_counts(
+    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole: int,
+    ratio: float | None, write_share: float, title: str = "the choice",
+) -> Counts:  # fmt: skip
+    """How many neurons of every layer a token's choice keeps, at weights read = 1 - sparsity.
 
-    A gated FFN reads the gate's rows of the mask's neurons, up's of the picked ones, down's of the written ones:
-    weights read = (c_mask + c_picked + c_written) / 3. A plain FFN reads up's rows of the mask's neurons and down's of
-    the picked ones, which are those it writes: (c_mask + c_picked) / 2. Both are met to the neuron, over all layers,
-    and by every layer up to rounding: where a mask ends at all its neurons, the layer's later stages get what is left.
+    A gated FFN whose gate is read whole reads (mask + taken + written) / 3; a plain one, whose up is, (mask + taken) /
+    2. In general matrices * read = whole * mask + (matrices - 1 - whole) * taken + written. It is met to the neuron,
+    over all layers, and by every layer up to rounding: where a mask ends at all its neurons, the layer's later stages
+    get what is left.
 
     Args:
-        ratios: [L] weights read of every layer, mean 1 - sparsity.
-        spread: c_mask as a multiple of the weights read; 1 is a mask alone (every neuron of it is picked and written).
-        matrices: 3 for gated FFNs and 2 for plain ones.
-        down: c_written / c_picked of a gated FFN, as far as the mask has enough neurons to pick.
+        densities: [L] weights read of every layer, mean 1 - sparsity.
+        matrices: 3 for gated FFNs and 2 for plain ones. whole: of these, those read for the whole mask.
+        ratio: neurons of the mask as a multiple of the weights read (1 is a mask alone); None: all neurons.
+        write_share: written / taken of a gated FFN, as far as the mask has enough neurons to take.
+        title: what the choice is called in an error.
+
+    Raises:
+        UserError: what is read whole is more than the sparsity leaves.
     """
-    gated, everything = matrices == 3, sum(sizes)
+    everything = sum(sizes)
     kept = round((1.0 - sparsity) * everything)
     budget = matrices * kept  # in rows of one matrix
-    # At matrices * r nothing is left to pick.
-    wanted = [min(spread * r, 1.0, matrices * r) * n for r, n in zip(ratios, sizes, strict=True)]
-    clipped = sum(spread * r * n - w for r, n, w in zip(ratios, sizes, wanted, strict=True))
-    masked = max(kept, min(everything, budget, round(spread * kept - clipped)))
-    if gated and down == 1:
-        masked = max(kept, masked - (masked - budget) % 2)  # so that the rest divides among its two matrices
-    mask = exact_counts(wanted, sizes, masked)
-    left = [matrices * r * n - w for r, n, w in zip(ratios, sizes, wanted, strict=True)]
-    if not gated:
-        picked = exact_counts(left, mask, budget - masked)
-        return StageCounts(mask, picked, picked)
-    share = [x / (1 + down) for x in left]  # of the layer's rest, for up's rows
-    missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # where the mask has fewer to pick
-    most = math.ceil((budget - masked) / (1 + down) - missing)
-    most = min(masked, max(most, math.ceil((budget - masked) / 2)))
-    picked = exact_counts(share, mask, most)
-    rest = [x - min(s, m) for x, s, m in zip(left, share, mask, strict=True)]
-    written = exact_counts(rest, picked, budget - masked - most)
-    return StageCounts(mask, picked, written)
+    middle = matrices - 1 - whole  # matrices of which the rows of what is taken are read
+    if ratio is None:
+        wanted, mask = [float(n) for n in sizes], list(sizes)
+        if whole * everything > budget:
+            most = 1 - whole / matrices
+            raise UserError(
+                f"{title} reads {whole} of the FFN's {matrices} matrices whole, which is more than sparsity "
+                f"{sparsity:g} leaves",
+                f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a mask that is not everything",
+            )
+    else:
+        wanted, mask = _mask_stage(densities, sizes, kept, matrices, whole, ratio, middle == 1 and write_share == 1)
+    masked = sum(mask)
+    # At `matrices * density` nothing is left to take.
+    left = [matrices * r * n - whole * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
+    rest = budget - whole * masked
+    if middle == 0:
+        taken = exact_counts(left, mask, rest)
+        return Counts(mask, taken, taken, whole)
+    share = [x / (middle + write_share) for x in left]
+    missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # where the mask has fewer to take
+    most_taken = math.ceil(rest / (middle + write_share) - missing)
+    most_taken = min(masked, max(most_taken, math.ceil(rest / (middle + 1))))
+    taken = exact_counts(share, mask, most_taken)
+    unwritten = [x - middle * min(s, m) for x, s, m in zip(left, share, mask, strict=True)]
+    written = exact_counts(unwritten, taken, rest - middle * most_taken)
+    return Counts(mask, taken, written, whole)
+
+
+def _mask_stage(
+    densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, whole: int, ratio: float, even: bool
+) -> tuple[list[float], list[int]]:
+    """Neurons of every layer's mask, as wanted and exactly. even: what is left must divide among two matrices."""
+    most = matrices / whole if whole else math.inf
+    wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
+    clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
+    budget = matrices * kept
+    limit = min(sum(sizes), budget // whole) if whole else sum(sizes)
+    masked = max(kept, min(limit, round(ratio * kept - clipped)))
+    if even:
+        masked = max(kept, masked - (whole * masked - budget) % 2)
+    return wanted, exact_counts(wanted, sizes, masked)
 
 
 def read_table(path: str | Path) -> list[float]:

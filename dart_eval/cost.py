@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from dart_eval.ffn import FFN, decoder, decoder_layers, features
-from dart_eval.pruning.method import Method, PromptMethod
+from dart_eval.pruning.method import Pruner
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,18 @@ def _is_projection(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class Tracing:
-    """FLOPs that a method itself adds.
+class Overhead:
+    """What a method itself adds.
 
     Attributes:
-        prefill: scoring the prompt's tokens, sensitivities and detector included (an upper bound: five operations
-            per neuron and token, which token normalisation needs). Sorting scores is comparisons, and not counted.
-        decode_step: per decoded token: the detector, and picking neurons where tokens do.
-        remask: one renewal of all masks. From the ring buffer: dense gate and up on R inputs, and scoring; down's
-            columns of the pruned neurons once, where these are made up for. From M dense tokens: scoring them, and
-            what each computes more than a pruned one.
-        remask_read: FFN weights that a renewal reads / all FFN weights: each once however many inputs the ring has;
-            of M dense tokens what each reads more than a pruned one.
+        prefill: FLOPs of observing the prompt's tokens, by all parts (an upper bound: five operations per neuron and
+            token, which token normalisation needs). Sorting scores is comparisons, and not counted.
+        decode_step: FLOPs per decoded token: the detector, and choosing neurons where tokens do.
+        remask: FLOPs of one re-mask. From the ring: dense gate and up on its inputs, and observing them; down's columns
+            of the pruned neurons once, where something stands in for these. From dense tokens: observing them, and what
+            each computes more than a pruned one.
+        remask_read: FFN weights that a re-mask reads / all FFN weights: each once however many inputs the ring has; of
+            dense tokens what each reads more than a pruned one.
     """
 
     prefill: int
@@ -132,45 +132,34 @@ class Tracing:
     remask_read: float
 
 
-def tracing(method: Method, shape: ModelShape, tokens: int, weights_read: float) -> Tracing:
-    """What `method` adds on a prompt of that many tokens. Elementwise: one FLOP per element and operation.
+def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float) -> Overhead:
+    """What `method` adds on a prompt of that many tokens: the sum over its parts. One FLOP per element and operation.
 
     weights_read: share of the FFN weights that a pruned token multiplies.
     """
-    if not isinstance(method, PromptMethod):
-        return Tracing(0, 0.0, 0, 0.0)
-    neurons, width = sum(shape.ffn_sizes), shape.width
-    two_stage, renewal = method.stages > 1, method.renewal
-    mask = min(1.0, method.stages * weights_read) * neurons
-    # Per neuron and token: a square and a sum for the norm, a square, a division and a sum for the score; a square, a
-    # factor and a sum for up; a factor and a sum for the mean.
-    scoring = (5 + 3 * two_stage + 2 * method.compensate) * neurons
-    constants = round(2 * width * (neurons - mask)) if method.compensate else 0  # down's columns of the pruned neurons
-    prefill = tokens * scoring + constants
-    if method.layer_allocation == "depth":
-        prefill += tokens * shape.layers * 8 * width  # two norms, a difference, its norm, a dot product
-    decode_step = 3 * mask if two_stage else 0.0  # |act(gate x)| and its factor; |h|, of the picked ones at most
-    if method.compensate:
-        decode_step += shape.layers * width
-    if method.drift is not None:
-        prefill += tokens * 2 * width
-        decode_step += width + (2 + 6 * width) / method.drift.window  # a sum per token, a cosine per window
-    remask, read = 0, 0.0
-    if method.needs_ring:
-        into_hidden = 2 * (shape.ffn_matrices - 1) * width * neurons
-        remask = renewal.ring * (into_hidden + scoring)
+    neurons, remask = sum(shape.ffn_sizes), method.mask.remask
+    mask = 1.0 if method.mask.whole else min(1.0, method.choice.mask_ratio * weights_read)
+    observing = neurons * sum(part.flops_per_neuron() for part in method.observers)
+    # Down's columns of the pruned neurons, once.
+    constants = round(2 * shape.width * (neurons - mask * neurons)) if method.compensation.adds else 0
+    parts = method.parts()
+    prefill = tokens * (observing + sum(part.flops_per_token(shape) for part in parts)) + constants
+    step = sum(part.flops_per_step(shape, mask * neurons) for part in parts)
+    flops, read = 0, 0.0
+    if remask.needs_ring:
         read = (shape.ffn_matrices - 1) / shape.ffn_matrices
-    elif method.drift is not None and renewal.on_alarm and renewal.dense_tokens:
-        read = renewal.dense_tokens * (1 - weights_read)
-        remask = renewal.dense_tokens * scoring + round(2 * shape.ffn_weights * read)
-    if remask:
-        remask += 3 * neurons + constants  # old and recent scores blended
-        read += (1 - mask / neurons) / shape.ffn_matrices if constants else 0.0
-    return Tracing(prefill, decode_step, remask, read)
+        flops = remask.ring * (round(2 * shape.ffn_weights * read) + observing)
+    elif remask.alarms_remask and remask.dense_tokens:
+        read = remask.dense_tokens * (1 - weights_read)
+        flops = remask.dense_tokens * observing + round(2 * shape.ffn_weights * read)
+    if flops:
+        flops += 3 * neurons + constants  # old and recent scores blended
+        read += (1 - mask) / shape.ffn_matrices if constants else 0.0
+    return Overhead(round(prefill), step, flops, read)
 
 
 def describe(
-    method: Method, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
+    method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
 ) -> dict[str, Any]:
     """The cost block of a record, at the mean context length of what was run. FLOPs.
 
@@ -178,7 +167,7 @@ def describe(
     tokens; `renewals_read` are the FFN weights that these read, per decoded token, over all FFN weights.
     """
     tokens = max(1, round(context))
-    added = tracing(method, shape, tokens, weights_read)
+    added = overhead(method, shape, tokens, weights_read)
     dense = shape.decode(tokens + 1)
     per_token = added.decode_step + added.remask * remasks_per_token
     return {

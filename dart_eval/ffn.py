@@ -140,7 +140,12 @@ class FFN:
     @property
     def matrices(self) -> int:
         """How many F x D matrices a token multiplies: 3 for gated FFNs, 2 for plain ones."""
-        return 3 if self.gate is not None or self.fused else 2
+        return 3 if self.gated else 2
+
+    @property
+    def gated(self) -> bool:
+        """Whether h is a product of act(gate x) and up x."""
+        return self.gate is not None or self.fused
 
 
 def weight_matrix(linear: nn.Module) -> Tensor:
@@ -172,6 +177,11 @@ def encoded(linear: nn.Module) -> str | None:
 def is_conv1d(linear: Any) -> bool:
     """Whether this is GPT-2's projection, whose weight is stored [in, out]."""
     return type(linear).__name__ == "Conv1D"
+
+
+def device_of(ffn: FFN) -> torch.device:
+    """Where an FFN's weights are."""
+    return next(ffn.down.parameters()).device
 
 
 def features(linear: Any) -> tuple[int, int]:

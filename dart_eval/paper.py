@@ -95,7 +95,7 @@ def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[Layout, tuple[st
         raise UserError("methods must be labels with methods", "for example `DART: dart`")
     specs = checked("method", list(methods.values()))
     made = [methods_of(dataclasses.replace(base, method=(spec,)))[0] for spec in specs]
-    rows = tuple(Row(str(label), m.name, m.params(), m.prunes) for label, m in zip(methods, made, strict=True))
+    rows = tuple(Row(str(label), m.name, m.params(), m.sized) for label, m in zip(methods, made, strict=True))
     if not isinstance(table["columns"], dict):
         raise UserError("columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
     columns = tuple(_column(str(head), column, base) for head, column in table["columns"].items())

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dart_eval.allocation import check_table
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.evaluation.batching import check_batch_size
 from dart_eval.evaluation.evaluate import EvalSettings
@@ -26,7 +25,7 @@ from dart_eval.files import check_name
 from dart_eval.hashes import PACKAGE, code_hash, source_hash
 from dart_eval.models import ModelSpec, Resolved
 from dart_eval.pruning.calibration import DEFAULT_TEXT
-from dart_eval.pruning.method import Method
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import check_sparsity
 from dart_eval.values import checked
@@ -216,46 +215,48 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
 class Cell:
     """One (model, method, sparsity, task ...) combination: the unit of running and skipping.
 
-    `inputs` is everything that can change a number, as recorded; `key` its hash; `name` is for people.
+    `inputs` is everything that can change a number, as recorded; `key` its hash, whatever the method was called: two
+    spellings of one composition are one cell. `name` is for people.
     """
 
-    method: Method
+    method: Pruner
     sparsity: float
     task: str
     inputs: dict[str, Any] = field(compare=False)
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+        asked = {name: value for name, value in self.inputs.items() if name != "method"}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     @property
     def title(self) -> str:
         """For people: task, method with the parameters that are not its defaults, sparsity."""
-        return f"{self.task} {spec_of(self.method)}" + (f" {self.sparsity:g}" if self.method.prunes else "")
+        return f"{self.task} {self.method.spec}" + (f" {self.sparsity:g}" if self.method.sized else "")
 
     @property
     def name(self) -> str:
-        sparsity = f"-{self.sparsity:g}" if self.method.prunes else ""
+        sparsity = f"-{self.sparsity:g}" if self.method.sized else ""
         return f"{self.task}-{self.method.name}{sparsity}"
 
 
-def methods_of(config: RunConfig) -> list[Method]:
+def methods_of(config: RunConfig) -> list[Pruner]:
     """The methods to run, each checked; the run's seed and allocation go to those that have one and were given none.
 
     Raises:
         UserError: unknown method or parameter.
     """
-    made = []
+    made: list[Pruner] = []
     for spec in config.method:
         name, params = parse(spec)
         method = make(name, params)
-        if config.allocation is not None and "allocation" in method.params() and "allocation" not in params:
-            method = dataclasses.replace(method, allocation=config.allocation)  # type: ignore[call-arg]
-        if "seed" in method.params() and "seed" not in params:
-            method = dataclasses.replace(method, seed=config.seed)  # type: ignore[call-arg]
-        if isinstance(method.table, list):
-            for sparsity in config.sparsity:
-                check_table(method.table, sparsity)
+        given = {path.partition(".")[0] for path in params}
+        if config.allocation is not None and "allocation" not in given and not method.mask.fixed:
+            method = make(name, {**params, "allocation": config.allocation})
+        if "score.seed" in method.params() and not {"seed", "score.seed"} & set(params):
+            method = make(name, {**params, "score.seed": config.seed})
+        for sparsity in config.sparsity if method.sized else ():
+            method.allocation.check(sparsity)
         if method not in made:
             made.append(method)
     return made
@@ -278,7 +279,7 @@ def plan(
             # The shape of a batch moves last digits. They show in half precision, and where a token chooses its
             # neurons: near a tie it takes others. What shares a batch also shares its random numbers.
             moves = model.dtype != "float32" or method.token_chooses
-            for sparsity in dict.fromkeys(config.sparsity) if method.prunes else (0.0,):
+            for sparsity in dict.fromkeys(config.sparsity) if method.sized else (0.0,):
                 inputs = {
                     "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
                     "method": method.name, "params": method.params(), "sparsity": sparsity,
@@ -296,20 +297,10 @@ def plan(
     return cells
 
 
-def spec_of(method: Method) -> str:
-    """A method as a user types it: its name and the parameters that are not its defaults."""
-    params = [
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in method.params().items()
-        if value != getattr(type(method), name, None)
-    ]
-    return ":".join([method.name, *params])
-
-
 def command(config: RunConfig, cell: Cell) -> str:
     """The line that makes this one cell, for a shell: options that differ from their defaults, its own method."""
-    words = ["dart-eval", "run", "--tasks", cell.task, "--method", spec_of(cell.method)]
-    if cell.method.prunes:
+    words = ["dart-eval", "run", "--tasks", cell.task, "--method", cell.method.spec]
+    if cell.method.sized:
         words += ["--sparsity", f"{cell.sparsity:g}"]
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
     told = {k: v for k, v in options.items() if k not in NO_OPTION_OF_A_CELL and v != getattr(RunConfig, k)}
@@ -341,15 +332,14 @@ def environment() -> dict[str, str]:
     return {**versions(), "dart-eval": version("dart-eval"), "python": platform.python_version()}
 
 
-def _method_code(method: Method) -> str | None:
-    """Hash of the module of a method from another package; ours are part of `code_hash`."""
-    if type(method).__module__.split(".")[0] == PACKAGE.name:
-        return None
-    module = inspect.getmodule(type(method))
+def _method_code(method: Pruner) -> str | None:
+    """Hash of the modules of parts from other packages; ours are part of `code_hash`."""
+    modules = [inspect.getmodule(type(p)) for p in method.parts() if type(p).__module__.split(".")[0] != PACKAGE.name]
     try:
-        return source_hash(inspect.getsource(module)) if module else None
+        sources = sorted({source_hash(inspect.getsource(module)) for module in modules if module is not None})
     except OSError:
         return None
+    return " ".join(sources) or None
 
 
 def _file_hash(path: str | None) -> str:

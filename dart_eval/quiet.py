@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+from dart_eval.errors import RenamedWarning
+
 
 def silence() -> None:
     """Errors of lm-eval and the hub come as exceptions too; their warnings and progress bars are not for our users."""
@@ -12,6 +14,7 @@ def silence() -> None:
     import transformers
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("once", category=RenamedWarning)
     for name in ("lm_eval", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     transformers.logging.set_verbosity_error()

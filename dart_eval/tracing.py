@@ -14,7 +14,7 @@ from dart_eval.evaluation.tasks import Tasks
 from dart_eval.ffn import cache_argument
 from dart_eval.finite import refuse_not_finite
 from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.method import Method, PromptMethod
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session import prune
 
 SCHEMA = 1
@@ -48,7 +48,7 @@ def smoke_passage(number: int) -> Passage:
 
 @torch.no_grad()
 def trace(
-    model: PreTrainedModel, tokenizer: Any, method: Method, sparsity: float, passage: Passage, tokens: int = 200
+    model: PreTrainedModel, tokenizer: Any, method: Pruner, sparsity: float, passage: Passage, tokens: int = 200
 ) -> dict[str, Any]:
     """Run a passage under a method; the prompt dense, at most `tokens` tokens after it pruned.
 
@@ -62,7 +62,7 @@ def trace(
         UserError: the prompt or the text is too short or too long, the method makes no mask from a prompt, or a
             log-probability is NaN or infinite.
     """
-    if not isinstance(method, PromptMethod) or method.looks_ahead:
+    if method.mask.fixed or method.looks_ahead:
         raise UserError(
             f"method {method.name} makes no mask from a prompt", "trace griffin, dart or another of its kind"
         )
@@ -99,7 +99,7 @@ def trace(
             cache = getattr(out, "cache", None) or out.past_key_values
             out = model(torch.tensor([[token]], device=device), use_cache=True, **{name: cache})
         state = session.state
-        assert state is not None and state.keep is not None
+        assert state is not None and state.kept is not None
         detector = session.trace(0)
         if detector is not None:
             del detector["remasks"]
@@ -107,7 +107,7 @@ def trace(
             "schema": SCHEMA, "method": method.name, "params": method.params(), "sparsity": sparsity,
             "prompt_tokens": prompt.shape[1], "switch": passage.switch,
             "tokens": [tokenizer.decode([t]) for t in decoded], "logprobs": logprobs,
-            "layers": {"kept": state.keep[0].tolist(), "sizes": [f.size for f in session.ffns]},
+            "layers": {"kept": state.kept[0].tolist(), "sizes": [f.size for f in session.ffns]},
             "detector": detector,
             "remasks": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events],
             "effective_sparsity": session.effective_sparsity, "weights_read": session.weights_read,

@@ -8,6 +8,7 @@ from typing import Any
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import check_batch_size
+from dart_eval.pruning.registry import spelled
 from dart_eval.yamls import shown
 
 MOST = 2**32  # no count of anything is as large
@@ -29,7 +30,10 @@ def checked(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
         return tuple(_sparsity(item) for item in _items(value))
-    if key in ("method", "tasks"):
+    if key == "method":
+        items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else _items(value)
+        return tuple(_method(item) for item in items)
+    if key == "tasks":
         return tuple(_text(key, item) for item in _items(value))
     kind: Any = _KINDS.get(key, str)
     if key == "batch_size":
@@ -67,6 +71,18 @@ def _text(key: str, value: Any) -> str:
     if not text and key != "cue":
         raise UserError(f"{key} is empty", "give a value, or leave the key out")
     return text
+
+
+def _method(item: Any) -> str:
+    """A method as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
+    if not isinstance(item, dict):
+        return _text("method", item)
+    if len(item) != 1:
+        raise UserError(f"method {shown(item)} has several names", "put a dash before each method")
+    ((name, parts),) = item.items()
+    if parts is not None and not isinstance(parts, dict):
+        raise UserError(f"method {name} takes keys and values, not {shown(parts)}", "as in griffin: {remask: drift}")
+    return spelled(str(name), parts or {})
 
 
 def _sparsity(item: Any) -> float:

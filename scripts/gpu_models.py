@@ -21,7 +21,10 @@ from dart_eval.pruning.session import prune
 
 SPARSITY = 0.7
 # A detector that sees drift in every window, so that masks do change.
-RESTLESS = {"window": 3, "sigma": -1000.0, "floor": -3.0, "patience": 1, "cooldown": 0, "min_windows": 1, "ring": 5}
+RESTLESS = {
+    "remask.window": 3, "remask.sigma": -1000.0, "remask.floor": -3.0, "remask.patience": 1, "remask.cooldown": 0,
+    "remask.min_windows": 1, "remask.ring": 5,
+}  # fmt: skip
 PROMPT, STEPS = 48, 12
 
 

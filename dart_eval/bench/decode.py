@@ -30,7 +30,8 @@ from dart_eval.bench.twin import own_bytes, twin
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.machine import foreign_cpu, peak_memory, wait
-from dart_eval.pruning.method import Method, PromptMethod
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.remask import Due
 from dart_eval.pruning.session import Session, prune
 
 CHANGED = 0.2  # of the kept neurons: the re-mask that is timed
@@ -117,7 +118,7 @@ def paired(above: list[float], below: list[float], offset: float = 0.0) -> Ratio
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
-    method: Method,
+    method: Pruner,
     sparsity: float,
     *,
     tokenizer: Any = None,
@@ -138,7 +139,7 @@ def measure(
         UserError: a method that does not prune or looks ahead, weights that cannot be reordered, or no memory for the
             FFN weights of the dense side.
     """
-    if not method.prunes or (isinstance(method, PromptMethod) and method.looks_ahead):
+    if not method.prunes or method.looks_ahead:
         raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
     shape = cost.shape_of(model, find_ffns(model))
     before = _weight_bytes(model)
@@ -162,7 +163,7 @@ def measure(
             del values[: len(values) // (1 + rounds)]
         for _ in range(max(3, rounds)):
             bench.exchange(run, exchange)
-            if isinstance(method, PromptMethod) and method.needs_ring:
+            if method.mask.remask.needs_ring:
                 bench.renewal(run, renewal)
         share = run.shares(1)
         assert run.permuted is not None
@@ -259,7 +260,7 @@ class _Bench:
         if name == "pruned":
             return self.step(self.model, token, cache)[0]
         if name == "bare":
-            with run.paused(), run.sliced():
+            with run.paused(), run.executing.held():
                 return self.step(self.model, token, cache)[0]
         return self.step(self.dense, token, cache)[0]
 
@@ -289,17 +290,17 @@ class _Bench:
         everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
         times["dense"].append(self._dense())
         copied = state.select(torch.arange(state.batch, device=state.device))
-        times["renewal"].append(self.timed(lambda: copied.remask(everyone))[0])
+        times["renewal"].append(self.timed(lambda: copied.remask(Due(everyone, "alarm")))[0])
 
     def begin_and_end(self, run: Session, times: dict[str, list[float]]) -> None:
         """Put every neuron back, take the weights over again, and move the kept neurons to the front."""
-        permuted, masks = run.permuted, run.state.masks if run.state is not None else run.static_masks
-        assert permuted is not None and masks is not None
+        permuted, state = run.permuted, run.state
+        assert permuted is not None and state is not None
         times["dense"].append(self._dense())
         times["end"].append(self.timed(permuted.restore)[0])
         times["begin"].append(self.timed(permuted.begin)[0])
-        for layer, mask in enumerate(masks):
-            permuted.select(layer, mask[0])
+        for layer in range(len(run.ffns)):
+            permuted.select(layer, state.mask(layer)[0])
 
     def _cache(self, name: str) -> Any:
         """An empty cache. Those of a fixed size are kept: a compiled model knows them by their addresses."""
@@ -322,7 +323,7 @@ def _weight_bytes(model: torch.nn.Module) -> int:
 @torch.no_grad()
 def profile(
     model: PreTrainedModel,
-    method: Method,
+    method: Pruner,
     sparsity: float,
     path: str,
     *,

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dart_eval import cost, shapes
 from dart_eval.errors import UserError
-from dart_eval.ffn import describe
-from dart_eval.pruning.method import Method, PromptMethod, StaticMethod
+from dart_eval.ffn import FFN, describe
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.prepared import prepare
+from dart_eval.pruning.sequence import nbytes
 from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.vocabulary import Projection
 
 MEGABYTE = 10**6
 CHUNK = 64  # prompt tokens fed at a time
@@ -48,7 +52,7 @@ class Overhead:
 
 
 def measure(
-    method: Method, shape: str, sparsity: float, prompts: tuple[int, ...] = (128, 1024), context: int = 1024
+    method: Pruner, shape: str, sparsity: float, prompts: tuple[int, ...] = (128, 1024), context: int = 1024
 ) -> Overhead:
     """Measure the state after prompts of these lengths, and count FLOPs at a context of `context` tokens.
 
@@ -61,27 +65,23 @@ def measure(
     ffns = describe(model)
     sizes = cost.shape_of(model, ffns)
     dense = sizes.decode(context + 1)
-    added = cost.tracing(method, sizes, context, 1 - sparsity)
+    added = cost.overhead(method, sizes, context, 1 - sparsity)
     state: dict[int, int] = {}
     parts: dict[str, int] = {}
     for length in sorted(prompts):
         state[length], parts = _state(method, ffns, sparsity, length)
     return Overhead(
         method.name, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
-        added.remask / dense, method.renewal.every if isinstance(method, PromptMethod) else 0,
+        added.remask / dense, method.mask.remask.every,
         added.remask_read,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def _state(method: Method, ffns: list[Any], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
+def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
     """Bytes in all and by part, after a prompt of random activations."""
-    if isinstance(method, StaticMethod):
-        masks = sum(f.size for f in ffns)  # one bool a neuron, for all sequences
-        return masks, {"masks": masks}
-    assert isinstance(method, PromptMethod)
-    factors = _factors(method, ffns)
-    state = SequenceState(ffns, method, sparsity, 1, torch.device("cpu"))
+    prepared = prepare(method, ffns, sparsity, Shapes(ffns))
+    state = SequenceState(prepared, 1, torch.device("cpu"))
     width = ffns[0].width
     for start in range(0, tokens, CHUNK):
         n = min(CHUNK, tokens - start)
@@ -89,29 +89,33 @@ def _state(method: Method, ffns: list[Any], sparsity: float, tokens: int) -> tup
         stream = torch.randn(1, n, width, dtype=torch.bfloat16)
         h = torch.randn(1, n, ffns[0].size, dtype=torch.bfloat16)
         for ffn in ffns:
-            if state.ring is not None:
-                state.ring.write(ffn.layer, stream, valid)
-            state.observe_hidden(ffn.layer, h, valid, h if state.two_stage and ffn.matrices == 3 else None)
-            if method.layer_allocation == "depth":
-                state.observe_change(ffn.layer, stream, stream.flip(-1), valid)
+            if state.remasking is not None:
+                state.remasking.observe_input(ffn.layer, stream, valid)
+            state.observe(ffn.layer, h, valid, h if ffn.matrices == 3 else None)
+            state.observe_change(ffn.layer, stream, stream.flip(-1), valid)
         state.observe_attention(stream, valid)
         state.finish_context(valid)
-
-    def bytes_of(tensors: Any) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
+    remasking = state.remasking
+    factors = nbytes(prepared.factors)
     parts = {
-        "scores": bytes_of([*state.energy, *state.up]) + factors,
-        "masks": bytes_of(state.masks or []),
-        "compensation": bytes_of([*state.mean, *(state.constants or [])]),
-        "recent inputs": state.ring.nbytes() if state.ring is not None else 0,
-        "detector": state.detector.nbytes() if state.detector is not None else 0,
+        "scores": nbytes([state.sums[slot] for slot in ("score", "choice") if slot in state.sums]) + factors,
+        "masks": nbytes([prepared.masks, state.masks]),
+        "compensation": nbytes([state.sums.get("compensation"), state.constants]),
+        "recent inputs": nbytes(remasking.ring if remasking else None),
+        "detector": nbytes(remasking.detector if remasking else None),
     }
-    total = state.nbytes() + factors
+    total = state.nbytes() + prepared.nbytes()
     return total, {**parts, "other": total - sum(parts.values())}
 
 
-def _factors(method: PromptMethod, ffns: list[Any]) -> int:
-    """Bytes of a method's factors on the neurons' scores, fp32, for all sequences."""
-    weighed = method.params().get("score", "magnitude") != "magnitude" or method.params().get("down_norm", False)
-    return 4 * sum(f.size for f in ffns) if weighed else 0
+@dataclass
+class Shapes:
+    """A calibration without numbers: factors of the right shape, for a model of which no weights are at hand."""
+
+    ffns: list[FFN]
+
+    def sums(self, observe: Any) -> list[Tensor]:
+        return [torch.zeros(f.size) for f in self.ffns]
+
+    def projection(self) -> list[Projection]:
+        return [Projection(torch.zeros(f.size), torch.zeros(f.size)) for f in self.ffns]

@@ -10,7 +10,8 @@ import contextlib
 import os
 import signal
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 # Before anything imports them: no progress bars and no telemetry of the libraries underneath, only our own view.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -21,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from dart_eval.cli import bench, check, compare, ls, paper, report, run, tables, trace, view
-from dart_eval.errors import UserError
+from dart_eval.errors import RenamedWarning, UserError, remark
 
 app = typer.Typer(
     name="dart-eval",
@@ -82,8 +83,20 @@ def _stop_behind(error: BaseException | None) -> _Stopped | None:
     return error
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """A warning that is meant for people in one line; others as Python has them."""
+    if issubclass(category, RenamedWarning):
+        remark(str(message))
+    else:
+        _PYTHONS(message, category, *place)
+
+
+_PYTHONS = warnings.showwarning
+
+
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal 128 and its number."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # it is called by position
     view.settle_streams()
     errors = view.console(stderr=True, soft_wrap=True)
     for name in STOPS:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import re
 from typing import Annotated
 
 import typer
@@ -16,32 +14,51 @@ app = typer.Typer(help="List methods or tasks.", no_args_is_help=True)
 
 
 @app.command("methods")
-def methods() -> None:
-    """Every method with its parameters and their defaults."""
+def methods(
+    method: Annotated[
+        str, typer.Argument(help="Show this one whole: its parts, their fields, values and help.", metavar="[METHOD]")
+    ] = "",
+) -> None:
+    """Every method in a line; with a name (or a whole spelling, `griffin:remask=drift`) the tree of its parts."""
+    from dart_eval.cli.describe import alternatives, tree
+    from dart_eval.pruning.registry import make, parse
     from dart_eval.pruning.registry import methods as known
 
-    listed = known()
-    for name, cls in listed.items():
-        say(f"{name:<12} {cls.summary}")
-        base = next((c for c in listed.values() if c is not cls and issubclass(cls, c)), None)  # cls: other defaults
-        usual = {f.name: f.default for f in dataclasses.fields(base)} if base is not None else {}
-        notes = _notes(cls)
-        if base is not None:
-            say(f"{'':<13}{base.name}, but")
-        for f in dataclasses.fields(cls):
-            if usual.get(f.name, ...) == f.default:
-                continue
-            default = str(f.default).lower() if isinstance(f.default, bool) else f.default
-            say(f"{'':<13}{f'{f.name}={default}':<23} {notes.get(f.name, '')}".rstrip())
+    if not method:
+        for name, made in known().items():
+            say(f"{name:<12}  {made.summary}")
+        say("\nThe parts of one, and all that can be set: dart-eval ls methods griffin")
+        return
+    made = make(*parse(method))
+    say(f"{made.spec}: {made.summary}\n")
+    for left, text in (rows := tree(made)):
+        say(_aligned(left, text, rows))
+    say("\nOther parts that these slots take (their fields: dart-eval ls parts remask):")
+    for slot, names in alternatives(made).items():
+        say(f"  {slot:<13} {', '.join(names)}")
 
 
-def _notes(cls: type) -> dict[str, str]:
-    """What each parameter means, from the docstrings of the class and its bases."""
-    found: dict[str, str] = {}
-    for c in reversed(cls.__mro__):
-        for key, text in re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", c.__doc__ or "", flags=re.M):
-            found[key] = " ".join(text.split())
-    return found
+@app.command("parts")
+def parts(slot: Annotated[str, typer.Argument(help="Only parts for this slot: score, mask, remask ...")] = "") -> None:
+    """Every part that a method can be made of, slot by slot, with its fields."""
+    from dart_eval.cli.describe import part_rows
+    from dart_eval.pruning.registry import parts as known
+
+    found = known()
+    if slot and slot not in found:
+        raise UserError(f"there is no slot {slot!r}", nearest(slot, found))
+    for name, listed in found.items():
+        if slot in ("", name):
+            for cls in listed.values():
+                for left, text in (rows := part_rows(cls)):
+                    say(_aligned(left, text, rows))
+            say("")
+
+
+def _aligned(left: str, text: str, rows: list[tuple[str, str]]) -> str:
+    """Two columns of a list; the first as wide as its widest entry."""
+    width = max(len(first) for first, _ in rows)
+    return f"{left:<{width}}  {text}".rstrip()
 
 
 @app.command("tasks")

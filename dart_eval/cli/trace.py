@@ -73,10 +73,10 @@ def trace(
 
     check_sparsity(sparsity)
     made = make(*parse(method))
-    if save_allocation is not None and made.params().get("stages", 1) > 1:
+    if save_allocation is not None and made.choice.chooses:
         raise UserError(
             f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
-            "save the allocation of a method with stages=1",
+            "save the allocation of a method with choice=none",
         )
     following = read_text(then, "text", "give a text file") if then is not None else None
     if file is not None:

@@ -25,7 +25,7 @@ from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
 from dart_eval.pruning.dense import AnySession
-from dart_eval.pruning.method import Method, PromptMethod
+from dart_eval.pruning.method import Pruner
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Metric
 
@@ -76,7 +76,7 @@ def count_requests(items: Sequence[Task | Group], limit: int | None) -> int:
     return total
 
 
-def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> None:
+def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> None:
     """Refuse what only answers that are scored can have: other scopes, and methods that look ahead.
 
     Raises:
@@ -89,7 +89,7 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Method) -> 
             raise UserError(
                 f"task {task.task_name} {kind}: --scope {scope} is for scored answers", "use --scope scored"
             )
-        if not (isinstance(method, PromptMethod) and method.looks_ahead):
+        if not method.looks_ahead:
             continue
         if kind == "generates text":
             raise UserError(

@@ -21,7 +21,7 @@ from dart_eval.executors.worker import Worker
 from dart_eval.files import read_regular, write_atomically
 from dart_eval.machine import peak_memory
 from dart_eval.models import resolve
-from dart_eval.plan import RunConfig, spec_of
+from dart_eval.plan import RunConfig
 from dart_eval.pruning.registry import make
 from dart_eval.results import valid
 from dart_eval.results.journal import Journal
@@ -91,7 +91,7 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
             plain = dataclasses.replace(cell, method=make("dense", {}), sparsity=0.0)
             plain_job = dataclasses.replace(job, cell=plain)
             dense[task] = _pilot(worker, plain_job, _ending(worker, plain_job))
-        base, method = dense[task], spec_of(cell.method)
+        base, method = dense[task], cell.method.spec
         if cell.method.prunes and any((method, c.kind) not in factors for c in base.calls):
             view.status(f"trying {cell.title}")
             tried = _pilot(worker, job)

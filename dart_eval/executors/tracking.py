@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.executors.jobs import View
-from dart_eval.plan import Cell, RunConfig, spec_of
+from dart_eval.plan import Cell, RunConfig
 from dart_eval.results.record import Record
 
 KINDS = ("trackio", "wandb")
@@ -85,7 +85,7 @@ class _Tracker:
         if curve != self.curve or self.run is None:
             self.close()
             self.curve = curve
-            self._try(self._open, f"{cell.task} {spec_of(cell.method)}", settings)
+            self._try(self._open, f"{cell.task} {cell.method.spec}", settings)
         if self.run is not None and not self.told:
             self.told = True
             self.note(f"logging to {self.kind}: {self._where()}")

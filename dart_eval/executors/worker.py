@@ -21,7 +21,7 @@ from dart_eval.executors.jobs import Job
 from dart_eval.ffn import find_ffns
 from dart_eval.machine import hardware, peak_memory
 from dart_eval.models import Resolved
-from dart_eval.plan import Cell, RunConfig, command, environment, spec_of
+from dart_eval.plan import Cell, RunConfig, command, environment
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.dense import AnySession, DenseSession
 from dart_eval.pruning.session import prune
@@ -156,7 +156,7 @@ class Worker:
             settings={
                 "batch_size": config.batch_size,
                 "share_prefix": config.share_prefix,
-                "method": spec_of(cell.method),
+                "method": cell.method.spec,
                 "command": command(config, cell),
                 **({"halved": self.halved} if self.halved else {}),
                 **({"notes": self.notes} if self.notes else {}),

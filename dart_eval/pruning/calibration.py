@@ -5,8 +5,9 @@ Computed once, when a method asks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,30 @@ from torch import Tensor, nn
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, find_ffns
 from dart_eval.files import read_text
-from dart_eval.pruning.scores import Projection, project
+from dart_eval.pruning.vocabulary import Projection, project
 from dart_eval.trial import evaluating
 
+Observe = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
 DEFAULT_TEXT = Path(__file__).parent.parent / "data" / "calibration.txt"
 SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
+
+
+@runtime_checkable
+class Calibration(Protocol):
+    """What a method may look at before any prompt is seen."""
+
+    @property
+    def ffns(self) -> list[FFN]:
+        """The model's FFNs, layer by layer."""
+        ...
+
+    def sums(self, observe: Observe) -> list[Tensor]:
+        """Per layer [F] fp32: the sum over the calibration text's tokens of what `observe` makes of them."""
+        ...
+
+    def projection(self) -> list[Projection]:
+        """Per layer, what its neurons write to the vocabulary."""
+        ...
 
 
 class TextCalibration:
@@ -27,7 +47,6 @@ class TextCalibration:
     def __init__(self, model: nn.Module, tokenizer: Any, path: str | Path | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.path = Path(path) if path is not None else DEFAULT_TEXT
-        self._energy: list[Tensor] | None = None
         self._projection: list[Projection] | None = None
 
     @property
@@ -35,11 +54,9 @@ class TextCalibration:
         return find_ffns(self.model)
 
     @torch.no_grad()
-    def energy(self) -> list[Tensor]:
-        """Per layer [F] fp32: sum over all tokens of h^2, h the input of the down projection."""
-        if self._energy is None:
-            self._energy = self._measure()
-        return self._energy
+    def sums(self, observe: Observe) -> list[Tensor]:
+        """Per layer [F] fp32: the sum over all tokens of what `observe` makes of them (`Part.observe`)."""
+        return self._measure(observe)
 
     def projection(self) -> list[Projection]:
         """Per layer, what its neurons write to the vocabulary. A matrix product of the size of FFNs x vocabulary."""
@@ -47,7 +64,7 @@ class TextCalibration:
             self._projection = project(self.model, self.ffns)
         return self._projection
 
-    def _measure(self) -> list[Tensor]:
+    def _measure(self, observe: Observe) -> list[Tensor]:
         if self.tokenizer is None:
             raise UserError("this method calibrates on text and needs the tokenizer", "pass tokenizer= to prune()")
         text = read_text(self.path, "calibration text", "give a text file")
@@ -62,9 +79,11 @@ class TextCalibration:
         def watch(layer: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
                 h = args[0].reshape(-1, args[0].shape[-1])[skip:]
-                energy = h.float().square().sum(0)
+                ones = torch.ones(1, len(h), device=h.device)
+                sums = observe(h.float()[None], None, ones)
+                assert sums is not None
                 before = totals[layer]
-                totals[layer] = energy if before is None else before + energy
+                totals[layer] = sums[0] if before is None else before + sums[0]
 
             return hook
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_eval.pruning.session import Session, Step
-from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.session import Session
+from dart_eval.pruning.state import SequenceState, Step
 
 
 class DenseSession:

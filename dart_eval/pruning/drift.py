@@ -10,42 +10,41 @@ ours). Everything is per sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from dart_eval.pruning.sequence import PerSequence
+
 MAX_REFERENCE_WINDOWS = 64  # the latest; bounds the memory of long prompts at 64 x D fp32
 
 
-@dataclass(frozen=True)
-class DriftConfig:
-    """Settings of the detector.
+class DriftConfig(Protocol):
+    """Settings of the detector, see `parts.remasks.OnDrift`.
 
     Attributes:
-        window: W, tokens per window.
-        sigma: how many standard deviations of the prompt's windows make the margin.
-        floor: the least margin, in cosine.
-        patience: flagged windows (net) before the alarm.
+        window: W, tokens per window. sigma, floor: of the margin. patience: flagged windows (net) before the alarm.
         cooldown: windows after an alarm in which nothing is flagged.
-        min_windows: with fewer prompt windows sigma is not trusted and the margin is `floor`; with none, the
-            detector stays silent.
-        skip_first: the first token of the prompt (a sink with outlying activations) is no part of the reference.
+        min_windows: with fewer prompt windows sigma is not trusted and the margin is `floor`; with none, the detector
+            stays silent.
         recent: windows that make the new reference after a re-mask; mu and sigma stay the prompt's.
     """
 
-    window: int = 10
-    sigma: float = 0.5
-    floor: float = 0.1
-    patience: int = 2
-    cooldown: int = 2
-    min_windows: int = 4
-    recent: int = 2
-    skip_first: bool = True
+    window: int
+    sigma: float
+    floor: float
+    patience: int
+    cooldown: int
+    min_windows: int
+
+    @property
+    def recent(self) -> int: ...
 
 
-class DriftDetector:
+class DriftDetector(PerSequence):
     """State of the detector for B sequences. Feed the prompt to `observe`, then `set_reference`, then `update`."""
 
     def __init__(self, config: DriftConfig, batch: int, width: int, device: torch.device) -> None:
@@ -160,17 +159,8 @@ class DriftDetector:
 
     def select(self, rows: Tensor) -> DriftDetector:
         """An independent copy for the given sequences (indices, repeats allowed)."""
-        new = object.__new__(DriftDetector)
-        new.config, new.position = self.config, self.position
-        new.windows = [self.windows[int(r)] for r in rows]
-        for name in self._tensors():
-            setattr(new, name, getattr(self, name)[rows].clone())
+        windows, bare = self.windows, copy.copy(self)
+        bare.windows = []  # their first dimension is no batch
+        new = super(DriftDetector, bare).select(rows)
+        new.windows = [windows[int(r)] for r in rows]
         return new
-
-    def nbytes(self) -> int:
-        """Bytes of all state."""
-        tensors = [getattr(self, n) for n in self._tensors()] + self.windows
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def _tensors(self) -> list[str]:
-        return [name for name, value in vars(self).items() if isinstance(value, Tensor)]

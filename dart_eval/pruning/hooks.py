@@ -7,19 +7,17 @@ sees through the others, whose tensors keep their addresses; the rest it leaves 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import decoder
-from dart_eval.pruning.method import PromptMethod
-
-if TYPE_CHECKING:
-    from dart_eval.pruning.session import Session
+from dart_eval.ffn import FFN, decoder
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.state import SequenceState
 
 Phase = Literal["off", "context", "decode"]
 
@@ -30,17 +28,19 @@ class Forward:
 
     Attributes:
         phase: `off` between forwards. last: that of the forward before. turn: the call of `generate` that it is of.
+        state: of the sequences that it runs; None where they run dense.
         valid: [B, T] bool, False for padding.
         kept: it was given a KV cache.
         sliced: it multiplies the kept neurons alone. frozen: nothing is observed.
         looking: h is looked at in every layer. seen: layers whose h has come.
         attention: [B, T, D] attention output of the last layer, once it has run.
-        residual, gate, up: of the layer under way: the stream that enters it, gate x and up x.
+        residual, gate, up: of the layer under way: the stream that enters it, act(gate x) and up x.
     """
 
     phase: Phase = "off"
     last: Phase = "off"
     turn: int = 0
+    state: SequenceState | None = None
     valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
     kept: bool = True
     sliced: bool = False
@@ -58,12 +58,11 @@ class Forward:
 
 
 class Hooks:
-    """Installs and removes the hooks that a session's method needs."""
+    """Installs and removes the hooks that a method needs: they hand what layers compute to the forward's state."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.decoder = decoder(session.model)
-        self._prompt = session.method if isinstance(session.method, PromptMethod) else None
+    def __init__(self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward) -> None:
+        self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
+        self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -75,16 +74,16 @@ class Hooks:
     def install(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
         """Watch the model. begin, end: run before and after each forward of its decoder."""
         _guard_hooks()
-        add, prompt, ffns = self._handles.append, self._prompt, self.session.ffns
-        add(self.session.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
+        add, ffns, method = self._handles.append, self.ffns, self.method
+        add(self.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
         add(self.decoder.register_forward_pre_hook(_eager(begin), with_kwargs=True))
         add(self.decoder.register_forward_hook(_eager(end)))
         for ffn in ffns:
-            if prompt and prompt.needs_ring:
+            if method.mask.remask.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
-            if prompt and prompt.compensate:
+            if method.compensation.adds:
                 add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
-        if prompt and prompt.drift:
+        if method.mask.remask.watches:
             add(ffns[-1].attention.register_forward_hook(self._on_attention))
         self.look_inside(True)
 
@@ -95,18 +94,21 @@ class Hooks:
         _drop(self._inside)
         if not wanted:
             return
-        add, prompt = self._inside.append, self._prompt
-        for ffn in self.session.ffns:
+        add, method = self._inside.append, self.method
+        for ffn in self.ffns:
             add(ffn.down.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
-            if prompt and prompt.layer_allocation == "depth":
+            if method.allocation.needs_change:
                 add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
                 add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
-            if prompt and prompt.stages > 1:  # a plain FFN's h tells what its gate would
+            if method.choice.chooses:  # a plain FFN's h tells what its gate would
                 if ffn.gate is not None:
-                    add(ffn.gate.register_forward_hook(_eager(self._on_gate)))
                     add(ffn.up.register_forward_hook(_eager(self._on_up)))
                 elif ffn.fused:
-                    add(ffn.up.register_forward_hook(_eager(self._on_both)))
+                    add(ffn.up.register_forward_hook(_eager(self._on_both(ffn))))
+                if ffn.gated and isinstance(ffn.act, nn.Module):
+                    add(ffn.act.register_forward_hook(_eager(self._on_act)))
+                elif ffn.gate is not None:
+                    add(ffn.gate.register_forward_hook(_eager(self._on_gate(ffn))))
 
     def remove(self) -> None:
         """Leave the model alone."""
@@ -117,36 +119,31 @@ class Hooks:
     # -- what they do ----------------------------------------------------------------------------------------
 
     def _on_hidden(self, layer: int) -> Callable[..., Any]:
-        session, forward = self.session, self.session.forward
+        forward = self.forward
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if forward.phase == "off":  # the state's own use of the projection
                 return None
-            h, state = forward.in_batch(args[0]), session.state
+            h, state = forward.in_batch(args[0]), forward.state
             forward.seen.add(layer)
             gate, up, forward.gate, forward.up = forward.gate, forward.up, None, None
+            if state is None:
+                return None
             if forward.phase == "context":
-                if state is not None:
-                    state.observe_hidden(layer, h, forward.valid, up)
+                state.observe(layer, h, forward.valid, up)
                 return None
-            if session.static_masks is not None:
-                masked = h * session.static_masks[layer].to(h.device)[:, None]
-            elif state is not None and state.masks is not None:
-                chosen = None if gate is None else session.ffns[layer].act(gate)
-                masked = state.apply(layer, h, forward.valid, chosen, forward.sliced)
-            else:
-                return None
+            masked = state.apply(layer, h, forward.valid, gate, up, forward.sliced)
             return None if masked is h else (masked.view(args[0].shape), *args[1:])
 
         return hook
 
     def _on_down(self, layer: int) -> Callable[..., Tensor | None]:
-        session, forward = self.session, self.session.forward
+        forward = self.forward
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if forward.phase != "decode" or session.state is None:
+            if forward.phase != "decode" or forward.state is None:
                 return None
-            constant = session.state.constant(layer)
+            constant = forward.state.constant(layer)
             if constant is None:
                 return None
             return (forward.in_batch(output) + constant.to(output.device, output.dtype)).view(output.shape)
@@ -154,49 +151,66 @@ class Hooks:
         return hook
 
     def _on_input(self, layer: int) -> Callable[..., None]:
-        session, forward = self.session, self.session.forward
+        forward = self.forward
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            state = session.state
-            if forward.phase != "off" and state is not None and state.ring is not None and not forward.frozen:
-                state.ring.write(layer, forward.in_batch(args[0]), forward.valid)
+            state = forward.state
+            if forward.phase != "off" and state is not None and state.remasking is not None and not forward.frozen:
+                state.remasking.observe_input(layer, forward.in_batch(args[0]), forward.valid)
 
         return hook
 
     def _on_output(self, layer: int) -> Callable[..., None]:
-        session, forward = self.session, self.session.forward
+        forward = self.forward
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             residual, forward.residual = forward.residual, None
-            if forward.phase == "context" and session.state is not None and residual is not None:
-                added = forward.in_batch(output) * session.ffns[layer].scale
-                session.state.observe_change(layer, residual, added, forward.valid)
+            if forward.phase == "context" and forward.state is not None and residual is not None:
+                added = forward.in_batch(output) * self.ffns[layer].scale
+                forward.state.observe_change(layer, residual, added, forward.valid)
 
         return hook
 
     def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        forward = self.session.forward
+        forward = self.forward
         if forward.phase == "context":
             forward.residual = forward.in_batch(args[0])
 
-    def _on_gate(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        forward = self.session.forward
+    def _on_act(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        forward = self.forward
         if forward.phase != "off":
             forward.gate = forward.in_batch(output)
 
+    def _on_gate(self, ffn: FFN) -> Callable[..., None]:
+        """Of an activation that is a function, and so has no hooks: it runs a second time."""
+        forward = self.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            if forward.phase != "off":
+                forward.gate = ffn.act(forward.in_batch(output))
+
+        return hook
+
     def _on_up(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        forward = self.session.forward
+        forward = self.forward
         if forward.phase != "off":
             forward.up = forward.in_batch(output)
 
-    def _on_both(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        forward = self.session.forward
-        if forward.phase != "off":
-            forward.gate, forward.up = forward.in_batch(output).chunk(2, dim=-1)
+    def _on_both(self, ffn: FFN) -> Callable[..., None]:
+        forward = self.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            if forward.phase != "off":
+                gate, forward.up = forward.in_batch(output).chunk(2, dim=-1)
+                if not isinstance(ffn.act, nn.Module):
+                    forward.gate = ffn.act(gate)
+
+        return hook
 
     def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        state, forward = self.session.state, self.session.forward
-        if state is None or state.detector is None:
+        forward = self.forward
+        state = forward.state
+        if state is None:
             return
         if forward.phase == "context":
             state.observe_attention(output, forward.valid)

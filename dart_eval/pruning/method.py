@@ -1,264 +1,261 @@
-"""What a pruning method is: its parameters, and how it scores neurons. Nothing here knows a model or a task.
+"""What a pruning method is: a composition of parts, and the spelling that reaches every field of them.
 
-Shapes: L layers, B sequences, T tokens, F neurons of a layer, D model width.
+Example: `griffin:remask=drift:remask.window=8` is GRIFFIN's composition with another part in the slot `remask`, and
+another value in that part's field `window`. In Python it is `make("griffin", {"remask": OnDrift(window=8)})`, in YAML
+`griffin: {remask: {part: drift, window: 8}}`. Nothing here knows a model or a task.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import typing
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
-from torch import Tensor
+from dart_eval.errors import UserError, naming, nearest
+from dart_eval.pruning.parts.allocations import Allocation, Uniform
+from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
+from dart_eval.pruning.parts.choices import All, Choice
+from dart_eval.pruning.parts.compensations import Compensation, Nothing
+from dart_eval.pruning.parts.masks import Everything, Mask
 
-from dart_eval.allocation import ALLOCATIONS, TABLE, read_table
-from dart_eval.errors import UserError, nearest
-from dart_eval.ffn import FFN
-from dart_eval.files import check_name
-from dart_eval.pruning.drift import DriftConfig
-from dart_eval.pruning.scores import Projection
-
-
-@runtime_checkable
-class Calibration(Protocol):
-    """What a method may look at before any prompt is seen."""
-
-    @property
-    def ffns(self) -> list[FFN]:
-        """The model's FFNs, layer by layer."""
-        ...
-
-    def energy(self) -> list[Tensor]:
-        """Per layer [F]: sum over the calibration text's tokens of h^2, fp32."""
-        ...
-
-    def projection(self) -> list[Projection]:
-        """Per layer, what its neurons write to the vocabulary."""
-        ...
+INNER = ("mask",)  # slots whose own slots are addressed without it: `remask` is the mask's
 
 
 @dataclass(frozen=True)
-class Renewal:
-    """How and when masks are made anew. Layer ratios stay as the prompt set them.
+class Pruner:
+    """A pruning method.
 
     Attributes:
-        ring: R, how many recent FFN inputs are kept per layer and sequence.
-        blend: weight of the old scores against the recent ones after an alarm, both per token; 0 replaces them.
-        every: also renew after so many tokens, alarm or not; 0 never.
-        every_blend: weight of the old scores in those steady renewals.
-        running: the old scores are those of the mask in force (an exponential average); else the prompt's.
-        dense_tokens: M > 0 takes the recent scores from the M tokens after an alarm, which run dense, instead of
-            from the ring.
-        on_alarm: an alarm renews the mask; else the detector only watches.
-        move_reference: the detector's reference moves to the recent windows with each renewal after an alarm.
+        mask: which neurons a sequence may use.
+        choice: which of them a token computes.
+        allocation: how the sparsity is spread over layers.
+        compensation: what stands in for what is left out.
+        name: what a user types, and tables show. summary: one line for `dart-eval ls methods`. base: the
+            method that this one was changed from. None of these counts when two methods are compared.
     """
 
-    ring: int = 24
-    blend: float = 0.25
-    every: int = 0
-    every_blend: float = 0.8
-    running: bool = False
-    dense_tokens: int = 0
-    on_alarm: bool = True
-    move_reference: bool = True
-
-
-@dataclass(frozen=True)
-class DepthRule:
-    """How the `depth` allocation judges layers; the defaults are the paper's rule, the others its ablations.
-
-    Attributes:
-        protect: early and late layers are spared, whatever their sensitivity.
-        magnitude: sensitivity weighs the change of direction by its size; else the direction alone counts.
-        residual: z is the stream after the FFN; else what the FFN adds.
-    """
-
-    protect: bool = True
-    magnitude: bool = True
-    residual: bool = False
-
-
-@dataclass(frozen=True)
-class Method(ABC):
-    """Base of all methods. Subclasses are frozen dataclasses: their fields are the parameters a user sets.
-
-    Attributes:
-        name: what a user types.
-        summary: one line for `dart-eval ls methods`.
-        prunes: False only for `dense`, which has no sparsity.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    prunes: ClassVar[bool] = True
+    mask: Mask = Everything()
+    choice: Choice = All()
+    allocation: Allocation = Uniform()
+    compensation: Compensation = Nothing()
+    name: str = dataclasses.field(default="custom", compare=False)
+    summary: str = dataclasses.field(default="", compare=False)
+    base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.layer_allocation not in ALLOCATIONS and not self.layer_allocation.startswith(TABLE):
-            known = (*ALLOCATIONS, TABLE)
+        if self.mask.fixed and not self.mask.whole and self.allocation.needs_context:
             raise UserError(
-                f"{self.name}: allocation {self.layer_allocation!r} is unknown",
-                f"{nearest(self.layer_allocation, known)} ({TABLE}FILE for a saved one)",
+                f"{self.allocation.title} looks at the prompt, and {self.mask.title} is made before it",
+                "use allocation=uniform",
             )
-        for file in self.files():
-            check_name(file, f"{self.name}: allocation table")
-            if not Path(file).is_file():
-                raise UserError(
-                    f"{self.name}: allocation table {file} is not a file",
-                    "write one with `dart-eval trace --save-allocation FILE`",
-                )
-        _ = self.table  # read now: a bad file is no surprise for later
 
     @property
-    def layer_allocation(self) -> str:
-        """How the sparsity is spread over layers: `uniform`, `depth`, or `table:FILE`."""
-        return getattr(self, "allocation", "uniform")
+    def prunes(self) -> bool:
+        """Whether anything is ever left out: not under a mask of everything whose tokens compute all of it."""
+        return not self.mask.whole or self.choice.chooses
 
-    def files(self) -> list[str]:
-        """Files that the method reads: what is in them can change its numbers."""
-        allocation = self.layer_allocation
-        return [allocation.removeprefix(TABLE)] if allocation.startswith(TABLE) else []
+    @property
+    def sized(self) -> bool:
+        """Whether the sparsity decides how many neurons are left out."""
+        return self.prunes and (self.choice.exact or not self.mask.whole)
 
-    @functools.cached_property
-    def table(self) -> list[float] | None:
-        """[L] keep ratios of the saved allocation, or None where the allocation is none."""
-        return read_table(self.files()[0]) if self.files() else None
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether masks are made from the tokens that they are used on."""
+        return self.mask.looks_ahead
+
+    @property
+    def upper_bound(self) -> bool:
+        """Whether it knows what no method can know in time: a row to measure others by."""
+        return self.mask.looks_ahead or self.choice.upper_bound
 
     @property
     def token_chooses(self) -> bool:
         """Whether each token chooses neurons of its own: a near-tie may fall either way with the shape of a batch."""
-        return False
+        return self.choice.chooses
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether a sequence must have a context to be pruned; without one it runs dense."""
+        return self.mask.needs_context or self.allocation.needs_context
+
+    @functools.cached_property
+    def observers(self) -> tuple[Part, ...]:
+        """The parts that keep sums over the tokens of a context."""
+        score = None if self.mask.fixed else self.mask.score
+        return tuple(p for p in (score, self.choice, self.compensation) if p is not None and p.observes)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether anything is kept of a single sequence."""
+        return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change
+
+    def parts(self) -> list[Part]:
+        """All parts, the inner ones too."""
+        return [part for _, part in slots(self)]
+
+    def files(self) -> list[str]:
+        """Files that its parts read."""
+        return [file for part in self.parts() for file in part.files()]
+
+    @property
+    def spec(self) -> str:
+        """What a user types: the name, and what is not as the method of that name has it."""
+        told = _told(self, self.base or Pruner())
+        return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in told)])
 
     def params(self) -> dict[str, Any]:
-        """Every parameter with its value, as recorded in results."""
-        return dataclasses.asdict(self)
+        """Every part and its fields, by the paths that a user types: `{"remask": "drift", "remask.window": 8}`."""
+        found: dict[str, Any] = {}
+        for path, part in slots(self):
+            found[path] = part.name
+            for field in plain_fields(type(part)):
+                found[f"{path}.{field.name}"] = getattr(part, field.name)
+        return found
 
 
-@dataclass(frozen=True)
-class StaticMethod(Method):
-    """One mask for everything, made before any prompt is seen."""
-
-    @abstractmethod
-    def static_scores(self, calibration: Calibration) -> list[Tensor]:
-        """Per layer [F]; higher is kept. Only the order within a layer counts."""
+Known = Mapping[str, Mapping[str, type[Part]]]  # slot -> name -> part, of all there are
 
 
-@dataclass(frozen=True)
-class PromptMethod(Method):
-    """A mask per sequence, from the tokens of its context.
+def changed(base: Pruner, given: Mapping[str, Any], known: Known) -> Pruner:
+    """A composition with other parts and values in it.
 
-    The statistic must be a weighted sum over tokens, so that chunks and padding cannot change it.
-
-    Attributes:
-        looks_ahead: the mask is made from the tokens that it will be used on (an oracle: no method to use, but a mark).
-    """
-
-    looks_ahead: ClassVar[bool] = False
-
-    @abstractmethod
-    def energy(self, h: Tensor, weight: Tensor) -> Tensor:
-        """Score of the given tokens, summed over them.
-
-        Args:
-            h: [B, T, F] fp32, the input of the down projection.
-            weight: [B, T] fp32, what a token counts: usually 1, and 0 for padding.
-
-        Returns:
-            [B, F] fp32, non-negative; higher is kept.
-        """
-
-    def neuron_weights(self, calibration: Calibration) -> list[Tensor] | None:
-        """Per layer [F] fp32, a factor on a neuron's energy that no token changes; None for none."""
-        return None
-
-    @property
-    def token_decay(self) -> float | None:
-        """Of an exponential average over the context's tokens; None weighs them alike."""
-        return None
-
-    @property
-    def skips_first(self) -> bool:
-        """The first token (a sink with outlying activations) is left out of the scores."""
-        return False
-
-    @property
-    def depth_rule(self) -> DepthRule:
-        """How layers are judged (used only with the allocation `depth`)."""
-        return DepthRule()
-
-    @property
-    def drift(self) -> DriftConfig | None:
-        """The detector's settings, or None for a method without one."""
-        return None
-
-    @property
-    def renewal(self) -> Renewal:
-        """How a mask is made anew (used only with `drift`, or where `every` is set)."""
-        return Renewal()
-
-    @property
-    def stages(self) -> float:
-        """Neurons of the mask as a multiple of the weights read; above 1 every token picks some of them (see
-        `allocation.stage_counts`)."""
-        return 1.0
-
-    @property
-    def down(self) -> float:
-        """Of the neurons that a token picks, the share that it writes: those with the largest |h|."""
-        return 1.0
-
-    @property
-    def compensate(self) -> bool:
-        """What the neurons outside the mask add on average is added as a constant."""
-        return False
-
-    @property
-    def token_chooses(self) -> bool:
-        return self.stages > 1
-
-    @property
-    def needs_ring(self) -> bool:
-        """Whether recent FFN inputs must be kept."""
-        alarms = self.drift is not None and self.renewal.on_alarm and not self.renewal.dense_tokens
-        return alarms or self.renewal.every > 0
-
-
-M = TypeVar("M", bound=Method)
-
-
-def build(cls: type[M], params: Mapping[str, Any]) -> M:
-    """A method from parameters that may be strings, as typed: `{"allocation": "uniform", "window": "8"}`.
+    Args:
+        given: path -> value: for a slot the name of a part, a `Part`, or a mapping with its fields (and `part`, its
+            name); for a field its value.
 
     Raises:
-        UserError: unknown parameter, or a value of the wrong type.
+        UserError: a path, a part or a value that does not exist.
     """
-    hints = typing.get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-    values = {}
-    for key, value in params.items():
-        if key not in known:
-            hint = nearest(key, known) if known else "it has none"
-            raise UserError(f"method {cls.name} has no parameter {key!r}", hint)
-        values[key] = _cast(cls.name, key, value, known[key])
+    tree: dict[str, Any] = {}
+    for path, value in given.items():
+        steps = str(path).split(".")
+        if steps[0] not in _fields(Pruner) and steps[0] in known:
+            steps = [*INNER, *steps]
+        if len(steps) > 1 and steps[-1] == "part":
+            steps = steps[:-1]
+        _merge(tree, steps, value, str(path))
+    with naming(f"{base.name}: "):
+        return dataclasses.replace(_filled(base, type(base), tree, known), base=base.base or base)
+
+
+def _merge(tree: dict[str, Any], steps: list[str], value: Any, path: str) -> None:
+    """Put a value into nested mappings; what stands in for a slot itself stands under `part`."""
+    for step in steps:
+        tree = tree.setdefault(step, {})
+    if not isinstance(value, Mapping):
+        value = {"part": value}
+    for key, inner in value.items():
+        if key != "part":
+            _merge(tree, [str(key)], inner, f"{path}.{key}")
+        elif "part" in tree:
+            raise UserError(f"{path} is given twice", "leave one of them out")
+        else:
+            tree["part"] = inner
+
+
+def flattened(given: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Paths and values of nested mappings; `part` in them is what stands in the slot itself."""
+    for key, value in given.items():
+        where = path if key == "part" and path else f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from flattened(value, where)
+        else:
+            yield where, value
+
+
+def _filled(current: Any, cls: type[Any], tree: Mapping[str, Any], known: Known, path: str = "") -> Any:
+    """An object of the class with the values of `tree`; the others are those of `current`, or the defaults."""
+    fields = _fields(cls)
+    values = {n: getattr(current, n) for n in fields} if type(current) is cls else {}
+    for name, inner in tree.items():
+        if name == "part" and path:
+            continue
+        where = name if not path or path in INNER else f"{path}.{name}"
+        slot = slot_of(cls, name) if name in fields else None
+        if slot is not None:
+            there: Any = values.get(name, fields[name].default)
+            values[name] = _part(there, slot.slot, inner, known, where)
+        elif name in fields and issubclass(cls, Part):
+            if not inner:
+                raise UserError(f"{where} has no value", "give one, or leave it out")
+            if [*inner] != ["part"]:
+                raise UserError(f"{where} is a plain field, and {next(iter(inner))!r} stands below it")
+            values[name] = cast(where, kind_of(cls, name), inner["part"])
+        else:
+            raise _unknown(cls, name, path, where, known)
     return cls(**values)
 
 
-def _cast(method: str, key: str, value: Any, kind: type) -> Any:
-    try:
-        if kind is bool:
-            if isinstance(value, bool):
-                return value
-            return {"true": True, "on": True, "1": True, "false": False, "off": False, "0": False}[str(value).lower()]
-        if kind is int and isinstance(value, float) and value != int(value):
-            raise ValueError
-        if kind is float and not math.isfinite(float(value)):
-            raise ValueError
-        return kind(value)
-    except (KeyError, ValueError, TypeError, OverflowError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-        raise UserError(f"{method}:{key}={value} is not {wanted}") from None
+def _part(current: Part, slot: str, tree: Mapping[str, Any], known: Known, path: str) -> Part:
+    """What is to be in a slot: a part of its own, or the one that is there with other values."""
+    wanted, cls = tree.get("part"), type(current)
+    if isinstance(wanted, Part):
+        if wanted.slot != slot:
+            raise UserError(f"{path} takes no {wanted.slot}", f"give one of {', '.join(known[slot])}")
+        current, cls = wanted, type(wanted)
+    elif wanted is not None:
+        if str(wanted) not in known[slot]:
+            raise UserError(f"there is no {path}={wanted}", nearest(str(wanted), known[slot]))
+        cls = known[slot][str(wanted)]
+    return _filled(current, cls, tree, known, path)
+
+
+def _unknown(cls: type[Any], name: str, path: str, where: str, known: Known) -> UserError:
+    """What to say of a field that there is not, and of what was meant."""
+    fields, slot = [*_fields(cls)], getattr(cls, "slot", None)
+    if slot is None:
+        return UserError(f"there is no {where!r}", nearest(name, known))
+    owners = [f"{path}={other}" for other, part in known[slot].items() if name in _fields(part)]
+    if owners or not fields:
+        remedy = f"{' and '.join(owners)} {'has' if len(owners) == 1 else 'have'} it" if owners else "it has none"
+        return UserError(f"{path}={cls.name} has no field {name!r}", remedy)
+    return UserError(f"there is no {where!r}", nearest(where, [f"{path}.{field}" for field in fields]))
+
+
+def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The fields that a user may set, those of the class itself in its order."""
+    found = {f.name: f for f in dataclasses.fields(cls)}
+    own = [name for name in inspect.get_annotations(cls) if name in found]
+    return {name: found[name] for name in (*(n for n in found if n not in own), *own)}
+
+
+def slot_names(cls: type[Any]) -> list[str]:
+    """The fields that take parts."""
+    return [name for name in _fields(cls) if slot_of(cls, name) is not None]
+
+
+def text_of(value: Any) -> str:
+    """A value as a user types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def slots(owner: Any, path: str = "") -> Iterator[tuple[str, Part]]:
+    """Every part with its path, outer ones first."""
+    for name in slot_names(type(owner)):
+        part, where = getattr(owner, name), f"{path}.{name}" if path else name
+        yield where, part
+        yield from slots(part, "" if where in INNER else where)
+
+
+def _told(owner: Any, usual: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What must be typed to make one part of another; `usual` is None for a part with its defaults."""
+    for name, field in _fields(type(owner)).items():
+        value, where = getattr(owner, name), f"{path}.{name}" if path else name
+        before: Any = field.default if usual is None else getattr(usual, name)
+        if slot_of(type(owner), name) is None:
+            if isinstance(owner, Part) and value != before:
+                yield where, value
+            continue
+        if type(value) is not type(before):
+            yield where, value.name
+            before = None
+        yield from _told(value, before, "" if where in INNER else where)
+
+
+def plain_fields(cls: type[Part]) -> list[dataclasses.Field[Any]]:
+    """The fields of a part that are no parts."""
+    return [f for f in _fields(cls).values() if slot_of(cls, f.name) is None]

@@ -1,4 +1,7 @@
-"""Names of methods. Built-in ones are listed here; others come through the entry point `dart_eval.methods`."""
+"""Names of methods and of parts. Built-in ones stand here; other packages add theirs by entry points.
+
+A package offers a whole method (a `Pruner`) in the group `dart_eval.methods`, a part (a class) in `dart_eval.parts`.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +12,136 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from dart_eval.errors import UserError, nearest
-from dart_eval.pruning.method import Method, build
-from dart_eval.pruning.methods.dart import Dart, DartCode, DartPlus
-from dart_eval.pruning.methods.dense import Dense
-from dart_eval.pruning.methods.griffin import Griffin
-from dart_eval.pruning.methods.magnitude import Magnitude
-from dart_eval.pruning.methods.oracle import Oracle
-from dart_eval.pruning.methods.random import Random
-from dart_eval.pruning.methods.wanda_sp import WandaSp
+from dart_eval.pruning.method import Pruner, changed, flattened, text_of
+from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware
+from dart_eval.pruning.parts.base import Part
+from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
+from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
+from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
+from dart_eval.pruning.parts.scores import SCORES, Activation, Random, Wanda, Weights
+from dart_eval.pruning.renamed import new_names
 
 log = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Dense, Random, Magnitude, WandaSp, Griffin, Dart, DartCode, DartPlus, Oracle)
+GRIFFIN = Activation(norm="l2")
+BUILT_IN = (
+    Pruner(name="dense", summary="the model as it is"),
+    Pruner(name="random", summary="one random set of neurons per layer (control)", mask=Static(score=Random())),
+    Pruner(
+        name="magnitude", summary="static, product of the norms of a neuron's rows of gate and up",
+        mask=Static(score=Weights()),
+    ),
+    Pruner(
+        name="wanda-sp", summary="static, column of down times activation norm on a calibration text",
+        mask=Static(score=Wanda()),
+    ),
+    Pruner(
+        name="griffin", summary="per prompt, token-normalised activations, uniform over layers",
+        mask=FromPrompt(score=GRIFFIN),
+    ),
+    Pruner(
+        name="dart", summary="per prompt, depth-aware over layers, re-masked when the context drifts",
+        mask=FromPrompt(remask=OnDrift()), allocation=DepthAware(),
+    ),
+    # The public code's settings. Its defects stay out: there a mask of MASKING_STEP 0 was never made anew, and half of
+    # the layers of the forward with the alarm ran under the old one. Densities stay the prompt's here; the code
+    # computed them anew.
+    Pruner(
+        name="dart-code", summary="dart with the public code's settings: eager detector, re-masks from 30 dense tokens",
+        mask=FromPrompt(remask=OnDrift(
+            window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
+        )), allocation=DepthAware(),
+    ),
+    # Ours. The settings are those of docs/findings.md, chosen on the smoke documents.
+    Pruner(
+        name="dart-plus", summary="each token chooses inside a wide mask, re-masked on drift; a mean stands in outside",
+        mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8, old="running")),
+        choice=GateUp(mask_ratio=1.6, write_share=0.6), compensation=MeanOutput(),
+    ),
+    Pruner(name="cats", summary="each token: exactly k neurons by |act(gate x)|, gate is read whole", choice=ByGate()),
+    Pruner(name="m-countdown", summary="each token: exactly k neurons by |up x|, up is read whole", choice=ByUp()),
+    Pruner(
+        name="top-p", summary="each token: the fewest neurons with a share of the sum of |h| (upper bound)",
+        choice=TopP(),
+    ),
+    Pruner(name="oracle-token", summary="each token: exactly k neurons by |h| (upper bound)", choice=ByHidden()),
+    Pruner(
+        name="oracle", summary="one mask from the very tokens that it is used on (upper bound)",
+        mask=Ahead(score=GRIFFIN),
+    ),
+)  # fmt: skip
+PARTS: tuple[type[Part], ...] = (*SCORES, *MASKS, *REMASKS, *CHOICES, *ALLOCATIONS, *COMPENSATIONS)
 
 
-def methods() -> dict[str, type[Method]]:
+def methods() -> dict[str, Pruner]:
     """Every known method by name: the built-in ones, then those of other installed packages.
 
     A package whose method cannot be imported is left out with a warning; the others must go on working.
     """
-    known = {cls.name: cls for cls in BUILT_IN}
-    for entry in entry_points(group="dart_eval.methods"):
-        if entry.name in known:
-            continue
-        try:
-            known[entry.name] = entry.load()
-        except Exception as error:
-            log.error("method %s of another package cannot be imported: %s", entry.name, error)
+    known = {method.name: method for method in BUILT_IN}
+    for name, found in _others("dart_eval.methods"):
+        if not isinstance(found, Pruner):
+            log.error("method %s of another package is no dart_eval.Pruner: left out", name)
+        elif name not in known:
+            known[name] = found
     return known
 
 
-def make(name: str, params: Mapping[str, Any] | None = None) -> Method:
-    """The method of that name with the given parameters.
+def parts() -> dict[str, dict[str, type[Part]]]:
+    """Every known part by slot and name: the built-in ones, then those of other installed packages."""
+    known: dict[str, dict[str, type[Part]]] = {}
+    for cls in PARTS:
+        known.setdefault(cls.slot, {})[cls.name] = cls
+    for name, found in _others("dart_eval.parts"):
+        slot = getattr(found, "slot", None)
+        if not (isinstance(found, type) and issubclass(found, Part)) or slot not in known:
+            log.error("part %s of another package is none of %s: left out", name, ", ".join(known))
+        else:
+            known[slot].setdefault(found.name, found)
+    return known
+
+
+def _others(group: str) -> list[tuple[str, Any]]:
+    """What other packages offer; what cannot be imported is left out, with a word."""
+    found = []
+    for entry in entry_points(group=group):
+        try:
+            found.append((entry.name, entry.load()))
+        except Exception as error:
+            kind = group.rpartition(".")[2][:-1]
+            log.error("%s %s of another package cannot be imported: %s", kind, entry.name, error)
+    return found
+
+
+def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
+    """The method of that name, with other parts and values in it.
+
+    Args:
+        params: see `method.changed`: `{"remask": "drift", "remask.window": 8}`.
 
     Raises:
-        UserError: unknown name (nearest ones offered), unknown parameter or bad value.
+        UserError: unknown name (nearest ones offered), unknown part or field, or a bad value.
     """
     known = methods()
     if name not in known:
         raise UserError(f"unknown method {name!r}", nearest(name, known))
-    return build(known[name], params or {})
+    return changed(known[name], new_names(known[name], params or {}), parts())
+
+
+def spelled(name: str, given: Mapping[str, Any]) -> str:
+    """`griffin`, `{"remask": {"part": "drift", "window": 8}}` -> `griffin:remask=drift:remask.window=8`."""
+    return ":".join([name, *(f"{path}={text_of(value)}" for path, value in flattened(given))])
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """`dart:allocation=uniform:window=8` -> ("dart", {"allocation": "uniform", "window": "8"}).
+    """`griffin:remask=drift:remask.window=8` -> ("griffin", {"remask": "drift", "remask.window": "8"}).
 
-    Values may hold colons (`dart:allocation=table:FILE`): one separates parameters only where a name and "=" follow.
+    Values may hold colons (`allocation=table:FILE`): one separates parameters only where a name and "=" follow.
     """
     name, colon, rest = spec.strip().partition(":")
     params = {}
-    for pair in re.split(r":(?=\s*\w*\s*=)", rest) if colon else []:
+    for pair in re.split(r":(?=\s*[\w.]*\s*=)", rest) if colon else []:
         key, sep, value = pair.partition("=")
         if not sep or not key:
             raise UserError(f"{spec!r} is not a method", "write NAME or NAME:key=value:key=value")

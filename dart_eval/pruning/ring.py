@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dart_eval.pruning.sequence import PerSequence
 
-class RingBuffer:
+
+class RingBuffer(PerSequence):
     """The last R FFN inputs of every layer and sequence: [B, R, D] per layer, in the model's dtype.
 
     Each sequence's slots are written in turn, by its own real tokens alone: what it holds does not depend on the batch.
@@ -59,16 +61,3 @@ class RingBuffer:
         else:
             self.valid.scatter_(1, start[:, None], self.valid.gather(1, start[:, None]) | valid)
         self.next.copy_((start + valid.sum(1)) % self.size)
-
-    def select(self, rows: Tensor) -> RingBuffer:
-        """An independent copy for the given sequences."""
-        new = RingBuffer(self.size, len(self.slots))
-        new.slots = [None if s is None else s[rows.to(s.device)] for s in self.slots]
-        new.valid = None if self.valid is None else self.valid[rows.to(self.valid.device)]
-        new.next = None if self.next is None else self.next[rows.to(self.next.device)]
-        return new
-
-    def nbytes(self) -> int:
-        """Bytes of all slots."""
-        tensors = [t for t in [*self.slots, self.valid] if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,13 +1,10 @@
 """`prune()`: attach a method to a model, run, detach. The life of one forward:
 
     begin (pre-hook of the decoder)  which phase is this, which tokens are real
-    each layer                       context: observe h and the stream;  decode: multiply h by the mask
-    end (hook of the decoder)        context: make masks;  decode: ask the detector, renew masks
+    each layer                       context: observe h and the stream;  decode: prune h
+    end (hook of the decoder)        context: make masks;  decode: ask the detector, make new masks
 
-Two executions of the same masks. `masked`: 0/1 factors on the input of the down projection, so any batch runs, every
-sequence with its own mask; no time saved. `permuted`: the kept neurons moved to the front of the weights and nothing
-else multiplied (`permuted.py`); one mask at a time. Masks change only in `end`, never inside a forward, and outside of
-decoding forwards the weights are whole.
+Masks change only in `end`, never inside a forward. How pruned forwards are computed is the affair of `execution`.
 
 Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding; more
 tokens on a filled cache extend the context (chunked prefill, a further turn): they run dense, are observed, and the
@@ -18,112 +15,99 @@ back. The evaluation sets phases itself with `context()` and `decode()`.
 
 from __future__ import annotations
 
-import math
 import numbers
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dart_eval.allocation import check_table, keep_counts
-from dart_eval.errors import UserError, nearest
-from dart_eval.ffn import FFN, check_depth, find_ffns, is_conv1d, unchanged
-from dart_eval.pruning import gather
+from dart_eval.errors import UserError
+from dart_eval.ffn import check_depth, find_ffns, unchanged
 from dart_eval.pruning.cache_watch import CacheWatch, check_cache
-from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.calibration import Calibration, TextCalibration
 from dart_eval.pruning.calls import Calls, refuse_second
+from dart_eval.pruning.execution import Execution, Wanted
 from dart_eval.pruning.hooks import Forward, Hooks, Phase
 from dart_eval.pruning.inplace import to_the_end
-from dart_eval.pruning.masks import top_k_mask
-from dart_eval.pruning.method import Calibration, Method, PromptMethod, StaticMethod
+from dart_eval.pruning.log import Log
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.padding import real_tokens
-from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
+from dart_eval.pruning.permuted import PermutedFFNs
+from dart_eval.pruning.prepared import Prepared, prepare
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.state import SequenceState, Step
 from dart_eval.pruning.tally import Tally
-
-Execution = Literal["auto", "masked", "permuted"]
-EXECUTIONS = ("auto", "masked", "permuted")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A decoding forward under a mask. read: [B] FFN weights read / all of them. mask: [B] neurons in the mask / all.
-
-    Both are fp64 on the CPU; they are equal but for methods whose tokens pick inside the mask.
-    """
-
-    read: Tensor
-    mask: Tensor
 
 
 class Session:
-    """One method on one model. Made by `prune`; see there."""
+    """One method on one model. Made by `prune`; see there.
+
+    Attributes:
+        log: what was noted since the last new context.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        method: Method,
+        method: Pruner,
         sparsity: float,
         calibration: Calibration | None = None,
-        execution: Execution = "auto",
+        execution: Wanted = "auto",
         shared_mask: bool = False,
     ) -> None:
-        self.model, self.method = model, method
+        self.model, self.method, self.shared_mask = model, method, shared_mask
         self.sparsity = sparsity if method.prunes else 0.0
         self.ffns = find_ffns(model)
-        if method.layer_allocation == "depth":
+        if method.allocation.needs_change:
             check_depth(model, self.ffns)
-        self.shared_mask = shared_mask
-        self._wanted = self._possible(execution)
-        self.permuted: PermutedFFNs | None = None  # while the neurons are in an order of ours
+        self.executing = Execution(model, self.ffns, method, execution, shared_mask)
+        self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration)
+        self.log = Log()
+        self.forward = Forward()
         self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
         # Whether h is looked at in every token, whatever the mask.
-        self._choosy = isinstance(method, PromptMethod) and (method.stages > 1 or method.renewal.dense_tokens > 0)
-        self.state: SequenceState | None = None
-        self.steps: list[Step] = []  # one per decoding forward since the last new context
-        self.events: list[dict[str, Any]] = []  # re-masks since then: step, token, sequence, cause, overlap
-        self.alarms: list[dict[str, Any]] = []  # of the detector since then: token, sequence
-        self.signals: list[Tensor] = []  # [B] per detector window since then; NaN where a sequence had ended
-        self.decoded = 0  # tokens per sequence since then
-        self.static_masks: list[Tensor] | None = None  # L x [1, F] bool
-        self._weights: list[Tensor] | None = None  # L x [F], a prompt method's factors on the energies
-        if isinstance(method, StaticMethod):
-            self.static_masks = self._make_static_masks(method, calibration)
-        if isinstance(method, PromptMethod):
-            if calibration is not None:
-                self._weights = method.neuron_weights(calibration)
-            if method.table is not None:
-                check_table(method.table, sparsity, len(self.ffns))
+        self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0
         self._forced: Phase | None = None
         self._given_valid: Tensor | None = None
         self._tally = Tally()
-        self.forward = Forward()
-        self._cache = CacheWatch(self._follow_beams if isinstance(method, PromptMethod) else None)
+        self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the forward under way
+        self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls = Calls(model)
-        self._hooks = Hooks(self)
+        self._hooks = Hooks(model, self.ffns, method, self.forward)
+
+    # -- what the user reads ---------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> SequenceState | None:
+        """The state of the sequences under way."""
+        return self.forward.state
+
+    @state.setter
+    def state(self, state: SequenceState | None) -> None:
+        self.forward.state = state
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is pruned; the model runs as it is otherwise."""
+        """Whether anything is ever left out."""
         return self.method.prunes
 
     @property
     def looks_ahead(self) -> bool:
         """Whether masks are made from the tokens that they are used on (an oracle)."""
-        return isinstance(self.method, PromptMethod) and self.method.looks_ahead
-
-    # -- what the user reads ---------------------------------------------------------------------------------
+        return self.method.looks_ahead
 
     @property
     def execution(self) -> str:
         """How the sequences under way are decoded: `masked` or `permuted`."""
-        return "masked" if self.permuted is None else "permuted"
+        return self.executing.name
+
+    @property
+    def permuted(self) -> PermutedFFNs | None:
+        """The FFNs while their neurons are in an order of ours, else None."""
+        return self.executing.permuted
 
     @property
     def effective_sparsity(self) -> float:
@@ -146,25 +130,48 @@ class Session:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
-        own = sum(m.numel() * m.element_size() for m in [*(self.static_masks or []), *(self._weights or [])])
-        return own + (self.state.nbytes() if self.state else 0)
+        """Bytes that the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
+        return self.prepared.nbytes() + (self.state.nbytes() if self.state else 0)
 
     @property
     def remasks(self) -> list[int]:
         """Re-masks so far, per sequence of the current batch."""
         return self.state.remasks.tolist() if self.state else []
 
+    @property
+    def steps(self) -> list[Step]:
+        """What each decoding forward used since the last new context."""
+        return self.log.steps
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Re-masks since the last new context: step, token, sequence, cause, overlap."""
+        return self.log.events
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """Alarms of the detector since the last new context: token, sequence."""
+        return self.log.alarms
+
     def shares(self, batch: int) -> Step:
         """What a decoding forward would use now."""
-        if self.static_masks is not None:
-            kept = sum(int(m.sum()) for m in self.static_masks) / sum(f.size for f in self.ffns)
-            share = torch.full((batch,), kept, dtype=torch.float64)
-            return Step(share, share)
-        if self.state is not None and self.state.masks is not None:
-            return Step(self.state.weights_read(), self.state.mask_share())
-        everything = torch.ones(batch, dtype=torch.float64)
-        return Step(everything, everything)
+        if self.state is not None:
+            return self.state.step()
+        return self._without_context(batch, torch.device("cpu")).step()
+
+    def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
+        """What the detector saw of one sequence since its context, or None where no window was full.
+
+        Args:
+            tokens: leave out what came after this many tokens that ran pruned.
+
+        Returns:
+            `window` (tokens); `threshold` (None where the prompt had no full window); `signal` (cosines, one per full
+            window); `mean` and `deviation` of the prompt's windows, where there were any; `alarms` (decoded tokens
+            before each) and `remasks` (before each new mask that followed one).
+        """
+        remasking = self.state.remasking if self.state else None
+        return self.log.trace(remasking.detector if remasking else None, row, tokens)
 
     # -- what the evaluation calls ---------------------------------------------------------------------------
 
@@ -206,15 +213,14 @@ class Session:
             yield
 
     def no_context(self, batch: int, device: torch.device) -> None:
-        """Begin new sequences that have no context: prompt methods run them dense."""
-        self.state = self._step = None
-        if isinstance(self.method, PromptMethod):
-            self.state = self._new_state(batch, device)
-            self.state.skip_context()
+        """Begin new sequences that have no context: where masks need one they run dense."""
+        self._step = None
+        self.state = self._without_context(batch, device)
 
-    def _new_state(self, batch: int, device: torch.device) -> SequenceState:
-        assert isinstance(self.method, PromptMethod)
-        return SequenceState(self.ffns, self.method, self.sparsity, batch, device, self._weights, self.shared_mask)
+    def _without_context(self, batch: int, device: torch.device) -> SequenceState:
+        state = SequenceState(self.prepared, batch, device, self.shared_mask)
+        state.skip_context()
+        return state
 
     def room(self) -> int | None:
         """Tokens that may run in one decoding forward before the masks may change; None for any number."""
@@ -224,45 +230,7 @@ class Session:
         """Continue from `state` (earlier `session.state`) with its sequences `rows`, repeats allowed."""
         self._step = None
         self.state = state.select(rows) if state is not None else None
-        self._new_log()
-
-    def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
-        """What the detector saw of one sequence since its context, or None where no window was full.
-
-        Args:
-            tokens: leave out what came after this many tokens that ran pruned.
-
-        Returns:
-            `window` (tokens); `threshold` (None where the prompt had no full window); `signal` (cosines, one per full
-            window); `mean` and `deviation` of the prompt's windows, where there were any; `alarms` (decoded tokens
-            before each) and `remasks` (before each new mask that followed one).
-        """
-        detector = self.state.detector if self.state else None
-        if detector is None:
-            return None
-        window = detector.config.window
-        last = len(self.signals) if tokens is None else min(len(self.signals), tokens // window)
-        signal = [value for s in self.signals[:last] if not math.isnan(value := float(s[row]))]
-        if not signal:
-            return None
-
-        def those(events: list[dict[str, Any]]) -> list[int]:
-            mine = [e["token"] for e in events if e["sequence"] == row and e.get("cause") != "steady"]
-            return [token for token in mine if tokens is None or token <= tokens]
-
-        threshold = float(detector.threshold[row])
-        found = {
-            "window": window, "threshold": threshold if math.isfinite(threshold) else None, "signal": signal,
-            "alarms": those(self.alarms), "remasks": those(self.events),
-        }  # fmt: skip
-        for name in ("mean", "deviation"):
-            value = float(getattr(detector, name)[row])
-            if not math.isnan(value):
-                found[name] = value
-        return found
-
-    def _new_log(self) -> None:
-        self.steps, self.events, self.alarms, self.signals, self.decoded = [], [], [], [], 0
+        self.log = Log()
 
     @contextmanager
     def _force(self, phase: Phase, valid: Tensor) -> Iterator[None]:
@@ -271,76 +239,6 @@ class Session:
             yield
         finally:
             self._forced, self._given_valid = None, None
-
-    # -- execution -------------------------------------------------------------------------------------------
-
-    def _possible(self, execution: Execution) -> Execution:
-        """The execution that this model allows. Quantised weights fall back to masks, with a warning.
-
-        Raises:
-            UserError: no such execution, or weights that cannot be reordered because other modules use them too.
-        """
-        if execution not in EXECUTIONS:
-            raise UserError(f"unknown execution {execution!r}", nearest(execution, EXECUTIONS))
-        if execution == "masked" or not self.method.prunes:
-            return execution
-        reason = quantised(self.ffns)
-        if reason is None and (reason := shared(self.ffns, self.model)) and execution == "permuted":
-            raise UserError(reason, "use execution='masked'")
-        if reason is not None:
-            warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=4)
-            return "masked"
-        return execution
-
-    @property
-    def _can_gather(self) -> bool:
-        """Whether a token's choice can save time: of gated FFNs, on a CPU or by Triton's kernels."""
-        method = self.method
-        return (
-            isinstance(method, PromptMethod)
-            and method.stages > 1
-            and not method.renewal.dense_tokens
-            and all(f.gate is not None and not is_conv1d(f.down) for f in self.ffns)
-            and all(_device_of(f).type == "cpu" or gather.missing(_device_of(f)) is None for f in self.ffns)
-        )
-
-    def _choose_execution(self, batch: int) -> None:
-        """For new sequences: reorder the neurons, or put them back."""
-        if self.permuted is None and any(f.order is not None for f in self.ffns):
-            raise UserError(REORDERED, "leave that one first")
-        one = batch == 1 or self.shared_mask or self.static_masks is not None
-        if self._wanted == "permuted" and not one:
-            raise UserError(
-                f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
-                "use shared_mask=True (one mask for all of them), execution='masked', or one sequence",
-            )
-        # What sets phases itself may take any sequence up again, with another mask.
-        if self._wanted != "masked" and one and self._forced is None:
-            if self.permuted is not None and self.permuted.gathered and batch > 1:
-                self._restore()  # which is for one sequence
-            if self.permuted is None:
-                self.permuted = PermutedFFNs(self.ffns, self.model, self._can_gather and batch == 1)
-                self.permuted.begin()  # from here on `detach` undoes it
-                self._move_kept(self.static_masks)
-        else:
-            self._restore()
-
-    def _move_kept(self, masks: Sequence[Tensor] | None) -> None:
-        """Kept neurons to the front, if they are not there. masks: L x [B, F], the same for all sequences."""
-        permuted, state = self.permuted, self.state
-        if permuted is None:
-            return
-        for layer, mask in enumerate(masks or ()):
-            permuted.select(layer, mask[0])
-        if permuted.gathered and state is not None:
-            for layer, gathered in enumerate(permuted.gathered):
-                gathered.prepare(*state.choice(layer, permuted.kept[layer]))
-
-    def _restore(self) -> None:
-        permuted = self.permuted
-        if permuted is not None:
-            permuted.restore()
-            self.permuted = None
 
     # -- one forward -----------------------------------------------------------------------------------------
 
@@ -365,26 +263,9 @@ class Session:
         chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
         forward.turn = self._calls.turn
         if not past:
-            self._new_log()
-        if self.permuted is not None:
-            self.permuted.whole()  # an exception may have left it sliced
-            forward.sliced = False
-        if not past and self._forced is None and not unchanged(self.model, self.ffns):
-            raise UserError(
-                f"layers of {type(self.model).__name__} have changed inside prune()",
-                "inject adapters, drop layers or quantise before the block begins",
-            )
-        if not past or self._forced is not None or (self.state is None and self.static_masks is None):
-            self._choose_execution(batch)
-        if self.state is not None and self.state.batch != batch:
-            raise UserError(
-                f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
-                "masks are per sequence: use greedy search or sampling (num_beams=1), with one cache per batch",
-            )
-        if isinstance(self.method, PromptMethod) and self.state is None:
-            self.state = self._new_state(batch, tokens.device)
-            if forward.phase == "decode":  # the cache was filled before the session began: observe from here
-                forward.phase = "context"
+            self.log = Log()
+        self.executing.whole()  # an exception may have left it sliced
+        self._begin_sequences(batch, tokens.device, past)
         if forward.phase == "decode":
             self._begin_decode(tokens, batch, length)
         else:
@@ -392,13 +273,40 @@ class Session:
             if self._forced is None:
                 self._tally.context(batch, chunk)
         forward.seen.clear()
-        gathers = self.permuted is not None and bool(self.permuted.gathered)
-        forward.looking = not forward.sliced or (self._choosy and not gathers)
+        forward.sliced = self.executing.sliced
+        forward.looking = not forward.sliced or (self._choosy and not self.executing.gathers)
         self._hooks.look_inside(forward.looking)
         if forward.phase == "context" and kwargs.get("logits_to_keep"):
             # Layers that share keys and values would compute the last tokens alone (Gemma 4): masks are made from all.
             return args, {**kwargs, "logits_to_keep": 0}
         return None
+
+    def _begin_sequences(self, batch: int, device: torch.device, past: int) -> None:
+        """The execution and the state of the sequences of a forward."""
+        by_hand = self._forced is None
+        if not past and by_hand and not unchanged(self.model, self.ffns):
+            raise UserError(
+                f"layers of {type(self.model).__name__} have changed inside prune()",
+                "inject adapters, drop layers or quantise before the block begins",
+            )
+        if not past or not by_hand or self.state is None:
+            self.executing.choose(batch, by_hand)
+        if self.state is not None and self.state.batch != batch and not self.method.keeps_state:
+            self.state = None  # nothing in it is one sequence's own
+        if self.state is not None and self.state.batch != batch:
+            raise UserError(
+                f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
+                "masks are per sequence: use greedy search or sampling (num_beams=1), with one cache per batch",
+            )
+        if self.state is not None:
+            return
+        if self.forward.phase == "decode" and self.method.needs_context:
+            self.forward.phase = "context"  # the cache was filled before the session began: observe from here
+        if self.forward.phase == "decode":
+            self.state = self._without_context(batch, device)
+            self.executing.move(self.state)
+        else:
+            self.state = SequenceState(self.prepared, batch, device, self.shared_mask)
 
     def _check(self, module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
         """Refuse forwards that a session cannot follow."""
@@ -415,7 +323,7 @@ class Session:
         if self._forced is not None:
             self.forward.phase = self._forced
             return
-        self._cache.check(cache, past, self.state is not None)
+        self._cache.check(cache, past, self.state is not None and self.method.keeps_state)
         self._cache.follow(cache, past + length)
         decodes = past and length == 1 and past >= self._calls.prompt
         self.forward.phase = "decode" if decodes else "context"
@@ -423,18 +331,16 @@ class Session:
             self.state = None
 
     def _begin_decode(self, tokens: Tensor, batch: int, length: int) -> None:
+        assert self.state is not None
         if self._step is None:
-            self._step = self.shares(batch)
+            self._step = self.state.step()
         step = self._step
-        self.steps.append(step)
-        self.decoded += length
-        ended = None
+        self.log.steps.append(step)
+        self.log.decoded += length
+        self._ended = None
         if self._forced is None and batch > 1 and self._calls.ends and not tokens.is_floating_point():
-            ended = torch.isin(tokens[:, -1], torch.tensor(sorted(self._calls.ends), device=tokens.device))
-        self._tally.decode(step.read, length, ended)
-        if self.permuted is not None and bool((step.mask < 1).all()):
-            self.permuted.slice()
-            self.forward.sliced = True
+            self._ended = torch.isin(tokens[:, -1], torch.tensor(sorted(self._calls.ends), device=tokens.device))
+        self.executing.slice(step)
 
     def _follow_beams(self, beams: Tensor) -> None:
         if self._hooks.installed and self.state is not None:
@@ -448,36 +354,40 @@ class Session:
         # What runs from here on, a re-mask's own projections too, is no forward.
         phase, forward.phase = forward.phase, "off"
         forward.last = phase
-        if forward.sliced and self.permuted is not None:
-            self.permuted.whole()
+        if forward.sliced:
+            self.executing.whole()
             forward.sliced = False
         if not forward.kept:
             self._cache.take(output, type(self.model).__name__)
         if forward.looking and (self.state is not None or phase == "decode"):
             self._check_seen(forward.seen)
-        if self.state is None:
+        state = self.state
+        if state is None:
             return
         if phase == "context":
-            self.state.finish_context(forward.valid)
-            self._move_kept(self.state.masks)
-        elif self.state.masks is not None and not forward.frozen:
-            detector = self.state.detector
-            watching = detector is not None and attention is not None
-            changes = self.state.finish_decode(attention if watching else None, forward.valid)
-            if watching and detector is not None and detector.position == 0:
-                self.signals.append(detector.signal.cpu())
-            if watching:
-                for row in self.state.alarms.nonzero().flatten().tolist():
-                    self.alarms.append({"token": self.decoded, "sequence": row})
-            if changes or self.state.method.renewal.dense_tokens:
-                self._step = None
-            if changes:
-                self._move_kept(self.state.masks)
-            for change in changes:
-                self.events.append({
-                    "step": len(self.steps), "token": self.decoded, "sequence": change.sequence,
-                    "cause": change.cause, "overlap": change.overlap,
-                })  # fmt: skip
+            state.finish_context(forward.valid)
+            self.executing.move(state)
+            return
+        measured = state.measured(forward.valid)
+        if measured is not None:
+            self.log.steps[-1] = measured
+        self._tally.decode(self.log.steps[-1].read, forward.valid.shape[1], self._ended)
+        if state.masks is not None and not forward.frozen:
+            self._finish_decode(state, attention)
+
+    def _finish_decode(self, state: SequenceState, attention: Tensor | None) -> None:
+        """Ask the detector, and make the masks anew that are due."""
+        detector = state.remasking.detector if state.remasking is not None else None
+        watching = detector is not None and attention is not None
+        changes = state.finish_decode(attention if watching else None, self.forward.valid)
+        if watching and detector is not None and state.remasking is not None:
+            self.log.watched(detector, state.remasking.alarms)
+        if changes or self.method.mask.remask.dense_tokens:
+            self._step = None
+        if changes:
+            self.executing.move(state)
+        for change in changes:
+            self.log.changed(change)
 
     def _check_seen(self, seen: set[int]) -> None:
         """Whether every layer's FFN ran where it was found."""
@@ -493,7 +403,7 @@ class Session:
 
     def attach(self) -> None:
         """Install the hooks the method needs."""
-        if self.method.prunes:
+        if self.prunes:
             self._calls.watch()
             self._hooks.install(self._begin, self._end)
 
@@ -505,16 +415,6 @@ class Session:
             yield
         finally:
             self._hooks.install(self._begin, self._end)
-
-    @contextmanager
-    def sliced(self) -> Iterator[None]:
-        """Forwards inside multiply the kept neurons of the permuted weights, whatever they are."""
-        assert self.permuted is not None
-        self.permuted.slice()
-        try:
-            yield
-        finally:
-            self.permuted.whole()
 
     def detach(self) -> None:
         """Remove every hook, and put every neuron back; an interrupt meanwhile is raised at the end."""
@@ -529,22 +429,7 @@ class Session:
             self._calls.release()
             self._cache.leave()
         finally:
-            self._restore()
-
-    def _make_static_masks(self, method: StaticMethod, calibration: Calibration | None) -> list[Tensor]:
-        if calibration is None:
-            raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
-        scores = method.static_scores(calibration)
-        sizes = [f.size for f in self.ffns]
-        keep = keep_counts([1 - self.sparsity] * len(sizes), sizes, self.sparsity)
-        return [
-            top_k_mask(s[None], torch.tensor([k])).to(_device_of(ffn))
-            for s, k, ffn in zip(scores, keep, self.ffns, strict=True)
-        ]
-
-
-def _device_of(ffn: FFN) -> torch.device:
-    return next(ffn.down.parameters()).device
+            self.executing.restore()
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -566,12 +451,12 @@ def check_sparsity(sparsity: float) -> float:
 @contextmanager
 def prune(
     model: nn.Module,
-    method: str | Method = "dart",
+    method: str | Pruner = "dart",
     sparsity: float = 0.5,
     *,
     tokenizer: Any = None,
     calibration: Calibration | str | Path | None = None,
-    execution: Execution = "auto",
+    execution: Wanted = "auto",
     shared_mask: bool = False,
     **params: Any,
 ) -> Iterator[Session]:
@@ -585,28 +470,29 @@ def prune(
 
     Args:
         model: a Hugging Face causal language model with a gated or plain FFN.
-        method: a name from `dart_eval.methods()`, or a `Method`.
-        sparsity: fraction of all FFN neurons to prune, in [0, 1).
+        method: a name from `dart_eval.methods()`, or a `Pruner`.
+        sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
         tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
         calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
         execution: `masked` multiplies by masks and saves no time; `permuted` reorders the neurons in place, so that
             pruned ones are not computed, for one mask at a time; `auto` takes `permuted` for one sequence (and for any
             batch where all have one mask), else `masked`.
-        shared_mask: all sequences of a batch have one mask, made from and renewed for all of them.
-        params: the method's parameters, e.g. `allocation="uniform"`.
+        shared_mask: all sequences of a batch have one mask, made from all of them.
+        params: other parts in the method's slots, or other values in their fields: `remask=OnDrift(window=8)`,
+            `allocation="uniform"`, `remask={"part": "drift", "window": 8}`.
 
     Yields:
         The `Session`, which tells effective sparsity, state bytes and re-masks.
 
     Raises:
-        UserError: unknown method or parameter, sparsity outside [0, 1), an FFN that is not understood or does not suit
-            the allocation, weights that `permuted` cannot reorder.
+        UserError: unknown method, part or field, sparsity outside [0, 1), an FFN that is not understood or does not
+            suit the allocation, weights that `permuted` cannot reorder.
     """
     check_sparsity(sparsity)
     refuse_second(model)
-    if isinstance(method, Method):
+    if isinstance(method, Pruner):
         if params:
-            raise UserError("parameters go into the Method object, not beside it")
+            raise UserError("parameters go into the Pruner itself, not beside it")
     else:
         method = make(method, params)
     if not isinstance(calibration, Calibration):

@@ -2,7 +2,7 @@
 
 Task `X` switches topics where decoding begins, its control `X_same` never does: an alarm in the first is a detection,
 in the second a false alarm. Other margins than the one that ran are judged from the recorded signals, up to the first
-alarm of a document (it may move the reference): run with `renew=off` to keep all of them.
+alarm of a document (it may move the reference): run with `remask.act=off` to keep all of them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     for r in records:
         task = str(r.inputs["task"])
         control = by_place.get(_place(r, task + CONTROL))
-        patience = r.inputs["params"].get("patience")
+        params = r.inputs["params"]
+        patience = params.get("remask.patience", params.get("patience"))  # the second of version 0.1
         if control is None or not isinstance(patience, int):
             continue
         try:
@@ -107,7 +108,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
             continue  # damaged samples: `report` and `compare` say so
         if not switched or not same:
             continue
-        renews = bool(r.inputs["params"].get("renew", True))
+        renews = bool(params.get("remask.act", params.get("renew", True)))
         margins: list[tuple[str, float | None, str]] = [("as run", None, "")]
         margins += [(f"{m:g} sigma", m, "sigma") for m in SIGMAS] + [(f"{m:g}", m, "cosine") for m in FLOORS]
         for label, margin, unit in margins:

@@ -87,9 +87,10 @@ def test_no_tasks_are_answered_with_an_example(refused):
 
 @pytest.mark.parametrize(("method", "words"), [
     ("dense,grifin", "unknown method 'grifin'; did you mean griffin?"),
-    ("dart:windw=8", "method dart has no parameter 'windw'; did you mean window"),
-    ("dart:window=ten", "dart:window=ten is not a whole number"),
-    ("dart:allocation=dept", "allocation 'dept' is unknown; did you mean depth?"),
+    ("dart:remask.windw=8", "dart: there is no 'remask.windw'; did you mean remask.window"),
+    ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
+    ("griffin:remask.window=8", "griffin: remask=never has no field 'window'; remask=drift has it"),
+    ("dart:allocation=dept", "dart: there is no allocation=dept; did you mean depth?"),
 ])  # fmt: skip
 def test_a_wrong_method_is_refused_before_the_tasks_are_looked_up(refused, method, words):
     assert words in refused("run", "--tasks", "arc", "--method", method, indexed=False)

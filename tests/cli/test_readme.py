@@ -82,7 +82,7 @@ def test_yaml_block(tmp_path):
     (block,) = _blocks("yaml")
     (tmp_path / "run.yaml").write_text(block)
     config = config_from(tmp_path / "run.yaml", {"limit": 3})
-    assert config.method == ("dense", "griffin", "dart:allocation=uniform:detect=off")
+    assert config.method == ("dense", "griffin", "dart:allocation=uniform:remask=never")
     assert (config.sparsity, config.limit, config.model) == ((0.5, 0.7), 3, "./my-model")
 
 

@@ -117,12 +117,14 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, t
     found = json.loads((tmp_path / "trace.json").read_text())
     saved = json.loads((tmp_path / "layers.json").read_text())
     assert [round(r * 40) for r in saved["keep"]] == found["layers"]["kept"]
-    again = ["--method", "dart:allocation=table:layers.json:detect=off"]
+    again = ["--method", "dart:allocation=table:allocation.file=layers.json:remask=never"]
     run("trace", *common, *again, "--output", "again.json", "--plot", "again.svg")
     assert json.loads((tmp_path / "again.json").read_text())["layers"] == found["layers"]
     text = run("trace", *common, *again, "--sparsity", "0.7", status=2)
     assert "the allocation table keeps 0.500 of the neurons, sparsity 0.7 keeps 0.300" in text
-    assert "is not a file" in run("trace", *common, "--method", "dart:allocation=table:none.json", status=2)
+    assert "is not a file" in run(
+        "trace", *common, "--method", "dart:allocation=table:allocation.file=none.json", status=2
+    )
     assert "no known ending" in run("trace", *common, "--plot", "a.gif", status=2)
     (tmp_path / "layers.json").write_text("{")
     assert "cannot be read" in run("trace", *common, *again, status=2)
@@ -153,7 +155,9 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
     assert found.parts["scores"] == neurons * 4 * (2 if name == "dart-plus" else 1)
     assert found.parts["compensation"] == ((neurons + 3 * 32) * 4 if name == "dart-plus" else 0)
     ring = {"dart": 24, "dart-plus": 8}.get(name, 0)
-    assert found.parts["recent inputs"] == (3 * ring * 32 * 2 + ring if ring else 0)
+    assert found.parts["recent inputs"] == (
+        3 * ring * 32 * 2 + ring + 8 if ring else 0
+    )  # inputs, which are real, where next
     assert found.remask_every == 0
     assert (found.remask_tokens > 0) == (name != "griffin")
     if name == "dart-code":  # 30 dense tokens, each for what a pruned one saves

@@ -40,8 +40,7 @@ def run(model, method, prompt, decoded, sparsity=0.5, **settings):
             out = model(torch.tensor([tokens]), use_cache=True, **past)
             past = {name: getattr(out, name)}
             rows.append(out.logits[0].log_softmax(-1))
-            now = session.static_masks if session.state is None else session.state.masks
-            masks.append([m[0].clone() for m in now])
+            masks.append([session.state.mask(layer)[0].clone() for layer in range(len(session.ffns))])
         seen = session.trace(0) or {"signal": [], "threshold": None}
         return Run(
             masks=masks,

@@ -102,13 +102,15 @@ def test_the_prompts_masks_are_the_formula(family, make, rho, seed):
     assert ours.same_masks(found, dart_masks(model, prompt, rho))
 
 
-@pytest.mark.parametrize("changed", [{"magnitude": False}, {"protect": False}, {"sensitivity": "residual"}])
+@pytest.mark.parametrize("changed", [{"magnitude": False}, {"protect": False}, {"residual": True}])
 def test_the_ablations_and_the_variant_are_the_formula(changed):
     model, prompt = deep("llama"), random_tokens(17, seed=2)
-    (found,) = ours.run(model, "dart", prompt, [], **changed).masks
+    fields = {f"allocation.{name}": value for name, value in changed.items()}
+    if "residual" in changed:
+        fields = {"allocation.sensitivity": "residual"}
+    (found,) = ours.run(model, "dart", prompt, [], **fields).masks
     (usual,) = ours.run(model, "dart", prompt, []).masks
-    plain = {"residual": True} if "sensitivity" in changed else changed
-    assert ours.same_masks(found, dart_masks(model, prompt, 0.5, **plain))
+    assert ours.same_masks(found, dart_masks(model, prompt, 0.5, **changed))
     assert not ours.same_masks(found, usual)
 
 

@@ -17,9 +17,9 @@ h = act(gate x) * up x exists for all neurons, whatever the mask left out. With 
 and the layer keeps as many as before, now the largest of these. The detector's b moves to the mean of the last windows,
 as many as fit into R tokens, at least one; mu and sigma stay the prompt's.
 
-Also to be set: S may be the scores of the mask in force (memory=running), b may stay (reference=kept), a steady re-mask
-may come every so many tokens, with a weight of its own, and in the public code's way the M tokens after an alarm run
-dense, no window that ends among them counts, and their h alone makes the mask.
+Also to be set: S may be the scores of the mask in force (remask.old=running), b may stay (remask.reference=kept), a
+steady re-mask may come every so many tokens, with a weight of its own, and in the public code's way the M tokens after
+an alarm run dense, no window that ends among them counts, and their h alone makes the mask.
 
 Of these the paper has the detector with delta 0.5, windows of about 10 and scores from recent tokens; the floor is its
 code's; the ring of inputs, its blend and the cool-down are ours (docs/findings.md).
@@ -32,7 +32,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from dart_eval.pruning.drift import DriftConfig, DriftDetector
+from dart_eval.pruning.drift import DriftDetector
+from dart_eval.pruning.parts.remasks import OnDrift
 from tests.derivations import ours
 from tests.derivations.plain import Plain, largest
 from tests.helpers.models import biased, random_tokens
@@ -70,7 +71,7 @@ class Detector:
 
 
 def dart(
-    model, prompt, decoded, keep, ring=24, blend=0.25, memory="prompt", reference="moved", every=0, every_blend=0.8,
+    model, prompt, decoded, keep, ring=24, blend=0.25, old="prompt", reference="moved", every=0, every_blend=0.8,
     dense_tokens=0, **detector,
 ):  # fmt: skip
     """Masks after the prompt and after each decoded token, log-probabilities, alarms, re-masks, the detector."""
@@ -103,7 +104,7 @@ def dart(
             made.append(weight * scores[i] + (1 - weight) * (h**2).mean(0))
         masks.append([largest(made[i], keep[i]) for i in layers])
         remasks.append((n, "alarm" if drifted else "steady"))
-        if memory == "running":
+        if old == "running":
             scores = made
         if drifted and reference == "moved":
             watch.b = torch.stack(watch.means[-max(1, (dense_tokens or ring) // watch.window) :]).mean(0)
@@ -114,9 +115,9 @@ QUICK = {"window": 3, "sigma": 0.5, "floor": 0.005, "patience": 2, "cooldown": 1
 CALM = {**QUICK, "floor": 0.3, "sigma": 3.0}
 SETTINGS = [
     QUICK, CALM,
-    {**QUICK, "memory": "running", "reference": "kept", "blend": 0.6},
+    {**QUICK, "old": "running", "reference": "kept", "blend": 0.6},
     {**QUICK, "patience": 1, "dense_tokens": 4, "cooldown": 0, "blend": 0.1},
-    {**QUICK, "every": 4, "every_blend": 0.7, "memory": "running", "ring": 2},
+    {**QUICK, "every": 4, "every_blend": 0.7, "old": "running", "ring": 2},
 ]  # fmt: skip
 CASES = [(f, n) for f in ("llama", "opt") for n in range(len(SETTINGS))] + [("gemma3", 0), ("gpt2", 4)]
 
@@ -126,7 +127,8 @@ def test_alarms_masks_and_probabilities_are_the_definition(family, number):
     model, chosen = biased(family), SETTINGS[number]
     prompt, decoded = random_tokens(17, seed=number), random_tokens(33, seed=number + 10)
     execution = "permuted" if family == "llama" else "masked"
-    found = ours.run(model, "dart", prompt, decoded, execution=execution, **chosen)
+    fields = {f"remask.{name}": value for name, value in chosen.items()}
+    found = ours.run(model, "dart", prompt, decoded, execution=execution, **fields)
     keep = [int(m.sum()) for m in found.masks[0]]  # test_dart_allocation derives these
     masks, logprobs, alarms, remasks, detector = dart(model, prompt, decoded, keep, **chosen)
     assert bool(alarms) == (chosen is not CALM)
@@ -151,7 +153,7 @@ def test_any_alarms_are_the_definition(seed, length, decoded, window, patience, 
     plain = Detector(torch.tensor(prompt), sigma=0.5, floor=0.05, **shape)
     wanted = [n for n, o in enumerate(torch.tensor(new), 1) if plain.alarm(o)]
 
-    detector = DriftDetector(DriftConfig(sigma=0.5, floor=0.05, **shape), 2, 6, torch.device("cpu"))
+    detector = DriftDetector(OnDrift(sigma=0.5, floor=0.05, **shape), 2, 6, torch.device("cpu"))
     padded = np.concatenate([np.full((pad, 6), np.nan), prompt])
     both = torch.tensor(np.stack([padded, rng.normal(size=padded.shape)])).float()  # a second, other sequence
     valid = torch.ones(2, length + pad, dtype=torch.bool)

@@ -82,8 +82,10 @@ def dart_plus(model, prompt, decoded, sparsity, wide, down, compensate, ring, bl
     return masks, torch.cat(rows)
 
 
-STEADY = {"detect": False, "every": 4, "every_blend": 0.7}
-ALARMS = {**RESTLESS, "ring": 8}  # every window of three tokens raises the alarm; the blend is the preset's, 0.8
+STEADY = {
+    "remask": "every", "remask.tokens": 4, "remask.blend": 0.7, "remask.ring": 8, "remask.old": "running",
+}  # fmt: skip
+ALARMS = {**RESTLESS, "remask.ring": 8}  # every window of three tokens raises the alarm; the blend is the preset's, 0.8
 
 
 @pytest.mark.parametrize(("family", "seed", "execution", "sparsity", "wide", "down", "compensate", "remask"), [
@@ -94,7 +96,9 @@ ALARMS = {**RESTLESS, "ring": 8}  # every window of three tokens raises the alar
 ])  # fmt: skip
 def test_dart_plus_is_its_formula(family, seed, execution, sparsity, wide, down, compensate, remask):
     model, prompt, decoded = biased(family), random_tokens(19, seed), random_tokens(13, seed + 10)
-    settings = {**remask, "compensate": compensate, "stages": wide, "down": down}
+    settings = {**remask, "choice.mask_ratio": wide, "choice.write_share": down}
+    if not compensate:
+        settings["compensation"] = "none"
     found = ours.run(model, "dart-plus", prompt, decoded, sparsity, execution=execution, **settings)
     every, blend = (4, 0.7) if remask is STEADY else (3, 0.8)
     masks, logprobs = dart_plus(model, prompt, decoded, sparsity, wide, down, compensate, 8, blend, every)

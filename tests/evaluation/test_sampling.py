@@ -41,7 +41,7 @@ def keys(batch_size, dtype="float32", method="dart-plus", drawn=()):
     [
         ("dart-plus", "float32", (), True), ("dart", "float32", (), False), ("dense", "float32", (), False),
         ("dense", "float32", ("t",), True), ("dart", "float32", ("other",), False), ("dart", "bfloat16", (), True),
-        ("dart:stages=1.5", "float32", (), True),
+        ("dart:choice=gate-up", "float32", (), True),
     ],
 )  # fmt: skip
 def test_the_batch_size_is_part_of_the_key_where_it_moves_numbers(method, dtype, drawn, moves):

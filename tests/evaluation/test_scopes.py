@@ -110,4 +110,4 @@ def test_no_mask_is_renewed_while_a_whole_input_runs_under_it(llama, scope):
     with open_session(llama, "dart", **RESTLESS) as session:
         scored(llama, session, [Request(random_tokens(30), random_tokens(14, seed=1))], scope)
         assert session.state.remasks.tolist() == [0]
-        assert session.events == session.alarms == session.signals == []
+        assert session.events == session.alarms == session.log.signals == []

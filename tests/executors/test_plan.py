@@ -16,10 +16,12 @@ from dart_eval.hashes import task_hash
 from dart_eval.models import Identity, ModelSpec, Resolved, resolve
 from dart_eval.plan import RunConfig, command, config_from, methods_of, plan
 from dart_eval.pruning import registry
-from dart_eval.pruning.method import StaticMethod
-from dart_eval.pruning.methods.dart import Dart
-from dart_eval.pruning.methods.dense import Dense
-from dart_eval.pruning.methods.griffin import Griffin
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.parts.allocations import Uniform
+from dart_eval.pruning.parts.base import option
+from dart_eval.pruning.parts.masks import FromPrompt
+from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.parts.scores import Activation
 from dart_eval.pruning.registry import make, parse
 
 MODEL = Identity("tiny", None, "f00d")
@@ -64,7 +66,7 @@ def test_keys_of_the_file_may_be_written_as_options_are(tmp_path):
 
 @pytest.mark.parametrize(("key", "text", "value"), [
     ("tasks", "arc, hellaswag,", ("arc", "hellaswag")),
-    ("method", "dense,dart:window=8:detect=off", ("dense", "dart:window=8:detect=off")),
+    ("method", "dense,dart:remask.window=8:allocation=uniform", ("dense", "dart:remask.window=8:allocation=uniform")),
     ("sparsity", "0.5, 0.7,0", (0.5, 0.7, 0.0)),
 ])  # fmt: skip
 def test_lists_may_be_comma_separated_text(key, text, value):
@@ -132,26 +134,33 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
 
 
 def test_a_method_spec_holds_name_and_parameters():
-    assert parse(" dart:allocation=uniform:window = 8 ") == ("dart", {"allocation": "uniform", "window": "8"})
+    given = {"allocation": "uniform", "remask.window": "8"}
+    assert parse(" dart:allocation=uniform:remask.window = 8 ") == ("dart", given)
 
 
 def test_parameters_reach_the_method_with_their_types():
-    (method,) = methods_of(RunConfig(method=("dart:allocation=uniform:window=8:sigma=0.25:detect=off",)))
-    assert method == Dart(allocation="uniform", window=8, sigma=0.25, detect=False)
+    (method,) = methods_of(
+        RunConfig(method=("dart:allocation=uniform:remask.window=8:remask.sigma=0.25:remask.act=off",))
+    )
+    assert method == Pruner(FromPrompt(remask=OnDrift(window=8, sigma=0.25, act=False)), allocation=Uniform())
 
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("grifin", "unknown method 'grifin'; did you mean griffin"),
-    ("xyzzy", "unknown method 'xyzzy'; known: dart, dart-code, dart-plus, dense, griffin"),
-    ("dart:windw=8", "dart has no parameter 'windw'; did you mean window"),
-    ("griffin:window=8", "griffin has no parameter 'window'; it has none"),
-    ("dart:window=ten", "dart:window=ten is not a whole number"),
-    ("dart:window=2.5", "dart:window=2.5 is not a whole number"),
-    ("dart:sigma=big", "dart:sigma=big is not a number"),
-    ("dart:detect=maybe", "dart:detect=maybe is not true or false"),
-    ("dart:allocation=dept", "allocation 'dept' is unknown; did you mean depth"),
-    ("dart:window=0", "must be at least 1"),
-    ("dart:blend=1.5", r"blend must lie in \[0, 1\]"),
+    ("xyzzy", "unknown method 'xyzzy'; known: cats, dart, dart-code, dart-plus, dense, griffin"),
+    ("dart:remask.windw=8", "dart: there is no 'remask.windw'; did you mean remask.window"),
+    ("dart:remsk=drift", "dart: there is no 'remsk'; did you mean remask"),
+    ("griffin:remask.window=8", "griffin: remask=never has no field 'window'; remask=drift has it"),
+    ("griffin:compensation.p=1", "griffin: compensation=none has no field 'p'; it has none"),
+    ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
+    ("dart:remask.window=2.5", "dart: remask.window is '2.5'; it must be a whole number"),
+    ("dart:remask.sigma=big", "dart: remask.sigma is 'big'; it must be a number"),
+    ("dart:remask.act=maybe", "dart: remask.act is 'maybe'; it must be on or off"),
+    ("dart:allocation=dept", "dart: there is no allocation=dept; did you mean depth"),
+    ("dart:remask.window=0", "dart: remask.window is 0; it must be at least 1"),
+    ("dart:remask.blend=1.5", "dart: remask.blend is 1.5; it must be at most 1"),
+    ("dart:score=weights", "dart: mask=prompt is made from tokens, and score=weights reads none; use mask=static"),
+    ("magnitude:allocation=depth", "allocation=depth looks at the prompt, and mask=static is made before it"),
     ("dart:window", "'dart:window' is not a method; write NAME or NAME:key=value"),
     ("dart:=8", "'dart:=8' is not a method"),
 ])  # fmt: skip
@@ -161,30 +170,31 @@ def test_a_wrong_method_spec_is_refused_with_the_remedy(spec, message):
 
 
 def test_a_fraction_is_not_cut_to_an_integer_parameter():
-    with pytest.raises(UserError, match=r"window=2\.5 is not a whole number"):
-        make("dart", {"window": 2.5})
-    assert make("dart", {"window": 2.0}).window == 2
+    with pytest.raises(UserError, match=r"remask\.window is 2\.5; it must be a whole number"):
+        make("dart", {"remask.window": 2.5})
+    assert make("dart", {"remask.window": 2.0}).mask.remask.window == 2
 
 
 def test_a_method_given_twice_runs_once():
-    assert methods_of(RunConfig(method=("griffin", "dart", "griffin", "dart:window=10"))) == [Griffin(), Dart()]
+    made = methods_of(RunConfig(method=("griffin", "dart", "griffin", "dart:remask.window=10")))
+    assert made == [make("griffin"), make("dart")]
 
 
 def test_the_runs_seed_reaches_random_unless_it_has_its_own():
-    plain, own = methods_of(RunConfig(method=("random", "random:seed=3"), seed=7))
-    assert (plain.seed, own.seed) == (7, 3)
+    plain, own = methods_of(RunConfig(method=("random", "random:score.seed=3"), seed=7))
+    assert (plain.mask.score.seed, own.mask.score.seed) == (7, 3)
 
 
 @dataclass(frozen=True)
-class Mine(StaticMethod):
-    """A method of another package."""
+class Level(Activation):
+    """A part of another package."""
 
-    name = "mine"
+    name = "level"
     summary = "of another package"
-    level: int = 1
+    level: int = option(1, "a number", least=0)
 
-    def static_scores(self, calibration):
-        return []
+
+MINE = Pruner(FromPrompt(score=Level()), name="mine", summary="of another package")
 
 
 class Entry:
@@ -208,16 +218,32 @@ def installed(monkeypatch):
 def test_a_method_of_another_package_is_found_and_made(installed):
     with pytest.raises(UserError, match="unknown method 'mine'"):
         make("mine")
-    installed["dart_eval.methods"] = [Entry("mine", Mine)]
-    assert registry.methods()["mine"] is Mine
-    (cell,) = cells(method=("mine:level=3",))
-    assert cell.method == Mine(level=3)
-    assert cell.inputs["params"] == {"level": 3}
+    installed["dart_eval.methods"] = [Entry("mine", MINE)]
+    assert registry.methods()["mine"] is MINE
+    (cell,) = cells(method=("mine:score.level=3",))
+    assert cell.method == Pruner(FromPrompt(score=Level(level=3)))
+    assert cell.inputs["params"].items() >= {"score": "level", "score.level": 3}.items()
+
+
+def test_a_part_of_another_package_goes_into_every_method(installed):
+    with pytest.raises(UserError, match="there is no score=level"):
+        make("griffin", {"score": "level"})
+    installed["dart_eval.parts"] = [Entry("level", Level)]
+    assert make("griffin", {"score": "level", "score.level": 3}).mask == FromPrompt(score=Level(level=3))
+
+
+def test_what_another_package_offers_and_is_no_part_is_left_out_with_a_word(installed, caplog):
+    installed["dart_eval.parts"] = [Entry("odd", dict), Entry("method", MINE)]
+    installed["dart_eval.methods"] = [Entry("level", Level)]
+    assert make("griffin") == registry.methods()["griffin"]
+    assert {r.getMessage().split(" of another package")[0] for r in caplog.records} == {
+        "part odd", "part method", "method level"
+    }  # fmt: skip
 
 
 def test_another_package_cannot_replace_a_built_in_method(installed):
-    installed["dart_eval.methods"] = [Entry("dense", Mine)]
-    assert make("dense") == Dense()
+    installed["dart_eval.methods"] = [Entry("dense", MINE)]
+    assert make("dense") == Pruner()
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------
@@ -241,7 +267,7 @@ def test_the_same_question_has_the_same_key():
 
 
 @pytest.mark.parametrize("change", [
-    {"sparsity": (0.6,)}, {"method": ("griffin",)}, {"method": ("dart:window=8",)}, {"limit": 5}, {"seed": 1},
+    {"sparsity": (0.6,)}, {"method": ("griffin",)}, {"method": ("dart:remask.window=8",)}, {"limit": 5}, {"seed": 1},
     {"dtype": "bfloat16"}, {"num_fewshot": 0}, {"cue": "In short:"}, {"chunk": 512}, {"max_length": 512},
     {"chat_template": True}, {"hashes": {"arc_easy": "other"}}, {"device": "cuda"},
     {"identity": dataclasses.replace(MODEL, weights="beef")}, {"identity": dataclasses.replace(MODEL, revision="c0de")},
@@ -291,13 +317,13 @@ def test_a_broken_plugin_does_not_stop_the_others(monkeypatch):
             raise ImportError("no such module")
 
     monkeypatch.setattr("dart_eval.pruning.registry.entry_points", lambda group: [Broken()])
-    assert make("griffin") == Griffin()
+    assert make("griffin").name == "griffin"
     with pytest.raises(UserError, match="unknown method 'broken'"):
         make("broken")
 
 
 def test_a_changed_third_party_method_changes_the_key(installed, monkeypatch):
-    installed["dart_eval.methods"] = [Entry("mine", Mine)]
+    installed["dart_eval.methods"] = [Entry("mine", MINE)]
     sources = iter(["first", "second"])
     monkeypatch.setattr(plan_module.inspect, "getsource", lambda _module: next(sources))
     (first,), (second,) = cells(method=("mine",)), cells(method=("mine",))

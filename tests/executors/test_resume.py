@@ -18,8 +18,8 @@ from dart_eval.results.journal import Journal
 from tests.helpers.commands import CONTEXT, STOPS, Watch, program, results, run_local, start, started, until
 
 SWEEP = {
-    "method": "dense,dart:window=3:min_windows=1:ring=5", "sparsity": "0.5", "limit": 6, "batch_size": 2,
-    "tasks": "smoke_questions,smoke_summary",
+    "method": "dense,dart:remask.window=3:remask.min_windows=1:remask.ring=5", "sparsity": "0.5", "limit": 6,
+    "batch_size": 2, "tasks": "smoke_questions,smoke_summary",
 }  # fmt: skip
 KILLS = 20
 

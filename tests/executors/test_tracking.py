@@ -8,8 +8,7 @@ import pytest
 from dart_eval.errors import UserError
 from dart_eval.executors.tracking import MAX_FAILURES, tracked
 from dart_eval.plan import Cell, RunConfig
-from dart_eval.pruning.methods.dart import Dart
-from dart_eval.pruning.methods.dense import Dense
+from dart_eval.pruning.registry import make
 from dart_eval.results.record import Metric, Record
 
 CONFIG = RunConfig(output="some/folder/sweep")
@@ -17,7 +16,7 @@ CONFIG = RunConfig(output="some/folder/sweep")
 
 def cell(method=None, sparsity=0.5, task="arc", subject=0.75):
     """A cell of a group with one member, and its record."""
-    method = method or Dart()
+    method = method or make("dart")
     inputs = {
         "model": {"name": "tiny"}, "method": method.name, "params": method.params(), "sparsity": sparsity,
         "task": task, "limit": 3,
@@ -116,15 +115,15 @@ def tracker(request, monkeypatch):
 
 def test_a_run_is_a_curve_against_sparsity(tracker, capsys):
     view = View()
-    uniform = Dart(allocation="uniform", detect=False)
-    cells = [cell(Dense(), 0.0), cell(sparsity=0.5), cell(sparsity=0.7), cell(uniform), cell(task="xsum")]
+    uniform = make("dart", {"allocation": "uniform", "remask": "never"})
+    cells = [cell(make("dense"), 0.0), cell(sparsity=0.5), cell(sparsity=0.7), cell(uniform), cell(task="xsum")]
     with tracked(view, tracker.kind, "proj", CONFIG) as tracking:
         for made in cells:
             tracking.finished(*made)
     assert [(r.options["name"], [row["sparsity"] for row in r.rows]) for r in tracker.runs] == [
         ("arc dense", [0.0]),
         ("arc dart", [0.5, 0.7]),
-        ("arc dart:allocation=uniform:detect=false", [0.5]),
+        ("arc dart:remask=never:allocation=uniform", [0.5]),
         ("xsum dart", [0.5]),
     ]
     assert tracker.runs[1].rows[0] == {

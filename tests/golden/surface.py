@@ -37,9 +37,10 @@ def session_of(model, setting, execution="masked"):
 
 def masks(session, row):
     """Per layer [F] bool, the mask in force of one sequence; None without any."""
-    if session.static_masks is not None:
-        return [mask[0].numpy() for mask in session.static_masks]
-    return [mask[row].numpy() for mask in session.state.masks] if session.state is not None else None
+    if session.state is None or session.state.kept is None:
+        return None
+    found = [session.state.mask(layer) for layer in range(len(session.ffns))]
+    return [mask[row if len(mask) > 1 else 0].numpy() for mask in found]
 
 
 def seen_of(session, row):

@@ -3,29 +3,67 @@
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dart_eval.ffn import cache_argument
+from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.prepared import prepare
+from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import prune
+from dart_eval.pruning.state import SequenceState
 from tests.helpers.models import random_tokens
 
 # A detector that sees drift in every window, so that masks do change
-RESTLESS = {"window": 3, "sigma": -1000.0, "floor": -3.0, "patience": 1, "cooldown": 0, "min_windows": 1, "ring": 5}
+RESTLESS = {
+    "remask.window": 3, "remask.sigma": -1000.0, "remask.floor": -3.0, "remask.patience": 1, "remask.cooldown": 0,
+    "remask.min_windows": 1, "remask.ring": 5,
+}  # fmt: skip
 
 
 # Every way to renew a mask, often enough to be seen in a test.
-RENEWED = [
-    ("griffin", {}), ("dart", {}), ("dart", RESTLESS), ("dart", {**RESTLESS, "memory": "running", "reference": "kept"}),
-    ("dart-code", {**RESTLESS, "dense_tokens": 2}), ("dart-plus", {**RESTLESS, "every": 4}),
-    ("dart", {**RESTLESS, "aggregate": "ema", "skip_first": True, "score": "max", "compensate": True}),
+REMASKED = [
+    ("griffin", {}), ("dart", {}), ("dart", RESTLESS),
+    ("dart", {**RESTLESS, "remask.old": "running", "remask.reference": "kept"}),
+    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-plus", {**RESTLESS, "remask.every": 4}),
+    ("dart", {**RESTLESS, "score.average": "ema", "score.skip_first": True, "score.vocabulary": "max",
+              "compensation": "mean"}),
+    ("griffin", {"remask": "drift", **RESTLESS}),
+    ("griffin", {"remask": "every", "remask.tokens": 3, "remask.ring": 5, "remask.blend": 0.2}),
 ]  # fmt: skip
+# Every choice, inside every kind of mask.
+CHOOSING = [
+    ("cats", {}), ("m-countdown", {}), ("oracle-token", {}), ("top-p", {"choice.p": 0.7}),
+    ("magnitude", {"choice": "gate-up", "choice.write_share": 0.7}),
+    ("griffin", {"choice": "up", "choice.mask_ratio": 1.3, "remask": "drift", **RESTLESS}),
+    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate", "score.vocabulary": "mean"}),
+    ("dart", {"choice": "hidden", "choice.mask_ratio": 2.5, "compensation": "mean", **RESTLESS}),
+    ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}),
+]  # fmt: skip
+RENEWED = [*REMASKED, *CHOOSING]
+PLAIN = ("gpt2", "opt")  # families without a gate
+
+
+def renews(params):
+    """Whether a method with these parameters makes new masks within a few tokens (the built-in ones alone do not)."""
+    return any(name.startswith("remask") for name in params)
+
+
+def fitting(method, family, sparsity):
+    """The sparsity, or the largest whole percentage that a method allows: some read a matrix whole."""
+    most = 50 if family in PLAIN else 66
+    return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity
 
 
 class RandomCalibration(TextCalibration):
     """Random tokens instead of a text."""
 
-    def _measure(self):
+    def _measure(self, observe):
         self.tokenizer = lambda text, **_: {"input_ids": list(random_tokens(200, seed=5))}
-        return super()._measure()
+        return super()._measure(observe)
+
+
+def state_of(method, model, sparsity=0.5, batch=1, shared=False, calibration=None, **params):
+    """A state of new sequences. method: a name, with `params` by their paths, or a `Pruner`."""
+    made = make(method, params) if isinstance(method, str) else method
+    return SequenceState(prepare(made, find_ffns(model), sparsity, calibration), batch, torch.device("cpu"), shared)
 
 
 def open_session(model, method, sparsity=0.5, **params):

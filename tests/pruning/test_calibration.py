@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.parts.scores import Activation, Wanda
 from tests.helpers.models import CONFIGS, random_tokens, tiny
 from tests.helpers.sessions import open_session
 
@@ -34,7 +35,7 @@ def test_segments_are_no_longer_than_the_model_has_positions(family, positions, 
     calibration = TextCalibration(model, _Tokenizer(bos))
     assert len(calibration.ffns) == 3
     lengths.clear()  # the trial forward's
-    calibration.energy()
+    calibration.sums(Wanda().observe)
     assert max(lengths) == longest
     assert sum(lengths) == len(WORDS) + bos * len(lengths)
 
@@ -47,7 +48,7 @@ def test_a_model_with_more_positions_has_512_tokens_of_text_after_bos():
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    TextCalibration(model, _Tokenizer(bos=True)).energy()
+    TextCalibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
     assert [n for n in lengths if n > 3] == [513, 513, 177]
 
 
@@ -55,11 +56,11 @@ def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
     config = CONFIGS["opt"]()
     config.dropout = 0.5
     model = AutoModelForCausalLM.from_config(config).eval()
-    evaluated = TextCalibration(model, _Tokenizer(bos=True)).energy()
+    evaluated = TextCalibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
     model.train()
     model.model.decoder.layers[1].eval()
     before = [m.training for m in model.modules()]
-    trained = TextCalibration(model, _Tokenizer(bos=True)).energy()
+    trained = TextCalibration(model, _Tokenizer(bos=True)).sums(Wanda().observe)
     assert all(torch.equal(a, b) for a, b in zip(evaluated, trained, strict=True))
     assert [m.training for m in model.modules()] == before
     with open_session(model, "wanda-sp", 0.5):
@@ -68,13 +69,16 @@ def test_dropout_takes_no_part_in_a_calibration_and_every_mode_comes_back():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_energies_are_sums_in_fp32_over_every_segments_own_tokens(dtype):
+def test_sums_are_made_in_fp32_over_every_segments_own_tokens(dtype):
     """Not over the token that each begins with."""
     calibration = TextCalibration(tiny("llama", dtype), _Tokenizer(bos=True))
     seen = []
     handle = calibration.ffns[1].down.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0, 1:].double()))
-    energy = calibration.energy()[1]
+    sums = calibration.sums(Wanda().observe)[1]
     handle.remove()
     assert sum(map(len, seen)) == len(WORDS) and len(seen) > 2
-    assert energy.dtype == torch.float32
-    assert torch.allclose(energy.double(), torch.cat(seen).square().sum(0), rtol=1e-5)
+    assert sums.dtype == torch.float32
+    assert torch.allclose(sums.double(), torch.cat(seen).square().sum(0), rtol=1e-5)
+    normalised = calibration.sums(Activation(norm="l2").observe)[1]  # of any score that looks at tokens
+    votes = torch.cat(seen) / torch.cat(seen).norm(dim=1, keepdim=True)
+    assert torch.allclose(normalised.double(), votes.square().sum(0), rtol=1e-4)

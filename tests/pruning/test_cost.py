@@ -6,11 +6,8 @@ FLOPs: tests/derivations/test_flops.py.
 import pytest
 from torch import nn
 
-from dart_eval.cost import describe, shape_of, tracing
+from dart_eval.cost import describe, overhead, shape_of
 from dart_eval.ffn import find_ffns
-from dart_eval.pruning.methods.dart import Dart
-from dart_eval.pruning.methods.griffin import Griffin
-from dart_eval.pruning.methods.magnitude import Magnitude
 from dart_eval.pruning.registry import make
 
 
@@ -23,21 +20,21 @@ def test_weights_and_shares(model):
     assert 0 < shape.ffn_share < 1
 
 
-def test_tracing_grows_with_what_a_method_does(llama):
+def test_overhead_grows_with_what_a_method_does(llama):
     shape = shape_of(llama, find_ffns(llama))
-    static, griffin, full = (tracing(m, shape, 100, 0.5) for m in (Magnitude(), Griffin(), Dart()))
+    static, griffin, full = (overhead(make(m), shape, 100, 0.5) for m in ("magnitude", "griffin", "dart"))
     assert (static.prefill, static.decode_step, static.remask) == (0, 0, 0)
     assert 0 < griffin.prefill < full.prefill
     assert griffin.decode_step == 0 < full.decode_step
     # the re-mask runs gate and up densely on the ring's 24 inputs: at least that
     assert full.remask > 24 * 2 * 2 * 32 * 3 * 40
-    assert tracing(Dart(detect=False), shape, 100, 0.5).remask == 0
-    assert tracing(make("dart-code", {"renew": False}), shape, 100, 0.5).remask == 0
+    assert overhead(make("dart", {"remask": "never"}), shape, 100, 0.5).remask == 0
+    assert overhead(make("dart-code", {"remask.act": False}), shape, 100, 0.5).remask == 0
     # the mean of pruned neurons: a factor and a sum per neuron and token, and down's columns of the pruned half once
-    more = tracing(Dart(compensate=True), shape, 100, 0.5)
+    more = overhead(make("dart", {"compensation": "mean"}), shape, 100, 0.5)
     assert more.prefill - full.prefill == 100 * 2 * 3 * 40 + 2 * 32 * 3 * 20
     # tokens that pick: three operations per neuron of a mask of 0.8, and three more per neuron of the prompt
-    picky = tracing(Dart(stages=1.6), shape, 100, 0.5)
+    picky = overhead(make("dart", {"choice": "gate-up"}), shape, 100, 0.5)
     assert picky.decode_step - full.decode_step == pytest.approx(3 * 0.8 * 3 * 40)
     assert picky.prefill - full.prefill == 100 * 3 * 3 * 40
 

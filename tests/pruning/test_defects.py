@@ -17,12 +17,12 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import tasks_dir
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import DEFAULT_TEXT
-from dart_eval.pruning.drift import DriftConfig, DriftDetector
-from dart_eval.pruning.methods.dart import Dart
+from dart_eval.pruning.drift import DriftDetector
+from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.registry import make
 from dart_eval.pruning.session import prune
-from dart_eval.pruning.state import SequenceState
 from tests.helpers.models import SMALL, random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, cache_of, open_session
+from tests.helpers.sessions import RESTLESS, cache_of, open_session, state_of
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def decode(model, session, ids, tokens):
     """Masks of all layers in force at each decoded token, as kept counts; then all events."""
     name, out, counts = cache_argument(model), model(ids, use_cache=True), []
     for token in tokens:
-        dense = bool(session.state.dense_now.any())
+        dense = bool(session.state.remasking.dense_now.any())
         counts.append(
             [f.size if dense else int(m.sum()) for f, m in zip(find_ffns(model), session.state.masks, strict=True)]
         )
@@ -45,39 +45,39 @@ def prompt(length=20, seed=0):
 
 @pytest.mark.parametrize("dense_tokens", [0, 1, 2])
 def test_d1_every_layer_is_masked_again_after_an_alarm_and_the_next_alarm_can_come(llama, dense_tokens):
-    with open_session(llama, "dart", 0.5, **RESTLESS, dense_tokens=dense_tokens) as session:
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": dense_tokens}) as session:
         counts, events = decode(llama, session, prompt(), random_tokens(30, seed=1))
     assert len(events) >= 3
     ran_dense = [sum(c) == sum(f.size for f in find_ffns(llama)) for c in counts]
     assert dense_tokens * len(events) <= sum(ran_dense) <= dense_tokens * (len(events) + 1)  # none from the ring
     for c, dense in zip(counts, ran_dense, strict=True):
         assert dense or sum(c) == 60  # half of 3 x 40, whatever came before
-    assert all(math.isfinite(float(t)) for t in session.state.detector.threshold)
+    assert all(math.isfinite(float(t)) for t in session.state.remasking.detector.threshold)
 
 
 def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
-    method = Dart()
+    method = make("dart")
     request = Request(random_tokens(20), random_tokens(3, seed=2))
     with prune(llama, method, 0.5) as session:
         for _ in range(2):
             (score,) = scorer(llama, output_head(llama), session, 1).score([request])
             assert (score.cost.pruned_tokens, score.cost.not_read_sum) == (3, pytest.approx(1.5))
-    assert method == Dart()
+    assert method == make("dart")
 
 
 def test_d3_and_d4_each_layer_has_its_own_count_before_and_after_an_alarm(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         counts, events = decode(llama, session, prompt(), random_tokens(12, seed=1))
-        wanted = session.state.keep[0].tolist()
+        wanted = session.state.kept[0].tolist()
     assert len(set(wanted)) == 3  # a shift or an exchange would show
     assert events and all(c == wanted for c in counts)
 
 
 @pytest.mark.parametrize("length", [4, 12, 60])
 def test_d5_the_first_prompt_has_a_threshold_unless_it_is_too_short_to_have_a_window(llama, length):
-    with open_session(llama, "dart", 0.5, window=5) as session:
+    with open_session(llama, "dart", 0.5, **{"remask.window": 5}) as session:
         llama(prompt(length), use_cache=True)
-        threshold = float(session.state.detector.threshold[0])
+        threshold = float(session.state.remasking.detector.threshold[0])
     assert math.isfinite(threshold) == (length > 5)
     assert not math.isnan(threshold)
 
@@ -89,21 +89,18 @@ def test_d6_sigma_acts_and_the_first_token_is_out():
     valid = torch.ones(1, 60, dtype=torch.bool)
     found = {}
     for sigma in (0.5, 2.0):
-        detector = DriftDetector(DriftConfig(window=5, sigma=sigma, floor=0.0), 1, 16, CPU)
+        detector = DriftDetector(OnDrift(window=5, sigma=sigma, floor=0.0), 1, 16, CPU)
         detector.observe(a[:, 1:], valid[:, 1:])
         detector.set_reference()
         found[sigma] = float(detector.threshold[0])
     assert found[2.0] < found[0.5] < 1
 
-    class Seen(SequenceState):
-        pass
-
     model = tiny("llama")
     for skip, sees_sink in ((True, False), (False, True)):
-        state = Seen(find_ffns(model), Dart(window=5, detect_skip_first=skip), 0.5, 1, CPU)
-        state.detector = DriftDetector(state.method.drift, 1, 16, CPU)
+        state = state_of("dart", model, **{"remask.window": 5, "remask.skip_first": skip})
+        state.remasking.detector = DriftDetector(state.remasking.part, 1, 16, CPU)
         state.observe_attention(a, valid)
-        assert (float(state.detector.total.min()) < 0) == sees_sink
+        assert (float(state.remasking.detector.total.min()) < 0) == sees_sink
 
 
 def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
@@ -111,7 +108,8 @@ def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
 
     def snapshot(session):
         state = session.state
-        return [*state.masks, state.detector.reference, state.detector.threshold, state.detector.pressure]
+        detector = state.remasking.detector
+        return [*state.masks, detector.reference, detector.threshold, detector.pressure]
 
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         llama(second, use_cache=True)
@@ -153,17 +151,19 @@ def test_d7_assisted_decoding_is_refused(llama, options):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_d8_sums_are_kept_in_fp32(llama, dtype):
-    for params in ({}, {"aggregate": "ema", "decay": 1.0}, {"normalise": "l1"}, {"stages": 1.5}):
-        state = SequenceState(find_ffns(llama), Dart(detect=False, **params), 0.5, 1, CPU)
+    averaged, chosen = {"score.average": "ema", "score.decay": 1.0}, {"choice": "gate-up"}
+    for params, power in (({}, 2), (averaged, 1), ({"score.norm": "l1"}, 0), (chosen, 2)):
+        state = state_of("dart", llama, **params)
         h = torch.full((1, 3000, 40), 1e-4, dtype=dtype)
         valid = torch.ones(1, 3000, dtype=torch.bool)
-        state.observe_hidden(0, h, valid, h if params.get("stages") else None)
+        state.observe(0, h, valid, h)
         token = float(h[0, 0, 0])
-        wanted = {"ema": token, "l1": (1 / 40) ** 2}.get(params.get("aggregate") or params.get("normalise"), token**2)
-        assert state.energy[0].dtype == torch.float32
-        assert float(state.energy[0][0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
-        if params.get("stages"):
-            assert float(state.up[0][0, 0]) == pytest.approx(3000 * token**2, rel=1e-2)
+        wanted = token**power if power else (1 / 40) ** 2
+        assert state.sums["score"][0].dtype == torch.float32
+        assert float(state.sums["score"][0][0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
+        assert (params is chosen) == ("choice" in state.sums)
+        if params is chosen:
+            assert float(state.sums["choice"][0][0, 0]) == pytest.approx(3000 * token**2, rel=1e-2)
 
 
 def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):
@@ -190,7 +190,7 @@ def test_d10_candidates_share_one_mask_that_none_of_them_made(llama, method):
 
 
 def test_d13_dense_tokens_count_against_the_label(llama):
-    with open_session(llama, "dart", 0.5, **RESTLESS, dense_tokens=3) as session:
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": 3}) as session:
         counts, _ = decode(llama, session, prompt(), random_tokens(24, seed=1))
     pruned = sum(1 - sum(c) / 120 for c in counts)
     assert session.effective_sparsity == pytest.approx(pruned / 25)  # 24 and the prompt's own
@@ -204,7 +204,7 @@ def test_d16_each_sequence_of_a_batch_has_its_own_mask(llama):
 
 
 def test_d17_a_long_prompt_keeps_no_more_than_a_short_one():
-    detector = [DriftDetector(DriftConfig(window=2), 1, 8, CPU) for _ in range(2)]
+    detector = [DriftDetector(OnDrift(window=2), 1, 8, CPU) for _ in range(2)]
     for found, length in zip(detector, (200, 2000), strict=True):
         found.observe(torch.randn(1, length, 8), torch.ones(1, length, dtype=torch.bool))
         found.set_reference()
@@ -219,7 +219,7 @@ def test_d18_the_projection_is_made_only_where_a_score_wants_it(llama, monkeypat
     for method in ("dart", "dart-code", "dart-plus", "griffin"):
         with open_session(llama, method, 0.5):
             pass
-    with pytest.raises(AssertionError), open_session(llama, "dart", 0.5, score="max"):
+    with pytest.raises(AssertionError), open_session(llama, "dart", 0.5, **{"score.vocabulary": "max"}):
         pass
 
 

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from dart_eval.pruning.drift import MAX_REFERENCE_WINDOWS, DriftConfig, DriftDetector
+from dart_eval.pruning.drift import MAX_REFERENCE_WINDOWS, DriftDetector
+from dart_eval.pruning.parts.remasks import OnDrift
 
 D = 6
 CPU = torch.device("cpu")
 
 
 def test_a_sequence_that_ended_raises_no_alarm():
-    config = DriftConfig(window=4, patience=1, floor=-3.0, sigma=-1000.0)  # every full window is flagged
+    config = OnDrift(window=4, patience=1, floor=-3.0, sigma=-1000.0)  # every full window is flagged
     detector = DriftDetector(config, 2, D, CPU)
     detector.observe(torch.randn(2, 20, D), torch.ones(2, 20, dtype=torch.bool))
     detector.set_reference()
@@ -20,7 +21,7 @@ def test_a_sequence_that_ended_raises_no_alarm():
 
 
 def test_rebase_moves_the_reference_to_the_latest_windows_of_that_sequence_only():
-    config = DriftConfig(window=2, recent=2)
+    config = OnDrift(window=2, ring=4)  # of two windows
     detector = DriftDetector(config, 2, D, CPU)
     detector.observe(torch.randn(2, 20, D), torch.ones(2, 20, dtype=torch.bool))
     detector.set_reference()
@@ -34,7 +35,7 @@ def test_rebase_moves_the_reference_to_the_latest_windows_of_that_sequence_only(
 
 
 def test_a_copy_is_independent():
-    detector = DriftDetector(DriftConfig(window=2), 2, D, CPU)
+    detector = DriftDetector(OnDrift(window=2), 2, D, CPU)
     detector.observe(torch.randn(2, 20, D), torch.ones(2, 20, dtype=torch.bool))
     detector.set_reference()
     copy = detector.select(torch.tensor([1, 1, 0]))
@@ -47,7 +48,7 @@ def test_a_copy_is_independent():
 def test_memory_does_not_grow_with_the_prompt():
     sizes = []
     for tokens in (2_000, 20_000):
-        detector = DriftDetector(DriftConfig(), 1, D, CPU)
+        detector = DriftDetector(OnDrift(), 1, D, CPU)
         detector.observe(torch.randn(1, tokens, D), torch.ones(1, tokens, dtype=torch.bool))
         sizes.append(detector.nbytes())
     assert sizes[0] == sizes[1]
@@ -56,7 +57,7 @@ def test_memory_does_not_grow_with_the_prompt():
 def test_a_prompt_in_chunks_closed_each_time_makes_the_same_reference():
     """Chunked prefill: every chunk ends with `set_reference`, and the next one goes on where it stopped."""
     a, valid = torch.randn(1, 47, D), torch.ones(1, 47, dtype=torch.bool)
-    whole, parts = (DriftDetector(DriftConfig(window=5), 1, D, CPU) for _ in range(2))
+    whole, parts = (DriftDetector(OnDrift(window=5), 1, D, CPU) for _ in range(2))
     whole.observe(a, valid)
     whole.set_reference()
     for part in torch.arange(47).split(8):
@@ -70,7 +71,7 @@ def test_a_prompt_in_chunks_closed_each_time_makes_the_same_reference():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_of_attention_outputs_are_kept_in_fp32(dtype):
     """Their sum over a prompt, and that over a window, are beyond float16 and between two numbers of bfloat16."""
-    detector = DriftDetector(DriftConfig(window=250), 1, D, CPU)
+    detector = DriftDetector(OnDrift(window=250), 1, D, CPU)
     a, valid = torch.full((1, 500, D), 300.0, dtype=dtype), torch.ones(1, 500, dtype=torch.bool)
     a[..., 1] = 302.0
     detector.observe(a, valid)
@@ -85,7 +86,7 @@ def test_of_a_long_prompt_the_latest_windows_set_the_threshold():
     """The first six of seventy windows point elsewhere: only the mean of all has them."""
     a = torch.ones(1, MAX_REFERENCE_WINDOWS + 6, D)
     a[0, :6, 0] = -9.0
-    detector = DriftDetector(DriftConfig(window=1, floor=0.1), 1, D, CPU)
+    detector = DriftDetector(OnDrift(window=1, floor=0.1), 1, D, CPU)
     detector.observe(a, torch.ones(a.shape[:2], dtype=torch.bool))
     detector.set_reference()
     alike = torch.cosine_similarity(a[0, -1], a[0].mean(0), dim=0)
@@ -96,7 +97,7 @@ def test_of_a_long_prompt_the_latest_windows_set_the_threshold():
     ("patience", "cooldown", "before", "after"), [(2, 0, [False], [False, True]), (1, 3, [True, False], [True, False])]
 )
 def test_a_further_turn_begins_without_flags_and_without_a_cool_down(patience, cooldown, before, after):
-    config = DriftConfig(window=2, sigma=-1000.0, floor=-3.0, patience=patience, cooldown=cooldown)  # all are flagged
+    config = OnDrift(window=2, sigma=-1000.0, floor=-3.0, patience=patience, cooldown=cooldown)  # all are flagged
     detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
     for alarms in (before, after):
         detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
@@ -105,7 +106,7 @@ def test_a_further_turn_begins_without_flags_and_without_a_cool_down(patience, c
 
 
 def test_as_many_windows_as_asked_for_are_enough_to_trust_their_deviation():
-    config = DriftConfig(window=2, sigma=3.0, floor=0.0, min_windows=4)
+    config = OnDrift(window=2, sigma=3.0, floor=0.0, min_windows=4)
     for tokens, trusted in ((6, 0), (8, 1)):
         detector = DriftDetector(config, 1, D, CPU)
         detector.observe(torch.randn(1, tokens, D), torch.ones(1, tokens, dtype=torch.bool))
@@ -115,7 +116,7 @@ def test_as_many_windows_as_asked_for_are_enough_to_trust_their_deviation():
 
 
 def test_windows_of_a_sequence_that_runs_dense_are_none_of_the_cool_down():
-    config = DriftConfig(window=2, sigma=-1000.0, floor=-3.0, patience=1, cooldown=1)  # all are flagged
+    config = OnDrift(window=2, sigma=-1000.0, floor=-3.0, patience=1, cooldown=1)  # all are flagged
     detector, two = DriftDetector(config, 1, D, CPU), torch.ones(1, 2, dtype=torch.bool)
     detector.observe(torch.randn(1, 8, D), torch.ones(1, 8, dtype=torch.bool))
     detector.set_reference()

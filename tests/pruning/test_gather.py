@@ -41,7 +41,7 @@ def kernels():
 
 
 def gathering_equals_masks():
-    settings = RESTLESS, {**RESTLESS, "down": 1.0}, {**RESTLESS, "every": 4}
+    settings = RESTLESS, {**RESTLESS, "choice.write_share": 1.0}, {**RESTLESS, "remask.every": 4}
     for family, params in [*(("llama", p) for p in settings), ("qwen2", settings[1]), ("gemma3", settings[0])]:
         model = biased(family)
         before = bits(model)

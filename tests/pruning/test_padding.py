@@ -14,6 +14,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from dart_eval.errors import UserError
 from dart_eval.pruning.padding import real_tokens
+from dart_eval.pruning.remask import Due
 from tests.helpers.models import SMALL, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, open_session
 
@@ -151,13 +152,13 @@ def test_padding_on_the_right_leaves_the_recent_inputs_to_the_real_tokens(llama)
     rows = [random_tokens(n, seed=n) for n in (20, 9)]
     ids = torch.tensor([[*r, *[0] * (20 - len(r))] for r in rows])
     mask = torch.tensor([[1] * len(r) + [0] * (20 - len(r)) for r in rows])
-    settings = {**RESTLESS, "blend": 0.0, "ring": 8, "execution": "masked"}
+    settings = {**RESTLESS, "remask.blend": 0.0, "remask.ring": 8, "execution": "masked"}
     with open_session(llama, "dart", 0.5, **settings) as session:
         llama(ids, attention_mask=mask, use_cache=True)
-        session.state.remask(torch.ones(2, dtype=torch.bool))
+        session.state.remask(Due(torch.ones(2, dtype=torch.bool), "alarm"))
         together = [m.clone() for m in session.state.masks]
     for row, tokens in enumerate(rows):
         with open_session(llama, "dart", 0.5, **settings) as session:
             llama(torch.tensor([tokens]), use_cache=True)
-            session.state.remask(torch.ones(1, dtype=torch.bool))
+            session.state.remask(Due(torch.ones(1, dtype=torch.bool), "alarm"))
             assert all(torch.equal(a[row], b[0]) for a, b in zip(together, session.state.masks, strict=True))

@@ -25,11 +25,13 @@ from tests.helpers.sessions import (
     decoded,
     interrupted_anywhere,
     open_session,
+    renews,
     same,
 )
 
 STATIC = [("magnitude", {}), ("wanda-sp", {})]
-METHODS = [*RENEWED, *STATIC, ("dart-plus", {**RESTLESS, "down": 1.0}), ("dart", {"allocation": "uniform"})]
+TWO_STAGES = ("dart-plus", {**RESTLESS, "choice.write_share": 1.0})
+METHODS = [*RENEWED, *STATIC, TWO_STAGES, ("dart", {"allocation": "uniform"})]
 
 
 @pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS, every=2))
@@ -47,7 +49,7 @@ def test_permuted_equals_masked(family, method, params):
         assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
         assert [e["token"] for e in events] == [e["token"] for e in their_events]
         assert share == their_share
-    if params.get("sigma") == RESTLESS["sigma"]:
+    if renews(params):
         assert found["permuted"][0][1]  # masks did change
 
 
@@ -73,7 +75,7 @@ def test_one_mask_for_a_batch(method, params):
     for execution in ("masked", "permuted"):
         with open_session(model, method, 0.5, execution=execution, shared_mask=True, **params) as session:
             found[execution] = decoded(model, session, prompts)
-            if session.state is not None:
+            if session.state.masks is not None:
                 for mask in session.state.masks:
                     assert all(torch.equal(mask[0], row) for row in mask)
                 remasks = session.remasks
@@ -81,7 +83,7 @@ def test_one_mask_for_a_batch(method, params):
     assert torch.allclose(found["masked"][0], found["permuted"][0], rtol=1e-8, atol=1e-8)
     with open_session(model, method, 0.5, **params) as session:  # each its own: another result
         own = decoded(model, session, prompts)[0]
-        if method != "magnitude":
+        if not session.method.mask.fixed:
             assert session.execution == "masked"
             assert not torch.allclose(own, found["masked"][0])
 
@@ -127,9 +129,9 @@ def test_a_further_turn_and_chunked_prefill():
             for token in (5, 6, 7, 8):
                 out = model(torch.tensor([[token]]), use_cache=True, past_key_values=cache_of(out))
             out = model(second, use_cache=True, past_key_values=cache_of(out))
-            energies = [e.clone() for e in session.state.energy]
+            sums = [e.clone() for e in session.state.sums["score"].layers]
             last = model(torch.tensor([[9]]), use_cache=True, past_key_values=cache_of(out)).logits
-            found[execution] = energies, last
+            found[execution] = sums, last
     for ours, theirs in zip(*(f[0] for f in found.values()), strict=True):
         assert torch.allclose(ours, theirs)
     assert torch.allclose(*(f[1] for f in found.values()), rtol=1e-8, atol=1e-8)

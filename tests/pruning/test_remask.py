@@ -3,24 +3,26 @@
 import pytest
 import torch
 
-from dart_eval.ffn import find_ffns
-from dart_eval.pruning.masks import top_k_mask
-from dart_eval.pruning.methods.dart import Dart
-from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.remask import Due
+from dart_eval.pruning.top import top_k_mask
+from tests.helpers.sessions import state_of
 
-CPU = torch.device("cpu")
-# A detector that flags every window of two tokens.
-FLAGGED = {"window": 2, "sigma": -1000.0, "floor": -3.0, "patience": 1, "cooldown": 0, "min_windows": 1}
+# New masks at fixed distances, or a detector that flags every window of two tokens.
+STEADY = {"remask": "every", "remask.tokens": 4, "remask.ring": 9}
+FLAGGED = {
+    "remask.window": 2, "remask.sigma": -1000.0, "remask.floor": -3.0, "remask.patience": 1, "remask.cooldown": 0,
+    "remask.min_windows": 1, "remask.ring": 9,
+}  # fmt: skip
+FIRST, SECOND = torch.tensor([True, False]), torch.tensor([False, True])
 
 
 class Observed:
     """A state of two sequences and all that it was shown: `h` [2, T, F] and inputs `x` [2, T, D] of each layer."""
 
-    def __init__(self, model, tokens=6, shared=False, lengths=(), **params):
+    def __init__(self, model, params, tokens=6, shared=False, lengths=()):
         torch.manual_seed(0)
-        self.ffns = find_ffns(model)
-        method = Dart(**{"detect": False, "every": 4, "ring": 9, "allocation": "uniform", **params})
-        self.state = SequenceState(self.ffns, method, 0.5, 2, CPU, shared=shared)
+        self.state = state_of("dart", model, batch=2, shared=shared, **{"allocation": "uniform", **params})
+        self.ffns, self.remasking = self.state.ffns, self.state.remasking
         self.h = [torch.zeros(2, 0, f.size) for f in self.ffns]
         self.x = [torch.zeros(2, 0, f.width) for f in self.ffns]
         self.context(tokens, lengths)
@@ -30,10 +32,9 @@ class Observed:
         for i, ffn in enumerate(self.ffns):
             h, x = torch.randn(2, tokens, ffn.size), torch.randn(2, tokens, ffn.width)
             y, z = torch.randn(2, tokens, 32), torch.randn(2, tokens, 32)
-            self.state.observe_hidden(i, h, valid)
+            self.state.observe(i, h, valid)
             self.state.observe_change(i, y, z * (1 + i * torch.tensor([1.0, -0.3])[:, None, None]), valid)
-            if self.state.ring is not None:
-                self.state.ring.write(i, x, valid)
+            self.remasking.observe_input(i, x, valid)
             self.h[i], self.x[i] = torch.cat([self.h[i], h], 1), torch.cat([self.x[i], x], 1)
         self.state.observe_attention(torch.randn(2, tokens, 32), valid)
         self.state.finish_context(valid)
@@ -44,20 +45,19 @@ class Observed:
         valid[1] = not ended
         taken = []
         for i, ffn in enumerate(self.ffns):
-            if self.state.ring is not None:
-                self.state.ring.write(i, torch.randn(2, tokens, ffn.width), valid)
+            self.remasking.observe_input(i, torch.randn(2, tokens, ffn.width), valid)
             taken.append(torch.randn(2, tokens, ffn.size))
-            self.state.apply(i, taken[i], valid)
+            self.state.apply(i, taken[i], valid, None, None)
         attention = torch.randn(2, tokens, 32) if attention is None else attention
-        return taken, self.state.finish_decode(attention if self.state.detector else None, valid)
+        return taken, self.state.finish_decode(attention if self.remasking.detector else None, valid)
 
 
 def test_a_re_mask_of_one_sequence_takes_its_own_counts_and_what_its_ring_holds(llama):
     """Six inputs in a ring of nine: the mean is over six. The overlap is the share of the old mask that stays."""
-    seen = Observed(llama.float(), allocation="depth", every_blend=0.25)
-    before, keep = [m.clone() for m in seen.state.masks], seen.state.keep.clone()
+    seen = Observed(llama.float(), {**STEADY, "allocation": "depth", "remask.blend": 0.25})
+    before, keep = [m.clone() for m in seen.state.masks], seen.state.kept.clone()
     assert keep[0].tolist() != keep[1].tolist()
-    (change,) = seen.state.remask(torch.tensor([False, True]), "steady")
+    (change,) = seen.state.remask(Due(SECOND, "steady"))
     for i, ffn in enumerate(seen.ffns):
         recent = ffn.intermediate(seen.x[i][1]).square().mean(0)
         score = 0.25 * seen.h[i][1].square().mean(0) + 0.75 * recent
@@ -70,24 +70,24 @@ def test_a_re_mask_of_one_sequence_takes_its_own_counts_and_what_its_ring_holds(
 
 def test_a_running_memory_is_on_the_scale_of_sums(llama):
     """So that a further turn adds its tokens to as many others."""
-    seen = Observed(llama.float(), memory="running", every_blend=0.5)
+    seen = Observed(llama.float(), {**STEADY, "remask.old": "running", "remask.blend": 0.5})
     for _ in range(2):
-        seen.state.remask(torch.tensor([True, False]), "steady")
+        seen.state.remask(Due(FIRST, "steady"))
     recent = [f.intermediate(x[0]).square().mean(0) for f, x in zip(seen.ffns, seen.x, strict=True)]
     for i in range(3):
         score = 0.25 * seen.h[i][0].square().mean(0) + 0.75 * recent[i]
-        assert torch.allclose(seen.state.energy[i][0] / 6, score, rtol=1e-4)
+        assert torch.allclose(seen.state.sums["score"][i][0] / 6, score, rtol=1e-4)
 
 
 def test_a_shared_mask_is_made_from_the_mean_of_all_sequences_whatever_their_length(llama):
-    seen = Observed(llama.float(), shared=True, lengths=(6, 2))
+    seen = Observed(llama.float(), STEADY, shared=True, lengths=(6, 2))
     for i in range(3):
         score = seen.h[i][0].square().mean(0) + seen.h[i][1, 4:].square().mean(0)
         assert torch.equal(seen.state.masks[i], top_k_mask(score[None], torch.tensor([20])).expand(2, -1))
 
 
 def test_steady_renewals_are_counted_from_the_last_turn_and_leave_out_what_has_ended(llama):
-    seen = Observed(llama.float())
+    seen = Observed(llama.float(), STEADY)
     assert seen.state.room() == 4
     assert seen.decode(2)[1] == []
     assert seen.state.room() == 2
@@ -99,15 +99,15 @@ def test_steady_renewals_are_counted_from_the_last_turn_and_leave_out_what_has_e
 
 
 def test_a_steady_renewal_leaves_the_detectors_reference(llama):
-    seen = Observed(llama.float(), detect=True, **{**FLAGGED, "patience": 99}, reference="moved", every=2)
-    before = seen.state.detector.reference.clone()
+    seen = Observed(llama.float(), {**FLAGGED, "remask.patience": 99, "remask.every": 2})
+    before = seen.remasking.detector.reference.clone()
     assert len(seen.decode(2)[1]) == 2
-    assert torch.equal(seen.state.detector.reference, before)
+    assert torch.equal(seen.remasking.detector.reference, before)
 
 
 def test_dense_tokens_make_a_mask_on_their_own_each_time(llama):
     """Alarms after tokens 2 and 6; tokens 3 to 5 and 7 to 9 run dense, and windows that end meanwhile do not count."""
-    seen = Observed(llama.float(), detect=True, every=0, **FLAGGED, dense_tokens=3, blend=0.0)
+    seen = Observed(llama.float(), {**FLAGGED, "remask.dense_tokens": 3, "remask.blend": 0.0})
     taken = []
     for token in range(1, 10):
         h, changes = seen.decode()
@@ -121,15 +121,28 @@ def test_dense_tokens_make_a_mask_on_their_own_each_time(llama):
 
 
 def test_a_block_ends_where_the_first_sequence_stops_to_run_dense(llama):
-    seen = Observed(llama.float(), detect=True, every=0, **{**FLAGGED, "window": 9}, dense_tokens=8)
-    seen.state.dense_left = torch.tensor([5, 3])
+    seen = Observed(llama.float(), {**FLAGGED, "remask.window": 9, "remask.dense_tokens": 8})
+    seen.remasking.dense_left = torch.tensor([5, 3])
     assert seen.state.room() == 3
 
 
 def test_a_turn_ends_what_was_to_run_dense(llama):
-    seen = Observed(llama.float(), detect=True, every=0, **FLAGGED, dense_tokens=3)
+    seen = Observed(llama.float(), {**FLAGGED, "remask.dense_tokens": 3})
     seen.decode(2)
     assert seen.state.dense_now.tolist() == [True, True]
     seen.context(3)
     assert seen.state.dense_now.tolist() == [False, False]
-    assert seen.state.weights_read().tolist() == [0.5, 0.5]
+    assert seen.state.step().read.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("dense", [0, 3])
+def test_an_alarm_of_one_sequence_is_that_of_all_that_share_its_mask(llama, dense):
+    seen = Observed(llama.float(), {**FLAGGED, "remask.dense_tokens": dense}, shared=True)
+    seen.remasking.detector.threshold = torch.tensor([2.0, -2.0])  # the first always drifts, the second never
+    changes = seen.decode(2)[1]
+    assert [c.sequence for c in changes] == ([] if dense else [0, 1])
+    assert seen.remasking.dense_now.tolist() == [bool(dense)] * 2
+    apart = Observed(llama.float(), {**FLAGGED, "remask.dense_tokens": dense})
+    apart.remasking.detector.threshold = torch.tensor([2.0, -2.0])
+    assert [c.sequence for c in apart.decode(2)[1]] == ([] if dense else [0])
+    assert apart.remasking.dense_now.tolist() == [bool(dense), False]

@@ -8,13 +8,14 @@ import torch
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
-from dart_eval.pruning.masks import top_k_mask
-from dart_eval.pruning.methods.dart import Dart
-from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.remask import Due
+from dart_eval.pruning.top import top_k_mask
 from tests.helpers.models import random_tokens, tiny
-from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of
+from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of, state_of
 
-CPU = torch.device("cpu")
+# New masks from the ring at fixed distances, no detector.
+STEADY = {"remask": "every", "allocation": "uniform"}
 
 
 def _masks(session):
@@ -40,7 +41,7 @@ def _steps(model, session, ids, tokens):
 def test_dense_tokens_after_an_alarm_make_the_new_mask(llama):
     """Alarm after three tokens; the next two run dense and alone make the mask; the detector waits for them."""
     tokens = random_tokens(7, seed=9)
-    params = {**RESTLESS, "dense_tokens": 2, "blend": 0.0, "cooldown": 5, "allocation": "uniform"}
+    params = {**RESTLESS, "remask.dense_tokens": 2, "remask.blend": 0.0, "remask.cooldown": 5, "allocation": "uniform"}
     hidden = []
     ffn = find_ffns(llama)[1]
     with open_session(llama, "dart", 0.5, execution="masked", **params) as session:
@@ -59,7 +60,7 @@ def test_dense_tokens_after_an_alarm_make_the_new_mask(llama):
 def test_tokens_that_run_dense_get_no_constant(llama):
     """What pruned neurons add on average is missing only where they are pruned."""
     made = {"pruned": 0, "dense": 0}
-    params = {**RESTLESS, "dense_tokens": 2, "compensate": True}
+    params = {**RESTLESS, "remask.dense_tokens": 2, "compensation": "mean"}
     ffn = find_ffns(llama)[1]
     with open_session(llama, "dart", 0.5, execution="masked", **params) as session:
         inputs = []
@@ -78,7 +79,7 @@ def test_tokens_that_run_dense_get_no_constant(llama):
 
 
 def test_windows_that_close_while_dense_tokens_run_raise_no_alarm(llama):
-    params = {**RESTLESS, "dense_tokens": 4}  # the alarm comes after token 3; the window of 4 to 6 runs dense
+    params = {**RESTLESS, "remask.dense_tokens": 4}  # the alarm comes after token 3; the window of 4 to 6 runs dense
     with open_session(llama, "dart", 0.5, **params) as session:
         _steps(llama, session, prompts_of(1, 20), random_tokens(8, seed=9))
     assert [e["token"] for e in session.events] == [7]
@@ -87,10 +88,10 @@ def test_windows_that_close_while_dense_tokens_run_raise_no_alarm(llama):
 
 def test_blend_of_one_is_the_static_mask(llama):
     ids = prompts_of(2, 20)
-    with open_session(llama, "dart", 0.5, detect=False):
+    with open_session(llama, "dart", 0.5, remask="never"):
         static = generate(llama, ids, tokens=20)
-    for params in (RESTLESS, {**RESTLESS, "memory": "running"}, {**RESTLESS, "dense_tokens": 0, "reference": "kept"}):
-        with open_session(llama, "dart", 0.5, **{**params, "blend": 1.0}) as session:
+    for params in ({}, {"remask.old": "running"}, {"remask.reference": "kept"}):
+        with open_session(llama, "dart", 0.5, **{**RESTLESS, **params, "remask.blend": 1.0}) as session:
             blended = generate(llama, ids, tokens=20)
         assert sum(session.remasks) > 4
         assert torch.equal(torch.stack(static.logits), torch.stack(blended.logits))
@@ -98,20 +99,27 @@ def test_blend_of_one_is_the_static_mask(llama):
 
 def test_watching_only_changes_nothing_but_sees_everything(llama):
     ids = prompts_of(1, 20)
-    with open_session(llama, "dart", 0.5, detect=False):
+    with open_session(llama, "dart", 0.5, remask="never"):
         static = generate(llama, ids, tokens=16)
-    with open_session(llama, "dart", 0.5, **RESTLESS, renew=False) as session:
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.act": False}) as session:
         watched = generate(llama, ids, tokens=16)
         trace = session.trace(0)
-        assert session.state.ring is None  # nothing to renew from, so nothing is kept
+        assert session.state.remasking.ring is None  # nothing to renew from, so nothing is kept
     assert torch.equal(torch.stack(static.logits), torch.stack(watched.logits))
     assert session.events == []
     assert len(trace["signal"]) == 5
     assert {"mean", "deviation", "threshold"} <= trace.keys()
 
 
-@pytest.mark.parametrize("params", [RESTLESS, {**RESTLESS, "every": 2, "memory": "running"},
-                                    {**RESTLESS, "dense_tokens": 2}])  # fmt: skip
+def test_a_detector_that_only_watches_leaves_steady_re_masks_to_their_time(llama):
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.act": False, "remask.every": 4}) as session:
+        generate(llama, prompts_of(1, 20), tokens=10)
+        assert [a["token"] for a in session.alarms] == [3, 6, 9]
+        assert [(e["cause"], e["token"]) for e in session.events] == [("steady", 4), ("steady", 8)]
+
+
+@pytest.mark.parametrize("params", [RESTLESS, {**RESTLESS, "remask.every": 2, "remask.old": "running"},
+                                    {**RESTLESS, "remask.dense_tokens": 2}])  # fmt: skip
 def test_ratios_stay_as_the_prompt_set_them(llama, params):
     with open_session(llama, "dart", 0.5, **params) as session:
         found = _steps(llama, session, prompts_of(1, 20), random_tokens(12, seed=2))
@@ -123,30 +131,30 @@ def test_ratios_stay_as_the_prompt_set_them(llama, params):
 
 def test_a_kept_reference_stays_and_a_moved_one_moves(llama):
     for reference in ("kept", "moved"):
-        with open_session(llama, "dart", 0.5, **{**RESTLESS, "reference": reference}) as session:
+        with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.reference": reference}) as session:
             llama(prompts_of(1, 20), use_cache=True)
-            before = session.state.detector.reference.clone()
+            before = session.state.remasking.detector.reference.clone()
             _steps(llama, session, prompts_of(1, 20), random_tokens(7, seed=2))
-            assert torch.equal(before, session.state.detector.reference) == (reference == "kept")
+            assert torch.equal(before, session.state.remasking.detector.reference) == (reference == "kept")
 
 
 def test_a_further_turn_after_renewals_counts_all_its_tokens(llama):
     """The average is kept on the scale of sums: a turn as long as the first context weighs as much as it."""
-    method = Dart(memory="running", every=1, every_blend=0.5, ring=2, detect=False, allocation="uniform")
-    state = SequenceState(find_ffns(llama.float()), method, 0.5, 1, CPU)
+    params = {"remask.old": "running", "remask.tokens": 1, "remask.blend": 0.5, "remask.ring": 2}
+    state = state_of("dart", llama.float(), **STEADY, **params)
     valid = torch.ones(1, 10, dtype=torch.bool)
 
     def turn(value):
         for layer, ffn in enumerate(state.ffns):
-            state.ring.write(layer, torch.randn(1, 10, 32), valid)
-            state.observe_hidden(layer, torch.full((1, 10, ffn.size), value), valid)
+            state.remasking.ring.write(layer, torch.randn(1, 10, 32), valid)
+            state.observe(layer, torch.full((1, 10, ffn.size), value), valid)
         state.finish_context(valid)
 
     turn(1.0)
-    state.remask(torch.tensor([True]), "steady")
-    mean = state.energy[0] / state.weight
+    state.remask(Due(torch.tensor([True]), "steady"))
+    mean = state.sums["score"][0] / state.weight
     turn(3.0)
-    assert torch.allclose(state.energy[0] / state.weight, (mean + 9.0) / 2)
+    assert torch.allclose(state.sums["score"][0] / state.weight, (mean + 9.0) / 2)
 
 
 @pytest.mark.parametrize("method", ["dart", "dart-code", "dart-plus", "griffin"])
@@ -154,48 +162,51 @@ def test_state_does_not_grow_with_the_prompt(method):
     model = tiny("llama", torch.float32)
     sizes = []
     for length in (80, 240):
-        with open_session(model, method, 0.5, **({"window": 1} if method != "griffin" else {})) as session:
+        with open_session(model, method, 0.5, **({"remask.window": 1} if method != "griffin" else {})) as session:
             model(prompts_of(1, length), use_cache=True)
             sizes.append(session.state_bytes)
     assert sizes[0] == sizes[1]
 
 
 def test_what_an_alarm_will_need_is_counted_before_it_comes(llama):
-    with open_session(llama, "dart", 0.5, **RESTLESS, dense_tokens=2) as session:
+    with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.dense_tokens": 2}) as session:
         llama(prompts_of(1, 20), use_cache=True)
         before = session.state_bytes
         _steps(llama, session, prompts_of(1, 20), random_tokens(4, seed=2))
         assert session.state_bytes == before
-    with open_session(llama, "dart", 0.5, down_norm=True) as weighed, open_session(tiny("llama"), "dart", 0.5) as plain:
+    weighing = open_session(llama, "dart", 0.5, **{"score.down_norm": True})
+    with weighing as weighed, open_session(tiny("llama"), "dart", 0.5) as plain:
         assert weighed.state_bytes - plain.state_bytes == 3 * 40 * 4
 
 
-@pytest.mark.parametrize("stages", [1.0, 1.5])
-def test_padding_in_the_ring_may_hold_anything(llama, stages):
+@pytest.mark.parametrize("choice", ["none", "gate-up"])
+def test_padding_in_the_ring_may_hold_anything(llama, choice):
     """A padded slot of NaN, as an overflow in half precision would leave, changes nothing."""
-    method = Dart(ring=4, stages=stages, allocation="uniform", detect=False, every=1, compensate=True)
+    params = {**STEADY, "remask.ring": 4, "choice": choice, "compensation": "mean"}
     masks, made = [], []
     for rubbish in (0.0, float("nan")):
         torch.manual_seed(0)
-        state = SequenceState(find_ffns(llama.float()), method, 0.5, 1, CPU)
+        state = state_of("dart", llama.float(), **params)
         valid = torch.tensor([[False, True, True]])
         for layer, ffn in enumerate(state.ffns):
             x = torch.randn(1, 3, 32)
             x[:, 0] = rubbish
-            state.ring.write(layer, x, valid)
+            state.remasking.ring.write(layer, x, valid)
             a, u = ffn.parts(x)
-            state.observe_hidden(layer, a * u, valid, u)
+            state.observe(layer, a * u, valid, u)
         state.finish_context(valid)
-        state.remask(torch.tensor([True]))
+        state.remask(Due(torch.tensor([True]), "steady"))
         masks.append(state.masks)
         made.append(state.constants)
     assert _equal(*masks) and _equal(*made)
 
 
 @pytest.mark.parametrize(("params", "words"), [
-    ({"score": "maxx"}, "did you mean max"), ({"memory": "none"}, "memory"), ({"stages": 0.5}, "stages"),
-    ({"stages": 1e308}, "stages"),
-    ({"every": 4, "dense_tokens": 3}, "dense_tokens"), ({"decay": 0}, "decay"), ({"every": -1}, "negative"),
+    ({"score.vocabulary": "maxx"}, "did you mean max"), ({"remask.old": "none"}, "old is 'none'"),
+    ({"choice": "gate-up", "choice.mask_ratio": 0.5}, "mask_ratio is 0.5; it must be at least 1"),
+    ({"choice": "gate-up", "choice.mask_ratio": 1e308}, r"mask_ratio is 1e\+308; it must be at most 3"),
+    ({"remask.every": 4, "remask.dense_tokens": 3}, "dense_tokens does without it"),
+    ({"score.decay": 0}, "decay is 0; it must be more than 0"), ({"remask.every": -1}, "must be at least 0"),
 ])  # fmt: skip
 def test_wrong_parameters_are_refused(llama, params, words):
     with pytest.raises(UserError, match=words), open_session(llama, "dart", 0.5, **params):
@@ -204,14 +215,13 @@ def test_wrong_parameters_are_refused(llama, params, words):
 
 def test_sequences_of_a_batch_renew_on_their_own(llama):
     """One row raises the alarm, the other never: only the first runs dense, and blocks end where it may change."""
-    method = Dart(window=2, patience=1, cooldown=9, min_windows=9, floor=0.5, dense_tokens=3, blend=0.0,
-                  allocation="uniform")  # fmt: skip
-    state = SequenceState(find_ffns(llama.float()), method, 0.5, 2, CPU)
+    remask = OnDrift(window=2, patience=1, cooldown=9, min_windows=9, floor=0.5, dense_tokens=3, blend=0.0)
+    state = state_of("dart", llama.float(), batch=2, remask=remask, allocation="uniform")
     valid = torch.ones(2, 8, dtype=torch.bool)
     direction = torch.zeros(2, 8, 32)
     direction[..., 0] = 1
     for layer, ffn in enumerate(state.ffns):
-        state.observe_hidden(layer, torch.randn(2, 8, ffn.size), valid)
+        state.observe(layer, torch.randn(2, 8, ffn.size), valid)
     state.observe_attention(direction, valid)
     state.finish_context(valid)
     turned = direction[:, :2].clone()
@@ -221,7 +231,7 @@ def test_sequences_of_a_batch_renew_on_their_own(llama):
         block = valid[:, : a.shape[1]]
         for layer, ffn in enumerate(state.ffns):
             h = torch.randn(2, a.shape[1], ffn.size)
-            kept = state.apply(layer, h, block) != 0
+            kept = state.apply(layer, h, block, None, None) != 0
             assert int(kept[1, 0].sum()) == ffn.size // 2
             assert int(kept[0, 0].sum()) == (ffn.size if dense else ffn.size // 2)
         return state.finish_decode(a, block)

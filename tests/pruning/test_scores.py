@@ -8,20 +8,19 @@ from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dart_eval.ffn import final_norm, find_ffns, gain
 from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.methods.dart import Dart
-from dart_eval.pruning.methods.magnitude import Magnitude
-from dart_eval.pruning.methods.oracle import Oracle
-from dart_eval.pruning.methods.random import Random
-from dart_eval.pruning.scores import decayed, energy, project
-from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.parts.scores import Activation, Random, Weights, activations, decayed
+from dart_eval.pruning.registry import make
+from dart_eval.pruning.vocabulary import project
 from tests.helpers.models import SMALL, tiny
+from tests.helpers.sessions import state_of
 
-CPU = torch.device("cpu")
+EMA = {"score.average": "ema", "score.decay": 0.9}
 
 
-@pytest.mark.parametrize("normalise", ["none", "l1", "l2"])
+@pytest.mark.parametrize("norm", ["none", "l1", "l2"])
 @pytest.mark.parametrize("power", [1, 2])
-def test_energy_by_hand(normalise, power):
+def test_sums_of_activations_by_hand(norm, power):
     torch.manual_seed(0)
     h, weight = torch.randn(2, 5, 7), torch.rand(2, 5)
     weight[0, 0] = 0
@@ -29,13 +28,13 @@ def test_energy_by_hand(normalise, power):
         wanted = torch.zeros(7)
         for t in range(5):
             token = h[row, t]
-            norm = {"none": 1, "l1": token.abs().sum(), "l2": token.norm()}[normalise]
-            wanted += weight[row, t] * (token.abs() / norm) ** power
-        assert torch.allclose(energy(h, weight, normalise, power)[row], wanted, rtol=1e-5)
+            size = {"none": 1, "l1": token.abs().sum(), "l2": token.norm()}[norm]
+            wanted += weight[row, t] * (token.abs() / size) ** power
+        assert torch.allclose(activations(h, weight, norm, power)[row], wanted, rtol=1e-5)
 
 
 def test_a_token_without_activations_counts_nothing():
-    assert torch.equal(energy(torch.zeros(1, 2, 3), torch.ones(1, 2), "l2"), torch.zeros(1, 3))
+    assert torch.equal(activations(torch.zeros(1, 2, 3), torch.ones(1, 2), "l2"), torch.zeros(1, 3))
 
 
 @settings(deadline=None)
@@ -49,24 +48,24 @@ def test_an_exponential_average_does_not_see_chunks_or_padding(pad, first, secon
         x = torch.cat([torch.full((1, padding, 4), 9.0), part], 1)
         valid = (torch.arange(x.shape[1])[None] >= padding).float()
         weight, shrink = decayed(valid, decay)
-        total = total * shrink[:, None] + energy(x, weight, power=1)
+        total = total * shrink[:, None] + activations(x, weight, power=1)
     assert torch.allclose(total[0], wanted, rtol=1e-4, atol=1e-6)
 
 
-def _seen(model, method, h, split=None):
+def _seen(model, params, h, split=None):
     """The state's score of every neuron of layer 0 after a context with these activations."""
-    state = _state_after(model, method, h, split)
-    return state.energy[0][0] / state.weight[0]
+    state = _state_after(model, params, h, split)
+    return state.sums["score"][0][0] / state.weight[0]
 
 
-def _state_after(model, method, h, split=None):
-    """The state after a context with these activations in every layer, in one piece or two."""
-    state = SequenceState(find_ffns(model), method, 0.5, 1, CPU)
+def _state_after(model, params, h, split=None):
+    """DART's state after a context with these activations in every layer, in one piece or two."""
+    state = state_of("dart", model, allocation="uniform", **params)
     parts = [h] if split is None else [h[:, :split], h[:, split:]]
     for part in parts:
         valid = torch.ones(part.shape[:2], dtype=torch.bool)
         for layer in range(len(state.ffns)):
-            state.observe_hidden(layer, part, valid)
+            state.observe(layer, part, valid)
         state.finish_context(valid)
     return state
 
@@ -76,19 +75,19 @@ def test_the_average_of_magnitudes_is_the_formula(llama, split):
     h = torch.randn(1, 7, 40, generator=torch.Generator().manual_seed(1))
     weight = torch.tensor([0.9 ** (6 - t) for t in range(7)])
     wanted = (weight[:, None] * h[0].abs()).sum(0) / weight.sum()
-    got = _seen(llama, Dart(aggregate="ema", decay=0.9, allocation="uniform", detect=False), h, split)
+    got = _seen(llama, EMA, h, split)
     assert torch.allclose(got, wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("split", [None, 1, 4])
-@pytest.mark.parametrize("aggregate", ["l2", "ema"])
-def test_the_mean_that_makes_up_for_the_pruned_weighs_tokens_as_the_scores_do(llama, split, aggregate):
+@pytest.mark.parametrize("average", ["l2", "ema"])
+def test_the_mean_that_makes_up_for_the_pruned_weighs_tokens_as_the_scores_do(llama, split, average):
     h = torch.randn(1, 7, 40, generator=torch.Generator().manual_seed(1))
-    weight = torch.tensor([0.9 ** (6 - t) if aggregate == "ema" else 1.0 for t in range(7)])
-    method = Dart(aggregate=aggregate, decay=0.9, allocation="uniform", detect=False, compensate=True)
-    state = _state_after(llama.float(), method, h, split)
+    weight = torch.tensor([0.9 ** (6 - t) if average == "ema" else 1.0 for t in range(7)])
+    params = {"score.average": average, "score.decay": 0.9, "compensation": "mean"}
+    state = _state_after(llama.float(), params, h, split)
     wanted = (weight[:, None] * h[0]).sum(0) / weight.sum()
-    assert torch.allclose(state.mean[0][0] / state.weight[0], wanted, atol=1e-6)
+    assert torch.allclose(state.sums["compensation"][0][0] / state.weight[0], wanted, atol=1e-6)
     outside = wanted * ~state.masks[0][0]
     assert torch.allclose(state.constants[0][0], find_ffns(llama)[0].output_weight().float() @ outside, atol=1e-5)
 
@@ -97,10 +96,10 @@ def test_the_mean_that_makes_up_for_the_pruned_weighs_tokens_as_the_scores_do(ll
 def test_the_first_token_can_be_left_out(llama, split):
     h = torch.randn(1, 7, 40, generator=torch.Generator().manual_seed(1))
     h[:, 0] *= 100  # a sink
-    method = Dart(skip_first=True, allocation="uniform", detect=False)
-    assert torch.allclose(_seen(llama, method, h, split), h[0, 1:].square().mean(0), rtol=1e-4)
+    skipped = {"score.skip_first": True}
+    assert torch.allclose(_seen(llama, skipped, h, split), h[0, 1:].square().mean(0), rtol=1e-4)
     # where it is the only one, it still has an order to give
-    assert _seen(llama, method, h[:, :1]).argmax() == h[0, 0].abs().argmax()
+    assert _seen(llama, skipped, h[:, :1]).argmax() == h[0, 0].abs().argmax()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
@@ -122,7 +121,7 @@ def test_without_a_norm_the_gain_is_one():
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_the_projection_is_that_of_the_output_head(monkeypatch, chunk):
     """Untied, with a norm after the FFN and a final norm: Phi by explicit matrices."""
-    monkeypatch.setattr("dart_eval.pruning.scores.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("dart_eval.pruning.vocabulary.CHUNK_BYTES", chunk)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8, tie_word_embeddings=False)).eval()
     with torch.no_grad():
@@ -147,55 +146,55 @@ def test_scores_with_the_projection(llama):
     norm = h[0].double().norm(dim=0)
     down = find_ffns(llama)[0].output_weight().double().norm(dim=0)
     wanted = {
-        "magnitude": norm, "max": largest * norm, "mean": mean * norm, "combined": (largest + mean) * norm,
+        "none": norm, "max": largest * norm, "mean": mean * norm, "combined": (largest + mean) * norm,
         "product": largest * mean * norm**2,
     }  # fmt: skip
-    for score, value in wanted.items():
+    for vocabulary, value in wanted.items():
         for down_norm in (False, True):
-            method = Dart(score=score, down_norm=down_norm, allocation="uniform", detect=False)
-            weights = method.neuron_weights(calibration)
-            state = SequenceState(find_ffns(llama), method, 0.5, 1, CPU, weights)
+            params = {"score.vocabulary": vocabulary, "score.down_norm": down_norm, "allocation": "uniform"}
+            state = state_of("dart", llama, calibration=calibration, **params)
             valid = torch.ones(1, 9, dtype=torch.bool)
             for layer in range(3):
-                state.observe_hidden(layer, h, valid)
+                state.observe(layer, h, valid)
             state.finish_context(valid)
-            full = value * down if down_norm and score != "product" else value * down**2 if down_norm else value
+            full = value * down if down_norm and vocabulary != "product" else value * down**2 if down_norm else value
             assert set(state.masks[0][0].nonzero().flatten().tolist()) == set(full.topk(20).indices.tolist())
 
 
 def test_factors_beside_an_average_of_magnitudes_are_those_of_a_norm(llama):
-    """Beside energies they are squared."""
+    """Beside sums of squares they are squared."""
     calibration = TextCalibration(llama, None)
     largest, down = calibration.projection()[1].largest, find_ffns(llama)[1].output_weight().float().norm(dim=0)
-    for aggregate, power in (("l2", 2), ("ema", 1)):
-        method = Dart(aggregate=aggregate, score="max", down_norm=True)
-        assert torch.allclose(method.neuron_weights(calibration)[1], (largest * down) ** power, rtol=1e-4)
+    for average, power in (("l2", 2), ("ema", 1)):
+        score = Activation(average=average, vocabulary="max", down_norm=True)
+        assert torch.allclose(score.factors(calibration)[1], (largest * down) ** power, rtol=1e-4)
 
 
 def test_a_new_reference_has_the_windows_that_the_new_mask_is_made_from():
-    assert Dart(ring=24, window=10).drift.recent == 2
-    assert Dart(ring=8, window=10).drift.recent == 1
-    assert Dart(ring=8, window=5, dense_tokens=30).drift.recent == 6
+    assert OnDrift(ring=24, window=10).recent == 2
+    assert OnDrift(ring=8, window=10).recent == 1
+    assert OnDrift(ring=8, window=5, dense_tokens=30).recent == 6
 
 
 def test_the_oracle_normalises_as_it_is_told():
     torch.manual_seed(0)
     h, weight = torch.randn(2, 5, 7), torch.ones(2, 5)
-    for normalise in ("none", "l1", "l2"):
-        assert torch.equal(Oracle(normalise=normalise).energy(h, weight), energy(h, weight, normalise))
+    for norm in ("none", "l1", "l2"):
+        score = make("oracle", {"score.norm": norm}).mask.score
+        assert torch.equal(score.observe(h, None, weight), activations(h, weight, norm))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_magnitude_multiplies_the_norms_of_a_neurons_rows(family):
+def test_the_score_of_weights_multiplies_the_norms_of_a_neurons_rows(family):
     model = tiny(family)
-    for ffn, score in zip(find_ffns(model), Magnitude().static_scores(TextCalibration(model, None)), strict=True):
+    for ffn, score in zip(find_ffns(model), Weights().factors(TextCalibration(model, None)), strict=True):
         up = ffn.up.weight.norm(dim=1)
         assert torch.allclose(score.double(), up if family == "opt" else up * ffn.gate.weight.norm(dim=1), rtol=1e-5)
 
 
 def test_random_neurons_differ_from_layer_to_layer_and_from_seed_to_seed(llama):
     calibration = TextCalibration(llama, None)
-    first, again, other = (Random(seed=seed).static_scores(calibration) for seed in (1, 1, 2))
+    first, again, other = (Random(seed=seed).factors(calibration) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
     assert not any(torch.equal(a, b) for a in first for b in other)

@@ -7,6 +7,7 @@ import dart_eval
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.parts.scores import Wanda
 from dart_eval.pruning.registry import BUILT_IN
 from dart_eval.pruning.session import prune
 from tests.helpers.matrices import on_families
@@ -16,19 +17,22 @@ from tests.helpers.sessions import (
     RESTLESS,
     bits,
     cache_of,
+    fitting,
     generate,
     hooked,
     open_session,
     prompts_of,
+    renews,
     same,
 )
 
-PRUNERS = [cls.name for cls in BUILT_IN if cls.prunes and not getattr(cls, "looks_ahead", False)]
-MASKS = [name for name in PRUNERS if name != "dart-plus"]  # a mask alone decides, the same for all tokens
-QUIET = {"dart": {"detect": False}, "dart-code": {"detect": False}}
+PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead]
+SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they read follows from the sparsity
+MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.token_chooses]  # the same for all tokens
+QUIET = {"dart": {"remask": "never"}, "dart-code": {"remask": "never"}}
 
 
-@on_families(["method"], FAMILIES, PRUNERS)
+@on_families(["method"], FAMILIES, SIZED)
 def test_sparsity_zero_is_dense(model, method):
     ids = prompts_of(2, 20)
     dense = generate(model, ids, tokens=6)
@@ -39,14 +43,15 @@ def test_sparsity_zero_is_dense(model, method):
     assert session.effective_sparsity == 0
 
 
-@on_families(["method", "sparsity"], FAMILIES, [(m, s) for m in PRUNERS for s in (0.3, 0.5, 0.7)], every=2)
+@on_families(["method", "sparsity"], FAMILIES, [(m, s) for m in SIZED for s in (0.3, 0.5, 0.7)], every=2)
 def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
+    sparsity = fitting(method, model.config.model_type, sparsity)
     with open_session(model, method, sparsity) as session:
         generate(model, prompts_of(2, 20), tokens=5)
         neurons = sum(f.size for f in find_ffns(model))
         exact = 1 - round((1 - sparsity) * neurons) / neurons
         if method in MASKS:
-            masks = session.static_masks or session.state.masks
+            masks = session.prepared.masks or session.state.masks
             for row in range(len(masks[0])):
                 assert sum(int(m[row].sum()) for m in masks) == round((1 - sparsity) * neurons)
             assert session.mask_sparsity == pytest.approx(exact)
@@ -60,7 +65,7 @@ def test_a_mask_does_what_removing_the_neurons_would(model, method):
     ids = prompts_of(1, 20)
     with open_session(model, method, 0.5, **QUIET.get(method, {})) as session:
         pruned = generate(model, ids, tokens=6)
-        masks = session.static_masks or session.state.masks
+        masks = session.prepared.masks or session.state.masks
     prefill = model(ids, use_cache=True)
     cache = {cache_argument(model): cache_of(prefill)}
     with torch.no_grad():
@@ -78,7 +83,7 @@ def test_a_mask_does_what_removing_the_neurons_would(model, method):
 def test_pruning_changes_the_output(llama, method):
     ids = prompts_of(1, 20)
     dense = generate(llama, ids)
-    with open_session(llama, method, 0.7):
+    with open_session(llama, method, fitting(method, "llama", 0.7)):
         pruned = generate(llama, ids)
     assert torch.equal(dense.logits[0], pruned.logits[0])  # prefill is dense
     assert not torch.allclose(dense.logits[1], pruned.logits[1])
@@ -88,11 +93,12 @@ def test_pruning_changes_the_output(llama, method):
 def test_leaving_restores_the_model_bit_for_bit(model, method):
     ids = prompts_of(1, 10)
     state = bits(model)
+    sparsity = fitting(method, model.config.model_type, 0.7)
     before = model(ids).logits
-    with open_session(model, method, 0.7):
+    with open_session(model, method, sparsity):
         generate(model, ids, tokens=5)
     with pytest.raises(RuntimeError, match="stop here"):  # noqa: PT012, SIM117
-        with open_session(model, method, 0.7):
+        with open_session(model, method, sparsity):
             generate(model, ids, tokens=5)
             raise RuntimeError("stop here")
     assert same(model, state)
@@ -119,7 +125,7 @@ def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
         for a, b in zip(alone.logits, together.logits, strict=True):
             assert torch.allclose(a[0], b[row], atol=1e-6)
     assert events == alone_events
-    assert bool(events) == bool(params)
+    assert bool(events) == renews(params)
 
 
 def masks_of(session):
@@ -184,7 +190,9 @@ def test_beam_search_is_refused_where_masks_cannot_follow(llama):
             llama(prompts_of(1, 1), use_cache=True, **{cache_argument(llama): cache_of(out)})
 
 
-@pytest.mark.parametrize(("method", "params"), [("griffin", {}), ("dart", RESTLESS), ("dart-plus", {"every": 2})])
+@pytest.mark.parametrize(
+    ("method", "params"), [("griffin", {}), ("dart", RESTLESS), ("dart-plus", {"remask.every": 2})]
+)
 @torch.no_grad()
 def test_beams_take_their_masks_with_them(llama, method, params):
     """The score of the best beam is that of its tokens decoded alone; beams changed places on the way."""
@@ -228,6 +236,15 @@ def test_state_bytes_count_what_is_kept(llama):
         assert least <= session.state_bytes <= least + 4 * width * 8 + 200
 
 
+@pytest.mark.parametrize(("method", "masks"), [("wanda-sp", 1), ("random", 1), ("cats", 0), ("dense", 0)])
+def test_masks_for_all_sequences_are_all_that_is_kept_of_them(llama, method, masks):
+    """A byte a neuron; no factors, which are in the masks, and nothing of a mask of everything."""
+    with open_session(llama, method, 0.5) as session:
+        generate(llama, prompts_of(2, 20), tokens=3)
+        assert session.prepared.nbytes() == masks * 120
+        assert session.state_bytes - session.prepared.nbytes() <= 200  # counts and sums of tokens
+
+
 def test_the_python_surface():
     assert set(PRUNERS) <= set(dart_eval.methods())
     with pytest.raises(UserError, match="did you mean griffin"), prune(tiny("llama"), "grifin", 0.5):
@@ -242,7 +259,7 @@ def test_wanda_sp_calibrates_on_the_given_text(llama, tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(" ".join(f"w{t}" for t in random_tokens(700)))
     calibration = TextCalibration(llama, tokenizer, path)
-    energy = calibration.energy()
+    sums = calibration.sums(Wanda().observe)
     ids = torch.tensor(tokenizer(path.read_text())["input_ids"])
     hidden = []
     ffn = find_ffns(llama)[1]
@@ -250,7 +267,7 @@ def test_wanda_sp_calibrates_on_the_given_text(llama, tokenizer, tmp_path):
     for part in ids.split(llama.config.max_position_embeddings):
         llama(part[None])
     handle.remove()
-    assert torch.allclose(energy[1].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)
+    assert torch.allclose(sums[1].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)
 
 
 def test_a_forward_without_cache_is_refused(llama):
@@ -271,7 +288,7 @@ def test_every_calibration_segment_begins_as_a_prompt_does(llama, tokenizer, tmp
     (tmp_path / "text.txt").write_text("words")
     seen = []
     handle = llama.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
-    energy = TextCalibration(llama, WithBos(), tmp_path / "text.txt").energy()
+    sums = TextCalibration(llama, WithBos(), tmp_path / "text.txt").sums(Wanda().observe)
     handle.remove()
     seen = [ids for ids in seen if ids.shape[1] > 3]
     assert all(int(ids[0, 0]) == 1 for ids in seen)
@@ -282,4 +299,4 @@ def test_every_calibration_segment_begins_as_a_prompt_does(llama, tokenizer, tmp
     for ids in seen:
         llama(ids)
     handle.remove()
-    assert torch.allclose(energy[0].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)
+    assert torch.allclose(sums[0].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)

@@ -15,7 +15,7 @@ def test_a_new_prompt_begins_a_new_log(llama):
         for _ in range(2):
             generate(llama, prompts_of(1, 20), tokens=9)
             assert [e["token"] for e in session.events] == [a["token"] for a in session.alarms] == [3, 6]
-            assert len(session.steps) == session.decoded == 8 and len(session.signals) == 2
+            assert len(session.steps) == session.log.decoded == 8 and len(session.log.signals) == 2
 
 
 def test_a_trace_is_of_one_sequence_up_to_a_token(llama):
@@ -51,11 +51,11 @@ def test_a_forward_under_frozen_masks_leaves_everything_as_it_was(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         with session.context(torch.ones_like(ids, dtype=torch.bool)):
             out = llama(ids, use_cache=True)
-        kept = [*session.state.ring.slots, *session.state.masks, session.state.detector.window_sum]
+        kept = [*session.state.remasking.ring.slots, *session.state.masks, session.state.remasking.detector.window_sum]
         before = [t.clone() for t in kept]
         with session.decode(torch.ones(1, 7, dtype=torch.bool), frozen=True):
             llama(ids[:, :7], use_cache=True, **{name: cache_of(out)})
-        now = [*session.state.ring.slots, *session.state.masks, session.state.detector.window_sum]
+        now = [*session.state.remasking.ring.slots, *session.state.masks, session.state.remasking.detector.window_sum]
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
         assert session.events == session.alarms == []
 
@@ -78,7 +78,7 @@ def test_a_prompt_of_generate_says_nothing_of_later_ones(llama):
         generate(llama, prompts_of(1, 30), tokens=3)
         decoded(llama, session, prompts_of(1, 8), steps=4)
         assert session.state.tokens.tolist() == [8]
-        assert session.decoded == 4
+        assert session.log.decoded == 4
 
 
 @torch.no_grad()

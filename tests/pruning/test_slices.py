@@ -11,7 +11,7 @@ from tests.helpers.sessions import RENEWED, RESTLESS, bits, decoded, open_sessio
 
 
 @pytest.mark.parametrize(
-    ("method", "params"), [*RENEWED[:2], ("magnitude", {}), ("dart-plus", {**RESTLESS, "every": 4})]
+    ("method", "params"), [*RENEWED[:2], ("magnitude", {}), ("dart-plus", {**RESTLESS, "remask.every": 4})]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
 def test_layers_that_keep_no_neuron(family, method, params):
@@ -33,7 +33,8 @@ def test_a_table_that_empties_a_layer(tmp_path):
     found = []
     for execution in ("masked", "permuted"):
         model = biased("llama")
-        with open_session(model, "dart", 0.6, execution=execution, allocation=f"table:{table}", **RESTLESS) as session:
+        params = {"allocation": "table", "allocation.file": str(table), **RESTLESS}
+        with open_session(model, "dart", 0.6, execution=execution, **params) as session:
             found.append(decoded(model, session, [random_tokens(20, 3)], steps=9)[0])
             assert session.permuted is None or session.permuted.kept[1] == 0
     assert torch.allclose(*found, rtol=1e-8, atol=1e-8)

@@ -8,13 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_eval.ffn import find_ffns
-from dart_eval.pruning.masks import top_k_mask
-from dart_eval.pruning.methods.dart import Dart
-from dart_eval.pruning.methods.griffin import Griffin
+from dart_eval.pruning.remask import Due
 from dart_eval.pruning.ring import RingBuffer
-from dart_eval.pruning.state import SequenceState
-
-CPU = torch.device("cpu")
+from dart_eval.pruning.top import top_k_mask
+from tests.helpers.sessions import state_of
 
 
 @given(st.integers(0, 10_000), st.integers(1, 30), st.integers(1, 5))
@@ -67,37 +64,33 @@ def test_the_ring_holds_each_sequences_last_real_inputs_wherever_its_padding_sta
             assert sorted(held.tolist()) == list(expected[row])
 
 
-def _state(model, method, sparsity=0.5, batch=1):
-    return SequenceState(find_ffns(model), method, sparsity, batch, CPU)
-
-
-@pytest.mark.parametrize("method", [Dart(detect=False), Griffin()])
+@pytest.mark.parametrize("method", ["dart", "griffin"])
 def test_scores_equal_the_formula_and_ignore_padding(llama, method):
-    state = _state(llama, method, batch=2)
+    state = state_of(method, llama, batch=2)
     size = find_ffns(llama)[0].size
     h = torch.randn(2, 9, size) * 3
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[0, :4] = False
     h[0, :4] = torch.nan
     for layer in range(3):
-        state.observe_hidden(layer, h[:, :5], valid[:, :5])  # in chunks
-        state.observe_hidden(layer, h[:, 5:], valid[:, 5:])
+        state.observe(layer, h[:, :5], valid[:, :5])  # in chunks
+        state.observe(layer, h[:, 5:], valid[:, 5:])
     for row, first in ((0, 4), (1, 0)):
         total = torch.zeros(size, dtype=torch.float64)
         for t in range(first, 9):
             token = h[row, t].double()
-            total += (token / token.norm()) ** 2 if method.name == "griffin" else token**2
-        assert torch.allclose(state.energy[0][row].double(), total, rtol=1e-5)
+            total += (token / token.norm()) ** 2 if method == "griffin" else token**2
+        assert torch.allclose(state.sums["score"][0][row].double(), total, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_of_squares_are_kept_in_fp32(llama, dtype):
     """1e-4 squared vanishes in fp16 and 300 squared overflows; neither may be lost."""
-    state = _state(llama, Dart(detect=False))
+    state = state_of("dart", llama)
     h = torch.full((1, 4000, find_ffns(llama)[0].size), 1e-4, dtype=dtype)
     h[..., 1] = 300.0
-    state.observe_hidden(0, h, torch.ones(1, 4000, dtype=torch.bool))
-    energy = state.energy[0][0]
+    state.observe(0, h, torch.ones(1, 4000, dtype=torch.bool))
+    energy = state.sums["score"][0][0]
     assert energy.dtype == torch.float32
     assert float(energy[0]) == pytest.approx(4000 * float(h[0, 0, 0]) ** 2, rel=1e-3)
     assert float(energy[1]) == pytest.approx(4000 * 300.0**2, rel=1e-3)
@@ -107,14 +100,15 @@ def test_sums_of_squares_are_kept_in_fp32(llama, dtype):
 @pytest.mark.parametrize("sensitivity", ["ffn", "residual"])
 def test_a_layers_sensitivity_is_made_in_fp32(llama, dtype, sensitivity):
     """Also of the stream after the FFN, where that is what counts."""
-    state, valid = _state(llama, Dart(detect=False, sensitivity=sensitivity)), torch.ones(1, 7, dtype=torch.bool)
+    valid = torch.ones(1, 7, dtype=torch.bool)
+    state = state_of("dart", llama, **{"allocation.sensitivity": sensitivity})
     y, z = torch.randn(1, 7, 32).to(dtype), torch.randn(1, 7, 32).to(dtype)
     state.observe_change(1, y, z, valid)
-    state.tokens += 7
+    state.change.finish(valid)
     y, z = y[0].double(), z[0].double()
     z = y + z if sensitivity == "residual" else z
     turn = 1 - torch.cosine_similarity(y, z, dim=1).mean()
-    assert state.sensitivity(0)[1] == pytest.approx(
+    assert state.change.sensitivity(slice(None))[1] == pytest.approx(
         float(turn * ((z - y).norm(dim=1) / y.norm(dim=1)).mean()), rel=1e-5
     )
 
@@ -124,12 +118,13 @@ def _turned(model, **params):
 
     The outputs' lengths make r = ||z - y|| / ||y||: y has length 5; z of length 12, 0.5 and 5 sqrt(3) give 13, 5.5, 10.
     """
-    state = _state(model, Dart(detect=False, **params), sparsity=0.5)
+    state = state_of("dart", model, **params)
     y = torch.zeros(1, 1, 32)
     y[..., 0] = 5
     for layer, (axis, length) in enumerate(((1, 12.0), (0, -0.5), (1, 75**0.5))):
         z = torch.zeros(1, 1, 32)
         z[..., axis] = length
+        state.observe(layer, torch.ones(1, 1, 40), torch.ones(1, 1, dtype=torch.bool))
         state.observe_change(layer, y, z, torch.ones(1, 1, dtype=torch.bool))
     state.finish_context(torch.ones(1, 1, dtype=torch.bool))
     return state
@@ -138,52 +133,54 @@ def _turned(model, **params):
 def test_magnitude_and_protection_are_used(llama):
     """Both ablations by hand: three layers (depths 0, 1/2, 1) of 40 neurons, budget 1.5."""
     full = _turned(llama)
-    assert full.sensitivity(0) == pytest.approx([13 / 5, 2 * 5.5 / 5, 10 / 5])
-    bare = _turned(llama, magnitude=False)
-    assert bare.sensitivity(0) == pytest.approx([1, 2, 1])  # 1 - cos alone
+    assert full.change.sensitivity(slice(0, 1)) == pytest.approx([13 / 5, 2 * 5.5 / 5, 10 / 5])
+    bare = _turned(llama, **{"allocation.magnitude": False})
+    assert bare.change.sensitivity(slice(0, 1), magnitude=False) == pytest.approx([1, 2, 1])  # 1 - cos alone
 
     # S normalised 1, 1/3, 0; weights 0, 2/3, .35 -> prune 0, .984, .516, clipped .1, .9, .516; the surplus .016 is
     # taken 2/3 : .35 from the last two: .889, .511, of 40 neurons 4.4 and 19.6 kept
-    assert full.keep[0].tolist() == [36, 4, 20]
+    assert full.kept[0].tolist() == [36, 4, 20]
     # normalised 0, 1, 0; weights 1/4, 0, .35 -> .625, 0, .875; the middle is raised to .1, the others give 5:7
-    assert bare.keep[0].tolist() == [17, 36, 7]
+    assert bare.kept[0].tolist() == [17, 36, 7]
     # weights 0, 2/3, 1 -> 0, .6, .9, clipped .1, .6, .9; weights 2:3 give .1: .56, .84
-    assert _turned(llama, protect=False).keep[0].tolist() == [36, 18, 6]
+    assert _turned(llama, **{"allocation.protect": False}).kept[0].tolist() == [36, 18, 6]
     # weights 1, 0, 1 -> .75, 0, .75; the middle is raised to .1
-    assert _turned(llama, protect=False, magnitude=False).keep[0].tolist() == [12, 36, 12]
-    assert _turned(llama, allocation="uniform", protect=False).keep[0].tolist() == [20, 20, 20]
+    neither = {"allocation.protect": False, "allocation.magnitude": False}
+    assert _turned(llama, **neither).kept[0].tolist() == [12, 36, 12]
+    assert _turned(llama, allocation="uniform").kept[0].tolist() == [20, 20, 20]
 
 
 def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
-    method = Dart(ring=4, blend=0.25, window=2, min_windows=1, compensate=True)
-    state = _state(llama.float(), method, batch=2)
+    params = {"remask.ring": 4, "remask.blend": 0.25, "remask.window": 2, "compensation": "mean"}
+    state = state_of("dart", llama.float(), batch=2, **params)
+    ring = state.remasking.ring
     ffns = find_ffns(llama)
     valid = torch.ones(2, 6, dtype=torch.bool)
     torch.manual_seed(1)
     for ffn in ffns:
-        state.ring.write(ffn.layer, torch.randn(2, 6, 32), valid)
-        state.observe_hidden(ffn.layer, torch.randn(2, 6, ffn.size), valid)
+        ring.write(ffn.layer, torch.randn(2, 6, 32), valid)
+        state.observe(ffn.layer, torch.randn(2, 6, ffn.size), valid)
         state.observe_change(ffn.layer, torch.randn(2, 6, 32), torch.randn(2, 6, 32), valid)
     state.observe_attention(torch.randn(2, 6, 32), valid)
     state.finish_context(valid)
-    before, means = [m.clone() for m in state.masks], [m / 6 for m in state.mean]
+    before, means = [m.clone() for m in state.masks], [m / 6 for m in state.sums["compensation"].layers]
     constants = [c.clone() for c in state.constants]
     recent = [torch.randn(2, 3, 32) for _ in ffns]
-    last_of_prompt = [slots.clone() for slots in state.ring.slots]
+    last_of_prompt = [slots.clone() for slots in ring.slots]
     new = torch.ones(2, 3, dtype=torch.bool)
     for ffn, x in zip(ffns, recent, strict=True):
-        state.ring.write(ffn.layer, x, new)
-    state.ring.advance(new)
-    state.remask(torch.tensor([True, False]))
+        ring.write(ffn.layer, x, new)
+    ring.advance(new)
+    state.remask(Due(torch.tensor([True, False]), "alarm"))
     for i, ffn in enumerate(ffns):
         # the ring of four: the prompt's last input and the three new ones
-        x = torch.cat([last_of_prompt[i][0][[int(state.ring.next[0]) % 4]], recent[i][0]])
+        x = torch.cat([last_of_prompt[i][0][[int(ring.next[0]) % 4]], recent[i][0]])
         h = ffn.intermediate(x)
-        score = 0.25 * state.energy[i][0] / 6 + 0.75 * h.square().sum(0) / 4
-        wanted = top_k_mask(score[None], state.keep[:1, i])[0]
+        score = 0.25 * state.sums["score"][i][0] / 6 + 0.75 * h.square().sum(0) / 4
+        wanted = top_k_mask(score[None], state.kept[:1, i])[0]
         assert torch.equal(state.masks[i][0], wanted)
         mean = 0.25 * means[i][0] + 0.75 * h.mean(0)
-        assert torch.allclose(state.mean[i][0] / 6, mean, atol=1e-6)
+        assert torch.allclose(state.sums["compensation"][i][0] / 6, mean, atol=1e-6)
         assert torch.allclose(state.constants[i][0], ffn.down(mean * ~wanted), atol=1e-6)
         assert torch.equal(state.constants[i][1], constants[i][1])
         assert torch.equal(state.masks[i][1], before[i][1])
@@ -192,22 +189,21 @@ def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
 
 
 def test_a_copy_shares_nothing_that_changes(llama):
-    method = Dart(ring=4, window=2, min_windows=1)
-    state = _state(llama.float(), method)
+    state = state_of("dart", llama.float(), **{"remask.ring": 4, "remask.window": 2})
     valid = torch.ones(1, 6, dtype=torch.bool)
     for ffn in find_ffns(llama):
-        state.ring.write(ffn.layer, torch.randn(1, 6, 32), valid)
-        state.observe_hidden(ffn.layer, torch.randn(1, 6, ffn.size), valid)
+        state.remasking.ring.write(ffn.layer, torch.randn(1, 6, 32), valid)
+        state.observe(ffn.layer, torch.randn(1, 6, ffn.size), valid)
         state.observe_change(ffn.layer, torch.randn(1, 6, 32), torch.randn(1, 6, 32), valid)
     state.finish_context(valid)
     before = [m.clone() for m in state.masks]
     copy = state.select(torch.tensor([0, 0]))
     new = torch.ones(2, 3, dtype=torch.bool)
     for ffn in find_ffns(llama):
-        copy.ring.write(ffn.layer, 5 * torch.randn(2, 3, 32), new)
-    copy.ring.advance(new)
-    copy.remask(torch.tensor([True, True]))
+        copy.remasking.ring.write(ffn.layer, 5 * torch.randn(2, 3, 32), new)
+    copy.remasking.ring.advance(new)
+    copy.remask(Due(torch.tensor([True, True]), "alarm"))
     assert any(not torch.equal(m[0], b[0]) for m, b in zip(copy.masks, before, strict=True))
     assert all(torch.equal(m, b) for m, b in zip(state.masks, before, strict=True))
     assert state.remasks.tolist() == [0]
-    assert state.ring.next.tolist() == [2] and copy.ring.next.tolist() == [1, 1]
+    assert state.remasking.ring.next.tolist() == [2] and copy.remasking.ring.next.tolist() == [1, 1]

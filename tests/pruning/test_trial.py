@@ -35,11 +35,11 @@ UNKNOWN = {
 
 
 def _sensitivity(model, ids, before=()):
-    with open_session(model, "dart", 0.5, detect=False) as session:
+    with open_session(model, "dart", 0.5, remask="never") as session:
         for count in before:
             model(torch.tensor([random_tokens(count, seed=count)]), use_cache=True)
         model(ids, use_cache=True)
-        return session.state.sensitivity(0)
+        return session.state.change.sensitivity(slice(None))
 
 
 def _by_hand(model, ids):

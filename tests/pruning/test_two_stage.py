@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dart_eval.allocation import StageCounts, stage_counts
-from dart_eval.pruning.masks import pick
+from dart_eval.allocation import Counts, chosen_counts
+from dart_eval.pruning.top import largest
 
 
 @settings(deadline=None)
@@ -24,8 +24,8 @@ def test_counts_meet_the_weights_read_exactly(layers, sparsity, spread, matrices
     scale = (1 - sparsity) * sum(sizes) / sum(n * r for n, r in layers)
     ratios = [min(1.0, r * scale) for _, r in layers]
     for share in (down, 1.0):
-        found = stage_counts(ratios, sizes, sparsity, spread, matrices, share)
-        mask, picked, written = found.mask, found.picked, found.written
+        found = chosen_counts(ratios, sizes, sparsity, matrices, 1, spread, share)
+        mask, picked, written = found.mask, found.taken, found.written
         read = sum(mask) + sum(picked) + (sum(written) if matrices == 3 else 0)
         assert read == matrices * round((1 - sparsity) * sum(sizes))
         assert all(0 <= w <= p <= m <= n for w, p, m, n in zip(written, picked, mask, sizes, strict=True))
@@ -39,13 +39,19 @@ def test_counts_meet_the_weights_read_exactly(layers, sparsity, spread, matrices
 def test_counts_by_hand():
     """Half of the weights of 2 x 100 neurons, mask 1.3 times that: 65 gates, and (150 - 65) / 2 rows of up and down."""
     half = [0.5, 0.5], [100, 100], 0.5
-    assert stage_counts(*half, 1.3, 3) == StageCounts([65, 65], [43, 42], [43, 42])
-    assert stage_counts([1.0, 1.0], [100, 100], 0.0, 1.3, 3) == StageCounts(*[[100, 100]] * 3)
-    assert stage_counts(*half, 9.0, 3) == StageCounts([100, 100], [25, 25], [25, 25])  # the gate dense
+    assert chosen_counts(*half, 3, 1, 1.3, 1) == Counts([65, 65], [43, 42], [43, 42], 1)
+    assert chosen_counts([1.0, 1.0], [100, 100], 0.0, 3, 1, 1.3, 1) == Counts(*[[100, 100]] * 3, 1)
+    assert chosen_counts(*half, 3, 1, 9.0, 1) == Counts([100, 100], [25, 25], [25, 25], 1)  # the gate dense
     # Three stages, 150 rows a layer: 80 gates, then 70 rows of which down has 0.6 times as many as up.
-    assert stage_counts(*half, 1.6, 3, 0.6) == StageCounts([80, 80], [44, 44], [26, 26])
-    assert stage_counts(*half, 1.0, 3, 0.6) == StageCounts([50, 50], [50, 50], [50, 50])  # a mask alone
-    assert stage_counts(*half, 1.6, 2, 0.6) == StageCounts([80, 80], [20, 20], [20, 20])  # no gate: two stages
+    assert chosen_counts(*half, 3, 1, 1.6, 0.6) == Counts([80, 80], [44, 44], [26, 26], 1)
+    assert chosen_counts(*half, 3, 1, 1.0, 0.6) == Counts([50, 50], [50, 50], [50, 50], 1)  # a mask alone
+    assert chosen_counts(*half, 2, 1, 1.6, 0.6) == Counts([80, 80], [20, 20], [20, 20], 1)  # no gate: two stages
+    # A mask of everything: 200 of the 300 rows' budget for the gate whole, a quarter of up and down each.
+    assert chosen_counts(*half, 3, 1, None, 1) == Counts([100, 100], [25, 25], [25, 25], 1)
+    # Nothing is read whole: the mask is wider, and what is taken is what a mask alone would keep.
+    assert chosen_counts(*half, 3, 0, None, 1) == Counts([100, 100], [50, 50], [50, 50], 0)
+    assert chosen_counts(*half, 3, 0, 1.6, 1) == Counts([80, 80], [50, 50], [50, 50], 0)
+    assert chosen_counts(*half, 3, 0, 1.6, 0.5) == Counts([80, 80], [60, 60], [30, 30], 0)
 
 
 @settings(deadline=None)
@@ -53,19 +59,20 @@ def test_counts_by_hand():
     st.lists(st.floats(0.05, 1.0), min_size=1, max_size=8),
     st.floats(0.05, 0.9),
     st.floats(1.0, 4.0),
-    st.sampled_from([2, 3]),
+    st.sampled_from([(2, 1), (2, 0), (3, 1), (3, 0), (3, 2)]),
     st.floats(0.05, 1.0),
 )
-def test_every_layer_reads_its_share(shares, sparsity, spread, matrices, down):
+def test_every_layer_reads_its_share(shares, sparsity, spread, read_whole, down):
     """Also where a layer's mask ends at all its neurons: no other layer pays for it. Off by rounding alone."""
+    matrices, whole = read_whole
     size, scale = 1000, (1 - sparsity) * len(shares) / sum(shares)
     ratios = [r * scale for r in shares]
     assume(max(ratios) <= 1)
     for share in (down, 1.0):
-        found = stage_counts(ratios, [size] * len(ratios), sparsity, spread, matrices, share)
-        later = [found.picked, found.written] if matrices == 3 else [found.picked]
-        for ratio, *rows in zip(ratios, found.mask, *later, strict=True):
-            assert abs(sum(rows) - matrices * ratio * size) <= 4
+        found = chosen_counts(ratios, [size] * len(ratios), sparsity, matrices, whole, spread, share)
+        for ratio, mask, taken, written in zip(ratios, found.mask, found.taken, found.written, strict=True):
+            read = whole * mask + (matrices - 1 - whole) * taken + written
+            assert abs(read - matrices * ratio * size) <= 6
 
 
 @settings(deadline=None)
@@ -75,7 +82,7 @@ def test_each_token_picks_exactly_its_count_inside_the_mask(seed, size, tokens):
     scores = torch.randint(0, 4, (2, tokens, size), generator=generator).float()  # many ties, many zeros
     mask = torch.rand(2, size, generator=generator) < 0.6
     keep = (mask.sum(1) * torch.rand(2, generator=generator)).long()
-    kept = pick(scores, mask[:, None], keep)
+    kept = largest(scores, mask[:, None], keep)
     assert torch.equal(kept.sum(-1), keep[:, None].expand(2, tokens))
     assert not (kept & ~mask[:, None]).any()
     for row in range(2):

@@ -16,7 +16,7 @@ from dart_eval.cli import check as command
 from dart_eval.errors import UserError
 from dart_eval.executors import jobs
 from dart_eval.plan import config_from
-from dart_eval.pruning.methods.griffin import Griffin
+from dart_eval.pruning.parts.scores import Activation
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
@@ -72,8 +72,8 @@ def test_a_planted_bug_fails_the_check_and_the_same_run_again_does_not(taught, t
     assert again.exit_code == 0, again.output
     assert "ok: all" in again.stdout
 
-    keep_best = Griffin.energy
-    monkeypatch.setattr(Griffin, "energy", lambda self, h, valid: -keep_best(self, h, valid))  # keeps the lowest
+    keep_best = Activation.observe
+    monkeypatch.setattr(Activation, "observe", lambda *given: -keep_best(*given))  # keeps the lowest
     broken = run(taught, tmp_path / "broken")
     found = cli(broken, "--baseline", file, "--format", "json")
     assert found.exit_code == 1

@@ -231,13 +231,13 @@ def test_latex_compiles(tmp_path):
 
 SMALL = {
     "about": "A small paper.", "sparsity": [0.5],
-    "methods": {"Dense": "dense", "Ours": "dart:window=3", "G": "griffin"},
+    "methods": {"Dense": "dense", "Ours": "dart:remask.window=3", "G": "griffin"},
     "tables": [
         {"name": "one", "title": "One", "columns": {
             "Q": {"task": "smoke_questions", "metric": "acc", "limit": 3},
             "R": {"task": "smoke_summary", "metric": "rougeL", "limit": 2, "limit_share": 0.5},
         }},
-        {"name": "two", "title": "Two", "methods": {"Ours": "dart:window=3"}, "columns": {
+        {"name": "two", "title": "Two", "methods": {"Ours": "dart:remask.window=3"}, "columns": {
             "Q": {"task": "smoke_questions", "metric": "acc", "limit": 3},
             "state": {"task": "smoke_questions", "field": "state_mib", "limit": 3},
         }},
@@ -255,16 +255,16 @@ def _file(tmp_path, **changes):
 def test_the_file_gives_sweeps_and_layouts(tmp_path):
     spec = load(_file(tmp_path), config_from(None, {**BASE, "seed": 3}))
     assert [(c.tasks, c.limit, c.method) for c in spec.configs] == [
-        (("smoke_questions",), 3, ("dense", "dart:window=3", "griffin")),
-        (("smoke_summary",), 2, ("dense", "dart:window=3", "griffin")),
-        (("smoke_questions",), 3, ("dart:window=3",)),
+        (("smoke_questions",), 3, ("dense", "dart:remask.window=3", "griffin")),
+        (("smoke_summary",), 2, ("dense", "dart:remask.window=3", "griffin")),
+        (("smoke_questions",), 3, ("dart:remask.window=3",)),
     ]
     assert {c.sparsity for c in spec.configs} == {(0.5,)} and {c.seed for c in spec.configs} == {3}
     one, two = spec.layouts
     assert [(r.label, r.method, r.prunes) for r in one.rows] == [
         ("Dense", "dense", False), ("Ours", "dart", True), ("G", "griffin", True),
     ]  # fmt: skip
-    assert one.rows[1].params["window"] == 3
+    assert one.rows[1].params["remask.window"] == 3
     assert two.columns[1].field == "state_mib"
 
 
@@ -338,7 +338,7 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
     words = ["paper", _file(tmp_path, tables=tables), "--model", saved_llama, "--data-dir", "data", "--output", "out"]
     done = command(*words)
     assert done.code == 0, done.err
-    assert done.out.count("done smoke_questions dart:window=3 0.5") == 1  # in two tables, run once
+    assert done.out.count("done smoke_questions dart:remask.window=3 0.5") == 1  # in two tables, run once
     assert sorted(p.name for p in (tmp_path / "out" / "tables").iterdir()) == [
         "all.md", *(f"{n}.{e}" for n in ("one", "three", "two") for e in ("csv", "md", "tex")),
     ]  # fmt: skip

@@ -1,0 +1,55 @@
+"""Methods and parts in words: what `dart-eval ls` prints and docs/methods.md holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from dart_eval.pruning.method import Pruner, plain_fields, slot_names, slots, text_of
+from dart_eval.pruning.parts.base import Part, kind_of
+from dart_eval.pruning.registry import parts
+
+
+def tree(method: Pruner) -> list[tuple[str, str]]:
+    """Every part and field of a method, indented: what a user types, and what it means."""
+    return [*_tree(method, "", 0)]
+
+
+def _tree(owner: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
+    paths = {id(part): where for where, part in slots(owner, path)}
+    for name in slot_names(type(owner)):
+        part = getattr(owner, name)
+        where = paths[id(part)]
+        yield "  " * depth + f"{where}={part.name}", part.summary
+        for field in plain_fields(type(part)):
+            value = text_of(getattr(part, field.name))
+            yield "  " * (depth + 1) + f"{where}.{field.name}={value}", _help(type(part), field)
+        yield from _tree(part, where if where not in ("mask",) else "", depth + 1)
+
+
+def part_rows(cls: type[Part]) -> list[tuple[str, str]]:
+    """A part and its fields with their defaults."""
+    rows = [(f"{cls.slot}={cls.name}", cls.summary)]
+    for field in plain_fields(cls):
+        rows.append((f"  {cls.slot}.{field.name}={text_of(field.default)}", _help(cls, field)))
+    for name in slot_names(cls):
+        rows.append((f"  {name}={cls.__dataclass_fields__[name].default.name}", "a part of its own"))
+    return rows
+
+
+def alternatives(method: Pruner) -> dict[str, list[str]]:
+    """Slot -> the names of the parts that it takes."""
+    present = [part.slot for _, part in slots(method)]
+    return {slot: [*listed] for slot, listed in parts().items() if slot in present}
+
+
+def _help(cls: type[Part], field: Any) -> str:
+    """One line: what a field means, the words that it may be, and its bounds."""
+    kind, bounds = kind_of(cls, field.name), field.metadata
+    if isinstance(kind, tuple):
+        return f"{bounds['help']} ({', '.join(kind)})"
+    low, high, above = bounds.get("least"), bounds.get("most"), bounds.get("above")
+    said = [f"at least {low:g}" if low is not None else "", f"above {above:g}" if above is not None else ""]
+    said.append(f"at most {high:g}" if high is not None else "")
+    words = ", ".join(s for s in said if s)
+    return f"{bounds['help']} ({words})" if words else bounds["help"]

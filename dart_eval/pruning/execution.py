@@ -1,0 +1,146 @@
+"""How decoding forwards are computed under masks.
+
+`masked`: factors of 0 and 1 on the input of the down projection, so any batch runs, every sequence with its own mask;
+no time is saved. `permuted`: the kept neurons are moved to the front of the weights and nothing else is multiplied
+(`permuted.py`), for one mask at a time. Outside of decoding forwards the weights are whole.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import nn
+
+from dart_eval.errors import UserError, nearest
+from dart_eval.ffn import FFN, device_of, is_conv1d
+from dart_eval.pruning import gather
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
+from dart_eval.pruning.state import SequenceState, Step
+
+Wanted = Literal["auto", "masked", "permuted"]
+EXECUTIONS = ("auto", "masked", "permuted")
+
+
+class Execution:
+    """The execution of one session.
+
+    Args:
+        wanted: `masked`, `permuted`, or `auto`: permuted where one mask is in force.
+        shared_mask: all sequences of a batch have one mask.
+
+    Attributes:
+        permuted: the FFNs while their neurons are in an order of ours, else None.
+        sliced: the forward under way multiplies the kept neurons alone.
+
+    Raises:
+        UserError: no such execution, or weights that cannot be reordered because other modules use them too.
+    """
+
+    def __init__(
+        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, wanted: Wanted, shared_mask: bool
+    ) -> None:
+        if wanted not in EXECUTIONS:
+            raise UserError(f"unknown execution {wanted!r}", nearest(wanted, EXECUTIONS))
+        self.model, self.ffns, self.method, self.shared_mask = model, ffns, method, shared_mask
+        self.permuted: PermutedFFNs | None = None
+        self.sliced = False
+        self._wanted = self._possible(wanted)
+
+    @property
+    def name(self) -> str:
+        """How the sequences under way are decoded: `masked` or `permuted`."""
+        return "masked" if self.permuted is None else "permuted"
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the one token reads the rows that it chooses alone."""
+        return self.permuted is not None and bool(self.permuted.gathered)
+
+    def _possible(self, wanted: Wanted) -> Wanted:
+        """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
+        if wanted == "masked" or not self.method.prunes:
+            return wanted
+        reason = quantised(self.ffns)
+        if reason is None and (reason := shared(self.ffns, self.model)) and wanted == "permuted":
+            raise UserError(reason, "use execution='masked'")
+        if reason is not None:
+            warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=5)
+            return "masked"
+        return wanted
+
+    @property
+    def _can_gather(self) -> bool:
+        """Whether a token's choice can save time: of gated FFNs, on a CPU or by Triton's kernels."""
+        return (
+            self.method.choice.gathers
+            and not self.method.mask.remask.dense_tokens
+            and all(f.gate is not None and not is_conv1d(f.down) for f in self.ffns)
+            and all(device_of(f).type == "cpu" or gather.missing(device_of(f)) is None for f in self.ffns)
+        )
+
+    def choose(self, batch: int, by_hand: bool) -> None:
+        """For new sequences: reorder the neurons, or put them back.
+
+        Args:
+            by_hand: forwards are called by a user, and each continues the one before; else any sequence may be taken up
+                again, with another mask.
+        """
+        if self.permuted is None and any(f.order is not None for f in self.ffns):
+            raise UserError(REORDERED, "leave that one first")
+        one = batch == 1 or self.shared_mask or self.method.mask.fixed
+        if self._wanted == "permuted" and not one:
+            raise UserError(
+                f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
+                "use shared_mask=True (one mask for all of them), execution='masked', or one sequence",
+            )
+        if self._wanted == "masked" or not one or not by_hand:
+            self.restore()
+            return
+        if self.gathers and batch > 1:
+            self.restore()  # which is for one sequence
+        if self.permuted is None:
+            self.permuted = PermutedFFNs(self.ffns, self.model, self._can_gather and batch == 1)
+            self.permuted.begin()  # from here on `restore` undoes it
+
+    def move(self, state: SequenceState) -> None:
+        """Kept neurons to the front, if they are not there. state: of sequences that have one mask."""
+        permuted = self.permuted
+        if permuted is None or not state.prunes:
+            return
+        for layer in range(len(self.ffns)):
+            permuted.select(layer, state.mask(layer)[0])
+        for layer, gathered in enumerate(permuted.gathered):
+            gathered.prepare(*state.taken_by_one(layer, permuted.kept[layer]))
+
+    def slice(self, step: Step) -> None:
+        """The next forward multiplies the kept neurons alone, where every sequence has a mask."""
+        if self.permuted is not None and bool((step.mask < 1).all()):
+            self.permuted.slice()
+            self.sliced = True
+
+    def whole(self) -> None:
+        """Forwards multiply all neurons; also after an exception in a sliced one."""
+        if self.permuted is not None:
+            self.permuted.whole()
+        self.sliced = False
+
+    def restore(self) -> None:
+        """Every neuron back to its place."""
+        permuted = self.permuted
+        if permuted is not None:
+            permuted.restore()
+            self.permuted = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Forwards inside multiply the kept neurons of the permuted weights, whatever they are."""
+        assert self.permuted is not None
+        self.permuted.slice()
+        try:
+            yield
+        finally:
+            self.permuted.whole()

@@ -1,0 +1,157 @@
+"""Allocations: how the sparsity is spread over layers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from dart_eval.allocation import check_table, depth_aware, normalise_sensitivity, read_table
+from dart_eval.errors import UserError
+from dart_eval.files import check_name
+from dart_eval.pruning.parts.base import Part, option
+from dart_eval.pruning.sequence import PerSequence
+
+if TYPE_CHECKING:
+    from dart_eval.cost import ModelShape
+
+
+@dataclass(frozen=True)
+class Allocation(Part):
+    """Base of all allocations.
+
+    Attributes:
+        needs_change: it follows from how much each FFN changes the stream on the context's tokens (`Change`).
+    """
+
+    slot = "allocation"
+    needs_change: ClassVar[bool] = False
+
+    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+        """[L] share of the weights of each layer that is read; their mean is 1 - sparsity.
+
+        Args:
+            change: of the context, where `needs_change`. rows: the sequences of it to go by, together.
+        """
+        raise NotImplementedError
+
+    def start(self, batch: int, layers: int) -> ChangeState | None:
+        """The state of new sequences; None where none is needed."""
+        return None
+
+    def check(self, sparsity: float, layers: int | None = None) -> None:
+        """Refuse a sparsity, or a model of so many layers, that it was not made for."""
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same density in every layer."""
+
+    name = "uniform"
+    summary = "the same density in every layer"
+
+    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+        return [1 - sparsity] * layers
+
+
+@dataclass(frozen=True)
+class DepthAware(Allocation):
+    """Layers are judged by how much they change the stream; early and late ones are spared (arXiv 2601.22632)."""
+
+    name = "depth"
+    summary = "layers that change the stream most keep most; early and late ones are spared"
+    needs_context = True
+    needs_change = True
+    sensitivity: Literal["ffn", "residual"] = option(
+        "ffn", "a layer is judged by what its FFN adds to the stream (ffn), or by the stream after it (residual)"
+    )
+    protect: bool = option(True, "spare early and late layers (off: the paper's ablation)")
+    magnitude: bool = option(
+        True, "weigh a layer's turn of the stream by the size of the change (off: the paper's ablation)"
+    )
+
+    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+        assert change is not None
+        normalised = normalise_sensitivity(change.sensitivity(rows, self.magnitude))
+        return depth_aware(normalised, sparsity, self.protect)
+
+    def start(self, batch: int, layers: int) -> ChangeState | None:
+        return ChangeState(batch, layers, self.sensitivity == "residual")
+
+    def flops_per_token(self, shape: ModelShape) -> float:
+        return shape.layers * 8 * shape.width  # two norms, a difference, its norm, a dot product
+
+
+@dataclass(frozen=True)
+class Table(Allocation):
+    """The densities of a file."""
+
+    name = "table"
+    summary = "the densities of a file (`dart-eval trace --save-allocation` writes one)"
+    file: str = option("", "the file")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        remedy = "write one with `dart-eval trace --save-allocation FILE`"
+        if not self.file:
+            raise UserError("allocation=table needs a file", "for example allocation=table:allocation.file=FILE")
+        check_name(self.file, "allocation table")
+        if not Path(self.file).is_file():
+            raise UserError(f"allocation table {self.file} is not a file", remedy)
+        _ = self.table  # read now: a bad file is no surprise for later
+
+    @functools.cached_property
+    def table(self) -> list[float]:
+        """[L] densities of the file."""
+        return read_table(self.file)
+
+    def files(self) -> list[str]:
+        return [self.file]
+
+    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+        self.check(sparsity, layers)
+        return self.table
+
+    def check(self, sparsity: float, layers: int | None = None) -> None:
+        check_table(self.table, sparsity, layers)
+
+
+ALLOCATIONS = (Uniform, DepthAware, Table)
+
+
+class ChangeState(PerSequence):
+    """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences."""
+
+    def __init__(self, batch: int, layers: int, residual: bool) -> None:
+        self.residual = residual
+        self.tokens = torch.zeros(batch)
+        self.cosine = torch.zeros(batch, layers)  # sum over tokens of cos(y, z), on the CPU
+        self.change = torch.zeros(batch, layers)  # sum over tokens of ||z - y|| / ||y||
+
+    def observe(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
+        """Count a layer's tokens. y: the stream that enters the FFN, added: what the FFN adds, both [B, T, D]."""
+        y, z, valid = y.float(), added.float(), valid.to(y.device)
+        if self.residual:
+            z = y + z
+        cosine = cosine_similarity(y, z, dim=-1)
+        change = (z - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-12)
+        self.cosine[:, layer] += torch.where(valid, cosine, 0).sum(1).cpu()
+        self.change[:, layer] += torch.where(valid, change, 0).sum(1).cpu()
+
+    def finish(self, valid: Tensor) -> None:
+        """Close a context forward whose real tokens were `valid` ([B, T] bool)."""
+        self.tokens += valid.sum(1).cpu()
+
+    def sensitivity(self, rows: slice, magnitude: bool = True) -> list[float]:
+        """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer, over the tokens of these sequences.
+
+        Without `magnitude` the first factor alone.
+        """
+        n = max(float(self.tokens[rows].sum()), 1.0)
+        turn = 1 - self.cosine[rows].sum(0) / n
+        return (turn * (self.change[rows].sum(0) / n) if magnitude else turn).tolist()

@@ -1,0 +1,223 @@
+"""Choices: which neurons of the mask a token computes, matrix by matrix.
+
+A choice says which matrices it reads for the whole mask before it can choose, and how much each neuron matters to the
+token; how many neurons it then takes follows from the sparsity, so that the bytes read are met exactly. A new choice is
+those two things in one class (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from dart_eval.allocation import Counts, chosen_counts, keep_counts
+from dart_eval.pruning.parts.base import Part, option
+from dart_eval.pruning.top import largest
+
+if TYPE_CHECKING:
+    from dart_eval.cost import ModelShape
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a layer has computed for the tokens of a decoding forward.
+
+    Attributes:
+        h: [B, T, F] (or the mask's neurons alone, by row), the input of the down projection.
+        gate: the same of act(gate x); of a plain FFN h itself.
+        up: the same of up x; of a plain FFN h itself.
+        usual: [B, 1, F] fp32, the root of what `observe` kept of the context's tokens, up to a factor per sequence;
+            None where it keeps nothing.
+    """
+
+    h: Tensor
+    gate: Tensor
+    up: Tensor
+    usual: Tensor | None
+
+
+@dataclass(frozen=True)
+class Choice(Part):
+    """Base of all choices.
+
+    Attributes:
+        chooses: tokens choose at all; else they compute the whole mask.
+        exact: how many neurons a token takes follows from the sparsity; else it differs from token to token.
+        needs_up: `observe` wants up x.
+        reads_whole: the matrices of a gated FFN of which it reads the rows of the whole mask before it chooses: `gate`,
+            `up`, both or none. A plain FFN has `up` alone, which tells its h: it is read whole unless there are none.
+        upper_bound: it knows h before it has read what h is made of.
+        write_share: of the neurons that it takes, the share whose columns of down are read.
+        mask_ratio: neurons of the mask as a multiple of the weights read, where the mask is not of everything.
+        gathers: `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`).
+    """
+
+    slot = "choice"
+    chooses: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+    needs_up: ClassVar[bool] = False
+    reads_whole: ClassVar[tuple[str, ...]] = ()
+    upper_bound: ClassVar[bool] = False
+    write_share: ClassVar[float] = 1.0
+    mask_ratio: ClassVar[float] = 1.0
+    gathers: ClassVar[bool] = False
+
+    def importance(self, token: Token) -> Tensor:
+        """How much each neuron matters to each token: [B, T, F], not negative, in any dtype."""
+        raise NotImplementedError
+
+    def counts(
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool
+    ) -> Counts:
+        """How many neurons of each layer are in the mask, are taken by a token, and are written by it.
+
+        Args:
+            densities: [L] share of the weights of each layer that is read, mean 1 - sparsity.
+            sizes: [L] neurons of every layer. matrices: 3 for gated FFNs and 2 for plain ones.
+            whole_mask: the mask is of everything.
+
+        Raises:
+            UserError: what it reads whole is more than the sparsity leaves.
+        """
+        whole = min(len(self.reads_whole), matrices - 1)
+        ratio = None if whole_mask else self.mask_ratio
+        return chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, self.write_share, self.title)
+
+    def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+        """The neurons that each token computes to the end: [B, T, F] bool.
+
+        Args:
+            allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask.
+            counts: how many of them each sequence's tokens take and write, [B] each.
+        """
+        taken, written = counts
+        kept = largest(self.importance(token), allowed, taken)
+        if bool((written < taken).any()):
+            kept = largest(token.h.abs(), kept, written)
+        return kept
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return 3 * mask if self.chooses else 0.0  # a score, its factor, and |h| of what is taken
+
+
+@dataclass(frozen=True)
+class All(Choice):
+    """Tokens compute every neuron of the mask."""
+
+    name = "none"
+    summary = "every token computes all of the mask"
+    chooses = False
+
+    def counts(
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool
+    ) -> Counts:
+        counts = keep_counts(densities, sizes, sparsity)
+        return Counts(counts, counts, counts, 0)
+
+
+@dataclass(frozen=True)
+class GateUp(Choice):
+    """|act(gate x)_j| times the root mean square of (up x)_j over the context; then the largest |h|.
+
+    The mask's rows of gate are read, up's of the neurons taken, down's of those written. This project's own.
+    """
+
+    name = "gate-up"
+    summary = "|act(gate x)| times the context's rms of up x; then the largest |h|"
+    observes = True
+    needs_up = True
+    reads_whole = ("gate",)
+    gathers = True
+    mask_ratio: float = option(1.6, "neurons of the mask as a multiple of the weights read", least=1, most=3)  # type: ignore[misc]
+    write_share: float = option(1.0, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
+
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:
+        return None if up is None else (weight[:, None] @ up.square()).squeeze(1)
+
+    def importance(self, token: Token) -> Tensor:
+        score = token.gate.float().abs()
+        return score if token.usual is None else score * token.usual
+
+    def flops_per_neuron(self) -> int:
+        return 3  # a square, a factor and a sum
+
+
+@dataclass(frozen=True)
+class Inside(Choice):
+    """Base of choices by one number of each neuron, inside any mask."""
+
+    mask_ratio: float = option(  # type: ignore[misc]
+        1.6,
+        "neurons of the mask as a multiple of the weights read; of no account where the mask is everything",
+        least=1,
+    )
+
+
+@dataclass(frozen=True)
+class ByGate(Inside):
+    """Exactly k neurons by |act(gate x)|: CATS (arXiv 2404.08763) with a count instead of a threshold."""
+
+    name = "gate"
+    summary = "the largest |act(gate x)|; gate is read for the whole mask"
+    reads_whole = ("gate",)
+
+    def importance(self, token: Token) -> Tensor:
+        return token.gate.abs()
+
+
+@dataclass(frozen=True)
+class ByUp(Inside):
+    """Exactly k neurons by |up x|: M-COUNTDOWN (arXiv 2505.17701) with a count instead of a threshold."""
+
+    name = "up"
+    summary = "the largest |up x|; up is read for the whole mask"
+    reads_whole = ("up",)
+
+    def importance(self, token: Token) -> Tensor:
+        return token.up.abs()
+
+
+@dataclass(frozen=True)
+class ByHidden(Inside):
+    """Exactly k neurons by |h|, as if h were known before anything is read: no choice can be better informed."""
+
+    name = "hidden"
+    summary = "the largest |h|, as if it were known beforehand (an upper bound)"
+    upper_bound = True
+
+    def importance(self, token: Token) -> Tensor:
+        return token.h.abs()
+
+
+@dataclass(frozen=True)
+class TopP(Choice):
+    """The smallest set of neurons with the share p of a token's sum of |h|, as if h were known beforehand.
+
+    How many that are differs from token to token and from layer to layer: what is read is measured, not set.
+    """
+
+    name = "top-p"
+    summary = "the fewest neurons with the share p of the sum of |h| (an upper bound; what it reads varies)"
+    exact = False
+    upper_bound = True
+    p: float = option(0.9, "share of a token's sum of |h| that is kept", above=0, most=1)
+
+    def counts(
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool
+    ) -> Counts:
+        counts = list(sizes) if whole_mask else keep_counts(densities, sizes, sparsity)
+        return Counts(counts, counts, counts, 0)
+
+    def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+        mass, order = token.h.float().abs().masked_fill(~allowed, 0).sort(dim=-1, descending=True, stable=True)
+        before = mass.cumsum(-1) - mass  # of the neurons that are larger
+        # 1e-6: at p = 1 rounding must not leave a neuron out that has any mass.
+        needed = (before < self.p * mass.sum(-1, keepdim=True) * (1 + 1e-6)) & (mass > 0)
+        return torch.zeros_like(needed).scatter_(-1, order, needed)
+
+
+CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP)

@@ -1,0 +1,56 @@
+"""Compensation: what stands in for the neurons that were left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from dart_eval.pruning.parts.base import Part
+
+if TYPE_CHECKING:
+    from dart_eval.cost import ModelShape
+
+
+@dataclass(frozen=True)
+class Compensation(Part):
+    """Base of all compensations.
+
+    Attributes:
+        adds: it adds a constant per sequence and layer to the FFN's output: the mean of what it observes, for the
+            neurons outside the mask, through down.
+    """
+
+    slot = "compensation"
+    adds: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Nothing(Compensation):
+    """Nothing stands in for what was left out."""
+
+    name = "none"
+    summary = "nothing"
+
+
+@dataclass(frozen=True)
+class MeanOutput(Compensation):
+    """What the neurons outside the mask added to the context's tokens on average, as a constant."""
+
+    name = "mean"
+    summary = "what the neurons outside the mask added to the context's tokens on average, a constant"
+    observes = True
+    adds = True
+
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+        return (weight[:, None] @ h).squeeze(1)
+
+    def flops_per_neuron(self) -> int:
+        return 2  # a factor and a sum
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return shape.layers * shape.width
+
+
+COMPENSATIONS = (Nothing, MeanOutput)

@@ -1,0 +1,91 @@
+"""Masks: which neurons a sequence may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dart_eval.errors import UserError
+from dart_eval.pruning.parts.base import Part, option
+from dart_eval.pruning.parts.remasks import Never, Remask
+from dart_eval.pruning.parts.scores import Activation, Score, Wanda
+
+
+@dataclass(frozen=True)
+class Mask(Part):
+    """Base of all masks.
+
+    Attributes:
+        fixed: it is made before any prompt is seen, and the same for every sequence.
+        whole: it holds every neuron.
+        looks_ahead: it is made from the very tokens that it is used on (an upper bound, and no method to use).
+        score: what it is made by; None for a mask of everything.
+        remask: when it is made anew.
+    """
+
+    slot = "mask"
+    fixed: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    score: ClassVar[Score | None] = None
+    remask: ClassVar[Remask] = Never()
+
+
+@dataclass(frozen=True)
+class Everything(Mask):
+    """Every neuron of every layer."""
+
+    name = "everything"
+    summary = "every neuron: what is pruned is each token's choice"
+    fixed = True
+    whole = True
+
+
+@dataclass(frozen=True)
+class Static(Mask):
+    """One mask for all sequences, made before any prompt is seen: of the weights, or of a calibration text."""
+
+    name = "static"
+    summary = "one mask for all texts, from the weights or a calibration text"
+    fixed = True
+    score: Score = option(Wanda(), "what it is made by")  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class FromPrompt(Mask):
+    """A mask per sequence, from the tokens of its context."""
+
+    name = "prompt"
+    summary = "a mask for each sequence, from the tokens of its context"
+    needs_context = True
+    score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
+    remask: Remask = option(Never(), "when it is made anew")  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_weights(self, self.score)
+
+
+@dataclass(frozen=True)
+class Ahead(Mask):
+    """A mask per sequence, from the very tokens that are then scored under it: how far foresight alone goes."""
+
+    name = "ahead"
+    summary = "a mask from the very tokens that it is used on (an upper bound)"
+    needs_context = True
+    looks_ahead = True
+    score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_weights(self, self.score)
+
+
+MASKS = (Everything, Static, FromPrompt, Ahead)
+
+
+def _refuse_weights(mask: Mask, score: Score) -> None:
+    if not score.observes:
+        raise UserError(
+            f"{mask.title} is made from tokens, and {score.title} reads none", "use mask=static, or another score"
+        )

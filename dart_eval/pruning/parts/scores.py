@@ -1,0 +1,223 @@
+"""Scores: how much a neuron matters, from the tokens of a context, a calibration text, or its weights."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from dart_eval.pruning.parts.base import Part, option
+
+if TYPE_CHECKING:
+    from dart_eval.ffn import FFN
+    from dart_eval.pruning.calibration import Calibration
+
+FIRST_TOKEN = 1e-12  # what a token that is left out weighs: nothing beside others, all where it is alone
+
+
+@dataclass(frozen=True)
+class Score(Part):
+    """Base of all scores: made of sums over tokens (`observe`), of factors that no token changes, or of both."""
+
+    slot = "score"
+    observes = True
+
+    def factors(self, calibration: Calibration) -> list[Tensor] | None:
+        """Per layer [F] fp32, what no token changes; None: nothing."""
+        return None
+
+    def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
+        """The score: [B, F], higher is kept; only the order within a layer counts.
+
+        Args:
+            sums: [B, F] of the tokens, or their mean; None for a score of weights alone.
+            factor: [F] of this layer from `factors`, or None.
+        """
+        assert sums is not None
+        return sums if factor is None else sums * factor.to(sums.device)
+
+    def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the tokens of a context forward weigh in all sums [B, T] fp32, and by how much earlier sums shrink [B].
+
+        Args:
+            valid: [B, T] bool, False for padding.
+            before: [B] fp32, tokens of the context that came in earlier forwards.
+        """
+        return valid.float(), None
+
+
+@dataclass(frozen=True)
+class Activation(Score):
+    """score_j = sum over tokens of (|h_tj| / ||h_t||)^2, with the norm and a factor of choice.
+
+    Of arXiv 2404.01365 (GRIFFIN: norm l2) and arXiv 2601.22632 (DART: norm none, and the factors of its code). The sum
+    of squares is kept: its order is that of its root.
+    """
+
+    name = "activation"
+    summary = "how large a neuron's activations are on the tokens of the context"
+    needs_context = True
+    norm: Literal["none", "l1", "l2"] = option("none", "each token's activations are divided by this norm of theirs")
+    average: Literal["l2", "ema"] = option(
+        "l2", "over tokens: the root of the sum of squares, or a moving average of magnitudes"
+    )
+    decay: float = option(
+        0.98, "how much a token counts beside the one after it; of account with average=ema alone", above=0, most=1
+    )
+    skip_first: bool = option(False, "leave out the first token, whose activations are outliers")
+    vocabulary: Literal["none", "max", "mean", "combined", "product"] = option(
+        "none", "weigh a neuron by the largest logit that it writes, the mean, their sum or their product"
+    )
+    down_norm: bool = option(False, "weigh a neuron by the norm of its column of down")
+
+    @property
+    def _power(self) -> int:
+        return 1 if self.average == "ema" else 2
+
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+        return activations(h, weight, self.norm, self._power)
+
+    def factors(self, calibration: Calibration) -> list[Tensor] | None:
+        found: list[Tensor] | None = None  # on a norm, squared
+        if self.vocabulary != "none":
+            found = [p.factor(self.vocabulary).square() for p in calibration.projection()]
+        if self.down_norm:
+            norms = down_norms(calibration.ffns)
+            found = norms if found is None else [f * n.to(f.device) for f, n in zip(found, norms, strict=True)]
+        if found is not None and self._power == 1:  # its sums are of magnitudes, not of squares
+            found = [f.sqrt() for f in found]
+        return found
+
+    def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, shrink = valid.float(), None
+        if self.average == "ema":
+            weight, shrink = decayed(weight, self.decay)
+        if self.skip_first:
+            first = valid & (valid.long().cumsum(1) + before.long()[:, None] == 1)
+            weight = torch.where(first, weight * FIRST_TOKEN, weight)
+        return weight, shrink
+
+    def flops_per_neuron(self) -> int:
+        return 5  # a square and a sum for the norm; a square, a division and a sum for the score
+
+
+@dataclass(frozen=True)
+class Wanda(Score):
+    """score_j = mean_i |W_down[i, j]| * ||h_j||, the norm taken over the tokens.
+
+    Wanda's weight times activation (arXiv 2306.11695), structured to whole neurons as FLAP (arXiv 2312.11983) and
+    Probe Pruning (arXiv 2502.15618) use it.
+    """
+
+    name = "wanda"
+    summary = "the mean weight of a neuron's column of down times the norm of its activations"
+    needs_context = True
+
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+        return activations(h, weight)
+
+    def factors(self, calibration: Calibration) -> list[Tensor] | None:
+        return [ffn.output_weight().float().abs().mean(0) for ffn in calibration.ffns]
+
+    def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
+        assert sums is not None and factor is not None
+        return factor.to(sums.device) * sums.sqrt()
+
+    def flops_per_neuron(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class WeightScore(Score):
+    """Base of scores that follow from the weights, or from nothing at all: the same whatever the text."""
+
+    observes = False
+
+    @abstractmethod
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        """Per layer [F], the score."""
+
+    def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
+        assert factor is not None
+        return factor[None]
+
+
+@dataclass(frozen=True)
+class Weights(WeightScore):
+    """score_j = the product of the L2 norms of neuron j's rows in gate and up (up alone in a plain FFN).
+
+    The static baseline of GRIFFIN's paper (arXiv 2404.01365).
+    """
+
+    name = "weights"
+    summary = "the product of the norms of a neuron's rows of gate and up"
+
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        return [
+            math.prod((w.float().norm(dim=1) for w in ffn.input_weights()), start=1.0)  # type: ignore[misc]
+            for ffn in calibration.ffns
+        ]
+
+
+@dataclass(frozen=True)
+class Random(WeightScore):
+    """A random order of the neurons of every layer."""
+
+    name = "random"
+    summary = "a random order of the neurons, the same for every text"
+    seed: int = option(0, "seed of the draw; --seed where it is not given", least=0)
+
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        scores = []
+        for ffn in calibration.ffns:
+            # Drawn on the CPU, so that a seed means the same neurons on every device.
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + ffn.layer)
+            scores.append(torch.rand(ffn.size, generator=generator))
+        return scores
+
+
+SCORES = (Activation, Wanda, Weights, Random)
+
+
+def activations(h: Tensor, weight: Tensor, norm: str = "none", power: int = 2) -> Tensor:
+    """sum_t weight_t (|h_tj| / ||h_t||)^power.
+
+    Args:
+        h: [B, T, F] fp32. weight: [B, T] fp32, 0 for padding.
+        norm: what a token is divided by: none, l1 or l2.
+        power: 2 (the score is its root, whose order is the same) or 1.
+
+    Returns:
+        [B, F] fp32.
+    """
+    values = h.square() if power == 2 else h.abs()
+    if norm == "l2":
+        size = values.sum(-1) if power == 2 else h.square().sum(-1).sqrt()
+    elif norm == "l1":
+        size = h.abs().sum(-1).pow(power)
+    else:
+        return (weight[:, None] @ values).squeeze(1)
+    return ((weight / size.clamp_min(1e-30))[:, None] @ values).squeeze(1)
+
+
+def decayed(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Weights of an exponential average: decay^(n - 1 - t) for the t-th of n tokens.
+
+    Args:
+        valid: [B, T] fp32, 0 for padding, which does not count as a step.
+
+    Returns:
+        [B, T] weights, and [B] decay^n, by which earlier sums shrink.
+    """
+    after = valid.flip(1).cumsum(1).flip(1) - valid  # tokens that follow
+    return valid * decay**after, decay ** valid.sum(1)
+
+
+def down_norms(ffns: Sequence[FFN]) -> list[Tensor]:
+    """Per layer [F] fp32: the squared norm of each neuron's column of down."""
+    return [ffn.output_weight().float().square().sum(0) for ffn in ffns]

@@ -1,0 +1,95 @@
+"""What a method makes of a model before any prompt: fixed masks, factors on scores, counts of neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dart_eval.allocation import Counts
+from dart_eval.errors import UserError
+from dart_eval.ffn import FFN, device_of
+from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.parts.allocations import ChangeState
+from dart_eval.pruning.top import top_k_mask
+
+
+@dataclass
+class Prepared:
+    """A method on the layers of one model, at one sparsity.
+
+    Attributes:
+        masks: per layer [1, F] bool, where masks are the same for all sequences.
+        factors: per layer [F] fp32, what no token changes in a score; None for nothing.
+        whole: matrices of which a token reads the rows of the whole mask before it chooses.
+    """
+
+    method: Pruner
+    ffns: Sequence[FFN]
+    sparsity: float
+    masks: list[Tensor] | None = None
+    factors: list[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.method.allocation.check(self.sparsity, len(self.ffns))
+        sizes = [f.size for f in self.ffns]
+        self._dense = Counts(sizes, sizes, sizes, 0)
+        # Refused now where the sparsity cannot be met at all.
+        self._usual = None if self.method.allocation.needs_change else self._counts(None, slice(None))
+        self.whole = self._counts_at([1 - self.sparsity] * len(sizes)).whole
+
+    def counts(self, change: ChangeState | None, rows: slice, has_context: bool) -> Counts:
+        """Neurons of the mask, those that a token takes and those that it writes, of the sequences `rows` together."""
+        if self.method.needs_context and not has_context:
+            return self._dense  # nothing can be chosen: they run dense
+        return self._counts(change, rows) if self._usual is None else self._usual
+
+    def _counts(self, change: ChangeState | None, rows: slice) -> Counts:
+        return self._counts_at(self.method.allocation.densities(self.sparsity, len(self.ffns), change, rows))
+
+    def _counts_at(self, densities: Sequence[float]) -> Counts:
+        sizes, whole_mask = [f.size for f in self.ffns], self.method.mask.whole
+        return self.method.choice.counts(densities, sizes, self.sparsity, self.ffns[0].matrices, whole_mask)
+
+    def mask(self, layer: int) -> Tensor:
+        """[1, F] bool, where masks are the same for all sequences."""
+        ffn = self.ffns[layer]
+        if self.masks is None:  # of everything, which nothing has to be kept for
+            return torch.ones(1, ffn.size, dtype=torch.bool, device=device_of(ffn))
+        return self.masks[layer]
+
+    def factor(self, layer: int) -> Tensor | None:
+        """The factor of a layer's scores, or None."""
+        return None if self.factors is None else self.factors[layer]
+
+    def nbytes(self) -> int:
+        """Bytes of what is kept for all sequences."""
+        return sum(t.numel() * t.element_size() for t in [*(self.masks or []), *(self.factors or [])])
+
+
+def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Prepared:
+    """Make what can be made before any prompt.
+
+    Raises:
+        UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
+    """
+    made, mask = Prepared(method, ffns, sparsity), method.mask
+    if mask.score is None:
+        return made
+    if calibration is None:
+        if mask.fixed:
+            raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
+        return made
+    made.factors = mask.score.factors(calibration)
+    if mask.fixed:
+        sums = calibration.sums(mask.score.observe) if mask.score.observes else None
+        counts = made.counts(None, slice(None), True).mask
+        made.masks = []
+        for i, ffn in enumerate(ffns):
+            scores = mask.score.combine(None if sums is None else sums[i][None], made.factor(i))
+            made.masks.append(top_k_mask(scores, torch.tensor([counts[i]])).to(device_of(ffn)))
+        made.factors = None  # they are in the masks
+    return made

@@ -1,0 +1,65 @@
+"""From scores to masks: exactly k True per row; ties go to the lower index."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
+    """True for the `keep[b]` largest scores of each row; ties go to the lower index.
+
+    scores: [..., F], NaN counts as largest; keep: the same without F. Returns [..., F] bool with exactly keep[b]
+    True in row b. By selection, not by sorting: tokens that choose their neurons do this for every layer.
+    """
+    rows = scores.reshape(scores.shape[:-1].numel(), scores.shape[-1])
+    counts = keep.cpu().expand(scores.shape[:-1]).reshape(-1)  # grouped on the CPU, where they are made
+    distinct = counts.unique().tolist()  # few: layers with a uniform share have one
+    if len(distinct) == 1:
+        return _largest(rows, distinct[0]).view(scores.shape)
+    chosen = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
+    for count in distinct:
+        same = (counts == count).nonzero().squeeze(1).to(rows.device)
+        chosen[same] = _largest(rows[same], count)
+    return chosen.view(scores.shape)
+
+
+def largest(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:
+    """Per token, the `keep[b]` largest scores among the neurons that it may take.
+
+    Args:
+        scores: [B, T, F], not negative. keep: [B], each at most the neurons there.
+        among: bool, [B or 1, 1, F] (a sequence's mask) or [B, T, F].
+
+    Returns:
+        [B, T, F] bool with exactly keep[b] True for every token; ties go to the lower index.
+    """
+    scores = scores.float()
+    if not bool(among.all()):
+        scores = scores.masked_fill(~among, -1.0)
+    return top_k_mask(scores, keep[:, None].expand(scores.shape[:2]))
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """True for the `count` largest of each row of [N, F], ties to the lower index."""
+    if count in (0, x.shape[-1]):
+        return torch.full(x.shape, count > 0, dtype=torch.bool, device=x.device)
+    kept = ~(x < _least(x, count))  # NaN is kept too
+    uneven = (kept.sum(-1) != count).nonzero().squeeze(1)  # several have the least kept value, or some are no number
+    if len(uneven):
+        rows = x[uneven]
+        rows = rows.masked_fill(rows.isnan(), torch.inf)
+        least = _least(rows, count)
+        above, ties = rows > least, rows == least
+        kept[uneven] = above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    return kept
+
+
+def _least(x: Tensor, count: int) -> Tensor:
+    """[N, 1], the least of the `count` largest values of each row."""
+    place = x.shape[-1] - count
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        # Several times as fast as torch's selection, which makes no use of a CPU's vectors.
+        return torch.from_numpy(np.partition(x.detach().numpy(), place, axis=-1)[:, place : place + 1].copy())
+    return x.kthvalue(place + 1, dim=-1, keepdim=True).values

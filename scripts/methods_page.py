@@ -1,0 +1,87 @@
+"""Write docs/methods.md from the registry. A test says when the page is out of date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dart_eval.cli.describe import part_rows
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.registry import BUILT_IN, PARTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+SLOTS = {
+    "score": "how much a neuron matters, from the tokens of a context, a calibration text, or the weights",
+    "mask": "which neurons a sequence may use",
+    "remask": "when a mask from the prompt is made anew while a sequence is decoded, and from what",
+    "choice": "which neurons of the mask a token computes, matrix by matrix",
+    "allocation": "how the sparsity is spread over layers",
+    "compensation": "what stands in for the neurons that were left out",
+}
+HEAD = """# Methods and their parts
+
+*Made by `scripts/methods_page.py` from the code; `dart-eval ls methods` and `dart-eval ls parts` show the same.*
+
+A pruning method is a composition of parts. `griffin` makes a mask from the prompt and keeps it; give it another part
+in the slot `remask`, and it follows the text:
+
+```console
+dart-eval run --tasks smoke_drift --method griffin,griffin:remask=drift:remask.window=8
+```
+
+A colon separates settings. `SLOT=PART` puts a part into a slot, `SLOT.FIELD=VALUE` sets a field of the part that is
+there; their order does not matter. In a file of settings and in Python the same is
+
+```yaml
+method:
+  - griffin
+  - griffin: {remask: {part: drift, window: 8}}
+```
+
+```python
+from dart_eval import prune
+from dart_eval.pruning.parts.remasks import OnDrift
+
+with prune(model, "griffin", sparsity=0.7, remask=OnDrift(window=8)) as session:
+    model.generate(**inputs)
+```
+
+Two spellings of one composition are one cell: `dart:remask=never:allocation=uniform:score.norm=l2` is what `griffin`
+is, and is not run again.
+
+**Sparsity counts bytes.** At sparsity 0.7 a decoded token reads 0.3 of the FFN's weights, whatever the parts: floor
+per layer, then the remainder by largest fraction, so that the sum over all layers is exact to the neuron. A choice
+that must read a whole matrix before it can choose (`cats` reads gate) has less left for the others, and is refused
+where nothing would be left. `top-p` alone has no sparsity: what it reads varies from token to token, and is measured.
+
+An **upper bound** is a row that no method can reach: it knows something before it has read what that follows from.
+"""
+
+
+def page() -> str:
+    """The text of docs/methods.md."""
+    lines = [HEAD, "## Methods\n", "| name | what it does | its parts |", "| --- | --- | --- |"]
+    for method in BUILT_IN:
+        spelled = Pruner(method.mask, method.choice, method.allocation, method.compensation).spec
+        parts = ", ".join(f"`{part}`" for part in spelled.split(":")[1:]) or "those of a model as it is"
+        lines.append(f"| `{method.name}` | {_cell(method.summary)} | {_cell(parts)} |")
+    lines.append(
+        "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform`, `compensation=none`.\n"
+    )
+    for slot, what in SLOTS.items():
+        lines.append(f"## {slot}: {what}\n")
+        for cls in PARTS:
+            if cls.slot == slot:
+                (title, summary), *fields = part_rows(cls)
+                lines.append(f"**`{title}`**: {summary}.\n")
+                if fields:
+                    lines += ["| field and default | what it means |", "| --- | --- |"]
+                    lines += [f"| `{_cell(left.strip())}` | {_cell(text)} |" for left, text in fields] + [""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

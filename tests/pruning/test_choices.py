@@ -1,0 +1,394 @@
+"""Choices: exactly as many neurons as are counted, inside the mask, the most important ones; bytes read to the neuron.
+
+What a whole model says under them: tests/derivations/test_choices.py.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dart_eval.allocation import Counts, chosen_counts, depth_aware, keep_counts, normalise_sensitivity
+from dart_eval.cost import overhead, shape_of
+from dart_eval.errors import UserError
+from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.parts.choices import CHOICES, All, ByGate, ByHidden, ByUp, Choice, GateUp, Token, TopP
+from dart_eval.pruning.registry import make
+from tests.helpers.matrices import product
+from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
+from tests.helpers.sessions import (
+    PLAIN,
+    RESTLESS,
+    cache_of,
+    decoded,
+    generate,
+    open_session,
+    prompts_of,
+    state_of,
+)
+
+EXACT = [cls for cls in CHOICES if cls.chooses and cls.exact]
+LOOKS = {ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate"}
+
+
+def tokens_of(seed, size, tokens, ties, usual=False):
+    """What a layer has computed for two sequences, with many equal numbers where `ties`; and their masks."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape):
+        x = torch.randn(*shape, generator=generator)
+        return (x * 1.5).round() if ties else x
+
+    gate, up = numbers(2, tokens, size), numbers(2, tokens, size)
+    mask = torch.rand(2, 1, size, generator=generator) < 0.7
+    return Token(gate * up, gate, up, numbers(2, 1, size).abs() if usual else None), mask
+
+
+def best(scores, among, count):
+    """[F] bool: the `count` largest of those that are there, of equal ones the first."""
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[[j for j in scores.argsort(descending=True, stable=True).tolist() if among[j]][:count]] = True
+    return kept
+
+
+# -- one layer -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.sampled_from(EXACT), st.integers(0, 10_000), st.integers(1, 20), st.integers(1, 4), st.booleans(),
+       st.booleans())  # fmt: skip
+def test_each_token_takes_exactly_its_count_inside_the_mask_and_the_most_important_ones(
+    cls, seed, size, tokens, ties, usual
+):
+    choice = cls()
+    token, mask = tokens_of(seed, size, tokens, ties, usual and cls is GateUp)
+    generator = torch.Generator().manual_seed(seed + 1)
+    taken = (mask.sum((1, 2)) * torch.rand(2, generator=generator)).round().long()
+    written = (taken * torch.rand(2, generator=generator)).round().long()
+    looked = getattr(token, LOOKS[cls]).abs()
+    looked = looked * token.usual if token.usual is not None else looked
+    for less in (taken, written):
+        kept = choice.take(token, mask, (taken, less))
+        assert kept.dtype == torch.bool and kept.shape == token.h.shape
+        assert kept.sum(-1).tolist() == [[int(n)] * tokens for n in less]
+        for row in range(2):
+            for t in range(tokens):
+                first = best(looked[row, t], mask[row, 0], int(taken[row]))
+                assert torch.equal(kept[row, t], best(token.h[row, t].abs(), first, int(less[row])))
+
+
+@pytest.mark.parametrize("cls", EXACT)
+def test_of_equal_neurons_the_first_are_taken(cls):
+    ones = torch.ones(1, 1, 9)
+    mask = torch.tensor([[[False, True, True, False, True, True, True, True, False]]])
+    kept = cls().take(Token(ones, ones, ones, None), mask, (torch.tensor([4]), torch.tensor([2])))
+    assert kept.nonzero()[:, 2].tolist() == [1, 2]
+    kept = cls().take(Token(ones, ones, ones, None), mask, (torch.tensor([4]), torch.tensor([4])))
+    assert kept.nonzero()[:, 2].tolist() == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cls", [*EXACT, TopP])
+def test_a_choice_takes_activations_of_any_dtype_and_sign(cls, dtype):
+    h = torch.tensor([[[-4.0, 1.0, -2.0, 0.0, 3.5]]]).to(dtype)
+    kept = cls().take(Token(h, h, h, None), torch.ones(1, 1, 5, dtype=torch.bool), (torch.tensor([3]),) * 2)
+    assert kept.nonzero()[:, 2].tolist() == [0, 2, 4]  # the share 0.9 of a sum of 10.5 needs three, too
+
+
+def test_what_is_usual_of_up_weighs_the_gate():
+    gate = torch.tensor([[[3.0, -2.0, 1.0]]])
+    usual = torch.tensor([[[1.0, 2.0, 0.0]]])
+    token = Token(gate, gate, gate, usual)
+    assert GateUp().importance(token).tolist() == [[[3.0, 4.0, 0.0]]]
+    assert GateUp().importance(Token(gate, gate, gate, None)).tolist() == [[[3.0, 2.0, 1.0]]]
+    # It keeps the sum of (up x)^2 of the context, none of a plain FFN.
+    up, weight = torch.tensor([[[1.0, 2.0, -3.0], [2.0, 0.0, 1.0]]]), torch.tensor([[1.0, 0.5]])
+    assert GateUp().observe(gate, up, weight).tolist() == [[3.0, 4.0, 9.5]]
+    assert GateUp().observe(gate, None, weight) is None
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 20), st.floats(0.01, 1.0), st.booleans())
+def test_top_p_takes_the_smallest_set_with_its_share(seed, size, p, ties):
+    token, mask = tokens_of(seed, size, 3, ties)
+    kept = TopP(p=p).take(token, mask, None)
+    assert not (kept & ~mask).any()
+    for row in range(2):
+        for t in range(3):
+            mass = token.h[row, t].double().abs() * mask[row, 0]
+            mine, count = kept[row, t], int(kept[row, t].sum())
+            assert torch.equal(mine, best(mass, mask[row, 0], count))  # the largest, ties to the lower index
+            total = float(mass.sum())
+            assert float(mass[mine].sum()) >= p * total * (1 - 1e-5)
+            if count:  # without its least one it has less
+                assert float(mass[mine].sum() - mass[mine].min()) < p * total * (1 + 1e-5)
+                assert float(mass[mine].min()) > 0
+            assert bool(count) == (total > 0)
+
+
+# -- how many --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def layers_of(draw):
+    """Densities of layers of various sizes at some sparsity, as an allocation makes them."""
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=6))
+    sparsity = draw(st.floats(0, 0.95))
+    if draw(st.booleans()):
+        return [1 - sparsity] * len(sizes), sizes, sparsity
+    turns = draw(st.lists(st.floats(0, 1), min_size=len(sizes), max_size=len(sizes)))
+    sizes = [sizes[0]] * len(sizes)
+    return depth_aware(normalise_sensitivity(turns), sparsity), sizes, sparsity
+
+
+@settings(deadline=None, max_examples=300)
+@given(layers_of(), st.sampled_from([2, 3]), st.integers(0, 2), st.none() | st.floats(1.0, 4.0), st.floats(0.05, 1.0))
+def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write_share):
+    densities, sizes, sparsity = layers
+    whole = min(whole, matrices - 1)
+    kept = round((1 - sparsity) * sum(sizes))
+    if ratio is None and whole * sum(sizes) > matrices * kept:
+        with pytest.raises(UserError, match=f"reads {whole} of the FFN's {matrices} matrices whole"):
+            chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, write_share)
+        return
+    found = chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, write_share)
+    read = whole * sum(found.mask) + (matrices - 1 - whole) * sum(found.taken) + sum(found.written)
+    assert read == matrices * kept and found.whole == whole
+    for written, taken, mask, size in zip(found.written, found.taken, found.mask, sizes, strict=True):
+        assert 0 <= written <= taken <= mask <= size
+    assert sum(found.mask) == sum(sizes) if ratio is None else sum(found.mask) >= kept
+    if write_share == 1:
+        # What the masks have enough of is for all alike, but for a row that does not divide.
+        spare = all(t < m for t, m in zip(found.taken, found.mask, strict=True))
+        assert not spare or sum(found.taken) - sum(found.written) in (0, 1, 2)
+
+
+@pytest.mark.parametrize("matrices", [2, 3])
+@pytest.mark.parametrize("cls", CHOICES)
+def test_a_choice_counts_what_it_says_that_it_reads(cls, matrices):
+    choice, half = cls(), ([0.5, 0.5], [100, 100], 0.5, matrices)
+    alone, everything, inside = [50, 50], [100, 100], [80, 80]
+    if cls is All:
+        assert choice.counts(*half, True) == choice.counts(*half, False) == Counts(alone, alone, alone, 0)
+    elif cls is TopP:
+        assert choice.counts(*half, True) == Counts(everything, everything, everything, 0)
+        assert choice.counts(*half, False) == Counts(alone, alone, alone, 0)
+    elif cls is ByHidden:
+        assert choice.counts(*half, True) == Counts(everything, alone, alone, 0)
+        assert choice.counts(*half, False) == Counts(inside, alone, alone, 0)
+    elif matrices == 3:
+        assert choice.counts(*half, True) == Counts(everything, [25, 25], [25, 25], 1)
+        assert choice.counts(*half, False) == Counts(inside, [35, 35], [35, 35], 1)
+    else:  # up tells h: it is read whole, whatever the choice looks at
+        assert choice.counts(*half, True) == Counts(everything, [0, 0], [0, 0], 1)
+        assert choice.counts(*half, False) == Counts(inside, [20, 20], [20, 20], 1)
+
+
+def test_uniform_counts_of_a_mask_alone_are_those_without_a_choice():
+    densities, sizes = [0.3, 0.45, 0.15], [40, 40, 40]
+    for ratio in (1.0, 1.6):
+        found = chosen_counts(densities, sizes, 0.7, 3, 1, ratio, 1.0)
+        assert sum(found.mask) == round(ratio * 36)  # 58 leave 50 rows, for up and down alike
+    assert sum(chosen_counts(densities, sizes, 0.7, 3, 1, 1.58, 1.0).mask) == 56  # 57 would leave 51
+    assert All().counts(densities, sizes, 0.7, 3, False).mask == keep_counts(densities, sizes, 0.7)
+
+
+@pytest.mark.parametrize("method", ["cats", "m-countdown"])
+@pytest.mark.parametrize(("family", "most", "matrices"), [("llama", 0.66, 3), ("opt", 0.5, 2), ("gpt2", 0.5, 2)])
+def test_a_sparsity_that_what_is_read_whole_does_not_leave_is_refused(method, family, most, matrices):
+    model = tiny(family)
+    choice = make(method).choice.title
+    words = (
+        rf"{choice} reads 1 of the FFN's {matrices} matrices whole, which is more than sparsity 0.7 leaves; "
+        rf"use a sparsity up to {most}, or a mask that is not everything"
+    )
+    with pytest.raises(UserError, match=words), open_session(model, method, 0.7):
+        pass
+    with open_session(model, method, most) as session:
+        generate(model, prompts_of(1, 9), tokens=3)
+        assert session.weights_read == round((1 - most) * 120) / 120
+    with open_session(model, "griffin", 0.9, choice=make(method).choice.name):  # inside a mask any may be met
+        pass
+
+
+# -- a whole model ---------------------------------------------------------------------------------------------------
+
+
+INSIDE = [(name, {}) for name in ("cats", "m-countdown", "oracle-token")] + [
+    (mask, {"choice": choice}) for mask in ("random", "griffin", "dart-plus", "oracle-token")
+    for choice in ("gate-up", "gate", "up", "hidden") if (mask, choice) != ("oracle-token", "hidden")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "depth"])
+@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, INSIDE, every=2))
+def test_bytes_read_are_the_label_to_the_neuron(family, method, params, allocation):
+    if method == "random":
+        allocation = "uniform"  # it is made before any prompt
+    model = tiny(family)
+    sparsity = 0.45 if make(method, params).mask.whole else 0.63
+    with open_session(model, method, sparsity, execution="masked", **params, allocation=allocation) as session:
+        out = model(prompts_of(2, 20), use_cache=True)
+        counted = []
+        handle = _count_columns(model, counted)
+        model(prompts_of(2, 1), use_cache=True, **{cache_argument(model): cache_of(out)})
+        handle()
+        (step,) = session.steps
+        wanted = round((1 - sparsity) * 120) / 120
+        assert step.read.tolist() == [wanted, wanted]  # exactly
+        state = session.state
+        assert torch.equal(step.mask, state.kept.double().sum(1) / 120)
+        for layer, columns in enumerate(counted):
+            assert all(a <= b for a, b in zip(columns, state.written[:, layer].tolist(), strict=True))
+        if family not in PLAIN:  # there none of a's is exactly 0
+            assert [sum(c[row] for c in counted) for row in range(2)] == state.written.sum(1).tolist()
+
+
+def _count_columns(model, found):
+    """How many columns of down every sequence's last token multiplies."""
+
+    def hook(_module, args):
+        found.append((args[0].reshape(2, -1, args[0].shape[-1])[:, -1] != 0).sum(-1).tolist())
+
+    handles = [f.down.register_forward_pre_hook(hook) for f in find_ffns(model)]
+    return lambda: [h.remove() for h in handles]
+
+
+@pytest.mark.parametrize("execution", ["masked", "auto"])
+@pytest.mark.parametrize(("method", "params"), [
+    *((m, {}) for m in ("cats", "m-countdown", "oracle-token", "top-p")), ("random", {"choice": "gate-up"}),
+    ("dense", {"choice": "gate-up"}), ("magnitude", {"choice": "top-p", "compensation": "mean"}),
+])  # fmt: skip
+@torch.no_grad()
+def test_a_session_that_begins_on_a_filled_cache_chooses_from_its_first_token(llama, method, params, execution):
+    """A mask that no context makes needs none; `gate-up` goes by the gate alone where it has seen no context."""
+    out, reads = llama(prompts_of(1, 20), use_cache=True), []
+    name = cache_argument(llama)
+    with open_session(llama, method, 0.5, execution=execution, **params) as session:
+        for token in random_tokens(3, seed=2):
+            out = llama(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
+            reads = [float(step.read[0]) for step in session.steps]
+        assert len(reads) == 3 and session.effective_sparsity == pytest.approx(1 - sum(reads) / 3)
+        assert reads == [0.5] * 3 if make(method, params).sized and method != "magnitude" else 0 < max(reads) < 1
+
+
+@pytest.mark.parametrize("choice", ["gate", "up", "hidden", "gate-up"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_inside_a_mask_of_everything_a_choice_is_the_choice_alone(family, choice):
+    """GRIFFIN's mask at a ratio that reaches every neuron: the same tokens, the same counts, as without a mask."""
+    model, found = biased(family), []
+    wide = {"choice.mask_ratio": 3.0} if choice in ("gate-up", "hidden") else {"choice.mask_ratio": 9.0}
+    sparsity = 0.4
+    for method, params in (("griffin", wide), ("dense", {})):
+        with open_session(model, method, sparsity, choice=choice, execution="masked", **params) as session:
+            found.append((decoded(model, session, prompts_of(2, 20), steps=8)[0], session.effective_sparsity))
+            assert session.mask_sparsity == 0
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("method", ["cats", "m-countdown", "oracle-token"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_sparsity_zero_a_choice_is_dense(family, method):
+    model = tiny(family)
+    dense = generate(model, prompts_of(2, 12), tokens=5)
+    with open_session(model, method, 0.0) as session:
+        assert torch.equal(generate(model, prompts_of(2, 12), tokens=5).sequences, dense.sequences)
+        assert session.weights_read == 1 and session.effective_sparsity == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_top_p_with_all_of_the_sum_is_dense_and_reads_what_is_not_zero(family):
+    model = tiny(family)
+    dense = generate(model, prompts_of(2, 12), tokens=5)
+    with open_session(model, "top-p", 0.5, execution="masked", **{"choice.p": 1.0}) as session:
+        found = generate(model, prompts_of(2, 12), tokens=5)
+        assert torch.allclose(torch.stack(found.logits), torch.stack(dense.logits), atol=1e-9)
+        reads = torch.stack([step.read for step in session.steps])
+        assert bool((reads == 1).all()) == (family != "opt")  # whose activations are half zero
+
+
+@pytest.mark.parametrize("method", ["top-p", "magnitude", "griffin"])
+def test_what_top_p_reads_is_measured_token_by_token(llama, method):
+    """Of each sequence on its own, over the tokens of a block that are real; and it is what sparsity is told."""
+    with open_session(llama, method, 0.4, execution="masked", choice="top-p", **{"choice.p": 0.6}) as session:
+        out = llama(prompts_of(2, 20), use_cache=True)
+        counted, reads = [], []
+        handle = _count_columns(llama, counted)
+        for token in random_tokens(4, seed=3):
+            counted.clear()
+            out = llama(torch.full((2, 1), token), use_cache=True, **{cache_argument(llama): cache_of(out)})
+            reads.append([sum(layer[row] for layer in counted) / 120 for row in range(2)])
+        handle()
+        assert torch.allclose(torch.stack([s.read for s in session.steps]), torch.tensor(reads, dtype=torch.float64))
+        assert len({read for row in reads for read in row}) > 1
+        outside = 0.0 if method == "top-p" else 0.4
+        assert session.steps[0].mask.tolist() == pytest.approx([1 - outside] * 2)
+        pruned = sum(1 - read for row in reads for read in row)
+        assert session.effective_sparsity == pytest.approx(pruned / 10)  # the prompts' own tokens ran dense
+
+
+def test_tokens_that_run_dense_are_measured_as_dense(llama):
+    """After an alarm, in a batch of which one sequence has ended: not as what they would have taken."""
+    params = {**RESTLESS, "remask.dense_tokens": 2, "choice": "top-p", "choice.p": 0.6}
+    with open_session(llama, "dart-code", 0.4, execution="masked", **params) as session:
+        decoded(llama, session, prompts_of(2, 20), steps=6)
+        reads = [step.read.tolist() for step in session.steps]
+    assert [max(read) < 1 for read in reads] == [True] * 3 + [False] * 2 + [True]
+    state = state_of("dart-code", llama, batch=2, **params)
+    valid, h = torch.ones(2, 4, dtype=torch.bool), torch.randn(2, 4, 40)
+    for layer in range(3):
+        state.observe(layer, h, valid)
+        state.observe_change(layer, torch.randn(2, 4, 32), torch.randn(2, 4, 32), valid)
+    state.finish_context(valid)
+    state.remasking.dense_left = torch.tensor([2, 0])
+    for layer in range(3):
+        state.apply(layer, h[:, :1], valid[:, :1], h[:, :1], h[:, :1])
+    read = state.measured(valid[:, :1]).read.tolist()
+    assert read[0] == 1 and 0 < read[1] < 0.6
+
+
+def test_a_blocks_measure_is_the_mean_over_its_real_tokens(llama):
+    state, one = state_of("top-p", llama, batch=2, **{"choice.p": 0.49}), torch.ones(2, 3, dtype=torch.bool)
+    state.skip_context()
+    h = torch.zeros(2, 3, 40)
+    h[..., 0], h[0, 0], h[1, 2] = 1, 1.0, 1.0  # one neuron has it all, or half of all have 0.49
+    for layer in range(3):
+        state.apply(layer, h, one, h, h)
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    step = state.measured(valid)
+    assert step.read.tolist() == pytest.approx([(20 + 1 + 1) / 3 / 40, 1 / 40])
+    assert step.mask.tolist() == [1, 1]
+    assert state.measured(valid) is None  # of a forward that chose nothing
+
+
+def test_what_a_choice_costs(llama):
+    """Three operations for each neuron of the mask; the observed ones' squares, factors and sums."""
+    shape = shape_of(llama, find_ffns(llama))
+    for name in ("cats", "m-countdown", "oracle-token", "top-p"):
+        cost = overhead(make(name), shape, 100, 0.5)
+        assert (cost.prefill, cost.remask, cost.remask_read) == (0, 0, 0.0)
+        assert cost.decode_step == 3 * 120
+    inside = overhead(make("griffin", {"choice": "up", "choice.mask_ratio": 1.4}), shape, 100, 0.5)
+    assert inside.decode_step == pytest.approx(3 * 0.7 * 120)
+    assert inside.prefill == overhead(make("griffin"), shape, 100, 0.5).prefill
+    assert overhead(make("griffin", {"choice": "gate", "choice.mask_ratio": 9}), shape, 9, 0.5).decode_step == 3 * 120
+
+
+def test_a_choice_of_ones_own_says_what_it_reads_and_what_matters(llama):
+    """As docs/extending.md has it: two matrices whole, and a number for each neuron."""
+
+    class Both(Choice):
+        name = "both"
+        reads_whole = ("gate", "up")
+
+        def importance(self, token):
+            return (token.gate * token.up).abs()
+
+    with open_session(llama, Pruner(choice=Both()), 0.25) as session:
+        found = decoded(llama, session, prompts_of(1, 12), steps=4)[0]
+        assert session.weights_read == 0.75
+    with open_session(llama, "oracle-token", 0.75) as session:  # down alone: a quarter of its columns
+        assert torch.allclose(found, decoded(llama, session, prompts_of(1, 12), steps=4)[0])
+    with pytest.raises(UserError, match="reads 2 of the FFN's 3 matrices whole"):
+        open_session(llama, Pruner(choice=Both()), 0.4).__enter__()

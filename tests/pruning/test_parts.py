@@ -1,0 +1,421 @@
+"""Methods as compositions: what every field takes, how parts are put in their slots, and that every spelling is one."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from dart_eval.cli.describe import alternatives, part_rows, tree
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning import parts as folder
+from dart_eval.pruning.method import Pruner, changed, plain_fields, slot_names, slots, text_of
+from dart_eval.pruning.parts.allocations import DepthAware, Table, Uniform
+from dart_eval.pruning.parts.base import kind_of
+from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
+from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
+from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
+from dart_eval.pruning.parts.scores import Activation, Random, Wanda, Weights
+from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
+from dart_eval.pruning.sequence import PerSequence
+from tests.helpers.models import tiny
+from tests.helpers.sessions import RENEWED, open_session, prompts_of, state_of
+
+METHODS = [m.name for m in BUILT_IN]
+FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
+SLOTS = ("mask", "score", "remask", "choice", "allocation", "compensation")
+
+
+def made(spec):
+    return make(*parse(spec))
+
+
+# -- fields ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_says_what_it_is_and_every_field_what_it_means():
+    assert set(parts()) == set(SLOTS)
+    for cls in PARTS:
+        assert parts()[cls.slot][cls.name] is cls
+        assert cls.summary and not cls.summary.endswith(".") and "\n" not in cls.summary
+        fields = [*(f.name for f in plain_fields(cls)), *slot_names(cls)]
+        assert fields == [*dict.fromkeys(fields)]
+        for field in plain_fields(cls):
+            assert field.metadata["help"], (cls, field.name)
+            assert "\n" not in field.metadata["help"]
+    assert len({(cls.slot, cls.name) for cls in PARTS}) == len(PARTS)
+    assert folder.__doc__
+
+
+def _field(cls, name, value):
+    return getattr(cls(**{name: value}), name)
+
+
+@pytest.mark.parametrize(("cls", "field"), FIELDS, ids=lambda x: getattr(x, "name", None))
+def test_a_field_takes_what_its_kind_is_and_nothing_beyond_its_bounds(cls, field):
+    name, kind, bounds = field.name, kind_of(cls, field.name), field.metadata
+    assert _field(cls, name, text_of(field.default)) == field.default  # as a user types it
+    if isinstance(kind, tuple):
+        assert field.default in kind and all(_field(cls, name, word) == word for word in kind)
+        wrong = [f"{kind[0]}x", "", 1, None]
+    elif kind is bool:
+        for word, value in (("on", True), ("off", False), ("True", True), ("no", False), (1, True), ("0", False)):
+            assert _field(cls, name, word) is value
+        wrong = ["maybe", 2, "", None]
+    else:
+        assert kind in (int, float)
+        step = 1 if kind is int else 1e-9
+        low, high, above = bounds["least"], bounds["most"], bounds["above"]
+        assert kind is float or low is not None  # no count may be negative
+        for bound in (b for b in (low, high) if b is not None):
+            assert _field(cls, name, bound) == bound and type(_field(cls, name, bound)) is kind
+        wrong = [b - step for b in (low,) if b is not None] + [b + step for b in (high,) if b is not None]
+        wrong += [above, above - 1] if above is not None else []
+        wrong += ["much", "", None, True, math.nan, math.inf, "nan"] + ([1.5, "1.5"] if kind is int else [])
+        if above is not None:
+            assert _field(cls, name, above + step) == above + step
+    for value in wrong:
+        with pytest.raises(UserError, match=name) as raised:
+            _field(cls, name, value)
+        assert raised.value.remedy, value
+
+
+def test_a_value_that_is_wrong_is_told_with_its_bound_or_the_nearest_word():
+    for spec, words in (
+        ("dart:remask.window=0", "window is 0; it must be at least 1"),
+        ("dart:remask.blend=1.5", "blend is 1.5; it must be at most 1"),
+        ("top-p:choice.p=0", "p is 0; it must be more than 0"),
+        ("dart:remask.window=ten", "window is 'ten'; it must be a whole number"),
+        ("griffin:score.norm=l3", "norm is 'l3'; did you mean l"),
+        ("dart:remask.act=perhaps", "act is 'perhaps'; it must be on or off"),
+    ):
+        with pytest.raises(UserError, match=words):
+            made(spec)
+
+
+# -- the built-in methods --------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_methods_are_these_compositions():
+    """Written out: nothing of a base, and no default, is left to be guessed."""
+    known = {"average": "l2", "decay": 0.98, "skip_first": False, "vocabulary": "none", "down_norm": False}
+    l2, none = (Activation(norm=norm, **known) for norm in ("l2", "none"))
+    drift = {
+        "window": 10, "sigma": 0.5, "floor": 0.1, "patience": 2, "cooldown": 2, "min_windows": 4, "skip_first": True,
+        "act": True, "ring": 24, "dense_tokens": 0, "blend": 0.25, "old": "prompt", "reference": "moved", "every": 0,
+        "every_blend": 0.8,
+    }  # fmt: skip
+    code = {"window": 5, "sigma": 0.1, "patience": 1, "cooldown": 0, "min_windows": 2, "skip_first": False,
+            "dense_tokens": 30, "blend": 0.0}  # fmt: skip
+    plus = {"floor": 0.05, "ring": 8, "blend": 0.8, "old": "running"}
+    depth = DepthAware(sensitivity="ffn", protect=True, magnitude=True)
+    wanted = {
+        "dense": Pruner(Everything(), All(), Uniform(), Nothing()),
+        "random": Pruner(Static(Random(seed=0))),
+        "magnitude": Pruner(Static(Weights())),
+        "wanda-sp": Pruner(Static(Wanda())),
+        "griffin": Pruner(FromPrompt(l2, Never())),
+        "dart": Pruner(FromPrompt(none, OnDrift(**drift)), allocation=depth),
+        "dart-code": Pruner(FromPrompt(none, OnDrift(**(drift | code))), allocation=depth),
+        "dart-plus": Pruner(
+            FromPrompt(l2, OnDrift(**(drift | plus))), GateUp(mask_ratio=1.6, write_share=0.6), Uniform(), MeanOutput()
+        ),
+        "cats": Pruner(choice=ByGate()),
+        "m-countdown": Pruner(choice=ByUp()),
+        "top-p": Pruner(choice=TopP(p=0.9)),
+        "oracle-token": Pruner(choice=ByHidden()),
+        "oracle": Pruner(Ahead(l2)),
+    }
+    assert [*methods()][: len(METHODS)] == METHODS and set(METHODS) == set(wanted)
+    for method in BUILT_IN:
+        assert method == wanted[method.name] and method.summary and not method.summary.endswith(".")
+        assert make(method.name) == method == made(method.spec) and make(method.name).spec == method.name
+
+
+def test_what_a_composition_is_follows_from_its_parts():
+    def those(tells):
+        return {m.name for m in BUILT_IN if getattr(m, tells)}
+
+    choosing = {"cats", "m-countdown", "top-p", "oracle-token"}
+    prompted = {"griffin", "dart", "dart-code", "dart-plus"}
+    assert those("prunes") == set(METHODS) - {"dense"}
+    assert those("sized") == set(METHODS) - {"dense", "top-p"}
+    assert those("token_chooses") == {*choosing, "dart-plus"}
+    assert those("looks_ahead") == {"oracle"}
+    assert those("upper_bound") == {"oracle", "top-p", "oracle-token"}
+    assert those("needs_context") == {*prompted, "oracle"}
+    assert those("keeps_state") == {*prompted, "oracle"}
+    # What any part of it needs or does, all of it needs or does.
+    for spec, tells, value in (
+        ("cats:allocation=depth", "needs_context", True), ("cats:allocation=depth", "keeps_state", True),
+        ("random:compensation=mean", "keeps_state", True), ("random:choice=gate-up", "keeps_state", True),
+        ("random:choice=top-p", "sized", True), ("random:choice=hidden", "upper_bound", True),
+        ("dense:compensation=mean", "prunes", False), ("griffin:choice=up", "token_chooses", True),
+    ):  # fmt: skip
+        assert getattr(made(spec), tells) is value, (spec, tells)
+    assert [p.slot for p in made("dart-plus").observers] == ["score", "choice", "compensation"]
+    assert [p.slot for p in made("wanda-sp:choice=gate-up").observers] == ["choice"]  # its score saw another text
+    assert made("dart-plus").observers == made("dart-plus").observers
+
+
+@pytest.mark.parametrize(("spec", "words"), [
+    ("magnitude:allocation=depth", "allocation=depth looks at the prompt, and mask=static is made before it"),
+    ("griffin:score=weights", "mask=prompt is made from tokens, and score=weights reads none; use mask=static"),
+    ("oracle:score=random", "mask=ahead is made from tokens"),
+    ("dart:remask.every=4:remask.dense_tokens=3", "`every` makes masks from the ring, and dense_tokens does without"),
+    ("dart:allocation=table", "allocation=table needs a file"),
+    ("dart:allocation=table:allocation.file=nowhere.json", "nowhere.json is not a file; .*save-allocation"),
+])  # fmt: skip
+def test_parts_that_do_not_go_together_are_refused(spec, words):
+    name = spec.partition(":")[0]
+    with pytest.raises(UserError, match=words) as raised:
+        made(spec)
+    assert str(raised.value).count(f"{name}: ") == 1  # whose they are, once
+
+
+# -- other parts in a method's slots ---------------------------------------------------------------------------------
+
+
+SPELLINGS = [
+    {"remask": "drift", "remask.window": 8, "remask.blend": 0.5},
+    {"remask.blend": "0.5", "remask.window": "8", "remask": "drift"},
+    {"remask": {"part": "drift", "window": 8, "blend": 0.5}},
+    {"remask": {"blend": 0.5, "window": 8, "part": "drift"}},
+    {"remask": {"part": "drift", "window": 8}, "remask.blend": 0.5},
+    {"remask.blend": 0.5, "remask": {"part": "drift", "window": 8.0}},
+    {"remask": OnDrift(window=8, blend=0.5)},
+    {"remask": OnDrift(window=8), "remask.blend": 0.5},
+    {"remask": OnDrift(window=9, blend=0.5), "remask.window": 8},
+    {"remask": {"part": OnDrift(window=8), "blend": 0.5}},
+    {"mask.remask": "drift", "mask.remask.window": 8, "remask.blend": 0.5},
+    {"mask": {"remask": {"part": "drift", "window": 8, "blend": 0.5}}},
+    {"mask": FromPrompt(Activation(norm="l2"), OnDrift(window=8, blend=0.5))},
+    {"mask": "prompt", "score": "activation", "score.norm": "l2", "remask": OnDrift(window=8, blend=0.5)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", SPELLINGS, ids=str)
+def test_every_way_to_write_it_makes_the_same_method(given):
+    found = make("griffin", given)
+    assert found == Pruner(FromPrompt(Activation(norm="l2"), OnDrift(window=8, blend=0.5)))
+    assert found.name == "griffin" and found.spec == "griffin:remask=drift:remask.window=8:remask.blend=0.5"
+    assert made(found.spec) == found and hash(made(found.spec)) == hash(found)
+
+
+def test_the_order_of_what_is_given_says_nothing():
+    given = {"remask": "drift", "remask.window": 3, "choice": "gate-up", "choice.write_share": 0.5, "score.norm": "l1"}
+    found = {make("griffin", dict(order)) for order in itertools.permutations(given.items())}
+    assert len(found) == 1
+
+
+def test_a_slot_that_is_named_again_keeps_what_the_method_has_in_it():
+    """Another part in a slot begins from its own defaults; the same one goes on from the method's values."""
+    assert make("dart-plus", {"remask": "drift"}) == make("dart-plus")
+    assert make("dart-plus", {"remask": "every"}).mask.remask == EveryN()
+    wider = make("dart-plus", {"choice": "gate-up", "choice.mask_ratio": 2})
+    assert wider.choice == GateUp(mask_ratio=2.0, write_share=0.6)
+    assert make("dart", {"score.norm": "l2"}).mask.remask == OnDrift()
+
+
+def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
+    first = make("griffin", {"remask": "drift"})
+    second = changed(first, {"remask.window": 8}, parts())
+    assert second.spec == "griffin:remask=drift:remask.window=8" and second.base == make("griffin")
+    assert changed(second, {"remask": "never"}, parts()).spec == "griffin"
+
+
+@pytest.mark.parametrize(("name", "given", "words"), [
+    ("dart", {"remask.window": 8, "mask.remask.window": 9}, "mask.remask.window is given twice; leave one"),
+    ("dart", {"remask.window": 8, "remask": {"window": 9}}, "remask.window is given twice"),
+    ("dart", {"remask": "drift", "mask": {"remask": "every"}}, "mask.remask is given twice"),
+    ("griffin", {"remask": "drift", "remask.part": "every"}, "given twice"),
+    ("dart", {"remask.windw": 8}, "there is no 'remask.windw'; did you mean .*window"),
+    ("dart", {"remsk.window": 8}, "there is no 'remsk'; did you mean remask"),
+    ("dart", {"alocation": "depth"}, "there is no 'alocation'; did you mean allocation"),
+    ("griffin", {"remask": "drft"}, "there is no remask=drft; did you mean drift"),
+    ("griffin", {"remask.window": 8}, "remask=never has no.*; remask=drift has it"),
+    ("cats", {"remask": "drift"}, "mask=everything has no.*; mask=prompt has it"),
+    ("griffin", {"choice.mask_ratio": 2}, "choice=none has no.*; .*choice=gate and choice=up and choice=hidden ha"),
+    ("dart", {"remask.window.size": 8}, "remask.window is a plain field, and 'size' stands below it"),
+    ("dart", {"remask.window": {}}, "remask.window"),
+    ("griffin", {"score": OnDrift()}, "score takes no remask; give one of activation, wanda"),
+    ("griffin", {"name": "mine"}, "there is no 'name'"),
+    ("griffin", {"base": "dart"}, "there is no 'base'"),
+    ("griffin", {"part": "drift"}, "there is no 'part'"),
+    ("griffin", {"": "drift"}, "there is no ''"),
+    ("grifin", {}, "unknown method 'grifin'; did you mean griffin"),
+])  # fmt: skip
+def test_what_does_not_exist_or_comes_twice_is_refused(name, given, words):
+    with pytest.raises(UserError, match=words):
+        make(name, given)
+
+
+def test_a_spec_that_is_none_is_refused():
+    assert parse("griffin : remask = drift") == ("griffin", {"remask": "drift"})
+    for spec in ("griffin:remask", "griffin:=drift", "griffin::remask=drift"):
+        with pytest.raises(UserError, match="is not a method; write NAME"):
+            parse(spec)
+
+
+# -- every composition comes back from what is written of it ---------------------------------------------------------
+
+
+def _values(cls, field):
+    """What a plain field may be."""
+    kind, bounds = kind_of(cls, field.name), field.metadata
+    if isinstance(kind, tuple):
+        return st.sampled_from(kind)
+    if kind is bool:
+        return st.booleans()
+    low, high = bounds["least"], bounds["most"]
+    if kind is int:
+        return st.integers(low, (low or 0) + 50)
+    if bounds["above"] is not None:
+        return st.floats(bounds["above"], high or 9.0, exclude_min=True, allow_subnormal=False)
+    return st.floats(-3.0 if low is None else low, 9.0 if high is None else high)
+
+
+@st.composite
+def compositions(draw):
+    """A method, and other parts and values at any of its paths."""
+    method, given = draw(st.sampled_from(METHODS)), {}
+    for slot in SLOTS:
+        if not draw(st.booleans()):
+            continue
+        known = [cls for cls in parts()[slot].values() if cls is not Table]
+        cls = draw(st.sampled_from(known))
+        given[slot] = cls.name
+        for field in plain_fields(cls):
+            if draw(st.booleans()):
+                given[f"{slot}.{field.name}"] = draw(_values(cls, field))
+    return method, given
+
+
+def _possible(method, given):
+    try:
+        return make(method, given)
+    except UserError:  # parts that do not go together
+        return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(compositions())
+def test_what_is_written_of_a_method_makes_it_again(drawn):
+    found = _possible(*drawn)
+    assume(found is not None)
+    again = made(found.spec)
+    assert again == found and again.spec == found.spec and again.params() == found.params()
+    as_text = {path: text_of(value) for path, value in found.params().items()}
+    for base in ("dense", found.name, "dart-plus"):  # all parts and fields, whatever the method that they go into
+        assert make(base, found.params()) == make(base, as_text) == found
+    parents = [path for path, _ in slots(found)]
+    assert parents == ["mask", *(p for p in ("score", "remask") if p in found.params()), *SLOTS[3:]]
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_any_part_in_any_slot_of_any_method_comes_back(name, slot):
+    """One at a time, with all fields another than by default; what cannot be is said to be so."""
+    for cls in parts()[slot].values():
+        fields = [f for f in plain_fields(cls) if (cls, f.name) != (OnDrift, "every")]
+        given = {slot: cls.name} | {f"{slot}.{f.name}": _another(cls, f) for f in fields if cls is not Table}
+        found = _possible(name, given)
+        if found is not None:
+            assert made(found.spec) == found
+            assert getattr(found.mask if slot in ("score", "remask") else found, slot).name == cls.name
+
+
+def _another(cls, field):
+    """Another value than the default."""
+    kind, value = kind_of(cls, field.name), field.default
+    if isinstance(kind, tuple):
+        return next(word for word in kind if word != value)
+    return not value if kind is bool else value + 1 if kind is int else value * 0.9 + 0.05
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_listed_of_a_method_is_what_makes_it(name):
+    """Every line of `dart-eval ls` is a path and a value, with a word on each."""
+    method = make(name)
+    lines = tree(method)
+    assert make("dense", dict(line.strip().split("=", 1) for line, _ in lines)) == method
+    assert all(help for _, help in lines)
+    assert {line.strip().split("=")[0] for line, _ in lines} == set(method.params())
+    for slot, known in alternatives(method).items():
+        assert known == [*parts()[slot]]
+
+
+def test_a_part_is_listed_with_its_fields_words_and_bounds():
+    rows = dict(part_rows(OnDrift))
+    assert rows["remask=drift"] == OnDrift.summary
+    assert rows["  remask.window=10"].endswith("(at least 1)")
+    assert rows["  remask.blend=0.25"].endswith("(at least 0, at most 1)")
+    assert rows["  remask.old=prompt"].endswith("(prompt, running)")
+    assert rows["  remask.act=true"] and len(rows) == 1 + len(plain_fields(OnDrift))
+    assert dict(part_rows(GateUp))["  choice.write_share=1.0"].endswith("(above 0, at most 1)")
+    assert [*dict(part_rows(FromPrompt))] == ["mask=prompt", "  score=activation", "  remask=never"]
+
+
+# -- what is kept of each sequence -----------------------------------------------------------------------------------
+
+
+def tensors_of(value, seen=None):
+    """Every tensor that a state holds, walked by hand; what a model or a method has is no part of it."""
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if id(value) in seen or not isinstance(value, (PerSequence, list, dict)):
+        return []
+    seen.add(id(value))
+    inner = vars(value) if isinstance(value, PerSequence) else value
+    inner = inner.values() if isinstance(inner, dict) else inner
+    return [t for v in inner for t in tensors_of(v, seen)]
+
+
+@pytest.mark.parametrize(("method", "params"), [*RENEWED, ("dart", {"choice": "gate-up", "compensation": "mean"})])
+@torch.no_grad()
+def test_a_copy_takes_every_tensor_and_all_of_them_are_counted(method, params):
+    model = tiny("llama")
+    with open_session(model, method, 0.5, execution="masked", **params) as session:
+        out = model(prompts_of(3, 20), use_cache=True)
+        for _ in range(4):
+            out = model(out.logits[:, -1:].argmax(-1), use_cache=True, past_key_values=out.past_key_values)
+        state = session.state
+        held = tensors_of(state)
+        assert state.nbytes() == sum(t.numel() * t.element_size() for t in held)
+        assert session.state_bytes == state.nbytes() + session.prepared.nbytes()
+        per_row = [t for t in held if not any(t is w for windows in _windows(state) for w in windows)]
+        assert all(t.shape[0] == 3 for t in per_row)
+        copy = state.select(torch.tensor([2, 0, 2, 1]))
+    taken = tensors_of(copy)
+    assert len(taken) == len(held) + len(_windows(state)[0:1])  # one list of windows more
+    theirs = [t for t in taken if not any(t is w for windows in _windows(copy) for w in windows)]
+    for old, new in zip(per_row, theirs, strict=True):
+        torch.testing.assert_close(new, old[torch.tensor([2, 0, 2, 1])], rtol=0, atol=0, equal_nan=True)
+        assert not old.numel() or new.data_ptr() != old.data_ptr()
+    assert copy.batch == 4 and state.batch == 3
+
+
+def _windows(state):
+    """The detector's windows of the prompt: one tensor a sequence, of as many as it had."""
+    detector = getattr(state.remasking, "detector", None)
+    return [] if detector is None else [detector.windows]
+
+
+def test_what_differs_in_a_state_is_what_its_parts_keep(llama):
+    ffns = find_ffns(llama)
+    for spec, sums, renewing in (
+        ("griffin", {"score"}, False), ("dart-plus", {"score", "choice", "compensation"}, True), ("cats", set(), False),
+        ("random:choice=gate-up", {"choice"}, False), ("random:compensation=mean", {"compensation"}, False),
+    ):  # fmt: skip
+        state = state_of(made(spec), llama) if "random" not in spec else None
+        if state is None:
+            with open_session(llama, made(spec), 0.5) as session:
+                llama(prompts_of(1, 9), use_cache=True)
+                state = session.state
+        assert set(state.sums) == sums and (state.remasking is not None) == renewing
+        assert state.ffns == tuple(ffns)
