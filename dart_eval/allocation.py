@@ -168,7 +168,7 @@ def chosen_counts(
     share = [x / (middle + write_share) for x in left]
     missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # where the mask has fewer to take
     most_taken = math.ceil(rest / (middle + write_share) - missing)
-    most_taken = min(masked, max(most_taken, math.ceil(rest / (middle + 1))))
+    most_taken = min(masked, rest // middle, max(most_taken, math.ceil(rest / (middle + 1))))
     taken = exact_counts(share, mask, most_taken)
     unwritten = [x - middle * min(s, m) for x, s, m in zip(left, share, mask, strict=True)]
     written = exact_counts(unwritten, taken, rest - middle * most_taken)

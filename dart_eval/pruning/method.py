@@ -146,6 +146,8 @@ def _merge(tree: dict[str, Any], steps: list[str], value: Any, path: str) -> Non
     """Put a value into nested mappings; what stands in for a slot itself stands under `part`."""
     for step in steps:
         tree = tree.setdefault(step, {})
+    if value is None:
+        raise UserError(f"{path} has no value", "give one, or leave it out")
     if not isinstance(value, Mapping):
         value = {"part": value}
     for key, inner in value.items():

@@ -126,7 +126,8 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
     known = methods()
     if name not in known:
         raise UserError(f"unknown method {name!r}", nearest(name, known))
-    return changed(known[name], new_names(known[name], params or {}), parts())
+    every = parts()
+    return changed(known[name], new_names(known[name], params or {}, every), every)
 
 
 def spelled(name: str, given: Mapping[str, Any]) -> str:

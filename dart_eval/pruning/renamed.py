@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dart_eval.errors import RenamedWarning, UserError
+from dart_eval.pruning.method import Known, Pruner, plain_fields
 from dart_eval.pruning.parts.base import cast
-
-if TYPE_CHECKING:
-    from dart_eval.pruning.method import Pruner
 
 RENAMED = {
     "normalise": "score.norm", "aggregate": "score.average", "decay": "score.decay", "skip_first": "score.skip_first",
@@ -30,7 +28,7 @@ OLD = ("detect", "every", "stages", "compensate", *RENAMED)
 TABLE = "table:"  # and a file
 
 
-def new_names(method: Pruner, given: Mapping[str, Any]) -> dict[str, Any]:
+def new_names(method: Pruner, given: Mapping[str, Any], known: Known) -> dict[str, Any]:
     """The parameters by today's names; a warning says what to write instead."""
     old = {k: v for k, v in given.items() if k in OLD or (k == "score" and str(v) in (*FACTORS, "magnitude"))}
     found = {k: v for k, v in given.items() if k not in old}
@@ -39,7 +37,7 @@ def new_names(method: Pruner, given: Mapping[str, Any]) -> dict[str, Any]:
         found["allocation"] = "table"
     if not old:
         return found
-    new = _translated(method, old)
+    new = _translated(method, old, found, known)
     if twice := set(new) & set(found):
         raise UserError(f"{method.name}: {sorted(twice)[0]} is given twice", "leave the old name out")
     said = ":".join([method.name, *(f"{k}={_text(v)}" for k, v in new.items())])
@@ -49,7 +47,8 @@ def new_names(method: Pruner, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, **new}
 
 
-def _translated(method: Pruner, old: Mapping[str, Any]) -> dict[str, Any]:
+def _translated(method: Pruner, old: Mapping[str, Any], given: Mapping[str, Any], known: Known) -> dict[str, Any]:
+    """Old parameters as paths. given: those by today's names."""
     new: dict[str, Any] = {}
     if "score" in old:
         new["score.vocabulary"] = "none" if old["score"] == "magnitude" else old["score"]
@@ -72,20 +71,18 @@ def _translated(method: Pruner, old: Mapping[str, Any]) -> dict[str, Any]:
     if "compensate" in old:
         new["compensation"] = "mean" if cast("compensate", bool, old["compensate"]) else "none"
     for name, value in old.items():
-        if name in RENAMED and not ("detect" in old and _idle(name, detects, every)) and not _no_choice(name, new):
+        if name in RENAMED and (detects or name != "blend"):  # which was that after an alarm
             path = RENAMED[name] if detects or name != "every_blend" else "remask.blend"
-            new[path] = value
+            if not method.mask.remask.watches or _acts(path, {**given, **new}, method, known):
+                new[path] = value
     return new
 
 
-def _idle(name: str, detects: bool, every: int) -> bool:
-    """Whether a parameter of the detector has nothing to act on."""
-    kept = ("ring", "memory", "every_blend") if every else ()
-    return not detects and RENAMED[name].startswith("remask.") and name not in kept
-
-
-def _no_choice(name: str, new: Mapping[str, Any]) -> bool:
-    return RENAMED[name].startswith("choice.") and new.get("choice") == "none"
+def _acts(path: str, given: Mapping[str, Any], method: Pruner, known: Known) -> bool:
+    """Whether the part that a parameter is now of will be there: `dart` could be given all of them before."""
+    slot, _, field = path.partition(".")
+    cls = known[slot].get(str(given.get(slot, method.params()[slot])))
+    return cls is None or field in [f.name for f in plain_fields(cls)]
 
 
 def _text(value: Any) -> str:

@@ -59,7 +59,7 @@ class Session:
         shared_mask: bool = False,
     ) -> None:
         self.model, self.method, self.shared_mask = model, method, shared_mask
-        self.sparsity = sparsity if method.prunes else 0.0
+        self.sparsity = sparsity if method.sized else 0.0
         self.ffns = find_ffns(model)
         if method.allocation.needs_change:
             check_depth(model, self.ffns)
@@ -126,6 +126,8 @@ class Session:
     @property
     def weights_read(self) -> float:
         """FFN weights that a decoded token multiplies / all FFN weights, mean over sequences."""
+        if not self.method.choice.exact and self.steps:
+            return float(torch.stack([step.read for step in self.steps]).mean())
         return float(self.shares(1).read.mean())
 
     @property

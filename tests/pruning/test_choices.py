@@ -127,6 +127,30 @@ def test_top_p_takes_the_smallest_set_with_its_share(seed, size, p, ties):
             assert bool(count) == (total > 0)
 
 
+def test_top_p_stops_where_its_share_is_met_exactly():
+    token, everything = (
+        Token(*[torch.tensor([[[2.0, 4.0, 1.0, 3.0]]])] * 3, None),
+        torch.ones(1, 1, 4, dtype=torch.bool),
+    )
+    assert TopP(p=0.9).take(token, everything, None).tolist() == [[[True, True, False, True]]]
+    assert TopP(p=1.0).take(token, everything, None).all()
+
+
+def test_what_top_p_reads_is_measured(llama):
+    with open_session(llama, "top-p", **{"choice.p": 0.6}) as session:
+        decoded(llama, session, prompts_of(2, 20), steps=6)
+        reads = torch.stack([step.read for step in session.steps])
+        assert 0 < session.weights_read < 1
+        assert session.weights_read == pytest.approx(float(reads.mean()))
+        assert session.sparsity == 0  # it follows none
+
+
+def test_counts_of_few_neurons_fit():
+    """What is taken and not written must leave rows for what is: of few neurons that is soon none."""
+    counts = chosen_counts([0.4375, 0.1, 0.2125], [1, 1, 1], 0.75, 3, 0, None, 0.5)
+    assert 2 * sum(counts.taken) + sum(counts.written) == 3 * round(0.25 * 3)
+
+
 # -- how many --------------------------------------------------------------------------------------------------------
 
 

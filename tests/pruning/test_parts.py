@@ -115,20 +115,23 @@ def test_the_built_in_methods_are_these_compositions():
     depth = DepthAware(sensitivity="ffn", protect=True, magnitude=True)
     wanted = {
         "dense": Pruner(Everything(), All(), Uniform(), Nothing()),
-        "random": Pruner(Static(Random(seed=0))),
-        "magnitude": Pruner(Static(Weights())),
-        "wanda-sp": Pruner(Static(Wanda())),
-        "griffin": Pruner(FromPrompt(l2, Never())),
-        "dart": Pruner(FromPrompt(none, OnDrift(**drift)), allocation=depth),
-        "dart-code": Pruner(FromPrompt(none, OnDrift(**(drift | code))), allocation=depth),
+        "random": Pruner(Static(score=Random(seed=0))),
+        "magnitude": Pruner(Static(score=Weights())),
+        "wanda-sp": Pruner(Static(score=Wanda())),
+        "griffin": Pruner(FromPrompt(score=l2, remask=Never())),
+        "dart": Pruner(FromPrompt(score=none, remask=OnDrift(**drift)), allocation=depth),
+        "dart-code": Pruner(FromPrompt(score=none, remask=OnDrift(**(drift | code))), allocation=depth),
         "dart-plus": Pruner(
-            FromPrompt(l2, OnDrift(**(drift | plus))), GateUp(mask_ratio=1.6, write_share=0.6), Uniform(), MeanOutput()
+            FromPrompt(score=l2, remask=OnDrift(**(drift | plus))),
+            GateUp(mask_ratio=1.6, write_share=0.6),
+            Uniform(),
+            MeanOutput(),
         ),
         "cats": Pruner(choice=ByGate()),
         "m-countdown": Pruner(choice=ByUp()),
         "top-p": Pruner(choice=TopP(p=0.9)),
         "oracle-token": Pruner(choice=ByHidden()),
-        "oracle": Pruner(Ahead(l2)),
+        "oracle": Pruner(Ahead(score=l2)),
     }
     assert [*methods()][: len(METHODS)] == METHODS and set(METHODS) == set(wanted)
     for method in BUILT_IN:
@@ -193,7 +196,7 @@ SPELLINGS = [
     {"remask": {"part": OnDrift(window=8), "blend": 0.5}},
     {"mask.remask": "drift", "mask.remask.window": 8, "remask.blend": 0.5},
     {"mask": {"remask": {"part": "drift", "window": 8, "blend": 0.5}}},
-    {"mask": FromPrompt(Activation(norm="l2"), OnDrift(window=8, blend=0.5))},
+    {"mask": FromPrompt(score=Activation(norm="l2"), remask=OnDrift(window=8, blend=0.5))},
     {"mask": "prompt", "score": "activation", "score.norm": "l2", "remask": OnDrift(window=8, blend=0.5)},
 ]  # fmt: skip
 
@@ -201,7 +204,7 @@ SPELLINGS = [
 @pytest.mark.parametrize("given", SPELLINGS, ids=str)
 def test_every_way_to_write_it_makes_the_same_method(given):
     found = make("griffin", given)
-    assert found == Pruner(FromPrompt(Activation(norm="l2"), OnDrift(window=8, blend=0.5)))
+    assert found == Pruner(FromPrompt(score=Activation(norm="l2"), remask=OnDrift(window=8, blend=0.5)))
     assert found.name == "griffin" and found.spec == "griffin:remask=drift:remask.window=8:remask.blend=0.5"
     assert made(found.spec) == found and hash(made(found.spec)) == hash(found)
 
@@ -247,6 +250,9 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("griffin", {"base": "dart"}, "there is no 'base'"),
     ("griffin", {"part": "drift"}, "there is no 'part'"),
     ("griffin", {"": "drift"}, "there is no ''"),
+    ("griffin", {"remask": None}, "remask has no value"),
+    ("random", {"score.seed": 10**18}, "score.seed is .*; it must be at most"),
+    ("random", {"score": "activation", "score.skip_first": True}, "weigh the tokens of a context.*use mask=prompt"),
     ("grifin", {}, "unknown method 'grifin'; did you mean griffin"),
 ])  # fmt: skip
 def test_what_does_not_exist_or_comes_twice_is_refused(name, given, words):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dart_eval.cost import ModelShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Allocation(Part):
     """Base of all allocations.
 
@@ -48,7 +48,7 @@ class Allocation(Part):
         """Refuse a sparsity, or a model of so many layers, that it was not made for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Uniform(Allocation):
     """The same density in every layer."""
 
@@ -59,7 +59,7 @@ class Uniform(Allocation):
         return [1 - sparsity] * layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DepthAware(Allocation):
     """Layers are judged by how much they change the stream; early and late ones are spared (arXiv 2601.22632)."""
 
@@ -87,7 +87,7 @@ class DepthAware(Allocation):
         return shape.layers * 8 * shape.width  # two norms, a difference, its norm, a dot product
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Table(Allocation):
     """The densities of a file."""
 

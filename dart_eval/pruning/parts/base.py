@@ -39,7 +39,7 @@ def option(
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, "above": above})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """Base of all parts.
 

@@ -40,7 +40,7 @@ class Token:
     usual: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice(Part):
     """Base of all choices.
 
@@ -104,7 +104,7 @@ class Choice(Part):
         return 3 * mask if self.chooses else 0.0  # a score, its factor, and |h| of what is taken
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class All(Choice):
     """Tokens compute every neuron of the mask."""
 
@@ -119,7 +119,7 @@ class All(Choice):
         return Counts(counts, counts, counts, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GateUp(Choice):
     """|act(gate x)_j| times the root mean square of (up x)_j over the context; then the largest |h|.
 
@@ -146,7 +146,7 @@ class GateUp(Choice):
         return 3  # a square, a factor and a sum
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inside(Choice):
     """Base of choices by one number of each neuron, inside any mask."""
 
@@ -157,7 +157,7 @@ class Inside(Choice):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ByGate(Inside):
     """Exactly k neurons by |act(gate x)|: CATS (arXiv 2404.08763) with a count instead of a threshold."""
 
@@ -169,7 +169,7 @@ class ByGate(Inside):
         return token.gate.abs()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ByUp(Inside):
     """Exactly k neurons by |up x|: M-COUNTDOWN (arXiv 2505.17701) with a count instead of a threshold."""
 
@@ -181,7 +181,7 @@ class ByUp(Inside):
         return token.up.abs()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ByHidden(Inside):
     """Exactly k neurons by |h|, as if h were known before anything is read: no choice can be better informed."""
 
@@ -193,7 +193,7 @@ class ByHidden(Inside):
         return token.h.abs()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TopP(Choice):
     """The smallest set of neurons with the share p of a token's sum of |h|, as if h were known beforehand.
 
@@ -214,9 +214,8 @@ class TopP(Choice):
 
     def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
         mass, order = token.h.float().abs().masked_fill(~allowed, 0).sort(dim=-1, descending=True, stable=True)
-        before = mass.cumsum(-1) - mass  # of the neurons that are larger
-        # 1e-6: at p = 1 rounding must not leave a neuron out that has any mass.
-        needed = (before < self.p * mass.sum(-1, keepdim=True) * (1 + 1e-6)) & (mass > 0)
+        total = mass.cumsum(-1, dtype=torch.float64)
+        needed = (total - mass < self.p * total[..., -1:]) & (mass > 0)  # what is larger has less than the share
         return torch.zeros_like(needed).scatter_(-1, order, needed)
 
 

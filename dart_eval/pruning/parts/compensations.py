@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dart_eval.cost import ModelShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compensation(Part):
     """Base of all compensations.
 
@@ -26,7 +26,7 @@ class Compensation(Part):
     adds: ClassVar[bool] = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Nothing(Compensation):
     """Nothing stands in for what was left out."""
 
@@ -34,7 +34,7 @@ class Nothing(Compensation):
     summary = "nothing"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeanOutput(Compensation):
     """What the neurons outside the mask added to the context's tokens on average, as a constant."""
 

@@ -11,7 +11,7 @@ from dart_eval.pruning.parts.remasks import Never, Remask
 from dart_eval.pruning.parts.scores import Activation, Score, Wanda
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mask(Part):
     """Base of all masks.
 
@@ -31,7 +31,7 @@ class Mask(Part):
     remask: ClassVar[Remask] = Never()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Everything(Mask):
     """Every neuron of every layer."""
 
@@ -41,7 +41,7 @@ class Everything(Mask):
     whole = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Static(Mask):
     """One mask for all sequences, made before any prompt is seen: of the weights, or of a calibration text."""
 
@@ -50,8 +50,16 @@ class Static(Mask):
     fixed = True
     score: Score = option(Wanda(), "what it is made by")  # type: ignore[misc]
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score.weighs_tokens:
+            raise UserError(
+                "score.average=ema and score.skip_first weigh the tokens of a context, and mask=static has none",
+                "leave them out, or use mask=prompt",
+            )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class FromPrompt(Mask):
     """A mask per sequence, from the tokens of its context."""
 
@@ -66,7 +74,7 @@ class FromPrompt(Mask):
         _refuse_weights(self, self.score)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ahead(Mask):
     """A mask per sequence, from the very tokens that are then scored under it: how far foresight alone goes."""
 

@@ -20,7 +20,7 @@ RING = "how many recent FFN inputs are kept per layer; a new mask is made from t
 OLD = "the old scores in a new mask: those of the prompt, or of the mask in force"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Remask(Part):
     """Base of all re-masks. How many neurons a layer keeps stays as the prompt set it.
 
@@ -61,7 +61,7 @@ class Remask(Part):
         return RemaskState(self, ffns, batch, device) if self.remasks or self.watches else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Never(Remask):
     """The prompt's mask stays."""
 
@@ -69,7 +69,7 @@ class Never(Remask):
     summary = "the mask of the prompt stays"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EveryN(Remask):
     """A new mask each time so many tokens have been decoded."""
 
@@ -93,7 +93,7 @@ class EveryN(Remask):
         return self.blend
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnDrift(Remask):
     """A new mask when the context has drifted away from what the mask was made for (arXiv 2601.22632).
 

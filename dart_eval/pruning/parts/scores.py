@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 FIRST_TOKEN = 1e-12  # what a token that is left out weighs: nothing beside others, all where it is alone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score(Part):
     """Base of all scores: made of sums over tokens (`observe`), of factors that no token changes, or of both."""
 
     slot = "score"
     observes = True
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether some tokens of a context count more than others."""
+        return False
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
         """Per layer [F] fp32, what no token changes; None: nothing."""
@@ -51,7 +56,7 @@ class Score(Part):
         return valid.float(), None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Activation(Score):
     """score_j = sum over tokens of (|h_tj| / ||h_t||)^2, with the norm and a factor of choice.
 
@@ -74,6 +79,10 @@ class Activation(Score):
         "none", "weigh a neuron by the largest logit that it writes, the mean, their sum or their product"
     )
     down_norm: bool = option(False, "weigh a neuron by the norm of its column of down")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.average == "ema" or self.skip_first
 
     @property
     def _power(self) -> int:
@@ -106,7 +115,7 @@ class Activation(Score):
         return 5  # a square and a sum for the norm; a square, a division and a sum for the score
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wanda(Score):
     """score_j = mean_i |W_down[i, j]| * ||h_j||, the norm taken over the tokens.
 
@@ -132,7 +141,7 @@ class Wanda(Score):
         return 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WeightScore(Score):
     """Base of scores that follow from the weights, or from nothing at all: the same whatever the text."""
 
@@ -147,7 +156,7 @@ class WeightScore(Score):
         return factor[None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights(WeightScore):
     """score_j = the product of the L2 norms of neuron j's rows in gate and up (up alone in a plain FFN).
 
@@ -164,13 +173,13 @@ class Weights(WeightScore):
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Random(WeightScore):
     """A random order of the neurons of every layer."""
 
     name = "random"
     summary = "a random order of the neurons, the same for every text"
-    seed: int = option(0, "seed of the draw; --seed where it is not given", least=0)
+    seed: int = option(0, "seed of the draw; --seed where it is not given", least=0, most=2**32 - 1)
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
         scores = []
