@@ -10,8 +10,8 @@ from dart_eval.errors import UserError
 
 if TYPE_CHECKING:
     from dart_eval.pruning.method import Pruner
+    from dart_eval.pruning.prune import prune
     from dart_eval.pruning.registry import methods
-    from dart_eval.pruning.session import prune
 
 __version__ = "0.1.0"
 __all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune"]
@@ -20,7 +20,7 @@ __all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune"]
 def __getattr__(name: str) -> Any:
     """These import torch and transformers, so they wait until somebody asks (`--help` does not)."""
     if name == "prune":
-        from dart_eval.pruning.session import prune
+        from dart_eval.pruning.prune import prune
 
         return prune
     if name == "methods":

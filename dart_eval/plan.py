@@ -26,8 +26,8 @@ from dart_eval.hashes import PACKAGE, code_hash, source_hash
 from dart_eval.models import ModelSpec, Resolved
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.prune import check_sparsity
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session import check_sparsity
 from dart_eval.values import checked
 from dart_eval.yamls import read_mapping
 

@@ -15,7 +15,7 @@ from dart_eval.ffn import cache_argument
 from dart_eval.finite import refuse_not_finite
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 
 SCHEMA = 1
 

@@ -40,8 +40,8 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning import gather
 from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session import prune
 
 __all__ = ["Skip", "card"]
 GOAL = 1.9  # times the compiled dense model, at 70 %

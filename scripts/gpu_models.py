@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 
 from dart_eval.ffn import cache_argument
 from dart_eval.pruning import gather
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 
 SPARSITY = 0.7
 # A detector that sees drift in every window, so that masks do change.

@@ -31,8 +31,9 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.machine import foreign_cpu, peak_memory, wait
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.prune import prune
 from dart_eval.pruning.remask import Due
-from dart_eval.pruning.session import Session, prune
+from dart_eval.pruning.session import Session
 
 CHANGED = 0.2  # of the kept neurons: the re-mask that is timed
 # Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of

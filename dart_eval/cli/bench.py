@@ -85,8 +85,8 @@ def bench(
 
         bench_scoring.run(tasks, spec, data_dir, batch_size, rounds, limit, num_fewshot, format)
         return
+    from dart_eval.pruning.prune import check_sparsity
     from dart_eval.pruning.registry import make, parse
-    from dart_eval.pruning.session import check_sparsity
 
     check_sparsity(sparsity)
     methods = [make(*parse(spec)) for spec in method.split(",") if spec.strip()]

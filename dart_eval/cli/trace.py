@@ -68,8 +68,8 @@ def trace(
     from dart_eval import tracing
     from dart_eval.allocation import write_table
     from dart_eval.models import ModelSpec, resolve
+    from dart_eval.pruning.prune import check_sparsity
     from dart_eval.pruning.registry import make, parse
-    from dart_eval.pruning.session import check_sparsity
 
     check_sparsity(sparsity)
     made = make(*parse(method))

@@ -24,7 +24,7 @@ from dart_eval.models import Resolved
 from dart_eval.plan import Cell, RunConfig, command, environment
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.dense import AnySession, DenseSession
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 

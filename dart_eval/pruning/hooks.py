@@ -116,6 +116,20 @@ class Hooks:
         self.look_inside(False)
         _drop(self._handles)
 
+    def check_ran(self) -> None:
+        """Whether every layer's FFN ran where it was found.
+
+        Raises:
+            UserError: one did not.
+        """
+        missing = [f.layer for f in self.ffns if f.layer not in self.forward.seen]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(self.ffns)} FFNs of {type(self.model).__name__} did not run where prune() "
+                f"found them (the first in layer {missing[0]})",
+                "change layers, adapters or quantisation before the block begins",
+            )
+
     # -- what they do ----------------------------------------------------------------------------------------
 
     def _on_hidden(self, layer: int) -> Callable[..., Any]:

@@ -45,7 +45,17 @@ class Log:
             self.alarms.append({"token": self.decoded, "sequence": row})
 
     def trace(self, detector: DriftDetector | None, row: int, tokens: int | None) -> dict[str, Any] | None:
-        """See `Session.trace`."""
+        """What the detector saw of one sequence since its context, or None where no window was full.
+
+        Args:
+            detector: of the sequences under way, if they have one. row: which of them.
+            tokens: leave out what came after this many tokens that ran pruned; None: nothing.
+
+        Returns:
+            `window` (tokens); `threshold` (None where the prompt had no full window); `signal` (cosines, one per full
+            window); `mean` and `deviation` of the prompt's windows, where there were any; `alarms` (decoded tokens
+            before each) and `remasks` (before each new mask that followed one).
+        """
         if detector is None:
             return None
         window = detector.config.window

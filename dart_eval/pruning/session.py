@@ -1,4 +1,4 @@
-"""`prune()`: attach a method to a model, run, detach. The life of one forward:
+"""A method at work on a model. The life of one forward:
 
     begin (pre-hook of the decoder)  which phase is this, which tokens are real
     each layer                       context: observe h and the stream;  decode: prune h
@@ -15,10 +15,8 @@ back. The evaluation sets phases itself with `context()` and `decode()`.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +25,8 @@ from torch import Tensor, nn
 from dart_eval.errors import UserError
 from dart_eval.ffn import check_depth, find_ffns, unchanged
 from dart_eval.pruning.cache_watch import CacheWatch, check_cache
-from dart_eval.pruning.calibration import Calibration, TextCalibration
-from dart_eval.pruning.calls import Calls, refuse_second
+from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.calls import Calls
 from dart_eval.pruning.execution import Execution, Wanted
 from dart_eval.pruning.hooks import Forward, Hooks, Phase
 from dart_eval.pruning.inplace import to_the_end
@@ -37,7 +35,6 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.padding import real_tokens
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.prepared import Prepared, prepare
-from dart_eval.pruning.registry import make
 from dart_eval.pruning.state import SequenceState, Step
 from dart_eval.pruning.tally import Tally
 
@@ -150,11 +147,6 @@ class Session:
         """Re-masks since the last new context: step, token, sequence, cause, overlap."""
         return self.log.events
 
-    @property
-    def alarms(self) -> list[dict[str, Any]]:
-        """Alarms of the detector since the last new context: token, sequence."""
-        return self.log.alarms
-
     def shares(self, batch: int) -> Step:
         """What a decoding forward would use now."""
         if self.state is not None:
@@ -162,16 +154,7 @@ class Session:
         return self._without_context(batch, torch.device("cpu")).step()
 
     def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
-        """What the detector saw of one sequence since its context, or None where no window was full.
-
-        Args:
-            tokens: leave out what came after this many tokens that ran pruned.
-
-        Returns:
-            `window` (tokens); `threshold` (None where the prompt had no full window); `signal` (cosines, one per full
-            window); `mean` and `deviation` of the prompt's windows, where there were any; `alarms` (decoded tokens
-            before each) and `remasks` (before each new mask that followed one).
-        """
+        """What the detector saw of one sequence since its context: see `Log.trace`."""
         remasking = self.state.remasking if self.state else None
         return self.log.trace(remasking.detector if remasking else None, row, tokens)
 
@@ -246,22 +229,16 @@ class Session:
 
     @torch.no_grad()
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward, tokens = self.forward, kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            tokens = args[0]
+        forward, given = self.forward, (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+        tokens = next(t for t in given if t is not None)
         batch, length = tokens.shape[:2]
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         self._check(module, cache, kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         forward.kept = cache is not None
         self._set_phase(cache, past, length)
-        if self._given_valid is None:
-            mask = kwargs.get("attention_mask")
-            forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device)
-        else:
-            forward.valid = self._given_valid
+        mask, valid = kwargs.get("attention_mask"), self._given_valid
+        forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device) if valid is None else valid
         chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
         forward.turn = self._calls.turn
         if not past:
@@ -362,7 +339,7 @@ class Session:
         if not forward.kept:
             self._cache.take(output, type(self.model).__name__)
         if forward.looking and (self.state is not None or phase == "decode"):
-            self._check_seen(forward.seen)
+            self._hooks.check_ran()
         state = self.state
         if state is None:
             return
@@ -390,18 +367,6 @@ class Session:
             self.executing.move(state)
         for change in changes:
             self.log.changed(change)
-
-    def _check_seen(self, seen: set[int]) -> None:
-        """Whether every layer's FFN ran where it was found."""
-        missing = [f.layer for f in self.ffns if f.layer not in seen]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(self.ffns)} FFNs of {type(self.model).__name__} did not run where prune() "
-                f"found them (the first in layer {missing[0]})",
-                "change layers, adapters or quantisation before the block begins",
-            )
-
-    # -- attach and detach -----------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Install the hooks the method needs."""
@@ -432,80 +397,3 @@ class Session:
             self._cache.leave()
         finally:
             self.executing.restore()
-
-
-def check_sparsity(sparsity: float) -> float:
-    """The sparsity, if it is a number in [0, 1).
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-        raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
-    if not 0 <= sparsity < 1:
-        raise UserError(
-            f"sparsity {sparsity:g} is outside [0, 1)",
-            "it is the pruned fraction: write 0.7 for 70 %, below 1",
-        )
-    return sparsity
-
-
-@contextmanager
-def prune(
-    model: nn.Module,
-    method: str | Pruner = "dart",
-    sparsity: float = 0.5,
-    *,
-    tokenizer: Any = None,
-    calibration: Calibration | str | Path | None = None,
-    execution: Wanted = "auto",
-    shared_mask: bool = False,
-    **params: Any,
-) -> Iterator[Session]:
-    """Prune the FFN neurons of `model` while the block runs; the model leaves it as it came.
-
-    The prompt (prefill) runs dense, every decoded token pruned:
-
-        with prune(model, "dart", sparsity=0.7) as session:
-            model.generate(**inputs)
-        session.effective_sparsity, session.remasks, session.state_bytes
-
-    Args:
-        model: a Hugging Face causal language model with a gated or plain FFN.
-        method: a name from `dart_eval.methods()`, or a `Pruner`.
-        sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
-        tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
-        calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
-        execution: `masked` multiplies by masks and saves no time; `permuted` reorders the neurons in place, so that
-            pruned ones are not computed, for one mask at a time; `auto` takes `permuted` for one sequence (and for any
-            batch where all have one mask), else `masked`.
-        shared_mask: all sequences of a batch have one mask, made from all of them.
-        params: other parts in the method's slots, or other values in their fields: `remask=OnDrift(window=8)`,
-            `allocation="uniform"`, `remask={"part": "drift", "window": 8}`.
-
-    Yields:
-        The `Session`, which tells effective sparsity, state bytes and re-masks.
-
-    Raises:
-        UserError: unknown method, part or field, sparsity outside [0, 1), an FFN that is not understood or does not
-            suit the allocation, weights that `permuted` cannot reorder.
-    """
-    check_sparsity(sparsity)
-    refuse_second(model)
-    if isinstance(method, Pruner):
-        if params:
-            raise UserError("parameters go into the Pruner itself, not beside it")
-    else:
-        method = make(method, params)
-    if not isinstance(calibration, Calibration):
-        text = calibration
-        calibration = TextCalibration(model, tokenizer, text)
-    session = Session(model, method, sparsity, calibration, execution, shared_mask)
-    try:
-        try:
-            session.attach()
-            yield session
-        finally:
-            session.detach()
-    finally:  # an interrupt may have come before the first one began
-        session.detach()

@@ -29,7 +29,7 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
     status = stop.code
-import dart_eval, dart_eval.pruning.session, dart_eval.bench.decode, dart_eval.shapes
+import dart_eval, dart_eval.pruning.prune, dart_eval.bench.decode, dart_eval.shapes
 import dart_eval.evaluation.scoring, dart_eval.evaluation.forwards
 print("core:", dart_eval.prune, *dart_eval.methods())
 sys.exit(status)

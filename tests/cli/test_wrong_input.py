@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import dart_eval
 from dart_eval import plan, values
 from dart_eval.errors import UserError
-from dart_eval.pruning.session import check_sparsity, prune
+from dart_eval.pruning.prune import check_sparsity, prune
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 from tests.derivations.plain import cache_name
 
 
@@ -46,7 +46,7 @@ def run(model, method, prompt, decoded, sparsity=0.5, **settings):
             masks=masks,
             logprobs=torch.cat(rows),
             read=[float(step.read[0]) for step in session.steps],
-            alarms=[a["token"] for a in session.alarms],
+            alarms=[a["token"] for a in session.log.alarms],
             remasks=[(e["token"], e["cause"]) for e in session.events],
             overlaps=[e["overlap"] for e in session.events],
             signal=seen["signal"],

@@ -21,7 +21,7 @@ from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.models import biased, random_tokens
 

@@ -11,7 +11,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 from dart_eval.results.journal import Journal
 
 LIMIT = 3  # documents: what is compared is each of them

@@ -16,8 +16,8 @@ from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session import prune
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
 from dart_eval.results.tables import render

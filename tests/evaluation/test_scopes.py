@@ -13,7 +13,7 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.executors.jobs import Silent
 from dart_eval.plan import config_from
 from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 from tests.helpers.commands import run_local
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, random_tokens
@@ -110,4 +110,4 @@ def test_no_mask_is_renewed_while_a_whole_input_runs_under_it(llama, scope):
     with open_session(llama, "dart", **RESTLESS) as session:
         scored(llama, session, [Request(random_tokens(30), random_tokens(14, seed=1))], scope)
         assert session.state.remasks.tolist() == [0]
-        assert session.events == session.alarms == session.log.signals == []
+        assert session.events == session.log.alarms == session.log.signals == []

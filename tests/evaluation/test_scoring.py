@@ -244,7 +244,7 @@ def test_a_log_counts_every_token_of_a_block(llama):
     """Answers run in blocks of a window's three tokens; the last context token is the first of them."""
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         _score(llama, session, [Request(random_tokens(20), random_tokens(8, seed=1))])
-        assert [e["token"] for e in session.events] == [a["token"] for a in session.alarms] == [3, 6]
+        assert [e["token"] for e in session.events] == [a["token"] for a in session.log.alarms] == [3, 6]
 
 
 def test_a_dense_session_is_asked_nothing_that_one_which_prunes_does_not_know(llama):

@@ -11,8 +11,8 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import SCOPES, scorer
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session import prune
 from tests.golden.cases import CALIBRATION
 from tests.helpers.models import word_tokenizer
 from tests.helpers.requests import TextRequest
@@ -49,7 +49,7 @@ def seen_of(session, row):
     return {
         "read, in the mask, tokens": [[*step, len([*alike])] for step, alike in itertools.groupby(steps)],
         "events": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events if e["sequence"] == row],
-        "alarms": [a["token"] for a in session.alarms if a["sequence"] == row],
+        "alarms": [a["token"] for a in session.log.alarms if a["sequence"] == row],
         "detector": session.trace(row),
     }
 

@@ -6,8 +6,8 @@ from torch.overrides import TorchFunctionMode
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.prepared import prepare
+from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session import prune
 from dart_eval.pruning.state import SequenceState
 from tests.helpers.models import random_tokens
 

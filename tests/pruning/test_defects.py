@@ -19,8 +19,8 @@ from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.drift import DriftDetector
 from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.session import prune
 from tests.helpers.models import SMALL, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session, state_of
 

@@ -83,7 +83,7 @@ def test_windows_that_close_while_dense_tokens_run_raise_no_alarm(llama):
     with open_session(llama, "dart", 0.5, **params) as session:
         _steps(llama, session, prompts_of(1, 20), random_tokens(8, seed=9))
     assert [e["token"] for e in session.events] == [7]
-    assert [a["token"] for a in session.alarms] == [3]
+    assert [a["token"] for a in session.log.alarms] == [3]
 
 
 def test_blend_of_one_is_the_static_mask(llama):
@@ -114,7 +114,7 @@ def test_watching_only_changes_nothing_but_sees_everything(llama):
 def test_a_detector_that_only_watches_leaves_steady_re_masks_to_their_time(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.act": False, "remask.every": 4}) as session:
         generate(llama, prompts_of(1, 20), tokens=10)
-        assert [a["token"] for a in session.alarms] == [3, 6, 9]
+        assert [a["token"] for a in session.log.alarms] == [3, 6, 9]
         assert [(e["cause"], e["token"]) for e in session.events] == [("steady", 4), ("steady", 8)]
 
 

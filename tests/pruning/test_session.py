@@ -8,8 +8,8 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.parts.scores import Wanda
+from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import BUILT_IN
-from dart_eval.pruning.session import prune
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import (

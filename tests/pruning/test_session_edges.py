@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, OpenAIGPTConfig
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
-from dart_eval.pruning.session import prune
+from dart_eval.pruning.prune import prune
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session
 

@@ -14,7 +14,7 @@ def test_a_new_prompt_begins_a_new_log(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         for _ in range(2):
             generate(llama, prompts_of(1, 20), tokens=9)
-            assert [e["token"] for e in session.events] == [a["token"] for a in session.alarms] == [3, 6]
+            assert [e["token"] for e in session.events] == [a["token"] for a in session.log.alarms] == [3, 6]
             assert len(session.steps) == session.log.decoded == 8 and len(session.log.signals) == 2
 
 
@@ -57,7 +57,7 @@ def test_a_forward_under_frozen_masks_leaves_everything_as_it_was(llama):
             llama(ids[:, :7], use_cache=True, **{name: cache_of(out)})
         now = [*session.state.remasking.ring.slots, *session.state.masks, session.state.remasking.detector.window_sum]
         assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
-        assert session.events == session.alarms == []
+        assert session.events == session.log.alarms == []
 
 
 @torch.no_grad()

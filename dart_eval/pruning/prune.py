@@ -1,0 +1,96 @@
+"""`prune()`: attach a method to a model, run, detach."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dart_eval.errors import UserError
+from dart_eval.pruning.calibration import Calibration, TextCalibration
+from dart_eval.pruning.calls import refuse_second
+from dart_eval.pruning.execution import Wanted
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.registry import make
+from dart_eval.pruning.session import Session
+
+
+def check_sparsity(sparsity: float) -> float:
+    """The sparsity, if it is a number in [0, 1).
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
+    if not 0 <= sparsity < 1:
+        raise UserError(
+            f"sparsity {sparsity:g} is outside [0, 1)",
+            "it is the pruned fraction: write 0.7 for 70 %, below 1",
+        )
+    return sparsity
+
+
+@contextmanager
+def prune(
+    model: nn.Module,
+    method: str | Pruner = "dart",
+    sparsity: float = 0.5,
+    *,
+    tokenizer: Any = None,
+    calibration: Calibration | str | Path | None = None,
+    execution: Wanted = "auto",
+    shared_mask: bool = False,
+    **params: Any,
+) -> Iterator[Session]:
+    """Prune the FFN neurons of `model` while the block runs; the model leaves it as it came.
+
+    The prompt (prefill) runs dense, every decoded token pruned:
+
+        with prune(model, "dart", sparsity=0.7) as session:
+            model.generate(**inputs)
+        session.effective_sparsity, session.remasks, session.state_bytes
+
+    Args:
+        model: a Hugging Face causal language model with a gated or plain FFN.
+        method: a name from `dart_eval.methods()`, or a `Pruner`.
+        sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
+        tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
+        calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
+        execution: `masked` multiplies by masks and saves no time; `permuted` reorders the neurons in place, so that
+            pruned ones are not computed, for one mask at a time; `auto` takes `permuted` for one sequence (and for any
+            batch where all have one mask), else `masked`.
+        shared_mask: all sequences of a batch have one mask, made from all of them.
+        params: other parts in the method's slots, or other values in their fields: `remask=OnDrift(window=8)`,
+            `allocation="uniform"`, `remask={"part": "drift", "window": 8}`.
+
+    Yields:
+        The `Session`, which tells effective sparsity, state bytes and re-masks.
+
+    Raises:
+        UserError: unknown method, part or field, sparsity outside [0, 1), an FFN that is not understood or does not
+            suit the allocation, weights that `permuted` cannot reorder.
+    """
+    check_sparsity(sparsity)
+    refuse_second(model)
+    if isinstance(method, Pruner):
+        if params:
+            raise UserError("parameters go into the Pruner itself, not beside it")
+    else:
+        method = make(method, params)
+    if not isinstance(calibration, Calibration):
+        text = calibration
+        calibration = TextCalibration(model, tokenizer, text)
+    session = Session(model, method, sparsity, calibration, execution, shared_mask)
+    try:
+        try:
+            session.attach()
+            yield session
+        finally:
+            session.detach()
+    finally:  # an interrupt may have come before the first one began
+        session.detach()
