@@ -132,7 +132,11 @@ def measure(
     """Time one method on one sequence of random tokens.
 
     Args:
-        prompt_tokens, steps: per round, a prompt of random tokens and so many decoded ones.
+        tokenizer: of the model, for methods that calibrate on a text.
+        prompt_tokens: the length of each round's prompt.
+        steps: the tokens decoded in each round.
+        rounds: how many rounds are timed, after one that warms up.
+        seed: of the random tokens.
         compiled: decode through `torch.compile` in this mode (`default`, `reduce-overhead`: with CUDA graphs, ...), the
             dense model too, with KV caches of a fixed size.
 
@@ -145,50 +149,67 @@ def measure(
     shape = cost.shape_of(model, find_ffns(model))
     before = _weight_bytes(model)
     bench = _Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
-    times: dict[str, list[float]] = {name: [] for name in ("dense", "again", "pruned", "bare")}
-    prefill: dict[str, list[float]] = {"dense": [], "pruned": []}
-    exchange: dict[str, list[float]] = {"dense": [], "remask": []}
-    renewal: dict[str, list[float]] = {"dense": [], "renewal": []}
-    once: dict[str, list[float]] = {"dense": [], "begin": [], "end": []}
+    times = _Times()
     with (
         _many_variants(compiled is not None),
         peak_memory(bench.device.type) as peak,
         foreign_cpu() as foreign,
         prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted") as run,
     ):
-        for _ in range(1 + rounds):  # the first one warms up
-            bench.round(run, prompt_tokens, steps, times, prefill)
-            if run.permuted is None:
-                raise UserError("this model's weights cannot be reordered: no time to save", "load it unquantised")
-        for values in (*times.values(), *prefill.values()):
-            del values[: len(values) // (1 + rounds)]
-        for _ in range(max(3, rounds)):
-            bench.exchange(run, exchange)
-            if method.mask.remask.needs_ring:
-                bench.renewal(run, renewal)
+        _time_rounds(bench, run, times, prompt_tokens, steps, rounds)
+        _time_changes(bench, run, times, max(3, rounds), method.mask.remask.needs_ring)
         share = run.shares(1)
         assert run.permuted is not None
         read, executed = float(share.read[0]), run.permuted.executed()
         for _ in range(max(3, rounds)):
-            bench.begin_and_end(run, once)
+            bench.begin_and_end(run, times.once)
         extra, state = _weight_bytes(model) - before, run.state_bytes
         order = sum(f.order.numel() * f.order.element_size() for f in run.ffns if f.order is not None)
     ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]
-    speedup = paired(times["dense"], times["pruned"])
+    speeds = _speeds(times)
     return DecodeSpeed(
-        method=method.name, sparsity=sparsity, weights_read=read, weights_executed=executed,
-        speedup=speedup, control=paired(times["dense"], times["again"]),
-        ceiling=ceilings[0], ceiling_executed=ceilings[1], achieved_over_ceiling=speedup.median / ceilings[0],
-        first_token=paired(prefill["pruned"], prefill["dense"]),
-        remask_dense_steps=paired(exchange["remask"], exchange["dense"]),
-        renewal_dense_steps=paired(renewal["renewal"], renewal["dense"]) if renewal["dense"] else None,
-        begin_dense_steps=paired(once["begin"], once["dense"]), end_dense_steps=paired(once["end"], once["dense"]),
-        tracing_overhead=paired(times["pruned"], times["bare"], 1.0),
-        dense_tokens_per_second=1 / statistics.median(times["dense"]),
-        tokens_per_second=1 / statistics.median(times["pruned"]),
+        method=method.name, sparsity=sparsity, weights_read=read, weights_executed=executed, **speeds,
+        ceiling=ceilings[0], ceiling_executed=ceilings[1],
+        achieved_over_ceiling=speeds["speedup"].median / ceilings[0],
         extra_weight_bytes=extra, state_bytes=state, order_bytes=order, twin_bytes=own_bytes(model),
         peak_bytes=max(0, peak() - own_bytes(model)), foreign_cores=foreign(),
     )  # fmt: skip
+
+
+class _Times:
+    """Seconds of each side; those of one place in the lists of a kind were taken in turn.
+
+    Attributes:
+        steps: of a decoded token.
+        prompts: of a prompt.
+        exchange: of an exchange of kept neurons.
+        renewal: of new scores and masks; without entries where nothing renews.
+        once: of the begin and the end of `prune()`.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[float]] = {name: [] for name in ("dense", "again", "pruned", "bare")}
+        self.prompts: dict[str, list[float]] = {"dense": [], "pruned": []}
+        self.exchange: dict[str, list[float]] = {"dense": [], "remask": []}
+        self.renewal: dict[str, list[float]] = {"dense": [], "renewal": []}
+        self.once: dict[str, list[float]] = {"dense": [], "begin": [], "end": []}
+
+
+def _speeds(times: _Times) -> dict[str, Any]:
+    """The fields of `DecodeSpeed` that come from nothing but times."""
+    steps, prompts, exchange, renewal, once = times.steps, times.prompts, times.exchange, times.renewal, times.once
+    return {
+        "speedup": paired(steps["dense"], steps["pruned"]),
+        "control": paired(steps["dense"], steps["again"]),
+        "first_token": paired(prompts["pruned"], prompts["dense"]),
+        "remask_dense_steps": paired(exchange["remask"], exchange["dense"]),
+        "renewal_dense_steps": paired(renewal["renewal"], renewal["dense"]) if renewal["dense"] else None,
+        "begin_dense_steps": paired(once["begin"], once["dense"]),
+        "end_dense_steps": paired(once["end"], once["dense"]),
+        "tracing_overhead": paired(steps["pruned"], steps["bare"], 1.0),
+        "dense_tokens_per_second": 1 / statistics.median(steps["dense"]),
+        "tokens_per_second": 1 / statistics.median(steps["pruned"]),
+    }
 
 
 @contextlib.contextmanager
@@ -311,6 +332,24 @@ class _Bench:
             self._caches[name] = StaticCache(config=self.model.config, max_cache_len=self.length)
         self._caches[name].reset()
         return self._caches[name]
+
+
+def _time_rounds(bench: _Bench, run: Session, times: _Times, prompt: int, steps: int, rounds: int) -> None:
+    """Time prompts and their decoding; the first round warms up and is forgotten."""
+    for _ in range(1 + rounds):
+        bench.round(run, prompt, steps, times.steps, times.prompts)
+        if run.permuted is None:
+            raise UserError("this model's weights cannot be reordered: no time to save", "load it unquantised")
+    for values in (*times.steps.values(), *times.prompts.values()):
+        del values[: len(values) // (1 + rounds)]
+
+
+def _time_changes(bench: _Bench, run: Session, times: _Times, count: int, renews: bool) -> None:
+    """Time new masks that are given and, where the method renews its own, the making of them."""
+    for _ in range(count):
+        bench.exchange(run, times.exchange)
+        if renews:
+            bench.renewal(run, times.renewal)
 
 
 def _weight_bytes(model: torch.nn.Module) -> int:
