@@ -163,8 +163,8 @@ def describe(
 ) -> dict[str, Any]:
     """The cost block of a record, at the mean context length of what was run. FLOPs.
 
-    weights_read: of tokens that ran pruned. `tracing_decode_step` includes the re-masks that were seen, spread over the
-    tokens; `renewals_read` are the FFN weights that these read, per decoded token, over all FFN weights.
+    weights_read: of tokens that ran pruned. `overhead_decode_step` includes the re-masks that were seen, spread over
+    the tokens; `remask_reads` are the FFN weights that these read, per decoded token, over all FFN weights.
     """
     tokens = max(1, round(context))
     added = overhead(method, shape, tokens, weights_read)
@@ -175,10 +175,10 @@ def describe(
         "prefill": shape.prefill(tokens),
         "decode_step_dense": dense,
         "decode_step_pruned": shape.decode(tokens + 1, weights_read),
-        "tracing_prefill": added.prefill,
-        "tracing_decode_step": per_token,
-        "tracing_share": per_token / dense,
+        "overhead_prefill": added.prefill,
+        "overhead_decode_step": per_token,
+        "overhead_share": per_token / dense,
         "remask": added.remask,
-        "renewals_read": added.remask_read * remasks_per_token,
+        "remask_reads": added.remask_read * remasks_per_token,
         "ffn_share": shape.ffn_share,
     }

@@ -49,8 +49,8 @@ class RunConfig:
         model, revision, dtype, device, device_map, trust_remote_code: which model and how to load it (see `ModelSpec`).
         confirm_run_unsafe_code: tasks may run code that the model writes, and metrics that stand in the working
             directory.
-        method: methods as typed, `name` or `name:key=value:key=value`.
-        sparsity: pruned fractions of all FFN neurons, each in [0, 1).
+        method: methods as typed, `griffin` or `griffin:remask=drift:remask.window=8`.
+        sparsity: shares of the FFN weights that a token does not read, each in [0, 1).
         scope: which positions run pruned when answers are scored: `scored`, or `all` and `last` of other papers.
         allocation: sparsity over layers for the methods that have a choice: uniform, depth or table:FILE; None leaves
             each method's own.

@@ -24,7 +24,7 @@ from dart_eval.results.writers import Table, csv_text
 FIELDS: dict[str, tuple[Callable[[Record], float], int]] = {
     "state_mib": (lambda r: r.memory["state"] / 2**20, 3),
     "peak_mib": (lambda r: r.measured["peak"] / 2**20, 0),
-    "tracing_percent": (lambda r: 100 * r.flops["tracing_share"], 4),
+    "overhead_percent": (lambda r: 100 * r.flops["overhead_share"], 4),
     "flops_per_token": (lambda r: r.flops["decode_step_pruned"] / r.flops["decode_step_dense"], 3),
     "remasks_per_1000": (lambda r: 1000 * r.remasks / r.tokens if r.tokens else 0.0, 2),
 }
@@ -278,8 +278,8 @@ class Paper:
         if layout.mean:
             parts.append("mean: over the columns, each weighs the same.")
         parts.append(
-            "effective: pruned neuron-tokens / all neuron-tokens, read: FFN weights that a pruned token reads; "
-            "means over the row's cells."
+            "effective: share of the FFN weights that tokens did not read, dense ones included. read: share that a "
+            "pruned token reads. Both are means over the row's cells."
         )
         if layout.note:
             parts.append(layout.note)

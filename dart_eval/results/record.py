@@ -11,6 +11,11 @@ from typing import Any
 from dart_eval.results import valid
 
 SCHEMA = 2
+# Names in `flops` that older versions wrote, and what they are called now.
+RENAMED = {
+    "tracing_prefill": "overhead_prefill", "tracing_decode_step": "overhead_decode_step",
+    "tracing_share": "overhead_share", "renewals_read": "remask_reads",
+}  # fmt: skip
 
 
 class NewerSchema(ValueError):
@@ -49,10 +54,10 @@ class Record:
         inputs: all that can change a number (made by `plan.plan`).
         metrics: the results.
         mask_sparsity: neurons outside the masks in force, mean over tokens that ran pruned.
-        effective_sparsity: pruned neuron-tokens / all neuron-tokens of the scored or generated tokens.
-        weights_read: FFN weights a pruned token multiplies / all FFN weights.
+        effective_sparsity: share of the FFN weights that the scored or generated tokens did not read; dense ones count.
+        weights_read: share of the FFN weights that a pruned token reads.
         tokens: scored or generated tokens.
-        remasks: masks renewed.
+        remasks: new masks that were made while tokens were decoded.
         by_task: of each lm-eval task of the cell `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity`; and its
             `documents`, how many of their prompts were `cut`, to fit with the answer into `length` tokens (older
             records lack these three).
@@ -128,6 +133,7 @@ class Record:
             valid.record(data, "record")
         except ValueError as error:
             raise ValueError(f"not a record ({error})") from None
+        data["flops"] = {RENAMED.get(name, name): value for name, value in data["flops"].items()}
         known = {f.name for f in dataclasses.fields(cls)} - {"samples"}
         known_of_metric = {f.name for f in dataclasses.fields(Metric)}
         metrics = [Metric(**{k: v for k, v in m.items() if k in known_of_metric}) for m in data["metrics"]]

@@ -131,9 +131,9 @@ def _quality(
             f"{r['mask_sparsity']:.3f}", f"{r['weights_read']:.3f}", r["scope"],
         ])  # fmt: skip
     note = (
-        "Value ± standard error. sparsity: pruned share of FFN neurons asked for; effective: pruned neuron-tokens / "
-        "all neuron-tokens of the scored or generated tokens; mask: what the masks prune; "
-        "read: FFN weights a pruned token reads."
+        "Value ± standard error. sparsity: share of the FFN weights that a token is not to read. effective: share that "
+        "the scored or generated tokens did not read, dense ones included. mask: share of the neurons outside the "
+        "mask. read: share of the FFN weights that a pruned token reads."
     )
     if not many:
         note = f"Model {data[0]['model']}. {note}"
@@ -164,21 +164,21 @@ def _flops(records: Sequence[Record], names: dict[str, str]) -> Table:
     body, many = [], _model_column(records)
     for r in _sorted(records, names):
         f = r.flops
-        dense, pruned, share = f.get("decode_step_dense"), f.get("decode_step_pruned"), f.get("tracing_share")
+        dense, pruned, share = f.get("decode_step_dense"), f.get("decode_step_pruned"), f.get("overhead_share")
         body.append([
             *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}", str(f.get("context_tokens", "-")),
             _si(f.get("prefill")), _si(dense), _si(pruned), f"{pruned / dense:.3f}" if dense and pruned else "-",
-            _si(f.get("tracing_prefill")), _si(f.get("tracing_decode_step")),
+            _si(f.get("overhead_prefill")), _si(f.get("overhead_decode_step")),
             "-" if share is None else f"{100 * share:.3f} %", str(r.remasks),
-            f"{100 * f.get('renewals_read', 0):.2f} %",
+            f"{100 * f.get('remask_reads', 0):.2f} %",
         ])  # fmt: skip
     columns = [*_heads(many), "method", "sparsity", "context", "prefill", "decode dense", "decode pruned", "ratio",
-               "tracing prefill", "tracing/token", "of dense", "re-masks", "their reads"]  # fmt: skip
+               "overhead prefill", "overhead/token", "of dense", "re-masks", "re-mask reads"]  # fmt: skip
     note = (
-        "FLOPs from shapes (a multiply-add is two) at the mean context length of the cell; tracing/token includes "
-        "the re-masks seen; their reads: FFN weights that these read, per decoded token, of all FFN weights. "
-        "Execution is by masks: these are the FLOPs that skipping the pruned neurons leaves, "
-        "not time saved."
+        "FLOPs are counted from shapes (a multiply-add is two) at the mean context length of the cell. overhead: what "
+        "the method adds, in all for the prompt and per decoded token (its re-masks included), and that as a share of "
+        "a dense token's FLOPs. re-mask reads: FFN weights that re-masks read per decoded token / all FFN weights. "
+        "Execution is by masks: these are the FLOPs that skipping the pruned neurons leaves, not time saved."
     )
     return Table("FLOPs", columns, body, note)
 

@@ -13,6 +13,7 @@ from dart_eval.ffn import find_ffns
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
+from dart_eval.results.record import RENAMED
 from tests.golden.cases import CALIBRATION
 from tests.helpers.models import word_tokenizer
 from tests.helpers.requests import TextRequest
@@ -83,7 +84,9 @@ def scores(model, setting, questions):
 
 def costs(model, setting, context):
     """FLOPs and reads, counted at a context of that length."""
-    return describe(method_of(setting), shape(model), context, 1 - setting.sparsity, remasks_per_token=0.1)
+    found = describe(method_of(setting), shape(model), context, 1 - setting.sparsity, remasks_per_token=0.1)
+    names = {new: old for old, new in RENAMED.items()}  # the file keeps the names that it began with
+    return {names.get(name, name): value for name, value in found.items()}
 
 
 @functools.cache

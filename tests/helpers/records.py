@@ -14,7 +14,7 @@ ARC = (Metric("arc_easy", "acc", 0.6251, 0.0123, 400, True), Metric("arc_easy", 
 
 FLOPS = {
     "context_tokens": 40, "prefill": 4_000_000, "decode_step_dense": 200_000, "decode_step_pruned": 150_000,
-    "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 12.5 / 200_000, "remask": 700,
+    "overhead_prefill": 900, "overhead_decode_step": 12.5, "overhead_share": 12.5 / 200_000, "remask": 700,
     "ffn_share": 0.5,
 }  # fmt: skip
 
@@ -135,7 +135,7 @@ def cell(method="dart", sparsity=0.5, task="arc_easy", metrics=None, model="tiny
     """A record for pages of many: its key follows from what it is of, its values from the sparsity or as given."""
     made = [Metric(task, "acc", 0.6 - 0.3 * sparsity, 0.02, 400, True), Metric(task, "acc_norm", 0.5, None, 400, True)]
     key = hashlib.sha256(repr((model, method, sparsity, task, sorted(inputs.items()))).encode()).hexdigest()
-    dense = {**FLOPS, "decode_step_pruned": 200_000, "tracing_share": 0.0}
+    dense = {**FLOPS, "decode_step_pruned": 200_000, "overhead_share": 0.0}
     return Record(
         key=key,
         inputs={

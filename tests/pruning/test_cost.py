@@ -44,24 +44,24 @@ def test_what_dart_adds_is_what_its_formulas_take(llama):
     shape = shape_of(llama, find_ffns(llama))
     cost = describe(make("dart"), shape, 100, 0.5, 0.01)
     # of each token: a score for each neuron; two norms, a difference and a dot product a layer; a sum for the detector
-    assert cost["tracing_prefill"] == 100 * (5 * 120 + 3 * 8 * 32 + 2 * 32)
+    assert cost["overhead_prefill"] == 100 * (5 * 120 + 3 * 8 * 32 + 2 * 32)
     # 24 inputs through gate and up, their scores, and the old ones blended in
     assert cost["remask"] == 24 * (2 * 2 * 32 * 120 + 5 * 120) + 3 * 120
     # a sum a token, a cosine for each window of ten
-    assert cost["tracing_decode_step"] == pytest.approx(32 + (2 + 6 * 32) / 10 + 0.01 * cost["remask"])
-    assert cost["tracing_share"] == pytest.approx(cost["tracing_decode_step"] / shape.decode(101))
+    assert cost["overhead_decode_step"] == pytest.approx(32 + (2 + 6 * 32) / 10 + 0.01 * cost["remask"])
+    assert cost["overhead_share"] == pytest.approx(cost["overhead_decode_step"] / shape.decode(101))
     assert (cost["decode_step_dense"], cost["decode_step_pruned"]) == (shape.decode(101), shape.decode(101, 0.5))
     weights = sum(m.weight.numel() for m in llama.modules() if isinstance(m, nn.Linear))
     assert cost["ffn_share"] == pytest.approx(3 * 3 * 32 * 40 / weights)
 
 
-def test_what_renewals_read_is_counted(llama):
+def test_what_remask_reads_is_counted(llama):
     """Per decoded token: gate and up of every neuron from the ring, down as well where the pruned are made up for."""
     shape = shape_of(llama, find_ffns(llama))
-    found = {name: describe(make(name), shape, 100, 0.5, 0.01)["renewals_read"] for name in ("dart", "dart-plus")}
+    found = {name: describe(make(name), shape, 100, 0.5, 0.01)["remask_reads"] for name in ("dart", "dart-plus")}
     assert found == {"dart": pytest.approx(0.01 * 2 / 3), "dart-plus": pytest.approx(0.01 * (2 + 0.2) / 3)}
     # 30 tokens run dense: each reads and multiplies the part that a pruned one leaves out
     code, scoring = describe(make("dart-code"), shape, 100, 0.3, 0.01), 30 * 5 * 3 * 40 + 3 * 3 * 40
-    assert code["renewals_read"] == pytest.approx(0.01 * 30 * 0.7)
+    assert code["remask_reads"] == pytest.approx(0.01 * 30 * 0.7)
     assert code["remask"] == scoring + 30 * (shape.decode(101) - shape.decode(101, 0.3))
-    assert describe(make("griffin"), shape, 100, 0.5, 0.0)["renewals_read"] == 0
+    assert describe(make("griffin"), shape, 100, 0.5, 0.0)["remask_reads"] == 0

@@ -69,6 +69,28 @@ def test_a_record_of_schema_1_is_read():
     assert Record.from_json(read.to_json()) == read  # and written again in today's layout
 
 
+OLD_NAMES = {
+    "prefill": 4_000_000, "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 6.25e-05, "remask": 700,
+    "renewals_read": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [
+    sealed({**record().to_json(), "flops": OLD_NAMES}), {**json.loads(SCHEMA_1), "flops": OLD_NAMES},
+], ids=["schema 2", "schema 1"])  # fmt: skip
+def test_old_names_of_costs_are_read(old):
+    read = Record.from_json(old)
+    assert read.flops == {
+        "prefill": 4_000_000, "overhead_prefill": 900, "overhead_decode_step": 12.5, "overhead_share": 6.25e-05,
+        "remask": 700, "remask_reads": 0.01,
+    }  # fmt: skip
+    flops = tables([read])[1]
+    shown = dict(zip(flops.columns, flops.body[0], strict=True))
+    assert (shown["overhead prefill"], shown["overhead/token"], shown["of dense"]) == ("900", "12", "0.006 %")
+    assert shown["re-mask reads"] == "1.00 %"
+    assert Record.from_json(read.to_json()) == read  # and written again by the names of today
+
+
 # -- tables --------------------------------------------------------------------------------------------------------
 
 

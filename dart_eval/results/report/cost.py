@@ -35,7 +35,7 @@ def ceilings(cells: Cells) -> list[dict[str, str]]:
             "saved": span([1 - x for x in shares], lambda v: f"{v:.3f}"),
             "ceiling": span([1 / x for x in shares], lambda v: f"{v:.2f}×"),
             "with": span([1 / x for r in records if (x := decode_share(r))], lambda v: f"{v:.2f}×"),
-            "added": span([r.flops.get("tracing_share", 0.0) for r in records], lambda v: percent(v, 3)),
+            "added": span([r.flops.get("overhead_share", 0.0) for r in records], lambda v: percent(v, 3)),
             "read": span([r.weights_read for r in records], lambda v: f"{v:.3f}"),
         })  # fmt: skip
     return rows

@@ -151,7 +151,7 @@ def pruned_share(record: Record) -> float | None:
 
 def decode_share(record: Record) -> float | None:
     """The same with what the method itself adds."""
-    share, added = pruned_share(record), record.flops.get("tracing_share", 0.0)
+    share, added = pruned_share(record), record.flops.get("overhead_share", 0.0)
     return None if share is None else share + (added if finite(added) else 0.0)
 
 
