@@ -5,9 +5,10 @@ A package offers a whole method (a `Pruner`) in the group `dart_eval.methods`, a
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -80,7 +81,7 @@ def methods() -> dict[str, Pruner]:
     A package whose method cannot be imported is left out with a warning; the others must go on working.
     """
     known = {method.name: method for method in BUILT_IN}
-    for name, found in _others("dart_eval.methods"):
+    for name, found in offered("dart_eval.methods", entry_points):
         if not isinstance(found, Pruner):
             log.error("method %s of another package is no dart_eval.Pruner: left out", name)
         elif name not in known:
@@ -93,7 +94,7 @@ def parts() -> dict[str, dict[str, type[Part]]]:
     known: dict[str, dict[str, type[Part]]] = {}
     for cls in PARTS:
         known.setdefault(cls.slot, {})[cls.name] = cls
-    for name, found in _others("dart_eval.parts"):
+    for name, found in offered("dart_eval.parts", entry_points):
         slot = getattr(found, "slot", None)
         if not (isinstance(found, type) and issubclass(found, Part)) or slot not in known:
             log.error("part %s of another package is none of %s: left out", name, ", ".join(known))
@@ -102,10 +103,15 @@ def parts() -> dict[str, dict[str, type[Part]]]:
     return known
 
 
-def _others(group: str) -> list[tuple[str, Any]]:
-    """What other packages offer; what cannot be imported is left out, with a word."""
+@functools.cache  # a search of all installed packages takes milliseconds, and a spelling is read often
+def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """What other packages offer, by name; what cannot be imported is left out, with a word.
+
+    Args:
+        group: of entry points. search: `importlib.metadata.entry_points`.
+    """
     found = []
-    for entry in entry_points(group=group):
+    for entry in search(group=group):
         try:
             found.append((entry.name, entry.load()))
         except Exception as error:

@@ -11,7 +11,7 @@ import pytest
 from dart_eval.errors import UserError
 from dart_eval.models import Identity, ModelSpec, Resolved
 from dart_eval.plan import RunConfig, plan
-from dart_eval.pruning.registry import make
+from dart_eval.pruning.registry import make, offered
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"
@@ -34,7 +34,9 @@ def package(tmp_path_factory):
 def installed(package, monkeypatch):
     """This process finds the package, as any does that Python's own folder of packages is searched by."""
     monkeypatch.syspath_prepend(str(package))
+    offered.cache_clear()
     yield
+    offered.cache_clear()
     for name in [n for n in sys.modules if n.partition(".")[0] == "dart_often"]:
         del sys.modules[name]
 

@@ -210,7 +210,13 @@ class Entry:
 @pytest.fixture
 def installed(monkeypatch):
     """Entry points of other packages; a test adds to them."""
-    groups = {}
+
+    class Groups(dict):
+        def __setitem__(self, group, entries):
+            super().__setitem__(group, entries)
+            registry.offered.cache_clear()  # a process that runs knows of no new packages
+
+    groups = Groups()
     monkeypatch.setattr(registry, "entry_points", lambda group: groups.get(group, []))
     return groups
 

@@ -308,7 +308,7 @@ def _possible(method, given):
         return None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(compositions())
 def test_what_is_written_of_a_method_makes_it_again(drawn):
     found = _possible(*drawn)
