@@ -1,7 +1,7 @@
 """How fast a pruned model decodes, against the dense one and against what the hardware allows.
 
 Everything that is compared runs in turn, step by step, in one process: the dense model, the dense model once more (a
-control, which should be as fast as itself), the method, and the method's slices without its tracing. Dense is a second
+control, which should be as fast as itself), the method, and the method's slices without its overhead. Dense is a second
 model, which `prune()` never touches: it has the FFN weights once more, bit for bit, and shares all others (`twin`).
 Each has a KV cache of its own, of the same length. Ratios are medians over steps of times that lie next to each other,
 so that what else the machine does hits both; weights that take turns drive each other out of the processor's cache
@@ -35,7 +35,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.session import Session
 
-CHANGED = 0.2  # of the kept neurons: the re-mask that is timed
+CHANGED = 0.2  # share of the kept neurons that the re-mask replaces whose moves are timed
 # Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of
 # neurons that the masks keep. Torch's own limit is 8; beyond it steps would run uncompiled, without a word.
 VARIANTS = 64
@@ -61,11 +61,13 @@ class DecodeSpeed:
             this execution multiplies (a token's choice inside its mask saves reads only where a kernel skips them).
         achieved_over_ceiling: speedup / ceiling.
         first_token: prompt's time with scoring, masks and the first reordering / dense prompt's time.
-        remask_dense_steps: exchanging a fifth of the kept neurons in every layer, in dense steps.
-        renewal_dense_steps: making new scores and masks from the recent tokens, in dense steps (None: nothing renews).
+        remask_masks_dense_steps: the first half of a re-mask, in dense steps: new scores and masks are made from the
+            inputs in the ring. None where the method keeps no ring.
+        remask_moves_dense_steps: the second half, in dense steps: in every layer a fifth of the kept neurons gives way
+            to others, which are moved to the front in memory.
         begin_dense_steps, end_dense_steps: once per `prune()`, in dense steps: taking the weights over (down is turned
             in its own memory), and putting every neuron back.
-        tracing_overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
+        overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
         dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
         extra_weight_bytes: memory of weights beyond the model's own. state_bytes: of the method. order_bytes: of the
             neurons' order. twin_bytes: of the FFN weights that the dense side has once more; the benchmark's alone, in
@@ -83,11 +85,11 @@ class DecodeSpeed:
     ceiling_executed: float
     achieved_over_ceiling: float
     first_token: Ratio
-    remask_dense_steps: Ratio
-    renewal_dense_steps: Ratio | None
+    remask_masks_dense_steps: Ratio | None
+    remask_moves_dense_steps: Ratio
     begin_dense_steps: Ratio
     end_dense_steps: Ratio
-    tracing_overhead: Ratio
+    overhead: Ratio
     dense_tokens_per_second: float
     tokens_per_second: float
     extra_weight_bytes: int
@@ -157,7 +159,7 @@ def measure(
         prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted") as run,
     ):
         _time_rounds(bench, run, times, prompt_tokens, steps, rounds)
-        _time_changes(bench, run, times, max(3, rounds), method.mask.remask.needs_ring)
+        _time_remasks(bench, run, times, max(3, rounds), method.mask.remask.needs_ring)
         share = run.shares(1)
         assert run.permuted is not None
         read, executed = float(share.read[0]), run.permuted.executed()
@@ -182,31 +184,31 @@ class _Times:
     Attributes:
         steps: of a decoded token.
         prompts: of a prompt.
-        exchange: of an exchange of kept neurons.
-        renewal: of new scores and masks; without entries where nothing renews.
+        masks: of new scores and masks; without entries where the method keeps no ring to make them from.
+        moves: of moving kept neurons.
         once: of the begin and the end of `prune()`.
     """
 
     def __init__(self) -> None:
         self.steps: dict[str, list[float]] = {name: [] for name in ("dense", "again", "pruned", "bare")}
         self.prompts: dict[str, list[float]] = {"dense": [], "pruned": []}
-        self.exchange: dict[str, list[float]] = {"dense": [], "remask": []}
-        self.renewal: dict[str, list[float]] = {"dense": [], "renewal": []}
+        self.masks: dict[str, list[float]] = {"dense": [], "remask": []}
+        self.moves: dict[str, list[float]] = {"dense": [], "remask": []}
         self.once: dict[str, list[float]] = {"dense": [], "begin": [], "end": []}
 
 
 def _speeds(times: _Times) -> dict[str, Any]:
     """The fields of `DecodeSpeed` that come from nothing but times."""
-    steps, prompts, exchange, renewal, once = times.steps, times.prompts, times.exchange, times.renewal, times.once
+    steps, prompts, masks, moves, once = times.steps, times.prompts, times.masks, times.moves, times.once
     return {
         "speedup": paired(steps["dense"], steps["pruned"]),
         "control": paired(steps["dense"], steps["again"]),
         "first_token": paired(prompts["pruned"], prompts["dense"]),
-        "remask_dense_steps": paired(exchange["remask"], exchange["dense"]),
-        "renewal_dense_steps": paired(renewal["renewal"], renewal["dense"]) if renewal["dense"] else None,
+        "remask_masks_dense_steps": paired(masks["remask"], masks["dense"]) if masks["dense"] else None,
+        "remask_moves_dense_steps": paired(moves["remask"], moves["dense"]),
         "begin_dense_steps": paired(once["begin"], once["dense"]),
         "end_dense_steps": paired(once["end"], once["dense"]),
-        "tracing_overhead": paired(steps["pruned"], steps["bare"], 1.0),
+        "overhead": paired(steps["pruned"], steps["bare"], 1.0),
         "dense_tokens_per_second": 1 / statistics.median(steps["dense"]),
         "tokens_per_second": 1 / statistics.median(steps["pruned"]),
     }
@@ -262,7 +264,7 @@ class _Bench:
     def round(
         self, run: Session, prompt: int, steps: int, times: dict[str, list[float]], prefill: dict[str, list[float]]
     ) -> None:
-        """A prompt and its decoding, all variants in turn. Steps after which masks were renewed are left out."""
+        """A prompt and its decoding, all variants in turn. Steps with a re-mask are left out."""
         ids = self.tokens(prompt)
         caches = {name: self._cache(name) for name in times}
         prefill["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
@@ -289,8 +291,8 @@ class _Bench:
     def _dense(self) -> float:
         return self.timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1))[0]
 
-    def exchange(self, run: Session, times: dict[str, list[float]]) -> None:
-        """Replace a fifth of every layer's kept neurons by others."""
+    def move(self, run: Session, times: dict[str, list[float]]) -> None:
+        """The second half of a re-mask: a fifth of every layer's kept neurons gives way to others."""
         permuted = run.permuted
         assert permuted is not None
         masks = []
@@ -305,14 +307,14 @@ class _Bench:
             self.timed(lambda: [permuted.select(layer, mask) for layer, mask in enumerate(masks)])[0]
         )
 
-    def renewal(self, run: Session, times: dict[str, list[float]]) -> None:
-        """New scores and masks from the ring buffer, without moving neurons."""
+    def remask(self, run: Session, times: dict[str, list[float]]) -> None:
+        """The first half of a re-mask: new scores and masks from the ring; no neuron is moved."""
         state = run.state
         assert state is not None
         everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
         times["dense"].append(self._dense())
         copied = state.select(torch.arange(state.batch, device=state.device))
-        times["renewal"].append(self.timed(lambda: copied.remask(Due(everyone, "alarm")))[0])
+        times["remask"].append(self.timed(lambda: copied.remask(Due(everyone, "alarm")))[0])
 
     def begin_and_end(self, run: Session, times: dict[str, list[float]]) -> None:
         """Put every neuron back, take the weights over again, and move the kept neurons to the front."""
@@ -344,12 +346,12 @@ def _time_rounds(bench: _Bench, run: Session, times: _Times, prompt: int, steps:
         del values[: len(values) // (1 + rounds)]
 
 
-def _time_changes(bench: _Bench, run: Session, times: _Times, count: int, renews: bool) -> None:
-    """Time new masks that are given and, where the method renews its own, the making of them."""
+def _time_remasks(bench: _Bench, run: Session, times: _Times, count: int, ring: bool) -> None:
+    """Time the two halves of re-masks; new masks are made only where the method keeps a ring to make them from."""
     for _ in range(count):
-        bench.exchange(run, times.exchange)
-        if renews:
-            bench.renewal(run, times.renewal)
+        bench.move(run, times.moves)
+        if ring:
+            bench.remask(run, times.masks)
 
 
 def _weight_bytes(model: torch.nn.Module) -> int:

@@ -32,11 +32,11 @@ class Overhead:
     Attributes:
         state_bytes: prompt length in tokens -> bytes kept per sequence.
         parts: bytes by what they are for, at the longest prompt.
-        decode_share: FLOPs per decoded token (detector, picking) over those of a dense token.
+        decode_share: FLOPs per decoded token (the detector, and each token's choice) over those of a dense token.
         scoring_share: FLOPs per prompt token (scores, sensitivity, detector) over those of a dense token.
-        remask_tokens: FLOPs of one renewal of all masks, in dense tokens.
-        remask_every: tokens between steady renewals, 0 if there are none; those after alarms depend on the text.
-        remask_read: FFN weights that one renewal reads / all FFN weights (see `cost.Tracing`).
+        remask_tokens: FLOPs of one re-mask of all layers, in dense tokens.
+        remask_every: tokens between steady re-masks, 0 if there are none; those after alarms depend on the text.
+        remask_read: FFN weights that one re-mask reads / all FFN weights (see `cost.Overhead`).
     """
 
     method: str

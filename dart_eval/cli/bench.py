@@ -17,10 +17,12 @@ FORMATS = ("table", "md", "json")
 def bench(
     overhead: Annotated[
         bool,
-        typer.Option("--overhead", metavar="", help="State in bytes and tracing FLOPs, on a shape without weights."),
+        typer.Option(
+            "--overhead", metavar="", help="Measure what methods keep (bytes) and add (FLOPs), without a model's weights."
+        ),
     ] = False,
     scoring: Annotated[
-        bool, typer.Option("--scoring", metavar="", help="Speed of scoring answers, beside lm-eval's own HFLM.")
+        bool, typer.Option("--scoring", metavar="", help="Measure how fast answers are scored, beside lm-eval's HFLM.")
     ] = False,
     shape: Annotated[
         str | None,

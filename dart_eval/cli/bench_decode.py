@@ -75,18 +75,19 @@ def run(
 def table(found: list[Any], where: str) -> Table:
     """Decoding speed of several methods, for people."""
     columns = [
-        "method", "FFN read", "speed-up", "ceiling", "of it", "control", "first token", "re-mask", "renewal",
-        "begin, end", "tracing", "tokens/s", "extra weights", "state MB",
+        "method", "FFN read", "speed-up", "ceiling", "of ceiling", "control", "first token", "re-mask: masks",
+        "re-mask: moves", "begin, end", "overhead", "tokens/s", "extra weights", "state MB",
     ]  # fmt: skip
     body = [
         [
             f.method,
             f"{f.weights_read:.2f}" + (f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""),
             _ratio(f.speedup, 2, "x"), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control, 2, "x"),
-            f"{f.first_token.median:.2f}x", f"{f.remask_dense_steps.median:.2f}",
-            f"{f.renewal_dense_steps.median:.2f}" if f.renewal_dense_steps else "-",
+            f"{f.first_token.median:.2f}x",
+            f"{f.remask_masks_dense_steps.median:.2f}" if f.remask_masks_dense_steps else "-",
+            f"{f.remask_moves_dense_steps.median:.2f}",
             f"{f.begin_dense_steps.median:.1f}, {f.end_dense_steps.median:.1f}",
-            f"{100 * f.tracing_overhead.median:.1f} %", f"{f.tokens_per_second:.1f} ({f.dense_tokens_per_second:.1f})",
+            f"{100 * f.overhead.median:.1f} %", f"{f.tokens_per_second:.1f} ({f.dense_tokens_per_second:.1f})",
             f"{f.extra_weight_bytes / 10**6:.0f} MB", f"{(f.state_bytes + f.order_bytes) / 10**6:.2f}",
         ]
         for f in found
@@ -94,15 +95,16 @@ def table(found: list[Any], where: str) -> Table:
     foreign = [f.foreign_cores for f in found if f.foreign_cores is not None]
     busy = f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     note = (
-        f"{where}; sparsity {found[0].sparsity:g}, one sequence, {found[0].speedup.n} steps a method. Speed-up over "
-        "dense, median [quartiles] of neighbouring steps; dense: a model of the same weights that prune() never "
+        f"{where}; sparsity {found[0].sparsity:g}, one sequence, {found[0].speedup.n} steps a method. Speed-up: over "
+        "dense, the median [quartiles] of neighbouring steps. Dense is a model of the same weights that prune() never "
         f"touched, so that the FFN weights are there twice ({found[0].twin_bytes / 10**6:.0f} MB that no column "
-        "counts); control: dense over dense. Ceiling: what the bytes of this model allow at the FFN weights read (in "
-        "brackets: those that are multiplied, where a token picks inside its mask). First token: prompt, masks and "
-        "reordering, over a dense prompt. In dense steps: re-mask, exchanging a fifth of the kept neurons; renewal, "
-        "new scores and masks from recent tokens; begin and end, once per prune(), "
-        "taking the weights over and putting every neuron back. Tracing: what watching adds to a "
-        f"pruned step. Tokens/s: to orient, dense in brackets. State: of the method, and the neurons' order.{busy}"
+        "counts). Control: dense over dense. Ceiling: what the bytes of this model allow at the FFN weights read; in "
+        "brackets stand those that are multiplied, where each token chooses neurons of its mask. Of ceiling: speed-up "
+        "over ceiling. First token: the prompt with its scores, masks and the first moves of neurons, over a dense "
+        "prompt. These are in dense steps: re-mask, masks: new scores and masks are made from recent tokens; re-mask, "
+        "moves: a fifth of the kept neurons is moved in memory; begin and end, once per prune(): the weights are taken "
+        "over, and every neuron is put back. Overhead: what the method's hooks add to a pruned step. Tokens/s: to "
+        f"orient, dense in brackets. State: what the method keeps, and the neurons' order.{busy}"
     )
     return Table("Decoding", columns, body, note)
 

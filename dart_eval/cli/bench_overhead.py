@@ -28,7 +28,7 @@ def table(found: list) -> Table:
     lengths = list(found[0].state_bytes)
     columns = [
         "method", *(f"state, {n} tokens" for n in lengths), *PARTS,
-        "per decoded token", "per prompt token", "one renewal", "its reads", "steady renewals",
+        "per decoded token", "per prompt token", "one re-mask", "re-mask reads", "steady re-masks",
     ]  # fmt: skip
     body = []
     for f in found:
@@ -41,9 +41,9 @@ def table(found: list) -> Table:
         ])  # fmt: skip
     note = (
         f"Shape {found[0].shape}, sparsity {found[0].sparsity:g}. State in megabytes (10^6) per sequence, bfloat16 "
-        "inputs, measured after prompts of these lengths. FLOPs as shares of a dense decoded token's at 1024 tokens of "
-        "context: of tracing per decoded and per prompt token; of one renewal of all masks, in dense tokens (its "
-        "reads: FFN weights, over all of them); of steady renewals per decoded token. Renewals after alarms come on "
-        "top, as often as the text drifts."
+        "inputs, measured after prompts of these lengths. FLOPs are held against a dense decoded token's at 1024 "
+        "tokens of context: what the method adds per decoded and per prompt token; one re-mask of all layers, in dense "
+        "tokens; steady re-masks, per decoded token. Re-masks after alarms come on top, as often as the text drifts. "
+        "Re-mask reads: FFN weights that one re-mask reads / all FFN weights."
     )
     return Table("Overhead", columns, body, note)

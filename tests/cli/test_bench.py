@@ -45,15 +45,15 @@ def test_what_is_counted():
     assert found.extra_weight_bytes == 0
     assert found.order_bytes == 3 * 40 * 4
     assert found.state_bytes > 0 and found.peak_bytes > 0
-    assert found.speedup.n == found.control.n == found.tracing_overhead.n == 10  # the warm-up is not counted
-    assert found.renewal_dense_steps is None
+    assert found.speedup.n == found.control.n == found.overhead.n == 10  # the warm-up is not counted
+    assert found.remask_masks_dense_steps is None
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-    picky = decode.measure(model, make("dart-plus"), 0.7, prompt_tokens=20, steps=3, rounds=1)
-    assert picky.weights_read == pytest.approx(0.3)
+    choosy = decode.measure(model, make("dart-plus"), 0.7, prompt_tokens=20, steps=3, rounds=1)
+    assert choosy.weights_read == pytest.approx(0.3)
     # gate and up read the mask on a CPU, down what is written: (.48 + .48 + .16) / 3
-    assert picky.weights_executed == pytest.approx(0.373, abs=0.01)
-    assert 1 < picky.ceiling_executed < picky.ceiling
-    assert picky.renewal_dense_steps is not None
+    assert choosy.weights_executed == pytest.approx(0.373, abs=0.01)
+    assert 1 < choosy.ceiling_executed < choosy.ceiling
+    assert choosy.remask_masks_dense_steps is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -85,8 +85,8 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "forward", keep)
     monkeypatch.setattr(decode._Bench, "timed", watched)
     found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
-    # Three rounds: the prompt for each cache that begins dense, five tokens twice; then before every exchange, and
-    # before every end and begin.
+    # Three rounds: the prompt for each cache that begins dense, five tokens twice; then before the moves of every
+    # re-mask, and before every end and begin.
     assert len(dense) == 3 * (3 + 2 * 5) + 3 + 3
     ffn = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".mlp." in n)
     assert (found.twin_bytes, found.extra_weight_bytes) == (ffn, 0)
@@ -114,16 +114,16 @@ def test_no_memory_for_a_twin_is_told(monkeypatch):
         twin(model)
 
 
-def test_steps_with_a_renewal_are_left_out():
-    """A window of 3 tokens, an alarm in every one: of 5 steps of a round one renews."""
+def test_steps_with_a_remask_are_left_out():
+    """A window of 3 tokens, an alarm in every one: of 5 steps of a round one has a re-mask."""
     restless = ":".join(f"{k}={v}" for k, v in RESTLESS.items())
     method = make(*parse(f"dart:{restless}"))
     found = decode.measure(tiny("llama", torch.float32), method, 0.5, prompt_tokens=20, steps=5)
     assert found.speedup.n == 3 * 4
-    assert found.renewal_dense_steps.n >= 3
+    assert found.remask_masks_dense_steps.n >= 3
 
 
-def test_a_fifth_of_the_kept_neurons_is_exchanged(monkeypatch):
+def test_a_fifth_of_the_kept_neurons_is_moved(monkeypatch):
     moved = []
     original = PermutedFFNs.select
 
@@ -133,8 +133,8 @@ def test_a_fifth_of_the_kept_neurons_is_exchanged(monkeypatch):
 
     monkeypatch.setattr(PermutedFFNs, "select", select)
     decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, prompt_tokens=5, steps=2, rounds=1)
-    exchanges = moved[-18:-9]  # three times three layers; after them, as often, the neurons go back and are taken over
-    assert exchanges == [(4, 20)] * 9
+    timed = moved[-18:-9]  # three times three layers; after them, as often, the neurons go back and are taken over
+    assert timed == [(4, 20)] * 9
 
 
 def test_what_cannot_be_timed_is_refused():
@@ -196,12 +196,12 @@ def test_the_command_shows_and_writes_what_it_measures(tmp_path, saved_llama):
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert [f["method"] for f in found] == ["griffin", "dart"]
-    for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_dense_steps", "tracing_overhead"):
+    for key in ("achieved_over_ceiling", "speedup", "ceiling", "remask_moves_dense_steps", "overhead"):
         assert isinstance(found[0][key], float)
     assert found[0]["extra_weight_bytes"] == 0
     assert found[0]["speedup_quartiles"][0] <= found[0]["speedup"] <= found[0]["speedup_quartiles"][1]
     assert found[0]["speedup_n"] == 3
-    assert (found[0]["renewal_dense_steps"] is None, found[1]["renewal_dense_steps"] > 0) == (True, True)
+    assert (found[0]["remask_masks_dense_steps"] is None, found[1]["remask_masks_dense_steps"] > 0) == (True, True)
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     shown = command("bench", *few).out
     for word in ("griffin", "speed-up", "ceiling", "control", "threads"):
