@@ -18,7 +18,7 @@ def bench(
     overhead: Annotated[
         bool,
         typer.Option(
-            "--overhead", metavar="", help="Measure what methods keep (bytes) and add (FLOPs), without a model's weights."
+            "--overhead", metavar="", help="Measure what methods keep (bytes) and add (FLOPs), without a model."
         ),
     ] = False,
     scoring: Annotated[
