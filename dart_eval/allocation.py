@@ -130,8 +130,8 @@ def chosen_counts(
 
     A gated FFN whose gate is read whole reads (mask + taken + written) / 3; a plain one, whose up is, (mask + taken) /
     2. In general matrices * read = whole * mask + (matrices - 1 - whole) * taken + written. It is met to the neuron,
-    over all layers, and by every layer up to rounding: where a mask ends at all its neurons, the layer's later stages
-    get what is left.
+    over all layers, and by every layer up to rounding: where a mask has all neurons of its layer, what the tokens take
+    there gets the rest.
 
     Args:
         densities: [L] weights read of every layer, mean 1 - sparsity.
@@ -157,7 +157,7 @@ def chosen_counts(
                 f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a mask that is not everything",
             )
     else:
-        wanted, mask = _mask_stage(densities, sizes, kept, matrices, whole, ratio, middle == 1 and write_share == 1)
+        wanted, mask = _mask_counts(densities, sizes, kept, matrices, whole, ratio, middle == 1 and write_share == 1)
     masked = sum(mask)
     # At `matrices * density` nothing is left to take.
     left = [matrices * r * n - whole * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
@@ -175,7 +175,7 @@ def chosen_counts(
     return Counts(mask, taken, written, whole)
 
 
-def _mask_stage(
+def _mask_counts(
     densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, whole: int, ratio: float, even: bool
 ) -> tuple[list[float], list[int]]:
     """Neurons of every layer's mask, as wanted and exactly. even: what is left must divide among two matrices."""

@@ -54,7 +54,7 @@ def scores(
     """BERTScore F1 of each candidate against its reference, in [-1, 1]; 0 where either text is empty.
 
     Precision is the mean over the candidate's tokens of the largest cosine with any token of the reference, recall
-    the same with the two exchanged; F1 is their harmonic mean. Texts are cut at the model's length.
+    the same with the two swapped; F1 is their harmonic mean. Texts are cut at the model's length.
 
     Args:
         model: what `find` accepts: a folder, or a name that is in the Hugging Face cache.

@@ -110,7 +110,7 @@ class Resolved:
         spec = self.spec
         if not spec.device_map:
             try:
-                model.to(pick_device(spec.device))  # type: ignore[arg-type]
+                model.to(choose_device(spec.device))  # type: ignore[arg-type]
             except (RuntimeError, AssertionError, NotImplementedError) as error:
                 raise UserError(
                     f"the model cannot be moved to {spec.device} ({error})", "choose another --device"
@@ -122,7 +122,7 @@ class Resolved:
             )
 
 
-def pick_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is cuda, else mps, else cpu.
 
     Raises:
@@ -151,7 +151,7 @@ def resolve(spec: ModelSpec) -> Resolved:
     """
     if spec.dtype not in DTYPES:
         raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
-    pick_device(spec.device)
+    choose_device(spec.device)
     name = spec.name
     if name is None:
         if not demo_model.installed():

@@ -14,7 +14,7 @@ from typing import Any
 from dart_eval import bertscore
 from dart_eval.errors import UserError, naming, nearest, summary
 from dart_eval.executors.jobs import View
-from dart_eval.models import pick_device
+from dart_eval.models import choose_device
 from dart_eval.plan import RunConfig, methods_of
 from dart_eval.results.paper_tables import BERTSCORE, FIELDS, Column, Layout, Reported, Row
 from dart_eval.results.record import Record
@@ -162,5 +162,5 @@ def bertscores(
             texts, samples = store.texts(record), store.samples(record)
             references = [str(texts[s["task"], s["doc_id"]]["target"]) for s in samples]
             candidates = [str(s["responses"][0]) for s in samples]
-            found[record.key] = bertscore.scores(source, candidates, references, device=str(pick_device(device)))
+            found[record.key] = bertscore.scores(source, candidates, references, device=str(choose_device(device)))
     return found

@@ -152,9 +152,9 @@ def summary(found: dict[str, Any]) -> str:
     if causes:
         overlaps = [sum(r["overlap"]) / len(r["overlap"]) for r in found["remasks"]]
         lines.append(
-            f"masks renewed {len(causes)} times ({causes.count('alarm')} after alarms, {causes.count('steady')} "
+            f"re-masked {len(causes)} times ({causes.count('alarm')} after alarms, {causes.count('steady')} "
             f"steady); a new mask shares {min(overlaps):.0%} to {max(overlaps):.0%} with the one before"
         )
     else:
-        lines.append("masks were never renewed")
+        lines.append("never re-masked")
     return re.sub(r"\b1 (windows|alarms|times)", lambda m: f"1 {m[1][:-1]}", "\n".join(lines))

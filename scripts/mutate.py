@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if todo and whole and not _pass(["tests"]):
         return 2
     before = noticed_by(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
-    for mutant, result in _run([(m, _stages(m, options.near, before)) for m in todo], options.jobs):
+    for mutant, result in _run([(m, _rounds(m, options.near, before)) for m in todo], options.jobs):
         assert mutant is not None
         known[_name(mutant)] = result
         print(f"{result.seconds:5.0f} s  {result.by or 'SURVIVES'}  <- {mutant.file}: {mutant.what}", flush=True)
@@ -156,23 +156,23 @@ class Child:
         return Result(by, round(seconds, 1), log if self.mutant is None else "")
 
 
-Stages = Sequence[Sequence[str]]  # files of tests, or tests, by their names
+Rounds = Sequence[Sequence[str]]  # files of tests, or tests, by their names
 
 
-def _stages(mutant: Mutant, near: bool, before: dict[str, str]) -> Stages:
+def _rounds(mutant: Mutant, near: bool, before: dict[str, str]) -> Rounds:
     """What to run until something fails: the test that noticed it last time, those of the module, the fast lane."""
     last = [[before[mutant.what]]] if mutant.what in before else []
     others = [] if near else [["tests", *(f"--ignore={name}" for name in WIDE)]]
     return [*last, mutant.tests, WIDE, *others]
 
 
-def _run(todo: Sequence[tuple[Mutant | None, Stages]], jobs: int) -> Iterator[tuple[Mutant | None, Result]]:
+def _run(todo: Sequence[tuple[Mutant | None, Rounds]], jobs: int) -> Iterator[tuple[Mutant | None, Result]]:
     """Results as they come."""
     waiting, running = list(todo), {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            (mutant, stages), folder = waiting.pop(0), Path(tempfile.mkdtemp(prefix="mutant-"))
-            pid = _fork(functools.partial(_test, mutant, folder, stages))
+            (mutant, rounds), folder = waiting.pop(0), Path(tempfile.mkdtemp(prefix="mutant-"))
+            pid = _fork(functools.partial(_test, mutant, folder, rounds))
             running[pid] = Child(mutant, folder, time.monotonic())
         time.sleep(0.1)
         for pid, child in list(running.items()):
@@ -198,8 +198,8 @@ def _fork(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
-def _test(mutant: Mutant | None, folder: Path, stages: Stages) -> None:
-    """In a child: run the tests stage by stage, up to the first failure, whose name goes into the file `by`."""
+def _test(mutant: Mutant | None, folder: Path, rounds: Rounds) -> None:
+    """In a child: run the tests round by round, up to the first failure, whose name goes into the file `by`."""
     import pytest
 
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
@@ -209,10 +209,10 @@ def _test(mutant: Mutant | None, folder: Path, stages: Stages) -> None:
     if mutant is not None:
         sys.meta_path.insert(0, Broken(mutant))
     first = FirstFailure(folder / "by")
-    for number, files in enumerate(stages):
+    for number, files in enumerate(rounds):
         given = ["-x", "-m", _fast(), "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={folder / str(number)}"]
         code = pytest.main([*given, *files], plugins=[first])
-        if code == pytest.ExitCode.USAGE_ERROR and number + 1 < len(stages):
+        if code == pytest.ExitCode.USAGE_ERROR and number + 1 < len(rounds):
             continue  # a test of that name is no more
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             first.end(f"pytest ends with status {int(code)}")

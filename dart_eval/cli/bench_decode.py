@@ -30,7 +30,7 @@ def run(
 
     from dart_eval import shapes
     from dart_eval.bench import decode
-    from dart_eval.models import DTYPES, pick_device, resolve
+    from dart_eval.models import DTYPES, choose_device, resolve
 
     for name, value in (("--prompt", prompt), ("--steps", steps), ("--rounds", rounds)):
         if value < 1:
@@ -51,7 +51,7 @@ def run(
         if spec.dtype not in DTYPES:
             raise UserError(f"unknown dtype {spec.dtype!r}", f"one of {', '.join(DTYPES)}")
         kind: Any = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
-        loaded, tokenizer = shapes.with_random_weights(shape, layers, kind, pick_device(spec.device)), None
+        loaded, tokenizer = shapes.with_random_weights(shape, layers, kind, choose_device(spec.device)), None
         named = f"{shape} (random weights), {len(decode.find_ffns(loaded))} layers, {str(kind).removeprefix('torch.')}"
     found = [
         decode.measure(

@@ -300,7 +300,7 @@ def _forget_modules() -> None:
     """
     for name, module in list(sys.modules.items()):
         inside = dict(getattr(module, "__dict__", {}))
-        if "__mtime__" in inside and any(isinstance(v, GENERATORS) for v in inside.values()):  # the mark is lm-eval's
+        if "__mtime__" in inside and any(isinstance(v, GENERATORS) for v in inside.values()):  # the key is lm-eval's
             del sys.modules[name]
 
 

@@ -43,7 +43,7 @@ def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
 
 
 def is_unsafe(task: Task) -> bool:
-    """Whether lm-eval marks it so."""
+    """Whether lm-eval calls it unsafe."""
     return bool(getattr(task, "UNSAFE_CODE", False))
 
 

@@ -14,7 +14,7 @@ from dart_eval.evaluation.evaluate import check_answers
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.hashes import task_hash
-from dart_eval.models import Resolved, pick_device, resolve
+from dart_eval.models import Resolved, choose_device, resolve
 from dart_eval.plan import Cell, RunConfig, methods_of, plan
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
@@ -110,7 +110,7 @@ def plan_all(
                 drawn.add(name)
             for method in methods_of(config):
                 check_answers(tasks.load(name), config.scope, method)
-        kind = device or pick_device("auto" if config.device_map else config.device).type
+        kind = device or choose_device("auto" if config.device_map else config.device).type
         for cell in plan(config, model, list(hashes), hashes, kind, drawn):
             jobs.setdefault(cell.key, Job(cell, config, tasks))
     if not jobs:

@@ -31,7 +31,7 @@ class PermutedFFNs:
     projections multiply the first `kept` neurons of each layer alone.
 
     Args:
-        gather: tokens of one sequence pick among the kept neurons (`slices.GatheredFFN`).
+        gather: the tokens of one sequence choose among the kept neurons (`slices.GatheredFFN`).
 
     Raises:
         UserError: weights are quantised, or shared with other modules, or reordered already.
@@ -71,7 +71,7 @@ class PermutedFFNs:
         front = ffn.by_row(mask)
         leaving = (~front[:count]).nonzero().flatten()
         entering = front[count:].nonzero().flatten() + count
-        self._exchange(layer, leaving, entering)
+        self._swap(layer, leaving, entering)
         if count != self.kept[layer]:
             self.kept[layer] = count
             for slot in self._slots[layer]:
@@ -111,13 +111,13 @@ class PermutedFFNs:
         for layer, ffn in enumerate(self.ffns):
             if ffn.order is not None:
                 for a, b in involutions(ffn.order.tolist()):
-                    self._exchange(layer, torch.tensor(a), torch.tensor(b))
+                    self._swap(layer, torch.tensor(a), torch.tensor(b))
                 self._turn(layer, False)
             self.downs[layer].end()
         for ffn in self.ffns:
             ffn.order = None
 
-    def _exchange(self, layer: int, a: Tensor, b: Tensor) -> None:
+    def _swap(self, layer: int, a: Tensor, b: Tensor) -> None:
         """Swap the neurons at rows a with those at rows b; no row occurs twice."""
         if not len(a):
             return

@@ -95,7 +95,7 @@ class RemaskState(PerSequence):
 
         Args:
             attention: [B, T, D] attention output of the last layer, where there is a detector. valid: [B, T] bool.
-            shared: all sequences have one mask, and renew it together.
+            shared: all sequences have one mask, and are re-masked together.
         """
         none = torch.zeros_like(self.alarms)
         if self.ring is not None:
@@ -115,7 +115,7 @@ class RemaskState(PerSequence):
         if self.part.every:
             self.since += valid.shape[1]
             if self.since >= self.part.every:
-                # One mask is renewed for all; else not for sequences that ended before.
+                # All are re-masked together, or those alone that have not ended.
                 self.since, due = 0, ~alarms if shared else valid[:, -1] & ~alarms
         found = [Due(alarms, "alarm"), Due(due, "steady"), Due(ended, "alarm", dense=True)]
         return [d for d in found if bool(d.rows.any())]

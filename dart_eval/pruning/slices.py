@@ -68,7 +68,7 @@ class Slot:
         self.part = self.whole
 
     def cut(self, count: int) -> None:
-        """So many neurons when narrow."""
+        """Set how many neurons it has when narrow."""
         self.part = nn.Parameter(self.whole.detach().narrow(self.dim, 0, count), requires_grad=False)
 
     def narrow(self) -> None:
@@ -111,7 +111,7 @@ class FusedSlot:
         self.cut(ffn.size)
 
     def cut(self, count: int) -> None:
-        """So many neurons when narrow."""
+        """Set how many neurons it has when narrow."""
         weight, bias = self.module.weight.detach(), self.module.bias
         gate, up = (half[:count] for half in weight.split(self.size))
         gate_bias, up_bias = (None, None) if bias is None else (half[:count] for half in bias.detach().split(self.size))
@@ -186,19 +186,19 @@ def in_float32(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class GatheredFFN:
-    """One FFN whose token picks neurons among the kept ones, and reads what it picks alone where it can.
+    """One FFN whose token chooses among the kept neurons, and reads the weights of these alone where it can.
 
-    While narrow: gate multiplies its first K rows. The token picks the `picked` largest |act(gate x)| x norm; of up a
+    While narrow: gate multiplies its first K rows. The token takes the `taken` largest |act(gate x)| x norm; of up a
     CUDA GPU reads their rows alone (`gather.read_rows`), a CPU the first K, since reading scattered rows costs it more.
-    Of the picked, the `written` largest |h| are summed from down's rows. For one sequence and one token.
+    Of those taken, the `written` largest |h| are summed from down's rows. For one sequence and one token.
     """
 
     def __init__(self, ffn: FFN, down: Down) -> None:
         self.ffn, self.down = ffn, down
-        self.kept = self.picked = self.written = ffn.size
+        self.kept = self.taken = self.written = ffn.size
         self.norm = torch.empty(0)
         self._acts: Tensor | None = None  # act(gate x) of the token under way, [K]
-        self._picked = torch.empty(0)  # which neurons it picked, by row
+        self._taken = torch.empty(0)  # which neurons it took, by row
         self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
         self._forwards = [_Forward(m) for m in self._modules]
         self.kernels = gather.missing(down.rows.device) is None
@@ -206,14 +206,14 @@ class GatheredFFN:
     @property
     def read(self) -> tuple[int, int, int]:
         """Neurons of which gate, up and down read weights."""
-        return self.kept, self.picked if self.kernels else self.kept, self.written
+        return self.kept, self.taken if self.kernels else self.kept, self.written
 
-    def prepare(self, norm: Tensor, picked: int, written: int) -> None:
+    def prepare(self, norm: Tensor, taken: int, written: int) -> None:
         """norm: [K] fp32, root of the mean square of up x of the kept neurons, by row."""
-        self.norm, self.picked, self.written = norm, picked, written
+        self.norm, self.taken, self.written = norm, taken, written
 
     def cut(self, count: int) -> None:
-        """So many neurons when narrow."""
+        """Set how many neurons it has when narrow."""
         self.kept = count
 
     def narrow(self) -> None:
@@ -238,27 +238,27 @@ class GatheredFFN:
     def _up(self, x: Tensor) -> Tensor:
         acts, self._acts = self._acts, None
         assert acts is not None, "up ran before gate"
-        self._picked = (acts.float().abs() * self.norm).topk(self.picked, sorted=False).indices
+        self._taken = (acts.float().abs() * self.norm).topk(self.taken, sorted=False).indices
         module: Any = self.ffn.up
         if not self.kernels:
             return self._linear(module, x)
-        up = gather.read_rows(module.weight, self._picked, x.flatten())
+        up = gather.read_rows(module.weight, self._taken, x.flatten())
         if module.bias is not None:
-            up = up + module.bias[self._picked].float()
+            up = up + module.bias[self._taken].float()
         out = x.new_zeros(*x.shape[:-1], self.kept)
-        out.view(-1)[self._picked] = up.to(x.dtype)
+        out.view(-1)[self._taken] = up.to(x.dtype)
         return out
 
     def _down(self, h: Tensor) -> Tensor:
-        picked = self._picked
-        values = h.flatten()[picked]
-        if self.written < self.picked:
+        rows = self._taken
+        values = h.flatten()[rows]
+        if self.written < self.taken:
             top = values.float().abs().topk(self.written, sorted=False).indices
-            picked, values = picked[top], values[top]
+            rows, values = rows[top], values[top]
         if self.kernels:
-            out = gather.write_rows(self.down.rows, picked, values)
+            out = gather.write_rows(self.down.rows, rows, values)
         else:
-            out = weighted_rows(self.down.rows, picked[None], values[None])[0]
+            out = weighted_rows(self.down.rows, rows[None], values[None])[0]
         if self._modules[2].bias is not None:
             out = out + self._modules[2].bias.to(out.dtype)
         return out.to(h.dtype).view(*h.shape[:-1], -1)

@@ -120,7 +120,7 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         try:
             check_paired(cell, after, old, before)
         except Unpaired as error:
-            raise UserError(error.problem, "if the change is meant, renew the baseline with --update") from None
+            raise UserError(error.problem, "if the change is meant, write a new baseline with --update") from None
         for what, (is_, was) in differences(cell, old).items():
             changed.setdefault(what, set()).add((was, is_))
         dense = _dense(cell, now)

@@ -60,11 +60,11 @@ def judged(
     margin: float | None,
     unit: str,
     patience: int,
-    renews: bool = True,
+    remasks: bool = True,
 ) -> Rate:
     """Rates of a margin on traces: `unit` is `sigma` or `cosine`; margin None takes the alarms that were raised.
 
-    renews: an alarm was followed by a new mask, so that a margin is judged up to the first one only.
+    remasks: an alarm was followed by a new mask, so that a margin is judged up to the first one only.
     """
 
     def alarm(trace: dict[str, Any]) -> tuple[int | None, int]:
@@ -73,7 +73,7 @@ def judged(
         if margin is None:
             raised = trace.get("alarms") or []
             return (raised[0], raised[0]) if raised else (None, window * len(signal))
-        if renews and trace["alarms"]:
+        if remasks and trace["alarms"]:
             signal = signal[: trace["alarms"][0] // window]
         spread = trace.get("deviation", 0.0) if unit == "sigma" else 1.0
         found = first_alarm(signal, trace["mean"] - margin * spread, patience)
@@ -108,11 +108,11 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
             continue  # damaged samples: `report` and `compare` say so
         if not switched or not same:
             continue
-        renews = bool(params.get("remask.act", params.get("renew", True)))
+        remasks = bool(params.get("remask.act", params.get("renew", True)))
         margins: list[tuple[str, float | None, str]] = [("as run", None, "")]
         margins += [(f"{m:g} sigma", m, "sigma") for m in SIGMAS] + [(f"{m:g}", m, "cosine") for m in FLOORS]
         for label, margin, unit in margins:
-            rate = judged(switched, same, margin, unit, patience, renews)
+            rate = judged(switched, same, margin, unit, patience, remasks)
             bodies.setdefault(task, []).append([
                 names[r.key], f"{r.inputs['sparsity']:g}", label, f"{rate.detected} of {rate.documents}",
                 "-" if rate.delay is None else f"{rate.delay:g}", f"{rate.false_per_1000:.2f}", f"{rate.watched}",

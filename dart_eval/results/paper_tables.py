@@ -166,9 +166,9 @@ class Paper:
                 numbers += [v for v in line if v is not None]
             for known in layout.reported:
                 if known.sparsity == sparsity:
-                    mark = _sources(layout).index(known.source) + 1
+                    number = _sources(layout).index(known.source) + 1
                     given = [f"{c.scale * known.values[c.head]:.1f}" if c.head in known.values else "" for c in columns]
-                    body.append([f"{known.label} [{mark}]", f"{sparsity:g}", *given, "", ""])
+                    body.append([f"{known.label} [{number}]", f"{sparsity:g}", *given, "", ""])
         heads = ["method", "sparsity", *(_head(c, numbers) for c in columns), "effective", "read"]
         return Table(layout.title, heads, body, self._note(layout, numbers), frozenset(bold), frozenset(rules)), numbers
 

@@ -62,11 +62,11 @@ def _signal(axes: Any, found: dict[str, Any], tokens: int) -> None:
 
 
 def _changes(axes: Any, found: dict[str, Any], tokens: int) -> Any:
-    """Each renewal as a column that lasts until the next: colour is the share of a layer's mask that it exchanged."""
+    """Each re-mask as a column that lasts until the next: its colour is the share of a layer's mask that changed."""
     remasks, layers = found["remasks"], len(found["layers"]["kept"])
     axes.set(xlim=(0, max(tokens, 1)), ylim=(layers - 0.5, -0.5), ylabel="layer", xlabel="token after the prompt")
     if not remasks:
-        axes.text(0.5, 0.5, "the mask was never renewed", ha="center", transform=axes.transAxes, color=LIMIT)
+        axes.text(0.5, 0.5, "the mask never changed", ha="center", transform=axes.transAxes, color=LIMIT)
         return None
     ends = [*(r["token"] for r in remasks[1:]), tokens]
     edges, columns = [0.0], [[0.0] * layers]

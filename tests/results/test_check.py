@@ -171,7 +171,7 @@ def test_quality_against_dense():
 
 def test_other_documents_are_no_regression_but_wrong_input():
     lines = samples("arc", right(0.5), data="v2")
-    with pytest.raises(UserError, match=r"documents differ.*renew the baseline with --update"):
+    with pytest.raises(UserError, match=r"documents differ.*write a new baseline with --update"):
         checked([answered("arc", right(0.5), lines=lines)], [answered("arc", right(0.5))])
 
 

@@ -138,13 +138,13 @@ def test_documents_side_by_side(page, visit, size):
     assert "wrote 1" in opened.inner_text("#document")
 
 
-def test_candidates_their_scores_the_pick_and_the_right_answer(page, visit):
+def test_candidates_their_scores_the_chosen_one_and_the_right_answer(page, visit):
     opened = visit(page)
     opened.select_option("#task", label="arc_easy")
     opened.select_option("#first", label="dense")
     opened.select_option("#second", label="dart 50\u202f%")
     rows = [" ".join(t.split()) for t in opened.locator("#document tbody tr").all_inner_texts()]
-    assert rows == ["one pick −1.000 −3.500", "two right answer −2.000 pick −2.000", "three −3.000 −3.000"]
+    assert rows == ["one chosen −1.000 −3.500", "two right answer −2.000 chosen −2.000", "three −3.000 −3.000"]
     opened.check("#differ")
     assert opened.inner_text("#position") == "1 of 2 that differ (document 0)"
     opened.select_option("#second", label="dense")

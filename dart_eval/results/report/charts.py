@@ -111,7 +111,7 @@ def cost_quality(lines: Sequence[Line], tops: Sequence[tuple[float, str]], prefi
 
 def trace(signal: Sequence[float | None], window: int, threshold: float | None, remasks: Sequence[float],
           style: int, prefix: str = "c") -> str:  # fmt: skip
-    """The drift signal of one document over its windows, the threshold, and where masks were renewed."""
+    """The drift signal of one document over its windows, the threshold, and its re-masks."""
     with mpl.rc_context(SETTINGS):
         figure, axes = _figure(height=2.5)
         ends = [(i + 1) * window for i in range(len(signal))]

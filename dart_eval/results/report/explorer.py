@@ -118,8 +118,8 @@ class Explorer:
         if responses and len(pairs) == len(responses):
             likelihoods = [round(r[0], 3) if finite(r[0]) else None for r in pairs]
             known = [x for x in likelihoods if x is not None]
-            pick = likelihoods.index(max(known)) if known and len(pairs) > 1 else None
-            return {"scores": likelihoods, "pick": pick, "facts": facts}
+            chosen = likelihoods.index(max(known)) if known and len(pairs) > 1 else None
+            return {"scores": likelihoods, "chosen": chosen, "facts": facts}
         texts = [r if isinstance(r, str) else str(r[0]) if isinstance(r, list) and r else str(r) for r in responses]
         return {"text": self._short("\n\n".join(texts)), "facts": facts}
 

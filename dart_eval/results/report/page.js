@@ -65,7 +65,7 @@
     try {
       await navigator.clipboard.writeText(code.textContent);
       button.textContent = "copied";
-    } catch { // no clipboard for this page: mark the text, so that the keyboard can copy it
+    } catch { // no clipboard for this page: select the text, so that the keyboard can copy it
       getSelection().selectAllChildren(code);
       button.textContent = "marked: copy it with the keyboard";
     }
@@ -97,7 +97,7 @@
     const a = d.answers[first.value], b = d.answers[second.value];
     if (!a || !b) return false;
     if (a.text !== undefined || b.text !== undefined) return a.text !== b.text;
-    if (a.pick !== null || b.pick !== null) return a.pick !== b.pick;
+    if (a.chosen !== null || b.chosen !== null) return a.chosen !== b.chosen;
     return JSON.stringify(a.scores) !== JSON.stringify(b.scores);
   };
   const select = () => { // the documents to go through
@@ -144,7 +144,7 @@
       answers.forEach((a) => {
         const score = a && a.scores ? a.scores[i] : undefined;
         const cell = make("td", score === undefined ? "-" : number(score), "n");
-        if (a && a.pick === i) cell.prepend(make("span", "pick ", "mark"));
+        if (a && a.chosen === i) cell.prepend(make("span", "chosen ", "mark"));
         row.append(cell);
       });
       rowsOf.append(row);
