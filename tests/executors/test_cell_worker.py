@@ -10,7 +10,7 @@ import pytest
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.part import WHOLE, Part
-from dart_eval.executors import cluster, jobs
+from dart_eval.executors import cell_worker, jobs
 from dart_eval.plan import config_from
 
 SWEEP = {"tasks": "smoke_questions", "sparsity": "0.5", "limit": 6, "batch_size": 2, "executor": "ray"}
@@ -22,7 +22,7 @@ def make(saved_llama, own_signals):
 
     def make(folder, **changes):
         config = config_from(None, {**SWEEP, "model": saved_llama, "device": "cpu", **changes})
-        return cluster.CellWorker(config, None, str(folder)), config
+        return cell_worker.CellWorker(config, None, str(folder)), config
 
     return make
 
@@ -43,8 +43,8 @@ def test_tasks_that_set_a_time_out_get_none_in_an_actor(make):
 
 
 def _payload(key, config, part=WHOLE, answers=(), seconds=0.0, shrink=0):
-    """What the driver sends: its own affair, and the only way to a worker without a cluster."""
-    return cluster._Payload(key, config, part, dict(answers), 0, seconds, shrink)
+    """What the driver sends."""
+    return cell_worker.Payload(key, config, part, dict(answers), 0, seconds, shrink)
 
 
 def test_an_actor_evaluates_cells_of_several_sweeps(make, tmp_path):

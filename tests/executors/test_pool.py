@@ -10,7 +10,8 @@ import pytest
 
 from dart_eval.errors import UserError
 from dart_eval.executors import pool as pool_module
-from dart_eval.executors.pool import TRIES, Pool, Stopped
+from dart_eval.executors.actor import Actor, Stopped
+from dart_eval.executors.pool import TRIES, Pool
 from tests.helpers.nursery import LOCAL
 from tests.helpers.pools import Handler, Worker, task_of
 
@@ -228,7 +229,7 @@ def test_an_actor_that_stops_raises_where_it_tells():
                     raised.append(i)
                     raise
 
-    actor = pool_module.Actor(Talker)
+    actor = Actor(Talker)
     news = actor.start(None)
     while not news:
         news = actor.poll()
