@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from dart_eval.cli import options
 from dart_eval.cli.view import put, say, show
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_name, check_target, write
@@ -17,20 +16,14 @@ FORMATS = ("md", "json")
 
 
 def check(
-    results: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")],
-    baseline: Annotated[Path, typer.Option(help="Baseline file, or a folder of earlier results.")],
-    thresholds: Annotated[Path | None, typer.Option(help="YAML: recovery, of_dense, alpha, tasks.")] = None,
-    update: Annotated[
-        bool, typer.Option("--update", metavar="", help="Write the baseline file from the results; checks nothing.")
-    ] = False,
-    every: Annotated[bool, typer.Option("--all", metavar="", help="Show also the rows that are ok.")] = False,
-    github: Annotated[
-        bool, typer.Option("--github", metavar="", help="Annotations and job summary for GitHub Actions.")
-    ] = False,
-    junit: Annotated[Path | None, typer.Option(help="Write a JUnit report to this file.")] = None,
-    format: Annotated[
-        str | None, typer.Option(help="md or json; without it, a table for the terminal (md in a pipe).")
-    ] = None,
+    results: options.CheckResults,
+    baseline: options.CheckBaseline,
+    thresholds: options.CheckThresholds = None,
+    update: options.CheckUpdate = False,
+    every: options.CheckEvery = False,
+    github: options.CheckGithub = False,
+    junit: options.CheckJunit = None,
+    format: options.CheckFormat = None,
 ) -> None:
     """Hold results against a baseline: exit status 0 if they hold, 1 if something fell or is missing.
 

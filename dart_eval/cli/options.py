@@ -1,7 +1,8 @@
-"""Options that several verbs have."""
+"""Options and arguments of the verbs, by name: those that several verbs have, then those of each."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ UnsafeCode = Annotated[
     ),
 ]
 DataDir = Annotated[str | None, typer.Option(help="Local data instead of the hub.")]
+Verbose = Annotated[bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")]
 
 Executor = Annotated[
     str | None, typer.Option(help=r"local, or ray: many processes, GPUs or machines.  \[default: local]")
@@ -33,4 +35,156 @@ GpusPerCell = Annotated[float | None, typer.Option(help=r"GPUs of a Ray worker. 
 CpusPerCell = Annotated[float | None, typer.Option(help=r"CPUs of a Ray worker.  \[default: 1]")]
 Shards = Annotated[
     int | None, typer.Option(help=r"Parts that Ray splits every cell into.  \[default: as many as are worth it]")
+]
+
+# -- bench and trace: one value each ---------------------------------------------------------------------------
+
+OneDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+OneDevice = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
+OneSparsity = Annotated[float, typer.Option(help="Pruned fraction of all FFN neurons.")]
+
+# -- run -------------------------------------------------------------------------------------------------------
+
+Tasks = Annotated[str | None, typer.Option(help="Tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke ...")]
+Method = Annotated[
+    str | None,
+    typer.Option(help=r"Methods, comma-separated: NAME or NAME:key=value:key=value.  \[default: dense,griffin,dart]"),
+]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(help=r"Pruned fractions of all FFN neurons, 0 to below 1, comma-separated.  \[default: 0.5]"),
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        help=r"What runs pruned where answers are scored: scored, or all and last of other papers.  "
+        r"\[default: scored]"
+    ),
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(help=r"Sparsity over layers: uniform, depth or table:FILE.  \[default: each method's own]"),
+]
+NumFewshot = Annotated[int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N items of each task (of each member of a group).")]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help=r"Contexts per forward, or auto: as many as fit; no effect on float32 results.  \[default: 8]",
+    ),
+]
+SharePrefix = Annotated[
+    bool | None,
+    typer.Option(
+        "--share-prefix/--no-share-prefix",
+        help=r"Run what many contexts begin with (few-shot examples) once.  \[default: share]",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help=r"Seed of few-shot sampling and random masks.  \[default: 0]")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help=r"Longest sequence in tokens, context and answer together.  \[default: the model's]"),
+]
+Chunk = Annotated[int | None, typer.Option(help=r"Tokens per perplexity chunk.  \[default: 2048]")]
+ChatTemplate = Annotated[
+    bool | None, typer.Option("--chat-template", metavar="", help="Use the model's chat template.")
+]
+Cue = Annotated[
+    str | None,
+    typer.Option(help=r"What follows the document in summarisation prompts.  \[default: TL;DR:]"),
+]
+Calibration = Annotated[
+    str | None, typer.Option(help=r"Text file that wanda-sp calibrates on.  \[default: the project's own]")
+]
+Output = Annotated[str | None, typer.Option(help=r"Folder of results.  \[default: out]")]
+Config = Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")]
+Log = Annotated[str | None, typer.Option(help="Also log finished cells: wandb or trackio.")]
+LogProject = Annotated[str | None, typer.Option(help=r"Project to log under.  \[default: dart-eval]")]
+Force = Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")]
+Plan = Annotated[
+    bool, typer.Option("--plan", metavar="", help="Only say what it will take: tokens, FLOPs, memory, time.")
+]
+
+# -- paper -----------------------------------------------------------------------------------------------------
+
+PaperName = Annotated[
+    str, typer.Argument(help="smoke (shipped data), ten (the paper's ten benchmarks and two summaries), or a file.")
+]
+PaperLimit = Annotated[int | None, typer.Option(help=r"First items of each task.  \[default: what the file says]")]
+PaperBatchSize = Annotated[
+    str | None, typer.Option(metavar="N|auto", help=r"Contexts per forward, or auto.  \[default: 8]")
+]
+PaperSeed = Annotated[int | None, typer.Option(help=r"Of few-shot sampling and random masks.  \[default: 0]")]
+PaperOutput = Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")]
+
+# -- bench -----------------------------------------------------------------------------------------------------
+
+BenchOverhead = Annotated[
+    bool,
+    typer.Option("--overhead", metavar="", help="Measure what methods keep (bytes) and add (FLOPs), without a model."),
+]
+BenchScoring = Annotated[
+    bool, typer.Option("--scoring", metavar="", help="Measure how fast answers are scored, beside lm-eval's HFLM.")
+]
+BenchShape = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Random weights of this shape: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.  \[default: none; with "
+        "--overhead llama-3.1-8b]"
+    ),
+]
+BenchLayers = Annotated[int | None, typer.Option(help="So many layers of the shape.")]
+BenchMethod = Annotated[str, typer.Option(help="Methods, comma-separated: NAME or NAME:key=value.")]
+BenchPrompt = Annotated[int, typer.Option(help="Decoding: tokens of a prompt.")]
+BenchSteps = Annotated[int, typer.Option(help="Decoding: tokens of a round.")]
+BenchRounds = Annotated[int, typer.Option(help="How often all sides are timed, in turn.")]
+BenchCompile = Annotated[
+    str | None,
+    typer.Option(help="Decoding: through torch.compile in this mode, default or reduce-overhead (CUDA graphs)."),
+]
+BenchProfile = Annotated[
+    Path | None,
+    typer.Option(help="Decoding: write a trace of torch's profiler, a few pruned steps of the last method."),
+]
+BenchTasks = Annotated[str, typer.Option(help="Scoring: tasks, comma-separated.")]
+BenchLimit = Annotated[int | None, typer.Option(help="Scoring: only the first N items of each task.")]
+BenchNumFewshot = Annotated[int | None, typer.Option(help="Scoring: examples before each item.")]
+BenchBatchSize = Annotated[int, typer.Option(help="Scoring: of both sides; ours also runs under auto.")]
+BenchDataDir = Annotated[str | None, typer.Option(help="Scoring: local data instead of the hub.")]
+BenchFormat = Annotated[str, typer.Option(help="table, md or json.")]
+
+# -- trace -----------------------------------------------------------------------------------------------------
+
+TraceText = Annotated[str | None, typer.Argument(help="The prompt; without it, a shipped two-topic document.")]
+TraceFile = Annotated[Path | None, typer.Option(help="The prompt is the text of this file.")]
+TraceThen = Annotated[
+    Path | None, typer.Option(help="Feed this file's text after the prompt; without it the model writes on.")
+]
+TraceSmoke = Annotated[int, typer.Option(help="Number of the shipped two-topic document.")]
+TraceMethod = Annotated[str, typer.Option(help="NAME or NAME:key=value:key=value.")]
+TraceTokens = Annotated[int, typer.Option(help="Tokens after the prompt, at most.")]
+TraceOutput = Annotated[Path, typer.Option(help="JSON file to write; the picture goes beside it.")]
+TracePlot = Annotated[
+    Path | None, typer.Option(help=r"Picture to write: png, svg or pdf.  \[default: --output with .png]")
+]
+TraceSaveAllocation = Annotated[
+    Path | None, typer.Option(help="Also save this prompt's sparsity over layers, for allocation=table:FILE.")
+]
+
+# -- check -----------------------------------------------------------------------------------------------------
+
+CheckResults = Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")]
+CheckBaseline = Annotated[Path, typer.Option(help="Baseline file, or a folder of earlier results.")]
+CheckThresholds = Annotated[Path | None, typer.Option(help="YAML: recovery, of_dense, alpha, tasks.")]
+CheckUpdate = Annotated[
+    bool, typer.Option("--update", metavar="", help="Write the baseline file from the results; checks nothing.")
+]
+CheckEvery = Annotated[bool, typer.Option("--all", metavar="", help="Show also the rows that are ok.")]
+CheckGithub = Annotated[
+    bool, typer.Option("--github", metavar="", help="Annotations and job summary for GitHub Actions.")
+]
+CheckJunit = Annotated[Path | None, typer.Option(help="Write a JUnit report to this file.")]
+CheckFormat = Annotated[
+    str | None, typer.Option(help="md or json; without it, a table for the terminal (md in a pipe).")
 ]

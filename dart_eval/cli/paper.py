@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from dart_eval.cli import options
 from dart_eval.cli.run import finish, quieten
@@ -13,9 +11,7 @@ from dart_eval.cli.view import TerminalView, say, show
 
 
 def paper(
-    name: Annotated[
-        str, typer.Argument(help="smoke (shipped data), ten (the paper's ten benchmarks and two summaries), or a file.")
-    ] = "smoke",
+    name: options.PaperName = "smoke",
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
@@ -24,22 +20,16 @@ def paper(
     trust_remote_code: options.TrustRemoteCode = None,
     confirm_run_unsafe_code: options.UnsafeCode = None,
     data_dir: options.DataDir = None,
-    limit: Annotated[
-        int | None, typer.Option(help=r"First items of each task.  \[default: what the file says]")
-    ] = None,
-    batch_size: Annotated[
-        str | None, typer.Option(metavar="N|auto", help=r"Contexts per forward, or auto.  \[default: 8]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help=r"Of few-shot sampling and random masks.  \[default: 0]")] = None,
-    output: Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")] = "paper",
+    limit: options.PaperLimit = None,
+    batch_size: options.PaperBatchSize = None,
+    seed: options.PaperSeed = None,
+    output: options.PaperOutput = "paper",
     executor: options.Executor = None,
     ray_address: options.RayAddress = None,
     gpus_per_cell: options.GpusPerCell = None,
     cpus_per_cell: options.CpusPerCell = None,
     shards: options.Shards = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
-    ] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Run what a paper's tables need, and write them as md, csv and LaTeX.
 

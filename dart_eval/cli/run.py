@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -28,30 +27,11 @@ dart-eval run --config run.yaml
 
 
 def run(
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke ...")
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help=r"Methods, comma-separated: NAME or NAME:key=value:key=value.  \[default: dense,griffin,dart]"
-        ),
-    ] = None,
-    sparsity: Annotated[
-        str | None,
-        typer.Option(help=r"Pruned fractions of all FFN neurons, 0 to below 1, comma-separated.  \[default: 0.5]"),
-    ] = None,
-    scope: Annotated[
-        str | None,
-        typer.Option(
-            help=r"What runs pruned where answers are scored: scored, or all and last of other papers.  "
-            r"\[default: scored]"
-        ),
-    ] = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(help=r"Sparsity over layers: uniform, depth or table:FILE.  \[default: each method's own]"),
-    ] = None,
+    tasks: options.Tasks = None,
+    method: options.Method = None,
+    sparsity: options.Sparsity = None,
+    scope: options.Scope = None,
+    allocation: options.Allocation = None,
     model: options.Model = None,
     revision: options.Revision = None,
     dtype: options.Dtype = None,
@@ -59,61 +39,29 @@ def run(
     device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = None,
     confirm_run_unsafe_code: options.UnsafeCode = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first N items of each task (of each member of a group).")
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto",
-            help=r"Contexts per forward, or auto: as many as fit; no effect on float32 results.  \[default: 8]",
-        ),
-    ] = None,
-    share_prefix: Annotated[
-        bool | None,
-        typer.Option(
-            "--share-prefix/--no-share-prefix",
-            help=r"Run what many contexts begin with (few-shot examples) once.  \[default: share]",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help=r"Seed of few-shot sampling and random masks.  \[default: 0]")
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help=r"Longest sequence in tokens, context and answer together.  \[default: the model's]"),
-    ] = None,
-    chunk: Annotated[int | None, typer.Option(help=r"Tokens per perplexity chunk.  \[default: 2048]")] = None,
-    chat_template: Annotated[
-        bool | None, typer.Option("--chat-template", metavar="", help="Use the model's chat template.")
-    ] = None,
-    cue: Annotated[
-        str | None,
-        typer.Option(help=r"What follows the document in summarisation prompts.  \[default: TL;DR:]"),
-    ] = None,
+    num_fewshot: options.NumFewshot = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = None,
+    share_prefix: options.SharePrefix = None,
+    seed: options.Seed = None,
+    max_length: options.MaxLength = None,
+    chunk: options.Chunk = None,
+    chat_template: options.ChatTemplate = None,
+    cue: options.Cue = None,
     data_dir: options.DataDir = None,
-    calibration: Annotated[
-        str | None, typer.Option(help=r"Text file that wanda-sp calibrates on.  \[default: the project's own]")
-    ] = None,
-    output: Annotated[str | None, typer.Option(help=r"Folder of results.  \[default: out]")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")] = None,
-    log: Annotated[str | None, typer.Option(help="Also log finished cells: wandb or trackio.")] = None,
-    log_project: Annotated[str | None, typer.Option(help=r"Project to log under.  \[default: dart-eval]")] = None,
-    force: Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")] = None,
+    calibration: options.Calibration = None,
+    output: options.Output = None,
+    config: options.Config = None,
+    log: options.Log = None,
+    log_project: options.LogProject = None,
+    force: options.Force = None,
     executor: options.Executor = None,
     ray_address: options.RayAddress = None,
     gpus_per_cell: options.GpusPerCell = None,
     cpus_per_cell: options.CpusPerCell = None,
     shards: options.Shards = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", metavar="", help="Only say what it will take: tokens, FLOPs, memory, time.")
-    ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")
-    ] = False,
+    plan: options.Plan = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Run methods at sparsities on tasks. Finished cells are skipped; the tables come at the end."""
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "plan", "verbose")}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from dart_eval.cli import options
 from dart_eval.cli.run import quieten
@@ -16,28 +13,20 @@ from dart_eval.text import json_text
 
 
 def trace(
-    text: Annotated[str | None, typer.Argument(help="The prompt; without it, a shipped two-topic document.")] = None,
-    file: Annotated[Path | None, typer.Option(help="The prompt is the text of this file.")] = None,
-    then: Annotated[
-        Path | None, typer.Option(help="Feed this file's text after the prompt; without it the model writes on.")
-    ] = None,
-    smoke: Annotated[int, typer.Option(help="Number of the shipped two-topic document.")] = 0,
-    method: Annotated[str, typer.Option(help="NAME or NAME:key=value:key=value.")] = "dart",
-    sparsity: Annotated[float, typer.Option(help="Pruned fraction of all FFN neurons.")] = 0.5,
-    tokens: Annotated[int, typer.Option(help="Tokens after the prompt, at most.")] = 200,
-    model: Annotated[
-        str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    text: options.TraceText = None,
+    file: options.TraceFile = None,
+    then: options.TraceThen = None,
+    smoke: options.TraceSmoke = 0,
+    method: options.TraceMethod = "dart",
+    sparsity: options.OneSparsity = 0.5,
+    tokens: options.TraceTokens = 200,
+    model: options.Model = None,
+    dtype: options.OneDtype = "auto",
+    device: options.OneDevice = "auto",
     trust_remote_code: options.TrustRemoteCode = None,
-    output: Annotated[Path, typer.Option(help="JSON file to write; the picture goes beside it.")] = Path("trace.json"),
-    plot: Annotated[
-        Path | None, typer.Option(help=r"Picture to write: png, svg or pdf.  \[default: --output with .png]")
-    ] = None,
-    save_allocation: Annotated[
-        Path | None, typer.Option(help="Also save this prompt's sparsity over layers, for allocation=table:FILE.")
-    ] = None,
+    output: options.TraceOutput = Path("trace.json"),
+    plot: options.TracePlot = None,
+    save_allocation: options.TraceSaveAllocation = None,
 ) -> None:
     """Show what a method does with one prompt: the drift signal, alarms, new masks, neurons kept in each layer.
 
