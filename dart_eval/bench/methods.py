@@ -7,6 +7,7 @@ what a method's own work costs shows here, what skipped neurons would save does 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from dart_eval.bench.decode import Ratio, paired
 from dart_eval.bench.scoring import build
 from dart_eval.errors import UserError
+from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.machine import wait
@@ -64,9 +66,10 @@ def measure(
                 lm.loglikelihood(instances)
                 wait(model.device)
                 times[i].append(time.perf_counter() - start)
-            cost = sum(lm.costs.values(), start=type(next(iter(lm.costs.values())))())
-            reads[i] = cost.weights_read
+            reads[i] = sum(lm.costs.values(), start=Cost()).read
     return [
-        MethodSpeed(name, m.spec, sparsity, sorted(t[1:])[len(t[1:]) // 2], paired(t[1:], times[0][1:]), read)
+        MethodSpeed(
+            name, m.spec, sparsity if m.sized else 0.0, statistics.median(t[1:]), paired(t[1:], times[0][1:]), read
+        )
         for m, t, read in zip(rows, times, reads, strict=True)
     ]

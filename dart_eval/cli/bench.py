@@ -7,6 +7,7 @@ from dart_eval.cli.run import quieten
 from dart_eval.errors import UserError
 
 FORMATS = ("table", "md", "json")
+DECODED = "griffin,dart,dart-code,dart-plus"
 
 
 def bench(
@@ -18,7 +19,7 @@ def bench(
     dtype: options.OneDtype = "auto",
     device: options.OneDevice = "auto",
     trust_remote_code: options.TrustRemoteCode = None,
-    method: options.BenchMethod = "griffin,dart,dart-code,dart-plus",
+    method: options.BenchMethod = None,
     sparsity: options.OneSparsity = 0.7,
     prompt: options.BenchPrompt = 128,
     steps: options.BenchSteps = 30,
@@ -45,6 +46,8 @@ def bench(
       dart-eval bench --overhead --shape llama-3.1-8b
 
       dart-eval bench --scoring --tasks arc,hellaswag,mmlu --limit 50 --data-dir DIR
+
+      dart-eval bench --scoring --tasks smoke_questions --method griffin,cats,dart-plus --sparsity 0.5
     """
     quieten(False)
     if format not in FORMATS:
@@ -57,13 +60,17 @@ def bench(
     if scoring:
         from dart_eval.cli import bench_scoring
 
-        bench_scoring.run(tasks, spec, data_dir, batch_size, rounds, limit, num_fewshot, format)
+        asked = bench_scoring.Asked(tasks, data_dir, batch_size, rounds, limit, num_fewshot)
+        if method is None:
+            bench_scoring.run(asked, spec, format)
+        else:
+            bench_scoring.run_methods(asked, spec, method, sparsity, format)
         return
     from dart_eval.pruning.prune import check_sparsity
     from dart_eval.pruning.registry import make, parse
 
     check_sparsity(sparsity)
-    methods = [make(*parse(spec)) for spec in method.split(",") if spec.strip()]
+    methods = [make(*parse(spec)) for spec in (method or DECODED).split(",") if spec.strip()]
     if not methods:
         raise UserError("no method given", "for example --method dart,dart-plus")
     if overhead:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dart_eval.cli.view import output, print_note
@@ -12,20 +13,41 @@ from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
     from dart_eval.bench.scoring import TaskSpeed
+    from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models import ModelSpec
 
 
-def run(
-    tasks: str,
-    spec: ModelSpec,
-    data_dir: str | None,
-    batch_size: int,
-    rounds: int,
-    limit: int | None,
-    num_fewshot: int | None,
-    format: str,
-) -> None:
-    """Measure every task, and print the table.
+@dataclass(frozen=True)
+class Asked:
+    """What is scored: the options of `dart-eval bench --scoring`."""
+
+    tasks: str
+    data_dir: str | None
+    batch_size: int
+    rounds: int
+    limit: int | None
+    num_fewshot: int | None
+
+    def names(self, shelf: Tasks) -> list[str]:
+        """The tasks, each loaded: what is missing shows before anything runs.
+
+        Raises:
+            UserError: a name, number or folder is wrong.
+        """
+        for name, least in (("batch_size", 1), ("rounds", 1), ("limit", 1), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        names = shelf.expand([name.strip() for name in self.tasks.split(",") if name.strip()])
+        if not names:
+            raise UserError("no task given", "for example --tasks arc,hellaswag,mmlu")
+        for name in names:
+            shelf.load(name)
+        return names
+
+
+def run(asked: Asked, spec: ModelSpec, format: str) -> None:
+    """Measure every task, dense, and print the table.
 
     Raises:
         UserError: a name, number or folder is wrong; a task does not score answers.
@@ -34,21 +56,49 @@ def run(
     from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models import resolve
 
-    for name, value, least in (
-        ("batch-size", batch_size, 1), ("rounds", rounds, 1), ("limit", limit, 1), ("num-fewshot", num_fewshot, 0)
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
-    shelf = Tasks(data_dir)
-    names = shelf.expand([name.strip() for name in tasks.split(",") if name.strip()])
-    if not names:
-        raise UserError("no task given", "for example --tasks arc,hellaswag,mmlu")
-    resolved = resolve(spec)
-    for name in names:
-        shelf.load(name)  # what is missing shows before anything runs
+    shelf, resolved = Tasks(asked.data_dir), resolve(spec)
+    names = asked.names(shelf)
     model, tokenizer = resolved.load(print_note)
-    found = [measure(model, tokenizer, shelf, name, batch_size, rounds, limit, num_fewshot) for name in names]
+    sizes = asked.batch_size, asked.rounds, asked.limit, asked.num_fewshot
+    found = [measure(model, tokenizer, shelf, name, *sizes) for name in names]
     output([dataclasses.asdict(f) for f in found], table(found, resolved.identity.name), format)
+
+
+def run_methods(asked: Asked, spec: ModelSpec, method: str, sparsity: float, format: str) -> None:
+    """Measure every task under methods, one beside the other, and print the table.
+
+    Raises:
+        UserError: as `run`; a method is unknown or does not prune.
+    """
+    from dart_eval.bench.methods import measure
+    from dart_eval.evaluation.tasks import Tasks
+    from dart_eval.models import resolve
+    from dart_eval.pruning.prune import check_sparsity
+    from dart_eval.pruning.registry import make, parse
+
+    check_sparsity(sparsity)
+    methods = [make(*parse(name)) for name in method.split(",") if name.strip()]
+    if not methods:
+        raise UserError("no method given", "for example --method griffin,cats")
+    shelf, resolved = Tasks(asked.data_dir), resolve(spec)
+    names = asked.names(shelf)
+    model, tokenizer = resolved.load(print_note)
+    sizes = asked.batch_size, asked.rounds, asked.limit, asked.num_fewshot
+    found = [row for name in names for row in measure(model, tokenizer, shelf, name, methods, sparsity, *sizes)]
+    first = methods[0].spec
+    body = [
+        [f.task, f.method, f"{f.sparsity:g}", f"{f.read:.3f}", f"{f.seconds:.2f}",
+         f"{f.ratio.median:.2f} [{f.ratio.low:.2f}, {f.ratio.high:.2f}]"]
+        for f in found
+    ]  # fmt: skip
+    note = (
+        f"Answers scored by masks, which skips no work: how long a method's own work takes. x {first}: median over "
+        f"{asked.rounds} rounds of a method's time over {first}'s in the same round, and quartiles; the last row of a "
+        f"task is {first} again, which should be 1."
+    )
+    heads = ["task", "method", "sparsity", "read", "seconds", f"x {first}"]
+    made = Table(f"Scoring under methods: {resolved.identity.name}", heads, body, note)
+    output([dataclasses.asdict(f) for f in found], made, format)
 
 
 def table(found: list[TaskSpeed], model: str) -> Table:

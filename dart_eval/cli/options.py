@@ -135,7 +135,13 @@ BenchShape = Annotated[
     ),
 ]
 BenchLayers = Annotated[int | None, typer.Option(help="So many layers of the shape.")]
-BenchMethod = Annotated[str, typer.Option(help="Methods, comma-separated: NAME or NAME:key=value.")]
+BenchMethod = Annotated[
+    str | None,
+    typer.Option(
+        help="Methods, comma-separated: NAME or NAME:key=value.  "
+        r"\[default: griffin,dart,dart-code,dart-plus; with --scoring none: dense beside lm-eval's HFLM]"
+    ),
+]
 BenchPrompt = Annotated[int, typer.Option(help="Decoding: tokens of a prompt.")]
 BenchSteps = Annotated[int, typer.Option(help="Decoding: tokens of a round.")]
 BenchRounds = Annotated[int, typer.Option(help="How often all sides are timed, in turn.")]

@@ -220,3 +220,21 @@ def test_wrong_input_is_refused_in_one_line(words, said):
     assert (done.code, done.out) == (2, "")
     assert said in done.err
     assert len(done.err.strip().splitlines()) == 1
+
+
+def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
+    """Its last row is the first method again."""
+    done = command(
+        "bench", "--scoring", "--model", saved_llama, "--tasks", "smoke_questions", "--limit", 2, "--rounds", 2,
+        "--method", "griffin,cats,top-p:choice.p=0.5", "--sparsity", 0.5, "--format", "json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)
+    assert [(r["method"], r["sparsity"]) for r in rows] == [
+        ("griffin", 0.5), ("cats", 0.5), ("top-p:choice.p=0.5", 0.0), ("griffin", 0.5)
+    ]  # fmt: skip
+    assert rows[0]["ratio"]["median"] == 1
+    assert [r["read"] for r in rows[:2]] == [0.5, 0.5] and 0 < rows[2]["read"] < 0.5
+    assert all(r["seconds"] > 0 for r in rows)
+    idle = command("bench", "--scoring", "--tasks", "smoke_questions", "--method", "dense", "--model", saved_llama)
+    assert "dense does not prune" in idle.err
