@@ -33,9 +33,9 @@ def bench(
     data_dir: options.BenchDataDir = None,
     format: options.BenchFormat = "table",
 ) -> None:
-    """Measure how fast methods decode; with a flag what they keep and compute, or how fast answers are scored.
+    """Measure how fast methods decode; with a flag what they keep and add, or how fast answers are scored.
 
-    Decoding: one sequence; dense, a no-op control and the method take turns step by step.
+    One sequence is decoded. Dense, dense once more as a control, and the method take turns, step by step.
 
     [bold]Examples[/bold]
 

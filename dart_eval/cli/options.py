@@ -34,36 +34,50 @@ RayAddress = Annotated[
 GpusPerCell = Annotated[float | None, typer.Option(help=r"GPUs of a Ray worker.  \[default: 1 if there are any]")]
 CpusPerCell = Annotated[float | None, typer.Option(help=r"CPUs of a Ray worker.  \[default: 1]")]
 Shards = Annotated[
-    int | None, typer.Option(help=r"Parts that Ray splits every cell into.  \[default: as many as are worth it]")
+    int | None,
+    typer.Option(
+        help="Shards that Ray splits every cell into, one for a worker at a time.  "
+        r"\[default: as many as there are workers, if each gets 512 requests]"
+    ),
 ]
 
 # -- bench and trace: one value each ---------------------------------------------------------------------------
 
 OneDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 OneDevice = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-OneSparsity = Annotated[float, typer.Option(help="Pruned fraction of all FFN neurons.")]
+OneSparsity = Annotated[float, typer.Option(help="Share of the FFN weights that a token does not read.")]
 
 # -- run -------------------------------------------------------------------------------------------------------
 
 Tasks = Annotated[str | None, typer.Option(help="Tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke ...")]
 Method = Annotated[
     str | None,
-    typer.Option(help=r"Methods, comma-separated: NAME or NAME:key=value:key=value.  \[default: dense,griffin,dart]"),
+    typer.Option(
+        help="Methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift "
+        r"(`dart-eval ls methods` shows all).  \[default: dense,griffin,dart]"
+    ),
 ]
 Sparsity = Annotated[
     str | None,
-    typer.Option(help=r"Pruned fractions of all FFN neurons, 0 to below 1, comma-separated.  \[default: 0.5]"),
+    typer.Option(
+        help="Shares of the FFN weights that a token does not read, from 0 to below 1, comma-separated.  "
+        r"\[default: 0.5]"
+    ),
 ]
 Scope = Annotated[
     str | None,
     typer.Option(
-        help=r"What runs pruned where answers are scored: scored, or all and last of other papers.  "
-        r"\[default: scored]"
+        help="Which tokens run pruned when an answer is scored. scored: the last prompt token and the answer; the mask "
+        "never sees the answer. all: prompt and answer; the mask is made from both, so it looks ahead (the public DART "
+        r"code). last: the last input token alone (GRIFFIN).  \[default: scored]"
     ),
 ]
 Allocation = Annotated[
     str | None,
-    typer.Option(help=r"Sparsity over layers: uniform, depth or table:FILE.  \[default: each method's own]"),
+    typer.Option(
+        help="How the sparsity is spread over layers, in methods that make masks from the prompt: uniform, depth or "
+        r"table:FILE.  \[default: each method's own]"
+    ),
 ]
 NumFewshot = Annotated[int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]")]
 Limit = Annotated[int | None, typer.Option(help="Only the first N items of each task (of each member of a group).")]
@@ -71,17 +85,17 @@ BatchSize = Annotated[
     str | None,
     typer.Option(
         metavar="N|auto",
-        help=r"Contexts per forward, or auto: as many as fit; no effect on float32 results.  \[default: 8]",
+        help=r"Contexts per forward; auto: as many as fit.  \[default: 8]",
     ),
 ]
 SharePrefix = Annotated[
     bool | None,
     typer.Option(
         "--share-prefix/--no-share-prefix",
-        help=r"Run what many contexts begin with (few-shot examples) once.  \[default: share]",
+        help=r"Run once what many contexts begin with, such as few-shot examples.  \[default: share]",
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help=r"Seed of few-shot sampling and random masks.  \[default: 0]")]
+Seed = Annotated[int | None, typer.Option(help=r"Seed for few-shot sampling and for random masks.  \[default: 0]")]
 MaxLength = Annotated[
     int | None,
     typer.Option(help=r"Longest sequence in tokens, context and answer together.  \[default: the model's]"),
@@ -103,7 +117,7 @@ Log = Annotated[str | None, typer.Option(help="Also log finished cells: wandb or
 LogProject = Annotated[str | None, typer.Option(help=r"Project to log under.  \[default: dart-eval]")]
 Force = Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")]
 Plan = Annotated[
-    bool, typer.Option("--plan", metavar="", help="Only say what it will take: tokens, FLOPs, memory, time.")
+    bool, typer.Option("--plan", metavar="", help="Only say what the run will take: tokens, FLOPs, memory, time.")
 ]
 
 # -- paper -----------------------------------------------------------------------------------------------------
@@ -115,7 +129,7 @@ PaperLimit = Annotated[int | None, typer.Option(help=r"First items of each task.
 PaperBatchSize = Annotated[
     str | None, typer.Option(metavar="N|auto", help=r"Contexts per forward, or auto.  \[default: 8]")
 ]
-PaperSeed = Annotated[int | None, typer.Option(help=r"Of few-shot sampling and random masks.  \[default: 0]")]
+PaperSeed = Annotated[int | None, typer.Option(help=r"Seed for few-shot sampling and for random masks.  \[default: 0]")]
 PaperOutput = Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")]
 
 # -- bench -----------------------------------------------------------------------------------------------------
@@ -134,29 +148,29 @@ BenchShape = Annotated[
         "--overhead llama-3.1-8b]"
     ),
 ]
-BenchLayers = Annotated[int | None, typer.Option(help="So many layers of the shape.")]
+BenchLayers = Annotated[int | None, typer.Option(help=r"Give the shape this number of layers.  \[default: its own]")]
 BenchMethod = Annotated[
     str | None,
     typer.Option(
-        help="Methods, comma-separated: NAME or NAME:key=value.  "
+        help="Methods, comma-separated, as `dart-eval run --method` takes them.  "
         r"\[default: griffin,dart,dart-code,dart-plus; with --scoring none: dense beside lm-eval's HFLM]"
     ),
 ]
-BenchPrompt = Annotated[int, typer.Option(help="Decoding: tokens of a prompt.")]
-BenchSteps = Annotated[int, typer.Option(help="Decoding: tokens of a round.")]
+BenchPrompt = Annotated[int, typer.Option(help="Decoding: tokens in a prompt.")]
+BenchSteps = Annotated[int, typer.Option(help="Decoding: tokens decoded in a round.")]
 BenchRounds = Annotated[int, typer.Option(help="How often all sides are timed, in turn.")]
 BenchCompile = Annotated[
     str | None,
-    typer.Option(help="Decoding: through torch.compile in this mode, default or reduce-overhead (CUDA graphs)."),
+    typer.Option(help="Decoding: compile by torch.compile in this mode: default or reduce-overhead (CUDA graphs)."),
 ]
 BenchProfile = Annotated[
     Path | None,
-    typer.Option(help="Decoding: write a trace of torch's profiler, a few pruned steps of the last method."),
+    typer.Option(help="Decoding: write a trace of torch's profiler over a few pruned steps of the last method."),
 ]
 BenchTasks = Annotated[str, typer.Option(help="Scoring: tasks, comma-separated.")]
 BenchLimit = Annotated[int | None, typer.Option(help="Scoring: only the first N items of each task.")]
 BenchNumFewshot = Annotated[int | None, typer.Option(help="Scoring: examples before each item.")]
-BenchBatchSize = Annotated[int, typer.Option(help="Scoring: of both sides; ours also runs under auto.")]
+BenchBatchSize = Annotated[int, typer.Option(help="Scoring: batch size of both sides; ours is also timed with auto.")]
 BenchDataDir = Annotated[str | None, typer.Option(help="Scoring: local data instead of the hub.")]
 BenchFormat = Annotated[str, typer.Option(help="table, md or json.")]
 
@@ -168,14 +182,14 @@ TraceThen = Annotated[
     Path | None, typer.Option(help="Feed this file's text after the prompt; without it the model writes on.")
 ]
 TraceSmoke = Annotated[int, typer.Option(help="Number of the shipped two-topic document.")]
-TraceMethod = Annotated[str, typer.Option(help="NAME or NAME:key=value:key=value.")]
+TraceMethod = Annotated[str, typer.Option(help="A method, or one with other parts: griffin:remask=drift.")]
 TraceTokens = Annotated[int, typer.Option(help="Tokens after the prompt, at most.")]
 TraceOutput = Annotated[Path, typer.Option(help="JSON file to write; the picture goes beside it.")]
 TracePlot = Annotated[
     Path | None, typer.Option(help=r"Picture to write: png, svg or pdf.  \[default: --output with .png]")
 ]
 TraceSaveAllocation = Annotated[
-    Path | None, typer.Option(help="Also save this prompt's sparsity over layers, for allocation=table:FILE.")
+    Path | None, typer.Option(help="Also save the densities of this prompt's layers, for allocation=table:FILE.")
 ]
 
 # -- check -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,26 @@ def plain(text: str) -> str:
 def say(text: str, err: bool = False) -> None:
     """Lines for a person."""
     print(printable(text, lines=True), file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def listed(rows: Sequence[tuple[str, str]], least: int = 0) -> None:
+    """Two columns for a person, the left one at least so wide; on a terminal no line is longer than it is wide."""
+    width = max([least, *(len(left) for left, _ in rows)])
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for left, text in rows:
+        say(hanging(f"{left:<{width}}", text, room))
+
+
+def hanging(left: str, text: str, room: int | None) -> str:
+    """`left`, then `text`, which goes on below itself where the line would be longer than `room`; None: it may be."""
+    indent = len(left) + 2
+    if room is None or not text:
+        return f"{left}  {text}".rstrip()
+    if room - indent < SHORTEST:  # too narrow for two columns
+        indent = len(left) - len(left.lstrip()) + 4
+        return f"{left.rstrip()}\n" + textwrap.indent(textwrap.fill(text, max(room - indent, SHORTEST)), " " * indent)
+    lines = textwrap.wrap(text, room - indent, break_on_hyphens=False, break_long_words=False)
+    return f"{left}  " + f"\n{' ' * indent}".join(lines)
 
 
 def put(text: str) -> None:

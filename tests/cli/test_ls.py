@@ -1,0 +1,47 @@
+"""`dart-eval ls`: lists that fit a terminal, and whole lines where there is none."""
+
+import io
+
+import pytest
+
+from dart_eval.cli import view
+from tests.helpers.commands import command
+
+ROWS = [("mask=prompt", "a mask for each sequence, from the tokens of its context"), ("  score.norm=l2", "")]
+
+
+class Terminal(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("width", "shown"), [
+    (120, ["mask=prompt      a mask for each sequence, from the tokens of its context", "  score.norm=l2"]),
+    (50, ["mask=prompt      a mask for each sequence, from",
+          "                 the tokens of its context", "  score.norm=l2"]),
+    (34, ["mask=prompt", "    a mask for each sequence, from", "    the tokens of its context", "  score.norm=l2"]),
+])  # fmt: skip
+def test_a_list_goes_on_below_its_own_column_on_a_terminal(monkeypatch, width, shown):
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("sys.stdout", terminal)
+    view.listed(ROWS)
+    assert terminal.getvalue().splitlines() == shown
+
+
+def test_lines_are_whole_where_no_terminal_is(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = command("ls", "methods", "dart-plus").out.splitlines()
+    assert lines[0].startswith("dart-plus:  each token chooses inside a wide mask")
+    assert "remask.window=10" in next(
+        line for line in lines if line.endswith("tokens of a window of the detector (at least 1)")
+    )
+    assert any(len(line) > 80 for line in lines)
+
+
+def test_every_part_and_the_slots_are_listed():
+    whole, one = command("ls", "parts").out, command("ls", "parts", "remask").out
+    assert all(f"{slot}=" in whole for slot in ("score", "mask", "remask", "choice", "allocation", "compensation"))
+    assert "remask=drift" in one and "choice=" not in one
