@@ -130,6 +130,31 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
         config_from(None, {"output": str(yaml_file(tmp_path, "text"))})
 
 
+@pytest.mark.parametrize("text", [
+    "method: [griffin, 'griffin:remask=drift:remask.window=8:score.skip_first=true']",
+    "method:\n  - griffin:\n  - griffin: {remask: {part: drift, window: 8}, score: {skip_first: on}}",
+    "method:\n  - griffin\n  - griffin: {remask: drift, remask.window: 8, mask: {score: {skip_first: true}}}",
+])  # fmt: skip
+def test_parts_may_be_nested_in_the_file(tmp_path, text):
+    config = config_from(yaml_file(tmp_path, f"{text}\n"), {})
+    changed = make("griffin", {"remask": OnDrift(window=8), "score.skip_first": True})
+    assert methods_of(config) == [make("griffin"), changed]
+
+
+def test_several_methods_may_be_keys_of_one_mapping(tmp_path):
+    file = yaml_file(tmp_path, "method: {griffin: null, dart: {allocation: uniform}}\n")
+    assert config_from(file, {}).method == ("griffin", "dart:allocation=uniform")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("method: [{griffin: drift}]", "method griffin takes keys and values, not 'drift'; as in griffin"),
+    ("method: [{griffin: null, dart: null}]", "has several names; put a dash before each"),
+])  # fmt: skip
+def test_wrong_nesting_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        config_from(yaml_file(tmp_path, f"{text}\n"), {})
+
+
 # -- methods -------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +287,31 @@ def test_cells_go_task_by_task_and_dense_comes_once_whatever_the_sparsities():
     ]
     assert [c.name for c in made[:3]] == ["a-dense", "a-griffin-0.5", "a-griffin-0.7"]
     assert len({c.key for c in made}) == 6
+
+
+def test_two_spellings_of_one_composition_are_one_cell():
+    spelled = ("griffin", "dart:remask=never:allocation=uniform:score.norm=l2", "griffin:remask=never:mask=prompt")
+    assert len({key(method=(spec,)) for spec in spelled}) == 1
+    (only,) = cells(method=spelled)  # under the name that came first
+    assert only.inputs["method"] == "griffin"
+    assert key(method=("griffin:remask.window=8:remask=drift",)) == key(
+        method=("griffin:remask=drift:mask.remask.window=8",)
+    )
+    assert key(method=("griffin",)) != key(method=("griffin:score.norm=l1",))
+
+
+def test_a_method_that_no_sparsity_sets_comes_once():
+    made = cells(method=("top-p", "cats", "griffin:choice=top-p"), sparsity=(0.3, 0.5))
+    assert [(c.method.name, c.sparsity) for c in made] == [
+        ("top-p", 0.0), ("cats", 0.3), ("cats", 0.5), ("griffin", 0.3), ("griffin", 0.5)
+    ]  # fmt: skip
+    assert made[0].name == "arc_easy-top-p"
+
+
+def test_the_runs_allocation_reaches_every_mask_that_is_made_from_the_prompt():
+    asked = ("griffin", "dart:allocation=depth", "magnitude", "cats")
+    found = methods_of(RunConfig(method=asked, allocation="depth"))
+    assert [m.allocation.name for m in found] == ["depth", "depth", "uniform", "uniform"]
 
 
 def test_the_key_of_dense_does_not_depend_on_the_sparsities():
