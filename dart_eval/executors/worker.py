@@ -158,6 +158,7 @@ class Worker:
                 "share_prefix": config.share_prefix,
                 "method": cell.method.spec,
                 "command": command(config, cell),
+                **({"upper_bound": True} if cell.method.upper_bound else {}),
                 **({"halved": self.halved} if self.halved else {}),
                 **({"notes": self.notes} if self.notes else {}),
             },

@@ -71,12 +71,12 @@ def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
         chosen = [r for r in data if r["metric"] in metrics]
         if chosen:
             present = [m for m in metrics if any(r["metric"] == m for r in chosen)]
-            made.append(_quality(title, chosen, present, names, cut_prompts(_of(records, chosen))))
+            made.append(_quality(title, chosen, present, names, _remarks(_of(records, chosen))))
     named = {metric for _, metrics in QUALITY for metric in metrics}
     rest = [r for r in data if r["metric"] not in named]
     if rest:
         present = sorted({r["metric"] for r in rest})
-        made.append(_quality("Other metrics", rest, present, names, cut_prompts(_of(records, rest))))
+        made.append(_quality("Other metrics", rest, present, names, _remarks(_of(records, rest))))
     return [*made, _flops(records, names), _memory(records, names)]
 
 
@@ -84,6 +84,20 @@ def _of(records: Sequence[Record], data: Sequence[dict[str, Any]]) -> list[Recor
     """The records that rows are of."""
     keys = {r["key"] for r in data}
     return [r for r in records if r.key in keys]
+
+
+def _remarks(records: Sequence[Record]) -> list[str]:
+    """Sentences under a table of these records."""
+    return [*upper_bounds(records), *cut_prompts(records)]
+
+
+def upper_bounds(records: Sequence[Record]) -> list[str]:
+    """A sentence that names the methods which know too much, if there are any."""
+    names = list(dict.fromkeys(str(r.settings["method"]) for r in records if r.settings.get("upper_bound")))
+    if not names:
+        return []
+    are = "is an upper bound: it knows" if len(names) == 1 else "are upper bounds: they know"
+    return [f"{' and '.join(names)} {are} what no method can know in time."]
 
 
 def cut_prompts(records: Sequence[Record]) -> list[str]:

@@ -333,3 +333,13 @@ def test_tex_escapes_whatever_a_name_may_hold():
 def test_an_error_bar_never_stops_a_cell():
     assert _perplexity_stderr("word_perplexity", [(-1e6, 1), (-2e6, 2)]) is None
     assert _perplexity_stderr("word_perplexity", [(-1.0, 0), (-2.0, 0)]) is None
+
+
+def test_upper_bounds_are_named_under_the_tables():
+    """They know what no method can know in time."""
+    usual, oracle, token = (record(method=m, key=m) for m in ("griffin", "oracle", "oracle-token"))
+    oracle.settings.update(method="oracle", upper_bound=True)
+    token.settings.update(method="oracle-token", upper_bound=True)
+    assert "upper bound" not in render([usual], "md")
+    assert "oracle is an upper bound: it knows what no method can know in time." in render([usual, oracle], "md")
+    assert "oracle and oracle-token are upper bounds: they know" in render([usual, oracle, token], "md")
