@@ -36,7 +36,7 @@ def largest(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:
         [B, T, F] bool with exactly keep[b] True for every token; ties go to the lower index.
     """
     scores = scores.float()
-    if not bool(among.all()):
+    if scores.device.type != "cpu" or not bool(among.all()):  # to ask a GPU would be to wait for it
         scores = scores.masked_fill(~among, -1.0)
     return top_k_mask(scores, keep[:, None].expand(scores.shape[:2]))
 
@@ -45,15 +45,21 @@ def _largest(x: Tensor, count: int) -> Tensor:
     """True for the `count` largest of each row of [N, F], ties to the lower index."""
     if count in (0, x.shape[-1]):
         return torch.full(x.shape, count > 0, dtype=torch.bool, device=x.device)
+    if x.device.type != "cpu":
+        return _settled(x, count)
     kept = ~(x < _least(x, count))  # NaN is kept too
     uneven = (kept.sum(-1) != count).nonzero().squeeze(1)  # several have the least kept value, or some are no number
     if len(uneven):
-        rows = x[uneven]
-        rows = rows.masked_fill(rows.isnan(), torch.inf)
-        least = _least(rows, count)
-        above, ties = rows > least, rows == least
-        kept[uneven] = above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+        kept[uneven] = _settled(x[uneven], count)
     return kept
+
+
+def _settled(x: Tensor, count: int) -> Tensor:
+    """The same where ties at the least kept value must be settled, and NaN counts as the largest number."""
+    x = x.masked_fill(x.isnan(), torch.inf)
+    least = _least(x, count)
+    above, ties = x > least, x == least
+    return above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def _least(x: Tensor, count: int) -> Tensor:
