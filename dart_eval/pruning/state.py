@@ -99,6 +99,8 @@ class SequenceState(PerSequence):
             up: [B, T, F], up x of a gated FFN, where a part wants it.
         """
         self.dtype = h.dtype
+        if not self.sums:
+            return
         up = up if self.method.choice.needs_up else None
         weight, shrink = self._token_weights(valid)
         if shrink is not None:
