@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dart_eval.plan import config_from
+from dart_eval.pruning.registry import BUILT_IN
 from tests.helpers.commands import program
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -82,7 +83,7 @@ def test_yaml_block(tmp_path):
     (block,) = _blocks("yaml")
     (tmp_path / "run.yaml").write_text(block)
     config = config_from(tmp_path / "run.yaml", {"limit": 3})
-    assert config.method == ("dense", "griffin", "dart:allocation=uniform:remask=never")
+    assert config.method == ("dense", "dart:allocation=uniform", "griffin:remask=drift:remask.window=8")
     assert (config.sparsity, config.limit, config.model) == ((0.5, 0.7), 3, "./my-model")
 
 
@@ -93,6 +94,13 @@ def test_options_of_the_other_commands_exist(command):
     given = dict(zip(words[2::2], words[3::2], strict=True))
     values = {k.removeprefix("--").replace("-", "_"): int(v) if v.isdigit() else v for k, v in given.items()}
     config_from(None, values)
+
+
+def test_the_readme_has_all_methods_in_order():
+    text = README.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \|.*\| (.*)\|$", text[text.index("## Methods") :], flags=re.M)
+    assert [name for name, _ in rows] == [method.name for method in BUILT_IN]
+    assert [name for name, flag in rows if flag.strip() == "upper bound"] == [m.name for m in BUILT_IN if m.upper_bound]
 
 
 def test_links_lead_somewhere():
