@@ -52,6 +52,12 @@ def trace(
 ) -> dict[str, Any]:
     """Run a passage under a method; the prompt dense, at most `tokens` tokens after it pruned.
 
+    Args:
+        tokenizer: of the model.
+        sparsity: the share of FFN weights that a token does not read.
+        passage: what is read and, perhaps, what follows.
+        tokens: how many come after the prompt at most.
+
     Returns:
         Plain data: `method`, `params`, `sparsity`, `prompt_tokens`, `switch`; `tokens` (decoded, as text) and
         `logprobs` (natural log, of each); `layers`: neurons kept (`kept`) of `sizes`; `detector` (window, mean,
@@ -75,29 +81,15 @@ def trace(
         given = _following(tokenizer, passage.prompt, passage.then)[:tokens]
         if not given:
             raise UserError("the text after the prompt has no token", "give a longer text, or let the model write it")
+    count = tokens if given is None else len(given)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    needed = prompt.shape[1] + (tokens if given is None else len(given))
-    if longest is not None and needed > longest:
+    if longest is not None and prompt.shape[1] + count > longest:
         raise UserError(
-            f"prompt and text have {needed} tokens, the model takes {longest}", "give shorter ones, or fewer --tokens"
+            f"prompt and text have {prompt.shape[1] + count} tokens, the model takes {longest}",
+            "give shorter ones, or fewer --tokens",
         )
-    name, decoded, logprobs = cache_argument(model), [], []
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = set(ends if isinstance(ends, list) else [ends])
     with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer), execution="masked") as session:
-        out = model(prompt, use_cache=True, logits_to_keep=1)
-        for step in range(tokens if given is None else len(given)):
-            scores = out.logits[0, -1].float().log_softmax(-1)
-            token = int(scores.argmax()) if given is None else given[step]
-            decoded.append(token)
-            refuse_not_finite(scores[token], "log-probabilities of a token", model.dtype)
-            logprobs.append(float(scores[token]))
-            if given is None and token in ends:
-                break
-            if len(decoded) == (tokens if given is None else len(given)):
-                break  # nobody asks for what would come next
-            cache = getattr(out, "cache", None) or out.past_key_values
-            out = model(torch.tensor([[token]], device=device), use_cache=True, **{name: cache})
+        decoded, logprobs = _decode(model, prompt, given, count)
         state = session.state
         assert state is not None and state.kept is not None
         detector = session.trace(0)
@@ -113,6 +105,34 @@ def trace(
             "effective_sparsity": session.effective_sparsity, "weights_read": session.weights_read,
             "state_bytes": session.state_bytes,
         }  # fmt: skip
+
+
+def _decode(
+    model: PreTrainedModel, prompt: torch.Tensor, given: list[int] | None, count: int
+) -> tuple[list[int], list[float]]:
+    """Read a prompt, then `count` tokens one by one: those given, or those that the model writes until it ends.
+
+    Returns:
+        The tokens after the prompt, and the natural log of each one's probability.
+    """
+    name = cache_argument(model)
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = set(ends if isinstance(ends, list) else [ends])
+    decoded, logprobs = [], []
+    out = model(prompt, use_cache=True, logits_to_keep=1)
+    for step in range(count):
+        scores = out.logits[0, -1].float().log_softmax(-1)
+        token = int(scores.argmax()) if given is None else given[step]
+        decoded.append(token)
+        refuse_not_finite(scores[token], "log-probabilities of a token", model.dtype)
+        logprobs.append(float(scores[token]))
+        if given is None and token in ends:
+            break
+        if len(decoded) == count:
+            break  # nobody asks for what would come next
+        cache = getattr(out, "cache", None) or out.past_key_values
+        out = model(torch.tensor([[token]], device=prompt.device), use_cache=True, **{name: cache})
+    return decoded, logprobs
 
 
 def _following(tokenizer: Any, prompt: str, then: str) -> list[int]:

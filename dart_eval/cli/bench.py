@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dart_eval.cli import options
 from dart_eval.cli.run import quieten
 from dart_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.method import Pruner
 
 FORMATS = ("table", "md", "json")
 DECODED = "griffin,dart,dart-code,dart-plus"
@@ -66,13 +71,7 @@ def bench(
         else:
             bench_scoring.run_methods(asked, spec, method, sparsity, format)
         return
-    from dart_eval.pruning.prune import check_sparsity
-    from dart_eval.pruning.registry import make, parse
-
-    check_sparsity(sparsity)
-    methods = [make(*parse(spec)) for spec in (method or DECODED).split(",") if spec.strip()]
-    if not methods:
-        raise UserError("no method given", "for example --method dart,dart-plus")
+    methods = _methods(method or DECODED, sparsity)
     if overhead:
         from dart_eval.cli import bench_overhead
 
@@ -81,3 +80,15 @@ def bench(
     from dart_eval.cli import bench_decode
 
     bench_decode.run(methods, sparsity, shape, layers, spec, prompt, steps, rounds, compile, profile, format)
+
+
+def _methods(named: str, sparsity: float) -> list[Pruner]:
+    """The methods of a comma-separated list, once it is known that the sparsity can be one."""
+    from dart_eval.pruning.prune import check_sparsity
+    from dart_eval.pruning.registry import make, parse
+
+    check_sparsity(sparsity)
+    methods = [make(*parse(spec)) for spec in named.split(",") if spec.strip()]
+    if not methods:
+        raise UserError("no method given", "for example --method dart,dart-plus")
+    return methods

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -49,27 +50,21 @@ def check(
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if github and not summary:
         raise UserError("--github needs GITHUB_STEP_SUMMARY, which is not set", "leave --github out outside Actions")
+    if update:
+        _update(baseline, results)
+        return
     from dart_eval.results import baseline as file
     from dart_eval.results import check as checking
     from dart_eval.results.outcomes import cells
     from dart_eval.results.thresholds import thresholds_from
 
-    if update:
-        found = cells(results, strict=True)
-        documents = file.write(baseline, found)
-        say(f"wrote {baseline}: {len(found)} cells, {documents} documents")
-        return
     limits = thresholds_from(thresholds)
     then = file.read(baseline)
     report = checking.check(cells(results), then, limits, str(baseline))
     if junit is not None:
         write(junit, checking.junit(report))
     if github and summary:
-        try:
-            with open(summary, "a", encoding="utf-8") as stream:
-                stream.write(checking.markdown(report, every))
-        except OSError as error:
-            raise UserError(f"GITHUB_STEP_SUMMARY {summary} cannot be written ({error.strerror})") from None
+        _add_to(summary, checking.markdown(report, every))
         for line in checking.workflow_commands(report):
             say(line, err=format == "json")  # GitHub reads both streams; JSON stays JSON
     if format == "json":
@@ -80,3 +75,22 @@ def check(
         put(checking.markdown(report, every))
     if report.bad:
         raise typer.Exit(1)
+
+
+def _update(baseline: Path, results: Path) -> None:
+    """Write the baseline file from a folder of results."""
+    from dart_eval.results import baseline as file
+    from dart_eval.results.outcomes import cells
+
+    found = cells(results, strict=True)
+    documents = file.write(baseline, found)
+    say(f"wrote {baseline}: {len(found)} cells, {documents} documents")
+
+
+def _add_to(summary: str, text: str) -> None:
+    """Add a text to the file of a job's summary."""
+    try:
+        with open(summary, "a", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise UserError(f"GITHUB_STEP_SUMMARY {summary} cannot be written ({error.strerror})") from None

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dart_eval.cli import options
 from dart_eval.cli.run import finish, quieten
 from dart_eval.cli.view import TerminalView, say, show
+
+if TYPE_CHECKING:
+    from dart_eval.paper import PaperSpec
+    from dart_eval.results.paper_tables import Paper
+    from dart_eval.results.writers import Table
 
 
 def paper(
@@ -46,12 +51,10 @@ def paper(
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     quieten(verbose)
     from dart_eval.executors import run_all
-    from dart_eval.files import write
     from dart_eval.paper import bertscores, load
     from dart_eval.plan import RAY_OPTIONS, command_line, config_from
-    from dart_eval.results.paper_tables import Paper, to_csv
+    from dart_eval.results.paper_tables import Paper
     from dart_eval.results.store import Store
-    from dart_eval.results.writers import latex, markdown
 
     base = config_from(None, {**given, "method": "dense", "sparsity": "0"})
     spec = load(name, base)
@@ -65,6 +68,18 @@ def paper(
     line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in no_matter})
     filled = Paper(store, result.records, result.missing, line, scores)
     folder = Path(output) / "tables"
+    for table in _write(spec, filled, folder):
+        show(table)
+    say(f"wrote {folder} (all.md, and each table as md, csv and tex)")
+    finish(result, output)
+
+
+def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
+    """Write the tables, each in three forms and all in one file; returns them."""
+    from dart_eval.files import write
+    from dart_eval.results.paper_tables import to_csv
+    from dart_eval.results.writers import latex, markdown
+
     made = [(layout, *filled.table(layout)) for layout in spec.layouts]
     remedy = "make room or choose another --output; what is finished is kept"
     for layout, table, numbers in made:
@@ -72,7 +87,4 @@ def paper(
             write(folder / f"{layout.name}.{ending}", text, remedy)
     parts = [*([spec.about.strip() + "\n"] if spec.about else []), *(markdown(t) for _, t, _ in made)]
     write(folder / "all.md", "\n".join(parts), remedy)
-    for _, table, _ in made:
-        show(table)
-    say(f"wrote {folder} (all.md, and each table as md, csv and tex)")
-    finish(result, output)
+    return [table for _, table, _ in made]

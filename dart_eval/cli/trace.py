@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dart_eval.cli import options
 from dart_eval.cli.run import quieten
@@ -10,6 +11,9 @@ from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, is_stream, read_text, write
 from dart_eval.text import json_text
+
+if TYPE_CHECKING:
+    from dart_eval.tracing import Passage
 
 
 def trace(
@@ -39,23 +43,13 @@ def trace(
       dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
     quieten(False)
-    check_target(output)
-    picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
-    from dart_eval.results.trace_plot import FORMATS, draw
-
-    if picture is not None and picture.suffix not in FORMATS:
-        raise UserError(f"picture {picture} has no known ending", f"one of {', '.join(FORMATS)}")
+    picture = _picture(output, plot)
     if tokens < 1:
         raise UserError(f"--tokens {tokens} must be at least 1")
     if text is not None and file is not None:
         raise UserError("a prompt and --file are given", "leave one of them out")
-    files = [p for p in (output, picture, save_allocation) if p is not None]
-    for path in files:
-        check_target(path)
-    if len({p.absolute() for p in files}) < len(files):
-        raise UserError("two outputs have one name", "give --output, --plot and --save-allocation a file each")
+    _check_outputs([p for p in (output, picture, save_allocation) if p is not None])
     from dart_eval import tracing
-    from dart_eval.allocation import write_table
     from dart_eval.models import ModelSpec, resolve
     from dart_eval.pruning.prune import check_sparsity
     from dart_eval.pruning.registry import make, parse
@@ -67,23 +61,57 @@ def trace(
             f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
             "save the allocation of a method with choice=none",
         )
-    following = read_text(then, "text", "give a text file") if then is not None else None
-    if file is not None:
-        text = read_text(file, "text", "give a text file")
-    if text is None and following is not None:
-        raise UserError("--then needs a prompt before it", "give a prompt or --file")
-    passage = tracing.smoke_passage(smoke) if text is None else tracing.Passage(text, following)
+    passage = _passage(text, file, then) or tracing.smoke_passage(smoke)
     spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
     loaded, tokenizer = resolve(spec).load(print_note)
     found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
     aside = is_stream(output)  # the JSON may be what a program reads from this one
     say(tracing.summary(found), err=aside)
-    write(output, json_text(found, allow_nan=False) + "\n")
-    layers = found["layers"]
-    if picture is not None:
-        draw(found, picture)
-        say(f"wrote {output} and {picture}", err=aside)
+    _write(found, output, picture, aside)
     if save_allocation is not None:
-        ratios = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
+        from dart_eval.allocation import write_table
+
+        ratios = [k / n for k, n in zip(found["layers"]["kept"], found["layers"]["sizes"], strict=True)]
         write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
         say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
+
+
+def _picture(output: Path, plot: Path | None) -> Path | None:
+    """Where the picture goes: as said, else beside the JSON; None beside a stream."""
+    check_target(output)
+    picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
+    from dart_eval.results.trace_plot import FORMATS
+
+    if picture is not None and picture.suffix not in FORMATS:
+        raise UserError(f"picture {picture} has no known ending", f"one of {', '.join(FORMATS)}")
+    return picture
+
+
+def _check_outputs(files: list[Path]) -> None:
+    """Raise UserError unless all of them can be written, each to a file of its own."""
+    for path in files:
+        check_target(path)
+    if len({p.absolute() for p in files}) < len(files):
+        raise UserError("two outputs have one name", "give --output, --plot and --save-allocation a file each")
+
+
+def _passage(text: str | None, file: Path | None, then: Path | None) -> Passage | None:
+    """What was given to be traced, or None."""
+    from dart_eval.tracing import Passage
+
+    following = read_text(then, "text", "give a text file") if then is not None else None
+    if file is not None:
+        text = read_text(file, "text", "give a text file")
+    if text is None and following is not None:
+        raise UserError("--then needs a prompt before it", "give a prompt or --file")
+    return None if text is None else Passage(text, following)
+
+
+def _write(found: dict[str, Any], output: Path, picture: Path | None, aside: bool) -> None:
+    """Write a trace as JSON and, where there is to be one, as a picture."""
+    write(output, json_text(found, allow_nan=False) + "\n")
+    if picture is not None:
+        from dart_eval.results.trace_plot import draw
+
+        draw(found, picture)
+        say(f"wrote {output} and {picture}", err=aside)
