@@ -66,29 +66,25 @@ def bench(
         from dart_eval.cli import bench_scoring
 
         asked = bench_scoring.Asked(tasks, data_dir, batch_size, rounds, limit, num_fewshot)
-        if method is None:
-            bench_scoring.run(asked, spec, format)
-        else:
-            bench_scoring.run_methods(asked, spec, method, sparsity, format)
-        return
-    methods = _methods(method or DECODED, sparsity)
-    if overhead:
+        bench_scoring.run(asked, spec, method, sparsity, format)
+    elif overhead:
         from dart_eval.cli import bench_overhead
 
-        bench_overhead.run(methods, sparsity, shape or "llama-3.1-8b", format)
-        return
-    from dart_eval.cli import bench_decode
+        bench_overhead.run(_methods(method, sparsity), sparsity, shape or "llama-3.1-8b", format)
+    else:
+        from dart_eval.cli import bench_decode
 
-    bench_decode.run(methods, sparsity, shape, layers, spec, prompt, steps, rounds, compile, profile, format)
+        methods = _methods(method, sparsity)
+        bench_decode.run(methods, sparsity, shape, layers, spec, prompt, steps, rounds, compile, profile, format)
 
 
-def _methods(named: str, sparsity: float) -> list[Pruner]:
-    """The methods of a comma-separated list, once it is known that the sparsity can be one."""
+def _methods(named: str | None, sparsity: float) -> list[Pruner]:
+    """The methods of a comma-separated list or, without one, `DECODED`; the sparsity is checked before them."""
     from dart_eval.pruning.prune import check_sparsity
     from dart_eval.pruning.registry import make, parse
 
     check_sparsity(sparsity)
-    methods = [make(*parse(spec)) for spec in named.split(",") if spec.strip()]
+    methods = [make(*parse(spec)) for spec in (named or DECODED).split(",") if spec.strip()]
     if not methods:
         raise UserError("no method given", "for example --method dart,dart-plus")
     return methods

@@ -46,12 +46,22 @@ class Asked:
         return names
 
 
-def run(asked: Asked, spec: ModelSpec, format: str) -> None:
-    """Measure every task, dense, and print the table.
+def run(asked: Asked, spec: ModelSpec, method: str | None, sparsity: float, format: str) -> None:
+    """Measure every task, dense or under methods, and print the table.
+
+    Args:
+        method: methods as typed, comma-separated; None measures dense beside lm-eval's own scorer.
 
     Raises:
-        UserError: a name, number or folder is wrong; a task does not score answers.
+        UserError: a name, number or folder is wrong; a task does not score answers; a method does not prune.
     """
+    if method is None:
+        _run_dense(asked, spec, format)
+    else:
+        _run_methods(asked, spec, method, sparsity, format)
+
+
+def _run_dense(asked: Asked, spec: ModelSpec, format: str) -> None:
     from dart_eval.bench.scoring import measure
     from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models import resolve
@@ -64,12 +74,7 @@ def run(asked: Asked, spec: ModelSpec, format: str) -> None:
     output([dataclasses.asdict(f) for f in found], table(found, resolved.identity.name), format)
 
 
-def run_methods(asked: Asked, spec: ModelSpec, method: str, sparsity: float, format: str) -> None:
-    """Measure every task under methods, one beside the other, and print the table.
-
-    Raises:
-        UserError: as `run`; a method is unknown or does not prune.
-    """
+def _run_methods(asked: Asked, spec: ModelSpec, method: str, sparsity: float, format: str) -> None:
     from dart_eval.bench.methods import measure
     from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models import resolve
