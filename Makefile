@@ -1,7 +1,7 @@
 # make demo          the main job on the demo model and the shipped tasks (sets everything up first)
 # make test          all tests (sets everything up first)
 # make test-fast     those of what is computed, on tiny models, in a minute
-# make golden        renew tests/golden/golden.json, the numbers that test-fast compares with, and say what moved
+# make golden        measure tests/golden/golden.json anew, the numbers that test-fast compares with, and say what moved
 # make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
 # make check         lint, format, types
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell

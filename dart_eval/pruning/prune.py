@@ -30,7 +30,7 @@ def check_sparsity(sparsity: float) -> float:
     if not 0 <= sparsity < 1:
         raise UserError(
             f"sparsity {sparsity:g} is outside [0, 1)",
-            "it is the pruned fraction: write 0.7 for 70 %, below 1",
+            "it is the share of the FFN weights that a token does not read: write 0.7 for 70 %",
         )
     return sparsity
 

@@ -97,7 +97,7 @@ def test_a_wrong_method_is_refused_before_the_tasks_are_looked_up(refused, metho
 
 
 @pytest.mark.parametrize(("sparsity", "words"), [
-    ("1.0", "sparsity 1 is outside [0, 1); it is the pruned fraction: write 0.7 for 70 %"),
+    ("1.0", "sparsity 1 is outside [0, 1); it is the share of the FFN weights that a token does not read"),
     ("0.5,-0.1", "sparsity -0.1 is outside [0, 1)"),
     ("-0.1", "sparsity -0.1 is outside [0, 1)"),
     ("70", "sparsity 70 is outside [0, 1)"),

@@ -173,7 +173,7 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
 
 @pytest.mark.parametrize("name", ["dart", "dart-code", "dart-plus"])
 def test_the_claim_of_ten_megabytes_and_a_thousandth_of_the_flops(name):
-    """The paper's: under 10 MB whatever the prompt's length, tracing under 0.1 % of a dense token's FLOPs."""
+    """The paper's: under 10 MB whatever the prompt's length, overhead under 0.1 % of a dense token's FLOPs."""
     found = measure(make(name), "llama-3.1-8b", 0.7, prompts=(64, 704))
     assert max(found.state_bytes.values()) < 10**7
     assert found.decode_share < 0.001

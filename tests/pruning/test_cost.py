@@ -33,10 +33,10 @@ def test_overhead_grows_with_what_a_method_does(llama):
     # the mean of pruned neurons: a factor and a sum per neuron and token, and down's columns of the pruned half once
     more = overhead(make("dart", {"compensation": "mean"}), shape, 100, 0.5)
     assert more.prefill - full.prefill == 100 * 2 * 3 * 40 + 2 * 32 * 3 * 20
-    # tokens that pick: three operations per neuron of a mask of 0.8, and three more per neuron of the prompt
-    picky = overhead(make("dart", {"choice": "gate-up"}), shape, 100, 0.5)
-    assert picky.decode_step - full.decode_step == pytest.approx(3 * 0.8 * 3 * 40)
-    assert picky.prefill - full.prefill == 100 * 3 * 3 * 40
+    # tokens that choose: three operations per neuron of a mask of 0.8, and three more per neuron of the prompt
+    choosy = overhead(make("dart", {"choice": "gate-up"}), shape, 100, 0.5)
+    assert choosy.decode_step - full.decode_step == pytest.approx(3 * 0.8 * 3 * 40)
+    assert choosy.prefill - full.prefill == 100 * 3 * 3 * 40
 
 
 def test_what_dart_adds_is_what_its_formulas_take(llama):

@@ -1,4 +1,4 @@
-"""The kernels that read what a token picks, in Triton's interpreter: a process of its own, told before the import."""
+"""The kernels that read what a token chooses, in Triton's interpreter: a process of its own, told before the import."""
 
 import functools
 import importlib

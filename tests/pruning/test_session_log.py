@@ -92,7 +92,7 @@ def test_another_cache_of_the_same_length_is_refused(llama):
             llama(torch.tensor([[5]]), use_cache=True, **{name: first})
 
 
-def test_tokens_that_pick_keep_the_bias_of_down():
+def test_tokens_that_choose_keep_the_bias_of_down():
     model = made(lambda: LlamaConfig(**SMALL, mlp_bias=True))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Masks inside which each token picks its neurons: exact counts, equal weights read.
+"""Masks inside which each token chooses its neurons: exact counts, equal weights read.
 
 The formula: tests/derivations/test_dart_plus.py.
 """
@@ -25,15 +25,15 @@ def test_counts_meet_the_weights_read_exactly(layers, sparsity, spread, matrices
     ratios = [min(1.0, r * scale) for _, r in layers]
     for share in (down, 1.0):
         found = chosen_counts(ratios, sizes, sparsity, matrices, 1, spread, share)
-        mask, picked, written = found.mask, found.taken, found.written
-        read = sum(mask) + sum(picked) + (sum(written) if matrices == 3 else 0)
+        mask, taken, written = found.mask, found.taken, found.written
+        read = sum(mask) + sum(taken) + (sum(written) if matrices == 3 else 0)
         assert read == matrices * round((1 - sparsity) * sum(sizes))
-        assert all(0 <= w <= p <= m <= n for w, p, m, n in zip(written, picked, mask, sizes, strict=True))
+        assert all(0 <= w <= p <= m <= n for w, p, m, n in zip(written, taken, mask, sizes, strict=True))
         assert sum(mask) >= round((1 - sparsity) * sum(sizes))
         if matrices == 2 or share == 1:
-            assert sum(written) == sum(picked)
-        elif all(p < m for p, m in zip(picked, mask, strict=True)):  # every mask had enough to pick
-            assert abs(sum(written) - share * sum(picked)) <= 2
+            assert sum(written) == sum(taken)
+        elif all(p < m for p, m in zip(taken, mask, strict=True)):  # every mask had enough to take
+            assert abs(sum(written) - share * sum(taken)) <= 2
 
 
 def test_counts_by_hand():
@@ -42,10 +42,10 @@ def test_counts_by_hand():
     assert chosen_counts(*half, 3, 1, 1.3, 1) == Counts([65, 65], [43, 42], [43, 42], 1)
     assert chosen_counts([1.0, 1.0], [100, 100], 0.0, 3, 1, 1.3, 1) == Counts(*[[100, 100]] * 3, 1)
     assert chosen_counts(*half, 3, 1, 9.0, 1) == Counts([100, 100], [25, 25], [25, 25], 1)  # the gate dense
-    # Three stages, 150 rows a layer: 80 gates, then 70 rows of which down has 0.6 times as many as up.
+    # Gate, up and down, 150 rows a layer: 80 gates, then 70 rows of which down has 0.6 times as many as up.
     assert chosen_counts(*half, 3, 1, 1.6, 0.6) == Counts([80, 80], [44, 44], [26, 26], 1)
     assert chosen_counts(*half, 3, 1, 1.0, 0.6) == Counts([50, 50], [50, 50], [50, 50], 1)  # a mask alone
-    assert chosen_counts(*half, 2, 1, 1.6, 0.6) == Counts([80, 80], [20, 20], [20, 20], 1)  # no gate: two stages
+    assert chosen_counts(*half, 2, 1, 1.6, 0.6) == Counts([80, 80], [20, 20], [20, 20], 1)  # no gate
     # A mask of everything: 200 of the 300 rows' budget for the gate whole, a quarter of up and down each.
     assert chosen_counts(*half, 3, 1, None, 1) == Counts([100, 100], [25, 25], [25, 25], 1)
     # Nothing is read whole: the mask is wider, and what is taken is what a mask alone would keep.
@@ -77,7 +77,7 @@ def test_every_layer_reads_its_share(shares, sparsity, spread, read_whole, down)
 
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 20), st.integers(1, 4))
-def test_each_token_picks_exactly_its_count_inside_the_mask(seed, size, tokens):
+def test_each_token_takes_exactly_its_count_inside_the_mask(seed, size, tokens):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(0, 4, (2, tokens, size), generator=generator).float()  # many ties, many zeros
     mask = torch.rand(2, size, generator=generator) < 0.6
