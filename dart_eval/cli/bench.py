@@ -55,10 +55,7 @@ def bench(
       dart-eval bench --scoring --tasks smoke_questions --method griffin,cats,dart-plus --sparsity 0.5
     """
     quieten(False)
-    if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
-    if overhead and scoring:
-        raise UserError("--overhead and --scoring are two measurements", "give one of them")
+    _check(format, overhead, scoring)
     from dart_eval.models import ModelSpec
 
     spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
@@ -76,6 +73,14 @@ def bench(
 
         methods = _methods(method, sparsity)
         bench_decode.run(methods, sparsity, shape, layers, spec, prompt, steps, rounds, compile, profile, format)
+
+
+def _check(format: str, overhead: bool, scoring: bool) -> None:
+    """Raise UserError unless one measurement is asked for, in a form that there is."""
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}", f"one of {', '.join(FORMATS)}")
+    if overhead and scoring:
+        raise UserError("--overhead and --scoring are two measurements", "give one of them")
 
 
 def _methods(named: str | None, sparsity: float) -> list[Pruner]:

@@ -125,9 +125,11 @@ def paired(
 
     Args:
         kind: a key of `KINDS`; means of nothing but 0 and 1 become `proportion`.
-        a, b: [n], [n, 2] or [n, 10] values, as `kind` takes them.
+        a: [n], [n, 2] or [n, 10] values under A, as `kind` takes them.
+        b: the same under B.
         clusters: [n] labels; documents of one label are one independent unit. None: every document is one.
         weights: [n] of a weighted mean (groups that weigh their members equally).
+        higher_is_better: whether A is worse where its values are smaller; None where neither direction is better.
     """
     x, y = np.asarray(a, float), np.asarray(b, float)
     if x.shape != y.shape or not len(x):
@@ -140,49 +142,78 @@ def paired(
     difference = 0.0 if np.array_equal(x, y) else value_a - value_b
     influence = influence_a - influence_b
     binary = kind == "mean" and weights is None and bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
-    low = high = p = p_less = p_greater = effect = None
-    test = how = reason = ""
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        reason = "values that are not finite"
-    else:
+    effect, found = None, _Tested(reason="values that are not finite")
+    if np.isfinite(x).all() and np.isfinite(y).all():
         spread = float(np.std(influence, ddof=1)) if n > 1 else 0.0
         if spread > 1e-12 * abs(difference):
             effect = difference / (n * spread)
         units: Values = np.bincount(labels, influence, count).astype(float)
-        if count < MIN_CLUSTERS:
-            reason = f"{count} independent units, fewer than {MIN_CLUSTERS}"
-        elif binary:
-            sums = np.rint(np.bincount(labels, x - y, count)).astype(int)
-            test = SIGN_FLIP[count < n]
-            p, p_less, p_greater = sign_flip(sums)
-            if count == n:
-                low, high = tango(int((sums > 0).sum()), int((sums < 0).sum()), n)
-                how = "Tango"
-            elif not sums.any():
-                low, high = tango(0, 0, count)
-                how = "Tango on clusters"
-            else:
-                made = bootstrap_t(units, difference)
-                how, reason, low, high = BOOTSTRAP, made.reason, made.low, made.high
-        elif np.array_equal(x, y):
-            p = p_less = p_greater = 1.0
-            low = high = 0.0
-            test = how = "all values equal"
-        else:
-            made = bootstrap_t(units, difference)
-            test = how = BOOTSTRAP
-            p, p_less, p_greater, low, high, reason = (
-                made.p, made.p_less, made.p_greater, made.low, made.high, made.reason,
-            )  # fmt: skip
+        found = _test(x, y, labels, units, difference, binary)
     ratio = None
     if kind == "log-perplexity":
         value_a, value_b, ratio = exp(value_a), exp(value_b), exp(difference)
     return Paired(
         kind="proportion" if binary else kind, n=n, clusters=count, value_a=value_a, value_b=value_b,
-        difference=difference, ratio=ratio, low=low, high=high, p=p,
-        p_worse=None if higher_is_better is None else p_less if higher_is_better else p_greater,
-        effect=effect, test=test, interval=how, reason=reason,
+        difference=difference, ratio=ratio, low=found.low, high=found.high, p=found.p,
+        p_worse=None if higher_is_better is None else found.p_less if higher_is_better else found.p_greater,
+        effect=effect, test=found.test, interval=found.interval, reason=found.reason,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """What a test found; see `Paired`, and for one side's p `Studentised`."""
+
+    p: float | None = None
+    p_less: float | None = None
+    p_greater: float | None = None
+    low: float | None = None
+    high: float | None = None
+    test: str = ""
+    interval: str = ""
+    reason: str = ""
+
+
+def _test(x: Values, y: Values, labels: NDArray[np.int_], units: Values, difference: float, binary: bool) -> _Tested:
+    """The test that fits the values.
+
+    Args:
+        x: values under A.
+        y: values under B.
+        labels: [n] the number of each document's cluster.
+        units: [K] influence values of the clusters.
+        difference: the estimate that `units` belong to.
+        binary: all values are 0 or 1.
+    """
+    count = len(units)
+    if count < MIN_CLUSTERS:
+        return _Tested(reason=f"{count} independent units, fewer than {MIN_CLUSTERS}")
+    if binary:
+        return _test_proportions(x - y, labels, units, difference)
+    if np.array_equal(x, y):
+        return _Tested(1.0, 1.0, 1.0, 0.0, 0.0, "all values equal", "all values equal")
+    made = bootstrap_t(units, difference)
+    return _Tested(made.p, made.p_less, made.p_greater, made.low, made.high, BOOTSTRAP, BOOTSTRAP, made.reason)
+
+
+def _test_proportions(differences: Values, labels: NDArray[np.int_], units: Values, estimate: float) -> _Tested:
+    """An exact test of values that are 0 or 1, with an exact interval where there is one.
+
+    Args:
+        differences: [n] A - B of each document.
+        labels: [n] the number of its cluster.
+        units: [K] influence values of the clusters.
+        estimate: the difference that `units` belong to.
+    """
+    n, count = len(differences), len(units)
+    sums = np.rint(np.bincount(labels, differences, count)).astype(int)
+    test, chances = SIGN_FLIP[count < n], sign_flip(sums)
+    if count == n:
+        return _Tested(*chances, *tango(int((sums > 0).sum()), int((sums < 0).sum()), n), test, "Tango")
+    if not sums.any():
+        return _Tested(*chances, *tango(0, 0, count), test, "Tango on clusters")
+    made = bootstrap_t(units, estimate)
+    return _Tested(*chances, made.low, made.high, test, BOOTSTRAP, made.reason)
 
 
 def exp(value: float) -> float:
