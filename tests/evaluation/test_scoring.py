@@ -39,7 +39,7 @@ def test_dense_equals_stock_hflm(model, tokenizer):
         assert score.cost.not_read_sum == 0
 
 
-@on_families(["method", "params"], FAMILIES, METHODS, every=2)
+@on_families(["method", "params"], FAMILIES, METHODS, every=3)
 def test_batch_size_and_order_do_not_matter(model, method, params):
     requests = questions()
     results = []
@@ -64,7 +64,7 @@ def _step_by_step(model, session, request):
 
 
 @torch.no_grad()
-@on_families(["method", "params"], FAMILIES, METHODS, every=2)
+@on_families(["method", "params"], FAMILIES, METHODS, every=3)
 def test_scores_equal_decoding_token_by_token(model, method, params):
     """The no-look-ahead test: blocks, shared contexts and re-masks give what one token at a time gives."""
     requests = [r for r in questions() if len(r.context) > 1]

@@ -97,7 +97,7 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
 
 @pytest.mark.parametrize(
     ("family", "method", "params", "shared"),
-    product(FAMILIES, [*((*m, False) for m in RENEWED), ("dart", RESTLESS, True)], every=2),
+    product(FAMILIES, [*((*m, False) for m in RENEWED), ("dart", RESTLESS, True)], every=4),
 )
 def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, shared):
     prompts = [random_tokens(20, seed) for seed in (3, 4)]

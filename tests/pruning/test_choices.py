@@ -246,7 +246,7 @@ INSIDE = [(name, {}) for name in ("cats", "m-countdown", "oracle-token")] + [
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "depth"])
-@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, INSIDE, every=2))
+@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, INSIDE, every=4))
 def test_bytes_read_are_the_label_to_the_neuron(family, method, params, allocation):
     if method == "random":
         allocation = "uniform"  # it is made before any prompt

@@ -17,7 +17,8 @@ from dart_eval.pruning.permuted import PermutedFFNs
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, SMALL, biased, random_tokens
 from tests.helpers.sessions import (
-    RENEWED,
+    CHOOSING,
+    REMASKED,
     RESTLESS,
     Interrupt,
     bits,
@@ -31,7 +32,7 @@ from tests.helpers.sessions import (
 
 STATIC = [("magnitude", {}), ("wanda-sp", {})]
 TWO_STAGES = ("dart-plus", {**RESTLESS, "choice.write_share": 1.0})
-METHODS = [*RENEWED, *STATIC, TWO_STAGES, ("dart", {"allocation": "uniform"})]
+METHODS = [*REMASKED, *CHOOSING[::2], *STATIC, TWO_STAGES, ("dart", {"allocation": "uniform"})]
 
 
 @pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS, every=2))
@@ -66,7 +67,7 @@ def test_generate_says_the_same(family):
     assert not torch.equal(texts[0], dense) or family != "llama"  # the others happen to repeat one token, pruned or not
 
 
-@pytest.mark.parametrize(("method", "params"), [*RENEWED, STATIC[0]])
+@pytest.mark.parametrize(("method", "params"), [*REMASKED[1::2], *CHOOSING[4::3], STATIC[0]])
 def test_one_mask_for_a_batch(method, params):
     """Explicitly shared (or static): the batch runs permuted, and as the same mask by factors does."""
     model = biased("llama")
