@@ -33,7 +33,12 @@ def part_rows(cls: type[Part]) -> list[tuple[str, str]]:
     for field in plain_fields(cls):
         rows.append((f"  {cls.slot}.{field.name}={text_of(field.default)}", _help(cls, field)))
     for name in slot_names(cls):
-        rows.append((f"  {name}={cls.__dataclass_fields__[name].default.name}", "a part of its own"))
+        rows.append(
+            (
+                f"  {name}={cls.__dataclass_fields__[name].default.name}",
+                "a part: `dart-eval ls parts` shows which there are",
+            )
+        )
     return rows
 
 

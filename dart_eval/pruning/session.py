@@ -180,7 +180,7 @@ class Session:
     def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
         """The forward inside runs pruned under the masks in force. valid: [B, T] bool.
 
-        T <= `room()`, unless the masks are `frozen`: then nothing is observed and nothing renewed.
+        T <= `room()`, unless the masks are `frozen`: then nothing is observed and no mask is made anew.
         """
         self.forward.frozen = frozen
         try:

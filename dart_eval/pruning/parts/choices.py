@@ -152,7 +152,7 @@ class Inside(Choice):
 
     mask_ratio: float = option(  # type: ignore[misc]
         1.6,
-        "neurons of the mask as a multiple of the weights read; of no account where the mask is everything",
+        "neurons of the mask as a multiple of the weights read (mask=everything ignores it)",
         least=1,
     )
 

@@ -74,9 +74,9 @@ class EveryN(Remask):
     """A new mask each time so many tokens have been decoded."""
 
     name = "every"
-    summary = "a new mask each time so many tokens have been decoded"
+    summary = "a new mask after every so many decoded tokens"
     remasks = True
-    tokens: int = option(16, "so many decoded tokens between two masks", least=1)
+    tokens: int = option(16, "decoded tokens between two masks", least=1)
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
     blend: float = option(0.8, "weight of the old scores in a new mask", least=0, most=1)
     old: Literal["prompt", "running"] = option("prompt", OLD)  # type: ignore[misc]
@@ -115,11 +115,13 @@ class OnDrift(Remask):
     )
     act: bool = option(True, "an alarm makes a new mask; off: the detector only watches")
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
-    dense_tokens: int = option(0, "take so many tokens that run dense after an alarm instead of the ring", least=0)  # type: ignore[misc]
+    dense_tokens: int = option(
+        0, "after an alarm run this many tokens dense, and score them instead of the ring; 0: the ring", least=0
+    )  # type: ignore[misc]
     blend: float = option(0.25, "weight of the old scores in a new mask after an alarm", least=0, most=1)
     old: Literal["prompt", "running"] = option("prompt", OLD)  # type: ignore[misc]
     reference: Literal["moved", "kept"] = option("moved", "what becomes of the detector's reference after an alarm")
-    every: int = option(0, "also make a new mask each time so many tokens have been decoded; 0: do not", least=0)  # type: ignore[misc]
+    every: int = option(0, "also make a new mask every this many decoded tokens; 0: only after alarms", least=0)  # type: ignore[misc]
     every_blend: float = option(0.8, "weight of the old scores in those masks", least=0, most=1)
 
     def __post_init__(self) -> None:

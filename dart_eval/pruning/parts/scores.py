@@ -72,7 +72,7 @@ class Activation(Score):
         "l2", "over tokens: the root of the sum of squares, or a moving average of magnitudes"
     )
     decay: float = option(
-        0.98, "how much a token counts beside the one after it; of account with average=ema alone", above=0, most=1
+        0.98, "how much a token counts beside the one after it (only average=ema uses it)", above=0, most=1
     )
     skip_first: bool = option(False, "leave out the first token, whose activations are outliers")
     vocabulary: Literal["none", "max", "mean", "combined", "product"] = option(
