@@ -278,7 +278,7 @@ def plan(
         for method in methods_of(config):
             # The shape of a batch moves last digits. They show in half precision, and where a token chooses its
             # neurons: near a tie it takes others. What shares a batch also shares its random numbers.
-            moves = model.dtype != "float32" or method.token_chooses
+            moves = model.dtype != "float32" or method.choice.chooses
             for sparsity in dict.fromkeys(config.sparsity) if method.sized else (0.0,):
                 inputs = {
                     "model": model.identity.to_json(), "dtype": model.dtype, "device": device,

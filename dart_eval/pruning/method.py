@@ -73,11 +73,6 @@ class Pruner:
         return self.mask.looks_ahead or self.choice.upper_bound
 
     @property
-    def token_chooses(self) -> bool:
-        """Whether each token chooses neurons of its own: a near-tie may fall either way with the shape of a batch."""
-        return self.choice.chooses
-
-    @property
     def needs_context(self) -> bool:
         """Whether a sequence must have a context to be pruned; without one it runs dense."""
         return self.mask.needs_context or self.allocation.needs_context
@@ -104,7 +99,8 @@ class Pruner:
     @property
     def spec(self) -> str:
         """What a user types: the name, and what is not as the method of that name has it."""
-        told = _told(self, self.base or Pruner())
+        unnamed = self.name == Pruner.name
+        told = _told(self, self.base or (Pruner() if unnamed else self))
         return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in told)])
 
     def params(self) -> dict[str, Any]:

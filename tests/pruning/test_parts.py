@@ -147,7 +147,8 @@ def test_what_a_composition_is_follows_from_its_parts():
     prompted = {"griffin", "dart", "dart-code", "dart-plus"}
     assert those("prunes") == set(METHODS) - {"dense"}
     assert those("sized") == set(METHODS) - {"dense", "top-p"}
-    assert those("token_chooses") == {*choosing, "dart-plus"}
+    assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-plus"}
+    assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}
     assert those("upper_bound") == {"oracle", "top-p", "oracle-token"}
     assert those("needs_context") == {*prompted, "oracle"}
@@ -157,7 +158,7 @@ def test_what_a_composition_is_follows_from_its_parts():
         ("cats:allocation=depth", "needs_context", True), ("cats:allocation=depth", "keeps_state", True),
         ("random:compensation=mean", "keeps_state", True), ("random:choice=gate-up", "keeps_state", True),
         ("random:choice=top-p", "sized", True), ("random:choice=hidden", "upper_bound", True),
-        ("dense:compensation=mean", "prunes", False), ("griffin:choice=up", "token_chooses", True),
+        ("dense:compensation=mean", "prunes", False),
     ):  # fmt: skip
         assert getattr(made(spec), tells) is value, (spec, tells)
     assert [p.slot for p in made("dart-plus").observers] == ["score", "choice", "compensation"]
