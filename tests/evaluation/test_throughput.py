@@ -60,7 +60,7 @@ def _score(model, method, params, batch_size, share):
         return _forwards(model, lambda: scorer(model, head, pruned, batch_size, "scored", share).score(_requests()))
 
 
-@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, METHODS, every=3))
+@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, METHODS, every=4))
 def test_batches_and_shared_prefixes_change_no_number(family, method, params):
     model = tiny(family)
     keys = set(itertools.product((1, 4, "auto", TIGHT), (True, False)))

@@ -215,7 +215,7 @@ class TopP(Choice):
     def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
         mass, order = token.h.float().abs().masked_fill(~allowed, 0).sort(dim=-1, descending=True, stable=True)
         total = mass.cumsum(-1, dtype=torch.float64)
-        needed = (total - mass < self.p * total[..., -1:]) & (mass > 0)  # what is larger has less than the share
+        needed = total - mass < self.p * total[..., -1:]  # what is larger has less than the share
         return torch.zeros_like(needed).scatter_(-1, order, needed)
 
 
