@@ -115,9 +115,9 @@ class OnDrift(Remask):
     )
     act: bool = option(True, "an alarm makes a new mask; off: the detector only watches")
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
-    dense_tokens: int = option(
+    dense_tokens: int = option(  # type: ignore[misc]
         0, "after an alarm run this many tokens dense, and score them instead of the ring; 0: the ring", least=0
-    )  # type: ignore[misc]
+    )
     blend: float = option(0.25, "weight of the old scores in a new mask after an alarm", least=0, most=1)
     old: Literal["prompt", "running"] = option("prompt", OLD)  # type: ignore[misc]
     reference: Literal["moved", "kept"] = option("moved", "what becomes of the detector's reference after an alarm")
