@@ -1,4 +1,4 @@
-"""Products of models and settings: the whole of them in `make test`, enough of them in the fast lane."""
+"""Products of models and settings: most of them in `make test`, enough of them in the fast lane."""
 
 import pytest
 
@@ -6,15 +6,16 @@ import pytest
 def product(models, settings, first="llama", every=1):
     """Pairs of a model and a setting, as pytest's parameters; those that the fast lane leaves out are marked slow.
 
-    The fast lane takes every setting (or every n-th) on the first model, and each of those on one of the other models,
-    in turn, so that all models have some.
+    Every setting runs on the first model and on one or two of the others, in turn. The fast lane takes every setting
+    (or every n-th) on the first model, and each of those on one of the others, so that all models have some.
     """
     others = [m for m in models if m != first]
     found = []
     for i, setting in enumerate(settings):
         values = setting if isinstance(setting, tuple) else (setting,)
         turn, left_out = divmod(i, every)
-        for model in models:
+        here = {first, others[turn % len(others)], others[(turn + 1 + i) % len(others)]}
+        for model in (m for m in models if m in here):
             fast = not left_out and model in (first, others[turn % len(others)])
             found.append(pytest.param(model, *values, marks=[] if fast else [pytest.mark.slow]))
     return found
