@@ -63,7 +63,8 @@ def bench(
         from dart_eval.cli import bench_scoring
 
         asked = bench_scoring.Asked(tasks, data_dir, batch_size, rounds, limit, num_fewshot)
-        bench_scoring.run(asked, spec, method, sparsity, format)
+        methods = None if method is None else _methods(method, sparsity, "griffin,cats")
+        bench_scoring.run(asked, spec, methods, sparsity, format)
     elif overhead:
         from dart_eval.cli import bench_overhead
 
@@ -83,13 +84,17 @@ def _check(format: str, overhead: bool, scoring: bool) -> None:
         raise UserError("--overhead and --scoring are two measurements", "give one of them")
 
 
-def _methods(named: str | None, sparsity: float) -> list[Pruner]:
-    """The methods of a comma-separated list or, without one, `DECODED`; the sparsity is checked before them."""
+def _methods(named: str | None, sparsity: float, example: str = "dart,dart-plus") -> list[Pruner]:
+    """The methods of a comma-separated list or, without one, `DECODED`; the sparsity is checked before them.
+
+    Args:
+        example: what to give, for the message where the list is empty.
+    """
     from dart_eval.pruning.prune import check_sparsity
     from dart_eval.pruning.registry import make, parse
 
     check_sparsity(sparsity)
-    methods = [make(*parse(spec)) for spec in (named or DECODED).split(",") if spec.strip()]
+    methods = [make(*parse(spec)) for spec in (DECODED if named is None else named).split(",") if spec.strip()]
     if not methods:
-        raise UserError("no method given", "for example --method dart,dart-plus")
+        raise UserError("no method given", f"for example --method {example}")
     return methods

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dart_eval.bench.scoring import TaskSpeed
     from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models import ModelSpec
+    from dart_eval.pruning.method import Pruner
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,19 @@ class Asked:
         return names
 
 
-def run(asked: Asked, spec: ModelSpec, method: str | None, sparsity: float, format: str) -> None:
+def run(asked: Asked, spec: ModelSpec, methods: list[Pruner] | None, sparsity: float, format: str) -> None:
     """Measure every task, dense or under methods, and print the table.
 
     Args:
-        method: methods as typed, comma-separated; None measures dense beside lm-eval's own scorer.
+        methods: those to time, each beside the first; None measures dense beside lm-eval's own scorer.
 
     Raises:
         UserError: a name, number or folder is wrong; a task does not score answers; a method does not prune.
     """
-    if method is None:
+    if methods is None:
         _run_dense(asked, spec, format)
     else:
-        _run_methods(asked, spec, method, sparsity, format)
+        _run_methods(asked, spec, methods, sparsity, format)
 
 
 def _run_dense(asked: Asked, spec: ModelSpec, format: str) -> None:
@@ -74,17 +75,11 @@ def _run_dense(asked: Asked, spec: ModelSpec, format: str) -> None:
     output([dataclasses.asdict(f) for f in found], table(found, resolved.identity.name), format)
 
 
-def _run_methods(asked: Asked, spec: ModelSpec, method: str, sparsity: float, format: str) -> None:
+def _run_methods(asked: Asked, spec: ModelSpec, methods: list[Pruner], sparsity: float, format: str) -> None:
     from dart_eval.bench.methods import measure
     from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models import resolve
-    from dart_eval.pruning.prune import check_sparsity
-    from dart_eval.pruning.registry import make, parse
 
-    check_sparsity(sparsity)
-    methods = [make(*parse(name)) for name in method.split(",") if name.strip()]
-    if not methods:
-        raise UserError("no method given", "for example --method griffin,cats")
     shelf, resolved = Tasks(asked.data_dir), resolve(spec)
     names = asked.names(shelf)
     model, tokenizer = resolved.load(print_note)

@@ -238,3 +238,10 @@ def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
     assert all(r["seconds"] > 0 for r in rows)
     idle = command("bench", "--scoring", "--tasks", "smoke_questions", "--method", "dense", "--model", saved_llama)
     assert "dense does not prune" in idle.err
+
+
+@pytest.mark.parametrize(("words", "example"), [(["--scoring"], "griffin,cats"), (["--overhead"], "dart,dart-plus")])
+def test_an_empty_list_of_methods_is_none(words, example):
+    done = command("bench", *words, "--method", " , ")
+    assert (done.code, done.err) == (2, f"error: no method given; for example --method {example}\n")
+    assert command("bench", *words, "--method", "").err == done.err
