@@ -251,10 +251,13 @@ def methods_of(config: RunConfig) -> list[Pruner]:
         name, params = parse(spec)
         method = make(name, params)
         given = {path.partition(".")[0] for path in params}
+        ours: dict[str, Any] = {}
         if config.allocation is not None and "allocation" not in given and not method.mask.fixed:
-            method = make(name, {**params, "allocation": config.allocation})
+            ours["allocation"] = config.allocation
         if "score.seed" in method.params() and not {"seed", "score.seed"} & set(params):
-            method = make(name, {**params, "score.seed": config.seed})
+            ours["score.seed"] = config.seed
+        if ours:
+            method = make(name, {**params, **ours})
         for sparsity in config.sparsity if method.sized else ():
             method.allocation.check(sparsity)
         if method not in made:
