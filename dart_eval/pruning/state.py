@@ -171,12 +171,11 @@ class SequenceState(PerSequence):
         )
 
     def _make_masks(self) -> None:
+        everyone = torch.arange(self.batch, device=self.device)
         if not self.method.mask.fixed:
-            everyone = torch.arange(self.batch, device=self.device)
             sums = self.sums["score"]
             self.masks = [self._mask(i, self._per_token(sums[i]), everyone) for i in range(len(self.ffns))]
         if self.method.compensation.adds and bool(self.tokens.any()):
-            everyone = torch.arange(self.batch, device=self.device)
             self.constants = [self._constant(i, everyone) for i in range(len(self.ffns))]
 
     def _per_token(self, sums: Tensor) -> Tensor:
