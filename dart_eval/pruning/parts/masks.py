@@ -60,40 +60,37 @@ class Static(Mask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromPrompt(Mask):
+class OfTokens(Mask):
+    """Base of masks per sequence, made from tokens of it."""
+
+    needs_context = True
+    score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.score.observes:
+            raise UserError(
+                f"{self.title} is made from tokens, and {self.score.title} reads none",
+                "use mask=static, or another score",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromPrompt(OfTokens):
     """A mask per sequence, from the tokens of its context."""
 
     name = "prompt"
     summary = "a mask for each sequence, from the tokens of its context"
-    needs_context = True
-    score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
     remask: Remask = option(Never(), "when it is made anew")  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _refuse_weights(self, self.score)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ahead(Mask):
+class Ahead(OfTokens):
     """A mask per sequence, from the very tokens that are then scored under it: how far foresight alone goes."""
 
     name = "ahead"
     summary = "a mask from the very tokens that it is used on (an upper bound)"
-    needs_context = True
     looks_ahead = True
-    score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _refuse_weights(self, self.score)
 
 
 MASKS = (Everything, Static, FromPrompt, Ahead)
-
-
-def _refuse_weights(mask: Mask, score: Score) -> None:
-    if not score.observes:
-        raise UserError(
-            f"{mask.title} is made from tokens, and {score.title} reads none", "use mask=static, or another score"
-        )
