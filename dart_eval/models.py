@@ -106,6 +106,22 @@ class Resolved:
         self._place(model)
         return model.eval(), tokenizer
 
+    def outline(self) -> PreTrainedModel:
+        """The model without its weights: its modules and their sizes alone.
+
+        Raises:
+            UserError: its configuration makes no model.
+        """
+        trust = self.spec.trust_remote_code
+        try:
+            config = AutoConfig.from_pretrained(
+                self.source, revision=self.identity.revision or "main", trust_remote_code=trust
+            )
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        except Exception as error:  # as in `load`
+            raise _explain(self.identity.name, error) from error
+
     def _place(self, model: PreTrainedModel) -> None:
         spec = self.spec
         if not spec.device_map:

@@ -13,6 +13,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import check_answers
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.tasks import Tasks, leaves
+from dart_eval.ffn import describe
 from dart_eval.hashes import task_hash
 from dart_eval.models import Resolved, choose_device, resolve
 from dart_eval.plan import Cell, RunConfig, methods_of, plan
@@ -111,11 +112,35 @@ def plan_all(
             for method in methods_of(config):
                 check_answers(tasks.load(name), config.scope, method)
         kind = device or choose_device("auto" if config.device_map else config.device).type
-        for cell in plan(config, model, list(hashes), hashes, kind, drawn):
+        for cell in within_reach(plan(config, model, list(hashes), hashes, kind, drawn), model, view):
             jobs.setdefault(cell.key, Job(cell, config, tasks))
     if not jobs:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
     return jobs, missing
+
+
+def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
+    """The cells whose sparsity can be met on this model; the others are named to the view.
+
+    Raises:
+        UserError: there are cells, and none of them can run.
+    """
+    if not any(cell.method.reads_most for cell in cells):
+        return list(cells)
+    view.status("looking at the model's layers")
+    ffns = describe(model.outline())
+    kept, reasons = [], {}
+    for cell in cells:
+        try:
+            cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].matrices)
+            kept.append(cell)
+        except UserError as error:
+            reasons[f"{cell.method.spec} at sparsity {cell.sparsity:g}"] = error
+    for title, error in reasons.items():
+        if not kept:
+            raise UserError(f"{title}: {error.problem}", error.remedy)
+        view.note(f"{title} is left out: {error}")
+    return kept
 
 
 @dataclass

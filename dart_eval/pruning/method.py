@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,23 @@ class Pruner:
     def keeps_state(self) -> bool:
         """Whether anything is kept of a single sequence."""
         return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change
+
+    @property
+    def reads_most(self) -> bool:
+        """Whether a high sparsity may be out of reach: whole matrices are read before anything is chosen."""
+        return self.mask.whole and bool(self.choice.reads_whole)
+
+    def check_reach(self, sparsity: float, sizes: Sequence[int], matrices: int) -> None:
+        """Refuse a sparsity that leaves fewer bytes than are read before anything is chosen.
+
+        Args:
+            sizes: [L] neurons of every layer. matrices: 3 for gated FFNs and 2 for plain ones.
+
+        Raises:
+            UserError: with the highest sparsity that can be met.
+        """
+        if self.reads_most:
+            self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True)
 
     def parts(self) -> list[Part]:
         """All parts, the inner ones too."""

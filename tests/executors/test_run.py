@@ -90,6 +90,22 @@ def test_a_failing_cell_does_not_stop_the_others(saved_llama, tmp_path, monkeypa
     assert not where.exists()
 
 
+def test_a_sparsity_out_of_a_methods_reach_is_left_out_with_a_word(saved_llama, tmp_path):
+    """Two thirds of a gated FFN are all that can be left unread once gate has been read whole."""
+    view = Watch()
+    config = _config(saved_llama, tmp_path, method="griffin,cats", sparsity="0.5,0.7", tasks="smoke_questions")
+    result = run_local(config, view)
+    cells = [(r.inputs["method"], r.inputs["sparsity"]) for r in result.records]
+    assert cells == [("griffin", 0.5), ("griffin", 0.7), ("cats", 0.5)]
+    assert not result.failed and not view.broken
+    (said,) = view.notes
+    assert said.startswith("cats at sparsity 0.7 is left out: choice=gate reads 1 of the FFN's 3 matrices whole")
+    assert "use a sparsity up to 0.66" in said
+    alone = _config(saved_llama, tmp_path, method="cats", sparsity="0.7", tasks="smoke_questions")
+    with pytest.raises(UserError, match="cats at sparsity 0.7: choice=gate reads 1 of the FFN's 3 matrices"):
+        run_local(alone, Watch())
+
+
 def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(saved_llama, tmp_path, monkeypatch):
     evaluate, calls = worker.evaluate_task, []
 
