@@ -68,13 +68,19 @@ QUESTIONS = [
 
 @dataclass(frozen=True)
 class Setting:
-    """A method as a user types it, and how it is run. decodes: False for what can only score answers."""
+    """A method as a user types it, and how it is run.
+
+    decodes: False for what can only score answers. families: a gated and a plain one where the models add nothing new.
+    """
 
     method: str
     sparsity: float = 0.5
     shared_mask: bool = False
     decodes: bool = True
+    families: tuple[str, ...] = tuple(CONFIGS)
 
+
+TWO = ("llama", "gpt2")
 
 # A detector that sees drift in every window; without the first two it sees it in some.
 RESTLESS = "sigma=-1000:floor=-3:window=3:patience=1:cooldown=0:min_windows=1:ring=5"
@@ -110,6 +116,11 @@ SETTINGS = {
     "residual sensitivity": Setting("dart:sensitivity=residual:protect=off:detect=off", 0.3),
     "direction alone": Setting("dart:magnitude=off:detect=off", 0.3),
     "oracle by down columns": Setting("oracle:normalise=l1:down_norm=on", 0.7, decodes=False),
+    "cats": Setting("cats", 0.45, families=TWO),
+    "m-countdown": Setting("m-countdown", 0.37, families=TWO),
+    "oracle-token": Setting("oracle-token", 0.62, families=TWO),
+    "top-p": Setting("top-p:choice.p=0.8", families=TWO),
+    "griffin, gate's choice, re-masks": Setting("griffin:remask=every:remask.tokens=6:choice=gate", 0.4, families=TWO),
 }
 
 # Those that run as lm-eval's model too: texts up to a stop sequence, and perplexities.

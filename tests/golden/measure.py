@@ -63,5 +63,10 @@ def measure_texts(family, name):
 
 
 # Name -> what measures it.
-CASES = {f"{family}, {name}": partial(measure, family, name) for family in CONFIGS for name in SETTINGS}
+CASES = {
+    f"{family}, {name}": partial(measure, family, name)
+    for family in CONFIGS
+    for name, setting in SETTINGS.items()
+    if family in setting.families
+}
 CASES |= {f"{family}, {name}, texts": partial(measure_texts, family, name) for family in CONFIGS for name in TEXTS}
