@@ -129,17 +129,18 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
         return list(cells)
     view.status("looking at the model's layers")
     ffns = describe(model.outline())
-    kept, reasons = [], {}
+    kept: list[Cell] = []
+    reasons: dict[str, UserError] = {}
     for cell in cells:
         try:
             cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].matrices)
             kept.append(cell)
         except UserError as error:
             reasons[f"{cell.method.spec} at sparsity {cell.sparsity:g}"] = error
-    for title, error in reasons.items():
+    for title, reason in reasons.items():
         if not kept:
-            raise UserError(f"{title}: {error.problem}", error.remedy)
-        view.note(f"{title} is left out: {error}")
+            raise UserError(f"{title}: {reason.problem}", reason.remedy)
+        view.note(f"{title} is left out: {reason}")
     return kept
 
 
