@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from dart_eval import cost
+from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.twin import own_bytes, twin
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
@@ -39,16 +40,6 @@ CHANGED = 0.2  # share of the kept neurons that the re-mask replaces whose moves
 # Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of
 # neurons that the masks keep. Torch's own limit is 8; beyond it steps would run uncompiled, without a word.
 VARIANTS = 64
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Median of paired ratios with its quartiles, over n pairs."""
-
-    median: float
-    low: float
-    high: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -109,13 +100,6 @@ def row(found: DecodeSpeed) -> dict[str, Any]:
         if isinstance(value, Ratio):
             made |= {f"{field.name}_quartiles": [value.low, value.high], f"{field.name}_n": value.n}
     return made
-
-
-def paired(above: list[float], below: list[float], offset: float = 0.0) -> Ratio:
-    """Of above / below - offset, pair by pair."""
-    ratios = sorted(a / b - offset for a, b in zip(above, below, strict=True))
-    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return Ratio(median, low, high, len(ratios))
 
 
 @torch.no_grad()

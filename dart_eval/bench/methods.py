@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.bench.decode import Ratio, paired
+from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.scoring import build
 from dart_eval.errors import UserError
 from dart_eval.evaluation.costs import Cost

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval import cost, shapes
 from dart_eval.bench import decode
+from dart_eval.bench.ratio import paired
 from dart_eval.bench.twin import twin
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
@@ -28,9 +29,9 @@ from tests.helpers.sessions import RESTLESS
 
 def test_ratios_are_paired():
     """Two neighbours slow together: the ratio stays 2, where the ratio of medians would not."""
-    found = decode.paired([2.0, 20.0, 2.2, 4.0], [1.0, 10.0, 1.1, 2.0])
+    found = paired([2.0, 20.0, 2.2, 4.0], [1.0, 10.0, 1.1, 2.0])
     assert (found.median, found.low, found.high, found.n) == (2.0, 2.0, 2.0, 4)
-    assert decode.paired([1.1], [1.0], 1.0).median == pytest.approx(0.1)
+    assert paired([1.1], [1.0], 1.0).median == pytest.approx(0.1)
 
 
 def test_what_is_counted():

@@ -1,0 +1,82 @@
+"""Speeds beside results: what was kept is read back, the right cells find theirs, and what is damaged is named."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dart_eval.bench import kept
+from dart_eval.bench.ratio import Ratio
+from dart_eval.errors import UserError
+
+MODEL = {"name": "tiny", "revision": None, "weights": "f00d"}
+PARAMS = {"mask": "prompt", "remask": "drift", "remask.window": 8}
+SPEED = kept.Speed(
+    "griffin:remask=drift", PARAMS, 0.7, MODEL, "bfloat16", "cpu", "2 threads", None, 128, 0.3,
+    Ratio(1.7, 1.6, 1.8, 75), Ratio(1.0, 0.97, 1.03, 75), 1.84, "2026-01-02T00:00:00+00:00",
+    {"overhead": {"median": 0.02}, "state_bytes": 5}, {"torch": "2.9"},
+)  # fmt: skip
+
+
+def speed(**changes):
+    return dataclasses.replace(SPEED, **changes)
+
+
+def test_what_was_kept_is_read_back_oldest_first(tmp_path):
+    assert kept.read(tmp_path) == kept.read(tmp_path / "none") == []
+    earlier = speed(sparsity=0.5, created="2026-01-01T00:00:00+00:00", method="a/b:c=d")
+    for one in (SPEED, earlier):
+        path = kept.keep(tmp_path, one)
+        assert path.parent == tmp_path / "bench"
+    assert path.name.startswith("decode-a_b-0.5-")
+    assert kept.read(tmp_path) == [earlier, SPEED]
+
+
+def test_measured_again_it_replaces_what_was_there(tmp_path):
+    kept.keep(tmp_path, SPEED)
+    again = speed(speedup=Ratio(1.5, 1.4, 1.6, 75), created="2026-01-03", environment={"torch": "3.0"})
+    kept.keep(tmp_path, again)
+    assert kept.read(tmp_path) == [again]
+    for change in ({"hardware": "4 threads"}, {"compiled": "default"}, {"prompt_tokens": 1024}, {"dtype": "float32"}):
+        kept.keep(tmp_path, speed(**change))
+    assert len(kept.read(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(("change", "fits"), [
+    ({}, True), ({"device": "cuda"}, True), ({"model": {**MODEL, "name": "other"}}, True),
+    ({"model": {**MODEL, "weights": "beef"}}, False), ({"params": {**PARAMS, "remask.window": 9}}, False),
+    ({"sparsity": 0.5}, False), ({"dtype": "float32"}, False), ({"model": {**MODEL, "weights": None}}, False),
+])  # fmt: skip
+def test_a_speed_belongs_to_cells_of_its_method_and_model(change, fits):
+    inputs = {"model": MODEL, "params": PARAMS, "sparsity": 0.7, "dtype": "bfloat16", "device": "cpu", "task": "arc"}
+    assert SPEED.is_of(inputs | change) == fits
+
+
+def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
+    other = kept.keep(tmp_path, speed(sparsity=0.5))
+    data = json.loads(kept.keep(tmp_path, SPEED).read_text())
+    for text, why in (
+        ("{", "Expecting"), ("[]", "schema None"), (json.dumps({**data, "schema": 2}), "schema 2 is not known"),
+        (json.dumps({**data, "speedup": 1.7}), "speed.speedup is 1.7, not a mapping"),
+        (json.dumps({k: v for k, v in data.items() if k != "ceiling"}), "lacks 'ceiling'"),
+    ):  # fmt: skip
+        other.write_text(text)
+        assert kept.read(tmp_path) == [SPEED]
+        said = capsys.readouterr().err
+        assert said.startswith(f"note: left out: {other} cannot be read (") and why in said
+
+
+def test_a_folder_that_takes_no_file_is_refused_beforehand(tmp_path):
+    (tmp_path / "bench").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written"):
+        kept.check(tmp_path)
+    kept.check(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.process
+def test_reading_needs_no_torch():
+    code = "import sys, dart_eval.bench.kept as kept; kept.read('none'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
