@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.view import TerminalView, print_tables, say
+from dart_eval.cli.view import TerminalView, say
 
 if TYPE_CHECKING:
     from dart_eval.executors.jobs import RunResult
+    from dart_eval.results.record import Record
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -71,8 +74,6 @@ def run(
     from dart_eval.executors.sizing import held_against
     from dart_eval.executors.tracking import tracked
     from dart_eval.plan import config_from
-    from dart_eval.results import detector
-    from dart_eval.results.store import Store
 
     settings = config_from(config, given)
     if plan:
@@ -84,8 +85,28 @@ def run(
         result = run_all([settings], view)
         if line := held_against(settings.output, result.records):
             view.note(line)
-    print_tables(result.records, detector.tables(Store(settings.output), result.records))
+    show_results(result, settings.output)
     finish(result, settings.output)
+
+
+def show_results(result: RunResult, output: str) -> None:
+    """The board of a run, where its results are, and what may be typed next."""
+    if result.records:
+        from dart_eval.cli.views import print_board
+        from dart_eval.results.store import Store
+
+        print_board(Store(output), result.records)
+        say(_next(result.records, output))
+
+
+def _next(records: Sequence[Record], output: str) -> str:
+    """Where the results are, and what may be typed next."""
+    folder = shlex.quote(output)
+    pruned = list(dict.fromkeys(str(r.settings["method"]) for r in records if r.inputs["method"] != "dense"))[:2]
+    line = f"Results: {output}   next: dart-eval report {folder}   dart-eval tables {folder} --view long"
+    if len(pruned) < 2:
+        return line
+    return f"{line}   dart-eval compare {shlex.join(pruned)} --by method --results {folder}"
 
 
 def finish(result: RunResult, output: str) -> None:

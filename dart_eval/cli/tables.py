@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.view import print_tables, put, save_text
+from dart_eval.cli.view import put, save_text
+from dart_eval.cli.views import BOARD, FRONTIER, PICTURES, VIEWS, draw_frontier, print_view, render
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
-from dart_eval.results import detector
 from dart_eval.results import tables as made
 from dart_eval.results.store import Store
 
@@ -24,16 +24,25 @@ def tables(
             help="md, csv, tex or json; without it, that of --save's ending, or tables for the terminal (md in a pipe)."
         ),
     ] = None,
+    view: Annotated[
+        str,
+        typer.Option(
+            help="board; long: every metric with n; flops; memory; detector: drift and false alarms; frontier: how "
+            "far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever the view."
+        ),
+    ] = BOARD,
     subtasks: Annotated[
         bool, typer.Option("--subtasks", help="Also the members of groups, e.g. mmlu's subjects.")
     ] = False,
     save: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
 ) -> None:
-    """Print accuracy, summaries, perplexity, FLOPs and memory of finished cells, with standard error and n.
+    """Print the board of a folder of results: one row a method and sparsity, best first, or the long tables behind it.
 
     [bold]Examples[/bold]
 
       dart-eval tables out
+
+      dart-eval tables out --view long
 
       dart-eval tables out --format json
 
@@ -41,16 +50,25 @@ def tables(
     """
     if format is not None and format not in made.FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, made.FORMATS))
+    if view not in VIEWS:
+        raise UserError(f"there is no view {view!r}", nearest(view, VIEWS))
+    if view == FRONTIER and save is not None and save.suffix in PICTURES:
+        draw_frontier(Store(folder), save)
+        return
     if save is not None:
         check_target(save)
         format = format_of(save, format, made.FORMATS)
     store = Store(folder)
     records = store.load()
-    more = detector.tables(store, records) if format not in ("csv", "json") else []
-    if format is None and save is None and sys.stdout.isatty():
-        print_tables(records, more)
+    if format is None and save is None and (sys.stdout.isatty() or view == BOARD):
+        print_view(view, store, records, subtasks)
         return
-    text = made.render(records, format or "md", subtasks, more)
+    form = format or "md"
+    text = (
+        made.render(records, form, subtasks)
+        if form in ("csv", "json")
+        else render(view, form, store, records, subtasks)
+    )
     if save is None:
         put(text)
         return

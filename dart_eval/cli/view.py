@@ -28,8 +28,9 @@ from rich.progress import (
 from rich.text import Text
 
 from dart_eval import files
+from dart_eval.results import metrics
+from dart_eval.results.format import with_error
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.tables import tables
 from dart_eval.results.writers import Table, finite, markdown
 from dart_eval.text import PLAIN, json_text, printable
 
@@ -37,7 +38,6 @@ TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better"
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
 BESIDE = 46  # characters of a line of progress beside its title
-HEADLINE = ("acc", "rougeL", "word_perplexity", "exact_match")  # the first of these is a cell's one number
 
 
 class _TimeLeft(TimeRemainingColumn):
@@ -101,7 +101,9 @@ class TerminalView:
 
     def finished(self, cell: Any, record: Record) -> None:
         """A cell's line."""
-        shown = ", ".join(f"{_place(m, record)}{m.metric} {_number(m)}" for m in headline(record.metrics))
+        shown = ", ".join(
+            f"{_place(m, record)}{m.metric} {with_error(m.metric, m.value, m.stderr)}" for m in headline(record.metrics)
+        )
         self.console.print(
             f"[green]done[/green] {plain(cell.title):<34} {plain(shown)}"
             f"  effective sparsity {record.effective_sparsity:.3f}"
@@ -129,13 +131,10 @@ class TerminalView:
             self.progress.remove_task(self._cells.pop(cell.key))
 
 
-def headline(metrics: Sequence[Metric]) -> list[Metric]:
+def headline(found: Sequence[Metric]) -> list[Metric]:
     """The one number per task that a line shows."""
-    chosen = {}
-    for m in metrics:
-        if m.part_of is None and m.metric in HEADLINE and m.task not in chosen:
-            chosen[m.task] = m
-    return list(chosen.values()) or [m for m in metrics if m.part_of is None][:1]
+    own = [m for m in found if m.part_of is None]
+    return metrics.main(own) or own[:1]
 
 
 def _place(metric: Metric, record: Record) -> str:
@@ -145,11 +144,6 @@ def _place(metric: Metric, record: Record) -> str:
 def _some(count: int | None, what: str) -> str:
     """So many of something, after a comma; nothing where there are none."""
     return f", {count} {what}{'s' if count > 1 else ''}" if count else ""
-
-
-def _number(m: Metric) -> str:
-    digits = 4 if abs(m.value) < 10 else 2
-    return f"{m.value:.{digits}f}" + (f" ± {m.stderr:.{digits}f}" if m.stderr is not None else "")
 
 
 def settle_streams() -> None:
@@ -201,13 +195,6 @@ def hanging(left: str, text: str, room: int | None) -> str:
 def put(text: str) -> None:
     """A text for a person or a program, as it is."""
     sys.stdout.write(printable(text, lines=True))
-
-
-def print_tables(records: Sequence[Record], more: Sequence[Table] = ()) -> None:
-    """The tables of a run, then `more`."""
-    for table in [*tables(records), *more]:
-        show(table)
-        print()
 
 
 def output(data: list[dict[str, Any]], table: Table, format: str) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dart_eval.errors import UserError, remark
 from dart_eval.files import reason
 from dart_eval.files import write as write_file
-from dart_eval.results import valid
-from dart_eval.results.outcomes import GOLD, Cell, Document, Measure, Outcome, cells, describe, identity, primary
+from dart_eval.results import layout, metrics, valid
+from dart_eval.results.inputs import identity
+from dart_eval.results.outcomes import Cell, Document, Measure, Outcome, cells, describe
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves
@@ -26,9 +28,9 @@ def checked(found: Outcome) -> Outcome:
 
     Values are rounded as the baseline file rounds them, so that equal results stay equal.
     """
-    main = primary(found.measures)
+    main = metrics.main(found.measures)
     tasks = {m.task for m in main}
-    measures = [*main, *(m for m in found.measures if m.name == GOLD and m.task in tasks)]
+    measures = [*main, *(m for m in found.measures if m.name == metrics.GOLD and m.task in tasks)]
     wanted = {(task, m.filter, m.name) for m in measures for task in m.members}
     documents = {}
     for key, d in sorted(found.documents.items()):
@@ -121,7 +123,11 @@ _DOCUMENT = valid.row(
 )  # fmt: skip
 _BASELINE = valid.fields({
     "cells": valid.each(valid.fields(
-        {"inputs": valid.inputs, "measures": valid.each(_MEASURE), "documents": valid.each(_DOCUMENT)},
+        {
+            "inputs": partial(layout.check, layout.inputs),
+            "measures": valid.each(_MEASURE),
+            "documents": valid.each(_DOCUMENT),
+        },
         {"method": valid.text},
     )),
 })  # fmt: skip

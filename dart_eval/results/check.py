@@ -12,17 +12,18 @@ from typing import Any
 from dart_eval.errors import UserError, nearest
 from dart_eval.results import stats, writers
 from dart_eval.results.baseline import checked
-from dart_eval.results.compare import chance, interval, names, number
+from dart_eval.results.compare import names
+from dart_eval.results.format import chance, interval, number
+from dart_eval.results.inputs import identity
+from dart_eval.results.metrics import GOLD
 from dart_eval.results.outcomes import (
     DENSE,
-    GOLD,
     Cell,
     Measure,
     Outcome,
     Unpaired,
     check_paired,
     contrast,
-    identity,
     older_note,
     value,
 )
@@ -249,8 +250,8 @@ def table(report: Report, every: bool = False) -> Table:
             ["-", "-", "-", *("-" for _ in ends), "-", "-", "-", "-"]
             if r is None
             else [
-                number(r.value_b), number(r.value_a), _ratio(row.recovery), *ends, f"{r.difference:+.4f}", interval(r),
-                chance(row.p_holm), f"{row.changed} of {r.n}",
+                number(r.value_b), number(r.value_a), _ratio(row.recovery), *ends, f"{r.difference:+.4f}",
+                interval(r.low, r.high), chance(row.p_holm), f"{row.changed} of {r.n}",
             ]
         )  # fmt: skip
         body.append([row.cell, row.task, row.metric, *numbers, row.verdict, row.why])

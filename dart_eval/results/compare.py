@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.errors import UserError, nearest, remark
+from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
+from dart_eval.results.format import chance, number
+from dart_eval.results.format import interval as ends
+from dart_eval.results.inputs import identity, model_of
 from dart_eval.results.labels import labels
 from dart_eval.results.outcomes import (
     DENSE,
@@ -19,11 +23,8 @@ from dart_eval.results.outcomes import (
     check_paired,
     contrast,
     describe,
-    identity,
-    model_of,
     newest,
     older_note,
-    primary,
 )
 from dart_eval.results.pairing import counterparts, differences, nearest_to
 from dart_eval.results.store import UnreadSamples
@@ -209,7 +210,7 @@ def wanted(measures: Sequence[Measure], metrics: Sequence[str]) -> list[Measure]
     """The measures a user asked for by name, all of them, or each task's primary one."""
     if "all" in metrics:
         return list(measures)
-    return [m for m in measures if m.name in metrics] if metrics else primary(measures)
+    return [m for m in measures if m.name in metrics] if metrics else known_metrics.main(measures)
 
 
 def _compare(a: str, b: str, pairs: Sequence[Pair], metrics: Sequence[str], notes: list[str]) -> Comparison:
@@ -280,7 +281,7 @@ def table(comparison: Comparison) -> Table:
         ratio = "-" if r.ratio is None else f"{r.ratio:.4f}"
         body.append([
             row.contrast, row.task, row.metric, number(r.value_a), number(r.value_b), f"{r.difference:+.4f}",
-            interval(r), *([ratio] if ratios else []), chance(r.p), chance(row.p_holm), row.better, size,
+            ends(r.low, r.high), *([ratio] if ratios else []), chance(r.p), chance(row.p_holm), row.better, size,
         ])  # fmt: skip
     return Table(f"A: {comparison.a}   B: {comparison.b}", columns, body, note(comparison))
 
@@ -304,20 +305,6 @@ def note(comparison: Comparison) -> str:
             reasons.setdefault(f"{missing}: {row.result.reason}", []).append(f"{row.task} {row.metric}")
     parts += [f"{reason} ({', '.join(dict.fromkeys(where))})." for reason, where in reasons.items()]
     return " ".join([*parts, *comparison.notes])
-
-
-def number(value: float) -> str:
-    """A metric's value, short."""
-    return f"{value:.{4 if abs(value) < 10 else 1 if abs(value) >= 100 else 2}f}"
-
-
-def interval(result: stats.Paired) -> str:
-    return "-" if result.low is None else f"{result.low:+.4f} to {result.high:+.4f}"
-
-
-def chance(p: float | None) -> str:
-    """A p-value, short."""
-    return "-" if p is None else "< .0001" if p < 1e-4 else f"{p:.4f}"
 
 
 def render(comparison: Comparison, form: str) -> str:

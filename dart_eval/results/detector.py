@@ -7,13 +7,13 @@ alarm of a document (it may move the reference): run with `remask.act=off` to ke
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError
+from dart_eval.results.inputs import question
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -123,8 +123,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
 
 def _place(record: Record, task: str) -> str:
     """What a task and its control share; their documents may differ in number."""
-    without = ("task", "task_hash", "limit")
-    return json.dumps([task, {k: v for k, v in record.inputs.items() if k not in without}], sort_keys=True)
+    return f"{task} {question(record.inputs, ('task', 'limit'))}"
 
 
 def _note(task: str) -> str:

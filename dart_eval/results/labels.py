@@ -6,15 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-# Settings of a run: columns of json and csv, and named in the tables for people where the records differ in them.
-RUN_SETTINGS = (
-    "dtype", "device", "num_fewshot", "limit", "seed", "max_length", "chunk", "chat_template", "cue", "batch_size",
-    "share_prefix",
-)  # fmt: skip
-HASHES = ("calibration", "code", "method_code")  # told apart by their first digits
-# None where they cannot move a number (see `plan.plan`): such a cell goes with any value of another's.
-SHAPES = ("batch_size", "share_prefix")
-NAMED = ("scope", "execution", *RUN_SETTINGS, *HASHES)  # what a label says beside method and parameters
+from dart_eval.results.inputs import FIELDS, NAMED
 
 
 class Named(Protocol):
@@ -77,8 +69,8 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
     methods = specs(records)
     found = {}
     for r in records:
-        said = [s for s in differing if s not in SHAPES or r.inputs.get(s) is not None]
-        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if s in HASHES else 40]}" for s in said]
+        said = [s for s in differing if not FIELDS[s].any or r.inputs.get(s) is not None]
+        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if FIELDS[s].hashed else 40]}" for s in said]
         settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
         if same_name:
             which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
@@ -91,7 +83,7 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
 def values(setting: str, cells: Iterable[Named]) -> list[str]:
     """The values that a setting has in these cells, as text; without those that go with any."""
     found = {json.dumps(c.inputs.get(setting)) for c in cells}
-    return sorted(found - {"null"} if setting in SHAPES else found)
+    return sorted(found - {"null"} if setting in FIELDS and FIELDS[setting].any else found)
 
 
 def _by_task(records: Sequence[Named]) -> list[list[Named]]:

@@ -7,7 +7,6 @@ a metric's.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,27 +16,14 @@ from typing import Any
 import numpy as np
 
 from dart_eval.errors import UserError
-from dart_eval.results import stats
+from dart_eval.results import metrics, stats
+from dart_eval.results.inputs import HASH_DIGITS, HOW, identity, model_of
+from dart_eval.results.inputs import names as fields_of
 from dart_eval.results.labels import values
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
 DENSE = "dense"
-# What was asked: two cells that agree in it answer the same question. `model`: name, revision and weights.
-ASKED = (
-    "model", "method", "params", "sparsity", "scope", "task", "num_fewshot", "limit", "seed", "max_length", "chunk",
-    "chat_template", "cue",
-)  # fmt: skip
-# How it was computed: cells of one folder that differ in it are two experiments, not an old and a new one.
-HOW = ("dtype", "device", "execution", "batch_size", "share_prefix", "calibration")
-PRIMARY = ("acc", "exact_match", "rougeL", "word_perplexity")  # a task's one number: the first of these it has
-GOLD = "gold_ll"
-KINDS = {
-    "word_perplexity": "log-perplexity", "byte_perplexity": "log-perplexity", "perplexity": "log-perplexity",
-    "bits_per_byte": "bits", "bleu": "bleu",
-}  # fmt: skip
-WIDTHS = {"mean": 1, "log-perplexity": 2, "bits": 2, "bleu": 10}
-HASH_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ class Measure:
 
     @property
     def kind(self) -> str:
-        return KINDS.get(self.name, "mean")
+        return metrics.of(self.name).kind
 
 
 Key = tuple[str, int, str]  # task, doc_id, filter
@@ -144,28 +130,6 @@ def _title(file: Path) -> str:
     return file.stem.rpartition("-")[0]
 
 
-def asked(inputs: dict[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
-    """What a cell was asked, but for some of it."""
-    found = {k: inputs.get(k) for k in ASKED if k not in without}
-    if "model" in found:
-        model = inputs["model"]
-        fields = ["name", "revision", "weights", *(["remote_code"] if model.get("remote_code") else [])]
-        found["model"] = {k: model.get(k) for k in fields}
-    return found
-
-
-def model_of(model: dict[str, Any]) -> str:
-    """A model as a user names it where its name alone is not enough: `NAME@` and first digits of its weights' hash or
-    its commit."""
-    which = model.get("weights") or model.get("revision")
-    return f"{model['name']}@{which[:HASH_DIGITS]}" if which else str(model["name"])
-
-
-def identity(inputs: dict[str, Any], without: Iterable[str] = ()) -> str:
-    """`asked` as text that can be compared and sorted."""
-    return json.dumps(asked(inputs, without), sort_keys=True)
-
-
 def newest(found: Sequence[Cell]) -> list[Cell]:
     """One cell for each thing that was asked: the one finished last, for code and versions move on.
 
@@ -176,7 +140,7 @@ def newest(found: Sequence[Cell]) -> list[Cell]:
     for cell in found:
         groups.setdefault(identity(cell.inputs), []).append(cell)
     for group in groups.values():
-        for name in HOW:
+        for name in fields_of(HOW):
             found_values = values(name, group)
             if len(found_values) > 1:
                 place = f"{describe(group[0])} in {group[0].source}"
@@ -247,7 +211,7 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
     firsts: dict[str, Measure] = {}
     for measure in measures:
         firsts.setdefault(measure.task, measure)
-    golds = [Measure(m.task, GOLD, True, m.members, m.equal) for m in firsts.values()]
+    golds = [Measure(m.task, metrics.GOLD, True, m.members, m.equal) for m in firsts.values()]
     measures += [g for g in golds if value(g, whole) is not None]
     return Outcome(tuple(measures), documents, tuple(left_out))
 
@@ -255,16 +219,6 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
 def _same(computed: float, recorded: float) -> bool:
     both_nan = math.isnan(computed) and math.isnan(recorded)
     return both_nan or math.isclose(computed, recorded, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def primary(measures: Sequence[Measure]) -> list[Measure]:
-    """Each task's one number: the first of `PRIMARY`, else its first metric that has a direction."""
-    chosen: dict[str, Measure] = {}
-    order = {name: i for i, name in enumerate(PRIMARY)}
-    for measure in sorted(measures, key=lambda m: order.get(m.name, len(order))):
-        if measure.higher_is_better is not None and measure.name != GOLD:
-            chosen.setdefault(measure.task, measure)
-    return [m for m in measures if chosen.get(m.task) == m]
 
 
 def _keys(measure: Measure, found: Outcome) -> list[Key]:
@@ -280,7 +234,7 @@ def _values(measure: Measure, found: Outcome, keys: Sequence[Key]) -> np.ndarray
     raw = [found.documents[k].metrics[measure.name] for k in keys]
     if measure.name == "perplexity":  # of lm-eval: every document weighs the same
         raw = [[v, 1] for v in raw]
-    width = WIDTHS[measure.kind]
+    width = metrics.of(measure.name).width
     for v in raw:
         parts = v if isinstance(v, list) else [v]
         if len(parts) != width or not all(isinstance(p, (int, float)) for p in parts):
@@ -307,7 +261,7 @@ def contrast(measure: Measure, a: Outcome, b: Outcome) -> stats.Paired | None:
 
     A group's independent units are its members, a task's its clusters, or its documents where they have none.
     """
-    found = _pairs(measure, a, b)
+    found = paired_values(measure, a, b)
     if found is None:
         return None
     x, y, units, weights = found
@@ -322,7 +276,7 @@ def contrast_of_means(
     Args:
         measures: means (no perplexities, no BLEU), one per task. a, b: that task's outcomes. shares: its weight.
     """
-    parts = [_pairs(m, x, y) for m, x, y in zip(measures, a, b, strict=True)]
+    parts = [paired_values(m, x, y) for m, x, y in zip(measures, a, b, strict=True)]
     found = [p for p in parts if p is not None]
     if len(found) < len(parts) or any(m.kind != "mean" for m in measures):
         return None
@@ -335,10 +289,11 @@ def contrast_of_means(
     return stats.paired("mean", x, y, units, np.concatenate(weights), measures[0].higher_is_better)
 
 
-def _pairs(
+def paired_values(
     measure: Measure, a: Outcome, b: Outcome
 ) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray | None] | None:
-    """Values under a and b, the independent unit of each document, and weights where documents have some."""
+    """Values under a and b, the independent unit of each document, and weights where documents have some; None where
+    they are not of the same documents, or not of one shape."""
     keys = _keys(measure, a)
     x, y = _values(measure, a, keys), _values(measure, b, keys) if keys == _keys(measure, b) else None
     if x is None or y is None:
@@ -346,6 +301,11 @@ def _pairs(
     group = measure.members != (measure.task,)
     units = [k[0] if group else a.documents[k].cluster or f"{k[0]} {k[1]}" for k in keys]
     return x, y, units, _weights(measure, keys)
+
+
+def cell_of(record: Record, found: Outcome) -> Cell:
+    """A record whose outcome has been read, as a cell."""
+    return Cell(record.key, record.inputs, "", record.created, lambda: found, settings=record.settings)
 
 
 class Unpaired(UserError):

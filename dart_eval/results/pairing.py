@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dart_eval.errors import UserError
-from dart_eval.results.labels import SHAPES
-from dart_eval.results.outcomes import ASKED, Cell, asked, describe, identity, model_of
+from dart_eval.results.inputs import ASKED, FIELDS, asked, identity, model_of
+from dart_eval.results.inputs import names as fields_of
+from dart_eval.results.outcomes import Cell, describe
 
 
 def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell]:
@@ -85,9 +86,9 @@ def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
 
 
 def _flat(a: dict[str, Any], b: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
-    for name in sorted((a.keys() | b.keys()) - set(ASKED) | {"model"}):
+    for name in sorted((a.keys() | b.keys()) - set(fields_of(ASKED)) | {"model"}):
         left, right = a.get(name), b.get(name)
-        if name in SHAPES and None in (left, right):
+        if name in FIELDS and FIELDS[name].any and None in (left, right):
             continue
         if isinstance(left, dict) and isinstance(right, dict):
             for part in sorted(left.keys() | right.keys()):
@@ -106,7 +107,7 @@ def nearest_to(cell: Cell, others: Sequence[Cell]) -> str:
     theirs = asked(other.inputs)
     mine["model"], theirs["model"] = model_of(mine["model"]), model_of(theirs["model"])
     said = []
-    for k in (k for k in ASKED if mine[k] != theirs[k]):
+    for k in (k for k in fields_of(ASKED) if mine[k] != theirs[k]):
         left, right = mine[k], theirs[k]
         if isinstance(left, dict) and isinstance(right, dict):  # of many parameters, those that differ
             left, right = (

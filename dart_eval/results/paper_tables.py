@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError
-from dart_eval.results import outcomes, stats
+from dart_eval.results import metrics, outcomes, stats
+from dart_eval.results.inputs import model_of
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.results.tables import cut_prompts
@@ -28,7 +29,6 @@ FIELDS: dict[str, tuple[Callable[[Record], float], int]] = {
     "flops_per_token": (lambda r: r.flops["decode_step_pruned"] / r.flops["decode_step_dense"], 3),
     "remasks_per_1000": (lambda r: 1000 * r.remasks / r.tokens if r.tokens else 0.0, 2),
 }
-PERCENT = ("acc", "acc_norm", "exact_match", "rouge1", "rouge2", "rougeL", "bertscore")  # shown times 100
 BERTSCORE = "bertscore"
 MEAN = "mean"
 
@@ -56,7 +56,7 @@ class Column:
 
     @property
     def scale(self) -> float:
-        return 100.0 if self.metric in PERCENT else 1.0
+        return 100.0 if metrics.of(self.metric).percent else 1.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Paper:
     ) -> None:
         models = {json.dumps(r.inputs["model"], sort_keys=True): r.inputs["model"] for r in records}
         if len(models) > 1:
-            named = ", ".join(sorted(map(outcomes.model_of, models.values())))
+            named = ", ".join(sorted(map(model_of, models.values())))
             raise UserError(
                 f"a paper's tables are of one model, not of {named}", "give each model an --output of its own"
             )

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from dart_eval.results import valid
+from dart_eval.results import layout
 
 SCHEMA = 2
 # Names in `flops` that older versions wrote, and what they are called now.
@@ -130,7 +130,7 @@ class Record:
         elif (digest := data.pop("digest", None)) != _digest(data):
             raise ValueError("its digest does not fit" if digest else "not a record ('digest')")
         try:
-            valid.record(data, "record")
+            layout.check(layout.record, data, "record")
         except ValueError as error:
             raise ValueError(f"not a record ({error})") from None
         data["flops"] = {RENAMED.get(name, name): value for name, value in data["flops"].items()}

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from dart_eval.errors import StoreError, UserError, remark
 from dart_eval.files import check_name, read_regular, reason, write_atomically
-from dart_eval.results import valid
+from dart_eval.results import layout, valid
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
 
@@ -296,10 +296,10 @@ class Store:
         Raises:
             OSError: it is not there. ValueError: it is damaged.
         """
-        check = {"samples": valid.sample, "texts": valid.document}[kind]
+        type_: Any = {"samples": layout.sample, "texts": layout.document}[kind]
         lines = [valid.parsed(line) for line in self._data(record, kind).splitlines()]
         for i, line in enumerate(lines):
-            check(line, f"line {i + 1}")
+            layout.check(type_, line, f"line {i + 1}")
         return lines
 
     def _data(self, record: Record, kind: str) -> bytes:

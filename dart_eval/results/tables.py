@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from dart_eval.results import writers
-from dart_eval.results.labels import RUN_SETTINGS, labels
+from dart_eval.results import metrics, writers
+from dart_eval.results.format import NO_NUMBER, count, mebibytes, with_error
+from dart_eval.results.inputs import COLUMNS
+from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
 from dart_eval.results.writers import Table
 from dart_eval.text import json_text
 
-NO_NUMBER = "no number"
 FORMATS = ("md", "csv", "tex", "json")
-# Tables of quality: title, and the metrics that are its columns. Any other metric goes to a table of its own.
-QUALITY = (
-    ("Accuracy", ("acc", "acc_norm", "exact_match", "em", "f1", "mcc")),
-    ("Summaries", ("rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty")),
-    ("Perplexity (lower is better)", ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")),
-)
+# Columns that are left out where they hold one value.
+REPEATING = (
+    "n", "effective", "mask", "read", "scope", "context", "prefill", "decode dense", "decode pruned", "ratio",
+    "overhead prefill", "overhead/token", "of dense", "re-masks", "re-mask reads", "weights", "extra",
+)  # fmt: skip
 
 
 def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
@@ -44,7 +43,7 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
                 "effective_sparsity": used.get("effective_sparsity", record.effective_sparsity),
                 "weights_read": record.weights_read, "remasks": used.get("remasks", record.remasks),
                 "tokens": used.get("tokens", record.tokens), "cut": used.get("cut", record.cut),
-                **{s: cell.get(s) for s in RUN_SETTINGS},
+                **{s: cell.get(s) for s in COLUMNS},
                 **{f"flops_{k}": v for k, v in record.flops.items()},
                 **{f"memory_{k}": v for k, v in record.memory.items()}, "memory_peak": record.measured.get("peak"),
                 "seconds": record.seconds, "command": record.settings.get("command"), "key": record.key,
@@ -62,22 +61,23 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
     return found
 
 
-def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
-    """Accuracy, summaries, perplexity, FLOPs and memory, those that have rows."""
+def quality(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
+    """Every metric of every cell: accuracy, summaries, perplexity and others, those that have rows."""
     data = rows(records, subtasks)
     names = labels(records)
     made: list[Table] = []
-    for title, metrics in QUALITY:
-        chosen = [r for r in data if r["metric"] in metrics]
+    for group in metrics.GROUPS:
+        chosen = [r for r in data if metrics.of(r["metric"]).group == group]
         if chosen:
-            present = [m for m in metrics if any(r["metric"] == m for r in chosen)]
-            made.append(_quality(title, chosen, present, names, _remarks(_of(records, chosen))))
-    named = {metric for _, metrics in QUALITY for metric in metrics}
-    rest = [r for r in data if r["metric"] not in named]
-    if rest:
-        present = sorted({r["metric"] for r in rest})
-        made.append(_quality("Other metrics", rest, present, names, _remarks(_of(records, rest))))
-    return [*made, _flops(records, names), _memory(records, names)]
+            order = metrics.in_group(group)
+            present = sorted({r["metric"] for r in chosen}, key=lambda m: (order.index(m) if m in order else 0, m))
+            made.append(_quality(group, chosen, present, names, _remarks(_of(records, chosen))))
+    return made
+
+
+def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
+    """All long tables but those of the detector: every metric, FLOPs and memory."""
+    return [*quality(records, subtasks), flops(records), memory(records)]
 
 
 def _of(records: Sequence[Record], data: Sequence[dict[str, Any]]) -> list[Record]:
@@ -118,7 +118,7 @@ def _model_column(records: Sequence[Record]) -> bool:
 
 
 def _quality(
-    title: str, data: list[dict[str, Any]], metrics: list[str], names: dict[str, str], remarks: Sequence[str]
+    title: str, data: list[dict[str, Any]], shown: list[str], names: dict[str, str], remarks: Sequence[str]
 ) -> Table:
     lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for r in data:
@@ -129,7 +129,7 @@ def _quality(
         "task",
         "method",
         "sparsity",
-        *metrics,
+        *shown,
         "n",
         "effective",
         "mask",
@@ -141,7 +141,7 @@ def _quality(
         r = next(iter(by_metric.values()))
         body.append([
             *([r["model"]] if many else []), task, names[key], f"{r['sparsity']:g}",
-            *(_value(by_metric.get(m)) for m in metrics), str(r["n"]), f"{r['effective_sparsity']:.3f}",
+            *(_value(by_metric.get(m)) for m in shown), str(r["n"]), f"{r['effective_sparsity']:.3f}",
             f"{r['mask_sparsity']:.3f}", f"{r['weights_read']:.3f}", r["scope"],
         ])  # fmt: skip
     note = (
@@ -155,7 +155,7 @@ def _quality(
         note += (
             f" {NO_NUMBER}: answers were NaN or infinite; run the cell again, in another dtype or with other weights."
         )
-    return Table(title, columns, body, " ".join([note, *remarks]))
+    return without_repeats(Table(title, columns, body, " ".join([note, *remarks])))
 
 
 def _order(r: dict[str, Any], names: dict[str, str]) -> tuple[Any, ...]:
@@ -163,26 +163,19 @@ def _order(r: dict[str, Any], names: dict[str, str]) -> tuple[Any, ...]:
 
 
 def _value(r: dict[str, Any] | None) -> str:
-    if r is None:
-        return "-"
-    if not math.isfinite(r["value"]):
-        return NO_NUMBER
-    digits = 4 if abs(r["value"]) < 10 else 1 if abs(r["value"]) >= 100 else 2
-    if r["metric"] == "summary_words":
-        digits = 1
-    text = f"{r['value']:.{digits}f}"
-    return text if r["stderr"] is None else f"{text} ± {r['stderr']:.{digits}f}"
+    return "-" if r is None else with_error(r["metric"], r["value"], r["stderr"])
 
 
-def _flops(records: Sequence[Record], names: dict[str, str]) -> Table:
-    body, many = [], _model_column(records)
+def flops(records: Sequence[Record]) -> Table:
+    """What every cell computes, counted from shapes."""
+    body, many, names = [], _model_column(records), labels(records)
     for r in _sorted(records, names):
         f = r.flops
         dense, pruned, share = f.get("decode_step_dense"), f.get("decode_step_pruned"), f.get("overhead_share")
         body.append([
             *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}", str(f.get("context_tokens", "-")),
-            _si(f.get("prefill")), _si(dense), _si(pruned), f"{pruned / dense:.3f}" if dense and pruned else "-",
-            _si(f.get("overhead_prefill")), _si(f.get("overhead_decode_step")),
+            count(f.get("prefill")), count(dense), count(pruned), f"{pruned / dense:.3f}" if dense and pruned else "-",
+            count(f.get("overhead_prefill")), count(f.get("overhead_decode_step")),
             "-" if share is None else f"{100 * share:.3f} %", str(r.remasks),
             f"{100 * f.get('remask_reads', 0):.2f} %",
         ])  # fmt: skip
@@ -194,21 +187,24 @@ def _flops(records: Sequence[Record], names: dict[str, str]) -> Table:
         "a dense token's FLOPs. re-mask reads: FFN weights that re-masks read per decoded token / all FFN weights. "
         "Execution is by masks: these are the FLOPs that skipping the pruned neurons leaves, not time saved."
     )
-    return Table("FLOPs", columns, body, note)
+    return without_repeats(Table("FLOPs", columns, body, note))
 
 
-def _memory(records: Sequence[Record], names: dict[str, str]) -> Table:
-    body, many = [], _model_column(records)
+def memory(records: Sequence[Record]) -> Table:
+    """What every cell held in memory."""
+    body, many, names = [], _model_column(records), labels(records)
     for r in _sorted(records, names):
         m = r.memory
         body.append([
             *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}",
-            _mib(m.get("weights")), _mib(m.get("state"), 3), _mib(r.measured.get("peak")),
+            mebibytes(m.get("weights")), mebibytes(m.get("state"), 3), mebibytes(r.measured.get("peak")),
         ])  # fmt: skip
     note = (
-        "MiB. state: what the method keeps per sequence. peak: of the process (CPU) or of the GPU while the cell ran."
+        "MiB. extra: what the method keeps beside the model, per sequence. peak: of the process (CPU) or of the GPU "
+        "while the cell ran."
     )
-    return Table("Memory", [*_heads(many), "method", "sparsity", "weights", "state", "peak"], body, note)
+    made = Table("Memory", [*_heads(many), "method", "sparsity", "weights", "extra", "peak"], body, note)
+    return without_repeats(made)
 
 
 def _heads(many: bool) -> list[str]:
@@ -235,30 +231,33 @@ def _task(record: Record) -> str:
     return str(record.inputs["task"])
 
 
-def _si(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.2f} {unit}"
-    return f"{value:.0f}"
+def without_repeats(table: Table) -> Table:
+    """The table without columns that hold one value in all of several rows; the note says it once."""
+    if len(table.body) < 2:
+        return table
+    same = {
+        i: values.pop()
+        for i, head in enumerate(table.columns)
+        if head in REPEATING and len(values := {row[i] for row in table.body}) == 1
+    }
+    if not same:
+        return table
+    kept = [i for i in range(len(table.columns)) if i not in same]
+    said = ", ".join(f"{table.columns[i]} {value}" for i, value in same.items())
+    return Table(
+        table.title, [table.columns[i] for i in kept], [[row[i] for i in kept] for row in table.body],
+        f"In all rows: {said}. {table.note}",
+    )  # fmt: skip
 
 
-def _mib(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value / 2**20:.{digits}f}"
-
-
-def render(records: Sequence[Record], form: str, subtasks: bool = False, more: Sequence[Table] = ()) -> str:
-    """The tables as text in one of `FORMATS`; json and csv hold the rows, md and tex the tables for people.
-
-    more: tables that follow these, for people.
-    """
+def render(records: Sequence[Record], form: str, subtasks: bool = False) -> str:
+    """As text in one of `FORMATS`: json and csv hold the rows, md and tex the tables for people."""
     if form == "json":
         return json_text(writers.finite(rows(records, subtasks))) + "\n"
     if form == "csv":
         return _csv(rows(records, subtasks))
     writer = writers.markdown if form == "md" else writers.latex
-    return "\n".join(writer(t) for t in [*tables(records, subtasks), *more])
+    return "\n".join(writer(table) for table in tables(records, subtasks))
 
 
 def _csv(data: list[dict[str, Any]]) -> str:

@@ -74,31 +74,12 @@ def _is_number(item: Any) -> bool:
 text = _kind("a text", lambda item: isinstance(item, str))
 text_or_none = _kind("a text or null", lambda item: item is None or isinstance(item, str))
 number = _kind("a number", _is_number)
-number_or_none = _kind("a number or null", lambda item: item is None or _is_number(item))
 count = _kind("a whole number", lambda item: isinstance(item, int) and not isinstance(item, bool))
 share = _kind("a number from 0 to 1", lambda item: _is_number(item) and 0 <= item <= 1)
 flag = _kind("true or false", lambda item: isinstance(item, bool))
 flag_or_none = _kind("true, false or null", lambda item: item is None or isinstance(item, bool))
 mapping = _kind("a mapping", lambda item: isinstance(item, dict))
 listing = _kind("a list", lambda item: isinstance(item, list))
-file_name = _kind(
-    "the name of a file",
-    lambda item: isinstance(item, str) and item not in ("", ".", "..") and not set(item) & set("/\\\0"),
-)
-_flat = _kind(
-    "a plain value", lambda item: not isinstance(item, dict)
-    and not (isinstance(item, list) and any(isinstance(i, (dict, list)) for i in item)),
-)  # fmt: skip
-
-
-def optional(check: Check) -> Check:
-    """The same check, of what may be null."""
-
-    def checked(item: Any, where: str) -> None:
-        if item is not None:
-            check(item, where)
-
-    return checked
 
 
 def each(check: Check) -> Check:
@@ -155,48 +136,5 @@ def fields(needed: Mapping[str, Check], known: Mapping[str, Check] | None = None
 
 # -- what our files hold ---------------------------------------------------------------------------------------------
 
-inputs = fields(
-    {
-        "model": fields({"name": text}, {"revision": text_or_none, "weights": text_or_none}),
-        "method": text, "params": mapping, "sparsity": share, "scope": text, "task": text,
-    },
-    {"versions": optional(values(text_or_none))},
-    _flat,
-)  # fmt: skip
-metric = fields({
-    "task": text, "metric": text, "value": number, "stderr": number_or_none, "n": count,
-    "higher_is_better": flag_or_none,
-}, {"part_of": text_or_none})  # fmt: skip
-record = fields(
-    {
-        "key": text, "inputs": inputs, "metrics": each(metric), "mask_sparsity": number, "effective_sparsity": number,
-        "weights_read": number, "tokens": count, "remasks": count, "flops": values(number), "memory": values(number),
-        "settings": fields({}, {"method": text, "command": text}), "environment": values(text),
-        "measured": fields({"seconds": number, "created": text}, {"peak": number}),
-    },
-    {
-        "by_task": values(fields({}, {"documents": count, "cut": count, "length": count}, number)),
-        "cut": optional(count),
-        "files": values(fields({"name": file_name, "n": count, "sha256": text})),
-    },
-)  # fmt: skip
-drift = fields(
-    {"signal": each(number_or_none), "window": count},
-    {
-        "threshold": number_or_none, "mean": number, "deviation": number, "alarms": each(number),
-        "remasks": each(number),
-    },
-)  # fmt: skip
-sample = fields(
-    {
-        "task": text, "doc_id": count, "filter": text, "doc_hash": text, "prompt_hash": text, "target_hash": text,
-        "metrics": mapping, "responses": listing,
-    },
-    {
-        "cluster": text_or_none, "tokens": number, "remasks": number, "effective_sparsity": number,
-        "drift": optional(drift),
-    },
-)  # fmt: skip
 batch = row(mapping, number, number)  # of a journal
 plan = fields({"cells": values(fields({"title": text, "seconds": number}))})
-document = fields({"task": text, "doc_id": count}, {"prompt": text_or_none})

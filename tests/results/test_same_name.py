@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dart_eval.errors import UserError
-from dart_eval.results import detector, outcomes
+from dart_eval.results import detector, inputs, outcomes
 from dart_eval.results.check import FELL, MISSING, check, junit
 from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.pairing import counterparts
@@ -191,7 +191,7 @@ def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
         made.inputs["task"] = task
         for s in made.samples:
             s["drift"] = drift
-        return dataclasses.replace(made, key=outcomes.identity(made.inputs)[-40:].encode().hex())
+        return dataclasses.replace(made, key=inputs.identity(made.inputs)[-40:].encode().hex())
 
     def drawn(folder, *weights):
         store = Store(folder)
@@ -204,6 +204,6 @@ def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
 
 
 def test_the_question_names_the_model_with_its_weights():
-    first, second = (json.loads(outcomes.identity(of(w, "dart", 0.9).inputs)) for w in (OLD, NEW))
+    first, second = (json.loads(inputs.identity(of(w, "dart", 0.9).inputs)) for w in (OLD, NEW))
     assert {k for k in first if first[k] != second[k]} == {"model"}
-    assert outcomes.model_of({"name": "hub/model", "revision": None, "weights": None}) == "hub/model"
+    assert inputs.model_of({"name": "hub/model", "revision": None, "weights": None}) == "hub/model"

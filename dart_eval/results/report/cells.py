@@ -7,17 +7,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dart_eval.results import inputs, metrics
 from dart_eval.results.labels import labels, specs
-from dart_eval.results.outcomes import DENSE, PRIMARY
+from dart_eval.results.outcomes import DENSE
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.report.text import finite, sparsity
 
-PERPLEXITIES = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
-# Cells that agree in these asked one model the same questions: the dense one of them is what others are held against.
-QUESTION = (
-    "model", "dtype", "device", "scope", "task", "task_hash", "num_fewshot", "limit", "seed", "max_length", "chunk",
-    "chat_template", "cue",
-)  # fmt: skip
 BUILD = ("code", "versions")  # preferred equal, but a report of mixed versions still compares (and warns)
 
 
@@ -85,18 +80,12 @@ class Cells:
 
 def question(record: Record) -> str:
     """What was asked of which model, apart from how it was pruned: cells that agree in it can be compared."""
-    return json.dumps([record.inputs.get(k) for k in QUESTION], sort_keys=True, default=str)
+    return inputs.question(record.inputs)
 
 
 def main_metrics(record: Record) -> list[Metric]:
     """The one number of each task that was asked for: members of groups stay out."""
-    chosen: dict[str, Metric] = {}
-    order = {name: i for i, name in enumerate(PRIMARY)}
-    own = [m for m in record.metrics if m.part_of is None]
-    for m in sorted(own, key=lambda m: order.get(m.metric.partition(",")[0], len(order))):
-        if m.higher_is_better is not None:
-            chosen.setdefault(m.task, m)
-    return [chosen[task] for task in sorted(chosen)]
+    return sorted(metrics.main(m for m in record.metrics if m.part_of is None), key=lambda m: m.task)
 
 
 def find(record: Record | None, like: Metric) -> Metric | None:

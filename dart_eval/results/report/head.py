@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dart_eval.results.outcomes import model_of
+from dart_eval.results.inputs import model_of
 from dart_eval.results.report.cells import Cells, main_metrics, unique
 from dart_eval.results.report.samples import Samples
 from dart_eval.results.report.text import finite, listed, number, several, sparsity

@@ -6,14 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dart_eval.results import metrics
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.report.cells import DENSE, PERPLEXITIES, Cells, find, half_width, main_metrics
+from dart_eval.results.report.cells import DENSE, Cells, find, half_width, main_metrics
 from dart_eval.results.report.charts import Level, Line, Point
 from dart_eval.results.report.text import finite, percent, sparsity, with_error
-from dart_eval.results.tables import QUALITY
-
-CHANCE = ("acc", "acc_norm")  # metrics whose value under guessing follows from the number of choices
-MOST_READ = {"rougeL": 0, "rouge1": 1, "rouge2": 2, "bleu": 3}  # order of charts, others after them
 
 
 @dataclass(frozen=True)
@@ -53,26 +50,25 @@ def against_sparsity(cells: Cells, model: str, chance: dict[str, float]) -> list
     chance: value of accuracy under guessing, of the tasks where it is known.
     """
     records = [r for r in cells.records if r.inputs["model"]["name"] == model]
-    kinds = [*QUALITY, ("Other metrics", ())]
-    groups = [Group(title.split(" (")[0]) for title, _ in kinds]
+    groups = {title: Group(title.split(" (")[0]) for title in metrics.GROUPS}
+    order = list(metrics.METRICS)
     seen = {(m.task, m.metric) for r in records for m in r.metrics if m.part_of is None and _charted(m)}
-    for task, metric in sorted(seen, key=lambda s: (s[0], MOST_READ.get(s[1], 9), s[1])):
+    for task, metric in sorted(seen, key=lambda s: (s[0], order.index(s[1]) if s[1] in order else len(order), s[1])):
         if _repeats(metric, {m for t, m in seen if t == task}):
             continue
         panel = _panel(cells, records, task, metric, chance)
         if panel is not None:
-            kind = next((i for i, (_, names) in enumerate(kinds) if metric in names), len(kinds) - 1)
-            groups[kind].panels.append(panel)
-    return [g for g in groups if g.panels]
+            groups[metrics.of(metric).group].panels.append(panel)
+    return [g for g in groups.values() if g.panels]
 
 
 def _charted(m: Metric) -> bool:
-    return m.higher_is_better is not None and m.metric not in ("summary_words", "empty")
+    return m.higher_is_better is not None and metrics.of(m.metric).drawn
 
 
 def _repeats(metric: str, beside: set[str]) -> bool:
     """Perplexities of one task are one number in other units: the first is drawn."""
-    present = [p for p in PERPLEXITIES if p in beside]
+    present = [p for p in metrics.in_group(metrics.PERPLEXITY) if p in beside]
     return metric in present[1:]
 
 
@@ -102,14 +98,14 @@ def _panel(cells: Cells, records: Sequence[Record], task: str, metric: str, chan
         found.sort(key=lambda f: f[0])
         lines.append(Line(cells.styles[label], tuple(Point(s, m.value, half_width(m)) for s, m in found)))
         words += [f"{label} at {sparsity(s)} {with_error(m.value, m.stderr)}" for s, m in found]
-    if metric in CHANCE and task in chance:
+    if metrics.of(metric).chance and task in chance:
         levels.append(Level(chance[task], kind="chance"))
     values = [p.y for line in lines for p in line.points] + [level.value for level in levels]
     note = [metric, "lower is better" if better is False else "", f"n = {_range(counts)}"]
     note += [f"{dropped} without a finite value left out"] if dropped else []
     if bare:
         note.append("no intervals: no standard error" if bare == len(words) else f"{bare} without interval")
-    log = metric in PERPLEXITIES and min(values) > 0 and max(values) > 10 * min(values)
+    log = metrics.of(metric).group == metrics.PERPLEXITY and min(values) > 0 and max(values) > 10 * min(values)
     note += ["logarithmic"] if log else []
     return Panel(task, ", ".join(n for n in note if n), "; ".join(words), tuple(lines), tuple(levels), log)
 
@@ -138,7 +134,9 @@ def against_cost(cells: Cells, model: str) -> list[Panel]:
                       for s, _, p in points]  # fmt: skip
             for s, pure, _ in points:
                 tops.setdefault(s, (pure, f"{100 * s:.4g} %\n≤ {1 / pure:.2f}×"))
-        note = f"{metric} relative to dense" + (" (dense / value)" if metric in PERPLEXITIES else "")
+        note = f"{metric} relative to dense" + (
+            " (dense / value)" if metrics.of(metric).group == metrics.PERPLEXITY else ""
+        )
         panels.append(Panel(task, note, "; ".join(words), tuple(drawn), tops=tuple(sorted(tops.values()))))
     return panels
 

@@ -1,0 +1,75 @@
+"""Results as data frames: one row a metric of a cell, or one row a document.
+
+Example:
+    frame = dart_eval.records("out")
+    frame[frame.metric == "acc"].pivot_table("value", ["label", "sparsity"], "task")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dart_eval.results import tables
+from dart_eval.results.labels import labels
+from dart_eval.results.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def records(folder: str | Path, subtasks: bool = False) -> pd.DataFrame:
+    """Every metric of every finished cell, with what the cell was asked, what it read and what it cost.
+
+    The columns are those of `dart-eval tables --format csv`, which is made of the same rows.
+
+    Args:
+        folder: that `dart-eval run --output` wrote.
+        subtasks: also the members of groups, mmlu's subjects for example.
+
+    Returns:
+        One row a metric: `model`, `label`, `method`, `params`, `sparsity`, `task`, `metric`, `value`, `stderr`, `n` ...
+
+    Raises:
+        UserError: there are no results in the folder.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(tables.rows(Store(folder).load(), subtasks))
+
+
+def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
+    """Every document of every finished cell, with the values of its metrics.
+
+    Two cells that were asked the same share `doc_hash` and `prompt_hash`: merge on `task`, `doc_id` and `filter`, and
+    compare pairs.
+
+    Args:
+        folder: that `dart-eval run --output` wrote.
+        task: of this task's cells alone.
+
+    Returns:
+        One row a document and filter: `model`, `label`, `method`, `sparsity`, `task`, `doc_id`, `filter`, a column for
+        each metric (a perplexity's holds log-likelihood and words), `tokens`, `remasks`, `effective_sparsity`,
+        `responses`, `doc_hash`, `prompt_hash`, `cluster` and the cell's `key`.
+
+    Raises:
+        UserError: there are no results in the folder, or a cell's samples are missing or damaged.
+    """
+    import pandas as pd
+
+    store = Store(folder)
+    found = store.load()
+    names = labels(found)
+    rows: list[dict[str, Any]] = []
+    for record in found:
+        if task is not None and record.inputs["task"] != task:
+            continue
+        cell = {
+            "model": record.inputs["model"]["name"], "label": names[record.key], "method": record.inputs["method"],
+            "sparsity": record.inputs["sparsity"],
+        }  # fmt: skip
+        for sample in store.samples(record):
+            told = {k: v for k, v in sample.items() if k not in ("metrics", "drift")}
+            rows.append({**cell, **told, **sample["metrics"], "key": record.key})
+    return pd.DataFrame(rows)

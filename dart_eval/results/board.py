@@ -1,0 +1,288 @@
+"""The board: one row a method and sparsity, best first, with what it keeps of dense and what it costs.
+
+Rows stand in levels of equal read (FFN weight bytes that a decoded token reads / those of the dense FFN). Inside a
+level they are ordered by mean recovery. The best pruned row is tested against every other one on the same documents; it
+was chosen by the values that are then tested, so each p counts for all pairs that could have been chosen (K / 2 for
+each of the K - 1 that are tested), and Holm's correction is taken over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from dart_eval.bench.kept import Speed
+from dart_eval.errors import UserError
+from dart_eval.results import inputs, metrics, outcomes, recovery, stats
+from dart_eval.results.labels import labels
+from dart_eval.results.outcomes import DENSE, Outcome
+from dart_eval.results.record import Metric, Record
+from dart_eval.results.recovery import Estimate, Recovery
+from dart_eval.results.store import Store
+
+MOST_NAMED = 4  # rows that a sentence names
+WIDTH_OF_LEVEL = 0.02  # reads that differ by less stand in one level
+PRUNED, UPPER_BOUND, CONTROL = "pruned", "upper bound", "control"
+BEST, LEVEL_WITH_BEST = "best", "not told apart"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a sparsity.
+
+    Attributes:
+        label: the method, and what else tells the row apart. spec: the method as a user types it. sparsity: None where
+            it does not decide what is read.
+        kind: `pruned`, `upper bound` or `control` (dense).
+        read: of the FFN weights of dense, mean over the cells.
+        values: task -> its main metric.
+        recovery: over the tasks that have one, with its interval. tasks: how many these are.
+        memory: bytes kept beside the model, the most over the cells.
+        overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
+        speed: of decoding, where `bench` wrote one into the folder.
+        mark: `best` of its level, `not told apart` from it, or empty. p: adjusted, of the test against the best.
+        keys: of the records.
+    """
+
+    label: str
+    spec: str
+    sparsity: float | None
+    kind: str
+    read: float
+    values: dict[str, Metric]
+    recovery: Estimate | None
+    tasks: int
+    memory: int
+    overhead: float
+    speed: Speed | None
+    keys: tuple[str, ...]
+    mark: str = ""
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Level:
+    """Rows of one read, best first, and the sentence that says which was best and whether that is more than noise."""
+
+    rows: tuple[Row, ...]
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Board:
+    """The board of one model.
+
+    Attributes:
+        columns: task -> name of its main metric, in the order of the columns.
+        notes: what a reader must know beside the numbers.
+    """
+
+    model: str
+    columns: dict[str, str]
+    levels: tuple[Level, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Draft:
+    """A row while it is made."""
+
+    label: str
+    records: list[Record] = field(default_factory=list)
+    recoveries: dict[str, Recovery] = field(default_factory=dict)
+
+
+def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()) -> list[Board]:
+    """One board for each model of a folder.
+
+    Args:
+        store: the folder, for samples. records: its cells. speeds: what `bench decode` wrote into it.
+    """
+    kept, older = newest(records)
+    by_model: dict[str, list[Record]] = {}
+    for r in kept:
+        by_model.setdefault(inputs.model_of(r.inputs["model"]), []).append(r)
+    same_name = len({r.inputs["model"]["name"] for r in kept}) < len(by_model)
+    notes = [f"{older} cells of older runs are left out: the last run of each counts."] if older else []
+    return [
+        _board(store, model if same_name else found[0].inputs["model"]["name"], found, speeds, notes)
+        for model, found in sorted(by_model.items())
+    ]
+
+
+def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
+    """Of cells that were asked the same on the same dtype and device the one finished last; how many were left out."""
+    last: dict[str, Record] = {}
+    for r in sorted(records, key=lambda r: (r.created, r.key)):
+        last[inputs.question(r.inputs, ())] = r
+    kept = {r.key for r in last.values()}
+    return [r for r in records if r.key in kept], len(records) - len(kept)
+
+
+def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str]) -> Board:
+    names = labels(records, by_task=True)
+    drafts: dict[tuple[str, float], _Draft] = {}
+    columns: dict[str, str] = {}
+    for r in sorted(records, key=lambda r: str(r.inputs["task"])):
+        for m in main_metrics(r):
+            columns.setdefault(m.task, m.metric)
+        sparsity = float(r.inputs["sparsity"])
+        drafts.setdefault((names[r.key], sparsity), _Draft(names[r.key])).records.append(r)
+    problems = _recover(store, records, drafts)
+    order = {name: i for i, name in enumerate(metrics.METRICS)}
+    tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
+    rows = [_row(draft, speeds) for draft in drafts.values()]
+    found = {row.keys: draft.recoveries for row, draft in zip(rows, drafts.values(), strict=True)}
+    return Board(
+        model, {t: columns[t] for t in tasks}, tuple(_judged(level, found) for level in _levels(rows)),
+        (*notes, *problems),
+    )  # fmt: skip
+
+
+def main_metrics(record: Record) -> list[Metric]:
+    """The one number of each task that was asked for: members of groups stay out."""
+    return metrics.main(m for m in record.metrics if m.part_of is None)
+
+
+def dense_of(record: Record, records: Sequence[Record]) -> Record | None:
+    """The dense cell that was asked the same, best of the same code and versions."""
+    wanted = inputs.question(record.inputs)
+    rivals = [r for r in records if r.inputs["method"] == DENSE and inputs.question(r.inputs) == wanted]
+    build = [r for r in rivals if all(r.inputs.get(b) == record.inputs.get(b) for b in ("code", "versions"))]
+    return next(iter(build or rivals), None)
+
+
+def _recover(store: Store, records: Sequence[Record], drafts: Mapping[tuple[str, float], _Draft]) -> list[str]:
+    """Fill in the drafts' recoveries; returns why some are missing."""
+    read: dict[str, Outcome] = {}
+    problems: dict[str, None] = {}
+
+    def outcome(record: Record) -> Outcome | None:
+        if record.key not in read:
+            try:
+                read[record.key] = outcomes.outcome(record, store.samples(record))
+            except UserError as error:
+                problems[f"Without a recovery: {error.problem}."] = None
+                return None
+        return read[record.key]
+
+    alone: dict[str, None] = {}
+    for draft in drafts.values():
+        for r in draft.records:
+            dense = dense_of(r, records)
+            if dense is None:
+                alone[str(r.inputs["task"])] = None
+                continue
+            if dense is r or (x := outcome(r)) is None or (y := outcome(dense)) is None:
+                continue
+            try:
+                outcomes.check_paired(outcomes.cell_of(r, x), x, outcomes.cell_of(dense, y), y)
+            except outcomes.Unpaired as error:
+                problems[f"Without a recovery: {error.problem}."] = None
+                continue
+            for measure in metrics.main(x.measures):
+                made = recovery.of_task(measure, x, y) if measure in y.measures else None
+                if made is None:
+                    problems[f"{measure.task} is not in the recovery: dense has no {measure.metric} above 0."] = None
+                else:
+                    draft.recoveries[measure.task] = made
+    if alone:
+        problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
+    return list(problems)
+
+
+def _row(draft: _Draft, speeds: Sequence[Speed]) -> Row:
+    first, records = draft.records[0], draft.records
+    dense = first.inputs["method"] == DENSE
+    mean = recovery.mean(list(draft.recoveries.values())) if draft.recoveries else None
+    settings = first.settings
+    kind = CONTROL if dense else UPPER_BOUND if settings.get("upper_bound") else PRUNED
+    sized = dense or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
+    return Row(
+        label=draft.label, spec=str(settings.get("method") or first.inputs["method"]),
+        sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
+        read=sum(r.weights_read for r in records) / len(records),
+        values={m.task: m for r in records for m in main_metrics(r)},
+        recovery=recovery.estimate(mean) if mean is not None else None, tasks=len(draft.recoveries),
+        memory=max(r.memory.get("state", 0) for r in records),
+        overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
+        speed=_speed(first, speeds), keys=tuple(r.key for r in records),
+    )  # fmt: skip
+
+
+def _speed(record: Record, speeds: Sequence[Speed]) -> Speed | None:
+    """What `bench` measured last of the same model, method and sparsity."""
+    return next((s for s in reversed(speeds) if s.is_of(record.inputs)), None)
+
+
+def _levels(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in levels of equal read, the highest read first; inside a level by recovery, controls before pruned rows."""
+    found: list[list[Row]] = []
+    for row in sorted(rows, key=lambda r: (r.kind != CONTROL, -r.read)):
+        level = found[-1] if found else None
+        if (
+            level
+            and abs(level[0].read - row.read) <= WIDTH_OF_LEVEL
+            and (level[0].kind == CONTROL) == (row.kind == CONTROL)
+        ):
+            level.append(row)
+        else:
+            found.append([row])
+    order = {CONTROL: 0, UPPER_BOUND: 1, PRUNED: 2}
+    for level in found:
+        level.sort(key=lambda r: (order[r.kind], -(r.recovery.value if r.recovery else -1.0), r.label))
+    return found
+
+
+def _judged(rows: Sequence[Row], found: Mapping[tuple[str, ...], Mapping[str, Recovery]]) -> Level:
+    """The level with its marks and its sentence."""
+    rivals = [r for r in rows if r.kind == PRUNED and r.recovery is not None]
+    if len(rivals) < 2 or rivals[0].recovery is None:
+        return Level(tuple(rows))
+    best = rivals[0]
+    tested = [_test(found[best.keys], found[other.keys]) for other in rivals[1:]]
+    counted = [None if p is None else min(1.0, len(rivals) / 2 * p) for p in tested]
+    adjusted = {r.keys: p for r, p in zip(rivals[1:], stats.holm(counted), strict=True)}
+    behind = [r for r in rivals[1:] if (p := adjusted[r.keys]) is not None and p < stats.ALPHA]
+    marked = []
+    for r in rows:
+        if r is best:
+            marked.append(replace(r, mark=BEST))
+        elif r.keys in adjusted:
+            marked.append(replace(r, mark="" if r in behind else LEVEL_WITH_BEST, p=adjusted[r.keys]))
+        else:
+            marked.append(r)
+    ahead = [r for r in rivals[1:] if r not in behind]
+    return Level(tuple(marked), _sentence(best, behind, ahead, adjusted))
+
+
+def _test(a: Mapping[str, Recovery], b: Mapping[str, Recovery]) -> float | None:
+    """The paired test of two rows over the tasks that both have."""
+    common = sorted(a.keys() & b.keys())
+    if not common:
+        return None
+    return recovery.difference(recovery.mean([a[t] for t in common]), recovery.mean([b[t] for t in common]))
+
+
+def _sentence(
+    best: Row, behind: Sequence[Row], ahead: Sequence[Row], adjusted: Mapping[tuple[str, ...], float | None]
+) -> str:
+    """`At read 0.30 dart-plus keeps most ...`, with what the paired tests say."""
+    assert best.recovery is not None
+    text = f"At read {best.read:.2f} {best.label} keeps most of dense's quality ({100 * best.recovery.value:.0f} %)"
+    if behind:
+        highest = max(p for r in behind if (p := adjusted[r.keys]) is not None)
+        bound = next(limit for limit in (1e-4, 1e-3, 0.01, stats.ALPHA) if highest < limit)
+        others = "all other pruned rows" if not ahead and len(behind) > 1 else _listed([r.label for r in behind])
+        text += f", which is more than noise against {others} (paired, Holm p < {bound:g})"
+        if ahead:
+            text += f"; {_listed([r.label for r in ahead])} cannot be told apart from it"
+    else:
+        text += f", but {_listed([r.label for r in ahead])} cannot be told apart from it by the paired test"
+    return text + "."
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MOST_NAMED:
+        return f"{len(names)} others"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

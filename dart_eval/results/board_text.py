@@ -1,0 +1,178 @@
+"""The board for people: as lines for a terminal of any width, and as a table for Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dart_eval.results import metrics
+from dart_eval.results.board import BEST, LEVEL_WITH_BEST, Board, Row
+from dart_eval.results.format import share, short, size, small_share, sparsity
+from dart_eval.results.writers import Table
+from dart_eval.text import printable
+
+MARKS = {BEST: "*", LEVEL_WITH_BEST: "~"}
+MOST_TASKS = 4  # that have a column each; of more, each metric has one, which is their mean
+NARROWEST = 12  # characters of a method's name, where the terminal is narrow
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def lines(board: Board, width: int) -> list[str]:
+    """The board in lines of at most `width` characters where that can be, a level of read after the other."""
+    columns = _columns(board)
+    room = width
+    for dropped in ("overhead", "extra"):  # the long tables have them
+        if _width(board, columns) <= room:
+            break
+        columns = [c for c in columns if c[0] != dropped]
+    longest = max(len(_name(row)) for level in board.levels for row in level.rows)
+    names = max(NARROWEST, min(longest, longest - (_width(board, columns) - room)))
+    text = [f"Model {board.model}" + _tasks_note(board)]
+    heads = [head for head, _ in columns]
+    cells = {row.keys: [value(row) for _, value in columns] for level in board.levels for row in level.rows}
+    widths = [max(len(head), *(len(line[i]) for line in cells.values())) for i, head in enumerate(heads)]
+    widths[0] = min(widths[0], names)
+    text += ["", _line(heads, widths)]
+    for level in board.levels:
+        text.append(f"{_level(level.rows)} ".ljust(sum(widths) + 2 * len(widths) - 2, "─"))
+        for row in level.rows:
+            text += _row_lines(cells[row.keys], widths)
+    return [printable(line) for line in [*text, "", *legend(board, columns)]]
+
+
+def _columns(board: Board) -> list[Column]:
+    rows = [row for level in board.levels for row in level.rows]
+    found: list[Column] = [("method", _name), *_quality(board)]
+    if any(row.recovery for row in rows):
+        found.append(("recovery", _recovery))
+    found += [("extra", lambda row: size(row.memory)), ("overhead", lambda row: small_share(row.overhead))]
+    if any(row.speed for row in rows):
+        found.append(("speed", lambda row: f"{row.speed.speedup.median:.2f}x" if row.speed else "-"))
+    return found
+
+
+def _quality(board: Board) -> list[Column]:
+    """A column a task, or where there are many a column a metric."""
+    if len(board.columns) <= MOST_TASKS:
+        return [(task, lambda row, task=task: _value(row, [task])) for task in board.columns]  # type: ignore[misc]
+    by_metric: dict[str, list[str]] = {}
+    for task, metric in board.columns.items():
+        by_metric.setdefault(metric, []).append(task)
+    return [
+        (
+            tasks[0] if len(tasks) == 1 else f"{metrics.of(metric).short or metric} of {len(tasks)}",
+            lambda row, tasks=tasks: _value(row, tasks),  # type: ignore[misc]
+        )
+        for metric, tasks in by_metric.items()
+    ]
+
+
+def _value(row: Row, tasks: Sequence[str]) -> str:
+    """The mean of some tasks' main metrics, which are all of one name."""
+    found = [row.values[t] for t in tasks if t in row.values]
+    if len(found) < len(tasks):
+        return "-"
+    errors = [m.stderr for m in found if m.stderr is not None]
+    stderr = sum(e * e for e in errors) ** 0.5 / len(found) if len(errors) == len(found) else None
+    return short(found[0].metric, sum(m.value for m in found) / len(found), stderr)
+
+
+def _name(row: Row) -> str:
+    return f"{MARKS.get(row.mark, ' ')} {row.label}"
+
+
+def _recovery(row: Row) -> str:
+    found = row.recovery
+    if found is None:
+        return "100 %" if row.kind == "control" else "-"
+    text = f"{100 * found.value:.0f} %"
+    return (
+        text if found.low is None or found.high is None else f"{text} [{100 * found.low:3.0f}, {100 * found.high:3.0f}]"
+    )
+
+
+def _level(rows: Sequence[Row]) -> str:
+    """`sparsity 70 %, read 0.30`."""
+    known = {row.sparsity for row in rows if row.sparsity is not None}
+    reads = sorted({share(row.read) for row in rows})
+    read = reads[0] if len(reads) == 1 else f"{reads[0]} to {reads[-1]}"
+    return f"sparsity {', '.join(sparsity(s) for s in sorted(known))}, read {read}" if known else f"read {read}"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    left, *rest = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+    return "  ".join([left, *rest]).rstrip()
+
+
+def _row_lines(cells: list[str], widths: Sequence[int]) -> list[str]:
+    """A row; a name that is too long goes on in lines of its own, broken between its parts."""
+    name, rest = cells[0], cells[1:]
+    if len(name) <= widths[0]:
+        return [_line(cells, widths)]
+    pieces, made = name.replace(":", " :").split(" "), [""]
+    for piece in [p for p in pieces[2:] if p] if name.startswith("  ") else [p for p in pieces[1:] if p]:
+        glue = "" if piece.startswith(":") or not made[-1] else " "
+        if made[-1] and len(made[-1]) + len(glue) + len(piece) > widths[0] - 2:
+            made.append("  ")
+            glue = ""
+        made[-1] += glue + piece
+    first, *more = [f"{name[:2]}{made[0]}", *(f"  {line}" for line in made[1:])]
+    return [_line([first, *rest], widths), *more]
+
+
+def _width(board: Board, columns: Sequence[Column]) -> int:
+    rows = [row for level in board.levels for row in level.rows]
+    return sum(max(len(head), *(len(value(row)) for row in rows)) + 2 for head, value in columns) - 2
+
+
+def _tasks_note(board: Board) -> str:
+    """Which number of each task is shown: said once."""
+    by_metric: dict[str, list[str]] = {}
+    for task, metric in board.columns.items():
+        sizes = sorted({row.values[task].n for level in board.levels for row in level.rows if task in row.values})
+        n = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        by_metric.setdefault(metric, []).append(f"{task} (n {n})")
+    said = [f"{metric} of {', '.join(tasks)}" for metric, tasks in by_metric.items()]
+    return f": {'; '.join(said)}" if said else ""
+
+
+def legend(board: Board, columns: Sequence[Column]) -> list[str]:
+    """What was best at each level, and what the columns mean, each once."""
+    shown = {head for head, _ in columns}
+    rows = [row for level in board.levels for row in level.rows]
+    text = [level.verdict for level in board.levels if level.verdict]
+    said = ["Value ± standard error, shares in per cent."]
+    if any(row.mark for row in rows):
+        said.append("* best pruned row of its level; ~ not told apart from it.")
+    if "recovery" in shown:
+        said.append("recovery: quality over dense's on the same documents, mean over tasks [95 % interval].")
+    said.append("read: share of the FFN weights that a token reads.")
+    if "extra" in shown:
+        said.append("extra: memory kept beside the model.")
+    if "overhead" in shown:
+        said.append("overhead: FLOPs that the method adds to a token.")
+    if "speed" in shown:
+        said.append("speed: of decoding, over dense, as `bench decode` measured it.")
+    bounds = [row.label for row in rows if row.kind == "upper bound"]
+    if bounds:
+        said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
+    return [*text, " ".join([*said, *board.notes])]
+
+
+def table(board: Board) -> Table:
+    """The board as a table with all its columns, whatever their width."""
+    columns = [
+        ("method", lambda row: row.label),
+        ("sparsity", lambda row: "-" if row.sparsity is None else sparsity(row.sparsity)),
+        ("read", lambda row: share(row.read)),
+        *_columns(board)[1:],
+        ("", lambda row: row.mark or ("" if row.kind == "pruned" else row.kind)),
+    ]  # fmt: skip
+    body: list[list[str]] = []
+    rules: set[int] = set()
+    for level in board.levels:
+        if body:
+            rules.add(len(body))
+        body += [[value(row) for _, value in columns] for row in level.rows]
+    note = " ".join(legend(board, columns))
+    return Table(f"Board of {board.model}", [head for head, _ in columns], body, note, rules=frozenset(rules))

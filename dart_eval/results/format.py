@@ -1,0 +1,85 @@
+"""How numbers are written: one way for the terminal, the tables, `compare`, `check`, the report and the paper."""
+
+from __future__ import annotations
+
+import math
+
+from dart_eval.results import metrics
+
+NO_NUMBER = "no number"  # of a metric whose answers were NaN or infinite
+
+
+def number(value: float, digits: int | None = None) -> str:
+    """A metric's value: four digits after the point below 10, two below 100, one beyond."""
+    if digits is None:
+        digits = 4 if abs(value) < 10 else 1 if abs(value) >= 100 else 2
+    return f"{value:.{digits}f}"
+
+
+def with_error(metric: str, value: float, stderr: float | None) -> str:
+    """A value and its standard error, with equally many digits."""
+    if not math.isfinite(value):
+        return NO_NUMBER
+    digits = metrics.of(metric).digits
+    if digits is None:
+        digits = 4 if abs(value) < 10 else 1 if abs(value) >= 100 else 2
+    text = number(value, digits)
+    return text if stderr is None else f"{text} ± {number(stderr, digits)}"
+
+
+def short(metric: str, value: float, stderr: float | None) -> str:
+    """A value and its standard error in as few characters as say it: shares in per cent, `44.0 ±5.0`."""
+    if not math.isfinite(value):
+        return NO_NUMBER
+    scale = 100.0 if metrics.of(metric).percent else 1.0
+    digits = 1 if scale > 1 or abs(value) >= 10 else 2
+    text = f"{scale * value:.{digits}f}"
+    return text if stderr is None else f"{text} ±{scale * stderr:.{digits}f}"
+
+
+def chance(p: float | None) -> str:
+    """A p-value."""
+    return "-" if p is None else "< .0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """The ends of an interval of a difference."""
+    return "-" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+
+
+def sparsity(value: float) -> str:
+    """A sparsity as people say it: `70 %`."""
+    return f"{100 * value:.4g} %"
+
+
+def share(value: float, digits: int = 2) -> str:
+    """A share of 1, as `0.30`."""
+    return f"{value:.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """A large count: `4.20 M`."""
+    if value is None:
+        return "-"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def mebibytes(value: float | None, digits: int = 1) -> str:
+    """Bytes in MiB, without the unit."""
+    return "-" if value is None else f"{value / 2**20:.{digits}f}"
+
+
+def size(value: float) -> str:
+    """Bytes as `9.7 MB`, `180 kB`: two digits, or all before the point."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{value / limit:.{1 if value < 10 * limit else 0}f} {unit}"
+    return f"{value:.0f} B"
+
+
+def small_share(value: float) -> str:
+    """A share that is often tiny, in per cent: `0.12 %`, `< .01 %`."""
+    return "0 %" if value == 0 else "< .01 %" if value < 1e-4 else f"{100 * value:.2g} %"

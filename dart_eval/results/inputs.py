@@ -1,0 +1,150 @@
+"""The inputs of a cell, each described once with its role: key, pairing, labels, columns and docs follow from here.
+
+A field is `asked` (part of the question that a cell answers), `how` (how it was computed: it may move digits), or
+`provenance` (code and versions: which numbers they give is what the key stands for).
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
+
+ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
+PRUNING = ("method", "params", "sparsity")  # what a pruned cell has beside its dense one
+HASH_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a field of a cell's inputs is.
+
+    Attributes:
+        role: `asked`, `how` or `provenance`.
+        help: one sentence for the docs.
+        column: it is a column of `tables --format json` and csv. named: labels say it where cells differ in it.
+        any: None stands for whatever another cell has, since it cannot move this cell's numbers.
+        hashed: it is a hash, of which labels show the first digits.
+    """
+
+    role: str
+    help: str
+    column: bool = False
+    named: bool = False
+    any: bool = False
+    hashed: bool = False
+
+
+def _asked(help: str, setting: bool = True) -> Role:
+    return Role(ASKED, help, column=setting, named=setting)
+
+
+class Model(TypedDict):
+    """Which model a cell was run on."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    name: str
+    revision: NotRequired[str | None]
+    weights: NotRequired[str | None]
+    remote_code: NotRequired[bool]
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class CellInputs(TypedDict):
+    """All that can change a number. Fields that older versions did not write may be missing."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    model: Annotated[Model, _asked("name, revision, hash of the weights, whether code of its own ran", False)]
+    method: Annotated[str, _asked("the method's name", False)]
+    params: Annotated[dict[str, Any], _asked("all its parts and their fields, by the paths that a user types", False)]
+    sparsity: Annotated[Share, _asked("share of FFN weight bytes that a decoded token is not to read", False)]
+    task: Annotated[str, _asked("the lm-eval task or group", False)]
+    scope: Annotated[str, Role(ASKED, "which positions ran pruned when answers were scored", named=True)]
+    execution: NotRequired[Annotated[str, Role(HOW, "how pruning was computed; `run` says `masked`", named=True)]]
+    dtype: NotRequired[Annotated[str, Role(HOW, "what the weights were loaded as", True, True)]]
+    device: NotRequired[Annotated[str, Role(HOW, "type of device", True, True)]]
+    num_fewshot: NotRequired[Annotated[int | None, _asked("examples before each item; null: the task's own number")]]
+    limit: NotRequired[Annotated[float | None, _asked("first items of each task, or a share below 1; null: all")]]
+    seed: NotRequired[Annotated[int, _asked("of few-shot sampling and of methods that draw")]]
+    max_length: NotRequired[Annotated[int | None, _asked("tokens of context and answer; null: the model's")]]
+    chunk: NotRequired[Annotated[int, _asked("tokens per perplexity chunk")]]
+    chat_template: NotRequired[Annotated[bool, _asked("prompts were wrapped in the model's chat template")]]
+    cue: NotRequired[Annotated[str | None, _asked("what replaced the summarisation tasks' own cue")]]
+    batch_size: NotRequired[
+        Annotated[int | str | None, Role(HOW, "contexts per forward, where it can move a number", True, True, any=True)]
+    ]
+    share_prefix: NotRequired[
+        Annotated[bool | None, Role(HOW, "common prefixes ran once, where it can move a number", True, True, any=True)]
+    ]
+    calibration: NotRequired[Annotated[str | None, Role(HOW, "hash of the calibration text", named=True, hashed=True)]]
+    task_hash: NotRequired[Annotated[str, Role(PROVENANCE, "hash of the task's configuration and documents")]]
+    code: NotRequired[
+        Annotated[str, Role(PROVENANCE, "hash of this project's numeric code and tasks", named=True, hashed=True)]
+    ]
+    method_code: NotRequired[
+        Annotated[Any, Role(PROVENANCE, "hash of parts from other packages", named=True, hashed=True)]
+    ]
+    method_files: NotRequired[Annotated[list[Any], Role(PROVENANCE, "hashes of files that the method reads")]]
+    versions: NotRequired[Annotated[dict[str, str | None] | None, Role(PROVENANCE, "of the libraries underneath")]]
+
+
+def _roles() -> dict[str, Role]:
+    found = {}
+    for name, hint in typing.get_type_hints(CellInputs, include_extras=True).items():
+        while typing.get_origin(hint) is NotRequired:
+            (hint,) = typing.get_args(hint)
+        found[name] = next(item for item in typing.get_args(hint)[1:] if isinstance(item, Role))
+    return found
+
+
+FIELDS = _roles()
+
+
+def names(role: str) -> list[str]:
+    """The fields of a role, in their order."""
+    return [name for name, field in FIELDS.items() if field.role == role]
+
+
+COLUMNS = [name for name, field in FIELDS.items() if field.column]
+NAMED = [name for name, field in FIELDS.items() if field.named]
+
+
+def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
+    """What a cell was asked, but for some of it. A field that no cell had before it was new counts as null."""
+    left_out = set(without)
+    found = {name: inputs.get(name) for name in names(ASKED) if name not in left_out}
+    if "model" in found:
+        model = inputs["model"]
+        fields = ["name", "revision", "weights", *(["remote_code"] if model.get("remote_code") else [])]
+        found["model"] = {k: model.get(k) for k in fields}
+    return found
+
+
+def identity(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> str:
+    """`asked` as text that can be compared and sorted: two cells that agree in it answer the same question."""
+    return json.dumps(asked(inputs, without), sort_keys=True)
+
+
+def question(inputs: Mapping[str, Any], without: Iterable[str] = PRUNING) -> str:
+    """What was asked apart from how it was pruned, and on which dtype and device.
+
+    Cells that agree in it, a dense one and pruned ones, can be held against each other.
+    """
+    how = {name: inputs.get(name) for name in ("dtype", "device")}
+    return json.dumps([asked(inputs, without), how], sort_keys=True)
+
+
+def model_of(model: Mapping[str, Any]) -> str:
+    """A model as a user names it where its name alone is not enough: `NAME@` and first digits of its weights' hash or
+    its commit."""
+    which = model.get("weights") or model.get("revision")
+    return f"{model['name']}@{which[:HASH_DIGITS]}" if which else str(model["name"])

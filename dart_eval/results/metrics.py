@@ -1,0 +1,96 @@
+"""The metrics that tables know, each described once: its values, how it is shown, whether it is a task's main one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+ACCURACY, SUMMARIES, PERPLEXITY, OTHER = "Accuracy", "Summaries", "Perplexity (lower is better)", "Other metrics"
+GROUPS = (ACCURACY, SUMMARIES, PERPLEXITY, OTHER)
+GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of choice tasks hold beside their metrics
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a metric by its name.
+
+    Attributes:
+        group: the table that it stands in.
+        rank: of several metrics of a task the one of the lowest rank is its main metric; None: only where it is alone.
+        kind: how a value comes from those of the documents (a key of `stats.KINDS`).
+        width: numbers that a document has for it.
+        short: its name where room is scarce.
+        percent: it is a share, which boards and papers show in per cent.
+        chance: its value under guessing follows from the number of choices.
+        drawn: a chart of it says something.
+        digits: after the point, where the size of the value does not decide.
+    """
+
+    group: str = OTHER
+    rank: int | None = None
+    kind: str = "mean"
+    width: int = 1
+    short: str = ""
+    percent: bool = False
+    chance: bool = False
+    drawn: bool = True
+    digits: int | None = None
+
+
+METRICS = {
+    "acc": Kind(ACCURACY, 0, short="acc", percent=True, chance=True),
+    "acc_norm": Kind(ACCURACY, short="acc_norm", percent=True, chance=True),
+    "exact_match": Kind(ACCURACY, 1, short="exact", percent=True),
+    "em": Kind(ACCURACY, short="em"),
+    "f1": Kind(ACCURACY, short="f1"),
+    "mcc": Kind(ACCURACY, short="mcc"),
+    "rougeL": Kind(SUMMARIES, 2, short="R-L", percent=True),
+    "rouge1": Kind(SUMMARIES, short="R-1", percent=True),
+    "rouge2": Kind(SUMMARIES, short="R-2", percent=True),
+    "bleu": Kind(SUMMARIES, kind="bleu", width=10, short="BLEU"),
+    "summary_words": Kind(SUMMARIES, short="words", drawn=False, digits=1),
+    "empty": Kind(SUMMARIES, short="empty", drawn=False),
+    "bertscore": Kind(SUMMARIES, short="BERTScore", percent=True),
+    "word_perplexity": Kind(PERPLEXITY, 3, "log-perplexity", 2, short="ppl"),
+    "byte_perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="byte ppl"),
+    "bits_per_byte": Kind(PERPLEXITY, kind="bits", width=2, short="bits/byte"),
+    "perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="ppl"),
+}
+UNKNOWN = Kind()
+
+
+def of(metric: str) -> Kind:
+    """What is known of a metric; its filter (`exact_match,strict`) does not count."""
+    return METRICS.get(metric.partition(",")[0], UNKNOWN)
+
+
+def in_group(group: str) -> list[str]:
+    """The names of a group's metrics, in the order of their columns."""
+    return [name for name, known in METRICS.items() if known.group == group]
+
+
+class Named(Protocol):
+    """A metric of a task: of a record, or made of documents."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool | None: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def main(found: Iterable[N]) -> list[N]:
+    """Each task's main metric, in the order of the tasks: of those with a direction the one of the lowest rank, else
+    the first."""
+    chosen: dict[str, N] = {}
+    everything = list(found)
+    last = len(METRICS)
+    for m in sorted(everything, key=lambda m: last if (rank := of(m.metric).rank) is None else rank):
+        if m.higher_is_better is not None and m.metric.partition(",")[0] != GOLD:
+            chosen.setdefault(m.task, m)
+    return [m for m in everything if chosen.get(m.task) is m]

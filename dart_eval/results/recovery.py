@@ -1,0 +1,95 @@
+"""How much of dense's quality a cell keeps, document by document, and whether two cells differ in it.
+
+The recovery of a task is quality over dense's quality (the other way round where lower is better). It is a smooth
+function of sums over documents, so each document has an influence value on it, as in `stats`; recoveries of several
+tasks are averaged by averaging these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dart_eval.results import stats
+from dart_eval.results.outcomes import Measure, Outcome, paired_values
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A recovery and what its uncertainty follows from.
+
+    Attributes:
+        value: quality / quality of dense on the same documents.
+        units: independent unit of documents -> its influence value on `value`; they sum to 0.
+    """
+
+    value: float
+    units: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A recovery with its 95 % interval; None where there are too few documents for one."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def of_task(measure: Measure, pruned: Outcome, dense: Outcome) -> Recovery | None:
+    """The recovery of one metric between two outcomes that `check_paired` let pass; None where there is no such ratio.
+
+    Perplexities are compared as they are read, exp of a mean: their ratio is exp of a difference of means.
+    """
+    found = paired_values(measure, pruned, dense)
+    if found is None or measure.higher_is_better is None:
+        return None
+    x, y, units, weights = found
+    w = np.ones(len(x)) if weights is None else weights
+    (a, slopes_a), (b, slopes_b) = stats.KINDS[measure.kind](x, w), stats.KINDS[measure.kind](y, w)
+    if measure.kind == "log-perplexity":
+        value = stats.exp(b - a)
+        slopes = value * (slopes_b - slopes_a)
+    else:
+        (good, of_good), (base, of_base) = (
+            ((a, slopes_a), (b, slopes_b)) if measure.higher_is_better else ((b, slopes_b), (a, slopes_a))
+        )
+        if base <= 0 or good < 0:
+            return None
+        value = good / base
+        slopes = of_good / base - value * of_base / base
+    if not np.isfinite(value) or not np.isfinite(slopes).all():
+        return None
+    summed: dict[str, float] = {}
+    for unit, slope in zip(units, slopes, strict=True):
+        name = f"{measure.task} {unit}"
+        summed[name] = summed.get(name, 0.0) + float(slope)
+    return Recovery(value, summed)
+
+
+def mean(found: Sequence[Recovery]) -> Recovery:
+    """The mean over tasks, each of which weighs the same."""
+    summed: dict[str, float] = {}
+    for one in found:
+        for unit, slope in one.units.items():
+            summed[unit] = summed.get(unit, 0.0) + slope / len(found)
+    return Recovery(sum(one.value for one in found) / len(found), summed)
+
+
+def estimate(found: Recovery) -> Estimate:
+    """With the interval of the studentised bootstrap over units (`stats.bootstrap_t`)."""
+    slopes = np.array([found.units[unit] for unit in sorted(found.units)])
+    if len(slopes) < stats.MIN_CLUSTERS or not slopes.any():
+        return Estimate(found.value, None, None)
+    made = stats.bootstrap_t(slopes, found.value)
+    return Estimate(found.value, made.low, made.high)
+
+
+def difference(a: Recovery, b: Recovery) -> float | None:
+    """Two-sided p of the paired test of two recoveries over the same tasks; None where nothing can be tested."""
+    slopes = np.array([a.units.get(u, 0.0) - b.units.get(u, 0.0) for u in sorted(a.units.keys() | b.units.keys())])
+    if len(slopes) < stats.MIN_CLUSTERS or not slopes.any():
+        return None
+    return stats.bootstrap_t(slopes, a.value - b.value).p

@@ -1,0 +1,75 @@
+"""Writes the tables of docs/records.md from the types of `dart_eval.results.layout` and `inputs`.
+
+python scripts/records_page.py           rewrite the page
+python scripts/records_page.py --check   fail where it is not what the types say
+"""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+from typing_extensions import NotRequired
+
+from dart_eval.results import inputs, layout
+from dart_eval.results.record import SCHEMA
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "records.md"
+BEGIN, END = "<!-- made by scripts/records_page.py: begin -->", "<!-- end -->"
+OWN = {
+    "schema": f"version of this layout, {SCHEMA}. Records of schema 1 are read; a newer one is refused with a message",
+    "digest": "sha256 over the rest: a record that was edited is refused",
+}
+
+
+def rows(type_: type) -> list[tuple[str, str]]:
+    """The fields of a type, and what each is."""
+    found = []
+    for name, hint in typing.get_type_hints(type_, include_extras=True).items():
+        while typing.get_origin(hint) is NotRequired:
+            (hint,) = typing.get_args(hint)
+        notes = typing.get_args(hint)[1:]
+        found.append((name, next(n.help if isinstance(n, inputs.Role) else n for n in notes if _tells(n))))
+    return found
+
+
+def _tells(note: object) -> bool:
+    return isinstance(note, (str, inputs.Role))
+
+
+def table(found: list[tuple[str, str]]) -> list[str]:
+    """Markdown."""
+    return ["| key | meaning |", "| --- | --- |", *(f"| `{name}` | {text} |" for name, text in found), ""]
+
+
+def text() -> str:
+    """The part of the page between the two marks."""
+    roles = {
+        inputs.ASKED: "part of the question that the cell answers",
+        inputs.HOW: "how it was computed, which may move digits",
+        inputs.PROVENANCE: "which code and versions the numbers are of",
+    }
+    fields = [(name, f"{field.help} ({field.role})") for name, field in inputs.FIELDS.items()]
+    said = "; ".join(f"*{role}*: {words}" for role, words in roles.items())
+    lines = [
+        BEGIN, "", "## A record", "", *table([*OWN.items(), *rows(layout.RecordData)]),
+        "### Its inputs", "", f"Each has a role. {said[0].upper()}{said[1:]}.", "", *table(fields),
+        "### One of its metrics", "", *table(rows(layout.MetricData)),
+        "### Its settings", "", "They cannot change a number. `batch_size` and `share_prefix` stand here too.", "",
+        *table(rows(layout.Settings)),
+        "## A sample", "", *table(rows(layout.SampleData)),
+        "### What a drift detector saw", "", *table(rows(layout.Drift)),
+        "## A line of `texts`", "", *table(rows(layout.Document)), END,
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def page(old: str) -> str:
+    """The page with its tables made anew."""
+    before, _, rest = old.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{text()}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,230 @@
+"""The board: what a row keeps of dense, which is best at its level of read, and whether that is more than noise."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dart_eval.bench import kept
+from dart_eval.bench.ratio import Ratio
+from dart_eval.results import board_text, frontier, recovery, stats
+from dart_eval.results.board import BEST, LEVEL_WITH_BEST, boards
+from dart_eval.results.outcomes import Measure, outcome
+from dart_eval.results.record import Metric
+from dart_eval.results.store import Store
+from tests.helpers.commands import command
+from tests.helpers.records import answered, perplexities, right, samples, save
+
+GENERATOR = np.random.default_rng(5)
+EASY = GENERATOR.random(200)  # how easy each question is, the same for all methods
+
+
+def choices(share, task="arc", method="griffin", sparsity=0.7, read=None, **more):
+    """A cell that answers the easiest questions right."""
+    values = [{"acc": float(e < share)} for e in EASY]
+    made = answered(task, values, method, 0.0 if method == "dense" else sparsity, **more)
+    read = read if read is not None else 1.0 if method == "dense" else 1 - sparsity
+    return dataclasses.replace(made, weights_read=read)
+
+
+def board_of(tmp_path, *records, speeds=()):
+    (made,) = boards(Store(save(tmp_path, *records)), records, speeds)
+    return made
+
+
+def places(board):
+    return [[(row.label, row.mark) for row in level.rows] for level in board.levels]
+
+
+def test_rows_stand_by_read_and_recovery_and_only_what_noise_explains_is_called_level(tmp_path):
+    made = board_of(
+        tmp_path, choices(0.8, method="dense"), choices(0.4, method="random"), choices(0.6, method="griffin"),
+        choices(0.61, method="dart"), choices(0.75, method="griffin", sparsity=0.5),
+    )  # fmt: skip
+    assert places(made) == [
+        [("dense", "")], [("griffin", "")],
+        [("dart", BEST), ("griffin", LEVEL_WITH_BEST), ("random", "")],
+    ]  # fmt: skip
+    values = {(r.label, r.sparsity): r.recovery.value for level in made.levels[1:] for r in level.rows}
+    share = {s: (s > EASY).mean() for s in (0.8, 0.75, 0.61, 0.6, 0.4)}
+    assert values == pytest.approx({
+        ("griffin", 0.5): share[0.75] / share[0.8], ("dart", 0.7): share[0.61] / share[0.8],
+        ("griffin", 0.7): share[0.6] / share[0.8], ("random", 0.7): share[0.4] / share[0.8],
+    })  # fmt: skip
+    (*_, last) = made.levels
+    assert last.verdict.startswith("At read 0.30 dart keeps most of dense's quality (")
+    assert "more than noise against random (paired, Holm p <" in last.verdict
+    assert last.verdict.endswith("griffin cannot be told apart from it.")
+    assert made.levels[1].verdict == ""  # nothing to compare a single row with
+
+
+def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
+    """Six methods that are equal but for luck: one is best, and none is worse by the test."""
+    drawn = [answered("arc", right(0.5, n=80, seed=s), "griffin", params={"score.seed": s}) for s in range(6)]
+    made = board_of(tmp_path, answered("arc", right(0.5, n=80, seed=99), "dense", 0.0), *drawn)
+    (level,) = [level for level in made.levels if len(level.rows) > 1]
+    assert [row.mark for row in level.rows] == [BEST, *[LEVEL_WITH_BEST] * 5]
+    assert level.verdict.endswith("but 5 others cannot be told apart from it by the paired test.")
+
+
+def drawn_values(kind, n):
+    """Values of n documents under a pruned model and under dense, and whether higher is better."""
+    if kind == "acc":
+        sides = [[{kind: float(x)} for x in np.random.default_rng(s).random(n) + 0.2] for s in (1, 2)]
+        return *sides, True
+    pruned, dense = ([v["word_perplexity"] for v in perplexities(scale, n, seed=1)] for scale in (1.3, 1.0))
+    if kind == "words":  # a mean of which less is better
+        return (
+            [{kind: float(w)} for _, w in pruned],
+            [{kind: float(w) + 0.2 * i} for i, (_, w) in enumerate(dense)],
+            False,
+        )
+    return [{kind: v} for v in pruned], [{kind: v} for v in dense], False
+
+
+@pytest.mark.parametrize("kind", ["acc", "words", "word_perplexity", "bits_per_byte"])
+def test_an_interval_is_as_wide_as_resampling_documents_says(kind):
+    """The influence values, against recoveries of 2,000 resamples that are computed from the values themselves."""
+    n = 150
+    pruned, dense, up = drawn_values(kind, n)
+    x, y = (
+        outcome(answered("t", side, metrics=[Metric("t", kind, 0.0, None, n, up)]), samples("t", side))
+        for side in (pruned, dense)
+    )
+    made = recovery.of_task(Measure("t", kind, up, ("t",)), x, y)
+    spread = np.sqrt(n / (n - 1) * sum(u * u for u in made.units.values()))
+
+    def ratio(rows):
+        sums = [np.sum([side[i][kind] for i in rows], 0) for side in (pruned, dense)]
+        found = [s / n for s in sums] if kind in ("acc", "words") else [-s[0] / s[1] for s in sums]
+        if kind == "word_perplexity":
+            found = [np.exp(f) for f in found]
+        return found[0] / found[1] if up else found[1] / found[0]
+
+    assert made.value == pytest.approx(ratio(range(n)))
+    generator = np.random.default_rng(0)
+    assert spread == pytest.approx(np.std([ratio(generator.integers(0, n, n)) for _ in range(2000)]), rel=0.08)
+
+
+def test_tasks_weigh_the_same_in_the_mean_and_a_document_in_common_ties_no_two(tmp_path):
+    records = [choices(0.8, task, "dense") for task in ("arc", "boolq")]
+    records += [choices(0.4, "arc"), choices(0.6, "boolq")]
+    (row,) = board_of(tmp_path, *records).levels[1].rows
+    shares = [(s > EASY).mean() / (EASY < 0.8).mean() for s in (0.4, 0.6)]
+    assert row.recovery.value == pytest.approx(sum(shares) / 2) and row.tasks == 2
+    assert row.recovery.low < row.recovery.value < row.recovery.high
+
+
+def test_upper_bounds_stand_apart_and_are_never_best(tmp_path):
+    knows = choices(0.79, method="oracle")
+    knows.settings["upper_bound"] = True
+    made = board_of(tmp_path, choices(0.8, method="dense"), knows, choices(0.5), choices(0.2, method="random"))
+    assert places(made)[1] == [("oracle", ""), ("griffin", BEST), ("random", "")]
+    assert "Upper bounds, which know what no method can know in time: oracle." in " ".join(board_text.lines(made, 100))
+
+
+def test_what_is_missing_is_said(tmp_path):
+    made = board_of(tmp_path, choices(0.5), choices(0.4, method="random"))
+    assert all(row.recovery is None for level in made.levels for row in level.rows)
+    assert made.notes == ("There is no dense cell for arc: run --method dense too, for recoveries.",)
+    text = "\n".join(board_text.lines(made, 100))
+    assert "recovery" not in text.splitlines()[2] and "griffin" in text
+
+
+def test_of_two_runs_of_one_cell_the_last_counts(tmp_path):
+    old = choices(0.2, created="2026-01-01", code="old")
+    new = choices(0.6, created="2026-02-01", code="new")
+    made = board_of(tmp_path, choices(0.8, method="dense", code="new"), old, new)
+    assert places(made) == [[("dense", "")], [("griffin", "")]]
+    assert made.levels[1].rows[0].keys == (new.key,)
+    assert made.notes == ("1 cells of older runs are left out: the last run of each counts.",)
+
+
+def four_tasks(methods):
+    names = ("arc_easy", "hellaswag", "piqa", "xsum")
+    made = []
+    for task in names:
+        made.append(choices(0.8, task, "dense"))
+        made += [choices(0.5 - 0.02 * i, task, "dart", params={"remask.window": i}) for i in range(methods)]
+    for r in made:
+        if r.inputs["params"]:
+            r.settings["method"] = f"dart:remask.window={r.inputs['params']['remask.window']}:allocation=uniform"
+    return made
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_a_board_of_four_tasks_fits(tmp_path, width):
+    """Numbers stay whole; names of methods go over several lines where there is no room."""
+    made = board_of(tmp_path, *four_tasks(3))
+    text = board_text.lines(made, width)
+    head = next(i for i, line in enumerate(text) if line.startswith("method"))
+    table = text[head : text.index("", head)]
+    assert max(map(len, table)) <= width
+    assert all(task in table[0] for task in made.columns)
+    rows = [line for line in table if "±" in line]
+    assert len(rows) == 4 and all(line.count("±") == 4 and line.count("[") == (line[2:7] != "dense") for line in rows)
+    assert ":remask.window=1" in "".join(table) and ":allocation=uniform" in "".join(table)
+
+
+def test_many_tasks_share_a_column_for_each_metric(tmp_path):
+    records = [choices(s, f"task{i}", m) for i in range(6) for m, s in (("dense", 0.8), ("griffin", 0.5))]
+    text = board_text.lines(board_of(tmp_path, *records), 80)
+    (head,) = [line for line in text if line.startswith("method")]
+    assert "acc of 6" in head and "task0" not in head
+    (row,) = [line for line in text if "griffin" in line and "±" in line]
+    shares = (EASY < 0.5).mean()
+    assert f"{100 * shares:.1f} ±{100 * 0.01 / 6**0.5:.1f}" in row
+
+
+def test_measured_speed_stands_beside_its_row(tmp_path):
+    pruned = choices(0.5)
+    ratio = Ratio(1.523, 1.5, 1.6, 30)
+    speed = kept.Speed(
+        "griffin", pruned.inputs["params"], 0.7, pruned.inputs["model"], "float32", "cpu", "2 threads", None, 128, 0.3,
+        ratio, ratio, 1.8, "2026-01-01",
+    )  # fmt: skip
+    made = board_of(
+        tmp_path,
+        choices(0.8, method="dense"),
+        pruned,
+        choices(0.4, method="random", params={"seed": 1}),
+        speeds=[speed],
+    )
+    text = "\n".join(board_text.lines(made, 100))
+    assert [row.speed for level in made.levels for row in level.rows] == [None, speed, None]
+    assert "1.52x" in text and "as `bench decode` measured it" in text
+
+
+@pytest.mark.surface
+def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
+    folder = save(tmp_path, choices(0.8, method="dense"), choices(0.5), choices(0.4, method="random"))
+    done = command("tables", folder)
+    assert done.code == 0 and "* griffin" in done.out and "At read 0.30 griffin keeps most" in done.out
+    long = command("tables", folder, "--view", "long")
+    assert "### Accuracy" in long.out and "In all rows: n 200" in long.out and "FLOPs" not in long.out
+    assert "| dense" in command("tables", folder, "--format", "md").out
+    wrong = command("tables", folder, "--view", "bord")
+    assert wrong.code == 2 and "did you mean board?" in wrong.err
+    picture = tmp_path / "frontier.svg"
+    assert command("tables", folder, "--view", "frontier", "--save", picture).code == 0
+    assert picture.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("points", "kept_share", "expected"),
+    [
+        ([(0.5, 0.9), (0.3, 0.7)], 0.95, (0.75, True)),
+        ([(0.5, 0.9), (0.3, 0.7)], 0.8, (0.4, True)),
+        ([(0.5, 0.99)], 0.95, (0.5, False)),
+        ([(0.5, 1.02), (0.3, 0.9)], 0.96, (0.4, True)),
+    ],
+)
+def test_how_far_a_method_can_go_is_read_off_the_line_between_two_levels(points, kept_share, expected):
+    read, crossed = frontier.reach(points, kept_share)
+    assert (read, crossed) == (pytest.approx(expected[0]), expected[1])
+
+
+def test_a_handful_of_documents_gives_no_interval():
+    few = recovery.Recovery(0.9, {str(i): 0.01 * (-1) ** i for i in range(stats.MIN_CLUSTERS - 1)})
+    assert recovery.estimate(few) == recovery.Estimate(0.9, None, None)
+    assert recovery.difference(few, recovery.Recovery(0.8, {})) is None

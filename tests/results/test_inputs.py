@@ -1,0 +1,52 @@
+"""The fields of a cell's inputs stand once, with their roles; what follows from roles follows from them."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from dart_eval.models import Identity, ModelSpec, Resolved
+from dart_eval.plan import RunConfig, plan
+from dart_eval.results import inputs, metrics
+from dart_eval.results.record import Metric
+from tests.helpers.records import answered, right
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
+    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32")
+    (cell,) = plan(RunConfig(method=("griffin",), tasks=("arc",)), model, ("arc",), {"arc": "h"}, "cpu")
+    assert set(cell.inputs) == set(inputs.FIELDS)
+
+
+@pytest.mark.parametrize("name", inputs.FIELDS)
+def test_cells_answer_one_question_unless_they_differ_in_what_was_asked(name):
+    """A dense cell and a pruned one go together if they differ in how they prune, on one dtype and device."""
+    here = answered("arc", right(0.5)).inputs
+    there = json.loads(json.dumps(here))
+    there[name] = {"name": "other"} if name == "model" else {"other": 1} if name in ("params", "versions") else "other"
+    role = inputs.FIELDS[name].role
+    assert (inputs.identity(here) == inputs.identity(there)) == (role != "asked")
+    goes_together = name in inputs.PRUNING or (role != "asked" and name not in ("dtype", "device"))
+    assert (inputs.question(here) == inputs.question(there)) == goes_together
+
+
+def test_the_main_metric_of_a_task_is_the_one_of_the_lowest_rank_wherever_it_stands():
+    made = [
+        Metric("qa", "rougeL", 0.1, None, 9, True), Metric("qa", "exact_match,strict", 0.1, None, 9, True),
+        Metric("text", "summary_words", 9.0, None, 9, None), Metric("text", "empty", 0.0, None, 9, False),
+        Metric("arc", "acc_norm", 0.2, None, 9, True), Metric("arc", "acc", 0.1, None, 9, True),
+    ]  # fmt: skip
+    assert [(m.task, m.metric) for m in metrics.main(made)] == [
+        ("qa", "exact_match,strict"), ("text", "empty"), ("arc", "acc"),
+    ]  # fmt: skip
+
+
+def test_the_page_of_records_is_what_the_types_say():
+    spec = importlib.util.spec_from_file_location("records_page", ROOT / "scripts" / "records_page.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (ROOT / "docs" / "records.md").read_text()
+    assert script.page(page) == page, "run scripts/records_page.py"
