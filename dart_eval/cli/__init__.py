@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from dart_eval.cli import bench, check, compare, ls, paper, report, run, tables, trace, view
+from dart_eval.cli import bench, check, compare, export, ls, paper, report, run, tables, trace, view
 from dart_eval.errors import RenamedWarning, UserError, remark
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.command("tables")(tables.tables)
 app.command("compare")(compare.compare)
 app.command("check")(check.check)
 app.command("report")(report.report)
+app.command("export")(export.export)
 app.command("paper")(paper.paper)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)

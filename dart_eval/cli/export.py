@@ -1,0 +1,73 @@
+"""`dart-eval export`: results as files of other projects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dart_eval.cli.view import say
+from dart_eval.errors import UserError, nearest
+from dart_eval.export import FORMATS, RELATIONSHIPS, Teller
+from dart_eval.export import export as write_all
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
+    to: Annotated[str, typer.Option(help="every-eval-ever, eval-results or lm-eval.")] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="Write into this folder.", show_default="export/FORMAT in the results' folder")
+    ] = None,
+    model_id: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="The model's name on the hub, where results have a folder's name."),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=OWNER/NAME", help="Data set of a task on the hub, where its YAML names none or another; "
+            "TASK=OWNER/NAME:ID also names the task within a benchmark. May be given again.",
+        ),
+    ] = None,
+    organisation: Annotated[str | None, typer.Option(help="Who publishes the results (every-eval-ever).")] = None,
+    relationship: Annotated[
+        str | None,
+        typer.Option(
+            help="What you are to the model's developer: first_party, third_party, collaborative or other "
+            "(every-eval-ever).", show_default="other",
+        ),
+    ] = None,
+    page: Annotated[
+        str | None, typer.Option(metavar="URL", help="A page about the results (every-eval-ever, eval-results).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace files of an earlier export.")] = False,
+) -> None:  # fmt: skip
+    """Write results as other projects read them. The results themselves stay as they are.
+
+    every-eval-ever: JSON for the Every Eval Ever datastore, with a line for each document. eval-results: YAML for a
+    model's repository on the Hugging Face hub. lm-eval: results_*.json and samples_*.jsonl of lm-evaluation-harness.
+    The pruner, its parameters, sparsity, scope and seed stand in each of them.
+
+    [bold]Examples[/bold]
+
+    \b
+    dart-eval export out --to lm-eval
+    dart-eval export out --to every-eval-ever --organisation "My Lab" --output eee
+    dart-eval export out --to eval-results --model-id google/gemma-3-270m
+    """
+    if to not in FORMATS:
+        raise UserError(f"unknown format {to!r}" if to else "--to is missing", nearest(to, FORMATS))
+    for name, value in (("organisation", organisation), ("relationship", relationship), ("page", page)):
+        if value is not None and name not in FORMATS[to]:
+            takes = " or ".join(f for f, options in FORMATS.items() if name in options)
+            raise UserError(f"--{name} goes with --to {takes}", f"leave it out: {to} has no place for it")
+    if relationship is not None and relationship not in RELATIONSHIPS:
+        raise UserError(f"unknown relationship {relationship!r}", nearest(relationship, RELATIONSHIPS))
+    from dart_eval.results.store import Store
+
+    given = {"organisation": organisation, "relationship": relationship, "page": page}
+    teller = Teller(**{name: value for name, value in given.items() if value})
+    target = output or folder / "export" / to
+    written = write_all(Store(folder), to, target, teller, model_id, dataset or (), force)
+    say(f"wrote {len(written)} file{'s' if len(written) > 1 else ''} to {target}")

@@ -1,0 +1,75 @@
+"""Results in the formats of other projects: one module a format, `facts.py` for what all of them say of a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dart_eval.results.store import Store
+
+# Each format, and what it says of those who publish the results.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "every-eval-ever": ("organisation", "relationship", "page"),
+    "eval-results": ("page",),
+    "lm-eval": (),
+}
+RELATIONSHIPS = ("first_party", "third_party", "collaborative", "other")
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Who publishes the results.
+
+    Attributes:
+        organisation: its name.
+        relationship: what it is to the model's developer: one of `RELATIONSHIPS`.
+        page: the address of a page about the results, or None.
+    """
+
+    organisation: str = "unknown"
+    relationship: str = "other"
+    page: str | None = None
+
+
+def export(
+    store: Store, to: str, folder: Path, teller: Teller | None = None, model: str | None = None,
+    datasets: Sequence[str] = (), force: bool = False,
+) -> list[Path]:  # fmt: skip
+    """Write a folder of results in another project's format.
+
+    Args:
+        store: the results.
+        to: one of `FORMATS`.
+        folder: where to.
+        teller: who publishes them.
+        model: the model's name on the hub, in place of the one in the results.
+        datasets: data sets of tasks on the hub, as `TASK=OWNER/NAME` or `TASK=OWNER/NAME:ID`.
+        force: files that are there already are replaced.
+
+    Returns:
+        The files. A cell that cannot be exported is named on stderr and left out.
+
+    Raises:
+        UserError: the input is wrong, nothing can be exported, or a file is in the way; nothing is then written.
+    """
+    from dart_eval.export import eval_results, every_eval_ever, lm_eval
+    from dart_eval.export.datasets import known, parsed
+    from dart_eval.export.facts import check_model, facts
+    from dart_eval.export.writing import write_pieces
+
+    named, told = parsed(datasets), teller or Teller()
+    records = store.load()
+    if model is not None:
+        check_model(model, records)
+    cells = facts(store, records, model)
+    found = known([task for cell in cells for task in (cell.task, *cell.leaves())], named)
+    if to == "every-eval-ever":
+        pieces = every_eval_ever.pieces(cells, found, told)
+    elif to == "eval-results":
+        pieces = eval_results.pieces(cells, found, told.page)
+    else:
+        pieces = lm_eval.pieces(cells, found)
+    return write_pieces(folder, pieces, force)

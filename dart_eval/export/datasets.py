@@ -1,0 +1,129 @@
+"""Which data set on the hub the documents of a task come from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.tasks import tasks_dir
+
+DEFAULT = "default"  # the task within a benchmark that has one alone
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+DEEPEST = 10  # files that include one another
+NO_HUB = ("json", "csv", "parquet", "arrow", "text")  # loaders of local files
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set on the hub.
+
+    Attributes:
+        id: its name there, such as `cais/mmlu`.
+        task: the task within it, as a benchmark calls it; lm-eval's configuration of the data set, if nobody said.
+        split: the part that was asked, if it is known.
+    """
+
+    id: str
+    task: str = DEFAULT
+    split: str | None = None
+
+
+def parsed(given: Iterable[str]) -> dict[str, Dataset]:
+    """What `--dataset` says: task -> data set.
+
+    Raises:
+        UserError: a value is not TASK=ID or TASK=ID:TASK_ID.
+    """
+    found = {}
+    for text in given:
+        name, _, rest = text.partition("=")
+        id_, colon, task = rest.partition(":")
+        if not name or not HUB_ID.fullmatch(id_) or bool(colon) != bool(task):
+            raise UserError(
+                f"--dataset {text!r} names no data set", "for example --dataset arc_easy=allenai/ai2_arc:ARC-Easy"
+            )
+        found[name] = Dataset(id_, task or DEFAULT)
+    return found
+
+
+def known(names: Iterable[str], given: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The data sets of lm-eval tasks, as their YAML files name them.
+
+    Args:
+        names: lm-eval tasks.
+        given: what the user said, which wins.
+
+    Returns:
+        Those that are known; tasks on local files, and those that this lm-eval does not know, are not among them.
+    """
+    wanted = [n for n in dict.fromkeys(names) if n not in given]
+    found = {n: given[n] for n in names if n in given}
+    if not wanted:
+        return found
+    for name, config in _configs(wanted).items():
+        if (dataset := _dataset(config)) is not None:
+            found[name] = dataset
+    return found
+
+
+def of_task(task: str, leaves: Iterable[str], datasets: Mapping[str, Dataset]) -> Dataset | None:
+    """The data set of a task or group: its own, or the one that all its members share."""
+    if task in datasets:
+        return datasets[task]
+    members = {datasets.get(leaf) for leaf in leaves}
+    ids = {m.id if m else None for m in members}
+    if len(members) == 1:
+        return members.pop()
+    only = ids.pop() if len(ids) == 1 else None
+    return Dataset(only) if only else None
+
+
+def _dataset(config: Mapping[str, Any]) -> Dataset | None:
+    """What a task's YAML says, if that is a data set on the hub."""
+    path, name = config.get("dataset_path"), config.get("dataset_name")
+    if not isinstance(path, str) or path in NO_HUB or not HUB_ID.fullmatch(path):
+        return None
+    split = config.get("test_split") or config.get("validation_split")  # as lm-eval chooses
+    return Dataset(path, name if isinstance(name, str) else DEFAULT, split if isinstance(split, str) else None)
+
+
+def _configs(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Tasks' YAML files, this project's before lm-eval's. lm-eval's own index would parse all of its thousands."""
+    told = b"|".join(re.escape(name.encode()) for name in names)
+    line = re.compile(rb"""^["']?task["']?[ \t]*:[ \t]*["']?(?:%s)["']?[ \t]*(?:#.*)?\r?$""" % told, re.M)
+    spec = find_spec("lm_eval")
+    places = [Path(place) / "tasks" for place in (spec.submodule_search_locations if spec else None) or []]
+    found: dict[str, dict[str, Any]] = {}
+    for path in (path for place in (tasks_dir(), *places) for path in sorted(place.rglob("*.yaml"))):
+        if line.search(path.read_bytes()):
+            config = _config(path)
+            found.setdefault(str(config.get("task")), config)
+        if len(found) == len(names):
+            break
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Functions in a task's YAML stay texts: nothing of it runs."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: str(node.value))
+
+
+def _config(path: Path, depth: int = 0) -> dict[str, Any]:
+    """A YAML file and what it includes; its own lines win."""
+    config = yaml.load(path.read_bytes(), Loader=_Loader)  # of SafeLoader's kind
+    if not isinstance(config, dict) or depth > DEEPEST:
+        return {}
+    includes = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in [includes] if isinstance(includes, str) else includes:
+        merged |= _config(path.parent / name, depth + 1)
+    return {**merged, **config}

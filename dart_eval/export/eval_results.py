@@ -1,0 +1,84 @@
+"""The hub's `.eval_results/*.yaml`: a number of a model's repository that a benchmark's leaderboard shows.
+
+The format has a value and a line of notes. What made the value stands in the notes, as `name=value; name=value`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import yaml
+
+from dart_eval.export.datasets import Dataset, of_task
+from dart_eval.export.facts import Facts, main_metrics
+from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
+from dart_eval.results.record import Metric
+
+LAST = "parameters"  # the longest: what a reader wants first stands before it
+
+
+def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str | None) -> list[Piece]:
+    """A folder a model, as its repository has it; in it a file a number, since a leaderboard takes one a file.
+
+    Args:
+        cells: what is exported.
+        datasets: data sets of lm-eval tasks.
+        source: a page that says more of the results, or None.
+    """
+    found = []
+    for cell in cells:
+        metrics = main_metrics(cell)
+        if not metrics:
+            found.append(Piece((), partial(_nothing, cell)))
+        for metric in metrics:
+            name = safe(f"{metric.task}-{cell.title.replace(' at sparsity ', '-')}") + f"-{cell.record.key[:8]}"
+            path = f"{safe(cell.model)}/.eval_results/{name}.yaml"
+            dataset = of_task(metric.task, cell.leaves(), datasets)
+            found.append(Piece((path,), partial(_made, path, cell, metric, dataset, source)))
+    return found
+
+
+def _made(path: str, cell: Facts, metric: Metric, dataset: Dataset | None, source: str | None) -> dict[str, str]:
+    entry = _entry(cell, metric, dataset, source)
+    return {path: yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)}
+
+
+def _nothing(cell: Facts) -> dict[str, str]:
+    raise LeftOut(f"{cell.task} under {cell.title} has no number that is better one way", NO_PLACE)
+
+
+def _entry(cell: Facts, metric: Metric, dataset: Dataset | None, source: str | None) -> dict[str, Any]:
+    if dataset is None:
+        raise LeftOut(f"{metric.task} has no data set on the hub", f"name one: --dataset {metric.task}=OWNER/NAME")
+    if not math.isfinite(metric.value):
+        raise LeftOut(f"{metric.metric} of {metric.task} under {cell.title} is {metric.value}", "run the cell again")
+    cell.store.samples(cell.record)  # refuses answers that are no numbers
+    moment = cell.moment
+    return {
+        "dataset": {"id": dataset.id, "task_id": dataset.task},
+        "value": metric.value,
+        **({"date": moment.isoformat().replace("+00:00", "Z")} if moment else {}),
+        **({"source": {"url": source}} if source else {}),
+        "notes": _notes(cell, metric),
+    }
+
+
+def _notes(cell: Facts, metric: Metric) -> str:
+    details = cell.details()
+    told = {
+        "pruner": details.pop("pruner"), "sparsity": details.pop("sparsity"), "read": details.pop("read"),
+        "metric": metric.metric, "stderr": metric.stderr, "n": metric.n, **details,
+        "dart-eval": cell.record.environment.get("dart-eval"),
+    }  # fmt: skip
+    told[LAST] = told.pop(LAST)
+    return "; ".join(f"{name}={_text(value)}" for name, value in told.items() if value is not None)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

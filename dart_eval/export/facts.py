@@ -1,0 +1,131 @@
+"""What every format says of a finished cell, read out of its record in one place."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from dart_eval.errors import UserError
+from dart_eval.results.labels import specs
+from dart_eval.results.record import Metric, Record
+from dart_eval.results.store import Store
+
+# How a cell was asked, beside its method: entries of a record's `inputs` that travel under their own names.
+ASKED = ("scope", "seed", "num_fewshot", "limit", "max_length", "chunk", "chat_template", "cue", "dtype", "execution")
+HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+MAIN = ("acc", "exact_match", "rougeL", "word_perplexity")  # a task's one number: the first of these that it has
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A cell as other projects are told of it.
+
+    Attributes:
+        store: the folder that it lies in.
+        record: what it left.
+        model: the model's name, as the user gave it or as `--model-id` replaces it.
+        pruner: the method as a user types it.
+    """
+
+    store: Store
+    record: Record
+    model: str
+    pruner: str
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that can change a number."""
+        return self.record.inputs
+
+    @property
+    def task(self) -> str:
+        """The task as it was asked: an lm-eval task, group or tag."""
+        return str(self.inputs["task"])
+
+    @property
+    def sparsity(self) -> float:
+        """The share of the FFN weights that a token was asked not to read."""
+        return float(self.inputs["sparsity"])
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a token reads less than the dense model's weights."""
+        return self.record.weights_read < 1
+
+    @property
+    def title(self) -> str:
+        """The pruner with its sparsity, in words for a person."""
+        return f"{self.pruner} at sparsity {self.sparsity:g}" if self.sparsity else self.pruner
+
+    @property
+    def moment(self) -> datetime | None:
+        """When the cell was finished, in UTC; None where the record says it in no form that is known."""
+        try:
+            found = datetime.fromisoformat(self.record.created)
+        except ValueError:
+            return None
+        return found.astimezone(timezone.utc) if found.tzinfo else found.replace(tzinfo=timezone.utc)
+
+    def leaves(self) -> list[str]:
+        """The lm-eval tasks that documents were asked of: the task itself, or the members of a group or tag."""
+        return list(self.record.by_task) or [self.task]
+
+    def details(self) -> dict[str, Any]:
+        """What no other project has a field for, by the names that docs/export.md explains."""
+        record = self.record
+        return {
+            "pruner": self.pruner, "parameters": self.inputs["params"], "sparsity": self.sparsity,
+            "read": record.weights_read, "effective_sparsity": record.effective_sparsity,
+            "mask_sparsity": record.mask_sparsity, "extra_memory": record.memory.get("state"),
+            **({"upper_bound": True} if record.settings.get("upper_bound") else {}),
+            **{name: self.inputs.get(name) for name in ASKED},
+            "tokens": record.tokens, "remasks": record.remasks, "cut": record.cut, "key": record.key,
+        }  # fmt: skip
+
+
+def facts(store: Store, records: Sequence[Record], model: str | None = None) -> list[Facts]:
+    """The cells of a folder.
+
+    Args:
+        store: the folder.
+        records: those of its records that are exported.
+        model: a name that replaces the model's; None keeps each record's.
+    """
+    typed = specs(records)
+    return [Facts(store, r, model or str(r.inputs["model"]["name"]), typed[r.key]) for r in records]
+
+
+def check_model(name: str, records: Sequence[Record]) -> None:
+    """Refuse a name for the model that is none of the hub's, or that several models would share.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if not HUB_MODEL.fullmatch(name):
+        raise UserError(f"--model-id {name!r} is no name on the hub", "give OWNER/NAME, as in google/gemma-3-270m")
+    models = {json.dumps(r.inputs["model"], sort_keys=True) for r in records}
+    if len(models) > 1:
+        names = ", ".join(sorted({str(r.inputs["model"]["name"]) for r in records}))
+        raise UserError(
+            f"--model-id names one model, and the results are of {len(models)} ({names})",
+            "keep each model's results in a folder of its own",
+        )
+
+
+def main_metrics(cell: Facts) -> list[Metric]:
+    """The one number of each task that was asked for, members of groups left out."""
+    found: dict[str, Metric] = {}
+    for metric in cell.record.metrics:
+        if metric.part_of is None and metric.higher_is_better is not None:
+            before = found.get(metric.task)
+            if before is None or _rank(metric) < _rank(before):
+                found[metric.task] = metric
+    return list(found.values())
+
+
+def _rank(metric: Metric) -> int:
+    return MAIN.index(metric.metric) if metric.metric in MAIN else len(MAIN)

@@ -1,0 +1,118 @@
+"""Files of an export: all paths are settled before the first is written, and nothing is left behind by a failure."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dart_eval.errors import UserError, remark
+from dart_eval.files import check_name, write
+
+LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
+# Names that Windows keeps for its devices, whatever their ending.
+DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{d}{i}" for d in ("COM", "LPT") for i in range(1, 10))}
+NO_PLACE = "`--to lm-eval` has a place for every number"
+
+
+class LeftOut(UserError):
+    """A cell that the format has no place for."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Files that belong together: all of them are written, or none.
+
+    Attributes:
+        paths: what it may write, relative to the folder of the export.
+        make: gives the text of each path. It raises a UserError where the cell has to be left out.
+    """
+
+    paths: tuple[str, ...]
+    make: Callable[[], dict[str, str]]
+
+
+def safe(text: str) -> str:
+    """A text as one part of a path, on every system. What is too long is cut, and a hash keeps it apart."""
+    kept = re.sub(r"[^\w.@=+-]+", "_", text.replace("/", "__")).strip(".")
+    if kept.partition(".")[0].upper() in DEVICES:
+        kept = f"_{kept}"
+    if len(kept.encode()) > LONGEST:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        kept = f"{kept.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
+    return kept or "_"
+
+
+def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Path]:
+    """Write what was made, piece by piece; a piece that cannot be made is named on stderr and left out.
+
+    Args:
+        folder: where to; it is made if it is missing.
+        pieces: what to write.
+        force: files that are there already are replaced.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: a file is there already, cannot be written, or no piece could be made. Files that this call wrote
+            where none stood are taken away again.
+    """
+    check_name(folder, "--output")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is no folder", "name a folder")
+    there = [path for piece in pieces for path in piece.paths if os.path.lexists(folder / path)]
+    if there and not force:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise UserError(f"{folder / there[0]}{more} would be replaced", "give --force, or another --output")
+    old, stop = set(there), _standing(folder)
+    written: list[Path] = []
+    try:
+        for piece, texts in _made(pieces):
+            for path, text in texts.items():
+                if path not in old:
+                    written.append(folder / path)
+                write(folder / path, text, "make room or choose another --output")
+            for path in old & set(piece.paths) - set(texts):
+                (folder / path).unlink(missing_ok=True)  # of an earlier export of the same cell
+    except BaseException:
+        _take_away(written, stop)
+        raise
+    return sorted({*written, *(folder / path for path in old if os.path.lexists(folder / path))})
+
+
+def _made(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
+    failed: list[UserError] = []
+    for piece in pieces:
+        try:
+            texts = piece.make()
+        except UserError as error:
+            failed.append(error)
+            continue
+        yield piece, texts
+    if len(failed) == len(pieces):
+        raise failed[0] if failed else UserError("there is nothing to export", "give a folder with finished cells")
+    for text in dict.fromkeys(str(error) for error in failed):
+        remark(f"left out: {text}")
+
+
+def _take_away(written: Sequence[Path], stop: Path) -> None:
+    """Remove files that were written, and the folders below `stop` that are empty without them."""
+    for path in written:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            for above in path.parents:
+                if above == stop:
+                    break
+                above.rmdir()
+
+
+def _standing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
