@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from dart_eval.export.datasets import Dataset, of_task
-from dart_eval.export.facts import Facts, main_metrics
+from dart_eval.export.facts import Facts
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
+from dart_eval.results.metrics import main
 from dart_eval.results.record import Metric
 
 LAST = "parameters"  # the longest: what a reader wants first stands before it
@@ -31,7 +32,7 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
     """
     found = []
     for cell in cells:
-        metrics = main_metrics(cell)
+        metrics = main(m for m in cell.record.metrics if m.part_of is None)
         if not metrics:
             found.append(Piece((), partial(_nothing, cell)))
         for metric in metrics:

@@ -20,10 +20,12 @@ from dart_eval.export import Teller
 from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
+from dart_eval.results.metrics import of
 from dart_eval.results.record import Metric
 
 SCHEMA = "0.3.0"
 COLLECTION = "dart-eval"
+LARGEST = 700.0  # exp of more is no number
 LOCAL = "local"  # whose model it is, where its name does not say
 
 
@@ -56,7 +58,6 @@ SCALES = {
     "byte_perplexity": Scale(f"{LM_EVAL}.byte_perplexity", 1, math.inf, "delta method"),
     "bits_per_byte": Scale(f"{LM_EVAL}.bits_per_byte", 0, math.inf, "delta method"),
 }  # fmt: skip
-PERPLEXITIES = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")  # a pair a document
 
 
 def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], teller: Teller) -> list[Piece]:
@@ -207,9 +208,10 @@ def _rows(cell: Facts) -> Iterator[dict[str, Any]]:
 
 def _score(name: str, value: Any) -> float | None:
     """A document's part in a metric; None where it has no number of its own (BLEU counts over all documents)."""
-    if name in PERPLEXITIES and isinstance(value, list) and len(value) == 2 and value[1]:
+    kind = of(name).kind
+    if kind in ("log-perplexity", "bits") and isinstance(value, list) and len(value) == 2 and value[1]:
         ratio = -value[0] / value[1]
-        value = ratio / math.log(2) if name == "bits_per_byte" else math.exp(min(ratio, 700))
+        value = ratio / math.log(2) if kind == "bits" else math.exp(min(ratio, LARGEST))
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 

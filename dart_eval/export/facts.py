@@ -10,14 +10,14 @@ from datetime import datetime, timezone
 from typing import Any
 
 from dart_eval.errors import UserError
+from dart_eval.results.inputs import ASKED, HOW, PRUNING, names
 from dart_eval.results.labels import specs
-from dart_eval.results.record import Metric, Record
+from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
-# How a cell was asked, beside its method: entries of a record's `inputs` that travel under their own names.
-ASKED = ("scope", "seed", "num_fewshot", "limit", "max_length", "chunk", "chat_template", "cue", "dtype", "execution")
+# How a cell was asked and computed, beside its model, task and method: these travel under their own names.
+TRAVELLING = [n for n in (*names(ASKED), *names(HOW)) if n not in ("model", "task", *PRUNING)]
 HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-MAIN = ("acc", "exact_match", "rougeL", "word_perplexity")  # a task's one number: the first of these that it has
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Facts:
             "read": record.weights_read, "effective_sparsity": record.effective_sparsity,
             "mask_sparsity": record.mask_sparsity, "extra_memory": record.memory.get("state"),
             **({"upper_bound": True} if record.settings.get("upper_bound") else {}),
-            **{name: self.inputs.get(name) for name in ASKED},
+            **{name: self.inputs.get(name) for name in TRAVELLING},
             "tokens": record.tokens, "remasks": record.remasks, "cut": record.cut, "key": record.key,
         }  # fmt: skip
 
@@ -109,23 +109,8 @@ def check_model(name: str, records: Sequence[Record]) -> None:
         raise UserError(f"--model-id {name!r} is no name on the hub", "give OWNER/NAME, as in google/gemma-3-270m")
     models = {json.dumps(r.inputs["model"], sort_keys=True) for r in records}
     if len(models) > 1:
-        names = ", ".join(sorted({str(r.inputs["model"]["name"]) for r in records}))
+        called = ", ".join(sorted({str(r.inputs["model"]["name"]) for r in records}))
         raise UserError(
-            f"--model-id names one model, and the results are of {len(models)} ({names})",
+            f"--model-id names one model, and the results are of {len(models)} ({called})",
             "keep each model's results in a folder of its own",
         )
-
-
-def main_metrics(cell: Facts) -> list[Metric]:
-    """The one number of each task that was asked for, members of groups left out."""
-    found: dict[str, Metric] = {}
-    for metric in cell.record.metrics:
-        if metric.part_of is None and metric.higher_is_better is not None:
-            before = found.get(metric.task)
-            if before is None or _rank(metric) < _rank(before):
-                found[metric.task] = metric
-    return list(found.values())
-
-
-def _rank(metric: Metric) -> int:
-    return MAIN.index(metric.metric) if metric.metric in MAIN else len(MAIN)

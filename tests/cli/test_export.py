@@ -16,7 +16,7 @@ from dart_eval.results.store import Store
 from tests.helpers.commands import command
 from tests.helpers.pages import HOSTILE, choice, texts
 from tests.helpers.pages import folder as everything
-from tests.helpers.records import cell, written
+from tests.helpers.records import answered, cell, perplexities, written
 
 SPEC = "griffin:remask=drift"
 PARAMS = {"score": "activation", "remask": "drift", "remask.window": 8}
@@ -254,6 +254,18 @@ def test_what_is_no_number_is_no_result(tmp_path):
     ((_, log),) = _valid(folder)
     (result,) = log["evaluation_results"]
     assert result["score_details"] == {"score": 0.5, "uncertainty": {"num_samples": 3}}
+
+
+def test_a_document_has_a_perplexity_of_its_own(tmp_path):
+    values = perplexities(1.0, 3)
+    record = answered("wikitext", values, up=False)
+    Store(tmp_path / "out").save("cell", record, texts("wikitext", 3))
+    _, folder = _export(tmp_path / "out", "every-eval-ever")
+    ((path, log),) = _valid(folder)
+    rows = _lines(path.with_name(f"{path.stem}_samples.jsonl"))
+    expected = [math.exp(-ll / words) for ll, words in (v["word_perplexity"] for v in values)]
+    assert [r["evaluation"]["score"] for r in rows] == pytest.approx(expected)
+    assert log["evaluation_results"][0]["metric_config"]["max_score"] == "Infinity"
 
 
 WRONG = {
