@@ -102,6 +102,16 @@ def row(found: DecodeSpeed) -> dict[str, Any]:
     return made
 
 
+def check(method: Pruner) -> None:
+    """Refuse a method that cannot be timed.
+
+    Raises:
+        UserError: it does not prune, or looks ahead.
+    """
+    if not method.prunes or method.looks_ahead:
+        raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
@@ -130,8 +140,7 @@ def measure(
         UserError: a method that does not prune or looks ahead, weights that cannot be reordered, or no memory for the
             FFN weights of the dense side.
     """
-    if not method.prunes or method.looks_ahead:
-        raise UserError(f"{method.name} cannot be timed", "choose a method that prunes and does not look ahead")
+    check(method)
     shape = cost.shape_of(model, find_ffns(model))
     before = _weight_bytes(model)
     bench = _Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
@@ -154,7 +163,7 @@ def measure(
     ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]
     speeds = _speeds(times)
     return DecodeSpeed(
-        method=method.name, sparsity=sparsity, weights_read=read, weights_executed=executed, **speeds,
+        method=method.spec, sparsity=sparsity, weights_read=read, weights_executed=executed, **speeds,
         ceiling=ceilings[0], ceiling_executed=ceilings[1],
         achieved_over_ceiling=speeds["speedup"].median / ceilings[0],
         extra_weight_bytes=extra, state_bytes=state, order_bytes=order, twin_bytes=own_bytes(model),

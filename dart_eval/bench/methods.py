@@ -52,7 +52,7 @@ def measure(
         UserError: the task does not score answers, or a method does not prune.
     """
     if idle := [m.name for m in methods if not m.prunes]:
-        raise UserError(f"{idle[0]} does not prune", "leave it out: bench --scoring alone times dense scoring")
+        raise UserError(f"{idle[0]} does not prune", "leave it out: without --method dense scoring is timed")
     instances = build(leaves(list(tasks.load(name))), limit, num_fewshot, seed=0)
     lm = PrunedLM(model, tokenizer, batch_size)
     rows = [*methods, methods[0]]

@@ -71,7 +71,7 @@ def measure(
     for length in sorted(prompts):
         state[length], parts = _state(method, ffns, sparsity, length)
     return Overhead(
-        method.name, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
+        method.spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
         added.remask / dense, method.mask.remask.every,
         added.remask_read,
     )  # fmt: skip

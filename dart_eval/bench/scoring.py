@@ -117,7 +117,7 @@ def measure(
     instances = build(members, limit, num_fewshot, seed)
     stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     ours = {size: _Watched(model, tokenizer, size) for size in (batch_size, AUTO)}
-    sides = [Side("HFLM"), *(Side(f"ours, {size}") for size in ours)]
+    sides = [Side("HFLM"), *(Side(f"dart-eval, {size}") for size in ours)]
     for lm in ours.values():
         lm.begin(DenseSession(), {})
 

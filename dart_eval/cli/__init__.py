@@ -40,7 +40,7 @@ app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("paper")(paper.paper)
 app.command("trace")(trace.trace)
-app.command("bench")(bench.bench)
+app.add_typer(bench.app, name="bench")
 app.add_typer(ls.app, name="ls")
 
 

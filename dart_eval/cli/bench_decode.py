@@ -1,82 +1,239 @@
-"""`dart-eval bench`: the benchmark of decoding, and its table."""
+"""`dart-eval bench decode`: how fast methods decode, as a table and as files beside results."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dart_eval.cli.view import output, print_note
-from dart_eval.errors import UserError
+import typer
+
+from dart_eval.cli import bench_options, options
+from dart_eval.cli.run import quieten
+from dart_eval.cli.view import output as show
+from dart_eval.cli.view import print_note, say
+from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, write
 from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
+    from dart_eval.bench.decode import DecodeSpeed
+    from dart_eval.bench.kept import Speed
     from dart_eval.models import ModelSpec
+    from dart_eval.pruning.method import Pruner
 
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+FIELDS = ("method", "sparsity", "weights_read", "speedup", "control", "ceiling")  # that a kept speed has by itself
+
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Time random weights of this shape in place of a model: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.",
+        rich_help_panel="Model",
+        autocompletion=lambda: list(bench_options.SHAPES),
+    ),
+]
+Layers = Annotated[
+    int | None,
+    typer.Option(help=r"Number of layers of the shape.  \[default: its own]", rich_help_panel="Model"),
+]
+Prompt = Annotated[int, typer.Option(help="Tokens of the prompt, which are random.", rich_help_panel="Timing")]
+Steps = Annotated[int, typer.Option(help="Tokens decoded in each round.", rich_help_panel="Timing")]
+Compile = Annotated[
+    str | None,
+    typer.Option(
+        help="Decode through torch.compile in this mode, the dense model too: default, reduce-overhead (CUDA graphs), "
+        "max-autotune or max-autotune-no-cudagraphs.",
+        rich_help_panel="Timing",
+        autocompletion=lambda: list(COMPILE),
+    ),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Also write a trace of torch's profiler over three pruned steps of the last method to this file.",
+        rich_help_panel="Output",
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of results, as of `dart-eval run`. What was measured is kept in its folder `bench`, one file a "
+        r"method.  \[default: nothing is kept]",
+        rich_help_panel="Output",
+    ),
+]
 
 
-def run(
-    methods: list[Any], sparsity: float, shape: str | None, layers: int | None, spec: ModelSpec, prompt: int,
-    steps: int, rounds: int, compiled: str | None, profile: Path | None, format: str,
-) -> None:  # fmt: skip
-    """Time every method, and print the table.
+@dataclass(frozen=True)
+class Subject:
+    """What is timed.
+
+    Attributes:
+        model: the loaded model.
+        tokenizer: its tokenizer; None where the weights are random.
+        identity: what tells the model from others, as in the inputs of a cell.
+        dtype: of its weights.
+        title: the model, for people.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+    dtype: str
+    title: str
+
+    @property
+    def hardware(self) -> str:
+        """The GPU's name, or the number of threads."""
+        import torch
+
+        cuda = self.model.device.type == "cuda"
+        return torch.cuda.get_device_name(self.model.device) if cuda else f"{torch.get_num_threads()} threads"
+
+
+def decode(
+    method: bench_options.Methods = bench_options.DECODED,
+    sparsity: bench_options.Sparsity = 0.7,
+    model: options.Model = None,
+    shape: Shape = None,
+    layers: Layers = None,
+    dtype: options.OneDtype = "auto",
+    device: options.OneDevice = "auto",
+    trust_remote_code: options.TrustRemoteCode = None,
+    prompt: Prompt = 128,
+    steps: Steps = 30,
+    rounds: bench_options.Rounds = 3,
+    compile: Compile = None,
+    output: Output = None,
+    profile: Profile = None,
+    format: bench_options.Format = "table",
+) -> None:
+    """Measure how fast methods decode one sequence, beside the dense model.
+
+    The dense model, the dense model once more (a control) and the method
+    take turns, token by token. Each speed-up is a median with its quartiles,
+    and stands beside its ceiling, the most that the model's bytes allow.
+
+    \b
+    [bold]Examples[/bold]
+    dart-eval bench decode --method griffin,dart
+    dart-eval bench decode --method griffin --sparsity 0.5 --output out
+    dart-eval bench decode --shape llama-3.2-1b --layers 4 --dtype bfloat16
+    dart-eval bench decode --method dart --compile default --format json
+    """
+    quieten(False)
+    _check({"--prompt": prompt, "--steps": steps, "--rounds": rounds}, compile, format)
+    from dart_eval.bench import decode as bench
+    from dart_eval.bench import kept
+    from dart_eval.models import ModelSpec
+
+    if profile is not None:
+        check_target(profile)
+    if output is not None:
+        kept.check(output)
+    methods = bench_options.chosen(method, sparsity)
+    for one in methods:
+        bench.check(one)
+    spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
+    subject = _subject(spec, shape, layers)
+    found: list[DecodeSpeed] = []
+    files = []
+    sizes = {"prompt_tokens": prompt, "steps": steps, "rounds": rounds}
+    for one in methods:
+        found.append(
+            bench.measure(subject.model, one, sparsity, tokenizer=subject.tokenizer, compiled=compile, **sizes)
+        )
+        if output is not None:
+            files.append(kept.keep(output, _speed(found[-1], one, subject, compile, sizes)))
+    if profile is not None:
+        _profile(profile, methods[-1], sparsity, subject, prompt)
+    where = f"{subject.title}, {subject.hardware}" + (f", torch.compile ({compile})" if compile else "")
+    show([bench.row(f) for f in found], table(found, where), format)
+    for file in files:
+        say(f"wrote {file}", err=format != "table")
+
+
+def _check(counts: dict[str, int], compiled: str | None, format: str) -> None:
+    """Raise UserError where a number, a mode or a form cannot be used.
+
+    Args:
+        counts: option -> what it was given; each must be at least 1.
+        compiled: the mode of `torch.compile`.
+        format: the form of what is printed.
+    """
+    bench_options.check_format(format)
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} {value} must be at least 1")
+    if compiled is not None and compiled not in COMPILE:
+        raise UserError(f"unknown compile mode {compiled!r}", nearest(compiled, COMPILE))
+
+
+def _subject(spec: ModelSpec, shape: str | None, layers: int | None) -> Subject:
+    """The model that is timed, loaded or made of random weights.
 
     Raises:
-        UserError: a name or number is wrong.
+        UserError: there is none, or a name or number is wrong.
     """
     import torch
 
     from dart_eval import shapes
-    from dart_eval.bench import decode
     from dart_eval.models import DTYPES, choose_device, resolve
 
-    for name, value in (("--prompt", prompt), ("--steps", steps), ("--rounds", rounds)):
-        if value < 1:
-            raise UserError(f"{name} {value} must be at least 1")
-    if profile is not None:
-        check_target(profile)
-    if compiled is not None and compiled not in COMPILE:
-        raise UserError(f"unknown compile mode {compiled!r}", f"one of {', '.join(COMPILE)}")
     if shape is not None and spec.name is not None:
         raise UserError("--shape and --model are both given", "leave one of them out")
     if shape is None:
         if layers is not None:
             raise UserError("--layers is for a shape", "give --shape, or leave it out")
         resolved = resolve(spec)
-        loaded, tokenizer = resolved.load(print_note)
-        named = f"{resolved.identity.name}, {resolved.dtype}"
-    else:
-        if spec.dtype not in DTYPES:
-            raise UserError(f"unknown dtype {spec.dtype!r}", f"one of {', '.join(DTYPES)}")
-        kind: Any = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
-        loaded, tokenizer = shapes.with_random_weights(shape, layers, kind, choose_device(spec.device)), None
-        named = f"{shape} (random weights), {len(decode.find_ffns(loaded))} layers, {str(kind).removeprefix('torch.')}"
-    found = [
-        decode.measure(
-            loaded, m, sparsity, tokenizer=tokenizer, prompt_tokens=prompt, steps=steps, rounds=rounds,
-            compiled=compiled,
-        )
-        for m in methods
-    ]  # fmt: skip
-    if profile is not None:
-        with tempfile.TemporaryDirectory() as folder:  # torch writes to a name; its ending says whether to pack
-            made = Path(folder) / f"trace{profile.suffix}"
-            decode.profile(loaded, methods[-1], sparsity, str(made), tokenizer=tokenizer, prompt_tokens=prompt)
-            write(profile, made.read_bytes())
-    cuda = loaded.device.type == "cuda"
-    where = torch.cuda.get_device_name(loaded.device) if cuda else f"{torch.get_num_threads()} threads"
-    if compiled is not None:
-        where += f", torch.compile ({compiled})"
-    output([decode.row(f) for f in found], table(found, f"{named}, {where}"), format)
+        model, tokenizer = resolved.load(print_note)
+        identity = resolved.identity
+        return Subject(model, tokenizer, identity.to_json(), resolved.dtype, f"{identity.name}, {resolved.dtype}")
+    if spec.dtype not in DTYPES:
+        raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
+    kind: Any = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
+    made = shapes.with_random_weights(shape, layers, kind, choose_device(spec.device))
+    depth = made.config.get_text_config().num_hidden_layers
+    dtype = str(kind).removeprefix("torch.")
+    identity_of_shape = {"name": f"{shape}, {depth} layers, random weights", "revision": None, "weights": None}
+    return Subject(made, None, identity_of_shape, dtype, f"{shape} (random weights), {depth} layers, {dtype}")
 
 
-def table(found: list[Any], where: str) -> Table:
+def _speed(found: DecodeSpeed, method: Pruner, subject: Subject, compiled: str | None, sizes: dict[str, int]) -> Speed:
+    """What is kept of a measurement."""
+    from dart_eval.bench.kept import Speed
+    from dart_eval.plan import environment
+
+    more = {name: value for name, value in dataclasses.asdict(found).items() if name not in FIELDS}
+    return Speed(
+        method=method.spec, params=method.params(), sparsity=found.sparsity if method.sized else 0.0,
+        model=subject.identity, dtype=subject.dtype, device=subject.model.device.type, hardware=subject.hardware,
+        compiled=compiled, prompt_tokens=sizes["prompt_tokens"],
+        read=found.weights_read, speedup=found.speedup, control=found.control, ceiling=found.ceiling,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        more={"steps": sizes["steps"], "rounds": sizes["rounds"], **more}, environment=environment(),
+    )  # fmt: skip
+
+
+def _profile(path: Path, method: Pruner, sparsity: float, subject: Subject, prompt: int) -> None:
+    """Write the trace of torch's profiler."""
+    from dart_eval.bench.decode import profile
+
+    with tempfile.TemporaryDirectory() as folder:  # torch writes to a name; its ending says whether to pack
+        made = Path(folder) / f"trace{path.suffix}"
+        profile(subject.model, method, sparsity, str(made), tokenizer=subject.tokenizer, prompt_tokens=prompt)
+        write(path, made.read_bytes())
+
+
+def table(found: list[DecodeSpeed], where: str) -> Table:
     """Decoding speed of several methods, for people."""
     columns = [
-        "method", "FFN read", "speed-up", "ceiling", "of ceiling", "control", "first token", "re-mask: masks",
-        "re-mask: moves", "begin, end", "overhead", "tokens/s", "extra weights", "state MB",
+        "method", "FFN read", "speed-up", "ceiling", "share of ceiling", "control", "first token", "re-mask: masks",
+        "re-mask: moves", "attach, detach", "overhead", "tokens/s", "extra weights", "state MB",
     ]  # fmt: skip
     body = [
         [
@@ -99,12 +256,13 @@ def table(found: list[Any], where: str) -> Table:
         "dense, the median [quartiles] of neighbouring steps. Dense is a model of the same weights that prune() never "
         f"touched, so that the FFN weights are there twice ({found[0].twin_bytes / 10**6:.0f} MB that no column "
         "counts). Control: dense over dense. Ceiling: what the bytes of this model allow at the FFN weights read; in "
-        "brackets stand those that are multiplied, where each token chooses neurons of its mask. Of ceiling: speed-up "
-        "over ceiling. First token: the prompt with its scores, masks and the first moves of neurons, over a dense "
-        "prompt. These are in dense steps: re-mask, masks: new scores and masks are made from recent tokens; re-mask, "
-        "moves: a fifth of the kept neurons is moved in memory; begin and end, once per prune(): the weights are taken "
-        "over, and every neuron is put back. Overhead: what the method's hooks add to a pruned step. Tokens/s: to "
-        f"orient, dense in brackets. State: what the method keeps, and the neurons' order.{busy}"
+        "brackets stand those that are multiplied, where each token chooses neurons of its mask. Share of ceiling: "
+        "speed-up / ceiling. First token: the prompt with its scores, masks and the first moves of neurons, over a "
+        "dense prompt. Counted in dense steps are re-mask: masks (new scores and masks are made from recent tokens), "
+        "re-mask: moves (a fifth of the kept neurons is moved in memory), and attach, detach (once per prune() the "
+        "weights are taken over, and at its end every neuron is put back). Overhead: what the method's hooks add to a "
+        "pruned step. Tokens/s are for orientation, those of dense in brackets. State: what the method keeps, and the "
+        f"order of the neurons.{busy}"
     )
     return Table("Decoding", columns, body, note)
 

@@ -1,29 +1,58 @@
-"""`dart-eval bench --overhead`: what methods keep and compute, and its table."""
+"""`dart-eval bench overhead`: what methods keep and compute, and its table."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from dart_eval.cli import bench_options
+from dart_eval.cli.run import quieten
 from dart_eval.cli.view import output
 from dart_eval.results.writers import Table
 
+if TYPE_CHECKING:
+    from dart_eval.bench.overhead import Overhead
+
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
 
+Shape = Annotated[
+    str,
+    typer.Option(
+        help="Shape of a model: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.",
+        rich_help_panel="Model",
+        autocompletion=lambda: list(bench_options.SHAPES),
+    ),
+]
 
-def run(methods: list[Any], sparsity: float, shape: str, format: str) -> None:
-    """Measure every method, and print the table.
 
-    Raises:
-        UserError: unknown shape.
+def overhead(
+    method: bench_options.Methods = bench_options.DECODED,
+    sparsity: bench_options.Sparsity = 0.7,
+    shape: Shape = "llama-3.1-8b",
+    format: bench_options.Format = "table",
+) -> None:
+    """Count what methods keep (bytes) and add (FLOPs) on the shapes of a large model, without its weights.
+
+    The state of a method is allocated and fed with random activations, so
+    its bytes are the real ones. FLOPs are counted from the shapes.
+
+    \b
+    [bold]Examples[/bold]
+    dart-eval bench overhead
+    dart-eval bench overhead --shape qwen2.5-1.5b --method dart,dart-plus
+    dart-eval bench overhead --sparsity 0.5 --format json
     """
+    quieten(False)
+    bench_options.check_format(format)
     from dart_eval.bench.overhead import measure
 
-    found = [measure(m, shape, sparsity) for m in methods]
+    found = [measure(m, shape, sparsity) for m in bench_options.chosen(method, sparsity)]
     output([dataclasses.asdict(f) for f in found], table(found), format)
 
 
-def table(found: list) -> Table:
+def table(found: list[Overhead]) -> Table:
     """The overhead of several methods, for people."""
     lengths = list(found[0].state_bytes)
     columns = [

@@ -1,12 +1,16 @@
-"""`dart-eval bench --scoring`: the benchmark of scoring, and its table."""
+"""`dart-eval bench scoring`: how fast answers are scored, and its tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from dart_eval.cli import bench_options, options
+from dart_eval.cli.run import quieten
 from dart_eval.cli.view import output, print_note
 from dart_eval.errors import UserError
 from dart_eval.results.writers import Table
@@ -17,10 +21,72 @@ if TYPE_CHECKING:
     from dart_eval.models import ModelSpec
     from dart_eval.pruning.method import Pruner
 
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        help="Methods, comma-separated, to time beside the first of them.  "
+        r"\[default: none; dense is timed beside lm-eval's HFLM]",
+        rich_help_panel="Pruning",
+    ),
+]
+TaskNames = Annotated[
+    str, typer.Option("--tasks", help="Tasks that score answers, comma-separated.", rich_help_panel="Tasks")
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first N items of each task.", rich_help_panel="Tasks")]
+NumFewshot = Annotated[
+    int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]", rich_help_panel="Tasks")
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        help="Contexts per forward, on both sides. Without --method, dart-eval is also timed with auto.",
+        rich_help_panel="Timing",
+    ),
+]
+
+
+def scoring(
+    tasks: TaskNames = "arc,hellaswag,mmlu",
+    limit: Limit = None,
+    num_fewshot: NumFewshot = None,
+    data_dir: options.DataDir = None,
+    method: Methods = None,
+    sparsity: bench_options.Sparsity = 0.7,
+    model: options.Model = None,
+    dtype: options.OneDtype = "auto",
+    device: options.OneDevice = "auto",
+    trust_remote_code: options.TrustRemoteCode = None,
+    batch_size: BatchSize = 8,
+    rounds: bench_options.Rounds = 3,
+    format: bench_options.Format = "table",
+) -> None:
+    """Measure how fast answers are scored: dense beside lm-eval's HFLM, or under methods.
+
+    Without --method, dense scoring is timed beside lm-eval's own, and the
+    tokens that both compute are counted. With --method, each method is timed
+    beside the first of them. As in `dart-eval run`, masks skip no work, so
+    the table shows how long a method's own work takes.
+
+    \b
+    [bold]Examples[/bold]
+    dart-eval bench scoring --tasks arc,hellaswag --limit 50 --data-dir DIR
+    dart-eval bench scoring --tasks smoke_questions --method griffin,cats
+    """
+    quieten(False)
+    bench_options.check_format(format)
+    from dart_eval.models import ModelSpec
+
+    spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
+    asked = Asked(tasks, data_dir, batch_size, rounds, limit, num_fewshot)
+    if method is None:
+        _run_dense(asked, spec, format)
+    else:
+        _run_methods(asked, spec, bench_options.chosen(method, sparsity, "griffin,cats"), sparsity, format)
+
 
 @dataclass(frozen=True)
 class Asked:
-    """What is scored: the options of `dart-eval bench --scoring`."""
+    """What is scored: the options of `dart-eval bench scoring`."""
 
     tasks: str
     data_dir: str | None
@@ -45,21 +111,6 @@ class Asked:
         for name in names:
             shelf.load(name)
         return names
-
-
-def run(asked: Asked, spec: ModelSpec, methods: list[Pruner] | None, sparsity: float, format: str) -> None:
-    """Measure every task, dense or under methods, and print the table.
-
-    Args:
-        methods: those to time, each beside the first; None measures dense beside lm-eval's own scorer.
-
-    Raises:
-        UserError: a name, number or folder is wrong; a task does not score answers; a method does not prune.
-    """
-    if methods is None:
-        _run_dense(asked, spec, format)
-    else:
-        _run_methods(asked, spec, methods, sparsity, format)
 
 
 def _run_dense(asked: Asked, spec: ModelSpec, format: str) -> None:
@@ -104,7 +155,7 @@ def _run_methods(asked: Asked, spec: ModelSpec, methods: list[Pruner], sparsity:
 def table(found: list[TaskSpeed], model: str) -> Table:
     """All tasks, for people: what each side took and computed, and what would have been enough."""
     columns = [
-        "task", "scorer", "seconds", "x stock", "tokens", "logit rows", "of limit", "acc", "acc_norm", "same",
+        "task", "scorer", "seconds", "speed-up", "tokens", "logit rows", "share of limit", "acc", "acc_norm", "same",
         "max |difference|",
     ]  # fmt: skip
     body: list[list[str]] = []
@@ -128,9 +179,10 @@ def table(found: list[TaskSpeed], model: str) -> Table:
     shots = "" if found[0].num_fewshot is None else f", {found[0].num_fewshot} shots"
     note = (
         f"Model {model}, dense, batch size {found[0].batch_size}{shots}, medians of {len(found[0].limit_seconds)} "
-        "rounds in which all sides were timed in turn. Tokens: rows x width through the decoder, padding included. "
-        "Limit: what must be computed (each distinct context, shared prefix and continuation once, no padding), at "
-        "the speed of well-filled forwards of this model; of limit: that time over the scorer's. Same: every document "
-        f"has stock's accuracies. {counts}."
+        "rounds in which all sides were timed in turn. Speed-up: HFLM's seconds / the scorer's. Tokens: rows x width "
+        "through the decoder, padding included. Limit: the time for what must be computed (each distinct context, "
+        "shared prefix and continuation once, no padding), at the speed of well-filled forwards of this model; share "
+        "of limit: that time / the scorer's. Same: every document has the accuracies that it has under HFLM. "
+        f"{counts}."
     )
     return Table("Scoring", columns, body, note, rules=frozenset(rules - {0}))

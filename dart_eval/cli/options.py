@@ -132,48 +132,6 @@ PaperBatchSize = Annotated[
 PaperSeed = Annotated[int | None, typer.Option(help=r"Seed for few-shot sampling and for random masks.  \[default: 0]")]
 PaperOutput = Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")]
 
-# -- bench -----------------------------------------------------------------------------------------------------
-
-BenchOverhead = Annotated[
-    bool,
-    typer.Option("--overhead", metavar="", help="Measure what methods keep (bytes) and add (FLOPs), without a model."),
-]
-BenchScoring = Annotated[
-    bool, typer.Option("--scoring", metavar="", help="Measure how fast answers are scored, beside lm-eval's HFLM.")
-]
-BenchShape = Annotated[
-    str | None,
-    typer.Option(
-        help=r"Random weights of this shape: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.  \[default: none; with "
-        "--overhead llama-3.1-8b]"
-    ),
-]
-BenchLayers = Annotated[int | None, typer.Option(help=r"Give the shape this number of layers.  \[default: its own]")]
-BenchMethod = Annotated[
-    str | None,
-    typer.Option(
-        help="Methods, comma-separated, as `dart-eval run --method` takes them.  "
-        r"\[default: griffin,dart,dart-code,dart-plus; with --scoring none: dense beside lm-eval's HFLM]"
-    ),
-]
-BenchPrompt = Annotated[int, typer.Option(help="Decoding: tokens in a prompt.")]
-BenchSteps = Annotated[int, typer.Option(help="Decoding: tokens decoded in a round.")]
-BenchRounds = Annotated[int, typer.Option(help="How often all sides are timed, in turn.")]
-BenchCompile = Annotated[
-    str | None,
-    typer.Option(help="Decoding: compile by torch.compile in this mode: default or reduce-overhead (CUDA graphs)."),
-]
-BenchProfile = Annotated[
-    Path | None,
-    typer.Option(help="Decoding: write a trace of torch's profiler over a few pruned steps of the last method."),
-]
-BenchTasks = Annotated[str, typer.Option(help="Scoring: tasks, comma-separated.")]
-BenchLimit = Annotated[int | None, typer.Option(help="Scoring: only the first N items of each task.")]
-BenchNumFewshot = Annotated[int | None, typer.Option(help="Scoring: examples before each item.")]
-BenchBatchSize = Annotated[int, typer.Option(help="Scoring: batch size of both sides; ours is also timed with auto.")]
-BenchDataDir = Annotated[str | None, typer.Option(help="Scoring: local data instead of the hub.")]
-BenchFormat = Annotated[str, typer.Option(help="table, md or json.")]
-
 # -- trace -----------------------------------------------------------------------------------------------------
 
 TraceText = Annotated[str | None, typer.Argument(help="The prompt; without it, a shipped two-topic document.")]

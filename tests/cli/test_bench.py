@@ -14,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval import cost, shapes
-from dart_eval.bench import decode
+from dart_eval.bench import decode, kept
 from dart_eval.bench.ratio import paired
 from dart_eval.bench.twin import twin
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.machine import foreign_cpu, hardware
+from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.registry import make, parse
 from tests.helpers.commands import command
@@ -193,7 +194,7 @@ def test_what_computed(monkeypatch):
 
 def test_the_command_shows_and_writes_what_it_measures(tmp_path, saved_llama):
     few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--method", "griffin,dart")
-    done = command("bench", *few, "--format", "json", "--profile", tmp_path / "trace.json")
+    done = command("bench", "decode", *few, "--format", "json", "--profile", tmp_path / "trace.json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert [f["method"] for f in found] == ["griffin", "dart"]
@@ -204,7 +205,7 @@ def test_the_command_shows_and_writes_what_it_measures(tmp_path, saved_llama):
     assert found[0]["speedup_n"] == 3
     assert (found[0]["remask_masks_dense_steps"] is None, found[1]["remask_masks_dense_steps"] > 0) == (True, True)
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    shown = command("bench", *few).out
+    shown = command("bench", "decode", *few).out
     for word in ("griffin", "speed-up", "ceiling", "control", "threads"):
         assert word in shown
 
@@ -215,9 +216,11 @@ def test_the_command_shows_and_writes_what_it_measures(tmp_path, saved_llama):
     (("--layers", "2"), "--layers is for a shape"),
     (("--compile", "fast"), "unknown compile mode"),
     (("--shape", "llama-3.1"), "did you mean"),
+    (("--method", "griffin,oracle"), "oracle cannot be timed"),
+    (("--format", "csv"), "unknown format 'csv'; known: json, md, table"),
 ])  # fmt: skip
 def test_wrong_input_is_refused_in_one_line(words, said):
-    done = command("bench", *words)
+    done = command("bench", "decode", *words)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
     assert len(done.err.strip().splitlines()) == 1
@@ -226,7 +229,7 @@ def test_wrong_input_is_refused_in_one_line(words, said):
 def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
     """Its last row is the first method again."""
     done = command(
-        "bench", "--scoring", "--model", saved_llama, "--tasks", "smoke_questions", "--limit", 2, "--rounds", 2,
+        "bench", "scoring", "--model", saved_llama, "--tasks", "smoke_questions", "--limit", 2, "--rounds", 2,
         "--method", "griffin,cats,top-p:choice.p=0.5", "--sparsity", 0.5, "--format", "json",
     )  # fmt: skip
     assert done.code == 0, done.err
@@ -237,12 +240,42 @@ def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
     assert rows[0]["ratio"]["median"] == 1
     assert [r["read"] for r in rows[:2]] == [0.5, 0.5] and 0 < rows[2]["read"] < 0.5
     assert all(r["seconds"] > 0 for r in rows)
-    idle = command("bench", "--scoring", "--tasks", "smoke_questions", "--method", "dense", "--model", saved_llama)
+    idle = command("bench", "scoring", "--tasks", "smoke_questions", "--method", "dense", "--model", saved_llama)
     assert "dense does not prune" in idle.err
 
 
-@pytest.mark.parametrize(("words", "example"), [(["--scoring"], "griffin,cats"), (["--overhead"], "dart,dart-plus")])
-def test_an_empty_list_of_methods_is_none(words, example):
-    done = command("bench", *words, "--method", " , ")
+@pytest.mark.parametrize(("verb", "example"), [("scoring", "griffin,cats"), ("overhead", "dart,dart-plus")])
+def test_an_empty_list_of_methods_is_none(verb, example):
+    done = command("bench", verb, "--method", " , ")
     assert (done.code, done.err) == (2, f"error: no method given; for example --method {example}\n")
-    assert command("bench", *words, "--method", "").err == done.err
+    assert command("bench", verb, "--method", "").err == done.err
+
+
+def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
+    few = ("--model", saved_llama, "--prompt", "16", "--steps", "3", "--rounds", "1", "--dtype", "float32")
+    spec = "griffin:remask=drift:remask.window=4"
+    done = command("bench", "decode", *few, "--method", f"{spec},top-p", "--format", "json", "--output", tmp_path)
+    assert done.code == 0, done.err
+    pruned, top = sorted(kept.read(tmp_path), key=lambda s: s.method)
+    rows = json.loads(done.out)  # what was written is said elsewhere
+    assert sorted(done.err.splitlines()) == sorted(f"wrote {kept.path_of(tmp_path, s)}" for s in (pruned, top))
+    assert (pruned.method, pruned.sparsity, pruned.dtype, pruned.device) == (spec, 0.7, "float32", "cpu")
+    assert (pruned.params["remask.window"], pruned.compiled, pruned.prompt_tokens) == (4, None, 16)
+    assert pruned.hardware == f"{torch.get_num_threads()} threads"
+    assert (pruned.speedup.median, pruned.control.n, pruned.ceiling) == (rows[0]["speedup"], 3, rows[0]["ceiling"])
+    assert (pruned.speedup.low, pruned.speedup.high) == tuple(rows[0]["speedup_quartiles"])
+    assert pruned.more["overhead"]["median"] == rows[0]["overhead"] and pruned.more["steps"] == 3
+    assert top.sparsity == 0  # as in the cells of a method without one
+    identity = resolve(ModelSpec(saved_llama)).identity.to_json()
+    inputs = {"model": identity, "dtype": "float32", "params": make(*parse(spec)).params(), "sparsity": 0.7}
+    assert pruned.is_of(inputs) and not top.is_of(inputs)
+
+
+@pytest.mark.parametrize(("words", "line"), [
+    (["--scoring", "--tasks", "arc"], "dart-eval bench scoring --tasks arc"),
+    (["--shape", "llama-3.1-8b", "--overhead"], "dart-eval bench overhead --shape llama-3.1-8b"),
+    (["--method", "griffin,dart"], "dart-eval bench decode --method griffin,dart"),
+])  # fmt: skip
+def test_options_in_place_of_a_verb_are_answered_with_the_line_to_write(words, line):
+    done = command("bench", *words)
+    assert (done.code, done.err) == (2, f"error: bench takes a verb before {words[0]}; write: {line}\n")

@@ -1,4 +1,4 @@
-"""`bench --scoring`: counts are those of the shapes, ours and stock agree, the input is checked."""
+"""`bench scoring`: counts are those of the shapes, ours and stock agree, the input is checked."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def speed(tokenizer):
 
 def test_both_sides_answer_alike_and_ours_computes_less(speed):
     stock, ours, auto = speed.sides
-    assert (stock.name, ours.name, auto.name) == ("HFLM", "ours, 3", "ours, auto")
+    assert (stock.name, ours.name, auto.name) == ("HFLM", "dart-eval, 3", "dart-eval, auto")
     assert (speed.items, speed.requests) == (9, 36)
     for side in (ours, auto):
         assert side.same and side.difference < 1e-4
@@ -51,7 +51,7 @@ def test_both_sides_answer_alike_and_ours_computes_less(speed):
 
 def test_the_table_shows_every_side_and_the_limit(speed):
     made = bench_scoring.table([speed, speed], "tiny")
-    assert [row[1] for row in made.body] == ["HFLM", "ours, 3", "ours, auto", "limit"] * 2
+    assert [row[1] for row in made.body] == ["HFLM", "dart-eval, 3", "dart-eval, auto", "limit"] * 2
     assert all(len(row) == len(made.columns) for row in made.body)
     assert made.rules == {4}
     text = markdown(made)
@@ -107,19 +107,18 @@ def test_a_task_without_answers_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--scoring", "--overhead"], "two measurements"), 
-    (["--scoring", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
-    (["--scoring", "--rounds", "0"], "--rounds 0 must be at least 1"), (["--scoring", "--tasks", ","], "no task"),
-    (["--scoring", "--format", "csv"], "unknown format"), (["--scoring", "--tasks", "nothing_such"], "nothing_such"),
+    (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+    (["--rounds", "0"], "--rounds 0 must be at least 1"), (["--tasks", ","], "no task"),
+    (["--format", "csv"], "unknown format"), (["--tasks", "nothing_such"], "nothing_such"),
 ])  # fmt: skip
 def test_wrong_input_is_refused(indexed, words, message):
-    done = CliRunner().invoke(app, ["bench", *words])
+    done = CliRunner().invoke(app, ["bench", "scoring", *words])
     assert isinstance(done.exception, UserError) and message in str(done.exception)
 
 
 def test_the_command_prints_json(saved_llama):
-    words = ["--scoring", "--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", saved_llama]
-    done = CliRunner().invoke(app, ["bench", *words, "--format", "json"])
+    words = ["--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", saved_llama]
+    done = CliRunner().invoke(app, ["bench", "scoring", *words, "--format", "json"])
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)
     assert (found["task"], found["items"], found["batch_size"]) == ("smoke_stories", 3, 8)

@@ -142,8 +142,10 @@ def test_commands_of_the_docs_have_their_options(page, command):
 
     from dart_eval.cli import app
 
-    verb, *words = shlex.split(command)[1:]
-    known = {option for p in typer.main.get_command(app).commands[verb].params for option in p.opts}
+    found, words = typer.main.get_command(app), shlex.split(command)[1:]
+    while hasattr(found, "commands"):
+        found = found.commands[words.pop(0)]
+    known = {option for p in found.params for option in p.opts}
     assert {w for w in words if w.startswith("--")} <= known
 
 

@@ -1,4 +1,4 @@
-"""`dart-eval trace` and `bench --overhead`: what they write and say, at a terminal."""
+"""`dart-eval trace` and `bench overhead`: what they write and say, at a terminal."""
 
 import json
 
@@ -133,7 +133,7 @@ def test_the_command_writes_all_it_says_and_the_table_can_be_used(saved_llama, t
     assert not (tmp_path / "wide-trace.json").exists()
     assert "one name" in run("trace", *common, "--output", "a.png", status=2)
     assert "is a folder" in run("trace", *common, "--output", "folder", status=2)
-    assert "no method" in run("bench", "--overhead", "--method", ",", status=2)
+    assert "no method" in run("bench", "overhead", "--method", ",", status=2)
     assert "leave one of them out" in run("trace", "w5 w6", *common, status=2)
 
 
