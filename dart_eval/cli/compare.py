@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,60 +15,91 @@ from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
 
 FORMATS = ("md", "csv", "json")
-BY = ("method", "sparsity", "model")
+OUT = Path("out")
+EXAMPLES = {"methods": "dart,griffin", "sparsities": "0.5,0.7", "models": "model@1a2b3c4d,model@5e6f7a8b"}
+TRAITS = {"methods": "method", "sparsities": "sparsity", "models": "model"}  # option -> what cells differ in
+
+
+Folders = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="FOLDER",
+        help="Two folders of results. With --methods, --sparsities or --models: the folder whose cells are "
+        r"compared, or several that are taken together.  \[default: out]",
+    ),
+]
+Methods = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Compare the cells of method A with those of method B.")
+]
+Sparsities = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Compare the cells at sparsity A with those at B; 0 is dense.")
+]
+Models = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Compare the cells of model A with those of model B: a name, or NAME@ and the first digits of the "
+        "weights' hash or the commit, where several have one name.",
+    ),
+]
+Metric = Annotated[
+    str,
+    typer.Option(help=r"Metrics, comma-separated, or all.  \[default: the main one of each task]", show_default=False),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        help="md, csv or json.  "
+        r"\[default: that of --save's ending, else a table for the terminal and md for a pipe]",
+        autocompletion=lambda: list(FORMATS),
+    ),
+]
+Save = Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")]
+By = Annotated[str | None, typer.Option(hidden=True)]
+Results = Annotated[list[Path] | None, typer.Option(hidden=True)]
 
 
 def compare(
-    a: Annotated[str, typer.Argument(help="A results folder; with --by a method, a sparsity or a model.")],
-    b: Annotated[str, typer.Argument(help="What A is held against.")],
-    by: Annotated[
-        str | None, typer.Option(help="method, sparsity or model: A and B are two of those in --results.")
-    ] = None,
-    results: Annotated[
-        list[Path] | None, typer.Option(help=r"Folder of results for --by; may be given again.  \[default: out]")
-    ] = None,
-    metric: Annotated[
-        str, typer.Option(help="Metrics, comma-separated, or all. Without it, the main one of each task.")
-    ] = "",
-    format: Annotated[
-        str | None,
-        typer.Option(help="md, csv or json; without it, that of --save's ending, or a table for the terminal."),
-    ] = None,
-    save: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
+    folders: Folders = None,
+    methods: Methods = None,
+    sparsities: Sparsities = None,
+    models: Models = None,
+    metric: Metric = "",
+    format: Format = None,
+    save: Save = None,
+    by: By = None,
+    results: Results = None,
 ) -> None:
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
-    Cells of two folders are matched where they were asked the same; code, versions and weights may differ and are
-    named. With --by the cells of one folder are matched that differ in nothing else.
+    Cells of two folders are matched where they were asked the same; what
+    else differs (code, versions, weights) is named. Within one folder, cells
+    are matched that differ in the method, the sparsity or the model alone.
 
+    \b
     [bold]Examples[/bold]
-
-      dart-eval compare out-old out-new
-
-      dart-eval compare dart griffin --by method
-
-      dart-eval compare dart:allocation=uniform dart:allocation=depth --by method --metric gold_ll,acc
-
-      dart-eval compare 0 0.5 --by sparsity --results out --format json
-
-      dart-eval compare model@1a2b3c4d model@5e6f7a8b --by model
+    dart-eval compare out-old out-new
+    dart-eval compare out --methods dart,griffin
+    dart-eval compare out --methods dart,dart:allocation=uniform --metric acc
+    dart-eval compare out --sparsities 0,0.5 --format json
+    dart-eval compare out --models model@1a2b3c4d,model@5e6f7a8b
     """
+    given = [Path(folder) for folder in folders or []]
+    if by is not None or results:
+        raise _old_form(given, by, results or [OUT])
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
     if save is not None:
         check_target(save)
         format = format_of(save, format, FORMATS)
-    if by is not None and by not in BY:
-        raise UserError(f"unknown --by {by!r}", nearest(by, BY))
-    if by is None and results:
-        raise UserError("--results goes with --by", "without --by, A and B are the folders")
+    trait = _trait({"methods": methods, "sparsities": sparsities, "models": models}, given)
     from dart_eval.results import compare as comparing  # after the options are settled: scipy takes its time
 
     metrics = [m.strip() for m in metric.split(",") if m.strip()]
-    if by is None:
-        comparison = comparing.compare_folders(Path(a), Path(b), metrics)
+    if trait is None:
+        comparison = comparing.compare_folders(given[0], given[1], metrics)
     else:
-        comparison = comparing.compare_within(by, a, b, results or [Path("out")], metrics)
+        comparison = comparing.compare_within(*trait, given or [OUT], metrics)
     if format is None and save is None and sys.stdout.isatty():
         show(comparing.table(comparison))
         return
@@ -75,3 +108,38 @@ def compare(
         put(text)
         return
     save_text(save, text)
+
+
+def _trait(options: dict[str, str | None], folders: Sequence[Path]) -> tuple[str, str, str] | None:
+    """What the cells of one folder are to differ in, and A and B; None where two folders are compared.
+
+    Args:
+        options: the options that say it, by name.
+        folders: those that were given.
+
+    Raises:
+        UserError: nothing says what is compared, or too much does.
+    """
+    said = {name: text for name, text in options.items() if text is not None}
+    if len(said) > 1:
+        raise UserError(f"{' and '.join(f'--{name}' for name in said)} are given", "leave one of them out")
+    for name, text in said.items():
+        named = [part.strip() for part in text.split(",") if part.strip()]
+        if len(named) != 2:
+            raise UserError(f"--{name} {text!r} does not name two", f"for example --{name} {EXAMPLES[name]}")
+        return TRAITS[name], named[0], named[1]
+    if len(folders) != 2:
+        count = ("no folder is", "one folder is")[len(folders)] if len(folders) < 2 else f"{len(folders)} folders are"
+        raise UserError(
+            f"{count} given, and nothing that says what to compare",
+            f"give two folders, or for example --methods {EXAMPLES['methods']}",
+        )
+    return None
+
+
+def _old_form(named: Sequence[Path], by: str | None, results: Sequence[Path]) -> UserError:
+    """What to write in place of `compare A B --by method --results out`."""
+    option = next((name for name, trait in TRAITS.items() if trait == by), "methods")
+    sides = ",".join(map(str, named)) if len(named) == 2 else EXAMPLES[option]
+    line = ["dart-eval", "compare", *map(str, results), f"--{option}", sides]
+    return UserError("compare takes no --by and no --results any more", f"write: {shlex.join(line)}")

@@ -106,7 +106,7 @@ def _next(records: Sequence[Record], output: str) -> str:
     line = f"Results: {output}   next: dart-eval report {folder}   dart-eval tables {folder} --view long"
     if len(pruned) < 2:
         return line
-    return f"{line}   dart-eval compare {shlex.join(pruned)} --by method --results {folder}"
+    return f"{line}   dart-eval compare {folder} --methods {shlex.quote(','.join(pruned))}"
 
 
 def finish(result: RunResult, output: str) -> None:

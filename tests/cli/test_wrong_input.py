@@ -185,7 +185,7 @@ PLACES = {
     "tables": ("tables", "{}"),
     "tables --save": ("tables", "out", "--save", "{}"),
     "compare": ("compare", "{}", "out"),
-    "compare --results": ("compare", "a", "b", "--by", "method", "--results", "{}"),
+    "compare --methods": ("compare", "{}", "--methods", "a,b"),
     "compare --save": ("compare", "a", "b", "--save", "{}"),
     "check": ("check", "{}", "--baseline", "none"),
     "check --baseline": ("check", "out", "--baseline", "{}"),

@@ -328,7 +328,7 @@ def cli():
 
 
 def test_the_command_prints_and_saves(cli, sweep, tmp_path):
-    args = ("griffin", "dart:allocation=depth", "--by", "method", "--results", sweep)
+    args = (sweep, "--methods", "griffin,dart:allocation=depth")
     printed = cli(*args)
     assert printed.exit_code == 0, printed.output
     assert printed.stdout.startswith("### A: griffin   B: dart:allocation=depth")
@@ -338,17 +338,30 @@ def test_the_command_prints_and_saves(cli, sweep, tmp_path):
     assert cli(*args).stdout == printed.stdout
 
 
+def test_the_cells_of_a_folder_differ_in_what_is_said(cli, sweep):
+    found = {
+        option: json.loads(cli(sweep, option, sides, "--format", "json").stdout)
+        for option, sides in (("--methods", "dense,griffin"), ("--sparsities", "0,0.5"))
+    }
+    assert (found["--methods"]["a"], found["--methods"]["b"]) == ("dense", "griffin")
+    assert all("dense vs " in row["contrast"] for row in found["--sparsities"]["rows"])
+
+
 def test_two_folders_at_the_command_line(cli, sweep):
     found = cli(sweep, sweep, "--format", "json")
     assert {r["better"] for r in json.loads(found.stdout)["rows"]} == {"-"}
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (("a", "b", "--by", "metod"), "did you mean method"),
+    (("a",), "one folder is given, and nothing that says what to compare; give two folders, or for example"),
+    ((), "no folder is given"),
+    (("a", "--methods", "dart"), "--methods 'dart' does not name two; for example --methods dart,griffin"),
+    (("a", "--methods", "dart,dense", "--models", "x,y"), "--methods and --models are given"),
+    (("0.5", "0.7", "--by", "sparsity"), "any more; write: dart-eval compare out --sparsities 0.5,0.7"),
+    (("dart", "griffin", "--by", "method", "--results", "r"), "write: dart-eval compare r --methods dart,griffin"),
     (("a", "b", "--format", "tex"), "unknown format 'tex'"),
-    (("a", "b", "--results", "out"), "--results goes with --by"),
     (("no-a", "no-b"), "no results in no-a"),
-    (("dart", "dense", "--by", "method"), "no results in out"),
+    (("--methods", "dart,dense"), "no results in out"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(cli, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)

@@ -103,7 +103,7 @@ def _file(results, method):
 QUICK = {
     "tables": ("tables", "out"),
     "compare": ("compare", "out", "out"),
-    "by method": ("compare", "dense", "griffin", "--by", "method"),
+    "methods": ("compare", "out", "--methods", "dense,griffin"),
 }
 VERBS = {**QUICK, "report": ("report", "out")}
 
@@ -264,7 +264,7 @@ def test_forged_samples_are_named_and_the_others_compared(tmp_path, shown, line)
     assert "griffin 0.5" in out
     assert "dart 0.5" not in out
     assert "left out: the samples of arc under dart at sparsity 0.5 in out cannot be read (" in errors
-    assert shown("compare", "griffin", "dart", "--by", "method")[0] == 2
+    assert shown("compare", "out", "--methods", "griffin,dart")[0] == 2
     assert shown("tables", "out")[0] == 0
     assert shown("report", "out")[0] == 0
     shown("check", "out", "--baseline", "b.json", "--update")

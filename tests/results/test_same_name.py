@@ -101,8 +101,11 @@ def test_between_folders_the_same_weights_go_together_first(tmp_path):
 
 def test_where_several_could_be_meant_none_is_taken(tmp_path):
     a = save(tmp_path / "a", of("eeee5555", "dense", 0.9))
-    with pytest.raises(UserError, match=r"model@eeee5555 in .*a, model@aaaa1111, model@cccc3333 in .*b; keep each"):
+    with pytest.raises(
+        UserError, match=r"model@eeee5555 in .*a, model@aaaa1111, model@cccc3333 in .*b; keep each"
+    ) as e:
         compare_folders(a, both(tmp_path / "b"))
+    assert e.value.remedy.endswith(f"dart-eval compare {a} {tmp_path / 'b'} --models model@eeee5555,model@aaaa1111")
 
 
 def test_one_model_that_each_side_has_alone_goes_with_the_other(tmp_path):
