@@ -55,15 +55,17 @@ class Identity:
         weights: sha256 over a folder's weights, configuration, tokenizer and code; None for a hub model: its commit
             says it.
         remote_code: code of the model's own runs in place of the library's.
+        loaded: the model was handed over in memory, and `weights` is a hash of what lay there.
     """
 
     name: str
     revision: str | None
     weights: str | None
     remote_code: bool = False
+    loaded: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; of code of its own only where there is some."""
+        """Plain data; the last two only where they are so."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not False}
 
 

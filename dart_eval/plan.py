@@ -301,13 +301,27 @@ def plan(
 
 
 def command(config: RunConfig, cell: Cell) -> str:
-    """The line that makes this one cell, for a shell: options that differ from their defaults, its own method."""
+    """The line that makes this one cell, for a shell: options that differ from their defaults, its own method.
+
+    Of a model that was handed over in Python it is a line of Python.
+    """
     words = ["dart-eval", "run", "--tasks", cell.task, "--method", cell.method.spec]
     if cell.method.sized:
         words += ["--sparsity", f"{cell.sparsity:g}"]
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
     told = {k: v for k, v in options.items() if k not in NO_OPTION_OF_A_CELL and v != getattr(RunConfig, k)}
+    if cell.inputs["model"].get("loaded"):
+        return _call(cell, told)
     return command_line(words, told)
+
+
+def _call(cell: Cell, options: Mapping[str, Any]) -> str:
+    """The line of Python that makes a cell of a loaded model, which no command can name."""
+    said: dict[str, Any] = {"tasks": cell.task, "method": cell.method.spec}
+    if cell.method.sized:
+        said["sparsity"] = cell.sparsity
+    words = ", ".join(f"{name}={value!r}" for name, value in {**said, **options}.items())
+    return f"dart_eval.evaluate(model, tokenizer, {words})"
 
 
 def command_line(words: Sequence[str], options: Mapping[str, Any]) -> str:

@@ -91,7 +91,7 @@ def executions(dry: bool) -> dict[str, Any]:
     low = copy.deepcopy(model)
     texts = []
     for execution in ("masked", "permuted"):
-        with prune(low, "dart", SPARSITY, execution=execution, **RESTLESS):  # type: ignore[arg-type]
+        with prune(low, make("dart", RESTLESS), SPARSITY, execution=execution):  # type: ignore[arg-type]
             texts.append(low.generate(tokens_for(low, PROMPT), max_new_tokens=STEPS, do_sample=False))
     if not torch.equal(*texts):
         raise AssertionError("generate says something else permuted than masked")
@@ -164,7 +164,7 @@ def compiled_as_eager(dry: bool, mode: str) -> dict[str, Any]:
             else:
                 found = []
                 for decodes in (forward, None):
-                    with prune(model, name, SPARSITY, execution="permuted", **params) as session:
+                    with prune(model, make(name, params), SPARSITY, execution="permuted") as session:
                         found.append(logits_of(model, decodes, fixed=True))
                 if params and not session.events:
                     raise AssertionError("no mask changed")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 from dart_eval.ffn import cache_argument
 from dart_eval.pruning import gather
 from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import make
 
 SPARSITY = 0.7
 # A detector that sees drift in every window, so that masks do change.
@@ -119,5 +120,5 @@ def require(found: float, most: float, what: str) -> None:
 
 def pruned(model: PreTrainedModel, method: str, execution: str, **params: Any) -> tuple[Tensor, Any]:
     """Logits under a method, and its session (left)."""
-    with prune(model, method, SPARSITY, execution=execution, **params) as session:
+    with prune(model, make(method, params), SPARSITY, execution=execution) as session:
         return logits_of(model), session

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dart_eval.executors.jobs import RunResult, View
     from dart_eval.executors.sizing import CellSize
+    from dart_eval.loaded import Loaded
     from dart_eval.plan import RunConfig
 
 
-def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
+def run_all(
+    configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None
+) -> RunResult:
     """Run several sweeps of one model into one folder, with the executor that the first one names.
 
     Args:
         configs: they differ in methods, sparsities, tasks, few-shot and limit only.
         skip_missing: go on without tasks whose data cannot be had, and report them.
+        model: a loaded one, which the executor `local` takes in place of that of the configurations.
 
     Raises:
         UserError: the input is wrong. Nothing has been written.
@@ -27,7 +31,7 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
         return cluster.run_all(configs, view, skip_missing)
     from dart_eval.executors import local
 
-    return local.run_all(configs, view, skip_missing)
+    return local.run_all(configs, view, skip_missing, model)
 
 
 def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:

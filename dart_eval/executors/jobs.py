@@ -73,7 +73,7 @@ def plan_all(
 
     Args:
         device: type of the device that cells will run on, where that is another machine's.
-        model: from an earlier call, to be used again.
+        model: from an earlier call, or loaded already; None: it is to be found.
 
     Raises:
         UserError: the input is wrong. Nothing has been written.
@@ -182,10 +182,16 @@ class Sweep:
         return RunResult([record for _, record in finished], self.failed, self.missing, lost)
 
 
-def begin_sweep(configs: Sequence[RunConfig], view: View, skip_missing: bool, device: str | None = None) -> Sweep:
+def begin_sweep(
+    configs: Sequence[RunConfig],
+    view: View,
+    skip_missing: bool,
+    device: str | None = None,
+    model: Resolved | None = None,
+) -> Sweep:
     """Plan (see `plan_all`), and look up what is finished already."""
     configs[0].check_output()
-    jobs, missing = plan_all(configs, view, skip_missing, device)
+    jobs, missing = plan_all(configs, view, skip_missing, device, model)
     store = Store(configs[0].output)
     done: dict[str, Record] = {}
     if not configs[0].force:

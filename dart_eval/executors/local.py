@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dart_eval.errors import StoreError, summary
 from dart_eval.evaluation.evaluate import count_requests
@@ -21,17 +22,22 @@ from dart_eval.plan import RunConfig
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
+if TYPE_CHECKING:
+    from dart_eval.loaded import Loaded
+
 log = logging.getLogger(__name__)
 
 
-def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
+def run_all(
+    configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None
+) -> RunResult:
     """See `executors.run_all`; the model is loaded once, and a cell of several sweeps runs once."""
-    sweep = begin_sweep(configs, view, skip_missing)
+    sweep = begin_sweep(configs, view, skip_missing, model.device if model else None, model)
     running: Job | None = None
     if sweep.todo:
         worker = Worker(
             configs[0],
-            resolve(configs[0].model_spec),
+            model or resolve(configs[0].model_spec),
             view.status,
             lambda n: view.advanced(running.cell, n) if running else None,
             view.note,

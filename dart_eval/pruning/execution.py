@@ -33,6 +33,7 @@ class Execution:
         shared_mask: all sequences of a batch have one mask.
 
     Attributes:
+        wanted: as above; `masked` where the weights cannot be reordered.
         permuted: the FFNs while their neurons are in an order of ours, else None.
         sliced: the forward under way multiplies the kept neurons alone.
 
@@ -48,7 +49,7 @@ class Execution:
         self.model, self.ffns, self.method, self.shared_mask = model, ffns, method, shared_mask
         self.permuted: PermutedFFNs | None = None
         self.sliced = False
-        self._wanted = self._possible(wanted)
+        self.wanted = self._possible(wanted)
 
     @property
     def name(self) -> str:
@@ -92,12 +93,12 @@ class Execution:
         if self.permuted is None and any(f.order is not None for f in self.ffns):
             raise UserError(REORDERED, "leave that one first")
         one = batch == 1 or self.shared_mask or self.method.mask.fixed
-        if self._wanted == "permuted" and not one:
+        if self.wanted == "permuted" and not one:
             raise UserError(
                 f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
                 "use shared_mask=True (one mask for all of them), execution='masked', or one sequence",
             )
-        if self._wanted == "masked" or not one or not by_hand:
+        if self.wanted == "masked" or not one or not by_hand:
             self.restore()
             return
         if self.gathers and batch > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,17 @@ from dart_eval.pruning.calibration import Calibration, TextCalibration
 from dart_eval.pruning.calls import refuse_second
 from dart_eval.pruning.execution import Wanted
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.registry import make
+from dart_eval.pruning.parts.allocations import Allocation
+from dart_eval.pruning.parts.base import Part
+from dart_eval.pruning.parts.choices import Choice
+from dart_eval.pruning.parts.compensations import Compensation
+from dart_eval.pruning.parts.masks import Mask
+from dart_eval.pruning.parts.remasks import Remask
+from dart_eval.pruning.parts.scores import Score
+from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import Session
+
+Named = str | Mapping[str, Any]  # a part by its name, or its fields and under `part` its name
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -35,6 +44,27 @@ def check_sparsity(sparsity: float) -> float:
     return sparsity
 
 
+def _made(method: str | Pruner, **slots: Part | Named | None) -> Pruner:
+    """The method, with other parts in its slots.
+
+    Args:
+        method: as typed, or ready.
+        slots: what is to be in each; None leaves what is there.
+
+    Raises:
+        UserError: a name is unknown, a value is wrong, or a slot is given twice.
+    """
+    given = {slot: part for slot, part in slots.items() if part is not None}
+    if isinstance(method, Pruner):
+        if given:
+            raise UserError("parts go into the Pruner itself, not beside it", "use dataclasses.replace")
+        return method
+    name, typed = parse(method)
+    if twice := sorted(typed.keys() & given.keys()):
+        raise UserError(f"{name}: {twice[0]} is given twice", "leave one of them out")
+    return make(name, {**typed, **given})
+
+
 @contextmanager
 def prune(
     model: nn.Module,
@@ -45,7 +75,12 @@ def prune(
     calibration: Calibration | str | Path | None = None,
     execution: Wanted = "auto",
     shared_mask: bool = False,
-    **params: Any,
+    mask: Mask | Named | None = None,
+    score: Score | Named | None = None,
+    remask: Remask | Named | None = None,
+    choice: Choice | Named | None = None,
+    allocation: Allocation | Named | None = None,
+    compensation: Compensation | Named | None = None,
 ) -> Iterator[Session]:
     """Prune the FFN neurons of `model` while the block runs; the model leaves it as it came.
 
@@ -57,7 +92,8 @@ def prune(
 
     Args:
         model: a Hugging Face causal language model with a gated or plain FFN.
-        method: a name from `dart_eval.methods()`, or a `Pruner`.
+        method: as on the command line, a name from `dart_eval.methods()` or a name with other values in its parts,
+            `dart:remask.window=8`; or a `Pruner`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
         tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
         calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
@@ -65,8 +101,9 @@ def prune(
             pruned ones are not computed, for one mask at a time; `auto` takes `permuted` for one sequence (and for any
             batch where all have one mask), else `masked`.
         shared_mask: all sequences of a batch have one mask, made from all of them.
-        params: other parts in the method's slots, or other values in their fields: `remask=OnDrift(window=8)`,
-            `allocation="uniform"`, `remask={"part": "drift", "window": 8}`.
+        mask, score, remask, choice, allocation, compensation: another part in that slot of the method, as an object
+            (`remask=OnDrift(window=8)`), by its name (`allocation="uniform"`), or with its fields
+            (`remask={"part": "drift", "window": 8}`; without `part` the fields are those of the part that is there).
 
     Yields:
         The `Session`, which tells effective sparsity, state bytes and re-masks.
@@ -77,14 +114,11 @@ def prune(
     """
     check_sparsity(sparsity)
     refuse_second(model)
-    if isinstance(method, Pruner):
-        if params:
-            raise UserError("parameters go into the Pruner itself, not beside it")
-    else:
-        method = make(method, params)
+    method = _made(
+        method, mask=mask, score=score, remask=remask, choice=choice, allocation=allocation, compensation=compensation
+    )
     if not isinstance(calibration, Calibration):
-        text = calibration
-        calibration = TextCalibration(model, tokenizer, text)
+        calibration = TextCalibration(model, tokenizer, calibration)
     session = Session(model, method, sparsity, calibration, execution, shared_mask)
     try:
         try:

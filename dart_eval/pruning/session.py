@@ -47,14 +47,9 @@ class Session:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        method: Pruner,
-        sparsity: float,
-        calibration: Calibration | None = None,
-        execution: Wanted = "auto",
-        shared_mask: bool = False,
-    ) -> None:
+        self, model: nn.Module, method: Pruner, sparsity: float, calibration: Calibration | None = None,
+        execution: Wanted = "auto", shared_mask: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.method, self.shared_mask = model, method, shared_mask
         self.sparsity = sparsity if method.sized else 0.0
         self.ffns = find_ffns(model)
@@ -74,6 +69,10 @@ class Session:
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls = Calls(model)
         self._hooks = Hooks(model, self.ffns, method, self.forward)
+
+    def __repr__(self) -> str:
+        execution = self.execution if self.state is not None else self.executing.wanted
+        return f"<{self.method.spec} at sparsity {self.sparsity:g} on {len(self.ffns)} layers, execution {execution}>"
 
     # -- what the user reads ---------------------------------------------------------------------------------
 

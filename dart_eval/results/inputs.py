@@ -53,6 +53,7 @@ class Model(TypedDict):
     revision: NotRequired[str | None]
     weights: NotRequired[str | None]
     remote_code: NotRequired[bool]
+    loaded: NotRequired[bool]
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -63,7 +64,9 @@ class CellInputs(TypedDict):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
-    model: Annotated[Model, _asked("name, revision, hash of the weights, whether code of its own ran", False)]
+    model: Annotated[
+        Model, _asked("name, revision, hash of the weights, whether code of its own ran or it came `loaded`", False)
+    ]
     method: Annotated[str, _asked("the method's name", False)]
     params: Annotated[dict[str, Any], _asked("all its parts and their fields, by the paths that a user types", False)]
     sparsity: Annotated[Share, _asked("share of FFN weight bytes that a decoded token is not to read", False)]

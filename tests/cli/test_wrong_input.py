@@ -238,7 +238,7 @@ def test_every_real_number_is_one(sparsity):
 
 @pytest.mark.parametrize("options", [
     {"sparsity": "half"}, {"sparsity": True}, {"sparsity": [["0.5"]]}, {"tasks": [1]}, {"output": ""}, {"limit": "3"},
-    {"limit": datetime.date(2024, 1, 1)}, {"model": b"folder"}, {"method": object()}, {"outputs": "x"},
+    {"limit": datetime.date(2024, 1, 1)}, {"model": b"folder"}, {"method": object()},
 ])  # fmt: skip
 def test_evaluate_refuses_in_one_line(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

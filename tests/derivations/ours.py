@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import make
 from tests.derivations.plain import cache_name
 
 
@@ -32,9 +33,9 @@ class Run:
 
 
 @torch.no_grad()
-def run(model, method, prompt, decoded, sparsity=0.5, **settings):
-    """Run a prompt, then feed tokens one at a time under `prune`."""
-    with prune(model, method, sparsity, **settings) as session:
+def run(model, method, prompt, decoded, sparsity=0.5, execution="auto", tokenizer=None, **params):
+    """Run a prompt, then feed tokens one at a time under `prune`. params: of the method, by their paths."""
+    with prune(model, make(method, params), sparsity, tokenizer=tokenizer, execution=execution) as session:
         name, masks, rows, past = cache_name(model), [], [], {}
         for tokens in [list(prompt), *([token] for token in decoded)]:
             out = model(torch.tensor([tokens]), use_cache=True, **past)

@@ -66,9 +66,11 @@ def state_of(method, model, sparsity=0.5, batch=1, shared=False, calibration=Non
     return SequenceState(prepare(made, find_ffns(model), sparsity, calibration), batch, torch.device("cpu"), shared)
 
 
-def open_session(model, method, sparsity=0.5, **params):
-    """`prune` with a calibration that needs no tokenizer."""
-    return prune(model, method, sparsity, calibration=RandomCalibration(model, None), **params)
+def open_session(model, method, sparsity=0.5, execution="auto", shared_mask=False, **params):
+    """`prune` with a calibration that needs no tokenizer; `method` and `params` as in `state_of`."""
+    made = make(method, params) if isinstance(method, str) else method
+    calibration = RandomCalibration(model, None)
+    return prune(model, made, sparsity, calibration=calibration, execution=execution, shared_mask=shared_mask)
 
 
 def cache_of(output):

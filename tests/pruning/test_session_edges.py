@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, OpenAIGPTConfig
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns
 from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import make
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session
 
@@ -325,6 +326,6 @@ def test_ends_are_taken_as_generate_takes_them(llama, end):
 
 
 def test_the_methods_of_a_model_are_its_own_again(llama):
-    with prune(llama, "dart", 0.5, **RESTLESS):
+    with prune(llama, make("dart", RESTLESS), 0.5):
         generate(llama, prompt(), 8)
     assert not any(name in m.__dict__ for m in llama.modules() for name in ("generate", "_apply", "load_state_dict"))

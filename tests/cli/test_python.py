@@ -1,0 +1,170 @@
+"""The Python surface: its names and signatures, the page that shows them, and models that are loaded already."""
+
+import copy
+import inspect
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dart_eval
+from dart_eval import UserError, demo_model
+from dart_eval.loaded import loaded
+from dart_eval.plan import RunConfig
+from dart_eval.pruning.parts.remasks import OnDrift
+from tests.helpers.models import tiny
+from tests.helpers.sessions import generate, open_session, prompts_of
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "python.md"
+ASKED = {"tasks": "smoke_questions", "limit": 2, "method": "dense,griffin"}
+
+
+@pytest.fixture
+def opened(saved_llama):
+    """A model and its tokenizer, loaded by the user."""
+    tokenizer = AutoTokenizer.from_pretrained(saved_llama)
+    return AutoModelForCausalLM.from_pretrained(saved_llama).train(), tokenizer
+
+
+def test_the_page_runs_as_printed(saved_llama, tmp_path, monkeypatch, capsys):
+    """On a tiny model in place of the demo model."""
+    small = tmp_path / "small"
+    shutil.copytree(saved_llama, small)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(small)
+    monkeypatch.setattr(demo_model, "folder", lambda: small)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    names = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    said = capsys.readouterr().out
+    assert "<dart at sparsity 0.7 on 3 layers, execution permuted>\n" in said
+    assert said.count("\ngriffin:remask=drift:remask.window=8") == 3
+    assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin?" in said
+    assert names["rows"][0]["method"] == "griffin"
+
+
+def test_the_public_names_are_shown():
+    assert dir(dart_eval) == sorted(dart_eval.__all__)
+    assert all(getattr(dart_eval, name) is not None for name in dart_eval.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'evalute'"):
+        dart_eval.evalute  # noqa: B018 - it is looked up
+
+
+@pytest.mark.process
+def test_the_import_needs_no_torch():
+    code = "import sys, dart_eval; dir(dart_eval); dart_eval.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_evaluate_has_the_options_of_run_and_their_defaults():
+    signature = inspect.signature(dart_eval.evaluate).parameters
+    config = vars(RunConfig())
+    assert set(signature) - {"tokenizer"} == set(config)
+    for name in set(config) - {"tasks"}:
+        assert signature[name].default == config[name], name
+    kinds = {p.kind for function in (dart_eval.evaluate, dart_eval.prune) for p in
+             inspect.signature(function).parameters.values()}  # fmt: skip
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_a_method_is_spelled_as_on_the_command_line(llama):
+    with dart_eval.prune(llama, "dart:remask.window=8", sparsity=0.7) as session:
+        assert session.method.mask.remask == OnDrift(window=8)
+    with dart_eval.prune(llama, "dart:remask.window=8", allocation="uniform", remask={"floor": 0.2}) as session:
+        assert session.method.spec == "dart:remask.window=8:remask.floor=0.2:allocation=uniform"
+    for method, part, words in (
+        ("dart:allocation=uniform", {"allocation": "depth"}, "dart: allocation is given twice"),
+        ("dart", {"remask": "drif"}, "there is no remask=drif; did you mean drift"),
+        (session.method, {"remask": "never"}, "parts go into the Pruner itself"),
+    ):
+        with pytest.raises(UserError, match=words), dart_eval.prune(llama, method, **part):
+            pass
+
+
+def test_a_session_says_what_it_is(llama):
+    with open_session(llama, "griffin") as session:
+        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, execution auto>"
+        generate(llama, prompts_of(1, 8), 2)
+        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, execution permuted>"
+    with open_session(llama, "griffin", execution="masked", allocation="depth") as session:
+        assert repr(session) == "<griffin:allocation=depth at sparsity 0.5 on 3 layers, execution masked>"
+
+
+# -- loaded models -----------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_model_gives_what_its_folder_gives(opened, saved_llama, tmp_path):
+    """Its cells are its own, and are found again; the model and the tokenizer stay as they were."""
+    model, tokenizer = opened
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    ours = dart_eval.evaluate(model, tokenizer, **ASKED, output=tmp_path)
+    theirs = dart_eval.evaluate(saved_llama, **ASKED, output=tmp_path)
+    values = [[(r["method"], r["metric"], r["value"]) for r in rows] for rows in (ours, theirs)]
+    assert values[0] == values[1]
+    assert not {r["key"] for r in ours} & {r["key"] for r in theirs}
+    assert [m.training for m in model.modules()] == modes
+    assert tokenizer.backend_tokenizer.to_str() == AutoTokenizer.from_pretrained(saved_llama).backend_tokenizer.to_str()
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "cells").iterdir()}
+    again = dart_eval.evaluate(copy.deepcopy(model), tokenizer, **ASKED, output=tmp_path)
+    assert again == ours
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "cells").iterdir()} == files
+    (line,) = {r["command"] for r in ours if r["method"] == "griffin"}
+    assert line == (
+        "dart_eval.evaluate(model, tokenizer, tasks='smoke_questions', method='griffin', sparsity=0.5, limit=2)"
+    )
+
+
+def test_what_answers_depend_on_is_in_a_loaded_models_identity(opened):
+    model, tokenizer = opened
+    before = loaded(model, tokenizer).identity
+    assert (before.name, before.loaded) == ("tiny-llama", True)
+    tokenizer(["w5", "w6 w7"], padding=True, truncation=True, max_length=4)  # it remembers how it was called last
+    assert loaded(model, tokenizer).identity == before
+
+    def weight(model, tokenizer):
+        with torch.no_grad():
+            model.model.layers[2].mlp.down_proj.weight[3, 5] += 1e-3
+
+    def config(model, tokenizer):
+        model.config.rms_norm_eps = 1e-3
+
+    def dtype(model, tokenizer):
+        model.bfloat16()
+
+    def token(model, tokenizer):
+        tokenizer.eos_token = "w7"
+
+    def template(model, tokenizer):
+        tokenizer.chat_template = "{{ messages }}"
+
+    found = {before.weights}
+    for number, change in enumerate((weight, config, dtype, token, template), 2):
+        changed = copy.deepcopy(opened)
+        change(*changed)
+        found.add(loaded(*changed).identity.weights)
+        assert len(found) == number, change
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"model": tiny("llama")}, "comes without a tokenizer; give evaluate"),
+    ({"tokenizer": "x"}, "a tokenizer goes with a loaded model"),
+    ({"model": torch.nn.Linear(2, 2)}, "a Linear is no model of transformers"),
+    ({"model": 5}, "a int is no model of transformers"),
+    ({"model": tiny("llama"), "tokenizer": "x", "dtype": "float16"}, "dtype is for a model that is to be loaded"),
+    ({"model": tiny("llama"), "tokenizer": "x", "executor": "ray"}, "executor ray cannot take a loaded model"),
+])  # fmt: skip
+def test_what_a_loaded_model_cannot_be_is_refused(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words):
+        dart_eval.evaluate(**{"tasks": "smoke_questions", **options})
+    assert list(tmp_path.iterdir()) == []
