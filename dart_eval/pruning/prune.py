@@ -95,15 +95,13 @@ def prune(
         method: as on the command line, a name from `dart_eval.methods()` or a name with other values in its parts,
             `dart:remask.window=8`; or a `Pruner`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
-        tokenizer: needed by static methods that calibrate on text (`wanda-sp`).
+        tokenizer: for static methods that calibrate on a text (`wanda-sp`).
         calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
         execution: `masked` multiplies by masks and saves no time; `permuted` reorders the neurons in place, so that
-            pruned ones are not computed, for one mask at a time; `auto` takes `permuted` for one sequence (and for any
-            batch where all have one mask), else `masked`.
+            pruned ones are not computed, for one mask at a time; `auto` takes `permuted` where all have one mask.
         shared_mask: all sequences of a batch have one mask, made from all of them.
-        mask, score, remask, choice, allocation, compensation: another part in that slot of the method, as an object
-            (`remask=OnDrift(window=8)`), by its name (`allocation="uniform"`), or with its fields
-            (`remask={"part": "drift", "window": 8}`; without `part` the fields are those of the part that is there).
+        mask, score, remask, choice, allocation, compensation: another part in that slot, as an object
+            (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
     Yields:
         The `Session`, which tells effective sparsity, state bytes and re-masks.
