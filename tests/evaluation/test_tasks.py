@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dart_eval
 from dart_eval.evaluation import tasks as tasks_module
 from dart_eval.evaluation.tasks import ALIASES, COMMON, Tasks, documents, leaves, tasks_dir
 
@@ -129,7 +130,7 @@ def test_every_task_with_local_data_loads(data_dir, indexed):
 
 
 @pytest.mark.process
-def test_tasks_travel_in_the_wheel(tmp_path):
+def test_tasks_travel_in_the_wheel_with_the_types_and_the_version(tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -148,7 +149,8 @@ def test_tasks_travel_in_the_wheel(tmp_path):
     for file in tasks_dir().rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:
             assert f"dart_eval/tasks/{file.relative_to(tasks_dir())}" in packed
-    assert "dart_eval/data/calibration.txt" in packed
+    assert {"dart_eval/data/calibration.txt", "dart_eval/py.typed"} <= packed
+    assert wheel.name.startswith(f"dart_eval-{dart_eval.__version__}-")
 
 
 def test_documents_are_prepared_once():
