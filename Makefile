@@ -3,7 +3,8 @@
 # make test-fast     those of what is computed, on tiny models, in a minute
 # make golden        measure tests/golden/golden.json anew, the numbers that test-fast compares with, and say what moved
 # make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
-# make check         lint, format, types
+# make format        format the code, and mend what lint can mend by itself
+# make check         lint, format, types, spelling
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
 # make gpu-check     on a CUDA GPU: is all right there, and how fast? Under eight minutes, no network; ARGS=--dry on a CPU
 # make paper-tables  the paper's tables: on the shipped data, or with MODEL=... DATA=... LIMIT=... on the ten benchmarks
@@ -25,7 +26,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast golden mutations check regression gpu-check paper-tables clean
+.PHONY: demo test test-fast golden mutations check format regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
@@ -65,6 +66,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell dart_eval docs scripts tasks *.md
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
