@@ -65,7 +65,7 @@ def export(
     if model is not None:
         check_model(model, records)
     cells = facts(store, records, model)
-    found = known([task for cell in cells for task in (cell.task, *cell.leaves())], named)
+    found = known([task for cell in cells for task in cell.leaves()], named)
     if to == "every-eval-ever":
         pieces = every_eval_ever.pieces(cells, found, told)
     elif to == "eval-results":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dart_eval.evaluation.tasks import tasks_dir
 DEFAULT = "default"  # the task within a benchmark that has one alone
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 DEEPEST = 10  # files that include one another
+NAMED = re.compile(rb"""^["']?task["']?[ \t]*:[ \t]*["']?([\w.:/+-]+)["']?[ \t]*(?:#.*)?\r?$""", re.M)
 NO_HUB = ("json", "csv", "parquet", "arrow", "text")  # loaders of local files
 
 
@@ -61,10 +63,10 @@ def known(names: Iterable[str], given: Mapping[str, Dataset]) -> dict[str, Datas
         given: what the user said, which wins.
 
     Returns:
-        Those that are known; tasks on local files, and those that this lm-eval does not know, are not among them.
+        Those that are known, and all that the user said; tasks on local files, and those that this lm-eval does not know, are not among them.
     """
     wanted = [n for n in dict.fromkeys(names) if n not in given]
-    found = {n: given[n] for n in names if n in given}
+    found = dict(given)
     if not wanted:
         return found
     for name, config in _configs(wanted).items():
@@ -96,16 +98,17 @@ def _dataset(config: Mapping[str, Any]) -> Dataset | None:
 
 def _configs(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Tasks' YAML files, this project's before lm-eval's. lm-eval's own index would parse all of its thousands."""
-    told = b"|".join(re.escape(name.encode()) for name in names)
-    line = re.compile(rb"""^["']?task["']?[ \t]*:[ \t]*["']?(?:%s)["']?[ \t]*(?:#.*)?\r?$""" % told, re.M)
     spec = find_spec("lm_eval")
     places = [Path(place) / "tasks" for place in (spec.submodule_search_locations if spec else None) or []]
     found: dict[str, dict[str, Any]] = {}
+    wanted = set(names)
     for path in (path for place in (tasks_dir(), *places) for path in sorted(place.rglob("*.yaml"))):
-        if line.search(path.read_bytes()):
-            config = _config(path)
-            found.setdefault(str(config.get("task")), config)
-        if len(found) == len(names):
+        line = NAMED.search(path.read_bytes())
+        if line is not None and (name := line[1].decode(errors="replace")) in wanted:
+            with contextlib.suppress(OSError, yaml.YAMLError):  # lm-eval passes over what it cannot read, too
+                found[name] = _config(path)
+            wanted.remove(name)
+        if not wanted:
             break
     return found
 

@@ -312,4 +312,7 @@ def test_data_sets_are_those_of_the_tasks_yaml(monkeypatch):
         "mmlu_astronomy": datasets.Dataset("cais/mmlu", "astronomy", "test"),
     }
     assert datasets.of_task("mmlu", ["mmlu_anatomy", "mmlu_astronomy"], found) == datasets.Dataset("cais/mmlu")
+    assert datasets.of_task("mmlu", [], datasets.known([], {"mmlu": datasets.Dataset("a/b")})) == datasets.Dataset(
+        "a/b"
+    )
     assert datasets.of_task("both", ["mmlu_anatomy", "xsum"], found) is None
