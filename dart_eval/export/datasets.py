@@ -63,7 +63,8 @@ def known(names: Iterable[str], given: Mapping[str, Dataset]) -> dict[str, Datas
         given: what the user said, which wins.
 
     Returns:
-        Those that are known, and all that the user said; tasks on local files, and those that this lm-eval does not know, are not among them.
+        Those that are known, and all that the user said; not those of tasks on local files, or that this lm-eval does
+        not know.
     """
     wanted = [n for n in dict.fromkeys(names) if n not in given]
     found = dict(given)
