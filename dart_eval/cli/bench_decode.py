@@ -22,6 +22,7 @@ from dart_eval.results.writers import Table
 if TYPE_CHECKING:
     from dart_eval.bench.decode import DecodeSpeed
     from dart_eval.bench.kept import Speed
+    from dart_eval.bench.ratio import Ratio
     from dart_eval.models import ModelSpec
     from dart_eval.pruning.method import Pruner
 
@@ -92,7 +93,8 @@ class Subject:
         import torch
 
         cuda = self.model.device.type == "cuda"
-        return torch.cuda.get_device_name(self.model.device) if cuda else f"{torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return torch.cuda.get_device_name(self.model.device) if cuda else f"{threads} thread{'s' * (threads > 1)}"
 
 
 def decode(
@@ -152,9 +154,20 @@ def decode(
     if profile is not None:
         _profile(profile, methods[-1], sparsity, subject, prompt)
     where = f"{subject.title}, {subject.hardware}" + (f", torch.compile ({compile})" if compile else "")
-    show([bench.row(f) for f in found], table(found, where), format)
+    _show(found, where, format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
+
+
+def _show(found: list[DecodeSpeed], where: str, format: str) -> None:
+    """Print what was measured."""
+    from dart_eval.bench.decode import row
+
+    data = [row(f) for f in found]
+    show(data, speeds(found, where), format)
+    if format != "json":
+        print()
+        show(data, costs(found), format)
 
 
 def _check(counts: dict[str, int], compiled: str | None, format: str) -> None:
@@ -229,43 +242,57 @@ def _profile(path: Path, method: Pruner, sparsity: float, subject: Subject, prom
         write(path, made.read_bytes())
 
 
-def table(found: list[DecodeSpeed], where: str) -> Table:
-    """Decoding speed of several methods, for people."""
-    columns = [
-        "method", "FFN read", "speed-up", "ceiling", "share of ceiling", "control", "first token", "re-mask: masks",
-        "re-mask: moves", "attach, detach", "overhead", "tokens/s", "extra weights", "state MB",
-    ]  # fmt: skip
+def speeds(found: list[DecodeSpeed], where: str) -> Table:
+    """How fast the methods decode, for people."""
     body = [
         [
             f.method,
             f"{f.weights_read:.2f}" + (f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""),
-            _ratio(f.speedup, 2, "x"), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control, 2, "x"),
-            f"{f.first_token.median:.2f}x",
-            f"{f.remask_masks_dense_steps.median:.2f}" if f.remask_masks_dense_steps else "-",
-            f"{f.remask_moves_dense_steps.median:.2f}",
-            f"{f.begin_dense_steps.median:.1f}, {f.end_dense_steps.median:.1f}",
-            f"{100 * f.overhead.median:.1f} %", f"{f.tokens_per_second:.1f} ({f.dense_tokens_per_second:.1f})",
-            f"{f.extra_weight_bytes / 10**6:.0f} MB", f"{(f.state_bytes + f.order_bytes) / 10**6:.2f}",
+            _ratio(f.speedup), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
         ]
         for f in found
     ]  # fmt: skip
     foreign = [f.foreign_cores for f in found if f.foreign_cores is not None]
     busy = f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     note = (
-        f"{where}; sparsity {found[0].sparsity:g}, one sequence, {found[0].speedup.n} steps a method. Speed-up: over "
-        "dense, the median [quartiles] of neighbouring steps. Dense is a model of the same weights that prune() never "
-        f"touched, so that the FFN weights are there twice ({found[0].twin_bytes / 10**6:.0f} MB that no column "
-        "counts). Control: dense over dense. Ceiling: what the bytes of this model allow at the FFN weights read; in "
-        "brackets stand those that are multiplied, where each token chooses neurons of its mask. Share of ceiling: "
-        "speed-up / ceiling. First token: the prompt with its scores, masks and the first moves of neurons, over a "
-        "dense prompt. Counted in dense steps are re-mask: masks (new scores and masks are made from recent tokens), "
-        "re-mask: moves (a fifth of the kept neurons is moved in memory), and attach, detach (once per prune() the "
-        "weights are taken over, and at its end every neuron is put back). Overhead: what the method's hooks add to a "
-        "pruned step. Tokens/s are for orientation, those of dense in brackets. State: what the method keeps, and the "
-        f"order of the neurons.{busy}"
+        f"{where}; sparsity {found[0].sparsity:g}, one sequence, {found[0].speedup.n} steps a method. Read: share of "
+        "the FFN weights that a token reads; in brackets the share that is multiplied, where each token chooses "
+        "neurons of its mask. Speed-up: over dense, the median [quartiles] of neighbouring steps. Dense is a model of "
+        "the same weights that prune() never touched, so that the FFN weights are there twice "
+        f"({found[0].twin_bytes / 10**6:.0f} MB that no column counts). Ceiling: the most that the bytes of this model "
+        f"allow at that read; share: speed-up / ceiling. Control: dense over dense.{busy}"
     )
-    return Table("Decoding", columns, body, note)
+    return Table("Decoding", ["method", "read", "speed-up", "ceiling", "share", "control"], body, note)
 
 
-def _ratio(ratio: Any, digits: int, unit: str) -> str:
-    return f"{ratio.median:.{digits}f}{unit} [{ratio.low:.{digits}f}, {ratio.high:.{digits}f}]"
+def costs(found: list[DecodeSpeed]) -> Table:
+    """What the methods take beside a decoded token's own work, for people."""
+    columns = ["method", "tokens/s", "prompt", "masks", "moves", "attach", "detach", "overhead", "extra MB"]
+    body = [
+        [
+            f.method,
+            f"{f.tokens_per_second:.1f} ({f.dense_tokens_per_second:.1f})",
+            f"{f.first_token.median:.2f}x",
+            f"{f.remask_masks_dense_steps.median:.2f}" if f.remask_masks_dense_steps else "-",
+            f"{f.remask_moves_dense_steps.median:.2f}",
+            f"{f.begin_dense_steps.median:.1f}",
+            f"{f.end_dense_steps.median:.1f}",
+            f"{100 * f.overhead.median:.1f} %",
+            f"{(f.extra_weight_bytes + f.state_bytes + f.order_bytes) / 10**6:.2f}",
+        ]
+        for f in found
+    ]
+    note = (
+        "Tokens/s are for orientation, those of dense in brackets. Prompt: with its scores, masks and the first moves "
+        "of neurons, over a dense prompt. The next four columns are in dense steps. A re-mask makes new masks from "
+        "recent tokens (- where the method keeps none), and moves neurons in memory, here a fifth of those that are "
+        "kept. Once per prune() the weights are taken over (attach), and at its end every neuron is put back "
+        "(detach). Overhead: what the method's hooks add to a pruned step. Extra: copies of weights, the method's "
+        "state and the order of the neurons."
+    )
+    return Table("What a method takes beside", columns, body, note)
+
+
+def _ratio(ratio: Ratio) -> str:
+    """A median with its quartiles."""
+    return f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
