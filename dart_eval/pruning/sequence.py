@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 P = TypeVar("P", bound="PerSequence")
 
@@ -61,6 +62,8 @@ class Sums(PerSequence):
 
 
 def _select(value: Any, rows: Tensor) -> Any:
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         return value[rows.to(value.device)]
     if isinstance(value, PerSequence):
@@ -74,6 +77,8 @@ def _select(value: Any, rows: Tensor) -> Any:
 
 def nbytes(value: Any) -> int:
     """Bytes of tensors and of states, in lists or mappings too."""
+    from torch import Tensor
+
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, PerSequence):

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
-
 from dart_eval.allocation import check_table, depth_aware, normalise_sensitivity, read_table
 from dart_eval.errors import UserError
 from dart_eval.files import check_name
@@ -18,6 +14,8 @@ from dart_eval.pruning.parts.base import Part, option
 from dart_eval.pruning.sequence import PerSequence
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dart_eval.cost import ModelShape
 
 
@@ -128,6 +126,8 @@ class ChangeState(PerSequence):
     """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences."""
 
     def __init__(self, batch: int, layers: int, residual: bool) -> None:
+        import torch
+
         self.residual = residual
         self.tokens = torch.zeros(batch)
         self.cosine = torch.zeros(batch, layers)  # sum over tokens of cos(y, z), on the CPU
@@ -135,6 +135,9 @@ class ChangeState(PerSequence):
 
     def observe(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
         """Count a layer's tokens. y: the stream that enters the FFN, added: what the FFN adds, both [B, T, D]."""
+        import torch
+        from torch.nn.functional import cosine_similarity
+
         y, z, valid = y.float(), added.float(), valid.to(y.device)
         if self.residual:
             z = y + z

@@ -13,11 +13,11 @@ import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
 from dart_eval.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dart_eval.cost import ModelShape
 
 WORDS = {

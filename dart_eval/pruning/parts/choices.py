@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from dart_eval.allocation import Counts, chosen_counts, keep_counts
 from dart_eval.pruning.parts.base import Part, option
-from dart_eval.pruning.top import largest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dart_eval.cost import ModelShape
 
 
@@ -94,6 +92,8 @@ class Choice(Part):
             allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask.
             counts: how many of them each sequence's tokens take and write, [B] each.
         """
+        from dart_eval.pruning.top import largest
+
         taken, written = counts
         kept = largest(self.importance(token), allowed, taken)
         if bool((written < taken).any()):
@@ -213,6 +213,8 @@ class TopP(Choice):
         return Counts(counts, counts, counts, 0)
 
     def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+        import torch
+
         mass, order = token.h.float().abs().masked_fill(~allowed, 0).sort(dim=-1, descending=True, stable=True)
         total = mass.cumsum(-1, dtype=torch.float64)
         needed = total - mass < self.p * total[..., -1:]  # what is larger has less than the share

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
 from dart_eval.pruning.parts.base import Part
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dart_eval.cost import ModelShape
 
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
-from dart_eval.pruning.remask import RemaskState
 
 if TYPE_CHECKING:
+    import torch
+
     from dart_eval.cost import ModelShape
     from dart_eval.ffn import FFN
+    from dart_eval.pruning.remask import RemaskState
 
 RING = "how many recent FFN inputs are kept per layer; a new mask is made from them"
 OLD = "the old scores in a new mask: those of the prompt, or of the mask in force"
@@ -58,6 +58,8 @@ class Remask(Part):
 
     def start(self, ffns: Sequence[FFN], batch: int, device: torch.device) -> RemaskState | None:
         """The state of new sequences; None where none is needed."""
+        from dart_eval.pruning.remask import RemaskState
+
         return RemaskState(self, ffns, batch, device) if self.remasks or self.watches else None
 
 

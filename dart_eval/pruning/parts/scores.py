@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
 from dart_eval.pruning.parts.base import Part, option
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dart_eval.ffn import FFN
     from dart_eval.pruning.calibration import Calibration
 
@@ -107,6 +106,8 @@ class Activation(Score):
         if self.average == "ema":
             weight, shrink = decayed(weight, self.decay)
         if self.skip_first:
+            import torch
+
             first = valid & (valid.long().cumsum(1) + before.long()[:, None] == 1)
             weight = torch.where(first, weight * FIRST_TOKEN, weight)
         return weight, shrink
@@ -182,6 +183,8 @@ class Random(WeightScore):
     seed: int = option(0, "seed of the draw; --seed where it is not given", least=0, most=2**32 - 1)
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
+        import torch
+
         scores = []
         for ffn in calibration.ffns:
             # Drawn on the CPU, so that a seed means the same neurons on every device.
