@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,22 @@ EARLY_FACTOR, LATE_FACTOR = 0.25, 0.35  # alpha, beta: how far the first and the
 MIN_PRUNE, MAX_PRUNE = 0.10, 0.90  # p_min, p_max
 ROUNDS = 10  # of redistribution after clipping
 EPS = 1e-6
+
+
+def check_sparsity(sparsity: float) -> float:
+    """The sparsity, if it is a number in [0, 1).
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
+        raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
+    if not 0 <= sparsity < 1:
+        raise UserError(
+            f"sparsity {sparsity:g} is outside [0, 1)",
+            "it is the share of the FFN weights that a token does not read: write 0.7 for 70 %",
+        )
+    return sparsity
 
 
 def normalise_sensitivity(sensitivity: Sequence[float]) -> list[float]:

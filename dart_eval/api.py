@@ -11,8 +11,8 @@ from dart_eval.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dart_eval.config import RunConfig
     from dart_eval.loaded import Loaded
-    from dart_eval.plan import RunConfig
 
 OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code")  # of a model that is to be loaded
 
@@ -27,7 +27,8 @@ def evaluate(
     scope: str = "scored",
     allocation: str | None = None,
     num_fewshot: int | None = None,
-    limit: int | None = None,
+    limit: float | None = None,
+    include_path: str | Sequence[str | Path] = (),
     output: str | Path = "out",
     force: bool = False,
     batch_size: int | str = 8,
@@ -36,6 +37,9 @@ def evaluate(
     max_length: int | None = None,
     chunk: int = 2048,
     chat_template: bool = False,
+    system_instruction: str | None = None,
+    fewshot_as_multiturn: bool | None = None,
+    gen_kwargs: str | Mapping[str, Any] | None = None,
     cue: str | None = None,
     data_dir: str | Path | None = None,
     calibration: str | Path | None = None,
@@ -77,9 +81,9 @@ def evaluate(
 def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Run what was given to `evaluate`."""
     from dart_eval import executors
+    from dart_eval.config import config_from
     from dart_eval.executors.jobs import Silent
     from dart_eval.executors.tracking import tracked
-    from dart_eval.plan import config_from
     from dart_eval.results.tables import rows
 
     model, tokenizer = given.pop("model", None), given.pop("tokenizer", None)

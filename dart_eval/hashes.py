@@ -17,13 +17,13 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from token import tok_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lm_eval.api.group import Group
-from lm_eval.api.task import Task
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
 
-from dart_eval.evaluation.evaluate import EvalSettings
-from dart_eval.evaluation.tasks import leaves
+    from dart_eval.evaluation.evaluate import EvalSettings
 
 PACKAGE = Path(__file__).parent
 # Files and folders that `dart-eval run` executes and that have a say in a number. Left out is what hands on what it was
@@ -77,6 +77,9 @@ def numeric_files(package: Path) -> list[Path]:
 
 def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
+    from dart_eval.evaluation.local_data import number_asked
+    from dart_eval.evaluation.tasks import leaves
+
     digest = hashlib.sha256()
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
         config = task.dump_config() if hasattr(task, "dump_config") else {}
@@ -86,8 +89,7 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
         for script in getattr(task, "own_metrics", ()):
             digest.update(script.read_bytes())
         docs = task.eval_docs
-        last = min(len(docs), settings.limit) if settings.limit else len(docs)
-        for i in range(last):
+        for i in range(number_asked(task, settings.limit)):
             digest.update(json.dumps(docs[i], sort_keys=True, default=str).encode())
         if settings.num_fewshot or config.get("num_fewshot"):
             pool = task.fewshot_docs()

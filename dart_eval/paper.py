@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval import bertscore
+from dart_eval.config import RunConfig, checked
 from dart_eval.errors import UserError, naming, nearest, summary
 from dart_eval.executors.jobs import View
 from dart_eval.models import choose_device
-from dart_eval.plan import RunConfig, methods_of
+from dart_eval.plan import methods_of
 from dart_eval.results.paper_tables import BERTSCORE, FIELDS, Column, Layout, Reported, Row
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
-from dart_eval.values import checked
 from dart_eval.yamls import read_mapping, shown
 
 SHIPPED = Path(__file__).parent / "data"
@@ -130,7 +130,8 @@ def _column(head: str, column: Any, base: RunConfig) -> Column:
         raise UserError(f"column {head!r}: unknown field {field!r}", nearest(field, FIELDS))
     limit, shots = (None if column.get(k) is None else checked(k, column[k]) for k in ("limit", "num_fewshot"))
     if base.limit is not None:
-        limit = max(1, round(base.limit * float(column.get("limit_share", 1))))
+        share = float(column.get("limit_share", 1))
+        limit = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))
     return Column(head, tasks, metric, field, shots, limit)
 
 

@@ -8,15 +8,20 @@ import warnings
 from dart_eval.errors import RenamedWarning
 
 
-def silence() -> None:
-    """Errors of lm-eval and the hub come as exceptions too; their warnings and progress bars are not for our users."""
-    import datasets
-    import transformers
-
+def hush_warnings() -> None:
+    """Errors of lm-eval and the hub come as exceptions too; their warnings are not for our users."""
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("once", category=RenamedWarning)
     for name in ("lm_eval", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def silence() -> None:
+    """The same, and no progress bars; it imports the libraries."""
+    import datasets
+    import transformers
+
+    hush_warnings()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -1,57 +1,179 @@
-"""The values of a run's configuration: each in its kind, or refused."""
+"""The values of a run's configuration that are more than one number or word: read as typed, or refused.
+
+Each of these is called by pydantic (see `config`), which collects ValueErrors alone: `Refused` carries ours through it.
+"""
 
 from __future__ import annotations
 
-import math
+import ast
+import contextlib
+import functools
+import typing
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationInfo
+
+from dart_eval.allocation import check_sparsity
 from dart_eval.errors import UserError
-from dart_eval.evaluation.batching import check_batch_size
 from dart_eval.pruning.registry import spelled
 from dart_eval.yamls import shown
 
 MOST = 2**32  # no count of anything is as large
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("num_fewshot", "limit", "seed", "max_length", "chunk", "shards"), int),
-    **dict.fromkeys(("gpus_per_cell", "cpus_per_cell"), float),
-    **dict.fromkeys(("chat_template", "force", "share_prefix", "trust_remote_code", "confirm_run_unsafe_code"), bool),
-}
+AUTO = "auto"  # as a batch size: as many as fit
+STEPS = 100  # sparsities of a range, at most
 
 
-def checked(key: str, value: Any) -> Any:
-    """A value in the kind that `RunConfig` has of its key, from YAML, a command line or Python.
+class Refused(ValueError):
+    """A UserError on its way through pydantic."""
 
-    Raises:
-        UserError: it is of another kind, empty, or beyond all use.
-    """
-    value = value.tolist() if hasattr(value, "tolist") else value  # numpy's numbers and arrays
-    if key == "sparsity":
-        if isinstance(value, dict):
-            raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
-        return tuple(_sparsity(item) for item in _items(value))
-    if key == "method":
-        items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else _items(value)
-        return tuple(_method(item) for item in items)
-    if key == "tasks":
-        return tuple(_text(key, item) for item in _items(value))
-    kind: Any = _KINDS.get(key, str)
-    if key == "batch_size":
-        value = check_batch_size(value if isinstance(value, str) or _is_count(value) else shown(value))
-        kind = type(value)
-    if kind is str:
-        return _text(key, value)
-    if kind is float and type(value) is int and abs(value) < MOST:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise UserError(f"{key} must be {kind.__name__}, not {shown(value)}")
-    if kind is int and not _is_count(value):
-        raise UserError(f"{key} is {'too large' if value > 0 else 'too small'}", "give a number below 2^32")
+    def __init__(self, told: UserError) -> None:
+        super().__init__(str(told))
+        self.told = told
+
+
+def _refusing(read: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with its UserErrors as pydantic takes them."""
+
+    @functools.wraps(read)
+    def reading(*args: Any) -> Any:
+        try:
+            return read(*args)
+        except UserError as error:
+            raise Refused(error) from None
+
+    return reading
+
+
+def plain(value: Any) -> Any:
+    """A value as Python has it: numpy's numbers and arrays become plain, a path its text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return str(value) if isinstance(value, Path) else value
+
+
+def words(hint: Any) -> tuple[str, ...]:
+    """The words of a `Literal`; none of any other type."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
+@_refusing
+def text(value: Any, info: ValidationInfo) -> str | None:
+    """A text that is not empty (a cue may be)."""
+    if value is None:
+        return None
+    name = str(info.field_name)
+    value = _text(name, value)
+    if not value and name != "cue":
+        raise UserError(f"{name} is empty", "give a value, or leave the key out")
     return value
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and abs(value) < MOST
+@_refusing
+def texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """A list of texts."""
+    return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in _items(value))
+
+
+@_refusing
+def methods(value: Any) -> tuple[str, ...]:
+    """Methods as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
+    items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else _items(value)
+    return tuple(_method(item) for item in items)
+
+
+@_refusing
+def sparsities(value: Any) -> tuple[float, ...]:
+    """Numbers in [0, 1), ranges of them in full."""
+    if isinstance(value, dict):
+        raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
+    return tuple(check_sparsity(s) for item in _items(value) for s in _sparsity(item))
+
+
+@_refusing
+def limit(value: Any) -> float | None:
+    """A number of documents, or a share of them below 1."""
+    if value is None or (isinstance(value, float) and 0 < value < 1):
+        return value
+    if type(value) is not int:
+        raise UserError(
+            f"limit must be a whole number, or a share of the documents below 1, not {shown(value)}",
+            "for example 100 or 0.1",
+        )
+    if value < 1:
+        raise UserError(f"--limit {shown(value)} must be at least 1, or a share of the documents such as 0.1")
+    if value >= MOST:
+        raise UserError("limit is too large", "give a number below 2^32")
+    return value
+
+
+@_refusing
+def generation(value: Any, info: ValidationInfo) -> str | None:
+    """Settings of generation in one spelling, `do_sample=true,temperature=0.5`."""
+    if value is None:
+        return None
+    found = pairs(str(info.field_name), value)
+    return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
+
+
+def pairs(name: str, value: Any) -> dict[str, Any]:
+    """`a=1,b=[2, 3]` as lm-eval reads it; a mapping is one already.
+
+    Args:
+        name: of the option, for people.
+
+    Raises:
+        UserError: it is neither.
+    """
+    example = f"write {name.replace('_', '-')} as KEY=VALUE,KEY=VALUE"
+    if isinstance(value, dict):
+        return {_text(f"a key of {name}", key): item for key, item in value.items()}
+    found: dict[str, Any] = {}
+    for item in _apart(_text(name, value)):
+        key, equals, said = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{name} {item!r} has no key and value", example)
+        if key.strip() in found:
+            raise UserError(f"{key.strip()} stands twice in {name}", "leave one of them out")
+        found[key.strip()] = _guessed(said.strip())
+    return found
+
+
+@_refusing
+def batch_size(value: Any) -> int | str:
+    """See `check_batch_size`."""
+    return check_batch_size(value)
+
+
+def check_batch_size(value: Any) -> int | str:
+    """A batch size as given, if it is one.
+
+    Raises:
+        UserError: it is neither a positive whole number nor `auto`.
+    """
+    if isinstance(value, str) and value.strip().lower() == AUTO:
+        return AUTO
+    try:
+        if not isinstance(value, (int, str)) or isinstance(value, bool) or not 1 <= int(value) < MOST:
+            raise ValueError
+        return int(value)
+    except ValueError:
+        said = value if isinstance(value, str) else shown(value)
+        raise UserError(f"--batch-size {said} is no batch size", "give a whole number from 1, or auto") from None
+
+
+def no_text(name: str, value: Any, wanted: str = "text") -> UserError:
+    """The error for a value that is no text."""
+    return UserError(f"{name} must be {wanted}, not {shown(value)}", "put quotes around it if it is meant so")
+
+
+def _text(name: str, value: Any, wanted: str = "text") -> str:
+    if not isinstance(value, (str, Path)):
+        raise no_text(name, value, wanted)
+    if "\0" in str(value):
+        raise UserError(f"{name} holds a NUL character", "leave it out")
+    return str(value)
 
 
 def _items(value: Any) -> list[Any]:
@@ -61,22 +183,9 @@ def _items(value: Any) -> list[Any]:
     return [i for i in items if not (isinstance(i, str) and i == "")]
 
 
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, (str, Path)):
-        kind = "text or a list of texts" if key in ("method", "tasks") else "text"
-        raise UserError(f"{key} must be {kind}, not {shown(value)}", "put quotes around it if it is meant so")
-    text = str(value)
-    if "\0" in text:
-        raise UserError(f"{key} holds a NUL character", "leave it out")
-    if not text and key != "cue":
-        raise UserError(f"{key} is empty", "give a value, or leave the key out")
-    return text
-
-
 def _method(item: Any) -> str:
-    """A method as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
     if not isinstance(item, dict):
-        return _text("method", item)
+        return _text("method", item, "text or a list of texts")
     if len(item) != 1:
         raise UserError(f"method {shown(item)} has several names", "put a dash before each method")
     ((name, parts),) = item.items()
@@ -85,10 +194,60 @@ def _method(item: Any) -> str:
     return spelled(str(name), parts or {})
 
 
-def _sparsity(item: Any) -> float:
+def _sparsity(item: Any) -> list[float]:
+    """A number, or those of a range."""
+    if isinstance(item, str) and ":" in item:
+        return _range(item)
     try:
         if isinstance(item, (bool, type(None))):
             raise TypeError
-        return float(item)
+        return [float(item)]
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"sparsity {shown(item)} is not a number or a list of numbers", "for example 0.5,0.7") from None
+
+
+def _apart(text: str) -> list[str]:
+    """Pieces between commas that are not inside of brackets or quotes."""
+    pieces, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote or letter in "\"'":
+            quote = "" if letter == quote else quote or letter
+        depth += (letter in "[({") - (letter in "])}") if not quote else 0
+        if letter == "," and not quote and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _guessed(said: str) -> Any:
+    """A value in the kind that it looks like, as lm-eval guesses it."""
+    if said.lower() in ("true", "false"):
+        return said.lower() == "true"
+    for read in (int, float, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(said)
+    return said
+
+
+def _literal(value: Any) -> str:
+    """How a value is typed, so that `_guessed` has it again."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and _guessed(value) == value and _apart(value) == [value] and value.strip() == value:
+        return value
+    return repr(value)
+
+
+def _range(item: str) -> list[float]:
+    """`0.5:0.9:0.1` -> [0.5, 0.6, 0.7, 0.8, 0.9], each as it would be typed."""
+    example = "write FIRST:LAST:STEP, for example 0.5:0.9:0.1"
+    try:
+        first, last, step = (Decimal(part.strip()) for part in item.split(":"))
+        if not (first <= last and step > 0 and (last - first) / step < STEPS):
+            raise ValueError
+    except (InvalidOperation, ValueError):
+        raise UserError(f"sparsity {shown(item)} is no range", example) from None
+    if (last - first) % step:
+        raise UserError(f"sparsity {item} does not end at {last}", "choose a step that does: both ends are included")
+    return [float(first + i * step) for i in range(int((last - first) / step) + 1)]

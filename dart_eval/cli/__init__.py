@@ -21,14 +21,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from dart_eval.cli import bench, check, compare, export, ls, paper, report, run, tables, trace, view
+from dart_eval.cli import bench, check, compare, export, ls, options, paper, report, run, tables, trace, view
 from dart_eval.errors import RenamedWarning, UserError, remark
 
 app = typer.Typer(
     name="dart-eval",
     help="Evaluate dynamic FFN pruning of language models: DART and its baselines, with an honest protocol.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": options.spelled},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
@@ -69,13 +68,13 @@ def tasks(
     every: Annotated[bool, typer.Option("--all", help="Also the thousands of lm-eval's own names.")] = False,
 ) -> None:
     """Show names of tasks: this project's, the common ones, and with --all every task and group of lm-eval."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from dart_eval.evaluation.tasks import ALIASES, COMMON, Tasks
+    from dart_eval.task_names import ALIASES, COMMON
+    from dart_eval.task_names import names as known
 
     rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
     listed([row for row in rows if pattern in row[0]], least=16)
     if every or pattern:
-        names = Tasks().names()
+        names = sorted(known())
         if pattern and not any(pattern in name for name in (*names, *ALIASES)):
             raise UserError(f"no task has {pattern!r} in its name", nearest(pattern, names))
         shown = set(ALIASES) | set(COMMON)

@@ -1,123 +1,149 @@
-"""Options and arguments of the verbs, by name: those that several verbs have, then those of each."""
+"""Options and arguments of the verbs, by name: those that several verbs have, then those of each.
+
+What an option of a run means, and what happens without it, stands in `config.RunConfig`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str | None, typer.Option(help=r"Hub id, local folder or gemma-3-270m.  \[default: the demo model]")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Dtype = Annotated[str | None, typer.Option(help=r"auto, float32, bfloat16 or float16.  \[default: auto]")]
-Device = Annotated[str | None, typer.Option(help=r"auto, cpu, cuda, cuda:1, mps.  \[default: auto]")]
-DeviceMap = Annotated[str | None, typer.Option(help="Spread the model over GPUs, e.g. auto.")]
-TrustRemoteCode = Annotated[
-    bool | None,
-    typer.Option("--trust-remote-code", metavar="", help="Run Python code that comes with the model (default: none)."),
-]
-UnsafeCode = Annotated[
-    bool | None,
-    typer.Option(
-        "--confirm-run-unsafe-code", metavar="", help="Let tasks run what the model writes, or code in this folder."
-    ),
-]
-DataDir = Annotated[str | None, typer.Option(help="Local data instead of the hub.")]
-Verbose = Annotated[bool, typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.")]
+from dart_eval.cli import complete
+from dart_eval.config import choices_of, default_of, help_of
 
-Executor = Annotated[
-    str | None, typer.Option(help=r"local, or ray: many processes, GPUs or machines.  \[default: local]")
+LM_EVALS = {"apply-chat-template": "chat-template", "output-path": "output"}
+MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"  # panels of the help
+
+
+def _option(name: str, panel: str, *names: str, default: bool = True, **more: Any) -> Any:
+    """An option of a run.
+
+    Args:
+        name: of the field of `RunConfig`. panel: of the help that it stands in.
+        names: how it is typed, if not as its field. default: say what happens without it.
+    """
+    said = default_of(name) if default else ""
+    if choices := choices_of(name):
+        more = {"metavar": "|".join(choices), "autocompletion": complete.words(choices), **more}
+    text = f"{help_of(name)}  \\[default: {said}]" if said else help_of(name)
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def _flag(name: str, panel: str, **more: Any) -> Any:
+    """An option without a value."""
+    return _option(name, panel, f"--{name.replace('_', '-')}", metavar="", **more)
+
+
+def _off(name: str, panel: str) -> Any:
+    """What switches off an option without a value."""
+    text = help_of(name)
+    told = f"Do not {text[0].lower()}{text[1:]}"
+    return typer.Option(f"--no-{name.replace('_', '-')}", metavar="", help=told, rich_help_panel=panel)
+
+
+def spelled(name: str) -> str:
+    """The name of an option as we have it: lm-eval writes underscores, and calls some otherwise."""
+    ours = name.replace("_", "-")
+    return LM_EVALS.get(ours, ours)
+
+
+def number(text: str) -> float | str:
+    """A whole number, another one, or the text, which is then refused with its option's name."""
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text
+
+
+def _words(*known: str) -> Any:
+    return complete.words(known)
+
+
+Model = Annotated[str | None, _option("model", MODEL, metavar="NAME")]
+Revision = Annotated[str | None, _option("revision", MODEL, metavar="NAME")]
+Dtype = Annotated[str | None, _option("dtype", MODEL, metavar="TYPE")]
+Device = Annotated[
+    str | None, _option("device", MODEL, metavar="DEVICE", autocompletion=_words("auto", "cpu", "cuda", "mps"))
 ]
-RayAddress = Annotated[
-    str | None, typer.Option(help=r"A running Ray cluster, e.g. auto.  \[default: one on this machine]")
+DeviceMap = Annotated[str | None, _option("device_map", MODEL, metavar="MAP", autocompletion=_words("auto"))]
+TrustRemoteCode = Annotated[bool | None, _flag("trust_remote_code", MODEL)]
+UnsafeCode = Annotated[bool | None, _flag("confirm_run_unsafe_code", TASKS)]
+DataDir = Annotated[str | None, _option("data_dir", TASKS, metavar="DIR")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.", rich_help_panel=OUTPUT),
 ]
-GpusPerCell = Annotated[float | None, typer.Option(help=r"GPUs of a Ray worker.  \[default: 1 if there are any]")]
-CpusPerCell = Annotated[float | None, typer.Option(help=r"CPUs of a Ray worker.  \[default: 1]")]
-Shards = Annotated[
-    int | None,
-    typer.Option(
-        help="Shards that Ray splits every cell into, one for a worker at a time.  "
-        r"\[default: as many as there are workers, if each gets 512 requests]"
-    ),
-]
+
+Executor = Annotated[str | None, _option("executor", CLUSTER)]
+RayAddress = Annotated[str | None, _option("ray_address", CLUSTER, metavar="ADDRESS")]
+GpusPerCell = Annotated[float | None, _option("gpus_per_cell", CLUSTER, metavar="N")]
+CpusPerCell = Annotated[float | None, _option("cpus_per_cell", CLUSTER, metavar="N")]
+Shards = Annotated[int | None, _option("shards", CLUSTER, metavar="N")]
 
 # -- bench and trace: one value each ---------------------------------------------------------------------------
 
-OneDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-OneDevice = Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")]
-OneSparsity = Annotated[float, typer.Option(help="Share of the FFN weights that a token does not read.")]
+OneDtype = Annotated[str, _option("dtype", MODEL, metavar="TYPE", default=False)]
+OneDevice = Annotated[str, _option("device", MODEL, metavar="DEVICE", default=False)]
+OneSparsity = Annotated[
+    float,
+    typer.Option(metavar="SHARE", help="Share of the FFN weights that a token does not read.", rich_help_panel=PRUNING),
+]
 
 # -- run -------------------------------------------------------------------------------------------------------
 
-Tasks = Annotated[str | None, typer.Option(help="Tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke ...")]
+Tasks = Annotated[str | None, _option("tasks", TASKS, metavar="NAMES", autocompletion=complete.listed(complete.tasks))]
 Method = Annotated[
-    str | None,
-    typer.Option(
-        help="Methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift "
-        r"(`dart-eval ls methods` shows all).  \[default: dense,griffin,dart]"
-    ),
+    str | None, _option("method", PRUNING, metavar="NAMES", autocompletion=complete.listed(complete.methods))
 ]
-Sparsity = Annotated[
-    str | None,
-    typer.Option(
-        help="Shares of the FFN weights that a token does not read, from 0 to below 1, comma-separated.  "
-        r"\[default: 0.5]"
-    ),
-]
-Scope = Annotated[
-    str | None,
-    typer.Option(
-        help="Which tokens run pruned when an answer is scored. scored: the last prompt token and the answer; the mask "
-        "never sees the answer. all: prompt and answer; the mask is made from both, so it looks ahead (the public DART "
-        r"code). last: the last input token alone (GRIFFIN).  \[default: scored]"
-    ),
-]
+Sparsity = Annotated[str | None, _option("sparsity", PRUNING, metavar="SHARES")]
+Scope = Annotated[str | None, _option("scope", PRUNING)]
 Allocation = Annotated[
     str | None,
-    typer.Option(
-        help="How the sparsity is spread over layers, in methods that make masks from the prompt: uniform, depth or "
-        r"table:FILE.  \[default: each method's own]"
-    ),
+    _option("allocation", PRUNING, metavar="NAME", autocompletion=_words("uniform", "depth", "table:")),
 ]
-NumFewshot = Annotated[int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]")]
-Limit = Annotated[int | None, typer.Option(help="Only the first N items of each task (of each member of a group).")]
-BatchSize = Annotated[
+NumFewshot = Annotated[int | None, _option("num_fewshot", TASKS, metavar="N")]
+Limit = Annotated[float | None, _option("limit", TASKS, metavar="N", parser=number)]
+IncludePath = Annotated[str | None, _option("include_path", TASKS, metavar="DIRS")]
+SystemInstruction = Annotated[str | None, _option("system_instruction", TASKS, metavar="TEXT")]
+FewshotAsMultiturn = Annotated[bool | None, _flag("fewshot_as_multiturn", TASKS, hidden=True)]  # it is on
+NoFewshotAsMultiturn = Annotated[bool, _off("fewshot_as_multiturn", TASKS)]
+GenKwargs = Annotated[str | None, _option("gen_kwargs", TASKS, metavar="K=V,...")]
+ModelArgs = Annotated[
     str | None,
     typer.Option(
-        metavar="N|auto",
-        help=r"Contexts per forward; auto: as many as fit.  \[default: 8]",
+        metavar="K=V,...",
+        help="The model as lm-eval is told of it: pretrained=NAME, revision, dtype and others.",
+        rich_help_panel=MODEL,
     ),
 ]
-SharePrefix = Annotated[
-    bool | None,
-    typer.Option(
-        "--share-prefix/--no-share-prefix",
-        help=r"Run once what many contexts begin with, such as few-shot examples.  \[default: share]",
-    ),
+BatchSize = Annotated[str | None, _option("batch_size", TASKS, metavar="N|auto", autocompletion=_words("auto"))]
+SharePrefix = Annotated[bool | None, _flag("share_prefix", TASKS, hidden=True)]  # it is on
+NoSharePrefix = Annotated[bool, _off("share_prefix", TASKS)]
+Seed = Annotated[int | None, _option("seed", TASKS, metavar="N")]
+MaxLength = Annotated[int | None, _option("max_length", TASKS, metavar="N")]
+Chunk = Annotated[int | None, _option("chunk", TASKS, metavar="N")]
+ChatTemplate = Annotated[bool | None, _flag("chat_template", TASKS)]
+Cue = Annotated[str | None, _option("cue", TASKS, metavar="TEXT")]
+Calibration = Annotated[str | None, _option("calibration", PRUNING, metavar="FILE")]
+Output = Annotated[str | None, _option("output", OUTPUT, metavar="DIR")]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML file with these options; the command line wins.", rich_help_panel=OUTPUT),
 ]
-Seed = Annotated[int | None, typer.Option(help=r"Seed for few-shot sampling and for random masks.  \[default: 0]")]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(help=r"Longest sequence in tokens, context and answer together.  \[default: the model's]"),
-]
-Chunk = Annotated[int | None, typer.Option(help=r"Tokens per perplexity chunk.  \[default: 2048]")]
-ChatTemplate = Annotated[
-    bool | None, typer.Option("--chat-template", metavar="", help="Use the model's chat template.")
-]
-Cue = Annotated[
-    str | None,
-    typer.Option(help=r"What follows the document in summarisation prompts.  \[default: TL;DR:]"),
-]
-Calibration = Annotated[
-    str | None, typer.Option(help=r"Text file that wanda-sp calibrates on.  \[default: the project's own]")
-]
-Output = Annotated[str | None, typer.Option(help=r"Folder of results.  \[default: out]")]
-Config = Annotated[Path | None, typer.Option(help="YAML file with these options; the command line wins.")]
-Log = Annotated[str | None, typer.Option(help="Also log finished cells: wandb or trackio.")]
-LogProject = Annotated[str | None, typer.Option(help=r"Project to log under.  \[default: dart-eval]")]
-Force = Annotated[bool | None, typer.Option("--force", metavar="", help="Run finished cells again.")]
+Log = Annotated[str | None, _option("log", OUTPUT, metavar="NAME", autocompletion=_words("wandb", "trackio"))]
+LogProject = Annotated[str | None, _option("log_project", OUTPUT, metavar="NAME")]
+Force = Annotated[bool | None, _flag("force", OUTPUT)]
 Plan = Annotated[
-    bool, typer.Option("--plan", metavar="", help="Only say what the run will take: tokens, FLOPs, memory, time.")
+    bool,
+    typer.Option(
+        "--plan",
+        metavar="",
+        help="Only say what the run will take: tokens, FLOPs, memory and time.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 # -- paper -----------------------------------------------------------------------------------------------------
@@ -125,12 +151,18 @@ Plan = Annotated[
 PaperName = Annotated[
     str, typer.Argument(help="smoke (shipped data), ten (the paper's ten benchmarks and two summaries), or a file.")
 ]
-PaperLimit = Annotated[int | None, typer.Option(help=r"First items of each task.  \[default: what the file says]")]
-PaperBatchSize = Annotated[
-    str | None, typer.Option(metavar="N|auto", help=r"Contexts per forward, or auto.  \[default: 8]")
+PaperLimit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help=r"Only the first N items of each task.  \[default: what the file says]", rich_help_panel=TASKS
+    ),
 ]
-PaperSeed = Annotated[int | None, typer.Option(help=r"Seed for few-shot sampling and for random masks.  \[default: 0]")]
-PaperOutput = Annotated[str, typer.Option(help="Folder of results; the tables come into its folder `tables`.")]
+PaperOutput = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR", help="Folder of results; the tables come into its folder `tables`.", rich_help_panel=OUTPUT
+    ),
+]
 
 # -- trace -----------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ def paper(
     confirm_run_unsafe_code: options.UnsafeCode = None,
     data_dir: options.DataDir = None,
     limit: options.PaperLimit = None,
-    batch_size: options.PaperBatchSize = None,
-    seed: options.PaperSeed = None,
+    batch_size: options.BatchSize = None,
+    seed: options.Seed = None,
     output: options.PaperOutput = "paper",
     executor: options.Executor = None,
     ray_address: options.RayAddress = None,
@@ -50,9 +50,9 @@ def paper(
     """
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     quieten(verbose)
+    from dart_eval.config import RAY_OPTIONS, command_line, config_from
     from dart_eval.executors import run_all
     from dart_eval.paper import bertscores, load
-    from dart_eval.plan import RAY_OPTIONS, command_line, config_from
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.store import Store
 

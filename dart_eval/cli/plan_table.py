@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dart_eval.cli.run import load_libraries
 from dart_eval.cli.view import TerminalView, show
-from dart_eval.executors import estimate_all
-from dart_eval.executors.sizing import duration, keep
 from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
+    from dart_eval.config import RunConfig
     from dart_eval.executors.sizing import CellSize
-    from dart_eval.plan import RunConfig
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, verbose: bool = False) -> None:
     """Try a few units of every task, and print what all will take.
+
+    Args:
+        verbose: let the libraries speak.
 
     Raises:
         UserError: the input is wrong.
     """
     with TerminalView() as view:
+        load_libraries(view, verbose)
+        from dart_eval.executors import estimate_all
+        from dart_eval.executors.sizing import keep
+
         sizes, workers = estimate_all([config], view)
     show(table(sizes, workers))
     keep(config.output, sizes, workers)
@@ -28,6 +34,8 @@ def run(config: RunConfig) -> None:
 
 def table(sizes: list[CellSize], workers: int) -> Table:
     """Cells, and their sum."""
+    from dart_eval.executors.sizing import duration
+
     body = [
         [
             s.title, f"{s.requests}", f"{s.tokens}", f"{s.flops / 1e12:.1f}", f"{s.memory / 10**9:.2f}",

@@ -13,6 +13,9 @@ from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dart_eval.config import RunConfig
     from dart_eval.executors.jobs import RunResult
     from dart_eval.results.record import Record
 
@@ -37,6 +40,7 @@ def run(
     allocation: options.Allocation = None,
     model: options.Model = None,
     revision: options.Revision = None,
+    model_args: options.ModelArgs = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
@@ -44,12 +48,18 @@ def run(
     confirm_run_unsafe_code: options.UnsafeCode = None,
     num_fewshot: options.NumFewshot = None,
     limit: options.Limit = None,
+    include_path: options.IncludePath = None,
     batch_size: options.BatchSize = None,
     share_prefix: options.SharePrefix = None,
+    no_share_prefix: options.NoSharePrefix = False,
     seed: options.Seed = None,
     max_length: options.MaxLength = None,
     chunk: options.Chunk = None,
     chat_template: options.ChatTemplate = None,
+    system_instruction: options.SystemInstruction = None,
+    fewshot_as_multiturn: options.FewshotAsMultiturn = None,
+    no_fewshot_as_multiturn: options.NoFewshotAsMultiturn = False,
+    gen_kwargs: options.GenKwargs = None,
     cue: options.Cue = None,
     data_dir: options.DataDir = None,
     calibration: options.Calibration = None,
@@ -68,23 +78,23 @@ def run(
 ) -> None:
     """Run methods at sparsities on tasks. Finished cells are skipped; the tables come at the end."""
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "plan", "verbose")}
-    quieten(verbose)
-    # The heavy imports come after `--help` and the shape of the options are settled.
-    from dart_eval.executors import run_all
-    from dart_eval.executors.sizing import held_against
-    from dart_eval.executors.tracking import tracked
-    from dart_eval.plan import config_from
-
-    settings = config_from(config, given)
+    hush(verbose)
+    settings = understood(config, given)
     if plan:
         from dart_eval.cli import plan_table
 
-        plan_table.run(settings)
+        plan_table.run(settings, verbose)
         return
-    with TerminalView() as terminal, tracked(terminal, settings.log, settings.log_project, settings) as view:
-        result = run_all([settings], view)
-        if line := held_against(settings.output, result.records):
-            view.note(line)
+    with TerminalView() as terminal:
+        load_libraries(terminal, verbose)
+        from dart_eval.executors import run_all
+        from dart_eval.executors.sizing import held_against
+        from dart_eval.executors.tracking import tracked
+
+        with tracked(terminal, settings.log, settings.log_project, settings) as view:
+            result = run_all([settings], view)
+            if line := held_against(settings.output, result.records):
+                view.note(line)
     show_results(result, settings.output)
     finish(result, settings.output)
 
@@ -109,6 +119,31 @@ def _next(records: Sequence[Record], output: str) -> str:
     return f"{line}   dart-eval compare {folder} --methods {shlex.quote(','.join(pruned))}"
 
 
+def understood(file: Path | None, given: dict[str, Any]) -> RunConfig:
+    """What to run, with names that exist. Wrong input is refused before torch and lm-eval are imported.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    from dart_eval import task_names
+    from dart_eval.config import config_from
+    from dart_eval.plan import methods_of
+
+    told = {name: value for name, value in given.items() if not name.startswith("no_")}
+    told |= {name[3:]: False for name, value in given.items() if name.startswith("no_") and value}
+    settings = config_from(file, told)
+    methods_of(settings)
+    task_names.check(settings.tasks, settings.include_path)
+    return settings
+
+
+def load_libraries(view: TerminalView, verbose: bool) -> None:
+    """Import what takes seconds, and say so; what can be refused without it has been."""
+    view.status("loading torch and lm-eval")
+    quieten(verbose)
+    from dart_eval.executors import jobs  # noqa: F401
+
+
 def finish(result: RunResult, output: str) -> None:
     """End with status 1 where cells failed, or where files of finished ones have been taken away meanwhile."""
     if result.failed:
@@ -124,8 +159,8 @@ def finish(result: RunResult, output: str) -> None:
 run.__doc__ = f"{run.__doc__}\n{EXAMPLES}"
 
 
-def quieten(verbose: bool) -> None:
-    """Silence the libraries underneath, or let them speak."""
+def hush(verbose: bool) -> None:
+    """Set what warnings and errors are shown, before anything heavy is imported."""
     logging.basicConfig(level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s")
     if verbose:
         for noisy in (
@@ -139,7 +174,16 @@ def quieten(verbose: bool) -> None:
             "lm_eval.tasks",
         ):
             logging.getLogger(noisy).setLevel(logging.INFO)
-        return
-    from dart_eval.quiet import silence
+    else:
+        from dart_eval.quiet import hush_warnings
 
-    silence()
+        hush_warnings()
+
+
+def quieten(verbose: bool) -> None:
+    """Silence the libraries underneath, or let them speak. It imports them."""
+    hush(verbose)
+    if not verbose:
+        from dart_eval.quiet import silence
+
+        silence()

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from dart_eval.cli.view import put, save_text
-from dart_eval.cli.views import BOARD, FRONTIER, PICTURES, VIEWS, draw_frontier, print_view, render
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
 from dart_eval.results import tables as made
@@ -30,7 +29,7 @@ def tables(
             help="board; long: every metric with n; flops; memory; detector: drift and false alarms; frontier: how "
             "far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever the view."
         ),
-    ] = BOARD,
+    ] = "board",
     subtasks: Annotated[
         bool, typer.Option("--subtasks", help="Also the members of groups, e.g. mmlu's subjects.")
     ] = False,
@@ -48,6 +47,9 @@ def tables(
 
       dart-eval tables out --format tex --save tables.tex
     """
+    # Statistics, which `--help` does without.
+    from dart_eval.cli.views import BOARD, FRONTIER, PICTURES, VIEWS, draw_frontier, print_view, render
+
     if format is not None and format not in made.FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, made.FORMATS))
     if view not in VIEWS:

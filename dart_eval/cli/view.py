@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better"
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
 BESIDE = 46  # characters of a line of progress beside its title
+LASTS = 5.0  # seconds between lines of a log on what a run waits for
 
 
 class _TimeLeft(TimeRemainingColumn):
@@ -48,7 +50,10 @@ class _TimeLeft(TimeRemainingColumn):
 
 
 class TerminalView:
-    """Progress of a run, as the executor reports it. Lines go to stdout; the bar only where stdout is a terminal."""
+    """Progress of a run, as the executor reports it. Lines go to stdout; the bar only where stdout is a terminal.
+
+    Elsewhere a line says what the run waits for, where that lasts.
+    """
 
     def __init__(self) -> None:
         self.console = console(soft_wrap=True)
@@ -62,23 +67,51 @@ class TerminalView:
         self._bar: Any = None  # of what comes before the first cell
         self._all: Any = None
         self._cells: dict[str, Any] = {}  # the bars of cells under way, by key
+        self._step = self._said = ""  # what is waited for, and what of it was last said in a log
+        self._soon: threading.Timer | None = None
 
     def __enter__(self) -> TerminalView:
         self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._go_on()
         self.progress.stop()
 
     def status(self, text: str) -> None:
-        """A step before the first cell."""
+        """A step before the first cell, or while none can run."""
+        if not self.live:
+            self._wait_for(printable(text))
+            return
         if self._bar is None:
             self._bar = self.progress.add_task(printable(text), total=None)
         else:
             self.progress.update(self._bar, description=printable(text))
 
+    def _wait_for(self, step: str) -> None:
+        """Say what is waited for once it lasts; of many short steps one from time to time."""
+        self._step = step
+        if self._soon is None and step != self._said:
+            self._soon = threading.Timer(LASTS, self._say_step)
+            self._soon.daemon = True
+            self._soon.start()
+
+    def _say_step(self) -> None:
+        self._soon = None
+        if self._step and self._step != self._said:
+            self._said = self._step
+            self.console.print(f"{plain(self._step)} ...")
+
+    def _go_on(self) -> None:
+        """Nothing is waited for any more."""
+        self._step = ""
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+
     def planned(self, cells: int, finished: int) -> None:
         """The plan: how many cells, how many of them were finished earlier."""
+        self._go_on()
         if finished:
             self.console.print(f"{finished} of {cells} cells are finished already")
         if self._bar is not None:
@@ -88,6 +121,7 @@ class TerminalView:
 
     def started(self, cell: Any, requests: int) -> None:
         """A cell begins."""
+        self._go_on()
         if self._bar is not None:
             self.progress.remove_task(self._bar)
             self._bar = None

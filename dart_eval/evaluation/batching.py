@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from dart_eval.errors import UserError
-
 AUTO = "auto"
 CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
 SHORTEST_PREFIX = 32  # tokens; below, what a prefix saves is lost in the bookkeeping
@@ -63,22 +61,6 @@ class Budget:
         return Budget(
             max(1, self.rows // 2), max(1, self.candidates // 2), half(self.tokens), self.forward, half(self.generated)
         )
-
-
-def check_batch_size(value: Any) -> int | str:
-    """A batch size as given, if it is one.
-
-    Raises:
-        UserError: it is neither a positive whole number nor `auto`.
-    """
-    if isinstance(value, str) and value.strip().lower() == AUTO:
-        return AUTO
-    try:
-        if isinstance(value, (bool, float)) or int(value) < 1:
-            raise ValueError
-        return int(value)
-    except (TypeError, ValueError):
-        raise UserError(f"--batch-size {value} is no batch size", "give a whole number from 1, or auto") from None
 
 
 def budget(batch_size: int | str, model: Any) -> Budget:

@@ -21,6 +21,7 @@ from sacrebleu.metrics import BLEU
 from dart_eval.errors import UserError
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
@@ -34,13 +35,20 @@ BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How a task is asked: few-shot examples, how many items, seed, chat template, prune scope."""
+    """How a task is asked: few-shot examples, how many items (below 1 a share), seed, chat template, prune scope.
+
+    Attributes:
+        system_instruction: what stands before the prompt.
+        fewshot_as_multiturn: examples are turns of the chat template; None is lm-eval's default.
+    """
 
     num_fewshot: int | None = None
-    limit: int | None = None
+    limit: float | None = None
     seed: int = 0
     chat_template: bool = False
     scope: str = "scored"
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,11 @@ class Outcome:
     state_bytes: int
 
 
-def count_requests(items: Sequence[Task | Group], limit: int | None) -> int:
+def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
     """Requests that the model will be asked, for a progress bar (an estimate before prompts are built)."""
     total = 0
     for task in leaves(list(items)):
-        docs = len(task.eval_docs)
-        docs = min(docs, limit) if limit else docs
+        docs = number_asked(task, limit)
         choices = 1
         if task.OUTPUT_TYPE == "multiple_choice" and docs:
             first = task.eval_docs[0]
@@ -147,6 +154,7 @@ def answer_part(
 
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Any:
     first = leaves(list(items))[0].task_name
+    turns = settings.fewshot_as_multiturn
     with _quiet(), nothing_of_this_folder(first, tasks.unsafe_code):
         return lm_eval.simple_evaluate(
             model=lm,
@@ -156,6 +164,8 @@ def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], 
             limit=settings.limit,
             bootstrap_iters=BOOTSTRAPS,
             apply_chat_template=settings.chat_template,
+            system_instruction=settings.system_instruction,
+            **({} if turns is None else {"fewshot_as_multiturn": turns}),
             random_seed=settings.seed,
             numpy_random_seed=settings.seed,
             torch_random_seed=settings.seed,

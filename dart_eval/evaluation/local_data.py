@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.evaluator_utils import get_sample_size
 
 from dart_eval.errors import UserError, summary
 from dart_eval.files import read_regular, reason
@@ -115,7 +116,13 @@ def _prepared(rows: list[tuple[int, dict[str, Any]]], prepare: Callable[[Any], A
     raise ValueError(f"line {rows[high - 1][0]}: the task cannot use it ({summary(error) if error else 'no reason'})")
 
 
-def check_documents(task: Task, limit: int | None) -> None:
+def number_asked(task: Task, limit: float | None) -> int:
+    """How many of a task's documents are asked. limit: as lm-eval has it, so many or, below 1, a share of them."""
+    docs = len(task.eval_docs)
+    return docs if limit is None else min(docs, get_sample_size(task, limit))
+
+
+def check_documents(task: Task, limit: float | None) -> None:
     """Refuse a task without documents, and documents whose right answer is none of their choices: they would count as
     wrong under every method.
 
@@ -125,7 +132,7 @@ def check_documents(task: Task, limit: int | None) -> None:
     docs = task.eval_docs
     if not len(docs):
         raise UserError(f"task {task.task_name} has no documents", "an empty split cannot be evaluated")
-    for number in range(len(docs) if limit is None else min(limit, len(docs))):
+    for number in range(number_asked(task, limit)):
         doc = docs[number]
         if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask):
             continue

@@ -11,9 +11,11 @@ import hashlib
 import random
 import sys
 import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import numpy as np
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
@@ -21,47 +23,22 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from dart_eval.errors import UserError, nearest
+from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.evaluation.local_data import check_documents, first_fault
-from dart_eval.evaluation.unsafe import check_task, is_unsafe, nothing_of_this_folder, own_metrics
+from dart_eval.evaluation.unsafe import (
+    check_task,
+    check_yaml,
+    is_unsafe,
+    nothing_of_this_folder,
+    own_metrics,
+    sandbox_templates,
+)
 from dart_eval.files import check_name
 from dart_eval.hub import work_offline_if_unreachable
+from dart_eval.task_names import ALIASES, none_given, tasks_dir, unknown
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
-
-# What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "arc": ("arc_easy", "arc_challenge"),
-    "drift": ("drift_smoke", "drift_smoke_same"),
-    "gpqa": ("gpqa_main_n_shot", "gpqa_diamond_n_shot", "gpqa_extended_n_shot"),
-    "smoke": ("smoke_questions", "smoke_stories", "smoke_summary", "smoke_highlights", "smoke_drift"),
-}
-
-# The tasks people ask for most, for `dart-eval ls tasks`.
-COMMON: dict[str, str] = {
-    "hellaswag": "which ending follows (4 choices)",
-    "boolq": "yes/no questions on a passage",
-    "rte": "does the premise entail the hypothesis",
-    "winogrande": "which of two the pronoun means",
-    "openbookqa": "elementary science (4 choices)",
-    "piqa": "which of two solutions works",
-    "mmlu": "57 subjects (4 choices); 5-shot in the papers: --num-fewshot 5",
-    "medmcqa": "medical entrance questions (4 choices); 5-shot in the papers",
-    "wikitext": "perplexity of WikiText-2 articles, second half of each chunk",
-    "cnn_dailymail": "news highlights, ROUGE-1/2/L",
-    "xsum": "one-sentence news summaries, ROUGE-1/2/L",
-    "smoke_questions": "shipped: 128 science and commonsense questions (4 choices)",
-    "smoke_stories": "shipped: 64 story endings (4 choices)",
-    "smoke_summary": "shipped: 30 articles, one-sentence summaries",
-    "smoke_highlights": "shipped: 30 articles, three-sentence summaries",
-    "smoke_drift": "shipped: 40 two-topic documents, perplexity after the switch",
-    "drift_smoke": "shipped: perplexity of an article after another one",
-    "drift_smoke_same": "shipped: its control, the second half of an article after the first",
-    "drift_xsum": "the same from XSum's articles; control drift_xsum_same",
-    "drift_cnn_dailymail": "the same from CNN/DailyMail's; control drift_cnn_dailymail_same",
-}
-
 
 # Documents that share this field are no independent draws: they form a cluster for the statistics. A task of our own
 # names the field itself (`metadata.cluster`). Members of a group are clustered by task, whatever this says.
@@ -71,23 +48,23 @@ CLUSTERS: dict[str, str] = {
 }  # fmt: skip
 
 
-def tasks_dir() -> Path:
-    """The project's own task YAMLs: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "tasks"
-    return inside if inside.is_dir() else package.parent / "tasks"
-
-
 class _Factory(TaskFactory):
-    """lm-eval's factory, with the data source and the summary cue replaced in each leaf's configuration."""
+    """lm-eval's factory, with the data source and the summary cue replaced in each leaf's configuration.
 
-    def __init__(self, data_dir: Path | None, cue: str | None, unsafe_code: bool) -> None:
+    Args:
+        folders: of tasks that are neither lm-eval's nor this project's.
+    """
+
+    def __init__(self, data_dir: Path | None, cue: str | None, unsafe_code: bool, folders: Sequence[Path]) -> None:
         super().__init__(meta={})
         self.data_dir, self.cue, self.unsafe_code = data_dir, cue, unsafe_code
+        self.folders = [folder.resolve() for folder in folders]
         self.local: list[tuple[list[str], Any]] = []  # files and preparation of each leaf read from `data_dir`
 
     def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
+            if entry.yaml_path and any(entry.yaml_path.resolve().is_relative_to(f) for f in self.folders):
+                check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
             raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
             check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
         config = super()._load_full_config(entry, overrides)
@@ -143,26 +120,40 @@ class Tasks:
         data_dir: folder of local data (layout above); None loads from the hub as lm-eval does.
         cue: what follows the document in the summarisation tasks' prompts, instead of each task's own cue.
         unsafe_code: tasks may run code that the model writes, and metrics of the working directory (see `unsafe`).
+        include_path: folders with more tasks; a name in a later one stands before the same name in an earlier one, and
+            before lm-eval's.
+        gen_kwargs: settings of generation that stand before each task's own.
 
     Raises:
         UserError: `data_dir` is not a folder.
     """
 
-    def __init__(self, data_dir: str | Path | None = None, cue: str | None = None, unsafe_code: bool = False) -> None:
-        self.unsafe_code = unsafe_code
+    def __init__(
+        self,
+        data_dir: str | Path | None = None,
+        cue: str | None = None,
+        unsafe_code: bool = False,
+        include_path: Sequence[str | Path] = (),
+        gen_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.unsafe_code, self.gen_kwargs = unsafe_code, gen_kwargs
+        self.folders = [Path(folder) for folder in include_path]
+        if self.folders and not unsafe_code:
+            sandbox_templates()
         if data_dir is not None:
             check_name(data_dir, "data dir")
         self.data_dir = Path(data_dir) if data_dir is not None else None
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
-        self._factory = _Factory(self.data_dir, cue, unsafe_code)
+        self._factory = _Factory(self.data_dir, cue, unsafe_code, self.folders)
         self.manager = self._index(include_defaults=False)
         self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
         self._local: dict[str, list[tuple[list[str], Any]]] = {}  # as in the factory, by name
 
     def _index(self, include_defaults: bool) -> TaskManager:
-        manager = TaskManager(include_path=str(tasks_dir()), include_defaults=include_defaults)
+        folders = [str(tasks_dir()), *map(str, self.folders)]
+        manager = TaskManager(include_path=folders, include_defaults=include_defaults)
         manager._factory = self._factory
         return manager
 
@@ -182,13 +173,10 @@ class Tasks:
         for name in names:
             for task in ALIASES.get(name, (name,)):
                 if task not in self.manager.all_tasks and task not in self.names():
-                    known = {*self.names(), *ALIASES}
-                    raise UserError(f"unknown task {name!r}", nearest(name, known) or "`dart-eval ls tasks` lists them")
+                    raise unknown(name, {*self.names(), *ALIASES})
                 expanded.setdefault(task)
         if not expanded:
-            raise UserError(
-                "no task given", "for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them"
-            )
+            raise none_given()
         return list(expanded)
 
     def load(self, name: str) -> list[Task | Group]:
@@ -211,6 +199,8 @@ class Tasks:
             items = loaded if isinstance(loaded, list) else [loaded]
             for task in leaves(items):
                 check_task(task.task_name, is_unsafe(task), self.unsafe_code)
+                if self.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
+                    task.set_config("generation_kwargs", dict(self.gen_kwargs), update=True)
                 if self.unsafe_code:
                     setattr(task, "own_metrics", own_metrics())  # noqa: B010 - lm-eval knows no such field
                 _process_once(task)
@@ -220,7 +210,7 @@ class Tasks:
             self._local[name] = self._factory.local
         return self._loaded[name]
 
-    def check(self, name: str, limit: int | None) -> None:
+    def check(self, name: str, limit: float | None) -> None:
         """Refuse documents that cannot be asked (see `check_documents`).
 
         Raises:

@@ -7,7 +7,7 @@ the folder ./a/b for the hub's. Both are refused by name here, whoever calls the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from unittest.mock import patch
 
 import datasets.load
 import evaluate.loading
+import lm_eval.utils
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval.api.task import Task
 
 from dart_eval.errors import UserError
@@ -40,6 +43,75 @@ def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
             f"task {name} runs code that the model writes",
             "give --confirm-run-unsafe-code where that can do no harm, in a container for example",
         )
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a task's file; what would be code of it is a `_Code`."""
+
+
+class _Code(str):
+    """The name of a function."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: _Code(node.value))
+
+
+def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
+    """Refuse a task of another folder whose file, or one that it includes, would run code.
+
+    Args:
+        name: of the task, for people.
+        trusted: folders whose code may run.
+
+    Raises:
+        UserError: it would run a function, a metric or a data set's script that is none of lm-eval's.
+    """
+    files, seen = [path.resolve()], set()
+    known = [folder.resolve() for folder in trusted]
+    while files:
+        file = files.pop()
+        if file in seen or any(file.is_relative_to(folder) for folder in known):
+            continue
+        seen.add(file)
+        with file.open("rb") as opened:
+            loaded = yaml.load(opened, Loader=_Loader)
+        if what := next(_code(loaded), None):
+            raise UserError(
+                f"task {name} would run {what} ({file})", "give --confirm-run-unsafe-code if you know what that does"
+            )
+        included = loaded.get("include", []) if isinstance(loaded, dict) else []
+        for other in [included] if isinstance(included, str) else included:
+            files.append((file.parent / str(other)).resolve())
+
+
+def _code(value: Any) -> Iterator[str]:
+    """What would run code, anywhere in a task's file."""
+    if isinstance(value, _Code):
+        yield f"the function {value}"
+    elif isinstance(value, list):
+        for item in value:
+            yield from _code(item)
+    elif isinstance(value, dict):
+        metric, data = value.get("metric"), value.get("dataset_path")
+        if isinstance(metric, str) and ("/" in metric or os.sep in metric):
+            yield f"the metric {metric}"
+        if data == "pandas":
+            yield "what its pickled data say"
+        if value.get("trust_remote_code"):
+            yield "a data set's script"
+        for item in value.values():
+            yield from _code(item)
+
+
+def sandbox_templates() -> None:
+    """Have lm-eval fill in prompts where a template reaches nothing but its document."""
+    stock = lm_eval.utils.env
+    if not isinstance(stock, ImmutableSandboxedEnvironment):
+        safe = ImmutableSandboxedEnvironment(
+            loader=stock.loader, undefined=stock.undefined, keep_trailing_newline=stock.keep_trailing_newline
+        )
+        safe.filters.update(stock.filters)
+        lm_eval.utils.env = safe
 
 
 def is_unsafe(task: Task) -> bool:

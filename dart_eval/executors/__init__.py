@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dart_eval.config import RunConfig
     from dart_eval.executors.jobs import RunResult, View
     from dart_eval.executors.sizing import CellSize
     from dart_eval.loaded import Loaded
-    from dart_eval.plan import RunConfig
 
 
 def run_all(

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
 from dart_eval.evaluation.part import Part
 from dart_eval.executors.actor import Elsewhere
 from dart_eval.executors.jobs import Job, Silent, plan_all
-from dart_eval.plan import RunConfig
 from dart_eval.results.journal import Journal
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dart_eval.config import RunConfig
 from dart_eval.errors import UserError, summary
 from dart_eval.evaluation.unsafe import away_from_this_folder
 from dart_eval.executors.actor import POLL
@@ -26,7 +27,7 @@ from dart_eval.executors.cell_worker import CellWorker, settle
 from dart_eval.executors.desk import Desk
 from dart_eval.executors.jobs import RunResult, Silent, View, begin_sweep
 from dart_eval.executors.pool import Pool
-from dart_eval.plan import RunConfig, methods_of
+from dart_eval.plan import methods_of
 from dart_eval.results.store import Store
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import check_answers
 from dart_eval.evaluation.sampling import task_draws
@@ -16,10 +17,11 @@ from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.ffn import describe
 from dart_eval.hashes import task_hash
 from dart_eval.models import Resolved, choose_device, resolve
-from dart_eval.plan import Cell, RunConfig, methods_of, plan
+from dart_eval.plan import Cell, methods_of, plan
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.values import pairs
 
 POLL = 2.0  # seconds between looks at cells that another process is at work on
 
@@ -89,7 +91,10 @@ def plan_all(
         view.status("looking up tasks")
         shelf = (config.data_dir, config.cue, config.num_fewshot)
         if shelf not in shelves:
-            shelves[shelf] = Tasks(config.data_dir, config.cue, config.confirm_run_unsafe_code)
+            shelves[shelf] = Tasks(
+                config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
+                pairs("gen_kwargs", config.gen_kwargs or ""),
+            )  # fmt: skip
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         if model is None:

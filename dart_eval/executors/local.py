@@ -13,12 +13,12 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dart_eval.config import RunConfig
 from dart_eval.errors import StoreError, summary
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.executors.jobs import Job, RunResult, View, begin_sweep, open_cell
 from dart_eval.executors.worker import Worker
 from dart_eval.models import resolve
-from dart_eval.plan import RunConfig
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dart_eval.config import RunConfig
 from dart_eval.evaluation.part import Call, Pilot
 from dart_eval.executors.jobs import Job, View, plan_all
 from dart_eval.executors.worker import Worker
 from dart_eval.files import read_regular, write_atomically
 from dart_eval.machine import peak_memory
 from dart_eval.models import resolve
-from dart_eval.plan import RunConfig
 from dart_eval.pruning.registry import make
 from dart_eval.results import valid
 from dart_eval.results.journal import Journal

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from dart_eval.config import RunConfig
 from dart_eval.errors import UserError, nearest
 from dart_eval.executors.jobs import View
-from dart_eval.plan import Cell, RunConfig
+from dart_eval.plan import Cell
 from dart_eval.results.record import Record
 
 KINDS = ("trackio", "wandb")

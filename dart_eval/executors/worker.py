@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from dart_eval import cost
+from dart_eval.config import RunConfig
 from dart_eval.errors import UserError, out_of_memory
 from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
@@ -21,7 +22,7 @@ from dart_eval.executors.jobs import Job
 from dart_eval.ffn import find_ffns
 from dart_eval.machine import hardware, peak_memory
 from dart_eval.models import Resolved
-from dart_eval.plan import Cell, RunConfig, command, environment
+from dart_eval.plan import Cell, command, environment
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.dense import AnySession, DenseSession
 from dart_eval.pruning.prune import prune

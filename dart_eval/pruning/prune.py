@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dart_eval.allocation import check_sparsity
 from dart_eval.errors import UserError
 from dart_eval.pruning.calibration import Calibration, TextCalibration
 from dart_eval.pruning.calls import refuse_second
@@ -26,22 +26,6 @@ from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import Session
 
 Named = str | Mapping[str, Any]  # a part by its name, or its fields and under `part` its name
-
-
-def check_sparsity(sparsity: float) -> float:
-    """The sparsity, if it is a number in [0, 1).
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-        raise UserError(f"sparsity {sparsity!r} is not a number", "for example 0.5")
-    if not 0 <= sparsity < 1:
-        raise UserError(
-            f"sparsity {sparsity:g} is outside [0, 1)",
-            "it is the share of the FFN weights that a token does not read: write 0.7 for 70 %",
-        )
-    return sparsity
 
 
 def _made(method: str | Pruner, **slots: Part | Named | None) -> Pruner:

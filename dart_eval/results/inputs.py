@@ -82,6 +82,11 @@ class CellInputs(TypedDict):
     chunk: NotRequired[Annotated[int, _asked("tokens per perplexity chunk")]]
     chat_template: NotRequired[Annotated[bool, _asked("prompts were wrapped in the model's chat template")]]
     cue: NotRequired[Annotated[str | None, _asked("what replaced the summarisation tasks' own cue")]]
+    system_instruction: NotRequired[Annotated[str, _asked("what stood before every prompt, where it was given")]]
+    fewshot_as_multiturn: NotRequired[
+        Annotated[bool, _asked("examples were turns of the chat template, where that was said")]
+    ]
+    gen_kwargs: NotRequired[Annotated[str, _asked("settings of generation before the task's own, where given")]]
     batch_size: NotRequired[
         Annotated[int | str | None, Role(HOW, "contexts per forward, where it can move a number", True, True, any=True)]
     ]

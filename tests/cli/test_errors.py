@@ -260,7 +260,7 @@ def test_a_data_file_that_is_not_json_is_refused(refused, model_folder, tmp_path
     ("tasks: [arc\nlimit: 3", "run.yaml is not YAML"),
     ("just text", "run.yaml must hold keys and values; for example"),
     ("sparsty: 0.5", "unknown key 'sparsty' in"),
-    ("limit: few", "limit must be int, not 'few'"),
+    ("limit: few", "or a share of the documents below 1, not 'few'"),
 ])  # fmt: skip
 def test_a_bad_configuration_file_is_refused(refused, tmp_path, text, words):
     file = tmp_path / "run.yaml"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
 from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import RunConfig, plan
+from dart_eval.plan import plan
 from dart_eval.pruning.registry import make, offered
 
 ROOT = Path(__file__).parents[2]

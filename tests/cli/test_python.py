@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dart_eval
 from dart_eval import UserError, demo_model
+from dart_eval.config import RunConfig
 from dart_eval.loaded import loaded
-from dart_eval.plan import RunConfig
 from dart_eval.pruning.parts.remasks import OnDrift
 from tests.helpers.models import tiny
 from tests.helpers.sessions import generate, open_session, prompts_of

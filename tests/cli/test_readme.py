@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.plan import config_from
+from dart_eval.config import config_from
 from dart_eval.pruning.registry import BUILT_IN
 from tests.helpers.commands import program
 

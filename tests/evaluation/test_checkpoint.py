@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dart_eval
+from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import ModelSpec, resolve
-from dart_eval.plan import config_from
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.commands import Watch, command, run_local
 from tests.helpers.models import FAMILIES, tiny

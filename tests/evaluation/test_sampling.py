@@ -4,10 +4,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from dart_eval.config import RunConfig
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import RunConfig, plan
+from dart_eval.plan import plan
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.results.journal import Journal
 from tests.helpers.models import random_tokens, tiny

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dart_eval.allocation import write_table
+from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.executors.jobs import Silent
-from dart_eval.plan import config_from
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.prune import prune
 from tests.helpers.commands import run_local

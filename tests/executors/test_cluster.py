@@ -7,9 +7,9 @@ import signal
 import pytest
 import torch
 
+from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.executors import cluster, jobs, run_all
-from dart_eval.plan import config_from
 from tests.helpers.commands import Watch, results, run_local
 from tests.helpers.nursery import LOCAL
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from dart_eval import plan as plan_module
+from dart_eval.config import RunConfig, config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.hashes import task_hash
 from dart_eval.models import Identity, ModelSpec, Resolved, resolve
-from dart_eval.plan import RunConfig, command, config_from, methods_of, plan
+from dart_eval.plan import command, methods_of, plan
 from dart_eval.pruning import registry
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import Uniform
@@ -87,9 +88,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_and_the_file(tmp_path):
 @pytest.mark.parametrize(("line", "message"), [
     ("batch_size: many", "--batch-size many is no batch size; give a whole number from 1, or auto"),
     ("batch_size: 2.5", "--batch-size 2.5 is no batch size"),
-    ("limit: true", "limit must be int, not True"),
-    ("force: 1", "force must be bool, not 1"),
-    ("share_prefix: 1", "share_prefix must be bool, not 1"),
+    ("limit: true", "limit must be a whole number, or a share of the documents below 1, not True"),
+    ("force: 1", "force must be true or false, not 1"),
+    ("share_prefix: 1", "share_prefix must be true or false, not 1"),
     ("model: 7", "model must be text, not 7"),
     ("sparsity: [0.5, half]", "sparsity .*half.* is not a number"),
     ("sparsity: {a: 1}", "sparsity must be a list"),

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from dart_eval.config import config_from
 from dart_eval.errors import StoreError
-from dart_eval.plan import config_from
 from dart_eval.results.journal import Journal
 from tests.helpers.commands import CONTEXT, STOPS, Watch, program, results, run_local, start, started, until
 

@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from dart_eval.config import config_from
 from dart_eval.evaluation.part import WHOLE, Call, Part, Pilot
 from dart_eval.executors import jobs, sizing
 from dart_eval.executors.sizing import CellSize, duration, held_against, keep
 from dart_eval.executors.worker import Worker
 from dart_eval.models import resolve
-from dart_eval.plan import config_from
 from dart_eval.results.journal import Journal
 from tests.helpers.commands import command, run_local
 

@@ -5,9 +5,10 @@ import types
 
 import pytest
 
+from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
 from dart_eval.executors.tracking import MAX_FAILURES, tracked
-from dart_eval.plan import Cell, RunConfig
+from dart_eval.plan import Cell
 from dart_eval.pruning.registry import make
 from dart_eval.results.record import Metric, Record
 

@@ -9,10 +9,10 @@ from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
 from dart_eval import ffn
+from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.executors import jobs, local
 from dart_eval.models import ModelSpec, Resolved, resolve
-from dart_eval.plan import config_from
 from tests.helpers.cards import Cards, OnCard
 from tests.helpers.commands import Watch
 from tests.helpers.matrices import product

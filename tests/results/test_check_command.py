@@ -13,9 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 from dart_eval.cli import check as command
+from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.executors import jobs
-from dart_eval.plan import config_from
 from dart_eval.pruning.parts.scores import Activation
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check

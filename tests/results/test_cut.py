@@ -7,8 +7,8 @@ import pytest
 from transformers import LlamaForCausalLM, LlamaModel
 
 from dart_eval.cli.view import TerminalView
+from dart_eval.config import config_from
 from dart_eval.executors import jobs
-from dart_eval.plan import config_from
 from dart_eval.results.record import Record
 from dart_eval.results.report import build
 from dart_eval.results.store import Store

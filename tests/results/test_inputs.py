@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dart_eval.config import RunConfig
 from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import RunConfig, plan
+from dart_eval.plan import plan
 from dart_eval.results import inputs, metrics
 from dart_eval.results.record import Metric
 from tests.helpers.records import answered, right
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
     model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32")
-    (cell,) = plan(RunConfig(method=("griffin",), tasks=("arc",)), model, ("arc",), {"arc": "h"}, "cpu")
+    said = {"chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "x", "gen_kwargs": "n=1"}
+    (cell,) = plan(RunConfig(method=("griffin",), tasks=("arc",), **said), model, ("arc",), {"arc": "h"}, "cpu")
     assert set(cell.inputs) == set(inputs.FIELDS)
 
 

@@ -10,9 +10,9 @@ import subprocess
 import pytest
 import yaml
 
+from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.paper import SHIPPED, bertscores, load
-from dart_eval.plan import config_from
 from dart_eval.results import stats
 from dart_eval.results.paper_tables import Column, Layout, Paper, Reported, Row, to_csv
 from dart_eval.results.record import Metric

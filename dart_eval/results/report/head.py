@@ -60,8 +60,12 @@ def _of(cells: Cells, name: str) -> list[str]:
 
 def _limits(cells: Cells) -> str:
     limits = [r.inputs.get("limit") for r in cells.records]
-    words = unique("all" if v is None else f"the first {v} of each task" for v in limits)
+    words = unique("all" if v is None else f"the first {_amount(v)} of each task" for v in limits)
     return listed(words)
+
+
+def _amount(limit: float) -> str:
+    return f"{100 * limit:g} %" if limit < 1 else str(limit)
 
 
 def _versions(cells: Cells) -> list[str]:

@@ -1,0 +1,61 @@
+"""Write docs/options.md from `RunConfig` and the help's panels. A test says when the page is out of date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from dart_eval.cli import app, options
+from dart_eval.config import DEFAULTS, choices_of, default_of, help_of
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+HEAD = """# Options of a run
+
+*Made by `scripts/options_page.py` from the code; `dart-eval run --help` shows the same.*
+
+```yaml
+model: ./my-model
+tasks: [arc, hellaswag]
+method: [dense, dart, griffin:remask=drift]
+sparsity: 0.5:0.7:0.1
+limit: 0.1
+```
+
+is what `dart-eval run --model ./my-model --tasks arc,hellaswag --method dense,dart,griffin:remask=drift --sparsity
+0.5:0.7:0.1 --limit 0.1` says; `dart-eval run --config run.yaml` reads it, and the command line wins over it. In Python
+the options of `dart_eval.evaluate` have the same names. On the command line they may be written with dashes or, as in
+lm-eval, with underscores.
+
+Who comes from lm-eval may write `--model_args pretrained=NAME,dtype=bfloat16`, `--apply_chat_template`,
+`--fewshot_as_multiturn`, `--gen_kwargs`, `--system_instruction`, `--include_path` and `--output_path`.
+"""
+
+
+def page() -> str:
+    """The text of docs/options.md."""
+    params = {p.name: p for p in typer.main.get_command(app).commands["run"].params}  # type: ignore[attr-defined]
+    lines = [HEAD]
+    for panel in (options.TASKS, options.PRUNING, options.MODEL, options.OUTPUT, options.CLUSTER):
+        lines += [f"## {panel}\n", "| option | what it means | default |", "| --- | --- | --- |"]
+        for name in DEFAULTS:
+            if params[name].rich_help_panel == panel:
+                words = f" One of {', '.join(choices_of(name))}." if choices_of(name) else ""
+                lines.append(
+                    f"| `{name}` | {_cell(help_of(name) + words)} | {_cell(default_of(name) or _flag(name))} |"
+                )
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _flag(name: str) -> str:
+    """The default of what goes without saying in the help."""
+    return str(DEFAULTS[name]).lower() if isinstance(DEFAULTS[name], bool) else ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,182 @@
+"""How a command begins: help and wrong input at once, names of tasks without lm-eval, a word on what it waits for."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from dart_eval import cli, task_names
+from dart_eval.cli import complete, options, view
+from dart_eval.config import DEFAULTS, choices_of, help_of
+from tests.helpers.commands import command
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = """
+import sys
+from dart_eval import cli
+for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method", "grifin"], ["run", "--no-such"],
+              ["run", "--tasks", "helaswag"], ["run", "--tasks", "smoke", "--dtype", "flaot32"], ["ls", "tasks"],
+              ["ls", "tasks", "--all"], ["ls", "methods", "griffin"], ["ls", "parts"]):
+    sys.argv = ["dart-eval", *words]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+    heavy = {"torch", "transformers", "lm_eval", "datasets", "scipy", "matplotlib"} & {*sys.modules}
+    print("IMPORTED", words, heavy)
+"""
+
+
+@pytest.mark.process
+def test_help_lists_and_wrong_names_import_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
+    said = [line for line in done.stdout.splitlines() if line.startswith("IMPORTED")]
+    assert len(said) == 10 and all(line.endswith("set()") for line in said), said
+    assert "unknown method 'grifin'; did you mean griffin?" in done.stderr
+    assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
+    assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
+    assert "No such option" in done.stderr
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def _shown(monkeypatch, *words):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    return command(*words).out
+
+
+def test_the_help_of_run_fits_80_columns_in_panels(monkeypatch):
+    shown = _shown(monkeypatch, "run", "-h")
+    assert max(map(len, shown.splitlines())) <= 80
+    panels = re.findall(r"^╭─ (\w+) ─", shown, flags=re.M)
+    assert panels == ["Options", options.TASKS, options.PRUNING, options.MODEL, options.OUTPUT, options.CLUSTER]
+    assert shown == _shown(monkeypatch, "run", "--help")
+
+
+def test_every_option_of_a_run_is_in_its_help_and_says_what_it_means():
+    found = {p.name: p for p in typer.main.get_command(cli.app).commands["run"].params}
+    assert {*DEFAULTS} <= {*found}
+    for name in DEFAULTS:
+        assert help_of(name)[-1] == "." and help_of(name) in found[name].help
+
+
+@pytest.mark.process
+def test_the_page_of_options_is_that_of_the_code():
+    made = subprocess.run(
+        [sys.executable, "-c", "import options_page; print(options_page.page(), end='')"], cwd=ROOT / "scripts",
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert made == (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), "run scripts/options_page.py"
+
+
+def test_words_that_an_option_may_be_are_those_of_the_code():
+    from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
+    from dart_eval.evaluation.scoring import SCOPES
+    from dart_eval.models import DTYPES
+
+    assert (choices_of("scope"), choices_of("dtype")) == (SCOPES, tuple(DTYPES))
+    assert DEFAULTS["chunk"] == PERPLEXITY_CHUNK
+
+
+def test_options_may_be_spelled_as_lm_eval_has_them():
+    assert (
+        "--limit 0 must be at least 1" in command("run", "--tasks", "smoke", "--num_fewshot", "5", "--limit", "0").err
+    )
+
+
+@pytest.mark.process
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "dart_eval", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"dart-eval \d+\.\d+\.\d+\n", done.stdout)
+
+
+@pytest.mark.parametrize(("offers", "typed", "offered"), [
+    (complete.listed(complete.methods), "dense,gri", ["dense,griffin"]),
+    (complete.listed(complete.tasks), "smoke_st", ["smoke_stories"]),
+    (complete.listed(complete.tasks), "arc,hellaswa", ["arc,hellaswag"]),
+    (complete.words(choices_of("dtype")), "f", ["float32", "float16"]),
+])  # fmt: skip
+def test_a_shell_completes_the_last_name(offers, typed, offered):
+    assert offers(typed)[: len(offered)] == offered
+
+
+# -- names of tasks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_names_are_those_of_lm_evals_index(task_index):
+    assert task_names.names() == {str(name) for name in task_index.all_tasks}
+
+
+ODD = {
+    "plain.yaml": "task: plain\ntag: [one, two]\n",
+    "quoted.yaml": '"task": \'quoted\'  # a comment\n"tag":\n  - three',
+    "list.yaml": "task: list\ntag:\n- four\n# a comment\n- 'five'\ndataset_path: x\n",
+    "group.yaml": "group: members\ntask:\n  - task: plain\n    num_fewshot: 1\n  - inside\ntag: not_a_tag\n",
+    "python.yaml": "task: python\nclass: !function module.Class\ntag: six\n",
+    "both.yaml": "group: ignored\ntask: both\nclass: !function module.Class\n",
+    "_base": "tag: seven\ntask: of_the_base\n",
+    "includes.yaml": "include: _base\ntask: includes\n",
+    "inherits.yaml": "doc_to_text: x\ninclude: [_base]\n",
+    "missing.yaml": "include: nowhere\ntask: missing\n",
+    "cycle.yaml": "include: cycle.yaml\ntask: cycle\n",
+    "flow.yaml": "{task: flow, tag: eight}\n",
+    "folded.yaml": "task: >-\n  folded\n",
+    "escaped.yaml": 'task: "esc\\u0061ped"\n',
+    "anchor.yaml": "x: &name anchored\ntask: *name\n",
+    "null.yaml": "task: no_tag\ntag: null\n",
+    "members.yaml": "task: [plain]\n",
+    "text.yaml": "doc_to_text: |\n  task: inside_a_text\ntask: text\n",
+    "nested.yaml": "other:\n  task: nested\n",
+    "no.yaml": "just text",
+    "broken.yaml": "task: [broken",
+    "__pycache__/x.yaml": "task: cached\n",
+    "below/below.yaml": "task: below\r\ntag: nine\r\n",
+}
+
+
+def test_odd_files_are_read_as_lm_eval_reads_them(tmp_path):
+    from lm_eval.tasks._index import TaskIndex
+
+    for name, text in ODD.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    found = task_names._named_in(tmp_path)
+    assert found == {*TaskIndex.build([tmp_path])}
+    assert {"plain", "seven", "folded", "anchored", "nine"} <= found and "nested" not in found
+
+
+def test_every_shipped_name_is_known():
+    assert task_names.own() == {
+        yaml.safe_load(re.sub("!function", "", file.read_text(encoding="utf-8")))["task"]
+        for file in task_names.tasks_dir().rglob("*.yaml") if not file.name.startswith("_")
+    }  # fmt: skip
+    task_names.check(["smoke", "arc", "hellaswag"])
+
+
+# -- what a run waits for ----------------------------------------------------------------------------------------------
+
+
+def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeypatch):
+    monkeypatch.setattr(view, "LASTS", 0.05)
+    with view.TerminalView() as shown:
+        shown.status("looking up tasks")
+        shown.status("loading the model")
+        time.sleep(0.15)
+        shown.status("loading the model")
+        time.sleep(0.15)
+        shown.planned(1, 0)
+        shown.status("waiting for another process")
+        shown.planned(1, 0)
+        time.sleep(0.15)
+    assert capsys.readouterr().out == "loading the model ...\n"

@@ -1,0 +1,233 @@
+"""Values of a run's options as users and lm-eval's users type them: what each means, and where it counts."""
+
+import json
+
+import pytest
+
+from dart_eval.config import RunConfig, checked, config_from
+from dart_eval.errors import UserError
+from dart_eval.evaluation.evaluate import count_requests
+from dart_eval.evaluation.tasks import Tasks
+from dart_eval.hashes import task_hash
+from dart_eval.models import Identity, ModelSpec, Resolved
+from dart_eval.plan import command, plan
+from tests.helpers.commands import Watch, run_local
+from tests.helpers.commands import command as run_command
+
+
+def cell(**given):
+    config = config_from(None, {"tasks": "arc_easy", "method": "dense", **given})
+    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32")
+    (made,) = plan(config, model, ["arc_easy"], {"arc_easy": "h"}, "cpu")
+    return made
+
+
+# -- sparsities and limits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("typed", "meant"), [
+    ("0.5:0.9:0.1", (0.5, 0.6, 0.7, 0.8, 0.9)), ("0.5:0.5:0.1", (0.5,)), ("0, 0.6:0.7:0.05", (0.0, 0.6, 0.65, 0.7)),
+])  # fmt: skip
+def test_a_range_of_sparsities_has_both_ends_and_the_numbers_that_one_would_type(typed, meant):
+    assert checked("sparsity", typed) == meant
+
+
+@pytest.mark.parametrize(("typed", "message"), [
+    ("0.5:0.9", "'0.5:0.9' is no range; write FIRST:LAST:STEP"), ("0.9:0.5:0.1", "is no range"),
+    ("0.5:0.9:0", "is no range"), ("0:0.9:0.0001", "is no range"), ("0.5:x:0.1", "is no range"),
+    ("nan:0.9:0.1", "is no range"), ("0.5:0.9:0.15", r"0\.5:0\.9:0\.15 does not end at 0\.9; choose a step that does"),
+    ("0.5:1.0:0.1", r"sparsity 1 is outside \[0, 1\)"),
+])  # fmt: skip
+def test_what_is_no_range_is_refused(typed, message):
+    with pytest.raises(UserError, match=message):
+        checked("sparsity", typed)
+
+
+def test_a_share_of_the_documents_is_what_lm_eval_makes_of_it():
+    tasks = Tasks()
+    items = tasks.load("smoke_summary")  # 30 documents
+    settings = [config_from(None, {"tasks": "smoke", "limit": limit}).eval_settings for limit in (0.1, 3, 0.11, None)]
+    assert [count_requests(items, s.limit) for s in settings] == [3, 3, 4, 30]
+    hashes = [task_hash(items, s) for s in settings]
+    assert hashes[0] == hashes[1] and len({*hashes}) == 3  # of what is asked
+    assert cell(limit=0.1).inputs["limit"] == 0.1 and cell(limit=0.1).key != cell(limit=3).key
+    assert type(cell(limit=3).inputs["limit"]) is int
+    tasks.check("smoke_summary", 0.1)
+
+
+# -- lm-eval's habits --------------------------------------------------------------------------------------------------
+
+GIVEN = {"system_instruction": "Be brief.", "fewshot_as_multiturn": False, "gen_kwargs": "temperature=0.5"}
+
+
+def test_new_options_are_part_of_the_key_only_where_they_are_given():
+    plain = cell().inputs
+    assert not {*GIVEN} & {*plain}
+    for name, value in GIVEN.items():
+        assert cell(**{name: value}).inputs == {**plain, name: value}
+    assert (
+        cell(gen_kwargs="a=1,b=x").key == cell(gen_kwargs="b='x', a=1").key == cell(gen_kwargs={"b": "x", "a": 1}).key
+    )
+
+
+@pytest.mark.parametrize(("typed", "kept"), [
+    ("temperature=0,do_sample=True", "do_sample=true,temperature=0"),
+    ('until=["a", "b,c"],n=1', "n=1,until=['a', 'b,c']"),
+    ("until='1'", "until='1'"), ("x=None", "x=None"), ({"until": ["\n"]}, "until=['\\n']"), ("", None),
+])  # fmt: skip
+def test_settings_of_generation_have_one_spelling(typed, kept):
+    assert checked("gen_kwargs", typed) == kept
+    assert checked("gen_kwargs", kept) == kept
+
+
+def test_settings_of_generation_reach_the_task_and_its_hash():
+    plain, changed = Tasks(), Tasks(gen_kwargs={"max_gen_toks": 7})
+    (before,), (after,) = plain.load("smoke_summary"), changed.load("smoke_summary")
+    assert after.config.generation_kwargs == {**before.config.generation_kwargs, "max_gen_toks": 7}
+    settings = RunConfig().eval_settings
+    assert task_hash([before], settings) != task_hash([after], settings)
+    same = [task_hash(tasks.load("smoke_questions"), settings) for tasks in (plain, changed)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize(("given", "meant"), [
+    ({"model_args": "pretrained=org/m,revision=v1,dtype=bfloat16"},
+     {"model": "org/m", "revision": "v1", "dtype": "bfloat16"}),
+    ({"model": "hf", "model_args": {"pretrained": "org/m", "trust_remote_code": True, "max_length": 512}},
+     {"model": "org/m", "trust_remote_code": True, "max_length": 512}),
+    ({"model_args": "pretrained=m,revision=1,parallelize=True"},
+     {"model": "m", "revision": "1", "device_map": "auto"}),
+    ({"apply_chat_template": True}, {"chat_template": True}),
+])  # fmt: skip
+def test_a_model_may_be_told_as_to_lm_eval(given, meant):
+    assert config_from(None, given) == RunConfig(**meant)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"model_args": "pretraned=m"}, "model_args pretraned is not known here; did you mean pretrained"),
+    ({"model_args": "m"}, "model_args 'm' has no key and value; write model-args as KEY=VALUE"),
+    ({"model": "a", "model_args": "pretrained=b"}, "model is given twice: 'a' and 'b'"),
+    ({"model": "hf"}, "--model hf names no model; give its hub id or folder"),
+    ({"fewshot_as_multiturn": True}, "--fewshot-as-multiturn needs turns; give --chat-template"),
+    ({"include_path": "nowhere"}, "include path nowhere is not a folder"),
+    ({"gen_kwargs": "a=1,a=2"}, "a stands twice in gen_kwargs"),
+    ({"gen_kwargs": 5}, "gen_kwargs must be text, not 5"),
+])  # fmt: skip
+def test_what_cannot_be_meant_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        config_from(None, given)
+
+
+def test_lm_evals_words_are_understood_on_the_command_line():
+    words = [
+        "--tasks",
+        "smoke",
+        "--model_args",
+        "pretrained=./none",
+        "--apply_chat_template",
+        "--fewshot_as_multiturn",
+        "--gen_kwargs",
+        "temperature=0",
+        "--system_instruction",
+        "Be brief.",
+        "--limit",
+        "0.5",
+        "--output_path",
+        "o",
+    ]
+    assert run_command("run", *words).err.startswith("error: model folder ./none does not exist")
+
+
+def test_the_command_of_a_cell_has_the_new_options(tmp_path):
+    config = config_from(None, {**GIVEN, "tasks": "arc_easy", "include_path": str(tmp_path), "limit": 0.5})
+    line = command(config, cell())
+    for words in (
+        f"--include-path {tmp_path}",
+        "--limit 0.5",
+        "--no-fewshot-as-multiturn",
+        "--gen-kwargs temperature=0.5",
+        "--system-instruction 'Be brief.'",
+    ):
+        assert words in line
+
+
+@pytest.mark.slow
+def test_a_system_instruction_is_asked(saved_llama, tmp_path):
+    config = config_from(None, {
+        "model": saved_llama, "method": "dense", "output": str(tmp_path), "limit": 1, "tasks": "smoke_questions",
+        "system_instruction": "Be brief.",
+    })  # fmt: skip
+    (record,) = run_local(config, Watch()).records
+    (file,) = (tmp_path / "texts").iterdir()
+    text = json.loads(file.read_text().splitlines()[0])
+    assert text["prompt"].startswith("Be brief.") and record.inputs["system_instruction"] == "Be brief."
+
+
+# -- folders of tasks --------------------------------------------------------------------------------------------------
+
+TASK = """task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: {text}
+doc_to_choice: [a, b]
+doc_to_target: 0
+{more}
+"""
+CODE = "from pathlib import Path\nPath({mark!r}).touch()\ndef same(x):\n    return x\n"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Writes a task into a folder of its own."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "data.jsonl").write_text('{"q": "Which?"}\n')
+    (folder / "code.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+
+    def write(more="", text="'{{q}}'"):
+        (folder / "mine.yaml").write_text(TASK.format(data=folder / "data.jsonl", text=text, more=more))
+        return folder
+
+    return write
+
+
+def test_a_task_of_another_folder_is_found_by_its_name(mine):
+    folder = mine()
+    run = run_command("run", "--tasks", "mine,smok_stories", "--include-path", folder)
+    assert run.err.startswith("error: unknown task 'smok_stories'; did you mean smoke_stories")
+    (task,) = Tasks(include_path=[folder]).load("mine")
+    assert task.doc_to_text(task.eval_docs[0]) == "Which?"
+
+
+BASE = "include: base.yaml"
+
+
+@pytest.mark.parametrize(("more", "what"), [
+    ("process_docs: !function code.same", "the function code.same"), (BASE, "the function code.same"),
+    ("metric_list: [{metric: /tmp/own.py}]", "the metric /tmp/own.py"),
+    ("x: {dataset_kwargs: {trust_remote_code: true}}", "a data set's script"),
+])  # fmt: skip
+def test_code_of_another_folder_does_not_run_unless_told(mine, tmp_path, more, what):
+    folder = mine(more)
+    (folder / "base.yaml").write_text("process_docs: !function code.same\n")
+    with pytest.raises(UserError, match=f"task mine would run {what}.*; give --confirm-run-unsafe-code"):
+        Tasks(include_path=[folder]).load("mine")
+    assert not (tmp_path / "ran").exists()
+    if "code.same" in what:
+        Tasks(include_path=[folder], unsafe_code=True).load("mine")
+        assert (tmp_path / "ran").exists()
+
+
+def test_a_template_reaches_nothing_but_its_document(mine, monkeypatch):
+    import lm_eval.utils
+
+    monkeypatch.setattr(lm_eval.utils, "env", lm_eval.utils.env)
+    folder = mine(text='"{{ q.__class__.__mro__[1].__subclasses__() }}"')
+    with pytest.raises(UserError, match="SecurityError: access to attribute '__class__' of 'str' object is unsafe"):
+        Tasks(include_path=[folder]).load("mine")
+
+
+def test_shipped_tasks_need_no_word(tmp_path):
+    assert Tasks(include_path=[tmp_path]).load("smoke_drift")
