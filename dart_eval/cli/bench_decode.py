@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dart_eval.cli import bench_options, options
+from dart_eval.cli import bench_options, complete, options
 from dart_eval.cli.run import quieten
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
@@ -32,39 +32,51 @@ FIELDS = ("method", "sparsity", "weights_read", "speedup", "control", "ceiling")
 Shape = Annotated[
     str | None,
     typer.Option(
+        metavar="NAME",
         help="Time random weights of this shape in place of a model: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.",
-        rich_help_panel="Model",
-        autocompletion=lambda: list(bench_options.SHAPES),
+        rich_help_panel=options.MODEL,
+        autocompletion=complete.words(bench_options.SHAPES),
     ),
 ]
 Layers = Annotated[
     int | None,
-    typer.Option(help=r"Number of layers of the shape.  \[default: its own]", rich_help_panel="Model"),
+    typer.Option(
+        metavar="N", help=r"Give the shape so many layers.  \[default: its own]", rich_help_panel=options.MODEL
+    ),
 ]
-Prompt = Annotated[int, typer.Option(help="Tokens of the prompt, which are random.", rich_help_panel="Timing")]
-Steps = Annotated[int, typer.Option(help="Tokens decoded in each round.", rich_help_panel="Timing")]
+Prompt = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="Begin with a prompt of so many random tokens.", rich_help_panel=bench_options.TIMING
+    ),
+]
+Steps = Annotated[
+    int, typer.Option(metavar="N", help="Decode so many tokens in a round.", rich_help_panel=bench_options.TIMING)
+]
 Compile = Annotated[
     str | None,
     typer.Option(
+        metavar="MODE",
         help="Decode through torch.compile in this mode, the dense model too: default, reduce-overhead (CUDA graphs), "
         "max-autotune or max-autotune-no-cudagraphs.",
-        rich_help_panel="Timing",
-        autocompletion=lambda: list(COMPILE),
+        rich_help_panel=bench_options.TIMING,
+        autocompletion=complete.words(COMPILE),
     ),
 ]
 Profile = Annotated[
     Path | None,
     typer.Option(
-        help="Also write a trace of torch's profiler over three pruned steps of the last method to this file.",
-        rich_help_panel="Output",
+        metavar="FILE",
+        help="Also write a trace of torch's profiler over three pruned steps of the last method.",
+        rich_help_panel=options.OUTPUT,
     ),
 ]
 Output = Annotated[
     str | None,
     typer.Option(
-        help="Folder of results, as of `dart-eval run`. What was measured is kept in its folder `bench`, one file a "
-        r"method.  \[default: nothing is kept]",
-        rich_help_panel="Output",
+        metavar="DIR",
+        help="Keep what was measured beside the results of `dart-eval run` in this folder, one file for each method.",
+        rich_help_panel=options.OUTPUT,
     ),
 ]
 
@@ -99,7 +111,7 @@ class Subject:
 
 def decode(
     method: bench_options.Methods = bench_options.DECODED,
-    sparsity: bench_options.Sparsity = 0.7,
+    sparsity: options.OneSparsity = 0.7,
     model: options.Model = None,
     shape: Shape = None,
     layers: Layers = None,

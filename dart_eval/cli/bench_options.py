@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dart_eval.cli import complete, options
 from dart_eval.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dart_eval.pruning.method import Pruner
 
+TIMING = "Timing"  # a panel of the help
 FORMATS = ("table", "md", "json")
 SHAPES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `dart_eval.shapes`, which imports torch
 DECODED = "griffin,dart,dart-code,dart-plus"
@@ -18,22 +20,25 @@ DECODED = "griffin,dart,dart-code,dart-plus"
 Methods = Annotated[
     str,
     typer.Option(
-        help="Methods, comma-separated, as `dart-eval run --method` takes them.",
-        rich_help_panel="Pruning",
+        metavar="NAMES",
+        help="Measure these methods, comma-separated, as `dart-eval run --method` takes them.",
+        rich_help_panel=options.PRUNING,
+        autocompletion=complete.listed(complete.methods),
     ),
 ]
-Sparsity = Annotated[
-    float, typer.Option(help="Share of the FFN weights that a token does not read.", rich_help_panel="Pruning")
-]
 Rounds = Annotated[
-    int, typer.Option(help="Number of rounds. In each, all that is compared takes its turn.", rich_help_panel="Timing")
+    int,
+    typer.Option(
+        metavar="N", help="Take so many rounds, in each of which all sides have their turn.", rich_help_panel=TIMING
+    ),
 ]
 Format = Annotated[
     str,
     typer.Option(
-        help="Form of what is printed: table, md or json.",
-        rich_help_panel="Output",
-        autocompletion=lambda: list(FORMATS),
+        metavar="|".join(FORMATS),
+        help="Print in this form.",
+        rich_help_panel=options.OUTPUT,
+        autocompletion=complete.words(FORMATS),
     ),
 ]
 

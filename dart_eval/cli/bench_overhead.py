@@ -1,4 +1,4 @@
-"""`dart-eval bench overhead`: what methods keep and compute, and its table."""
+"""`dart-eval bench overhead`: what methods keep and compute, as two tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dart_eval.cli import bench_options
+from dart_eval.cli import bench_options, complete, options
 from dart_eval.cli.run import quieten
 from dart_eval.cli.view import output
 from dart_eval.results.writers import Table
@@ -20,16 +20,17 @@ PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
 Shape = Annotated[
     str,
     typer.Option(
-        help="Shape of a model: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.",
-        rich_help_panel="Model",
-        autocompletion=lambda: list(bench_options.SHAPES),
+        metavar="NAME",
+        help="Take the shapes of this model: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b.",
+        rich_help_panel=options.MODEL,
+        autocompletion=complete.words(bench_options.SHAPES),
     ),
 ]
 
 
 def overhead(
     method: bench_options.Methods = bench_options.DECODED,
-    sparsity: bench_options.Sparsity = 0.7,
+    sparsity: options.OneSparsity = 0.7,
     shape: Shape = "llama-3.1-8b",
     format: bench_options.Format = "table",
 ) -> None:
@@ -49,30 +50,47 @@ def overhead(
     from dart_eval.bench.overhead import measure
 
     found = [measure(m, shape, sparsity) for m in bench_options.chosen(method, sparsity)]
-    output([dataclasses.asdict(f) for f in found], table(found), format)
+    data = [dataclasses.asdict(f) for f in found]
+    output(data, state(found), format)
+    if format != "json":
+        print()
+        output(data, work(found), format)
 
 
-def table(found: list[Overhead]) -> Table:
-    """The overhead of several methods, for people."""
+def state(found: list[Overhead]) -> Table:
+    """What the methods keep, for people."""
     lengths = list(found[0].state_bytes)
-    columns = [
-        "method", *(f"state, {n} tokens" for n in lengths), *PARTS,
-        "per decoded token", "per prompt token", "one re-mask", "re-mask reads", "steady re-masks",
-    ]  # fmt: skip
+    columns = ["method", *(f"{n} tokens" for n in lengths), *PARTS]
+    body = [
+        [
+            f.method,
+            *(f"{size / 10**6:.2f}" for size in f.state_bytes.values()),
+            *(f"{f.parts.get(part, 0) / 10**6:.2f}" for part in PARTS),
+        ]
+        for f in found
+    ]
+    note = (
+        f"Shape {found[0].shape}, sparsity {found[0].sparsity:g}. Megabytes (10^6 bytes) for each sequence, after "
+        "prompts of these lengths, and what they are for after the longest prompt. FFN inputs are bfloat16."
+    )
+    return Table("State", columns, body, note)
+
+
+def work(found: list[Overhead]) -> Table:
+    """What the methods compute, for people."""
+    columns = ["method", "decoded token", "prompt token", "re-mask", "re-mask reads", "steady re-masks"]
     body = []
     for f in found:
         every = f"every {f.remask_every}: {100 * f.remask_tokens / f.remask_every:.1f} %" if f.remask_every else "none"
         body.append([
-            f.method, *(f"{b / 10**6:.3f}" for b in f.state_bytes.values()),
-            *(f"{f.parts.get(part, 0) / 10**6:.3f}" for part in PARTS),
-            f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %", f"{f.remask_tokens:.2f} tokens",
-            f"{f.remask_read:.2f}", every,
+            f.method, f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %",
+            f"{f.remask_tokens:.2f}" if f.remask_tokens else "-", f"{f.remask_read:.2f}" if f.remask_read else "-",
+            every,
         ])  # fmt: skip
     note = (
-        f"Shape {found[0].shape}, sparsity {found[0].sparsity:g}. State in megabytes (10^6) per sequence, bfloat16 "
-        "inputs, measured after prompts of these lengths. FLOPs are held against a dense decoded token's at 1024 "
-        "tokens of context: what the method adds per decoded and per prompt token; one re-mask of all layers, in dense "
-        "tokens; steady re-masks, per decoded token. Re-masks after alarms come on top, as often as the text drifts. "
-        "Re-mask reads: FFN weights that one re-mask reads / all FFN weights."
+        "FLOPs that the method adds to a decoded token and to a token of the prompt, over those of a dense decoded "
+        "token at 1024 tokens of context. Re-mask: FLOPs of one, over all layers, in dense tokens. Re-mask reads: the "
+        "FFN weights that one reads / all FFN weights. Steady re-masks come every so many tokens, and add that share "
+        "to each. Those after an alarm come on top, as often as the text drifts."
     )
-    return Table("Overhead", columns, body, note)
+    return Table("Work", columns, body, note)

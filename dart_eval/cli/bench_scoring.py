@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dart_eval.cli import bench_options, options
+from dart_eval.cli import bench_options, complete, options
 from dart_eval.cli.run import quieten
 from dart_eval.cli.view import output, print_note
 from dart_eval.errors import UserError
@@ -24,23 +24,41 @@ if TYPE_CHECKING:
 Methods = Annotated[
     str | None,
     typer.Option(
-        help="Methods, comma-separated, to time beside the first of them.  "
+        metavar="NAMES",
+        help="Time these methods, comma-separated, each beside the first of them.  "
         r"\[default: none; dense is timed beside lm-eval's HFLM]",
-        rich_help_panel="Pruning",
+        rich_help_panel=options.PRUNING,
+        autocompletion=complete.listed(complete.methods),
     ),
 ]
 TaskNames = Annotated[
-    str, typer.Option("--tasks", help="Tasks that score answers, comma-separated.", rich_help_panel="Tasks")
+    str,
+    typer.Option(
+        "--tasks",
+        metavar="NAMES",
+        help="Score the answers of these tasks, comma-separated.",
+        rich_help_panel=options.TASKS,
+        autocompletion=complete.listed(complete.tasks),
+    ),
 ]
-Limit = Annotated[int | None, typer.Option(help="Only the first N items of each task.", rich_help_panel="Tasks")]
+Limit = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Ask only the first N items of each task.", rich_help_panel=options.TASKS),
+]
 NumFewshot = Annotated[
-    int | None, typer.Option(help=r"Examples before each item.  \[default: the task's own]", rich_help_panel="Tasks")
+    int | None,
+    typer.Option(
+        metavar="N",
+        help=r"Put so many examples before each item.  \[default: the task's own]",
+        rich_help_panel=options.TASKS,
+    ),
 ]
 BatchSize = Annotated[
     int,
     typer.Option(
-        help="Contexts per forward, on both sides. Without --method, dart-eval is also timed with auto.",
-        rich_help_panel="Timing",
+        metavar="N",
+        help="Run so many contexts in a forward, on all sides. Without --method, auto is timed too.",
+        rich_help_panel=bench_options.TIMING,
     ),
 ]
 
@@ -51,7 +69,7 @@ def scoring(
     num_fewshot: NumFewshot = None,
     data_dir: options.DataDir = None,
     method: Methods = None,
-    sparsity: bench_options.Sparsity = 0.7,
+    sparsity: options.OneSparsity = 0.7,
     model: options.Model = None,
     dtype: options.OneDtype = "auto",
     device: options.OneDevice = "auto",
@@ -70,7 +88,7 @@ def scoring(
     \b
     [bold]Examples[/bold]
     dart-eval bench scoring --tasks arc,hellaswag --limit 50 --data-dir DIR
-    dart-eval bench scoring --tasks smoke_questions --method griffin,cats
+    dart-eval bench scoring --tasks arc --method griffin,cats --sparsity 0.5
     """
     quieten(False)
     bench_options.check_format(format)
@@ -143,21 +161,22 @@ def _run_methods(asked: Asked, spec: ModelSpec, methods: list[Pruner], sparsity:
         for f in found
     ]  # fmt: skip
     note = (
-        f"Answers scored by masks, which skips no work: how long a method's own work takes. x {first}: median over "
-        f"{asked.rounds} rounds of a method's time over {first}'s in the same round, and quartiles; the last row of a "
-        f"task is {first} again, which should be 1."
+        f"Answers are scored by masks, which skip no work: what is seen is how long a method's own work takes. "
+        f"x {first}: a method's time / {first}'s in the same round, the median of {_rounds(asked.rounds)} and its "
+        f"quartiles. The last row of a task is {first} again, which should be 1."
     )
     heads = ["task", "method", "sparsity", "read", "seconds", f"x {first}"]
     made = Table(f"Scoring under methods: {resolved.identity.name}", heads, body, note)
     output([dataclasses.asdict(f) for f in found], made, format)
 
 
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count > 1)}"
+
+
 def table(found: list[TaskSpeed], model: str) -> Table:
     """All tasks, for people: what each side took and computed, and what would have been enough."""
-    columns = [
-        "task", "scorer", "seconds", "speed-up", "tokens", "logit rows", "share of limit", "acc", "acc_norm", "same",
-        "max |difference|",
-    ]  # fmt: skip
+    columns = ["task", "scorer", "seconds", "speed-up", "tokens", "logits", "share", "same", "apart"]
     body: list[list[str]] = []
     rules = set()
     for f in found:
@@ -166,11 +185,10 @@ def table(found: list[TaskSpeed], model: str) -> Table:
             body.append([
                 f.task, side.name, f"{statistics.median(side.seconds):.2f}", f"{side.ratio:.2f}",
                 str(side.computed.tokens), str(side.computed.logits), f"{side.limit_share:.2f}",
-                *(f"{side.accuracy[m]:.4f}" if m in side.accuracy else "-" for m in ("acc", "acc_norm")),
                 "yes" if side.same else "no", f"{side.difference:.1e}",
             ])  # fmt: skip
         needed = [str(f.needed.tokens), str(f.needed.logits)]
-        body.append([f.task, "limit", f"{statistics.median(f.limit_seconds):.2f}", "", *needed, *[""] * 5])
+        body.append([f.task, "limit", f"{statistics.median(f.limit_seconds):.2f}", "", *needed, *[""] * 3])
     counts = "; ".join(
         f"{f.task}: {f.items} items, {f.requests} answers"
         + ("" if f.foreign_cores is None else f", other processes kept {f.foreign_cores:.1f} cores busy")
@@ -178,11 +196,12 @@ def table(found: list[TaskSpeed], model: str) -> Table:
     )
     shots = "" if found[0].num_fewshot is None else f", {found[0].num_fewshot} shots"
     note = (
-        f"Model {model}, dense, batch size {found[0].batch_size}{shots}, medians of {len(found[0].limit_seconds)} "
-        "rounds in which all sides were timed in turn. Speed-up: HFLM's seconds / the scorer's. Tokens: rows x width "
-        "through the decoder, padding included. Limit: the time for what must be computed (each distinct context, "
-        "shared prefix and continuation once, no padding), at the speed of well-filled forwards of this model; share "
-        "of limit: that time / the scorer's. Same: every document has the accuracies that it has under HFLM. "
+        f"Model {model}, dense, batch size {found[0].batch_size}{shots}, medians of "
+        f"{_rounds(len(found[0].limit_seconds))} in which all sides were timed in turn. Speed-up: HFLM's seconds / the "
+        "scorer's. Tokens: rows x width through the decoder, padding included; logits: rows through the output head. "
+        "Limit: the time for what must be computed (each distinct context, shared prefix and continuation once, no "
+        "padding), at the speed of well-filled forwards of this model; share: that time / the scorer's. Same: every "
+        "document has the accuracies that it has under HFLM; apart: the largest difference of a log-likelihood. "
         f"{counts}."
     )
     return Table("Scoring", columns, body, note, rules=frozenset(rules - {0}))
