@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli import complete
 from dart_eval.cli.view import say
 from dart_eval.errors import UserError, nearest
 from dart_eval.export import FORMATS, RELATIONSHIPS, Teller
@@ -15,7 +16,12 @@ from dart_eval.export import export as write_all
 
 def export(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
-    to: Annotated[str, typer.Option(help="every-eval-ever, eval-results or lm-eval.")] = "",
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="every-eval-ever, eval-results or lm-eval.", autocompletion=complete.words(FORMATS),
+        ),
+    ] = "",
     output: Annotated[
         Path | None, typer.Option(help="Write into this folder.", show_default="export/FORMAT in the results' folder")
     ] = None,
@@ -35,7 +41,7 @@ def export(
         str | None,
         typer.Option(
             help="What you are to the model's developer: first_party, third_party, collaborative or other "
-            "(every-eval-ever).", show_default="other",
+            "(every-eval-ever).", show_default="other", autocompletion=complete.words(RELATIONSHIPS),
         ),
     ] = None,
     page: Annotated[
@@ -45,9 +51,12 @@ def export(
 ) -> None:  # fmt: skip
     """Write results as other projects read them. The results themselves stay as they are.
 
-    every-eval-ever: JSON for the Every Eval Ever datastore, with a line for each document. eval-results: YAML for a
-    model's repository on the Hugging Face hub. lm-eval: results_*.json and samples_*.jsonl of lm-evaluation-harness.
-    The pruner, its parameters, sparsity, scope and seed stand in each of them.
+    The pruner, its parameters, sparsity, scope and seed stand in each format:
+
+    \b
+    every-eval-ever  JSON and JSONL for the Every Eval Ever datastore
+    eval-results     YAML for a model's repository on the Hugging Face hub
+    lm-eval          results_*.json and samples_*.jsonl, as lm-eval writes them
 
     [bold]Examples[/bold]
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation.tasks import tasks_dir
+from dart_eval.task_names import tasks_dir
 
 DEFAULT = "default"  # the task within a benchmark that has one alone
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
