@@ -13,42 +13,56 @@ from dart_eval.errors import UserError, nearest
 from dart_eval.export import FORMATS, RELATIONSHIPS, Teller
 from dart_eval.export import export as write_all
 
+Folder = Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")]
+To = Annotated[
+    str,
+    typer.Option(
+        metavar="FORMAT", help="every-eval-ever, eval-results or lm-eval.", autocompletion=complete.words(FORMATS)
+    ),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help=r"Write into this folder.  \[default: export/FORMAT in the results' folder]"),
+]
+ModelId = Annotated[
+    str | None,
+    typer.Option(metavar="OWNER/NAME", help="The model's name on the hub, where results have a folder's name."),
+]
+DatasetOf = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TASK=OWNER/NAME",
+        help="Data set of a task on the hub, where its YAML names none or another; TASK=OWNER/NAME:ID also names the "
+        "task within a benchmark. May be given again.",
+    ),
+]
+Organisation = Annotated[str | None, typer.Option(metavar="NAME", help="Who publishes the results (every-eval-ever).")]
+Relationship = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WORD",
+        help="What you are to the model's developer: first_party, third_party, collaborative or other "
+        r"(every-eval-ever).  \[default: other]",
+        autocompletion=complete.words(RELATIONSHIPS),
+    ),
+]
+Page = Annotated[
+    str | None, typer.Option(metavar="URL", help="A page about the results (every-eval-ever, eval-results).")
+]
+Force = Annotated[bool, typer.Option("--force", metavar="", help="Replace files of an earlier export.")]
+
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
-    to: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT", help="every-eval-ever, eval-results or lm-eval.", autocompletion=complete.words(FORMATS),
-        ),
-    ] = "",
-    output: Annotated[
-        Path | None, typer.Option(help="Write into this folder.", show_default="export/FORMAT in the results' folder")
-    ] = None,
-    model_id: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="The model's name on the hub, where results have a folder's name."),
-    ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK=OWNER/NAME", help="Data set of a task on the hub, where its YAML names none or another; "
-            "TASK=OWNER/NAME:ID also names the task within a benchmark. May be given again.",
-        ),
-    ] = None,
-    organisation: Annotated[str | None, typer.Option(help="Who publishes the results (every-eval-ever).")] = None,
-    relationship: Annotated[
-        str | None,
-        typer.Option(
-            help="What you are to the model's developer: first_party, third_party, collaborative or other "
-            "(every-eval-ever).", show_default="other", autocompletion=complete.words(RELATIONSHIPS),
-        ),
-    ] = None,
-    page: Annotated[
-        str | None, typer.Option(metavar="URL", help="A page about the results (every-eval-ever, eval-results).")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace files of an earlier export.")] = False,
-) -> None:  # fmt: skip
+    folder: Folder = Path("out"),
+    to: To = "",
+    output: Output = None,
+    model_id: ModelId = None,
+    dataset: DatasetOf = None,
+    organisation: Organisation = None,
+    relationship: Relationship = None,
+    page: Page = None,
+    force: Force = False,
+) -> None:
     """Write results as other projects read them. The results themselves stay as they are.
 
     The pruner, its parameters, sparsity, scope and seed stand in each format:

@@ -121,6 +121,7 @@ def _sample(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, An
 def _results(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
     """The file of results, entry by entry as lm-eval has it, and `dart_eval`: what it has no entry for."""
     first, environment = run.first, run.first.record.environment
+    said = first.inputs.get("system_instruction")
     return {
         **_scores(run), **_tasks(run, datasets), "config": _settings(first),
         "dart_eval": {c.task: {**c.details(), "flops": c.record.flops} for c in run.cells},
@@ -129,8 +130,10 @@ def _results(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
         "transformers_version": environment.get("transformers", "N/A"),
         "lm_eval_version": environment.get("lm_eval", "N/A"), "upper_git_hash": None,
         "model_source": "dart-eval", "model_name": run.model, "model_name_sanitized": safe(run.model),
-        "system_instruction": None, "system_instruction_sha": None, "fewshot_as_multiturn": None,
-        "chat_template": None, "chat_template_sha": None,
+        "system_instruction": said,
+        "system_instruction_sha": hashlib.sha256(said.encode()).hexdigest() if said else None,
+        "fewshot_as_multiturn": first.inputs.get("fewshot_as_multiturn"),
+        "chat_template": None, "chat_template_sha": None,  # a record knows that there was one, not its text
         "total_evaluation_time_seconds": str(sum(c.record.seconds for c in run.cells)),
     }  # fmt: skip
 
@@ -196,6 +199,7 @@ def _settings(cell: Facts) -> dict[str, Any]:
         "model_dtype": inputs.get("dtype"), "model_revision": model.get("revision"),
         "model_sha": model.get("weights") or model.get("revision"),
         "batch_size": cell.record.settings.get("batch_size"), "batch_sizes": [], "device": inputs.get("device"),
-        "use_cache": None, "limit": inputs.get("limit"), "bootstrap_iters": BOOTSTRAPS, "gen_kwargs": None,
+        "use_cache": None, "limit": inputs.get("limit"), "bootstrap_iters": BOOTSTRAPS,
+        "gen_kwargs": inputs.get("gen_kwargs"),
         "random_seed": seed, "numpy_seed": seed, "torch_seed": seed, "fewshot_seed": seed,
     }  # fmt: skip
