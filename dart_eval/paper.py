@@ -9,18 +9,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dart_eval import bertscore
 from dart_eval.config import RunConfig, checked
 from dart_eval.errors import UserError, naming, nearest, summary
-from dart_eval.executors.jobs import View
-from dart_eval.models import choose_device
 from dart_eval.plan import methods_of
 from dart_eval.results.paper_tables import BERTSCORE, FIELDS, Column, Layout, Reported, Row
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.yamls import read_mapping, shown
+
+if TYPE_CHECKING:
+    from dart_eval.executors.jobs import View
 
 SHIPPED = Path(__file__).parent / "data"
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
@@ -152,6 +152,9 @@ def bertscores(
     spec: PaperSpec, store: Store, records: Sequence[Record], device: str, view: View
 ) -> dict[str, list[float]]:
     """BERTScore F1 of each text of the cells that a table wants it of; empty if its model is not at hand."""
+    from dart_eval import bertscore
+    from dart_eval.models import choose_device
+
     wanted = {t for layout in spec.layouts for c in layout.columns if c.metric == BERTSCORE for t in c.tasks}
     source = bertscore.find(spec.bertscore) if spec.bertscore and wanted else None
     if source is None:

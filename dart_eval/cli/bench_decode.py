@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dart_eval.cli import bench_options, complete, options
-from dart_eval.cli.run import quieten
+from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError, nearest
@@ -139,17 +139,19 @@ def decode(
     dart-eval bench decode --shape llama-3.2-1b --layers 4 --dtype bfloat16
     dart-eval bench decode --method dart --compile default --format json
     """
-    quieten(False)
+    hush(False)
     _check({"--prompt": prompt, "--steps": steps, "--rounds": rounds}, compile, format)
-    from dart_eval.bench import decode as bench
     from dart_eval.bench import kept
-    from dart_eval.models import ModelSpec
 
     if profile is not None:
         check_target(profile)
     if output is not None:
         kept.check(output)
     methods = bench_options.chosen(method, sparsity)
+    quieten(False)  # it imports torch, and all before it does not
+    from dart_eval.bench import decode as bench
+    from dart_eval.models import ModelSpec
+
     for one in methods:
         bench.check(one)
     spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))

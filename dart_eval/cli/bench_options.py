@@ -64,7 +64,7 @@ def chosen(named: str, sparsity: float, example: str = "dart,dart-plus") -> list
     Raises:
         UserError: a name or a number is wrong, or the list is empty.
     """
-    from dart_eval.pruning.prune import check_sparsity
+    from dart_eval.allocation import check_sparsity
     from dart_eval.pruning.registry import make, parse
 
     check_sparsity(sparsity)

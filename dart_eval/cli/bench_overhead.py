@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dart_eval.cli import bench_options, complete, options
-from dart_eval.cli.run import quieten
+from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output
 from dart_eval.results.writers import Table
 
@@ -45,11 +45,13 @@ def overhead(
     dart-eval bench overhead --shape qwen2.5-1.5b --method dart,dart-plus
     dart-eval bench overhead --sparsity 0.5 --format json
     """
-    quieten(False)
+    hush(False)
     bench_options.check_format(format)
+    methods = bench_options.chosen(method, sparsity)
+    quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench.overhead import measure
 
-    found = [measure(m, shape, sparsity) for m in bench_options.chosen(method, sparsity)]
+    found = [measure(m, shape, sparsity) for m in methods]
     data = [dataclasses.asdict(f) for f in found]
     output(data, state(found), format)
     if format != "json":

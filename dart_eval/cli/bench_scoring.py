@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dart_eval import task_names
 from dart_eval.cli import bench_options, complete, options
-from dart_eval.cli.run import quieten
+from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output, print_note
 from dart_eval.errors import UserError
 from dart_eval.results.writers import Table
@@ -90,16 +91,19 @@ def scoring(
     dart-eval bench scoring --tasks arc,hellaswag --limit 50 --data-dir DIR
     dart-eval bench scoring --tasks arc --method griffin,cats --sparsity 0.5
     """
-    quieten(False)
+    hush(False)
     bench_options.check_format(format)
+    asked = Asked(tasks, data_dir, batch_size, rounds, limit, num_fewshot)
+    asked.check()
+    methods = bench_options.chosen(method, sparsity, "griffin,cats") if method is not None else None
+    quieten(False)  # it imports torch, and all before it does not
     from dart_eval.models import ModelSpec
 
     spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
-    asked = Asked(tasks, data_dir, batch_size, rounds, limit, num_fewshot)
-    if method is None:
+    if methods is None:
         _run_dense(asked, spec, format)
     else:
-        _run_methods(asked, spec, bench_options.chosen(method, sparsity, "griffin,cats"), sparsity, format)
+        _run_methods(asked, spec, methods, sparsity, format)
 
 
 @dataclass(frozen=True)
@@ -113,19 +117,32 @@ class Asked:
     limit: int | None
     num_fewshot: int | None
 
-    def names(self, shelf: Tasks) -> list[str]:
-        """The tasks, each loaded: what is missing shows before anything runs.
+    @property
+    def typed(self) -> list[str]:
+        """The names of tasks as they were typed."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+    def check(self) -> None:
+        """Refuse numbers and names that cannot be.
 
         Raises:
-            UserError: a name, number or folder is wrong.
+            UserError: with the first of them.
         """
         for name, least in (("batch_size", 1), ("rounds", 1), ("limit", 1), ("num_fewshot", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        names = shelf.expand([name.strip() for name in self.tasks.split(",") if name.strip()])
-        if not names:
+        if not self.typed:
             raise UserError("no task given", "for example --tasks arc,hellaswag,mmlu")
+        task_names.check(self.typed)
+
+    def names(self, shelf: Tasks) -> list[str]:
+        """The tasks, each loaded: what is missing shows before anything runs.
+
+        Raises:
+            UserError: the data of one cannot be had.
+        """
+        names = shelf.expand(self.typed)
         for name in names:
             shelf.load(name)
         return names

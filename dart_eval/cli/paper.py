@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_eval.cli import options
-from dart_eval.cli.run import finish, quieten
+from dart_eval.cli.run import finish, hush, load_libraries
 from dart_eval.cli.view import TerminalView, say, show
 
 if TYPE_CHECKING:
@@ -49,9 +49,8 @@ def paper(
     dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16 --executor ray --ray-address auto
     """
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
-    quieten(verbose)
+    hush(verbose)
     from dart_eval.config import RAY_OPTIONS, command_line, config_from
-    from dart_eval.executors import run_all
     from dart_eval.paper import bertscores, load
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.store import Store
@@ -59,6 +58,9 @@ def paper(
     base = config_from(None, {**given, "method": "dense", "sparsity": "0"})
     spec = load(name, base)
     with TerminalView() as view:
+        load_libraries(view, verbose)
+        from dart_eval.executors import run_all
+
         result = run_all(spec.configs, view, skip_missing=True)
         store = Store(output)
         if result.lost:

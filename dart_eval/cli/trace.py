@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_eval.cli import options
-from dart_eval.cli.run import quieten
+from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, is_stream, read_text, write
 from dart_eval.text import json_text
 
 if TYPE_CHECKING:
+    from dart_eval.pruning.method import Pruner
     from dart_eval.tracing import Passage
 
 
@@ -42,25 +43,18 @@ def trace(
 
       dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
-    quieten(False)
+    hush(False)
+    made = _method(method, sparsity, save_allocation is not None)
     picture = _picture(output, plot)
     if tokens < 1:
         raise UserError(f"--tokens {tokens} must be at least 1")
     if text is not None and file is not None:
         raise UserError("a prompt and --file are given", "leave one of them out")
     _check_outputs([p for p in (output, picture, save_allocation) if p is not None])
+    quieten(False)  # it imports torch, and all before it does not
     from dart_eval import tracing
     from dart_eval.models import ModelSpec, resolve
-    from dart_eval.pruning.prune import check_sparsity
-    from dart_eval.pruning.registry import make, parse
 
-    check_sparsity(sparsity)
-    made = make(*parse(method))
-    if save_allocation is not None and made.choice.chooses:
-        raise UserError(
-            f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
-            "save the allocation of a method with choice=none",
-        )
     passage = _passage(text, file, then) or tracing.smoke_passage(smoke)
     spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
     loaded, tokenizer = resolve(spec).load(print_note)
@@ -74,6 +68,28 @@ def trace(
         ratios = [k / n for k, n in zip(found["layers"]["kept"], found["layers"]["sizes"], strict=True)]
         write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
         say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
+
+
+def _method(typed: str, sparsity: float, saves: bool) -> Pruner:
+    """The method as typed.
+
+    Args:
+        saves: its densities are to be written.
+
+    Raises:
+        UserError: it is unknown, its sparsity is no share, or its densities make no table.
+    """
+    from dart_eval.allocation import check_sparsity
+    from dart_eval.pruning.registry import make, parse
+
+    check_sparsity(sparsity)
+    made = make(*parse(typed))
+    if saves and made.choice.chooses:
+        raise UserError(
+            f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
+            "save the allocation of a method with choice=none",
+        )
+    return made
 
 
 def _picture(output: Path, plot: Path | None) -> Path | None:

@@ -22,13 +22,15 @@ import sys
 from dart_eval import cli
 for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method", "grifin"], ["run", "--no-such"],
               ["run", "--tasks", "helaswag"], ["run", "--tasks", "smoke", "--dtype", "flaot32"], ["ls", "tasks"],
-              ["ls", "tasks", "--all"], ["ls", "methods", "griffin"], ["ls", "parts"]):
+              ["trace", "--method", "grifin"], ["bench", "decode", "--method", "grifin"], ["paper", "smok"],
+              ["bench", "scoring", "--tasks", "helaswag"], ["ls", "tasks", "--all"],
+              ["ls", "methods", "griffin"], ["ls", "parts"]):
     sys.argv = ["dart-eval", *words]
     try:
         cli.main()
     except SystemExit:
         pass
-    heavy = {"torch", "transformers", "lm_eval", "datasets", "scipy", "matplotlib"} & {*sys.modules}
+    heavy = {"torch", "transformers", "lm_eval", "datasets", "matplotlib"} & {*sys.modules}
     print("IMPORTED", words, heavy)
 """
 
@@ -37,7 +39,7 @@ for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method",
 def test_help_lists_and_wrong_names_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("IMPORTED")]
-    assert len(said) == 10 and all(line.endswith("set()") for line in said), said
+    assert len(said) == 14 and all(line.endswith("set()") for line in said), said
     assert "unknown method 'grifin'; did you mean griffin?" in done.stderr
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr

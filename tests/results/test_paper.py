@@ -353,7 +353,7 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
 
 
 def test_bertscores_of_a_run(tmp_path, monkeypatch):
-    from dart_eval import paper as module
+    from dart_eval import bertscore
 
     store = Store(tmp_path / "out")
     made = _cell(store, "a", 20)
@@ -363,8 +363,8 @@ def test_bertscores_of_a_run(tmp_path, monkeypatch):
         asked.update(model=model, candidates=candidates, references=references)
         return [0.5] * len(candidates)
 
-    monkeypatch.setattr(module.bertscore, "find", lambda name: f"/cache/{name}")
-    monkeypatch.setattr(module.bertscore, "scores", scores)
+    monkeypatch.setattr(bertscore, "find", lambda name: f"/cache/{name}")
+    monkeypatch.setattr(bertscore, "scores", scores)
     columns = {"BS": {"task": "easy", "metric": "bertscore"}}
     table = {"name": "x", "title": "X", "columns": columns}
     spec = load(_file(tmp_path, bertscore="roberta", tables=[table]), config_from(None, BASE))
@@ -375,5 +375,5 @@ def test_bertscores_of_a_run(tmp_path, monkeypatch):
 
     assert bertscores(spec, store, [made], "cpu", Silent()) == {made.key: [0.5] * N}
     assert asked == {"model": "/cache/roberta", "candidates": ["a text"] * N, "references": ["a text"] * N}
-    monkeypatch.setattr(module.bertscore, "find", lambda name: None)
+    monkeypatch.setattr(bertscore, "find", lambda name: None)
     assert bertscores(spec, store, [made], "cpu", Silent()) == {}
