@@ -292,7 +292,11 @@ def test_wrong_input_is_one_line_and_writes_nothing(out, monkeypatch, wrong):
     assert sorted(p.name for p in out.iterdir()) == ["cells", "samples", "texts"]
 
 
-def test_one_name_on_the_hub_is_not_given_to_two_models(out):
+def test_one_name_on_the_hub_is_given_to_one_model(out):
+    _, folder = _export(out, "every-eval-ever", "--model-id", "Owner/Name")
+    assert {(path.parts[-3:-1], log["model_info"]["id"]) for path, log in _valid(folder)} == {
+        (("Owner", "Name"), "Owner/Name")
+    }
     Store(out).save("other", cell("dense", 0.0, model="other"))
     done = command("export", out, "--to", "lm-eval", "--model-id", "me/tiny")
     assert "--model-id names one model, and the results are of 2 (me/tiny, other)" in done.err
