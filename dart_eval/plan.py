@@ -16,6 +16,7 @@ from dart_eval.config import DEFAULTS, RAY_OPTIONS, RunConfig, command_line
 from dart_eval.hashes import PACKAGE, code_hash, source_hash
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import make, parse
+from dart_eval.results.format import sparsity as percent
 from dart_eval.task_names import tasks_dir
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Cell:
     @property
     def title(self) -> str:
         """For people: task, method with the parameters that are not its defaults, sparsity."""
-        return f"{self.task} {self.method.spec}" + (f" {self.sparsity:g}" if self.method.sized else "")
+        return f"{self.task} {self.method.spec}" + (f" {percent(self.sparsity)}" if self.method.sized else "")
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
-from dart_eval.results.format import chance, number
+from dart_eval.results.format import chance, number, sparsity
 from dart_eval.results.format import interval as ends
 from dart_eval.results.inputs import identity, model_of
 from dart_eval.results.labels import labels
@@ -154,7 +154,7 @@ def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
     return {
         c.key: " ".join([
             *([c.inputs["model"]["name"]] if many else []), known[c.key],
-            *([] if c.inputs["method"] == DENSE else [f"{c.inputs['sparsity']:g}"]),
+            *([] if c.inputs["method"] == DENSE else [sparsity(c.inputs["sparsity"])]),
         ])
         for c in found
     }  # fmt: skip
@@ -203,7 +203,7 @@ def _extent(side: Sequence[Cell]) -> str:
     tasks = sorted({str(c.inputs["task"]) for c in side})
     sparsities = sorted({c.inputs["sparsity"] for c in side})
     limits = sorted({str(c.inputs.get("limit") or "none") for c in side})
-    return f"{', '.join(tasks)} at sparsity {', '.join(f'{s:g}' for s in sparsities)} (limit {', '.join(limits)})"
+    return f"{', '.join(tasks)} at {', '.join(map(sparsity, sparsities))} (limit {', '.join(limits)})"
 
 
 def wanted(measures: Sequence[Measure], metrics: Sequence[str]) -> list[Measure]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError
+from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import question
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
@@ -114,7 +115,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
         for label, margin, unit in margins:
             rate = judged(switched, same, margin, unit, patience, remasks)
             bodies.setdefault(task, []).append([
-                names[r.key], f"{r.inputs['sparsity']:g}", label, f"{rate.detected} of {rate.documents}",
+                names[r.key], sparsity(r.inputs["sparsity"]), label, f"{rate.detected} of {rate.documents}",
                 "-" if rate.delay is None else f"{rate.delay:g}", f"{rate.false_per_1000:.2f}", f"{rate.watched}",
             ])  # fmt: skip
     columns = ["method", "sparsity", "margin", "detected", "median delay", "false alarms / 1000 tokens", "watched"]

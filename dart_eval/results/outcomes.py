@@ -17,6 +17,7 @@ import numpy as np
 
 from dart_eval.errors import UserError
 from dart_eval.results import metrics, stats
+from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import HASH_DIGITS, HOW, identity, model_of
 from dart_eval.results.inputs import names as fields_of
 from dart_eval.results.labels import values
@@ -167,7 +168,7 @@ def describe(cell: Cell, model: bool = False) -> str:
     inputs = cell.inputs
     method = cell.settings.get("method") or inputs["method"]
     which = f" of {model_of(inputs['model'])}" if model else ""
-    return f"{inputs['task']} under {method} at sparsity {inputs['sparsity']:g}{which}"
+    return f"{inputs['task']} under {method} at {sparsity(inputs['sparsity'])}{which}"
 
 
 def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dart_eval.errors import UserError
 from dart_eval.results import metrics, outcomes, stats
+from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import model_of
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -161,14 +162,14 @@ class Paper:
             for row, line in zip(rows, made, strict=True):
                 bold |= {(len(body), 2 + i) for i, v in enumerate(line) if v is not None and v.bold}
                 body.append([
-                    row.label, f"{sparsity:g}", *(_text(v) for v in line), *self._costs(line)
+                    row.label, percent(sparsity), *(_text(v) for v in line), *self._costs(line)
                 ])  # fmt: skip
                 numbers += [v for v in line if v is not None]
             for known in layout.reported:
                 if known.sparsity == sparsity:
                     number = _sources(layout).index(known.source) + 1
                     given = [f"{c.scale * known.values[c.head]:.1f}" if c.head in known.values else "" for c in columns]
-                    body.append([f"{known.label} [{number}]", f"{sparsity:g}", *given, "", ""])
+                    body.append([f"{known.label} [{number}]", percent(sparsity), *given, "", ""])
         heads = ["method", "sparsity", *(_head(c, numbers) for c in columns), "effective", "read"]
         return Table(layout.title, heads, body, self._note(layout, numbers), frozenset(bold), frozenset(rules)), numbers
 

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from dart_eval.errors import StoreError, UserError, remark
 from dart_eval.files import check_name, read_regular, reason, write_atomically
 from dart_eval.results import layout, valid
+from dart_eval.results.format import sparsity
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
 
@@ -264,8 +265,8 @@ class Store:
         if wrong := sum(not _numbers(line.get("responses") or []) for line in found):
             inputs = record.inputs
             raise UnreadSamples(
-                f"{wrong} of {len(found)} answers of {inputs['task']} under {inputs['method']} at sparsity "
-                f"{inputs['sparsity']:g} in {self.folder} are NaN or infinite",
+                f"{wrong} of {len(found)} answers of {inputs['task']} under {inputs['method']} at "
+                f"{sparsity(inputs['sparsity'])} in {self.folder} are NaN or infinite",
                 "run the cell again, in another --dtype or with other weights",
             )
         return found
@@ -285,7 +286,7 @@ class Store:
             inputs = record.inputs
             method = record.settings.get("method") or inputs["method"]
             raise UnreadSamples(
-                f"the {kind} of {inputs['task']} under {method} at sparsity {inputs['sparsity']:g} in "
+                f"the {kind} of {inputs['task']} under {method} at {sparsity(inputs['sparsity'])} in "
                 f"{self.folder} cannot be read ({reason(error)})",
                 "give the `dart-eval run` that made them again: it redoes the cell",
             ) from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dart_eval.results import metrics, writers
-from dart_eval.results.format import NO_NUMBER, count, mebibytes, with_error
+from dart_eval.results.format import NO_NUMBER, count, mebibytes, sparsity, with_error
 from dart_eval.results.inputs import COLUMNS
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
@@ -140,7 +140,7 @@ def _quality(
     for (task, key), by_metric in sorted(lines.items(), key=lambda item: _order(next(iter(item[1].values())), names)):
         r = next(iter(by_metric.values()))
         body.append([
-            *([r["model"]] if many else []), task, names[key], f"{r['sparsity']:g}",
+            *([r["model"]] if many else []), task, names[key], sparsity(r["sparsity"]),
             *(_value(by_metric.get(m)) for m in shown), str(r["n"]), f"{r['effective_sparsity']:.3f}",
             f"{r['mask_sparsity']:.3f}", f"{r['weights_read']:.3f}", r["scope"],
         ])  # fmt: skip
@@ -173,7 +173,7 @@ def flops(records: Sequence[Record]) -> Table:
         f = r.flops
         dense, pruned, share = f.get("decode_step_dense"), f.get("decode_step_pruned"), f.get("overhead_share")
         body.append([
-            *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}", str(f.get("context_tokens", "-")),
+            *_where(r, many), names[r.key], sparsity(r.inputs["sparsity"]), str(f.get("context_tokens", "-")),
             count(f.get("prefill")), count(dense), count(pruned), f"{pruned / dense:.3f}" if dense and pruned else "-",
             count(f.get("overhead_prefill")), count(f.get("overhead_decode_step")),
             "-" if share is None else f"{100 * share:.3f} %", str(r.remasks),
@@ -196,7 +196,7 @@ def memory(records: Sequence[Record]) -> Table:
     for r in _sorted(records, names):
         m = r.memory
         body.append([
-            *_where(r, many), names[r.key], f"{r.inputs['sparsity']:g}",
+            *_where(r, many), names[r.key], sparsity(r.inputs["sparsity"]),
             mebibytes(m.get("weights")), mebibytes(m.get("state"), 3), mebibytes(r.measured.get("peak")),
         ])  # fmt: skip
     note = (

@@ -235,7 +235,7 @@ def test_a_cell_whose_samples_are_damaged_is_left_out_by_name(out):
     damaged = next((out / "samples").glob("arc-griffin*"))
     damaged.write_text("{}\n")
     done, folder = _export(out, "every-eval-ever")
-    assert done.err.startswith(f"note: left out: the samples of arc_easy under {SPEC} at sparsity 0.5 in ")
+    assert done.err.startswith(f"note: left out: the samples of arc_easy under {SPEC} at 50 % in ")
     assert len(_valid(folder)) == 2
     for file in (out / "samples").iterdir():
         file.write_text("{}\n")

@@ -91,7 +91,7 @@ def test_what_a_method_takes_more_is_measured_once_for_each_kind_of_request(save
     for task in ("smoke_questions", "smoke_summary"):
         assert tried.count(f"{task} griffin") == tried.count(f"{task} dart") == 1
     for task in tasks:  # what a cell takes beside its units is the same under all methods
-        dense, *pruned = (by_title[f"{task} {m}"] for m in ("dense", "griffin 0.5", "griffin 0.7", "dart 0.7"))
+        dense, *pruned = (by_title[f"{task} {m}"] for m in ("dense", "griffin 50 %", "griffin 70 %", "dart 70 %"))
         assert [(p - dense) / (pruned[0] - dense) for p in pruned] == pytest.approx([1, 1, 3])
 
 
@@ -139,7 +139,7 @@ def test_a_plan_at_the_command_line_and_the_run_that_follows_it(saved_llama, tmp
     words = ("run", "--model", saved_llama, "--tasks", "smoke_questions", "--method", "dense,dart", "--limit", 4)
     planned = command(*words, "--output", "out", "--plan")
     assert (planned.code, planned.err) == (0, "")
-    assert "smoke_questions dart 0.5" in planned.out and "2 to run" in planned.out
+    assert "smoke_questions dart 50 %" in planned.out and "2 to run" in planned.out
     assert not (tmp_path / "out" / "cells").exists()
     done = command(*words, "--output", "out")
     assert done.code == 0

@@ -78,7 +78,7 @@ def test_a_planted_bug_fails_the_check_and_the_same_run_again_does_not(taught, t
     found = cli(broken, "--baseline", file, "--format", "json")
     assert found.exit_code == 1
     rows = {(r["cell"], r["task"], r["metric"]): r for r in json.loads(found.stdout)["rows"]}
-    fell = rows["griffin 0.5", "smoke_drift", "word_perplexity"]
+    fell = rows["griffin 50 %", "smoke_drift", "word_perplexity"]
     assert fell["verdict"] == "FELL"
     assert fell["recovery"] < 0.98
     assert fell["p_holm"] < 0.05

@@ -30,13 +30,16 @@ def test_cells_are_matched_by_what_was_asked_whatever_made_them(tmp_path):
         answered("piqa", right(0.9)),
     )
     found = compare_folders(a, b)
-    assert [(r.contrast, r.task, r.metric) for r in found.rows] == [("dart 0.5", "arc", "acc"), ("dense", "arc", "acc")]
+    assert [(r.contrast, r.task, r.metric) for r in found.rows] == [
+        ("dart 50 %", "arc", "acc"),
+        ("dense", "arc", "acc"),
+    ]
     assert [r.better for r in found.rows] == ["A", "-"]
     assert found.rows[1].result.p == 1
     text = " ".join(found.notes)
     assert "differ in code (c0de in A, other in B)" in text
     assert "differ in versions.torch (2.4 in A, 2.5 in B)" in text
-    assert f"Only in {b}: piqa under dart at sparsity 0.5." in text
+    assert f"Only in {b}: piqa under dart at 50 %." in text
 
 
 def test_where_lower_is_better_the_lower_side_is_better(tmp_path):
@@ -128,28 +131,28 @@ def places(comparison):
 def test_methods_are_compared_at_each_sparsity_both_have(sweep):
     found = compare_within("method", "griffin", "dart:allocation=depth", [sweep])
     assert places(found) == [
-        (f"griffin {s} vs dart:allocation=depth {s}", t) for s in ("0.5", "0.7") for t in ("arc", "piqa")
+        (f"griffin {s} vs dart:allocation=depth {s}", t) for s in ("50 %", "70 %") for t in ("arc", "piqa")
     ]
     assert all(r.result.difference <= 0 for r in found.rows)
 
 
 def test_dense_goes_with_every_sparsity(sweep):
     found = compare_within("method", "dense", "griffin", [sweep])
-    assert places(found) == [(f"dense vs griffin {s}", t) for s in ("0.5", "0.7") for t in ("arc", "piqa")]
+    assert places(found) == [(f"dense vs griffin {s}", t) for s in ("50 %", "70 %") for t in ("arc", "piqa")]
     assert {r.better for r in found.rows} == {"A"}
 
 
 def test_two_settings_of_one_method(sweep):
     found = compare_within("method", "dart:allocation=uniform:detect=on", "dart:allocation=depth", [sweep])
-    assert places(found) == [("dart:allocation=uniform 0.5 vs dart:allocation=depth 0.5", "arc")]
+    assert places(found) == [("dart:allocation=uniform 50 % vs dart:allocation=depth 50 %", "arc")]
 
 
 def test_sparsities_are_compared_within_each_method(sweep):
     found = compare_within("sparsity", "0.5", "0.7", [sweep])
-    assert ("griffin 0.5 vs griffin 0.7", "arc") in places(found)
+    assert ("griffin 50 % vs griffin 70 %", "arc") in places(found)
     assert len(found.rows) == 4  # uniform has no 0.7
     found = compare_within("sparsity", "0", "0.7", [sweep])
-    assert {p[0] for p in places(found)} == {"dense vs dart:allocation=depth 0.7", "dense vs griffin 0.7"}
+    assert {p[0] for p in places(found)} == {"dense vs dart:allocation=depth 70 %", "dense vs griffin 70 %"}
 
 
 def test_models_are_compared_where_all_else_agrees(tmp_path):
@@ -157,11 +160,11 @@ def test_models_are_compared_where_all_else_agrees(tmp_path):
     a = save(tmp_path / "a", answered("arc", right(0.3), model=models[0]))
     b = save(tmp_path / "b", answered("arc", right(0.8), model=models[1]))
     (row,) = compare_within("model", "small", "large", [a, b]).rows
-    assert (row.contrast, row.better) == ("small dart 0.5 vs large dart 0.5", "B")
+    assert (row.contrast, row.better) == ("small dart 50 % vs large dart 50 %", "B")
 
 
 @pytest.mark.parametrize(("by", "a", "b", "words"), [
-    ("method", "dart", "griffin", "dart stands for several cells: dart:allocation=.* 0.5, dart:allocation=.* 0.5;"),
+    ("method", "dart", "griffin", "dart stands for several cells: dart:allocation=.* 50 %, dart:allocation=.* 50 %;"),
     ("method", "grifin", "dart", "no cell of method grifin in .*; did you mean griffin"),
     ("method", "dart:window=8", "griffin", "no cell of method dart:window=8"),
     ("method", "griffin", "griffin", "griffin and griffin are the same cell"),
@@ -176,7 +179,7 @@ def test_what_names_no_or_several_cells_is_refused(sweep, by, a, b, words):
 
 def test_methods_without_a_common_task_are_refused_with_what_each_has(tmp_path):
     out = save(tmp_path, answered("arc", right(0.5)), answered("piqa", right(0.5), "griffin", 0.7, params={}))
-    with pytest.raises(UserError, match=r"dart has arc at sparsity 0.5 .*, griffin has piqa at sparsity 0.7"):
+    with pytest.raises(UserError, match=r"dart has arc at 50 % .*, griffin has piqa at 70 %"):
         compare_within("method", "dart", "griffin", [out])
 
 

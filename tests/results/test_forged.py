@@ -261,9 +261,9 @@ def test_forged_samples_are_named_and_the_others_compared(tmp_path, shown, line)
         save(tmp_path / "out", r)
     status, out, errors = shown("compare", "out", "out")
     assert status == 0
-    assert "griffin 0.5" in out
-    assert "dart 0.5" not in out
-    assert "left out: the samples of arc under dart at sparsity 0.5 in out cannot be read (" in errors
+    assert "griffin 50 %" in out
+    assert "dart 50 %" not in out
+    assert "left out: the samples of arc under dart at 50 % in out cannot be read (" in errors
     assert shown("compare", "out", "--methods", "griffin,dart")[0] == 2
     assert shown("tables", "out")[0] == 0
     assert shown("report", "out")[0] == 0
@@ -273,7 +273,7 @@ def test_forged_samples_are_named_and_the_others_compared(tmp_path, shown, line)
     shown("check", "good", "--baseline", "b.json", "--update")
     status, out, _ = shown("check", "out", "--baseline", "b.json")
     assert status == 1
-    assert "the samples of arc under dart at sparsity 0.5 in out cannot be read" in out
+    assert "the samples of arc under dart at 50 % in out cannot be read" in out
 
 
 # -- baselines and thresholds ----------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_a_cell_that_stands_twice_in_a_baseline_counts_once(results, shown, tmp_
     status, out, errors = shown("check", "out", "--baseline", "b.json")
     assert status == 0
     assert "all 3 rows of b.json hold" in out
-    assert errors == "note: arc under dart at sparsity 0.5 stands in b.json twice: the first counts\n"
+    assert errors == "note: arc under dart at 50 % stands in b.json twice: the first counts\n"
 
 
 def test_a_record_that_stands_twice_counts_once(results, shown):

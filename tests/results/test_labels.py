@@ -68,12 +68,12 @@ def test_the_report_says_it_in_its_head_its_findings_and_its_tables(out):
 
 def test_comparisons_say_it(out, tmp_path):
     (row,) = compare_within("method", "griffin", "dart", [out]).rows
-    assert row.contrast == f"griffin 0.5 vs {UNIFORM} 0.5"
+    assert row.contrast == f"griffin 50 % vs {UNIFORM} 50 %"
     other = save(tmp_path / "other", of("dense"), of(UNIFORM))
     found = compare_folders(other, out)
-    assert [r.contrast for r in found.rows] == [f"{UNIFORM} 0.5", "dense"]
+    assert [r.contrast for r in found.rows] == [f"{UNIFORM} 50 %", "dense"]
     found = compare_folders(out, save(tmp_path / "third", of("dense")))
-    assert f"arc under {UNIFORM} at sparsity 0.5" in " ".join(found.notes)
+    assert f"arc under {UNIFORM} at 50 %" in " ".join(found.notes)
 
 
 def test_a_check_says_it_and_its_baseline_keeps_it(out, tmp_path):
@@ -83,12 +83,12 @@ def test_a_check_says_it_and_its_baseline_keeps_it(out, tmp_path):
     fallen = outcomes.cells(save(tmp_path / "now", of("dense"), of("griffin"), of(UNIFORM, 0.1)))
     report = check(fallen, baseline.read(file), Thresholds(), "b.json")
     (row,) = report.bad
-    assert row.cell == f"{UNIFORM} 0.5"
-    assert table(report).body[0][0] == f"{UNIFORM} 0.5"
-    assert f'classname="{UNIFORM} 0.5"' in junit(report)
-    assert f"{UNIFORM} 0.5, arc acc" in workflow_commands(report)[0]
+    assert row.cell == f"{UNIFORM} 50 %"
+    assert table(report).body[0][0] == f"{UNIFORM} 50 %"
+    assert f'classname="{UNIFORM} 50 %"' in junit(report)
+    assert f"{UNIFORM} 50 %25, arc acc" in workflow_commands(report)[0]
     (missing,) = check(fallen[:2], [c for c in baseline.read(file) if "uniform" in c.key], Thresholds(), "b").rows
-    assert missing.cell == f"{UNIFORM} 0.5"
+    assert missing.cell == f"{UNIFORM} 50 %"
 
 
 def test_a_baseline_that_does_not_say_it_is_named_by_the_results(out, tmp_path):
@@ -97,7 +97,7 @@ def test_a_baseline_that_does_not_say_it_is_named_by_the_results(out, tmp_path):
     baseline.write(file, [dataclasses.replace(c, settings={}) for c in cells])
     assert UNIFORM not in file.read_text()
     report = check(cells, baseline.read(file), Thresholds(), "b.json")
-    assert {r.cell for r in report.rows} == {"dense", "griffin 0.5", f"{UNIFORM} 0.5"}
+    assert {r.cell for r in report.rows} == {"dense", "griffin 50 %", f"{UNIFORM} 50 %"}
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_a_table_that_fits_stays_as_it_is(monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "lines"), [
     ("dense", ["dense"]),
     (UNIFORM, ["dart", "  :allocation=uniform"]),
-    ("dart:window=8 0.5 vs griffin 0.5", ["dart:window=8 0.5 vs", "  griffin 0.5"]),
+    ("dart:window=8 50 % vs griffin 50 %", ["dart:window=8 50 % vs", "  griffin 50 %"]),
     ("dart (model=aaaa1111 limit=100)", ["dart (model=aaaa1111", "  limit=100)"]),
     ("a" * 40, ["a" * 40]),
 ])  # fmt: skip

@@ -65,9 +65,9 @@ def test_rows_come_in_blocks_with_their_numbers(tmp_path):
     table, numbers = paper.table(_layout())
     assert table.columns == ["method", "sparsity", "Easy (n=40)", "effective", "read"]
     assert table.body == [
-        ["Dense", "0", "75.0 ± 5.0", "0.432", "0.500"],
-        ["A", "0.5", "50.0 ± 5.0", "0.432", "0.500"],
-        ["B", "0.5", "45.0 ± 5.0", "0.432", "0.500"],
+        ["Dense", "0 %", "75.0 ± 5.0", "0.432", "0.500"],
+        ["A", "50 %", "50.0 ± 5.0", "0.432", "0.500"],
+        ["B", "50 %", "45.0 ± 5.0", "0.432", "0.500"],
     ]
     assert table.rules == {1}
     assert [(v.value, v.stderr, v.n) for v in numbers] == [(0.75, 0.05, 40), (0.5, 0.05, 40), (0.45, 0.05, 40)]
@@ -138,7 +138,7 @@ def test_reported_numbers_stand_apart_with_their_source(tmp_path):
     )  # fmt: skip
     paper = _paper(tmp_path, ("a", 20, {}))
     table, numbers = paper.table(_layout(rows=(A,), reported=known))
-    assert table.body[1:] == [["theirs [1]", "0.5", "66.6", "", ""], ["theirs too [1]", "0.5", "50.0", "", ""]]
+    assert table.body[1:] == [["theirs [1]", "50 %", "66.6", "", ""], ["theirs too [1]", "50 %", "50.0", "", ""]]
     assert len(numbers) == 1  # they are not ours
     assert "[1] reported, not ours: page 3." in table.note
 
@@ -338,7 +338,7 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
     words = ["paper", _file(tmp_path, tables=tables), "--model", saved_llama, "--data-dir", "data", "--output", "out"]
     done = command(*words)
     assert done.code == 0, done.err
-    assert done.out.count("done smoke_questions dart:remask.window=3 0.5") == 1  # in two tables, run once
+    assert done.out.count("done smoke_questions dart:remask.window=3 50 %") == 1  # in two tables, run once
     assert sorted(p.name for p in (tmp_path / "out" / "tables").iterdir()) == [
         "all.md", *(f"{n}.{e}" for n in ("one", "three", "two") for e in ("csv", "md", "tex")),
     ]  # fmt: skip

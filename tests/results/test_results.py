@@ -138,7 +138,7 @@ def test_markdown_shows_value_error_and_scope_in_aligned_columns():
     head, row = table_body(text)[:2]
     shown = dict(zip(head, row, strict=True))
     assert shown == {
-        "task": "arc_easy", "method": "dart", "sparsity": "0.5", "acc": "0.6251 ± 0.0123", "acc_norm": "0.5000",
+        "task": "arc_easy", "method": "dart", "sparsity": "50 %", "acc": "0.6251 ± 0.0123", "acc_norm": "0.5000",
         "n": "400", "effective": "0.432", "mask": "0.500", "read": "0.500", "scope": "scored",
     }  # fmt: skip
     lines = [line for line in text.split("### FLOPs")[0].splitlines() if line.startswith("|")]
@@ -170,7 +170,7 @@ def test_tex_escapes_percent_and_underscore():
     for special in "%_":
         assert f"\\{special}" in text
         assert special not in text.replace(f"\\{special}", "")
-    assert r"arc\_easy & dart & 0.5 & 0.6251 $\pm$ 0.0123 & 0.5000" in text
+    assert r"arc\_easy & dart & 50 \% & 0.6251 $\pm$ 0.0123 & 0.5000" in text
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 3
 
 

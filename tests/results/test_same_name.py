@@ -47,8 +47,8 @@ def test_a_method_is_not_held_against_another_models_dense(tmp_path):
 def test_each_model_is_compared_with_itself_and_named(tmp_path):
     found = compare_within("method", "dense", "griffin", [both(tmp_path)])
     assert [r.contrast for r in found.rows] == [
-        "dense (model=aaaa1111) vs griffin (model=aaaa1111) 0.5",
-        "dense (model=cccc3333) vs griffin (model=cccc3333) 0.5",
+        "dense (model=aaaa1111) vs griffin (model=aaaa1111) 50 %",
+        "dense (model=cccc3333) vs griffin (model=cccc3333) 50 %",
     ]
     assert [r.result.difference for r in found.rows] == [0, 0]
     assert not any("Several runs" in note for note in found.notes)
@@ -60,8 +60,8 @@ def test_two_revisions_of_the_hub_are_two_models(tmp_path):
     )
     found = compare_within("method", "dense", "griffin", [out])
     assert [r.contrast for r in found.rows] == [
-        "dense (model=beef0000) vs griffin (model=beef0000) 0.5",
-        "dense (model=f00d0000) vs griffin (model=f00d0000) 0.5",
+        "dense (model=beef0000) vs griffin (model=beef0000) 50 %",
+        "dense (model=f00d0000) vs griffin (model=f00d0000) 50 %",
     ]
 
 
@@ -70,7 +70,7 @@ def test_models_of_one_name_are_compared_by_the_first_digits_of_their_hash(tmp_p
     found = compare_within("model", "model@aaaa", "model@cccc3333", [out])
     assert [r.contrast for r in found.rows] == [
         "model dense (model=aaaa1111) vs model dense (model=cccc3333)",
-        "model griffin (model=aaaa1111) 0.5 vs model griffin (model=cccc3333) 0.5",
+        "model griffin (model=aaaa1111) 50 % vs model griffin (model=cccc3333) 50 %",
     ]
     assert [r.better for r in found.rows] == ["A", "A"]
     with pytest.raises(UserError, match=r"model stands for several models: model@aaaa1111, model@cccc3333"):
@@ -86,7 +86,7 @@ def test_two_folders_are_compared_model_against_model_and_it_is_said(tmp_path):
     a = save(tmp_path / "a", of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9))
     b = save(tmp_path / "b", of(NEW, "dense", 0.2, 1), of(NEW, "griffin", 0.2, 1))
     found = compare_folders(a, b)
-    assert [(r.contrast, r.better) for r in found.rows] == [("dense", "A"), ("griffin 0.5", "A")]
+    assert [(r.contrast, r.better) for r in found.rows] == [("dense", "A"), ("griffin 50 %", "A")]
     assert "A and B differ in model.weights (aaaa1111bbbb in A, cccc3333dddd in B)." in found.notes
 
 
@@ -95,7 +95,7 @@ def test_between_folders_the_same_weights_go_together_first(tmp_path):
     found = compare_folders(a, both(tmp_path / "b"))
     assert [r.result.difference for r in found.rows] == [0]
     (said,) = found.notes
-    assert said.startswith(f"Only in {tmp_path / 'b'}: arc under griffin at sparsity 0.5 of model@aaaa1111, ")
+    assert said.startswith(f"Only in {tmp_path / 'b'}: arc under griffin at 50 % of model@aaaa1111, ")
     assert said.count("model@cccc3333") == 2
 
 
@@ -124,7 +124,7 @@ def test_a_changed_model_is_held_against_the_baseline_and_said(tmp_path):
     then = outcomes.cells(save(tmp_path / "then", of(OLD, "dense", 0.9), of(OLD, "griffin", 0.9)))
     now = outcomes.cells(save(tmp_path / "now", of(NEW, "dense", 0.9), of(NEW, "griffin", 0.3)))
     report = check(now, then, Thresholds(), "b.json")
-    assert [(r.cell, r.verdict) for r in report.rows] == [("dense", "ok"), ("griffin 0.5", FELL)]
+    assert [(r.cell, r.verdict) for r in report.rows] == [("dense", "ok"), ("griffin 50 %", FELL)]
     assert "model.weights: aaaa1111bbbb then, cccc3333dddd now." in report.notes
 
 
@@ -149,11 +149,11 @@ def test_a_baseline_of_two_models_checks_each_against_itself(tmp_path):
     cells = outcomes.cells(both(tmp_path))
     report = check(cells, cells, Thresholds(), "b.json")
     assert {r.cell for r in report.rows} == {
-        "dense (model=aaaa1111)", "dense (model=cccc3333)", "griffin (model=aaaa1111) 0.5",
-        "griffin (model=cccc3333) 0.5",
+        "dense (model=aaaa1111)", "dense (model=cccc3333)", "griffin (model=aaaa1111) 50 %",
+        "griffin (model=cccc3333) 50 %",
     }  # fmt: skip
     assert all(r.verdict == "ok" and r.recovery == 1 for r in report.rows)
-    assert 'classname="griffin (model=cccc3333) 0.5"' in junit(report)
+    assert 'classname="griffin (model=cccc3333) 50 %"' in junit(report)
 
 
 def test_quality_of_dense_is_of_the_models_own_dense(tmp_path):

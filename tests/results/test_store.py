@@ -60,7 +60,7 @@ def test_a_cell_with_damaged_texts_is_not_finished_and_is_set_aside(tmp_path, da
     else:
         text = path.read_text()
         path.write_text(text[:-3] if damage == "cut" else text.replace("Why?", "How?"))
-    with pytest.raises(UserError, match=r"the texts of arc_easy under dart at sparsity 0.5 .* cannot be read"):
+    with pytest.raises(UserError, match=r"the texts of arc_easy under dart at 50 % .* cannot be read"):
         store.texts(saved)
     assert store.get("cell", "k1") is None
     assert store.get("other", "k2") is not None
@@ -101,7 +101,7 @@ def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, 
         text = path.read_text()
         path.write_text(text[:-3] if damage == "cut" else text.replace("1.0", "0.0"))
     assert store.get("cell", "k1") is None
-    with pytest.raises(UserError, match=r"samples of arc_easy under dart at sparsity 0.5 .* cannot be read"):
+    with pytest.raises(UserError, match=r"samples of arc_easy under dart at 50 % .* cannot be read"):
         store.samples(store.load()[0])
     moved = store.set_aside("cell", "k1")
     assert [p.name for p in moved] == ["cell-k1.json.damaged-1", "cell-k1.jsonl.damaged-1"][: 2 - (damage == "lost")]
