@@ -148,16 +148,16 @@ def summary(found: dict[str, Any]) -> str:
     kept, sizes = found["layers"]["kept"], found["layers"]["sizes"]
     shares = [k / n for k, n in zip(kept, sizes, strict=True)]
     lines = [
-        f"{found['method']} at {found['sparsity']:g}: {found['prompt_tokens']} tokens of prompt, then "
-        f"{len(found['tokens'])}{' of another topic' if found['switch'] else ''}; mean log-probability "
+        f"{found['method']} at sparsity {found['sparsity']:g}: a prompt of {found['prompt_tokens']} tokens, then "
+        f"{len(found['tokens'])}{' on another topic' if found['switch'] else ''}, whose mean log-probability is "
         f"{sum(found['logprobs']) / len(found['logprobs']):.3f}",
-        f"layers keep {min(shares):.0%} to {max(shares):.0%} of their neurons; {found['weights_read']:.1%} of the FFN "
-        f"weights are read, effective sparsity {found['effective_sparsity']:.3f}, state "
-        f"{found['state_bytes'] / 10**6:.2f} MB",
+        f"Layers keep {min(shares):.0%} to {max(shares):.0%} of their neurons; a pruned token reads "
+        f"{found['weights_read']:.1%} of the FFN weights. Effective sparsity: "
+        f"{found['effective_sparsity']:.3f}. State: {found['state_bytes'] / 10**6:.2f} MB",
     ]
     detector = found["detector"]
     if detector is None:
-        lines.append("no detector window was closed")
+        lines.append("The detector has closed no window")
     else:
         numbers = detector["signal"]
         mean = f"prompt mean {detector['mean']:.3f}, " if "mean" in detector else ""
@@ -165,16 +165,16 @@ def summary(found: dict[str, Any]) -> str:
         threshold = detector["threshold"]
         limit = "no threshold, the prompt has no full window" if threshold is None else f"threshold {threshold:.3f}"
         lines.append(
-            f"detector: {len(numbers)} windows of {detector['window']} tokens, cosine {min(numbers):.3f} to "
+            f"Detector: {len(numbers)} windows of {detector['window']} tokens, cosines from {min(numbers):.3f} to "
             f"{max(numbers):.3f} ({mean}{limit}); {len(detector['alarms'])} alarms{where}"
         )
     causes = [r["cause"] for r in found["remasks"]]
     if causes:
         overlaps = [sum(r["overlap"]) / len(r["overlap"]) for r in found["remasks"]]
         lines.append(
-            f"re-masked {len(causes)} times ({causes.count('alarm')} after alarms, {causes.count('steady')} "
+            f"Re-masked {len(causes)} times ({causes.count('alarm')} after alarms, {causes.count('steady')} "
             f"steady); a new mask shares {min(overlaps):.0%} to {max(overlaps):.0%} with the one before"
         )
     else:
-        lines.append("never re-masked")
+        lines.append("Never re-masked")
     return re.sub(r"\b1 (windows|alarms|times)", lambda m: f"1 {m[1][:-1]}", "\n".join(lines))

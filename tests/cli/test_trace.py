@@ -39,7 +39,7 @@ def test_a_given_text_is_fed_and_scored(tokenizer):
     assert sum(found["layers"]["kept"]) == 60
     assert all(len(r["overlap"]) == 3 for r in found["remasks"])
     text = tracing.summary(found)
-    assert "8 windows of 3 tokens" in text and "8 alarms after token 3, 6" in text and "re-masked 8 times" in text
+    assert "8 windows of 3 tokens" in text and "8 alarms after token 3, 6" in text and "Re-masked 8 times" in text
 
 
 def test_a_text_that_joins_the_prompt_is_fed_by_its_own_tokens(tokenizer):
@@ -67,7 +67,7 @@ def test_without_a_text_the_model_writes(tokenizer):
     model, found = traced(tokenizer, tracing.Passage(words(12)), spec="griffin", tokens=5)
     assert len(found["tokens"]) == 5
     assert found["detector"] is None and found["remasks"] == []
-    assert "never re-masked" in tracing.summary(found)
+    assert "Never re-masked" in tracing.summary(found)
     with torch.no_grad():
         out = model(torch.tensor([random_tokens(12)]), use_cache=True)
     assert found["tokens"][0] == tokenizer.decode([int(out.logits[0, -1].argmax())])
