@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli import complete
 from dart_eval.cli.view import put, save_text, show
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
@@ -29,7 +30,12 @@ Folders = Annotated[
     ),
 ]
 Methods = Annotated[
-    str | None, typer.Option(metavar="A,B", help="Compare the cells of method A with those of method B.")
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Compare the cells of method A with those of method B.",
+        autocompletion=complete.listed(complete.methods),
+    ),
 ]
 Sparsities = Annotated[
     str | None, typer.Option(metavar="A,B", help="Compare the cells at sparsity A with those at B; 0 is dense.")
@@ -44,17 +50,21 @@ Models = Annotated[
 ]
 Metric = Annotated[
     str,
-    typer.Option(help=r"Metrics, comma-separated, or all.  \[default: the main one of each task]", show_default=False),
+    typer.Option(
+        metavar="NAMES",
+        help=r"Compare in these metrics, comma-separated, or in all.  \[default: the main one of each task]",
+        show_default=False,
+    ),
 ]
 Format = Annotated[
     str | None,
     typer.Option(
-        help="md, csv or json.  "
-        r"\[default: that of --save's ending, else a table for the terminal and md for a pipe]",
-        autocompletion=lambda: list(FORMATS),
+        metavar="|".join(FORMATS),
+        help=r"Print in this form.  \[default: that of --save's ending, else a table; md in a pipe]",
+        autocompletion=complete.words(FORMATS),
     ),
 ]
-Save = Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")]
+Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")]
 By = Annotated[str | None, typer.Option(hidden=True)]
 Results = Annotated[list[Path] | None, typer.Option(hidden=True)]
 
