@@ -1,7 +1,8 @@
 """dart-eval: evaluation of dynamic FFN pruning of language models, without looking ahead.
 
-Python surface: `prune` (use a method while generating), `evaluate` (run cells), `methods` (what there is), `Pruner` (a
-method of your own parts), `UserError` (what is raised where the input is wrong). docs/python.md shows each.
+Python surface: `prune` (use a method while generating), `evaluate` (run cells), `records` and `samples` (results as
+data frames), `methods` (what there is), `Pruner` (a method of your own parts), `UserError` (what is raised where the
+input is wrong). docs/python.md shows each.
 """
 
 from importlib import import_module
@@ -11,18 +12,21 @@ from dart_eval.api import evaluate
 from dart_eval.errors import UserError
 
 if TYPE_CHECKING:
+    from dart_eval.frames import records, samples
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.prune import prune
     from dart_eval.pruning.registry import methods
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune"]
+__all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune", "records", "samples"]
 
-# These import torch and transformers, so they wait until somebody asks for them (`--help` does not).
+# These import torch, transformers or pandas, so they wait until somebody asks for them (`--help` does not).
 _LAZY = {
     "Pruner": "dart_eval.pruning.method",
     "methods": "dart_eval.pruning.registry",
     "prune": "dart_eval.pruning.prune",
+    "records": "dart_eval.frames",
+    "samples": "dart_eval.frames",
 }
 
 

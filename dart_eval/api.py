@@ -84,6 +84,7 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
     from dart_eval.config import config_from
     from dart_eval.executors.jobs import Silent
     from dart_eval.executors.tracking import tracked
+    from dart_eval.quiet import without_remarks
     from dart_eval.results.tables import rows
 
     model, tokenizer = given.pop("model", None), given.pop("tokenizer", None)
@@ -95,7 +96,7 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
         config = config_from(None, given)
         _check(config)
         ready = _ready(model, tokenizer)
-    with tracked(Silent(), config.log, config.log_project, config) as view:
+    with without_remarks(), tracked(Silent(), config.log, config.log_project, config) as view:
         if ready is None:
             result = executors.run_all([config], view)
         else:

@@ -50,6 +50,9 @@ def test_the_page_runs_as_printed(saved_llama, tmp_path, monkeypatch, capsys):
     assert said.count("\ngriffin:remask=drift:remask.window=8") == 3
     assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin?" in said
     assert names["rows"][0]["method"] == "griffin"
+    values = {(row["key"], row["metric"], row["value"]) for row in names["rows"]}
+    assert values < {*names["frame"][["key", "metric", "value"]].itertuples(index=False, name=None)}
+    assert len(names["documents"]) == 4 * names["frame"].key.nunique() and set(names["documents"].acc) <= {0.0, 1.0}
 
 
 def test_the_public_names_are_shown():
