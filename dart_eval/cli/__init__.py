@@ -22,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from dart_eval.cli import bench, check, compare, export, ls, options, paper, report, run, tables, trace, view
-from dart_eval.errors import RenamedWarning, UserError, remark
+from dart_eval.errors import RenamedWarning, UserError, nearest, remark
 
 app = typer.Typer(
     name="dart-eval",
@@ -105,7 +105,7 @@ def main() -> None:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     try:
-        app()
+        status = app(prog_name="dart-eval", standalone_mode=False)
     except UserError as error:
         errors.print(f"[red]error:[/red] {view.plain(str(error))}")
         sys.exit(2)
@@ -119,6 +119,25 @@ def main() -> None:
         if not isinstance(error, BrokenPipeError):
             raise
         _leave(0)  # `dart-eval tables out | head`
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer's errors have, whichever version
+            raise
+        if type(error).__name__ != "NoArgsIsHelpError":  # the help has been shown
+            errors.print(f"[red]error:[/red] {view.plain(str(_misused(error)))}")
+        sys.exit(2)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _misused(error: Any) -> UserError:
+    """An error of typer's parser in one line."""
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "dart-eval"
+    remedy = f"see {command} -h"
+    if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
+        options = [o for p in error.ctx.command.params if not p.hidden for o in p.opts if o.startswith("-")]
+        return UserError(f"there is no option {name} of {command}", (options and nearest(name, options)) or remedy)
+    said = error.format_message().rstrip(".")
+    return UserError(said[:1].lower() + said[1:], "" if said.endswith("?") else remedy)
 
 
 def _leave(status: int) -> None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 QUICK = """
 import sys
 from dart_eval import cli
-for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method", "grifin"], ["run", "--no-such"],
+for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method", "grifin"], ["run", "--sparsty", "0.5"],
               ["run", "--tasks", "helaswag"], ["run", "--tasks", "smoke", "--dtype", "flaot32"], ["ls", "tasks"],
               ["trace", "--method", "grifin"], ["bench", "decode", "--method", "grifin"], ["paper", "smok"],
               ["bench", "scoring", "--tasks", "helaswag"], ["ls", "tasks", "--all"],
@@ -43,7 +43,24 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     assert "unknown method 'grifin'; did you mean griffin?" in done.stderr
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
-    assert "No such option" in done.stderr
+    assert "error: there is no option --sparsty of dart-eval run; did you mean --sparsity, " in done.stderr
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["rnu"], "no such command 'rnu'. Did you mean 'run'?"),
+    (["run", "--seed"], "option '--seed' requires an argument; see dart-eval -h"),
+    (["run", "smoke"], "got unexpected extra argument(s) (smoke); see dart-eval run -h"),
+    (["check", "out"], "missing option '--baseline'; see dart-eval check -h"),
+    (["ls", "parts", "--foo"], "there is no option --foo of dart-eval ls parts; see dart-eval ls parts -h"),
+])  # fmt: skip
+def test_words_that_no_command_takes_are_answered_in_one_line(words, said):
+    done = command(*words)
+    assert (done.code, done.out, done.err) == (2, "", f"error: {said}\n")
+
+
+def test_without_words_the_help_is_shown():
+    assert "Commands" in command().out and command("-h").code == 0
 
 
 # -- help --------------------------------------------------------------------------------------------------------------
