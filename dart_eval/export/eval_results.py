@@ -36,7 +36,7 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
         if not metrics:
             found.append(Piece((), partial(_nothing, cell)))
         for metric in metrics:
-            name = safe(f"{metric.task}-{cell.title.replace(' at sparsity ', '-')}") + f"-{cell.record.key[:8]}"
+            name = safe(f"{metric.task}-{cell.named('-')}") + f"-{cell.record.key[:8]}"
             path = f"{safe(cell.model)}/.eval_results/{name}.yaml"
             dataset = of_task(metric.task, cell.leaves(), datasets)
             found.append(Piece((path,), partial(_made, path, cell, metric, dataset, source)))

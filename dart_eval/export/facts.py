@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from dart_eval.errors import UserError
+from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import ASKED, HOW, PRUNING, names
 from dart_eval.results.labels import specs
 from dart_eval.results.record import Record
@@ -59,7 +60,11 @@ class Facts:
     @property
     def title(self) -> str:
         """The pruner with its sparsity, in words for a person."""
-        return f"{self.pruner} at sparsity {self.sparsity:g}" if self.sparsity else self.pruner
+        return f"{self.pruner} at {percent(self.sparsity)}" if self.sparsity else self.pruner
+
+    def named(self, between: str) -> str:
+        """The pruner with its sparsity, for the name of a file or a model."""
+        return f"{self.pruner}{between}{self.sparsity:g}" if self.sparsity else self.pruner
 
     @property
     def moment(self) -> datetime | None:

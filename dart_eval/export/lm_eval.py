@@ -46,7 +46,7 @@ class Run:
     def model(self) -> str:
         """The model's name; where it was pruned, with the pruner."""
         cell = self.first
-        return f"{cell.model}@{cell.title.replace(' at sparsity ', '@')}" if cell.prunes else cell.model
+        return f"{cell.model}@{cell.named('@')}" if cell.prunes else cell.model
 
 
 def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset]) -> list[Piece]:

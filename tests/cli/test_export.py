@@ -250,7 +250,7 @@ def test_what_is_no_number_is_no_result(tmp_path):
     for i, record in enumerate(made):
         Store(tmp_path / "out").save(f"cell{i}", record)
     done, folder = _export(tmp_path / "out", "every-eval-ever")
-    assert "left out: arc_easy under dense at sparsity 0.5 has no number" in done.err
+    assert "left out: arc_easy under dense at 50 % has no number" in done.err
     ((_, log),) = _valid(folder)
     (result,) = log["evaluation_results"]
     assert result["score_details"] == {"score": 0.5, "uncertainty": {"num_samples": 3}}
