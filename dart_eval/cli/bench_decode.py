@@ -17,6 +17,7 @@ from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, write
+from dart_eval.results.format import sparsity as said
 from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
@@ -156,21 +157,43 @@ def decode(
         bench.check(one)
     spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
     subject = _subject(spec, shape, layers)
-    found: list[DecodeSpeed] = []
-    files = []
     sizes = {"prompt_tokens": prompt, "steps": steps, "rounds": rounds}
-    for one in methods:
-        found.append(
-            bench.measure(subject.model, one, sparsity, tokenizer=subject.tokenizer, compiled=compile, **sizes)
-        )
-        if output is not None:
-            files.append(kept.keep(output, _speed(found[-1], one, subject, compile, sizes)))
+    found, files = _measure(methods, sparsity, subject, compile, sizes, output)
     if profile is not None:
         _profile(profile, methods[-1], sparsity, subject, prompt)
     where = f"{subject.title}, {subject.hardware}" + (f", torch.compile ({compile})" if compile else "")
     _show(found, where, format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
+
+
+def _measure(
+    methods: list[Pruner], sparsity: float, subject: Subject, compiled: str | None, sizes: dict[str, int],
+    output: str | None,
+) -> tuple[list[DecodeSpeed], list[Path]]:  # fmt: skip
+    """Time every method, and keep each as soon as it is timed.
+
+    Args:
+        methods: those to time.
+        sparsity: of all of them.
+        subject: the model.
+        compiled: the mode of `torch.compile`.
+        sizes: tokens of the prompt, steps and rounds.
+        output: the folder of results; None keeps nothing.
+
+    Returns:
+        What was measured, and the files in which it is kept.
+    """
+    from dart_eval.bench import decode, kept
+
+    found, files = [], []
+    for method in methods:
+        found.append(
+            decode.measure(subject.model, method, sparsity, tokenizer=subject.tokenizer, compiled=compiled, **sizes)
+        )
+        if output is not None:
+            files.append(kept.keep(output, _speed(found[-1], method, subject, compiled, sizes)))
+    return found, files
 
 
 def _show(found: list[DecodeSpeed], where: str, format: str) -> None:
@@ -269,8 +292,8 @@ def speeds(found: list[DecodeSpeed], where: str) -> Table:
     foreign = [f.foreign_cores for f in found if f.foreign_cores is not None]
     busy = f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     note = (
-        f"{where}; sparsity {found[0].sparsity:g}, one sequence, {found[0].speedup.n} steps a method. Read: share of "
-        "the FFN weights that a token reads; in brackets the share that is multiplied, where each token chooses "
+        f"{where}; sparsity {said(found[0].sparsity)}, one sequence, {found[0].speedup.n} steps a method. Read: share "
+        "of the FFN weights that a token reads; in brackets the share that is multiplied, where each token chooses "
         "neurons of its mask. Speed-up: over dense, the median [quartiles] of neighbouring steps. Dense is a model of "
         "the same weights that prune() never touched, so that the FFN weights are there twice "
         f"({found[0].twin_bytes / 10**6:.0f} MB that no column counts). Ceiling: the most that the bytes of this model "

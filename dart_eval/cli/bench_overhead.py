@@ -10,6 +10,7 @@ import typer
 from dart_eval.cli import bench_options, complete, options
 from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output
+from dart_eval.results.format import sparsity as said
 from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def state(found: list[Overhead]) -> Table:
         for f in found
     ]
     note = (
-        f"Shape {found[0].shape}, sparsity {found[0].sparsity:g}. Megabytes (10^6 bytes) for each sequence, after "
+        f"Shape {found[0].shape}, sparsity {said(found[0].sparsity)}. Megabytes (10^6 bytes) for each sequence, after "
         "prompts of these lengths, and what they are for after the longest prompt. FFN inputs are bfloat16."
     )
     return Table("State", columns, body, note)

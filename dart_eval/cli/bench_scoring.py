@@ -14,6 +14,7 @@ from dart_eval.cli import bench_options, complete, options
 from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output, print_note
 from dart_eval.errors import UserError
+from dart_eval.results.format import sparsity as said
 from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def _run_methods(asked: Asked, spec: ModelSpec, methods: list[Pruner], sparsity:
     found = [row for name in names for row in measure(model, tokenizer, shelf, name, methods, sparsity, *sizes)]
     first = methods[0].spec
     body = [
-        [f.task, f.method, f"{f.sparsity:g}", f"{f.read:.3f}", f"{f.seconds:.2f}",
+        [f.task, f.method, said(f.sparsity), f"{f.read:.3f}", f"{f.seconds:.2f}",
          f"{f.ratio.median:.2f} [{f.ratio.low:.2f}, {f.ratio.high:.2f}]"]
         for f in found
     ]  # fmt: skip
