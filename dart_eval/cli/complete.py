@@ -16,6 +16,15 @@ def words(known: Iterable[str]) -> Complete:
     return complete
 
 
+def later(known: Callable[[], Iterable[str]]) -> Complete:
+    """Offers words that are looked up when a shell asks."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in known() if word.startswith(incomplete)]
+
+    return complete
+
+
 def listed(known: Callable[[str], Iterable[str]]) -> Complete:
     """Offers names for the last item of a comma-separated list.
 
@@ -35,6 +44,13 @@ def methods(_begun: str) -> Iterable[str]:
     from dart_eval.pruning.registry import methods as known
 
     return known()
+
+
+def slots() -> Iterable[str]:
+    """Slots that parts fit into."""
+    from dart_eval.pruning.registry import parts
+
+    return parts()
 
 
 def tasks(begun: str) -> Iterable[str]:

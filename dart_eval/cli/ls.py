@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli import complete, options
 from dart_eval.cli.view import listed, say
 from dart_eval.errors import UserError, nearest
 
@@ -16,7 +17,11 @@ app = typer.Typer(help="List methods, the parts that they are made of, or tasks.
 def methods(
     method: Annotated[
         str,
-        typer.Argument(help="A name, or a name with other parts: griffin:remask=drift.", metavar="METHOD"),
+        typer.Argument(
+            metavar="METHOD",
+            help="A name, or a name with other parts: griffin:remask=drift.",
+            autocompletion=complete.later(lambda: complete.methods("")),
+        ),
     ] = "",
 ) -> None:
     """Show every method in a line, or one method with all its parts and their fields.
@@ -47,7 +52,14 @@ def methods(
 
 @app.command("parts")
 def parts(
-    slot: Annotated[str, typer.Argument(help="Only the parts for this slot: score, mask, remask ...")] = "",
+    slot: Annotated[
+        str,
+        typer.Argument(
+            metavar="SLOT",
+            help="Show only the parts for this slot: score, mask, remask ...",
+            autocompletion=complete.later(complete.slots),
+        ),
+    ] = "",
 ) -> None:
     """Show every part that a method can be made of, slot by slot, with its fields."""
     from dart_eval.cli.describe import part_rows
@@ -64,17 +76,30 @@ def parts(
 
 @app.command("tasks")
 def tasks(
-    pattern: Annotated[str, typer.Argument(help="Only names that contain this text.")] = "",
-    every: Annotated[bool, typer.Option("--all", help="Also the thousands of lm-eval's own names.")] = False,
+    pattern: Annotated[str, typer.Argument(metavar="TEXT", help="Show only names that contain this text.")] = "",
+    every: Annotated[
+        bool, typer.Option("--all", metavar="", help="Show also the thousands of lm-eval's own names.")
+    ] = False,
+    include_path: options.IncludePath = None,
 ) -> None:
-    """Show names of tasks: this project's, the common ones, and with --all every task and group of lm-eval."""
+    """Show names of tasks: this project's, the common ones, and with --all every task and group of lm-eval.
+
+    [bold]Examples[/bold]
+
+      dart-eval ls tasks
+
+      dart-eval ls tasks arc
+
+      dart-eval ls tasks mine --include-path DIR
+    """
+    from dart_eval.config import checked
     from dart_eval.task_names import ALIASES, COMMON
     from dart_eval.task_names import names as known
 
     rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
     listed([row for row in rows if pattern in row[0]], least=16)
     if every or pattern:
-        names = sorted(known())
+        names = sorted(known(checked("include_path", include_path or ())))
         if pattern and not any(pattern in name for name in (*names, *ALIASES)):
             raise UserError(f"no task has {pattern!r} in its name", nearest(pattern, names))
         shown = set(ALIASES) | set(COMMON)

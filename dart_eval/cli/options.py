@@ -149,52 +149,107 @@ Plan = Annotated[
 # -- paper -----------------------------------------------------------------------------------------------------
 
 PaperName = Annotated[
-    str, typer.Argument(help="smoke (shipped data), ten (the paper's ten benchmarks and two summaries), or a file.")
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Make the tables of smoke (shipped data), ten (the paper's ten benchmarks, two summaries), or a file.",
+        autocompletion=_words("smoke", "ten"),
+    ),
 ]
 PaperLimit = Annotated[
     int | None,
     typer.Option(
-        metavar="N", help=r"Only the first N items of each task.  \[default: what the file says]", rich_help_panel=TASKS
+        metavar="N",
+        help=r"Ask only the first N items of each task.  \[default: what the file says]",
+        rich_help_panel=TASKS,
     ),
 ]
 PaperOutput = Annotated[
     str,
     typer.Option(
-        metavar="DIR", help="Folder of results; the tables come into its folder `tables`.", rich_help_panel=OUTPUT
+        metavar="DIR",
+        help="Write results to this folder, and the tables to its folder `tables`.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 
 # -- trace -----------------------------------------------------------------------------------------------------
 
-TraceText = Annotated[str | None, typer.Argument(help="The prompt; without it, a shipped two-topic document.")]
-TraceFile = Annotated[Path | None, typer.Option(help="The prompt is the text of this file.")]
-TraceThen = Annotated[
-    Path | None, typer.Option(help="Feed this file's text after the prompt; without it the model writes on.")
+PROMPT = "Prompt"
+TraceText = Annotated[
+    str | None, typer.Argument(metavar="TEXT", help="The prompt. Without it, a shipped two-topic document is.")
 ]
-TraceSmoke = Annotated[int, typer.Option(help="Number of the shipped two-topic document.")]
-TraceMethod = Annotated[str, typer.Option(help="A method, or one with other parts: griffin:remask=drift.")]
-TraceTokens = Annotated[int, typer.Option(help="Tokens after the prompt, at most.")]
-TraceOutput = Annotated[Path, typer.Option(help="JSON file to write; the picture goes beside it.")]
+TraceFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Take the prompt from this file.", rich_help_panel=PROMPT)
+]
+TraceThen = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Feed this file's text after the prompt. Without it the model writes on.",
+        rich_help_panel=PROMPT,
+    ),
+]
+TraceSmoke = Annotated[
+    int,
+    typer.Option(metavar="N", help="Take the shipped two-topic document of this number.", rich_help_panel=PROMPT),
+]
+TraceTokens = Annotated[
+    int, typer.Option(metavar="N", help="Stop after so many tokens behind the prompt.", rich_help_panel=PROMPT)
+]
+TraceMethod = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Run this method: a name, or a name with other parts, such as griffin:remask=drift.",
+        rich_help_panel=PRUNING,
+        autocompletion=complete.later(lambda: complete.methods("")),
+    ),
+]
+TraceOutput = Annotated[
+    Path,
+    typer.Option(metavar="FILE", help="Write JSON to this file; the picture goes beside it.", rich_help_panel=OUTPUT),
+]
 TracePlot = Annotated[
-    Path | None, typer.Option(help=r"Picture to write: png, svg or pdf.  \[default: --output with .png]")
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help=r"Draw the picture into this file: png, svg or pdf.  \[default: --output with .png]",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 TraceSaveAllocation = Annotated[
-    Path | None, typer.Option(help="Also save the densities of this prompt's layers, for allocation=table:FILE.")
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Save also the densities of this prompt's layers, for allocation=table:FILE.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 # -- check -----------------------------------------------------------------------------------------------------
 
-CheckResults = Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")]
-CheckBaseline = Annotated[Path, typer.Option(help="Baseline file, or a folder of earlier results.")]
-CheckThresholds = Annotated[Path | None, typer.Option(help="YAML: recovery, of_dense, alpha, tasks.")]
+CheckResults = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `dart-eval run --output` wrote.")]
+CheckBaseline = Annotated[
+    Path, typer.Option(metavar="FILE", help="Hold the results against this baseline, or a folder of earlier results.")
+]
+CheckThresholds = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks."),
+]
 CheckUpdate = Annotated[
-    bool, typer.Option("--update", metavar="", help="Write the baseline file from the results; checks nothing.")
+    bool, typer.Option("--update", metavar="", help="Write the baseline from the results. Nothing is checked.")
 ]
 CheckEvery = Annotated[bool, typer.Option("--all", metavar="", help="Show also the rows that are ok.")]
 CheckGithub = Annotated[
-    bool, typer.Option("--github", metavar="", help="Annotations and job summary for GitHub Actions.")
+    bool, typer.Option("--github", metavar="", help="Write annotations and a job summary for GitHub Actions.")
 ]
-CheckJunit = Annotated[Path | None, typer.Option(help="Write a JUnit report to this file.")]
+CheckJunit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JUnit report to this file.")]
 CheckFormat = Annotated[
-    str | None, typer.Option(help="md or json; without it, a table for the terminal (md in a pipe).")
+    str | None,
+    typer.Option(
+        metavar="md|json",
+        help="Print in this format. Without it a terminal gets a table, and a pipe md.",
+        autocompletion=_words("md", "json"),
+    ),
 ]

@@ -44,9 +44,9 @@ def paper(
 
     \b
     dart-eval paper smoke --limit 8
-    dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16 --device cuda
+    dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16
     dart-eval paper mine.yaml --data-dir DIR --output mine
-    dart-eval paper ten --model meta-llama/Llama-3.1-8B --dtype bfloat16 --executor ray --ray-address auto
+    dart-eval paper ten --model meta-llama/Llama-3.1-8B --executor ray
     """
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     hush(verbose)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dart_eval.cli import complete
 from dart_eval.cli.view import put, save_text
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
@@ -15,25 +16,39 @@ from dart_eval.results import tables as made
 from dart_eval.results.store import Store
 
 
+def _views() -> tuple[str, ...]:
+    from dart_eval.cli.views import VIEWS
+
+    return VIEWS
+
+
 def tables(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
     format: Annotated[
         str | None,
         typer.Option(
-            help="md, csv, tex or json; without it, that of --save's ending, or tables for the terminal (md in a pipe)."
+            metavar="FORMAT",
+            help="Print md, csv, tex or json. Without it the ending of --save says which; on a terminal tables are "
+            "drawn, and a pipe gets md.",
+            autocompletion=complete.words(made.FORMATS),
         ),
     ] = None,
     view: Annotated[
         str,
         typer.Option(
-            help="board; long: every metric with n; flops; memory; detector: drift and false alarms; frontier: how "
-            "far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever the view."
+            metavar="NAME",
+            autocompletion=complete.later(_views),
+            help="Show this view. board; long: every metric with n; flops; memory; detector: drift and false alarms; "
+            "frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever the view.",
         ),
     ] = "board",
     subtasks: Annotated[
-        bool, typer.Option("--subtasks", help="Also the members of groups, e.g. mmlu's subjects.")
+        bool,
+        typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects."),
     ] = False,
-    save: Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")
+    ] = None,
 ) -> None:
     """Print the board of a folder of results: one row a method and sparsity, best first, or the long tables behind it.
 
