@@ -22,9 +22,9 @@ def report(
         int, typer.Option(help="Documents of each task to look through; 0 leaves them out.", min=0)
     ] = 50,
 ) -> None:
-    """Write one self-contained HTML page: findings, charts, cost, memory, drift, all numbers, documents side by side.
+    """Write one HTML page: the board, charts, costs, drift, every method's answers side by side, and all numbers.
 
-    The page opens without a network, in any browser, and can be sent as it is.
+    The page is one file. It opens without a network, in any browser, and can be sent as it is.
 
     [bold]Examples[/bold]
 

@@ -19,7 +19,7 @@ Column = tuple[str, Callable[[Row], str]]
 
 def lines(board: Board, width: int) -> list[str]:
     """The board in lines of at most `width` characters where that can be, a level of read after the other."""
-    columns = _columns(board)
+    columns = columns_of(board)
     room = width
     for dropped in ("overhead", "extra"):  # the long tables have them
         if _width(board, columns) <= room:
@@ -27,20 +27,21 @@ def lines(board: Board, width: int) -> list[str]:
         columns = [c for c in columns if c[0] != dropped]
     longest = max(len(_name(row)) for level in board.levels for row in level.rows)
     names = max(NARROWEST, min(longest, longest - (_width(board, columns) - room)))
-    text = [f"Model {board.model}" + _tasks_note(board)]
+    text = [f"Model {board.model}" + tasks_note(board)]
     heads = [head for head, _ in columns]
     cells = {row.keys: [value(row) for _, value in columns] for level in board.levels for row in level.rows}
     widths = [max(len(head), *(len(line[i]) for line in cells.values())) for i, head in enumerate(heads)]
     widths[0] = min(widths[0], names)
     text += ["", _line(heads, widths)]
     for level in board.levels:
-        text.append(f"{_level(level.rows)} ".ljust(sum(widths) + 2 * len(widths) - 2, "─"))
+        text.append(f"{level_name(level.rows)} ".ljust(sum(widths) + 2 * len(widths) - 2, "─"))
         for row in level.rows:
             text += _row_lines(cells[row.keys], widths)
     return [printable(line) for line in [*text, "", *legend(board, columns)]]
 
 
-def _columns(board: Board) -> list[Column]:
+def columns_of(board: Board) -> list[Column]:
+    """Heads, and what stands under them for a row: the method first."""
     rows = [row for level in board.levels for row in level.rows]
     found: list[Column] = [("method", _name), *_quality(board)]
     if any(row.recovery for row in rows):
@@ -91,7 +92,7 @@ def _recovery(row: Row) -> str:
     )
 
 
-def _level(rows: Sequence[Row]) -> str:
+def level_name(rows: Sequence[Row]) -> str:
     """`sparsity 70 %, read 0.30`."""
     known = {row.sparsity for row in rows if row.sparsity is not None}
     reads = sorted({share(row.read) for row in rows})
@@ -125,7 +126,7 @@ def _width(board: Board, columns: Sequence[Column]) -> int:
     return sum(max(len(head), *(len(value(row)) for row in rows)) + 2 for head, value in columns) - 2
 
 
-def _tasks_note(board: Board) -> str:
+def tasks_note(board: Board) -> str:
     """Which number of each task is shown: said once."""
     by_metric: dict[str, list[str]] = {}
     for task, metric in board.columns.items():
@@ -165,7 +166,7 @@ def table(board: Board) -> Table:
         ("method", lambda row: row.label),
         ("sparsity", lambda row: "-" if row.sparsity is None else sparsity(row.sparsity)),
         ("read", lambda row: share(row.read)),
-        *_columns(board)[1:],
+        *columns_of(board)[1:],
         ("", lambda row: row.mark or ("" if row.kind == "pruned" else row.kind)),
     ]  # fmt: skip
     body: list[list[str]] = []

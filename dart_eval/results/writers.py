@@ -26,6 +26,11 @@ class Table:
     bold: frozenset[tuple[int, int]] = frozenset()
     rules: frozenset[int] = frozenset()
 
+    @property
+    def numbers(self) -> list[bool]:
+        """Of each column whether it holds nothing but numbers and gaps: it is set right."""
+        return [all(not row[j] or row[j][0] in "-+.0123456789<" for row in self.body) for j in range(len(self.columns))]
+
 
 def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null instead."""
@@ -92,11 +97,7 @@ def latex(table: Table) -> str:
         made = made.replace("--", "-{}-")  # no dash: options are quoted here
         return rf"\textbf{{{made}}}" if bold else made
 
-    # A column is set right if it holds nothing but numbers and gaps.
-    numbers = [
-        all(not row[j] or row[j][0] in "-+.0123456789<" for row in table.body) for j in range(len(table.columns))
-    ]
-    sides = "".join("r" if number else "l" for number in numbers)
+    sides = "".join("r" if number else "l" for number in table.numbers)
     lines = []
     for i, row in enumerate(table.body):
         if i in table.rules:

@@ -25,24 +25,31 @@ def texts(task, n, choices=None, prompt="Question {}?", target=1):
             for i in range(n)]  # fmt: skip
 
 
-DRIFT = {"window": 10, "threshold": 0.7, "signal": [0.9, 0.8, 0.6, 0.65, 0.9], "remasks": [40]}
+DRIFT = {"window": 10, "threshold": 0.7, "signal": [0.9, 0.8, 0.6, 0.65, 0.9], "alarms": [40], "remasks": [40]}
 
 
 METHODS = ("dense", 0.0), ("griffin", 0.5), ("griffin", 0.7), ("dart", 0.5), ("dart", 0.7)
 FEW = ("dense", 0.0), ("dart", 0.5)  # where what is said of methods is not the point
 
 
+RIGHT = {("dense", 0.0): 6, ("griffin", 0.5): 4, ("griffin", 0.7): 2, ("dart", 0.5): 5, ("dart", 0.7): 3}  # of 8
+
+
 def folder(path, hostile="", methods=METHODS):
     """A choice task, a summary and a perplexity, with texts and drift; `hostile` is put into all names."""
     store = Store(path)
-    questions = texts("arc_easy", 3, [f" one{hostile}", " two", " three"], "Question {}?" + hostile)
+    questions = texts("arc_easy", 8, [f" one{hostile}", " two", " three"], "Question {}?" + hostile)
     stories = texts("xsum", 3, None, "Text {}" + hostile, f"The reference {hostile}")
     for method, s in methods:
-        shift = 2.5 if method == "dart" else 0.0
-        asked = [choice(i, [-1.0 - i - shift, -2.0, -3.0], 1) for i in range(3)]
+        right = RIGHT[method, s]
+        asked = [choice(i, [-3.5 if i < right else -1.0, -2.0, -3.0], 1) for i in range(8)]
+        accuracy = [
+            Metric("arc_easy", "acc", right / 8, 0.17, 8, True),
+            Metric("arc_easy", "acc_norm", 0.5, None, 8, True),
+        ]
         name = method if method == "dense" else method + hostile
         model = "tiny" + hostile
-        store.save(f"a{method}{s}", cell(name, s, model=model, samples=asked), questions)
+        store.save(f"a{method}{s}", cell(name, s, metrics=accuracy, model=model, samples=asked), questions)
         summaries = [written(i, f"{method} wrote {i} {hostile}", **({"drift": DRIFT} if method == "dart" else {}))
                      for i in range(3)]  # fmt: skip
         quality = [Metric("xsum", "rougeL", 0.2 - 0.1 * s, 0.01, 50, True), Metric("xsum", "empty", 0, 0, 50, None)]
@@ -56,7 +63,7 @@ def folder(path, hostile="", methods=METHODS):
 class Checked(HTMLParser):
     """Every element that is opened is closed; ids and texts are kept."""
 
-    VOID = {"meta", "link", "input", "br", "img"}  # noqa: RUF012
+    VOID = {"meta", "link", "input", "br", "img", "wbr"}  # noqa: RUF012
 
     def __init__(self, html):
         super().__init__()

@@ -131,6 +131,15 @@ def test_what_is_missing_is_said(tmp_path):
     assert "recovery" not in text.splitlines()[2] and "griffin" in text
 
 
+def test_cells_with_other_prompts_are_not_held_against_each_other(tmp_path):
+    other = choices(0.5)
+    other.samples[3]["prompt_hash"] = "another"
+    made = board_of(tmp_path, choices(0.8, method="dense"), other)
+    assert made.levels[1].rows[0].recovery is None
+    (note,) = made.notes
+    assert note.startswith("Without a recovery: arc ") and "1 of 200 prompts differ" in note
+
+
 def test_of_two_runs_of_one_cell_the_last_counts(tmp_path):
     old = choices(0.2, created="2026-01-01", code="old")
     new = choices(0.6, created="2026-02-01", code="new")

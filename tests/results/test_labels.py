@@ -58,12 +58,11 @@ def test_data_keeps_method_and_parameters_beside_the_label(out):
         assert params == {"allocation": "uniform"}
 
 
-def test_the_report_says_it_in_its_head_its_findings_and_its_tables(out):
-    html = build(Store(out)).html
-    assert f"{UNIFORM}, dense and griffin" in html
-    assert f"{UNIFORM} against dense:" in html
-    assert f'<th scope="row">{UNIFORM}</th>' in html
-    assert f'<td class="model">{UNIFORM}</td>' in html
+def test_the_report_says_it_on_its_board_in_its_legends_and_its_tables(out):
+    html = build(Store(out)).html.replace("<wbr>", "")
+    assert f'<th scope="row">* {UNIFORM}</th>' in html
+    assert f"</span> {UNIFORM}</li>" in html
+    assert html.count(f"<td>{UNIFORM}</td>") == 5  # frontier, costs, and three long tables
 
 
 def test_comparisons_say_it(out, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -12,8 +13,6 @@ from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.pairing import counterparts
 from dart_eval.results.paper_tables import Paper
 from dart_eval.results.report import build
-from dart_eval.results.report.cells import Cells
-from dart_eval.results.report.quality import against_cost
 from dart_eval.results.store import Store
 from dart_eval.results.tables import tables
 from dart_eval.results.thresholds import Limits, Thresholds
@@ -171,13 +170,12 @@ def test_tables_tell_them_apart(tmp_path):
     assert methods == {f"{m} (model={h[:8]})" for m in ("dense", "griffin") for h in (OLD, NEW)}
 
 
-def test_a_report_holds_each_against_its_own_dense_and_says_that_there_are_two(tmp_path):
+def test_a_report_has_a_board_of_each_which_is_held_against_its_own_dense(tmp_path):
     html = build(Store(both(tmp_path))).html
-    assert "The name model stands for different weights (model@aaaa1111 and model@cccc3333)." in html
-    assert "griffin (model=aaaa1111) against dense (model=aaaa1111):" in html
-    assert "griffin (model=aaaa1111) against dense (model=cccc3333):" not in html
-    alone = Cells.of([of(OLD, "griffin", 0.9), of(NEW, "dense", 0.2)])
-    assert against_cost(alone, "model") == []
+    boards = re.findall(r"<h3>(model@\w+)</h3>.*?</table>", html, re.DOTALL)
+    assert boards[:2] == ["model@aaaa1111", "model@cccc3333"]
+    assert html.count('<td class="n">100 %</td>') == 4  # griffin is as good as its own dense
+    assert "Pruning evaluation of model@aaaa1111 and model@cccc3333" in html
 
 
 def test_a_papers_tables_are_of_one_model(tmp_path):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
-from dart_eval.results.report import charts, cost, head, page, quality, rows
-from dart_eval.results.report.cells import Cells
-from dart_eval.results.report.samples import Samples
-from dart_eval.results.report.text import listed
+from dart_eval.bench import kept
+from dart_eval.errors import UserError
+from dart_eval.results import board_text, detector, frontier, tables
+from dart_eval.results.board import Board, boards
+from dart_eval.results.report import charts, head, page, quality
+from dart_eval.results.report.cells import Cell, cells_of, looks
+from dart_eval.results.report.drift import Drift
+from dart_eval.results.report.explorer import Explorer
 from dart_eval.results.store import Store
+from dart_eval.results.writers import Table
 
 
 @dataclass(frozen=True)
@@ -36,68 +41,73 @@ def build(store: Store, title: str | None = None, documents: int = 50) -> Report
     """
     found = store.scan()
     found.tell()
-    cells = Cells.of(found.records)
-    samples = Samples(store, cells, documents)
-    drawn = _Drawn()
-    data = samples.explorer.data()
-    models = [_model(cells, model, samples.chance, drawn) for model in cells.models]
-    table = rows.body(cells)
+    made = boards(store, found.records, kept.read(store.folder))
+    cells = cells_of(made, found.records)
+    known = looks(cells)
+    drift, explorer = Drift(known), Explorer(cells, documents)
+    untold: dict[str, list[str]] = {"Samples": [], "Prompts": []}
+    chance = _read(store, cells, drift, explorer, untold)
+    records = [c.record for c in cells]
     context = {
-        "title": title or f"Pruning evaluation of {listed(cells.models, 4)}",
-        "facts": head.facts(cells), "warnings": [*head.warnings(cells), *head.unread(list(found.unread), samples)],
-        "findings": samples.findings.made(),
-        "cells": len(cells.records), "models": models, "several_models": len(models) > 1,
-        "styles": cells.styles, "key": drawn.key,
-        "has_dense": len(cells.pruned) < len(cells.records), "has_pruned": bool(cells.pruned),
-        "has_chance": bool(samples.chance), "executions": sorted({str(r.inputs.get("execution"))
-                                                                  for r in cells.records}),
-        "ceilings": cost.ceilings(cells), "memory": cost.memory(cells),
-        "traces": [drawn.trace(t) for t in samples.drift.traces],
-        "trace_styles": {t.style for t in samples.drift.traces}, "drift": samples.drift,
-        "columns": rows.columns(cells), "rows": table, "members": sum(r.member for r in table),
-        "commands": any(r.command for r in table), "explorer": samples.explorer, "documents": sum(
-            len(t["documents"]) for t in data["tasks"]),
+        "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
+        "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold),
+        "models": [_model(board, cells, known, chance) for board in made],
+        "keys": {label: charts.key(number) for label, number in known.items()}, "chance": bool(chance),
+        "number": itertools.count().__next__, "drift": drift.table(), "traces": drift.charts(),
+        "traced": drift.documents, "detectors": detector.tables(store, records),
+        "explorer": explorer, "tasks": explorer.tasks(), "numbers": [*tables.tables(records), *_commands(cells)],
+        "cells": len(found.records),
     }  # fmt: skip
-    html = page.render(context, data if data["tasks"] else None)
-    return Report(html, len(cells.records), samples.explorer.samples)
+    return Report(page.render(context), len(found.records), explorer.samples)
 
 
-def _model(cells: Cells, name: str, chance: dict[str, float], drawn: _Drawn) -> dict[str, Any]:
-    """The charts of one model, each group with the series that its legend needs."""
-    groups = quality.against_sparsity(cells, name, chance)
-    costs = quality.against_cost(cells, name)
+def _read(
+    store: Store, cells: Sequence[Cell], drift: Drift, explorer: Explorer, untold: Mapping[str, list[str]]
+) -> dict[str, float]:
+    """Go through the samples of all cells, one cell at a time; returns the accuracy under guessing of each task."""
+    guesses: dict[str, dict[tuple[str, int], float]] = {}
+    for cell in cells:
+        texts: dict[tuple[str, int], dict[str, Any]] = {}
+        try:
+            samples = store.samples(cell.record)
+        except UserError:
+            untold["Samples"].append(cell.place)
+            continue
+        try:
+            texts = store.texts(cell.record)
+        except UserError:
+            untold["Prompts"].append(cell.place)
+        drift.add(cell, samples)
+        if explorer.kept:
+            explorer.add(cell, samples, texts)
+        for s in samples:
+            if len(s["responses"]) > 1 and "acc" in s["metrics"]:
+                for task in (s["task"], str(cell.record.inputs["task"])):  # a group's too
+                    guesses.setdefault(task, {})[s["task"], s["doc_id"]] = 1 / len(s["responses"])
+    return {task: sum(shares.values()) / len(shares) for task, shares in guesses.items()}
+
+
+def _model(
+    board: Board, cells: Sequence[Cell], known: Mapping[str, int], chance: Mapping[str, float]
+) -> dict[str, Any]:
+    """What the page shows of one model."""
+    own = [c for c in cells if c.board is board]
+    columns = board_text.columns_of(board)
+    levels = [
+        (board_text.level_name(level.rows), [(row, [value(row) for _, value in columns]) for row in level.rows])
+        for level in board.levels
+    ]
+    curve = quality.frontier_chart(board, known)
     return {
-        "name": name,
-        "groups": [
-            {"title": g.title, "kinds": g.kinds, "styles": g.styles, "charts": [drawn.sparsity(p) for p in g.panels]}
-            for g in groups
-        ],
-        "costs": [drawn.cost(p) for p in costs],
-        "cost_styles": {line.style for p in costs for line in p.lines},
-    }
+        "name": board.model, "about": board_text.tasks_note(board), "heads": [name for name, _ in columns],
+        "levels": levels, "verdicts": [level.verdict for level in board.levels if level.verdict],
+        "legend": board_text.legend(board, columns)[-1],
+        "frontier": curve and (curve, frontier.tables([board])[0]),
+        "charts": quality.against(own, known, chance), "costs": quality.costs(board, own),
+    }  # fmt: skip
 
 
-class _Drawn:
-    """Draws charts, and gives each the prefix that keeps its ids its own."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def sparsity(self, panel: quality.Panel) -> dict[str, Any]:
-        return self._figure(panel, charts.against_sparsity(panel.lines, panel.levels, panel.log, self._prefix()))
-
-    def cost(self, panel: quality.Panel) -> dict[str, Any]:
-        return self._figure(panel, charts.cost_quality(panel.lines, panel.tops, self._prefix()))
-
-    def trace(self, t: Any) -> dict[str, Any]:
-        return self._figure(t, charts.trace(t.signal, t.window, t.threshold, t.remasks, t.style, self._prefix()))
-
-    def key(self, style: int | None, kind: str = "line") -> Markup:
-        return Markup(charts.key(style, kind, self._prefix()))
-
-    def _prefix(self) -> str:
-        self._count += 1
-        return f"c{self._count}"
-
-    def _figure(self, panel: Any, svg: str) -> dict[str, Any]:
-        return {"title": panel.title, "note": panel.note, "words": panel.words, "svg": Markup(svg)}
+def _commands(cells: Sequence[Cell]) -> list[Table]:
+    """The commands that make the cells again, where they are known."""
+    body = [[c.place, str(command)] for c in cells if (command := c.record.settings.get("command"))]
+    return [Table("Commands", ["cell", "command"], body, "Each makes its cell again.")] if body else []

@@ -1,94 +1,79 @@
-"""What the drift detectors saw: a summary per cell, and a few documents to look at."""
+"""What the drift detectors saw: a summary of each cell, and a few documents to look at."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from dart_eval.results.record import Record
-from dart_eval.results.report.cells import Cells
-from dart_eval.results.report.text import finite, percent, several
+from dart_eval.results.report.cells import Cell, finite
+from dart_eval.results.report.charts import Chart, trace
+from dart_eval.results.report.head import listed
+from dart_eval.results.writers import Table
 
 TRACES = 6  # documents drawn
 PER_CELL = 2  # of them from one cell at most
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One document's signal."""
-
-    title: str
-    note: str
-    words: str
-    style: int
-    signal: list[float | None]
-    window: int
-    threshold: float | None
-    remasks: list[float]
+HEADS = ["task", "method", "documents traced", "windows", "below threshold", "alarms", "re-masks", "per 1000 tokens"]
+NOTE = (
+    "A document has a trace where a window was full after its mask was made. Re-masks are those of all tokens of the "
+    "cell. After a re-mask a detector may compare with newer windows: a jump there is no sign of better answers."
+)
 
 
 class Drift:
-    """Collects traces as the cells' samples go by.
+    """Collects traces as the cells' samples go by; `documents` counts those that were traced."""
 
-    Attributes:
-        rows: one summary per cell that has traces.
-        documents: traced documents of all cells.
-    """
-
-    def __init__(self, cells: Cells) -> None:
-        self._cells = cells
-        self.rows: list[dict[str, str]] = []
+    def __init__(self, looks: Mapping[str, int]) -> None:
+        self._looks = looks
         self.documents = 0
-        self._candidates: list[Trace] = []
+        self._rows: list[list[str]] = []
+        self._charts: list[tuple[int, int, Chart]] = []
 
-    def add(self, record: Record, samples: list[dict[str, Any]]) -> None:
+    def add(self, cell: Cell, samples: list[dict[str, Any]]) -> None:
         """Look at one cell."""
-        traced = [s for s in samples if _usable(s.get("drift"))]
+        traced = [s for s in samples if isinstance(d := s.get("drift"), dict) and d["signal"] and d["window"] > 0]
         if not traced:
             return
-        windows = below = 0
+        record = cell.record
+        windows = below = alarms = 0
         for s in traced:
-            threshold = s["drift"].get("threshold")
             signal = [x for x in s["drift"]["signal"] if finite(x)]
             windows += len(signal)
-            below += sum(x < threshold for x in signal) if finite(threshold) else 0
+            below += sum(x < t for x in signal) if finite(t := s["drift"].get("threshold")) else 0
+            alarms += len(s["drift"].get("alarms") or [])
         self.documents += len(traced)
-        rate = 1000 * record.remasks / record.tokens if record.tokens else 0.0
-        self.rows.append({
-            "model": record.inputs["model"]["name"], "task": str(record.inputs["task"]),
-            "name": self._cells.name(record), "traced": f"{len(traced)} of {len(samples)}", "windows": str(windows),
-            "below": percent(below / windows, 1) if windows else "-", "remasks": str(record.remasks),
-            "rate": f"{rate:.2f}",
-        })  # fmt: skip
+        self._rows.append([
+            str(record.inputs["task"]), cell.name, f"{len(traced)} of {len(samples)}", str(windows),
+            f"{100 * below / windows:.1f} %" if windows else "-", str(alarms), str(record.remasks),
+            f"{1000 * record.remasks / record.tokens:.2f}" if record.tokens else "-",
+        ])  # fmt: skip
         traced.sort(key=lambda s: (-len(s["drift"].get("remasks") or []), -len(s["drift"]["signal"]), s["doc_id"]))
-        self._candidates += [self._trace(record, s) for s in traced[:PER_CELL] if len(s["drift"]["signal"]) > 1]
+        for s in traced[:PER_CELL]:
+            if len(s["drift"]["signal"]) > 1:
+                remasks = len(s["drift"].get("remasks") or [])
+                self._charts.append((-remasks, -len(s["drift"]["signal"]), self._chart(cell, s)))
 
-    @property
-    def traces(self) -> list[Trace]:
+    def table(self) -> Table | None:
+        """The summary; None where no detector ran."""
+        return Table("Drift", HEADS, self._rows, NOTE) if self._rows else None
+
+    def charts(self) -> list[Chart]:
         """The documents to draw: those with most re-masks, then most windows."""
-        chosen = sorted(enumerate(self._candidates), key=lambda c: (-len(c[1].remasks), -len(c[1].signal), c[0]))
-        return [trace for _, trace in sorted(chosen[:TRACES])]
+        chosen = sorted(enumerate(self._charts), key=lambda c: (*c[1][:2], c[0]))[:TRACES]
+        return [chart for _, (_, _, chart) in sorted(chosen, key=lambda c: c[0])]
 
-    def _trace(self, record: Record, s: dict[str, Any]) -> Trace:
-        drift = s["drift"]
-        signal = [x if finite(x) else None for x in drift["signal"]]
-        remasks = [x for x in drift.get("remasks") or [] if finite(x)]
-        threshold = drift.get("threshold")
-        numbers = [x for x in signal if x is not None]
-        words = f"{several(len(signal), 'window')} of {drift['window']} tokens"
-        if numbers:
-            words += f", cosine {min(numbers):.3f} to {max(numbers):.3f}"
-        if finite(threshold):
-            words += f", threshold {threshold:.3f}, {sum(x < threshold for x in numbers)} below it"
-        words += f", re-masked at token {', '.join(f'{x:g}' for x in remasks)}" if remasks else ", no re-mask"
-        model = f"{record.inputs['model']['name']}, " if len(self._cells.models) > 1 else ""
-        return Trace(
-            f"{s['task']}, document {s['doc_id']}",
-            f"{model}{self._cells.name(record)}; {several(len(remasks), 're-mask')}",
-            words, self._cells.styles.get(self._cells.labels[record.key], 0), signal, int(drift["window"]),
-            threshold if finite(threshold) else None, remasks,
+    def _chart(self, cell: Cell, sample: dict[str, Any]) -> Chart:
+        drift = sample["drift"]
+        signal = [x if finite(x) else math.nan for x in drift["signal"]]
+        alarms, remasks = ([x for x in drift.get(n) or [] if finite(x)] for n in ("alarms", "remasks"))
+        threshold = t if finite(t := drift.get("threshold")) else None
+        words = f"{len(signal)} windows of {drift['window']} tokens"
+        if threshold is not None:
+            words += f", {sum(x < threshold for x in signal)} of them below the threshold {threshold:.3f}"
+        said = [listed([f"{x:g}" for x in tokens]) or "none" for tokens in (alarms, remasks)]
+        words += f"; tokens with alarms: {said[0]}, with re-masks: {said[1]}"
+        look = self._looks.get(cell.row.label, 0)
+        return Chart(
+            f"{sample['task']}, document {sample['doc_id']}", cell.name, words,
+            lambda axes: trace(axes, signal, drift["window"], threshold, alarms, remasks, look),
         )  # fmt: skip
-
-
-def _usable(drift: Any) -> bool:
-    return isinstance(drift, dict) and bool(drift.get("signal")) and finite(drift.get("window"))

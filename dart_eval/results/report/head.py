@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from dart_eval.results import metrics
+from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import model_of
-from dart_eval.results.report.cells import Cells, main_metrics, unique
-from dart_eval.results.report.samples import Samples
-from dart_eval.results.report.text import finite, listed, number, several, sparsity
+from dart_eval.results.report.cells import Cell, finite
 from dart_eval.results.tables import cut_prompts
 
 FEW = 100  # documents below which an interval is wide enough to say so
@@ -17,32 +18,24 @@ DIFFERENCES = {  # settings that a reader would not expect to differ inside a re
     "num_fewshot": "number of examples in the prompt",
 }  # fmt: skip
 HALF = ("float16", "bfloat16", "fp16", "bf16")
+PACKAGES = ("dart-eval", "python", "torch", "transformers", "lm_eval")
 
 
-def facts(cells: Cells) -> list[tuple[str, str]]:
-    """(term, description) pairs: model, numbers' settings, versions, dates."""
-    inputs = [r.inputs for r in cells.records]
-    models = unique(
-        f"{i['model']['name']}"
-        + (f" @ {i['model']['revision']}" if i["model"].get("revision") else "")
-        + (f" (weights {str(i['model']['weights'])[:8]})" if i["model"].get("weights") else "")
-        for i in inputs
-    )
-    days = sorted({r.created[:10] for r in cells.records})
-    levels = sorted({r.inputs["sparsity"] for r in cells.pruned})
-    machines = unique(_machine(r.environment) for r in cells.records if "machine" in r.environment)
+def facts(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """(term, description) pairs: the model, how it was run, versions, dates."""
+    environments = [c.record.environment for c in cells]
+    days = unique(c.record.created[:10] for c in cells)
+    versions = [(p, unique(e[p] for e in environments if e.get(p))) for p in PACKAGES]
+    limits = ("all" if v is None else f"the first {v if v >= 1 else sparsity(v)}" for v in _raw(cells, "limit"))
     found = [
-        ("Model" if len(models) == 1 else "Models", listed(models, 12)),
-        ("Methods", listed(cells.methods, 20)),
-        ("Sparsity", listed([sparsity(s) for s in levels], 20)),
-        ("Tasks", listed(unique(i["task"] for i in inputs), 40)),
-        ("Documents", _limits(cells)),
+        ("Model", listed(unique(model_of(c.record.inputs["model"]) for c in cells), 12)),
+        ("Documents", f"{listed(unique(limits))} of each task"),
         ("Precision, device", f"{listed(_of(cells, 'dtype'))}, {listed(_of(cells, 'device'))}"),
         ("Scope, execution", f"{listed(_of(cells, 'scope'))}, {listed(_of(cells, 'execution'))}"),
-        ("Seed" if len(_of(cells, "seed")) == 1 else "Seeds", listed(_of(cells, "seed"))),
-        ("Versions", ", ".join(_versions(cells))),
-        ("Machine", listed(machines)),
-        ("Run", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""),
+        ("Seed", listed(_of(cells, "seed"))),
+        ("Versions", ", ".join(f"{p} {listed(v)}" for p, v in versions if v)),
+        ("Machine", listed(unique(_machine(e) for e in environments if "machine" in e))),
+        ("Run", " to ".join(dict.fromkeys((days[0], days[-1])))),
     ]
     return [(term, text) for term, text in found if text.strip(" ,")]
 
@@ -54,93 +47,72 @@ def _machine(environment: Mapping[str, str]) -> str:
     return " with ".join(part for part in parts if part)
 
 
-def _of(cells: Cells, name: str) -> list[str]:
-    return unique(v for r in cells.records if (v := r.inputs.get(name)) is not None)
+def warnings(cells: Sequence[Cell], files: Sequence[Path], untold: Mapping[str, Sequence[str]]) -> list[str]:
+    """Sentences about what makes numbers weak or not comparable, and about what the page lacks.
 
-
-def _limits(cells: Cells) -> str:
-    limits = [r.inputs.get("limit") for r in cells.records]
-    words = unique("all" if v is None else f"the first {_amount(v)} of each task" for v in limits)
-    return listed(words)
-
-
-def _amount(limit: float) -> str:
-    return f"{100 * limit:g} %" if limit < 1 else str(limit)
-
-
-def _versions(cells: Cells) -> list[str]:
-    shown = ("dart-eval", "python", "torch", "transformers", "lm_eval")
-    return [f"{name} {listed(found)}" for name in shown
-            if (found := unique(v for r in cells.records if (v := r.environment.get(name))))]  # fmt: skip
-
-
-def warnings(cells: Cells) -> list[str]:
-    """Sentences about what makes numbers weak or not comparable."""
-    found = [*_small(cells), *_mixed(cells)]
-    half = [d for d in _of(cells, "dtype") if d in HALF]
-    if half:
+    Args:
+        files: those of the folder that hold no record. untold: `Samples` or `Prompts` -> cells that lack them.
+    """
+    records = [c.record for c in cells]
+    found = [*_few(cells), *_mixed(cells), *cut_prompts(records)]
+    if half := [d for d in _of(cells, "dtype") if d in HALF]:
         found.append(f"Computed in {listed(half)}: the batch size moves last digits.")
-    alone = sorted({str(r.inputs["task"]) for r in cells.pruned if cells.dense(r) is None})
-    if alone:
-        found.append(f"No dense cell for {listed(alone)}: nothing there can be held against the unpruned model.")
-    loose = [r for r in cells.pruned if r.effective_sparsity < 0.9 * r.inputs["sparsity"]]
-    if loose:
-        low = min(loose, key=lambda r: r.effective_sparsity / r.inputs["sparsity"])
+    if loose := [c for c in cells if c.record.effective_sparsity < 0.9 * c.record.inputs["sparsity"]]:
+        low = min(loose, key=lambda c: c.record.effective_sparsity / c.record.inputs["sparsity"])
         found.append(
-            f"In {several(len(loose), 'cell')} the effective sparsity is more than a tenth below what was asked for "
-            f"(least: {cells.name(low)} on {low.inputs['task']}, {low.effective_sparsity:.3f}): some of the counted "
-            "tokens ran dense."
+            f"Some of the counted tokens of {listed([c.place for c in loose], 2)} ran dense, so that the effective "
+            f"sparsity is lower than what was asked for ({low.record.effective_sparsity:.2f} under {low.place})."
         )
-    broken = [f"{cells.name(r)} on {m.task} ({m.metric})" for r in cells.records for m in r.metrics
+    broken = [f"{c.place} ({m.metric})" for c in cells for m in c.record.metrics
               if m.part_of is None and not finite(m.value)]  # fmt: skip
-    found += cut_prompts(cells.records)
     if broken:
-        found.append(f"No finite value for {listed(broken, 4)}: left out of the charts.")
-    return found
-
-
-def unread(files: Sequence[Path], samples: Samples) -> list[str]:
-    """Sentences about what the page lacks. files: those of the folder that hold no record."""
-    found = []
+        found.append(f"There is no finite value for {listed(broken, 4)}: the charts leave it out.")
     if files:
-        are = "is" if len(files) == 1 else "are"
-        names = listed([f.name for f in files], 4)
-        found.append(f"{several(len(files), 'record')} could not be read and {are} left out: {names}.")
-    for what, cells in (("Samples", samples.unread), ("Prompts", samples.untold)):
-        if cells:
-            found.append(f"{what} could not be read for {listed(cells, 4)}: the sample explorer lacks them.")
+        count = "1 record" if len(files) == 1 else f"{len(files)} records"
+        found.append(f"The page leaves out {count} that could not be read: {listed([f.name for f in files], 4)}.")
+    for what, places in untold.items():
+        if places:
+            found.append(f"{what} could not be read for {listed(places, 4)}: they are not among the documents.")
     return found
 
 
-def _small(cells: Cells) -> list[str]:
-    main = [m for r in cells.records for m in main_metrics(r) if m.n < FEW]
-    if not main:
+def _few(cells: Sequence[Cell]) -> list[str]:
+    small = [m for c in cells for m in metrics.main(m for m in c.record.metrics if m.part_of is None) if m.n < FEW]
+    if not small:
         return []
-    tasks = sorted({m.task for m in main})
-    widest = max((1.96 * m.stderr for m in main if finite(m.stderr) and m.metric in ("acc", "exact_match")), default=0)
-    low, high = min(m.n for m in main), max(m.n for m in main)
-    counts = str(low) if low == high else f"{low} to {high}"
-    wide = f" Intervals of accuracy reach ± {number(widest)[:5]}." if widest else ""
-    return [
-        f"Few documents: n = {counts} for {listed(tasks)}.{wide} With more of them the order of methods may change."
-    ]
+    low, high = min(m.n for m in small), max(m.n for m in small)
+    counts = f"{low}" if low == high else f"{low} to {high}"
+    return [f"{listed(sorted({m.task for m in small}))} had {counts} documents: with more, the order may change."]
 
 
-def _mixed(cells: Cells) -> list[str]:
+def _mixed(cells: Sequence[Cell]) -> list[str]:
     found = []
-    if len(_of(cells, "code")) > 1:
-        names = listed([c[:8] for c in _of(cells, "code")])
-        found.append(f"Cells from different versions of this program's numeric code are mixed ({names}).")
-    versions = [r.inputs.get("versions") or {} for r in cells.records]
-    moved = [n for n in sorted({n for v in versions for n in v}) if len({v.get(n) for v in versions}) > 1]
-    if moved:
+    if len(codes := _of(cells, "code")) > 1:
+        found.append(f"Cells of different versions of this program's numeric code stand side by side "
+                     f"({listed([c[:8] for c in codes])}).")  # fmt: skip
+    versions = [c.record.inputs.get("versions") or {} for c in cells]
+    if moved := [n for n in sorted({n for v in versions for n in v}) if len({v.get(n) for v in versions}) > 1]:
         found.append(f"Cells were run with different versions of {listed(moved)}.")
     for name, word in DIFFERENCES.items():
-        values = unique(r.inputs.get(name) for r in cells.records)
-        if len(values) > 1:
-            found.append(f"Cells differ in {word}: {listed([v if v != 'None' else 'default' for v in values])}.")
-    for name in cells.models:
-        models = unique(model_of(r.inputs["model"]) for r in cells.records if r.inputs["model"]["name"] == name)
-        if len(models) > 1:
-            found.append(f"The name {name} stands for different weights ({listed(models)}).")
+        if len(values := unique("default" if v is None else v for v in _raw(cells, name))) > 1:
+            found.append(f"Cells differ in their {word}: {listed(values)}.")
     return found
+
+
+def _raw(cells: Sequence[Cell], name: str) -> list[Any]:
+    return [c.record.inputs.get(name) for c in cells]
+
+
+def _of(cells: Sequence[Cell], name: str) -> list[str]:
+    return unique(v for v in _raw(cells, name) if v is not None)
+
+
+def unique(values: Iterable[object]) -> list[str]:
+    """Distinct values as text, sorted."""
+    return sorted({str(v) for v in values})
+
+
+def listed(items: Sequence[str], most: int = 6) -> str:
+    """`a, b and c`; after `most` items, how many more there are."""
+    shown = [*items[:most], f"{len(items) - most} more"] if len(items) > most else list(items)
+    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
