@@ -76,7 +76,7 @@ def run(
     plan: options.Plan = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run methods at sparsities on tasks. Finished cells are skipped; the tables come at the end."""
+    """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end."""
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "plan", "verbose")}
     hush(verbose)
     settings = understood(config, given)
@@ -84,7 +84,16 @@ def run(
         from dart_eval.cli import plan_table
 
         plan_table.run(settings, verbose)
-        return
+    else:
+        run_cells(settings, verbose)
+
+
+def run_cells(settings: RunConfig, verbose: bool) -> None:
+    """Run what is not finished, and show the board.
+
+    Raises:
+        typer.Exit: cells failed.
+    """
     with TerminalView() as terminal:
         load_libraries(terminal, verbose)
         from dart_eval.executors import run_all

@@ -22,33 +22,37 @@ def _views() -> tuple[str, ...]:
     return VIEWS
 
 
+Format = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="Print md, csv, tex or json. Without it the ending of --save says which; on a terminal tables are drawn, "
+        "and a pipe gets md.",
+        autocompletion=complete.words(made.FORMATS),
+    ),
+]
+View = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        autocompletion=complete.later(_views),
+        help="Show this view. board; long: every metric with n; flops; memory; detector: drift and false alarms; "
+        "frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever "
+        "the view.",
+    ),
+]
+Subtasks = Annotated[
+    bool, typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects.")
+]
+Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")]
+
+
 def tables(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
-    format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="Print md, csv, tex or json. Without it the ending of --save says which; on a terminal tables are "
-            "drawn, and a pipe gets md.",
-            autocompletion=complete.words(made.FORMATS),
-        ),
-    ] = None,
-    view: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=complete.later(_views),
-            help="Show this view. board; long: every metric with n; flops; memory; detector: drift and false alarms; "
-            "frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever the view.",
-        ),
-    ] = "board",
-    subtasks: Annotated[
-        bool,
-        typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects."),
-    ] = False,
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")
-    ] = None,
+    format: Format = None,
+    view: View = "board",
+    subtasks: Subtasks = False,
+    save: Save = None,
 ) -> None:
     """Print the board of a folder of results: one row a method and sparsity, best first, or the long tables behind it.
 
