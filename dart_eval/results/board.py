@@ -37,6 +37,7 @@ class Row:
         read: of the FFN weights of dense, mean over the cells.
         values: task -> its main metric.
         recovery: over the tasks that have one, with its interval. tasks: how many these are.
+        nats: log-likelihood of the right answers of choice tasks less that under dense, mean over tasks.
         memory: bytes kept beside the model, the most over the cells.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
         speed: of decoding, where `bench` wrote one into the folder.
@@ -52,6 +53,7 @@ class Row:
     values: dict[str, Metric]
     recovery: Estimate | None
     tasks: int
+    nats: Estimate | None
     memory: int
     overhead: float
     speed: Speed | None
@@ -90,6 +92,7 @@ class _Draft:
     label: str
     records: list[Record] = field(default_factory=list)
     recoveries: dict[str, Recovery] = field(default_factory=dict)
+    nats: dict[str, Recovery] = field(default_factory=dict)
 
 
 def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()) -> list[Board]:
@@ -132,7 +135,7 @@ def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence
     order = {name: i for i, name in enumerate(metrics.METRICS)}
     tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
     rows = [_row(draft, speeds) for draft in drafts.values()]
-    found = {row.keys: draft.recoveries for row, draft in zip(rows, drafts.values(), strict=True)}
+    found = {row.keys: draft for row, draft in zip(rows, drafts.values(), strict=True)}
     return Board(
         model, {t: columns[t] for t in tasks}, tuple(_judged(level, found) for level in _levels(rows)),
         (*notes, *problems),
@@ -186,6 +189,11 @@ def _recover(store: Store, records: Sequence[Record], drafts: Mapping[tuple[str,
                     problems[f"{measure.task} is not in the recovery: dense has no {measure.metric} above 0."] = None
                 else:
                     draft.recoveries[measure.task] = made
+            for measure in x.measures:
+                if measure.name == metrics.GOLD and measure in y.measures:
+                    made = recovery.of_task(measure, x, y)
+                    if made is not None:
+                        draft.nats[measure.task] = made
     if alone:
         problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
     return list(problems)
@@ -194,7 +202,6 @@ def _recover(store: Store, records: Sequence[Record], drafts: Mapping[tuple[str,
 def _row(draft: _Draft, speeds: Sequence[Speed]) -> Row:
     first, records = draft.records[0], draft.records
     dense = first.inputs["method"] == DENSE
-    mean = recovery.mean(list(draft.recoveries.values())) if draft.recoveries else None
     settings = first.settings
     kind = CONTROL if dense else UPPER_BOUND if settings.get("upper_bound") else PRUNED
     sized = dense or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
@@ -203,11 +210,15 @@ def _row(draft: _Draft, speeds: Sequence[Speed]) -> Row:
         sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
         read=sum(r.weights_read for r in records) / len(records),
         values={m.task: m for r in records for m in main_metrics(r)},
-        recovery=recovery.estimate(mean) if mean is not None else None, tasks=len(draft.recoveries),
+        recovery=_estimate(draft.recoveries), tasks=len(draft.recoveries), nats=_estimate(draft.nats),
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
         speed=_speed(first, speeds), keys=tuple(r.key for r in records),
     )  # fmt: skip
+
+
+def _estimate(found: Mapping[str, Recovery]) -> Estimate | None:
+    return recovery.estimate(recovery.mean(list(found.values()))) if found else None
 
 
 def _speed(record: Record, speeds: Sequence[Speed]) -> Speed | None:
@@ -234,26 +245,66 @@ def _levels(rows: Sequence[Row]) -> list[list[Row]]:
     return found
 
 
-def _judged(rows: Sequence[Row], found: Mapping[tuple[str, ...], Mapping[str, Recovery]]) -> Level:
-    """The level with its marks and its sentence."""
+def _judged(rows: Sequence[Row], found: Mapping[tuple[str, ...], _Draft]) -> Level:
+    """The level with its marks and its sentences."""
     rivals = [r for r in rows if r.kind == PRUNED and r.recovery is not None]
-    if len(rivals) < 2 or rivals[0].recovery is None:
+    if len(rivals) < 2:
         return Level(tuple(rows))
     best = rivals[0]
-    tested = [_test(found[best.keys], found[other.keys]) for other in rivals[1:]]
-    counted = [None if p is None else min(1.0, len(rivals) / 2 * p) for p in tested]
-    adjusted = {r.keys: p for r, p in zip(rivals[1:], stats.holm(counted), strict=True)}
-    behind = [r for r in rivals[1:] if (p := adjusted[r.keys]) is not None and p < stats.ALPHA]
+    contest = _contest(rivals, {r.keys: found[r.keys].recoveries for r in rivals})
     marked = []
     for r in rows:
         if r is best:
             marked.append(replace(r, mark=BEST))
-        elif r.keys in adjusted:
-            marked.append(replace(r, mark="" if r in behind else LEVEL_WITH_BEST, p=adjusted[r.keys]))
+        elif r.keys in contest:
+            p = contest[r.keys]
+            marked.append(replace(r, mark="" if _told(p) else LEVEL_WITH_BEST, p=p))
         else:
             marked.append(r)
-    ahead = [r for r in rivals[1:] if r not in behind]
-    return Level(tuple(marked), _sentence(best, behind, ahead, adjusted))
+    said = [_sentence(best, rivals[1:], contest)]
+    if not all(map(_told, contest.values())):
+        said += _by_likelihood(rivals, found)
+    return Level(tuple(marked), " ".join(said))
+
+
+def _contest(
+    rivals: Sequence[Row], found: Mapping[tuple[str, ...], Mapping[str, Recovery]]
+) -> dict[tuple[str, ...], float | None]:
+    """Adjusted p of the first of some rows against each of the others, over the tasks that both have."""
+    best, others = rivals[0], rivals[1:]
+    tested = [_test(found[best.keys], found[other.keys]) for other in others]
+    counted = [None if p is None else min(1.0, len(rivals) / 2 * p) for p in tested]
+    return {r.keys: p for r, p in zip(others, stats.holm(counted), strict=True)}
+
+
+def _told(p: float | None) -> bool:
+    return p is not None and p < stats.ALPHA
+
+
+def _by_likelihood(rivals: Sequence[Row], found: Mapping[tuple[str, ...], _Draft]) -> list[str]:
+    """What the likelihood of right answers says where the recovery does not tell all rows apart.
+
+    It needs fewer documents than an accuracy.
+    """
+    ranked = sorted((r for r in rivals if r.nats), key=lambda r: -r.nats.value if r.nats else 0.0)
+    if len(ranked) < 2:
+        return []
+    best, contest = ranked[0], _contest(ranked, {r.keys: found[r.keys].nats for r in ranked})
+    behind = [r for r in ranked[1:] if _told(contest[r.keys])]
+    if not behind:
+        return []
+    against = f"{_others(behind, len(ranked) - 1)} ({_bound(behind, contest)})"
+    return [f"By the log-likelihood of right answers {best.label} is better than {against}."]
+
+
+def _others(rows: Sequence[Row], of: int) -> str:
+    return "all other pruned rows" if len(rows) == of > 1 else _listed([r.label for r in rows])
+
+
+def _bound(rows: Sequence[Row], contest: Mapping[tuple[str, ...], float | None]) -> str:
+    """`paired, Holm p < .01`, of the largest p."""
+    highest = max(p for r in rows if (p := contest[r.keys]) is not None)
+    return f"paired, Holm p < {next(limit for limit in (1e-3, 0.01, stats.ALPHA) if highest < limit):g}"
 
 
 def _test(a: Mapping[str, Recovery], b: Mapping[str, Recovery]) -> float | None:
@@ -264,22 +315,16 @@ def _test(a: Mapping[str, Recovery], b: Mapping[str, Recovery]) -> float | None:
     return recovery.difference(recovery.mean([a[t] for t in common]), recovery.mean([b[t] for t in common]))
 
 
-def _sentence(
-    best: Row, behind: Sequence[Row], ahead: Sequence[Row], adjusted: Mapping[tuple[str, ...], float | None]
-) -> str:
+def _sentence(best: Row, others: Sequence[Row], contest: Mapping[tuple[str, ...], float | None]) -> str:
     """`At read 0.30 dart-plus keeps most ...`, with what the paired tests say."""
     assert best.recovery is not None
+    behind = [r for r in others if _told(contest[r.keys])]
+    level = [r for r in others if r not in behind]
     text = f"At read {best.read:.2f} {best.label} keeps most of dense's quality ({100 * best.recovery.value:.0f} %)"
-    if behind:
-        highest = max(p for r in behind if (p := adjusted[r.keys]) is not None)
-        bound = next(limit for limit in (1e-4, 1e-3, 0.01, stats.ALPHA) if highest < limit)
-        others = "all other pruned rows" if not ahead and len(behind) > 1 else _listed([r.label for r in behind])
-        text += f", which is more than noise against {others} (paired, Holm p < {bound:g})"
-        if ahead:
-            text += f"; {_listed([r.label for r in ahead])} cannot be told apart from it"
-    else:
-        text += f", but {_listed([r.label for r in ahead])} cannot be told apart from it by the paired test"
-    return text + "."
+    if not behind:
+        return f"{text}, but {_listed([r.label for r in level])} cannot be told apart from it by the paired test."
+    text += f", which is more than noise against {_others(behind, len(others))} ({_bound(behind, contest)})"
+    return f"{text}; {_listed([r.label for r in level])} cannot be told apart from it." if level else f"{text}."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dart_eval.results import metrics
-from dart_eval.results.board import BEST, LEVEL_WITH_BEST, Board, Row
+from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, Board, Row
 from dart_eval.results.format import share, short, size, small_share, sparsity
 from dart_eval.results.writers import Table
 from dart_eval.text import printable
 
 MARKS = {BEST: "*", LEVEL_WITH_BEST: "~"}
 MOST_TASKS = 4  # that have a column each; of more, each metric has one, which is their mean
+NATS = "log-lik."
 NARROWEST = 12  # characters of a method's name, where the terminal is narrow
 
 Column = tuple[str, Callable[[Row], str]]
@@ -21,7 +22,7 @@ def lines(board: Board, width: int) -> list[str]:
     """The board in lines of at most `width` characters where that can be, a level of read after the other."""
     columns = columns_of(board)
     room = width
-    for dropped in ("overhead", "extra"):  # the long tables have them
+    for dropped in (NATS, "overhead", "extra"):  # the long tables have them
         if _width(board, columns) <= room:
             break
         columns = [c for c in columns if c[0] != dropped]
@@ -46,6 +47,8 @@ def columns_of(board: Board) -> list[Column]:
     found: list[Column] = [("method", _name), *_quality(board)]
     if any(row.recovery for row in rows):
         found.append(("recovery", _recovery))
+    if any(row.nats for row in rows):
+        found.append((NATS, _nats))
     found += [("extra", lambda row: size(row.memory)), ("overhead", lambda row: small_share(row.overhead))]
     if any(row.speed for row in rows):
         found.append(("speed", lambda row: f"{row.speed.speedup.median:.2f}x" if row.speed else "-"))
@@ -82,10 +85,19 @@ def _name(row: Row) -> str:
     return f"{MARKS.get(row.mark, ' ')} {row.label}"
 
 
+def _nats(row: Row) -> str:
+    found = row.nats
+    if found is None:
+        return "0.0" if row.kind == CONTROL else "-"
+    if found.low is None or found.high is None:
+        return f"{found.value:+.1f}"
+    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+
+
 def _recovery(row: Row) -> str:
     found = row.recovery
     if found is None:
-        return "100 %" if row.kind == "control" else "-"
+        return "100 %" if row.kind == CONTROL else "-"
     text = f"{100 * found.value:.0f} %"
     return (
         text if found.low is None or found.high is None else f"{text} [{100 * found.low:3.0f}, {100 * found.high:3.0f}]"
@@ -147,6 +159,10 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
         said.append("* best pruned row of its level; ~ not told apart from it.")
     if "recovery" in shown:
         said.append("recovery: quality over dense's on the same documents, mean over tasks [95 % interval].")
+    if NATS in shown:
+        said.append(f"{NATS}: log-likelihood of right answers less dense's, nats per answer [95 % interval].")
+    if len({row.tasks for row in rows if row.recovery}) > 1:
+        said.append("Where a task is missing (-), the recovery is over the others.")
     said.append("read: share of the FFN weights that a token reads.")
     if "extra" in shown:
         said.append("extra: memory kept beside the model.")
@@ -154,7 +170,7 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
         said.append("overhead: FLOPs that the method adds to a token.")
     if "speed" in shown:
         said.append("speed: of decoding, over dense, as `bench decode` measured it.")
-    bounds = [row.label for row in rows if row.kind == "upper bound"]
+    bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
     return [*text, " ".join([*said, *board.notes])]

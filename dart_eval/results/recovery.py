@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dart_eval.results import stats
+from dart_eval.results.metrics import GOLD
 from dart_eval.results.outcomes import Measure, Outcome, paired_values
 
 
@@ -42,6 +43,7 @@ def of_task(measure: Measure, pruned: Outcome, dense: Outcome) -> Recovery | Non
     """The recovery of one metric between two outcomes that `check_paired` let pass; None where there is no such ratio.
 
     Perplexities are compared as they are read, exp of a mean: their ratio is exp of a difference of means.
+    Log-likelihoods of right answers have no ratio: of these it is the difference, in nats per answer.
     """
     found = paired_values(measure, pruned, dense)
     if found is None or measure.higher_is_better is None:
@@ -49,7 +51,9 @@ def of_task(measure: Measure, pruned: Outcome, dense: Outcome) -> Recovery | Non
     x, y, units, weights = found
     w = np.ones(len(x)) if weights is None else weights
     (a, slopes_a), (b, slopes_b) = stats.KINDS[measure.kind](x, w), stats.KINDS[measure.kind](y, w)
-    if measure.kind == "log-perplexity":
+    if measure.name == GOLD:
+        value, slopes = a - b, slopes_a - slopes_b
+    elif measure.kind == "log-perplexity":
         value = stats.exp(b - a)
         slopes = value * (slopes_b - slopes_a)
     else:

@@ -106,6 +106,25 @@ def test_an_interval_is_as_wide_as_resampling_documents_says(kind):
     assert spread == pytest.approx(np.std([ratio(generator.integers(0, n, n)) for _ in range(2000)]), rel=0.08)
 
 
+def test_log_likelihoods_tell_apart_what_few_answers_do_not(tmp_path):
+    """Accuracies of 30 questions that are the same but for one, log-likelihoods that all fell by about a nat."""
+    noise = np.random.default_rng(3).normal(0, 0.3, (3, 30))
+    records = []
+    for i, (method, fall) in enumerate((("dense", 0.0), ("griffin", 1.0), ("dart", 2.0))):
+        values = [{"acc": float(j < 20 + i % 2), "gold_ll": -5 - fall + noise[i, j]} for j in range(30)]
+        records.append(answered("arc", values, method, 0.0 if method == "dense" else 0.5))
+    made = board_of(tmp_path, *records)
+    (griffin, dart) = made.levels[1].rows
+    fell = [np.mean([s["metrics"]["gold_ll"] for s in r.samples]) for r in records]
+    assert [griffin.nats.value, dart.nats.value] == pytest.approx([fell[1] - fell[0], fell[2] - fell[0]])
+    assert griffin.nats.low < griffin.nats.value < griffin.nats.high < dart.nats.value + 2
+    assert dart.mark == LEVEL_WITH_BEST
+    assert made.levels[1].verdict.endswith(
+        "By the log-likelihood of right answers griffin is better than dart (paired, Holm p < 0.001)."
+    )
+    assert "-1.0 [-1.2, -0.9]" in "\n".join(board_text.lines(made, 100))
+
+
 def test_tasks_weigh_the_same_in_the_mean_and_a_document_in_common_ties_no_two(tmp_path):
     records = [choices(0.8, task, "dense") for task in ("arc", "boolq")]
     records += [choices(0.4, "arc"), choices(0.6, "boolq")]
