@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 RAY_DEVICES = ("auto", "cpu", "cuda")
 PATHS = ("model", "data_dir", "calibration", "output")
 RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
-# What lm-eval's `--model_args` are called here, and its names for the models of transformers.
+# What lm-eval calls otherwise: options, its `--model_args`, and its names for the models of transformers.
+LM_EVALS = {"apply_chat_template": "chat_template", "output_path": "output"}
 MODEL_ARGS = {
     "pretrained": "model", "revision": "revision", "dtype": "dtype", "trust_remote_code": "trust_remote_code",
     "max_length": "max_length", "device": "device", "device_map": "device_map",
@@ -306,7 +307,7 @@ def _translate(told: dict[str, Any]) -> None:
     Raises:
         UserError: it has no counterpart here, or both are given.
     """
-    found = {} if "apply_chat_template" not in told else {"chat_template": told.pop("apply_chat_template")}
+    found = {ours: told.pop(theirs) for theirs, ours in LM_EVALS.items() if theirs in told}
     given = values.pairs("model_args", told.pop("model_args", {}))
     backend = told.get("model")
     if backend in BACKENDS and not Path(backend).exists():

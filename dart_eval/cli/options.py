@@ -12,9 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from dart_eval.cli import complete
-from dart_eval.config import choices_of, default_of, help_of
+from dart_eval.config import LM_EVALS, choices_of, default_of, help_of
 
-LM_EVALS = {"apply-chat-template": "chat-template", "output-path": "output"}
 MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"  # panels of the help
 
 
@@ -46,8 +45,8 @@ def _off(name: str, panel: str) -> Any:
 
 def spelled(name: str) -> str:
     """The name of an option as we have it: lm-eval writes underscores, and calls some otherwise."""
-    ours = name.replace("_", "-")
-    return LM_EVALS.get(ours, ours)
+    field = name.replace("-", "_")
+    return LM_EVALS.get(field, field).replace("_", "-")
 
 
 def number(text: str) -> float | str:

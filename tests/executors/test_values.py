@@ -97,7 +97,7 @@ def test_settings_of_generation_reach_the_task_and_its_hash():
      {"model": "org/m", "trust_remote_code": True, "max_length": 512}),
     ({"model_args": "pretrained=m,revision=1,parallelize=True"},
      {"model": "m", "revision": "1", "device_map": "auto"}),
-    ({"apply_chat_template": True}, {"chat_template": True}),
+    ({"apply_chat_template": True, "output_path": "there"}, {"chat_template": True, "output": "there"}),
 ])  # fmt: skip
 def test_a_model_may_be_told_as_to_lm_eval(given, meant):
     assert config_from(None, given) == RunConfig(**meant)
@@ -149,6 +149,20 @@ def test_the_command_of_a_cell_has_the_new_options(tmp_path):
         "--system-instruction 'Be brief.'",
     ):
         assert words in line
+
+
+def test_lm_eval_is_told_how_to_ask_only_where_that_was_said(monkeypatch):
+    from dart_eval.evaluation import evaluate as ours
+
+    told = []
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **given: told.append(given))
+    tasks = Tasks()
+    for given in ({}, {**GIVEN, "chat_template": True, "fewshot_as_multiturn": False, "limit": 0.5}):
+        settings = config_from(None, given).eval_settings
+        ours._simple_evaluate(None, tasks, tasks.load("smoke_questions"), settings)
+    assert told[0]["system_instruction"] is None and "fewshot_as_multiturn" not in told[0]
+    assert told[1]["system_instruction"] == "Be brief." and told[1]["fewshot_as_multiturn"] is False
+    assert (told[1]["apply_chat_template"], told[1]["limit"]) == (True, 0.5)
 
 
 @pytest.mark.slow
