@@ -29,9 +29,8 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test test-fast golden mutations check format regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
-	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories,smoke_summary,smoke_drift \
-		--method dense,griffin,dart --sparsity 0.5,0.7 --limit 8 --output demo-output
-	@echo "The same tables again: $(BIN)/dart-eval tables demo-output --format md"
+	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit 48 --output demo-output
+	$(BIN)/dart-eval report demo-output
 
 regression: $(VENV)/.demo
 	$(BIN)/dart-eval run --config scripts/regression.yaml --output regression-output

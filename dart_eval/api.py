@@ -22,7 +22,9 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     tasks: str | Sequence[str],
-    method: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] = ("dense", "griffin", "dart"),
+    method: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] = (
+        "dense", "griffin", "dart", "dart-plus",
+    ),  # fmt: skip
     sparsity: float | str | Sequence[float] = (0.5,),
     scope: str = "scored",
     allocation: str | None = None,

@@ -81,7 +81,7 @@ class RunConfig:
             "Run these methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift. "
             "`dart-eval ls methods` shows all of them."
         ),
-    ] = ("dense", "griffin", "dart")  # fmt: skip
+    ] = ("dense", "griffin", "dart", "dart-plus")  # fmt: skip
     sparsity: Annotated[
         tuple[float, ...], BeforeValidator(values.sparsities),
         _told(
