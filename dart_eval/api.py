@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dart_eval.config import RunConfig
     from dart_eval.loaded import Loaded
 
+DEFAULT_METHODS = ("dense", "griffin", "dart", "dart-plus")  # of `RunConfig`, which needs pydantic: a test compares
 OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code")  # of a model that is to be loaded
 
 
@@ -22,9 +23,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     tasks: str | Sequence[str],
-    method: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] = (
-        "dense", "griffin", "dart", "dart-plus",
-    ),  # fmt: skip
+    method: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] = DEFAULT_METHODS,
     sparsity: float | str | Sequence[float] = (0.5,),
     scope: str = "scored",
     allocation: str | None = None,

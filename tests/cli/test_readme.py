@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from dart_eval.config import config_from
-from dart_eval.pruning.registry import BUILT_IN
 from tests.helpers.commands import program
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -61,7 +60,7 @@ def test_a_second_run_skips_finished_cells(folder, demo_installed):
     first = next(c for c in COMMANDS if c.startswith("dart-eval run"))
     cells = {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")}
     done = _run(first, folder)
-    assert "3 of 3 cells are finished already" in done.stdout
+    assert "4 of 4 cells are finished already" in done.stdout
     assert {p: p.read_bytes() for p in (folder / "out" / "cells").glob("*.json")} == cells
 
 
@@ -96,16 +95,20 @@ def test_options_of_the_other_commands_exist(command):
     config_from(None, values)
 
 
-def test_the_readme_has_all_methods_in_order():
-    text = README.read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\S+)` \|.*\| (.*)\|$", text[text.index("## Methods") :], flags=re.M)
-    assert [name for name, _ in rows] == [method.name for method in BUILT_IN]
-    assert [name for name, flag in rows if flag.strip() == "upper bound"] == [m.name for m in BUILT_IN if m.upper_bound]
+def test_the_board_of_the_readme_is_one_of_the_results():
+    (shown,) = [
+        b for b in re.findall(r"```\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S) if "recovery" in b
+    ]
+    rows = [line.split() for line in shown.splitlines() if "±" in line]
+    results = (README.parent / "results" / "board.md").read_text(encoding="utf-8")
+    kept = [line.split() for line in results.splitlines()]
+    assert len(rows) >= 4 and all(row in kept for row in rows)
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / target).exists(), target
+    for page in (README, *DOCS):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_docs_name_modules_that_exist():
