@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -144,7 +145,19 @@ def _trait(options: dict[str, str | None], folders: Sequence[Path]) -> tuple[str
             f"{count} given, and nothing that says what to compare",
             f"give two folders, or for example --methods {EXAMPLES['methods']}",
         )
+    if not any(os.path.exists(folder) for folder in folders):
+        _refuse_methods([str(folder) for folder in folders])
     return None
+
+
+def _refuse_methods(names: Sequence[str]) -> None:
+    """Raise UserError where methods are named in place of folders."""
+    from dart_eval.pruning.registry import methods
+
+    known = methods()
+    if all(name.partition(":")[0] in known for name in names):
+        line = shlex.join(["dart-eval", "compare", str(OUT), "--methods", ",".join(names)])
+        raise UserError(f"{' and '.join(names)} are methods, not folders", f"write: {line}")
 
 
 def _old_form(named: Sequence[Path], by: str | None, results: Sequence[Path]) -> UserError:

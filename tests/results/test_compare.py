@@ -364,6 +364,7 @@ def test_two_folders_at_the_command_line(cli, sweep):
     (("dart", "griffin", "--by", "method", "--results", "r"), "write: dart-eval compare r --methods dart,griffin"),
     (("a", "b", "--format", "tex"), "unknown format 'tex'"),
     (("no-a", "no-b"), "no results in no-a"),
+    (("dart", "griffin:allocation=depth"), "compare out --methods dart,griffin:allocation=depth"),
     (("--methods", "dart,dense"), "no results in out"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(cli, tmp_path, monkeypatch, args, words):
