@@ -19,6 +19,7 @@ from dart_eval.checkpoint import check_tokenizer
 from dart_eval.errors import UserError
 from dart_eval.hashes import source_hash
 from dart_eval.models import Identity, ModelSpec, Resolved
+from dart_eval.pruning.calls import refuse_second
 
 PASSING = ("_name_or_path", "transformers_version")  # of a configuration: where it came from
 OF_A_CALL = ("padding", "truncation")  # of a tokenizer: what its last call left behind
@@ -63,12 +64,15 @@ def loaded(model: Any, tokenizer: Any) -> Loaded:
         tokenizer: of this model.
 
     Raises:
-        UserError: it is no such model, its weights are not there, or the tokenizer is missing or does not fit.
+        UserError: it is no such model, or under `prune()`; its weights are not there; the tokenizer is missing, or
+            does not fit.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
-            f"a {type(model).__name__} is no model of transformers", "give one, or the name of a model as text"
+            f"the model is of type {type(model).__name__}, not a model of transformers",
+            "give its name as text, or a PreTrainedModel (of a PEFT model what merge_and_unload() returns)",
         )
+    refuse_second(model)
     name = _name(model)
     if tokenizer is None:
         raise UserError(f"model {name} comes without a tokenizer", "give evaluate(model, tokenizer, ...)")

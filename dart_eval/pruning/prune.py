@@ -43,6 +43,8 @@ def _made(method: str | Pruner, **slots: Part | Named | None) -> Pruner:
         if given:
             raise UserError("parts go into the Pruner itself, not beside it", "use dataclasses.replace")
         return method
+    if not isinstance(method, str):
+        raise UserError(f"method {method!r} is neither a name nor a Pruner", "for example 'dart'")
     name, typed = parse(method)
     if twice := sorted(typed.keys() & given.keys()):
         raise UserError(f"{name}: {twice[0]} is given twice", "leave one of them out")

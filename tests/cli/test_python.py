@@ -88,6 +88,7 @@ def test_a_method_is_spelled_as_on_the_command_line(llama):
         ("dart:allocation=uniform", {"allocation": "depth"}, "dart: allocation is given twice"),
         ("dart", {"remask": "drif"}, "there is no remask=drif; did you mean drift"),
         (session.method, {"remask": "never"}, "parts go into the Pruner itself"),
+        (0.7, {}, "method 0.7 is neither a name nor a Pruner"),
     ):
         with pytest.raises(UserError, match=words), dart_eval.prune(llama, method, **part):
             pass
@@ -158,11 +159,19 @@ def test_what_answers_depend_on_is_in_a_loaded_models_identity(opened):
         assert len(found) == number, change
 
 
+def test_a_model_under_prune_is_not_evaluated(opened, tmp_path):
+    """Its dense cells would be pruned ones."""
+    model, tokenizer = opened
+    with dart_eval.prune(model, "griffin"), pytest.raises(UserError, match="prune"):
+        dart_eval.evaluate(model, tokenizer, **ASKED, output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("options", "words"), [
     ({"model": tiny("llama")}, "comes without a tokenizer; give evaluate"),
     ({"tokenizer": "x"}, "a tokenizer goes with a loaded model"),
-    ({"model": torch.nn.Linear(2, 2)}, "a Linear is no model of transformers"),
-    ({"model": 5}, "a int is no model of transformers"),
+    ({"model": torch.nn.Linear(2, 2)}, "of type Linear, not a model of transformers"),
+    ({"model": 5}, "of type int, not a model of transformers"),
     ({"model": tiny("llama"), "tokenizer": "x", "dtype": "float16"}, "dtype is for a model that is to be loaded"),
     ({"model": tiny("llama"), "tokenizer": "x", "executor": "ray"}, "executor ray cannot take a loaded model"),
 ])  # fmt: skip
