@@ -116,6 +116,12 @@ def test_equal_folders_give_equal_bytes(tmp_path):
     assert build(first).html == build(second).html
 
 
+def test_boards_of_several_models_share_a_legend(tmp_path):
+    html = build(PARTS["several models"](tmp_path)).html
+    assert re.findall("<h3>(.)</h3>", html)[:2] == ["x", "y"] and html.count('<table class="board">') == 2
+    assert html.count("Value ± standard error, shares in per cent.") == 1
+
+
 # -- missing parts -------------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ def against_sparsity(
     """
     xs = sorted({p.x for points in lines.values() for p in points})
     reach = max(xs[-1] - xs[0], 0.1)
-    step = 0.012 * reach  # aside, so that intervals do not hide each other
+    step = min(0.012, 0.06 / len(lines)) * reach  # aside, so that intervals do not hide each other
     for level in levels:
         axes.axhspan(level.y - level.half, level.y + level.half, color="#000000", alpha=0.1, linewidth=0)
         axes.axhline(level.y, color="#000000", linewidth=1.1)
