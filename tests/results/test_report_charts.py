@@ -37,6 +37,7 @@ def test_each_chart_refers_to_ids_of_its_own(page):
 def test_charts_say_in_words_what_they_show(page):
     html = page.read_text()
     assert 'aria-label="arc_easy, acc, n 8: dense 0.7500 ± 0.1700; dart at 50 % 0.6250 ± 0.1700;' in html
+    assert "griffin at 70 % 0.2500 ± 0.1700; guessing 0.3333" in html
     assert "dart keeps 83 % at read 0.50; dart keeps 50 % at read 0.30; griffin keeps 67 % at read 0.50" in html
     assert "acc_norm, n 8, 5 without a standard error" in html
     assert html.count('role="img"') == html.count("<svg") == 1 + 4 + 4

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from dart_eval.results import frontier, metrics
 from dart_eval.results.board import Board, Row
-from dart_eval.results.format import share, size, small_share, sparsity, with_error
+from dart_eval.results.format import number, share, size, small_share, sparsity, with_error
 from dart_eval.results.record import Metric
 from dart_eval.results.report.cells import Cell, finite, flat
 from dart_eval.results.report.charts import Chart, Point, against_sparsity
@@ -65,6 +65,7 @@ def _chart(
         words.append(f"{row.label}{at} {with_error(metric, m.value, m.stderr)}")
     if not lines:
         return None
+    words += [f"guessing {number(chance)}"] if chance is not None else []
     ys = [m.value for _, m in drawn]
     log = metrics.of(metric).group == metrics.PERPLEXITY and min(ys) > 0 and max(ys) > 10 * min(ys)
     sizes = sorted({m.n for _, m in drawn})
