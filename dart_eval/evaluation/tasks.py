@@ -36,7 +36,7 @@ from dart_eval.evaluation.unsafe import (
 )
 from dart_eval.files import check_name
 from dart_eval.hub import work_offline_if_unreachable
-from dart_eval.task_names import ALIASES, none_given, tasks_dir, unknown
+from dart_eval.task_names import ALIASES, none_given, own, tasks_dir, unknown
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
@@ -189,6 +189,8 @@ class Tasks:
             self._factory.local = []
             try:
                 self.expand([name])  # indexes lm-eval's own tasks where the name asks for it
+                if self.folders and name not in own():  # a group of another folder may have any task as a member
+                    self.names()
                 _forget_modules()
                 with nothing_of_this_folder(name, self.unsafe_code):
                     loaded = self.manager._load_spec(name)

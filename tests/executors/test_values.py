@@ -215,6 +215,14 @@ def test_a_task_of_another_folder_is_found_by_its_name(mine):
     assert task.doc_to_text(task.eval_docs[0]) == "Which?"
 
 
+@pytest.mark.slow  # the index of all tasks
+def test_a_group_of_another_folder_may_have_any_task(mine, tmp_path):
+    folder = mine()
+    (folder / "ours.yaml").write_text("group: ours\ntask: [hellaswag]\n")
+    with pytest.raises(UserError, match=f"task hellaswag has no data in {tmp_path}"):
+        Tasks(tmp_path, include_path=[folder]).load("ours")
+
+
 BASE = "include: base.yaml"
 
 
