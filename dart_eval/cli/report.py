@@ -30,7 +30,7 @@ def report(
 
       dart-eval report out
 
-      dart-eval report out --output report.html --title "DART at 50 and 70 %" --samples 20
+      dart-eval report out --output report.html --title "DART" --samples 20
     """
     from dart_eval.results.report import build  # matplotlib is loaded only where it draws
 
