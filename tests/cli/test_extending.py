@@ -66,7 +66,7 @@ def test_the_pages_package_runs_by_the_pages_commands(package, saved_llama, tmp_
     assert "choice=now-and-then" in tree
     assert "share of the neurons that counts as largest (above 0, at most 1)" in tree
     assert ran.count("done smoke_questions") == 3
-    assert "cats:choice=now-and-then 0.5" in ran
+    assert "cats:choice=now-and-then 50 %" in ran
 
 
 @pytest.mark.usefixtures("installed")
