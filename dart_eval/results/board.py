@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from dart_eval.bench.kept import Speed
 from dart_eval.errors import UserError
@@ -36,7 +38,7 @@ class Row:
         kind: `pruned`, `upper bound` or `control` (dense).
         read: of the FFN weights of dense, mean over the cells.
         values: task -> its main metric.
-        recovery: over the tasks that have one, with its interval. tasks: how many these are.
+        recovery: over the tasks that have one, with its interval. tasks: these.
         nats: log-likelihood of the right answers of choice tasks less that under dense, mean over tasks.
         memory: bytes kept beside the model, the most over the cells.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
@@ -52,7 +54,7 @@ class Row:
     read: float
     values: dict[str, Metric]
     recovery: Estimate | None
-    tasks: int
+    tasks: tuple[str, ...]
     nats: Estimate | None
     memory: int
     overhead: float
@@ -210,7 +212,7 @@ def _row(draft: _Draft, speeds: Sequence[Speed]) -> Row:
         sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
         read=sum(r.weights_read for r in records) / len(records),
         values={m.task: m for r in records for m in main_metrics(r)},
-        recovery=_estimate(draft.recoveries), tasks=len(draft.recoveries), nats=_estimate(draft.nats),
+        recovery=_estimate(draft.recoveries), tasks=tuple(sorted(draft.recoveries)), nats=_estimate(draft.nats),
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
         speed=_speed(first, speeds), keys=tuple(r.key for r in records),
@@ -227,7 +229,10 @@ def _speed(record: Record, speeds: Sequence[Speed]) -> Speed | None:
 
 
 def _levels(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in levels of equal read, the highest read first; inside a level by recovery, controls before pruned rows."""
+    """Rows in levels of equal read, the highest read first.
+
+    Inside a level upper bounds come first, then pruned rows by recovery, those that lack a task of the others last.
+    """
     found: list[list[Row]] = []
     for row in sorted(rows, key=lambda r: (r.kind != CONTROL, -r.read)):
         level = found[-1] if found else None
@@ -239,15 +244,23 @@ def _levels(rows: Sequence[Row]) -> list[list[Row]]:
             level.append(row)
         else:
             found.append([row])
+    return [sorted(level, key=partial(_place, _all_tasks(level))) for level in found]
+
+
+def _place(everything: tuple[str, ...], row: Row) -> tuple[Any, ...]:
+    """What rows of a level are sorted by; everything: the level's tasks."""
     order = {CONTROL: 0, UPPER_BOUND: 1, PRUNED: 2}
-    for level in found:
-        level.sort(key=lambda r: (order[r.kind], -(r.recovery.value if r.recovery else -1.0), r.label))
-    return found
+    return order[row.kind], row.tasks != everything, -(row.recovery.value if row.recovery else -1.0), row.label
+
+
+def _all_tasks(level: Sequence[Row]) -> tuple[str, ...]:
+    """The tasks on which any pruned row of a level has a recovery."""
+    return tuple(sorted({task for row in level if row.kind == PRUNED for task in row.tasks}))
 
 
 def _judged(rows: Sequence[Row], found: Mapping[tuple[str, ...], _Draft]) -> Level:
-    """The level with its marks and its sentences."""
-    rivals = [r for r in rows if r.kind == PRUNED and r.recovery is not None]
+    """The level with its marks and its sentences. A row that lacks a task of the others takes no part in the test."""
+    rivals = [r for r in rows if r.kind == PRUNED and r.tasks and r.tasks == _all_tasks(rows)]
     if len(rivals) < 2:
         return Level(tuple(rows))
     best = rivals[0]
@@ -270,7 +283,7 @@ def _judged(rows: Sequence[Row], found: Mapping[tuple[str, ...], _Draft]) -> Lev
 def _contest(
     rivals: Sequence[Row], found: Mapping[tuple[str, ...], Mapping[str, Recovery]]
 ) -> dict[tuple[str, ...], float | None]:
-    """Adjusted p of the first of some rows against each of the others, over the tasks that both have."""
+    """Adjusted p of the first of some rows against each of the others."""
     best, others = rivals[0], rivals[1:]
     tested = [_test(found[best.keys], found[other.keys]) for other in others]
     counted = [None if p is None else min(1.0, len(rivals) / 2 * p) for p in tested]
@@ -308,11 +321,8 @@ def _bound(rows: Sequence[Row], contest: Mapping[tuple[str, ...], float | None])
 
 
 def _test(a: Mapping[str, Recovery], b: Mapping[str, Recovery]) -> float | None:
-    """The paired test of two rows over the tasks that both have."""
-    common = sorted(a.keys() & b.keys())
-    if not common:
-        return None
-    return recovery.difference(recovery.mean([a[t] for t in common]), recovery.mean([b[t] for t in common]))
+    """The paired test of two rows over the same tasks."""
+    return recovery.difference(recovery.mean(list(a.values())), recovery.mean(list(b.values())))
 
 
 def _sentence(best: Row, others: Sequence[Row], contest: Mapping[tuple[str, ...], float | None]) -> str:

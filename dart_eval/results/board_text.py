@@ -162,7 +162,7 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
     if NATS in shown:
         said.append(f"{NATS}: log-likelihood of right answers less dense's, nats per answer [95 % interval].")
     if len({row.tasks for row in rows if row.recovery}) > 1:
-        said.append("Where a task is missing (-), the recovery is over the others.")
+        said.append("A row that lacks a task (-) stands last in its level and takes no part in the test.")
     said.append("read: share of the FFN weights that a token reads.")
     if "extra" in shown:
         said.append("extra: memory kept beside the model.")

@@ -130,8 +130,18 @@ def test_tasks_weigh_the_same_in_the_mean_and_a_document_in_common_ties_no_two(t
     records += [choices(0.4, "arc"), choices(0.6, "boolq")]
     (row,) = board_of(tmp_path, *records).levels[1].rows
     shares = [(s > EASY).mean() / (EASY < 0.8).mean() for s in (0.4, 0.6)]
-    assert row.recovery.value == pytest.approx(sum(shares) / 2) and row.tasks == 2
+    assert row.recovery.value == pytest.approx(sum(shares) / 2) and row.tasks == ("arc", "boolq")
     assert row.recovery.low < row.recovery.value < row.recovery.high
+
+
+def test_a_row_that_lacks_a_task_takes_no_part(tmp_path):
+    """It would be the best by its one task; the others are held against each other on both."""
+    records = [choices(0.8, task, "dense") for task in ("arc", "boolq")]
+    records += [choices(s, task, m) for m, s in (("griffin", 0.6), ("dart", 0.3)) for task in ("arc", "boolq")]
+    made = board_of(tmp_path, *records, choices(0.79, "arc", "random"))
+    assert places(made)[1] == [("griffin", BEST), ("dart", ""), ("random", "")]
+    assert "random" not in made.levels[1].verdict
+    assert "A row that lacks a task (-) stands last" in " ".join(board_text.lines(made, 120))
 
 
 def test_upper_bounds_stand_apart_and_are_never_best(tmp_path):
