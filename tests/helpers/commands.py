@@ -26,12 +26,14 @@ from typing import NamedTuple
 import pytest
 
 from dart_eval import cli
+from dart_eval.cli import view
 from dart_eval.executors import jobs, local
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
 
+view.LASTS = 3600.0  # seconds: what a command prints in this process does not depend on how busy the machine is
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 # Signals that end a run, its status then, and the word for it.
 STOPS = pytest.mark.parametrize(
