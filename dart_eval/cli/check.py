@@ -36,7 +36,7 @@ def check(
 
       dart-eval check out --baseline results/regression-baseline.json
 
-      dart-eval check out --baseline out-old --thresholds thresholds.yaml --junit report.xml
+      dart-eval check out --baseline out-old --junit report.xml
     """
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))

@@ -39,7 +39,7 @@ def trace(
 
       dart-eval trace --method dart-plus
 
-      dart-eval trace "The history of the bicycle is" --tokens 50 --output bicycle.json
+      dart-eval trace "The history of the bicycle is" --tokens 50
 
       dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """

@@ -80,6 +80,23 @@ def test_the_help_of_run_fits_80_columns_in_panels(monkeypatch):
     assert shown == _shown(monkeypatch, "run", "--help")
 
 
+def _verbs(command, path=()):
+    """Every verb, as the words that call it, and its help as written."""
+    for name, verb in getattr(command, "commands", {}).items():
+        yield (*path, name), verb.help or ""
+        yield from _verbs(verb, (*path, name))
+
+
+def test_the_help_of_every_verb_fits_80_columns_and_cuts_no_example(monkeypatch):
+    verbs = dict(_verbs(typer.main.get_command(cli.app)))
+    assert {("run",), ("ls", "tasks"), ("bench", "decode")} <= {*verbs}
+    for words, text in verbs.items():
+        lines = [line.strip(" │") for line in _shown(monkeypatch, *words, "-h").splitlines()]
+        assert max(map(len, lines)) <= 80, words
+        examples = [line.strip() for line in text.splitlines() if line.strip().startswith("dart-eval ")]
+        assert [e for e in examples if e not in lines] == [], words
+
+
 def test_every_option_of_a_run_is_in_its_help_and_says_what_it_means():
     found = {p.name: p for p in typer.main.get_command(cli.app).commands["run"].params}
     assert {*DEFAULTS} <= {*found}
