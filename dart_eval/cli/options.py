@@ -28,7 +28,7 @@ def _option(name: str, panel: str, *names: str, default: bool = True, **more: An
     if choices := choices_of(name):
         more = {"metavar": "|".join(choices), "autocompletion": complete.words(choices), **more}
     text = f"{help_of(name)}  \\[default: {said}]" if said else help_of(name)
-    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=not default, **more)
 
 
 def _flag(name: str, panel: str, **more: Any) -> Any:
