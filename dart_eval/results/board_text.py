@@ -13,6 +13,7 @@ from dart_eval.text import printable
 MARKS = {BEST: "*", LEVEL_WITH_BEST: "~"}
 MOST_TASKS = 4  # that have a column each; of more, each metric has one, which is their mean
 NATS = "log-lik."
+FOLDED = 28  # characters of a name that goes over several lines before a column is left out
 NARROWEST = 12  # characters of a method's name, where the terminal is narrow
 
 Column = tuple[str, Callable[[Row], str]]
@@ -21,13 +22,12 @@ Column = tuple[str, Callable[[Row], str]]
 def lines(board: Board, width: int) -> list[str]:
     """The board in lines of at most `width` characters where that can be, a level of read after the other."""
     columns = columns_of(board)
-    room = width
+    longest = max(len(_name(row)) for level in board.levels for row in level.rows)
     for dropped in (NATS, "overhead", "extra"):  # the long tables have them
-        if _width(board, columns) <= room:
+        if min(longest, FOLDED) + _others(board, columns) <= width:
             break
         columns = [c for c in columns if c[0] != dropped]
-    longest = max(len(_name(row)) for level in board.levels for row in level.rows)
-    names = max(NARROWEST, min(longest, longest - (_width(board, columns) - room)))
+    names = max(NARROWEST, min(longest, width - _others(board, columns)))
     text = [f"Model {board.model}" + tasks_note(board)]
     heads = [head for head, _ in columns]
     cells = {row.keys: [value(row) for _, value in columns] for level in board.levels for row in level.rows}
@@ -133,9 +133,10 @@ def _row_lines(cells: list[str], widths: Sequence[int]) -> list[str]:
     return [_line([first, *rest], widths), *more]
 
 
-def _width(board: Board, columns: Sequence[Column]) -> int:
+def _others(board: Board, columns: Sequence[Column]) -> int:
+    """Characters of all columns but the first, with the gaps before them."""
     rows = [row for level in board.levels for row in level.rows]
-    return sum(max(len(head), *(len(value(row)) for row in rows)) + 2 for head, value in columns) - 2
+    return sum(max(len(head), *(len(value(row)) for row in rows)) + 2 for head, value in columns[1:])
 
 
 def tasks_note(board: Board) -> str:
