@@ -158,7 +158,7 @@ def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetfu
     with monkeypatch.context() as before:
         before.setattr(unusable.Unusable, "sift", lambda self, answers: answers)
         assert _run(*run, "--method", "dense,griffin")[0] == 0
-    words = "of 6 answers of smoke_questions under dense at sparsity 0 in .* are NaN or infinite; run the cell again"
+    words = "of 6 answers of smoke_questions under dense at 0 % in .* are NaN or infinite; run the cell again"
     for line in (
         ["compare", out, "--methods", "dense,griffin"],
         ["check", out, "--baseline", tmp_path / "base.json", "--update"],
@@ -167,9 +167,9 @@ def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetfu
         assert done.code == 2
         assert re.search(words.replace("questions", "(questions|drift)"), done.err)
     table = render(Store(out).load(), "md")
-    assert "| smoke_drift | dense   | 0        | no number " in table
+    assert "| smoke_drift | dense   | 0 %      | no number " in table
     assert "no number: answers were NaN or infinite; run the cell again" in table
     assert "nan" not in render(Store(out).load(), "json").lower()
     page = build(Store(out)).html
-    assert "samples are missing or damaged, or hold NaN or infinity" in page
-    assert 'data-order="">nan<' in page  # said, and no number to sort or draw by
+    assert re.search(r"answers of smoke_\w+ under griffin at 50 % in .* are NaN or infinite", page)
+    assert "no number" in page and ">nan<" not in page
