@@ -73,7 +73,11 @@ class RunConfig:
         Flag, _told("Run Python code that comes with the model. Without this option none is run.")
     ] = False
     confirm_run_unsafe_code: Annotated[
-        Flag, _told("Let tasks run code: what the model writes, and Python files of this folder.")
+        Flag,
+        _told(
+            "Let tasks run code: what the model writes (humaneval, mbpp), Python files that tasks of --include-path "
+            "name, and metrics that stand in the working directory."
+        ),
     ] = False
     method: Annotated[
         tuple[str, ...], BeforeValidator(values.methods),
@@ -129,7 +133,10 @@ class RunConfig:
     ] = ()
     batch_size: Annotated[
         int | str, BeforeValidator(values.batch_size),
-        _told("Run so many contexts in a forward, or with auto as many as fit. In float32 this changes no number."),
+        _told(
+            "Run so many contexts in a forward, or with auto as many as fit. In float32 this moves last digits only, "
+            "except where tokens choose their neurons (dart-plus, cats) or answers are sampled."
+        ),
     ] = 8  # fmt: skip
     share_prefix: Annotated[Flag, _told("Run once what many contexts begin with, such as few-shot examples.")] = True
     seed: Annotated[Whole, _told("Seed few-shot sampling, and methods that draw, with this number.", ge=0)] = 0

@@ -26,7 +26,7 @@ from dart_eval.errors import RenamedWarning, UserError, nearest, remark
 
 app = typer.Typer(
     name="dart-eval",
-    help="Evaluate dynamic FFN pruning of language models: DART and its baselines, with an honest protocol.",
+    help="Measure quality, speed and memory of pruning FFN neurons while a language model runs.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": options.spelled},
     rich_markup_mode="rich",

@@ -140,7 +140,7 @@ Plan = Annotated[
     typer.Option(
         "--plan",
         metavar="",
-        help="Only say what the run will take: tokens, FLOPs, memory and time.",
+        help="Time a few batches and say what the run will take: tokens, FLOPs, memory and time. Run no cell.",
         rich_help_panel=OUTPUT,
     ),
 ]

@@ -26,8 +26,8 @@ Format = Annotated[
     str | None,
     typer.Option(
         metavar="FORMAT",
-        help="Print md, csv, tex or json. Without it the ending of --save says which; on a terminal tables are drawn, "
-        "and a pipe gets md.",
+        help="Print md, csv, tex or json. Without it the ending of --save says which. The board is always drawn, 100 "
+        "columns wide in a pipe; other tables are drawn on a terminal, and a pipe gets md.",
         autocompletion=complete.words(made.FORMATS),
     ),
 ]

@@ -326,15 +326,15 @@ def _test(a: Mapping[str, Recovery], b: Mapping[str, Recovery]) -> float | None:
 
 
 def _sentence(best: Row, others: Sequence[Row], contest: Mapping[tuple[str, ...], float | None]) -> str:
-    """`At read 0.30 dart-plus keeps most ...`, with what the paired tests say."""
+    """`At read 0.30 dart-plus keeps the most ...`, with what the paired tests say."""
     assert best.recovery is not None
     behind = [r for r in others if _told(contest[r.keys])]
     level = [r for r in others if r not in behind]
-    text = f"At read {best.read:.2f} {best.label} keeps most of dense's quality ({100 * best.recovery.value:.0f} %)"
+    text = f"At read {best.read:.2f} {best.label} keeps the most of dense's quality: {100 * best.recovery.value:.0f} %."
     if not behind:
-        return f"{text}, but {_listed([r.label for r in level])} cannot be told apart from it by the paired test."
-    text += f", which is more than noise against {_others(behind, len(others))} ({_bound(behind, contest)})"
-    return f"{text}; {_listed([r.label for r in level])} cannot be told apart from it." if level else f"{text}."
+        return f"{text} Its lead over {_listed([r.label for r in level])} may be noise (paired test)."
+    text += f" Its lead over {_others(behind, len(others))} is more than noise ({_bound(behind, contest)})"
+    return f"{text}; its lead over {_listed([r.label for r in level])} may be noise." if level else f"{text}."
 
 
 def _listed(names: Sequence[str]) -> str:

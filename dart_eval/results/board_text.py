@@ -21,11 +21,12 @@ Column = tuple[str, Callable[[Row], str]]
 
 def lines(board: Board, width: int) -> list[str]:
     """The board in lines of at most `width` characters where that can be, a level of read after the other."""
-    columns = columns_of(board)
+    columns, left_out = columns_of(board), []
     longest = max(len(_name(row)) for level in board.levels for row in level.rows)
     for dropped in (NATS, "overhead", "extra"):  # the long tables have them
         if min(longest, FOLDED) + _others(board, columns) <= width:
             break
+        left_out += [head for head, _ in columns if head == dropped]
         columns = [c for c in columns if c[0] != dropped]
     names = max(NARROWEST, min(longest, width - _others(board, columns)))
     text = [f"Model {board.model}" + tasks_note(board)]
@@ -38,7 +39,10 @@ def lines(board: Board, width: int) -> list[str]:
         text.append(f"{level_name(level.rows)} ".ljust(sum(widths) + 2 * len(widths) - 2, "─"))
         for row in level.rows:
             text += _row_lines(cells[row.keys], widths)
-    return [printable(line) for line in [*text, "", *legend(board, columns)]]
+    notes = legend(board, columns)
+    if left_out:
+        notes[-1] += f" Left out, for want of room: {', '.join(reversed(left_out))} (--format md has all columns)."
+    return [printable(line) for line in [*text, "", *notes]]
 
 
 def columns_of(board: Board) -> list[Column]:

@@ -81,5 +81,5 @@ def size(value: float) -> str:
 
 
 def small_share(value: float) -> str:
-    """A share that is often tiny, in per cent: `0.12 %`, `< .01 %`."""
-    return "0 %" if value == 0 else "< .01 %" if value < 1e-4 else f"{100 * value:.2g} %"
+    """A share that is often tiny, in per cent: `0.12 %`, `< 0.01 %`."""
+    return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2g} %"

@@ -17,7 +17,7 @@ from dart_eval.text import json_text
 FORMATS = ("md", "csv", "tex", "json")
 # Columns that are left out where they hold one value.
 REPEATING = (
-    "n", "effective", "mask", "read", "scope", "context", "prefill", "decode dense", "decode pruned", "ratio",
+    "n", "effective", "masked out", "read", "scope", "context", "prefill", "decode dense", "decode pruned", "ratio",
     "overhead prefill", "overhead/token", "of dense", "re-masks", "re-mask reads", "weights", "extra",
 )  # fmt: skip
 
@@ -132,7 +132,7 @@ def _quality(
         *shown,
         "n",
         "effective",
-        "mask",
+        "masked out",
         "read",
         "scope",
     ]
@@ -146,8 +146,8 @@ def _quality(
         ])  # fmt: skip
     note = (
         "Value ± standard error. sparsity: share of the FFN weights that a token is not to read. effective: share that "
-        "the scored or generated tokens did not read, dense ones included. mask: share of the neurons outside the "
-        "mask. read: share of the FFN weights that a pruned token reads."
+        "the scored or generated tokens did not read, dense ones included. masked out: share of the neurons outside "
+        "the mask. read: share of the FFN weights that a pruned token reads."
     )
     if not many:
         note = f"Model {data[0]['model']}. {note}"

@@ -52,9 +52,9 @@ def test_rows_stand_by_read_and_recovery_and_only_what_noise_explains_is_called_
         ("griffin", 0.7): share[0.6] / share[0.8], ("random", 0.7): share[0.4] / share[0.8],
     })  # fmt: skip
     (*_, last) = made.levels
-    assert last.verdict.startswith("At read 0.30 dart keeps most of dense's quality (")
-    assert "more than noise against random (paired, Holm p <" in last.verdict
-    assert last.verdict.endswith("griffin cannot be told apart from it.")
+    assert last.verdict.startswith("At read 0.30 dart keeps the most of dense's quality: ")
+    assert "%. Its lead over random is more than noise (paired, Holm p <" in last.verdict
+    assert last.verdict.endswith("; its lead over griffin may be noise.")
     assert made.levels[1].verdict == ""  # nothing to compare a single row with
 
 
@@ -64,7 +64,7 @@ def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
     made = board_of(tmp_path, answered("arc", right(0.5, n=80, seed=99), "dense", 0.0), *drawn)
     (level,) = [level for level in made.levels if len(level.rows) > 1]
     assert [row.mark for row in level.rows] == [BEST, *[LEVEL_WITH_BEST] * 5]
-    assert level.verdict.endswith("but 5 others cannot be told apart from it by the paired test.")
+    assert level.verdict.endswith("Its lead over 5 others may be noise (paired test).")
 
 
 def drawn_values(kind, n):
@@ -237,7 +237,7 @@ def test_measured_speed_stands_beside_its_row(tmp_path):
 def test_tables_shows_the_board_and_long_tables_on_request(tmp_path):
     folder = save(tmp_path, choices(0.8, method="dense"), choices(0.5), choices(0.4, method="random"))
     done = command("tables", folder)
-    assert done.code == 0 and "* griffin" in done.out and "At read 0.30 griffin keeps most" in done.out
+    assert done.code == 0 and "* griffin" in done.out and "At read 0.30 griffin keeps the most" in done.out
     long = command("tables", folder, "--view", "long")
     assert "### Accuracy" in long.out and "In all rows: n 200" in long.out and "FLOPs" not in long.out
     assert "| dense" in command("tables", folder, "--format", "md").out

@@ -139,7 +139,7 @@ def test_markdown_shows_value_error_and_scope_in_aligned_columns():
     shown = dict(zip(head, row, strict=True))
     assert shown == {
         "task": "arc_easy", "method": "dart", "sparsity": "50 %", "acc": "0.6251 ± 0.0123", "acc_norm": "0.5000",
-        "n": "400", "effective": "0.432", "mask": "0.500", "read": "0.500", "scope": "scored",
+        "n": "400", "effective": "0.432", "masked out": "0.500", "read": "0.500", "scope": "scored",
     }  # fmt: skip
     lines = [line for line in text.split("### FLOPs")[0].splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
