@@ -14,6 +14,8 @@ from dart_eval.plan import command, plan
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.commands import command as run_command
 
+pytestmark = pytest.mark.surface  # of what is asked, not of what is computed; lm-eval's index takes seconds
+
 
 def cell(**given):
     config = config_from(None, {"tasks": "arc_easy", "method": "dense", **given})
