@@ -53,3 +53,13 @@ def _spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(PLAIN, _spelled)
+
+
+def folded(name: str, width: int) -> list[str]:
+    """A cell's name in lines of about `width` characters, broken between the parameters of a method and at spaces."""
+    lines = [""]
+    for part in re.findall(r":?[^: ]+ ?|[: ]", printable(name)):
+        if lines[-1].strip() and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]

@@ -33,7 +33,7 @@ from dart_eval.results import metrics
 from dart_eval.results.format import with_error
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.writers import Table, finite, markdown
-from dart_eval.text import PLAIN, json_text, printable
+from dart_eval.text import PLAIN, folded, json_text, printable
 
 TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
@@ -280,16 +280,6 @@ def _drawn(table: Table, widths: Mapping[int, int] | None = None) -> rich.table.
         texts = ["\n".join(plain(line) for line in lines) for lines in cells]
         drawn.add_row(*(f"[bold]{text}[/bold]" if (i, j) in table.bold else text for j, text in enumerate(texts)))
     return drawn
-
-
-def folded(name: str, width: int) -> list[str]:
-    """A cell's name in lines of about `width` characters, broken between the parameters of a method and at spaces."""
-    lines = [""]
-    for part in re.findall(r":?[^: ]+ ?|[: ]", printable(name)):
-        if lines[-1].strip() and len(lines[-1]) + len(part.rstrip()) > width:
-            lines.append("  ")
-        lines[-1] += part
-    return [line.rstrip() for line in lines]
 
 
 def print_note(text: str) -> None:

@@ -8,7 +8,7 @@ from dart_eval.results import metrics
 from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, Board, Row
 from dart_eval.results.format import share, short, size, small_share, sparsity
 from dart_eval.results.writers import Table
-from dart_eval.text import printable
+from dart_eval.text import folded, printable
 
 MARKS = {BEST: "*", LEVEL_WITH_BEST: "~"}
 MOST_TASKS = 4  # that have a column each; of more, each metric has one, which is their mean
@@ -63,16 +63,21 @@ def _quality(board: Board) -> list[Column]:
     """A column a task, or where there are many a column a metric."""
     if len(board.columns) <= MOST_TASKS:
         return [(task, lambda row, task=task: _value(row, [task])) for task in board.columns]  # type: ignore[misc]
-    by_metric: dict[str, list[str]] = {}
-    for task, metric in board.columns.items():
-        by_metric.setdefault(metric, []).append(task)
     return [
         (
             tasks[0] if len(tasks) == 1 else f"{metrics.of(metric).short or metric} of {len(tasks)}",
             lambda row, tasks=tasks: _value(row, tasks),  # type: ignore[misc]
         )
-        for metric, tasks in by_metric.items()
+        for metric, tasks in _by_metric(board).items()
     ]
+
+
+def _by_metric(board: Board) -> dict[str, list[str]]:
+    """Main metric -> its tasks, in the order of the columns."""
+    found: dict[str, list[str]] = {}
+    for task, metric in board.columns.items():
+        found.setdefault(metric, []).append(task)
+    return found
 
 
 def _value(row: Row, tasks: Sequence[str]) -> str:
@@ -126,15 +131,9 @@ def _row_lines(cells: list[str], widths: Sequence[int]) -> list[str]:
     name, rest = cells[0], cells[1:]
     if len(name) <= widths[0]:
         return [_line(cells, widths)]
-    pieces, made = name.replace(":", " :").split(" "), [""]
-    for piece in [p for p in pieces[2:] if p] if name.startswith("  ") else [p for p in pieces[1:] if p]:
-        glue = "" if piece.startswith(":") or not made[-1] else " "
-        if made[-1] and len(made[-1]) + len(glue) + len(piece) > widths[0] - 2:
-            made.append("  ")
-            glue = ""
-        made[-1] += glue + piece
-    first, *more = [f"{name[:2]}{made[0]}", *(f"  {line}" for line in made[1:])]
-    return [_line([first, *rest], widths), *more]
+    mark, label = name[:2], name[2:]
+    first, *more = folded(label, widths[0] - len(mark))
+    return [_line([f"{mark}{first}", *rest], widths), *(f"  {line}" for line in more)]
 
 
 def _others(board: Board, columns: Sequence[Column]) -> int:
@@ -145,12 +144,12 @@ def _others(board: Board, columns: Sequence[Column]) -> int:
 
 def tasks_note(board: Board) -> str:
     """Which number of each task is shown: said once."""
-    by_metric: dict[str, list[str]] = {}
-    for task, metric in board.columns.items():
+
+    def with_size(task: str) -> str:
         sizes = sorted({row.values[task].n for level in board.levels for row in level.rows if task in row.values})
-        n = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        by_metric.setdefault(metric, []).append(f"{task} (n {n})")
-    said = [f"{metric} of {', '.join(tasks)}" for metric, tasks in by_metric.items()]
+        return f"{task} (n {sizes[0]})" if len(sizes) == 1 else f"{task} (n {sizes[0]} to {sizes[-1]})"
+
+    said = [f"{metric} of {', '.join(map(with_size, tasks))}" for metric, tasks in _by_metric(board).items()]
     return f": {'; '.join(said)}" if said else ""
 
 

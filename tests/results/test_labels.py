@@ -18,6 +18,7 @@ from dart_eval.results.store import Store
 from dart_eval.results.tables import render, tables
 from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table
+from dart_eval.text import folded
 from tests.helpers.records import FLOPS, answered, record, right, save
 
 UNIFORM = "dart:allocation=uniform"
@@ -157,7 +158,7 @@ def test_a_table_that_fits_stays_as_it_is(monkeypatch, capsys):
     ("a" * 40, ["a" * 40]),
 ])  # fmt: skip
 def test_names_are_broken_between_parameters_and_words(name, lines):
-    assert view.folded(name, 22) == lines
+    assert folded(name, 22) == lines
 
 
 @pytest.mark.parametrize("width", [80, 120])
