@@ -33,7 +33,7 @@ class Row:
     """A method at a sparsity.
 
     Attributes:
-        label: the method, and what else tells the row apart. spec: the method as a user types it. sparsity: None where
+        label: the method, and what else tells the row apart. sparsity: None where
             it does not decide what is read.
         kind: `pruned`, `upper bound` or `control` (dense).
         read: of the FFN weights of dense, mean over the cells.
@@ -43,12 +43,11 @@ class Row:
         memory: bytes kept beside the model, the most over the cells.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
         speed: of decoding, where `bench` wrote one into the folder.
-        mark: `best` of its level, `not told apart` from it, or empty. p: adjusted, of the test against the best.
+        mark: `best` of its level, `not told apart` from it, or empty.
         keys: of the records.
     """
 
     label: str
-    spec: str
     sparsity: float | None
     kind: str
     read: float
@@ -61,7 +60,6 @@ class Row:
     speed: Speed | None
     keys: tuple[str, ...]
     mark: str = ""
-    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -149,10 +147,9 @@ def main_metrics(record: Record) -> list[Metric]:
     return metrics.main(m for m in record.metrics if m.part_of is None)
 
 
-def dense_of(record: Record, records: Sequence[Record]) -> Record | None:
-    """The dense cell that was asked the same, best of the same code and versions."""
-    wanted = inputs.question(record.inputs)
-    rivals = [r for r in records if r.inputs["method"] == DENSE and inputs.question(r.inputs) == wanted]
+def _dense_of(record: Record, dense: Mapping[str, Sequence[Record]]) -> Record | None:
+    """The dense cell that was asked the same, best of the same code and versions. dense: question -> dense cells."""
+    rivals = dense.get(inputs.question(record.inputs), ())
     build = [r for r in rivals if all(r.inputs.get(b) == record.inputs.get(b) for b in ("code", "versions"))]
     return next(iter(build or rivals), None)
 
@@ -171,10 +168,14 @@ def _recover(store: Store, records: Sequence[Record], drafts: Mapping[tuple[str,
                 return None
         return read[record.key]
 
+    questions: dict[str, list[Record]] = {}
+    for r in records:
+        if r.inputs["method"] == DENSE:
+            questions.setdefault(inputs.question(r.inputs), []).append(r)
     alone: dict[str, None] = {}
     for draft in drafts.values():
         for r in draft.records:
-            dense = dense_of(r, records)
+            dense = _dense_of(r, questions)
             if dense is None:
                 alone[str(r.inputs["task"])] = None
                 continue
@@ -208,7 +209,7 @@ def _row(draft: _Draft, speeds: Sequence[Speed]) -> Row:
     kind = CONTROL if dense else UPPER_BOUND if settings.get("upper_bound") else PRUNED
     sized = dense or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
     return Row(
-        label=draft.label, spec=str(settings.get("method") or first.inputs["method"]),
+        label=draft.label,
         sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
         read=sum(r.weights_read for r in records) / len(records),
         values={m.task: m for r in records for m in main_metrics(r)},
@@ -270,8 +271,7 @@ def _judged(rows: Sequence[Row], found: Mapping[tuple[str, ...], _Draft]) -> Lev
         if r is best:
             marked.append(replace(r, mark=BEST))
         elif r.keys in contest:
-            p = contest[r.keys]
-            marked.append(replace(r, mark="" if _told(p) else LEVEL_WITH_BEST, p=p))
+            marked.append(replace(r, mark="" if _told(contest[r.keys]) else LEVEL_WITH_BEST))
         else:
             marked.append(r)
     said = [_sentence(best, rivals[1:], contest)]
