@@ -13,7 +13,7 @@ from dart_eval.cli.view import say, show
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, write
 from dart_eval.results import board_text, detector, frontier, tables, writers
-from dart_eval.results.board import boards
+from dart_eval.results.board import Board, boards
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table
@@ -26,15 +26,18 @@ LONG: dict[str, Callable[[Store, Sequence[Record], bool], Sequence[Table]]] = {
     "flops": lambda store, records, subtasks: [tables.flops(records)],
     "memory": lambda store, records, subtasks: [tables.memory(records)],
     "detector": lambda store, records, subtasks: detector.tables(store, records),
-    FRONTIER: lambda store, records, subtasks: frontier.tables(boards(store, records)),
 }
-VIEWS = (BOARD, *LONG, "all")
+VIEWS = (BOARD, *LONG, FRONTIER, "all")
 
 
 def print_board(store: Store, records: Sequence[Record]) -> None:
     """The board of records, as wide as the terminal."""
+    _print(boards(store, records, kept.read(store.folder)))
+
+
+def _print(made: Sequence[Board]) -> None:
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
-    for board in boards(store, records, kept.read(store.folder)):
+    for board in made:
         for line in board_text.lines(board, width):
             fits = len(line) <= width or line.startswith(("*", "~", " "))
             say("\n".join([line] if fits else textwrap.wrap(line, width, break_on_hyphens=False)))
@@ -43,20 +46,20 @@ def print_board(store: Store, records: Sequence[Record]) -> None:
 
 def print_view(view: str, store: Store, records: Sequence[Record], subtasks: bool = False) -> None:
     """A view for the terminal; `all` is the board and every long table."""
-    if view in (BOARD, "all"):
-        print_board(store, records)
-    for table in _tables(view, store, records, subtasks):
+    made = _boards(view, store, records)
+    if view != FRONTIER:
+        _print(made)
+    for table in _tables(view, store, records, subtasks, made):
         show(table)
         print()
 
 
 def render(view: str, form: str, store: Store, records: Sequence[Record], subtasks: bool = False) -> str:
     """A view as Markdown or LaTeX."""
-    made = []
-    if view in (BOARD, "all"):
-        made = [board_text.table(board) for board in boards(store, records, kept.read(store.folder))]
+    made = _boards(view, store, records)
+    first = [board_text.table(board) for board in made] if view != FRONTIER else []
     writer = writers.markdown if form == "md" else writers.latex
-    return "\n".join(writer(t) for t in [*made, *_tables(view, store, records, subtasks)])
+    return "\n".join(writer(t) for t in [*first, *_tables(view, store, records, subtasks, made)])
 
 
 def draw_frontier(store: Store, path: Path) -> None:
@@ -79,6 +82,13 @@ def draw_frontier(store: Store, path: Path) -> None:
     say(f"wrote {path}")
 
 
-def _tables(view: str, store: Store, records: Sequence[Record], subtasks: bool) -> list[Table]:
+def _boards(view: str, store: Store, records: Sequence[Record]) -> list[Board]:
+    """The boards, for the views that need them: they take the samples of all cells."""
+    return boards(store, records, kept.read(store.folder)) if view in (BOARD, FRONTIER, "all") else []
+
+
+def _tables(view: str, store: Store, records: Sequence[Record], subtasks: bool, made: Sequence[Board]) -> list[Table]:
+    """The long tables of a view; made: the boards."""
     chosen = [make for name, make in LONG.items() if view in (name, "all")]
-    return [table for make in chosen for table in make(store, records, subtasks)]
+    found = [table for make in chosen for table in make(store, records, subtasks)]
+    return [*found, *(frontier.tables(made) if view in (FRONTIER, "all") else [])]
