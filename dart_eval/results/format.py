@@ -11,18 +11,19 @@ NO_NUMBER = "no number"  # of a metric whose answers were NaN or infinite
 
 def number(value: float, digits: int | None = None) -> str:
     """A metric's value: four digits after the point below 10, two below 100, one beyond."""
-    if digits is None:
-        digits = 4 if abs(value) < 10 else 1 if abs(value) >= 100 else 2
-    return f"{value:.{digits}f}"
+    return f"{value:.{_digits(value) if digits is None else digits}f}"
+
+
+def _digits(value: float) -> int:
+    return 4 if abs(value) < 10 else 1 if abs(value) >= 100 else 2
 
 
 def with_error(metric: str, value: float, stderr: float | None) -> str:
     """A value and its standard error, with equally many digits."""
     if not math.isfinite(value):
         return NO_NUMBER
-    digits = metrics.of(metric).digits
-    if digits is None:
-        digits = 4 if abs(value) < 10 else 1 if abs(value) >= 100 else 2
+    known = metrics.of(metric).digits
+    digits = _digits(value) if known is None else known
     text = number(value, digits)
     return text if stderr is None else f"{text} ± {number(stderr, digits)}"
 
