@@ -142,9 +142,10 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
             kept.append(cell)
         except UserError as error:
             reasons[f"{cell.method.spec} at sparsity {cell.sparsity:g}"] = error
+    if not kept:
+        title, reason = next(iter(reasons.items()))
+        raise UserError(f"{title}: {reason.problem}", reason.remedy)
     for title, reason in reasons.items():
-        if not kept:
-            raise UserError(f"{title}: {reason.problem}", reason.remedy)
         view.note(f"{title} is left out: {reason}")
     return kept
 
