@@ -82,6 +82,15 @@ def drawn_values(kind, n):
     return [{kind: v} for v in pruned], [{kind: v} for v in dense], False
 
 
+@pytest.mark.parametrize(("p", "mark"), [(0.02, LEVEL_WITH_BEST), (0.01, "")])
+def test_each_p_counts_for_all_pairs_that_could_have_been_chosen(tmp_path, monkeypatch, p, mark):
+    """Of three rows p counts 3 / 2 times, and Holm doubles the smaller of two: .02 becomes .06, and .01 .03."""
+    monkeypatch.setattr(recovery, "difference", lambda a, b: p)
+    pruned = [choices(s, method=m) for m, s in (("griffin", 0.6), ("dart", 0.5), ("random", 0.4))]
+    made = board_of(tmp_path, choices(0.8, method="dense"), *pruned)
+    assert [row.mark for row in made.levels[1].rows] == [BEST, mark, mark]
+
+
 @pytest.mark.parametrize("kind", ["acc", "words", "word_perplexity", "bits_per_byte"])
 def test_an_interval_is_as_wide_as_resampling_documents_says(kind):
     """The influence values, against recoveries of 2,000 resamples that are computed from the values themselves."""

@@ -40,6 +40,7 @@ def test_the_main_metric_of_a_task_is_the_one_of_the_lowest_rank_wherever_it_sta
         Metric("qa", "rougeL", 0.1, None, 9, True), Metric("qa", "exact_match,strict", 0.1, None, 9, True),
         Metric("text", "summary_words", 9.0, None, 9, None), Metric("text", "empty", 0.0, None, 9, False),
         Metric("arc", "acc_norm", 0.2, None, 9, True), Metric("arc", "acc", 0.1, None, 9, True),
+        Metric("answers", "gold_ll", -3.0, None, 9, True),  # stands beside metrics, and is none by itself
     ]  # fmt: skip
     assert [(m.task, m.metric) for m in metrics.main(made)] == [
         ("qa", "exact_match,strict"), ("text", "empty"), ("arc", "acc"),
