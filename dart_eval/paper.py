@@ -9,18 +9,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dart_eval.config import RunConfig, checked
 from dart_eval.errors import UserError, naming, nearest, summary
 from dart_eval.plan import methods_of
-from dart_eval.results.paper_tables import BERTSCORE, FIELDS, Column, Layout, Reported, Row
-from dart_eval.results.record import Record
-from dart_eval.results.store import Store
+from dart_eval.results.paper_tables import FIELDS, Column, Layout, Reported, Row
 from dart_eval.yamls import read_mapping, shown
-
-if TYPE_CHECKING:
-    from dart_eval.executors.jobs import View
 
 SHIPPED = Path(__file__).parent / "data"
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
@@ -30,16 +25,11 @@ REPORTED_KEYS = ("label", "sparsity", "values", "source")
 
 @dataclass(frozen=True)
 class PaperSpec:
-    """A paper's tables: what they are about, what runs they need, their layouts.
-
-    Attributes:
-        bertscore: model whose BERTScore is measured if it is at hand, or None.
-    """
+    """A paper's tables: what they are about, what runs they need, their layouts."""
 
     about: str
     configs: tuple[RunConfig, ...]
     layouts: tuple[Layout, ...]
-    bertscore: str | None
 
 
 def load(name: str, base: RunConfig) -> PaperSpec:
@@ -54,7 +44,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     shipped = {p.stem.removeprefix("paper-"): p for p in sorted(SHIPPED.glob("paper-*.yaml"))}
     path = shipped.get(name, Path(name))
     data = read_mapping(path, "paper", "tables: ...", f"give a YAML file, or one of: {', '.join(shipped)}")
-    _keys(data, ("about", "methods", "sparsity", "bertscore", "tables"), str(path))
+    _keys(data, ("about", "methods", "sparsity", "tables"), str(path))
     if not isinstance(data.get("tables"), list) or not data["tables"]:
         raise UserError(f"{path} has no tables", "see docs/paper.md")
     layouts, configs = [], []
@@ -72,7 +62,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     names = [layout.name for layout in layouts]
     if len(names) > len(set(names)):
         raise UserError(f"{path}: two tables have one name", "names become file names")
-    return PaperSpec(str(data.get("about", "")), tuple(configs), tuple(layouts), data.get("bertscore"))
+    return PaperSpec(str(data.get("about", "")), tuple(configs), tuple(layouts))
 
 
 def _keys(data: Any, known: Sequence[str], where: str) -> None:
@@ -146,25 +136,3 @@ def _configs(layout: Layout, specs: tuple[str, ...], base: RunConfig) -> list[Ru
         )
         for (shots, limit), tasks in groups.items()
     ]
-
-
-def bertscores(
-    spec: PaperSpec, store: Store, records: Sequence[Record], device: str, view: View
-) -> dict[str, list[float]]:
-    """BERTScore F1 of each text of the cells that a table wants it of; empty if its model is not at hand."""
-    from dart_eval import bertscore
-    from dart_eval.models import choose_device
-
-    wanted = {t for layout in spec.layouts for c in layout.columns if c.metric == BERTSCORE for t in c.tasks}
-    source = bertscore.find(spec.bertscore) if spec.bertscore and wanted else None
-    if source is None:
-        return {}
-    found = {}
-    for record in records:
-        if record.inputs["task"] in wanted:
-            view.status(f"BERTScore of {record.inputs['task']} under {record.settings.get('method', '')}")
-            texts, samples = store.texts(record), store.samples(record)
-            references = [str(texts[s["task"], s["doc_id"]]["target"]) for s in samples]
-            candidates = [str(s["responses"][0]) for s in samples]
-            found[record.key] = bertscore.scores(source, candidates, references, device=str(choose_device(device)))
-    return found

@@ -51,7 +51,7 @@ def paper(
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     hush(verbose)
     from dart_eval.config import RAY_OPTIONS, command_line, config_from
-    from dart_eval.paper import bertscores, load
+    from dart_eval.paper import load
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.store import Store
 
@@ -62,13 +62,11 @@ def paper(
         from dart_eval.executors import run_all
 
         result = run_all(spec.configs, view, skip_missing=True)
-        store = Store(output)
         if result.lost:
             finish(result, output)
-        scores = bertscores(spec, store, result.records, base.device, view)
     no_matter = ("output", "executor", *RAY_OPTIONS)  # to the numbers
     line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in no_matter})
-    filled = Paper(store, result.records, result.missing, line, scores)
+    filled = Paper(Store(output), result.records, result.missing, line)
     folder = Path(output) / "tables"
     for table in _write(spec, filled, folder):
         show(table)

@@ -51,7 +51,6 @@ METRICS = {
     "bleu": Kind(SUMMARIES, kind="bleu", width=10, short="BLEU"),
     "summary_words": Kind(SUMMARIES, short="words", drawn=False, digits=1),
     "empty": Kind(SUMMARIES, short="empty", drawn=False),
-    "bertscore": Kind(SUMMARIES, short="BERTScore", percent=True),
     "word_perplexity": Kind(PERPLEXITY, 3, "log-perplexity", 2, short="ppl"),
     "byte_perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="byte ppl"),
     "bits_per_byte": Kind(PERPLEXITY, kind="bits", width=2, short="bits/byte"),

@@ -30,7 +30,6 @@ FIELDS: dict[str, tuple[Callable[[Record], float], int]] = {
     "flops_per_token": (lambda r: r.flops["decode_step_pruned"] / r.flops["decode_step_dense"], 3),
     "remasks_per_1000": (lambda r: 1000 * r.remasks / r.tokens if r.tokens else 0.0, 2),
 }
-BERTSCORE = "bertscore"
 MEAN = "mean"
 
 
@@ -118,27 +117,19 @@ class Paper:
         store: the folder, for samples. records: its cells.
         missing: task -> why it could not be run.
         command: the line that makes the tables, for their provenance.
-        bertscores: record key -> F1 of each of its texts, where a model for it was at hand.
 
     Raises:
         UserError: the cells are of several models.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        records: Sequence[Record],
-        missing: Mapping[str, str],
-        command: str,
-        bertscores: Mapping[str, Sequence[float]] | None = None,
-    ) -> None:
+    def __init__(self, store: Store, records: Sequence[Record], missing: Mapping[str, str], command: str) -> None:
         models = {json.dumps(r.inputs["model"], sort_keys=True): r.inputs["model"] for r in records}
         if len(models) > 1:
             named = ", ".join(sorted(map(model_of, models.values())))
             raise UserError(
                 f"a paper's tables are of one model, not of {named}", "give each model an --output of its own"
             )
-        self.store, self.missing, self.command, self.bertscores = store, missing, command, bertscores or {}
+        self.store, self.missing, self.command = store, missing, command
         self._records = {_place(r.inputs): r for r in records}
         self._by_key = {r.key: r for r in records}
         self._outcomes: dict[str, outcomes.Outcome] = {}
@@ -203,13 +194,6 @@ class Paper:
         """Value, standard error, n and direction."""
         if column.field:
             return FIELDS[column.field][0](record), None, 0, 0
-        if column.metric == BERTSCORE:
-            scores = self.bertscores.get(record.key)
-            if not scores:
-                return None
-            n, mean = len(scores), sum(scores) / len(scores)
-            spread = sum((s - mean) ** 2 for s in scores) / max(1, n - 1)
-            return mean, math.sqrt(spread / n), n, 1
         for m in record.metrics:
             if m.task == task and m.metric == column.metric:
                 return m.value, m.stderr, m.n, 0 if m.higher_is_better is None else 1 if m.higher_is_better else -1
@@ -241,8 +225,6 @@ class Paper:
 
     def _test(self, a: Value, b: Value) -> float | None:
         """Two-sided p of the paired test between two values of a column."""
-        if a.column.metric == BERTSCORE:
-            return stats.paired("mean", self.bertscores[a.keys[0]], self.bertscores[b.keys[0]]).p
         left, right = ([self._outcome(k) for k in v.keys] for v in (a, b))
         measures = [self._measure(k, a) for k in a.keys]
         if None in measures:
@@ -286,8 +268,6 @@ class Paper:
             parts.append(layout.note)
         tasks = {t for c in layout.columns for t in c.tasks}
         parts += [f"{task}: not measured ({reason})." for task, reason in self.missing.items() if task in tasks]
-        if any(c.metric == BERTSCORE for c in layout.columns) and not self.bertscores:
-            parts.append("BERTScore: not measured (no model for it at hand).")
         parts += cut_prompts([self._by_key[k] for k in dict.fromkeys(k for v in numbers for k in v.keys)])
         parts += [f"[{i + 1}] reported, not ours: {source}." for i, source in enumerate(_sources(layout))]
         return " ".join([*parts, self._provenance(numbers)])

@@ -12,7 +12,7 @@ import yaml
 
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
-from dart_eval.paper import SHIPPED, bertscores, load
+from dart_eval.paper import SHIPPED, load
 from dart_eval.results import stats
 from dart_eval.results.paper_tables import Column, Layout, Paper, Reported, Row, to_csv
 from dart_eval.results.record import Metric
@@ -51,7 +51,7 @@ def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=Non
 def _paper(tmp_path, *cells, **options):
     store = Store(tmp_path)
     records = [_cell(store, *c[:2], **c[2]) for c in cells]
-    return Paper(store, records, options.get("missing", {}), "dart-eval paper x", options.get("bertscores"))
+    return Paper(store, records, options.get("missing", {}), "dart-eval paper x")
 
 
 def _layout(columns=(ACC,), rows=(DENSE, A, B), **more):
@@ -158,18 +158,6 @@ def test_costs_are_columns_too(tmp_path):
     assert table.body[0][2:4] == ["0.000", "0.750"]
     assert table.bold == frozenset()
     assert "±" not in table.note
-
-
-def test_bertscore_only_where_it_was_measured(tmp_path):
-    column = Column("BS", ("easy",), "bertscore")
-    without, _ = _paper(tmp_path, ("a", 20, {})).table(_layout((column,), (A,)))
-    assert without.body[0][2] == "-"
-    assert "BERTScore: not measured" in without.note
-    scores = {"easy-a-0.5": [0.9, 0.8] * 20, "easy-b-0.5": [0.5, 0.45] * 20}
-    cells = ("a", 20, {}), ("b", 20, {"params": {"x": 1}})
-    table, numbers = _paper(tmp_path, *cells, bertscores=scores).table(_layout((column,), (A, B)))
-    assert table.body[0][2] == "85.0 ± 0.8"
-    assert numbers[0].bold and not numbers[1].bold
 
 
 def test_csv_holds_every_number_in_full(tmp_path):
@@ -350,30 +338,3 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
     assert "6 of 6 cells are finished already" in again
     assert "done " not in again
     assert (tmp_path / "out" / "tables" / "all.md").read_text() == text
-
-
-def test_bertscores_of_a_run(tmp_path, monkeypatch):
-    from dart_eval import bertscore
-
-    store = Store(tmp_path / "out")
-    made = _cell(store, "a", 20)
-    asked = {}
-
-    def scores(model, candidates, references, **options):
-        asked.update(model=model, candidates=candidates, references=references)
-        return [0.5] * len(candidates)
-
-    monkeypatch.setattr(bertscore, "find", lambda name: f"/cache/{name}")
-    monkeypatch.setattr(bertscore, "scores", scores)
-    columns = {"BS": {"task": "easy", "metric": "bertscore"}}
-    table = {"name": "x", "title": "X", "columns": columns}
-    spec = load(_file(tmp_path, bertscore="roberta", tables=[table]), config_from(None, BASE))
-
-    class Silent:
-        def status(self, text):
-            pass
-
-    assert bertscores(spec, store, [made], "cpu", Silent()) == {made.key: [0.5] * N}
-    assert asked == {"model": "/cache/roberta", "candidates": ["a text"] * N, "references": ["a text"] * N}
-    monkeypatch.setattr(bertscore, "find", lambda name: None)
-    assert bertscores(spec, store, [made], "cpu", Silent()) == {}
