@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Resolved:
     source: str
     identity: Identity
     dtype: str  # what the weights will be loaded as: float32, bfloat16 ...
+    config: Any = field(default=None, kw_only=True, repr=False, compare=False)  # transformers' own, as it was found
 
     def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
         """The model in eval mode on its device, and its tokenizer.
@@ -116,11 +117,8 @@ class Resolved:
         """
         trust = self.spec.trust_remote_code
         try:
-            config = AutoConfig.from_pretrained(
-                self.source, revision=self.identity.revision or "main", trust_remote_code=trust
-            )
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust)
         except Exception as error:  # as in `load`
             raise _explain(self.identity.name, error) from error
 
@@ -203,7 +201,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     if code is not None and "/" in code and not spec.trust_remote_code:
         raise _untrusted(name, code)
     identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
-    return Resolved(spec, source, identity, _dtype(spec, config, source, commit))
+    return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config)
 
 
 def _dtype(spec: ModelSpec, config: Any, source: str, revision: str | None) -> str:

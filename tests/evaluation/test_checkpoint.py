@@ -15,6 +15,7 @@ import dart_eval
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.ffn import describe
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.commands import Watch, command, run_local
@@ -129,6 +130,14 @@ def test_a_dtype_that_the_configuration_does_not_name_is_that_of_the_weights(fol
     resolved = resolve(ModelSpec(str(folder), device="cpu"))
     assert resolved.dtype == "bfloat16"
     assert resolved.load()[0].dtype == stock.dtype == torch.bfloat16
+
+
+def test_the_outline_of_a_model_reads_no_file_again(folder):
+    found = resolve(ModelSpec(str(folder), device="cpu"))
+    shutil.rmtree(folder)
+    model = found.outline()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert [ffn.size for ffn in describe(model)] == [40, 40, 40]
 
 
 def test_float32_of_a_bfloat16_checkpoint_is_a_cell_of_its_own(folder, tmp_path):
