@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,29 @@ def names(folders: Sequence[str] = ()) -> set[str]:
     return {*own(), *lm_evals(), *(name for folder in folders for name in _named_in(Path(folder)))}
 
 
-def own() -> set[str]:
-    """The project's own tasks."""
+def own() -> dict[str, str]:
+    """The project's own tasks, each with the path of its YAML file."""
     return _named_in(tasks_dir())
 
 
-def lm_evals() -> set[str]:
-    """lm-eval's tasks, groups and tags."""
+def lm_evals() -> dict[str, str]:
+    """lm-eval's tasks, groups and tags, each with the path of a YAML file: of a tag one task's."""
     spec = find_spec("lm_eval")
     places = (spec.submodule_search_locations if spec else None) or []
-    return {name for place in places for name in _named_in(Path(place) / "tasks")}
+    return {name: path for place in places for name, path in _named_in(Path(place) / "tasks").items()}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """What a task's YAML file says, with those that it includes; this project's tasks before lm-eval's.
+
+    Args:
+        name: of a task; one that nobody knows says nothing, as does a file that cannot be read.
+    """
+    path = own().get(name) or lm_evals().get(name)
+    try:
+        return _with_included(path) if path else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def check(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
@@ -120,14 +133,18 @@ def none_given() -> UserError:
 
 
 @functools.cache  # a process sees the files that there were when it first looked
-def _named_in(folder: Path) -> set[str]:
-    found: set[str] = set()
+def _named_in(folder: Path) -> dict[str, str]:
+    """Every name in a folder's YAML files, with the path of one that says it; that of a task itself before others."""
+    found: dict[str, str] = {}
+    tagged: dict[str, str] = {}
     for path in _yaml_files(str(folder)):
         try:
-            found.update(_names_of(path))
+            name, *tags = _names_of(path) or [""]
         except (OSError, ValueError, RecursionError):  # lm-eval passes over what it cannot read, too
             continue
-    return found
+        found |= {name: path} if name else {}
+        tagged |= dict.fromkeys(tags, path)
+    return {**tagged, **found}
 
 
 def _yaml_files(folder: str) -> Iterator[str]:
@@ -164,12 +181,22 @@ def _said(path: str) -> dict[str, Any]:
         lines.pop("task", None)  # its members
     found: dict[str, Any] = {key: _value(*line) for key, line in lines.items()}
     if not found or None in found.values():
-        found = _parsed(text)
+        found = {key: value for key, value in _parsed(text).items() if key in KEYS}
+    return _on_included(path, found, _said)
+
+
+def _on_included(path: str, found: dict[str, Any], read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What a file says on top of what is read of the files that it includes."""
     include = found.pop("include", [])
     base: dict[str, Any] = {}
     for name in [include] if isinstance(include, str) else include:
-        base |= _said(os.path.join(os.path.dirname(path), name))
+        base |= read(os.path.join(os.path.dirname(path), name))
     return {**base, **found}
+
+
+def _with_included(path: str) -> dict[str, Any]:
+    """All of a file and of those that it includes."""
+    return _on_included(path, _parsed(Path(path).read_bytes()), _with_included)
 
 
 def _value(text: bytes, below: bytes) -> str | list[str] | None:
@@ -188,7 +215,7 @@ def _value(text: bytes, below: bytes) -> str | list[str] | None:
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-    """The same by a YAML parser; functions in it stay texts."""
+    """All keys and values, by a YAML parser; functions in it stay texts."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -199,4 +226,4 @@ def _parsed(text: bytes) -> dict[str, Any]:
         loaded = yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
-    return {k: loaded[k] for k in KEYS if k in loaded} if isinstance(loaded, dict) else {}
+    return loaded if isinstance(loaded, dict) else {}

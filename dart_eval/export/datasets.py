@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dart_eval.errors import UserError
-from dart_eval.task_names import tasks_dir
+from dart_eval.task_names import config_of
 
 DEFAULT = "default"  # the task within a benchmark that has one alone
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-DEEPEST = 10  # files that include one another
-NAMED = re.compile(rb"""^["']?task["']?[ \t]*:[ \t]*["']?([\w.:/+-]+)["']?[ \t]*(?:#.*)?\r?$""", re.M)
 NO_HUB = ("json", "csv", "parquet", "arrow", "text")  # loaders of local files
 
 
@@ -66,14 +59,8 @@ def known(names: Iterable[str], given: Mapping[str, Dataset]) -> dict[str, Datas
         Those that are known, and all that the user said; not those of tasks on local files, or that this lm-eval does
         not know.
     """
-    wanted = [n for n in dict.fromkeys(names) if n not in given]
-    found = dict(given)
-    if not wanted:
-        return found
-    for name, config in _configs(wanted).items():
-        if (dataset := _dataset(config)) is not None:
-            found[name] = dataset
-    return found
+    found = {name: _dataset(config_of(name)) for name in dict.fromkeys(names) if name not in given}
+    return {**{name: dataset for name, dataset in found.items() if dataset is not None}, **given}
 
 
 def of_task(task: str, leaves: Iterable[str], datasets: Mapping[str, Dataset]) -> Dataset | None:
@@ -95,39 +82,3 @@ def _dataset(config: Mapping[str, Any]) -> Dataset | None:
         return None
     split = config.get("test_split") or config.get("validation_split")  # as lm-eval chooses
     return Dataset(path, name if isinstance(name, str) else DEFAULT, split if isinstance(split, str) else None)
-
-
-def _configs(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Tasks' YAML files, this project's before lm-eval's. lm-eval's own index would parse all of its thousands."""
-    spec = find_spec("lm_eval")
-    places = [Path(place) / "tasks" for place in (spec.submodule_search_locations if spec else None) or []]
-    found: dict[str, dict[str, Any]] = {}
-    wanted = set(names)
-    for path in (path for place in (tasks_dir(), *places) for path in sorted(place.rglob("*.yaml"))):
-        line = NAMED.search(path.read_bytes())
-        if line is not None and (name := line[1].decode(errors="replace")) in wanted:
-            with contextlib.suppress(OSError, yaml.YAMLError):  # lm-eval passes over what it cannot read, too
-                found[name] = _config(path)
-            wanted.remove(name)
-        if not wanted:
-            break
-    return found
-
-
-class _Loader(yaml.SafeLoader):
-    """Functions in a task's YAML stay texts: nothing of it runs."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: str(node.value))
-
-
-def _config(path: Path, depth: int = 0) -> dict[str, Any]:
-    """A YAML file and what it includes; its own lines win."""
-    config = yaml.load(path.read_bytes(), Loader=_Loader)  # of SafeLoader's kind
-    if not isinstance(config, dict) or depth > DEEPEST:
-        return {}
-    includes = config.pop("include", [])
-    merged: dict[str, Any] = {}
-    for name in [includes] if isinstance(includes, str) else includes:
-        merged |= _config(path.parent / name, depth + 1)
-    return {**merged, **config}
