@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from dart_eval import values
@@ -67,7 +67,9 @@ class RunConfig:
         Literal["auto", "float32", "bfloat16", "float16"],
         _told("Load the weights in this number format; auto is the checkpoint's own."),
     ] = "auto"
-    device: Annotated[Text, _told("Run the model here: auto, cpu, cuda, cuda:1 or mps.")] = "auto"
+    device: Annotated[
+        Text, AfterValidator(values.device), _told("Run the model here: auto, cpu, cuda, cuda:1 or mps.")
+    ] = "auto"
     device_map: Annotated[Text | None, _told("Spread the model over several GPUs, for example auto.")] = None
     trust_remote_code: Annotated[
         Flag, _told("Run Python code that comes with the model. Without this option none is run.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import re
 import typing
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
@@ -24,6 +25,7 @@ from dart_eval.yamls import shown
 MOST = 2**32  # no count of anything is as large
 AUTO = "auto"  # as a batch size: as many as fit
 STEPS = 100  # sparsities of a range, at most
+DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 
 
 class Refused(ValueError):
@@ -67,6 +69,14 @@ def text(value: Any, info: ValidationInfo) -> str | None:
     value = _text(name, value)
     if not value and name != "cue":
         raise UserError(f"{name} is empty", "give a value, or leave the key out")
+    return value
+
+
+@_refusing
+def device(value: str) -> str:
+    """A device as torch spells it; whether there is one of that name is known later."""
+    if not DEVICE.fullmatch(value):
+        raise UserError(f"unknown device {value!r}", "auto, cpu, cuda, cuda:1, mps")
     return value
 
 

@@ -7,6 +7,7 @@ signal.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -131,12 +132,18 @@ def main() -> None:
 
 def _misused(error: Any) -> UserError:
     """An error of typer's parser in one line."""
-    command = error.ctx.command_path if getattr(error, "ctx", None) else "dart-eval"
+    context = getattr(error, "ctx", None)
+    command, known = (context.command_path, context.command.params) if context else ("dart-eval", [])
     remedy = f"see {command} -h"
     if name := getattr(error, "option_name", None) if type(error).__name__ == "NoSuchOption" else None:
-        options = [o for p in error.ctx.command.params if not p.hidden for o in p.opts if o.startswith("-")]
-        return UserError(f"there is no option {name} of {command}", (options and nearest(name, options)) or remedy)
+        there = [o for p in known if not p.hidden for o in p.opts if o.startswith("-")]
+        return UserError(f"there is no option {name} of {command}", (there and nearest(name, there)) or remedy)
     said = error.format_message().rstrip(".")
+    for option, word in itertools.pairwise(sys.argv) if "unexpected extra argument" in said else ():
+        name = f"--{options.spelled(option.lstrip('-'))}"
+        if not word.startswith("-") and any(name in p.opts and getattr(p, "is_flag", False) for p in known):
+            own = ": the model's own template is used" if name == "--chat-template" else ""
+            return UserError(f"{option} takes no value, not {word!r}", f"leave it out{own}")
     return UserError(said[:1].lower() + said[1:], "" if said.endswith("?") else remedy)
 
 

@@ -116,8 +116,8 @@ def decode(
     model: options.Model = None,
     shape: Shape = None,
     layers: Layers = None,
-    dtype: options.OneDtype = "auto",
-    device: options.OneDevice = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = None,
     prompt: Prompt = 128,
     steps: Steps = 30,
@@ -149,14 +149,13 @@ def decode(
     if output is not None:
         kept.check(output)
     methods = bench_options.chosen(method, sparsity)
+    chosen = options.chosen_model(model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import decode as bench
-    from dart_eval.models import ModelSpec
 
     for one in methods:
         bench.check(one)
-    spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
-    subject = _subject(spec, shape, layers)
+    subject = _subject(chosen.model_spec, shape, layers)
     sizes = {"prompt_tokens": prompt, "steps": steps, "rounds": rounds}
     found, files = _measure(methods, sparsity, subject, compile, sizes, output)
     if profile is not None:
@@ -243,8 +242,6 @@ def _subject(spec: ModelSpec, shape: str | None, layers: int | None) -> Subject:
         model, tokenizer = resolved.load(print_note)
         identity = resolved.identity
         return Subject(model, tokenizer, identity.to_json(), resolved.dtype, f"{identity.name}, {resolved.dtype}")
-    if spec.dtype not in DTYPES:
-        raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
     kind: Any = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
     made = shapes.with_random_weights(shape, layers, kind, choose_device(spec.device))
     depth = made.config.get_text_config().num_hidden_layers

@@ -73,8 +73,8 @@ def scoring(
     method: Methods = None,
     sparsity: options.OneSparsity = 0.7,
     model: options.Model = None,
-    dtype: options.OneDtype = "auto",
-    device: options.OneDevice = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = None,
     batch_size: BatchSize = 8,
     rounds: bench_options.Rounds = 3,
@@ -97,14 +97,13 @@ def scoring(
     asked = Asked(tasks, data_dir, batch_size, rounds, limit, num_fewshot)
     asked.check()
     methods = bench_options.chosen(method, sparsity, "griffin,cats") if method is not None else None
+    chosen = options.chosen_model(model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     quieten(False)  # it imports torch, and all before it does not
-    from dart_eval.models import ModelSpec
 
-    spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
     if methods is None:
-        _run_dense(asked, spec, format)
+        _run_dense(asked, chosen.model_spec, format)
     else:
-        _run_methods(asked, spec, methods, sparsity, format)
+        _run_methods(asked, chosen.model_spec, methods, sparsity, format)
 
 
 @dataclass(frozen=True)

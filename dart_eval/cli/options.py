@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dart_eval.cli import complete
-from dart_eval.config import LM_EVALS, choices_of, default_of, help_of
+from dart_eval.config import LM_EVALS, RunConfig, choices_of, default_of, help_of, made
 
 MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"  # panels of the help
 
@@ -57,6 +57,11 @@ def number(text: str) -> float | str:
     return text
 
 
+def chosen_model(**given: Any) -> RunConfig:
+    """The model that a verb loads, told as `run` is; wrong words are refused before torch is imported."""
+    return made({name: value for name, value in given.items() if value is not None})
+
+
 def _words(*known: str) -> Any:
     return complete.words(known)
 
@@ -84,8 +89,6 @@ Shards = Annotated[int | None, _option("shards", CLUSTER, metavar="N")]
 
 # -- bench and trace: one value each ---------------------------------------------------------------------------
 
-OneDtype = Annotated[str, _option("dtype", MODEL, metavar="TYPE", default=False)]
-OneDevice = Annotated[str, _option("device", MODEL, metavar="DEVICE", default=False)]
 OneSparsity = Annotated[
     float,
     typer.Option(metavar="SHARE", help="Share of the FFN weights that a token does not read.", rich_help_panel=PRUNING),

@@ -26,8 +26,8 @@ def trace(
     sparsity: options.OneSparsity = 0.5,
     tokens: options.TraceTokens = 200,
     model: options.Model = None,
-    dtype: options.OneDtype = "auto",
-    device: options.OneDevice = "auto",
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = None,
     output: options.TraceOutput = Path("trace.json"),
     plot: options.TracePlot = None,
@@ -45,6 +45,7 @@ def trace(
     """
     hush(False)
     made = _method(method, sparsity, save_allocation is not None)
+    chosen = options.chosen_model(model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     picture = _picture(output, plot)
     if tokens < 1:
         raise UserError(f"--tokens {tokens} must be at least 1")
@@ -53,11 +54,10 @@ def trace(
     _check_outputs([p for p in (output, picture, save_allocation) if p is not None])
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval import tracing
-    from dart_eval.models import ModelSpec, resolve
+    from dart_eval.models import resolve
 
     passage = _passage(text, file, then) or tracing.smoke_passage(smoke)
-    spec = ModelSpec(model, None, dtype, device, trust_remote_code=bool(trust_remote_code))
-    loaded, tokenizer = resolve(spec).load(print_note)
+    loaded, tokenizer = resolve(chosen.model_spec).load(print_note)
     found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
     aside = is_stream(output)  # the JSON may be what a program reads from this one
     say(tracing.summary(found), err=aside)

@@ -24,7 +24,9 @@ for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method",
               ["run", "--tasks", "helaswag"], ["run", "--tasks", "smoke", "--dtype", "flaot32"], ["ls", "tasks"],
               ["trace", "--method", "grifin"], ["bench", "decode", "--method", "grifin"], ["paper", "smok"],
               ["bench", "scoring", "--tasks", "helaswag"], ["ls", "tasks", "--all"],
-              ["ls", "methods", "griffin"], ["ls", "parts"]):
+              ["ls", "methods", "griffin"], ["ls", "parts"], ["run", "--tasks", "smoke", "--device", "gpu"],
+              ["trace", "--device", "gpu"], ["bench", "decode", "--device", "gpu"],
+              ["bench", "scoring", "--device", "gpu"]):
     sys.argv = ["dart-eval", *words]
     try:
         cli.main()
@@ -39,10 +41,11 @@ for words in (["-h"], ["run", "--help"], ["run", "--tasks", "smoke", "--method",
 def test_help_lists_and_wrong_names_import_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", QUICK], cwd=ROOT, capture_output=True, text=True, check=True)
     said = [line for line in done.stdout.splitlines() if line.startswith("IMPORTED")]
-    assert len(said) == 14 and all(line.endswith("set()") for line in said), said
+    assert len(said) == 18 and all(line.endswith("set()") for line in said), said
     assert "unknown method 'grifin'; did you mean griffin?" in done.stderr
     assert "unknown task 'helaswag'; did you mean hellaswag" in done.stderr
     assert "unknown dtype 'flaot32'; did you mean float32" in done.stderr
+    assert done.stderr.count("unknown device 'gpu'; auto, cpu, cuda, cuda:1, mps\n") == 4
     assert "error: there is no option --sparsty of dart-eval run; did you mean --sparsity, " in done.stderr
     assert all(line.startswith("error: ") for line in done.stderr.splitlines())
 
@@ -51,6 +54,9 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
     (["rnu"], "no such command 'rnu'. Did you mean 'run'?"),
     (["run", "--seed"], "option '--seed' requires an argument; see dart-eval -h"),
     (["run", "smoke"], "got unexpected extra argument(s) (smoke); see dart-eval run -h"),
+    (["run", "--tasks", "smoke", "--apply-chat-template", "chatml"],
+     "--apply-chat-template takes no value, not 'chatml'; leave it out: the model's own template is used"),
+    (["run", "--force", "smoke"], "--force takes no value, not 'smoke'; leave it out"),
     (["check", "out"], "missing option '--baseline'; see dart-eval check -h"),
     (["ls", "parts", "--foo"], "there is no option --foo of dart-eval ls parts; see dart-eval ls parts -h"),
 ])  # fmt: skip
@@ -187,13 +193,13 @@ def test_odd_files_are_read_as_lm_eval_reads_them(tmp_path):
     for name, text in ODD.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(text.encode())
-    found = task_names._named_in(tmp_path)
+    found = {*task_names._named_in(tmp_path)}
     assert found == {*TaskIndex.build([tmp_path])}
     assert {"plain", "seven", "folded", "anchored", "nine"} <= found and "nested" not in found
 
 
 def test_every_shipped_name_is_known():
-    assert task_names.own() == {
+    assert {*task_names.own()} == {
         yaml.safe_load(re.sub("!function", "", file.read_text(encoding="utf-8")))["task"]
         for file in task_names.tasks_dir().rglob("*.yaml") if not file.name.startswith("_")
     }  # fmt: skip
