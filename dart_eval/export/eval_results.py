@@ -31,19 +31,23 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
         source: a page that says more of the results, or None.
     """
     found = []
+    nowhere: set[str] = set()  # tasks without a data set
     for cell in cells:
         metrics = main(m for m in cell.record.metrics if m.part_of is None)
         if not metrics:
             found.append(Piece((), partial(_nothing, cell)))
         for metric in metrics:
+            dataset = of_task(metric.task, cell.leaves(), datasets)
+            if dataset is None:
+                nowhere.add(metric.task)
+                continue
             name = safe(f"{metric.task}-{cell.named('-')}") + f"-{cell.record.key[:8]}"
             path = f"{safe(cell.model)}/.eval_results/{name}.yaml"
-            dataset = of_task(metric.task, cell.leaves(), datasets)
             found.append(Piece((path,), partial(_made, path, cell, metric, dataset, source)))
-    return found
+    return [*found, Piece((), partial(_no_data_set, sorted(nowhere)))] if nowhere else found
 
 
-def _made(path: str, cell: Facts, metric: Metric, dataset: Dataset | None, source: str | None) -> dict[str, str]:
+def _made(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, str]:
     entry = _entry(cell, metric, dataset, source)
     return {path: yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)}
 
@@ -52,9 +56,14 @@ def _nothing(cell: Facts) -> dict[str, str]:
     raise LeftOut(f"{cell.task} under {cell.title} has no number that is better one way", NO_PLACE)
 
 
-def _entry(cell: Facts, metric: Metric, dataset: Dataset | None, source: str | None) -> dict[str, Any]:
-    if dataset is None:
-        raise LeftOut(f"{metric.task} has no data set on the hub", f"name one: --dataset {metric.task}=OWNER/NAME")
+def _no_data_set(tasks: Sequence[str]) -> dict[str, str]:
+    raise LeftOut(
+        f"{', '.join(tasks)}: no data set on the hub is known, and this format needs one",
+        f"name it for each: --dataset {tasks[0]}=OWNER/NAME; `--to lm-eval` and `--to every-eval-ever` need none",
+    )
+
+
+def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, Any]:
     if not math.isfinite(metric.value):
         raise LeftOut(f"{metric.metric} of {metric.task} under {cell.title} is {metric.value}", "run the cell again")
     cell.store.samples(cell.record)  # refuses answers that are no numbers

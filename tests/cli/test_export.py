@@ -113,7 +113,8 @@ def test_the_hub_reads_eval_results_with_the_pruner_in_its_notes(out):
 
     done, folder = _export(out, "eval-results", "--page", "https://example.org/run")
     assert done.err.splitlines() == [
-        "note: left out: xsum has no data set on the hub; name one: --dataset xsum=OWNER/NAME"
+        "note: left out: xsum: no data set on the hub is known, and this format needs one; name it for each: "
+        "--dataset xsum=OWNER/NAME; `--to lm-eval` and `--to every-eval-ever` need none"
     ]
     files = sorted((folder / "me__tiny" / ".eval_results").glob("*.yaml"))
     assert len(files) == 2
@@ -278,7 +279,7 @@ WRONG = {
     "a data set that is none": (("--to", "lm-eval", "--dataset", "arc_easy"), "--dataset 'arc_easy' names no data set"),
     "a model that is a path": (("--to", "lm-eval", "--model-id", "../x"), "--model-id '../x' is no name on the hub"),
     "a file for a folder": (("--to", "lm-eval", "--output", "file"), "--output file is no folder; name a folder"),
-    "no data set at all": (("--to", "eval-results"), "has no data set on the hub; name one: --dataset "),
+    "no data set at all": (("--to", "eval-results"), "error: arc_easy, xsum: no data set on the hub is known, and this format"),
 }  # fmt: skip
 
 
