@@ -279,7 +279,7 @@ WRONG = {
     "a data set that is none": (("--to", "lm-eval", "--dataset", "arc_easy"), "--dataset 'arc_easy' names no data set"),
     "a model that is a path": (("--to", "lm-eval", "--model-id", "../x"), "--model-id '../x' is no name on the hub"),
     "a file for a folder": (("--to", "lm-eval", "--output", "file"), "--output file is no folder; name a folder"),
-    "no data set at all": (("--to", "eval-results"), "error: arc_easy, xsum: no data set on the hub is known, and this format"),
+    "no data set at all": (("--to", "eval-results"), "error: arc_easy, xsum: no data set on the hub is known"),
 }  # fmt: skip
 
 
