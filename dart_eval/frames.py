@@ -8,9 +8,9 @@ Example:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dart_eval.results import tables
+from dart_eval.results import documents, tables
 from dart_eval.results.labels import labels
 from dart_eval.results.store import Store
 
@@ -61,15 +61,12 @@ def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
     store = Store(folder)
     found = store.load()
     names = labels(found)
-    rows: list[dict[str, Any]] = []
-    for record in found:
-        if task is not None and record.inputs["task"] != task:
-            continue
-        cell = {
-            "model": record.inputs["model"]["name"], "label": names[record.key], "method": record.inputs["method"],
-            "sparsity": record.inputs["sparsity"],
-        }  # fmt: skip
-        for sample in store.samples(record):
-            told = {k: v for k, v in sample.items() if k not in ("metrics", "drift")}
-            rows.append({**cell, **told, **sample["metrics"], "key": record.key})
-    return pd.DataFrame(rows)
+    made = []
+    for record in (r for r in found if task in (None, r.inputs["task"])):
+        frame = documents.frame(store.samples(record)).reset_index()
+        for name in ("sparsity", "method"):
+            frame.insert(0, name, record.inputs[name])
+        frame.insert(0, "label", names[record.key])
+        frame.insert(0, "model", record.inputs["model"]["name"])
+        made.append(frame.assign(key=record.key))
+    return pd.concat(made, ignore_index=True).infer_objects() if made else pd.DataFrame()

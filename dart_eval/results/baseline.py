@@ -16,8 +16,9 @@ from dart_eval.errors import UserError, remark
 from dart_eval.files import reason
 from dart_eval.files import write as write_file
 from dart_eval.results import layout, metrics, valid
-from dart_eval.results.inputs import identity
-from dart_eval.results.outcomes import Cell, Document, Measure, Outcome, cells, describe
+from dart_eval.results.documents import INDEX, TOLD, frame
+from dart_eval.results.inputs import HASH_DIGITS, identity
+from dart_eval.results.outcomes import Cell, Measure, Outcome, cells, describe, rows_of
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves
@@ -31,13 +32,15 @@ def checked(found: Outcome) -> Outcome:
     main = metrics.main(found.measures)
     tasks = {m.task for m in main}
     measures = [*main, *(m for m in found.measures if m.name == metrics.GOLD and m.task in tasks)]
-    wanted = {(task, m.filter, m.name) for m in measures for task in m.members}
-    documents = {}
-    for key, d in sorted(found.documents.items()):
-        values = {n: _rounded(v) for n, v in sorted(d.metrics.items()) if (key[0], key[2], n) in wanted}
-        if values:
-            documents[key] = Document(d.doc, d.prompt, d.cluster, values)
-    return Outcome(tuple(measures), documents)
+    values: dict[str, dict[Any, Any]] = {}
+    for m in measures:
+        own = rows_of(m, found.documents)[m.name]
+        values.setdefault(m.name, {}).update((key, _rounded(v)) for key, v in own.items())
+    lines = []
+    for key, told in found.documents[list(TOLD)].to_dict("index").items():
+        own = {name: values[name][key] for name in sorted(values) if key in values[name]}
+        lines.append({**dict(zip(INDEX, key, strict=True)), **told, "metrics": own})
+    return Outcome(tuple(measures), frame(line for line in lines if line["metrics"]))
 
 
 def _rounded(item: Any) -> Any:
@@ -63,7 +66,7 @@ def write(path: Path, found: Sequence[Cell]) -> int:
             [m.task, m.metric, m.higher_is_better, list(m.members), m.equal]
             for m in sorted(outcome.measures, key=lambda m: (m.task, m.metric))
         ]
-        documents = [[*key, d.doc, d.prompt, d.cluster, d.metrics] for key, d in outcome.documents.items()]
+        documents = [_line(key, told) for key, told in outcome.documents.to_dict("index").items()]
         typed = cell.settings.get("method", cell.inputs["method"])
         method = f'"method": {json.dumps(typed, ensure_ascii=False)},\n' if typed != cell.inputs["method"] else ""
         try:
@@ -80,6 +83,13 @@ def write(path: Path, found: Sequence[Cell]) -> int:
     text = f'{{\n"schema": {SCHEMA},\n"cells": [\n' + ",\n".join(parts) + "\n]\n}\n"
     write_file(path, text, "choose another --baseline")
     return count
+
+
+def _line(key: Sequence[Any], told: dict[str, Any]) -> list[Any]:
+    """A document as the file has it: index, digests, cluster and values."""
+    doc, prompt, cluster = (told.pop(name) for name in TOLD)
+    values = {name: v for name, v in told.items() if v is not None}
+    return [*key, doc[:HASH_DIGITS], prompt[:HASH_DIGITS], (cluster or "")[:16] or None, values]
 
 
 def _lines(rows: Sequence[Any]) -> str:
@@ -136,10 +146,7 @@ _BASELINE = valid.fields({
 def _cell(part: dict[str, Any], source: str) -> Cell:
     inputs = part["inputs"]
     measures = tuple(Measure(task, metric, up, tuple(m), equal) for task, metric, up, m, equal in part["measures"])
-    documents = {
-        (task, number, filter_): Document(doc, prompt, cluster, dict(values))
-        for task, number, filter_, doc, prompt, cluster, values in part["documents"]
-    }
-    outcome = Outcome(measures, documents)
+    columns = (*INDEX, *TOLD, "metrics")
+    outcome = Outcome(measures, frame(dict(zip(columns, line, strict=True)) for line in part["documents"]))
     settings = {"method": part["method"]} if "method" in part else {}
     return Cell(identity(inputs), inputs, source, "", lambda: outcome, settings=settings)

@@ -25,6 +25,7 @@ from dart_eval.results.outcomes import (
     check_paired,
     contrast,
     older_note,
+    pairs,
     value,
 )
 from dart_eval.results.pairing import counterparts, current, differences, nearest_to
@@ -136,8 +137,8 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         raise UserError(f"thresholds name task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
     adjusted = stats.holm([r.result.p_worse if r.result else None for r in rows])
     rows = [_judged(dataclasses.replace(r, p_holm=p), thresholds) for r, p in zip(rows, adjusted, strict=True)]
-    for what, pairs in sorted(changed.items()):
-        notes.append(f"{what}: {'; '.join(f'{was} then, {is_} now' for was, is_ in sorted(pairs)[:3])}.")
+    for what, seen in sorted(changed.items()):
+        notes.append(f"{what}: {'; '.join(f'{was} then, {is_} now' for was, is_ in sorted(seen)[:3])}.")
     notes += older_note([*now, *then])
     new = len({c.key for c in now} - {c.key for c in partners.values()})
     if new:
@@ -181,18 +182,15 @@ def _row(name: str, measure: Measure, after: Outcome, before: Outcome, dense: Ou
         return Row(name, measure.task, measure.metric, why="the results lack this metric")
     level = None  # sums of log-likelihoods over long answers say little as a share of dense's
     if dense is not None and measure in dense.measures and measure.name != GOLD:
-        level = value(measure, dense)
-    keys = [k for k in after.documents if k[0] in measure.members and k[2] == measure.filter]
-    moved = sum(_moved(after.documents[k].metrics, before.documents[k].metrics, measure.name) for k in keys)
+        level = value(measure, dense.documents)
+    found = pairs(measure, after, before)
+    moved = (
+        None if found is None else int((~(abs(found.a - found.b) <= CHANGED)).reshape(len(found.a), -1).any(1).sum())
+    )
     return Row(
         name, measure.task, measure.metric, recovery(measure, result.value_a, result.value_b),
         None if level is None else recovery(measure, result.value_a, level), moved, result,
     )  # fmt: skip
-
-
-def _moved(after: dict[str, Any], before: dict[str, Any], name: str) -> bool:
-    left, right = (v if isinstance(v, list) else [v] for v in (after.get(name, 0), before.get(name, 0)))
-    return len(left) != len(right) or not all(abs(x - y) <= CHANGED for x, y in zip(left, right, strict=True))
 
 
 def recovery(measure: Measure, now: float, then: float) -> float | None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dart_eval.errors import UserError
 from dart_eval.results import metrics, stats
+from dart_eval.results.documents import frame
 from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import HASH_DIGITS, HOW, identity, model_of
 from dart_eval.results.inputs import names as fields_of
@@ -24,17 +25,10 @@ from dart_eval.results.labels import values
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document under one filter: digests of itself and its prompt, its cluster, its values."""
-
-    doc: str
-    prompt: str
-    cluster: str | None
-    metrics: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,15 +60,17 @@ class Measure:
         return metrics.of(self.name).kind
 
 
-Key = tuple[str, int, str]  # task, doc_id, filter
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """A cell's measures and documents; `left_out` names metrics that do not follow from their documents' values."""
+    """What came out of a cell.
+
+    Attributes:
+        documents: as `documents.frame` makes them.
+        left_out: names of metrics that do not follow from their documents' values.
+    """
 
     measures: tuple[Measure, ...]
-    documents: dict[Key, Document]
+    documents: pd.DataFrame
     left_out: tuple[str, ...] = ()
 
 
@@ -173,48 +169,40 @@ def describe(cell: Cell, model: bool = False) -> str:
 
 def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
     """Documents and measures of a record; a group's weights are those that give the value in the record."""
-    documents = {
-        (s["task"], s["doc_id"], s["filter"]): Document(
-            s["doc_hash"][:HASH_DIGITS], s["prompt_hash"][:HASH_DIGITS], (s.get("cluster") or "")[:16] or None,
-            s["metrics"],
-        )
-        for s in samples
-    }  # fmt: skip
-    leaves = {task for task, _, _ in documents}
+    documents = frame(samples)
+    tasks = set(documents.index.get_level_values("task"))
     children: dict[str, set[str]] = {}
     for m in record.metrics:
         if m.part_of is not None:
             children.setdefault(m.part_of, set()).add(m.task)
-
-    def members(task: str) -> set[str]:
-        below, ends, seen = [task], set(), set()
-        while below:
-            last = below.pop()
-            if last not in seen:  # a group that is its own member would go round for ever
-                seen.add(last)
-                below += children.get(last, ())
-                ends |= set() if last in children else {last}
-        return ends & leaves
-
     measures: list[Measure] = []
     left_out = []
-    whole = Outcome((), documents)
     for m in (m for m in record.metrics if m.part_of is None):
-        tasks = tuple(sorted(members(m.task)))
+        members = tuple(sorted(_ends(m.task, children) & tasks))
         for equal in (False, True):
-            measure = Measure(m.task, m.metric, m.higher_is_better, tasks, equal)
-            found = value(measure, whole)
+            measure = Measure(m.task, m.metric, m.higher_is_better, members, equal)
+            found = value(measure, documents)
             if found is not None and _same(found, m.value):
                 measures.append(measure)
                 break
         else:
             left_out.append(f"{m.task} {m.metric}")
-    firsts: dict[str, Measure] = {}
-    for measure in measures:
-        firsts.setdefault(measure.task, measure)
-    golds = [Measure(m.task, metrics.GOLD, True, m.members, m.equal) for m in firsts.values()]
-    measures += [g for g in golds if value(g, whole) is not None]
+    firsts = {measure.task: measure for measure in reversed(measures)}
+    golds = [Measure(m.task, metrics.GOLD, True, m.members, m.equal) for m in reversed(firsts.values())]
+    measures += [g for g in golds if value(g, documents) is not None]
     return Outcome(tuple(measures), documents, tuple(left_out))
+
+
+def _ends(task: str, children: Mapping[str, set[str]]) -> set[str]:
+    """The tasks of a group that are no groups themselves, in whatever depth; the task itself where it is none."""
+    below, ends, seen = [task], set(), set()
+    while below:
+        last = below.pop()
+        if last not in seen:  # a group that is its own member would go round for ever
+            seen.add(last)
+            below += children.get(last, ())
+            ends |= set() if last in children else {last}
+    return ends
 
 
 def _same(computed: float, recorded: float) -> bool:
@@ -222,17 +210,18 @@ def _same(computed: float, recorded: float) -> bool:
     return both_nan or math.isclose(computed, recorded, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _keys(measure: Measure, found: Outcome) -> list[Key]:
-    return sorted(
-        key
-        for key, document in found.documents.items()
-        if key[0] in measure.members and key[2] == measure.filter and measure.name in document.metrics
-    )
+def rows_of(measure: Measure, documents: pd.DataFrame) -> pd.DataFrame:
+    """The documents that have a value for a measure."""
+    if measure.name not in documents:
+        return documents.iloc[:0]
+    tasks, filters = (documents.index.get_level_values(name) for name in ("task", "filter"))
+    known = [v is not None for v in documents[measure.name]]
+    return documents[tasks.isin(measure.members) & (filters == measure.filter) & known]
 
 
-def _values(measure: Measure, found: Outcome, keys: Sequence[Key]) -> np.ndarray | None:
+def _values(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
     """[n] or [n, width] values as `stats.KINDS` takes them; None where they are not of that shape."""
-    raw = [found.documents[k].metrics[measure.name] for k in keys]
+    raw = list(rows[measure.name]) if len(rows) else []
     if measure.name == "perplexity":  # of lm-eval: every document weighs the same
         raw = [[v, 1] for v in raw]
     width = metrics.of(measure.name).width
@@ -243,30 +232,56 @@ def _values(measure: Measure, found: Outcome, keys: Sequence[Key]) -> np.ndarray
     return np.array(raw, float) if raw else None
 
 
-def _weights(measure: Measure, keys: Sequence[Key]) -> np.ndarray | None:
+def _weights(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
+    """One a document; None where all weigh the same."""
     if not measure.equal:
         return None
-    sizes = {task: sum(k[0] == task for k in keys) for task in measure.members}
-    return np.array([1 / sizes[k[0]] for k in keys])
+    tasks = rows.index.get_level_values("task")
+    return 1 / tasks.map(tasks.value_counts()).to_numpy(float)
 
 
-def value(measure: Measure, found: Outcome) -> float | None:
-    """The metric over a cell's documents; None where it cannot be computed from them."""
-    keys = _keys(measure, found)
-    values, weights = _values(measure, found, keys), _weights(measure, keys)
-    return None if values is None else stats.value(measure.kind, values, weights)
+def value(measure: Measure, documents: pd.DataFrame) -> float | None:
+    """The metric over documents; None where it cannot be computed from them."""
+    rows = rows_of(measure, documents)
+    values = _values(measure, rows)
+    return None if values is None else stats.value(measure.kind, values, _weights(measure, rows))
+
+
+class Pairs(NamedTuple):
+    """Values of a measure under A and under B, of the same documents in the same order.
+
+    Attributes:
+        a: [n] or [n, width]. b: the same.
+        units: [n] the independent unit of each document: a group's are its members, a task's its clusters, or its
+            documents where they have none.
+        weights: [n] where documents have some.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    units: list[str]
+    weights: np.ndarray | None
+
+
+def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
+    """The values of two outcomes that `check_paired` let pass; None where they are not of the same documents, or not of
+    one shape."""
+    left, right = rows_of(measure, a.documents), rows_of(measure, b.documents)
+    x, y = _values(measure, left), _values(measure, right) if left.index.equals(right.index) else None
+    if x is None or y is None:
+        return None
+    group = measure.members != (measure.task,)
+    units = [
+        task if group else cluster or f"{task} {number}"
+        for (task, number, _), cluster in zip(left.index, left["cluster"], strict=True)
+    ]
+    return Pairs(x, y, units, _weights(measure, left))
 
 
 def contrast(measure: Measure, a: Outcome, b: Outcome) -> stats.Paired | None:
-    """The paired test of a measure between two outcomes that `check_paired` let pass.
-
-    A group's independent units are its members, a task's its clusters, or its documents where they have none.
-    """
-    found = paired_values(measure, a, b)
-    if found is None:
-        return None
-    x, y, units, weights = found
-    return stats.paired(measure.kind, x, y, units, weights, measure.higher_is_better)
+    """The paired test of a measure between two outcomes that `check_paired` let pass."""
+    found = pairs(measure, a, b)
+    return None if found is None else stats.paired(measure.kind, *found, measure.higher_is_better)
 
 
 def contrast_of_means(
@@ -275,33 +290,21 @@ def contrast_of_means(
     """The paired test of a weighted mean over several tasks.
 
     Args:
-        measures: means (no perplexities, no BLEU), one per task. a, b: that task's outcomes. shares: its weight.
+        measures: means (no perplexities, no BLEU), one per task.
+        a: that task's outcomes under A.
+        b: the same under B.
+        shares: the weight of each task.
     """
-    parts = [paired_values(m, x, y) for m, x, y in zip(measures, a, b, strict=True)]
-    found = [p for p in parts if p is not None]
-    if len(found) < len(parts) or any(m.kind != "mean" for m in measures):
+    found = [p for m, x, y in zip(measures, a, b, strict=True) if (p := pairs(m, x, y)) is not None]
+    if len(found) < len(measures) or any(m.kind != "mean" for m in measures):
         return None
     weights = []
-    for share, (x, _, _, w) in zip(shares, found, strict=True):
-        own = np.ones(len(x)) if w is None else w
+    for share, part in zip(shares, found, strict=True):
+        own = np.ones(len(part.a)) if part.weights is None else part.weights
         weights.append(share * own / own.sum())
-    x, y = (np.concatenate([part[side] for part in found]) for side in (0, 1))
-    units = [unit for _, _, own, _ in found for unit in own]
+    x, y = (np.concatenate(side) for side in ([p.a for p in found], [p.b for p in found]))
+    units = [unit for part in found for unit in part.units]
     return stats.paired("mean", x, y, units, np.concatenate(weights), measures[0].higher_is_better)
-
-
-def paired_values(
-    measure: Measure, a: Outcome, b: Outcome
-) -> tuple[np.ndarray, np.ndarray, list[str], np.ndarray | None] | None:
-    """Values under a and b, the independent unit of each document, and weights where documents have some; None where
-    they are not of the same documents, or not of one shape."""
-    keys = _keys(measure, a)
-    x, y = _values(measure, a, keys), _values(measure, b, keys) if keys == _keys(measure, b) else None
-    if x is None or y is None:
-        return None
-    group = measure.members != (measure.task,)
-    units = [k[0] if group else a.documents[k].cluster or f"{k[0]} {k[1]}" for k in keys]
-    return x, y, units, _weights(measure, keys)
 
 
 def cell_of(record: Record, found: Outcome) -> Cell:
@@ -320,20 +323,18 @@ def check_paired(a: Cell, x: Outcome, b: Cell, y: Outcome) -> None:
         Unpaired: with what differs.
     """
     what = f"{a.inputs['task']} ({a.source}) and {b.inputs['task']} ({b.source}) cannot be paired"
-    sizes = [len({k[:2] for k in found.documents}) for found in (x, y)]
-    limits = [cell.inputs.get("limit") for cell in (a, b)]
+    sizes = [len(set(found.documents.index.droplevel("filter"))) for found in (x, y)]
     if sizes[0] != sizes[1]:
-        said = [
-            f"{size} documents ({f'--limit {limit}' if limit else 'no --limit'})"
-            for size, limit in zip(sizes, limits, strict=True)
-        ]
-        raise Unpaired(f"{what}: {said[0]} and {said[1]}", "run both with the same data and --limit")
-    if x.documents.keys() != y.documents.keys():
+        limits = [f"--limit {cell.inputs['limit']}" if cell.inputs.get("limit") else "no --limit" for cell in (a, b)]
+        said = " and ".join(f"{size} documents ({limit})" for size, limit in zip(sizes, limits, strict=True))
+        raise Unpaired(f"{what}: {said}", "run both with the same data and --limit")
+    if not x.documents.index.equals(y.documents.index):
         raise Unpaired(f"{what}: they have other documents or filters", "run both with the same data")
-    for name, part in (("documents", "doc"), ("prompts", "prompt")):
-        other = [k for k in sorted(x.documents) if getattr(x.documents[k], part) != getattr(y.documents[k], part)]
-        if other:
+    for name, column in (("documents", "doc_hash"), ("prompts", "prompt_hash")):
+        left, right = (found.documents[column].str[:HASH_DIGITS] for found in (x, y))
+        other = x.documents.index[left != right]
+        if len(other):
             raise Unpaired(
-                f"{what}: {len(other)} of {len(x.documents)} {name} differ (the first: {other[0][0]} {other[0][1]})",
+                f"{what}: {len(other)} of {len(left)} {name} differ (the first: {other[0][0]} {other[0][1]})",
                 "run both with the same data, few-shot examples, chat template and version of lm-eval",
             )

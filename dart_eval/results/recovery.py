@@ -14,7 +14,7 @@ import numpy as np
 
 from dart_eval.results import stats
 from dart_eval.results.metrics import GOLD
-from dart_eval.results.outcomes import Measure, Outcome, paired_values
+from dart_eval.results.outcomes import Measure, Outcome, pairs
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def of_task(measure: Measure, pruned: Outcome, dense: Outcome) -> Recovery | Non
     Perplexities are compared as they are read, exp of a mean: their ratio is exp of a difference of means.
     Log-likelihoods of right answers have no ratio: of these it is the difference, in nats per answer.
     """
-    found = paired_values(measure, pruned, dense)
+    found = pairs(measure, pruned, dense)
     if found is None or measure.higher_is_better is None:
         return None
     x, y, units, weights = found

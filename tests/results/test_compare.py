@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dart_eval.cli import compare as command
 from dart_eval.cli import view
 from dart_eval.errors import UserError
-from dart_eval.results import outcomes
+from dart_eval.results import documents, outcomes
 from dart_eval.results.compare import compare_folders, compare_within, render
 from dart_eval.results.record import Metric
 from tests.helpers.records import N, answered, digest, metric_of, perplexities, right, samples, save
@@ -280,8 +280,7 @@ def test_a_groups_value_is_that_of_the_record_and_its_members_are_the_clusters(t
 
 def test_a_mean_over_tasks_weighs_them_by_their_shares_whatever_their_size():
     def outcome(task, values):
-        found = {(task, i, "none"): outcomes.Document("d", "p", None, {"acc": v}) for i, v in enumerate(values)}
-        return outcomes.Outcome((), found)
+        return outcomes.Outcome((), documents.frame(samples(task, [{"acc": v} for v in values])))
 
     measures = [outcomes.Measure(task, "acc", True, (task,)) for task in ("a", "b")]
     ours = [outcome("a", [1.0] * 6 + [0.0] * 4), outcome("b", [1.0] * 30)]
