@@ -28,8 +28,8 @@ in the slot `remask`, and it follows the text:
 dart-eval run --tasks smoke_drift --method griffin,griffin:remask=drift:remask.window=8
 ```
 
-A colon separates settings. `SLOT=PART` puts a part into a slot, `SLOT.FIELD=VALUE` sets a field of the part that is
-there; their order does not matter. In a file of settings and in Python the same is
+A colon separates settings. `SLOT=PART` puts a part into a slot, and `SLOT.FIELD=VALUE` sets a field of the part that
+is there. Their order does not matter. In a YAML file and in Python the second method is written so:
 
 ```yaml
 method:
@@ -45,24 +45,25 @@ with prune(model, "griffin", sparsity=0.7, remask=OnDrift(window=8)) as session:
     model.generate(**inputs)
 ```
 
-Two spellings of one composition are one cell: `dart:remask=never:allocation=uniform:score.norm=l2` is what `griffin`
-is, and is not run again.
+A method is known by its parts, however it is spelled. `dart:remask=never:allocation=uniform:score.norm=l2` has the
+parts of `griffin`, and is not run beside it.
 
 **Sparsity counts bytes.** At sparsity 0.7 a decoded token reads 0.3 of the FFN's weights, whatever the parts. `griffin`
 reads all three matrices for 30 % of the neurons. `dart-plus` has 48 % of them in its mask: a token reads gate for
-these, up for the 26 % that it takes of them, and down for the 16 % with the largest |h|, which makes
-(.48 + .26 + .16) / 3 = .30. In general a token that reads gate (or up) for the whole mask reads
+these, up for the 26 % that it takes of them, and down for the 16 % with the largest |h|. Together they are
+(.48 + .26 + .16) / 3 = .30 of the weights. In general a token that reads gate (or up) for the whole mask reads
 
     (mask + taken + written) / 3
 
 of the weights of a gated FFN, and (mask + taken) / 2 of a plain one. Here `mask` is the share of the neurons that are
 in the mask, `taken` the share that the token takes, and `written` the share of which it reads down (`write_share` of
 those taken). Each layer's counts are rounded down, and what is left over goes to the largest fractions, so that the sum
-over all layers is exact to the neuron. Where the mask is everything (`cats`), gate alone is a third of the weights: a
-sparsity that leaves less is refused. `top-p` alone has no sparsity: what it reads varies from token to token, and is
-measured.
+over all layers is exact to the neuron. Where the mask is everything (`cats`), gate alone is a third of the weights, and
+a sparsity that leaves less than that is refused. Only `top-p` has no sparsity: what it reads differs from token to
+token, and is measured.
 
-An **upper bound** is a row that no method can reach: it knows something before it has read what that follows from.
+An **upper bound** is a row that no method can reach, because it uses what can be known only afterwards: the activations
+of the very token for which it chooses, or tokens that come later.
 """
 
 
@@ -71,7 +72,7 @@ def page() -> str:
     lines = [HEAD, "## Methods\n", "| name | what it does | its parts |", "| --- | --- | --- |"]
     for method in BUILT_IN:
         spelled = Pruner(method.mask, method.choice, method.allocation, method.compensation).spec
-        parts = ", ".join(f"`{part}`" for part in spelled.split(":")[1:]) or "those of a model as it is"
+        parts = ", ".join(f"`{part}`" for part in spelled.split(":")[1:]) or "only those below"
         lines.append(f"| `{method.name}` | {_cell(method.summary)} | {_cell(parts)} |")
     lines.append(
         "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform`, `compensation=none`.\n"
@@ -81,7 +82,7 @@ def page() -> str:
         for cls in PARTS:
             if cls.slot == slot:
                 (title, summary), *fields = part_rows(cls)
-                lines.append(f"**`{title}`**: {summary}.\n")
+                lines.append(f"**`{title}`** {summary}.\n")
                 if fields:
                     lines += ["| field and default | what it means |", "| --- | --- |"]
                     lines += [f"| `{_cell(left.strip())}` | {_cell(text)} |" for left, text in fields] + [""]

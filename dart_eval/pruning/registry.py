@@ -1,4 +1,4 @@
-"""Names of methods and of parts. Built-in ones stand here; other packages add theirs by entry points.
+"""The names of methods and of parts. The built-in ones stand here; other packages add theirs by entry points.
 
 A package offers a whole method (a `Pruner`) in the group `dart_eval.methods`, a part (a class) in `dart_eval.parts`.
 """
@@ -27,48 +27,60 @@ log = logging.getLogger(__name__)
 
 GRIFFIN = Activation(norm="l2")
 BUILT_IN = (
-    Pruner(name="dense", summary="the model as it is"),
-    Pruner(name="random", summary="one random set of neurons per layer (control)", mask=Static(score=Random())),
+    Pruner(name="dense", summary="prunes nothing: the model as it is (control)"),
     Pruner(
-        name="magnitude", summary="static, product of the norms of a neuron's rows of gate and up",
+        name="random", summary="keeps a random set of neurons in each layer, the same for every text",
+        mask=Static(score=Random()),
+    ),
+    Pruner(
+        name="magnitude", summary="keeps the neurons with the largest rows of gate and up, the same for every text",
         mask=Static(score=Weights()),
     ),
     Pruner(
-        name="wanda-sp", summary="static, column of down times activation norm on a calibration text",
+        name="wanda-sp", summary="keeps neurons with the largest columns of down and activations on a calibration text",
         mask=Static(score=Wanda()),
     ),
     Pruner(
-        name="griffin", summary="per prompt, token-normalised activations, uniform over layers",
+        name="griffin", summary="keeps the neurons that were most active in the prompt, equally many in every layer",
         mask=FromPrompt(score=GRIFFIN),
     ),
     Pruner(
-        name="dart", summary="per prompt, depth-aware over layers, re-masked when the context drifts",
+        name="dart", summary="keeps the neurons most active in the prompt, more in some layers, and re-masks on drift",
         mask=FromPrompt(remask=OnDrift()), allocation=DepthAware(),
     ),
     # The public code's settings. Its defects stay out: there a mask of MASKING_STEP 0 was never made anew, and half of
     # the layers of the forward with the alarm ran under the old one. Densities stay the prompt's here; the code
     # computed them anew.
     Pruner(
-        name="dart-code", summary="dart with the public code's settings: eager detector, re-masks from 30 dense tokens",
+        name="dart-code", summary="is dart as its public code sets it: eager detector, re-masks from 30 dense tokens",
         mask=FromPrompt(remask=OnDrift(
             window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
         )), allocation=DepthAware(),
     ),
     # Ours. The settings are those of docs/findings.md, chosen on the smoke documents.
     Pruner(
-        name="dart-plus", summary="each token chooses inside a wide mask, re-masked on drift; a mean stands in outside",
+        name="dart-plus", summary="lets tokens choose inside a wide mask, re-masks on drift, adds the mean of the rest",
         mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8, old="running")),
         choice=GateUp(mask_ratio=1.6, write_share=0.6), compensation=MeanOutput(),
     ),
-    Pruner(name="cats", summary="each token: exactly k neurons by |act(gate x)|, gate is read whole", choice=ByGate()),
-    Pruner(name="m-countdown", summary="each token: exactly k neurons by |up x|, up is read whole", choice=ByUp()),
     Pruner(
-        name="top-p", summary="each token: the fewest neurons with a share of the sum of |h| (upper bound)",
+        name="cats", summary="lets each token choose the largest |act(gate x)|, after reading all of gate",
+        choice=ByGate(),
+    ),
+    Pruner(
+        name="m-countdown", summary="lets each token choose the largest |up x|, after reading all of up",
+        choice=ByUp(),
+    ),
+    Pruner(
+        name="top-p", summary="lets each token choose the fewest neurons with a share of the sum of |h| (upper bound)",
         choice=TopP(),
     ),
-    Pruner(name="oracle-token", summary="each token: exactly k neurons by |h| (upper bound)", choice=ByHidden()),
     Pruner(
-        name="oracle", summary="one mask from the very tokens that it is used on (upper bound)",
+        name="oracle-token", summary="lets each token choose the largest |h|, known beforehand (upper bound)",
+        choice=ByHidden(),
+    ),
+    Pruner(
+        name="oracle", summary="makes one mask from the very tokens that then run under it (upper bound)",
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
@@ -105,10 +117,11 @@ def parts() -> dict[str, dict[str, type[Part]]]:
 
 @functools.cache  # a search of all installed packages takes milliseconds, and a spelling is read often
 def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """What other packages offer, by name; what cannot be imported is left out, with a word.
+    """What other packages offer, by name. What cannot be imported is left out, and an error is logged.
 
     Args:
-        group: of entry points. search: `importlib.metadata.entry_points`.
+        group: the group of entry points that is asked for.
+        search: `importlib.metadata.entry_points`.
     """
     found = []
     for entry in search(group=group):
@@ -137,12 +150,17 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
 
 
 def spelled(name: str, given: Mapping[str, Any]) -> str:
-    """`griffin`, `{"remask": {"part": "drift", "window": 8}}` -> `griffin:remask=drift:remask.window=8`."""
+    """A name and settings as a user types them.
+
+    `griffin`, `{"remask": {"part": "drift", "window": 8}}` -> `griffin:remask=drift:remask.window=8`.
+    """
     return ":".join([name, *(f"{path}={text_of(value)}" for path, value in flattened(given))])
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """`griffin:remask=drift:remask.window=8` -> ("griffin", {"remask": "drift", "remask.window": "8"}).
+    """The name and the settings of a method as a user typed it.
+
+    `griffin:remask=drift:remask.window=8` -> ("griffin", {"remask": "drift", "remask.window": "8"}).
 
     Values may hold colons (`allocation=table:FILE`): one separates parameters only where a name and "=" follow.
     """

@@ -34,9 +34,9 @@ def test_a_list_goes_on_below_its_own_column_on_a_terminal(monkeypatch, width, s
 def test_lines_are_whole_where_no_terminal_is(monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     lines = command("ls", "methods", "dart-plus").out.splitlines()
-    assert lines[0].startswith("dart-plus:  each token chooses inside a wide mask")
+    assert lines[0].startswith("dart-plus:  lets tokens choose inside a wide mask")
     assert "remask.window=10" in next(
-        line for line in lines if line.endswith("tokens of a window of the detector (at least 1)")
+        line for line in lines if line.endswith("tokens in a window of the detector (at least 1)")
     )
     assert any(len(line) > 80 for line in lines)
 

@@ -48,10 +48,10 @@ class Allocation(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Allocation):
-    """The same density in every layer."""
+    """Every layer has the same density."""
 
     name = "uniform"
-    summary = "the same density in every layer"
+    summary = "gives every layer the same density"
 
     def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
         return [1 - sparsity] * layers
@@ -59,14 +59,14 @@ class Uniform(Allocation):
 
 @dataclass(frozen=True, kw_only=True)
 class DepthAware(Allocation):
-    """Layers are judged by how much they change the stream; early and late ones are spared (arXiv 2601.22632)."""
+    """Layers that change the stream most keep most; early and late ones are spared (arXiv 2601.22632)."""
 
     name = "depth"
-    summary = "layers that change the stream most keep most; early and late ones are spared"
+    summary = "keeps most in the layers that change the stream most, and spares early and late ones"
     needs_context = True
     needs_change = True
     sensitivity: Literal["ffn", "residual"] = option(
-        "ffn", "a layer is judged by what its FFN adds to the stream (ffn), or by the stream after it (residual)"
+        "ffn", "judge a layer by what its FFN adds to the stream, or by the stream after it"
     )
     protect: bool = option(True, "spare early and late layers (off: the paper's ablation)")
     magnitude: bool = option(
@@ -87,11 +87,11 @@ class DepthAware(Allocation):
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Allocation):
-    """The densities of a file."""
+    """The densities stand in a file."""
 
     name = "table"
-    summary = "the densities of a file (`dart-eval trace --save-allocation` writes one)"
-    file: str = option("", "the file")
+    summary = "takes the densities of a file (`dart-eval trace --save-allocation` writes one)"
+    file: str = option("", "the name of the file")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,8 +47,9 @@ class Part:
         slot: the kind of part: `score`, `mask`, `remask`, `choice`, `allocation` or `compensation`.
         name: what a user types to choose it (`remask=drift`).
         summary: one line that says what it does.
-        observes: it keeps a sum over the tokens of a context (`observe`).
-        needs_context: it can do nothing before tokens of a context have been seen: a sequence without any runs dense.
+        observes: whether it keeps a sum over the tokens of a context (`observe`).
+        needs_context: whether it can do nothing before tokens of a context have been seen. A sequence without a
+            context then runs dense.
     """
 
     slot: ClassVar[str]
@@ -68,13 +69,13 @@ class Part:
         return f"{self.slot}={self.name}"
 
     def files(self) -> list[str]:
-        """Files that it reads: what is in them can change its numbers."""
+        """The files that it reads, whose contents can change its numbers."""
         return []
 
     # What it keeps of every token that a mask is made from, and what it computes beside the model. -----------------
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:
-        """The sum over tokens that this part wants to be kept, layer by layer; None: nothing.
+        """The sum over tokens that this part wants to be kept, layer by layer; None where it wants none.
 
         The sum must be weighted, so that chunks of a context and padding cannot change it.
 
@@ -89,15 +90,20 @@ class Part:
         return None
 
     def flops_per_neuron(self) -> int:
-        """Elementwise operations per neuron of every token that is observed."""
+        """Elementwise operations for each neuron of every token that is observed."""
         return 0
 
     def flops_per_token(self, shape: ModelShape) -> float:
-        """FLOPs per context token beside those per neuron."""
+        """FLOPs for each token of the context, beside those for each neuron."""
         return 0
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        """FLOPs per decoded token. mask: neurons of the masks of all layers."""
+        """FLOPs for each decoded token.
+
+        Args:
+            shape: sizes of the model.
+            mask: neurons in the masks of all layers.
+        """
         return 0
 
 

@@ -43,15 +43,15 @@ class Choice(Part):
     """Base of all choices.
 
     Attributes:
-        chooses: tokens choose at all; else they compute the whole mask.
-        exact: how many neurons a token takes follows from the sparsity; else it differs from token to token.
-        needs_up: `observe` wants up x.
+        chooses: whether tokens choose; if not, they compute the whole mask.
+        exact: whether the sparsity decides how many neurons a token takes; if not, the number differs between tokens.
+        needs_up: whether `observe` needs up x.
         reads_whole: the matrices of a gated FFN of which it reads the rows of the whole mask before it chooses: `gate`,
             `up`, both or none. A plain FFN has `up` alone, which tells its h: it is read whole unless there are none.
-        upper_bound: it knows h before it has read what h is made of.
+        upper_bound: whether it knows h before it has read what h is made of.
         write_share: of the neurons that it takes, the share whose columns of down are read.
-        mask_ratio: neurons of the mask as a multiple of the weights read, where the mask is not of everything.
-        gathers: `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`).
+        mask_ratio: neurons in the mask, as a multiple of the weights read, where the mask is not of everything.
+        gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`).
     """
 
     slot = "choice"
@@ -106,10 +106,10 @@ class Choice(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class All(Choice):
-    """Tokens compute every neuron of the mask."""
+    """Every token computes every neuron of the mask."""
 
     name = "none"
-    summary = "every token computes all of the mask"
+    summary = "has every token compute all of the mask"
     chooses = False
 
     def counts(
@@ -121,18 +121,19 @@ class All(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class GateUp(Choice):
-    """|act(gate x)_j| times the root mean square of (up x)_j over the context; then the largest |h|.
+    """A token takes the largest |act(gate x)_j| * rms of (up x)_j over the context, and writes the largest |h| of them.
 
-    The mask's rows of gate are read, up's of the neurons taken, down's of those written. This project's own.
+    It reads gate for the whole mask, up for the neurons taken, and down for those written. This choice is this
+    project's own.
     """
 
     name = "gate-up"
-    summary = "|act(gate x)| times the context's rms of up x; then the largest |h|"
+    summary = "takes the largest |act(gate x)| times the context's rms of up x; of these it writes the largest |h|"
     observes = True
     needs_up = True
     reads_whole = ("gate",)
     gathers = True
-    mask_ratio: float = option(1.6, "neurons of the mask as a multiple of the weights read", least=1, most=3)  # type: ignore[misc]
+    mask_ratio: float = option(1.6, "neurons in the mask, as a multiple of the weights read", least=1, most=3)  # type: ignore[misc]
     write_share: float = option(1.0, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -152,17 +153,17 @@ class Inside(Choice):
 
     mask_ratio: float = option(  # type: ignore[misc]
         1.6,
-        "neurons of the mask as a multiple of the weights read (mask=everything ignores it)",
+        "neurons in the mask, as a multiple of the weights read (mask=everything ignores it)",
         least=1,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByGate(Inside):
-    """Exactly k neurons by |act(gate x)|: CATS (arXiv 2404.08763) with a count instead of a threshold."""
+    """A token takes exactly k neurons, by |act(gate x)|: CATS (arXiv 2404.08763) with a count for a threshold."""
 
     name = "gate"
-    summary = "the largest |act(gate x)|; gate is read for the whole mask"
+    summary = "takes the largest |act(gate x)|; gate is read for the whole mask"
     reads_whole = ("gate",)
 
     def importance(self, token: Token) -> Tensor:
@@ -171,10 +172,10 @@ class ByGate(Inside):
 
 @dataclass(frozen=True, kw_only=True)
 class ByUp(Inside):
-    """Exactly k neurons by |up x|: M-COUNTDOWN (arXiv 2505.17701) with a count instead of a threshold."""
+    """A token takes exactly k neurons, by |up x|: M-COUNTDOWN (arXiv 2505.17701) with a count for a threshold."""
 
     name = "up"
-    summary = "the largest |up x|; up is read for the whole mask"
+    summary = "takes the largest |up x|; up is read for the whole mask"
     reads_whole = ("up",)
 
     def importance(self, token: Token) -> Tensor:
@@ -183,10 +184,13 @@ class ByUp(Inside):
 
 @dataclass(frozen=True, kw_only=True)
 class ByHidden(Inside):
-    """Exactly k neurons by |h|, as if h were known before anything is read: no choice can be better informed."""
+    """A token takes exactly k neurons, by |h|, as if h were known before anything is read.
+
+    No choice can be better informed.
+    """
 
     name = "hidden"
-    summary = "the largest |h|, as if it were known beforehand (an upper bound)"
+    summary = "takes the largest |h|, as if it were known beforehand (an upper bound)"
     upper_bound = True
 
     def importance(self, token: Token) -> Tensor:
@@ -195,13 +199,13 @@ class ByHidden(Inside):
 
 @dataclass(frozen=True, kw_only=True)
 class TopP(Choice):
-    """The smallest set of neurons with the share p of a token's sum of |h|, as if h were known beforehand.
+    """A token takes the fewest neurons with the share p of its sum of |h|, as if h were known beforehand.
 
-    How many that are differs from token to token and from layer to layer: what is read is measured, not set.
+    Their number differs from token to token and from layer to layer, so what is read is measured and not set.
     """
 
     name = "top-p"
-    summary = "the fewest neurons with the share p of the sum of |h| (an upper bound; what it reads varies)"
+    summary = "takes the fewest neurons with the share p of the sum of |h| (an upper bound; what it reads varies)"
     exact = False
     upper_bound = True
     p: float = option(0.9, "share of a token's sum of |h| that is kept", above=0, most=1)

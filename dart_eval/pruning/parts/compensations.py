@@ -31,15 +31,15 @@ class Nothing(Compensation):
     """Nothing stands in for what was left out."""
 
     name = "none"
-    summary = "nothing"
+    summary = "puts nothing in place of what is left out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanOutput(Compensation):
-    """What the neurons outside the mask added to the context's tokens on average, as a constant."""
+    """A constant is added: what the neurons outside the mask added to the context's tokens on average."""
 
     name = "mean"
-    summary = "what the neurons outside the mask added to the context's tokens on average, a constant"
+    summary = "adds a constant: what the neurons outside the mask added to the context's tokens on average"
     observes = True
     adds = True
 

@@ -16,10 +16,11 @@ class Mask(Part):
     """Base of all masks.
 
     Attributes:
-        fixed: it is made before any prompt is seen, and the same for every sequence.
-        whole: it holds every neuron.
-        looks_ahead: it is made from the very tokens that it is used on (an upper bound, and no method to use).
-        score: what it is made by; None for a mask of everything.
+        fixed: whether it is made before any prompt is seen, and is the same for every sequence.
+        whole: whether it holds every neuron.
+        looks_ahead: whether it is made from the very tokens that it is used on. It is then an upper bound, and no
+            method to use.
+        score: the score that it is made by; None for a mask of everything.
         remask: when it is made anew.
     """
 
@@ -33,20 +34,20 @@ class Mask(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Everything(Mask):
-    """Every neuron of every layer."""
+    """The mask holds every neuron of every layer."""
 
     name = "everything"
-    summary = "every neuron: what is pruned is each token's choice"
+    summary = "leaves every neuron in: what is pruned is each token's choice"
     fixed = True
     whole = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Static(Mask):
-    """One mask for all sequences, made before any prompt is seen: of the weights, or of a calibration text."""
+    """One mask for all sequences is made before any prompt is seen, from the weights or from a calibration text."""
 
     name = "static"
-    summary = "one mask for all texts, from the weights or a calibration text"
+    summary = "makes one mask for all texts, from the weights or a calibration text"
     fixed = True
     score: Score = option(Wanda(), "what it is made by")  # type: ignore[misc]
 
@@ -61,7 +62,7 @@ class Static(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class OfTokens(Mask):
-    """Base of masks per sequence, made from tokens of it."""
+    """Base of masks that are made for each sequence from its own tokens."""
 
     needs_context = True
     score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
@@ -77,19 +78,19 @@ class OfTokens(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class FromPrompt(OfTokens):
-    """A mask per sequence, from the tokens of its context."""
+    """Each sequence gets a mask of its own, from the tokens of its context."""
 
     name = "prompt"
-    summary = "a mask for each sequence, from the tokens of its context"
+    summary = "makes a mask for each sequence, from the tokens of its context"
     remask: Remask = option(Never(), "when it is made anew")  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ahead(OfTokens):
-    """A mask per sequence, from the very tokens that are then scored under it: how far foresight alone goes."""
+    """Each sequence gets a mask from the very tokens that are then scored under it: an upper bound."""
 
     name = "ahead"
-    summary = "a mask from the very tokens that it is used on (an upper bound)"
+    summary = "makes a mask from the very tokens that then run under it (an upper bound)"
     looks_ahead = True
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dart_eval.ffn import FFN
     from dart_eval.pruning.remask import RemaskState
 
-RING = "how many recent FFN inputs are kept per layer; a new mask is made from them"
+RING = "keep so many recent FFN inputs in each layer; a new mask is made from them"
 OLD = "the old scores in a new mask: those of the prompt, or of the mask in force"
 
 
@@ -28,8 +28,8 @@ class Remask(Part):
     `dense_tokens` that run dense after an alarm. Scores are blended per token: weight * old + (1 - weight) * recent.
 
     Attributes:
-        remasks: a mask may be made anew.
-        watches: a drift detector watches.
+        remasks: whether a mask may be made anew.
+        watches: whether a drift detector watches.
     """
 
     slot = "remask"
@@ -53,7 +53,11 @@ class Remask(Part):
         return False
 
     def blend_of(self, cause: str) -> float:
-        """The weight of the old scores in a re-mask after an `alarm`, or a `steady` one."""
+        """The weight of the old scores in a re-mask.
+
+        Args:
+            cause: `alarm`, or `steady` for a re-mask after every so many tokens.
+        """
         return 0.0
 
     def start(self, ffns: Sequence[FFN], batch: int, device: torch.device) -> RemaskState | None:
@@ -65,18 +69,18 @@ class Remask(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Never(Remask):
-    """The prompt's mask stays."""
+    """The mask of the prompt stays."""
 
     name = "never"
-    summary = "the mask of the prompt stays"
+    summary = "keeps the mask of the prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EveryN(Remask):
-    """A new mask each time so many tokens have been decoded."""
+    """A new mask is made each time so many tokens have been decoded."""
 
     name = "every"
-    summary = "a new mask after every so many decoded tokens"
+    summary = "makes a new mask after every so many decoded tokens"
     remasks = True
     tokens: int = option(16, "decoded tokens between two masks", least=1)
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
@@ -97,33 +101,35 @@ class EveryN(Remask):
 
 @dataclass(frozen=True, kw_only=True)
 class OnDrift(Remask):
-    """A new mask when the context has drifted away from what the mask was made for (arXiv 2601.22632).
+    """A new mask is made when the text has drifted away from what the mask was made for (arXiv 2601.22632).
 
     The detector compares the last layer's attention output, averaged over windows of decoded tokens, with its mean over
     the prompt (`pruning.drift`). The floor, the cool-down and the ring are this project's.
     """
 
     name = "drift"
-    summary = "a new mask when a detector sees that the context has drifted"
+    summary = "makes a new mask when a detector sees that the context has drifted"
     watches = True
-    window: int = option(10, "tokens of a window of the detector", least=1)
+    window: int = option(10, "tokens in a window of the detector", least=1)
     sigma: float = option(0.5, "margin of the detector, in standard deviations of the prompt's windows")
     floor: float = option(0.1, "the least margin of the detector, in cosine")
-    patience: int = option(2, "flagged windows, less those that are not, before an alarm", least=1)
-    cooldown: int = option(2, "windows after an alarm in which nothing is flagged", least=0)
-    min_windows: int = option(4, "with fewer windows in the prompt the margin is `floor`", least=0)
+    patience: int = option(2, "raise an alarm when flagged windows outnumber the others by so many", least=1)
+    cooldown: int = option(2, "flag nothing in so many windows after an alarm", least=0)
+    min_windows: int = option(4, "take `floor` as the margin where the prompt has fewer windows", least=0)
     skip_first: bool = option(  # type: ignore[misc]
         True, "leave the prompt's first token out of the detector's reference"
     )
-    act: bool = option(True, "an alarm makes a new mask; off: the detector only watches")
+    act: bool = option(True, "make a new mask after an alarm (off: the detector only watches)")
     ring: int = option(24, RING, least=1)  # type: ignore[misc]
     dense_tokens: int = option(  # type: ignore[misc]
-        0, "after an alarm run this many tokens dense, and score them instead of the ring; 0: the ring", least=0
+        0, "run so many tokens dense after an alarm, and score these instead of the ring (0: the ring)", least=0
     )
     blend: float = option(0.25, "weight of the old scores in a new mask after an alarm", least=0, most=1)
     old: Literal["prompt", "running"] = option("prompt", OLD)  # type: ignore[misc]
-    reference: Literal["moved", "kept"] = option("moved", "what becomes of the detector's reference after an alarm")
-    every: int = option(0, "also make a new mask every this many decoded tokens; 0: only after alarms", least=0)  # type: ignore[misc]
+    reference: Literal["moved", "kept"] = option(
+        "moved", "whether the detector's reference moves to the new text after an alarm"
+    )
+    every: int = option(0, "also make a new mask after every so many decoded tokens (0: only after alarms)", least=0)  # type: ignore[misc]
     every_blend: float = option(0.8, "weight of the old scores in those masks", least=0, most=1)
 
     def __post_init__(self) -> None:
@@ -152,7 +158,7 @@ class OnDrift(Remask):
 
     @property
     def recent(self) -> int:
-        """Windows that make the new reference after a re-mask."""
+        """How many windows make the new reference after a re-mask."""
         return max(1, (self.dense_tokens or self.ring) // self.window)
 
     def blend_of(self, cause: str) -> float:

@@ -32,7 +32,7 @@ class Score(Part):
         return False
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
-        """Per layer [F] fp32, what no token changes; None: nothing."""
+        """The factors on a score that no token changes: [F] fp32 for each layer, or None where there are none."""
         return None
 
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -46,7 +46,7 @@ class Score(Part):
         return sums if factor is None else sums * factor.to(sums.device)
 
     def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the tokens of a context forward weigh in all sums [B, T] fp32, and by how much earlier sums shrink [B].
+        """How much the tokens of a context forward weigh in all sums, and by how much earlier sums shrink.
 
         Args:
             valid: [B, T] bool, False for padding.
@@ -60,15 +60,15 @@ class Activation(Score):
     """score_j = sum over tokens of (|h_tj| / ||h_t||)^2, with the norm and a factor of choice.
 
     Of arXiv 2404.01365 (GRIFFIN: norm l2) and arXiv 2601.22632 (DART: norm none, and the factors of its code). The sum
-    of squares is kept: its order is that of its root.
+    of squares is kept, since its order is that of its root.
     """
 
     name = "activation"
-    summary = "how large a neuron's activations are on the tokens of the context"
+    summary = "ranks neurons by how large their activations are on the tokens of the context"
     needs_context = True
-    norm: Literal["none", "l1", "l2"] = option("none", "each token's activations are divided by this norm of theirs")
+    norm: Literal["none", "l1", "l2"] = option("none", "divide each token's activations by this norm of theirs")
     average: Literal["l2", "ema"] = option(
-        "l2", "over tokens: the root of the sum of squares, or a moving average of magnitudes"
+        "l2", "add up tokens as the root of the sum of squares, or as a moving average of magnitudes"
     )
     decay: float = option(
         0.98, "how much a token counts beside the one after it (only average=ema uses it)", above=0, most=1
@@ -125,7 +125,7 @@ class Wanda(Score):
     """
 
     name = "wanda"
-    summary = "the mean weight of a neuron's column of down times the norm of its activations"
+    summary = "ranks neurons by the mean weight of their column of down times the norm of their activations"
     needs_context = True
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
@@ -144,13 +144,13 @@ class Wanda(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightScore(Score):
-    """Base of scores that follow from the weights, or from nothing at all: the same whatever the text."""
+    """Base of scores that are the same whatever the text: they follow from the weights, or from nothing at all."""
 
     observes = False
 
     @abstractmethod
     def factors(self, calibration: Calibration) -> list[Tensor]:
-        """Per layer [F], the score."""
+        """The score of each layer: [F]."""
 
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
         assert factor is not None
@@ -165,7 +165,7 @@ class Weights(WeightScore):
     """
 
     name = "weights"
-    summary = "the product of the norms of a neuron's rows of gate and up"
+    summary = "ranks neurons by the product of the norms of their rows of gate and up"
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
         return [
@@ -176,11 +176,11 @@ class Weights(WeightScore):
 
 @dataclass(frozen=True, kw_only=True)
 class Random(WeightScore):
-    """A random order of the neurons of every layer."""
+    """The neurons of every layer stand in a random order."""
 
     name = "random"
-    summary = "a random order of the neurons, the same for every text"
-    seed: int = option(0, "seed of the draw; --seed where it is not given", least=0, most=2**32 - 1)
+    summary = "ranks neurons at random, in the same way for every text"
+    seed: int = option(0, "seed of the draw; where it is not given, --seed", least=0, most=2**32 - 1)
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
         import torch
