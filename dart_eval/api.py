@@ -86,7 +86,7 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
     from dart_eval.executors.jobs import Silent
     from dart_eval.executors.tracking import tracked
     from dart_eval.quiet import without_remarks
-    from dart_eval.results.tables import rows
+    from dart_eval.results.rows import rows
 
     model, tokenizer = given.pop("model", None), given.pop("tokenizer", None)
     if model is None or isinstance(model, (str, Path, bytes)):

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dart_eval.results import documents, tables
+from dart_eval.results import documents
 from dart_eval.results.labels import labels
+from dart_eval.results.rows import metrics_frame
 from dart_eval.results.store import Store
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ def records(folder: str | Path, subtasks: bool = False) -> pd.DataFrame:
     Raises:
         UserError: there are no results in the folder.
     """
-    import pandas as pd
-
-    return pd.DataFrame(tables.rows(Store(folder).load(), subtasks))
+    return metrics_frame(Store(folder).load(), subtasks)
 
 
 def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
@@ -60,7 +59,7 @@ def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
 
     store = Store(folder)
     found = store.load()
-    names = labels(found)
+    names = labels(found, by_task=True)
     made = []
     for record in (r for r in found if task in (None, r.inputs["task"])):
         frame = documents.frame(store.samples(record)).reset_index()

@@ -32,7 +32,7 @@ from dart_eval import files
 from dart_eval.results import metrics
 from dart_eval.results.format import with_error
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.writers import Table, finite, markdown
+from dart_eval.results.writers import Table, finite, markdown, pieces
 from dart_eval.text import PLAIN, folded, json_text, printable
 
 TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
@@ -244,21 +244,22 @@ def output(data: list[dict[str, Any]], table: Table, format: str) -> None:
 def show(table: Table) -> None:
     """A table on the terminal.
 
-    Where it is wider than the terminal, names of methods go over several lines. All else stays whole, so that no number
-    is lost: a line that is still too long wraps.
+    Where it is wider than the terminal, it comes in pieces of fewer columns, and names of methods go over several
+    lines. No number is broken.
     """
     screen = console()
     if not table.body:
         screen.print(f"{plain(table.title)}\n[dim]{plain(table.note)}[/dim]")
         return
-    drawn = _drawn(table)
-    width = _width(screen, drawn)
-    if width > screen.width:
-        names = [i for i, column in enumerate(table.columns) if column in NAMES]
-        longest = {i: max(len(row[i]) for row in table.body) for i in names}
-        drawn = _drawn(table, {i: max(SHORTEST, longest[i] - (width - screen.width)) for i in names})
+    for piece in pieces(table, screen.width, SHORTEST):
+        drawn = _drawn(piece)
         width = _width(screen, drawn)
-    console(width=max(screen.width, width), soft_wrap=True).print(drawn)
+        if width > screen.width:
+            names = [i for i, column in enumerate(piece.columns) if column in NAMES]
+            longest = {i: max(len(row[i]) for row in piece.body) for i in names}
+            drawn = _drawn(piece, {i: max(SHORTEST, longest[i] - (width - screen.width)) for i in names})
+            width = _width(screen, drawn)
+        console(width=max(screen.width, width), soft_wrap=True).print(drawn)
     screen.print(plain(table.note), style="dim")
 
 

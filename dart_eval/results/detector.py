@@ -118,7 +118,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
                 names[r.key], sparsity(r.inputs["sparsity"]), label, f"{rate.detected} of {rate.documents}",
                 "-" if rate.delay is None else f"{rate.delay:g}", f"{rate.false_per_1000:.2f}", f"{rate.watched}",
             ])  # fmt: skip
-    columns = ["method", "sparsity", "margin", "detected", "median delay", "false alarms / 1000 tokens", "watched"]
+    columns = ["method", "sparsity", "margin", "detected", "delay", "false / 1000", "watched"]
     return [Table(f"Drift detector on {task}", columns, body, _note(task)) for task, body in sorted(bodies.items())]
 
 
@@ -129,9 +129,9 @@ def _place(record: Record, task: str) -> str:
 
 def _note(task: str) -> str:
     return (
-        f"detected: documents of {task} (a switch of topic where decoding begins) with an alarm; delay: tokens until "
-        f"it; false alarms: of {task}{CONTROL} (no switch), over the tokens watched until an alarm or the end. Margin: "
-        "how far below the mean of the prompt's windows a window must be; as run: with all settings of the method. The "
-        "others are judged from the recorded signals up to a document's first alarm, with the method's patience, no "
-        "floor."
+        f"detected: documents of {task} (a switch of topic where decoding begins) with an alarm; delay: median of the "
+        f"tokens until it; false: alarms in {task}{CONTROL} (no switch) per 1000 tokens watched until an alarm or the "
+        "end. Margin: how far below the mean of the prompt's windows a window must be; as run: with all settings of "
+        "the method. The others are judged from the recorded signals up to a document's first alarm, with the method's "
+        "patience, no floor."
     )

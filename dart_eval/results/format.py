@@ -25,7 +25,7 @@ def with_error(metric: str, value: float, stderr: float | None) -> str:
     known = metrics.of(metric).digits
     digits = _digits(value) if known is None else known
     text = number(value, digits)
-    return text if stderr is None else f"{text} ± {number(stderr, digits)}"
+    return text if stderr is None or math.isnan(stderr) else f"{text} ± {number(stderr, digits)}"
 
 
 def short(metric: str, value: float, stderr: float | None) -> str:
@@ -35,7 +35,7 @@ def short(metric: str, value: float, stderr: float | None) -> str:
     scale = 100.0 if metrics.of(metric).percent else 1.0
     digits = 1 if scale > 1 or abs(value) >= 10 else 2
     text = f"{scale * value:.{digits}f}"
-    return text if stderr is None else f"{text} ±{scale * stderr:.{digits}f}"
+    return text if stderr is None or math.isnan(stderr) else f"{text} ±{scale * stderr:.{digits}f}"
 
 
 def chance(p: float | None) -> str:
@@ -58,19 +58,12 @@ def share(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}"
 
 
-def count(value: float | None) -> str:
+def count(value: float) -> str:
     """A large count: `4.20 M`."""
-    if value is None:
-        return "-"
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.2f} {unit}"
     return f"{value:.0f}"
-
-
-def mebibytes(value: float | None, digits: int = 1) -> str:
-    """Bytes in MiB, without the unit."""
-    return "-" if value is None else f"{value / 2**20:.{digits}f}"
 
 
 def size(value: float) -> str:

@@ -1,15 +1,22 @@
-"""One table as text: Markdown, LaTeX (booktabs); and data as CSV and JSON."""
+"""A table of a data frame, and as text: Markdown, LaTeX (booktabs); and data as CSV and JSON."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dart_eval.text import printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+LINE = ("model", "task", "method", "sparsity", "margin")  # heads of what a line is of
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,59 @@ class Table:
     def numbers(self) -> list[bool]:
         """Of each column whether it holds nothing but numbers and gaps: it is set right."""
         return [all(not row[j] or row[j][0] in "-+.0123456789<" for row in self.body) for j in range(len(self.columns))]
+
+
+class Column(NamedTuple):
+    """A column of a table that is made of a data frame.
+
+    Attributes:
+        head: of the table. name: of the frame. text: how a value is written.
+        once: if all rows have one value, the note says it and the column is left out.
+    """
+
+    head: str
+    name: str
+    text: Callable[[Any], str] = str
+    once: bool = True
+
+
+def from_frame(title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str) -> Table:
+    """The table of a frame's rows; a dash stands where there is no value."""
+    gaps = [None] * len(frame)
+    texts = [["-" if v is None or v != v else c.text(v) for v in frame.get(c.name, gaps)] for c in columns]
+    same = [len(frame) > 1 and c.once and len(set(column)) == 1 for c, column in zip(columns, texts, strict=True)]
+    if any(same):
+        said = ", ".join(f"{c.head} {texts[i][0]}" for i, c in enumerate(columns) if same[i])
+        note = f"In all rows: {said}. {note}"
+    kept = [i for i in range(len(columns)) if not same[i]]
+    body = [list(row) for row in zip(*(texts[i] for i in kept), strict=True)]
+    return Table(title, [columns[i].head for i in kept], body, note)
+
+
+def pieces(table: Table, width: int, name: int) -> list[Table]:
+    """The table in pieces of at most so many characters a line, each with the columns that say what a line is of.
+
+    Args:
+        table: its first columns say that, those of `LINE`.
+        width: of a line on the terminal.
+        name: characters to which a method's name can be folded.
+    """
+    wide = [max(map(len, [head, *column])) for head, *column in zip(table.columns, *table.body, strict=True)]
+    wide = [2 + (min(w, name) if head == "method" else w) for head, w in zip(table.columns, wide, strict=True)]
+    keys = list(range(max(1, sum(1 for _ in itertools.takewhile(LINE.__contains__, table.columns)))))
+    chosen = [list(keys)]
+    for i in range(len(keys), len(table.columns)):
+        if len(chosen[-1]) > len(keys) and sum(wide[j] for j in (*chosen[-1], i)) > width:
+            chosen.append(list(keys))
+        chosen[-1].append(i)
+    return [
+        replace(
+            table, title=table.title if part is chosen[0] else "", columns=[table.columns[j] for j in part],
+            body=[[row[j] for j in part] for row in table.body],
+            bold=frozenset((i, part.index(j)) for i, j in table.bold if j in part),
+        )
+        for part in chosen
+    ]  # fmt: skip
 
 
 def finite(value: Any) -> Any:

@@ -11,8 +11,9 @@ from dart_eval.config import config_from
 from dart_eval.executors import jobs
 from dart_eval.results.record import Record
 from dart_eval.results.report import build
+from dart_eval.results.rows import rows
 from dart_eval.results.store import Store
-from dart_eval.results.tables import render, rows
+from dart_eval.results.tables import render
 from tests.helpers.commands import run_local
 from tests.helpers.records import record, sealed
 

@@ -144,6 +144,19 @@ def test_long_names_are_readable_on_a_terminal(width, monkeypatch, capsys):
     assert any("0.6251 ± 0.0123" in line for line in lines)
 
 
+def test_a_wide_table_comes_in_pieces_that_say_what_their_lines_are_of(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    heads = [f"metric {i}" for i in range(9)]
+    numbers = [f"0.{i}000 ± 0.0100" for i in range(9)]
+    body = [["arc_easy", "dense", "0 %", *numbers], ["arc_easy", LONG, "50 %", *numbers]]
+    view.show(Table("Accuracy", ["task", "method", "sparsity", *heads], body, "note"))
+    shown = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    assert [shown.count(text) for text in (*heads, *numbers)] == [1] * 9 + [2] * 9  # nothing is lost or said twice
+    assert shown.count("dense") == shown.count(" 0 % ") > 1
+    assert (shown.count("Accuracy"), shown.count("note")) == (1, 1)
+
+
 def test_a_table_that_fits_stays_as_it_is(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     view.show(Table("Accuracy", ["method", "acc"], [[LONG, "0.5"]], "note"))

@@ -13,7 +13,8 @@ import pytest
 from dart_eval.evaluation.evaluate import _perplexity_stderr
 from dart_eval.results.labels import labels
 from dart_eval.results.record import SCHEMA, Metric, Record
-from dart_eval.results.tables import render, rows, tables
+from dart_eval.results.rows import rows
+from dart_eval.results.tables import render, tables
 from tests.helpers.records import SCHEMA_1, record, sealed, table_body
 
 ROW_KEYS = {
@@ -70,7 +71,7 @@ def test_a_record_of_schema_1_is_read():
 
 
 OLD_NAMES = {
-    "prefill": 4_000_000, "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 6.25e-05, "remask": 700,
+    "prefill": 4_000_000, "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 0.0125, "remask": 700,
     "renewals_read": 0.01,
 }  # fmt: skip
 
@@ -81,13 +82,12 @@ OLD_NAMES = {
 def test_old_names_of_costs_are_read(old):
     read = Record.from_json(old)
     assert read.flops == {
-        "prefill": 4_000_000, "overhead_prefill": 900, "overhead_decode_step": 12.5, "overhead_share": 6.25e-05,
+        "prefill": 4_000_000, "overhead_prefill": 900, "overhead_decode_step": 12.5, "overhead_share": 0.0125,
         "remask": 700, "remask_reads": 0.01,
     }  # fmt: skip
     flops = tables([read])[1]
     shown = dict(zip(flops.columns, flops.body[0], strict=True))
-    assert (shown["overhead prefill"], shown["overhead/token"], shown["of dense"]) == ("900", "12", "0.006 %")
-    assert shown["re-mask reads"] == "1.00 %"
+    assert (shown["in prefill"], shown["overhead"], shown["re-mask reads"]) == ("900", "1.2 %", "1 %")
     assert Record.from_json(read.to_json()) == read  # and written again by the names of today
 
 
@@ -151,8 +151,8 @@ def test_flops_and_memory_are_shown_with_units():
     shown = dict(zip(flops.columns, flops.body[0], strict=True))
     assert shown["prefill"] == "4.00 M"
     assert shown["ratio"] == "0.750"
-    assert shown["of dense"] == "0.006 %"
-    assert dict(zip(memory.columns, memory.body[0], strict=True))["peak"] == "3.0"
+    assert shown["overhead"] == "< 0.01 %"
+    assert dict(zip(memory.columns, memory.body[0], strict=True))["peak"] == "3.1 MB"
 
 
 @pytest.mark.parametrize(("metric", "title"), [

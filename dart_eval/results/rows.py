@@ -1,0 +1,69 @@
+"""What records hold, as rows and as data frames: one row a metric of a cell, or one row a cell.
+
+Every table, file of numbers and `dart_eval.records` is made of these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dart_eval.results.inputs import COLUMNS
+from dart_eval.results.labels import labels
+from dart_eval.results.record import Metric, Record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
+
+
+def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
+    """One row a metric of each record, sorted by model, task, metric, sparsity and method.
+
+    Args:
+        records: of a folder.
+        subtasks: also the members of groups, mmlu's subjects for example.
+    """
+    names = labels(records, by_task=True)
+    found = [_row(r, names[r.key], m) for r in records for m in r.metrics if subtasks or m.part_of is None]
+    order = ("model", "task", "metric", "sparsity", "method")
+    return sorted(found, key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
+
+
+def metrics_frame(records: Sequence[Record], subtasks: bool = False) -> pd.DataFrame:
+    """`rows` as a data frame."""
+    import pandas as pd
+
+    return pd.DataFrame(rows(records, subtasks))
+
+
+def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a record, in the order of a table's lines; the columns are those of `rows` without the metric's."""
+    import pandas as pd
+
+    names = labels(records, by_task=True)
+    return pd.DataFrame([_row(r, names[r.key]) for r in records]).sort_values(ORDER, kind="stable")
+
+
+def _row(record: Record, label: str, metric: Metric | None = None) -> dict[str, Any]:
+    """A metric of a record with all that a table may say beside it; without one, what holds for the whole cell."""
+    cell, used, number = record.inputs, {}, {}
+    if metric is not None:
+        used = record.by_task.get(metric.task, {})  # a member of a tag or group; the whole cell otherwise
+        names = ("metric", "value", "stderr", "n", "higher_is_better")
+        number = {name: getattr(metric, name) for name in names}
+    return {
+        "model": cell["model"]["name"], "label": label,
+        **{name: cell[name] for name in ("method", "params", "sparsity", "scope")},
+        "task": cell["task"] if metric is None else metric.task, **number,
+        **{name: used.get(name, getattr(record, name)) for name in ("mask_sparsity", "effective_sparsity")},
+        "weights_read": record.weights_read,
+        **{name: used.get(name, getattr(record, name)) for name in ("remasks", "tokens", "cut")},
+        **{name: cell.get(name) for name in COLUMNS},
+        **{f"flops_{name}": value for name, value in record.flops.items()},
+        **{f"memory_{name}": value for name, value in record.memory.items()},
+        "memory_peak": record.measured.get("peak"), "seconds": record.seconds,
+        "command": record.settings.get("command"), "key": record.key,
+    }  # fmt: skip
