@@ -1,4 +1,4 @@
-"""Writes the tables of docs/records.md from the types of `dart_eval.results.layout` and `inputs`.
+"""Writes the tables of docs/records.md from the types of `dart_eval.results`: `record`, `inputs` and `layout`.
 
 python scripts/records_page.py           rewrite the page
 python scripts/records_page.py --check   fail where it is not what the types say
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing_extensions import NotRequired
 
 from dart_eval.results import inputs, layout
-from dart_eval.results.record import SCHEMA
+from dart_eval.results.record import SCHEMA, Metric, Record, Settings
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "records.md"
 BEGIN, END = "<!-- made by scripts/records_page.py: begin -->", "<!-- end -->"
@@ -23,18 +23,14 @@ OWN = {
 
 
 def rows(type_: type) -> list[tuple[str, str]]:
-    """The fields of a type, and what each is."""
+    """The fields of a type that say what they are, and what that is."""
     found = []
     for name, hint in typing.get_type_hints(type_, include_extras=True).items():
         while typing.get_origin(hint) is NotRequired:
             (hint,) = typing.get_args(hint)
-        notes = typing.get_args(hint)[1:]
-        found.append((name, next(n.help if isinstance(n, inputs.Role) else n for n in notes if _tells(n))))
+        notes = typing.get_args(hint)[1:] if typing.get_origin(hint) is typing.Annotated else ()
+        found += [(name, note) for note in notes if isinstance(note, str)]
     return found
-
-
-def _tells(note: object) -> bool:
-    return isinstance(note, (str, inputs.Role))
 
 
 def table(found: list[tuple[str, str]]) -> list[str]:
@@ -52,12 +48,12 @@ def text() -> str:
     fields = [(name, f"{field.help} ({field.role})") for name, field in inputs.FIELDS.items()]
     said = "; ".join(f"*{role}*: {words}" for role, words in roles.items())
     lines = [
-        BEGIN, "", "## A record", "", *table([*OWN.items(), *rows(layout.RecordData)]),
+        BEGIN, "", "## A record", "", *table([*OWN.items(), *rows(Record)]),
         "### Its inputs", "", f"Each has a role. {said[0].upper()}{said[1:]}.", "", *table(fields),
-        "### One of its metrics", "", *table(rows(layout.MetricData)),
+        "### One of its metrics", "", *table(rows(Metric)),
         "### Its settings", "", "They cannot change a number. `batch_size` and `share_prefix` stand here too.", "",
-        *table(rows(layout.Settings)),
-        "## A sample", "", *table(rows(layout.SampleData)),
+        *table(rows(Settings)),
+        "## A sample", "", *table(rows(layout.Sample)),
         "### What a drift detector saw", "", *table(rows(layout.Drift)),
         "## A line of `texts`", "", *table(rows(layout.Document)), END,
     ]  # fmt: skip

@@ -13,12 +13,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.bench.ratio import Ratio
 from dart_eval.errors import UserError, remark
 from dart_eval.files import check_name, check_target, read_regular, reason, write
-from dart_eval.results import valid
+from dart_eval.results import layout
+from dart_eval.results.inputs import Model, Share
 from dart_eval.text import json_text
 
 SCHEMA = 1
@@ -26,7 +30,6 @@ FOLDER = "bench"  # below the folder of results
 REMEDY = "choose another --output"
 # What a measurement is of. Two that agree in it are the same one, and the later takes the place of the earlier.
 OF = ("model", "dtype", "device", "hardware", "compiled", "prompt_tokens", "params", "sparsity")
-RATIOS = ("speedup", "control")
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,17 @@ class Speed:
 
     method: str
     params: Mapping[str, Any]
-    sparsity: float
-    model: Mapping[str, Any]
+    sparsity: Share
+    model: Annotated[Mapping[str, Any], layout.Holds(Model)]
     dtype: str
     device: str
     hardware: str
     compiled: str | None
     prompt_tokens: int
-    read: float
+    read: layout.Number
     speedup: Ratio
     control: Ratio
-    ceiling: float
+    ceiling: layout.Number
     created: str
     more: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -85,6 +88,15 @@ class Speed:
         """sha256 over what was measured, without what came out."""
         asked = {name: getattr(self, name) for name in OF}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class _Schema(TypedDict):
+    """Which layout a file has."""
+
+    schema: Literal[1]
+
+
+_SCHEMA, _SPEED = TypeAdapter(_Schema), TypeAdapter(Speed)
 
 
 def _which(model: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -130,32 +142,10 @@ def read(folder: str | Path) -> list[Speed]:
     found = []
     for path in sorted((Path(folder) / FOLDER).glob("decode-*.json")):
         try:
-            found.append(_speed(valid.parsed(read_regular(path))))
+            text = read_regular(path)
+            layout.read(text, _SCHEMA, "file")
+            found.append(layout.read(text, _SPEED, "speed"))
         except (OSError, ValueError) as error:
             said = UserError(f"{path} cannot be read ({reason(error)})", "measure it again, or remove the file")
             remark(f"left out: {said}")
     return sorted(found, key=lambda speed: (speed.created, speed.key))
-
-
-_ratio = valid.fields({"median": valid.number, "low": valid.number, "high": valid.number, "n": valid.count})
-_file = valid.fields({
-    "method": valid.text, "params": valid.mapping, "sparsity": valid.share,
-    "model": valid.fields({"name": valid.text}, {"revision": valid.text_or_none, "weights": valid.text_or_none}),
-    "dtype": valid.text, "device": valid.text, "hardware": valid.text, "compiled": valid.text_or_none,
-    "prompt_tokens": valid.count, "read": valid.number, "speedup": _ratio, "control": _ratio, "ceiling": valid.number,
-    "created": valid.text, "more": valid.mapping, "environment": valid.values(valid.text),
-})  # fmt: skip
-
-
-def _speed(data: Any) -> Speed:
-    """The speed in a file.
-
-    Raises:
-        ValueError: there is none in it, or a newer version wrote it.
-    """
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"schema {schema} is not known")
-    _file(data, "speed")
-    ratios = {name: Ratio(**{f.name: data[name][f.name] for f in dataclasses.fields(Ratio)}) for name in RATIOS}
-    return Speed(**{f.name: data[f.name] for f in dataclasses.fields(Speed)} | ratios)

@@ -13,7 +13,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.config import RunConfig
 from dart_eval.evaluation.part import Call, Pilot
@@ -23,12 +25,28 @@ from dart_eval.files import read_regular, write_atomically
 from dart_eval.machine import peak_memory
 from dart_eval.models import resolve
 from dart_eval.pruning.registry import make
-from dart_eval.results import valid
+from dart_eval.results import layout
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 
 FILE = "plan.json"
+
+
+class _Planned(TypedDict):
+    """What a plan says of a cell."""
+
+    title: str
+    seconds: layout.Number
+
+
+class _Plan(TypedDict):
+    """A plan, by the keys of its cells."""
+
+    cells: dict[str, _Planned]
+
+
+_PLAN = TypeAdapter(_Plan)
 
 
 @dataclass(frozen=True)
@@ -143,11 +161,9 @@ def keep(folder: str | Path, sizes: Sequence[CellSize], workers: int) -> None:
 def held_against(folder: str | Path, records: Sequence[Record]) -> str | None:
     """How far off the plan of this folder was, in one line; None where there is no plan of these records."""
     try:
-        data = valid.parsed(read_regular(Path(folder) / FILE))
-        valid.plan(data, FILE)
+        planned = layout.read(read_regular(Path(folder) / FILE), _PLAN)["cells"]
     except (OSError, ValueError):
         return None
-    planned: dict[str, Any] = data["cells"]
     pairs = [
         (planned[r.key]["title"], float(planned[r.key]["seconds"]), r.seconds) for r in records if r.key in planned
     ]

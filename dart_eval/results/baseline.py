@@ -8,20 +8,41 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.errors import UserError, remark
 from dart_eval.files import reason
 from dart_eval.files import write as write_file
-from dart_eval.results import layout, metrics, valid
+from dart_eval.results import layout, metrics
 from dart_eval.results.documents import INDEX, TOLD, frame
-from dart_eval.results.inputs import HASH_DIGITS, identity
+from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity
 from dart_eval.results.outcomes import Cell, Measure, Outcome, cells, describe, rows_of
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves
+
+
+class _Part(TypedDict):
+    """A cell of a baseline file; measures and documents are rows, as `write` orders them."""
+
+    inputs: CellInputs
+    method: NotRequired[str]
+    measures: list[tuple[str, str, bool | None, tuple[str, ...], bool]]
+    documents: list[tuple[str, int, str, str, str, str | None, dict[str, Any]]]
+
+
+class _Baseline(TypedDict):
+    """A baseline file."""
+
+    schema: Literal[1]
+    cells: list[_Part]
+
+
+_BASELINE = TypeAdapter(_Baseline)
 
 
 def checked(found: Outcome) -> Outcome:
@@ -106,16 +127,9 @@ def read(path: Path) -> list[Cell]:
         return cells(path, strict=True)
     remedy = f"make it from good results: dart-eval check RESULTS --baseline {path} --update"
     try:
-        data = valid.parsed(path.read_bytes())
+        data = layout.read(path.read_bytes(), _BASELINE, "baseline")
     except (OSError, ValueError) as error:
         raise UserError(f"baseline {path} cannot be read ({reason(error)})", remedy) from None
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        raise UserError(f"{path} is not in a baseline layout known here (schema {str(schema)[:40]})", remedy)
-    try:
-        _BASELINE(data, "baseline")
-    except ValueError as error:
-        raise UserError(f"{path} is no baseline ({error})", remedy) from None
     found: dict[str, Cell] = {}
     for part in data["cells"]:
         cell = _cell(part, str(path))
@@ -127,25 +141,9 @@ def read(path: Path) -> list[Cell]:
     return list(found.values())
 
 
-_MEASURE = valid.row(valid.text, valid.text, valid.flag_or_none, valid.each(valid.text), valid.flag)
-_DOCUMENT = valid.row(
-    valid.text, valid.count, valid.text, valid.text, valid.text, valid.text_or_none, valid.mapping
-)  # fmt: skip
-_BASELINE = valid.fields({
-    "cells": valid.each(valid.fields(
-        {
-            "inputs": partial(layout.check, layout.inputs),
-            "measures": valid.each(_MEASURE),
-            "documents": valid.each(_DOCUMENT),
-        },
-        {"method": valid.text},
-    )),
-})  # fmt: skip
-
-
-def _cell(part: dict[str, Any], source: str) -> Cell:
-    inputs = part["inputs"]
-    measures = tuple(Measure(task, metric, up, tuple(m), equal) for task, metric, up, m, equal in part["measures"])
+def _cell(part: _Part, source: str) -> Cell:
+    inputs: dict[str, Any] = {**part["inputs"]}
+    measures = tuple(Measure(*measure) for measure in part["measures"])
     columns = (*INDEX, *TOLD, "metrics")
     outcome = Outcome(measures, frame(dict(zip(columns, line, strict=True)) for line in part["documents"]))
     settings = {"method": part["method"]} if "method" in part else {}

@@ -20,7 +20,7 @@ def frame(samples: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     lines on one document the last counts.
 
     Args:
-        samples: lines of a cell's samples (`layout.SampleData`).
+        samples: lines of a cell's samples (`layout.Sample`).
     """
     import pandas as pd
 

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
+
+from dart_eval.results.layout import OPEN, Number
 
 ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
 PRUNING = ("method", "params", "sparsity")  # what a pruned cell has beside its dense one
@@ -47,7 +49,7 @@ def _asked(help: str, setting: bool = True) -> Role:
 class Model(TypedDict):
     """Which model a cell was run on."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     name: str
     revision: NotRequired[str | None]
@@ -56,13 +58,13 @@ class Model(TypedDict):
     loaded: NotRequired[bool]
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 class CellInputs(TypedDict):
     """All that can change a number. Fields that older versions did not write may be missing."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = OPEN  # type: ignore[misc]
 
     model: Annotated[
         Model, _asked("name, revision, hash of the weights, whether code of its own ran or it came `loaded`", False)
@@ -76,7 +78,7 @@ class CellInputs(TypedDict):
     dtype: NotRequired[Annotated[str, Role(HOW, "what the weights were loaded as", True, True)]]
     device: NotRequired[Annotated[str, Role(HOW, "type of device", True, True)]]
     num_fewshot: NotRequired[Annotated[int | None, _asked("examples before each item; null: the task's own number")]]
-    limit: NotRequired[Annotated[float | None, _asked("first items of each task, or a share below 1; null: all")]]
+    limit: NotRequired[Annotated[Number | None, _asked("first items of each task, or a share below 1; null: all")]]
     seed: NotRequired[Annotated[int, _asked("of few-shot sampling and of methods that draw")]]
     max_length: NotRequired[Annotated[int | None, _asked("tokens of context and answer; null: the model's")]]
     chunk: NotRequired[Annotated[int, _asked("tokens per perplexity chunk")]]

@@ -13,9 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dart_eval.errors import StoreError
 from dart_eval.files import read_regular
-from dart_eval.results import valid
+from dart_eval.results import layout
+
+BATCH = TypeAdapter(tuple[dict[str, Any], int, layout.Number])  # answers, state_bytes, seconds
 
 
 class Journal:
@@ -117,10 +121,9 @@ class Journal:
             if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
                 break
             try:
-                valid.batch(batch := valid.parsed(text), "batch")
+                answers, state_bytes, seconds = layout.read(text, BATCH)
             except ValueError:
                 break
-            answers, state_bytes, seconds = batch
             self._answers.update(answers)
             self.state_bytes = max(self.state_bytes, state_bytes)
             self.seconds += seconds

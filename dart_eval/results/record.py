@@ -6,9 +6,14 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, TypeAdapter
+from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results import layout
+from dart_eval.results.inputs import CellInputs
+from dart_eval.results.layout import OPEN, FileName, Holds, Number
 
 SCHEMA = 2
 # Names in `flops` that older versions wrote, and what they are called now.
@@ -22,76 +27,108 @@ class NewerSchema(ValueError):
     """A record of a layout that only a newer version of this program knows."""
 
 
+class Settings(TypedDict):
+    """How a cell was run, where that cannot change a number."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    method: NotRequired[Annotated[str, "as typed: its name, and what is not as the method of that name has it"]]
+    command: NotRequired[Annotated[str, "the line that makes this one cell; of a loaded model a line of Python"]]
+    upper_bound: NotRequired[Annotated[bool, "the method knows what none can know in time"]]
+    halved: NotRequired[Annotated[int, "how often memory ran out and batches were halved, where it did"]]
+    notes: NotRequired[Annotated[list[str], "on the model's checkpoint, where there are any"]]
+
+
+class Measured(TypedDict):
+    """What differs between two equal runs."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    seconds: Annotated[Number, "wall time of the cell, interrupted attempts included"]
+    created: Annotated[str, "when it was finished: UTC, ISO 8601"]
+    peak: NotRequired[Annotated[Number, "bytes: of the GPU, or of the process, while the cell ran"]]
+
+
+class TaskCost(TypedDict):
+    """What one lm-eval task of a cell took: numbers, of which these are counts."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    documents: NotRequired[int]
+    cut: NotRequired[int]
+    length: NotRequired[int]
+
+
+class File(TypedDict):
+    """Another file of the cell."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+
+    name: FileName
+    n: int
+    sha256: str
+
+
+def _renamed(flops: dict[str, Any]) -> dict[str, Any]:
+    return {RENAMED.get(name, name): value for name, value in flops.items()}
+
+
 @dataclass(frozen=True)
 class Metric:
-    """One number with its uncertainty.
+    """One number of a cell, with its uncertainty."""
 
-    Attributes:
-        task: lm-eval task or group that the number belongs to.
-        metric: its name, e.g. `acc`, `acc_norm`, `rougeL`, `word_perplexity`.
-        value: mean over samples, or exp of a mean for perplexities.
-        stderr: standard error of `value`, or None where the metric has none.
-        n: samples.
-        higher_is_better: direction; None where neither is better, e.g. the length of a summary.
-        part_of: the group this task is a member of, or None for what the user asked for.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    higher_is_better: bool | None
-    part_of: str | None = None
+    task: Annotated[str, "lm-eval task or group that the number belongs to"]
+    metric: Annotated[str, "its name, with its filter after a comma where there are several"]
+    value: Annotated[Number, "mean over documents, or exp of a mean for perplexities"]
+    stderr: Annotated[Number | None, "standard error of `value`; null where the metric has none"]
+    n: Annotated[int, "documents"]
+    higher_is_better: Annotated[bool | None, "direction; null where neither is better"]
+    part_of: Annotated[str | None, "the group that this task is a member of; null for what was asked for"] = None
 
 
 @dataclass(frozen=True)
 class Record:
-    """One cell.
+    """One cell. Its samples are in a file of their own (`store`)."""
 
-    Attributes:
-        key: sha256 over `inputs`; two cells with the same key have the same numbers.
-        inputs: all that can change a number (made by `plan.plan`).
-        metrics: the results.
-        mask_sparsity: neurons outside the masks in force, mean over tokens that ran pruned.
-        effective_sparsity: share of the FFN weights that the scored or generated tokens did not read; dense ones count.
-        weights_read: share of the FFN weights that a pruned token reads.
-        tokens: scored or generated tokens.
-        remasks: new masks that were made while tokens were decoded.
-        by_task: of each lm-eval task of the cell `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity`; and its
-            `documents`, how many of their prompts were `cut`, to fit with the answer into `length` tokens (older
-            records lack these three).
-        cut: documents whose prompt was cut, of all its tasks; None in older records, which did not count them.
-        flops: see `cost.describe`.
-        memory: bytes of `weights` and `state` (method, per sequence).
-        settings: what cannot change a number: `batch_size`, `share_prefix`, `method` as typed, and `command`, the line
-            that makes this one cell; `halved`: how often memory ran out and batches were halved, where it did; `notes`
-            on the model's checkpoint, where there are any.
-        environment: versions and machine: its GPUs' names, or threads.
-        measured: what differs between two equal runs: `seconds` (wall time of the cell, interrupted attempts
-            included), `created` (UTC, ISO 8601), `peak` (bytes: of the GPU, or of the process, while the cell ran).
-        files: the cell's other files, each with `name`, `n` (lines) and `sha256`: `samples`, `texts`.
-        schema: version of this layout.
-    """
-
-    key: str
-    inputs: dict[str, Any]
-    metrics: list[Metric]
-    mask_sparsity: float
-    effective_sparsity: float
-    weights_read: float
-    tokens: int
-    remasks: int
-    flops: dict[str, Any]
-    memory: dict[str, int]
-    settings: dict[str, Any]
-    environment: dict[str, str]
-    measured: dict[str, Any]
+    key: Annotated[str, "sha256 over `inputs`; equal keys mean equal numbers on the same kind of hardware"]
+    inputs: Annotated[dict[str, Any], Holds(CellInputs), "all that can change a number: below"]
+    metrics: Annotated[list[Metric], "the results: below"]
+    mask_sparsity: Annotated[Number, "share of the neurons outside the mask, mean over the tokens that ran pruned"]
+    effective_sparsity: Annotated[
+        Number, "share of the FFN weights that the scored or generated tokens did not read, dense ones included"
+    ]
+    weights_read: Annotated[Number, "share of the FFN weights that a pruned token reads"]
+    tokens: Annotated[int, "scored or generated tokens"]
+    remasks: Annotated[int, "new masks that were made while tokens were decoded"]
+    flops: Annotated[
+        dict[str, Any], Holds(dict[str, Number]), AfterValidator(_renamed),
+        "at `context_tokens` (the mean context): `prefill`, `decode_step_dense`, `decode_step_pruned`, "
+        "`overhead_prefill`, `overhead_decode_step` (re-masks included), `overhead_share` (of a dense step), `remask`, "
+        "`remask_reads` (FFN weights that re-masks read per decoded token / all FFN weights), `ffn_share`. Older "
+        "records say `tracing_` for `overhead_` and `renewals_read` for `remask_reads`",
+    ]  # fmt: skip
+    memory: Annotated[
+        dict[str, int], Holds(dict[str, Number]),
+        "bytes: `weights`, and `state`, which the method keeps for a sequence",
+    ]  # fmt: skip
+    settings: Annotated[dict[str, Any], Holds(Settings), "how the cell was run: below"]
+    environment: Annotated[dict[str, str], "versions, the kind of machine, and its `gpu` or its `threads`"]
+    measured: Annotated[
+        dict[str, Any], Holds(Measured), "what differs between two equal runs: `seconds`, `created`, `peak`"
+    ]
     schema: int = SCHEMA
-    by_task: dict[str, dict[str, float]] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    cut: int | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list, repr=False)  # in a file of their own, see `store`
+    by_task: Annotated[
+        dict[str, dict[str, float]], Holds(dict[str, TaskCost]),
+        "of each lm-eval task of the cell: `tokens`, `remasks`, `mask_sparsity`, `effective_sparsity`, "
+        "`documents`, how many of their prompts were `cut`, and the tokens (`length`) that prompt and answer had "
+        "to fit into",
+    ] = field(default_factory=dict)  # fmt: skip
+    files: Annotated[
+        dict[str, dict[str, Any]], Holds(dict[str, File]),
+        "`samples` and `texts`, each with its `name`, its number of lines `n` and its `sha256`",
+    ] = field(default_factory=dict)  # fmt: skip
+    cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None
+    samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @property
     def created(self) -> str:
@@ -110,7 +147,7 @@ class Record:
         return {**data, "digest": _digest(data)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Record:
+    def from_json(cls, data: Any) -> Record:
         """The record that `to_json` wrote, of this version or an older one.
 
         Raises:
@@ -130,14 +167,12 @@ class Record:
         elif (digest := data.pop("digest", None)) != _digest(data):
             raise ValueError("its digest does not fit" if digest else "not a record ('digest')")
         try:
-            layout.check(layout.record, data, "record")
+            return layout.read(json.dumps(data), _RECORD, "record")
         except ValueError as error:
             raise ValueError(f"not a record ({error})") from None
-        data["flops"] = {RENAMED.get(name, name): value for name, value in data["flops"].items()}
-        known = {f.name for f in dataclasses.fields(cls)} - {"samples"}
-        known_of_metric = {f.name for f in dataclasses.fields(Metric)}
-        metrics = [Metric(**{k: v for k, v in m.items() if k in known_of_metric}) for m in data["metrics"]]
-        return cls(**{k: v for k, v in data.items() if k in known and k != "metrics"}, metrics=metrics)
+
+
+_RECORD = TypeAdapter(Record)
 
 
 def _digest(data: dict[str, Any]) -> str:

@@ -16,23 +16,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from dart_eval.errors import StoreError, UserError, remark
 from dart_eval.files import check_name, read_regular, reason, write_atomically
-from dart_eval.results import layout, valid
+from dart_eval.results import layout
 from dart_eval.results.format import sparsity
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
 
+SAMPLE, DOCUMENT = TypeAdapter(layout.Sample), TypeAdapter(layout.Document)
+T = TypeVar("T")
 REDO = "repeat the `dart-eval run` that made it (it sets the file aside and redoes the cell), or remove it"
 
 
@@ -72,11 +76,22 @@ class Store:
 
     def path(self, name: str, key: str) -> Path:
         """Where the record of a cell lives; `name` is for people, the key decides."""
-        return self.folder / "cells" / f"{name}-{key[:16]}.json"
+        return self._file("cells", name, key, "json")
 
     def samples_path(self, name: str, key: str) -> Path:
         """Where its samples live."""
-        return self.folder / "samples" / f"{name}-{key[:16]}.jsonl"
+        return self._file("samples", name, key, "jsonl")
+
+    def _file(self, kind: str, name: str, key: str, ending: str) -> Path:
+        return self.folder / kind / f"{name}-{key[:16]}.{ending}"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say of what cannot be written in the block that it is this folder."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(self.folder, error) from None
 
     # -- running cells ---------------------------------------------------------------------------------------
 
@@ -89,26 +104,20 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        lock = FileLock(self.folder / ".locks" / f"{name}-{key[:16]}.lock")
-        try:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        path = self._file(".locks", name, key, "lock")
+        lock = FileLock(path)
+        with self._writing(), contextlib.suppress(Timeout):
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        except OSError as error:
-            raise StoreError(self.folder, error) from None
         try:
-            yield True
+            yield lock.is_locked
         finally:
             lock.release()
 
     def journal(self, name: str, key: str) -> Journal:
         """The journal of an unfinished cell; its claim must be held."""
-        try:
-            return Journal(self.folder / "partial" / f"{name}-{key[:16]}.jsonl")
-        except OSError as error:
-            raise StoreError(self.folder, error) from None
+        with self._writing():
+            return Journal(self._file("partial", name, key, "jsonl"))
 
     def get(self, name: str, key: str) -> Record | None:
         """The finished cell's record; None where there is none, or one of its files is missing or damaged.
@@ -119,7 +128,7 @@ class Store:
         path = self.path(name, key)
         try:
             record = _read(path)
-            self._lines(record, "samples")
+            self._lines(record, "samples", SAMPLE)
             self._data(record, "texts")
         except NewerSchema as error:
             raise UserError(f"{path} cannot be read ({error})", "use that version, or another --output") from None
@@ -128,7 +137,7 @@ class Store:
         return record if record.key == key else None
 
     def set_aside(self, name: str, key: str) -> list[Path]:
-        """Move away a record that `get` did not accept, its samples, and its texts if they are damaged.
+        """Move away a record that `get` did not accept, and its samples; `save` writes texts anew that are damaged.
 
         The cell's claim must be held.
 
@@ -136,33 +145,17 @@ class Store:
             The new names of the files that were there. Half-written temporary files are removed without a word, and
             samples without a record stay: the process was stopped between the two, and they will be written again.
         """
-        moved = []
+        record, samples = self.path(name, key), self.samples_path(name, key)
         for kind in ("cells", "samples", "texts"):
-            for left in (self.folder / kind).glob(f".{self.path(name, key).stem}.*"):
+            for left in (self.folder / kind).glob(f".{record.stem}.*"):
                 left.unlink(missing_ok=True)
-        there = os.path.lexists(self.path(name, key))
-        for path in (self.path(name, key), self.samples_path(name, key), *self._damaged_texts(name, key)):
-            if there and os.path.lexists(path):
-                number = 1
-                while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-                    number += 1
-                path.rename(aside)
-                moved.append(aside)
+        if not os.path.lexists(record):
+            return []
+        moved = []
+        for path in filter(os.path.lexists, (record, samples)):
+            names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
+            moved.append(path.rename(next(aside for aside in names if not aside.exists())))
         return moved
-
-    def _damaged_texts(self, name: str, key: str) -> list[Path]:
-        """The texts of a record that can be read, where they are there and not as they were written."""
-        try:
-            record = _read(self.path(name, key))
-        except (OSError, ValueError):
-            return []
-        try:
-            self._data(record, "texts")
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError):
-            return [self.folder / "texts" / record.files["texts"]["name"]]
-        return []
 
     def save(self, name: str, record: Record, texts: Sequence[dict[str, Any]] = ()) -> Record:
         """Write texts and samples, then the record that names them.
@@ -173,30 +166,24 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        files = {}
-        try:
-            path = self.samples_path(name, record.key)
-            files["samples"] = _write_lines(path, record.samples, path.stem)
+        path = self.samples_path(name, record.key)
+        with self._writing():
+            files = {"samples": _write_lines(path, record.samples, path.stem)}
             if texts:
                 digest = hashlib.sha256(_lines(texts).encode()).hexdigest()
-                path = self.folder / "texts" / f"{record.inputs['task']}-{digest[:16]}.jsonl"
-                # Cells of one task share it: what is half-written is this cell's.
-                files["texts"] = _write_lines(path, texts, self.samples_path(name, record.key).stem)
+                shared = self.folder / "texts" / f"{record.inputs['task']}-{digest[:16]}.jsonl"
+                files["texts"] = _write_lines(shared, texts, path.stem)  # what is half-written is this cell's
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
             write_atomically(self.path(name, record.key), text)
-            (self.folder / "failed" / f"{name}-{record.key[:16]}.txt").unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreError(self.folder, error) from None
+            self._file("failed", name, record.key, "txt").unlink(missing_ok=True)
         return record
 
     def failed(self, name: str, key: str, text: str) -> Path:
         """Keep why a cell failed; returns the file."""
-        path = self.folder / "failed" / f"{name}-{key[:16]}.txt"
-        try:
+        path = self._file("failed", name, key, "txt")
+        with self._writing():
             write_atomically(path, text)
-        except OSError as error:
-            raise StoreError(self.folder, error) from None
         return path
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -261,7 +248,7 @@ class Store:
             UnreadSamples: their file is missing, or not as it was written, or answers in it are no numbers (an older
                 version kept those), so that no accuracy over them is one.
         """
-        found = self._told(record, "samples")
+        found = self._told(record, "samples", SAMPLE)
         if wrong := sum(not _numbers(line.get("responses") or []) for line in found):
             inputs = record.inputs
             raise UnreadSamples(
@@ -277,11 +264,11 @@ class Store:
         Raises:
             UnreadSamples: their file is missing, or not as it was written.
         """
-        return {(line["task"], line["doc_id"]): line for line in self._told(record, "texts")}
+        return {(line["task"], line["doc_id"]): line for line in self._told(record, "texts", DOCUMENT)}
 
-    def _told(self, record: Record, kind: str) -> list[dict[str, Any]]:
+    def _told(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[dict[str, Any]]:
         try:
-            return self._lines(record, kind)
+            return self._lines(record, kind, type_)
         except (OSError, ValueError) as error:
             inputs = record.inputs
             method = record.settings.get("method") or inputs["method"]
@@ -291,17 +278,14 @@ class Store:
                 "give the `dart-eval run` that made them again: it redoes the cell",
             ) from None
 
-    def _lines(self, record: Record, kind: str) -> list[dict[str, Any]]:
+    def _lines(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[dict[str, Any]]:
         """The lines of a record's file of that kind.
 
         Raises:
             OSError: it is not there. ValueError: it is damaged.
         """
-        type_: Any = {"samples": layout.sample, "texts": layout.document}[kind]
-        lines = [valid.parsed(line) for line in self._data(record, kind).splitlines()]
-        for i, line in enumerate(lines):
-            layout.check(type_, line, f"line {i + 1}")
-        return lines
+        lines = self._data(record, kind).splitlines()
+        return [layout.read(line, type_, f"line {i}") for i, line in enumerate(lines, 1)]
 
     def _data(self, record: Record, kind: str) -> bytes:
         """A record's file of that kind, as it was written.
@@ -327,7 +311,7 @@ def _read(path: Path) -> Record:
     Raises:
         OSError: it cannot be read. ValueError: it holds no record.
     """
-    return Record.from_json(valid.parsed(read_regular(path)))
+    return Record.from_json(layout.read(read_regular(path)))
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> str:

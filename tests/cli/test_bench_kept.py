@@ -58,8 +58,8 @@ def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
     other = kept.keep(tmp_path, speed(sparsity=0.5))
     data = json.loads(kept.keep(tmp_path, SPEED).read_text())
     for text, why in (
-        ("{", "Expecting"), ("[]", "schema None"), (json.dumps({**data, "schema": 2}), "schema 2 is not known"),
-        (json.dumps({**data, "speedup": 1.7}), "speed.speedup is 1.7, not a mapping"),
+        ("{", "Invalid JSON"), ("[]", "file is []"), (json.dumps({**data, "schema": 2}), "schema is 2: should be 1"),
+        (json.dumps({**data, "speedup": 1.7}), "speed.speedup is 1.7: should be an object"),
         (json.dumps({k: v for k, v in data.items() if k != "ceiling"}), "lacks 'ceiling'"),
     ):  # fmt: skip
         other.write_text(text)

@@ -168,7 +168,7 @@ def test_damaged_files_are_set_aside_named_and_redone(saved_llama, tmp_path, kin
     view = Watch()
     run_local(config, view)
     assert view.begun == [f"smoke_questions-{method}"]
-    assert any(f"{damaged.name}.damaged-1" in note for note in view.notes)
+    assert any(f"{method} was damaged: set aside as" in note for note in view.notes)
     assert {n: d for n, d in results(tmp_path / "out").items() if "damaged" not in n} == whole
 
 
