@@ -105,10 +105,25 @@ def test_the_board_of_the_readme_is_one_of_the_results():
     assert len(rows) >= 4 and all(row in kept for row in rows)
 
 
+def _anchors(page):
+    """What a link may name behind `#`: the headings, as GitHub writes them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
+
+
 def test_links_lead_somewhere():
     for page in (README, *DOCS):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+            other = page.parent / target if target else page
+            assert other.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _anchors(other), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_readme_names_every_page():
+    text = README.read_text(encoding="utf-8")
+    for page in DOCS:
+        if page.parent.name == "docs":
+            assert f"(docs/{page.name})" in text, page.name
 
 
 def test_docs_name_modules_that_exist():
@@ -120,7 +135,7 @@ def test_docs_name_modules_that_exist():
 
 # -- the other pages ---------------------------------------------------------------------------------------------------
 
-DOCS = sorted((README.parent / "docs").glob("*.md"))
+DOCS = [*sorted((README.parent / "docs").glob("*.md")), *sorted((README.parent / "results").rglob("*.md"))]
 
 
 def _commands(text):
