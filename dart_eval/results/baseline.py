@@ -5,6 +5,8 @@ One JSON file, a line per document, in an order that depends on nothing but the 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -62,6 +64,11 @@ def checked(found: Outcome) -> Outcome:
         own = {name: values[name][key] for name in sorted(values) if key in values[name]}
         lines.append({**dict(zip(INDEX, key, strict=True)), **told, "metrics": own})
     return Outcome(tuple(measures), frame(line for line in lines if line["metrics"]))
+
+
+def rounded(cell: Cell) -> Cell:
+    """A cell that shows what a check looks at."""
+    return dataclasses.replace(cell, read=functools.cache(lambda: checked(cell.read())))
 
 
 def _rounded(item: Any) -> Any:

@@ -8,16 +8,17 @@ each of the K - 1 that are tested), and Holm's correction is taken over them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from dart_eval.bench.kept import Speed
 from dart_eval.errors import UserError
-from dart_eval.results import inputs, metrics, outcomes, recovery, stats
+from dart_eval.results import inputs, metrics, outcomes, pairing, recovery, stats
 from dart_eval.results.labels import labels
-from dart_eval.results.outcomes import DENSE, Outcome
+from dart_eval.results.outcomes import DENSE
+from dart_eval.results.pairing import Pair
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.recovery import Estimate, Recovery
 from dart_eval.results.store import Store
@@ -94,6 +95,17 @@ class _Draft:
     recoveries: dict[str, Recovery] = field(default_factory=dict)
     nats: dict[str, Recovery] = field(default_factory=dict)
 
+    def take(self, found: Pair) -> Iterable[str]:
+        """Add what one of the row's cells keeps of dense; yields why some is missing."""
+        main = metrics.main(found.x.measures)
+        for measure in found.x.measures:
+            values = found.values(measure) if measure in main or measure.name == metrics.GOLD else None
+            made = None if values is None else recovery.of_task(values)
+            if made is not None:
+                (self.nats if measure.name == metrics.GOLD else self.recoveries)[measure.task] = made
+            elif measure in main:
+                yield f"{measure.task} is not in the recovery: dense has no {measure.metric} above 0."
+
 
 def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()) -> list[Board]:
     """One board for each model of a folder.
@@ -131,7 +143,7 @@ def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence
             columns.setdefault(m.task, m.metric)
         sparsity = float(r.inputs["sparsity"])
         drafts.setdefault((names[r.key], sparsity), _Draft(names[r.key])).records.append(r)
-    problems = _recover(store, records, drafts)
+    problems = _recover(store, drafts.values())
     order = {name: i for i, name in enumerate(metrics.METRICS)}
     tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
     rows = [_row(draft, speeds) for draft in drafts.values()]
@@ -147,56 +159,24 @@ def main_metrics(record: Record) -> list[Metric]:
     return metrics.main(m for m in record.metrics if m.part_of is None)
 
 
-def _dense_of(record: Record, dense: Mapping[str, Sequence[Record]]) -> Record | None:
-    """The dense cell that was asked the same, best of the same code and versions. dense: question -> dense cells."""
-    rivals = dense.get(inputs.question(record.inputs), ())
-    build = [r for r in rivals if all(r.inputs.get(b) == record.inputs.get(b) for b in ("code", "versions"))]
-    return next(iter(build or rivals), None)
-
-
-def _recover(store: Store, records: Sequence[Record], drafts: Mapping[tuple[str, float], _Draft]) -> list[str]:
+def _recover(store: Store, drafts: Iterable[_Draft]) -> list[str]:
     """Fill in the drafts' recoveries; returns why some are missing."""
-    read: dict[str, Outcome] = {}
+    made = [(draft, [outcomes.cell_of(store, r) for r in draft.records]) for draft in drafts]
+    dense = pairing.dense_cells(cell for _, cells in made for cell in cells)
     problems: dict[str, None] = {}
-
-    def outcome(record: Record) -> Outcome | None:
-        if record.key not in read:
-            try:
-                read[record.key] = outcomes.outcome(record, store.samples(record))
-            except UserError as error:
-                problems[f"Without a recovery: {error.problem}."] = None
-                return None
-        return read[record.key]
-
-    questions: dict[str, list[Record]] = {}
-    for r in records:
-        if r.inputs["method"] == DENSE:
-            questions.setdefault(inputs.question(r.inputs), []).append(r)
     alone: dict[str, None] = {}
-    for draft in drafts.values():
-        for r in draft.records:
-            dense = _dense_of(r, questions)
-            if dense is None:
-                alone[str(r.inputs["task"])] = None
-                continue
-            if dense is r or (x := outcome(r)) is None or (y := outcome(dense)) is None:
-                continue
-            try:
-                outcomes.check_paired(outcomes.cell_of(r, x), x, outcomes.cell_of(dense, y), y)
-            except outcomes.Unpaired as error:
-                problems[f"Without a recovery: {error.problem}."] = None
-                continue
-            for measure in metrics.main(x.measures):
-                made = recovery.of_task(measure, x, y) if measure in y.measures else None
-                if made is None:
-                    problems[f"{measure.task} is not in the recovery: dense has no {measure.metric} above 0."] = None
+    for draft, cells in made:
+        for cell in cells:
+            reference = pairing.dense_of(cell, dense)
+            if reference is None:
+                alone[str(cell.inputs["task"])] = None
+            elif reference is not cell:
+                try:
+                    found = pairing.pair(cell, reference)
+                except UserError as error:
+                    problems[f"Without a recovery: {error.problem}."] = None
                 else:
-                    draft.recoveries[measure.task] = made
-            for measure in x.measures:
-                if measure.name == metrics.GOLD and measure in y.measures:
-                    made = recovery.of_task(measure, x, y)
-                    if made is not None:
-                        draft.nats[measure.task] = made
+                    problems.update(dict.fromkeys(draft.take(found)))
     if alone:
         problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
     return list(problems)

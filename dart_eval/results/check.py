@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.results import stats, writers
-from dart_eval.results.baseline import checked
+from dart_eval.results.baseline import rounded
 from dart_eval.results.compare import names
 from dart_eval.results.format import chance, interval, number
-from dart_eval.results.inputs import identity
 from dart_eval.results.metrics import GOLD
-from dart_eval.results.outcomes import (
-    DENSE,
-    Cell,
-    Measure,
-    Outcome,
-    Unpaired,
-    check_paired,
-    contrast,
-    older_note,
-    pairs,
-    value,
+from dart_eval.results.outcomes import Cell, Measure, Outcome, Unpaired, older_note, value
+from dart_eval.results.pairing import (
+    Pair,
+    counterparts,
+    current,
+    dense_cells,
+    dense_of,
+    differing,
+    nearest_to,
+    pair,
 )
-from dart_eval.results.pairing import counterparts, current, differences, nearest_to
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table, finite
@@ -105,40 +102,34 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
         UserError: the documents or prompts are others, or the thresholds name what is not there.
     """
     now, notes = current(now, then)
+    now, then = ([rounded(cell) for cell in side] for side in (now, then))
     partners = counterparts(then, now)
     # A baseline of an earlier version does not say what was typed; the results do.
     typed = [c if c.settings else dataclasses.replace(c, settings=partners[c.key].settings) if c.key in partners else c
              for c in then]  # fmt: skip
-    labels = names(typed)
+    labels, dense = names(typed), dense_cells(now)
     rows: list[Row] = []
-    changed: dict[str, set[tuple[str, str]]] = {}
+    made: list[Pair] = []
     for old in then:
-        before = checked(old.read())
-        try:
-            cell, after = _answer(old, partners.get(old.key), now)
-        except _Missing as error:
-            rows += [Row(labels[old.key], m.task, m.metric, why=error.problem) for m in before.measures]
+        measures = old.read().measures
+        found = _pair(old, partners.get(old.key), now)
+        if isinstance(found, str):
+            rows += [Row(labels[old.key], m.task, m.metric, why=found) for m in measures]
             continue
-        try:
-            check_paired(cell, after, old, before)
-        except Unpaired as error:
-            raise UserError(error.problem, "if the change is meant, write a new baseline with --update") from None
-        for what, (is_, was) in differences(cell, old).items():
-            changed.setdefault(what, set()).add((was, is_))
-        dense = _dense(cell, now)
-        if dense is None and any(thresholds.of(m.task).of_dense is not None for m in before.measures):
+        made.append(found)
+        reference = _outcome(dense_of(found.a, dense))
+        if reference is None and any(thresholds.of(m.task).of_dense is not None for m in measures):
             raise UserError(
                 f"thresholds set of_dense, and the results hold no dense cell for {old.inputs['task']}",
                 "run with --method dense too, or leave of_dense out",
             )
-        rows += [_row(labels[old.key], m, after, before, dense) for m in before.measures]
+        rows += [_row(labels[old.key], m, found, reference) for m in measures]
     unknown = sorted(set(thresholds.tasks) - {r.task for r in rows})
     if unknown:
         raise UserError(f"thresholds name task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
     adjusted = stats.holm([r.result.p_worse if r.result else None for r in rows])
     rows = [_judged(dataclasses.replace(r, p_holm=p), thresholds) for r, p in zip(rows, adjusted, strict=True)]
-    for what, seen in sorted(changed.items()):
-        notes.append(f"{what}: {'; '.join(f'{was} then, {is_} now' for was, is_ in sorted(seen)[:3])}.")
+    notes += differing(made, "{}: {}.", "{1} then, {0} now")
     notes += older_note([*now, *then])
     new = len({c.key for c in now} - {c.key for c in partners.values()})
     if new:
@@ -146,50 +137,41 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
     return Report(rows, thresholds, baseline, notes)
 
 
-class _Missing(UserError):
-    """The results hold nothing for a cell of the baseline, or nothing that can be trusted."""
-
-
-def _answer(old: Cell, cell: Cell | None, now: Sequence[Cell]) -> tuple[Cell, Outcome]:
-    """The results' cell for one of the baseline, and its outcome.
-
-    Raises:
-        _Missing: with the reason.
-    """
+def _pair(old: Cell, cell: Cell | None, now: Sequence[Cell]) -> Pair | str:
+    """The results' cell for one of the baseline with that one, or why there is none that can be trusted."""
     if cell is None:
-        raise _Missing(f"not in the results: {nearest_to(old, now)}")
+        return f"not in the results: {nearest_to(old, now)}"
     if cell.doubt:
-        raise _Missing(f"{cell.doubt} cannot be read, and may be a later run of this cell")
+        return f"{cell.doubt} cannot be read, and may be a later run of this cell"
     try:
-        return cell, checked(cell.read())
+        return pair(cell, old)
     except UnreadSamples as error:
-        raise _Missing(error.problem) from None
+        return error.problem
+    except Unpaired as error:
+        raise UserError(error.problem, "if the change is meant, write a new baseline with --update") from None
 
 
-def _dense(cell: Cell, now: Sequence[Cell]) -> Outcome | None:
-    """The dense cell of the same question in the same results."""
-    rest = ("method", "params", "sparsity")
-    for other in now:
-        if other.inputs["method"] == DENSE and identity(other.inputs, rest) == identity(cell.inputs, rest):
-            with contextlib.suppress(UnreadSamples):  # its own row says so
-                return checked(other.read())
+def _outcome(cell: Cell | None) -> Outcome | None:
+    """What came out of a dense cell; None where it cannot be read, for its own row says so."""
+    with contextlib.suppress(UnreadSamples):
+        return None if cell is None else cell.read()
     return None
 
 
-def _row(name: str, measure: Measure, after: Outcome, before: Outcome, dense: Outcome | None) -> Row:
-    result = contrast(measure, after, before) if measure in after.measures else None
-    if result is None:
+def _row(name: str, measure: Measure, found: Pair, dense: Outcome | None) -> Row:
+    """A row without its verdict."""
+    values = found.values(measure)
+    if values is None:
         return Row(name, measure.task, measure.metric, why="the results lack this metric")
+    result = values.test()
     level = None  # sums of log-likelihoods over long answers say little as a share of dense's
     if dense is not None and measure in dense.measures and measure.name != GOLD:
         level = value(measure, dense.documents)
-    found = pairs(measure, after, before)
-    moved = (
-        None if found is None else int((~(abs(found.a - found.b) <= CHANGED)).reshape(len(found.a), -1).any(1).sum())
-    )
+    moved = ~(abs(values.a - values.b) <= CHANGED)
     return Row(
         name, measure.task, measure.metric, recovery(measure, result.value_a, result.value_b),
-        None if level is None else recovery(measure, result.value_a, level), moved, result,
+        None if level is None else recovery(measure, result.value_a, level),
+        int(moved.reshape(len(moved), -1).any(1).sum()), result,
     )  # fmt: skip
 
 
@@ -237,23 +219,22 @@ def _judged(row: Row, thresholds: Thresholds) -> Row:
 def table(report: Report, every: bool = False) -> Table:
     """What fell or is missing, or all rows."""
     shown = report.rows if every else report.bad
-    dense = any(r.of_dense is not None for r in shown)
-    columns = ["cell", "task", "metric", "then", "now", "recovery", *(["of dense"] if dense else []), "now - then",
-               "95 % interval", "p worse (Holm)", "changed", "verdict", "why"]  # fmt: skip
+    columns: list[tuple[str, Callable[[Row, stats.Paired], str]]] = [
+        ("then", lambda _, r: number(r.value_b)),
+        ("now", lambda _, r: number(r.value_a)),
+        ("recovery", lambda row, _: _ratio(row.recovery)),
+        *([("of dense", lambda row, _: _ratio(row.of_dense))] if any(r.of_dense is not None for r in shown) else []),
+        ("now - then", lambda _, r: f"{r.difference:+.4f}"),
+        ("95 % interval", lambda _, r: interval(r.low, r.high)),
+        ("p worse (Holm)", lambda row, _: chance(row.p_holm)),
+        ("changed", lambda row, r: f"{row.changed} of {r.n}"),
+    ]  # fmt: skip
     body = []
     for row in shown:
-        r = row.result
-        ends = (_ratio(row.of_dense),) if dense else ()
-        numbers = (
-            ["-", "-", "-", *("-" for _ in ends), "-", "-", "-", "-"]
-            if r is None
-            else [
-                number(r.value_b), number(r.value_a), _ratio(row.recovery), *ends, f"{r.difference:+.4f}",
-                interval(r.low, r.high), chance(row.p_holm), f"{row.changed} of {r.n}",
-            ]
-        )  # fmt: skip
+        numbers = [text(row, row.result) if row.result is not None else "-" for _, text in columns]
         body.append([row.cell, row.task, row.metric, *numbers, row.verdict, row.why])
-    return Table(report.headline, columns, body, note(report, every))
+    heads = ["cell", "task", "metric", *(head for head, _ in columns), "verdict", "why"]
+    return Table(report.headline, heads, body, note(report, every))
 
 
 def _ratio(ratio: float | None) -> str:

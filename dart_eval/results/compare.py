@@ -15,18 +15,8 @@ from dart_eval.results.format import chance, number, sparsity
 from dart_eval.results.format import interval as ends
 from dart_eval.results.inputs import identity, model_of
 from dart_eval.results.labels import labels
-from dart_eval.results.outcomes import (
-    DENSE,
-    Cell,
-    Measure,
-    cells,
-    check_paired,
-    contrast,
-    describe,
-    newest,
-    older_note,
-)
-from dart_eval.results.pairing import counterparts, differences, nearest_to
+from dart_eval.results.outcomes import DENSE, Cell, Measure, cells, describe, newest, older_note
+from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.writers import Table, finite
 from dart_eval.text import json_text
@@ -69,7 +59,7 @@ class Comparison:
     notes: list[str]
 
 
-Pair = tuple[str, Cell, Cell]  # its name for people, A, B
+Named = tuple[str, Cell, Cell]  # its name for people, A, B
 
 
 def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison:
@@ -120,7 +110,7 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
         models = sorted({model_of(c.inputs["model"]) for c in side})
         if by == "model" and len(models) > 1:
             raise UserError(f"{spec} stands for several models: {', '.join(models)}", "give one of these names")
-    pairs: list[Pair] = []
+    pairs: list[Named] = []
     for left in sides[0]:
         for right in sides[1]:
             if left.key == right.key:
@@ -213,33 +203,30 @@ def wanted(measures: Sequence[Measure], metrics: Sequence[str]) -> list[Measure]
     return [m for m in measures if m.name in metrics] if metrics else known_metrics.main(measures)
 
 
-def _compare(a: str, b: str, pairs: Sequence[Pair], metrics: Sequence[str], notes: list[str]) -> Comparison:
+def _compare(a: str, b: str, named: Sequence[Named], metrics: Sequence[str], notes: list[str]) -> Comparison:
     rows: list[Row] = []
+    made: list[Pair] = []
     families: dict[tuple[str, ...], list[int]] = {}
     left_out: set[str] = set()
-    known: set[str] = set()
-    changed: dict[str, set[tuple[str, str]]] = {}
     unread: UnreadSamples | None = None
-    for name, left, right in pairs:
+    for name, left, right in named:
         try:
-            x, y = left.read(), right.read()
+            found = pair(left, right)
         except UnreadSamples as error:
             unread = error
             remark(f"left out: {error}")
             continue
-        check_paired(left, x, right, y)
-        left_out.update((*x.left_out, *y.left_out))
-        known.update(m.name for m in x.measures)
-        for what, values in differences(left, right).items():
-            changed.setdefault(what, set()).add(values)
-        for measure in wanted(x.measures, metrics):
-            result = contrast(measure, x, y) if measure in y.measures else None
-            if result is None:
-                left_out.add(f"{measure.task} {measure.metric}")
+        made.append(found)
+        left_out.update((*found.x.left_out, *found.y.left_out))
+        for m in wanted(found.x.measures, metrics):
+            values = found.values(m)
+            if values is None:
+                left_out.add(f"{m.task} {m.metric}")
                 continue
-            family = (identity(left.inputs, ("task",)), identity(right.inputs, ("task",)), measure.metric)
+            family = (identity(left.inputs, ("task",)), identity(right.inputs, ("task",)), m.metric)
             families.setdefault(family, []).append(len(rows))
-            rows.append(Row(name, measure.task, measure.metric, measure.higher_is_better, result, left.key, right.key))
+            rows.append(Row(name, m.task, m.metric, m.higher_is_better, values.test(), left.key, right.key))
+    known = {m.name for one in made for m in one.x.measures}
     if unread is not None and not known:
         raise unread
     unknown = sorted(set(metrics) - known - {"all"})
@@ -253,10 +240,8 @@ def _compare(a: str, b: str, pairs: Sequence[Pair], metrics: Sequence[str], note
     for members in families.values():
         for i, p in zip(members, stats.holm([rows[i].result.p for i in members]), strict=True):
             rows[i] = dataclasses.replace(rows[i], p_holm=p, better=_better(rows[i], p))
-    notes += older_note(cell for _, *sides in pairs for cell in sides)
-    for what, seen in sorted(changed.items()):
-        said = "; ".join(f"{in_a} in A, {in_b} in B" for in_a, in_b in sorted(seen)[:3])
-        notes.append(f"A and B differ in {what} ({said}).")
+    notes += older_note(cell for _, *sides in named for cell in sides)
+    notes += differing(made, "A and B differ in {} ({}).", "{} in A, {} in B")
     if left_out:
         notes.append(f"Not a function of documents' values, so not compared: {', '.join(sorted(left_out))}.")
     rows.sort(key=lambda r: (r.contrast, r.metric, r.task))

@@ -7,6 +7,7 @@ a metric's.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,17 +110,15 @@ def cells(folder: Path, strict: bool = False) -> list[Cell]:
         raise next(iter(found.unread.values()))
     found.tell()
     unread = {_title(file): file.name for file in found.unread}
+    return newest([cell_of(store, r, unread.get(_title(found.files[r.key]), "")) for r in found.records])
 
-    def reader(record: Record) -> Callable[[], Outcome]:
-        return lambda: outcome(record, store.samples(record))
 
-    return newest([
-        Cell(
-            r.key, r.inputs, str(folder), r.created, reader(r), settings=r.settings,
-            doubt=unread.get(_title(found.files[r.key]), ""),
-        )
-        for r in found.records
-    ])  # fmt: skip
+def cell_of(store: Store, record: Record, doubt: str = "") -> Cell:
+    """A record as a cell, whose samples are read when they are asked for, once."""
+    read = functools.cache(lambda: outcome(record, store.samples(record)))
+    return Cell(
+        record.key, record.inputs, str(store.folder), record.created, read, settings=record.settings, doubt=doubt
+    )
 
 
 def _title(file: Path) -> str:
@@ -251,16 +250,22 @@ class Pairs(NamedTuple):
     """Values of a measure under A and under B, of the same documents in the same order.
 
     Attributes:
+        measure: whose values they are.
         a: [n] or [n, width]. b: the same.
         units: [n] the independent unit of each document: a group's are its members, a task's its clusters, or its
             documents where they have none.
         weights: [n] where documents have some.
     """
 
+    measure: Measure
     a: np.ndarray
     b: np.ndarray
     units: list[str]
     weights: np.ndarray | None
+
+    def test(self) -> stats.Paired:
+        """The paired test of A against B."""
+        return stats.paired(self.measure.kind, *self[1:], self.measure.higher_is_better)
 
 
 def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
@@ -275,13 +280,13 @@ def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
         task if group else cluster or f"{task} {number}"
         for (task, number, _), cluster in zip(left.index, left["cluster"], strict=True)
     ]
-    return Pairs(x, y, units, _weights(measure, left))
+    return Pairs(measure, x, y, units, _weights(measure, left))
 
 
 def contrast(measure: Measure, a: Outcome, b: Outcome) -> stats.Paired | None:
     """The paired test of a measure between two outcomes that `check_paired` let pass."""
     found = pairs(measure, a, b)
-    return None if found is None else stats.paired(measure.kind, *found, measure.higher_is_better)
+    return None if found is None else found.test()
 
 
 def contrast_of_means(
@@ -305,11 +310,6 @@ def contrast_of_means(
     x, y = (np.concatenate(side) for side in ([p.a for p in found], [p.b for p in found]))
     units = [unit for part in found for unit in part.units]
     return stats.paired("mean", x, y, units, np.concatenate(weights), measures[0].higher_is_better)
-
-
-def cell_of(record: Record, found: Outcome) -> Cell:
-    """A record whose outcome has been read, as a cell."""
-    return Cell(record.key, record.inputs, "", record.created, lambda: found, settings=record.settings)
 
 
 class Unpaired(UserError):

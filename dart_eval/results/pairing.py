@@ -7,13 +7,57 @@ model, one checkpoint goes with another of its name, which is said: a changed mo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError
-from dart_eval.results.inputs import ASKED, FIELDS, asked, identity, model_of
+from dart_eval.results.inputs import ASKED, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
-from dart_eval.results.outcomes import Cell, describe
+from dart_eval.results.outcomes import DENSE, Cell, Measure, Outcome, Pairs, check_paired, describe, pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two cells that were given the same documents, and what came out of each."""
+
+    a: Cell
+    b: Cell
+    x: Outcome
+    y: Outcome
+
+    def values(self, measure: Measure) -> Pairs | None:
+        """The values of a measure under both; None where one lacks it, or where they do not pair."""
+        known = measure in self.x.measures and measure in self.y.measures
+        return pairs(measure, self.x, self.y) if known else None
+
+
+def pair(a: Cell, b: Cell) -> Pair:
+    """Read two cells and see that they are of the same documents.
+
+    Raises:
+        UnreadSamples: the samples of one cannot be read.
+        Unpaired: they have other documents or prompts.
+    """
+    x, y = a.read(), b.read()
+    check_paired(a, x, b, y)
+    return Pair(a, b, x, y)
+
+
+def dense_cells(found: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """The dense cells among some, by what they were asked: for `dense_of`."""
+    known: dict[str, list[Cell]] = {}
+    for cell in found:
+        if cell.inputs["method"] == DENSE:
+            known.setdefault(question(cell.inputs), []).append(cell)
+    return known
+
+
+def dense_of(cell: Cell, dense: Mapping[str, Sequence[Cell]]) -> Cell | None:
+    """The dense cell that was asked what this one was, best of the same code and versions."""
+    rivals = dense.get(question(cell.inputs), ())
+    build = [c for c in rivals if all(c.inputs.get(name) == cell.inputs.get(name) for name in ("code", "versions"))]
+    return next(iter(build or rivals), None)
 
 
 def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell]:
@@ -84,6 +128,19 @@ def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
         if left != right and not (name == "method_code" and a.inputs["method"] != b.inputs["method"]):
             found[name] = (left, right)
     return found
+
+
+def differing(found: Iterable[Pair], say: str, values: str) -> list[str]:
+    """Sentences on what the two sides of some pairs differ in.
+
+    Args:
+        say: the sentence, of what differs and of its values. values: how a value of A and one of B are said.
+    """
+    changed: dict[str, set[str]] = {}
+    for one in found:
+        for what, sides in differences(one.a, one.b).items():
+            changed.setdefault(what, set()).add(values.format(*sides))
+    return [say.format(what, "; ".join(sorted(seen)[:3])) for what, seen in sorted(changed.items())]
 
 
 def _flat(a: dict[str, Any], b: dict[str, Any]) -> Iterable[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dart_eval.results import stats
 from dart_eval.results.metrics import GOLD
-from dart_eval.results.outcomes import Measure, Outcome, pairs
+from dart_eval.results.outcomes import Pairs
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Estimate:
     high: float | None
 
 
-def of_task(measure: Measure, pruned: Outcome, dense: Outcome) -> Recovery | None:
-    """The recovery of one metric between two outcomes that `check_paired` let pass; None where there is no such ratio.
+def of_task(found: Pairs) -> Recovery | None:
+    """The recovery of one metric from its values under a pruned method and under dense; None where there is no such
+    ratio.
 
     Perplexities are compared as they are read, exp of a mean: their ratio is exp of a difference of means.
     Log-likelihoods of right answers have no ratio: of these it is the difference, in nats per answer.
     """
-    found = pairs(measure, pruned, dense)
-    if found is None or measure.higher_is_better is None:
+    measure, x, y, units, weights = found
+    if measure.higher_is_better is None:
         return None
-    x, y, units, weights = found
     w = np.ones(len(x)) if weights is None else weights
     (a, slopes_a), (b, slopes_b) = stats.KINDS[measure.kind](x, w), stats.KINDS[measure.kind](y, w)
     if measure.name == GOLD:

@@ -9,7 +9,7 @@ from dart_eval.bench import kept
 from dart_eval.bench.ratio import Ratio
 from dart_eval.results import board_text, frontier, recovery, stats
 from dart_eval.results.board import BEST, LEVEL_WITH_BEST, boards
-from dart_eval.results.outcomes import Measure, outcome
+from dart_eval.results.outcomes import Measure, outcome, pairs
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from tests.helpers.commands import command
@@ -100,7 +100,7 @@ def test_an_interval_is_as_wide_as_resampling_documents_says(kind):
         outcome(answered("t", side, metrics=[Metric("t", kind, 0.0, None, n, up)]), samples("t", side))
         for side in (pruned, dense)
     )
-    made = recovery.of_task(Measure("t", kind, up, ("t",)), x, y)
+    made = recovery.of_task(pairs(Measure("t", kind, up, ("t",)), x, y))
     spread = np.sqrt(n / (n - 1) * sum(u * u for u in made.units.values()))
 
     def ratio(rows):
