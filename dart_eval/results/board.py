@@ -8,8 +8,8 @@ each of the K - 1 that are tested), and Holm's correction is taken over them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,9 @@ from dart_eval.bench.kept import Speed
 from dart_eval.errors import UserError
 from dart_eval.results import inputs, metrics, outcomes, pairing, recovery, stats
 from dart_eval.results.labels import labels
-from dart_eval.results.outcomes import DENSE
-from dart_eval.results.pairing import Pair
+from dart_eval.results.outcomes import DENSE, Measure
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.recovery import Estimate, Recovery
+from dart_eval.results.recovery import Recovery
 from dart_eval.results.store import Store
 
 MOST_NAMED = 4  # rows that a sentence names
@@ -39,7 +38,7 @@ class Row:
         kind: `pruned`, `upper bound` or `control` (dense).
         read: of the FFN weights of dense, mean over the cells.
         values: task -> its main metric.
-        recovery: over the tasks that have one, with its interval. tasks: these.
+        recovery: mean over the tasks that have one. tasks: these.
         nats: log-likelihood of the right answers of choice tasks less that under dense, mean over tasks.
         memory: bytes kept beside the model, the most over the cells.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
@@ -53,9 +52,9 @@ class Row:
     kind: str
     read: float
     values: dict[str, Metric]
-    recovery: Estimate | None
+    recovery: Recovery | None
     tasks: tuple[str, ...]
-    nats: Estimate | None
+    nats: Recovery | None
     memory: int
     overhead: float
     speed: Speed | None
@@ -85,26 +84,14 @@ class Board:
     levels: tuple[Level, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all levels, from the top of the board to its end."""
+        return [row for level in self.levels for row in level.rows]
 
-@dataclass
-class _Draft:
-    """A row while it is made."""
 
-    label: str
-    records: list[Record] = field(default_factory=list)
-    recoveries: dict[str, Recovery] = field(default_factory=dict)
-    nats: dict[str, Recovery] = field(default_factory=dict)
-
-    def take(self, found: Pair) -> Iterable[str]:
-        """Add what one of the row's cells keeps of dense; yields why some is missing."""
-        main = metrics.main(found.x.measures)
-        for measure in found.x.measures:
-            values = found.values(measure) if measure in main or measure.name == metrics.GOLD else None
-            made = None if values is None else recovery.of_task(values)
-            if made is not None:
-                (self.nats if measure.name == metrics.GOLD else self.recoveries)[measure.task] = made
-            elif measure in main:
-                yield f"{measure.task} is not in the recovery: dense has no {measure.metric} above 0."
+Kept = dict[str, list[tuple[Measure, Recovery]]]  # key of a record -> what its cell keeps of dense
+Contest = dict[tuple[str, ...], float | None]  # keys of a row -> adjusted p of the best one against it
 
 
 def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()) -> list[Board]:
@@ -136,22 +123,17 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
 
 def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str]) -> Board:
     names = labels(records, by_task=True)
-    drafts: dict[tuple[str, float], _Draft] = {}
+    groups: dict[tuple[str, float], list[Record]] = {}
     columns: dict[str, str] = {}
     for r in sorted(records, key=lambda r: str(r.inputs["task"])):
         for m in main_metrics(r):
             columns.setdefault(m.task, m.metric)
-        sparsity = float(r.inputs["sparsity"])
-        drafts.setdefault((names[r.key], sparsity), _Draft(names[r.key])).records.append(r)
-    problems = _recover(store, drafts.values())
+        groups.setdefault((names[r.key], float(r.inputs["sparsity"])), []).append(r)
+    kept, problems = _recoveries(store, [r for group in groups.values() for r in group])
     order = {name: i for i, name in enumerate(metrics.METRICS)}
     tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
-    rows = [_row(draft, speeds) for draft in drafts.values()]
-    found = {row.keys: draft for row, draft in zip(rows, drafts.values(), strict=True)}
-    return Board(
-        model, {t: columns[t] for t in tasks}, tuple(_judged(level, found) for level in _levels(rows)),
-        (*notes, *problems),
-    )  # fmt: skip
+    rows = [_row(label, group, kept, speeds) for (label, _), group in groups.items()]
+    return Board(model, {t: columns[t] for t in tasks}, tuple(map(_judged, _levels(rows))), (*notes, *problems))
 
 
 def main_metrics(record: Record) -> list[Metric]:
@@ -159,54 +141,53 @@ def main_metrics(record: Record) -> list[Metric]:
     return metrics.main(m for m in record.metrics if m.part_of is None)
 
 
-def _recover(store: Store, drafts: Iterable[_Draft]) -> list[str]:
-    """Fill in the drafts' recoveries; returns why some are missing."""
-    made = [(draft, [outcomes.cell_of(store, r) for r in draft.records]) for draft in drafts]
-    dense = pairing.dense_cells(cell for _, cells in made for cell in cells)
+def _recoveries(store: Store, records: Iterable[Record]) -> tuple[Kept, list[str]]:
+    """What the cells keep of their dense ones, and why some of it is missing."""
+    cells = [outcomes.cell_of(store, r) for r in records]
+    dense = pairing.dense_cells(cells)
+    kept: Kept = {}
     problems: dict[str, None] = {}
     alone: dict[str, None] = {}
-    for draft, cells in made:
-        for cell in cells:
-            reference = pairing.dense_of(cell, dense)
-            if reference is None:
-                alone[str(cell.inputs["task"])] = None
-            elif reference is not cell:
-                try:
-                    found = pairing.pair(cell, reference)
-                except UserError as error:
-                    problems[f"Without a recovery: {error.problem}."] = None
-                else:
-                    problems.update(dict.fromkeys(draft.take(found)))
+    for cell in cells:
+        reference = pairing.dense_of(cell, dense)
+        if reference is None:
+            alone[str(cell.inputs["task"])] = None
+        elif reference is not cell:
+            try:
+                found = pairing.pair(cell, reference)
+            except UserError as error:
+                problems[f"Without a recovery: {error.problem}."] = None
+                continue
+            main = metrics.main(found.x.measures)
+            for m in (m for m in found.x.measures if m in main or m.name == metrics.GOLD):
+                values = found.values(m)
+                made = None if values is None else recovery.of_task(values)
+                if made is not None:
+                    kept.setdefault(cell.key, []).append((m, made))
+                elif m in main:
+                    problems[f"{m.task} is not in the recovery: dense has no {m.metric} above 0."] = None
     if alone:
         problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
-    return list(problems)
+    return kept, list(problems)
 
 
-def _row(draft: _Draft, speeds: Sequence[Speed]) -> Row:
-    first, records = draft.records[0], draft.records
+def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed]) -> Row:
+    first = records[0]
     dense = first.inputs["method"] == DENSE
-    settings = first.settings
-    kind = CONTROL if dense else UPPER_BOUND if settings.get("upper_bound") else PRUNED
+    kind = CONTROL if dense else UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
     sized = dense or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
+    found = [one for r in records for one in kept.get(r.key, ())]
+    recoveries = {m.task: made for m, made in found if m.name != metrics.GOLD}
+    nats = {m.task: made for m, made in found if m.name == metrics.GOLD}
     return Row(
-        label=draft.label,
-        sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
+        label=label, sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
         read=sum(r.weights_read for r in records) / len(records),
         values={m.task: m for r in records for m in main_metrics(r)},
-        recovery=_estimate(draft.recoveries), tasks=tuple(sorted(draft.recoveries)), nats=_estimate(draft.nats),
+        recovery=recovery.mean(recoveries.values()), tasks=tuple(sorted(recoveries)), nats=recovery.mean(nats.values()),
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
-        speed=_speed(first, speeds), keys=tuple(r.key for r in records),
+        speed=next((s for s in reversed(speeds) if s.is_of(first.inputs)), None), keys=tuple(r.key for r in records),
     )  # fmt: skip
-
-
-def _estimate(found: Mapping[str, Recovery]) -> Estimate | None:
-    return recovery.estimate(recovery.mean(list(found.values()))) if found else None
-
-
-def _speed(record: Record, speeds: Sequence[Speed]) -> Speed | None:
-    """What `bench` measured last of the same model, method and sparsity."""
-    return next((s for s in reversed(speeds) if s.is_of(record.inputs)), None)
 
 
 def _levels(rows: Sequence[Row]) -> list[list[Row]]:
@@ -239,73 +220,58 @@ def _all_tasks(level: Sequence[Row]) -> tuple[str, ...]:
     return tuple(sorted({task for row in level if row.kind == PRUNED for task in row.tasks}))
 
 
-def _judged(rows: Sequence[Row], found: Mapping[tuple[str, ...], _Draft]) -> Level:
+def _judged(rows: Sequence[Row]) -> Level:
     """The level with its marks and its sentences. A row that lacks a task of the others takes no part in the test."""
     rivals = [r for r in rows if r.kind == PRUNED and r.tasks and r.tasks == _all_tasks(rows)]
     if len(rivals) < 2:
         return Level(tuple(rows))
-    best = rivals[0]
-    contest = _contest(rivals, {r.keys: found[r.keys].recoveries for r in rivals})
-    marked = []
-    for r in rows:
-        if r is best:
-            marked.append(replace(r, mark=BEST))
-        elif r.keys in contest:
-            marked.append(replace(r, mark="" if _told(contest[r.keys]) else LEVEL_WITH_BEST))
-        else:
-            marked.append(r)
-    said = [_sentence(best, rivals[1:], contest)]
+    contest = _contest([(r, r.recovery) for r in rivals])
+    marks = {keys: "" if _told(p) else LEVEL_WITH_BEST for keys, p in contest.items()} | {rivals[0].keys: BEST}
+    said = [_sentence(rivals[0], rivals[1:], contest)]
     if not all(map(_told, contest.values())):
-        said += _by_likelihood(rivals, found)
-    return Level(tuple(marked), " ".join(said))
+        said += _by_likelihood(rivals)
+    return Level(tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), " ".join(said))
 
 
-def _contest(
-    rivals: Sequence[Row], found: Mapping[tuple[str, ...], Mapping[str, Recovery]]
-) -> dict[tuple[str, ...], float | None]:
+def _contest(rivals: Sequence[tuple[Row, Recovery | None]]) -> Contest:
     """Adjusted p of the first of some rows against each of the others."""
-    best, others = rivals[0], rivals[1:]
-    tested = [_test(found[best.keys], found[other.keys]) for other in others]
+    (_, best), *others = rivals
+    tested = [recovery.difference(best, other) if best and other else None for _, other in others]
     counted = [None if p is None else min(1.0, len(rivals) / 2 * p) for p in tested]
-    return {r.keys: p for r, p in zip(others, stats.holm(counted), strict=True)}
+    return {r.keys: p for (r, _), p in zip(others, stats.holm(counted), strict=True)}
 
 
 def _told(p: float | None) -> bool:
     return p is not None and p < stats.ALPHA
 
 
-def _by_likelihood(rivals: Sequence[Row], found: Mapping[tuple[str, ...], _Draft]) -> list[str]:
+def _by_likelihood(rivals: Sequence[Row]) -> list[str]:
     """What the likelihood of right answers says where the recovery does not tell all rows apart.
 
     It needs fewer documents than an accuracy.
     """
-    ranked = sorted((r for r in rivals if r.nats), key=lambda r: -r.nats.value if r.nats else 0.0)
+    ranked = sorted(((r, r.nats) for r in rivals if r.nats), key=lambda one: -one[1].value)
     if len(ranked) < 2:
         return []
-    best, contest = ranked[0], _contest(ranked, {r.keys: found[r.keys].nats for r in ranked})
-    behind = [r for r in ranked[1:] if _told(contest[r.keys])]
+    contest = _contest(ranked)
+    behind = [r for r, _ in ranked[1:] if _told(contest[r.keys])]
     if not behind:
         return []
     against = f"{_others(behind, len(ranked) - 1)} ({_bound(behind, contest)})"
-    return [f"By the log-likelihood of right answers {best.label} is better than {against}."]
+    return [f"By the log-likelihood of right answers {ranked[0][0].label} is better than {against}."]
 
 
 def _others(rows: Sequence[Row], of: int) -> str:
     return "all other pruned rows" if len(rows) == of > 1 else _listed([r.label for r in rows])
 
 
-def _bound(rows: Sequence[Row], contest: Mapping[tuple[str, ...], float | None]) -> str:
+def _bound(rows: Sequence[Row], contest: Contest) -> str:
     """`paired, Holm p < .01`, of the largest p."""
     highest = max(p for r in rows if (p := contest[r.keys]) is not None)
     return f"paired, Holm p < {next(limit for limit in (1e-3, 0.01, stats.ALPHA) if highest < limit):g}"
 
 
-def _test(a: Mapping[str, Recovery], b: Mapping[str, Recovery]) -> float | None:
-    """The paired test of two rows over the same tasks."""
-    return recovery.difference(recovery.mean(list(a.values())), recovery.mean(list(b.values())))
-
-
-def _sentence(best: Row, others: Sequence[Row], contest: Mapping[tuple[str, ...], float | None]) -> str:
+def _sentence(best: Row, others: Sequence[Row], contest: Contest) -> str:
     """`At read 0.30 dart-plus keeps the most ...`, with what the paired tests say."""
     assert best.recovery is not None
     behind = [r for r in others if _told(contest[r.keys])]

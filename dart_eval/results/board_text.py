@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dart_eval.results import metrics
 from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, Board, Row
 from dart_eval.results.format import share, short, size, small_share, sparsity
+from dart_eval.results.recovery import Recovery
 from dart_eval.results.writers import Table
 from dart_eval.text import folded, printable
 
@@ -22,7 +23,7 @@ Column = tuple[str, Callable[[Row], str]]
 def lines(board: Board, width: int) -> list[str]:
     """The board in lines of at most `width` characters where that can be, a level of read after the other."""
     columns, left_out = columns_of(board), []
-    longest = max(len(_name(row)) for level in board.levels for row in level.rows)
+    longest = max(len(_name(row)) for row in board.rows)
     for dropped in (NATS, "overhead", "extra"):  # the long tables have them
         if min(longest, FOLDED) + _others(board, columns) <= width:
             break
@@ -31,7 +32,7 @@ def lines(board: Board, width: int) -> list[str]:
     names = max(NARROWEST, min(longest, width - _others(board, columns)))
     text = [f"Model {board.model}" + tasks_note(board)]
     heads = [head for head, _ in columns]
-    cells = {row.keys: [value(row) for _, value in columns] for level in board.levels for row in level.rows}
+    cells = {row.keys: [value(row) for _, value in columns] for row in board.rows}
     widths = [max(len(head), *(len(line[i]) for line in cells.values())) for i, head in enumerate(heads)]
     widths[0] = min(widths[0], names)
     text += ["", _line(heads, widths)]
@@ -47,7 +48,7 @@ def lines(board: Board, width: int) -> list[str]:
 
 def columns_of(board: Board) -> list[Column]:
     """Heads, and what stands under them for a row: the method first."""
-    rows = [row for level in board.levels for row in level.rows]
+    rows = board.rows
     found: list[Column] = [("method", _name), *_quality(board)]
     if any(row.recovery for row in rows):
         found.append(("recovery", _recovery))
@@ -95,22 +96,19 @@ def _name(row: Row) -> str:
 
 
 def _nats(row: Row) -> str:
-    found = row.nats
-    if found is None:
-        return "0.0" if row.kind == CONTROL else "-"
-    if found.low is None or found.high is None:
-        return f"{found.value:+.1f}"
-    return f"{found.value:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+    return _estimate(row, row.nats, "0.0", lambda v: f"{v:+.1f}", "")
 
 
 def _recovery(row: Row) -> str:
-    found = row.recovery
+    return _estimate(row, row.recovery, "100 %", lambda v: f"{100 * v:3.0f}", " %")
+
+
+def _estimate(row: Row, found: Recovery | None, of_dense: str, text: Callable[[float], str], unit: str) -> str:
+    """A mean over tasks with its interval; of dense what it is by definition."""
     if found is None:
-        return "100 %" if row.kind == CONTROL else "-"
-    text = f"{100 * found.value:.0f} %"
-    return (
-        text if found.low is None or found.high is None else f"{text} [{100 * found.low:3.0f}, {100 * found.high:3.0f}]"
-    )
+        return of_dense if row.kind == CONTROL else "-"
+    ends = "" if found.interval is None else f" [{', '.join(map(text, found.interval))}]"
+    return f"{text(found.value).strip()}{unit}{ends}"
 
 
 def level_name(rows: Sequence[Row]) -> str:
@@ -138,7 +136,7 @@ def _row_lines(cells: list[str], widths: Sequence[int]) -> list[str]:
 
 def _others(board: Board, columns: Sequence[Column]) -> int:
     """Characters of all columns but the first, with the gaps before them."""
-    rows = [row for level in board.levels for row in level.rows]
+    rows = board.rows
     return sum(max(len(head), *(len(value(row)) for row in rows)) + 2 for head, value in columns[1:])
 
 
@@ -146,7 +144,7 @@ def tasks_note(board: Board) -> str:
     """Which number of each task is shown: said once."""
 
     def with_size(task: str) -> str:
-        sizes = sorted({row.values[task].n for level in board.levels for row in level.rows if task in row.values})
+        sizes = sorted({row.values[task].n for row in board.rows if task in row.values})
         return f"{task} (n {sizes[0]})" if len(sizes) == 1 else f"{task} (n {sizes[0]} to {sizes[-1]})"
 
     said = [f"{metric} of {', '.join(map(with_size, tasks))}" for metric, tasks in _by_metric(board).items()]
@@ -156,7 +154,7 @@ def tasks_note(board: Board) -> str:
 def legend(board: Board, columns: Sequence[Column]) -> list[str]:
     """What was best at each level, and what the columns mean, each once."""
     shown = {head for head, _ in columns}
-    rows = [row for level in board.levels for row in level.rows]
+    rows = board.rows
     text = [level.verdict for level in board.levels if level.verdict]
     said = ["Value ± standard error, shares in per cent."]
     if any(row.mark for row in rows):

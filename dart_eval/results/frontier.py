@@ -18,10 +18,9 @@ Point = tuple[float, float]  # read, recovery
 def curves(board: Board) -> dict[str, list[Row]]:
     """Method -> its rows that have a recovery, from the highest read to the lowest."""
     found: dict[str, list[Row]] = {}
-    for level in board.levels:
-        for row in level.rows:
-            if row.recovery is not None:
-                found.setdefault(row.label, []).append(row)
+    for row in board.rows:
+        if row.recovery is not None:
+            found.setdefault(row.label, []).append(row)
     return {label: sorted(rows, key=lambda r: -r.read) for label, rows in sorted(found.items())}
 
 
@@ -79,10 +78,7 @@ def draw(axes: Any, board: Board, looks: Mapping[str, int]) -> None:
     for i, (label, rows) in enumerate(curves(board).items()):
         aside = 0.003 * (i % 2 * 2 - 1) * ((i + 1) // 2)  # so that intervals do not hide each other
         found = [r.recovery for r in rows if r.recovery is not None]
-        spans = [
-            [100 * (e.value - e.low) if e.low is not None else 0.0 for e in found],
-            [100 * (e.high - e.value) if e.high is not None else 0.0 for e in found],
-        ]
+        spans = [[100 * abs(e.value - (e.interval or (e.value, e.value))[end]) for e in found] for end in (0, 1)]
         axes.errorbar(
             [r.read + aside for r in rows], [100 * e.value for e in found], yerr=spans, label=label,
             **look(looks[label]), linewidth=1.2, elinewidth=0.8, capsize=2,

@@ -7,8 +7,9 @@ tasks are averaged by averaging these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,14 +30,11 @@ class Recovery:
     value: float
     units: Mapping[str, float]
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A recovery with its 95 % interval; None where there are too few documents for one."""
-
-    value: float
-    low: float | None
-    high: float | None
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the studentised bootstrap over units; None where there are too few of them for one."""
+        made = _bootstrap(self.value, self.units)
+        return None if made is None or made.low is None or made.high is None else (made.low, made.high)
 
 
 def of_task(found: Pairs) -> Recovery | None:
@@ -66,34 +64,27 @@ def of_task(found: Pairs) -> Recovery | None:
         slopes = of_good / base - value * of_base / base
     if not np.isfinite(value) or not np.isfinite(slopes).all():
         return None
-    summed: dict[str, float] = {}
-    for unit, slope in zip(units, slopes, strict=True):
-        name = f"{measure.task} {unit}"
-        summed[name] = summed.get(name, 0.0) + float(slope)
-    return Recovery(value, summed)
+    names, place = np.unique([f"{measure.task} {unit}" for unit in units], return_inverse=True)
+    return Recovery(value, dict(zip(names.tolist(), np.bincount(place, slopes).tolist(), strict=True)))
 
 
-def mean(found: Sequence[Recovery]) -> Recovery:
-    """The mean over tasks, each of which weighs the same."""
-    summed: dict[str, float] = {}
-    for one in found:
-        for unit, slope in one.units.items():
-            summed[unit] = summed.get(unit, 0.0) + slope / len(found)
-    return Recovery(sum(one.value for one in found) / len(found), summed)
-
-
-def estimate(found: Recovery) -> Estimate:
-    """With the interval of the studentised bootstrap over units (`stats.bootstrap_t`)."""
-    slopes = np.array([found.units[unit] for unit in sorted(found.units)])
-    if len(slopes) < stats.MIN_CLUSTERS or not slopes.any():
-        return Estimate(found.value, None, None)
-    made = stats.bootstrap_t(slopes, found.value)
-    return Estimate(found.value, made.low, made.high)
+def mean(recoveries: Iterable[Recovery]) -> Recovery | None:
+    """The mean over tasks, each of which weighs the same; None of none."""
+    found = list(recoveries)
+    if not found:
+        return None
+    units = {unit: slope / len(found) for one in found for unit, slope in one.units.items()}  # tasks share none
+    return Recovery(sum(one.value for one in found) / len(found), units)
 
 
 def difference(a: Recovery, b: Recovery) -> float | None:
     """Two-sided p of the paired test of two recoveries over the same tasks; None where nothing can be tested."""
-    slopes = np.array([a.units.get(u, 0.0) - b.units.get(u, 0.0) for u in sorted(a.units.keys() | b.units.keys())])
-    if len(slopes) < stats.MIN_CLUSTERS or not slopes.any():
-        return None
-    return stats.bootstrap_t(slopes, a.value - b.value).p
+    units = {u: a.units.get(u, 0.0) - b.units.get(u, 0.0) for u in a.units.keys() | b.units.keys()}
+    made = _bootstrap(a.value - b.value, units)
+    return None if made is None else made.p
+
+
+def _bootstrap(value: float, units: Mapping[str, float]) -> stats.Studentised | None:
+    """What the bootstrap says of a value; None where its units are too few, or all the same."""
+    slopes = np.array([units[unit] for unit in sorted(units)])
+    return stats.bootstrap_t(slopes, value) if len(slopes) >= stats.MIN_CLUSTERS and slopes.any() else None

@@ -33,7 +33,7 @@ def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[Cell]:
     found = []
     for board in boards:
         model = f"{board.model}: " if len(boards) > 1 else ""
-        for row in (row for level in board.levels for row in level.rows):
+        for row in board.rows:
             name = model + (f"{row.label} {sparsity(row.sparsity)}" if row.sparsity else row.label)
             found += [Cell(by_key[key], row, board, name) for key in row.keys]
     return found

@@ -89,7 +89,7 @@ def _x(row: Row) -> float:
 
 def costs(board: Board, cells: Sequence[Cell]) -> Table:
     """What each row of a board costs: FLOPs, overhead, extra memory, and speed where it was measured."""
-    rows = [row for level in board.levels for row in level.rows]
+    rows = board.rows
     timed = any(row.speed for row in rows)
     body = []
     for row in rows:
