@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from dart_eval.cli.bench_decode import decode
-from dart_eval.cli.bench_overhead import overhead
-from dart_eval.cli.bench_scoring import scoring
+from dart_eval import task_names
+from dart_eval.cli import options
+from dart_eval.cli.run import hush, quieten
+from dart_eval.cli.view import output as show
+from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError
+from dart_eval.files import check_target, write
+from dart_eval.plan import methods_of
+
+if TYPE_CHECKING:
+    from dart_eval.config import RunConfig
+    from dart_eval.pruning.method import Pruner
 
 FLAGS = {"--scoring": "scoring", "--overhead": "overhead"}  # of version 0.1, in place of verbs
+MEASURED = "griffin,dart,dart-code,dart-plus"
 
 
 class _Verbs(TyperGroup):
@@ -31,6 +44,169 @@ app = typer.Typer(
     help="Measure how fast methods decode, how fast answers are scored, or what methods keep and add.",
     no_args_is_help=True,
 )
-app.command("decode")(decode)
-app.command("scoring")(scoring)
-app.command("overhead")(overhead)
+
+
+def _methods(asked: RunConfig, example: str = "dart,dart-plus") -> list[Pruner]:
+    """The methods to measure.
+
+    Args:
+        asked: names them.
+        example: what to give, for the message where there are none.
+
+    Raises:
+        UserError: a name or a parameter is wrong, or there are none.
+    """
+    if methods := methods_of(asked):
+        return methods
+    raise UserError("no method given", f"for example --method {example}")
+
+
+@app.command("decode")
+def decode(
+    method: options.Measured = MEASURED,
+    sparsity: options.OneSparsity = 0.7,
+    model: options.Model = None,
+    shape: Annotated[str | None, options.SHAPE] = None,
+    layers: options.Layers = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    prompt: options.PromptTokens = 128,
+    steps: options.Steps = 30,
+    rounds: options.Rounds = 3,
+    compile: options.Compile = None,
+    output: options.Kept = None,
+    profile: options.Profile = None,
+    format: options.Format = "table",
+) -> None:
+    """Measure how fast methods decode one sequence, beside the dense model.
+
+    The dense model, the dense model once more (a control) and the method
+    take turns, token by token. Each speed-up is a median with its quartiles,
+    and stands beside its ceiling, the most that the model's bytes allow.
+
+    \b
+    [bold]Examples[/bold]
+    dart-eval bench decode --method griffin,dart
+    dart-eval bench decode --method griffin --sparsity 0.5 --output out
+    dart-eval bench decode --shape llama-3.2-1b --layers 4 --dtype bfloat16
+    dart-eval bench decode --method dart --compile default --format json
+    """
+    hush(False)
+    asked = options.chosen(method=method, sparsity=sparsity, model=model, dtype=dtype, device=device,
+                           trust_remote_code=trust_remote_code)  # fmt: skip
+    methods = _methods(asked)
+    from dart_eval.bench import kept
+
+    if profile is not None:
+        check_target(profile)
+    if output is not None:
+        kept.check(output)
+    quieten(False)  # it imports torch, and all before it does not
+    from dart_eval.bench import decode as bench
+    from dart_eval.bench import tables
+    from dart_eval.bench.subject import Setting, subject
+
+    for one in methods:
+        bench.check(one)
+    timed = subject(asked.model_spec, shape, layers, print_note)
+    setting = Setting(compile, prompt, steps, rounds)
+    found, files = [], []
+    for one in methods:
+        found.append(timed.measure(one, sparsity, setting))
+        if output is not None:  # each as soon as it is timed
+            files.append(kept.keep(output, timed.speed(found[-1], one, setting)))
+    if profile is not None:
+        with tempfile.TemporaryDirectory() as folder:  # torch writes to a name; its ending says whether to pack
+            made = Path(folder) / f"trace{profile.suffix}"
+            bench.profile(timed.model, one, sparsity, str(made), tokenizer=timed.tokenizer, prompt_tokens=prompt)
+            write(profile, made.read_bytes())
+    where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
+    show([bench.row(f) for f in found], [tables.speeds(found, where), tables.costs(found)], format)
+    for file in files:
+        say(f"wrote {file}", err=format != "table")
+
+
+@app.command("scoring")
+def scoring(
+    tasks: options.Scored = "arc,hellaswag,mmlu",
+    limit: options.First = None,
+    num_fewshot: options.NumFewshot = None,
+    data_dir: options.DataDir = None,
+    method: options.Compared = None,
+    sparsity: options.OneSparsity = 0.7,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = None,
+    batch_size: options.AtOnce = 8,
+    rounds: options.Rounds = 3,
+    format: options.Format = "table",
+) -> None:
+    """Measure how fast answers are scored: dense beside lm-eval's HFLM, or under methods.
+
+    Without --method, dense scoring is timed beside lm-eval's own, and the
+    tokens that both compute are counted. With --method, each method is timed
+    beside the first of them. As in `dart-eval run`, masks skip no work, so
+    the table shows how long a method's own work takes.
+
+    \b
+    [bold]Examples[/bold]
+    dart-eval bench scoring --tasks arc,hellaswag --limit 50 --data-dir DIR
+    dart-eval bench scoring --tasks arc --method griffin,cats --sparsity 0.5
+    """
+    hush(False)
+    asked = options.chosen(tasks=tasks, limit=limit, num_fewshot=num_fewshot, method=method, sparsity=sparsity,
+                           model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)  # fmt: skip
+    task_names.check(asked.tasks)
+    methods = _methods(asked, "griffin,cats") if method is not None else []
+    quieten(False)  # it imports torch, and all before it does not
+    from dart_eval.bench import methods as pruned
+    from dart_eval.bench import scoring as dense
+    from dart_eval.bench import tables
+    from dart_eval.evaluation.tasks import Tasks
+    from dart_eval.models import resolve
+
+    shelf, resolved = Tasks(data_dir), resolve(asked.model_spec)
+    names = shelf.expand([*asked.tasks])
+    for name in names:  # what is missing shows before anything runs
+        shelf.load(name)
+    loaded, tokenizer = resolved.load(print_note)
+    sizes: Any = {"batch_size": batch_size, "rounds": rounds, "limit": limit, "num_fewshot": num_fewshot}
+    title = resolved.identity.name
+    if methods:
+        rows = [
+            row for name in names for row in pruned.measure(loaded, tokenizer, shelf, name, methods, sparsity, **sizes)
+        ]
+        show([dataclasses.asdict(r) for r in rows], [tables.under_methods(rows, title)], format)
+    else:
+        found = [dense.measure(loaded, tokenizer, shelf, name, **sizes) for name in names]
+        show([dataclasses.asdict(f) for f in found], [tables.dense_scoring(found, title)], format)
+
+
+@app.command("overhead")
+def overhead(
+    method: options.Measured = MEASURED,
+    sparsity: options.OneSparsity = 0.7,
+    shape: Annotated[str, options.SHAPE] = "llama-3.1-8b",
+    format: options.Format = "table",
+) -> None:
+    """Count what methods keep (bytes) and add (FLOPs) on the shapes of a large model, without its weights.
+
+    The state of a method is allocated and fed with random activations, so
+    its bytes are the real ones. FLOPs are counted from the shapes.
+
+    \b
+    [bold]Examples[/bold]
+    dart-eval bench overhead
+    dart-eval bench overhead --shape qwen2.5-1.5b --method dart,dart-plus
+    dart-eval bench overhead --sparsity 0.5 --format json
+    """
+    hush(False)
+    methods = _methods(options.chosen(method=method, sparsity=sparsity))
+    quieten(False)  # it imports torch, and all before it does not
+    from dart_eval.bench import tables
+    from dart_eval.bench.overhead import measure
+
+    found = [measure(m, shape, sparsity) for m in methods]
+    show([dataclasses.asdict(f) for f in found], [tables.state(found), tables.work(found)], format)

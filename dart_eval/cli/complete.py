@@ -7,20 +7,11 @@ from collections.abc import Callable, Iterable
 Complete = Callable[[str], list[str]]
 
 
-def words(known: Iterable[str]) -> Complete:
-    """Offers these words."""
+def words(known: Iterable[str] | Callable[[], Iterable[str]]) -> Complete:
+    """Offers these words; those of a function are looked up when a shell asks."""
 
     def complete(incomplete: str) -> list[str]:
-        return [word for word in known if word.startswith(incomplete)]
-
-    return complete
-
-
-def later(known: Callable[[], Iterable[str]]) -> Complete:
-    """Offers words that are looked up when a shell asks."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [word for word in known() if word.startswith(incomplete)]
+        return [word for word in (known() if callable(known) else known) if word.startswith(incomplete)]
 
     return complete
 
@@ -39,7 +30,7 @@ def listed(known: Callable[[str], Iterable[str]]) -> Complete:
     return complete
 
 
-def methods(_begun: str) -> Iterable[str]:
+def methods(_begun: str = "") -> Iterable[str]:
     """Names of methods."""
     from dart_eval.pruning.registry import methods as known
 

@@ -20,7 +20,7 @@ def methods(
         typer.Argument(
             metavar="METHOD",
             help="A name, or a name with other parts: griffin:remask=drift.",
-            autocompletion=complete.later(lambda: complete.methods("")),
+            autocompletion=complete.words(complete.methods),
         ),
     ] = "",
 ) -> None:
@@ -57,7 +57,7 @@ def parts(
         typer.Argument(
             metavar="SLOT",
             help="Show only the parts for this slot: score, mask, remask ...",
-            autocompletion=complete.later(complete.slots),
+            autocompletion=complete.words(complete.slots),
         ),
     ] = "",
 ) -> None:

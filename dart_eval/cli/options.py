@@ -1,4 +1,4 @@
-"""Options and arguments of the verbs, by name: those that several verbs have, then those of each.
+"""Options and arguments of the verbs, by name: those of a run, then those that other verbs add.
 
 What an option of a run means, and what happens without it, stands in `config.RunConfig`.
 """
@@ -6,6 +6,7 @@ What an option of a run means, and what happens without it, stands in `config.Ru
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,34 +14,89 @@ import typer
 
 from dart_eval.cli import complete
 from dart_eval.config import LM_EVALS, RunConfig, choices_of, default_of, help_of, made
+from dart_eval.errors import UserError, nearest
 
-MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"  # panels of the help
+# Panels of the help.
+MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"
+PROMPT, TIMING = "Prompt", "Timing"
+SHAPES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `dart_eval.shapes`, which imports torch
+COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
-def _option(name: str, panel: str, *names: str, default: bool = True, **more: Any) -> Any:
+def _option(name: str, panel: str, metavar: str | None = None, *names: str, offers: Any = (), **more: Any) -> Any:
     """An option of a run.
 
     Args:
-        name: of the field of `RunConfig`. panel: of the help that it stands in.
-        names: how it is typed, if not as its field. default: say what happens without it.
+        name: of the field of `RunConfig`.
+        panel: of the help that it stands in.
+        metavar: what stands for its value, if not the words that it may be.
+        names: how it is typed, if not as its field.
+        offers: what a shell completes: words, or a function.
     """
-    said = default_of(name) if default else ""
-    if choices := choices_of(name):
-        more = {"metavar": "|".join(choices), "autocompletion": complete.words(choices), **more}
-    text = f"{help_of(name)}  \\[default: {said}]" if said else help_of(name)
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=not default, **more)
+    choices = choices_of(name)
+    text = f"{help_of(name)}  \\[default: {said}]" if (said := default_of(name)) else help_of(name)
+    shown = "|".join(choices) if metavar is None else metavar
+    return own(text, panel, shown, *names, offers=offers or choices, show_default=False, **more)
+
+
+def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: Any = (), **more: Any) -> Any:
+    """An option that no run has.
+
+    Args:
+        help: what it means.
+        panel: of the help that it stands in.
+        metavar: what stands for its value; empty for an option without one.
+        names: how it is typed, if not as the parameter is called.
+        offers: what a shell completes: words, or a function.
+    """
+    complete_with = offers if callable(offers) else complete.words(offers) if offers else None
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, autocompletion=complete_with, **more)
 
 
 def _flag(name: str, panel: str, **more: Any) -> Any:
     """An option without a value."""
-    return _option(name, panel, f"--{name.replace('_', '-')}", metavar="", **more)
+    return _option(name, panel, "", f"--{name.replace('_', '-')}", **more)
 
 
 def _off(name: str, panel: str) -> Any:
     """What switches off an option without a value."""
     text = help_of(name)
-    told = f"Do not {text[0].lower()}{text[1:]}"
-    return typer.Option(f"--no-{name.replace('_', '-')}", metavar="", help=told, rich_help_panel=panel)
+    return own(f"Do not {text[0].lower()}{text[1:]}", panel, "", f"--no-{name.replace('_', '-')}")
+
+
+def count(help: str, panel: str) -> Any:
+    """An option that takes a whole number from 1 on."""
+
+    def checked(param: typer.CallbackParam, value: int) -> int:
+        if value < 1:
+            raise UserError(f"{param.opts[0]} {value} must be at least 1")
+        return value
+
+    return own(help, panel, "N", callback=checked)
+
+
+def one_of(known: Sequence[str], what: str, help: str, panel: str | None = None, metavar: str | None = None) -> Any:
+    """An option that takes one of a few words.
+
+    Args:
+        known: the words.
+        what: such a word is, for a message.
+        help: what the option means.
+        panel: of the help that it stands in.
+        metavar: what stands for its value, if not the words.
+    """
+
+    def checked(value: str | None) -> str | None:
+        if value is not None and value not in known:
+            raise UserError(f"unknown {what} {value!r}", nearest(value, known))
+        return value
+
+    return own(help, panel, metavar or "|".join(known), offers=known, callback=checked)
+
+
+def chosen(**given: Any) -> RunConfig:
+    """What a verb is told that a run is told too; wrong words are refused before torch is imported."""
+    return made({name: value for name, value in given.items() if value is not None})
 
 
 def spelled(name: str) -> str:
@@ -57,96 +113,100 @@ def number(text: str) -> float | str:
     return text
 
 
-def chosen_model(**given: Any) -> RunConfig:
-    """The model that a verb loads, told as `run` is; wrong words are refused before torch is imported."""
-    return made({name: value for name, value in given.items() if value is not None})
+# -- of a run --------------------------------------------------------------------------------------------------
 
+METHODS = complete.listed(complete.methods)
 
-def _words(*known: str) -> Any:
-    return complete.words(known)
-
-
-Model = Annotated[str | None, _option("model", MODEL, metavar="NAME")]
-Revision = Annotated[str | None, _option("revision", MODEL, metavar="NAME")]
-Dtype = Annotated[str | None, _option("dtype", MODEL, metavar="TYPE")]
-Device = Annotated[
-    str | None, _option("device", MODEL, metavar="DEVICE", autocompletion=_words("auto", "cpu", "cuda", "mps"))
-]
-DeviceMap = Annotated[str | None, _option("device_map", MODEL, metavar="MAP", autocompletion=_words("auto"))]
+Model = Annotated[str | None, _option("model", MODEL, "NAME")]
+Revision = Annotated[str | None, _option("revision", MODEL, "NAME")]
+Dtype = Annotated[str | None, _option("dtype", MODEL, "TYPE")]
+Device = Annotated[str | None, _option("device", MODEL, "DEVICE", offers=("auto", "cpu", "cuda", "mps"))]
+DeviceMap = Annotated[str | None, _option("device_map", MODEL, "MAP", offers=("auto",))]
 TrustRemoteCode = Annotated[bool | None, _flag("trust_remote_code", MODEL)]
-UnsafeCode = Annotated[bool | None, _flag("confirm_run_unsafe_code", TASKS)]
-DataDir = Annotated[str | None, _option("data_dir", TASKS, metavar="DIR")]
-Verbose = Annotated[
-    bool,
-    typer.Option("--verbose", metavar="", help="Show the libraries' messages and tracebacks.", rich_help_panel=OUTPUT),
-]
-
-Executor = Annotated[str | None, _option("executor", CLUSTER)]
-RayAddress = Annotated[str | None, _option("ray_address", CLUSTER, metavar="ADDRESS")]
-GpusPerCell = Annotated[float | None, _option("gpus_per_cell", CLUSTER, metavar="N")]
-CpusPerCell = Annotated[float | None, _option("cpus_per_cell", CLUSTER, metavar="N")]
-Shards = Annotated[int | None, _option("shards", CLUSTER, metavar="N")]
-
-# -- bench and trace: one value each ---------------------------------------------------------------------------
-
-OneSparsity = Annotated[
-    float,
-    typer.Option(metavar="SHARE", help="Share of the FFN weights that a token does not read.", rich_help_panel=PRUNING),
-]
-
-# -- run -------------------------------------------------------------------------------------------------------
-
-Tasks = Annotated[str | None, _option("tasks", TASKS, metavar="NAMES", autocompletion=complete.listed(complete.tasks))]
-Method = Annotated[
-    str | None, _option("method", PRUNING, metavar="NAMES", autocompletion=complete.listed(complete.methods))
-]
-Sparsity = Annotated[str | None, _option("sparsity", PRUNING, metavar="SHARES")]
-Scope = Annotated[str | None, _option("scope", PRUNING)]
-Allocation = Annotated[
-    str | None,
-    _option("allocation", PRUNING, metavar="NAME", autocompletion=_words("uniform", "depth", "table:")),
-]
-NumFewshot = Annotated[int | None, _option("num_fewshot", TASKS, metavar="N")]
-Limit = Annotated[float | None, _option("limit", TASKS, metavar="N", parser=number)]
-IncludePath = Annotated[str | None, _option("include_path", TASKS, metavar="DIRS")]
-SystemInstruction = Annotated[str | None, _option("system_instruction", TASKS, metavar="TEXT")]
-FewshotAsMultiturn = Annotated[bool | None, _flag("fewshot_as_multiturn", TASKS, hidden=True)]  # it is on
-NoFewshotAsMultiturn = Annotated[bool, _off("fewshot_as_multiturn", TASKS)]
-GenKwargs = Annotated[str | None, _option("gen_kwargs", TASKS, metavar="K=V,...")]
 ModelArgs = Annotated[
     str | None,
-    typer.Option(
-        metavar="K=V,...",
-        help="The model as lm-eval is told of it: pretrained=NAME, revision, dtype and others.",
-        rich_help_panel=MODEL,
-    ),
+    own("The model as lm-eval is told of it: pretrained=NAME, revision, dtype and others.", MODEL, "K=V,..."),
 ]
-BatchSize = Annotated[str | None, _option("batch_size", TASKS, metavar="N|auto", autocompletion=_words("auto"))]
+
+Tasks = Annotated[str | None, _option("tasks", TASKS, "NAMES", offers=complete.listed(complete.tasks))]
+UnsafeCode = Annotated[bool | None, _flag("confirm_run_unsafe_code", TASKS)]
+DataDir = Annotated[str | None, _option("data_dir", TASKS, "DIR")]
+NumFewshot = Annotated[int | None, _option("num_fewshot", TASKS, "N")]
+Limit = Annotated[float | None, _option("limit", TASKS, "N", parser=number)]
+IncludePath = Annotated[str | None, _option("include_path", TASKS, "DIRS")]
+SystemInstruction = Annotated[str | None, _option("system_instruction", TASKS, "TEXT")]
+FewshotAsMultiturn = Annotated[bool | None, _flag("fewshot_as_multiturn", TASKS, hidden=True)]  # it is on
+NoFewshotAsMultiturn = Annotated[bool, _off("fewshot_as_multiturn", TASKS)]
+GenKwargs = Annotated[str | None, _option("gen_kwargs", TASKS, "K=V,...")]
+BatchSize = Annotated[str | None, _option("batch_size", TASKS, "N|auto", offers=("auto",))]
 SharePrefix = Annotated[bool | None, _flag("share_prefix", TASKS, hidden=True)]  # it is on
 NoSharePrefix = Annotated[bool, _off("share_prefix", TASKS)]
-Seed = Annotated[int | None, _option("seed", TASKS, metavar="N")]
-MaxLength = Annotated[int | None, _option("max_length", TASKS, metavar="N")]
-Chunk = Annotated[int | None, _option("chunk", TASKS, metavar="N")]
+Seed = Annotated[int | None, _option("seed", TASKS, "N")]
+MaxLength = Annotated[int | None, _option("max_length", TASKS, "N")]
+Chunk = Annotated[int | None, _option("chunk", TASKS, "N")]
 ChatTemplate = Annotated[bool | None, _flag("chat_template", TASKS)]
-Cue = Annotated[str | None, _option("cue", TASKS, metavar="TEXT")]
-Calibration = Annotated[str | None, _option("calibration", PRUNING, metavar="FILE")]
-Output = Annotated[str | None, _option("output", OUTPUT, metavar="DIR")]
-Config = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="YAML file with these options; the command line wins.", rich_help_panel=OUTPUT),
-]
-Log = Annotated[str | None, _option("log", OUTPUT, metavar="NAME", autocompletion=_words("wandb", "trackio"))]
-LogProject = Annotated[str | None, _option("log_project", OUTPUT, metavar="NAME")]
+Cue = Annotated[str | None, _option("cue", TASKS, "TEXT")]
+
+Method = Annotated[str | None, _option("method", PRUNING, "NAMES", offers=METHODS)]
+Sparsity = Annotated[str | None, _option("sparsity", PRUNING, "SHARES")]
+Scope = Annotated[str | None, _option("scope", PRUNING)]
+Allocation = Annotated[str | None, _option("allocation", PRUNING, "NAME", offers=("uniform", "depth", "table:"))]
+Calibration = Annotated[str | None, _option("calibration", PRUNING, "FILE")]
+
+Output = Annotated[str | None, _option("output", OUTPUT, "DIR")]
+Config = Annotated[Path | None, own("YAML file with these options; the command line wins.", OUTPUT, "FILE")]
+Log = Annotated[str | None, _option("log", OUTPUT, "NAME", offers=("wandb", "trackio"))]
+LogProject = Annotated[str | None, _option("log_project", OUTPUT, "NAME")]
 Force = Annotated[bool | None, _flag("force", OUTPUT)]
 Plan = Annotated[
     bool,
-    typer.Option(
+    own(
+        "Time a few batches and say what the run will take: tokens, FLOPs, memory and time. Run no cell.",
+        OUTPUT,
+        "",
         "--plan",
-        metavar="",
-        help="Time a few batches and say what the run will take: tokens, FLOPs, memory and time. Run no cell.",
-        rich_help_panel=OUTPUT,
     ),
 ]
+Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]
+
+Executor = Annotated[str | None, _option("executor", CLUSTER)]
+RayAddress = Annotated[str | None, _option("ray_address", CLUSTER, "ADDRESS")]
+GpusPerCell = Annotated[float | None, _option("gpus_per_cell", CLUSTER, "N")]
+CpusPerCell = Annotated[float | None, _option("cpus_per_cell", CLUSTER, "N")]
+Shards = Annotated[int | None, _option("shards", CLUSTER, "N")]
+
+# -- bench -----------------------------------------------------------------------------------------------------
+
+OneSparsity = Annotated[float, own("Share of the FFN weights that a token does not read.", PRUNING, "SHARE")]
+MEASURED = "Measure these methods, comma-separated, as `dart-eval run --method` takes them."
+Measured = Annotated[str, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
+COMPARED = (
+    "Time these methods, comma-separated, each beside the first of them.  "
+    r"\[default: none; dense is timed beside lm-eval's HFLM]"
+)
+Compared = Annotated[str | None, own(COMPARED, PRUNING, "NAMES", offers=METHODS)]
+SHAPED = "Take the shape of this model and not its weights: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b."
+SHAPE = own(SHAPED, MODEL, "NAME", offers=SHAPES)
+Layers = Annotated[int | None, own(r"Give the shape so many layers.  \[default: its own]", MODEL, "N")]
+SCORED = "Score the answers of these tasks, comma-separated."
+Scored = Annotated[str, own(SCORED, TASKS, "NAMES", offers=complete.listed(complete.tasks))]
+FIRST = "Ask only the first N items of each task."
+First = Annotated[int | None, own(FIRST, TASKS, "N")]
+AT_ONCE = "Run so many contexts in a forward, on all sides. Without --method, auto is timed too."
+AtOnce = Annotated[int, count(AT_ONCE, TIMING)]
+PromptTokens = Annotated[int, count("Begin with a prompt of so many random tokens.", TIMING)]
+Steps = Annotated[int, count("Decode so many tokens in a round.", TIMING)]
+Rounds = Annotated[int, count("Take so many rounds, in each of which all sides have their turn.", TIMING)]
+COMPILED = (
+    "Decode through torch.compile in this mode, the dense model too: default, reduce-overhead (CUDA graphs), "
+    "max-autotune or max-autotune-no-cudagraphs."
+)
+Compile = Annotated[str | None, one_of(COMPILE, "compile mode", COMPILED, TIMING, "MODE")]
+KEPT = "Keep what was measured beside the results of `dart-eval run` in this folder, one file for each method."
+Kept = Annotated[str | None, own(KEPT, OUTPUT, "DIR")]
+PROFILE = "Also write a trace of torch's profiler over three pruned steps of the last method."
+Profile = Annotated[Path | None, own(PROFILE, OUTPUT, "FILE")]
+Format = Annotated[str, one_of(("table", "md", "json"), "format", "Print in this form.", OUTPUT)]
 
 # -- paper -----------------------------------------------------------------------------------------------------
 
@@ -155,103 +215,60 @@ PaperName = Annotated[
     typer.Argument(
         metavar="NAME",
         help="Make the tables of smoke (shipped data), ten (the paper's ten benchmarks, two summaries), or a file.",
-        autocompletion=_words("smoke", "ten"),
+        autocompletion=complete.words(("smoke", "ten")),
     ),
 ]
-PaperLimit = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help=r"Ask only the first N items of each task.  \[default: what the file says]",
-        rich_help_panel=TASKS,
-    ),
-]
-PaperOutput = Annotated[
-    str,
-    typer.Option(
-        metavar="DIR",
-        help="Write results to this folder, and the tables to its folder `tables`.",
-        rich_help_panel=OUTPUT,
-    ),
-]
+PaperLimit = Annotated[int | None, own(rf"{FIRST}  \[default: what the file says]", TASKS, "N")]
+PaperOutput = Annotated[str, own("Write results to this folder, and the tables to its folder `tables`.", OUTPUT, "DIR")]
 
 # -- trace -----------------------------------------------------------------------------------------------------
 
-PROMPT = "Prompt"
 TraceText = Annotated[
     str | None, typer.Argument(metavar="TEXT", help="The prompt. Without it, a shipped two-topic document is.")
 ]
-TraceFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Take the prompt from this file.", rich_help_panel=PROMPT)
-]
+TraceFile = Annotated[Path | None, own("Take the prompt from this file.", PROMPT, "FILE")]
 TraceThen = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Feed this file's text after the prompt. Without it the model writes on.",
-        rich_help_panel=PROMPT,
-    ),
+    Path | None, own("Feed this file's text after the prompt. Without it the model writes on.", PROMPT, "FILE")
 ]
-TraceSmoke = Annotated[
-    int,
-    typer.Option(metavar="N", help="Take the shipped two-topic document of this number.", rich_help_panel=PROMPT),
-]
-TraceTokens = Annotated[
-    int, typer.Option(metavar="N", help="Stop after so many tokens behind the prompt.", rich_help_panel=PROMPT)
-]
+TraceSmoke = Annotated[int, own("Take the shipped two-topic document of this number.", PROMPT, "N")]
+TraceTokens = Annotated[int, count("Stop after so many tokens behind the prompt.", PROMPT)]
 TraceMethod = Annotated[
     str,
-    typer.Option(
-        metavar="NAME",
-        help="Run this method: a name, or a name with other parts, such as griffin:remask=drift.",
-        rich_help_panel=PRUNING,
-        autocompletion=complete.later(lambda: complete.methods("")),
+    own(
+        "Run this method: a name, or a name with other parts, such as griffin:remask=drift.",
+        PRUNING,
+        "NAME",
+        offers=complete.words(complete.methods),
     ),
 ]
-TraceOutput = Annotated[
-    Path,
-    typer.Option(metavar="FILE", help="Write JSON to this file; the picture goes beside it.", rich_help_panel=OUTPUT),
-]
+TraceOutput = Annotated[Path, own("Write JSON to this file; the picture goes beside it.", OUTPUT, "FILE")]
 TracePlot = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        help=r"Draw the picture into this file: png, svg or pdf.  \[default: --output with .png]",
-        rich_help_panel=OUTPUT,
-    ),
+    own(r"Draw the picture into this file: png, svg or pdf.  \[default: --output with .png]", OUTPUT, "FILE"),
 ]
 TraceSaveAllocation = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Save also the densities of this prompt's layers, for allocation=table:FILE.",
-        rich_help_panel=OUTPUT,
-    ),
+    Path | None, own("Save also the densities of this prompt's layers, for allocation=table:FILE.", OUTPUT, "FILE")
 ]
 
 # -- check -----------------------------------------------------------------------------------------------------
 
 CheckResults = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `dart-eval run --output` wrote.")]
 CheckBaseline = Annotated[
-    Path, typer.Option(metavar="FILE", help="Hold the results against this baseline, or a folder of earlier results.")
+    Path, own("Hold the results against this baseline, or a folder of earlier results.", None, "FILE")
 ]
 CheckThresholds = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks."),
+    Path | None, own("Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks.", None, "FILE")
 ]
-CheckUpdate = Annotated[
-    bool, typer.Option("--update", metavar="", help="Write the baseline from the results. Nothing is checked.")
-]
-CheckEvery = Annotated[bool, typer.Option("--all", metavar="", help="Show also the rows that are ok.")]
-CheckGithub = Annotated[
-    bool, typer.Option("--github", metavar="", help="Write annotations and a job summary for GitHub Actions.")
-]
-CheckJunit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write a JUnit report to this file.")]
+CheckUpdate = Annotated[bool, own("Write the baseline from the results. Nothing is checked.", None, "", "--update")]
+CheckEvery = Annotated[bool, own("Show also the rows that are ok.", None, "", "--all")]
+CheckGithub = Annotated[bool, own("Write annotations and a job summary for GitHub Actions.", None, "", "--github")]
+CheckJunit = Annotated[Path | None, own("Write a JUnit report to this file.", None, "FILE")]
 CheckFormat = Annotated[
     str | None,
-    typer.Option(
-        metavar="md|json",
-        help="Print in this format. Without it a terminal gets a table, and a pipe md.",
-        autocompletion=_words("md", "json"),
+    own(
+        "Print in this format. Without it a terminal gets a table, and a pipe md.",
+        None,
+        "md|json",
+        offers=("md", "json"),
     ),
 ]

@@ -35,7 +35,7 @@ View = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        autocompletion=complete.later(_views),
+        autocompletion=complete.words(_views),
         help="Show this view. board; long: every metric with n; flops; memory; detector: drift and false alarms; "
         "frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever "
         "the view.",

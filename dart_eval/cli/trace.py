@@ -44,11 +44,11 @@ def trace(
       dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
     hush(False)
-    made = _method(method, sparsity, save_allocation is not None)
-    chosen = options.chosen_model(model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    chosen = options.chosen(
+        sparsity=sparsity, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    made = _method(method, save_allocation is not None)
     picture = _picture(output, plot)
-    if tokens < 1:
-        raise UserError(f"--tokens {tokens} must be at least 1")
     if text is not None and file is not None:
         raise UserError("a prompt and --file are given", "leave one of them out")
     _check_outputs([p for p in (output, picture, save_allocation) if p is not None])
@@ -70,19 +70,17 @@ def trace(
         say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
 
 
-def _method(typed: str, sparsity: float, saves: bool) -> Pruner:
+def _method(typed: str, saves: bool) -> Pruner:
     """The method as typed.
 
     Args:
         saves: its densities are to be written.
 
     Raises:
-        UserError: it is unknown, its sparsity is no share, or its densities make no table.
+        UserError: it is unknown, or its densities make no table.
     """
-    from dart_eval.allocation import check_sparsity
     from dart_eval.pruning.registry import make, parse
 
-    check_sparsity(sparsity)
     made = make(*parse(typed))
     if saves and made.choice.chooses:
         raise UserError(

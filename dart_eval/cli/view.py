@@ -231,14 +231,17 @@ def put(text: str) -> None:
     sys.stdout.write(printable(text, lines=True))
 
 
-def output(data: list[dict[str, Any]], table: Table, format: str) -> None:
-    """Data as `json`, or their table as `md` or for the terminal."""
+def output(data: list[dict[str, Any]], tables: Sequence[Table], format: str) -> None:
+    """Data as `json`, or their tables as `md` or for the terminal."""
     if format == "json":
         say(json_text(finite(data)))
     elif format == "md":
-        say(markdown(table))
+        say("\n".join(map(markdown, tables)))
     else:
-        show(table)
+        for i, table in enumerate(tables):
+            if i:
+                print()
+            show(table)
 
 
 def show(table: Table) -> None:

@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from dart_eval import machine
-from dart_eval.bench import scoring
+from dart_eval.bench import scoring, tables
 from dart_eval.bench.scoring import Computed, counted, measure, needed_for
-from dart_eval.cli import app, bench_scoring
+from dart_eval.cli import app
 from dart_eval.errors import UserError
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
@@ -50,7 +50,7 @@ def test_both_sides_answer_alike_and_ours_computes_less(speed):
 
 
 def test_the_table_shows_every_side_and_the_limit(speed):
-    made = bench_scoring.table([speed, speed], "tiny")
+    made = tables.dense_scoring([speed, speed], "tiny")
     assert [row[1] for row in made.body] == ["HFLM", "dart-eval, 3", "dart-eval, auto", "limit"] * 2
     assert all(len(row) == len(made.columns) for row in made.body)
     assert made.rules == {4}

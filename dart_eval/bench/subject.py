@@ -1,0 +1,110 @@
+"""What `dart-eval bench decode` times, and what of it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from dart_eval import shapes
+from dart_eval.bench import decode
+from dart_eval.bench.decode import DecodeSpeed
+from dart_eval.bench.kept import Speed
+from dart_eval.errors import UserError
+from dart_eval.models import DTYPES, ModelSpec, choose_device, resolve
+from dart_eval.plan import environment
+from dart_eval.pruning.method import Pruner
+
+FIELDS = ("method", "sparsity", "weights_read", "speedup", "control", "ceiling")  # that a kept speed has by itself
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a method is timed.
+
+    Attributes:
+        compiled: the mode of `torch.compile`, or None.
+        prompt_tokens: the length of each round's prompt.
+        steps: the tokens decoded in a round.
+        rounds: how many rounds are timed.
+    """
+
+    compiled: str | None
+    prompt_tokens: int
+    steps: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is timed.
+
+    Attributes:
+        model: loaded.
+        tokenizer: its tokenizer; None where the weights are random.
+        identity: what tells the model from others, as in the inputs of a cell.
+        dtype: of its weights.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: dict[str, Any]
+    dtype: str
+
+    @property
+    def title(self) -> str:
+        """The model, for people."""
+        return f"{self.identity['name']}, {self.dtype}"
+
+    @property
+    def hardware(self) -> str:
+        """The GPU's name, or the number of threads."""
+        cuda = self.model.device.type == "cuda"
+        threads = torch.get_num_threads()
+        return torch.cuda.get_device_name(self.model.device) if cuda else f"{threads} thread{'s' * (threads > 1)}"
+
+    def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed:
+        """Time one method, see `decode.measure`."""
+        return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
+
+    def speed(self, found: DecodeSpeed, method: Pruner, setting: Setting) -> Speed:
+        """What is kept of a measurement."""
+        more = {name: value for name, value in dataclasses.asdict(found).items() if name not in FIELDS}
+        return Speed(
+            method=method.spec, params=method.params(), sparsity=found.sparsity if method.sized else 0.0,
+            model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
+            compiled=setting.compiled, prompt_tokens=setting.prompt_tokens, read=found.weights_read,
+            speedup=found.speedup, control=found.control, ceiling=found.ceiling,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(),
+        )  # fmt: skip
+
+
+def subject(spec: ModelSpec, shape: str | None, layers: int | None, note: Callable[[str], None]) -> Subject:
+    """The model that is timed, loaded or made of random weights.
+
+    Args:
+        spec: the model; of a shape its dtype and device.
+        shape: the name of a shape, in place of a model.
+        layers: how many of the shape's layers there are; None: all.
+        note: told what is odd about the checkpoint.
+
+    Raises:
+        UserError: there is none, or a name or number is wrong.
+    """
+    if shape is not None and spec.name is not None:
+        raise UserError("--shape and --model are both given", "leave one of them out")
+    if shape is None:
+        if layers is not None:
+            raise UserError("--layers is for a shape", "give --shape, or leave it out")
+        resolved = resolve(spec)
+        return Subject(*resolved.load(note), resolved.identity.to_json(), resolved.dtype)
+    kind: Any = torch.bfloat16 if spec.dtype == "auto" else DTYPES[spec.dtype]
+    made = shapes.with_random_weights(shape, layers, kind, choose_device(spec.device))
+    name = f"{shape}, {made.config.get_text_config().num_hidden_layers} layers, random weights"
+    identity = {"name": name, "revision": None, "weights": None}
+    return Subject(made, None, identity, str(kind).removeprefix("torch."))

@@ -1,0 +1,161 @@
+"""What `dart-eval bench` measured, as tables for people."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from dart_eval.bench.decode import DecodeSpeed
+from dart_eval.bench.methods import MethodSpeed
+from dart_eval.bench.overhead import Overhead
+from dart_eval.bench.ratio import Ratio
+from dart_eval.bench.scoring import TaskSpeed
+from dart_eval.results.format import sparsity as said
+from dart_eval.results.writers import Table
+
+PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
+
+
+def speeds(found: list[DecodeSpeed], where: str) -> Table:
+    """How fast the methods decode, for people."""
+    body = [
+        [
+            f.method,
+            f"{f.weights_read:.2f}" + (f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""),
+            _ratio(f.speedup), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
+        ]
+        for f in found
+    ]  # fmt: skip
+    foreign = [f.foreign_cores for f in found if f.foreign_cores is not None]
+    busy = f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
+    note = (
+        f"{where}; sparsity {said(found[0].sparsity)}, one sequence, {found[0].speedup.n} steps a method. Read: share "
+        "of the FFN weights that a token reads; in brackets the share that is multiplied, where each token chooses "
+        "neurons of its mask. Speed-up: over dense, the median [quartiles] of neighbouring steps. Dense is a model of "
+        "the same weights that prune() never touched, so that the FFN weights are there twice "
+        f"({found[0].twin_bytes / 10**6:.0f} MB that no column counts). Ceiling: the most that the bytes of this model "
+        f"allow at that read; share: speed-up / ceiling. Control: dense over dense.{busy}"
+    )
+    return Table("Decoding", ["method", "read", "speed-up", "ceiling", "share", "control"], body, note)
+
+
+def costs(found: list[DecodeSpeed]) -> Table:
+    """What the methods take beside a decoded token's own work, for people."""
+    columns = ["method", "tokens/s", "prompt", "masks", "moves", "attach", "detach", "overhead", "extra MB"]
+    body = [
+        [
+            f.method,
+            f"{f.tokens_per_second:.1f} ({f.dense_tokens_per_second:.1f})",
+            f"{f.first_token.median:.2f}x",
+            f"{f.remask_masks_dense_steps.median:.2f}" if f.remask_masks_dense_steps else "-",
+            f"{f.remask_moves_dense_steps.median:.2f}",
+            f"{f.begin_dense_steps.median:.1f}",
+            f"{f.end_dense_steps.median:.1f}",
+            f"{100 * f.overhead.median:.1f} %",
+            f"{(f.extra_weight_bytes + f.state_bytes + f.order_bytes) / 10**6:.2f}",
+        ]
+        for f in found
+    ]
+    note = (
+        "Tokens/s are for orientation, those of dense in brackets. Prompt: with its scores, masks and the first moves "
+        "of neurons, over a dense prompt. The next four columns are in dense steps. A re-mask makes new masks from "
+        "recent tokens (- where the method keeps none), and moves neurons in memory, here a fifth of those that are "
+        "kept. Once per prune() the weights are taken over (attach), and at its end every neuron is put back "
+        "(detach). Overhead: what the method's hooks add to a pruned step. Extra: copies of weights, the method's "
+        "state and the order of the neurons."
+    )
+    return Table("What a method takes beside", columns, body, note)
+
+
+def _ratio(ratio: Ratio) -> str:
+    """A median with its quartiles."""
+    return f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def state(found: list[Overhead]) -> Table:
+    """What the methods keep, for people."""
+    lengths = list(found[0].state_bytes)
+    columns = ["method", *(f"{n} tokens" for n in lengths), *PARTS]
+    body = [
+        [
+            f.method,
+            *(f"{size / 10**6:.2f}" for size in f.state_bytes.values()),
+            *(f"{f.parts.get(part, 0) / 10**6:.2f}" for part in PARTS),
+        ]
+        for f in found
+    ]
+    note = (
+        f"Shape {found[0].shape}, sparsity {said(found[0].sparsity)}. Megabytes (10^6 bytes) for each sequence, after "
+        "prompts of these lengths, and what they are for after the longest prompt. FFN inputs are bfloat16."
+    )
+    return Table("State", columns, body, note)
+
+
+def work(found: list[Overhead]) -> Table:
+    """What the methods compute, for people."""
+    columns = ["method", "decoded token", "prompt token", "re-mask", "re-mask reads", "steady re-masks"]
+    body = []
+    for f in found:
+        every = f"every {f.remask_every}: {100 * f.remask_tokens / f.remask_every:.1f} %" if f.remask_every else "none"
+        body.append([
+            f.method, f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %",
+            f"{f.remask_tokens:.2f}" if f.remask_tokens else "-", f"{f.remask_read:.2f}" if f.remask_read else "-",
+            every,
+        ])  # fmt: skip
+    note = (
+        "FLOPs that the method adds to a decoded token and to a token of the prompt, over those of a dense decoded "
+        "token at 1024 tokens of context. Re-mask: FLOPs of one, over all layers, in dense tokens. Re-mask reads: the "
+        "FFN weights that one reads / all FFN weights. Steady re-masks come every so many tokens, and add that share "
+        "to each. Those after an alarm come on top, as often as the text drifts."
+    )
+    return Table("Work", columns, body, note)
+
+
+def under_methods(found: Sequence[MethodSpeed], model: str) -> Table:
+    """How long answers take to be scored under methods, each beside the first of them."""
+    first = found[0].method
+    body = [[f.task, f.method, said(f.sparsity), f"{f.read:.3f}", f"{f.seconds:.2f}", _ratio(f.ratio)] for f in found]
+    note = (
+        f"Answers are scored by masks, which skip no work: what is seen is how long a method's own work takes. "
+        f"Over {first}: a method's time / {first}'s in the same round, the median of {_rounds(found[0].ratio.n)} and "
+        f"its quartiles. The last row of a task is {first} again, which should be 1."
+    )
+    heads = ["task", "method", "sparsity", "read", "seconds", f"over {first}"]
+    return Table(f"Scoring under methods: {model}", heads, body, note)
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count > 1)}"
+
+
+def dense_scoring(found: Sequence[TaskSpeed], model: str) -> Table:
+    """How fast answers are scored: what each side took and computed, and what would have been enough."""
+    columns = ["task", "scorer", "seconds", "speed-up", "tokens", "logits", "share", "same", "apart"]
+    body: list[list[str]] = []
+    rules = set()
+    for f in found:
+        rules.add(len(body))
+        for side in f.sides:
+            body.append([
+                f.task, side.name, f"{statistics.median(side.seconds):.2f}", f"{side.ratio:.2f}",
+                str(side.computed.tokens), str(side.computed.logits), f"{side.limit_share:.2f}",
+                "yes" if side.same else "no", f"{side.difference:.1e}",
+            ])  # fmt: skip
+        needed = [str(f.needed.tokens), str(f.needed.logits)]
+        body.append([f.task, "limit", f"{statistics.median(f.limit_seconds):.2f}", "", *needed, *[""] * 3])
+    counts = "; ".join(
+        f"{f.task}: {f.items} items, {f.requests} answers"
+        + ("" if f.foreign_cores is None else f", other processes kept {f.foreign_cores:.1f} cores busy")
+        for f in found
+    )
+    shots = "" if found[0].num_fewshot is None else f", {found[0].num_fewshot} shots"
+    note = (
+        f"Model {model}, dense, batch size {found[0].batch_size}{shots}, medians of "
+        f"{_rounds(len(found[0].limit_seconds))} in which all sides were timed in turn. Speed-up: HFLM's seconds / the "
+        "scorer's. Tokens: rows x width through the decoder, padding included; logits: rows through the output head. "
+        "Limit: the time for what must be computed (each distinct context, shared prefix and continuation once, no "
+        "padding), at the speed of well-filled forwards of this model; share: that time / the scorer's. Same: every "
+        "document has the accuracies that it has under HFLM; apart: the largest difference of a log-likelihood. "
+        f"{counts}."
+    )
+    return Table("Scoring", columns, body, note, rules=frozenset(rules - {0}))
