@@ -62,7 +62,7 @@ def paper(
         from dart_eval.executors import run_all
 
         result = run_all(spec.configs, view, skip_missing=True)
-        if result.lost:
+        if result.lost or not result.records:
             finish(result, output)
     no_matter = ("output", "executor", *RAY_OPTIONS)  # to the numbers
     line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in no_matter})

@@ -6,31 +6,36 @@ samples of a results folder.
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from dart_eval.errors import UserError
 from dart_eval.results import metrics, outcomes, stats
+from dart_eval.results.format import number, share, short
 from dart_eval.results.format import sparsity as percent
-from dart_eval.results.inputs import model_of
+from dart_eval.results.inputs import identity, model_of
 from dart_eval.results.record import Record
+from dart_eval.results.rows import cells_frame, metrics_frame
 from dart_eval.results.store import Store
-from dart_eval.results.tables import cut_prompts
+from dart_eval.results.tables import cut_prompts, flops_ratio
 from dart_eval.results.writers import Table, csv_text
 
-# Costs that a column may show: of a record, and with how many digits.
-FIELDS: dict[str, tuple[Callable[[Record], float], int]] = {
-    "state_mib": (lambda r: r.memory["state"] / 2**20, 3),
-    "peak_mib": (lambda r: r.measured["peak"] / 2**20, 0),
-    "overhead_percent": (lambda r: 100 * r.flops["overhead_share"], 4),
-    "flops_per_token": (lambda r: r.flops["decode_step_pruned"] / r.flops["decode_step_dense"], 3),
-    "remasks_per_1000": (lambda r: 1000 * r.remasks / r.tokens if r.tokens else 0.0, 2),
+# Costs that a column may show: of the frame of cells, and with how many digits.
+FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int]] = {
+    "state_mib": (lambda cells: cells["memory_state"] / 2**20, 3),
+    "peak_mib": (lambda cells: cells["memory_peak"] / 2**20, 0),
+    "overhead_percent": (lambda cells: 100 * cells["flops_overhead_share"], 4),
+    "flops_per_token": (flops_ratio, 3),
+    "remasks_per_1000": (lambda cells: 1000 * cells["remasks"] / cells["tokens"].clip(lower=1), 2),
 }
 MEAN = "mean"
+PLACE = ["line", "column"]  # of a number
+CSV = ("table", "row", "method", "params", "sparsity", "column", "tasks", "metric", "value", "stderr", "n", "p", "bold")
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,6 @@ class Column:
     field: str = ""
     num_fewshot: int | None = None
     limit: int | None = None
-
-    @property
-    def scale(self) -> float:
-        return 100.0 if metrics.of(self.metric).percent else 1.0
 
 
 @dataclass(frozen=True)
@@ -85,36 +86,34 @@ class Layout:
     reported: tuple[Reported, ...] = ()
     note: str = ""
 
+    @property
+    def lines(self) -> list[tuple[int, float, Row | Reported]]:
+        """The lines with their blocks: rows that do not prune first, then the others and what is reported at each
+        sparsity."""
+        found: list[tuple[int, float, Row | Reported]] = []
+        for block, sparsity in enumerate((0.0, *self.sparsity)):
+            rows: list[Row | Reported] = [r for r in self.rows if r.prunes == (block > 0)]
+            rows += [r for r in self.reported if rows and r.sparsity == sparsity]
+            found += [(block, sparsity, row) for row in rows]
+        return found
 
-@dataclass(frozen=True)
-class Value:
-    """One number of a table, on the metric's own scale.
+    @property
+    def parts(self) -> dict[str, tuple[Column, ...]]:
+        """Head -> the columns that its numbers are made of: itself, or for the mean all of them."""
+        return {**{c.head: (c,) for c in self.columns}, **({MEAN: self.columns} if self.mean else {})}
 
-    Attributes:
-        better: 1 where higher is better, -1 where lower is, 0 where neither.
-        keys: of the records it is made from. shares: their weights, which sum to 1.
-        p: of the best of its block only: largest Holm-adjusted p against the others. bold: it is below .05.
-    """
-
-    table: str
-    row: Row
-    sparsity: float
-    column: Column
-    value: float
-    stderr: float | None
-    n: int
-    better: int
-    keys: tuple[str, ...]
-    shares: tuple[float, ...]
-    p: float | None = None
-    bold: bool = False
+    @property
+    def sources(self) -> list[str]:
+        """Where reported numbers are from, each once."""
+        return list(dict.fromkeys(known.source for known in self.reported))
 
 
 class Paper:
     """Fills layouts from a results folder.
 
     Args:
-        store: the folder, for samples. records: its cells.
+        store: the folder, for samples.
+        records: its cells.
         missing: task -> why it could not be run.
         command: the line that makes the tables, for their provenance.
 
@@ -123,140 +122,136 @@ class Paper:
     """
 
     def __init__(self, store: Store, records: Sequence[Record], missing: Mapping[str, str], command: str) -> None:
-        models = {json.dumps(r.inputs["model"], sort_keys=True): r.inputs["model"] for r in records}
+        models = {json.dumps(r.inputs["model"], sort_keys=True): model_of(r.inputs["model"]) for r in records}
         if len(models) > 1:
-            named = ", ".join(sorted(map(model_of, models.values())))
-            raise UserError(
-                f"a paper's tables are of one model, not of {named}", "give each model an --output of its own"
-            )
+            named = ", ".join(sorted(models.values()))
+            remedy = "give each model an --output of its own"
+            raise UserError(f"a paper's tables are of one model, not of {named}", remedy)
         self.store, self.missing, self.command = store, missing, command
-        self._records = {_place(r.inputs): r for r in records}
-        self._by_key = {r.key: r for r in records}
+        self._records = {r.key: r for r in records}
+        self._usual = records[0].inputs  # what all cells were asked
+        self._metrics, self._cells = metrics_frame(records), cells_frame(records).set_index("key")
+        self._metrics["better"] = self._metrics["higher_is_better"].map({True: 1, False: -1}).fillna(0)
         self._outcomes: dict[str, outcomes.Outcome] = {}
 
-    def table(self, layout: Layout) -> tuple[Table, list[Value]]:
-        """The table for people, and its numbers."""
-        columns = [*layout.columns, *([_mean_column(layout)] if layout.mean else [])]
-        body: list[list[str]] = []
-        bold: set[tuple[int, int]] = set()
-        rules: set[int] = set()
-        numbers: list[Value] = []
-        for sparsity, rows in _blocks(layout):
-            if body:
-                rules.add(len(body))
-            made = [[self._value(layout, row, sparsity, column) for column in columns] for row in rows]
-            for i in range(len(columns)):
-                best = self._best([line[i] for line in made])
-                if best is not None:
-                    place, value = best
-                    made[place][i] = value
-            for row, line in zip(rows, made, strict=True):
-                bold |= {(len(body), 2 + i) for i, v in enumerate(line) if v is not None and v.bold}
-                body.append([
-                    row.label, percent(sparsity), *(_text(v) for v in line), *self._costs(line)
-                ])  # fmt: skip
-                numbers += [v for v in line if v is not None]
-            for known in layout.reported:
-                if known.sparsity == sparsity:
-                    number = _sources(layout).index(known.source) + 1
-                    given = [f"{c.scale * known.values[c.head]:.1f}" if c.head in known.values else "" for c in columns]
-                    body.append([f"{known.label} [{number}]", percent(sparsity), *given, "", ""])
-        heads = ["method", "sparsity", *(_head(c, numbers) for c in columns), "effective", "read"]
-        return Table(layout.title, heads, body, self._note(layout, numbers), frozenset(bold), frozenset(rules)), numbers
+    def table(self, layout: Layout) -> tuple[Table, pd.DataFrame]:
+        """The table for people, and its numbers: one a row, with the columns of `CSV`."""
+        numbers = self._with_best(self._numbers(layout))
+        lines, heads = layout.lines, list(layout.parts)
+        texts = numbers.pivot(index="line", columns="column", values="text").join(self._costs(numbers))
+        texts = texts.reindex(range(len(lines)), columns=[*heads, "effective", "read"]).fillna("-")
+        body = []
+        for (_, sparsity, line), shown in zip(lines, texts.to_numpy().tolist(), strict=True):
+            if isinstance(line, Row):
+                body.append([line.label, percent(sparsity), *shown])
+                continue
+            values = line.values
+            said = [short(layout.parts[h][0].metric, values[h], None) if h in values else "" for h in heads]
+            label = f"{line.label} [{layout.sources.index(line.source) + 1}]"
+            body.append([label, percent(sparsity), *said, "", ""])
+        sizes = numbers[(numbers["n"] > 0) & (numbers["column"] != MEAN)].groupby("column")["n"].agg(set)
+        counted = [f"{h} (n={min(sizes[h])})" if h in sizes and len(sizes[h]) == 1 else h for h in heads]
+        best = numbers[numbers["bold"]]
+        bold = {(line, 2 + heads.index(head)) for line, head in zip(best["line"], best["column"], strict=True)}
+        rules = {i for i in range(1, len(lines)) if lines[i][0] != lines[i - 1][0]}
+        columns = ["method", "sparsity", *counted, "effective", "read"]
+        note = self._note(layout, numbers)
+        return Table(layout.title, columns, body, note, frozenset(bold), frozenset(rules)), numbers
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
-    def _value(self, layout: Layout, row: Row, sparsity: float, column: Column) -> Value | None:
-        parts = list(layout.columns) if column.head == MEAN else [column]
-        keys: list[str] = []
-        shares: list[float] = []
-        found: list[tuple[float, float | None, int, int]] = []
-        for part in parts:
-            for task in part.tasks:
-                place = _place({
-                    "method": row.method, "params": row.params, "sparsity": sparsity, "task": task,
-                    "num_fewshot": part.num_fewshot, "limit": part.limit,
-                })  # fmt: skip
-                record = self._records.get(place)
-                number = self._number(record, task, part) if record is not None else None
-                if record is None or number is None:
-                    return None
-                keys.append(record.key)
-                shares.append(1 / (len(parts) * len(part.tasks)))
-                found.append(number)
-        value = sum(w * f[0] for w, f in zip(shares, found, strict=True))
-        errors = [(w * f[1]) ** 2 for w, f in zip(shares, found, strict=True) if f[1] is not None]
-        stderr = math.sqrt(sum(errors)) if len(errors) == len(found) else None
-        n, better = sum(f[2] for f in found), found[0][3]
-        return Value(layout.name, row, sparsity, column, value, stderr, n, better, tuple(keys), tuple(shares))
-
-    def _number(self, record: Record, task: str, column: Column) -> tuple[float, float | None, int, int] | None:
-        """Value, standard error, n and direction."""
-        if column.field:
-            return FIELDS[column.field][0](record), None, 0, 0
-        for m in record.metrics:
-            if m.task == task and m.metric == column.metric:
-                return m.value, m.stderr, m.n, 0 if m.higher_is_better is None else 1 if m.higher_is_better else -1
-        return None
-
-    def _costs(self, line: Sequence[Value | None]) -> list[str]:
-        """Effective sparsity and weights read, mean over the cells of a line."""
-        cells = [self._by_key[k] for k in dict.fromkeys(k for v in line if v is not None for k in v.keys)]
-        if not cells:
-            return ["-", "-"]
-        return [
-            f"{sum(c) / len(cells):.3f}"
-            for c in ([r.effective_sparsity for r in cells], [r.weights_read for r in cells])
+    def _numbers(self, layout: Layout) -> pd.DataFrame:
+        """What there is of a layout's numbers: each a mean over the cells `key`, which weigh `share`."""
+        fields = {c.field: FIELDS[c.field][0](self._cells) for c in layout.columns if c.field}
+        costs = [
+            self._cells[["task"]].assign(metric=name, value=v, n=0, better=0).reset_index()
+            for name, v in fields.items()
         ]
+        measured = pd.concat([self._metrics, *costs])[["key", "task", "metric", "value", "stderr", "n", "better"]]
+        found = self._wanted(layout).merge(measured, "left", on=["key", "task", "metric"])
+        whole = found["n"].notna().groupby([found[name] for name in PLACE]).transform("all")
+        found = found[whole].assign(
+            value=found["share"] * found["value"], stderr=(found["share"] * found["stderr"]) ** 2
+        )
+        by = found.groupby(PLACE, sort=False)
+        made = by.first().assign(
+            value=by["value"].agg(_sum), stderr=by["stderr"].agg(_sum) ** 0.5, n=by["n"].sum().astype(int),
+            **{name: by[name].agg(tuple) for name in ("key", "share", "task")},
+        ).reset_index()  # fmt: skip
+        made["text"] = [_text(*v) for v in zip(made["metric"], made["value"], made["stderr"], strict=True)]
+        return made.assign(tasks=made["task"].map("+".join))
+
+    def _wanted(self, layout: Layout) -> pd.DataFrame:
+        """The cells that each number of a layout needs, a row each; the key is None where there is no such cell."""
+        known = {identity(r.inputs): key for key, r in self._records.items()}
+        found: list[dict[str, Any]] = []
+        lines = [(i, block, s, row) for i, (block, s, row) in enumerate(layout.lines) if isinstance(row, Row)]
+        for (line, block, sparsity, row), (head, parts) in itertools.product(lines, layout.parts.items()):
+            for part, task in ((p, t) for p in parts for t in p.tasks):
+                cell = {"method": row.method, "params": row.params, "sparsity": sparsity, "task": task}
+                how = {"num_fewshot": part.num_fewshot, "limit": part.limit}
+                found.append({
+                    "table": layout.name, "row": row.label, **cell, "column": head, "line": line, "block": block,
+                    "metric": part.metric or part.field, "share": 1 / (len(parts) * len(part.tasks)),
+                    "prunes": row.prunes, "key": known.get(identity({**self._usual, **cell, **how})),
+                })  # fmt: skip
+        return pd.DataFrame(found)
+
+    def _costs(self, numbers: pd.DataFrame) -> pd.DataFrame:
+        """Effective sparsity and read of each line, means over its cells, as text."""
+        names = {"effective_sparsity": "effective", "weights_read": "read"}
+        cells = numbers[["line", "key"]].explode("key").drop_duplicates().join(self._cells[list(names)], on="key")
+        means = cells.groupby("line")[list(names)].mean().rename(columns=names)
+        return means.apply(lambda column: column.map(lambda mean: share(mean, 3)))
 
     # -- which is best ---------------------------------------------------------------------------------------
 
-    def _best(self, values: Sequence[Value | None]) -> tuple[int, Value] | None:
-        """Place of the best pruned row of a column, marked with its p; None where there is nothing to compare."""
-        rivals = [(i, v) for i, v in enumerate(values) if v is not None and v.row.prunes and v.better]
-        if len(rivals) < 2 or any(math.isnan(v.value) for _, v in rivals):
-            return None
-        place, best = max(rivals, key=lambda r: r[1].better * r[1].value)
-        tests = [self._test(best, other) for i, other in rivals if i != place]
-        if any(t is None for t in tests):
-            return None
-        adjusted = [p for p in stats.holm(tests) if p is not None]
-        return place, dataclasses.replace(best, p=max(adjusted), bold=max(adjusted) < stats.ALPHA)
+    def _with_best(self, numbers: pd.DataFrame) -> pd.DataFrame:
+        """The numbers with `p`, of the best pruned one of each column the largest against the others (after Holm), and
+        whether it is bold for that."""
+        numbers = numbers.assign(p=float("nan"), bold=False)
+        for _, rivals in numbers[numbers["prunes"] & (numbers["better"] != 0)].groupby(["block", "column"]):
+            if len(rivals) < 2 or rivals["value"].isna().any():
+                continue
+            best = (rivals["better"] * rivals["value"]).idxmax()
+            tests = [self._test(rivals.loc[best], other) for i, other in rivals.iterrows() if i != best]
+            if None not in tests:
+                p = max(p for p in stats.holm(tests) if p is not None)
+                numbers.loc[best, ["p", "bold"]] = p, p < stats.ALPHA
+        return numbers
 
-    def _test(self, a: Value, b: Value) -> float | None:
-        """Two-sided p of the paired test between two values of a column."""
-        left, right = ([self._outcome(k) for k in v.keys] for v in (a, b))
-        measures = [self._measure(k, a) for k in a.keys]
-        if None in measures:
-            return None
+    def _test(self, a: pd.Series, b: pd.Series) -> float | None:
+        """Two-sided p of the paired test between two numbers of a column."""
+        left, right = ([self._outcome(key) for key in number["key"]] for number in (a, b))
+        measures = [
+            next((m for m in found.measures if m.task == task and m.metric == a["metric"]), None)
+            for task, found in zip(a["task"], left, strict=True)
+        ]
         chosen = [m for m in measures if m is not None]
+        if len(chosen) < len(measures):
+            return None
         if len(chosen) == 1:
             result = outcomes.contrast(chosen[0], left[0], right[0])
         else:
-            result = outcomes.contrast_of_means(chosen, left, right, a.shares)
+            result = outcomes.contrast_of_means(chosen, left, right, a["share"])
         return None if result is None else result.p
-
-    def _measure(self, key: str, value: Value) -> outcomes.Measure | None:
-        """The measure of one of a value's cells."""
-        task, metric = self._by_key[key].inputs["task"], value.column.metric
-        return next((m for m in self._outcome(key).measures if m.task == task and m.metric == metric), None)
 
     def _outcome(self, key: str) -> outcomes.Outcome:
         if key not in self._outcomes:
-            record = self._by_key[key]
+            record = self._records[key]
             self._outcomes[key] = outcomes.outcome(record, self.store.samples(record))
         return self._outcomes[key]
 
     # -- words -----------------------------------------------------------------------------------------------
 
-    def _note(self, layout: Layout, numbers: Sequence[Value]) -> str:
+    def _note(self, layout: Layout, numbers: pd.DataFrame) -> str:
         parts = []
-        if any(v.stderr is not None for v in numbers):
+        if numbers["stderr"].notna().any():
             parts += [
                 "Value ± standard error.",
                 "Bold: better than every other pruned row of its sparsity by the paired test, Holm-adjusted p < .05.",
             ]
-        if any(v.column.scale != 1 for v in numbers):
+        if any(metrics.of(name).percent for name in numbers["metric"]):
             parts.append("Accuracies and similarities are in per cent.")
         if layout.mean:
             parts.append("mean: over the columns, each weighs the same.")
@@ -266,86 +261,41 @@ class Paper:
         )
         if layout.note:
             parts.append(layout.note)
-        tasks = {t for c in layout.columns for t in c.tasks}
+        tasks = {task for column in layout.columns for task in column.tasks}
         parts += [f"{task}: not measured ({reason})." for task, reason in self.missing.items() if task in tasks]
-        parts += cut_prompts([self._by_key[k] for k in dict.fromkeys(k for v in numbers for k in v.keys)])
-        parts += [f"[{i + 1}] reported, not ours: {source}." for i, source in enumerate(_sources(layout))]
-        return " ".join([*parts, self._provenance(numbers)])
+        records = [self._records[key] for key in dict.fromkeys(key for keys in numbers["key"] for key in keys)]
+        parts += cut_prompts(records)
+        parts += [f"[{i + 1}] reported, not ours: {source}." for i, source in enumerate(layout.sources)]
+        return " ".join([*parts, self._provenance(records)])
 
-    def _provenance(self, numbers: Sequence[Value]) -> str:
+    def _provenance(self, records: Sequence[Record]) -> str:
         """One line: model, versions, code, date and command."""
-        wanted = {k for v in numbers for k in v.keys}
-        records = sorted((r for r in self._records.values() if r.key in wanted), key=lambda r: r.created)
         if not records:
             return "Nothing was measured."
+        records = sorted(records, key=lambda r: r.created)
         last = records[-1]
         model, env = last.inputs["model"], last.environment
         which = model["revision"] or (model["weights"] or "")[:8]
-        codes = sorted({r.inputs["code"][:8] for r in records})
-        seeds = sorted({r.inputs["seed"] for r in records})
+        codes, seeds = (sorted({str(r.inputs[name])[:8] for r in records}) for name in ("code", "seed"))
         devices = sorted({r.environment.get("gpu", r.inputs["device"]) for r in records})
-        versions = ", ".join(
-            f"{name} {env[name]}" for name in ("dart-eval", "torch", "transformers", "lm_eval") if name in env
-        )
+        versions = [f"{name} {env[name]}" for name in ("dart-eval", "torch", "transformers", "lm_eval") if name in env]
         return (
             f"Made of {len(records)} cells: model {model['name']} ({which}), {last.inputs['dtype']} on "
-            f"{' and '.join(devices)}, scope {last.inputs['scope']}, "
-            f"seed {', '.join(map(str, seeds))}, {versions}, "
+            f"{' and '.join(devices)}, scope {last.inputs['scope']}, seed {', '.join(seeds)}, {', '.join(versions)}, "
             f"code {', '.join(codes)}, {records[0].created[:10]} to {last.created[:10]}: {self.command}"
         )
 
 
-def _place(inputs: Mapping[str, Any]) -> str:
-    """What finds a record: how its cell was asked."""
-    return json.dumps(
-        [inputs[k] for k in ("method", "params", "sparsity", "task", "num_fewshot", "limit")], sort_keys=True
-    )
+def _sum(values: pd.Series) -> float:
+    """A sum in which what is missing is not nothing."""
+    return float(values.sum(skipna=False))
 
 
-def _blocks(layout: Layout) -> list[tuple[float, list[Row]]]:
-    """Rows that do not prune first, then the others at each sparsity."""
-    blocks = [(0.0, [r for r in layout.rows if not r.prunes])]
-    blocks += [(s, [r for r in layout.rows if r.prunes]) for s in layout.sparsity]
-    return [b for b in blocks if b[1]]
+def _text(metric: str, value: float, stderr: float) -> str:
+    return number(value, FIELDS[metric][1]) if metric in FIELDS else short(metric, value, stderr)
 
 
-def _sources(layout: Layout) -> list[str]:
-    return list(dict.fromkeys(known.source for known in layout.reported))
-
-
-def _mean_column(layout: Layout) -> Column:
-    return Column(MEAN, tuple(t for c in layout.columns for t in c.tasks), layout.columns[0].metric)
-
-
-def _head(column: Column, numbers: Sequence[Value]) -> str:
-    sizes = {v.n for v in numbers if v.column is column or v.column == column}
-    return (
-        f"{column.head} (n={sizes.pop()})" if len(sizes) == 1 and column.metric and column.head != MEAN else column.head
-    )
-
-
-def _text(made: Value | None) -> str:
-    if made is None:
-        return "-"
-    if made.column.field:
-        return f"{made.value:.{FIELDS[made.column.field][1]}f}"
-    value = made.column.scale * made.value
-    digits = 1 if abs(value) >= 10 or made.column.scale != 1 else 2
-    text = f"{value:.{digits}f}"
-    return text if made.stderr is None else f"{text} ± {made.column.scale * made.stderr:.{digits}f}"
-
-
-def to_csv(numbers: Sequence[Value]) -> str:
+def to_csv(numbers: pd.DataFrame) -> str:
     """Every number in full precision, one per line."""
-    heads = [
-        "table", "row", "method", "params", "sparsity", "column", "tasks", "metric", "value", "stderr", "n", "p",
-        "bold",
-    ]  # fmt: skip
-    body = [
-        [
-            v.table, v.row.label, v.row.method, v.row.params, v.sparsity, v.column.head, "+".join(v.column.tasks),
-            v.column.metric or v.column.field, v.value, v.stderr, v.n, v.p, v.bold,
-        ]
-        for v in numbers
-    ]  # fmt: skip
-    return csv_text([heads, *body])
+    body = numbers[list(CSV)].astype(object)
+    return csv_text([CSV, *body.where(body.notna(), None).to_numpy().tolist()])
