@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,15 @@ class Subject:
     def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed:
         """Time one method, see `decode.measure`."""
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
+
+    def profile(self, method: Pruner, sparsity: float, prompt_tokens: int, ending: str) -> bytes:
+        """The trace of torch's profiler, see `decode.profile`; the ending of a file says if it is packed."""
+        with tempfile.TemporaryDirectory() as folder:  # torch writes to a name
+            path = Path(folder) / f"trace{ending}"
+            decode.profile(
+                self.model, method, sparsity, str(path), tokenizer=self.tokenizer, prompt_tokens=prompt_tokens
+            )
+            return path.read_bytes()
 
     def speed(self, found: DecodeSpeed, method: Pruner, setting: Setting) -> Speed:
         """What is kept of a measurement."""

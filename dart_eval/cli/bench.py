@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -117,10 +115,7 @@ def decode(
         if output is not None:  # each as soon as it is timed
             files.append(kept.keep(output, timed.speed(found[-1], one, setting)))
     if profile is not None:
-        with tempfile.TemporaryDirectory() as folder:  # torch writes to a name; its ending says whether to pack
-            made = Path(folder) / f"trace{profile.suffix}"
-            bench.profile(timed.model, one, sparsity, str(made), tokenizer=timed.tokenizer, prompt_tokens=prompt)
-            write(profile, made.read_bytes())
+        write(profile, timed.profile(one, sparsity, prompt, profile.suffix))
     where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
     show([bench.row(f) for f in found], [tables.speeds(found, where), tables.costs(found)], format)
     for file in files:
