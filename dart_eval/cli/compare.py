@@ -66,8 +66,6 @@ Format = Annotated[
     ),
 ]
 Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")]
-By = Annotated[str | None, typer.Option(hidden=True)]
-Results = Annotated[list[Path] | None, typer.Option(hidden=True)]
 
 
 def compare(
@@ -78,8 +76,6 @@ def compare(
     metric: Metric = "",
     format: Format = None,
     save: Save = None,
-    by: By = None,
-    results: Results = None,
 ) -> None:
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
@@ -96,8 +92,6 @@ def compare(
     dart-eval compare out --models model@1a2b3c4d,model@5e6f7a8b
     """
     given = [Path(folder) for folder in folders or []]
-    if by is not None or results:
-        raise _old_form(given, by, results or [OUT])
     if format is not None and format not in FORMATS:
         raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
     if save is not None:
@@ -158,11 +152,3 @@ def _refuse_methods(names: Sequence[str]) -> None:
     if all(name.partition(":")[0] in known for name in names):
         line = shlex.join(["dart-eval", "compare", str(OUT), "--methods", ",".join(names)])
         raise UserError(f"{' and '.join(names)} are methods, not folders", f"write: {line}")
-
-
-def _old_form(named: Sequence[Path], by: str | None, results: Sequence[Path]) -> UserError:
-    """What to write in place of `compare A B --by method --results out`."""
-    option = next((name for name, trait in TRAITS.items() if trait == by), "methods")
-    sides = ",".join(map(str, named)) if len(named) == 2 else EXAMPLES[option]
-    line = ["dart-eval", "compare", *map(str, results), f"--{option}", sides]
-    return UserError("compare takes no --by and no --results any more", f"write: {shlex.join(line)}")

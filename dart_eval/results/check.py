@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.results import stats, writers
 from dart_eval.results.baseline import rounded
-from dart_eval.results.compare import names
-from dart_eval.results.format import chance, interval, number
+from dart_eval.results.compare import ColumnOf, names, table_of
+from dart_eval.results.format import chance, number, ratio, signed
 from dart_eval.results.metrics import GOLD
 from dart_eval.results.outcomes import Cell, Measure, Outcome, Unpaired, older_note, value
 from dart_eval.results.pairing import (
@@ -219,26 +219,15 @@ def _judged(row: Row, thresholds: Thresholds) -> Row:
 def table(report: Report, every: bool = False) -> Table:
     """What fell or is missing, or all rows."""
     shown = report.rows if every else report.bad
-    columns: list[tuple[str, Callable[[Row, stats.Paired], str]]] = [
-        ("then", lambda _, r: number(r.value_b)),
-        ("now", lambda _, r: number(r.value_a)),
-        ("recovery", lambda row, _: _ratio(row.recovery)),
-        *([("of dense", lambda row, _: _ratio(row.of_dense))] if any(r.of_dense is not None for r in shown) else []),
-        ("now - then", lambda _, r: f"{r.difference:+.4f}"),
-        ("95 % interval", lambda _, r: interval(r.low, r.high)),
-        ("p worse (Holm)", lambda row, _: chance(row.p_holm)),
-        ("changed", lambda row, r: f"{row.changed} of {r.n}"),
+    dense = any(r.of_dense is not None for r in shown)
+    columns: list[ColumnOf] = [
+        ("cell", "cell", str), ("task", "task", str), ("metric", "metric", str), ("then", "then", number),
+        ("now", "now", number), ("recovery", "recovery", ratio), *([("of dense", "of_dense", ratio)] if dense else []),
+        ("now - then", "difference", signed), ("95 % interval", "ends", str), ("p worse (Holm)", "p_holm", chance),
+        ("changed", "moved", str), ("verdict", "verdict", str), ("why", "why", str),
     ]  # fmt: skip
-    body = []
-    for row in shown:
-        numbers = [text(row, row.result) if row.result is not None else "-" for _, text in columns]
-        body.append([row.cell, row.task, row.metric, *numbers, row.verdict, row.why])
-    heads = ["cell", "task", "metric", *(head for head, _ in columns), "verdict", "why"]
-    return Table(report.headline, heads, body, note(report, every))
-
-
-def _ratio(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.4f}"
+    lines = [{**r.to_json(), "moved": r.result and f"{r.changed} of {r.result.n}"} for r in shown]
+    return table_of(report.headline, lines, columns, note(report, every))
 
 
 def note(report: Report, every: bool = False) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ from typing import Any
 from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
-from dart_eval.results.format import chance, number, sparsity
-from dart_eval.results.format import interval as ends
+from dart_eval.results.format import chance, interval, number, ratio, signed, sparsity
 from dart_eval.results.inputs import identity, model_of
 from dart_eval.results.labels import labels
 from dart_eval.results.outcomes import DENSE, Cell, Measure, cells, describe, newest, older_note
 from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
-from dart_eval.results.writers import Table, finite
+from dart_eval.results.writers import Column, Table, finite
 from dart_eval.text import json_text
 
 
@@ -59,6 +58,7 @@ class Comparison:
     notes: list[str]
 
 
+ColumnOf = tuple[str, str, Callable[[Any], str]]
 Named = tuple[str, Cell, Cell]  # its name for people, A, B
 
 
@@ -257,18 +257,29 @@ def _better(row: Row, p: float | None) -> str:
 def table(comparison: Comparison) -> Table:
     """The comparison for people."""
     ratios = any(r.result.ratio is not None for r in comparison.rows)
-    columns = ["cells", "task", "metric", "A", "B", "A - B", "95 % interval", *(["A / B"] if ratios else []),
-               "p", "p (Holm)", "better", "n"]  # fmt: skip
-    body = []
-    for row in comparison.rows:
-        r = row.result
-        size = str(r.n) if r.clusters == r.n else f"{r.n} in {r.clusters}"
-        ratio = "-" if r.ratio is None else f"{r.ratio:.4f}"
-        body.append([
-            row.contrast, row.task, row.metric, number(r.value_a), number(r.value_b), f"{r.difference:+.4f}",
-            ends(r.low, r.high), *([ratio] if ratios else []), chance(r.p), chance(row.p_holm), row.better, size,
-        ])  # fmt: skip
-    return Table(f"A: {comparison.a}   B: {comparison.b}", columns, body, note(comparison))
+    columns: list[ColumnOf] = [
+        ("cells", "contrast", str), ("task", "task", str), ("metric", "metric", str), ("A", "value_a", number),
+        ("B", "value_b", number), ("A - B", "difference", signed), ("95 % interval", "ends", str),
+        *([("A / B", "ratio", ratio)] if ratios else []), ("p", "p", chance), ("p (Holm)", "p_holm", chance),
+        ("better", "better", str), ("n", "size", str),
+    ]  # fmt: skip
+    results = [r.result for r in comparison.rows]
+    sizes = [str(r.n) if r.clusters == r.n else f"{r.n} in {r.clusters}" for r in results]
+    lines = [{**row.to_json(), "size": size} for row, size in zip(comparison.rows, sizes, strict=True)]
+    return table_of(f"A: {comparison.a}   B: {comparison.b}", lines, columns, note(comparison))
+
+
+def table_of(title: str, lines: Sequence[dict[str, Any]], columns: Sequence[ColumnOf], note: str) -> Table:
+    """A table of paired tests, also those of `check`.
+
+    Args:
+        lines: flat rows; `ends`, those of the interval, are added here.
+        columns: head, name in a flat row, and how a value is written.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame([{**line, "ends": interval(line.get("low"), line.get("high"))} for line in lines])
+    return writers.from_frame(title, frame, [Column(*c, once=False) for c in columns], note)
 
 
 def note(comparison: Comparison) -> str:

@@ -43,9 +43,19 @@ def chance(p: float | None) -> str:
     return "-" if p is None else "< .0001" if p < 1e-4 else f"{p:.4f}"
 
 
+def signed(value: float) -> str:
+    """A difference: `+0.0300`."""
+    return f"{value:+.4f}"
+
+
+def ratio(value: float) -> str:
+    """A ratio of two values: `0.9800`."""
+    return f"{value:.4f}"
+
+
 def interval(low: float | None, high: float | None) -> str:
     """The ends of an interval of a difference."""
-    return "-" if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+    return "-" if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
 def sparsity(value: float) -> str:

@@ -359,8 +359,6 @@ def test_two_folders_at_the_command_line(cli, sweep):
     ((), "no folder is given"),
     (("a", "--methods", "dart"), "--methods 'dart' does not name two; for example --methods dart,griffin"),
     (("a", "--methods", "dart,dense", "--models", "x,y"), "--methods and --models are given"),
-    (("0.5", "0.7", "--by", "sparsity"), "any more; write: dart-eval compare out --sparsities 0.5,0.7"),
-    (("dart", "griffin", "--by", "method", "--results", "r"), "write: dart-eval compare r --methods dart,griffin"),
     (("a", "b", "--format", "tex"), "unknown format 'tex'"),
     (("no-a", "no-b"), "no results in no-a"),
     (("dart", "griffin:allocation=depth"), "compare out --methods dart,griffin:allocation=depth"),
