@@ -9,29 +9,38 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from dart_eval.errors import UserError
-from dart_eval.results.format import sparsity
+from dart_eval.results.format import number, sparsity
 from dart_eval.results.inputs import question
-from dart_eval.results.labels import labels
 from dart_eval.results.record import Record
+from dart_eval.results.rows import cells_frame
 from dart_eval.results.store import Store
-from dart_eval.results.writers import Table
+from dart_eval.results.writers import Column, Table, from_frame
 
 CONTROL = "_same"
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)  # margins, in standard deviations of the prompt's windows
 FLOORS = (0.02, 0.05, 0.1)  # margins, in cosine
+MARGINS: list[tuple[str, float | None, str]] = [
+    ("as run", None, ""), *((f"{m:g} sigma", m, "sigma") for m in SIGMAS), *((f"{m:g}", m, "cosine") for m in FLOORS),
+]  # fmt: skip
+COLUMNS = (
+    Column("method", "label"), Column("sparsity", text=sparsity), Column("margin"), Column("detected"),
+    Column("delay", text="{:g}".format), Column("false / 1000", "false", partial(number, digits=2)), Column("watched"),
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(NamedTuple):
     """What a detector did on documents with a switch and on their controls.
 
     Attributes:
-        documents: with a switch. detected: of them, those with an alarm. delay: median tokens until it, or None.
-        watched: control tokens until an alarm or the end. false_alarms: controls with an alarm.
+        documents: with a switch.
+        detected: of them, those with an alarm.
+        delay: median tokens until it, or None.
+        watched: control tokens until an alarm or the end.
+        false_alarms: controls with an alarm.
     """
 
     documents: int
@@ -42,6 +51,7 @@ class Rate:
 
     @property
     def false_per_1000(self) -> float:
+        """False alarms per 1000 tokens watched."""
         return 1000 * self.false_alarms / self.watched if self.watched else 0.0
 
 
@@ -70,15 +80,15 @@ def judged(
 
     def alarm(trace: dict[str, Any]) -> tuple[int | None, int]:
         """Tokens until the first alarm (None: never), and tokens watched."""
-        window, signal = trace["window"], trace["signal"]
-        if margin is None:
-            raised = trace.get("alarms") or []
-            return (raised[0], raised[0]) if raised else (None, window * len(signal))
-        if remasks and trace["alarms"]:
-            signal = signal[: trace["alarms"][0] // window]
-        spread = trace.get("deviation", 0.0) if unit == "sigma" else 1.0
-        found = first_alarm(signal, trace["mean"] - margin * spread, patience)
-        return (None, window * len(signal)) if found is None else (found * window, found * window)
+        window, signal, raised = trace["window"], trace["signal"], trace.get("alarms") or [None]
+        at = raised[0]
+        if margin is not None:
+            if remasks and at is not None:
+                signal = signal[: at // window]
+            spread = trace.get("deviation", 0.0) if unit == "sigma" else 1.0
+            found = first_alarm(signal, trace["mean"] - margin * spread, patience)
+            at = None if found is None else found * window
+        return at, window * len(signal) if at is None else at
 
     usable = [t for t in switched if "mean" in t]
     delays = [found for t in usable if (found := alarm(t)[0]) is not None]
@@ -91,12 +101,12 @@ def judged(
 
 def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     """One table per drift task whose control was run under the same method, for those with a detector."""
+    import pandas as pd
+
     by_place = {_place(r, str(r.inputs["task"])): r for r in records}
-    names = labels(records)
-    bodies: dict[str, list[list[str]]] = {}
+    found = []
     for r in records:
-        task = str(r.inputs["task"])
-        control = by_place.get(_place(r, task + CONTROL))
+        control = by_place.get(_place(r, r.inputs["task"] + CONTROL))
         params = r.inputs["params"]
         patience = params.get("remask.patience", params.get("patience"))  # the second of version 0.1
         if control is None or not isinstance(patience, int):
@@ -107,19 +117,15 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
             )
         except UserError:
             continue  # damaged samples: `report` and `compare` say so
-        if not switched or not same:
-            continue
         remasks = bool(params.get("remask.act", params.get("renew", True)))
-        margins: list[tuple[str, float | None, str]] = [("as run", None, "")]
-        margins += [(f"{m:g} sigma", m, "sigma") for m in SIGMAS] + [(f"{m:g}", m, "cosine") for m in FLOORS]
-        for label, margin, unit in margins:
+        for name, margin, unit in MARGINS if switched and same else ():
             rate = judged(switched, same, margin, unit, patience, remasks)
-            bodies.setdefault(task, []).append([
-                names[r.key], sparsity(r.inputs["sparsity"]), label, f"{rate.detected} of {rate.documents}",
-                "-" if rate.delay is None else f"{rate.delay:g}", f"{rate.false_per_1000:.2f}", f"{rate.watched}",
-            ])  # fmt: skip
-    columns = ["method", "sparsity", "margin", "detected", "delay", "false / 1000", "watched"]
-    return [Table(f"Drift detector on {task}", columns, body, _note(task)) for task, body in sorted(bodies.items())]
+            said = {"detected": f"{rate.detected} of {rate.documents}", "false": rate.false_per_1000}
+            found.append({"key": r.key, "margin": name, "delay": rate.delay, "watched": rate.watched, **said})
+    if not found:
+        return []
+    rates = pd.DataFrame(found).merge(cells_frame(records)[["key", "task", "label", "sparsity"]], on="key")
+    return [from_frame(f"Drift detector on {task}", own, COLUMNS, _note(task)) for task, own in rates.groupby("task")]
 
 
 def _place(record: Record, task: str) -> str:

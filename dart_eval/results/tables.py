@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dart_eval.results import metrics, writers
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMATS = ("md", "csv", "tex", "json")
+THREE = partial(share, digits=3)
 QUALITY = (
-    Column("n", "n"), Column("effective", "effective_sparsity", lambda v: share(v, 3)),
-    Column("masked out", "mask_sparsity", lambda v: share(v, 3)), Column("read", "weights_read", lambda v: share(v, 3)),
-    Column("scope", "scope"),
+    Column("n"), Column("effective", "effective_sparsity", THREE),
+    Column("masked out", "mask_sparsity", THREE), Column("read", "weights_read", THREE),
+    Column("scope"),
 )  # fmt: skip
 QUALITY_NOTE = (
     "Value ± standard error. sparsity: share of the FFN weights that a token is not to read. effective: share that "
@@ -27,8 +29,8 @@ QUALITY_NOTE = (
     "the mask. read: share of the FFN weights that a pruned token reads."
 )
 FLOPS = (
-    Column("context", "flops_context_tokens", lambda v: number(v, 0)), Column("prefill", "flops_prefill", count),
-    Column("decode", "flops_decode_step_pruned", count), Column("ratio", "ratio", lambda v: share(v, 3)),
+    Column("context", "flops_context_tokens", partial(number, digits=0)), Column("prefill", "flops_prefill", count),
+    Column("decode", "flops_decode_step_pruned", count), Column("ratio", text=THREE),
     Column("overhead", "flops_overhead_share", small_share), Column("in prefill", "flops_overhead_prefill", count),
     Column("re-masks", "remasks"), Column("re-mask reads", "flops_remask_reads", small_share),
 )  # fmt: skip
@@ -69,7 +71,7 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
     shown = sorted(data["metric"].unique(), key=lambda m: (order.index(m) if m in order else 0, m))
     texts = data.pivot_table("text", line, "metric", aggfunc="last").add_prefix("text ")
     lines = data.drop_duplicates(line).join(texts, on=line).sort_values(ORDER, kind="stable")
-    columns = [*_where(lines), *(Column(m, f"text {m}", once=False) for m in shown), *QUALITY]
+    columns = [*_where(lines), *(Column(m, f"text {m}") for m in shown)]
     notes = [QUALITY_NOTE]
     if (data["text"] == NO_NUMBER).any():
         said = f"{NO_NUMBER}: answers were NaN or infinite; run the cell again, in another dtype or with other weights."
@@ -77,13 +79,13 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
     if lines["model"].nunique() == 1:
         notes.insert(0, f"Model {lines['model'].iloc[0]}.")
     of = [r for r in records if r.key in set(lines["key"])]
-    return writers.from_frame(group, lines, columns, " ".join([*notes, *upper_bounds(of), *cut_prompts(of)]))
+    return writers.from_frame(group, lines, columns, " ".join([*notes, *upper_bounds(of), *cut_prompts(of)]), QUALITY)
 
 
 def flops(records: Sequence[Record]) -> Table:
     """What every cell computes, counted from shapes."""
     data = cells_frame(records)
-    return writers.from_frame("FLOPs", data.assign(ratio=flops_ratio), [*_where(data), *FLOPS], FLOPS_NOTE)
+    return writers.from_frame("FLOPs", data.assign(ratio=flops_ratio), _where(data), FLOPS_NOTE, FLOPS)
 
 
 def flops_ratio(cells: pd.DataFrame) -> pd.Series | None:
@@ -95,14 +97,13 @@ def flops_ratio(cells: pd.DataFrame) -> pd.Series | None:
 def memory(records: Sequence[Record]) -> Table:
     """What every cell held in memory."""
     data = cells_frame(records)
-    return writers.from_frame("Memory", data, [*_where(data), *MEMORY], MEMORY_NOTE)
+    return writers.from_frame("Memory", data, _where(data), MEMORY_NOTE, MEMORY)
 
 
 def _where(data: pd.DataFrame) -> list[Column]:
     """The columns that say which cell a line is of; the model only where there are several."""
-    names = {"model": "model", "task": "task", "method": "label"}
-    columns = [Column(head, name, once=False) for head, name in names.items()]
-    return [*columns[data["model"].nunique() == 1 :], Column("sparsity", "sparsity", sparsity, once=False)]
+    columns = [Column("model"), Column("task"), Column("method", "label"), Column("sparsity", text=sparsity)]
+    return columns[data["model"].nunique() == 1 :]
 
 
 def upper_bounds(records: Sequence[Record]) -> list[str]:

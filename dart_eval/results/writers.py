@@ -43,27 +43,37 @@ class Column(NamedTuple):
     """A column of a table that is made of a data frame.
 
     Attributes:
-        head: of the table. name: of the frame. text: how a value is written.
-        once: if all rows have one value, the note says it and the column is left out.
+        head: of the table.
+        name: of the frame's column, where that is another.
+        text: how a value is written.
     """
 
     head: str
-    name: str
+    name: str = ""
     text: Callable[[Any], str] = str
-    once: bool = True
 
 
-def from_frame(title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str) -> Table:
-    """The table of a frame's rows; a dash stands where there is no value."""
+def from_frame(
+    title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str, if_different: Sequence[Column] = ()
+) -> Table:
+    """The table of a frame's rows; a dash stands where there is no value.
+
+    Args:
+        title: of the table.
+        frame: one row a line.
+        columns: those that stand there in any case.
+        note: under the table.
+        if_different: further columns. One in which several rows have one value is left out, and the note says it.
+    """
     gaps = [None] * len(frame)
-    texts = [["-" if v is None or v != v else c.text(v) for v in frame.get(c.name, gaps)] for c in columns]
-    same = [len(frame) > 1 and c.once and len(set(column)) == 1 for c, column in zip(columns, texts, strict=True)]
-    if any(same):
-        said = ", ".join(f"{c.head} {texts[i][0]}" for i, c in enumerate(columns) if same[i])
-        note = f"In all rows: {said}. {note}"
-    kept = [i for i in range(len(columns)) if not same[i]]
-    body = [list(row) for row in zip(*(texts[i] for i in kept), strict=True)]
-    return Table(title, [columns[i].head for i in kept], body, note)
+    texts = {
+        c.head: ["-" if v is None or v != v else c.text(v) for v in frame.get(c.name or c.head, gaps)]
+        for c in (*columns, *if_different)
+    }
+    same = [c.head for c in if_different if len(frame) > 1 and len(set(texts[c.head])) == 1]
+    if same:
+        note = f"In all rows: {', '.join(f'{head} {texts.pop(head)[0]}' for head in same)}. {note}"
+    return Table(title, list(texts), [list(row) for row in zip(*texts.values(), strict=True)], note)
 
 
 def pieces(table: Table, width: int, name: int) -> list[Table]:
