@@ -111,10 +111,11 @@ def run_cells(settings: RunConfig, verbose: bool) -> None:
 def show_results(result: RunResult, output: str) -> None:
     """The board of a run, where its results are, and what may be typed next."""
     if result.records:
-        from dart_eval.cli.views import print_board
+        from dart_eval.cli.tables import BOARD
+        from dart_eval.cli.views import print_view
         from dart_eval.results.store import Store
 
-        print_board(Store(output), result.records)
+        print_view(BOARD, Store(output), result.records)
         say(_next(result.records, output))
 
 

@@ -8,51 +8,37 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli import complete
+from dart_eval.cli.options import one_of
 from dart_eval.cli.view import put, save_text
-from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_target, format_of
-from dart_eval.results import tables as made
 from dart_eval.results.store import Store
+from dart_eval.results.tables import FORMATS
+from dart_eval.results.tables import render as as_data
 
-
-def _views() -> tuple[str, ...]:
-    from dart_eval.cli.views import VIEWS
-
-    return VIEWS
-
-
-Format = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FORMAT",
-        help="Print md, csv, tex or json. Without it the ending of --save says which. The board is always drawn, 100 "
-        "columns wide in a pipe; other tables are drawn on a terminal, and a pipe gets md.",
-        autocompletion=complete.words(made.FORMATS),
-    ),
-]
-View = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        autocompletion=complete.words(_views),
-        help="Show this view. board; long: every metric with n; flops; memory; detector: drift and false alarms; "
-        "frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever "
-        "the view.",
-    ),
-]
+BOARD, FRONTIER, ALL = "board", "frontier", "all"
+VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
+PICTURES = (".png", ".svg", ".pdf")
+FORMAT_HELP = (
+    "Print md, csv, tex or json. Without it the ending of --save says which. The board is always drawn, 100 columns "
+    "wide in a pipe; other tables are drawn on a terminal, and a pipe gets md."
+)
+VIEW_HELP = (
+    "Show this view. board; long: every metric with n; flops; memory; detector: drift and false alarms; frontier: how "
+    "far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever the view."
+)
 Subtasks = Annotated[
     bool, typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects.")
 ]
-Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")]
 
 
 def tables(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
-    format: Format = None,
-    view: View = "board",
+    format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP, metavar="FORMAT")] = None,
+    view: Annotated[str, one_of(VIEWS, "view", VIEW_HELP, metavar="NAME")] = BOARD,
     subtasks: Subtasks = False,
-    save: Save = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")
+    ] = None,
 ) -> None:
     """Print the board of a folder of results: one row a method and sparsity, best first, or the long tables behind it.
 
@@ -66,31 +52,23 @@ def tables(
 
       dart-eval tables out --format tex --save tables.tex
     """
-    # Statistics, which `--help` does without.
-    from dart_eval.cli.views import BOARD, FRONTIER, PICTURES, VIEWS, draw_frontier, print_view, render
+    from dart_eval.cli.views import draw_frontier, print_view, render  # statistics, which `--help` does without
 
-    if format is not None and format not in made.FORMATS:
-        raise UserError(f"unknown format {format!r}", nearest(format, made.FORMATS))
-    if view not in VIEWS:
-        raise UserError(f"there is no view {view!r}", nearest(view, VIEWS))
+    store = Store(folder)
     if view == FRONTIER and save is not None and save.suffix in PICTURES:
-        draw_frontier(Store(folder), save)
+        draw_frontier(store, save)
         return
     if save is not None:
         check_target(save)
-        format = format_of(save, format, made.FORMATS)
-    store = Store(folder)
+        format = format_of(save, format, FORMATS)
     records = store.load()
     if format is None and save is None and (sys.stdout.isatty() or view == BOARD):
         print_view(view, store, records, subtasks)
         return
     form = format or "md"
-    text = (
-        made.render(records, form, subtasks)
-        if form in ("csv", "json")
-        else render(view, form, store, records, subtasks)
-    )
+    data = form in ("csv", "json")
+    text = as_data(records, form, subtasks) if data else render(view, form, store, records, subtasks)
     if save is None:
         put(text)
-        return
-    save_text(save, text)
+    else:
+        save_text(save, text)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from dart_eval.bench import kept
+from dart_eval.cli.tables import ALL, BOARD, FRONTIER
 from dart_eval.cli.view import say, show
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, write
@@ -18,48 +19,46 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table
 
-BOARD, FRONTIER = "board", "frontier"
-PICTURES = (".png", ".svg", ".pdf")
 PLAIN_WIDTH = 100  # characters of a board where there is no terminal
-LONG: dict[str, Callable[[Store, Sequence[Record], bool], Sequence[Table]]] = {
-    "long": lambda store, records, subtasks: tables.quality(records, subtasks),
-    "flops": lambda store, records, subtasks: [tables.flops(records)],
-    "memory": lambda store, records, subtasks: [tables.memory(records)],
-    "detector": lambda store, records, subtasks: detector.tables(store, records),
-}
-VIEWS = (BOARD, *LONG, FRONTIER, "all")
 
 
-def print_board(store: Store, records: Sequence[Record]) -> None:
-    """The board of records, as wide as the terminal."""
-    _print(boards(store, records, kept.read(store.folder)))
-
-
-def _print(made: Sequence[Board]) -> None:
+def print_view(view: str, store: Store, records: Sequence[Record], subtasks: bool = False) -> None:
+    """A view for the terminal, the board as wide as that is; `all` is the board and every long table."""
+    made, long = _view(view, store, records, subtasks)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
     for board in made:
         for line in board_text.lines(board, width):
             fits = len(line) <= width or line.startswith(("*", "~", " "))
             say("\n".join([line] if fits else textwrap.wrap(line, width, break_on_hyphens=False)))
         say("")
-
-
-def print_view(view: str, store: Store, records: Sequence[Record], subtasks: bool = False) -> None:
-    """A view for the terminal; `all` is the board and every long table."""
-    made = _boards(view, store, records)
-    if view != FRONTIER:
-        _print(made)
-    for table in _tables(view, store, records, subtasks, made):
+    for table in long:
         show(table)
         print()
 
 
 def render(view: str, form: str, store: Store, records: Sequence[Record], subtasks: bool = False) -> str:
     """A view as Markdown or LaTeX."""
-    made = _boards(view, store, records)
-    first = [board_text.table(board) for board in made] if view != FRONTIER else []
+    made, long = _view(view, store, records, subtasks)
     writer = writers.markdown if form == "md" else writers.latex
-    return "\n".join(writer(t) for t in [*first, *_tables(view, store, records, subtasks, made)])
+    return "\n".join(writer(table) for table in [*map(board_text.table, made), *long])
+
+
+def _view(view: str, store: Store, records: Sequence[Record], subtasks: bool) -> tuple[list[Board], list[Table]]:
+    """The boards and the tables of a view."""
+    # Only these views take the samples of all cells.
+    made = boards(store, records, kept.read(store.folder)) if view in (BOARD, FRONTIER, ALL) else []
+    found: list[Table] = []
+    if view in ("long", ALL):
+        found += tables.quality(records, subtasks)
+    if view in ("flops", ALL):
+        found.append(tables.flops(records))
+    if view in ("memory", ALL):
+        found.append(tables.memory(records))
+    if view in ("detector", ALL):
+        found += detector.tables(store, records)
+    if view in (FRONTIER, ALL):
+        found += frontier.tables(made)
+    return [] if view == FRONTIER else made, found
 
 
 def draw_frontier(store: Store, path: Path) -> None:
@@ -71,24 +70,10 @@ def draw_frontier(store: Store, path: Path) -> None:
     check_target(path)
     made = boards(store, store.load())
     if len(made) > 1:
-        raise UserError(
-            f"{store.folder} has the results of several models", "give each model an --output of its own to draw it"
-        )
+        problem = f"{store.folder} has the results of several models"
+        raise UserError(problem, "give each model an --output of its own to draw it")
     if not frontier.curves(made[0]):
-        raise UserError(
-            f"there is nothing to draw in {store.folder}", "run dense and a pruned method on the same tasks"
-        )
+        problem = f"there is nothing to draw in {store.folder}"
+        raise UserError(problem, "run dense and a pruned method on the same tasks")
     write(path, frontier.picture(made[0], path.suffix[1:]))
     say(f"wrote {path}")
-
-
-def _boards(view: str, store: Store, records: Sequence[Record]) -> list[Board]:
-    """The boards, for the views that need them: they take the samples of all cells."""
-    return boards(store, records, kept.read(store.folder)) if view in (BOARD, FRONTIER, "all") else []
-
-
-def _tables(view: str, store: Store, records: Sequence[Record], subtasks: bool, made: Sequence[Board]) -> list[Table]:
-    """The long tables of a view; made: the boards."""
-    chosen = [make for name, make in LONG.items() if view in (name, "all")]
-    found = [table for make in chosen for table in make(store, records, subtasks)]
-    return [*found, *(frontier.tables(made) if view in (FRONTIER, "all") else [])]

@@ -280,7 +280,7 @@ def table_of(title: str, lines: Sequence[dict[str, Any]], columns: Sequence[Colu
 
     flat = [{**line, "ends": interval(line.get("low"), line.get("high"))} for line in lines]
     frame = pd.DataFrame(flat, dtype=object)  # a text that is no Unicode stays one
-    return writers.from_frame(title, frame, [Column(*c, once=False) for c in columns], note)
+    return writers.from_frame(title, frame, [Column(*c) for c in columns], note)
 
 
 def note(comparison: Comparison) -> str:
