@@ -75,5 +75,7 @@ def draw_frontier(store: Store, path: Path) -> None:
     if not frontier.curves(made[0]):
         problem = f"there is nothing to draw in {store.folder}"
         raise UserError(problem, "run dense and a pruned method on the same tasks")
-    write(path, frontier.picture(made[0], path.suffix[1:]))
+    from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
+
+    write(path, charts.picture(made[0], path.suffix[1:]))
     say(f"wrote {path}")

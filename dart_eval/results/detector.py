@@ -112,9 +112,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
         if control is None or not isinstance(patience, int):
             continue
         try:
-            switched, same = (
-                [s["drift"] for s in store.samples(x) if s.get("drift") and s["drift"]["signal"]] for x in (r, control)
-            )
+            switched, same = store.traces(r), store.traces(control)
         except UserError:
             continue  # damaged samples: `report` and `compare` say so
         remasks = bool(params.get("remask.act", params.get("renew", True)))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from dart_eval.results.board import Board, Row
 from dart_eval.results.format import sparsity
 from dart_eval.results.writers import Table
 
 KEPT = (0.99, 0.95, 0.90)  # of dense's quality
-MARKERS = "os^Dv<>P*X"
 Point = tuple[float, float]  # read, recovery
 
 
@@ -61,51 +58,3 @@ def tables(boards: Sequence[Board]) -> list[Table]:
         )
         made.append(Table(f"Frontier of {board.model}", columns, body, note))
     return made
-
-
-def look(number: int) -> dict[str, Any]:
-    """Colour and marker of a method in a chart."""
-    return {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
-
-
-def draw(axes: Any, board: Board, looks: Mapping[str, int]) -> None:
-    """Draw the mean recovery of every method against what it reads, with 95 % intervals.
-
-    Args:
-        looks: label -> the number of its look.
-    """
-    axes.axhline(100, color="0.6", linewidth=0.8)
-    for i, (label, rows) in enumerate(curves(board).items()):
-        aside = 0.003 * (i % 2 * 2 - 1) * ((i + 1) // 2)  # so that intervals do not hide each other
-        found = [r.recovery for r in rows if r.recovery is not None]
-        spans = [[100 * abs(e.value - (e.interval or (e.value, e.value))[end]) for e in found] for end in (0, 1)]
-        axes.errorbar(
-            [r.read + aside for r in rows], [100 * e.value for e in found], yerr=spans, label=label,
-            **look(looks[label]), linewidth=1.2, elinewidth=0.8, capsize=2,
-            linestyle="-" if rows[0].kind == "pruned" else "--",
-        )  # fmt: skip
-    axes.set_xlim(1.02, 0)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("read: share of the FFN weight bytes")
-    axes.set_ylabel("mean recovery, % of dense")
-
-
-def picture(board: Board, form: str) -> bytes:
-    """The frontier as a file of its own.
-
-    Args:
-        form: `png`, `svg` or `pdf`.
-    """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    kept = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "dart-eval", "text.parse_math": False}):
-        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes, board, {label: i for i, label in enumerate(curves(board))})
-        axes.set_title(board.model, fontsize=10)
-        axes.legend(fontsize=8, frameon=False)
-        metadata = {"Date": None} if form == "svg" else {"CreationDate": None} if form == "pdf" else {}
-        figure.savefig(kept, format=form, dpi=150, metadata=metadata)
-    return kept.getvalue()

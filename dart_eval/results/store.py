@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -258,6 +258,14 @@ class Store:
             )
         return found
 
+    def traces(self, record: Record) -> list[dict[str, Any]]:
+        """What the drift detector saw of each document where it closed a window.
+
+        Raises:
+            UnreadSamples: see `samples`.
+        """
+        return [s["drift"] for s in self.samples(record) if traced(s)]
+
     def texts(self, record: Record) -> dict[tuple[str, int], dict[str, Any]]:
         """(task, doc_id) -> prompt, choices and target of a record's documents; empty where they were not kept.
 
@@ -303,6 +311,12 @@ class Store:
         if hashlib.sha256(data).hexdigest() != known["sha256"]:
             raise ValueError("its digest does not fit")
         return data
+
+
+def traced(sample: Mapping[str, Any]) -> bool:
+    """Whether a drift detector closed a window on the document."""
+    drift = sample.get("drift") or {"signal": [], "window": 0}
+    return len(drift["signal"]) > 0 and drift["window"] > 0
 
 
 def _read(path: Path) -> Record:

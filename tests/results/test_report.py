@@ -42,11 +42,11 @@ def test_a_folder_without_results_is_one_line(tmp_path):
 def test_every_section_is_there_and_the_html_is_well_formed(page):
     html = page.read_text()
     made = Checked(html)
-    for section in ("board", "frontier", "quality", "costs", "drift", "documents", "numbers"):
+    for section in ("board", "quality", "costs", "drift", "documents", "numbers"):
         assert section in made.ids
         assert f'href="#{section}"' in html
     assert len(made.ids) == len(set(made.ids))
-    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 7
+    assert [t for t in made.tags if t in ("h1", "h2")] == ["h1"] + ["h2"] * 6
 
 
 def test_the_page_needs_nothing_from_outside(page):
@@ -70,7 +70,7 @@ def test_the_board_stands_on_top_with_what_the_tests_say(page):
         "<li>At read 0.50 dart keeps the most of dense&#39;s quality: 83 %. Its lead over griffin may be noise" in html
     )
     assert html.count("~ not told apart from it") == 1
-    assert html.index('id="board"') < html.index('id="frontier"')
+    assert html.index('id="board"') < html.index('id="quality"')
 
 
 def test_costs_are_counted_and_speed_is_what_was_measured(tmp_path, page):
@@ -102,7 +102,7 @@ def test_machines_are_named(tmp_path):
 def test_every_cell_has_its_command(page):
     html = page.read_text()
     assert html.count("<td>dart-eval run --method") == 15
-    assert "<td>griffin 70 % on xsum</td><td>dart-eval run --method griffin --tasks xsum</td>" in html
+    assert '<th scope="row">griffin 70 % on xsum</th><td>dart-eval run --method griffin --tasks xsum</td>' in html
 
 
 def test_drift_is_summed_up_over_documents(page):
@@ -169,7 +169,7 @@ def test_warnings(tmp_path, part, text):
 
 
 def test_no_documents_where_none_are_wanted(tmp_path):
-    made = build(folder(tmp_path, methods=FEW), documents=0)
+    made = build(folder(tmp_path, methods=FEW), wanted=0)
     assert made.samples == 0
     assert 'id="documents"' not in made.html
     assert "wrote" not in made.html and "<script" not in made.html
@@ -179,7 +179,7 @@ def test_what_is_left_out_is_said(tmp_path):
     store = Store(tmp_path)
     long = "word " * 5000
     store.save("c", cell(task="xsum", samples=[written(i, long) for i in range(5)]), texts("xsum", 5, prompt=long))
-    made = build(store, documents=2)
+    made = build(store, wanted=2)
     assert made.samples == 2
     assert "3 more are not on this\npage" in made.html
     assert "characters left out" in made.html

@@ -49,7 +49,7 @@ def test_the_page_fits_and_its_charts_are_drawn(page, visit, size, scheme):
     if size[0] < 400:  # the wide tables scroll inside their own boxes
         assert opened.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('#board .scroll'))")
     charts = opened.locator(".drawing svg")
-    assert charts.count() == 9
+    assert charts.count() == 8
     for i in range(charts.count()):
         box = charts.nth(i).bounding_box()
         assert box["width"] > 250 and box["height"] > 120

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.bench import kept
-from dart_eval.errors import UserError
 from dart_eval.results import board_text, detector, frontier, tables
 from dart_eval.results.board import Board, boards
 from dart_eval.results.report import charts, head, page, quality
 from dart_eval.results.report.cells import Cell, cells_of, looks
-from dart_eval.results.report.drift import Drift
-from dart_eval.results.report.explorer import Explorer
-from dart_eval.results.store import Store
+from dart_eval.results.report.drift import drift_of
+from dart_eval.results.report.explorer import Texts, documents
+from dart_eval.results.report.reader import Looked, Reader
+from dart_eval.results.store import Store, UnreadSamples
 from dart_eval.results.writers import Table
+
+MOST = 600  # documents of all tasks together: a page of some MB
 
 
 @dataclass(frozen=True)
@@ -28,82 +30,79 @@ class Report:
     samples: int
 
 
-def build(store: Store, title: str | None = None, documents: int = 50) -> Report:
+def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     """The report of the records in `store`. Equal folders give equal bytes.
 
     Args:
         store: a folder of finished cells; samples and texts may be missing.
         title: head of the page; without it, the models' names.
-        documents: documents of each task in the sample explorer; 0 leaves it out.
+        wanted: documents of each task that are shown with all answers; 0 leaves them out.
 
     Raises:
         UserError: no record that can be read.
     """
     found = store.scan()
     found.tell()
-    made = boards(store, found.records, kept.read(store.folder))
+    leaves = {t for r in found.records for t in (r.by_task or [r.inputs["task"]])}
+    reader = Reader(store.folder, min(wanted, max(1, MOST // len(leaves))))
+    made = boards(reader, found.records, kept.read(store.folder))
     cells = cells_of(made, found.records)
     known = looks(cells)
-    drift, explorer = Drift(known), Explorer(cells, documents)
-    untold: dict[str, list[str]] = {"Samples": [], "Prompts": []}
-    chance = _read(store, cells, drift, explorer, untold)
-    records = [c.record for c in cells]
+    looked, texts, untold = _read(reader, cells)
+    chance = {str(c.record.inputs["task"]): p for c in cells
+              if (seen := looked.get(c.record.key)) is not None and (p := seen.chance) is not None}  # fmt: skip
+    shown = documents(cells, looked, texts)
+    samples = sum(len(d.answers) for _, of_task in shown for d in of_task)
     context = {
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
         "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold),
         "models": [_model(board, cells, known, chance) for board in made],
         "keys": {label: charts.key(number) for label, number in known.items()}, "chance": bool(chance),
-        "number": itertools.count().__next__, "drift": drift.table(), "traces": drift.charts(),
-        "traced": drift.documents, "detectors": detector.tables(store, records),
-        "explorer": explorer, "tasks": explorer.tasks(), "numbers": [*tables.tables(records), *_commands(cells)],
-        "cells": len(found.records),
+        "number": itertools.count().__next__, "drift": drift_of(cells, looked, known),
+        "detectors": detector.tables(reader, [c.record for c in cells]), "tasks": shown, "kept": reader.kept,
+        "left_out": len(set[Any]().union(*(seen.left_out for seen in looked.values()))),
+        "numbers": [*tables.tables([c.record for c in cells]), *_commands(cells)], "cells": len(found.records),
     }  # fmt: skip
-    return Report(page.render(context), len(found.records), explorer.samples)
+    return Report(page.render(context), len(found.records), samples)
 
 
-def _read(
-    store: Store, cells: Sequence[Cell], drift: Drift, explorer: Explorer, untold: Mapping[str, list[str]]
-) -> dict[str, float]:
-    """Go through the samples of all cells, one cell at a time; returns the accuracy under guessing of each task."""
-    guesses: dict[str, dict[tuple[str, int], float]] = {}
+def _read(reader: Reader, cells: Sequence[Cell]) -> tuple[dict[str, Looked], dict[str, Texts], dict[str, list[str]]]:
+    """The samples of all cells and the texts of those that are shown, by key; and which cells lack which of them."""
+    looked: dict[str, Looked] = {}
+    texts: dict[str, Texts] = {}
+    files: dict[str, Texts] = {}  # cells that were asked the same share one
+    untold: dict[str, list[str]] = {"Samples": [], "Prompts": []}
     for cell in cells:
-        texts: dict[tuple[str, int], dict[str, Any]] = {}
+        key, file = cell.record.key, cell.record.files.get("texts", {}).get("name", "")
         try:
-            samples = store.samples(cell.record)
-        except UserError:
+            looked[key] = reader.look(cell.record)
+        except UnreadSamples:
             untold["Samples"].append(cell.place)
             continue
         try:
-            texts = store.texts(cell.record)
-        except UserError:
+            if reader.kept and file not in files:
+                files[file] = reader.texts(cell.record)
+        except UnreadSamples:
             untold["Prompts"].append(cell.place)
-        drift.add(cell, samples)
-        if explorer.kept:
-            explorer.add(cell, samples, texts)
-        for s in samples:
-            if len(s["responses"]) > 1 and "acc" in s["metrics"]:
-                for task in (s["task"], str(cell.record.inputs["task"])):  # a group's too
-                    guesses.setdefault(task, {})[s["task"], s["doc_id"]] = 1 / len(s["responses"])
-    return {task: sum(shares.values()) / len(shares) for task, shares in guesses.items()}
+        texts[key] = files.get(file, {})
+    return looked, texts, untold
 
 
 def _model(
     board: Board, cells: Sequence[Cell], known: Mapping[str, int], chance: Mapping[str, float]
 ) -> dict[str, Any]:
     """What the page shows of one model."""
-    own = [c for c in cells if c.board is board]
     columns = board_text.columns_of(board)
     levels = [
         (board_text.level_name(level.rows), [(row, [value(row) for _, value in columns]) for row in level.rows])
         for level in board.levels
     ]
-    curve = quality.frontier_chart(board, known)
+    reach = frontier.tables([board])[0]
     return {
         "name": board.model, "about": board_text.tasks_note(board), "heads": [name for name, _ in columns],
         "levels": levels, "verdicts": [level.verdict for level in board.levels if level.verdict],
-        "legend": board_text.legend(board, columns)[-1],
-        "frontier": curve and (curve, frontier.tables([board])[0]),
-        "charts": quality.against(own, known, chance), "costs": quality.costs(board, own),
+        "legend": board_text.legend(board, columns)[-1], "charts": quality.charts(board, known, chance),
+        "reach": reach if reach.body else None, "costs": quality.costs(board, [c for c in cells if c.board is board]),
     }  # fmt: skip
 
 

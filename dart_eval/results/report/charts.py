@@ -1,13 +1,15 @@
-"""Charts of the page: plain matplotlib, as SVG that stands inside HTML and follows its light or dark scheme."""
+"""Charts: plain matplotlib, as files, and as SVG that stands inside a page and follows its light or dark scheme."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
+import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from cycler import cycler
@@ -16,12 +18,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dart_eval.results.frontier import MARKERS, look
+from dart_eval.results.board import WIDTH_OF_LEVEL, Board
+from dart_eval.results.frontier import curves
 
 SIZE = 4.7, 3.0  # inches of 72 units: about the pixels that a chart gets on the page
+LINE = 0.07  # height of a line of text / height of the axes
+LONGEST = 20  # characters of a name beside a line
+MOST_TICKS = 7
 COLOURS = ("#3a82c8", "#d2691e", "#2a9a72", "#b9559c", "#a07d18", "#3d9db5", "#a5714a", "#7b7fd8")  # on light and dark
 ALARM = "#d64541"
-SIGNS = dict(zip(MARKERS, "●■▲◆▼◀▶✚★✖", strict=True))
+SIGNS = dict(zip("os^Dv<>P*X", "●■▲◆▼◀▶✚★✖", strict=True))  # markers, and how a legend writes them
+MARKERS = tuple(SIGNS)
 SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 10.5, "path.simplify": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
@@ -61,49 +68,125 @@ def key(number: int) -> tuple[str, str]:
     return SIGNS[MARKERS[number % len(MARKERS)]], COLOURS[number % len(COLOURS)]
 
 
-@dataclass(frozen=True)
-class Point:
-    """A value against a sparsity, and half the width of its interval."""
+class Point(NamedTuple):
+    """A value at what is read, and the ends of its interval."""
 
-    x: float
-    y: float
-    half: float = 0.0
+    read: float
+    value: float
+    low: float
+    high: float
 
 
-def against_sparsity(
-    axes: Any, lines: Mapping[int, Sequence[Point]], levels: Sequence[Point], chance: float | None, log: bool
-) -> None:
-    """Draw values against sparsity.
+def look(number: int) -> dict[str, Any]:
+    """Colour and marker of a method in a chart."""
+    return {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+
+
+def recoveries(board: Board) -> dict[str, list[Point]]:
+    """The mean recovery of every method at what it reads, in per cent of dense, with its 95 % interval."""
+    found: dict[str, list[Point]] = {}
+    for label, rows in curves(board).items():
+        for row in rows:
+            if (r := row.recovery) is not None:
+                ends = (r.value, *(r.interval or (r.value, r.value)))
+                found.setdefault(label, []).append(Point(row.read, *(100 * x for x in ends)))
+    return found
+
+
+def draw(
+    axes: Any, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
+    chance: float | None = None, log: bool = False,
+) -> None:  # fmt: skip
+    """Draw quality against what is read: a line a method with its name at the end, side by side at every level.
 
     Args:
-        lines: number of a look -> its points. levels: those that dense stands at. chance: the value under guessing.
+        lines: label -> points, from the highest read to the lowest.
+        looks: label -> the number of its look.
+        dense: what reads everything, as lines with a band. chance: the value under guessing.
         log: the vertical axis is logarithmic.
     """
-    xs = sorted({p.x for points in lines.values() for p in points})
-    reach = max(xs[-1] - xs[0], 0.1)
-    step = min(0.012, 0.06 / len(lines)) * reach  # aside, so that intervals do not hide each other
-    for level in levels:
-        axes.axhspan(level.y - level.half, level.y + level.half, color="#000000", alpha=0.1, linewidth=0)
-        axes.axhline(level.y, color="#000000", linewidth=1.1)
+    levels = _levels(p.read for points in lines.values() for p in points)
+    reach = levels[-1] - levels[0] or 0.2
+    gap = max(min((b - a for a, b in itertools.pairwise(levels)), default=reach), reach / 8)
+    step = 0.5 * gap / len(lines)  # aside, so that points and intervals do not hide each other
+    for level in dense:
+        axes.axhspan(level.low, level.high, color="#000000", alpha=0.08, linewidth=0)
+        axes.axhline(level.value, color="#000000", linewidth=1)
     if chance is not None:
-        axes.axhline(chance, color="#000000", linewidth=1.1, linestyle=(0, (1, 2)))
-    for i, (number, points) in enumerate(lines.items()):
-        below = [min(p.half, 0.999 * p.y) if log else p.half for p in points]
-        axes.errorbar(
-            [p.x + (i - (len(lines) - 1) / 2) * step for p in points], [p.y for p in points],
-            yerr=[below, [p.half for p in points]], **look(number), linewidth=1.5, elinewidth=1, capsize=2.5,
-        )  # fmt: skip
-    axes.set_xlim(min(xs[0], xs[-1] - reach / 2) - 0.12 * reach, max(xs[-1], xs[0] + reach / 2) + 0.12 * reach)
-    axes.set_xlabel("sparsity")
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.4g} %"))
+        axes.axhline(chance, color="#000000", linewidth=1, linestyle=(0, (1, 2)))
+    ends = []
+    for i, (label, points) in enumerate(lines.items()):
+        xs = [p.read + ((len(lines) - 1) / 2 - i) * step for p in points]
+        lows = [max(p.low, 0.001 * p.value) if log else p.low for p in points]
+        spans = [[p.value - low for p, low in zip(points, lows, strict=True)], [p.high - p.value for p in points]]
+        drawn = axes.errorbar(xs, [p.value for p in points], yerr=spans, **look(looks[label]), linewidth=1.4)
+        for bar in drawn.lines[2]:
+            bar.set(alpha=0.4, linewidth=1.2)
+        end = "" if points[-1].read < levels[0] + 0.5 * gap else f" at {points[-1].read:.2f}"
+        ends.append((_short(label) + end, xs[-1], points[-1].value, drawn.lines[0].get_color()))
+    axes.set_xlim(levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap)
+    if len(levels) <= MOST_TICKS:
+        axes.set_xticks(levels, [f"{x:.2f}" for x in levels])
+    axes.set_xlabel("read: share of the FFN weight bytes")
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif min(p.y for points in [*lines.values(), levels] for p in points) >= 0:
+    elif min(p.value for points in [*lines.values(), dense] for p in points) >= 0:
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # not below zero for the sake of an interval
+    _name(axes, ends)
+
+
+def _levels(reads: Iterable[float]) -> list[float]:
+    """The levels of read, from the lowest; what differs by less than a board's level is one."""
+    levels: list[list[float]] = []
+    for read in sorted(reads):
+        if not levels or read - levels[-1][-1] > WIDTH_OF_LEVEL:
+            levels.append([])
+        levels[-1].append(read)
+    return [statistics.mode(level) for level in levels]
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= LONGEST else f"{label[: LONGEST - 1]}\u2026"
+
+
+def _name(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write the names of lines beside the axes, as near to the lines' ends as they do not cover each other."""
+    line = min(LINE, 1 / len(ends))
+    axes.figure.set_figheight(axes.figure.get_figheight() * LINE / line)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    found = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for name, x, y, colour in ends)
+    heights: list[float] = []
+    for height, *_ in found:
+        heights.append(max(height, heights[-1] + line) if heights else height)
+    above = 1.0
+    for i in reversed(range(len(heights))):
+        heights[i] = above = min(heights[i], above)
+        above -= line
+    for height, (_, x, y, name, colour) in zip(heights, found, strict=True):
+        thread = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.8, "linestyle": ":"}
+        axes.annotate(name, (x, y), (1.03, height), textcoords="axes fraction", va="center", fontsize=9.5,
+                      color=colour, arrowprops=thread, annotation_clip=False)  # fmt: skip
+
+
+def picture(board: Board, form: str) -> bytes:
+    """The mean recoveries of a board as a file of their own.
+
+    Args:
+        form: `png`, `svg` or `pdf`.
+    """
+    kept = io.BytesIO()
+    with mpl.rc_context({**SETTINGS, "svg.fonttype": "path", "svg.hashsalt": "dart-eval"}):
+        figure = Figure(figsize=(7.0, 4.2))
+        axes = figure.add_subplot()
+        found = recoveries(board)
+        draw(axes, found, {label: i for i, label in enumerate(found)}, [Point(1, 100, 100, 100)])
+        axes.set(ylabel="mean recovery, % of dense", title=board.model)
+        metadata = {"Date": None} if form == "svg" else {"CreationDate": None} if form == "pdf" else {}
+        figure.savefig(kept, format=form, dpi=150, metadata=metadata)
+    return kept.getvalue()
 
 
 def trace(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.results.report.cells import Cell, finite
 from dart_eval.results.report.charts import Chart, trace
 from dart_eval.results.report.head import listed
+from dart_eval.results.report.reader import Looked
 from dart_eval.results.writers import Table
 
 TRACES = 6  # documents drawn
@@ -20,60 +22,61 @@ NOTE = (
 )
 
 
+@dataclass(frozen=True)
 class Drift:
-    """Collects traces as the cells' samples go by; `documents` counts those that were traced."""
+    """The summary, the documents to draw, and how many were traced."""
 
-    def __init__(self, looks: Mapping[str, int]) -> None:
-        self._looks = looks
-        self.documents = 0
-        self._rows: list[list[str]] = []
-        self._charts: list[tuple[int, int, Chart]] = []
+    table: Table
+    charts: list[Chart]
+    documents: int
 
-    def add(self, cell: Cell, samples: list[dict[str, Any]]) -> None:
-        """Look at one cell."""
-        traced = [s for s in samples if isinstance(d := s.get("drift"), dict) and d["signal"] and d["window"] > 0]
-        if not traced:
-            return
-        record = cell.record
-        windows = below = alarms = 0
-        for s in traced:
-            signal = [x for x in s["drift"]["signal"] if finite(x)]
-            windows += len(signal)
-            below += sum(x < t for x in signal) if finite(t := s["drift"].get("threshold")) else 0
-            alarms += len(s["drift"].get("alarms") or [])
-        self.documents += len(traced)
-        self._rows.append([
-            str(record.inputs["task"]), cell.name, f"{len(traced)} of {len(samples)}", str(windows),
-            f"{100 * below / windows:.1f} %" if windows else "-", str(alarms), str(record.remasks),
-            f"{1000 * record.remasks / record.tokens:.2f}" if record.tokens else "-",
-        ])  # fmt: skip
-        traced.sort(key=lambda s: (-len(s["drift"].get("remasks") or []), -len(s["drift"]["signal"]), s["doc_id"]))
-        for s in traced[:PER_CELL]:
-            if len(s["drift"]["signal"]) > 1:
-                remasks = len(s["drift"].get("remasks") or [])
-                self._charts.append((-remasks, -len(s["drift"]["signal"]), self._chart(cell, s)))
 
-    def table(self) -> Table | None:
-        """The summary; None where no detector ran."""
-        return Table("Drift", HEADS, self._rows, NOTE) if self._rows else None
+def drift_of(cells: Sequence[Cell], looked: Mapping[str, Looked], looks: Mapping[str, int]) -> Drift | None:
+    """What the detectors saw; None where none closed a window. Drawn are documents with many re-masks and windows."""
+    found = [(c, seen) for c in cells if (seen := looked.get(c.record.key)) is not None and seen.traced]
+    if not found:
+        return None
+    drawn = []
+    for i, (cell, seen) in enumerate(found):
+        long = [s for s in seen.traced if len(s["drift"]["signal"]) > 1]
+        drawn += [(_size(s), i, s["doc_id"], cell, s) for s in sorted(long, key=_size)[:PER_CELL]]
+    chosen = sorted(sorted(drawn, key=lambda d: d[:3])[:TRACES], key=lambda d: (d[1], d[0], d[2]))
+    return Drift(
+        Table("Drift", HEADS, [_row(cell, seen) for cell, seen in found], NOTE),
+        [_chart(cell, s, looks.get(cell.row.label, 0)) for *_, cell, s in chosen],
+        sum(len(seen.traced) for _, seen in found),
+    )
 
-    def charts(self) -> list[Chart]:
-        """The documents to draw: those with most re-masks, then most windows."""
-        chosen = sorted(enumerate(self._charts), key=lambda c: (*c[1][:2], c[0]))[:TRACES]
-        return [chart for _, (_, _, chart) in sorted(chosen, key=lambda c: c[0])]
 
-    def _chart(self, cell: Cell, sample: dict[str, Any]) -> Chart:
-        drift = sample["drift"]
-        signal = [x if finite(x) else math.nan for x in drift["signal"]]
-        alarms, remasks = ([x for x in drift.get(n) or [] if finite(x)] for n in ("alarms", "remasks"))
-        threshold = t if finite(t := drift.get("threshold")) else None
-        words = f"{len(signal)} windows of {drift['window']} tokens"
-        if threshold is not None:
-            words += f", {sum(x < threshold for x in signal)} of them below the threshold {threshold:.3f}"
-        said = [listed([f"{x:g}" for x in tokens]) or "none" for tokens in (alarms, remasks)]
-        words += f"; tokens with alarms: {said[0]}, with re-masks: {said[1]}"
-        look = self._looks.get(cell.row.label, 0)
-        return Chart(
-            f"{sample['task']}, document {sample['doc_id']}", cell.name, words,
-            lambda axes: trace(axes, signal, drift["window"], threshold, alarms, remasks, look),
-        )  # fmt: skip
+def _size(sample: Mapping[str, Any]) -> tuple[int, int]:
+    return -len(sample["drift"].get("remasks") or []), -len(sample["drift"]["signal"])
+
+
+def _row(cell: Cell, seen: Looked) -> list[str]:
+    record, windows, below, alarms = cell.record, 0, 0, 0
+    for s in seen.traced:
+        signal = [x for x in s["drift"]["signal"] if finite(x)]
+        windows += len(signal)
+        below += sum(x < t for x in signal) if finite(t := s["drift"].get("threshold")) else 0
+        alarms += len(s["drift"].get("alarms") or [])
+    return [
+        str(record.inputs["task"]), cell.name, f"{len(seen.traced)} of {seen.samples}", str(windows),
+        f"{100 * below / windows:.1f} %" if windows else "-", str(alarms), str(record.remasks),
+        f"{1000 * record.remasks / record.tokens:.2f}" if record.tokens else "-",
+    ]  # fmt: skip
+
+
+def _chart(cell: Cell, sample: Mapping[str, Any], look: int) -> Chart:
+    drift = sample["drift"]
+    signal = [x if finite(x) else math.nan for x in drift["signal"]]
+    alarms, remasks = ([x for x in drift.get(n) or [] if finite(x)] for n in ("alarms", "remasks"))
+    threshold = t if finite(t := drift.get("threshold")) else None
+    words = f"{len(signal)} windows of {drift['window']} tokens"
+    if threshold is not None:
+        words += f", {sum(x < threshold for x in signal)} of them below the threshold {threshold:.3f}"
+    said = [listed([f"{x:g}" for x in tokens]) or "none" for tokens in (alarms, remasks)]
+    words += f"; tokens with alarms: {said[0]}, with re-masks: {said[1]}"
+    return Chart(
+        f"{sample['task']}, document {sample['doc_id']}", cell.name, words,
+        lambda axes: trace(axes, signal, drift["window"], threshold, alarms, remasks, look),
+    )  # fmt: skip

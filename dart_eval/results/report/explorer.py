@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dart_eval.results import metrics
 from dart_eval.results.format import number
 from dart_eval.results.report.cells import Cell, finite
+from dart_eval.results.report.reader import Looked
 
 HEAD, TAIL = 1200, 2400  # characters kept of a long text
 GIST = 110  # characters of a document's line
-MOST = 600  # documents of all tasks together: a page of some MB
 
 
 @dataclass
@@ -44,52 +45,39 @@ class Document:
         return line if len(line) <= GIST else f"… {line[-GIST:].partition(' ')[2]}"
 
 
-class Explorer:
-    """Collects the first documents of each task.
+Texts = Mapping[tuple[str, int], Mapping[str, Any]]  # (task, doc_id) -> prompt, choices and target
 
-    Attributes:
-        kept: documents of a task: as many as were asked for, or fewer where tasks are many.
-        left_out: (task, number) of documents that are not on the page. samples: answers that are.
+
+def documents(
+    cells: Sequence[Cell], looked: Mapping[str, Looked], texts: Mapping[str, Texts]
+) -> list[tuple[str, list[Document]]]:
+    """Each task with its first documents, by their numbers, and what every cell answered.
+
+    Args:
+        looked: key of a cell -> its samples. texts: likewise.
     """
-
-    def __init__(self, cells: list[Cell], wanted: int) -> None:
-        leaves = {t for c in cells for t in (c.record.by_task or [str(c.record.inputs["task"])])}
-        self.kept = min(wanted, max(1, MOST // max(1, len(leaves))))
-        self.samples = 0
-        self._tasks: dict[str, dict[tuple[Any, ...], Document]] = {}
-        self.left_out: set[tuple[str, int]] = set()
-
-    def tasks(self) -> list[tuple[str, list[Document]]]:
-        """Each task with its documents, by their numbers."""
-        return [(task, [d for _, d in sorted(found.items())]) for task, found in sorted(self._tasks.items())]
-
-    def add(self, cell: Cell, samples: list[dict[str, Any]], texts: dict[tuple[str, int], dict[str, Any]]) -> None:
-        """Take the first documents of each task of a cell."""
-        filters: dict[str, set[str]] = {}
-        ids: dict[str, set[int]] = {}
-        for s in samples:
-            filters.setdefault(s["task"], set()).add(s["filter"])
-            ids.setdefault(s["task"], set()).add(s["doc_id"])
-        first = {task: set(sorted(found)[: self.kept]) for task, found in ids.items()}
-        for s in samples:
-            task, which = s["task"], s["filter"] if len(filters[s["task"]]) > 1 else ""
-            if s["doc_id"] not in first[task]:
-                self.left_out.add((task, s["doc_id"]))
-                continue
+    tasks: dict[str, dict[tuple[Any, ...], Document]] = {}
+    for cell in cells:
+        shown = looked[cell.record.key].shown if cell.record.key in looked else []
+        filters = {(s["task"], s["filter"]) for s in shown}
+        several = {task for task, which in filters if any(t == task and f != which for t, f in filters)}
+        for s in shown:
+            task, which = s["task"], s["filter"] if s["task"] in several else ""
             place = (s["doc_id"], which, s["prompt_hash"], s["target_hash"])
-            document = self._tasks.setdefault(task, {}).setdefault(place, Document(s["doc_id"], which))
-            text = texts.get((task, s["doc_id"]))
+            document = tasks.setdefault(task, {}).setdefault(place, Document(s["doc_id"], which))
+            text = texts.get(cell.record.key, {}).get((task, s["doc_id"]))
             if text is not None and not document.prompt:
                 _tell(document, text)
-            document.answers.append(_answer(cell.name, s))
-            self.samples += 1
+            answer = _answer(cell.name, s)
+            document.answers.append(answer)
             gold = s["metrics"].get(metrics.GOLD)
-            scores = document.answers[-1].scores
-            if document.right is None and finite(gold) and len(scores) > 1 and scores.count(_score(gold)) == 1:
-                document.right = scores.index(_score(gold))
+            if document.right is None and finite(gold) and len(answer.scores) > 1:
+                same = [i for i, score in enumerate(answer.scores) if score == _score(gold)]
+                document.right = same[0] if len(same) == 1 else None
+    return [(task, [d for _, d in sorted(found.items())]) for task, found in sorted(tasks.items())]
 
 
-def _tell(document: Document, text: dict[str, Any]) -> None:
+def _tell(document: Document, text: Mapping[str, Any]) -> None:
     """Fill in the prompt and the right answer."""
     document.prompt = _short(text.get("prompt") or "")
     target, choices = text.get("target"), text.get("choices")
@@ -107,7 +95,7 @@ def _short(text: Any) -> str:
     return f"{text[:HEAD]}\n\n[... {len(text) - kept} characters left out ...]\n\n{text[-TAIL:]}"
 
 
-def _answer(name: str, s: dict[str, Any]) -> Answer:
+def _answer(name: str, s: Mapping[str, Any]) -> Answer:
     values = {m: _metric(v) for m, v in sorted(s["metrics"].items()) if metrics.of(m).drawn and m != metrics.GOLD}
     facts = [f"{m} {shown}" for m, shown in values.items() if shown]
     facts += [f"re-masks {s['remasks']}"] if s.get("remasks") else []

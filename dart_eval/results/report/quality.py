@@ -4,87 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dart_eval.results import frontier, metrics
+from dart_eval.results import metrics
 from dart_eval.results.board import Board, Row
 from dart_eval.results.format import number, share, size, small_share, sparsity, with_error
 from dart_eval.results.record import Metric
 from dart_eval.results.report.cells import Cell, finite, flat
-from dart_eval.results.report.charts import Chart, Point, against_sparsity
+from dart_eval.results.report.charts import Chart, Point, draw, recoveries
 from dart_eval.results.writers import Table
 
 
-def frontier_chart(board: Board, looks: Mapping[str, int]) -> Chart | None:
-    """Quality against what is read; None where nothing could be held against dense."""
-    curves = frontier.curves(board)
-    words = [
-        f"{label} keeps {100 * r.recovery.value:.0f} % at read {share(r.read)}"
-        for label, rows in curves.items()
-        for r in rows
-        if r.recovery is not None
-    ]
-    if not curves:
-        return None
-    note = "against the bytes read, with 95 % intervals"
-    return Chart("Mean recovery", note, "; ".join(words), lambda axes: frontier.draw(axes, board, looks))
-
-
-def against(cells: Sequence[Cell], looks: Mapping[str, int], chance: Mapping[str, float]) -> list[Chart]:
-    """A chart a task and metric, of the cells of one board; none where no pruned cell has a number.
+def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> list[Chart]:
+    """The mean recovery, then the main metric of each task, against what is read; none where there is no number.
 
     Args:
         chance: task -> its accuracy under guessing.
     """
-    found: dict[tuple[str, str], list[tuple[Row, Metric]]] = {}
-    for cell in cells:
-        for m in cell.record.metrics:
-            if m.part_of is None and m.higher_is_better is not None and metrics.of(m.metric).drawn:
-                found.setdefault((m.task, m.metric), []).append((cell.row, m))
-    order = list(metrics.METRICS)
-    charts = []
-    for task, metric in sorted(found, key=lambda p: (p[0], order.index(p[1]) if p[1] in order else len(order), p[1])):
-        same = [m for m in metrics.in_group(metrics.PERPLEXITY) if (task, m) in found]
-        if metric in same[1:]:  # one number in other units
-            continue
+    made = []
+    if found := recoveries(board):
+        words = [f"{name} keeps {p.value:.0f} % at read {share(p.read)}" for name in found for p in found[name]]
+        level = Point(1, 100, 100, 100)
+        note = "% of dense, mean over tasks"
+        made.append(Chart("Recovery", note, "; ".join(words), lambda axes: draw(axes, found, looks, [level])))
+    for task, metric in board.columns.items():
+        values = [(row, row.values[task]) for row in board.rows if task in row.values]
         guess = chance.get(task) if metrics.of(metric).chance else None
-        chart = _chart(task, metric, found[task, metric], looks, guess)
-        charts += [chart] if chart is not None else []
-    return charts
+        made += _chart(task, values, looks, guess)
+    return made
 
 
 def _chart(
-    task: str, metric: str, values: Sequence[tuple[Row, Metric]], looks: Mapping[str, int], chance: float | None
-) -> Chart | None:
-    lines: dict[int, list[Point]] = {}
-    levels: list[Point] = []
+    task: str, values: Sequence[tuple[Row, Metric]], looks: Mapping[str, int], chance: float | None
+) -> list[Chart]:
+    lines: dict[str, list[Point]] = {}
+    dense: list[Point] = []
     words: list[str] = []
     drawn = [(row, m) for row, m in values if finite(m.value)]
-    for row, m in sorted(drawn, key=lambda v: (not flat(v[0]), looks.get(v[0].label, 0), _x(v[0]))):
-        point = Point(_x(row), m.value, 1.96 * m.stderr if finite(m.stderr) else 0.0)
-        (levels if flat(row) else lines.setdefault(looks[row.label], [])).append(point)
-        at = "" if flat(row) else f" at {sparsity(_x(row))}"
-        words.append(f"{row.label}{at} {with_error(metric, m.value, m.stderr)}")
+    for row, m in sorted(drawn, key=lambda v: (not flat(v[0]), looks.get(v[0].label, 0), -v[0].read)):
+        half = 1.96 * m.stderr if finite(m.stderr) else 0.0
+        (dense if flat(row) else lines.setdefault(row.label, [])).append(
+            Point(row.read, m.value, m.value - half, m.value + half)
+        )
+        at = "" if flat(row) else f" at read {share(row.read)}"
+        words.append(f"{row.label}{at} {with_error(m.metric, m.value, m.stderr)}")
     if not lines:
-        return None
+        return []
     words += [f"guessing {number(chance)}"] if chance is not None else []
-    ys = [m.value for _, m in drawn]
-    log = metrics.of(metric).group == metrics.PERPLEXITY and min(ys) > 0 and max(ys) > 10 * min(ys)
+    ys, first = [m.value for _, m in drawn], drawn[0][1]
+    log = metrics.of(first.metric).group == metrics.PERPLEXITY and min(ys) > 0 and max(ys) > 10 * min(ys)
     sizes = sorted({m.n for _, m in drawn})
     bare = sum(not finite(m.stderr) for _, m in drawn)
     note = [
-        metric, "lower is better" if drawn[0][1].higher_is_better is False else "", "logarithmic" if log else "",
+        first.metric, "lower is better" if first.higher_is_better is False else "", "logarithmic" if log else "",
         f"n {sizes[0]}" if len(sizes) == 1 else f"n {sizes[0]} to {sizes[-1]}",
         f"{len(values) - len(drawn)} without a finite value left out" if len(values) > len(drawn) else "",
         f"{bare} without a standard error" if bare else "",
     ]  # fmt: skip
-    return Chart(
+    return [Chart(
         task, ", ".join(n for n in note if n), "; ".join(words),
-        lambda axes: against_sparsity(axes, lines, levels, chance, log),
-    )  # fmt: skip
-
-
-def _x(row: Row) -> float:
-    """The sparsity that a row stands at: what it does not read, where it was asked for none."""
-    return row.sparsity if row.sparsity is not None else 1 - row.read
+        lambda axes: draw(axes, lines, looks, dense, chance, log),
+    )]  # fmt: skip
 
 
 def costs(board: Board, cells: Sequence[Cell]) -> Table:

@@ -1,0 +1,66 @@
+"""The folder as the page reads it: the samples of each cell once, of which only what the page shows is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store, traced
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the page keeps of a cell's samples.
+
+    Attributes:
+        samples: how many there are. traced: those whose detector closed a window.
+        shown: those of the first documents of each task.
+        left_out: (task, number) of the other documents.
+        chance: the accuracy under guessing; None where there are no candidates.
+    """
+
+    samples: int
+    traced: list[dict[str, Any]]
+    shown: list[dict[str, Any]]
+    left_out: set[tuple[str, int]]
+    chance: float | None
+
+
+class Reader(Store):
+    """A store that remembers what it has read; `kept` documents of each task are shown."""
+
+    def __init__(self, folder: Path, kept: int) -> None:
+        super().__init__(folder)
+        self.kept = kept
+        self._looked: dict[str, Looked] = {}
+
+    def samples(self, record: Record) -> list[dict[str, Any]]:
+        """All samples of a record; see `Store.samples`."""
+        found = super().samples(record)
+        ids: dict[str, set[int]] = {}
+        for s in found:
+            ids.setdefault(s["task"], set()).add(s["doc_id"])
+        first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.kept]}
+        guesses = [1 / len(s["responses"]) for s in found if len(s["responses"]) > 1 and "acc" in s["metrics"]]
+        self._looked[record.key] = Looked(
+            len(found), [s for s in found if traced(s)], [s for s in found if (s["task"], s["doc_id"]) in first],
+            {(task, i) for task, numbers in ids.items() for i in numbers} - first,
+            sum(guesses) / len(guesses) if guesses else None,
+        )  # fmt: skip
+        return found
+
+    def look(self, record: Record) -> Looked:
+        """What the page keeps of a record's samples.
+
+        Raises:
+            UnreadSamples: they cannot be read.
+        """
+        if record.key not in self._looked:
+            self.samples(record)
+        return self._looked[record.key]
+
+    def traces(self, record: Record) -> list[dict[str, Any]]:
+        """What the detector saw of each document; see `Store.traces`."""
+        return [s["drift"] for s in self.look(record).traced]
