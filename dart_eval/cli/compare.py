@@ -98,7 +98,7 @@ def compare(
         check_target(save)
         format = format_of(save, format, FORMATS)
     trait = _trait({"methods": methods, "sparsities": sparsities, "models": models}, given)
-    from dart_eval.results import compare as comparing  # after the options are settled: scipy takes its time
+    from dart_eval.results import compare as comparing  # after the options are settled: it takes its time
 
     metrics = [m.strip() for m in metric.split(",") if m.strip()]
     if trait is None:

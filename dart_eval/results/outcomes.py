@@ -283,33 +283,21 @@ def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
     return Pairs(measure, x, y, units, _weights(measure, left))
 
 
-def contrast(measure: Measure, a: Outcome, b: Outcome) -> stats.Paired | None:
-    """The paired test of a measure between two outcomes that `check_paired` let pass."""
-    found = pairs(measure, a, b)
-    return None if found is None else found.test()
-
-
-def contrast_of_means(
-    measures: Sequence[Measure], a: Sequence[Outcome], b: Sequence[Outcome], shares: Sequence[float]
-) -> stats.Paired | None:
-    """The paired test of a weighted mean over several tasks.
+def mean_of(tasks: Sequence[Pairs], shares: Sequence[float]) -> Pairs | None:
+    """The values of a weighted mean over several tasks; None where a task's own value is no mean of its documents'.
 
     Args:
-        measures: means (no perplexities, no BLEU), one per task.
-        a: that task's outcomes under A.
-        b: the same under B.
+        tasks: the values of one metric on each of them.
         shares: the weight of each task.
     """
-    found = [p for m, x, y in zip(measures, a, b, strict=True) if (p := pairs(m, x, y)) is not None]
-    if len(found) < len(measures) or any(m.kind != "mean" for m in measures):
+    if len(tasks) == 1:
+        return tasks[0]
+    if any(task.measure.kind != "mean" for task in tasks):
         return None
-    weights = []
-    for share, part in zip(shares, found, strict=True):
-        own = np.ones(len(part.a)) if part.weights is None else part.weights
-        weights.append(share * own / own.sum())
-    x, y = (np.concatenate(side) for side in ([p.a for p in found], [p.b for p in found]))
-    units = [unit for part in found for unit in part.units]
-    return stats.paired("mean", x, y, units, np.concatenate(weights), measures[0].higher_is_better)
+    own = [np.ones(len(task.a)) if task.weights is None else task.weights for task in tasks]
+    weights = np.concatenate([share * w / w.sum() for share, w in zip(shares, own, strict=True)])
+    x, y = np.concatenate([task.a for task in tasks]), np.concatenate([task.b for task in tasks])
+    return Pairs(tasks[0].measure, x, y, [unit for task in tasks for unit in task.units], weights)
 
 
 class Unpaired(UserError):

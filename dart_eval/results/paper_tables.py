@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from dart_eval.errors import UserError
-from dart_eval.results import metrics, outcomes, stats
+from dart_eval.results import metrics, outcomes, pairing, stats
 from dart_eval.results.format import number, share, short
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import identity, model_of
@@ -127,12 +127,12 @@ class Paper:
             named = ", ".join(sorted(models.values()))
             remedy = "give each model an --output of its own"
             raise UserError(f"a paper's tables are of one model, not of {named}", remedy)
-        self.store, self.missing, self.command = store, missing, command
+        self.missing, self.command = missing, command
         self._records = {r.key: r for r in records}
         self._usual = records[0].inputs  # what all cells were asked
         self._metrics, self._cells = metrics_frame(records), cells_frame(records).set_index("key")
         self._metrics["better"] = self._metrics["higher_is_better"].map({True: 1, False: -1}).fillna(0)
-        self._outcomes: dict[str, outcomes.Outcome] = {}
+        self._samples = {r.key: outcomes.cell_of(store, r) for r in records}
 
     def table(self, layout: Layout) -> tuple[Table, pd.DataFrame]:
         """The table for people, and its numbers: one a row, with the columns of `CSV`."""
@@ -222,25 +222,13 @@ class Paper:
 
     def _test(self, a: pd.Series, b: pd.Series) -> float | None:
         """Two-sided p of the paired test between two numbers of a column."""
-        left, right = ([self._outcome(key) for key in number["key"]] for number in (a, b))
-        measures = [
-            next((m for m in found.measures if m.task == task and m.metric == a["metric"]), None)
-            for task, found in zip(a["task"], left, strict=True)
-        ]
-        chosen = [m for m in measures if m is not None]
-        if len(chosen) < len(measures):
-            return None
-        if len(chosen) == 1:
-            result = outcomes.contrast(chosen[0], left[0], right[0])
-        else:
-            result = outcomes.contrast_of_means(chosen, left, right, a["share"])
-        return None if result is None else result.p
-
-    def _outcome(self, key: str) -> outcomes.Outcome:
-        if key not in self._outcomes:
-            record = self._records[key]
-            self._outcomes[key] = outcomes.outcome(record, self.store.samples(record))
-        return self._outcomes[key]
+        tasks = []
+        for task, ours, theirs in zip(a["task"], a["key"], b["key"], strict=True):
+            found = pairing.pair(self._samples[ours], self._samples[theirs])
+            measures = [m for m in found.x.measures if (m.task, m.metric) == (task, a["metric"])]
+            tasks += [values for m in measures[:1] if (values := found.values(m)) is not None]
+        joined = outcomes.mean_of(tasks, a["share"]) if len(tasks) == len(a["task"]) else None
+        return None if joined is None else joined.test().p
 
     # -- words -----------------------------------------------------------------------------------------------
 

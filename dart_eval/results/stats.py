@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.stats import binom, norm
 
 Values = NDArray[np.float64]
 
@@ -230,6 +228,8 @@ def sign_flip(sums: NDArray[np.int_]) -> tuple[float, float, float]:
     The null distribution is a convolution of binomials, one for each size of sum. Where every sum is -1, 0 or 1
     this is McNemar's exact test.
     """
+    from scipy.stats import binom  # here and below: slow to import, and a board needs none of it
+
     sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
     mass = np.ones(1)  # of the sum of the positive ones
     for size, count in zip(sizes, counts, strict=True):
@@ -246,6 +246,9 @@ def tango(b: int, c: int, n: int, alpha: float = ALPHA) -> tuple[float, float]:
 
     b: right under A only. c: right under B only.
     """
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
     z, estimate = norm.ppf(1 - alpha / 2), (b - c) / n
 
     def score(difference: float) -> float:

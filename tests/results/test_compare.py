@@ -279,13 +279,13 @@ def test_a_groups_value_is_that_of_the_record_and_its_members_are_the_clusters(t
 
 
 def test_a_mean_over_tasks_weighs_them_by_their_shares_whatever_their_size():
-    def outcome(task, values):
-        return outcomes.Outcome((), documents.frame(samples(task, [{"acc": v} for v in values])))
+    def both_sides(task, *sides):
+        made = [outcomes.Outcome((), documents.frame(samples(task, [{"acc": v} for v in side]))) for side in sides]
+        return outcomes.pairs(outcomes.Measure(task, "acc", True, (task,)), *made)
 
-    measures = [outcomes.Measure(task, "acc", True, (task,)) for task in ("a", "b")]
-    ours = [outcome("a", [1.0] * 6 + [0.0] * 4), outcome("b", [1.0] * 30)]
-    theirs = [outcome("a", [0.0] * 10), outcome("b", [1.0] * 27 + [0.0] * 3)]
-    found = outcomes.contrast_of_means(measures, ours, theirs, [0.25, 0.75])
+    short = both_sides("a", [1.0] * 6 + [0.0] * 4, [0.0] * 10)
+    long = both_sides("b", [1.0] * 30, [1.0] * 27 + [0.0] * 3)
+    found = outcomes.mean_of([short, long], [0.25, 0.75]).test()
     assert found.difference == pytest.approx(0.25 * 0.6 + 0.75 * 0.1)
 
 
