@@ -100,7 +100,6 @@ def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal 128 and its number."""
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # it is called by position
     view.settle_streams()
-    errors = view.console(stderr=True, soft_wrap=True)
     for name in STOPS:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -108,14 +107,14 @@ def main() -> None:
     try:
         status = app(prog_name="dart-eval", standalone_mode=False)
     except UserError as error:
-        errors.print(f"[red]error:[/red] {view.plain(str(error))}")
+        view.problem(str(error))
         sys.exit(2)
     except (_Stopped, SystemError, OSError) as error:
         stop = _stop_behind(error)
         if stop is not None:
             with contextlib.suppress(OSError):
                 resumes = "; the same command goes on from here" if sys.argv[1:2] in (["run"], ["paper"]) else ""
-                errors.print(STOPS[signal.Signals(stop.number).name] + resumes)
+                view.print_note(STOPS[signal.Signals(stop.number).name] + resumes)
             _leave(128 + stop.number)
         if not isinstance(error, BrokenPipeError):
             raise
@@ -124,7 +123,7 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # what typer's errors have, whichever version
             raise
         if type(error).__name__ != "NoArgsIsHelpError":  # the help has been shown
-            errors.print(f"[red]error:[/red] {view.plain(str(_misused(error)))}")
+            view.problem(str(_misused(error)))
         sys.exit(2)
     else:
         sys.exit(status if isinstance(status, int) else 0)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import io
-import re
 import shutil
 import sys
 import textwrap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import rich.table
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -35,7 +33,6 @@ from dart_eval.results.record import Metric, Record
 from dart_eval.results.writers import Table, finite, markdown, pieces
 from dart_eval.text import PLAIN, folded, json_text, printable
 
-TEXTS = ("task", "method", "model", "scope", "cells", "cell", "metric", "better", "verdict", "why")  # set left
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
 BESIDE = 46  # characters of a line of progress beside its title
@@ -64,7 +61,7 @@ class TerminalView:
             TimeElapsedColumn(), _TimeLeft(),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
-        self._bar: Any = None  # of what comes before the first cell
+        self._bar: Any = None  # of what is waited for
         self._all: Any = None
         self._cells: dict[str, Any] = {}  # the bars of cells under way, by key
         self._step = self._said = ""  # what is waited for, and what of it was last said in a log
@@ -79,19 +76,13 @@ class TerminalView:
         self.progress.stop()
 
     def status(self, text: str) -> None:
-        """A step before the first cell, or while none can run."""
-        if not self.live:
-            self._wait_for(printable(text))
-            return
-        if self._bar is None:
-            self._bar = self.progress.add_task(printable(text), total=None)
-        else:
-            self.progress.update(self._bar, description=printable(text))
-
-    def _wait_for(self, step: str) -> None:
-        """Say what is waited for once it lasts; of many short steps one from time to time."""
-        self._step = step
-        if self._soon is None and step != self._said:
+        """A step before the first cell, or while none can run: said once it lasts; of many short ones now and then."""
+        self._step = printable(text)
+        if self.live and self._bar is None:
+            self._bar = self.progress.add_task(self._step, total=None)
+        elif self.live:
+            self.progress.update(self._bar, description=self._step)
+        elif self._soon is None and self._step != self._said:
             self._soon = threading.Timer(LASTS, self._say_step)
             self._soon.daemon = True
             self._soon.start()
@@ -100,7 +91,7 @@ class TerminalView:
         self._soon = None
         if self._step and self._step != self._said:
             self._said = self._step
-            self.console.print(f"{plain(self._step)} ...")
+            self._say(f"{self._step} ...")
 
     def _go_on(self) -> None:
         """Nothing is waited for any more."""
@@ -108,23 +99,20 @@ class TerminalView:
         if self._soon is not None:
             self._soon.cancel()
             self._soon = None
+        if self._bar is not None:
+            self.progress.remove_task(self._bar)
+            self._bar = None
 
     def planned(self, cells: int, finished: int) -> None:
         """The plan: how many cells, how many of them were finished earlier."""
         self._go_on()
         if finished:
             self.console.print(f"{finished} of {cells} cells are finished already")
-        if self._bar is not None:
-            self.progress.remove_task(self._bar)
-            self._bar = None
         self._all = self.progress.add_task("all cells", total=cells, completed=finished)
 
     def started(self, cell: Any, requests: int) -> None:
         """A cell begins."""
         self._go_on()
-        if self._bar is not None:
-            self.progress.remove_task(self._bar)
-            self._bar = None
         if cell.key not in self._cells:
             self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
 
@@ -138,21 +126,22 @@ class TerminalView:
         shown = ", ".join(
             f"{_place(m, record)}{m.metric} {with_error(m.metric, m.value, m.stderr)}" for m in headline(record.metrics)
         )
-        self.console.print(
-            f"[green]done[/green] {plain(cell.title):<34} {plain(shown)}"
-            f"  effective sparsity {record.effective_sparsity:.3f}"
-            f"{_some(record.remasks, 're-mask')}{_some(record.cut, 'cut prompt')}  {record.seconds:.0f} s"
-        )
+        more = f"{_some(record.remasks, 're-mask')}{_some(record.cut, 'cut prompt')}  {record.seconds:.0f} s"
+        sparsity = f"  effective sparsity {record.effective_sparsity:.3f}"
+        self._say(("done", "green"), f" {printable(cell.title):<34} {printable(shown)}{sparsity}{more}")
         self._next(cell)
 
     def failed(self, cell: Any, error: str, where: Path) -> None:
         """A failed cell's line."""
-        self.console.print(f"[red]failed[/red] {plain(cell.title):<32} {plain(error)} (traceback: {plain(str(where))})")
+        self._say(("failed", "red"), f" {printable(cell.title):<32} {printable(error)} (traceback: {where})")
         self._next(cell)
 
     def note(self, text: str) -> None:
         """Something a person should know."""
-        self.console.print(plain(text), style="yellow")
+        self._say((printable(text), "yellow"))
+
+    def _say(self, *parts: str | tuple[str, str]) -> None:
+        self.console.print(Text.assemble(*parts))
 
     def _short(self, title: str) -> str:
         """A title that leaves room for its bar and the times beside it."""
@@ -192,13 +181,9 @@ def console(**options: Any) -> Console:
     return Console(highlight=False, emoji=False, **options)
 
 
-_BRACKETS = re.compile(r"(\\*\[[a-z#/@][^[]*?])|(\\+)\[")
-
-
-def plain(text: str) -> str:
-    """A text of any origin as a piece of rich's markup."""
-    # Where no tag follows, rich takes one of the backslashes before a bracket away.
-    return _BRACKETS.sub(lambda found: found[1] or f"{found[2]}\\[", escape(printable(text)))
+def problem(text: str) -> None:
+    """What is wrong, on stderr."""
+    console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "red"), f" {printable(text)}"))
 
 
 def say(text: str, err: bool = False) -> None:
@@ -252,38 +237,39 @@ def show(table: Table) -> None:
     """
     screen = console()
     if not table.body:
-        screen.print(f"{plain(table.title)}\n[dim]{plain(table.note)}[/dim]")
-        return
-    for piece in pieces(table, screen.width, SHORTEST):
-        drawn = _drawn(piece)
-        width = _width(screen, drawn)
-        if width > screen.width:
-            names = [i for i, column in enumerate(piece.columns) if column in NAMES]
-            longest = {i: max(len(row[i]) for row in piece.body) for i in names}
-            drawn = _drawn(piece, {i: max(SHORTEST, longest[i] - (width - screen.width)) for i in names})
-            width = _width(screen, drawn)
-        console(width=max(screen.width, width), soft_wrap=True).print(drawn)
-    screen.print(plain(table.note), style="dim")
+        screen.print(Text(printable(table.title)))
+    for piece in pieces(table, screen.width, SHORTEST) if table.body else ():
+        cells = [[printable(cell) for cell in row] for row in piece.body]
+        over = _width(piece.columns, cells) - screen.width
+        for j, name in enumerate(piece.columns):
+            if over > 0 and name in NAMES:
+                most = max(SHORTEST, max(cell_len(row[j]) for row in cells) - over)
+                for row in cells:
+                    row[j] = "\n".join(folded(row[j], most))
+        width = max(screen.width, _width(piece.columns, cells))
+        console(width=width, soft_wrap=True).print(_drawn(piece, cells))
+    screen.print(Text(printable(table.note), "dim"))
 
 
-def _width(screen: Console, drawn: rich.table.Table) -> int:
-    return Measurement.get(screen, screen.options.update_width(1000), drawn).maximum
-
-
-def _drawn(table: Table, widths: Mapping[int, int] | None = None) -> rich.table.Table:
-    """The table, cells of some columns in lines of at most so many characters."""
+def _drawn(table: Table, cells: Sequence[Sequence[str]]) -> rich.table.Table:
+    """The table with these texts in its cells."""
+    title = Text(printable(table.title))
     drawn = rich.table.Table(
-        title=plain(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
-    for column in table.columns:
-        drawn.add_column(plain(column), justify="left" if column in TEXTS else "right", no_wrap=True)
-    for i, row in enumerate(table.body):
+    for name, number in zip(table.columns, table.numbers, strict=True):
+        drawn.add_column(Text(printable(name)), justify="right" if number else "left", no_wrap=True)
+    for i, row in enumerate(cells):
         if i in table.rules:
             drawn.add_section()
-        cells = [folded(c, widths[j]) if widths and j in widths else [c] for j, c in enumerate(row)]
-        texts = ["\n".join(plain(line) for line in lines) for lines in cells]
-        drawn.add_row(*(f"[bold]{text}[/bold]" if (i, j) in table.bold else text for j, text in enumerate(texts)))
+        drawn.add_row(*(Text(cell, "bold" if (i, j) in table.bold else "") for j, cell in enumerate(row)))
     return drawn
+
+
+def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Characters of a table's lines: of each column its widest, and a gap or the edges."""
+    texts = zip(columns, *cells, strict=True)
+    return sum(2 + max(cell_len(line) for text in column for line in text.split("\n")) for column in texts)
 
 
 def print_note(text: str) -> None:
