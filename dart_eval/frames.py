@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dart_eval.results import documents
 from dart_eval.results.labels import labels
-from dart_eval.results.rows import metrics_frame
+from dart_eval.results.rows import metrics_frame, typed
 from dart_eval.results.store import Store
 
 if TYPE_CHECKING:
@@ -68,4 +68,4 @@ def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:
         frame.insert(0, "label", names[record.key])
         frame.insert(0, "model", record.inputs["model"]["name"])
         made.append(frame.assign(key=record.key))
-    return pd.concat(made, ignore_index=True).infer_objects() if made else pd.DataFrame()
+    return typed(pd.concat(made, ignore_index=True)) if made else pd.DataFrame()

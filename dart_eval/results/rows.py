@@ -36,7 +36,7 @@ def metrics_frame(records: Sequence[Record], subtasks: bool = False) -> pd.DataF
     """`rows` as a data frame."""
     import pandas as pd
 
-    return pd.DataFrame(rows(records, subtasks))
+    return typed(pd.DataFrame(rows(records, subtasks), dtype=object))
 
 
 def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -44,7 +44,24 @@ def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
     import pandas as pd
 
     names = labels(records, by_task=True)
-    return pd.DataFrame([_row(r, names[r.key]) for r in records]).sort_values(ORDER, kind="stable")
+    return in_order(typed(pd.DataFrame([_row(r, names[r.key]) for r in records], dtype=object)))
+
+
+def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame in the order of a table's lines."""
+    lines = list(frame[ORDER].itertuples(index=False, name=None))
+    return frame.iloc[sorted(range(len(lines)), key=lines.__getitem__)]
+
+
+def typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame of objects with its numbers as numbers.
+
+    Texts stay objects: some names are no Unicode, and pandas' own type for text refuses them.
+    """
+    import pandas as pd
+
+    plain = [name for name, column in frame.items() if not any(isinstance(v, str) for v in column)]
+    return frame.assign(**{str(name): pd.Series(frame[name].tolist(), frame.index) for name in plain})
 
 
 def _row(record: Record, label: str, metric: Metric | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dart_eval.results import metrics, writers
 from dart_eval.results.format import NO_NUMBER, count, number, share, size, small_share, sparsity, with_error
 from dart_eval.results.record import Record
-from dart_eval.results.rows import ORDER, cells_frame, metrics_frame, rows
+from dart_eval.results.rows import cells_frame, in_order, metrics_frame, rows
 from dart_eval.results.writers import Column, Table
 from dart_eval.text import json_text
 
@@ -70,7 +70,7 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
     order, line = metrics.in_group(group), ["task", "key"]
     shown = sorted(data["metric"].unique(), key=lambda m: (order.index(m) if m in order else 0, m))
     texts = data.pivot_table("text", line, "metric", aggfunc="last").add_prefix("text ")
-    lines = data.drop_duplicates(line).join(texts, on=line).sort_values(ORDER, kind="stable")
+    lines = in_order(data.drop_duplicates(line).join(texts, on=line))
     columns = [*_where(lines), *(Column(m, f"text {m}") for m in shown)]
     notes = [QUALITY_NOTE]
     if (data["text"] == NO_NUMBER).any():

@@ -14,6 +14,7 @@ from dart_eval.results.check import check, junit, table, workflow_commands
 from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.labels import labels, specs
 from dart_eval.results.report import build
+from dart_eval.results.rows import metrics_frame
 from dart_eval.results.store import Store
 from dart_eval.results.tables import render, tables
 from dart_eval.results.thresholds import Thresholds
@@ -126,6 +127,15 @@ def test_a_file_in_a_method_is_no_parameter():
     assert list(labels([first, later]).values()) == [
         "dart:allocation=table:a.json:window=10", "dart:allocation=table:a.json:window=8",
     ]  # fmt: skip
+
+
+def test_a_name_that_is_no_unicode_stands_in_tables_and_frames():
+    odd = "dart:allocation=table:\udcff.json"  # as a file's name may be
+    records = [of("dense"), of(odd)]
+    assert [[row[1] for row in t.body] for t in tables(records)] == [["dense", odd]] * 3
+    frame = metrics_frame(records)
+    assert list(frame["label"]) == ["dense", odd]
+    assert frame["value"].dtype == float and frame["n"].dtype == int
 
 
 # -- on a terminal -----------------------------------------------------------------------------------------------------
