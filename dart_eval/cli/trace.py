@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from dart_eval.allocation import write_table
 from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
+from dart_eval.cli.tables import PICTURES
 from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, is_stream, read_text, write
+from dart_eval.pruning.registry import make, parse
 from dart_eval.text import json_text
-
-if TYPE_CHECKING:
-    from dart_eval.pruning.method import Pruner
-    from dart_eval.tracing import Passage
 
 
 def trace(
@@ -47,85 +45,59 @@ def trace(
     chosen = options.chosen(
         sparsity=sparsity, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    made = _method(method, save_allocation is not None)
-    picture = _picture(output, plot)
-    if text is not None and file is not None:
-        raise UserError("a prompt and --file are given", "leave one of them out")
-    _check_outputs([p for p in (output, picture, save_allocation) if p is not None])
-    quieten(False)  # it imports torch, and all before it does not
-    from dart_eval import tracing
-    from dart_eval.models import resolve
-
-    passage = _passage(text, file, then) or tracing.smoke_passage(smoke)
-    loaded, tokenizer = resolve(chosen.model_spec).load(print_note)
-    found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
-    aside = is_stream(output)  # the JSON may be what a program reads from this one
-    say(tracing.summary(found), err=aside)
-    _write(found, output, picture, aside)
-    if save_allocation is not None:
-        from dart_eval.allocation import write_table
-
-        ratios = [k / n for k, n in zip(found["layers"]["kept"], found["layers"]["sizes"], strict=True)]
-        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
-        say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
-
-
-def _method(typed: str, saves: bool) -> Pruner:
-    """The method as typed.
-
-    Args:
-        saves: its densities are to be written.
-
-    Raises:
-        UserError: it is unknown, or its densities make no table.
-    """
-    from dart_eval.pruning.registry import make, parse
-
-    made = make(*parse(typed))
-    if saves and made.choice.chooses:
+    made = make(*parse(method))
+    if save_allocation is not None and made.choice.chooses:
         raise UserError(
             f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
             "save the allocation of a method with choice=none",
         )
-    return made
+    aside = is_stream(output)  # the JSON may be what a program reads from this one
+    picture = _picture(output, plot, save_allocation)
+    prompt, following = _prompt(text, file, then)
+    quieten(False)  # it imports torch, and all before it does not
+    from dart_eval import tracing
+    from dart_eval.models import resolve
 
-
-def _picture(output: Path, plot: Path | None) -> Path | None:
-    """Where the picture goes: as said, else beside the JSON; None beside a stream."""
-    check_target(output)
-    picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
-    from dart_eval.results.trace_plot import FORMATS
-
-    if picture is not None and picture.suffix not in FORMATS:
-        raise UserError(f"picture {picture} has no known ending", f"one of {', '.join(FORMATS)}")
-    return picture
-
-
-def _check_outputs(files: list[Path]) -> None:
-    """Raise UserError unless all of them can be written, each to a file of its own."""
-    for path in files:
-        check_target(path)
-    if len({p.absolute() for p in files}) < len(files):
-        raise UserError("two outputs have one name", "give --output, --plot and --save-allocation a file each")
-
-
-def _passage(text: str | None, file: Path | None, then: Path | None) -> Passage | None:
-    """What was given to be traced, or None."""
-    from dart_eval.tracing import Passage
-
-    following = read_text(then, "text", "give a text file") if then is not None else None
-    if file is not None:
-        text = read_text(file, "text", "give a text file")
-    if text is None and following is not None:
-        raise UserError("--then needs a prompt before it", "give a prompt or --file")
-    return None if text is None else Passage(text, following)
-
-
-def _write(found: dict[str, Any], output: Path, picture: Path | None, aside: bool) -> None:
-    """Write a trace as JSON and, where there is to be one, as a picture."""
+    passage = tracing.smoke_passage(smoke) if prompt is None else tracing.Passage(prompt, following)
+    loaded, tokenizer = resolve(chosen.model_spec).load(print_note)
+    found = tracing.trace(loaded, tokenizer, made, sparsity, passage, tokens)
+    say(tracing.summary(found), err=aside)
     write(output, json_text(found, allow_nan=False) + "\n")
     if picture is not None:
         from dart_eval.results.trace_plot import draw
 
         draw(found, picture)
         say(f"wrote {output} and {picture}", err=aside)
+    if save_allocation is not None:
+        ratios = [k / n for k, n in zip(found["layers"]["kept"], found["layers"]["sizes"], strict=True)]
+        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
+        say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
+
+
+def _picture(output: Path, plot: Path | None, allocation: Path | None) -> Path | None:
+    """Where the picture goes: as said, else beside the JSON; None beside a stream.
+
+    Raises:
+        UserError: it has no known ending, a file cannot be written, or two of them are one.
+    """
+    check_target(output)
+    picture = plot or (None if is_stream(output) else output.with_suffix(".png"))
+    if picture is not None and picture.suffix not in PICTURES:
+        raise UserError(f"picture {picture} has no known ending", f"one of {', '.join(PICTURES)}")
+    files = [path for path in (output, picture, allocation) if path is not None]
+    for path in files:
+        check_target(path)
+    if len({p.absolute() for p in files}) < len(files):
+        raise UserError("two outputs have one name", "give --output, --plot and --save-allocation a file each")
+    return picture
+
+
+def _prompt(text: str | None, file: Path | None, then: Path | None) -> tuple[str | None, str | None]:
+    """The prompt that was given, or None, and the text after it, or None."""
+    if text is not None and file is not None:
+        raise UserError("a prompt and --file are given", "leave one of them out")
+    following = read_text(then, "text", "give a text file") if then is not None else None
+    prompt = read_text(file, "text", "give a text file") if file is not None else text
+    if prompt is None and following is not None:
+        raise UserError("--then needs a prompt before it", "give a prompt or --file")
+    return prompt, following

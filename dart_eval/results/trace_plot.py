@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from dart_eval.files import write
 
-FORMATS = (".png", ".svg", ".pdf")
 SIGNAL, ALARM, STEADY, LIMIT = "#1f5fa8", "#c0392b", "#8a8f98", "#555b63"
 
 
