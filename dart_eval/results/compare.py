@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
 from dart_eval.results.format import chance, interval, number, ratio, signed, sparsity
-from dart_eval.results.inputs import identity, model_of
+from dart_eval.results.inputs import PRUNING, identity, model_of
 from dart_eval.results.labels import labels
 from dart_eval.results.outcomes import DENSE, Cell, Measure, cells, describe, newest, older_note
 from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
@@ -58,6 +59,7 @@ class Comparison:
     notes: list[str]
 
 
+FREE = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",)}  # in what A and B may differ
 ColumnOf = tuple[str, str, Callable[[Any], str]]
 Named = tuple[str, Cell, Cell]  # its name for people, A, B
 
@@ -98,43 +100,45 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
     """
     everything = newest([c for folder in folders for c in cells(folder)])
     labelled = names(everything, model=by == "model")
-    sides = [[c for c in everything if _is(by, spec, c)] for spec in (a, b)]
-    for spec, side in zip((a, b), sides, strict=True):
-        if not side:
-            known = sorted({_trait(by, c) for c in everything})
-            where = ", ".join(map(str, folders))
-            raise UserError(f"no cell of {by} {spec} in {where}", nearest(spec, known) or f"there: {', '.join(known)}")
-    for spec, side in zip((a, b), sides, strict=True):
-        if by == "method":
-            _refuse_ambiguous(spec, side, labelled)
-        models = sorted({model_of(c.inputs["model"]) for c in side})
-        if by == "model" and len(models) > 1:
-            raise UserError(f"{spec} stands for several models: {', '.join(models)}", "give one of these names")
+    sides = [_side(by, spec, everything, labelled) for spec in (a, b)]
     pairs: list[Named] = []
-    for left in sides[0]:
-        for right in sides[1]:
-            if left.key == right.key:
-                raise UserError(f"{a} and {b} are the same cell: {labelled[left.key]}", "name two that differ")
-            free = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",)}[by]
-            if by != "model" and DENSE in (left.inputs["method"], right.inputs["method"]):
-                free = ("method", "params", "sparsity")  # dense goes with every method and sparsity
-            if identity(left.inputs, free) == identity(right.inputs, free):
-                pairs.append((f"{labelled[left.key]} vs {labelled[right.key]}", left, right))
+    for left, right in itertools.product(*sides):
+        if left.key == right.key:
+            raise UserError(f"{a} and {b} are the same cell: {labelled[left.key]}", "name two that differ")
+        free = FREE[by]
+        if by != "model" and DENSE in (left.inputs["method"], right.inputs["method"]):
+            free = PRUNING  # dense goes with every method and sparsity
+        if identity(left.inputs, free) == identity(right.inputs, free):
+            pairs.append((f"{labelled[left.key]} vs {labelled[right.key]}", left, right))
     if not pairs:
         said = (f"{spec} has {_extent(side)}" for spec, side in zip((a, b), sides, strict=True))
         raise UserError(f"{a} and {b} have nothing in common: {', '.join(said)}", "run both on the same tasks")
     return _compare(a, b, pairs, metrics, [])
 
 
-def _refuse_ambiguous(spec: str, side: Sequence[Cell], labelled: dict[str, str]) -> None:
+def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, str]) -> list[Cell]:
+    """The cells that a user named.
+
+    Raises:
+        UserError: there are none, or the name stands for several methods or models.
+    """
+    side = [c for c in everything if _is(by, spec, c)]
+    if not side:
+        known = sorted({_trait(by, c) for c in everything})
+        where = ", ".join(sorted({c.source for c in everything}))
+        raise UserError(f"no cell of {by} {spec} in {where}", nearest(spec, known) or f"there: {', '.join(known)}")
+    models = sorted({model_of(c.inputs["model"]) for c in side})
+    if by == "model" and len(models) > 1:
+        raise UserError(f"{spec} stands for several models: {', '.join(models)}", "give one of these names")
     places: dict[str, Cell] = {}
-    for cell in side:
-        first = places.setdefault(identity(cell.inputs, ("method", "params")), cell)
+    for cell in side if by == "method" else ():
+        first = places.setdefault(identity(cell.inputs, FREE[by]), cell)
         if first is not cell:
             raise UserError(
                 f"{spec} stands for several cells: {labelled[first.key]}, {labelled[cell.key]}",
                 "give the parameter that tells them apart, e.g. dart:allocation=uniform",
             )
+    return side
 
 
 def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
@@ -151,11 +155,11 @@ def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
 
 
 def _trait(by: str, cell: Cell) -> str:
-    if by == "model":
-        return model_of(cell.inputs["model"])
-    return (
-        str(cell.settings.get("method") or cell.inputs["method"]) if by == "method" else f"{cell.inputs['sparsity']:g}"
-    )
+    """What a user calls a cell's method, sparsity or model."""
+    inputs = cell.inputs
+    if by == "sparsity":
+        return f"{inputs['sparsity']:g}"
+    return model_of(inputs["model"]) if by == "model" else str(cell.settings.get("method") or inputs["method"])
 
 
 def _is(by: str, spec: str, cell: Cell) -> bool:

@@ -135,21 +135,17 @@ def newest(found: Sequence[Cell]) -> list[Cell]:
     groups: dict[str, list[Cell]] = {}
     for cell in found:
         groups.setdefault(identity(cell.inputs), []).append(cell)
+    chosen = []
     for group in groups.values():
+        last = max(group, key=lambda c: (c.created, c.key))
         for name in fields_of(HOW):
-            found_values = values(name, group)
-            if len(found_values) > 1:
-                place = f"{describe(group[0])} in {group[0].source}"
+            if len(several := values(name, group)) > 1:
                 raise UserError(
-                    f"{place} is there several times, with {name} {' and '.join(found_values)}",
-                    "keep them in folders of their own",
-                )
-    return [
-        dataclasses.replace(
-            max(group, key=lambda c: (c.created, c.key)), older=len(group) - 1 + sum(c.older for c in group)
-        )
-        for group in groups.values()
-    ]
+                    f"{describe(group[0])} in {group[0].source} is there several times, with {name} "
+                    f"{' and '.join(several)}", "keep them in folders of their own",
+                )  # fmt: skip
+        chosen.append(dataclasses.replace(last, older=len(group) - 1 + sum(c.older for c in group)))
+    return chosen
 
 
 def older_note(found: Iterable[Cell]) -> list[str]:
@@ -168,7 +164,7 @@ def describe(cell: Cell, model: bool = False) -> str:
 
 def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
     """Documents and measures of a record; a group's weights are those that give the value in the record."""
-    documents = frame(samples)
+    documents = frame(samples).drop(columns="responses", errors="ignore")  # they are long, and no test reads them
     tasks = set(documents.index.get_level_values("task"))
     children: dict[str, set[str]] = {}
     for m in record.metrics:

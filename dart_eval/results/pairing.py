@@ -123,11 +123,19 @@ def _named(models: Sequence[dict[str, Any]]) -> str:
 
 def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
     """What the inputs of two cells differ in besides what was asked, in a few digits each."""
-    found = {}
-    for name, left, right in _flat(a.inputs, b.inputs):
-        if left != right and not (name == "method_code" and a.inputs["method"] != b.inputs["method"]):
-            found[name] = (left, right)
-    return found
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted((a.inputs.keys() | b.inputs.keys()) - set(fields_of(ASKED)) | {"model"}):
+        left, right = a.inputs.get(name), b.inputs.get(name)
+        if name in FIELDS and FIELDS[name].any and None in (left, right):
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            parts = sorted(left.keys() | right.keys())
+            found |= {f"{name}.{part}": (left.get(part), right.get(part)) for part in parts}
+        else:
+            found[name] = left, right
+    expected = {"model.name"} if a.inputs["method"] == b.inputs["method"] else {"model.name", "method_code"}
+    short = {what: (str(x)[:12], str(y)[:12]) for what, (x, y) in found.items() if what not in expected}
+    return {what: (x, y) for what, (x, y) in short.items() if x != y}
 
 
 def differing(found: Iterable[Pair], say: str, values: str) -> list[str]:
@@ -141,19 +149,6 @@ def differing(found: Iterable[Pair], say: str, values: str) -> list[str]:
         for what, sides in differences(one.a, one.b).items():
             changed.setdefault(what, set()).add(values.format(*sides))
     return [say.format(what, "; ".join(sorted(seen)[:3])) for what, seen in sorted(changed.items())]
-
-
-def _flat(a: dict[str, Any], b: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
-    for name in sorted((a.keys() | b.keys()) - set(fields_of(ASKED)) | {"model"}):
-        left, right = a.get(name), b.get(name)
-        if name in FIELDS and FIELDS[name].any and None in (left, right):
-            continue
-        if isinstance(left, dict) and isinstance(right, dict):
-            for part in sorted(left.keys() | right.keys()):
-                if (name, part) != ("model", "name"):
-                    yield f"{name}.{part}", str(left.get(part))[:12], str(right.get(part))[:12]
-        else:
-            yield name, str(left)[:12], str(right)[:12]
 
 
 def nearest_to(cell: Cell, others: Sequence[Cell]) -> str:
