@@ -75,7 +75,8 @@ def test_without_a_text_the_model_writes(tokenizer):
 
 
 @pytest.mark.parametrize(("spec", "params"), [
-    ("griffin", {}), ("dart", RESTLESS), ("dart", {"renew": False, "window": 3}), ("dart-plus", {"every": 4}),
+    ("griffin", {}), ("dart", RESTLESS), ("dart", {"remask.act": False, "remask.window": 3}),
+    ("dart-plus", {"remask.every": 4}),
 ])  # fmt: skip
 @pytest.mark.parametrize("ending", [".png", ".svg"])
 def test_pictures_of_every_kind(tokenizer, tmp_path, spec, params, ending):

@@ -106,7 +106,7 @@ def test_the_oracle_is_no_method_to_generate_with(llama):
 
 
 @pytest.mark.parametrize("scope", ["all", "last"])
-def test_no_mask_is_renewed_while_a_whole_input_runs_under_it(llama, scope):
+def test_no_mask_is_made_anew_while_a_whole_input_runs_under_it(llama, scope):
     with open_session(llama, "dart", **RESTLESS) as session:
         scored(llama, session, [Request(random_tokens(30), random_tokens(14, seed=1))], scope)
         assert session.state.remasks.tolist() == [0]

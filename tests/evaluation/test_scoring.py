@@ -14,9 +14,9 @@ from dart_eval.pruning.dense import DenseSession
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions
-from tests.helpers.sessions import RENEWED, RESTLESS, cache_of, open_session
+from tests.helpers.sessions import RESTLESS, VARIED, cache_of, open_session
 
-METHODS = [("random", {}), *RENEWED]
+METHODS = [("random", {}), *VARIED]
 
 
 def _score(model, session, requests, batch_size=4):

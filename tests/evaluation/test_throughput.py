@@ -20,9 +20,9 @@ from dart_eval.values import check_batch_size
 from tests.helpers.matrices import product
 from tests.helpers.models import CONFIGS, FAMILIES, random_tokens, tiny
 from tests.helpers.requests import output_head_of
-from tests.helpers.sessions import RENEWED, open_session
+from tests.helpers.sessions import VARIED, open_session
 
-METHODS = [("dense", {}), ("random", {}), ("oracle", {}), *RENEWED]
+METHODS = [("dense", {}), ("random", {}), ("oracle", {}), *VARIED]
 TIGHT = Budget(rows=6, candidates=5, tokens=40, forward=8)  # a forward holds one context or a few
 LENGTHS = st.lists(st.integers(1, 60), max_size=40).map(lambda x: sorted(x, reverse=True))
 

@@ -1,4 +1,4 @@
-"""Renews the golden numbers and prints what moved, case by case: `make golden`."""
+"""Rewrites the golden numbers and prints what moved, case by case: `make golden`."""
 
 import sys
 
@@ -7,7 +7,7 @@ from tests.golden import file
 from tests.golden.measure import CASES
 
 
-def renew():
+def rewrite():
     """Measure every case and write the file; lines of cases in which nothing moved stay as they are.
 
     Returns:
@@ -33,4 +33,4 @@ def renew():
 
 if __name__ == "__main__":
     silence()
-    print(f"{count} of {len(CASES)} cases moved" if (count := renew()) else "nothing moved")
+    print(f"{count} of {len(CASES)} cases moved" if (count := rewrite()) else "nothing moved")

@@ -83,7 +83,10 @@ class Setting:
 TWO = ("llama", "gpt2")
 
 # A detector that sees drift in every window; without the first two it sees it in some.
-RESTLESS = "sigma=-1000:floor=-3:window=3:patience=1:cooldown=0:min_windows=1:ring=5"
+RESTLESS = (
+    "remask.sigma=-1000:remask.floor=-3:remask.window=3:remask.patience=1:remask.cooldown=0:remask.min_windows=1"
+    ":remask.ring=5"
+)
 
 SETTINGS = {
     "dense": Setting("dense"),
@@ -95,27 +98,33 @@ SETTINGS = {
     "dart-code": Setting("dart-code"),
     "dart-plus": Setting("dart-plus"),
     "oracle": Setting("oracle", decodes=False),
-    "random seed": Setting("random:seed=3"),
+    "random seed": Setting("random:score.seed=3"),
     "every window an alarm": Setting(f"dart:{RESTLESS}", 0.3),
     "some windows an alarm": Setting(
-        "dart:window=2:sigma=0.5:floor=0:patience=3:cooldown=1:allocation=uniform:blend=0"
+        "dart:remask.window=2:remask.sigma=0.5:remask.floor=0:remask.patience=3:remask.cooldown=1:allocation=uniform:remask.blend=0"
     ),
-    "running memory, reference kept": Setting(f"dart:{RESTLESS}:memory=running:reference=kept"),
-    "detector only": Setting("dart:window=3:patience=1:floor=0.02:renew=off:detect_skip_first=off", 0.7),
-    "steady re-masks": Setting("dart:detect=off:every=4:memory=running:ring=6:normalise=l2:allocation=uniform"),
-    "steady re-masks and alarms": Setting(f"dart-plus:{RESTLESS}:every=4:every_blend=0.6"),
-    "dense tokens": Setting(f"dart-code:{RESTLESS}:dense_tokens=2:blend=0.3", 0.37),
-    "two stages": Setting("dart:stages=1.6:detect=off", 0.45),
-    "three stages": Setting(f"dart:{RESTLESS}:stages=1.5:down=0.6", 0.62),
-    "compensation": Setting(f"dart:{RESTLESS}:compensate=on:skip_first=on", 0.37),
-    "saved table": Setting(f"dart:allocation=table:{TABLE}:detect=off"),
+    "running memory, reference kept": Setting(f"dart:{RESTLESS}:remask.old=running:remask.reference=kept"),
+    "detector only": Setting(
+        "dart:remask.window=3:remask.patience=1:remask.floor=0.02:remask.act=off:remask.skip_first=off", 0.7
+    ),
+    "steady re-masks": Setting(
+        "dart:remask=every:remask.tokens=4:remask.old=running:remask.ring=6:score.norm=l2:allocation=uniform"
+    ),
+    "steady re-masks and alarms": Setting(f"dart-plus:{RESTLESS}:remask.every=4:remask.every_blend=0.6"),
+    "dense tokens": Setting(f"dart-code:{RESTLESS}:remask.dense_tokens=2:remask.blend=0.3", 0.37),
+    "two stages": Setting("dart:choice=gate-up:choice.mask_ratio=1.6:remask=never", 0.45),
+    "three stages": Setting(f"dart:{RESTLESS}:choice=gate-up:choice.mask_ratio=1.5:choice.write_share=0.6", 0.62),
+    "compensation": Setting(f"dart:{RESTLESS}:compensation=mean:score.skip_first=on", 0.37),
+    "saved table": Setting(f"dart:allocation=table:allocation.file={TABLE}:remask=never"),
     "shared mask": Setting(f"dart:{RESTLESS}", 0.37, shared_mask=True),
-    "shared mask, stages and compensation": Setting("dart-plus:every=5", 0.62, shared_mask=True),
-    "vocabulary score": Setting("dart:score=max:aggregate=ema:decay=0.9:detect=off", 0.7),
-    "product of scores and down columns": Setting("dart:score=product:down_norm=on:normalise=l1:detect=off"),
-    "residual sensitivity": Setting("dart:sensitivity=residual:protect=off:detect=off", 0.3),
-    "direction alone": Setting("dart:magnitude=off:detect=off", 0.3),
-    "oracle by down columns": Setting("oracle:normalise=l1:down_norm=on", 0.7, decodes=False),
+    "shared mask, stages and compensation": Setting("dart-plus:remask.every=5", 0.62, shared_mask=True),
+    "vocabulary score": Setting("dart:score.vocabulary=max:score.average=ema:score.decay=0.9:remask=never", 0.7),
+    "product of scores and down columns": Setting(
+        "dart:score.vocabulary=product:score.down_norm=on:score.norm=l1:remask=never"
+    ),
+    "residual sensitivity": Setting("dart:allocation.sensitivity=residual:allocation.protect=off:remask=never", 0.3),
+    "direction alone": Setting("dart:allocation.magnitude=off:remask=never", 0.3),
+    "oracle by down columns": Setting("oracle:score.norm=l1:score.down_norm=on", 0.7, decodes=False),
     "cats": Setting("cats", 0.45, families=TWO),
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),

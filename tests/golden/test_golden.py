@@ -1,4 +1,4 @@
-"""The numbers of the package are those of the file, in every case. `make golden` renews it and says what moved."""
+"""The numbers of the package are those of the file, in every case. `make golden` rewrites it and says what moved."""
 
 import numpy as np
 import pytest

@@ -18,7 +18,7 @@ RESTLESS = {
 }  # fmt: skip
 
 
-# Every way to renew a mask, often enough to be seen in a test.
+# Every re-mask, often enough to be seen in a test.
 REMASKED = [
     ("griffin", {}), ("dart", {}), ("dart", RESTLESS),
     ("dart", {**RESTLESS, "remask.old": "running", "remask.reference": "kept"}),
@@ -37,11 +37,12 @@ CHOOSING = [
     ("dart", {"choice": "hidden", "choice.mask_ratio": 2.5, "compensation": "mean", **RESTLESS}),
     ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}),
 ]  # fmt: skip
-RENEWED = [*REMASKED, *CHOOSING]
+# All of these: masks or choices that change while a sequence is decoded.
+VARIED = [*REMASKED, *CHOOSING]
 PLAIN = ("gpt2", "opt")  # families without a gate
 
 
-def renews(params):
+def makes_new_masks(params):
     """Whether a method with these parameters makes new masks within a few tokens (the built-in ones alone do not)."""
     return any(name.startswith("remask") for name in params)
 

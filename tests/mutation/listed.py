@@ -15,7 +15,7 @@ KINDS = {
     "swap": "two matrices, orders or arguments exchanged",
     "precision": "a sum that is not kept in fp32",
     "axis": "the wrong dimension",
-    "stale": "state that is kept where it must be renewed, or the reverse",
+    "stale": "state that is kept where it must be made anew, or the reverse",
     "formula": "a factor, a term or a bound that is missing or wrong",
 }
 

@@ -17,7 +17,7 @@ from tests.helpers.cards import Cards, OnCard
 from tests.helpers.commands import Watch
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, random_tokens, tiny
-from tests.helpers.sessions import RENEWED, RESTLESS, decoded, open_session, renews
+from tests.helpers.sessions import RESTLESS, VARIED, decoded, makes_new_masks, open_session
 
 METHODS = "dense,griffin,dart:score.average=ema:compensation=mean,wanda-sp"
 CELLS = (
@@ -97,7 +97,7 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
 
 @pytest.mark.parametrize(
     ("family", "method", "params", "shared"),
-    product(FAMILIES, [*((*m, False) for m in RENEWED), ("dart", RESTLESS, True)], every=4),
+    product(FAMILIES, [*((*m, False) for m in VARIED), ("dart", RESTLESS, True)], every=4),
 )
 def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, shared):
     prompts = [random_tokens(20, seed) for seed in (3, 4)]
@@ -114,7 +114,7 @@ def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, share
             found.append((logits.cpu(), [(e["token"], e["cause"]) for e in events], share))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1:] == found[1][1:]
-    assert bool(found[0][1]) == renews(params)  # masks did change
+    assert bool(found[0][1]) == makes_new_masks(params)  # masks did change
 
 
 def test_what_cards_would_refuse_is_refused():

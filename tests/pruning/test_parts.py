@@ -23,7 +23,7 @@ from dart_eval.pruning.parts.scores import Activation, Random, Wanda, Weights
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.sequence import PerSequence
 from tests.helpers.models import tiny
-from tests.helpers.sessions import RENEWED, open_session, prompts_of, state_of
+from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
@@ -383,7 +383,7 @@ def tensors_of(value, seen=None):
     return [t for v in inner for t in tensors_of(v, seen)]
 
 
-@pytest.mark.parametrize(("method", "params"), [*RENEWED, ("dart", {"choice": "gate-up", "compensation": "mean"})])
+@pytest.mark.parametrize(("method", "params"), [*VARIED, ("dart", {"choice": "gate-up", "compensation": "mean"})])
 @torch.no_grad()
 def test_a_copy_takes_every_tensor_and_all_of_them_are_counted(method, params):
     model = tiny("llama")
@@ -415,7 +415,7 @@ def _windows(state):
 
 def test_what_differs_in_a_state_is_what_its_parts_keep(llama):
     ffns = find_ffns(llama)
-    for spec, sums, renewing in (
+    for spec, sums, remasking in (
         ("griffin", {"score"}, False), ("dart-plus", {"score", "choice", "compensation"}, True), ("cats", set(), False),
         ("random:choice=gate-up", {"choice"}, False), ("random:compensation=mean", {"compensation"}, False),
     ):  # fmt: skip
@@ -424,5 +424,5 @@ def test_what_differs_in_a_state_is_what_its_parts_keep(llama):
             with open_session(llama, made(spec), 0.5) as session:
                 llama(prompts_of(1, 9), use_cache=True)
                 state = session.state
-        assert set(state.sums) == sums and (state.remasking is not None) == renewing
+        assert set(state.sums) == sums and (state.remasking is not None) == remasking
         assert state.ffns == tuple(ffns)

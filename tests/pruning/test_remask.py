@@ -86,7 +86,7 @@ def test_a_shared_mask_is_made_from_the_mean_of_all_sequences_whatever_their_len
         assert torch.equal(seen.state.masks[i], top_k_mask(score[None], torch.tensor([20])).expand(2, -1))
 
 
-def test_steady_renewals_are_counted_from_the_last_turn_and_leave_out_what_has_ended(llama):
+def test_steady_remasks_are_counted_from_the_last_turn_and_leave_out_what_has_ended(llama):
     seen = Observed(llama.float(), STEADY)
     assert seen.state.room() == 4
     assert seen.decode(2)[1] == []
@@ -98,7 +98,7 @@ def test_steady_renewals_are_counted_from_the_last_turn_and_leave_out_what_has_e
     assert seen.state.remasks.tolist() == [1, 0]
 
 
-def test_a_steady_renewal_leaves_the_detectors_reference(llama):
+def test_a_steady_remask_leaves_the_detectors_reference(llama):
     seen = Observed(llama.float(), {**FLAGGED, "remask.patience": 99, "remask.every": 2})
     before = seen.remasking.detector.reference.clone()
     assert len(seen.decode(2)[1]) == 2

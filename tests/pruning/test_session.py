@@ -13,16 +13,16 @@ from dart_eval.pruning.registry import BUILT_IN
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import (
-    RENEWED,
     RESTLESS,
+    VARIED,
     bits,
     cache_of,
     fitting,
     generate,
     hooked,
+    makes_new_masks,
     open_session,
     prompts_of,
-    renews,
     same,
 )
 
@@ -106,7 +106,7 @@ def test_leaving_restores_the_model_bit_for_bit(model, method):
     assert not hooked(model)
 
 
-@on_families(["method", "params"], FAMILIES, RENEWED, every=2)
+@on_families(["method", "params"], FAMILIES, VARIED, every=2)
 def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     lengths = (20, 9, 14)
     prompts = [random_tokens(n, seed=n) for n in lengths]
@@ -125,7 +125,7 @@ def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
         for a, b in zip(alone.logits, together.logits, strict=True):
             assert torch.allclose(a[0], b[row], atol=1e-6)
     assert events == alone_events
-    assert bool(events) == renews(params)
+    assert bool(events) == makes_new_masks(params)
 
 
 def masks_of(session):

@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning import slices
 from tests.helpers.models import SMALL, biased, random_tokens
-from tests.helpers.sessions import RENEWED, RESTLESS, bits, decoded, open_session, same
+from tests.helpers.sessions import RESTLESS, VARIED, bits, decoded, open_session, same
 
 
 @pytest.mark.parametrize(
-    ("method", "params"), [*RENEWED[:2], ("magnitude", {}), ("dart-plus", {**RESTLESS, "remask.every": 4})]
+    ("method", "params"), [*VARIED[:2], ("magnitude", {}), ("dart-plus", {**RESTLESS, "remask.every": 4})]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
 def test_layers_that_keep_no_neuron(family, method, params):

@@ -34,7 +34,7 @@ def test_rates_by_hand():
 
 
 def test_signals_after_an_alarm_are_judged_only_where_it_changed_nothing():
-    moved = trace([0.9, 0.9, 0.5, 0.5], alarms=[20], remasks=[])  # the mask is renewed later, from dense tokens
+    moved = trace([0.9, 0.9, 0.5, 0.5], alarms=[20], remasks=[])  # the mask is made anew later, from dense tokens
     assert detector.judged([moved], [], 0.1, "cosine", 1).detected == 0
     assert detector.judged([moved], [], 0.1, "cosine", 1, remasks=False).detected == 1
 

@@ -1,4 +1,4 @@
-"""Renewing masks: dense tokens, blends, watching only; and what must not change.
+"""Re-masks while a sequence is decoded: dense tokens, blends, watching only; and what must not change.
 
 The formulas: tests/derivations/test_dart_drift.py.
 """
@@ -104,7 +104,7 @@ def test_watching_only_changes_nothing_but_sees_everything(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS, **{"remask.act": False}) as session:
         watched = generate(llama, ids, tokens=16)
         trace = session.trace(0)
-        assert session.state.remasking.ring is None  # nothing to renew from, so nothing is kept
+        assert session.state.remasking.ring is None  # no re-mask, so nothing is kept
     assert torch.equal(torch.stack(static.logits), torch.stack(watched.logits))
     assert session.events == []
     assert len(trace["signal"]) == 5
@@ -138,7 +138,7 @@ def test_a_kept_reference_stays_and_a_moved_one_moves(llama):
             assert torch.equal(before, session.state.remasking.detector.reference) == (reference == "kept")
 
 
-def test_a_further_turn_after_renewals_counts_all_its_tokens(llama):
+def test_a_further_turn_after_remasks_counts_all_its_tokens(llama):
     """The average is kept on the scale of sums: a turn as long as the first context weighs as much as it."""
     params = {"remask.old": "running", "remask.tokens": 1, "remask.blend": 0.5, "remask.ring": 2}
     state = state_of("dart", llama.float(), **STEADY, **params)
@@ -213,7 +213,7 @@ def test_wrong_parameters_are_refused(llama, params, words):
         pass
 
 
-def test_sequences_of_a_batch_renew_on_their_own(llama):
+def test_sequences_of_a_batch_are_remasked_on_their_own(llama):
     """One row raises the alarm, the other never: only the first runs dense, and blocks end where it may change."""
     remask = OnDrift(window=2, patience=1, cooldown=9, min_windows=9, floor=0.5, dense_tokens=3, blend=0.0)
     state = state_of("dart", llama.float(), batch=2, remask=remask, allocation="uniform")
