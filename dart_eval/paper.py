@@ -20,6 +20,7 @@ from dart_eval.yamls import read_mapping, shown
 SHIPPED = Path(__file__).parent / "data"
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
 COLUMN_KEYS = ("task", "metric", "field", "num_fewshot", "limit", "limit_share")
+SEE = "see docs/paper.md"
 REPORTED_KEYS = ("label", "sparsity", "values", "source")
 
 
@@ -44,85 +45,80 @@ def load(name: str, base: RunConfig) -> PaperSpec:
     shipped = {p.stem.removeprefix("paper-"): p for p in sorted(SHIPPED.glob("paper-*.yaml"))}
     path = shipped.get(name, Path(name))
     data = read_mapping(path, "paper", "tables: ...", f"give a YAML file, or one of: {', '.join(shipped)}")
-    _keys(data, ("about", "methods", "sparsity", "tables"), str(path))
+    _known(data, ("about", "methods", "sparsity", "tables"), str(path))
     if not isinstance(data.get("tables"), list) or not data["tables"]:
-        raise UserError(f"{path} has no tables", "see docs/paper.md")
+        raise UserError(f"{path} has no tables", SEE)
     layouts, configs = [], []
     for table in data["tables"]:
         where = f"{path}, table {shown(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
-        _keys(table, TABLE_KEYS, where)
-        both = {"methods": data.get("methods"), "sparsity": data.get("sparsity"), **table}
+        _known(table, TABLE_KEYS, where)
         try:
             with naming(f"{where}: "):
-                layout, specs = _layout(both, base)
+                layout, specs = _layout({k: data.get(k) for k in ("methods", "sparsity")} | table, base)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-            raise UserError(f"{where}: a value is of the wrong kind ({summary(error)})", "see docs/paper.md") from None
+            raise UserError(f"{where}: a value is of the wrong kind ({summary(error)})", SEE) from None
         layouts.append(layout)
         configs += _configs(layout, specs, base)
-    names = [layout.name for layout in layouts]
-    if len(names) > len(set(names)):
+    if len({layout.name for layout in layouts}) < len(layouts):
         raise UserError(f"{path}: two tables have one name", "names become file names")
     return PaperSpec(str(data.get("about", "")), tuple(configs), tuple(layouts))
 
 
-def _keys(data: Any, known: Sequence[str], where: str) -> None:
+def _known(data: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
+    """The data, which must be a mapping with these keys alone."""
     if not isinstance(data, dict):
-        raise UserError(f"{where} must hold keys and values, not {shown(data)}", "see docs/paper.md")
+        raise UserError(f"{where} must hold keys and values, not {shown(data)}", SEE)
     for key in data:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), known))
+        if key not in keys:
+            raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), keys))
+    return data
 
 
 def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[Layout, tuple[str, ...]]:
     """The layout of a table, and its methods as typed."""
     for key in ("name", "title", "methods", "sparsity", "columns"):
         if not table.get(key):
-            raise UserError(f"it needs {key}", "see docs/paper.md")
-    if Path(str(table["name"])).name != str(table["name"]) or "\0" in str(table["name"]):
+            raise UserError(f"it needs {key}", SEE)
+    name, methods, heads = str(table["name"]), table["methods"], table["columns"]
+    if Path(name).name != name or "\0" in name:
         raise UserError("the name is no file name", "names become file names")
-    methods = table["methods"]
     if not isinstance(methods, dict):
         raise UserError("methods must be labels with methods", "for example `DART: dart`")
+    if not isinstance(heads, dict):
+        raise UserError("columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
     specs = checked("method", list(methods.values()))
     made = [methods_of(dataclasses.replace(base, method=(spec,)))[0] for spec in specs]
     rows = tuple(Row(str(label), m.name, m.params(), m.sized) for label, m in zip(methods, made, strict=True))
-    if not isinstance(table["columns"], dict):
-        raise UserError("columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
-    columns = tuple(_column(str(head), column, base) for head, column in table["columns"].items())
+    columns = tuple(_column(str(head), column, base) for head, column in heads.items())
     mean = bool(table.get("mean", False))
     if mean and len({c.metric for c in columns}) > 1:
         raise UserError("a mean needs columns of one metric", "leave `mean` out")
-    reported = []
-    for entry in table.get("reported") or []:
-        _keys(entry, REPORTED_KEYS, "reported")
-        unknown = sorted(set(entry["values"]) - {c.head for c in columns})
-        if unknown:
-            raise UserError(
-                f"reported column {unknown[0]!r} is not there", nearest(unknown[0], [c.head for c in columns])
-            )
-        values = {str(k): float(v) for k, v in entry["values"].items()}
-        reported.append(Reported(str(entry["label"]), float(entry["sparsity"]), values, str(entry["source"])))
-    layout = Layout(
-        str(table["name"]), str(table["title"]), rows, checked("sparsity", table["sparsity"]), columns, mean,
-        tuple(reported), str(table.get("note") or ""),
-    )  # fmt: skip
-    return layout, specs
+    reported = tuple(_reported(entry, [c.head for c in columns]) for entry in table.get("reported") or [])
+    sparsity, note = checked("sparsity", table["sparsity"]), str(table.get("note") or "")
+    return Layout(name, str(table["title"]), rows, sparsity, columns, mean, reported, note), specs
+
+
+def _reported(entry: Any, heads: Sequence[str]) -> Reported:
+    """A row of somebody else's numbers."""
+    values = {str(k): float(v) for k, v in _known(entry, REPORTED_KEYS, "reported")["values"].items()}
+    for head in sorted(values.keys() - set(heads)):
+        raise UserError(f"reported column {head!r} is not there", nearest(head, heads))
+    return Reported(str(entry["label"]), float(entry["sparsity"]), values, str(entry["source"]))
 
 
 def _column(head: str, column: Any, base: RunConfig) -> Column:
-    _keys(column, COLUMN_KEYS, f"column {head!r}")
-    tasks = column.get("task")
-    tasks = checked("tasks", tasks) if tasks else ()
-    metric, field = str(column.get("metric") or ""), str(column.get("field") or "")
-    if not tasks or bool(metric) == bool(field):
-        raise UserError(f"column {head!r} needs a task and either a metric or a field", "see docs/paper.md")
+    """A column; the limit of the command goes before its own."""
+    asked = _known(column, COLUMN_KEYS, f"column {head!r}")
+    metric, field = (str(asked.get(k) or "") for k in ("metric", "field"))
+    if not asked.get("task") or bool(metric) == bool(field):
+        raise UserError(f"column {head!r} needs a task and either a metric or a field", SEE)
     if field and field not in FIELDS:
         raise UserError(f"column {head!r}: unknown field {field!r}", nearest(field, FIELDS))
-    limit, shots = (None if column.get(k) is None else checked(k, column[k]) for k in ("limit", "num_fewshot"))
+    limit, shots = (None if asked.get(k) is None else checked(k, asked[k]) for k in ("limit", "num_fewshot"))
     if base.limit is not None:
-        share = float(column.get("limit_share", 1))
+        share = float(asked.get("limit_share", 1))
         limit = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))
-    return Column(head, tasks, metric, field, shots, limit)
+    return Column(head, checked("tasks", asked["task"]), metric, field, shots, limit)
 
 
 def _configs(layout: Layout, specs: tuple[str, ...], base: RunConfig) -> list[RunConfig]:
