@@ -102,7 +102,7 @@ class Desk:
         config = dataclasses.replace(job.config, tasks=(cell.task,))
         journal = opened.journal
         seconds = journal.seconds + opened.seconds
-        return Payload(cell.key, config, task.part, journal.answers(), journal.state_bytes, seconds, task.shrink)
+        return Payload(cell.key, config, task.part, dict(journal), journal.state_bytes, seconds, task.shrink)
 
     def _claim(self, job: Job) -> bool:
         """Take a cell up, if nobody else has."""

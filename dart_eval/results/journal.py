@@ -22,7 +22,7 @@ from dart_eval.results import layout
 BATCH = TypeAdapter(tuple[dict[str, Any], int, layout.Number])  # answers, state_bytes, seconds
 
 
-class Journal:
+class Journal(dict[str, Any]):
     """Answers by request, kept in memory and, where a path is given, on disk.
 
     Args:
@@ -34,31 +34,14 @@ class Journal:
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        super().__init__()
         self.path = path
         self.state_bytes = 0
         self.seconds = 0.0
         self._spent = 0.0  # the same and that of our own batches
-        self._answers: dict[str, Any] = {}
         self._file: Any = None
         if path is not None and os.path.lexists(path):
             self._read(path)
-
-    def __len__(self) -> int:
-        return len(self._answers)
-
-    def __contains__(self, request: str) -> bool:
-        return request in self._answers
-
-    def __getitem__(self, request: str) -> Any:
-        return self._answers[request]
-
-    def get(self, request: str, default: Any = None) -> Any:
-        """The answer, if there is one."""
-        return self._answers.get(request, default)
-
-    def answers(self) -> dict[str, Any]:
-        """All of them."""
-        return dict(self._answers)
 
     def add(self, answers: Mapping[str, Any], state_bytes: int, seconds: float) -> None:
         """Keep a batch. On return it is on disk, and no crash takes it back.
@@ -70,7 +53,7 @@ class Journal:
         Raises:
             StoreError: the disk is full, for example.
         """
-        self._answers.update(answers)
+        self.update(answers)
         self.state_bytes = max(self.state_bytes, state_bytes)
         self._spent += seconds
         if self.path is None:
@@ -78,7 +61,7 @@ class Journal:
         try:
             if self._file is not None and not self._is_there(self._file.fileno()):  # somebody has deleted it
                 self.close()
-                answers, state_bytes, seconds = self._answers, self.state_bytes, self._spent
+                answers, state_bytes, seconds = self, self.state_bytes, self._spent
             text = json.dumps([dict(answers), state_bytes, seconds], ensure_ascii=False).encode()
             line = b"%08x %s\n" % (zlib.crc32(text), text)
             if self._file is None:
@@ -108,7 +91,7 @@ class Journal:
     def remove(self) -> None:
         """Forget everything: the cell is finished, or is to be run anew."""
         self.close()
-        self._answers.clear()
+        self.clear()
         self.state_bytes, self.seconds, self._spent = 0, 0.0, 0.0
         if self.path is not None:
             self.path.unlink(missing_ok=True)
@@ -124,7 +107,7 @@ class Journal:
                 answers, state_bytes, seconds = layout.read(text, BATCH)
             except ValueError:
                 break
-            self._answers.update(answers)
+            self.update(answers)
             self.state_bytes = max(self.state_bytes, state_bytes)
             self.seconds += seconds
             self._spent += seconds

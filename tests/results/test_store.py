@@ -311,7 +311,7 @@ def test_a_journal_that_is_deleted_under_way_is_written_anew(tmp_path):
     journal.add({"f": [2]}, 10, 0.25)
     journal.add({"g": [3]}, 10, 0.25)
     again = Journal(path)
-    assert again.answers() == journal.answers()
+    assert again == journal
     assert (len(again), again.state_bytes, again.seconds) == (7, 40, 2.5)
 
 
