@@ -22,7 +22,7 @@ def report(
         int, typer.Option(help="Documents of each task to look through; 0 leaves them out.", min=0)
     ] = 50,
 ) -> None:
-    """Write one HTML page: the board, charts, costs, drift, every method's answers side by side, and all numbers.
+    """Write one HTML page: the board, charts, speed, drift, every method's answers side by side, and all numbers.
 
     The page is one file. It opens without a network, in any browser, and can be sent as it is.
 

@@ -64,7 +64,7 @@ def test_the_report_says_it_on_its_board_in_its_legends_and_its_tables(out):
     html = build(Store(out)).html.replace("<wbr>", "")
     assert f'<th scope="row">* {UNIFORM}</th>' in html
     assert f"</span> {UNIFORM}</li>" in html
-    assert html.count(f">{UNIFORM}</t") == 5  # how far it goes, costs, and three long tables
+    assert html.count(f">{UNIFORM}</t") == 4  # how far it goes, and three long tables
 
 
 def test_comparisons_say_it(out, tmp_path):

@@ -56,7 +56,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     context = {
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
         "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold),
-        "models": [_model(board, cells, known, chance) for board in made],
+        "models": [_model(board, known, chance) for board in made],
         "keys": {label: charts.key(number) for label, number in known.items()}, "chance": bool(chance),
         "number": itertools.count().__next__, "drift": drift_of(cells, looked, known),
         "detectors": detector.tables(reader, [c.record for c in cells]), "tasks": shown, "kept": reader.kept,
@@ -88,9 +88,7 @@ def _read(reader: Reader, cells: Sequence[Cell]) -> tuple[dict[str, Looked], dic
     return looked, texts, untold
 
 
-def _model(
-    board: Board, cells: Sequence[Cell], known: Mapping[str, int], chance: Mapping[str, float]
-) -> dict[str, Any]:
+def _model(board: Board, known: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
     """What the page shows of one model."""
     columns = board_text.columns_of(board)
     levels = [
@@ -102,7 +100,7 @@ def _model(
         "name": board.model, "about": board_text.tasks_note(board), "heads": [name for name, _ in columns],
         "levels": levels, "verdicts": [level.verdict for level in board.levels if level.verdict],
         "legend": board_text.legend(board, columns)[-1], "charts": quality.charts(board, known, chance),
-        "reach": reach if reach.body else None, "costs": quality.costs(board, [c for c in cells if c.board is board]),
+        "reach": reach if reach.body else None, "speeds": quality.speeds(board),
     }  # fmt: skip
 
 

@@ -18,7 +18,6 @@ class Cell:
 
     record: Record
     row: Row
-    board: Board
     name: str
 
     @property
@@ -35,7 +34,7 @@ def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[Cell]:
         model = f"{board.model}: " if len(boards) > 1 else ""
         for row in board.rows:
             name = model + (f"{row.label} {sparsity(row.sparsity)}" if row.sparsity else row.label)
-            found += [Cell(by_key[key], row, board, name) for key in row.keys]
+            found += [Cell(by_key[key], row, name) for key in row.keys]
     return found
 
 

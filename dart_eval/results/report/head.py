@@ -8,15 +8,12 @@ from typing import Any
 
 from dart_eval.results import metrics
 from dart_eval.results.format import sparsity
-from dart_eval.results.inputs import model_of
+from dart_eval.results.inputs import HASH_DIGITS, model_of
 from dart_eval.results.report.cells import Cell, finite
 from dart_eval.results.tables import cut_prompts
 
 FEW = 100  # documents below which an interval is wide enough to say so
-DIFFERENCES = {  # settings that a reader would not expect to differ inside a report
-    "dtype": "precision", "device": "kind of device", "scope": "scope", "limit": "limit of documents",
-    "num_fewshot": "number of examples in the prompt",
-}  # fmt: skip
+ALIKE = ("code", "dtype", "device", "scope", "limit", "num_fewshot")  # inputs that a reader expects to be one
 HALF = ("float16", "bfloat16", "fp16", "bf16")
 PACKAGES = ("dart-eval", "python", "torch", "transformers", "lm_eval")
 
@@ -86,17 +83,11 @@ def _few(cells: Sequence[Cell]) -> list[str]:
 
 
 def _mixed(cells: Sequence[Cell]) -> list[str]:
-    found = []
-    if len(codes := _of(cells, "code")) > 1:
-        found.append(f"Cells of different versions of this program's numeric code stand side by side "
-                     f"({listed([c[:8] for c in codes])}).")  # fmt: skip
-    versions = [c.record.inputs.get("versions") or {} for c in cells]
-    if moved := [n for n in sorted({n for v in versions for n in v}) if len({v.get(n) for v in versions}) > 1]:
-        found.append(f"Cells were run with different versions of {listed(moved)}.")
-    for name, word in DIFFERENCES.items():
-        if len(values := unique("default" if v is None else v for v in _raw(cells, name))) > 1:
-            found.append(f"Cells differ in their {word}: {listed(values)}.")
-    return found
+    found = {name: unique("default" if v is None else v for v in _raw(cells, name)) for name in ALIKE}
+    found["code"] = [code[:HASH_DIGITS] for code in found["code"]]
+    for package in sorted({n for v in _raw(cells, "versions") for n in v or {}}):
+        found[package] = unique((v or {}).get(package, "unknown") for v in _raw(cells, "versions"))
+    return [f"Cells differ in {name}: {listed(values)}." for name, values in found.items() if len(values) > 1]
 
 
 def _raw(cells: Sequence[Cell], name: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the charts and the cost table of a board hold."""
+"""What the charts and the table of speeds of a board hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from dart_eval.results import metrics
 from dart_eval.results.board import Board, Row
-from dart_eval.results.format import number, share, size, small_share, sparsity, with_error
+from dart_eval.results.format import number, share, with_error
 from dart_eval.results.record import Metric
-from dart_eval.results.report.cells import Cell, finite, flat
+from dart_eval.results.report.cells import finite, flat
 from dart_eval.results.report.charts import Chart, Point, draw, recoveries
 from dart_eval.results.writers import Table
 
@@ -65,49 +65,19 @@ def _chart(
     )]  # fmt: skip
 
 
-def costs(board: Board, cells: Sequence[Cell]) -> Table:
-    """What each row of a board costs: FLOPs, overhead, extra memory, and speed where it was measured."""
-    rows = board.rows
-    timed = any(row.speed for row in rows)
-    body = []
-    for row in rows:
-        ratios = [r for c in cells if c.row is row and (r := _flops(c)) is not None]
-        ratio = sum(ratios) / len(ratios) if ratios else None
-        line = [
-            row.label, "-" if row.sparsity is None else sparsity(row.sparsity), share(row.read),
-            "-" if ratio is None else share(ratio), small_share(row.overhead), size(row.memory),
-        ]  # fmt: skip
-        if timed:
-            line += _speed(row)
-        body.append(line)
-    heads = ["method", "sparsity", "read", "FLOPs", "overhead", "extra memory"]
-    note = (
-        "FLOPs: of a decoded token over dense's, counted from shapes at the mean context, where pruned neurons are "
-        "skipped. run itself multiplies by masks, which saves no time. overhead: FLOPs that the method adds to that, "
-        "over those of a dense token. extra memory: kept beside the model for a sequence. "
-    )
-    if timed:
-        heads += ["speed", "control", "ceiling", "measured on"]
-        note += (
-            "speed: of decoding, over dense, as dart-eval bench decode measured it [quartiles]. control: dense over "
-            "dense, so what is as near to 1 as that is noise. ceiling: the most that the bytes of the model allow."
-        )
-    else:
-        note += "Nothing here is a measured speed: that is what dart-eval bench decode is for."
-    return Table("Costs", heads, body, note)
-
-
-def _flops(cell: Cell) -> float | None:
-    """FLOPs of a pruned decoding step / of a dense one."""
-    dense, pruned = (cell.record.flops.get(f"decode_step_{side}") for side in ("dense", "pruned"))
-    return pruned / dense if finite(dense) and finite(pruned) and dense > 0 else None
-
-
-def _speed(row: Row) -> list[str]:
-    s = row.speed
-    if s is None:
-        return ["-"] * 4
-    return [
-        f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]", f"{s.control.median:.2f}x",
-        f"{s.ceiling:.2f}x", f"{s.device}, {s.hardware}, after {s.prompt_tokens} tokens",
+def speeds(board: Board) -> Table | None:
+    """How fast the rows of a board decode, where that was measured."""
+    body = [
+        [
+            row.label, share(row.read), f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]",
+            f"{s.control.median:.2f}x", f"{s.ceiling:.2f}x",
+            f"{s.device}, {s.hardware}, after {s.prompt_tokens} tokens",
+        ]
+        for row in board.rows if (s := row.speed)
     ]  # fmt: skip
+    note = (
+        "speed: of decoding, over dense, as dart-eval bench decode measured it [quartiles]. control: dense over dense, "
+        "so what is as near to 1 as that is noise. ceiling: the most that the bytes of the model allow."
+    )
+    heads = ["method", "read", "speed", "control", "ceiling", "measured on"]
+    return Table("Speed", heads, body, note) if body else None
