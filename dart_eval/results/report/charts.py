@@ -158,13 +158,11 @@ def _name(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
     axes.figure.set_figheight(axes.figure.get_figheight() * LINE / line)
     to_axes = axes.transData + axes.transAxes.inverted()
     found = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for name, x, y, colour in ends)
-    heights: list[float] = []
-    for height, *_ in found:
-        heights.append(max(height, heights[-1] + line) if heights else height)
-    above = 1.0
-    for i in reversed(range(len(heights))):
-        heights[i] = above = min(heights[i], above)
-        above -= line
+    up = list(itertools.accumulate((f[0] for f in found), lambda below, own: max(own, below + line)))
+    down = list(itertools.accumulate((f[0] for f in reversed(found)), lambda above, own: min(own, above - line)))[::-1]
+    middle = [(high + low) / 2 for high, low in zip(up, down, strict=True)]
+    inside = max(0.0, middle[-1] - 1) + min(0.0, middle[0])
+    heights = [height - inside for height in middle]
     for height, (_, x, y, name, colour) in zip(heights, found, strict=True):
         thread = {"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.8, "linestyle": ":"}
         axes.annotate(name, (x, y), (1.03, height), textcoords="axes fraction", va="center", fontsize=9.5,
