@@ -1,4 +1,4 @@
-"""How a global sparsity is spread over layers: keep ratios, then exact keep counts.
+"""How a sparsity is spread over layers: first the density of each layer, then exact counts of neurons.
 
 The depth-aware rule is DART's (arXiv 2601.22632, layer-wise allocation), nine steps from a layer's
 sensitivity to its prune ratio. Steps 3 to 8 are `depth_aware`; step 2 is `normalise_sensitivity`;
@@ -17,7 +17,7 @@ from pathlib import Path
 from dart_eval.errors import UserError
 from dart_eval.files import read_text, write
 
-TABLE_TOLERANCE = 0.005  # of the mean keep ratio: published tables are rounded to four digits
+TABLE_TOLERANCE = 0.005  # of the mean density: published tables are rounded to four digits
 
 EARLY_SHARE, LATE_SHARE = 0.30, 0.15  # w_e, w_l: shares of the depth that count as early and late
 EARLY_FACTOR, LATE_FACTOR = 0.25, 0.35  # alpha, beta: how far the first and the last layer are protected
@@ -49,16 +49,16 @@ def normalise_sensitivity(sensitivity: Sequence[float]) -> list[float]:
 
 
 def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float, protect: bool = True) -> list[float]:
-    """Keep ratio of every layer by DART's depth-aware rule.
+    """The density of every layer by DART's depth-aware rule.
 
     Args:
         normalised_sensitivity: [L], 0 (the FFN changes the stream least) to 1 (most).
-        sparsity: global prune ratio in [0, 1); the mean of the returned ratios is 1 - sparsity.
+        sparsity: in [0, 1), over all layers; the mean of the returned densities is 1 - sparsity.
         protect: spare early and late layers (step 4). False is the paper's ablation: a depth factor of 1 everywhere.
 
     Returns:
-        [L] keep ratios. The bounds 0.1 and 0.9 on a layer's prune ratio give way where the
-        global sparsity itself lies outside them (sparsity 0 keeps everything).
+        [L] densities. What is pruned of a layer is kept between 0.1 and 0.9, unless the sparsity itself lies outside
+        these bounds (sparsity 0 keeps everything).
     """
     layers = len(normalised_sensitivity)
     low, high = min(MIN_PRUNE, sparsity), max(MAX_PRUNE, sparsity)
@@ -85,7 +85,14 @@ def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float, protec
 
 
 def _depth_factor(x: float) -> float:
-    """Protection of early and late layers (step 4); x is the depth in [0, 1]. 1 means none."""
+    """The protection of early and late layers (step 4).
+
+    Args:
+        x: the depth of the layer, in [0, 1].
+
+    Returns:
+        A factor on what is pruned; 1 protects nothing.
+    """
     if x < EARLY_SHARE:
         return EARLY_FACTOR + (1 - EARLY_FACTOR) * x / EARLY_SHARE
     if x > 1 - LATE_SHARE:
@@ -94,12 +101,12 @@ def _depth_factor(x: float) -> float:
 
 
 def keep_counts(ratios: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[int]:
-    """Kept neurons of every layer: floor, then the remainder by largest fraction, so the total is exact.
+    """The kept neurons of every layer: rounded down, then one more for the largest fractions, so the total is exact.
 
     Args:
-        ratios: [L] keep ratios, meant to satisfy sum(ratio * size) = (1 - sparsity) * sum(size).
+        ratios: [L] densities, meant to satisfy sum(ratio * size) = (1 - sparsity) * sum(size).
         sizes: [L] neurons of every layer.
-        sparsity: the labelled global sparsity in [0, 1).
+        sparsity: the labelled sparsity in [0, 1), over all layers.
 
     Returns:
         [L] counts with sum = round((1 - sparsity) * sum(sizes)), each between 0 and its layer's size.
@@ -127,10 +134,13 @@ def exact_counts(wanted: Sequence[float], most: Sequence[int], total: int) -> li
 
 @dataclass(frozen=True)
 class Counts:
-    """Neurons per layer, [L] each: of the mask; those of them that a token takes; those of these that it writes.
+    """How many neurons of each layer a token reads, and of which matrices.
 
-    whole: matrices of which a token reads the rows of the whole mask. Of down it reads the columns of what it writes,
-    of all other matrices the rows of what it takes.
+    Attributes:
+        mask: [L] neurons in the mask.
+        taken: [L] those of the mask that a token takes. It reads their rows of every matrix that is not read whole.
+        written: [L] those of the taken ones that a token writes. It reads their columns of down.
+        whole: how many matrices a token reads for the whole mask.
     """
 
     mask: list[int]
@@ -145,10 +155,10 @@ def chosen_counts(
 ) -> Counts:  # fmt: skip
     """How many neurons of every layer a token's choice keeps, at weights read = 1 - sparsity.
 
-    A gated FFN whose gate is read whole reads (mask + taken + written) / 3; a plain one, whose up is, (mask + taken) /
-    2. In general matrices * read = whole * mask + (matrices - 1 - whole) * taken + written. It is met to the neuron,
-    over all layers, and by every layer up to rounding: where a mask has all neurons of its layer, what the tokens take
-    there gets the rest.
+    Of a gated FFN whose gate is read whole, a token reads (mask + taken + written) / 3; of a plain one, whose up is
+    read whole, (mask + taken) / 2. In general matrices * read = whole * mask + (matrices - 1 - whole) * taken + written.
+    Over all layers this is met to the neuron, and in every layer up to rounding. Where a mask has all neurons of its
+    layer, the tokens take more of them instead.
 
     Args:
         densities: [L] weights read of every layer, mean 1 - sparsity.
@@ -195,7 +205,11 @@ def chosen_counts(
 def _mask_counts(
     densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, whole: int, ratio: float, even: bool
 ) -> tuple[list[float], list[int]]:
-    """Neurons of every layer's mask, as wanted and exactly. even: what is left must divide among two matrices."""
+    """The neurons of every layer's mask: as wanted, and in whole numbers.
+
+    Args:
+        even: whether what is left must divide among two matrices. See `chosen_counts` for the others.
+    """
     most = matrices / whole if whole else math.inf
     wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
     clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
@@ -208,7 +222,7 @@ def _mask_counts(
 
 
 def read_table(path: str | Path) -> list[float]:
-    """[L] keep ratios of a saved allocation (`write_table`).
+    """The densities of a saved allocation (`write_table`), [L].
 
     Raises:
         UserError: the file cannot be read, or holds no ratios.
@@ -229,7 +243,7 @@ def read_table(path: str | Path) -> list[float]:
 
 
 def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
-    """Save keep ratios, with what made them, for `allocation=table:FILE`."""
+    """Save densities, with what made them, for `allocation=table:allocation.file=FILE`."""
     text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
     write(path, text)
 

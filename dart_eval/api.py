@@ -1,4 +1,4 @@
-"""`dart_eval.evaluate`: what `dart-eval run` does, from Python. It imports torch only when it is called."""
+"""`dart_eval.evaluate` does from Python what `dart-eval run` does. It imports torch only when it is called."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """FLOPs and bytes, counted from the shapes of the loaded model.
 
-A multiply-add is two FLOPs. Counted are the matrix products (projections, attention scores and values, output head)
+A multiply-add is two FLOPs. The matrix products are counted (projections, attention scores and values, output head),
 as an eager kernel executes them: a prompt's attention over its full square, a decoded token's over its KV cache.
 Norms, activations and softmax are left out, as torch's own flop counter leaves them out; a test compares the two.
 """
@@ -19,7 +19,7 @@ from dart_eval.pruning.method import Pruner
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model that its cost follows from.
+    """The sizes of a model from which its cost follows.
 
     Attributes:
         layers, width: L and D.
@@ -27,7 +27,7 @@ class ModelShape:
         ffn_matrices: matrices of an FFN (3 gated, 2 plain).
         other_weights: weights of all other projections of the decoder, multiplied once per token.
         head_weights: weights of the output head, multiplied where logits are wanted.
-        attention_widths: of each layer, heads * (what a head compares + what it sums up), twice a head's size mostly.
+        attention_widths: for each layer, heads * (width of a head's keys + width of its values).
         windows: tokens that each layer can look back to (itself included), None for all.
         weight_bytes: bytes of all parameters, tied ones once.
     """
@@ -44,23 +44,25 @@ class ModelShape:
 
     @property
     def ffn_weights(self) -> int:
-        """Weights of all FFNs."""
+        """The number of weights of all FFNs."""
         return self.ffn_matrices * self.width * sum(self.ffn_sizes)
 
     @property
     def ffn_share(self) -> float:
-        """phi: the FFNs' share of the weights that a decoded token reads."""
+        """The share of the FFNs in the weights that a decoded token reads."""
         return self.ffn_weights / (self.ffn_weights + self.other_weights + self.head_weights)
 
     def prefill(self, tokens: int) -> int:
-        """FLOPs of a dense prompt of that many tokens, logits at its last position only."""
+        """FLOPs of a dense prompt of that many tokens, with logits at its last position only."""
         per_token = 2 * (self.ffn_weights + self.other_weights)
         return tokens * per_token + 2 * sum(self.attention_widths) * tokens * tokens + 2 * self.head_weights
 
     def decode(self, position: int, weights_read: float = 1.0) -> int:
-        """FLOPs of one decoded token that attends to `position` tokens (itself included).
+        """FLOPs of one decoded token.
 
-        weights_read: share of the FFN weights that the token multiplies.
+        Args:
+            position: how many tokens it attends to, itself included.
+            weights_read: the share of the FFN weights that it multiplies.
         """
         ffn = round(2 * self.ffn_weights * weights_read)
         seen = [position if w is None else min(position, w) for w in self.windows]
@@ -99,7 +101,7 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
 
 
 def _attention_width(ffn: FFN, layer: nn.Module) -> int:
-    """What all heads compare and sum up; latent attention compares more than it sums up (DeepSeek, MiniCPM3)."""
+    """The widths of all keys and values. In latent attention keys are wider than values (DeepSeek, MiniCPM3)."""
     values, _ = features(ffn.attention)
     attention = next(m for m in layer.children() if any(part is ffn.attention for part in m.modules()))
     head, compared = getattr(attention, "v_head_dim", None), getattr(attention, "qk_head_dim", None)
@@ -113,17 +115,17 @@ def _is_projection(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a method itself adds.
+    """The work that a method adds.
 
     Attributes:
         prefill: FLOPs of observing the prompt's tokens, by all parts (an upper bound: five operations per neuron and
-            token, which token normalisation needs). Sorting scores is comparisons, and not counted.
+            token, which token normalisation needs). Sorting scores takes comparisons, which are not counted.
         decode_step: FLOPs per decoded token: the detector, and choosing neurons where tokens do.
-        remask: FLOPs of one re-mask. From the ring: dense gate and up on its inputs, and observing them; down's columns
-            of the pruned neurons once, where something stands in for these. From dense tokens: observing them, and what
-            each computes more than a pruned one.
-        remask_read: FFN weights that a re-mask reads / all FFN weights: each once however many inputs the ring has; of
-            dense tokens what each reads more than a pruned one.
+        remask: FLOPs of one re-mask. A re-mask from the ring computes gate and up densely on the ring's inputs and
+            observes them; where something stands in for the pruned neurons, it also multiplies their columns of down
+            once. A re-mask from dense tokens observes these; what each computes more than a pruned token counts too.
+        remask_read: FFN weights that a re-mask reads / all FFN weights. The ring reads each once, however many inputs
+            it has; of dense tokens counts what each reads more than a pruned one.
     """
 
     prefill: int
@@ -133,9 +135,13 @@ class Overhead:
 
 
 def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float) -> Overhead:
-    """What `method` adds on a prompt of that many tokens: the sum over its parts. One FLOP per element and operation.
+    """The work that a method adds: the sum over its parts, with one FLOP for each element and operation.
 
-    weights_read: share of the FFN weights that a pruned token multiplies.
+    Args:
+        method: the method.
+        shape: sizes of the model.
+        tokens: how many the prompt has.
+        weights_read: the share of the FFN weights that a pruned token multiplies.
     """
     neurons, remask = sum(shape.ffn_sizes), method.mask.remask
     mask = 1.0 if method.mask.whole else min(1.0, method.choice.mask_ratio * weights_read)
@@ -161,10 +167,17 @@ def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float
 def describe(
     method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
 ) -> dict[str, Any]:
-    """The cost block of a record, at the mean context length of what was run. FLOPs.
+    """The costs that a record holds, in FLOPs.
 
-    weights_read: of tokens that ran pruned. `overhead_decode_step` includes the re-masks that were seen, spread over
-    the tokens; `remask_reads` are the FFN weights that these read, per decoded token, over all FFN weights.
+    `overhead_decode_step` includes the re-masks that were seen, spread over the tokens. `remask_reads` is the share of
+    the FFN weights that these re-masks read, again for each decoded token.
+
+    Args:
+        method: the method.
+        shape: sizes of the model.
+        context: mean length of the contexts that were run.
+        weights_read: the share of the FFN weights that tokens which ran pruned multiplied.
+        remasks_per_token: how many re-masks were seen for each token.
     """
     tokens = max(1, round(context))
     added = overhead(method, shape, tokens, weights_read)

@@ -1,4 +1,4 @@
-"""A model that is loaded already, as `dart_eval.evaluate` takes it: its identity is read from what lies in memory."""
+"""A model that is in memory already, as `dart_eval.evaluate` takes it. Its identity is read from its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OF_A_CALL = ("padding", "truncation")  # of a tokenizer: what its last call left
 
 @dataclass(frozen=True)
 class Loaded(Resolved):
-    """A loaded model and its tokenizer, in place of one that is to be found and loaded."""
+    """A model in memory and its tokenizer, in place of a model that must be found and loaded."""
 
     model: PreTrainedModel
     tokenizer: Any

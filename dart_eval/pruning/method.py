@@ -1,4 +1,4 @@
-"""What a pruning method is: a composition of parts, and the spelling that reaches every field of them.
+"""A pruning method is a composition of parts. A spelling reaches every field of them.
 
 Example: `griffin:remask=drift:remask.window=8` is GRIFFIN's composition with another part in the slot `remask`, and
 another value in that part's field `window`. In Python it is `make("griffin", {"remask": OnDrift(window=8)})`, in YAML
@@ -54,7 +54,7 @@ class Pruner:
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is ever left out: not under a mask of everything whose tokens compute all of it."""
+        """Whether anything is ever left out. Nothing is if the mask holds everything and tokens compute all of it."""
         return not self.mask.whole or self.choice.chooses
 
     @property
@@ -69,7 +69,7 @@ class Pruner:
 
     @property
     def upper_bound(self) -> bool:
-        """Whether it knows what no method can know in time: a row to measure others by."""
+        """Whether it uses what no method can know in time, so that no method can reach it."""
         return self.mask.looks_ahead or self.choice.upper_bound
 
     @property
@@ -85,7 +85,7 @@ class Pruner:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether anything is kept of a single sequence."""
+        """Whether it keeps any state for a single sequence."""
         return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change
 
     @property
@@ -106,16 +106,16 @@ class Pruner:
             self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True)
 
     def parts(self) -> list[Part]:
-        """All parts, the inner ones too."""
+        """All parts of the method, the inner ones too."""
         return [part for _, part in slots(self)]
 
     def files(self) -> list[str]:
-        """Files that its parts read."""
+        """The files that its parts read."""
         return [file for part in self.parts() for file in part.files()]
 
     @property
     def spec(self) -> str:
-        """What a user types: the name, and what is not as the method of that name has it."""
+        """What a user types to get it: the name, and every setting in which it differs from the method of that name."""
         unnamed = self.name == Pruner.name
         told = _told(self, self.base or (Pruner() if unnamed else self))
         return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in told)])
@@ -134,7 +134,7 @@ Known = Mapping[str, Mapping[str, type[Part]]]  # slot -> name -> part, of all t
 
 
 def changed(base: Pruner, given: Mapping[str, Any], known: Known) -> Pruner:
-    """A composition with other parts and values in it.
+    """The composition `base` with other parts and values in it.
 
     Args:
         given: path -> value: for a slot the name of a part, a `Part`, or a mapping with its fields (and `part`, its
@@ -156,7 +156,7 @@ def changed(base: Pruner, given: Mapping[str, Any], known: Known) -> Pruner:
 
 
 def _merge(tree: dict[str, Any], steps: list[str], value: Any, path: str) -> None:
-    """Put a value into nested mappings; what stands in for a slot itself stands under `part`."""
+    """Put a value into nested mappings. The part that fills a slot stands under `part`."""
     for step in steps:
         tree = tree.setdefault(step, {})
     if value is None:
@@ -173,7 +173,7 @@ def _merge(tree: dict[str, Any], steps: list[str], value: Any, path: str) -> Non
 
 
 def flattened(given: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Paths and values of nested mappings; `part` in them is what stands in the slot itself."""
+    """The paths and values of nested mappings, in which `part` names the part that fills a slot."""
     for key, value in given.items():
         where = path if key == "part" and path else f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping):
@@ -206,7 +206,7 @@ def _filled(current: Any, cls: type[Any], tree: Mapping[str, Any], known: Known,
 
 
 def _part(current: Part, slot: str, tree: Mapping[str, Any], known: Known, path: str) -> Part:
-    """What is to be in a slot: a part of its own, or the one that is there with other values."""
+    """The part that is to fill a slot: another part, or the one that is there with other values."""
     wanted, cls = tree.get("part"), type(current)
     if isinstance(wanted, Part):
         if wanted.slot != slot:
@@ -220,7 +220,7 @@ def _part(current: Part, slot: str, tree: Mapping[str, Any], known: Known, path:
 
 
 def _unknown(cls: type[Any], name: str, path: str, where: str, known: Known) -> UserError:
-    """What to say of a field that there is not, and of what was meant."""
+    """The error for a field that does not exist, with what may have been meant."""
     fields, slot = [*_fields(cls)], getattr(cls, "slot", None)
     if slot is None:
         return UserError(f"there is no {where!r}", nearest(name, known))
@@ -257,7 +257,7 @@ def slots(owner: Any, path: str = "") -> Iterator[tuple[str, Part]]:
 
 
 def _told(owner: Any, usual: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What must be typed to make one part of another; `usual` is None for a part with its defaults."""
+    """The settings to be typed to turn the part `usual` into `owner`; None is a part with its defaults."""
     for name, field in _fields(type(owner)).items():
         value, where = getattr(owner, name), f"{path}.{name}" if path else name
         before: Any = field.default if usual is None else getattr(usual, name)

@@ -1,4 +1,4 @@
-"""`prune()`: attach a method to a model, run, detach."""
+"""`prune()` attaches a method to a model, lets the block run, and detaches the method."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Named = str | Mapping[str, Any]  # a part by its name, or its fields and under `
 
 
 def _made(method: str | Pruner, **slots: Part | Named | None) -> Pruner:
-    """The method, with other parts in its slots.
+    """The method with other parts in its slots.
 
     Args:
-        method: as typed, or ready.
-        slots: what is to be in each; None leaves what is there.
+        method: a name as typed, or a `Pruner`.
+        slots: the part that is to fill each slot; None leaves the part that is there.
 
     Raises:
         UserError: a name is unknown, a value is wrong, or a slot is given twice.
@@ -68,9 +68,9 @@ def prune(
     allocation: Allocation | Named | None = None,
     compensation: Compensation | Named | None = None,
 ) -> Iterator[Session]:
-    """Prune the FFN neurons of `model` while the block runs; the model leaves it as it came.
+    """Prune the FFN neurons of `model` while the block runs. Afterwards the model is as it was, bit for bit.
 
-    The prompt (prefill) runs dense, every decoded token pruned:
+    The prompt (prefill) runs dense, and every decoded token pruned:
 
         with prune(model, "dart", sparsity=0.7) as session:
             model.generate(**inputs)
