@@ -156,9 +156,9 @@ def chosen_counts(
     """How many neurons of every layer a token's choice keeps, at weights read = 1 - sparsity.
 
     Of a gated FFN whose gate is read whole, a token reads (mask + taken + written) / 3; of a plain one, whose up is
-    read whole, (mask + taken) / 2. In general matrices * read = whole * mask + (matrices - 1 - whole) * taken + written.
-    Over all layers this is met to the neuron, and in every layer up to rounding. Where a mask has all neurons of its
-    layer, the tokens take more of them instead.
+    read whole, (mask + taken) / 2. In general matrices * read = whole * mask + (matrices - 1 - whole) * taken
+    + written. Over all layers this is met to the neuron, and in every layer up to rounding. Where a mask has all
+    neurons of its layer, the tokens take more of them instead.
 
     Args:
         densities: [L] weights read of every layer, mean 1 - sparsity.

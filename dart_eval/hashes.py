@@ -1,4 +1,4 @@
-"""Hashes of the code and the task that make a cell's numbers: they move with what is said, not with how it is written.
+"""Hashes of the code and the task that make a cell's numbers. They change with what code does, not with its layout.
 
 Those of code are taken over Python's tokens. Comments, docstrings, blank lines, the width of indentations and where a
 line inside brackets breaks do not count. All else does: names, numbers, operators, texts (f-strings too), and what

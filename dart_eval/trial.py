@@ -40,7 +40,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def telling(model: nn.Module) -> Iterator[None]:
-    """What the model's own code raises in the trial forward inside is told in one line.
+    """Tell in one line what the model's own code raises in the trial forward inside.
 
     Raises:
         UserError: with the model's name and the error.

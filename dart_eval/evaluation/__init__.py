@@ -1,1 +1,1 @@
-"""Evaluation: lm-eval tasks on a (perhaps pruned) model. Knows methods only through `Session`."""
+"""Evaluation of lm-eval tasks on a model that may be pruned. It knows methods only through `Session`."""

@@ -1,4 +1,4 @@
-"""Which rows run together, and which contexts share a prefix: bookkeeping on lengths and tokens, without a model.
+"""The plan of batches: which rows run together, and which contexts share a prefix. It needs no model.
 
 A forward is taken to cost its padded tokens (rows x width) and, whatever its size, `Budget.forward` more: weights are
 read, kernels started. Batches and prefixes are chosen to make the sum small.
@@ -134,7 +134,7 @@ def batches(lengths: Sequence[int], rows: int, tokens: int | None = None, forwar
 
 
 def padded_batches(lengths: Sequence[int], rows: int, tokens: int | None, forward: int) -> list[slice]:
-    """`batches`, and rows without tokens (the last ones) apart."""
+    """The same as `batches`, with rows that have no tokens (the last ones) in batches of their own."""
     longer = sum(n > 0 for n in lengths)
     empty = [slice(longer + p.start, longer + p.stop) for p in batches(lengths[longer:], rows)]
     return batches(lengths[:longer], rows, tokens, forward) + empty

@@ -1,4 +1,4 @@
-"""What scored or generated tokens cost, of one answer or of many together."""
+"""The cost of scored or generated tokens, for one answer or for many together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """Tokens, and what they did without. Costs are added up by `+`.
+    """How many tokens there were, and what they did not read. Costs are added up by `+`.
 
     Attributes:
         tokens: scored or generated.

@@ -84,7 +84,7 @@ def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
 
 
 def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> None:
-    """Refuse what only answers that are scored can have: other scopes, and methods that look ahead.
+    """Refuse other scopes and methods that look ahead for tasks that do not score given answers.
 
     Raises:
         UserError: a task generates text, or the scope is another for a perplexity.
@@ -310,7 +310,7 @@ def _texts(by_task: dict[str, list[dict[str, Any]]], tasks: dict[str, Task]) -> 
 
 
 def _plain(value: Any) -> Any:
-    """The same as JSON knows it: numpy scalars and arrays, tuples and our own floats become plain."""
+    """The value in JSON's own types: numpy scalars and arrays, tuples and subclasses of float become plain."""
     if isinstance(value, (np.ndarray, np.generic)):
         return _plain(value.tolist())
     if isinstance(value, (list, tuple)):

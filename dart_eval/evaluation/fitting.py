@@ -1,4 +1,4 @@
-"""Prompts that are longer than the context: what is cut of them."""
+"""Prompts that are longer than the model's context are cut here."""
 
 from __future__ import annotations
 

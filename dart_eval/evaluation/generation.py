@@ -34,7 +34,7 @@ from dart_eval.pruning.state import Step
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be continued."""
+    """A prompt that is to be continued."""
 
     request: int  # its index
     name: str

@@ -114,7 +114,7 @@ class PrunedLM(HFLM):
             raise PartDone
 
     def _ask(self, kind: str, requests: Mapping[str, Any], make: Callable[[Budget], Scoring | Generator]) -> None:
-        """Run what is ours of a call and has not been answered. Its answers go into the journal.
+        """Run those requests of a call that are this worker's and have no answer yet. Their answers go into the journal.
 
         Args:
             kind: of the requests, see `Call`.
@@ -148,7 +148,7 @@ class PrunedLM(HFLM):
         unusable.check(over=True)
 
     def _keep(self, answers: Mapping[str, Score | Text], state_bytes: int) -> None:
-        """A batch is done: into the journal with it and the time since the last one."""
+        """Write a finished batch into the journal, with the time since the last one."""
         now = time.monotonic()
         new = {name: dataclasses.asdict(answer) for name, answer in answers.items() if name not in self.journal}
         self.journal.add(new, state_bytes, now - self._clock)
@@ -193,7 +193,7 @@ class PrunedLM(HFLM):
     # -- perplexity ------------------------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Per chunk of a document, the second half given the first. Every chunk begins with the prefix token.
+        """Score the second half of each chunk of a document, given the first. Every chunk begins with the prefix token.
 
         The result's `coverage` lets `tasks.rolling_results` weight the metric by the text that was scored.
         """

@@ -1,4 +1,4 @@
-"""What scoring is asked and answers, and the rows between: distinct inputs of a pruned forward."""
+"""The requests of scoring and their answers, and the rows between them: distinct inputs of a pruned forward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """What came out for a request.
+    """The score of a request.
 
     Attributes:
         logprob: sum of natural-log probabilities of the continuation.
@@ -46,7 +46,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Text:
-    """What was generated after a prompt.
+    """The text that was generated after a prompt.
 
     Attributes:
         text: without the stop sequence that ended it.

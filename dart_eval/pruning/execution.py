@@ -58,7 +58,7 @@ class Execution:
 
     @property
     def gathers(self) -> bool:
-        """Whether the one token reads the rows that it chooses alone."""
+        """Whether the one token reads only the rows that it chooses."""
         return self.permuted is not None and bool(self.permuted.gathered)
 
     def _possible(self, wanted: Wanted) -> Wanted:

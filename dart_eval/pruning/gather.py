@@ -1,4 +1,4 @@
-"""A token's choice inside its mask, made real in time on a GPU: products that read the chosen neurons' weights alone.
+"""Products that read the weights of the chosen neurons alone, so that a token's choice saves time on a GPU.
 
 Two Triton kernels for one token (a matrix times a vector): `read_rows` gathers rows of up, `write_rows` rows of a
 transposed down, both inside the product, with fp32 sums. Triton is optional (`pip install 'dart-eval[triton]'`) and

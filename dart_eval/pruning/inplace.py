@@ -70,7 +70,7 @@ def to_the_end(work: Callable[[], None]) -> None:
 
 
 def swap(tensor: Tensor, dim: int, a: Tensor, b: Tensor) -> Iterator[Step]:
-    """Entries `a` of the first or second dimension change places with `b` ([n] long each; no entry twice).
+    """Swap entries `a` of the first or second dimension with `b` ([n] long each; no entry twice).
 
     In pieces, so that what is held beside the tensor stays small.
     """

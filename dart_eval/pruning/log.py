@@ -1,4 +1,4 @@
-"""What a session notes of the sequences under way, since their context: steps, re-masks, what the detector saw."""
+"""The notes of a session on its sequences since their context: steps, re-masks, what the detector saw."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from dart_eval.pruning.tally import Tally
 
 
 class Session:
-    """One method on one model. Made by `prune`; see there.
+    """One method at work on one model. `prune` makes it.
 
     Attributes:
         log: what was noted since the last new context.
@@ -102,7 +102,7 @@ class Session:
 
     @property
     def permuted(self) -> PermutedFFNs | None:
-        """The FFNs while their neurons are in an order of ours, else None."""
+        """The FFNs while their neurons are reordered, else None."""
         return self.executing.permuted
 
     @property
@@ -354,7 +354,7 @@ class Session:
             self._finish_decode(state, attention)
 
     def _finish_decode(self, state: SequenceState, attention: Tensor | None) -> None:
-        """Ask the detector, and make the masks anew that are due."""
+        """Ask the detector, and make the new masks that are due."""
         detector = state.remasking.detector if state.remasking is not None else None
         watching = detector is not None and attention is not None
         changes = state.finish_decode(attention if watching else None, self.forward.valid)
@@ -368,7 +368,7 @@ class Session:
             self.log.changed(change)
 
     def attach(self) -> None:
-        """Install the hooks the method needs."""
+        """Install the hooks that the method needs."""
         if self.prunes:
             self._calls.watch()
             self._hooks.install(self._begin, self._end)

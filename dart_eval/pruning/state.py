@@ -1,4 +1,4 @@
-"""What pruning keeps for each sequence of a batch: what its parts have observed, its masks, its re-masks.
+"""The state of each sequence of a batch: what the parts have observed of it, its masks, its re-masks.
 
 The parts of the method (`parts`) say what is observed and what follows from it; here it is put together. All of it is
 by neuron, whatever order the weights are in. Padding is left out of every sum.
@@ -44,7 +44,7 @@ class Step:
 
 
 class SequenceState(PerSequence):
-    """State of B sequences under a method.
+    """The state of B sequences under a method.
 
     Life: `observe` and `observe_change` during the context's dense forward(s), `finish_context` makes the masks; then
     `apply` prunes and `finish_decode` makes masks anew between the forwards that follow.
@@ -138,14 +138,14 @@ class SequenceState(PerSequence):
             self.remasking.observe_attention(a, valid, self.tokens)
 
     def forget(self) -> None:
-        """Leave out of the masks what was observed so far."""
+        """Forget what was observed so far, so that no mask is made from it."""
         for sums in self.sums.values():
             sums.forget()
         self.change = self.method.allocation.start(self.batch, len(self.ffns))
         self.tokens, self.weight = torch.zeros_like(self.tokens), torch.zeros_like(self.weight)
 
     def skip_context(self) -> None:
-        """Nothing came before. Where masks need a context these sequences run dense, and are counted so."""
+        """Begin sequences without a context. Where masks need one, they run dense and are counted as dense."""
         self._count()
         if self.method.mask.fixed:
             self._make_masks()
@@ -250,7 +250,7 @@ class SequenceState(PerSequence):
     def apply(
         self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None, up: Tensor | None, sliced: bool = False
     ) -> Tensor:
-        """h without the neurons that are pruned.
+        """The intermediate state h without the neurons that are pruned.
 
         Args:
             h: [B, T, F], the input of the down projection. valid: [B, T] bool.

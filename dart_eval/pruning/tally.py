@@ -1,4 +1,4 @@
-"""How many tokens the sequences of a session were given, and which share of the FFN weights they did without."""
+"""How many tokens the sequences of a session have generated, and which share of the FFN weights these did not read."""
 
 from __future__ import annotations
 
