@@ -114,7 +114,7 @@ class PrunedLM(HFLM):
             raise PartDone
 
     def _ask(self, kind: str, requests: Mapping[str, Any], make: Callable[[Budget], Scoring | Generator]) -> None:
-        """Run those requests of a call that are this worker's and have no answer yet. Their answers go into the journal.
+        """Run those requests of a call that are this worker's and have no answer yet. The answers go into the journal.
 
         Args:
             kind: of the requests, see `Call`.
