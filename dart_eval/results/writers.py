@@ -66,14 +66,17 @@ def from_frame(
         if_different: further columns. One in which several rows have one value is left out, and the note says it.
     """
     gaps = [None] * len(frame)
-    texts = {
-        c.head: ["-" if v is None or v != v else c.text(v) for v in frame.get(c.name or c.head, gaps)]
+    made = [
+        (c.head, ["-" if v is None or v != v else c.text(v) for v in frame.get(c.name or c.head, gaps)])
         for c in (*columns, *if_different)
-    }
-    same = [c.head for c in if_different if len(frame) > 1 and len(set(texts[c.head])) == 1]
+    ]
+    foldable = range(len(columns), len(made)) if len(frame) > 1 else ()
+    same = [i for i in foldable if len(set(made[i][1])) == 1]
     if same:
-        note = f"In all rows: {', '.join(f'{head} {texts.pop(head)[0]}' for head in same)}. {note}"
-    return Table(title, list(texts), [list(row) for row in zip(*texts.values(), strict=True)], note)
+        note = f"In all rows: {', '.join(f'{made[i][0]} {made[i][1][0]}' for i in same)}. {note}"
+    kept = [column for i, column in enumerate(made) if i not in same]
+    body = [list(row) for row in zip(*(texts for _, texts in kept), strict=True)]
+    return Table(title, [head for head, _ in kept], body, note)
 
 
 def pieces(table: Table, width: int, name: int) -> list[Table]:

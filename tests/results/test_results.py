@@ -165,6 +165,13 @@ def test_every_metric_has_a_table(metric, title):
     assert metric in made[0].columns
 
 
+def test_a_metric_may_be_called_like_another_column():
+    made = tables([record(metrics=[Metric("t", name, 0.25, None, 10, True) for name in ("acc", "n", "task")])])
+    other = next(t for t in made if t.title == "Other metrics")
+    assert other.columns[:6] == ["task", "method", "sparsity", "n", "task", "n"]
+    assert other.body[0][:6] == ["t", "dart", "50 %", "0.2500", "0.2500", "10"]
+
+
 def test_tex_escapes_percent_and_underscore():
     text = render([record()], "tex").replace("{%\n", "{\n")  # a comment that ends a line on purpose
     for special in "%_":
