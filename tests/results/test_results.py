@@ -111,6 +111,14 @@ def test_json_has_one_row_per_metric_with_the_promised_keys():
     }]  # fmt: skip
 
 
+def test_a_method_has_one_label_over_tasks_of_other_limits():
+    records = [record(key="k1"), record(key="k2"), record("dense", 0.0, key="k3")]
+    records[1].inputs.update(task="xsum", limit=20)
+    assert {(r["task"], r["label"]) for r in rows(records)} == {("arc_easy", "dart"), ("arc_easy", "dense")}
+    by_cell = [(row[0], row[1]) for row in tables(records)[-1].body]
+    assert by_cell == [("arc_easy", "dense"), ("arc_easy", "dart"), ("xsum", "dart")]
+
+
 def test_rows_do_not_depend_on_the_order_of_records():
     records = dense_and_dart()
     assert rows(records) == rows(records[::-1])
