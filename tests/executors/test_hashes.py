@@ -184,7 +184,6 @@ WITHOUT_NUMBERS = {
     "results/metrics.py": "describes metrics",
     "results/record.py": "holds what it was given",
     "results/store.py": "keeps records",
-    "results/valid.py": "refuses",
     "task_names.py": "names",
     "text.py": "messages",
     "values.py": "reads options, which are part of a key",
