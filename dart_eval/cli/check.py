@@ -5,26 +5,38 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from dart_eval.cli import options
+from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, say, show
-from dart_eval.errors import UserError, nearest
+from dart_eval.errors import UserError
 from dart_eval.files import check_name, check_target, write
 
 FORMATS = ("md", "json")
 
 
 def check(
-    results: options.CheckResults,
-    baseline: options.CheckBaseline,
-    thresholds: options.CheckThresholds = None,
-    update: options.CheckUpdate = False,
-    every: options.CheckEvery = False,
-    github: options.CheckGithub = False,
-    junit: options.CheckJunit = None,
-    format: options.CheckFormat = None,
+    results: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `dart-eval run --output` wrote.")],
+    baseline: Annotated[
+        Path, own("Hold the results against this baseline, or a folder of earlier results.", None, "FILE")
+    ],
+    thresholds: Annotated[
+        Path | None, own("Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks.", None, "FILE")
+    ] = None,
+    update: Annotated[
+        bool, own("Write the baseline from the results. Nothing is checked.", None, "", "--update")
+    ] = False,
+    every: Annotated[bool, own("Show also the rows that are ok.", None, "", "--all")] = False,
+    github: Annotated[
+        bool, own("Write annotations and a job summary for GitHub Actions.", None, "", "--github")
+    ] = False,
+    junit: Annotated[Path | None, own("Write a JUnit report to this file.", None, "FILE")] = None,
+    format: Annotated[
+        str | None,
+        one_of(FORMATS, "format", "Print in this format. Without it a terminal gets a table, and a pipe md."),
+    ] = None,
 ) -> None:
     """Hold results against a baseline: exit status 0 if they hold, 1 if something fell or is missing.
 
@@ -38,8 +50,6 @@ def check(
 
       dart-eval check out --baseline out-old --junit report.xml
     """
-    if format is not None and format not in FORMATS:
-        raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
     if not update:
         check_name(baseline, "--baseline")
     for path in (junit, baseline if update else None):

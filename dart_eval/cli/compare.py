@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 
 from dart_eval.cli import complete
+from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, save_text, show
-from dart_eval.errors import UserError, nearest
+from dart_eval.errors import UserError
 from dart_eval.files import check_target, format_of
 
 FORMATS = ("md", "csv", "json")
@@ -22,60 +23,29 @@ EXAMPLES = {"methods": "dart,griffin", "sparsities": "0.5,0.7", "models": "model
 TRAITS = {"methods": "method", "sparsities": "sparsity", "models": "model"}  # option -> what cells differ in
 
 
-Folders = Annotated[
-    list[Path] | None,
-    typer.Argument(
-        metavar="FOLDER",
-        help="Two folders of results. With --methods, --sparsities or --models: the folder whose cells are "
-        r"compared, or several that are taken together.  \[default: out]",
-    ),
-]
-Methods = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A,B",
-        help="Compare the cells of method A with those of method B.",
-        autocompletion=complete.listed(complete.methods),
-    ),
-]
-Sparsities = Annotated[
-    str | None, typer.Option(metavar="A,B", help="Compare the cells at sparsity A with those at B; 0 is dense.")
-]
-Models = Annotated[
-    str | None,
-    typer.Option(
-        metavar="A,B",
-        help="Compare the cells of model A with those of model B: a name, or NAME@ and the first digits of the "
-        "weights' hash or the commit, where several have one name.",
-    ),
-]
-Metric = Annotated[
-    str,
-    typer.Option(
-        metavar="NAMES",
-        help=r"Compare in these metrics, comma-separated, or in all.  \[default: the main one of each task]",
-        show_default=False,
-    ),
-]
-Format = Annotated[
-    str | None,
-    typer.Option(
-        metavar="|".join(FORMATS),
-        help=r"Print in this form.  \[default: that of --save's ending, else a table; md in a pipe]",
-        autocompletion=complete.words(FORMATS),
-    ),
-]
-Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")]
+FOLDERS_HELP = (
+    "Two folders of results. With --methods, --sparsities or --models: the folder whose cells are "
+    r"compared, or several that are taken together.  \[default: out]"
+)
+METHODS_HELP = "Compare the cells of method A with those of method B."
+SPARSITIES_HELP = "Compare the cells at sparsity A with those at B; 0 is dense."
+MODELS_HELP = (
+    "Compare the cells of model A with those of model B: a name, or NAME@ and the first digits of the "
+    "weights' hash or the commit, where several have one name."
+)
+METRIC_HELP = r"Compare in these metrics, comma-separated, or in all.  \[default: the main one of each task]"
+FORMAT_HELP = r"Print in this form.  \[default: that of --save's ending, else a table; md in a pipe]"
+METHODS = complete.listed(complete.methods)
 
 
 def compare(
-    folders: Folders = None,
-    methods: Methods = None,
-    sparsities: Sparsities = None,
-    models: Models = None,
-    metric: Metric = "",
-    format: Format = None,
-    save: Save = None,
+    folders: Annotated[list[Path] | None, typer.Argument(metavar="FOLDER", help=FOLDERS_HELP)] = None,
+    methods: Annotated[str | None, own(METHODS_HELP, None, "A,B", offers=METHODS)] = None,
+    sparsities: Annotated[str | None, own(SPARSITIES_HELP, None, "A,B")] = None,
+    models: Annotated[str | None, own(MODELS_HELP, None, "A,B")] = None,
+    metric: Annotated[str, own(METRIC_HELP, None, "NAMES", show_default=False)] = "",
+    format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
+    save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
 ) -> None:
     """Compare two sets of cells, paired document by document, with tests and intervals.
 
@@ -92,8 +62,6 @@ def compare(
     dart-eval compare out --models model@1a2b3c4d,model@5e6f7a8b
     """
     given = [Path(folder) for folder in folders or []]
-    if format is not None and format not in FORMATS:
-        raise UserError(f"unknown format {format!r}", nearest(format, FORMATS))
     if save is not None:
         check_target(save)
         format = format_of(save, format, FORMATS)
@@ -111,8 +79,8 @@ def compare(
     text = comparing.render(comparison, format or "md")
     if save is None:
         put(text)
-        return
-    save_text(save, text)
+    else:
+        save_text(save, text)
 
 
 def _trait(options: dict[str, str | None], folders: Sequence[Path]) -> tuple[str, str, str] | None:

@@ -249,26 +249,3 @@ TracePlot = Annotated[
 TraceSaveAllocation = Annotated[
     Path | None, own("Save also the densities of this prompt's layers, for allocation=table:FILE.", OUTPUT, "FILE")
 ]
-
-# -- check -----------------------------------------------------------------------------------------------------
-
-CheckResults = Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `dart-eval run --output` wrote.")]
-CheckBaseline = Annotated[
-    Path, own("Hold the results against this baseline, or a folder of earlier results.", None, "FILE")
-]
-CheckThresholds = Annotated[
-    Path | None, own("Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks.", None, "FILE")
-]
-CheckUpdate = Annotated[bool, own("Write the baseline from the results. Nothing is checked.", None, "", "--update")]
-CheckEvery = Annotated[bool, own("Show also the rows that are ok.", None, "", "--all")]
-CheckGithub = Annotated[bool, own("Write annotations and a job summary for GitHub Actions.", None, "", "--github")]
-CheckJunit = Annotated[Path | None, own("Write a JUnit report to this file.", None, "FILE")]
-CheckFormat = Annotated[
-    str | None,
-    own(
-        "Print in this format. Without it a terminal gets a table, and a pipe md.",
-        None,
-        "md|json",
-        offers=("md", "json"),
-    ),
-]
