@@ -26,13 +26,11 @@ def methods(
 ) -> None:
     """Show every method in a line, or one method with all its parts and their fields.
 
+    \b
     [bold]Examples[/bold]
-
-      dart-eval ls methods
-
-      dart-eval ls methods griffin
-
-      dart-eval ls methods griffin:remask=drift
+    dart-eval ls methods
+    dart-eval ls methods griffin
+    dart-eval ls methods griffin:remask=drift
     """
     from dart_eval.cli.describe import alternatives, tree
     from dart_eval.pruning.registry import make, parse
@@ -84,13 +82,11 @@ def tasks(
 ) -> None:
     """Show names of tasks: this project's, the common ones, and with --all every task and group of lm-eval.
 
+    \b
     [bold]Examples[/bold]
-
-      dart-eval ls tasks
-
-      dart-eval ls tasks arc
-
-      dart-eval ls tasks mine --include-path DIR
+    dart-eval ls tasks
+    dart-eval ls tasks arc
+    dart-eval ls tasks mine --include-path DIR
     """
     from dart_eval.config import checked
     from dart_eval.task_names import ALIASES, COMMON

@@ -26,11 +26,10 @@ def report(
 
     The page is one file. It opens without a network, in any browser, and can be sent as it is.
 
+    \b
     [bold]Examples[/bold]
-
-      dart-eval report out
-
-      dart-eval report out --output report.html --title "DART" --samples 20
+    dart-eval report out
+    dart-eval report out --output report.html --title "DART" --samples 20
     """
     from dart_eval.results.report import build  # matplotlib is loaded only where it draws
 

@@ -10,26 +10,19 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.view import TerminalView, say
+from dart_eval.cli.view import TerminalView, say, show
+from dart_eval.results.writers import Table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dart_eval.config import RunConfig
     from dart_eval.executors.jobs import RunResult
+    from dart_eval.executors.sizing import CellSize
     from dart_eval.results.record import Record
 
-EXAMPLES = """
-[bold]Examples[/bold]
-
-\b
-dart-eval run --tasks smoke
-dart-eval run --sparsity 0.7 --tasks arc,hellaswag --limit 100
-dart-eval run --tasks smoke_drift --method dart,dart:allocation=uniform
-dart-eval run --tasks arc,xsum --model meta-llama/Llama-3.1-8B
-dart-eval run --tasks hellaswag --data-dir DIR --limit 20
-dart-eval run --config run.yaml
-"""
+# Loggers that tell much of little.
+NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
 
 
 def run(
@@ -76,16 +69,21 @@ def run(
     plan: options.Plan = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end."""
+    """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end.
+
+    \b
+    [bold]Examples[/bold]
+    dart-eval run --tasks smoke
+    dart-eval run --sparsity 0.7 --tasks arc,hellaswag --limit 100
+    dart-eval run --tasks smoke_drift --method dart,dart:allocation=uniform
+    dart-eval run --tasks arc,xsum --model meta-llama/Llama-3.1-8B
+    dart-eval run --tasks hellaswag --data-dir DIR --limit 20
+    dart-eval run --config run.yaml
+    """
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "plan", "verbose")}
     hush(verbose)
-    settings = understood(config, given)
-    if plan:
-        from dart_eval.cli import plan_table
-
-        plan_table.run(settings, verbose)
-    else:
-        run_cells(settings, verbose)
+    begin = show_plan if plan else run_cells
+    begin(understood(config, given), verbose)
 
 
 def run_cells(settings: RunConfig, verbose: bool) -> None:
@@ -106,6 +104,46 @@ def run_cells(settings: RunConfig, verbose: bool) -> None:
                 view.note(line)
     show_results(result, settings.output)
     finish(result, settings.output)
+
+
+def show_plan(settings: RunConfig, verbose: bool) -> None:
+    """Try a few units of every task, and print what all will take.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    with TerminalView() as view:
+        load_libraries(view, verbose)
+        from dart_eval.executors import estimate_all
+        from dart_eval.executors.sizing import keep
+
+        sizes, workers = estimate_all([settings], view)
+    show(plan_table(sizes, workers))
+    keep(settings.output, sizes, workers)
+
+
+def plan_table(sizes: list[CellSize], workers: int) -> Table:
+    """What a sweep will take: cells, and their sum."""
+    from dart_eval.executors.sizing import duration
+
+    def line(name: str, those: Sequence[CellSize], time: str) -> list[str]:
+        flops, memory = sum(s.flops for s in those) / 1e12, max((s.memory for s in those), default=0) / 10**9
+        counts = f"{sum(s.requests for s in those)}", f"{sum(s.tokens for s in those)}"
+        return [name, *counts, f"{flops:.1f}", f"{memory:.2f}", time]
+
+    todo = [s for s in sizes if not s.finished]
+    work = sum(s.seconds for s in todo)
+    body = [line(s.title, [s], "finished" if s.finished else duration(s.seconds)) for s in sizes]
+    body.append(line(f"{len(todo)} to run", todo, duration(work)))
+    spread = f", about {duration(work / workers)} on {workers} workers, and their start" if workers > 1 else ""
+    note = (
+        "Tokens: to compute; generated ones at their most, so texts that end early take less. TFLOPs: products with "
+        "the weights (masks save none). GB: the most that a few batches needed, the largest among them, on one worker. "
+        f"Time: from a few batches of every task, on one worker; in all {duration(work)}{spread}. The run says how far "
+        "off this was."
+    )
+    columns = ["cell", "requests", "tokens", "TFLOPs", "GB", "time"]
+    return Table("Plan", columns, body, note, rules=frozenset({len(body) - 1}))
 
 
 def show_results(result: RunResult, output: str) -> None:
@@ -166,23 +204,11 @@ def finish(result: RunResult, output: str) -> None:
         raise typer.Exit(1)
 
 
-run.__doc__ = f"{run.__doc__}\n{EXAMPLES}"
-
-
 def hush(verbose: bool) -> None:
     """Set what warnings and errors are shown, before anything heavy is imported."""
     logging.basicConfig(level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s")
     if verbose:
-        for noisy in (
-            "filelock",
-            "fsspec",
-            "urllib3",
-            "httpx",
-            "httpcore",
-            "matplotlib",
-            "asyncio",
-            "lm_eval.tasks",
-        ):
+        for noisy in NOISY:
             logging.getLogger(noisy).setLevel(logging.INFO)
     else:
         from dart_eval.quiet import hush_warnings

@@ -33,13 +33,11 @@ def trace(
 ) -> None:
     """Show what a method does with one prompt: the drift signal, alarms, new masks, neurons kept in each layer.
 
+    \b
     [bold]Examples[/bold]
-
-      dart-eval trace --method dart-plus
-
-      dart-eval trace "The history of the bicycle is" --tokens 50
-
-      dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
+    dart-eval trace --method dart-plus
+    dart-eval trace "The history of the bicycle is" --tokens 50
+    dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
     hush(False)
     chosen = options.chosen(
