@@ -23,7 +23,6 @@ class Kind:
         short: its name where room is scarce.
         percent: it is a share, which boards and papers show in per cent.
         chance: its value under guessing follows from the number of choices.
-        drawn: a chart of it says something.
         digits: after the point, where the size of the value does not decide.
     """
 
@@ -34,7 +33,6 @@ class Kind:
     short: str = ""
     percent: bool = False
     chance: bool = False
-    drawn: bool = True
     digits: int | None = None
 
 
@@ -49,8 +47,8 @@ METRICS = {
     "rouge1": Kind(SUMMARIES, short="R-1", percent=True),
     "rouge2": Kind(SUMMARIES, short="R-2", percent=True),
     "bleu": Kind(SUMMARIES, kind="bleu", width=10, short="BLEU"),
-    "summary_words": Kind(SUMMARIES, short="words", drawn=False, digits=1),
-    "empty": Kind(SUMMARIES, short="empty", drawn=False),
+    "summary_words": Kind(SUMMARIES, short="words", digits=1),
+    "empty": Kind(SUMMARIES, short="empty"),
     "word_perplexity": Kind(PERPLEXITY, 3, "log-perplexity", 2, short="ppl"),
     "byte_perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="byte ppl"),
     "bits_per_byte": Kind(PERPLEXITY, kind="bits", width=2, short="bits/byte"),

@@ -11,9 +11,11 @@ from dart_eval.bench import kept
 from dart_eval.bench.ratio import Ratio
 from dart_eval.cli.report import report
 from dart_eval.errors import UserError
+from dart_eval.files import read_regular
+from dart_eval.results import store as reading
 from dart_eval.results.report import build
 from dart_eval.results.store import Store
-from tests.helpers.pages import FEW, HOSTILE, PARTS, Checked, folder, only, texts
+from tests.helpers.pages import DRIFT, FEW, HOSTILE, PARTS, Checked, folder, only, texts
 from tests.helpers.records import cell, written
 
 # -- what it says --------------------------------------------------------------------------------------------------
@@ -110,6 +112,18 @@ def test_drift_is_summed_up_over_documents(page):
     shown = ("3 of 3", "15", "40.0 %", "3", "3", f"{1000 * 3 / 1234:.2f}")
     assert "".join(f'<td class="n">{x}</td>' for x in shown) in html
     assert "5 windows of 10 tokens, 2 of them below the threshold 0.700; tokens with alarms: 40, with re-masks" in html
+
+
+def test_every_file_is_read_once(tmp_path, monkeypatch):
+    store = folder(tmp_path)
+    for task in ("drift_x", "drift_x_same"):  # a drift task and its control, which the tables of detectors read too
+        made = cell("dart", 0.5, task, params={"remask.patience": 1})
+        traced = [written(i, "", task, drift={**DRIFT, "mean": 0.9}) for i in range(2)]
+        store.save(task, dataclasses.replace(made, samples=traced), texts(task, 2))
+    files = []
+    monkeypatch.setattr(reading, "read_regular", lambda path: (files.append(path), read_regular(path))[1])
+    assert "Drift detector on drift_x" in build(store).html
+    assert len(files) == len(set(files)) == 17 + 17 + 4  # records, samples, and texts of four tasks
 
 
 def test_equal_folders_give_equal_bytes(tmp_path):

@@ -96,7 +96,7 @@ def _short(text: Any) -> str:
 
 
 def _answer(name: str, s: Mapping[str, Any]) -> Answer:
-    values = {m: _metric(v) for m, v in sorted(s["metrics"].items()) if metrics.of(m).drawn and m != metrics.GOLD}
+    values = {m: _metric(v) for m, v in sorted(s["metrics"].items()) if m != metrics.GOLD}
     facts = [f"{m} {shown}" for m, shown in values.items() if shown]
     facts += [f"re-masks {s['remasks']}"] if s.get("remasks") else []
     if finite(s.get("effective_sparsity")):
