@@ -17,26 +17,23 @@ from dart_eval.files import check_name, check_target, write
 FORMATS = ("md", "json")
 
 
+RESULTS_HELP = "The folder that `dart-eval run --output` wrote."
+BASELINE_HELP = "Hold the results against this baseline, or a folder of earlier results."
+THRESHOLDS_HELP = "Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks."
+UPDATE_HELP = "Write the baseline from the results. Nothing is checked."
+GITHUB_HELP = "Write annotations and a job summary for GitHub Actions."
+FORMAT_HELP = "Print in this format. Without it a terminal gets a table, and a pipe md."
+
+
 def check(
-    results: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `dart-eval run --output` wrote.")],
-    baseline: Annotated[
-        Path, own("Hold the results against this baseline, or a folder of earlier results.", None, "FILE")
-    ],
-    thresholds: Annotated[
-        Path | None, own("Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks.", None, "FILE")
-    ] = None,
-    update: Annotated[
-        bool, own("Write the baseline from the results. Nothing is checked.", None, "", "--update")
-    ] = False,
+    results: Annotated[Path, typer.Argument(metavar="DIR", help=RESULTS_HELP)],
+    baseline: Annotated[Path, own(BASELINE_HELP, None, "FILE")],
+    thresholds: Annotated[Path | None, own(THRESHOLDS_HELP, None, "FILE")] = None,
+    update: Annotated[bool, own(UPDATE_HELP, None, "", "--update")] = False,
     every: Annotated[bool, own("Show also the rows that are ok.", None, "", "--all")] = False,
-    github: Annotated[
-        bool, own("Write annotations and a job summary for GitHub Actions.", None, "", "--github")
-    ] = False,
+    github: Annotated[bool, own(GITHUB_HELP, None, "", "--github")] = False,
     junit: Annotated[Path | None, own("Write a JUnit report to this file.", None, "FILE")] = None,
-    format: Annotated[
-        str | None,
-        one_of(FORMATS, "format", "Print in this format. Without it a terminal gets a table, and a pipe md."),
-    ] = None,
+    format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
 ) -> None:
     """Hold results against a baseline: exit status 0 if they hold, 1 if something fell or is missing.
 
