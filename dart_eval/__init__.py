@@ -1,8 +1,8 @@
 """dart-eval: evaluation of dynamic FFN pruning of language models, without looking ahead.
 
-Python surface: `prune` (use a method while generating), `evaluate` (run cells), `records` and `samples` (results as
-data frames), `methods` (what there is), `Pruner` (a method of your own parts), `UserError` (what is raised where the
-input is wrong). docs/python.md shows each.
+Python surface: `prune` (use a method while generating), `rounded_ffns` (on weights of few bits), `evaluate` (run
+cells), `records` and `samples` (results as data frames), `methods` (what there is), `Pruner` (a method of your own
+parts), `UserError` (what is raised where the input is wrong). docs/python.md shows each.
 """
 
 from importlib import import_module
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.prune import prune
     from dart_eval.pruning.registry import methods
+    from dart_eval.rounding import rounded_ffns
 
 __version__ = "0.1.0"
-__all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune", "records", "samples"]
+__all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune", "records", "rounded_ffns", "samples"]
 
 # These import torch, transformers or pandas, so they wait until somebody asks for them (`--help` does not).
 _LAZY = {
@@ -26,6 +27,7 @@ _LAZY = {
     "methods": "dart_eval.pruning.registry",
     "prune": "dart_eval.pruning.prune",
     "records": "dart_eval.frames",
+    "rounded_ffns": "dart_eval.rounding",
     "samples": "dart_eval.frames",
 }
 

@@ -133,6 +133,22 @@ def exact_counts(wanted: Sequence[float], most: Sequence[int], total: int) -> li
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What is read of a neuron, in rows of one matrix as it is served (a column of down counts as one).
+
+    Attributes:
+        whole: of each one of the mask, before anything is chosen. taken: of each one that is taken, beside that.
+        written: of each one that writes, beside that.
+        coarse: of each one that writes what an image shows of it; None where nothing does.
+    """
+
+    whole: float
+    taken: float
+    written: float = 1.0
+    coarse: float | None = None
+
+
+@dataclass(frozen=True)
 class Counts:
     """How many neurons of each layer a token reads, and of which matrices.
 
@@ -140,70 +156,127 @@ class Counts:
         mask: [L] neurons in the mask.
         taken: [L] those of the mask that a token takes. It reads their rows of every matrix that is not read whole.
         written: [L] those of the taken ones that a token writes. It reads their columns of down.
-        whole: how many matrices a token reads for the whole mask.
+        whole: how many matrices a token reads for the whole mask; a fraction where it reads an image of them.
     """
 
     mask: list[int]
     taken: list[int]
     written: list[int]
-    whole: int
+    whole: float
 
 
 def chosen_counts(
-    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole: int,
-    ratio: float | None, write_share: float, title: str = "the choice",
+    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole: float,
+    ratio: float | None, write_share: float, title: str = "the choice", image: Prices | None = None,
 ) -> Counts:  # fmt: skip
     """How many neurons of every layer a token's choice keeps, at weights read = 1 - sparsity.
 
     Of a gated FFN whose gate is read whole, a token reads (mask + taken + written) / 3; of a plain one, whose up is
     read whole, (mask + taken) / 2. In general matrices * read = whole * mask + (matrices - 1 - whole) * taken
-    + written. Over all layers this is met to the neuron, and in every layer up to rounding. Where a mask has all
+    + written, and with an image as its prices say. Over all layers this is met to the neuron (never exceeded, where an
+    image makes rows count in fractions), and in every layer up to rounding. Where a mask has all
     neurons of its layer, the tokens take more of them instead.
 
     Args:
         densities: [L] weights read of every layer, mean 1 - sparsity.
-        matrices: 3 for gated FFNs and 2 for plain ones. whole: of these, those read for the whole mask.
+        matrices: 3 for gated FFNs and 2 for plain ones. whole: of these, those read for the whole mask; of images of
+            them the bytes as a share of a matrix.
         ratio: neurons of the mask as a multiple of the weights read (1 is a mask alone); None: all neurons.
         write_share: written / taken of a gated FFN, as far as the mask has enough neurons to take.
         title: what the choice is called in an error.
+        image: what is read through one; `whole` then counts for nothing.
 
     Raises:
         UserError: what is read whole is more than the sparsity leaves.
     """
-    everything = sum(sizes)
-    kept = round((1.0 - sparsity) * everything)
-    budget = matrices * kept  # in rows of one matrix
-    middle = matrices - 1 - whole  # matrices of which the rows of what is taken are read
+    everything, prices = sum(sizes), image or Prices(whole, matrices - 1 - whole)
+    kept, unit = round((1.0 - sparsity) * everything), prices.written  # what follows counts columns of down
+    if kept == everything:
+        return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
+    budget, whole, middle = matrices * kept / unit, prices.whole / unit, prices.taken / unit
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
         if whole * everything > budget:
-            most = 1 - whole / matrices
+            most = 1 - prices.whole / matrices
+            said = f"{whole:.4g} of the FFN's {matrices} matrices whole"
+            if image is not None:
+                said = f"an image that takes {image.whole / matrices:.3g} of the FFN's bytes"
             raise UserError(
-                f"{title} reads {whole} of the FFN's {matrices} matrices whole, which is more than sparsity "
-                f"{sparsity:g} leaves",
+                f"{title} reads {said}, which is more than sparsity {sparsity:g} leaves",
                 f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a mask that is not everything",
             )
     else:
-        wanted, mask = _mask_counts(densities, sizes, kept, matrices, whole, ratio, middle == 1 and write_share == 1)
+        wanted, mask = _mask_counts(
+            densities, sizes, kept, matrices, prices.whole, ratio, middle == 1 and write_share == 1
+        )
     masked = sum(mask)
     # At `matrices * density` nothing is left to take.
-    left = [matrices * r * n - whole * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
+    left = [matrices / unit * r * n - whole * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
     rest = budget - whole * masked
     if middle == 0:
-        taken = exact_counts(left, mask, rest)
-        return Counts(mask, taken, taken, whole)
+        taken = exact_counts(left, mask, min(masked, math.floor(rest)))
+        return Counts(mask, taken, taken, prices.whole)
     share = [x / (middle + write_share) for x in left]
     missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # where the mask has fewer to take
-    most_taken = math.ceil(rest / (middle + write_share) - missing)
-    most_taken = min(masked, rest // middle, max(most_taken, math.ceil(rest / (middle + 1))))
+    some = max(math.ceil(rest / (middle + write_share) - missing), math.ceil(rest / (middle + 1)))
+    most_taken = min(masked, math.floor(rest / middle), some)
     taken = exact_counts(share, mask, most_taken)
     unwritten = [x - middle * min(s, m) for x, s, m in zip(left, share, mask, strict=True)]
-    written = exact_counts(unwritten, taken, rest - middle * most_taken)
-    return Counts(mask, taken, written, whole)
+    written = exact_counts(unwritten, taken, min(most_taken, math.floor(rest - middle * most_taken)))
+    return Counts(mask, taken, written, prices.whole)
+
+
+def graded_counts(
+    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, prices: Prices, ratio: float,
+    title: str = "the choice",
+) -> Counts:  # fmt: skip
+    """How many neurons of every layer are taken exactly, and how many write, some of them as an image shows them.
+
+    matrices * read = whole * all + (taken + written) * taken neurons + coarse * other neurons that write. It is never
+    exceeded, and by less than a neuron not met.
+
+    Args:
+        densities: [L] weights read of every layer, mean 1 - sparsity. sizes: [L] neurons of every layer.
+        matrices: 3 for gated FFNs and 2 for plain ones. prices: what is read of a neuron.
+        ratio: neurons that write as an image shows them, as a multiple of those that are taken.
+        title: what the choice is called in an error.
+
+    Returns:
+        `written` counts all that write: those taken too.
+
+    Raises:
+        UserError: the image takes more than the sparsity leaves.
+    """
+    everything, coarse = sum(sizes), prices.coarse
+    assert coarse is not None
+    budget = matrices * round((1.0 - sparsity) * everything) - prices.whole * everything
+    if sparsity == 0:
+        return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
+    if budget < 0:
+        most = math.floor(100 * (1 - prices.whole / matrices)) / 100
+        raise UserError(
+            f"{title} reads an image that takes {prices.whole / matrices:.3g} of the FFN's bytes, which is more than "
+            f"sparsity {sparsity:g} leaves",
+            f"use a sparsity up to {most:g}",
+        )
+    exact = prices.taken + prices.written
+    wanted = []
+    for density, n in zip(densities, sizes, strict=True):
+        left = max(0.0, (matrices * density - prices.whole) * n)
+        few = left / (exact + ratio * coarse)
+        wanted.append(few if few * (1 + ratio) <= n else min(float(n), (left - coarse * n) / (exact - coarse)))
+    taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(budget / exact)))
+    rest = budget - exact * sum(taken)
+    writing = [min(float(n), t + ratio * w) for n, t, w in zip(sizes, taken, wanted, strict=True)]
+    more = [n - t for n, t in zip(sizes, taken, strict=True)]
+    others = exact_counts(
+        [w - t for w, t in zip(writing, taken, strict=True)], more, min(sum(more), math.floor(rest / coarse))
+    )
+    return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], prices.whole)
 
 
 def _mask_counts(
-    densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, whole: int, ratio: float, even: bool
+    densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, whole: float, ratio: float, even: bool
 ) -> tuple[list[float], list[int]]:
     """The neurons of every layer's mask: as wanted, and in whole numbers.
 
@@ -214,10 +287,10 @@ def _mask_counts(
     wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
     clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
     budget = matrices * kept
-    limit = min(sum(sizes), budget // whole) if whole else sum(sizes)
+    limit = min(sum(sizes), math.floor(budget / whole)) if whole else sum(sizes)
     masked = max(kept, min(limit, round(ratio * kept - clipped)))
     if even:
-        masked = max(kept, masked - (whole * masked - budget) % 2)
+        masked = max(kept, masked - round(whole * masked - budget) % 2)
     return wanted, exact_counts(wanted, sizes, masked)
 
 

@@ -25,6 +25,7 @@ def evaluate(
     tasks: str | Sequence[str],
     method: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] = DEFAULT_METHODS,
     sparsity: float | str | Sequence[float] = (0.5,),
+    ffn_bits: int | str | Sequence[int | str] = ("16",),
     scope: str = "scored",
     allocation: str | None = None,
     num_fewshot: int | None = None,

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from dart_eval import values
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.files import check_name
+from dart_eval.lm_evals import translate
 from dart_eval.values import MOST, Refused, shown
 from dart_eval.yamls import read_mapping
 
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
 RAY_DEVICES = ("auto", "cpu", "cuda")
 PATHS = ("model", "data_dir", "calibration", "output")
 RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
-# What lm-eval calls otherwise: options, its `--model_args`, and its names for the models of transformers.
-LM_EVALS = {"apply_chat_template": "chat_template", "output_path": "output"}
-MODEL_ARGS = {
-    "pretrained": "model", "revision": "revision", "dtype": "dtype", "trust_remote_code": "trust_remote_code",
-    "max_length": "max_length", "device": "device", "device_map": "device_map",
-}  # fmt: skip
-BACKENDS = ("hf", "hf-auto", "huggingface")
 TYPES = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 
 
@@ -95,6 +89,13 @@ class RunConfig:
             "not read. 0.5:0.9:0.1 is 0.5 to 0.9 in steps of 0.1, both ends included."
         ),
     ] = (0.5,)  # fmt: skip
+    ffn_bits: Annotated[
+        tuple[str, ...], BeforeValidator(values.ffn_bits),
+        _told(
+            "Round the FFN weights to so many bits first, comma-separated: 4, or 4:64 for groups of 64 weights (32 if "
+            "not given); 16 leaves them as they are."
+        ),
+    ] = ("16",)  # fmt: skip
     scope: Annotated[
         Literal["scored", "all", "last"],
         _told(
@@ -300,7 +301,7 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
         if value is not None:
             told[name] = value
             of_file.discard(name)
-    _translate(told)
+    translate(told)
     config = made(told, dict.fromkeys(of_file, f"{file}: "), f" in {file}" if file is not None else "")
     for key in PATHS:
         if (path := getattr(config, key)) is not None:
@@ -308,32 +309,6 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     config.check()
     config.check_output()
     return config
-
-
-def _translate(told: dict[str, Any]) -> None:
-    """Replace what lm-eval calls otherwise.
-
-    Raises:
-        UserError: it has no counterpart here, or both are given.
-    """
-    found = {ours: told.pop(theirs) for theirs, ours in LM_EVALS.items() if theirs in told}
-    given = values.pairs("model_args", told.pop("model_args", {}))
-    backend = told.get("model")
-    if backend in BACKENDS and not Path(backend).exists():
-        if not given:
-            raise UserError(f"--model {backend} names no model", "give its hub id or folder")
-        del told["model"]
-    for name, value in given.items():
-        if name == "parallelize" and isinstance(value, bool):
-            found |= {"device_map": "auto"} if value else {}
-        elif name not in MODEL_ARGS:
-            raise UserError(f"model_args {name} is not known here", nearest(name, MODEL_ARGS))
-        else:
-            own = MODEL_ARGS[name]
-            found[own] = value if own in ("trust_remote_code", "max_length") else str(value)
-    for name, value in found.items():
-        if told.setdefault(name, value) != value:
-            raise UserError(f"{name} is given twice: {shown(told[name])} and {shown(value)}", "leave one of them out")
 
 
 def made(given: Mapping[str, Any], where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:

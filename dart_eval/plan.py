@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import json
 import platform
 from collections.abc import Collection, Mapping, Sequence
@@ -12,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dart_eval.bits import Rounding
+from dart_eval.bits import parse as parse_bits
 from dart_eval.config import DEFAULTS, RAY_OPTIONS, RunConfig, command_line
 from dart_eval.hashes import PACKAGE, code_hash, source_hash
 from dart_eval.pruning.method import Pruner
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
 WHEN_GIVEN = ("system_instruction", "fewshot_as_multiturn", "gen_kwargs")
 # What `command` says in another way, or has no need to say.
 NO_OPTION_OF_A_CELL = (
-    "method", "allocation", "sparsity", "tasks", "output", "force", "log", "log_project", "executor", *RAY_OPTIONS,
+    "method", "allocation", "sparsity", "ffn_bits", "tasks", "output", "force", "log", "log_project", "executor",
+    *RAY_OPTIONS,
 )  # fmt: skip
 
 
@@ -35,13 +39,15 @@ class Cell:
     """One (model, method, sparsity, task ...) combination: the unit of running and skipping.
 
     `inputs` is everything that can change a number, as recorded; `key` its hash, whatever the method was called: two
-    spellings of one composition are one cell. `name` is for people.
+    spellings of one composition are one cell. `rounding` is of the FFN weights, None: as they are. `name` is for
+    people.
     """
 
     method: Pruner
     sparsity: float
     task: str
     inputs: dict[str, Any] = field(compare=False)
+    rounding: Rounding | None = None
 
     @property
     def key(self) -> str:
@@ -51,12 +57,15 @@ class Cell:
     @property
     def title(self) -> str:
         """For people: task, method with the parameters that are not its defaults, sparsity."""
-        return f"{self.task} {self.method.spec}" + (f" {percent(self.sparsity)}" if self.method.sized else "")
+        sparsity = f" {percent(self.sparsity)}" if self.method.sized else ""
+        bits = f" on {self.rounding.text}-bit weights" if self.rounding else ""
+        return f"{self.task} {self.method.spec}{sparsity}{bits}"
 
     @property
     def name(self) -> str:
         sparsity = f"-{self.sparsity:g}" if self.method.sized else ""
-        return f"{self.task}-{self.method.name}{sparsity}"
+        bits = f"-{self.rounding.text.replace(':', '-')}bit" if self.rounding else ""
+        return f"{self.task}-{self.method.name}{sparsity}{bits}"
 
 
 def methods_of(config: RunConfig) -> list[Pruner]:
@@ -96,27 +105,29 @@ def plan(
         drawn: those of the tasks that draw their answers.
     """
     cells = []
-    for task in tasks:
-        for method in methods_of(config):
-            # The shape of a batch moves last digits. They show in half precision, and where a token chooses its
-            # neurons: near a tie it takes others. What shares a batch also shares its random numbers.
-            moves = model.dtype != "float32" or method.choice.chooses
-            for sparsity in dict.fromkeys(config.sparsity) if method.sized else (0.0,):
-                inputs = {
-                    "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
-                    "method": method.name, "params": method.params(), "sparsity": sparsity,
-                    "scope": config.scope, "execution": "masked", "task": task, "task_hash": hashes[task],
-                    "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
-                    "max_length": config.max_length, "chunk": config.chunk,
-                    "chat_template": config.chat_template, "cue": config.cue,
-                    "batch_size": config.batch_size if moves or task in drawn else None,
-                    "share_prefix": config.share_prefix if moves else None,
-                    "calibration": _file_hash(config.calibration), "code": code_hash(tasks_dir()),
-                    "method_code": _method_code(method),
-                    "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
-                    **{name: value for name in WHEN_GIVEN if (value := getattr(config, name)) is not None},
-                }  # fmt: skip
-                cells.append(Cell(method, sparsity, task, inputs))
+    for task, method in itertools.product(tasks, methods_of(config)):
+        # The shape of a batch moves last digits. They show in half precision, and where a token chooses its
+        # neurons: near a tie it takes others. What shares a batch also shares its random numbers.
+        moves = model.dtype != "float32" or method.choice.chooses
+        sparsities = dict.fromkeys(config.sparsity) if method.sized else (0.0,)
+        for sparsity, bits in itertools.product(sparsities, config.ffn_bits):
+            rounding = parse_bits(bits)
+            inputs = {
+                "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
+                "method": method.name, "params": method.params(), "sparsity": sparsity,
+                "scope": config.scope, "execution": "masked", "task": task, "task_hash": hashes[task],
+                "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
+                "max_length": config.max_length, "chunk": config.chunk,
+                "chat_template": config.chat_template, "cue": config.cue,
+                "batch_size": config.batch_size if moves or task in drawn else None,
+                "share_prefix": config.share_prefix if moves else None,
+                "calibration": _file_hash(config.calibration), "code": code_hash(tasks_dir()),
+                "method_code": _method_code(method),
+                "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
+                **({} if rounding is None else {"ffn_bits": rounding.text}),
+                **{name: value for name in WHEN_GIVEN if (value := getattr(config, name)) is not None},
+            }  # fmt: skip
+            cells.append(Cell(method, sparsity, task, inputs, rounding))
     return cells
 
 
@@ -128,6 +139,8 @@ def command(config: RunConfig, cell: Cell) -> str:
     words = ["dart-eval", "run", "--tasks", cell.task, "--method", cell.method.spec]
     if cell.method.sized:
         words += ["--sparsity", f"{cell.sparsity:g}"]
+    if cell.rounding is not None:
+        words += ["--ffn-bits", cell.rounding.text]
     options = {k: getattr(config, k) for k in DEFAULTS if k not in NO_OPTION_OF_A_CELL}
     told = {k: v for k, v in options.items() if v != DEFAULTS[k]}
     if cell.inputs["model"].get("loaded"):
@@ -140,6 +153,8 @@ def _call(cell: Cell, options: Mapping[str, Any]) -> str:
     said: dict[str, Any] = {"tasks": cell.task, "method": cell.method.spec}
     if cell.method.sized:
         said["sparsity"] = cell.sparsity
+    if cell.rounding is not None:
+        said["ffn_bits"] = cell.rounding.text
     words = ", ".join(f"{name}={value!r}" for name, value in {**said, **options}.items())
     return f"dart_eval.evaluate(model, tokenizer, {words})"
 

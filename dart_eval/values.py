@@ -18,6 +18,8 @@ from typing import Any
 from pydantic import ValidationInfo
 
 from dart_eval.allocation import check_sparsity
+from dart_eval.bits import OWN_BITS
+from dart_eval.bits import parse as parse_bits
 from dart_eval.errors import UserError
 from dart_eval.pruning.registry import spelled
 from dart_eval.yamls import shown
@@ -99,6 +101,13 @@ def sparsities(value: Any) -> tuple[float, ...]:
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
     return tuple(check_sparsity(s) for item in _items(value) for s in _sparsity(item))
+
+
+@_refusing
+def ffn_bits(value: Any) -> tuple[str, ...]:
+    """Bits of an FFN weight, each as it is written in full: `16`, `4`, `4:64`."""
+    made = [parse_bits(str(item)) for item in _items(value)]
+    return tuple(dict.fromkeys(str(OWN_BITS) if bits is None else bits.text for bits in made))
 
 
 @_refusing

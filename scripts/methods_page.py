@@ -14,6 +14,7 @@ SLOTS = {
     "mask": "which neurons a sequence may use",
     "remask": "when a mask from the prompt is made anew while a sequence is decoded, and from what",
     "choice": "which neurons of the mask a token computes, matrix by matrix",
+    "image": "what a token reads of gate and up before it chooses",
     "allocation": "how the sparsity is spread over layers",
     "compensation": "what stands in for the neurons that were left out",
 }
@@ -61,6 +62,18 @@ those taken). Each layer's counts are rounded down, and what is left over goes t
 over all layers is exact to the neuron. Where the mask is everything (`cats`), gate alone is a third of the weights, and
 a sparsity that leaves less than that is refused. Only `top-p` has no sparsity: what it reads differs from token to
 token, and is measured.
+
+An **image** is what a token reads of gate and up before it chooses: the top bits of the served weights
+(`image=plane`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits. `graded` with the
+plane of 16-bit weights reads 4 bits of every weight of gate and up; of the neurons with the largest |h| in this preview
+4 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of the next
+ones 4 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of
+its bits are read. A count is rounded down: what is read is never more than the label.
+
+**Rounding is the control.** `--ffn-bits 4` rounds the FFN weights to 4 bits, with a scale of 16 bits for every 32
+weights, before anything else. Read counts bytes against the model's own 16 bits: rounding alone reads 4.5 / 16 = .28.
+Every method runs on such weights too, and its sparsity then is of their bytes: `griffin` at sparsity 0.5 on 4 bits
+reads .5 * .28 = .14.
 
 An **upper bound** is a row that no method can reach, because it uses what can be known only afterwards: the activations
 of the very token for which it chooses, or tokens that come later.

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from dart_eval.cli import complete
-from dart_eval.config import LM_EVALS, RunConfig, choices_of, default_of, help_of, made
+from dart_eval.config import RunConfig, choices_of, default_of, help_of, made
 from dart_eval.errors import UserError, nearest
+from dart_eval.lm_evals import LM_EVALS
 
 # Panels of the help.
 MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"
@@ -149,6 +150,7 @@ Cue = Annotated[str | None, _option("cue", TASKS, "TEXT")]
 
 Method = Annotated[str | None, _option("method", PRUNING, "NAMES", offers=METHODS)]
 Sparsity = Annotated[str | None, _option("sparsity", PRUNING, "SHARES")]
+FfnBits = Annotated[str | None, _option("ffn_bits", PRUNING, "BITS")]
 Scope = Annotated[str | None, _option("scope", PRUNING)]
 Allocation = Annotated[str | None, _option("allocation", PRUNING, "NAME", offers=("uniform", "depth", "table:"))]
 Calibration = Annotated[str | None, _option("calibration", PRUNING, "FILE")]

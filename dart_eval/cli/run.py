@@ -29,6 +29,7 @@ def run(
     tasks: options.Tasks = None,
     method: options.Method = None,
     sparsity: options.Sparsity = None,
+    ffn_bits: options.FfnBits = None,
     scope: options.Scope = None,
     allocation: options.Allocation = None,
     model: options.Model = None,

@@ -29,7 +29,7 @@ from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.unusable import LogitsWatch
 from dart_eval.ffn import decoder
 from dart_eval.pruning.dense import AnySession
-from dart_eval.pruning.state import Step
+from dart_eval.pruning.steps import Step
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
 from dart_eval.pruning.dense import AnySession
-from dart_eval.pruning.state import Step
+from dart_eval.pruning.steps import Step
 
 
 @dataclass(frozen=True)

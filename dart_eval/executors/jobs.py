@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from dart_eval.bits import OWN_BITS
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import check_answers
@@ -138,7 +139,8 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     reasons: dict[str, UserError] = {}
     for cell in cells:
         try:
-            cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].matrices)
+            bits = OWN_BITS if cell.rounding is None else cell.rounding.weight_bits(ffns[0].width)
+            cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
             kept.append(cell)
         except UserError as error:
             reasons[f"{cell.method.spec} at sparsity {cell.sparsity:g}"] = error

@@ -7,12 +7,14 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 import torch
 
-from dart_eval import cost
+from dart_eval import cost, rounding
+from dart_eval.bits import Rounding, unread
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError, out_of_memory
 from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
@@ -28,6 +30,7 @@ from dart_eval.pruning.dense import AnySession, DenseSession
 from dart_eval.pruning.prune import prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
+from dart_eval.rounding import Rounded
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,7 +61,9 @@ class Worker:
             raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
         self.halved = 0  # how often memory ran out in the last cell
         self.shape = cost.shape_of(self.model, find_ffns(self.model))
+        self._calibration_text = config.calibration
         self.calibration = TextCalibration(self.model, self.tokenizer, config.calibration)
+        self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self.lm = PrunedLM(
             self.model,
             self.tokenizer,
@@ -80,16 +85,18 @@ class Worker:
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(self.lm.device.type))
             session = self._attach(stack, cell)
+            share = rounding.share(find_ffns(self.model))
             outcome = self._smaller(
                 lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal), shrink
             )
             state = max(outcome.state_bytes, session.state_bytes if session.state is None else 0)
+            computed = session.computed(outcome.cost.read)
         measured = {
             "seconds": earlier + time.monotonic() - start,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        return outcome, self._record(job, outcome, state, measured)
+        return outcome, self._record(job, outcome, state, measured, share, computed)
 
     def answer(self, job: Job, journal: Journal, part: Part | Pilot, shrink: int = 0) -> None:
         """Answer a part of one cell into the journal; `shrink` as in `run`."""
@@ -99,10 +106,20 @@ class Worker:
             self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part), shrink)
 
     def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> AnySession:
+        if cell.rounding is not None:
+            stack.enter_context(self._round(cell.rounding))
         if not cell.method.prunes:
             return DenseSession()
         pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
         return stack.enter_context(pruned)
+
+    def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
+        """The model with rounded FFN weights; the last are kept, since cell after cell asks for them."""
+        if self._rounded is None or self._rounded[0] != wanted:
+            self._rounded = None  # before the next: there need not be room for both
+            self._rounded = wanted, Rounded(self.model, wanted)
+            self.calibration = TextCalibration(self.model, self.tokenizer, self._calibration_text)
+        return self._rounded[1].in_place()
 
     def _smaller(self, work: Callable[[], T], shrink: int) -> T:
         """Do the work; where memory runs out, in forwards of half the size, down to one row.
@@ -129,7 +146,15 @@ class Worker:
         finally:
             self.lm.budget = whole
 
-    def _record(self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any]) -> Record:
+    def _record(
+        self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any], share: float, computed: float
+    ) -> Record:
+        """The record of a cell.
+
+        Args:
+            share: FFN weight bytes as they were served / those of the model's own dtype.
+            computed: share of the FFN weights that a pruned token multiplied.
+        """
         cell, config = job.cell, job.config
         used = outcome.cost
         per_token = used.remasks / used.tokens if used.tokens else 0.0
@@ -138,8 +163,8 @@ class Worker:
             inputs=cell.inputs,
             metrics=outcome.metrics,
             mask_sparsity=used.mask_sparsity,
-            effective_sparsity=used.effective_sparsity,
-            weights_read=used.read,
+            effective_sparsity=unread(used.effective_sparsity, share),
+            weights_read=used.read * share,
             tokens=used.tokens,
             remasks=used.remasks,
             by_task={
@@ -147,12 +172,12 @@ class Worker:
                     "tokens": own.tokens,
                     "remasks": own.remasks,
                     "mask_sparsity": own.mask_sparsity,
-                    "effective_sparsity": own.effective_sparsity,
+                    "effective_sparsity": unread(own.effective_sparsity, share),
                     **outcome.prompts[task],
                 }
                 for task, own in outcome.by_task.items()
             },
-            flops=cost.describe(cell.method, self.shape, used.mean_context, used.read, per_token),
+            flops=cost.describe(cell.method, self.shape, used.mean_context, computed, per_token),
             memory={"weights": self.shape.weight_bytes, "state": state},
             settings={
                 "batch_size": config.batch_size,
@@ -166,5 +191,5 @@ class Worker:
             environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
             measured=measured,
             cut=sum(p["cut"] for p in outcome.prompts.values()),
-            samples=outcome.samples,
+            samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
         )

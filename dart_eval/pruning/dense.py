@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dart_eval.pruning.session import Session
-from dart_eval.pruning.state import SequenceState, Step
+from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.steps import Step
 
 
 class DenseSession:
@@ -45,6 +46,10 @@ class DenseSession:
         everything = torch.ones(len(valid), dtype=torch.float64)
         self.steps.append(Step(everything, everything))
         yield
+
+    def computed(self, read: float) -> float:
+        """Share of the FFN weights that a token multiplies, where it reads this share of them."""
+        return read
 
     def no_context(self, batch: int, device: torch.device) -> None:
         """Begin new sequences that have no context."""

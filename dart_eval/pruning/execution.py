@@ -19,7 +19,9 @@ from dart_eval.ffn import FFN, device_of, is_conv1d
 from dart_eval.pruning import gather
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
-from dart_eval.pruning.state import SequenceState, Step
+from dart_eval.pruning.previews import Fine
+from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.steps import Step
 
 Wanted = Literal["auto", "masked", "permuted"]
 EXECUTIONS = ("auto", "masked", "permuted")
@@ -48,6 +50,7 @@ class Execution:
             raise UserError(f"unknown execution {wanted!r}", nearest(wanted, EXECUTIONS))
         self.model, self.ffns, self.method, self.shared_mask = model, ffns, method, shared_mask
         self.permuted: PermutedFFNs | None = None
+        self.fine: Fine | None = None  # set once they have been made
         self.sliced = False
         self.wanted = self._possible(wanted)
 
@@ -65,6 +68,10 @@ class Execution:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
+        if self.method.choice.image is not None:
+            if wanted == "permuted":
+                raise UserError(f"{self.method.choice.title} has no kernels yet", "use execution='masked'")
+            return "masked"
         reason = quantised(self.ffns)
         if reason is None and (reason := shared(self.ffns, self.model)) and wanted == "permuted":
             raise UserError(reason, "use execution='masked'")
@@ -118,19 +125,25 @@ class Execution:
             gathered.prepare(*state.taken_by_one(layer, permuted.kept[layer]))
 
     def slice(self, step: Step) -> None:
-        """The next forward multiplies the kept neurons alone, where every sequence has a mask."""
+        """The next forward decodes: it multiplies the kept neurons alone, where every sequence has a mask."""
+        if self.fine is not None:
+            self.fine.begin()
         if self.permuted is not None and bool((step.mask < 1).all()):
             self.permuted.slice()
             self.sliced = True
 
     def whole(self) -> None:
-        """Forwards multiply all neurons; also after an exception in a sliced one."""
+        """Forwards multiply all neurons, with all their bits; also after an exception in one that did not."""
+        if self.fine is not None and self.fine.in_place:
+            self.fine.end()
         if self.permuted is not None:
             self.permuted.whole()
         self.sliced = False
 
     def restore(self) -> None:
-        """Every neuron back to its place."""
+        """Every neuron back to its place, and all bits of its weights."""
+        if self.fine is not None and self.fine.in_place:
+            self.fine.end()
         permuted = self.permuted
         if permuted is not None:
             permuted.restore()

@@ -34,7 +34,7 @@ class Forward:
         sliced: it multiplies the kept neurons alone. frozen: nothing is observed.
         looking: h is looked at in every layer. seen: layers whose h has come.
         attention: [B, T, D] attention output of the last layer, once it has run.
-        residual, gate, up: of the layer under way: the stream that enters it, act(gate x) and up x.
+        residual, input, gate, up: of the layer under way: the stream that enters it, its x, act(gate x) and up x.
     """
 
     phase: Phase = "off"
@@ -49,6 +49,7 @@ class Forward:
     seen: set[int] = field(default_factory=set)
     attention: Tensor | None = None
     residual: Tensor | None = None
+    input: Tensor | None = None
     gate: Tensor | None = None
     up: Tensor | None = None
 
@@ -81,7 +82,7 @@ class Hooks:
         for ffn in ffns:
             if method.mask.remask.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
-            if method.compensation.adds:
+            if method.compensation.adds or method.choice.grades:
                 add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
         if method.mask.remask.watches:
             add(ffns[-1].attention.register_forward_hook(self._on_attention))
@@ -100,6 +101,8 @@ class Hooks:
             if method.allocation.needs_change:
                 add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
                 add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+            if method.choice.image is not None:
+                add(ffn.block.register_forward_pre_hook(_eager(self._on_looked_at)))
             if method.choice.chooses:  # a plain FFN's h tells what its gate would
                 if ffn.gate is not None:
                     add(ffn.up.register_forward_hook(_eager(self._on_up)))
@@ -146,7 +149,8 @@ class Hooks:
             if forward.phase == "context":
                 state.observe(layer, h, forward.valid, up)
                 return None
-            masked = state.apply(layer, h, forward.valid, gate, up, forward.sliced)
+            x, forward.input = forward.input, None
+            masked = state.apply(layer, h, forward.valid, gate, up, forward.sliced, x)
             return None if masked is h else (masked.view(args[0].shape), *args[1:])
 
         return hook
@@ -157,10 +161,10 @@ class Hooks:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
-            constant = forward.state.constant(layer)
-            if constant is None:
+            added = forward.state.added(layer)
+            if added is None:
                 return None
-            return (forward.in_batch(output) + constant.to(output.device, output.dtype)).view(output.shape)
+            return (forward.in_batch(output) + added.to(output.device, output.dtype)).view(output.shape)
 
         return hook
 
@@ -173,6 +177,11 @@ class Hooks:
                 state.remasking.observe_input(layer, forward.in_batch(args[0]), forward.valid)
 
         return hook
+
+    def _on_looked_at(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        forward = self.forward
+        if forward.phase == "decode":
+            forward.input = forward.in_batch(args[0])
 
     def _on_output(self, layer: int) -> Callable[..., None]:
         forward = self.forward

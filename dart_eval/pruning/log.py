@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dart_eval.pruning.drift import DriftDetector
-from dart_eval.pruning.state import Change, Step
+from dart_eval.pruning.steps import Change, Step
 
 
 @dataclass

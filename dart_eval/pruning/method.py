@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dart_eval.allocation import Prices
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.pruning.parts.allocations import Allocation, Uniform
 from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
@@ -21,7 +22,7 @@ from dart_eval.pruning.parts.choices import All, Choice
 from dart_eval.pruning.parts.compensations import Compensation, Nothing
 from dart_eval.pruning.parts.masks import Everything, Mask
 
-INNER = ("mask",)  # slots whose own slots are addressed without it: `remask` is the mask's
+OWNERS = {"score": "mask", "remask": "mask", "image": "choice"}  # slots of parts, addressed by their names alone
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,25 @@ class Pruner:
     @property
     def reads_most(self) -> bool:
         """Whether a high sparsity may be out of reach: whole matrices are read before anything is chosen."""
-        return self.mask.whole and bool(self.choice.reads_whole)
+        return self.mask.whole and bool(self.choice.reads_whole or self.choice.image is not None)
 
-    def check_reach(self, sparsity: float, sizes: Sequence[int], matrices: int) -> None:
+    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: float) -> None:
         """Refuse a sparsity that leaves fewer bytes than are read before anything is chosen.
 
         Args:
-            sizes: [L] neurons of every layer. matrices: 3 for gated FFNs and 2 for plain ones.
+            sizes: [L] neurons of every layer. width: of the model. matrices: 3 for gated FFNs and 2 for plain ones.
+            bits: of a weight, as it is served.
 
         Raises:
             UserError: with the highest sparsity that can be met.
         """
-        if self.reads_most:
-            self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True)
+        if not self.reads_most:
+            return
+        image = None
+        if self.choice.image is not None:
+            read = sum(size * self.choice.image.bits_of(bits, size, width) for size in sizes)
+            image = Prices((matrices - 1) * read / sum(sizes) / bits, matrices - 1.0, 1.0, 1.0)
+        self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, image)
 
     def parts(self) -> list[Part]:
         """All parts of the method, the inner ones too."""
@@ -146,8 +153,8 @@ def changed(base: Pruner, given: Mapping[str, Any], known: Known) -> Pruner:
     tree: dict[str, Any] = {}
     for path, value in given.items():
         steps = str(path).split(".")
-        if steps[0] not in _fields(Pruner) and steps[0] in known:
-            steps = [*INNER, *steps]
+        if steps[0] in OWNERS and steps[0] in known:
+            steps = [OWNERS[steps[0]], *steps]
         if len(steps) > 1 and steps[-1] == "part":
             steps = steps[:-1]
         _merge(tree, steps, value, str(path))
@@ -189,7 +196,7 @@ def _filled(current: Any, cls: type[Any], tree: Mapping[str, Any], known: Known,
     for name, inner in tree.items():
         if name == "part" and path:
             continue
-        where = name if not path or path in INNER else f"{path}.{name}"
+        where = _below(path, name)
         slot = slot_of(cls, name) if name in fields else None
         if slot is not None:
             there: Any = values.get(name, fields[name].default)
@@ -238,6 +245,11 @@ def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     return {name: found[name] for name in (*(n for n in found if n not in own), *own)}
 
 
+def _below(path: str, name: str) -> str:
+    """The path of a field of what stands at `path`."""
+    return name if not path or OWNERS.get(name) == path else f"{path}.{name}"
+
+
 def slot_names(cls: type[Any]) -> list[str]:
     """The fields that take parts."""
     return [name for name in _fields(cls) if slot_of(cls, name) is not None]
@@ -251,15 +263,15 @@ def text_of(value: Any) -> str:
 def slots(owner: Any, path: str = "") -> Iterator[tuple[str, Part]]:
     """Every part with its path, outer ones first."""
     for name in slot_names(type(owner)):
-        part, where = getattr(owner, name), f"{path}.{name}" if path else name
+        part, where = getattr(owner, name), _below(path, name)
         yield where, part
-        yield from slots(part, "" if where in INNER else where)
+        yield from slots(part, where)
 
 
 def _told(owner: Any, usual: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The settings to be typed to turn the part `usual` into `owner`; None is a part with its defaults."""
     for name, field in _fields(type(owner)).items():
-        value, where = getattr(owner, name), f"{path}.{name}" if path else name
+        value, where = getattr(owner, name), _below(path, name)
         before: Any = field.default if usual is None else getattr(usual, name)
         if slot_of(type(owner), name) is None:
             if isinstance(owner, Part) and value != before:
@@ -268,7 +280,7 @@ def _told(owner: Any, usual: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         if type(value) is not type(before):
             yield where, value.name
             before = None
-        yield from _told(value, before, "" if where in INNER else where)
+        yield from _told(value, before, where)
 
 
 def plain_fields(cls: type[Part]) -> list[dataclasses.Field[Any]]:

@@ -16,8 +16,9 @@ from dart_eval.errors import UserError, nearest
 from dart_eval.pruning.method import Pruner, changed, flattened, text_of
 from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware
 from dart_eval.pruning.parts.base import Part
-from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
+from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
 from dart_eval.pruning.parts.scores import SCORES, Activation, Random, Wanda, Weights
@@ -72,6 +73,14 @@ BUILT_IN = (
         choice=ByUp(),
     ),
     Pruner(
+        name="preview", summary="lets each token choose the largest |h|, as the top bits of gate and up show them",
+        choice=ByPreview(),
+    ),
+    Pruner(
+        name="graded", summary="lets each token read more bits of the neurons that matter more to it",
+        choice=Graded(),
+    ),
+    Pruner(
         name="top-p", summary="lets each token choose the fewest neurons with a share of the sum of |h| (upper bound)",
         choice=TopP(),
     ),
@@ -84,7 +93,7 @@ BUILT_IN = (
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
-PARTS: tuple[type[Part], ...] = (*SCORES, *MASKS, *REMASKS, *CHOICES, *ALLOCATIONS, *COMPENSATIONS)
+PARTS: tuple[type[Part], ...] = (*SCORES, *MASKS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS, *COMPENSATIONS)
 
 
 def methods() -> dict[str, Pruner]:

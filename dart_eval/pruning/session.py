@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dart_eval.bits import unread
 from dart_eval.errors import UserError
 from dart_eval.ffn import check_depth, find_ffns, unchanged
 from dart_eval.pruning.cache_watch import CacheWatch, check_cache
@@ -35,7 +36,8 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.padding import real_tokens
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.prepared import Prepared, prepare
-from dart_eval.pruning.state import SequenceState, Step
+from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.steps import Step
 from dart_eval.pruning.tally import Tally
 
 
@@ -57,15 +59,14 @@ class Session:
             check_depth(model, self.ffns)
         self.executing = Execution(model, self.ffns, method, execution, shared_mask)
         self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration)
-        self.log = Log()
-        self.forward = Forward()
+        self.executing.fine = self.prepared.fine
+        self.log, self.forward = Log(), Forward()
         self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
-        # Whether h is looked at in every token, whatever the mask.
-        self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0
+        self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens look at h, sliced or not
         self._forced: Phase | None = None
         self._given_valid: Tensor | None = None
-        self._tally = Tally()
         self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the forward under way
+        self._tally = Tally()
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls = Calls(model)
         self._hooks = Hooks(model, self.ffns, method, self.forward)
@@ -107,12 +108,11 @@ class Session:
 
     @property
     def effective_sparsity(self) -> float:
-        """Share of the FFN weights that the tokens generated so far did not read, dense tokens included.
+        """Share of the FFN weight bytes (of the model's own dtype) that tokens generated so far did not read.
 
-        Each context's last position makes a token, densely. What a batch computes for a sequence after its end is left
-        out, where `generate` runs it.
+        The first token of each context is made densely, and counts. What follows a sequence's end does not.
         """
-        return self._tally.share
+        return unread(self._tally.share, self.prepared.share)
 
     @property
     def mask_sparsity(self) -> float:
@@ -121,10 +121,14 @@ class Session:
 
     @property
     def weights_read(self) -> float:
-        """FFN weights that a decoded token multiplies / all FFN weights, mean over sequences."""
-        if not self.method.choice.exact and self.steps:
-            return float(torch.stack([step.read for step in self.steps]).mean())
-        return float(self.shares(1).read.mean())
+        """FFN weight bytes that a decoded token reads / those of the model's own dtype, mean over sequences."""
+        measured = self.steps if not self.method.choice.exact else []
+        reads = [step.read for step in measured] or [self.shares(1).read]
+        return self.prepared.share * float(torch.stack(reads).mean())
+
+    def computed(self, read: float) -> float:
+        """Share of the FFN weights that a pruned token multiplies, where it reads this share of them."""
+        return self.prepared.computed(read)
 
     @property
     def state_bytes(self) -> int:
@@ -312,13 +316,12 @@ class Session:
         assert self.state is not None
         if self._step is None:
             self._step = self.state.step()
-        step = self._step
-        self.log.steps.append(step)
+        self.log.steps.append(self._step)
         self.log.decoded += length
         self._ended = None
         if self._forced is None and batch > 1 and self._calls.ends and not tokens.is_floating_point():
             self._ended = torch.isin(tokens[:, -1], torch.tensor(sorted(self._calls.ends), device=tokens.device))
-        self.executing.slice(step)
+        self.executing.slice(self._step)
 
     def _follow_beams(self, beams: Tensor) -> None:
         if self._hooks.installed and self.state is not None:
@@ -332,9 +335,8 @@ class Session:
         # What runs from here on, a re-mask's own projections too, is no forward.
         phase, forward.phase = forward.phase, "off"
         forward.last = phase
-        if forward.sliced:
-            self.executing.whole()
-            forward.sliced = False
+        self.executing.whole()
+        forward.sliced = False
         if not forward.kept:
             self._cache.take(output, type(self.model).__name__)
         if forward.looking and (self.state is not None or phase == "decode"):

@@ -6,41 +6,20 @@ by neuron, whatever order the weights are in. Padding is left out of every sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from dart_eval.ffn import FFN, device_of
 from dart_eval.pruning.parts.allocations import ChangeState
-from dart_eval.pruning.parts.choices import Token
+from dart_eval.pruning.parts.choices import Graded, Token
 from dart_eval.pruning.parts.scores import FIRST_TOKEN
 from dart_eval.pruning.prepared import Prepared
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.sequence import PerSequence, Sums
+from dart_eval.pruning.steps import Change, Step
 from dart_eval.pruning.top import top_k_mask
 
 CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
-
-
-@dataclass(frozen=True)
-class Change:
-    """New masks of one sequence: `cause` is `alarm` or `steady`; `overlap` per layer, |old and new| / |old|."""
-
-    sequence: int
-    cause: str
-    overlap: list[float]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a decoding forward uses. read: [B] FFN weights read / all of them. mask: [B] neurons in the mask / all.
-
-    Both are fp64 on the CPU; they are equal but for methods whose tokens choose inside the mask.
-    """
-
-    read: Tensor
-    mask: Tensor
 
 
 class SequenceState(PerSequence):
@@ -79,6 +58,7 @@ class SequenceState(PerSequence):
         self.constants: list[Tensor] | None = None
         self.remasks = torch.zeros(batch, dtype=torch.long)
         self.remasking = self.method.mask.remask.start(self.ffns, batch, device)
+        self._rough: Tensor | None = None  # [B, T, D] what neurons of the layer under way write through an image
         self.spent: Tensor | None = None  # [B, T] neurons that tokens under way took, where these are not set
 
     # -- context -------------------------------------------------------------------------------------------
@@ -224,9 +204,9 @@ class SequenceState(PerSequence):
         if self.kept is None or self.taken is None or self.written is None or not self.prunes:
             return Step(*[torch.ones(self.batch, dtype=torch.float64)] * 2)
         mask = self.kept.double().sum(1) / everything
-        matrices = self.ffns[0].matrices
-        reads = self.prepared.whole * self.kept + (matrices - 1 - self.prepared.whole) * self.taken + self.written
-        read = reads.double().sum(1) / (matrices * everything)
+        counts = torch.stack([self.kept, self.taken, self.written]).double()
+        paid = torch.tensor(self.prepared.paid, dtype=torch.float64)[:, None, None]
+        read = (paid * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
         if (dense := self.dense_now) is not None:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
         return Step(read, mask)
@@ -248,14 +228,16 @@ class SequenceState(PerSequence):
 
     @torch.no_grad()
     def apply(
-        self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None, up: Tensor | None, sliced: bool = False
-    ) -> Tensor:
+        self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None, up: Tensor | None, sliced: bool = False,
+        x: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The intermediate state h without the neurons that are pruned.
 
         Args:
             h: [B, T, F], the input of the down projection. valid: [B, T] bool.
             gate, up: the same of act(gate x) and up x, where tokens choose; None for a plain FFN.
             sliced: all of them have the mask's neurons alone, by row.
+            x: [B, T, D], the FFN's input, where there is an image to look at it through.
         """
         choice, dense = self.method.choice, self.dense_now
         if not self.prunes or (sliced and not choice.chooses and dense is None):
@@ -269,10 +251,19 @@ class SequenceState(PerSequence):
         else:
             kept = self.ffns[layer].by_row(self.mask(layer)).to(h.device)[:, None]
         if choice.chooses:
-            kept = self._take(layer, h, gate, up, kept)
+            kept = self._take(layer, h, gate, up, kept, x)
         if dense is not None:
             kept = kept | dense.to(h.device)[:, None, None]
-        return h * kept
+        mean = self.mean(layer, h)
+        return h * kept if mean is None else torch.where(kept, h, mean)
+
+    def mean(self, layer: int, h: Tensor) -> Tensor | None:
+        """[B, 1, F], by row, what each neuron counts that a token leaves out; None: nothing."""
+        sums = self.sums.get("compensation")
+        if not self.method.compensation.fills or sums is None or sums.layers[layer] is None:
+            return None
+        mean = sums[layer] / self.weight.clamp_min(FIRST_TOKEN)[:, None].to(h.device)
+        return self.ffns[layer].by_row(mean)[:, None].to(h.dtype)
 
     def _keep_fresh(self, layer: int, h: Tensor, valid: Tensor, dense: Tensor) -> None:
         """Score the tokens of the sequences that run dense after an alarm."""
@@ -280,16 +271,38 @@ class SequenceState(PerSequence):
         counted = valid.to(h.device) & dense.to(h.device)[:, None]
         self._add({"score": self.remasking.fresh}, layer, h, counted, None, counted.float())
 
-    def _take(self, layer: int, h: Tensor, gate: Tensor | None, up: Tensor | None, allowed: Tensor) -> Tensor:
+    def _take(
+        self, layer: int, h: Tensor, gate: Tensor | None, up: Tensor | None, allowed: Tensor, x: Tensor | None
+    ) -> Tensor:
         """The neurons of the mask that each token computes: [B, T, F] bool."""
         choice = self.method.choice
         assert self.taken is not None and self.written is not None
-        token = Token(h, h if gate is None else gate, h if up is None else up, self.usual(layer, h.shape[-1]))
+        preview = None
+        if self.prepared.previews is not None and x is not None:
+            preview = self.ffns[layer].by_row(self.prepared.previews[layer].hidden(x))
+        usual = self.usual(layer, h.shape[-1])
+        token = Token(h, h if gate is None else gate, h if up is None else up, usual, preview)
         kept = choice.take(token, allowed, (self.taken[:, layer], self.written[:, layer]))
+        if isinstance(choice, Graded):
+            self._write_roughly(layer, choice, token, allowed, kept)
         if not choice.exact:
             taken = kept.sum(-1, dtype=torch.float64).cpu()
             self.spent = taken if self.spent is None else self.spent + taken
         return kept
+
+    def _write_roughly(self, layer: int, choice: Graded, token: Token, allowed: Tensor, kept: Tensor) -> None:
+        """Keep what neurons add that are not taken, but write as the image shows them."""
+        previews = self.prepared.previews
+        assert previews is not None and token.preview is not None
+        assert self.taken is not None and self.written is not None
+        rough = choice.roughly(token, allowed, kept, (self.taken[:, layer], self.written[:, layer]))
+        self._rough = previews[layer].write(self.ffns[layer].by_neuron(token.preview * rough))
+
+    def added(self, layer: int) -> Tensor | None:
+        """[B, T or 1, D], to be added to the FFN's pruned output: constants, and what was written through images."""
+        rough, self._rough = self._rough, None
+        constant = self.constant(layer)
+        return rough if constant is None else constant if rough is None else rough + constant
 
     def usual(self, layer: int, count: int) -> Tensor | None:
         """[B, 1, count] fp32, root of what the choice observed, by row, up to a factor per sequence; None: nothing."""

@@ -18,7 +18,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic needs this one 
 from dart_eval.results.layout import OPEN, Number
 
 ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
-PRUNING = ("method", "params", "sparsity")  # what a pruned cell has beside its dense one
+PRUNING = ("method", "params", "sparsity", "ffn_bits")  # what a pruned cell has beside its dense one
 HASH_DIGITS = 8
 
 
@@ -72,6 +72,9 @@ class CellInputs(TypedDict):
     method: Annotated[str, _asked("the method's name", False)]
     params: Annotated[dict[str, Any], _asked("all its parts and their fields, by the paths that a user types", False)]
     sparsity: Annotated[Share, _asked("share of FFN weight bytes that a decoded token is not to read", False)]
+    ffn_bits: NotRequired[
+        Annotated[str, Role(ASKED, "bits that FFN weights were rounded to first, where they were", column=True)]
+    ]
     task: Annotated[str, _asked("the lm-eval task or group", False)]
     scope: Annotated[str, Role(ASKED, "which positions ran pruned when answers were scored", named=True)]
     execution: NotRequired[Annotated[str, Role(HOW, "how pruning was computed; `run` says `masked`", named=True)]]

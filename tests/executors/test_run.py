@@ -205,3 +205,30 @@ def test_where_memory_runs_out_batches_are_halved(saved_llama, tmp_path, monkeyp
     view = Watch()
     assert len(run_local(_config(saved_llama, tmp_path / "none", tasks=task), view).failed) == 5
     assert all("OutOfMemoryError" in error for _, error, _ in view.broken)
+
+
+def test_methods_run_on_rounded_weights_and_read_counts_their_bits(saved_llama, tmp_path):
+    """In turn on the one model, which has its own weights in between."""
+    config = config_from(None, {
+        "model": saved_llama, "method": "griffin,dense,graded", "sparsity": "0.5", "ffn_bits": "4,16,8", "limit": 2,
+        "tasks": "smoke_questions", "output": str(tmp_path),
+    })  # fmt: skip
+    result = run_local(config, Watch())
+    found = {(r.inputs["method"], r.inputs.get("ffn_bits")): r for r in result.records}
+    bits = {"4": 4.5, "8": 8.5, None: 16}
+    assert set(found) == {(m, b) for m in ("griffin", "dense", "graded") for b in bits}
+    for (method, own), record in found.items():
+        whole = bits[own] / 16
+        if method == "graded":
+            assert 0.4 * whole < record.weights_read <= 0.5 * whole + 1e-9
+        else:
+            assert record.weights_read == pytest.approx(whole * (0.5 if method == "griffin" else 1), rel=0.03)
+        assert record.effective_sparsity == pytest.approx(1 - record.weights_read)
+        assert all(s["effective_sparsity"] == pytest.approx(1 - record.weights_read) for s in record.samples)
+        command = record.settings["command"]
+        assert (f"--ffn-bits {own}" in command) == (own is not None)
+    alone = run_local(config_from(None, {
+        "model": saved_llama, "method": "dense", "limit": 2, "tasks": "smoke_questions", "output": str(tmp_path / "b"),
+    }), Watch())  # fmt: skip
+    answers = {b: [s["responses"] for s in found["dense", b].samples] for b in bits}
+    assert answers[None] == [s["responses"] for s in alone.records[0].samples] and answers["4"] != answers[None]

@@ -15,8 +15,9 @@ from dart_eval.pruning import parts as folder
 from dart_eval.pruning.method import Pruner, changed, plain_fields, slot_names, slots, text_of
 from dart_eval.pruning.parts.allocations import DepthAware, Table, Uniform
 from dart_eval.pruning.parts.base import kind_of
-from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
+from dart_eval.pruning.parts.images import Plane
 from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
 from dart_eval.pruning.parts.scores import Activation, Random, Wanda, Weights
@@ -27,7 +28,7 @@ from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
-SLOTS = ("mask", "score", "remask", "choice", "allocation", "compensation")
+SLOTS = ("mask", "score", "remask", "choice", "image", "allocation", "compensation")
 
 
 def made(spec):
@@ -129,6 +130,8 @@ def test_the_built_in_methods_are_these_compositions():
         ),
         "cats": Pruner(choice=ByGate()),
         "m-countdown": Pruner(choice=ByUp()),
+        "preview": Pruner(choice=ByPreview(image=Plane(bits=0), write_share=0.7, precision=0)),
+        "graded": Pruner(choice=Graded(image=Plane(bits=0), precision=8, coarse=2.0)),
         "top-p": Pruner(choice=TopP(p=0.9)),
         "oracle-token": Pruner(choice=ByHidden()),
         "oracle": Pruner(Ahead(score=l2)),
@@ -143,7 +146,7 @@ def test_what_a_composition_is_follows_from_its_parts():
     def those(tells):
         return {m.name for m in BUILT_IN if getattr(m, tells)}
 
-    choosing = {"cats", "m-countdown", "top-p", "oracle-token"}
+    choosing = {"cats", "m-countdown", "preview", "graded", "top-p", "oracle-token"}
     prompted = {"griffin", "dart", "dart-code", "dart-plus"}
     assert those("prunes") == set(METHODS) - {"dense"}
     assert those("sized") == set(METHODS) - {"dense", "top-p"}
@@ -243,7 +246,7 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("griffin", {"remask": "drft"}, "there is no remask=drft; did you mean drift"),
     ("griffin", {"remask.window": 8}, "remask=never has no.*; remask=drift has it"),
     ("cats", {"remask": "drift"}, "mask=everything has no.*; mask=prompt has it"),
-    ("griffin", {"choice.mask_ratio": 2}, "choice=none has no.*; .*choice=gate and choice=up and choice=hidden ha"),
+    ("griffin", {"choice.mask_ratio": 2}, "choice=none has no.*; .*choice=gate and .*choice=preview have it"),
     ("dart", {"remask.window.size": 8}, "remask.window is a plain field, and 'size' stands below it"),
     ("dart", {"remask.window": {}}, "remask.window"),
     ("griffin", {"score": OnDrift()}, "score takes no remask; give one of activation, wanda"),
@@ -320,7 +323,7 @@ def test_what_is_written_of_a_method_makes_it_again(drawn):
     for base in ("dense", found.name, "dart-plus"):  # all parts and fields, whatever the method that they go into
         assert make(base, found.params()) == make(base, as_text) == found
     parents = [path for path, _ in slots(found)]
-    assert parents == ["mask", *(p for p in ("score", "remask") if p in found.params()), *SLOTS[3:]]
+    assert parents == [slot for slot in SLOTS if slot in found.params()]
 
 
 @pytest.mark.parametrize("slot", SLOTS)
@@ -333,7 +336,7 @@ def test_any_part_in_any_slot_of_any_method_comes_back(name, slot):
         found = _possible(name, given)
         if found is not None:
             assert made(found.spec) == found
-            assert getattr(found.mask if slot in ("score", "remask") else found, slot).name == cls.name
+            assert found.params()[slot] == cls.name
 
 
 def _another(cls, field):

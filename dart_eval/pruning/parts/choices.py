@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dart_eval.allocation import Counts, chosen_counts, keep_counts
+from dart_eval.allocation import Counts, Prices, chosen_counts, graded_counts, keep_counts
 from dart_eval.pruning.parts.base import Part, option
+from dart_eval.pruning.parts.images import Image, Plane
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.cost import ModelShape
+
+
+PRECISION = "bits of a 16-bit weight that are read at most; 0: all"
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class Token:
         up: the same of up x; of a plain FFN h itself.
         usual: [B, 1, F] fp32, the root of what `observe` kept of the context's tokens, up to a factor per sequence;
             None where it keeps nothing.
+        preview: [B, T, F], h as an image of gate and up has it; None where there is no image.
     """
 
     h: Tensor
     gate: Tensor
     up: Tensor
     usual: Tensor | None
+    preview: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,9 @@ class Choice(Part):
         upper_bound: whether it knows h before it has read what h is made of.
         write_share: of the neurons that it takes, the share whose columns of down are read.
         mask_ratio: neurons in the mask, as a multiple of the weights read, where the mask is not of everything.
+        image: what every token reads of gate and up for the whole mask before it chooses; None: matrices whole.
+        precision: how many bits of a weight are read at most, where there is an image; 0: all.
+        grades: whether neurons that are not taken may write as the image shows them.
         gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`).
     """
 
@@ -62,6 +71,9 @@ class Choice(Part):
     upper_bound: ClassVar[bool] = False
     write_share: ClassVar[float] = 1.0
     mask_ratio: ClassVar[float] = 1.0
+    image: ClassVar[Image | None] = None
+    precision: ClassVar[int] = 0
+    grades: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
 
     def importance(self, token: Token) -> Tensor:
@@ -69,21 +81,23 @@ class Choice(Part):
         raise NotImplementedError
 
     def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool
-    ) -> Counts:
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
+        image: Prices | None = None,
+    ) -> Counts:  # fmt: skip
         """How many neurons of each layer are in the mask, are taken by a token, and are written by it.
 
         Args:
             densities: [L] share of the weights of each layer that is read, mean 1 - sparsity.
             sizes: [L] neurons of every layer. matrices: 3 for gated FFNs and 2 for plain ones.
             whole_mask: the mask is of everything.
+            image: what is read of a neuron, where there is one.
 
         Raises:
             UserError: what it reads whole is more than the sparsity leaves.
         """
         whole = min(len(self.reads_whole), matrices - 1)
         ratio = None if whole_mask else self.mask_ratio
-        return chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, self.write_share, self.title)
+        return chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, self.write_share, self.title, image)
 
     def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
         """The neurons that each token computes to the end: [B, T, F] bool.
@@ -113,8 +127,9 @@ class All(Choice):
     chooses = False
 
     def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool
-    ) -> Counts:
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
+        image: Prices | None = None,
+    ) -> Counts:  # fmt: skip
         counts = keep_counts(densities, sizes, sparsity)
         return Counts(counts, counts, counts, 0)
 
@@ -211,8 +226,9 @@ class TopP(Choice):
     p: float = option(0.9, "share of a token's sum of |h| that is kept", above=0, most=1)
 
     def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool
-    ) -> Counts:
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
+        image: Prices | None = None,
+    ) -> Counts:  # fmt: skip
         counts = list(sizes) if whole_mask else keep_counts(densities, sizes, sparsity)
         return Counts(counts, counts, counts, 0)
 
@@ -225,4 +241,72 @@ class TopP(Choice):
         return torch.zeros_like(needed).scatter_(-1, order, needed)
 
 
-CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP)
+@dataclass(frozen=True, kw_only=True)
+class ByPreview(Inside):
+    """Exactly k neurons by |h| as an image of gate and up has it; their rows are read exactly, then the largest |h|
+    writes.
+
+    Prox (arXiv 2607.27591) previews by a copy of 4 bits; the plane of the served weights and exact counts are ours.
+    """
+
+    name = "preview"
+    summary = "takes the largest |h| that a coarse image of gate and up shows; then writes the largest exact |h|"
+    image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
+    write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
+
+    precision: int = option(0, PRECISION, least=0, most=16)  # type: ignore[misc]
+
+    def importance(self, token: Token) -> Tensor:
+        assert token.preview is not None
+        return token.preview.abs()
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 3 * mask  # the preview itself, and choosing by it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graded(Choice):
+    """The largest |h| as an image of gate and up has it are read exactly; the next largest write as the image has them.
+
+    Every token reads the image of gate and up. Of the neurons that matter most to it also the rest of their rows and
+    their columns of down; of the next ones, the image of their columns alone: their h is the preview's. So the bits
+    that a token reads of a neuron follow from how much it matters. This project's own.
+    """
+
+    name = "graded"
+    summary = "reads the largest |h| of a preview exactly, and lets the next largest write as the preview has them"
+    grades = True
+    image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
+    precision: int = option(8, PRECISION, least=0, most=16)  # type: ignore[misc]
+    coarse: float = option(
+        2.0, "neurons that write as the preview has them, as a multiple of those read exactly", least=0
+    )
+
+    def counts(
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
+        image: Prices | None = None,
+    ) -> Counts:  # fmt: skip
+        assert image is not None
+        return graded_counts(densities, sizes, sparsity, matrices, image, self.coarse, self.title)
+
+    def importance(self, token: Token) -> Tensor:
+        assert token.preview is not None
+        return token.preview.abs()
+
+    def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+        from dart_eval.pruning.top import largest
+
+        return largest(self.importance(token), allowed, counts[0])
+
+    def roughly(self, token: Token, allowed: Tensor, taken: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+        """The neurons that write as the image shows them: [B, T, F] bool, none of those taken. See `take`."""
+        from dart_eval.pruning.top import largest
+
+        return largest(self.importance(token), allowed, counts[1]) & ~taken
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        # the previews of gate and up, choosing by them, and columns of down's image
+        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 4 * mask
+
+
+CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, ByPreview, Graded, TopP)

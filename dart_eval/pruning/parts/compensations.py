@@ -20,10 +20,13 @@ class Compensation(Part):
     Attributes:
         adds: it adds a constant per sequence and layer to the FFN's output: the mean of what it observes, for the
             neurons outside the mask, through down.
+        fills: each neuron that a token leaves out counts with the mean of what is observed of it. By kernels that is a
+            constant per sequence and layer, and down's columns of what is taken on the difference to the mean.
     """
 
     slot = "compensation"
     adds: ClassVar[bool] = False
+    fills: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,4 +56,17 @@ class MeanOutput(Compensation):
         return shape.layers * shape.width
 
 
-COMPENSATIONS = (Nothing, MeanOutput)
+@dataclass(frozen=True, kw_only=True)
+class MeanHidden(MeanOutput):
+    """Each neuron that a token leaves out, in the mask or not, counts with its mean over the context's tokens."""
+
+    name = "mean-token"
+    summary = "gives each neuron that a token leaves out its mean over the context's tokens"
+    adds = False
+    fills = True
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return shape.layers * shape.width + mask
+
+
+COMPENSATIONS = (Nothing, MeanOutput, MeanHidden)

@@ -1,0 +1,62 @@
+"""How many bits an FFN weight is served with: what `--ffn-bits` may be. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dart_eval.errors import UserError
+
+OWN_BITS = 16  # of a weight as models are served; a float32 checkpoint counts as the bfloat16 one that it would be
+SCALE_BITS = 16
+GROUP = 32
+LEAST, MOST = 2, 8
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How FFN weights are rounded.
+
+    Attributes:
+        bits: of a code, 2 to 8.
+        group: weights that share a scale, neighbours in a row (what one output is made of); 0: a whole row.
+    """
+
+    bits: int
+    group: int = GROUP
+
+    @property
+    def text(self) -> str:
+        """As a user types it: `4`, `4:64`, `4:row`."""
+        return f"{self.bits}" + ("" if self.group == GROUP else f":{self.group or 'row'}")
+
+    def weight_bits(self, width: int) -> float:
+        """Bits of a weight with its part of a scale, in rows of `width` weights."""
+        return self.bits + SCALE_BITS / (min(self.group, width) or width)
+
+
+def parse(text: str) -> Rounding | None:
+    """`4`, `4:64` or `4:row`; None for `16`, the weights as they are.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    bits, colon, group = text.strip().partition(":")
+    if bits == str(OWN_BITS) and not colon:
+        return None
+    remedy = f"write 4, 4:64 (weights that share a scale; {GROUP} if not given) or 4:row; {OWN_BITS} is unrounded"
+    size = 0 if group == "row" else int(group) if group.isdecimal() else None if colon else GROUP
+    if not bits.isdecimal() or size is None or (group != "row" and size < 2):
+        raise UserError(f"--ffn-bits is {text!r}", remedy)
+    if not LEAST <= int(bits) <= MOST:
+        raise UserError(f"--ffn-bits is {text!r}: weights are rounded to {LEAST} to {MOST} bits", remedy)
+    return Rounding(int(bits), size)
+
+
+def unread(sparsity: float, share: float) -> float:
+    """Share of the bytes of the model's own dtype that is not read, where this much of the served weights is not.
+
+    Args:
+        sparsity: share of the served weights that is not read.
+        share: bytes of the served weights / those of the model's own dtype.
+    """
+    return sparsity if share == 1 else 1 - share * (1 - sparsity)

@@ -1,0 +1,170 @@
+"""Images: what a token reads of gate and up before it chooses, coarser and cheaper than the weights themselves.
+
+An image is a copy of its own beside the model (`copy`, `low-rank`), or a part of the served weights (`plane`): of a row
+that is then chosen only the rest has to be read, and nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dart_eval.bits import OWN_BITS, Rounding
+from dart_eval.pruning.parts.base import Part, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.rounding import Served
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image(Part):
+    """Base of all images of a matrix [F, D], whose rows are those of neurons.
+
+    Attributes:
+        stored: it is kept beside the model.
+    """
+
+    slot = "image"
+    stored: ClassVar[bool] = False
+
+    def bits_of(self, served: float, rows: int, width: int) -> float:
+        """Bits of the image for each weight of the matrix.
+
+        Args:
+            served: bits of a weight as it is served. rows, width: of the matrix.
+        """
+        raise NotImplementedError
+
+    def left(self, matrix: Served, precision: int = 0) -> float:
+        """Bits that are still to be read of each weight of a row that was chosen.
+
+        Args:
+            precision: bits of a weight that are read at most, where it is kept in planes; 0: all.
+        """
+        return matrix.bits
+
+    def column(self, matrix: Served, precision: int = 0) -> float:
+        """Bits that are read of each weight of a column of down. Arguments as of `left`; `matrix` is down."""
+        return matrix.bits
+
+    def mantissa(self, precision: int) -> int | None:
+        """Bits of the mantissa of a 16-bit weight that are read at that precision; None: all."""
+        return None
+
+    def values(self, matrix: Served) -> Tensor:
+        """[F, D] fp32, what the image says the weights are."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Image):
+    """The weights themselves: gate and up are read whole, and only down is chosen."""
+
+    name = "weights"
+    summary = "is the weights themselves: gate and up are read whole"
+
+    def bits_of(self, served: float, rows: int, width: int) -> float:
+        return served
+
+    def left(self, matrix: Served, precision: int = 0) -> float:
+        return 0.0
+
+    def values(self, matrix: Served) -> Tensor:
+        return matrix.weight.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Image):
+    """A copy that is rounded to few bits, as Prox (arXiv 2607.27591) keeps one of 4 bits."""
+
+    name = "copy"
+    summary = "is a copy beside the model, rounded to few bits"
+    stored = True
+    bits: int = option(4, "bits of a weight", least=2, most=8)
+    group: int = option(32, "weights that share a scale; 0: a row", least=0)
+
+    def bits_of(self, served: float, rows: int, width: int) -> float:
+        return Rounding(self.bits, self.group).weight_bits(width)
+
+    def values(self, matrix: Served) -> Tensor:
+        from dart_eval.rounding import rounded
+
+        return rounded(matrix.weight, Rounding(self.bits, self.group)).values
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Image):
+    """The best approximation of a low rank, by singular values."""
+
+    name = "low-rank"
+    summary = "is a copy of low rank beside the model"
+    stored = True
+    rank: int = option(64, "rank of the approximation", least=1)
+
+    def bits_of(self, served: float, rows: int, width: int) -> float:
+        return OWN_BITS * min(self.rank, rows, width) * (rows + width) / (rows * width)
+
+    def values(self, matrix: Served) -> Tensor:
+        import torch
+
+        u, s, v = torch.linalg.svd(matrix.weight.float(), full_matrices=False)
+        return (u[:, : self.rank] * s[: self.rank]) @ v[: self.rank]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane(Image):
+    """The top bits of the served weights, read as a plane of their own.
+
+    Of 16-bit weights: the sign and a short code of the exponent, counted down from the row's largest; the last code
+    stands for all smaller exponents, which are then kept with the mantissas (`planes`). Of weights that `--ffn-bits`
+    rounds: the high bits of their codes. This project's own.
+    """
+
+    name = "plane"
+    summary = "is the top bits of the served weights: nothing is stored twice, and a chosen row reads only its rest"
+    bits: int = option(0, "bits of a weight in it; 0: 4 of a 16-bit weight, half of a rounded one", least=0, most=7)
+
+    def top(self, code_bits: float) -> int:
+        """Bits of the plane. code_bits: of a weight without scales."""
+        return self.bits or (4 if code_bits >= 9 else int(code_bits + 1) // 2)
+
+    def bits_of(self, served: float, rows: int, width: int) -> float:
+        if served == OWN_BITS:
+            return self.top(served) + 8 / width  # the row's largest exponent
+        code_bits = int(served)  # what is beyond it is the scale's
+        return min(self.top(code_bits), code_bits) + served - code_bits
+
+    def left(self, matrix: Served, precision: int = 0) -> float:
+        if matrix.packed is None:
+            return self._beyond(matrix, precision)
+        code_bits = matrix.packed.rounding.bits
+        return max(0, min(code_bits, precision or code_bits) - self.top(code_bits))
+
+    def column(self, matrix: Served, precision: int = 0) -> float:
+        if matrix.packed is None:
+            return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else matrix.bits
+        code_bits = matrix.packed.rounding.bits
+        return matrix.bits - max(0, code_bits - (precision or code_bits))
+
+    def _beyond(self, matrix: Served, precision: int) -> float:
+        """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision."""
+        from dart_eval.pruning.planes import MANTISSA, escapes
+
+        kept = self.mantissa(precision)
+        return (MANTISSA if kept is None else kept) + escapes(matrix.weight, self.top(matrix.bits) - 1)
+
+    def mantissa(self, precision: int) -> int | None:
+        top = self.top(OWN_BITS)
+        return None if not precision or precision - top >= 7 else max(0, precision - top)
+
+    def values(self, matrix: Served) -> Tensor:
+        from dart_eval.pruning.planes import exponents, high_bits
+
+        if matrix.packed is None:
+            return exponents(matrix.weight, self.top(matrix.bits) - 1)
+        return high_bits(matrix.packed, self.top(matrix.packed.rounding.bits))
+
+
+IMAGES = (Plane, Copy, LowRank, Weights)

@@ -1,0 +1,150 @@
+"""What h looks like through images of gate and up: the preview by which tokens choose their neurons."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.allocation import Prices
+from dart_eval.ffn import FFN
+from dart_eval.pruning.parts.images import Image
+from dart_eval.pruning.planes import truncated
+from dart_eval.rounding import Served, packed, served_inputs, served_output
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The images of one layer, by neuron.
+
+    Attributes:
+        weights: of gate and up, or of up alone, [F, D] each. biases: of the same, [F] each or None.
+        act: the activation.
+        down: of down, [D, F], where neurons write through an image; else None.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    act: Callable[[Tensor], Tensor]
+    down: Tensor | None = None
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., F], h as the images have it."""
+        made = [nn.functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+        return self.act(made[0]) * made[1] if len(made) > 1 else self.act(made[0])
+
+    def write(self, h: Tensor) -> Tensor:
+        """[..., F] -> [..., D], what h adds through the image of down."""
+        assert self.down is not None
+        return nn.functional.linear(h, self.down)
+
+
+def prices(image: Image, precision: int, ffns: Sequence[FFN]) -> Prices:
+    """What is read of a neuron, mean over the layers. precision: bits of a weight that are read at most; 0: all."""
+    whole = taken = written = coarse = 0.0
+    weights = sum(f.size * f.width for f in ffns)
+    for ffn in ffns:
+        part = ffn.size * ffn.width / weights
+        for matrix in served_inputs(ffn):
+            whole += part * image.bits_of(matrix.bits, *matrix.weight.shape) / matrix.bits
+            taken += part * image.left(matrix, precision) / matrix.bits
+        down = served_output(ffn)
+        written += part * image.column(down, precision) / down.bits
+        coarse += part * image.bits_of(down.bits, *down.weight.shape) / down.bits
+    return Prices(whole, taken, written, coarse)
+
+
+def stored(image: Image, ffns: Sequence[FFN], down: bool) -> int:
+    """Bytes that the images take beside the model. down: there is one of down too."""
+    if not image.stored:
+        return 0
+    matrices = [m for f in ffns for m in (*served_inputs(f), *([served_output(f)] if down else []))]
+    return round(sum(m.weight.numel() * image.bits_of(m.bits, *m.weight.shape) for m in matrices) / 8)
+
+
+_MADE: weakref.WeakKeyDictionary[nn.Module, tuple[object, Preview]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def previews(image: Image, ffns: Sequence[FFN], down: bool) -> list[Preview]:
+    """The images of every layer; those last made of a model are kept, since cell after cell asks for the same.
+
+    Args:
+        down: also of down.
+    """
+    return [_preview(image, ffn, down) for ffn in ffns]
+
+
+def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
+    matrices = [*served_inputs(ffn), *([served_output(ffn)] if down else [])]
+    key = (image, *((m.weight.data_ptr(), m.weight._version, m.bits, str(m.weight.dtype)) for m in matrices))
+    known = _MADE.get(ffn.up)
+    if known is not None and known[0] == key:
+        return known[1]
+    values = [_values(image, m) for m in matrices]
+    inputs = ffn.matrices - 1
+    made = Preview(tuple(values[:inputs]), _biases(ffn), ffn.act, values[inputs] if down else None)
+    _MADE[ffn.up] = key, made
+    return made
+
+
+def _values(image: Image, matrix: Served) -> Tensor:
+    return image.values(matrix).to(matrix.weight.dtype)
+
+
+def _biases(ffn: FFN) -> tuple[Tensor | None, ...]:
+    found = [getattr(m, "bias", None) for m in (ffn.gate, ffn.up) if m is not None]
+    return tuple(found if not ffn.fused else [None, None] if found[0] is None else found[0].chunk(2))
+
+
+class Fine:
+    """FFN weights of which decoding forwards read the first bits alone; prompts have all of them.
+
+    Attributes:
+        held: the projections, each with its own weights and those that have lost their last bits.
+    """
+
+    def __init__(self, held: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
+        self.held = held
+        self.in_place = False
+
+    @classmethod
+    def of(cls, ffns: Sequence[FFN], mantissa: int | None) -> Fine | None:
+        """Of these FFNs; None where all bits are read, as of weights that are rounded.
+
+        Args:
+            mantissa: bits of it that are read; None: all.
+        """
+        modules: list[Any] = [m for f in ffns for m in (f.gate, f.up, f.down) if m is not None]
+        if mantissa is None or any(packed(m) is not None for m in modules):
+            return None
+        return cls([(m, m.weight.data, _fine(m, mantissa)) for m in modules])
+
+    def begin(self) -> None:
+        """Decoding forwards from here on."""
+        self.in_place = True
+        for module, _, fine in self.held:
+            module.weight.data = fine
+
+    def end(self) -> None:
+        """The weights are whole again, to the bit."""
+        for module, own, _ in self.held:
+            module.weight.data = own
+        self.in_place = False
+
+
+_FINE: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _fine(module: Any, mantissa: int) -> Tensor:
+    """The weight of a projection without its last bits; the one last made is kept."""
+    weight: Tensor = module.weight.data
+    key = mantissa, weight.data_ptr(), module.weight._version, weight.dtype
+    known = _FINE.get(module)
+    if known is None or known[0] != key:
+        _FINE[module] = known = key, truncated(weight, mantissa)
+    return known[1]

@@ -1,0 +1,215 @@
+"""FFN weights rounded to few bits: a control that every pruner must beat, and weights that a pruner can stand on.
+
+A group of weights in a row shares a scale: w is about scale * code, with a whole code of `bits` bits. The model keeps
+its dtype and holds the rounded values, so that every execution runs on them; what a kernel for few bits would read is
+counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.bits import OWN_BITS, Rounding, parse
+from dart_eval.ffn import FFN, find_ffns, is_conv1d, weight_matrix
+
+# Scales that are tried: factors on the one that just reaches a group's largest weight.
+FACTORS = (1.14, 1.07, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
+CHUNK = 1 << 22  # weights that are rounded at a time
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as codes and scales.
+
+    Attributes:
+        codes: [out, in] int8, from -2^(bits - 1) to 2^(bits - 1) - 1.
+        scales: [out, groups] fp16; that of a group may be negative.
+        rounding: how it was made.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    rounding: Rounding
+
+    @property
+    def spread(self) -> Tensor:
+        """[out, in] fp32, the scale of each weight."""
+        group = self.rounding.group or self.codes.shape[1]
+        return self.scales.float().repeat_interleave(group, dim=1)[:, : self.codes.shape[1]]
+
+    @property
+    def values(self) -> Tensor:
+        """[out, in] fp32, what the codes stand for."""
+        return self.spread * self.codes
+
+
+@torch.no_grad()
+def rounded(weight: Tensor, rounding: Rounding) -> Packed:
+    """Round a matrix [out, in] so that the squared error of each group is small.
+
+    The group's largest weight sets the first scale, with the sign that lets it take the code -2^(bits - 1), which has
+    no counterpart above. Of `FACTORS` times that scale, each then fitted to its codes by least squares, the best is
+    taken.
+    """
+    rows, width = weight.shape
+    group = min(rounding.group, width) or width
+    codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(rows, -(-width // group), dtype=torch.float16, device=weight.device)
+    step = max(1, CHUNK // width)
+    for start in range(0, rows, step):
+        some = weight[start : start + step].float()
+        groups = nn.functional.pad(some, (0, -width % group)).view(len(some), -1, group)
+        scale = _best_scale(groups, rounding.bits).half()
+        code = _codes(groups, scale.float(), rounding.bits)
+        codes[start : start + step] = code.view(len(some), -1)[:, :width].to(torch.int8)
+        scales[start : start + step] = scale.squeeze(-1)
+    return Packed(codes, scales, rounding)
+
+
+def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """[..., group] fp32 whole numbers. scale: [..., 1], 0 where all weights are."""
+    half = 2 ** (bits - 1)
+    return (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-half, half - 1)
+
+
+def _best_scale(groups: Tensor, bits: int) -> Tensor:
+    """[..., 1] fp32, the scale of each group. groups: [..., group] fp32."""
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    first = -largest / 2 ** (bits - 1)
+    best, least = first, torch.full_like(first, torch.inf)
+    for factor in FACTORS:
+        code = _codes(groups, first * factor, bits)
+        square = code.square().sum(-1, keepdim=True)
+        product = (groups * code).sum(-1, keepdim=True)
+        scale = product / square.clamp_min(1)
+        error = -product * scale  # squared error less what does not depend on the scale
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
+
+
+@dataclass(frozen=True)
+class Served:
+    """A matrix as it would be served: its values [out, in], and its codes where it is rounded."""
+
+    weight: Tensor
+    packed: Packed | None = None
+
+    @property
+    def bits(self) -> float:
+        """Of a weight, with its part of a scale."""
+        return OWN_BITS if self.packed is None else self.packed.rounding.weight_bits(self.weight.shape[1])
+
+
+# -- on a model ------------------------------------------------------------------------------------------------------
+
+_PACKED: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
+
+
+def packed(linear: nn.Module) -> Packed | None:
+    """The codes of a projection while its model is rounded, else None."""
+    return _PACKED.get(linear)
+
+
+def served_inputs(ffn: FFN) -> list[Served]:
+    """The matrices that make h (gate and up, or up alone), as they would be served."""
+    modules = [m for m in (ffn.gate, ffn.up) if m is not None]
+    found = []
+    for module in modules:
+        held, parts = packed(module), 2 if ffn.fused else 1
+        weights = weight_matrix(module).chunk(parts)
+        codes = [None] * parts if held is None else zip(held.codes.chunk(parts), held.scales.chunk(parts), strict=True)
+        for weight, pair in zip(weights, codes, strict=True):
+            found.append(Served(weight, None if held is None or pair is None else Packed(*pair, held.rounding)))
+    return found
+
+
+def served_output(ffn: FFN) -> Served:
+    """The down projection, [D, F], as it would be served."""
+    return Served(ffn.output_weight(), packed(ffn.down))
+
+
+def served_bits(ffns: Sequence[FFN]) -> float:
+    """Bits of an FFN weight as it would be served now, scales included; the same for all layers up to their widths."""
+    found = [(served_bits_of(m), weights) for f in ffns for m, weights in _projections(f)]
+    return sum(bits * weights for bits, weights in found) / sum(weights for _, weights in found)
+
+
+def served_bits_of(linear: nn.Module) -> float:
+    """Bits of a weight of one projection as it would be served now, scales included."""
+    held = _PACKED.get(linear)
+    return OWN_BITS if held is None else held.rounding.weight_bits(held.codes.shape[1])
+
+
+def share(ffns: Sequence[FFN]) -> float:
+    """FFN weight bytes as they would be served now / those of the model's own dtype."""
+    return served_bits(ffns) / OWN_BITS
+
+
+def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:
+    """The projections of an FFN with their numbers of weights."""
+    into = (1 if ffn.gate is not None or not ffn.fused else 2) * ffn.size * ffn.width
+    sides = [(ffn.gate, into), (ffn.up, into), (ffn.down, ffn.size * ffn.width)]
+    return [(m, weights) for m, weights in sides if m is not None]
+
+
+class Rounded:
+    """The FFN weights of a model, as they are and rounded; one of the two is in place.
+
+    Args:
+        model: whose weights are plain numbers. rounding: how they are rounded, once.
+
+    Raises:
+        UserError: the weights are quantised already.
+    """
+
+    def __init__(self, model: nn.Module, rounding: Rounding) -> None:
+        modules = [m for f in find_ffns(model) for m, _ in _projections(f)]
+        self._held: list[tuple[nn.Module, Tensor, Tensor, Packed]] = []
+        for module in modules:
+            matrix = weight_matrix(module)
+            held = rounded(matrix, rounding)
+            values = held.values.to(matrix.dtype)
+            own: Tensor = module.weight.data  # type: ignore[assignment]
+            self._held.append((module, own, values.T.contiguous() if is_conv1d(module) else values, held))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has rounded weights inside the block, and its own, to the bit, afterwards."""
+        try:
+            for module, _, values, held in self._held:
+                module.weight.data = values
+                _PACKED[module] = held
+            yield
+        finally:
+            for module, own, _, _ in self._held:
+                _PACKED.pop(module, None)
+                module.weight.data = own
+
+
+@contextmanager
+def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
+    """Round the FFN weights of a model while the block runs; `prune()` may begin inside.
+
+        with dart_eval.rounded_ffns(model, 4), dart_eval.prune(model, "dart-plus", 0.5):
+            model.generate(**inputs)
+
+    Args:
+        model: a Hugging Face causal language model.
+        bits: of a weight, 2 to 8; as text also the weights that share a scale, `"4:64"` (32 if not given), `"4:row"`.
+
+    Raises:
+        UserError: other bits, an FFN that is not understood, or weights that are quantised already.
+    """
+    rounding = parse(str(bits))
+    if rounding is None:
+        yield
+        return
+    with Rounded(model, rounding).in_place():
+        yield

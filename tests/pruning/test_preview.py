@@ -1,0 +1,153 @@
+"""Previews: bytes never beyond the label, exact choices through a perfect image, chosen by the image alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dart_eval
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.parts.choices import ByPreview, Graded
+from dart_eval.pruning.parts.images import Copy, LowRank, Plane, Weights
+from dart_eval.pruning.planes import truncated
+from dart_eval.pruning.prepared import prepare
+from dart_eval.pruning.registry import make
+from dart_eval.rounding import served_inputs, served_output
+from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
+from tests.helpers.sessions import PLAIN, generate, open_session, state_of
+
+IMAGES = {
+    "plane": {}, "plane:bits=5": {"image.bits": 5}, "copy": {"image": "copy"},
+    "copy:bits=2": {"image": "copy", "image.bits": 2}, "weights": {"image": "weights"},
+    "low-rank": {"image": "low-rank", "image.rank": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", ["16", "8", "4", "3:row"])
+@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("name", ["preview", "graded"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bits):
+    """Counted by hand: images of what is read so, the rest of chosen rows, columns of down."""
+    model = tiny(family, dtype=torch.float32)
+    with dart_eval.rounded_ffns(model, bits):
+        ffns = find_ffns(model)
+        for sparsity in (0.2, 0.35, 0.5, 0.7):
+            method = make(name, IMAGES[image])
+            try:
+                prepared = prepare(method, ffns, sparsity, None)
+            except dart_eval.UserError as refused:
+                if "an image that takes" not in str(refused):
+                    raise
+                continue
+            state = state_of(method, model, sparsity)
+            state.skip_context()
+            choice, total = method.choice, sum(f.size for f in ffns)
+            rows = [m for f in ffns for m in served_inputs(f)]
+            down = [served_output(f) for f in ffns]
+            column = sum(choice.image.column(m, choice.precision) / m.bits for m in down) / len(down)
+            rough = sum(choice.image.bits_of(m.bits, *m.weight.shape) / m.bits for m in down) / len(down)
+            whole = sum(choice.image.bits_of(m.bits, *m.weight.shape) / m.bits for m in rows) / len(ffns)
+            rest = sum(choice.image.left(m, choice.precision) / m.bits for m in rows) / len(ffns)
+            taken, written = int(state.taken.sum()), int(state.written.sum())
+            by_hand = whole * total + rest * taken
+            by_hand += column * taken + rough * (written - taken) if choice.grades else column * written
+            by_hand /= ffns[0].matrices * total
+            read = float(state.step().read[0])
+            assert read == pytest.approx(by_hand) and read <= 1 - sparsity + 1e-9
+            assert read > 1 - sparsity - 2.5 / total or written == total, "bytes were left over"
+            matrices = [m for f in ffns for m in (*served_inputs(f), *([served_output(f)] if choice.grades else []))]
+            kept = sum(choice.image.bits_of(m.bits, *m.weight.shape) * m.weight.numel() for m in matrices)
+            assert prepared.nbytes() == (round(kept / 8) if choice.image.stored else 0)
+
+
+@pytest.mark.parametrize("name", ["preview", "graded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_sparsity_0_it_is_the_dense_model(family, name):
+    model = biased(family)
+    tokens = torch.tensor([random_tokens(20)])
+    dense = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    with open_session(model, name, 0.0):
+        assert torch.equal(generate(model, tokens, 6).sequences, dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_through_the_weights_themselves_it_is_the_exact_choice(family):
+    """The image that is exact leaves only down to be chosen: as `oracle-token` at the same number of neurons."""
+    model = biased(family)
+    tokens = torch.tensor([random_tokens(30)])
+    inputs = 1 if family in PLAIN else 2
+    sparsity = 0.5 / (inputs + 1)  # half of down's columns
+    with open_session(model, "preview", sparsity, **{"image": "weights", "choice.write_share": 1.0}) as session:
+        ours = generate(model, tokens, 6)
+        assert session.state.written.tolist() == [[20, 20, 20]]
+    with open_session(model, "oracle-token", 0.5):
+        assert torch.equal(generate(model, tokens, 6).sequences, ours.sequences)
+
+
+@pytest.mark.parametrize("image", [Plane(), Copy(bits=2), LowRank(rank=1), Copy()])
+def test_tokens_take_what_the_image_shows(image):
+    """One layer by hand: the largest previewed |h| are taken, of these the largest exact |h| are written."""
+    model = tiny("llama", dtype=torch.float32)
+    method = dart_eval.Pruner(choice=ByPreview(image=image, write_share=0.5))
+    state = state_of(method, model, 0.4)
+    state.skip_context()
+    ffn = find_ffns(model)[1]
+    x = torch.randn(1, 3, ffn.width, generator=torch.Generator().manual_seed(0))
+    gate, up = ffn.parts(x)
+    kept = state.apply(1, gate * up, torch.ones(1, 3, dtype=torch.bool), gate, up, x=x) != 0
+    seen_gate, seen_up = (image.values(m) for m in served_inputs(ffn))
+    seen = (ffn.act(x @ seen_gate.T) * (x @ seen_up.T)).abs()[0]
+    taken, written = int(state.taken[0, 1]), int(state.written[0, 1])
+    for t in range(3):
+        chosen = seen[t].topk(taken).indices
+        exact = (gate * up)[0, t].abs()
+        best = chosen[exact[chosen].topk(written).indices]
+        assert sorted(kept[0, t].nonzero().flatten().tolist()) == sorted(best.tolist())
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([Plane(), Copy(), Copy(bits=3), Weights()]), st.floats(0.01, 0.3), st.floats(0.05, 1.0))
+def test_taken_and_written_fit_their_layers(image, sparsity, write_share):
+    model = tiny("qwen2", dtype=torch.float32)
+    method = dart_eval.Pruner(choice=ByPreview(image=image, write_share=write_share))
+    state = state_of(method, model, sparsity)
+    state.skip_context()
+    assert (state.written <= state.taken).all() and (state.taken <= state.kept).all()
+
+
+@pytest.mark.parametrize("bits", ["16", "4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_graded_token_reads_more_bits_of_what_matters_more(family, bits):
+    """A decoded token by hand, layer by layer: exact with its first bits, through images, or not at all."""
+    model = tiny(family, dtype=torch.float32)
+    choice, sparsity = Graded(coarse=1.0), 0.65 if bits == "16" else 0.4
+    method = dart_eval.Pruner(choice=choice)
+    with dart_eval.rounded_ffns(model, bits), open_session(model, method, sparsity) as session:
+        seen = {}
+        ffns = find_ffns(model)
+        for ffn in ffns:
+            ffn.block.register_forward_pre_hook(lambda _m, args, ffn=ffn: seen.update({("x", ffn.layer): args[0]}))
+            ffn.down.register_forward_hook(lambda _m, _a, out, ffn=ffn: seen.update({("y", ffn.layer): out}))
+        generate(model, torch.tensor([random_tokens(20)]), 2)
+        for ffn in ffns:
+            x, y = seen["x", ffn.layer].reshape(1, -1), seen["y", ffn.layer].reshape(1, -1)
+            inputs, down = served_inputs(ffn), served_output(ffn)
+            biases = [getattr(m, "bias", None) for m in (ffn.gate, ffn.up) if m is not None]
+            fine, rough = (
+                [f(m) for m in (*inputs, down)]
+                for f in (lambda m: truncated(m.weight, 4) if bits == "16" else m.weight, choice.image.values)
+            )
+
+            def hidden(matrices, x=x, ffn=ffn, biases=biases):
+                made = [x @ w.T + (0 if b is None else b) for w, b in zip(matrices[:-1], biases, strict=True)]
+                return ffn.act(made[0]) * made[1] if len(made) > 1 else ffn.act(made[0])
+
+            preview, exact = hidden(rough), hidden(fine)
+            order = preview.abs()[0].argsort(descending=True, stable=True)
+            taken, written = int(session.state.taken[0, ffn.layer]), int(session.state.written[0, ffn.layer])
+            assert 0 < taken < written
+            first, second = order[:taken], order[taken:written]
+            out = exact[:, first] @ fine[-1].T[first] + preview[:, second] @ rough[-1].T[second]
+            bias = getattr(ffn.down, "bias", None)
+            torch.testing.assert_close(y, out + (0 if bias is None else bias), rtol=1e-4, atol=1e-5)

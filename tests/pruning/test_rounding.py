@@ -1,0 +1,107 @@
+"""Rounding of FFN weights: codes, scales, what is counted, and that a model gets its own weights back."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dart_eval
+from dart_eval.bits import Rounding, parse
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns, weight_matrix
+from dart_eval.rounding import packed, rounded, served_bits, share
+from tests.helpers.models import FAMILIES, random_tokens, tiny
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [("4", Rounding(4, 32)), ("3:64", Rounding(3, 64)), ("8:row", Rounding(8, 0)), (" 4:32 ", Rounding(4)),
+     ("16", None)],
+)  # fmt: skip
+def test_bits_are_read_as_typed(text, made):
+    assert parse(text) == made
+    assert made is None or parse(made.text) == made
+
+
+@pytest.mark.parametrize("text", ["", "x", "1", "9", "4:", "4:1", "4:-2", "16:32", "4.5", "4:32:1"])
+def test_other_bits_are_refused_with_a_remedy(text):
+    with pytest.raises(UserError, match="ffn-bits") as refused:
+        parse(text)
+    assert "write 4, 4:64" in str(refused.value)
+
+
+def test_bits_of_a_weight_count_its_part_of_a_scale():
+    assert Rounding(4).weight_bits(640) == 4.5
+    assert Rounding(3).weight_bits(640) / 16 == pytest.approx(0.21875)
+    assert Rounding(4, 0).weight_bits(640) == 4 + 16 / 640
+    assert Rounding(4, 64).weight_bits(32) == 4.5  # a row is shorter than a group
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.integers(2, 8), st.sampled_from([0, 5, 8, 32]), st.integers(1, 40))
+def test_each_weight_has_the_nearest_code(seed, bits, group, width):
+    """By numpy, group by group, from the scales that were chosen."""
+    weight = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+    held = rounded(weight, Rounding(bits, group))
+    half, size = 2 ** (bits - 1), group or width
+    for row in range(3):
+        for k, start in enumerate(range(0, width, size)):
+            scale = float(held.scales[row, k])
+            own = weight[row, start : start + size].numpy()
+            codes = held.codes[row, start : start + size].numpy()
+            levels = scale * np.arange(-half, half)
+            assert codes.min() >= -half and codes.max() < half
+            nearest = np.abs(own[:, None] - levels[None]).min(1)
+            assert np.abs(own - scale * codes) == pytest.approx(nearest, abs=1e-6)
+
+
+def test_scales_are_chosen_for_a_small_error():
+    """Well below the error of the scale that just reaches the largest weight, and of more bits less."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    before = float("inf")
+    for bits in (2, 3, 4, 6, 8):
+        error = float((rounded(weight, Rounding(bits)).values - weight).square().mean())
+        groups = weight.view(64, -1, 32)
+        scale = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1 if bits > 1 else 1)
+        plain = float(((groups / scale).round() * scale - groups).square().mean())
+        assert error < plain * (0.98 if bits < 8 else 1.0) and error < before / 2
+        before = error
+
+
+def test_zeros_stay_zeros():
+    assert not rounded(torch.zeros(2, 40), Rounding(4)).values.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_runs_on_rounded_weights_and_gets_its_own_back(family):
+    model, tokens = tiny(family, dtype=torch.float32), torch.tensor([random_tokens(12)])
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    before = model(tokens).logits
+    with dart_eval.rounded_ffns(model, 3):
+        ffns = find_ffns(model)
+        assert not torch.equal(model(tokens).logits, before)
+        assert served_bits(ffns) == 3.5 and share(ffns) == pytest.approx(3.5 / 16)
+        for ffn in ffns:
+            for module in (m for m in (ffn.gate, ffn.up, ffn.down) if m is not None):
+                assert torch.equal(weight_matrix(module), packed(module).values)
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+    assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert torch.equal(model(tokens).logits, before) and share(find_ffns(model)) == 1
+
+
+def test_a_model_gets_its_weights_back_after_an_error():
+    model = tiny("llama", dtype=torch.float32)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), dart_eval.rounded_ffns(model, "4:row"):
+        raise ZeroDivisionError
+    assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
+
+
+def test_only_ffns_are_rounded():
+    model = tiny("llama", dtype=torch.float32)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    with dart_eval.rounded_ffns(model, 2):
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, own[name])}
+    assert moved == {name for name in own if ".mlp." in name}
