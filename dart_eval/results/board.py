@@ -24,7 +24,7 @@ from dart_eval.results.store import Store
 
 MOST_NAMED = 4  # rows that a sentence names
 WIDTH_OF_LEVEL = 0.02  # reads that differ by less stand in one level
-PRUNED, UPPER_BOUND, CONTROL = "pruned", "upper bound", "control"
+PRUNED, UPPER_BOUND, CONTROL, ROUNDING = "pruned", "upper bound", "control", "rounding alone"
 BEST, LEVEL_WITH_BEST = "best", "not told apart"
 
 
@@ -35,7 +35,7 @@ class Row:
     Attributes:
         label: the method, and what else tells the row apart. sparsity: None where
             it does not decide what is read.
-        kind: `pruned`, `upper bound` or `control` (dense).
+        kind: `pruned`, `upper bound`, `control` (dense) or `rounding alone` (dense on rounded weights).
         read: of the FFN weights of dense, mean over the cells.
         values: task -> its main metric.
         recovery: mean over the tasks that have one. tasks: these.
@@ -64,10 +64,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Level:
-    """Rows of one read, best first, and the sentence that says which was best and whether that is more than noise."""
+    """Rows of one read, best first, and the sentence that says which was best and whether that is more than noise.
+
+    rounding_wins: rounding alone keeps more than any pruned row, and that is more than noise.
+    """
 
     rows: tuple[Row, ...]
     verdict: str = ""
+    rounding_wins: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,9 +177,11 @@ def _recoveries(store: Store, records: Iterable[Record]) -> tuple[Kept, list[str
 
 def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed]) -> Row:
     first = records[0]
-    dense = first.inputs["method"] == DENSE
-    kind = CONTROL if dense else UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
-    sized = dense or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
+    dense, rounded = first.inputs["method"] == DENSE, bool(first.inputs.get("ffn_bits"))
+    kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
+    if dense:
+        kind = ROUNDING if rounded else CONTROL
+    sized = kind == CONTROL or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
     found = [one for r in records for one in kept.get(r.key, ())]
     recoveries = {m.task: made for m, made in found if m.name != metrics.GOLD}
     nats = {m.task: made for m, made in found if m.name == metrics.GOLD}
@@ -211,7 +217,7 @@ def _levels(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _place(everything: tuple[str, ...], row: Row) -> tuple[Any, ...]:
     """What rows of a level are sorted by; everything: the level's tasks."""
-    order = {CONTROL: 0, UPPER_BOUND: 1, PRUNED: 2}
+    order = {CONTROL: 0, UPPER_BOUND: 1, PRUNED: 2, ROUNDING: 2}
     return order[row.kind], row.tasks != everything, -(row.recovery.value if row.recovery else -1.0), row.label
 
 
@@ -223,14 +229,33 @@ def _all_tasks(level: Sequence[Row]) -> tuple[str, ...]:
 def _judged(rows: Sequence[Row]) -> Level:
     """The level with its marks and its sentences. A row that lacks a task of the others takes no part in the test."""
     rivals = [r for r in rows if r.kind == PRUNED and r.tasks and r.tasks == _all_tasks(rows)]
-    if len(rivals) < 2:
+    rounded = [r for r in rows if r.kind == ROUNDING and rivals and r.tasks == rivals[0].tasks]
+    if len(rivals) + len(rounded) < 2 or not rivals:
         return Level(tuple(rows))
     contest = _contest([(r, r.recovery) for r in rivals])
-    marks = {keys: "" if _told(p) else LEVEL_WITH_BEST for keys, p in contest.items()} | {rivals[0].keys: BEST}
+    marks = {keys: "" if _told(p) else LEVEL_WITH_BEST for keys, p in contest.items()}
+    marks |= {rivals[0].keys: BEST} if len(rivals) > 1 else {}
     said = [_sentence(rivals[0], rivals[1:], contest)]
     if not all(map(_told, contest.values())):
         said += _by_likelihood(rivals)
-    return Level(tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), " ".join(said))
+    against = [
+        _against_rounding(rivals[0], r, _contest([(rivals[0], rivals[0].recovery), (r, r.recovery)])) for r in rounded
+    ]
+    said += [sentence for sentence, _ in against]
+    marked = tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows)
+    return Level(marked, " ".join(said), any(wins for _, wins in against))
+
+
+def _against_rounding(best: Row, rounded: Row, contest: Contest) -> tuple[str, bool]:
+    """What the best pruned row is beside rounding alone, and whether rounding wins."""
+    assert best.recovery is not None and rounded.recovery is not None
+    what = f"rounding alone ({rounded.label}, read {rounded.read:.2f}) keeps {100 * rounded.recovery.value:.0f} %"
+    if not _told(contest[rounded.keys]):
+        return f"{what[0].upper()}{what[1:]}: no difference that is more than noise.", False
+    bound = _bound([rounded], contest)
+    if best.recovery.value > rounded.recovery.value:
+        return f"{what[0].upper()}{what[1:]}, less than that, and it is more than noise ({bound}).", False
+    return f"{what[0].upper()}{what[1:]}, more than that, and it is more than noise ({bound}).", True
 
 
 def _contest(rivals: Sequence[tuple[Row, Recovery | None]]) -> Contest:
@@ -277,6 +302,8 @@ def _sentence(best: Row, others: Sequence[Row], contest: Contest) -> str:
     behind = [r for r in others if _told(contest[r.keys])]
     level = [r for r in others if r not in behind]
     text = f"At read {best.read:.2f} {best.label} keeps the most of dense's quality: {100 * best.recovery.value:.0f} %."
+    if not others:
+        return text
     if not behind:
         return f"{text} Its lead over {_listed([r.label for r in level])} may be noise (paired test)."
     text += f" Its lead over {_others(behind, len(others))} is more than noise ({_bound(behind, contest)})"

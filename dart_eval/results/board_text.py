@@ -30,7 +30,7 @@ def lines(board: Board, width: int) -> list[str]:
         left_out += [head for head, _ in columns if head == dropped]
         columns = [c for c in columns if c[0] != dropped]
     names = max(NARROWEST, min(longest, width - _others(board, columns)))
-    text = [f"Model {board.model}" + tasks_note(board)]
+    text = [*rounding_note(board), f"Model {board.model}" + tasks_note(board)]
     heads = [head for head, _ in columns]
     cells = {row.keys: [value(row) for _, value in columns] for row in board.rows}
     widths = [max(len(head), *(len(line[i]) for line in cells.values())) for i, head in enumerate(heads)]
@@ -151,6 +151,12 @@ def tasks_note(board: Board) -> str:
     return f": {'; '.join(said)}" if said else ""
 
 
+def rounding_note(board: Board) -> list[str]:
+    """The first line, where rounding alone beats every pruned row of a level; else none."""
+    wins = [share(max(row.read for row in level.rows)) for level in board.levels if level.rounding_wins]
+    return [f"At read {', '.join(wins)} rounding alone keeps more than any pruned row."] if wins else []
+
+
 def legend(board: Board, columns: Sequence[Column]) -> list[str]:
     """What was best at each level, and what the columns mean, each once."""
     shown = {head for head, _ in columns}
@@ -193,5 +199,5 @@ def table(board: Board) -> Table:
         if body:
             rules.add(len(body))
         body += [[value(row) for _, value in columns] for row in level.rows]
-    note = " ".join(legend(board, columns))
+    note = " ".join([*rounding_note(board), *legend(board, columns)])
     return Table(f"Board of {board.model}", [head for head, _ in columns], body, note, rules=frozenset(rules))

@@ -75,7 +75,8 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
         if same_name:
             which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
             settings.insert(0, f"model={str(which)[:8]}")
-        method = methods[r.key]
+        bits = r.inputs.get("ffn_bits")
+        method = methods[r.key] + (f" on {bits} bits" if bits else "")
         found[r.key] = f"{method} ({' '.join(settings)})" if settings else method
     return found
 

@@ -45,10 +45,10 @@ def pair(a: Cell, b: Cell) -> Pair:
 
 
 def dense_cells(found: Iterable[Cell]) -> dict[str, list[Cell]]:
-    """The dense cells among some, by what they were asked: for `dense_of`."""
+    """The dense cells among some that no rounding changed, by what they were asked: for `dense_of`."""
     known: dict[str, list[Cell]] = {}
     for cell in found:
-        if cell.inputs["method"] == DENSE:
+        if cell.inputs["method"] == DENSE and not cell.inputs.get("ffn_bits"):
             known.setdefault(question(cell.inputs), []).append(cell)
     return known
 

@@ -155,6 +155,36 @@ def test_a_row_that_lacks_a_task_takes_no_part(tmp_path):
     assert "A row that lacks a task (-) stands last" in " ".join(board_text.lines(made, 120))
 
 
+@pytest.mark.parametrize(
+    ("share", "wins", "said"),
+    [(0.78, True, "more than that, and it is more than noise"), (0.61, False, "no difference that is more than noise"),
+     (0.3, False, "less than that, and it is more than noise")],
+)  # fmt: skip
+def test_rounding_alone_stands_in_its_level_and_is_tested_against_the_best(tmp_path, share, wins, said):
+    rounded = choices(share, method="dense", read=0.281, ffn_bits="4")
+    made = board_of(tmp_path, choices(0.8, method="dense"), choices(0.6), rounded)
+    assert made.levels[0].rows[0].label == "dense"
+    last = made.levels[-1]
+    assert {r.label: r.kind for r in last.rows} == {"griffin": "pruned", "dense on 4 bits": "rounding alone"}
+    assert [r.recovery.value for r in last.rows] == sorted((r.recovery.value for r in last.rows), reverse=True)
+    assert last.rounding_wins == wins and said in last.verdict and "(dense on 4 bits, read 0.28) keeps" in last.verdict
+    first = board_text.lines(made, 100)[0]
+    assert first == "At read 0.30 rounding alone keeps more than any pruned row." if wins else first.startswith("Model")
+    assert ("rounding alone keeps more" in board_text.table(made).note) == wins
+
+
+def test_recoveries_are_of_the_dense_model_that_is_not_rounded(tmp_path):
+    rounded = choices(0.7, method="dense", read=0.281, ffn_bits="4")
+    alone = board_of(tmp_path / "a", rounded, choices(0.6, ffn_bits="4"))
+    assert all(r.recovery is None for r in alone.rows) and "There is no dense cell" in " ".join(alone.notes)
+    both = board_of(tmp_path / "b", rounded, choices(0.8, method="dense"), choices(0.6, read=0.08, ffn_bits="4"))
+    kept = {r.label: r.recovery.value for r in both.rows if r.recovery}
+    of = (EASY < 0.8).mean()
+    assert kept == pytest.approx(
+        {"dense on 4 bits": (EASY < 0.7).mean() / of, "griffin on 4 bits": (EASY < 0.6).mean() / of}
+    )
+
+
 def test_upper_bounds_stand_apart_and_are_never_best(tmp_path):
     knows = choices(0.79, method="oracle")
     knows.settings["upper_bound"] = True
