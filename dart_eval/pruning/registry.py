@@ -38,6 +38,14 @@ BUILT_IN = (
         mask=Static(score=Weights()),
     ),
     Pruner(
+        name="mag-sp", summary="keeps the neurons with the largest columns of down, the same for every text",
+        mask=Static(score=Weights(of="down")),
+    ),
+    Pruner(
+        name="static", summary="keeps the neurons that were most active on a calibration text, as griffin scores them",
+        mask=Static(score=GRIFFIN),
+    ),
+    Pruner(
         name="wanda-sp", summary="keeps neurons with the largest columns of down and activations on a calibration text",
         mask=Static(score=Wanda()),
     ),

@@ -117,7 +117,9 @@ def test_the_built_in_methods_are_these_compositions():
     wanted = {
         "dense": Pruner(Everything(), All(), Uniform(), Nothing()),
         "random": Pruner(Static(score=Random(seed=0))),
-        "magnitude": Pruner(Static(score=Weights())),
+        "magnitude": Pruner(Static(score=Weights(of="gate-up"))),
+        "mag-sp": Pruner(Static(score=Weights(of="down"))),
+        "static": Pruner(Static(score=l2)),
         "wanda-sp": Pruner(Static(score=Wanda())),
         "griffin": Pruner(FromPrompt(score=l2, remask=Never())),
         "dart": Pruner(FromPrompt(score=none, remask=OnDrift(**drift)), allocation=depth),

@@ -121,7 +121,9 @@ class Wanda(Score):
     """score_j = mean_i |W_down[i, j]| * ||h_j||, the norm taken over the tokens.
 
     Wanda's weight times activation (arXiv 2306.11695), structured to whole neurons as FLAP (arXiv 2312.11983) and
-    Probe Pruning (arXiv 2502.15618) use it.
+    Probe Pruning (arXiv 2502.15618) use it. FLAP's code (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`) divides the sum
+    of squares by the number of sequences, which leaves the order; it keeps all neurons that tie, and its layers see
+    what the pruned layers before them give. Here exactly k are kept, and every layer sees dense inputs.
     """
 
     name = "wanda"
@@ -161,13 +163,20 @@ class WeightScore(Score):
 class Weights(WeightScore):
     """score_j = the product of the L2 norms of neuron j's rows in gate and up (up alone in a plain FFN).
 
-    The static baseline of GRIFFIN's paper (arXiv 2404.01365).
+    The static baseline of GRIFFIN's paper (arXiv 2404.01365). With `of=down` it is the L2 norm of the neuron's column
+    of down: `mag-sp` of FLAP (arXiv 2312.11983; CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`), which keeps equally many
+    neurons in every layer as here, and prunes attention heads too, which is left out here.
     """
 
     name = "weights"
-    summary = "ranks neurons by the product of the norms of their rows of gate and up"
+    summary = "ranks neurons by the norms of their rows of gate and up, or of their columns of down"
+    of: Literal["gate-up", "down"] = option(
+        "gate-up", "rank by the product of the norms of the rows of gate and up, or by the norm of the column of down"
+    )
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
+        if self.of == "down":
+            return [norm.sqrt() for norm in down_norms(calibration.ffns)]
         return [
             math.prod((w.float().norm(dim=1) for w in ffn.input_weights()), start=1.0)  # type: ignore[misc]
             for ffn in calibration.ffns

@@ -1,0 +1,75 @@
+"""The rivals with one mask for all texts, which no prompt changes. Each keeps the same share in every layer.
+
+`magnitude`, the static baseline of GRIFFIN (arXiv 2404.01365): rows of gate and up, w_j and v_j, or up alone, have
+
+    s_j = ||w_j||_2 * ||v_j||_2
+
+`mag-sp` of FLAP (arXiv 2312.11983): the column of down d_j, which is what the neuron writes, has
+
+    s_j = ||d_j||_2
+
+`static` is GRIFFIN's score with the tokens t of a calibration text in place of those of a prompt:
+
+    s_j = || ( h_tj / ||h_t||_2 )_t ||_2
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.derivations import ours
+from tests.derivations.plain import Plain, counts, largest
+from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText
+from tests.helpers.models import biased, random_tokens
+
+
+def rows_and_column(model, layer):
+    """The matrices into h, [F, D] each, and down as [F, D]."""
+    kind = model.config.model_type
+    if kind == "gpt2":
+        mlp = model.transformer.h[layer].mlp
+        weights = [mlp.c_fc.weight.T], mlp.c_proj.weight
+    elif kind == "opt":
+        block = model.model.decoder.layers[layer]
+        weights = [block.fc1.weight], block.fc2.weight.T
+    else:
+        mlp = model.model.layers[layer].mlp
+        both = mlp.gate_up_proj.weight.chunk(2) if kind == "phi3" else (mlp.gate_proj.weight, mlp.up_proj.weight)
+        weights = list(both), mlp.down_proj.weight.T
+    return [w.detach().numpy() for w in weights[0]], weights[1].detach().numpy()
+
+
+def magnitude(model, layer):
+    rows, _ = rows_and_column(model, layer)
+    return np.prod([np.sqrt((w**2).sum(1)) for w in rows], axis=0)
+
+
+def mag_sp(model, layer):
+    _, down = rows_and_column(model, layer)
+    return np.sqrt((down**2).sum(1))
+
+
+def static(model, layer):
+    total = 0
+    for start in range(0, len(TEXT), POSITIONS - 1):
+        plain = Plain(model)
+        plain.run([BOS, *TEXT[start : start + POSITIONS - 1]])
+        h = plain.seen[layer].h[1:].detach().numpy()
+        total = total + ((h / np.sqrt((h**2).sum(1, keepdims=True))) ** 2).sum(0)
+    return np.sqrt(total)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "mag-sp", "static"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
+def test_one_mask_for_all_texts_is_its_formula(family, name):
+    model, sparsity = biased(family), 0.63
+    score = {"magnitude": magnitude, "mag-sp": mag_sp, "static": static}[name]
+    scores = [score(model, layer) for layer in range(len(Plain(model).layers))]
+    sizes = [len(s) for s in scores]
+    keep = counts([(1 - sparsity) * f for f in sizes], round((1 - sparsity) * sum(sizes)))
+    masks = [largest(torch.from_numpy(s), k) for s, k in zip(scores, keep, strict=True)]
+    for seed in (1, 2):  # whatever the prompt
+        found = ours.run(
+            model, name, random_tokens(8, seed=seed), random_tokens(2, seed=9), sparsity, tokenizer=OneText()
+        )
+        assert all(ours.same_masks(now, masks) for now in found.masks)
