@@ -65,9 +65,9 @@ token, and is measured.
 
 An **image** is what a token reads of gate and up before it chooses: the top bits of the served weights
 (`image=plane`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits. `graded` with the
-plane of 16-bit weights reads 4 bits of every weight of gate and up; of the neurons with the largest |h| in this preview
-4 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of the next
-ones 4 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of
+plane of 16-bit weights reads 5 bits of every weight of gate and up; of the neurons with the largest |h| in this preview
+3 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of the next
+ones 5 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of
 its bits are read. A count is rounded down: what is read is never more than the label.
 
 **Rounding is the control.** `--ffn-bits 4` rounds the FFN weights to 4 bits, with a scale of 16 bits for every 32

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.allocation import Prices
+from dart_eval.bits import SCALE_BITS
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.pruning.parts.allocations import Allocation, Uniform
 from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
@@ -108,7 +109,9 @@ class Pruner:
             return
         image = None
         if self.choice.image is not None:
-            read = sum(size * self.choice.image.bits_of(bits, size, width) for size in sizes)
+            image_of = self.choice.image
+            doubt = 0.0 if image_of.exact else SCALE_BITS / width
+            read = sum(size * (image_of.bits_of(bits, size, width) + doubt) for size in sizes)
             image = Prices((matrices - 1) * read / sum(sizes) / bits, matrices - 1.0, 1.0, 1.0)
         self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, image)
 

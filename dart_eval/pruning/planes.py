@@ -80,7 +80,7 @@ def truncated(weight: Tensor, bits: int) -> Tensor:
     Returns:
         [F, D] in the dtype of the weight. Zeros and denormals are 0; infinities and NaN stay.
     """
-    pattern = weight.to(torch.bfloat16).contiguous().view(torch.int16).to(torch.int32)
+    pattern = _pattern(weight)
     low = MANTISSA - bits
     kept = (pattern >> low << low) | ((1 << low) >> 1)
     exponent = (pattern >> MANTISSA) & 0xFF
@@ -89,15 +89,27 @@ def truncated(weight: Tensor, bits: int) -> Tensor:
     return torch.where(exponent == 0xFF, weight, value)
 
 
-def exponents(weight: Tensor, code_bits: int) -> Tensor:
-    """[F, D] fp32, the image that the first plane gives: for each code the mean magnitude of its weights, as a share of
-    the row's largest power of two; one number a code and matrix."""
+def exponents(weight: Tensor, code_bits: int, mantissa_bits: int = 0) -> Tensor:
+    """The image that the first plane gives.
+
+    For each code, and each value of the mantissa's first bits where the plane has some, it is the mean magnitude of the
+    weights, as a share of the row's largest power of two: one number for all of the matrix. The escape has one number.
+
+    Args:
+        weight: [F, D]. code_bits: of an exponent's code. mantissa_bits: of the mantissa that the plane has.
+
+    Returns:
+        [F, D] fp32.
+    """
+    pattern = _pattern(weight)
     distances, largest = _distances(weight)
-    codes = distances.clamp_max(2**code_bits - 1)
+    escape = 2**code_bits - 1
+    top = (pattern & 0x7F) >> (MANTISSA - mantissa_bits)
+    codes = torch.where(distances >= escape, escape << mantissa_bits, (distances << mantissa_bits) + top)
     scale = torch.exp2(largest.float() - 127)[:, None]
-    return torch.copysign(
-        _means(codes, weight.float().abs() / scale, 2**code_bits)[codes.long()] * scale, weight.float()
-    )
+    magnitude = weight.float().abs() / scale
+    means = _means(codes, magnitude, (escape << mantissa_bits) + 1)
+    return torch.copysign(means[codes.long()] * scale, weight.float())
 
 
 def high_bits(held: Packed, bits: int) -> Tensor:
@@ -111,9 +123,14 @@ def high_bits(held: Packed, bits: int) -> Tensor:
 
 def _distances(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[F, D] int32, how far the exponents lie below their row's largest, and these [F]; of any dtype as bfloat16."""
-    exponent = (weight.to(torch.bfloat16).contiguous().view(torch.int16).to(torch.int32) >> MANTISSA) & 0xFF
+    exponent = (_pattern(weight) >> MANTISSA) & 0xFF
     largest = exponent.amax(1)
     return largest[:, None] - exponent, largest
+
+
+def _pattern(weight: Tensor) -> Tensor:
+    """[F, D] int32, the bits of each weight as a bfloat16."""
+    return weight.to(torch.bfloat16).contiguous().view(torch.int16).to(torch.int32)
 
 
 def _means(codes: Tensor, values: Tensor, count: int) -> Tensor:

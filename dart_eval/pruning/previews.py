@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.allocation import Prices
+from dart_eval.bits import SCALE_BITS
 from dart_eval.ffn import FFN
 from dart_eval.pruning.parts.images import Image
 from dart_eval.pruning.planes import truncated
@@ -23,19 +24,37 @@ class Preview:
 
     Attributes:
         weights: of gate and up, or of up alone, [F, D] each. biases: of the same, [F] each or None.
+        doubts: of the same, [F] fp32 each: the root mean square of what the image leaves out of a neuron's row.
         act: the activation.
         down: of down, [D, F], where neurons write through an image; else None.
     """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
+    doubts: tuple[Tensor, ...]
     act: Callable[[Tensor], Tensor]
     down: Tensor | None = None
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., F], h as the images have it."""
-        made = [nn.functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
-        return self.act(made[0]) * made[1] if len(made) > 1 else self.act(made[0])
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """h as the images have it, and how much of it is to be expected.
+
+        An image leaves something out of every row. Where x does not prefer it, a product with x is off by
+        ||x|| * doubt, up or down; the expected square of h takes both in.
+
+        Args:
+            x: [..., D].
+
+        Returns:
+            [..., F] h by the images, and [..., F] fp32 the expected square of h.
+        """
+        seen = [nn.functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+        size = x.float().norm(dim=-1, keepdim=True)
+        off = [size * doubt for doubt in self.doubts]
+        first = seen[0].float()
+        expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
+        if len(seen) == 1:
+            return self.act(seen[0]), expected
+        return self.act(seen[0]) * seen[1], expected * (seen[1].float().square() + off[1].square())
 
     def write(self, h: Tensor) -> Tensor:
         """[..., F] -> [..., D], what h adds through the image of down."""
@@ -50,7 +69,7 @@ def prices(image: Image, precision: int, ffns: Sequence[FFN]) -> Prices:
     for ffn in ffns:
         part = ffn.size * ffn.width / weights
         for matrix in served_inputs(ffn):
-            whole += part * image.bits_of(matrix.bits, *matrix.weight.shape) / matrix.bits
+            whole += part * (image.bits_of(matrix.bits, *matrix.weight.shape) + doubt_bits(image, ffn)) / matrix.bits
             taken += part * image.left(matrix, precision) / matrix.bits
         down = served_output(ffn)
         written += part * image.column(down, precision) / down.bits
@@ -59,11 +78,18 @@ def prices(image: Image, precision: int, ffns: Sequence[FFN]) -> Prices:
 
 
 def stored(image: Image, ffns: Sequence[FFN], down: bool) -> int:
-    """Bytes that the images take beside the model. down: there is one of down too."""
-    if not image.stored:
-        return 0
-    matrices = [m for f in ffns for m in (*served_inputs(f), *([served_output(f)] if down else []))]
-    return round(sum(m.weight.numel() * image.bits_of(m.bits, *m.weight.shape) for m in matrices) / 8)
+    """Bytes that images and doubts take beside the model. down: there is an image of down too."""
+    inputs = [(f, m) for f in ffns for m in served_inputs(f)]
+    bits = sum(m.weight.numel() * doubt_bits(image, f) for f, m in inputs)
+    if image.stored:
+        matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if down else [])
+        bits += sum(m.weight.numel() * image.bits_of(m.bits, *m.weight.shape) for m in matrices)
+    return round(bits / 8)
+
+
+def doubt_bits(image: Image, ffn: FFN) -> float:
+    """Bits of a neuron's doubt, for each weight of its row; none of an image that leaves nothing out."""
+    return 0.0 if image.exact else SCALE_BITS / ffn.width
 
 
 _MADE: weakref.WeakKeyDictionary[nn.Module, tuple[object, Preview]] = weakref.WeakKeyDictionary()
@@ -87,9 +113,18 @@ def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
         return known[1]
     values = [_values(image, m) for m in matrices]
     inputs = ffn.matrices - 1
-    made = Preview(tuple(values[:inputs]), _biases(ffn), ffn.act, values[inputs] if down else None)
+    doubts = [_doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
+    made = Preview(
+        tuple(values[:inputs]), _biases(ffn), tuple(doubts), ffn.act, values[inputs] if down else None
+    )  # fmt: skip
     _MADE[ffn.up] = key, made
     return made
+
+
+def _doubt(matrix: Served, seen: Tensor) -> Tensor:
+    """[F] fp32 (kept as fp16): the root mean square of what an image leaves out of each row."""
+    left_out = matrix.weight.float() - seen.float()
+    return left_out.square().mean(1).sqrt().half().float()
 
 
 def _values(image: Image, matrix: Served) -> Tensor:

@@ -6,6 +6,8 @@ by neuron, whatever order the weights are in. Padding is left out of every sum.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -277,11 +279,10 @@ class SequenceState(PerSequence):
         """The neurons of the mask that each token computes: [B, T, F] bool."""
         choice = self.method.choice
         assert self.taken is not None and self.written is not None
-        preview = None
+        token = Token(h, h if gate is None else gate, h if up is None else up, self.usual(layer, h.shape[-1]))
         if self.prepared.previews is not None and x is not None:
-            preview = self.ffns[layer].by_row(self.prepared.previews[layer].hidden(x))
-        usual = self.usual(layer, h.shape[-1])
-        token = Token(h, h if gate is None else gate, h if up is None else up, usual, preview)
+            seen = map(self.ffns[layer].by_row, self.prepared.previews[layer].look(x))
+            token = replace(token, **dict(zip(("preview", "expected"), seen, strict=True)))
         kept = choice.take(token, allowed, (self.taken[:, layer], self.written[:, layer]))
         if isinstance(choice, Graded):
             self._write_roughly(layer, choice, token, allowed, kept)

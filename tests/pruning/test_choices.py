@@ -41,7 +41,7 @@ from tests.helpers.sessions import (
 )
 
 EXACT = [cls for cls in CHOICES if cls.chooses and cls.exact and not cls.grades]
-LOOKS = {ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "preview"}
+LOOKS = {ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected"}
 
 
 def tokens_of(seed, size, tokens, ties, usual=False):
@@ -54,7 +54,9 @@ def tokens_of(seed, size, tokens, ties, usual=False):
 
     gate, up = numbers(2, tokens, size), numbers(2, tokens, size)
     mask = torch.rand(2, 1, size, generator=generator) < 0.7
-    return Token(gate * up, gate, up, numbers(2, 1, size).abs() if usual else None, numbers(2, tokens, size)), mask
+    return Token(
+        gate * up, gate, up, numbers(2, 1, size).abs() if usual else None, None, numbers(2, tokens, size).abs()
+    ), mask
 
 
 def best(scores, among, count):
@@ -94,9 +96,9 @@ def test_each_token_takes_exactly_its_count_inside_the_mask_and_the_most_importa
 def test_of_equal_neurons_the_first_are_taken(cls):
     ones = torch.ones(1, 1, 9)
     mask = torch.tensor([[[False, True, True, False, True, True, True, True, False]]])
-    kept = cls().take(Token(ones, ones, ones, None, ones), mask, (torch.tensor([4]), torch.tensor([2])))
+    kept = cls().take(Token(ones, ones, ones, None, ones, ones), mask, (torch.tensor([4]), torch.tensor([2])))
     assert kept.nonzero()[:, 2].tolist() == [1, 2]
-    kept = cls().take(Token(ones, ones, ones, None, ones), mask, (torch.tensor([4]), torch.tensor([4])))
+    kept = cls().take(Token(ones, ones, ones, None, ones, ones), mask, (torch.tensor([4]), torch.tensor([4])))
     assert kept.nonzero()[:, 2].tolist() == [1, 2, 4, 5]
 
 
@@ -104,7 +106,9 @@ def test_of_equal_neurons_the_first_are_taken(cls):
 @pytest.mark.parametrize("cls", [*EXACT, TopP])
 def test_a_choice_takes_activations_of_any_dtype_and_sign(cls, dtype):
     h = torch.tensor([[[-4.0, 1.0, -2.0, 0.0, 3.5]]]).to(dtype)
-    kept = cls().take(Token(h, h, h, None, h), torch.ones(1, 1, 5, dtype=torch.bool), (torch.tensor([3]),) * 2)
+    kept = cls().take(
+        Token(h, h, h, None, h, h.float().square()), torch.ones(1, 1, 5, dtype=torch.bool), (torch.tensor([3]),) * 2
+    )
     assert kept.nonzero()[:, 2].tolist() == [0, 2, 4]  # the share 0.9 of a sum of 10.5 needs three, too
 
 

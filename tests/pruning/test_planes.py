@@ -70,3 +70,17 @@ def test_truncated_weights_keep_their_first_bits():
     assert torch.equal(truncated(drawn, 7), drawn)
     error = ((truncated(drawn.float(), 4) - drawn.float()) / drawn.float()).abs()
     assert 0 < float(error.max()) <= 2**-5
+
+
+def test_the_first_bits_of_the_mantissa_make_a_finer_image():
+    weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16).float()
+    w = weight.numpy().astype(float)
+    exponent = np.floor(np.log2(np.abs(w)))
+    largest = exponent.max(1, keepdims=True)
+    first = np.floor((np.abs(w) / 2.0**exponent - 1) * 2)
+    keys = np.where(largest - exponent >= 7, 14, (largest - exponent) * 2 + first).astype(int)
+    share = np.abs(w) / 2.0**largest
+    means = np.array([share[keys == c].mean() if (keys == c).any() else 0 for c in range(15)])
+    assert exponents(weight, 3, 1).numpy() == pytest.approx(np.sign(w) * means[keys] * 2.0**largest, rel=1e-5)
+    noise = [float((exponents(weight, 3, bits) - weight).square().mean()) for bits in range(5)]
+    assert noise == sorted(noise, reverse=True) and noise[4] < noise[0] / 50

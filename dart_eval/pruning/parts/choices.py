@@ -35,6 +35,7 @@ class Token:
         usual: [B, 1, F] fp32, the root of what `observe` kept of the context's tokens, up to a factor per sequence;
             None where it keeps nothing.
         preview: [B, T, F], h as an image of gate and up has it; None where there is no image.
+        expected: [B, T, F] fp32, the square of h that is to be expected from it.
     """
 
     h: Tensor
@@ -42,6 +43,7 @@ class Token:
     up: Tensor
     usual: Tensor | None
     preview: Tensor | None = None
+    expected: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +245,9 @@ class TopP(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class ByPreview(Inside):
-    """Exactly k neurons by |h| as an image of gate and up has it; their rows are read exactly, then the largest |h|
-    writes.
+    """Exactly k neurons by what an image of gate and up lets one expect of h^2 (`Preview.look`).
+
+    Their rows are read exactly; then those with the largest |h| write.
 
     Prox (arXiv 2607.27591) previews by a copy of 4 bits; the plane of the served weights and exact counts are ours.
     """
@@ -253,24 +256,24 @@ class ByPreview(Inside):
     summary = "takes the largest |h| that a coarse image of gate and up shows; then writes the largest exact |h|"
     image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
-
     precision: int = option(0, PRECISION, least=0, most=16)  # type: ignore[misc]
 
     def importance(self, token: Token) -> Tensor:
-        assert token.preview is not None
-        return token.preview.abs()
+        assert token.expected is not None
+        return token.expected
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 3 * mask  # the preview itself, and choosing by it
+        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 14 * mask  # the preview itself, and choosing by it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graded(Choice):
-    """The largest |h| as an image of gate and up has it are read exactly; the next largest write as the image has them.
+    """The neurons that promise most are read exactly; the next ones write as an image of the weights has them.
 
-    Every token reads the image of gate and up. Of the neurons that matter most to it also the rest of their rows and
-    their columns of down; of the next ones, the image of their columns alone: their h is the preview's. So the bits
-    that a token reads of a neuron follow from how much it matters. This project's own.
+    Every token reads the image of gate and up, which lets it expect h^2 of each neuron (`Preview.look`). Of the neurons
+    with the most it reads also the rest of their rows, and their columns of down; of the next ones the image of their
+    columns alone: their h is the preview's. So the bits that a token reads of a neuron follow from how much it matters.
+    This project's own.
     """
 
     name = "graded"
@@ -290,8 +293,8 @@ class Graded(Choice):
         return graded_counts(densities, sizes, sparsity, matrices, image, self.coarse, self.title)
 
     def importance(self, token: Token) -> Tensor:
-        assert token.preview is not None
-        return token.preview.abs()
+        assert token.expected is not None
+        return token.expected
 
     def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
         from dart_eval.pruning.top import largest
@@ -305,8 +308,8 @@ class Graded(Choice):
         return largest(self.importance(token), allowed, counts[1]) & ~taken
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        # the previews of gate and up, choosing by them, and columns of down's image
-        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 4 * mask
+        # The previews of gate and up, choosing by them, and the image of down for what writes so, at most of all.
+        return 2 * mask * shape.width * shape.ffn_matrices + 14 * mask
 
 
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, ByPreview, Graded, TopP)

@@ -18,16 +18,21 @@ if TYPE_CHECKING:
     from dart_eval.rounding import Served
 
 
+CODE_BITS = 3  # of an exponent's code; a plane of more bits has the first ones of the mantissa
+
+
 @dataclass(frozen=True, kw_only=True)
 class Image(Part):
     """Base of all images of a matrix [F, D], whose rows are those of neurons.
 
     Attributes:
         stored: it is kept beside the model.
+        exact: it leaves nothing out.
     """
 
     slot = "image"
     stored: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
 
     def bits_of(self, served: float, rows: int, width: int) -> float:
         """Bits of the image for each weight of the matrix.
@@ -64,6 +69,7 @@ class Weights(Image):
 
     name = "weights"
     summary = "is the weights themselves: gate and up are read whole"
+    exact = True
 
     def bits_of(self, served: float, rows: int, width: int) -> float:
         return served
@@ -117,18 +123,18 @@ class LowRank(Image):
 class Plane(Image):
     """The top bits of the served weights, read as a plane of their own.
 
-    Of 16-bit weights: the sign and a short code of the exponent, counted down from the row's largest; the last code
-    stands for all smaller exponents, which are then kept with the mantissas (`planes`). Of weights that `--ffn-bits`
-    rounds: the high bits of their codes. This project's own.
+    Of 16-bit weights: the sign, a short code of the exponent, counted down from the row's largest, and perhaps the
+    first bits of the mantissa; the last code stands for all smaller exponents, which are then kept with the rest of the
+    mantissas (`planes`). Of weights that `--ffn-bits` rounds: the high bits of their codes. This project's own.
     """
 
     name = "plane"
     summary = "is the top bits of the served weights: nothing is stored twice, and a chosen row reads only its rest"
-    bits: int = option(0, "bits of a weight in it; 0: 4 of a 16-bit weight, half of a rounded one", least=0, most=7)
+    bits: int = option(0, "bits of a weight in it; 0: 5 of a 16-bit weight, half of a rounded one", least=0, most=7)
 
     def top(self, code_bits: float) -> int:
         """Bits of the plane. code_bits: of a weight without scales."""
-        return self.bits or (4 if code_bits >= 9 else int(code_bits + 1) // 2)
+        return self.bits or (5 if code_bits >= 9 else int(code_bits + 1) // 2)
 
     def bits_of(self, served: float, rows: int, width: int) -> float:
         if served == OWN_BITS:
@@ -143,7 +149,7 @@ class Plane(Image):
         return max(0, min(code_bits, precision or code_bits) - self.top(code_bits))
 
     def column(self, matrix: Served, precision: int = 0) -> float:
-        if matrix.packed is None:
+        if matrix.packed is None:  # down is in planes where they save bytes
             return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else matrix.bits
         code_bits = matrix.packed.rounding.bits
         return matrix.bits - max(0, code_bits - (precision or code_bits))
@@ -152,18 +158,25 @@ class Plane(Image):
         """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision."""
         from dart_eval.pruning.planes import MANTISSA, escapes
 
+        code_bits, shown = self._parts()
         kept = self.mantissa(precision)
-        return (MANTISSA if kept is None else kept) + escapes(matrix.weight, self.top(matrix.bits) - 1)
+        return max(0, (MANTISSA if kept is None else kept) - shown) + escapes(matrix.weight, code_bits)
 
     def mantissa(self, precision: int) -> int | None:
-        top = self.top(OWN_BITS)
-        return None if not precision or precision - top >= 7 else max(0, precision - top)
+        code_bits, shown = self._parts()
+        kept = max(shown, precision - 1 - code_bits)
+        return None if not precision or kept >= 7 else kept
+
+    def _parts(self) -> tuple[int, int]:
+        """Bits of the exponent's code and of the mantissa in the plane of a 16-bit weight, beside the sign."""
+        rest = self.top(OWN_BITS) - 1
+        return min(rest, CODE_BITS), max(0, rest - CODE_BITS)
 
     def values(self, matrix: Served) -> Tensor:
         from dart_eval.pruning.planes import exponents, high_bits
 
         if matrix.packed is None:
-            return exponents(matrix.weight, self.top(matrix.bits) - 1)
+            return exponents(matrix.weight, *self._parts())
         return high_bits(matrix.packed, self.top(matrix.packed.rounding.bits))
 
 
