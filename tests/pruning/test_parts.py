@@ -133,7 +133,7 @@ def test_the_built_in_methods_are_these_compositions():
         "cats": Pruner(choice=ByGate()),
         "m-countdown": Pruner(choice=ByUp()),
         "preview": Pruner(choice=ByPreview(image=Plane(bits=0), write_share=0.7, precision=0)),
-        "graded": Pruner(choice=Graded(image=Plane(bits=0), precision=8, coarse=2.0)),
+        "graded": Pruner(choice=Graded(image=Plane(bits=0), precision=8, coarse=1.5)),
         "top-p": Pruner(choice=TopP(p=0.9)),
         "oracle-token": Pruner(choice=ByHidden()),
         "oracle": Pruner(Ahead(score=l2)),

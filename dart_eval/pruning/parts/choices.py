@@ -282,7 +282,7 @@ class Graded(Choice):
     image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     precision: int = option(8, PRECISION, least=0, most=16)  # type: ignore[misc]
     coarse: float = option(
-        2.0, "neurons that write as the preview has them, as a multiple of those read exactly", least=0
+        1.5, "neurons that write as the preview has them, as a multiple of those read exactly", least=0
     )
 
     def counts(
