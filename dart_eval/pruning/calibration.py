@@ -101,3 +101,14 @@ class TextCalibration:
             for handle in handles:
                 handle.remove()
         return [t for t in totals if t is not None]
+
+
+def means(calibration: Calibration, observe: Observe) -> list[Tensor]:
+    """Per layer [F] fp32: the mean over the calibration text's tokens of what `observe` makes of them."""
+
+    def counting(h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+        sums = observe(h, up, weight)
+        assert sums is not None
+        return torch.cat([sums, weight.sum(1, keepdim=True)], 1)
+
+    return [sums[:-1] / sums[-1] for sums in calibration.sums(counting)]

@@ -12,7 +12,7 @@ from dart_eval import rounding
 from dart_eval.allocation import Counts
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, device_of
-from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
 from dart_eval.pruning.previews import Fine, previews, prices, stored
@@ -128,7 +128,10 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
         return made
     made.factors = mask.score.factors(calibration)
     if mask.fixed:
-        sums = calibration.sums(mask.score.observe) if mask.score.observes else None
+        sums = None
+        if mask.score.observes:
+            observe = mask.score.observe
+            sums = means(calibration, observe) if mask.score.per_token else calibration.sums(observe)
         counts = made.counts(None, slice(None), True).mask
         made.masks = []
         for i, ffn in enumerate(ffns):

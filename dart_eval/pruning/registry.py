@@ -20,6 +20,7 @@ from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
+from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
 from dart_eval.pruning.parts.scores import SCORES, Activation, Random, Wanda, Weights
 from dart_eval.pruning.renamed import new_names
@@ -66,6 +67,18 @@ BUILT_IN = (
             window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
         )), allocation=DepthAware(),
     ),
+    Pruner(
+        name="coreinfer", summary="keeps the neurons that were most often among the largest of the prompt's tokens",
+        mask=FromPrompt(score=Votes()),
+    ),
+    Pruner(
+        name="glass", summary="keeps the neurons that rank high in the prompt and on a text (after the abstract)",
+        mask=FromPrompt(score=Ranks()),
+    ),
+    Pruner(
+        name="probe", summary="keeps neurons by activations in the prompt and on a text, and columns of down",
+        mask=FromPrompt(score=Probe()),
+    ),
     # Ours. The settings are those of docs/findings.md, chosen on the smoke documents.
     Pruner(
         name="dart-plus", summary="lets tokens choose inside a wide mask, re-masks on drift, adds the mean of the rest",
@@ -101,7 +114,16 @@ BUILT_IN = (
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
-PARTS: tuple[type[Part], ...] = (*SCORES, *MASKS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS, *COMPENSATIONS)
+PARTS: tuple[type[Part], ...] = (
+    *SCORES,
+    *PROMPT_SCORES,
+    *MASKS,
+    *REMASKS,
+    *CHOICES,
+    *IMAGES,
+    *ALLOCATIONS,
+    *COMPENSATIONS,
+)
 
 
 def methods() -> dict[str, Pruner]:

@@ -162,7 +162,9 @@ class SequenceState(PerSequence):
 
     def _per_token(self, sums: Tensor) -> Tensor:
         """[B, F] sums over the context's tokens; per token where sequences are compared (else order alone counts)."""
-        return sums / self.weight.clamp_min(FIRST_TOKEN)[:, None].to(sums.device) if self.shared else sums
+        score = self.method.mask.score
+        wanted = self.shared or (score is not None and score.per_token)
+        return sums / self.weight.clamp_min(FIRST_TOKEN)[:, None].to(sums.device) if wanted else sums
 
     def _mask(self, layer: int, sums: Tensor, rows: Tensor) -> Tensor:
         """The mask of the best neurons of a layer. sums: [b, F] of the sequences `rows` (indices)."""

@@ -19,6 +19,7 @@ from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByPreview, By
 from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
 from dart_eval.pruning.parts.images import Plane
 from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
+from dart_eval.pruning.parts.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
 from dart_eval.pruning.parts.scores import Activation, Random, Wanda, Weights
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
@@ -124,6 +125,9 @@ def test_the_built_in_methods_are_these_compositions():
         "griffin": Pruner(FromPrompt(score=l2, remask=Never())),
         "dart": Pruner(FromPrompt(score=none, remask=OnDrift(**drift)), allocation=depth),
         "dart-code": Pruner(FromPrompt(score=none, remask=OnDrift(**(drift | code))), allocation=depth),
+        "coreinfer": Pruner(FromPrompt(score=Votes(share=0.2))),
+        "glass": Pruner(FromPrompt(score=Ranks(local=0.5))),
+        "probe": Pruner(FromPrompt(score=Probe(share=1.0, history=True))),
         "dart-plus": Pruner(
             FromPrompt(score=l2, remask=OnDrift(**(drift | plus))),
             GateUp(mask_ratio=1.6, write_share=0.6),
@@ -149,7 +153,7 @@ def test_what_a_composition_is_follows_from_its_parts():
         return {m.name for m in BUILT_IN if getattr(m, tells)}
 
     choosing = {"cats", "m-countdown", "preview", "graded", "top-p", "oracle-token"}
-    prompted = {"griffin", "dart", "dart-code", "dart-plus"}
+    prompted = {"griffin", "dart", "dart-code", "dart-plus", "coreinfer", "glass", "probe"}
     assert those("prunes") == set(METHODS) - {"dense"}
     assert those("sized") == set(METHODS) - {"dense", "top-p"}
     assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-plus"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -86,6 +87,39 @@ class DepthAware(Allocation):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ends(Allocation):
+    """The first and the last layers stay dense, and the others share the sparsity evenly.
+
+    With first=6 and last=5 on 32 layers it is that of CoreInfer's code (arXiv 2410.18311, commit 38de332: layers 6 to
+    26), with first=3 and last=0 that of Probe Pruning's (arXiv 2502.15618, commit acc0730). The former takes the
+    sparsity for that of the pruned layers, the latter rounds theirs to two digits; here it is that of all layers, and
+    is met exactly.
+    """
+
+    name = "ends"
+    summary = "keeps the first and the last layers dense, and gives all others the same density"
+    first: int = option(1, "layers at the beginning that stay dense", least=0)
+    last: int = option(1, "layers at the end that stay dense", least=0)
+
+    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+        self.check(sparsity, layers)
+        pruned = layers - self.first - self.last
+        density = 1 - sparsity * layers / pruned if pruned > 0 else 1.0
+        return [1.0] * min(self.first, layers) + [density] * pruned + [1.0] * min(self.last, layers - self.first)
+
+    def check(self, sparsity: float, layers: int | None = None) -> None:
+        if layers is None or not sparsity:
+            return
+        most = max(0, layers - self.first - self.last) / layers
+        if sparsity > most + 1e-9:
+            raise UserError(
+                f"{self.title} leaves {max(0, layers - self.first - self.last)} of {layers} layers to be pruned, "
+                f"which sparsity {sparsity:g} is too much for",
+                f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a smaller allocation.first or .last",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table(Allocation):
     """The densities stand in a file."""
 
@@ -119,7 +153,7 @@ class Table(Allocation):
         check_table(self.table, sparsity, layers)
 
 
-ALLOCATIONS = (Uniform, DepthAware, Table)
+ALLOCATIONS = (Uniform, DepthAware, Ends, Table)
 
 
 class ChangeState(PerSequence):

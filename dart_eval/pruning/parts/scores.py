@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dart_eval.pruning.parts.base import Part, option
 
@@ -21,10 +21,15 @@ FIRST_TOKEN = 1e-12  # what a token that is left out weighs: nothing beside othe
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Part):
-    """Base of all scores: made of sums over tokens (`observe`), of factors that no token changes, or of both."""
+    """Base of all scores: made of sums over tokens (`observe`), of factors that no token changes, or of both.
+
+    Attributes:
+        per_token: whether `combine` needs the mean over tokens; if not, the sum or any multiple will do.
+    """
 
     slot = "score"
     observes = True
+    per_token: ClassVar[bool] = False
 
     @property
     def weighs_tokens(self) -> bool:
@@ -32,7 +37,7 @@ class Score(Part):
         return False
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
-        """The factors on a score that no token changes: [F] fp32 for each layer, or None where there are none."""
+        """What no token changes in a score: for each layer [F] fp32, or several such rows; None for nothing."""
         return None
 
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
