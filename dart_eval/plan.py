@@ -82,8 +82,9 @@ def methods_of(config: RunConfig) -> list[Pruner]:
         ours: dict[str, Any] = {}
         if config.allocation is not None and "allocation" not in given and not method.mask.fixed:
             ours["allocation"] = config.allocation
-        if "score.seed" in method.params() and not {"seed", "score.seed"} & set(params):
-            ours["score.seed"] = config.seed
+        for path in ("score.seed", "draw.seed"):
+            if path in method.params() and not {"seed", path, f"mask.{path}"} & set(params):
+                ours[path] = config.seed
         if ours:
             method = make(name, {**params, **ours})
         for sparsity in config.sparsity if method.sized else ():

@@ -12,6 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 SLOTS = {
     "score": "how much a neuron matters, from the tokens of a context, a calibration text, or the weights",
     "mask": "which neurons a sequence may use",
+    "draw": "how a mask from the prompt is taken from the scores",
     "remask": "when a mask from the prompt is made anew while a sequence is decoded, and from what",
     "choice": "which neurons of the mask a token computes, matrix by matrix",
     "image": "what a token reads of gate and up before it chooses",
@@ -69,6 +70,10 @@ plane of 16-bit weights reads 5 bits of every weight of gate and up; of the neur
 3 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of the next
 ones 5 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of
 its bits are read. A count is rounded down: what is read is never more than the label.
+
+**GRIFFIN can draw its mask.** `griffin:draw=sample` draws neurons in proportion to their scores, and
+`griffin:draw=sample:draw.best=0.5` draws half of the mask, beside the neurons with the highest scores. `draw.seed` (or
+`--seed`) decides what is drawn.
 
 **Rounding is the control.** `--ffn-bits 4` rounds the FFN weights to 4 bits, with a scale of 16 bits for every 32
 weights, before anything else. Read counts bytes against the model's own 16 bits: rounding alone reads 4.5 / 16 = .28.

@@ -23,7 +23,12 @@ from dart_eval.pruning.parts.choices import All, Choice
 from dart_eval.pruning.parts.compensations import Compensation, Nothing
 from dart_eval.pruning.parts.masks import Everything, Mask
 
-OWNERS = {"score": "mask", "remask": "mask", "image": "choice"}  # slots of parts, addressed by their names alone
+OWNERS = {
+    "score": "mask",
+    "draw": "mask",
+    "remask": "mask",
+    "image": "choice",
+}  # slots of parts, addressed by their names alone
 
 
 @dataclass(frozen=True)

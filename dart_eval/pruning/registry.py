@@ -18,6 +18,7 @@ from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware
 from dart_eval.pruning.parts.base import Part
 from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
+from dart_eval.pruning.parts.draws import DRAWS
 from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
@@ -118,6 +119,7 @@ PARTS: tuple[type[Part], ...] = (
     *SCORES,
     *PROMPT_SCORES,
     *MASKS,
+    *DRAWS,
     *REMASKS,
     *CHOICES,
     *IMAGES,

@@ -19,7 +19,6 @@ from dart_eval.pruning.prepared import Prepared
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.sequence import PerSequence, Sums
 from dart_eval.pruning.steps import Change, Step
-from dart_eval.pruning.top import top_k_mask
 
 CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
 
@@ -172,7 +171,8 @@ class SequenceState(PerSequence):
         assert self.kept is not None and score is not None
         if self.shared:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
-        return top_k_mask(score.combine(sums, self.prepared.factor(layer)), self.kept[rows.cpu(), layer])
+        scores = score.combine(sums, self.prepared.factor(layer))
+        return self.method.mask.draw.take(scores, self.kept[rows.cpu(), layer], layer, score)
 
     def mask(self, layer: int) -> Tensor:
         """[B or 1, F] bool: the neurons that each sequence may use now."""

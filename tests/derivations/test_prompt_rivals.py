@@ -9,6 +9,8 @@ glass      (after the abstract of arXiv 2508.14302) Neurons are ranked by GRIFFI
            calibration text; the score is the weighted mean of the two ranks.
 probe      (arXiv 2502.15618) p_j is the mean of h_tj^2 over the prompt's tokens, or over every second one from the
            first on, q_j the same over a calibration text; (p^2 + q^2) / (p + q) * sqrt(sum_i W_ij^4), 0 if p = q = 0.
+griffin    Its code can also draw the mask: each neuron with a chance in proportion to its score (GRIFFIN's is a root),
+           without replacement; or half of it, the other half being the neurons with the highest scores.
 ends       The first a and the last b of L layers are dense, the others keep 1 - sparsity L / (L - a - b).
 
 The calibration text and its pieces are those of test_wanda_sp. All is computed with numpy.
@@ -21,6 +23,7 @@ import pytest
 import torch
 
 from dart_eval.errors import UserError
+from dart_eval.pruning.parts.draws import Sample
 from dart_eval.pruning.parts.masks import FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import Votes
 from dart_eval.pruning.parts.scores import Activation
@@ -164,3 +167,32 @@ def test_votes_do_not_depend_on_the_pieces_that_a_context_comes_in():
     whole = score.observe(h, None, weight)
     assert whole.dtype == torch.float32 and torch.equal(sum(pieces), whole)
     assert np.array_equal(whole[0].numpy(), votes(h[0, 7:].numpy(), 0.2))
+
+
+def drawn(scores, count, seed, best):
+    """The best floor(best * count) neurons, and others one by one, each with a chance in proportion to its score.
+
+    A draw by waiting: neuron j comes after e_j / score_j, e_j exponential; the first ones to come are drawn.
+    """
+    waits = torch.empty(len(scores)).exponential_(generator=torch.Generator().manual_seed(seed)).double().numpy()
+    chosen = list(np.argsort(-scores, kind="stable")[: math.floor(best * count + 1e-9)])
+    chosen += [j for j in np.argsort(waits / scores) if j not in chosen][: count - len(chosen)]
+    return torch.zeros(len(scores), dtype=torch.bool).index_fill(0, torch.tensor(chosen), True)
+
+
+@pytest.mark.parametrize("best", [0.0, 0.5, 1.0])
+def test_griffin_draws_in_proportion_to_the_root_of_its_sums(best):
+    """`sample` and `topk_sample` of its code; with best=1 nothing is drawn."""
+    model, prompt = biased("llama"), random_tokens(21, seed=6)
+    h, _ = prompt_of(model, prompt)
+    masks = [drawn(np.sqrt(griffin(x)), 20, 3 * 100_003 + i, best) for i, x in enumerate(h)]
+    check(model, "griffin", masks, prompt, 0.5, **{"draw": "sample", "draw.best": best, "draw.seed": 3})
+    same = masks_of([griffin(x) for x in h], 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(masks, same, strict=True)) is (best == 1)
+
+
+def test_a_neuron_is_drawn_as_often_as_its_score_says():
+    """One of three neurons with scores 1, 2, 5: drawn with chances of 1/8, 2/8 and 5/8."""
+    sums, keep, score = torch.tensor([[1.0, 4.0, 25.0]]), torch.tensor([1]), Activation()
+    found = sum(Sample(seed=seed).take(sums, keep, 0, score)[0].float() for seed in range(4000)) / 4000
+    assert found.tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.03)

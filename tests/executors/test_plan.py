@@ -206,9 +206,11 @@ def test_a_method_given_twice_runs_once():
     assert made == [make("griffin"), make("dart")]
 
 
-def test_the_runs_seed_reaches_random_unless_it_has_its_own():
-    plain, own = methods_of(RunConfig(method=("random", "random:score.seed=3"), seed=7))
+def test_the_runs_seed_reaches_what_is_drawn_unless_it_has_its_own():
+    specs = ("random", "random:score.seed=3", "griffin:draw=sample", "griffin:draw=sample:draw.seed=3", "griffin")
+    plain, own, drawn, other, griffin = methods_of(RunConfig(method=specs, seed=7))
     assert (plain.mask.score.seed, own.mask.score.seed) == (7, 3)
+    assert (drawn.mask.draw.seed, other.mask.draw.seed, griffin) == (7, 3, make("griffin"))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
-SLOTS = ("mask", "score", "remask", "choice", "image", "allocation", "compensation")
+SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation")
 
 
 def made(spec):
@@ -373,7 +373,7 @@ def test_a_part_is_listed_with_its_fields_words_and_bounds():
     assert rows["  remask.old=prompt"].endswith("(prompt, running)")
     assert rows["  remask.act=true"] and len(rows) == 1 + len(plain_fields(OnDrift))
     assert dict(part_rows(GateUp))["  choice.write_share=1.0"].endswith("(above 0, at most 1)")
-    assert [*dict(part_rows(FromPrompt))] == ["mask=prompt", "  score=activation", "  remask=never"]
+    assert [*dict(part_rows(FromPrompt))] == ["mask=prompt", "  score=activation", "  draw=best", "  remask=never"]
 
 
 # -- what is kept of each sequence -----------------------------------------------------------------------------------

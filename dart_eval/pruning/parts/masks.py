@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
+from dart_eval.pruning.parts.draws import Best, Draw
 from dart_eval.pruning.parts.remasks import Never, Remask
 from dart_eval.pruning.parts.scores import Activation, Score, Wanda
 
@@ -21,6 +22,7 @@ class Mask(Part):
         looks_ahead: whether it is made from the very tokens that it is used on. It is then an upper bound, and no
             method to use.
         score: the score that it is made by; None for a mask of everything.
+        draw: how it is taken from the scores.
         remask: when it is made anew.
     """
 
@@ -29,6 +31,7 @@ class Mask(Part):
     whole: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     score: ClassVar[Score | None] = None
+    draw: ClassVar[Draw] = Best()
     remask: ClassVar[Remask] = Never()
 
 
@@ -83,6 +86,7 @@ class FromPrompt(OfTokens):
 
     name = "prompt"
     summary = "makes a mask for each sequence, from the tokens of its context"
+    draw: Draw = option(Best(), "how it is taken from the scores")  # type: ignore[misc]
     remask: Remask = option(Never(), "when it is made anew")  # type: ignore[misc]
 
 

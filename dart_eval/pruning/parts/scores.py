@@ -50,6 +50,10 @@ class Score(Part):
         assert sums is not None
         return sums if factor is None else sums * factor.to(sums.device)
 
+    def proportional(self, score: Tensor) -> Tensor:
+        """The score itself, where `combine` gives another number of the same order, its square say."""
+        return score
+
     def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
         """How much the tokens of a context forward weigh in all sums, and by how much earlier sums shrink.
 
@@ -105,6 +109,9 @@ class Activation(Score):
         if found is not None and self._power == 1:  # its sums are of magnitudes, not of squares
             found = [f.sqrt() for f in found]
         return found
+
+    def proportional(self, score: Tensor) -> Tensor:
+        return score.sqrt() if self._power == 2 else score
 
     def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
         weight, shrink = valid.float(), None
