@@ -59,6 +59,12 @@ class Pruner:
                 "use allocation=uniform",
             )
 
+        if self.choice.ranks and self.mask.fixed:
+            raise UserError(
+                f"{self.choice.title} ranks neurons by the mask's score of a sequence, and {self.mask.title} has none",
+                "use mask=prompt, or another choice",
+            )
+
     @property
     def prunes(self) -> bool:
         """Whether anything is ever left out. Nothing is if the mask holds everything and tokens compute all of it."""
@@ -98,7 +104,8 @@ class Pruner:
     @property
     def reads_most(self) -> bool:
         """Whether a high sparsity may be out of reach: whole matrices are read before anything is chosen."""
-        return self.mask.whole and bool(self.choice.reads_whole or self.choice.image is not None)
+        whole = self.mask.whole and bool(self.choice.reads_whole or self.choice.image is not None)
+        return whole or self.choice.ranks
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: float) -> None:
         """Refuse a sparsity that leaves fewer bytes than are read before anything is chosen.

@@ -16,6 +16,7 @@ from dart_eval.errors import UserError, nearest
 from dart_eval.pruning.method import Pruner, changed, flattened, text_of
 from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware
 from dart_eval.pruning.parts.base import Part
+from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.parts.draws import DRAWS
@@ -80,6 +81,10 @@ BUILT_IN = (
         name="probe", summary="keeps neurons by activations in the prompt and on a text, and columns of down",
         mask=FromPrompt(score=Probe()),
     ),
+    Pruner(
+        name="pop", summary="keeps a core from the prompt, and lets each token choose among candidates around the cut",
+        mask=FromPrompt(score=Wanda()), choice=Candidates(),
+    ),
     # Ours. The settings are those of docs/findings.md, chosen on the smoke documents.
     Pruner(
         name="dart-plus", summary="lets tokens choose inside a wide mask, re-masks on drift, adds the mean of the rest",
@@ -122,6 +127,7 @@ PARTS: tuple[type[Part], ...] = (
     *DRAWS,
     *REMASKS,
     *CHOICES,
+    Candidates,
     *IMAGES,
     *ALLOCATIONS,
     *COMPENSATIONS,
@@ -185,7 +191,7 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
     """
     known = methods()
     if name not in known:
-        raise UserError(f"unknown method {name!r}", nearest(name, known))
+        raise UserError(f"unknown method {name!r}", nearest(name, known) or "`dart-eval ls methods` lists them")
     every = parts()
     return changed(known[name], new_names(known[name], params or {}, every), every)
 

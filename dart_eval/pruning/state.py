@@ -6,12 +6,11 @@ by neuron, whatever order the weights are in. Padding is left out of every sum.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from dart_eval.ffn import FFN, device_of
+from dart_eval.pruning.looking import Cores, looked
 from dart_eval.pruning.parts.allocations import ChangeState
 from dart_eval.pruning.parts.choices import Graded, Token
 from dart_eval.pruning.parts.scores import FIRST_TOKEN
@@ -57,6 +56,7 @@ class SequenceState(PerSequence):
         self.written: Tensor | None = None
         self.masks: list[Tensor] | None = None
         self.constants: list[Tensor] | None = None
+        self.cores = Cores(layers)  # neurons of the masks that every token takes, where choices rank the others
         self.remasks = torch.zeros(batch, dtype=torch.long)
         self.remasking = self.method.mask.remask.start(self.ffns, batch, device)
         self._rough: Tensor | None = None  # [B, T, D] what neurons of the layer under way write through an image
@@ -172,7 +172,10 @@ class SequenceState(PerSequence):
         if self.shared:
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = score.combine(sums, self.prepared.factor(layer))
-        return self.method.mask.draw.take(scores, self.kept[rows.cpu(), layer], layer, score)
+        draw, at, choice = self.method.mask.draw, (rows.cpu(), layer), self.method.choice
+        if choice.ranks and self.taken is not None:
+            self.cores.keep(layer, rows, draw.take(scores, choice.core(self.taken[at]), layer, score))
+        return draw.take(scores, self.kept[at], layer, score)
 
     def mask(self, layer: int) -> Tensor:
         """[B or 1, F] bool: the neurons that each sequence may use now."""
@@ -282,9 +285,7 @@ class SequenceState(PerSequence):
         choice = self.method.choice
         assert self.taken is not None and self.written is not None
         token = Token(h, h if gate is None else gate, h if up is None else up, self.usual(layer, h.shape[-1]))
-        if self.prepared.previews is not None and x is not None:
-            seen = map(self.ffns[layer].by_row, self.prepared.previews[layer].look(x))
-            token = replace(token, **dict(zip(("preview", "expected"), seen, strict=True)))
+        token = looked(self, layer, token, allowed, x)
         kept = choice.take(token, allowed, (self.taken[:, layer], self.written[:, layer]))
         if isinstance(choice, Graded):
             self._write_roughly(layer, choice, token, allowed, kept)

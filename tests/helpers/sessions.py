@@ -36,7 +36,7 @@ CHOOSING = [
     ("griffin", {"choice": "up", "choice.mask_ratio": 1.3, "remask": "drift", **RESTLESS}),
     ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate", "score.vocabulary": "mean"}),
     ("dart", {"choice": "hidden", "choice.mask_ratio": 2.5, "compensation": "mean", **RESTLESS}),
-    ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}),
+    ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}), ("pop", {"choice.width": 0.2, "remask": "drift", **RESTLESS}),
 ]  # fmt: skip
 # All of these: masks or choices that change while a sequence is decoded.
 VARIED = [*REMASKED, *CHOOSING]

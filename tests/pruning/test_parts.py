@@ -15,6 +15,7 @@ from dart_eval.pruning import parts as folder
 from dart_eval.pruning.method import Pruner, changed, plain_fields, slot_names, slots, text_of
 from dart_eval.pruning.parts.allocations import DepthAware, Table, Uniform
 from dart_eval.pruning.parts.base import kind_of
+from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
 from dart_eval.pruning.parts.images import Plane
@@ -128,6 +129,7 @@ def test_the_built_in_methods_are_these_compositions():
         "coreinfer": Pruner(FromPrompt(score=Votes(share=0.2))),
         "glass": Pruner(FromPrompt(score=Ranks(local=0.5))),
         "probe": Pruner(FromPrompt(score=Probe(share=1.0, history=True))),
+        "pop": Pruner(FromPrompt(score=Wanda()), Candidates(width=0.1)),
         "dart-plus": Pruner(
             FromPrompt(score=l2, remask=OnDrift(**(drift | plus))),
             GateUp(mask_ratio=1.6, write_share=0.6),
@@ -153,10 +155,10 @@ def test_what_a_composition_is_follows_from_its_parts():
         return {m.name for m in BUILT_IN if getattr(m, tells)}
 
     choosing = {"cats", "m-countdown", "preview", "graded", "top-p", "oracle-token"}
-    prompted = {"griffin", "dart", "dart-code", "dart-plus", "coreinfer", "glass", "probe"}
+    prompted = {"griffin", "dart", "dart-code", "dart-plus", "coreinfer", "glass", "probe", "pop"}
     assert those("prunes") == set(METHODS) - {"dense"}
     assert those("sized") == set(METHODS) - {"dense", "top-p"}
-    assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-plus"}
+    assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-plus", "pop"}
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}
     assert those("upper_bound") == {"oracle", "top-p", "oracle-token"}
@@ -179,6 +181,8 @@ def test_what_a_composition_is_follows_from_its_parts():
     ("magnitude:allocation=depth", "allocation=depth looks at the prompt, and mask=static is made before it"),
     ("griffin:score=weights", "mask=prompt is made from tokens, and score=weights reads none; use mask=static"),
     ("oracle:score=random", "mask=ahead is made from tokens"),
+    ("cats:choice=candidates", "choice=candidates ranks neurons by the mask's score .* mask=everything"),
+    ("random:choice=candidates", "and mask=static has none; use mask=prompt, or another choice"),
     ("dart:remask.every=4:remask.dense_tokens=3", "`every` makes masks from the ring, and dense_tokens does without"),
     ("dart:allocation=table", "allocation=table needs a file"),
     ("dart:allocation=table:allocation.file=nowhere.json", "nowhere.json is not a file; .*save-allocation"),

@@ -36,6 +36,8 @@ class Token:
             None where it keeps nothing.
         preview: [B, T, F], h as an image of gate and up has it; None where there is no image.
         expected: [B, T, F] fp32, the square of h that is to be expected from it.
+        core: [B, 1, F] bool, the neurons that every token takes; None where the choice does not rank by the score.
+        score: [B, T, F] fp32, the mask's score as it would be of this token alone.
     """
 
     h: Tensor
@@ -44,6 +46,8 @@ class Token:
     usual: Tensor | None
     preview: Tensor | None = None
     expected: Tensor | None = None
+    core: Tensor | None = None
+    score: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ class Choice(Part):
         image: what every token reads of gate and up for the whole mask before it chooses; None: matrices whole.
         precision: how many bits of a weight are read at most, where there is an image; 0: all.
         grades: whether neurons that are not taken may write as the image shows them.
+        ranks: whether it goes by the mask's score of the token alone, beside a core of the mask that is always taken.
         gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`).
     """
 
@@ -76,11 +81,20 @@ class Choice(Part):
     image: ClassVar[Image | None] = None
     precision: ClassVar[int] = 0
     grades: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
 
     def importance(self, token: Token) -> Tensor:
         """How much each neuron matters to each token: [B, T, F], not negative, in any dtype."""
         raise NotImplementedError
+
+    def core(self, taken: Tensor) -> Tensor:
+        """How many neurons of the mask every token takes, where it `ranks`. taken: how many it takes, any shape."""
+        raise NotImplementedError
+
+    def mask_share(self, read: float, matrices: int) -> float:
+        """The share of the neurons in the mask. read: share of the weights that a token reads."""
+        return min(1.0, self.mask_ratio * read)
 
     def counts(
         self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,

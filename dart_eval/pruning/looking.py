@@ -1,0 +1,59 @@
+"""What a token looks at before it chooses: previews through images, or the score of its own activations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dart_eval.pruning.parts.choices import Token
+from dart_eval.pruning.parts.scores import Score
+from dart_eval.pruning.sequence import Sums
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.state import SequenceState
+
+
+class Cores(Sums):
+    """For each layer the neurons of each sequence's mask that no token leaves out, [B, F] bool by neuron."""
+
+    def keep(self, layer: int, rows: Tensor, core: Tensor) -> None:
+        """Replace those of some sequences; at first there are all of them. rows: [b] indices; core: [b, F]."""
+        if self.layers[layer] is None:
+            self.add(layer, core)
+        else:
+            self.put(layer, rows.to(core.device), core)
+
+
+def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: Tensor | None) -> Token:
+    """The token with what its choice looks at beside what the layer has computed.
+
+    Args:
+        allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask. x: [B, T, D], the FFN's input.
+    """
+    prepared, ffn, choice = state.prepared, state.ffns[layer], state.method.choice
+    if prepared.previews is not None and x is not None:
+        preview, expected = map(ffn.by_row, prepared.previews[layer].look(x))
+        token = replace(token, preview=preview, expected=expected)
+    score = state.method.mask.score
+    if choice.ranks and score is not None:
+        count, factor = token.h.shape[-1], prepared.factor(layer)
+        if factor is not None:
+            factor = ffn.by_row(factor.to(token.h.device))[..., :count]
+        core = ffn.by_row(state.cores[layer])[:, None, :count].to(token.h.device)
+        token = replace(token, core=core, score=alone(score, token.h * allowed, factor))
+    return token
+
+
+def alone(score: Score, h: Tensor, factor: Tensor | None) -> Tensor:
+    """The score that a mask from this token alone would have: [B, T, F] fp32.
+
+    Args:
+        h: [B, T, F]. factor: what no token changes in the score, in the order of h.
+    """
+    tokens = h.float().reshape(-1, 1, h.shape[-1])
+    sums = score.observe(tokens, None, torch.ones(tokens.shape[:2], device=h.device))
+    assert sums is not None
+    return score.combine(sums, factor).view(h.shape)
