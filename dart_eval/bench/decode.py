@@ -91,7 +91,7 @@ class DecodeSpeed:
     foreign_cores: float | None
 
 
-def row(found: DecodeSpeed) -> dict[str, Any]:
+def row(found: Any) -> dict[str, Any]:
     """Plain numbers: of a ratio its median, beside `NAME_quartiles` and `NAME_n`."""
     made: dict[str, Any] = {}
     for field in dataclasses.fields(found):
@@ -143,8 +143,8 @@ def measure(
     check(method)
     shape = cost.shape_of(model, find_ffns(model))
     before = _weight_bytes(model)
-    bench = _Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
-    times = _Times()
+    bench = Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
+    times = Times()
     with (
         _many_variants(compiled is not None),
         peak_memory(bench.device.type) as peak,
@@ -171,7 +171,7 @@ def measure(
     )  # fmt: skip
 
 
-class _Times:
+class Times:
     """Seconds of each side; those of one place in the lists of a kind were taken in turn.
 
     Attributes:
@@ -190,7 +190,7 @@ class _Times:
         self.once: dict[str, list[float]] = {"dense": [], "begin": [], "end": []}
 
 
-def _speeds(times: _Times) -> dict[str, Any]:
+def _speeds(times: Times) -> dict[str, Any]:
     """The fields of `DecodeSpeed` that come from nothing but times."""
     steps, prompts, masks, moves, once = times.steps, times.prompts, times.masks, times.moves, times.once
     return {
@@ -219,7 +219,7 @@ def _many_variants(compiled: bool) -> Iterator[None]:
         yield
 
 
-class _Bench:
+class Bench:
     """The variants of a step: those of the model that is pruned, and its dense twin's."""
 
     def __init__(
@@ -272,6 +272,20 @@ class _Bench:
             for name, seconds in found.items():
                 if len(run.events) == seen:
                     times[name].append(seconds)
+
+    def plain_round(self, times: dict[str, list[float]], prompt: int, steps: int) -> None:
+        """A prompt and its decoding without a session: the model as it stands (`pruned`) beside its twin."""
+        ids = self.tokens(prompt)
+        sides = {"dense": self.dense, "again": self.dense, "pruned": self.model}
+        caches = {name: self._cache(name) for name in sides}
+        for name, model in sides.items():
+            self.step(model, ids, caches[name])
+        order = list(sides)
+        for _ in range(steps):
+            token = self.tokens(1)
+            for name in order:
+                times[name].append(self.step(sides[name], token, caches[name])[0])
+            order.append(order.pop(0))  # each comes first as often
 
     def _one(self, run: Session, name: str, token: Tensor, cache: Any) -> float:
         if name == "pruned":
@@ -329,7 +343,7 @@ class _Bench:
         return self._caches[name]
 
 
-def _time_rounds(bench: _Bench, run: Session, times: _Times, prompt: int, steps: int, rounds: int) -> None:
+def _time_rounds(bench: Bench, run: Session, times: Times, prompt: int, steps: int, rounds: int) -> None:
     """Time prompts and their decoding; the first round warms up and is forgotten."""
     for _ in range(1 + rounds):
         bench.round(run, prompt, steps, times.steps, times.prompts)
@@ -339,7 +353,7 @@ def _time_rounds(bench: _Bench, run: Session, times: _Times, prompt: int, steps:
         del values[: len(values) // (1 + rounds)]
 
 
-def _time_remasks(bench: _Bench, run: Session, times: _Times, count: int, ring: bool) -> None:
+def _time_remasks(bench: Bench, run: Session, times: Times, count: int, ring: bool) -> None:
     """Time the two halves of re-masks; new masks are made only where the method keeps a ring to make them from."""
     for _ in range(count):
         bench.move(run, times.moves)
@@ -366,7 +380,7 @@ def profile(
     prompt_tokens: int = 128,
 ) -> None:
     """Write a torch profiler trace of a few pruned steps, for chrome://tracing or Perfetto."""
-    bench = _Bench(model, model, seed=0)
+    bench = Bench(model, model, seed=0)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -30,6 +30,7 @@ FOLDER = "bench"  # below the folder of results
 REMEDY = "choose another --output"
 # What a measurement is of. Two that agree in it are the same one, and the later takes the place of the earlier.
 OF = ("model", "dtype", "device", "hardware", "compiled", "prompt_tokens", "params", "sparsity")
+GIVEN = ("ffn_bits",)  # of `OF` as well, where it is given
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Speed:
         created: UTC, ISO 8601.
         more: all else that was measured, by the names of `decode.DecodeSpeed`.
         environment: versions.
+        ffn_bits: what the FFN weights were rounded to; None: nothing.
     """
 
     method: str
@@ -71,6 +73,7 @@ class Speed:
     created: str
     more: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    ffn_bits: str | None = None
 
     def is_of(self, inputs: Mapping[str, Any]) -> bool:
         """Whether this is the speed of a cell's method at its sparsity, on its model in its dtype.
@@ -80,13 +83,14 @@ class Speed:
         Args:
             inputs: of the cell, as in its record.
         """
-        same = all(getattr(self, name) == inputs.get(name) for name in ("dtype", "params", "sparsity"))
+        same = all(getattr(self, name) == inputs.get(name) for name in ("dtype", "params", "sparsity", "ffn_bits"))
         return same and _which(self.model) == _which(inputs["model"])
 
     @property
     def key(self) -> str:
         """sha256 over what was measured, without what came out."""
-        asked = {name: getattr(self, name) for name in OF}
+        given = {name: value for name in GIVEN if (value := getattr(self, name)) is not None}
+        asked = {name: getattr(self, name) for name in OF} | given
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -109,6 +113,8 @@ def _which(model: Mapping[str, Any]) -> tuple[Any, ...]:
 def path_of(folder: str | Path, speed: Speed) -> Path:
     """Where a speed is kept; its name is for people, the key decides."""
     name = re.sub(r"[^\w.-]", "_", speed.method.partition(":")[0])
+    if speed.ffn_bits is not None:
+        name += f"-{speed.ffn_bits.replace(':', '-')}bit"
     return Path(folder) / FOLDER / f"decode-{name}-{speed.sparsity:g}-{speed.key[:16]}.json"
 
 

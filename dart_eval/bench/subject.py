@@ -13,15 +13,26 @@ from typing import Any
 import torch
 
 from dart_eval import shapes
-from dart_eval.bench import decode
+from dart_eval.bench import decode, packed
 from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.kept import Speed
+from dart_eval.bench.packed import RoundedSpeed
+from dart_eval.bits import Rounding
 from dart_eval.errors import UserError
 from dart_eval.models import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.plan import environment
 from dart_eval.pruning.method import Pruner
 
-FIELDS = ("method", "sparsity", "weights_read", "speedup", "control", "ceiling")  # that a kept speed has by itself
+FIELDS = (
+    "method",
+    "sparsity",
+    "weights_read",
+    "read",
+    "bits",
+    "speedup",
+    "control",
+    "ceiling",
+)  # that a kept speed has by itself
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,10 @@ class Subject:
         """Time one method, see `decode.measure`."""
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
 
+    def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed:
+        """Time the dense model on rounded FFN weights, see `packed.measure`."""
+        return packed.measure(self.model, rounding, **dataclasses.asdict(setting))
+
     def profile(self, method: Pruner, sparsity: float, prompt_tokens: int, ending: str) -> bytes:
         """The trace of torch's profiler, see `decode.profile`; the ending of a file says if it is packed."""
         with tempfile.TemporaryDirectory() as folder:  # torch writes to a name
@@ -82,16 +97,20 @@ class Subject:
             )
             return path.read_bytes()
 
-    def speed(self, found: DecodeSpeed, method: Pruner, setting: Setting) -> Speed:
-        """What is kept of a measurement."""
+    def speed(self, found: DecodeSpeed | RoundedSpeed, method: Pruner, setting: Setting) -> Speed:
+        """What is kept of a measurement. method: that was timed; `dense` on rounded weights."""
         more = {name: value for name, value in dataclasses.asdict(found).items() if name not in FIELDS}
+        if isinstance(found, RoundedSpeed):
+            sparsity, read, bits = 0.0, found.read, found.bits
+        else:
+            sparsity, read, bits = found.sparsity if method.sized else 0.0, found.weights_read, None
         return Speed(
-            method=method.spec, params=method.params(), sparsity=found.sparsity if method.sized else 0.0,
+            method=method.spec, params=method.params(), sparsity=sparsity,
             model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
-            compiled=setting.compiled, prompt_tokens=setting.prompt_tokens, read=found.weights_read,
+            compiled=setting.compiled, prompt_tokens=setting.prompt_tokens, read=read,
             speedup=found.speedup, control=found.control, ceiling=found.ceiling,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(),
+            more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(), ffn_bits=bits,
         )  # fmt: skip
 
 

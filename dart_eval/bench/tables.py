@@ -8,12 +8,30 @@ from collections.abc import Sequence
 from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.methods import MethodSpeed
 from dart_eval.bench.overhead import Overhead
+from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.bench.ratio import Ratio
 from dart_eval.bench.scoring import TaskSpeed
 from dart_eval.results.format import sparsity as said
 from dart_eval.results.writers import Table
 
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
+
+
+def rounding(found: list[RoundedSpeed], where: str) -> Table:
+    """How fast the dense model decodes on rounded FFN weights, for people."""
+    body = [
+        [
+            f"dense on {f.bits} bits", f"{f.read:.2f}", _ratio(f.speedup), f"{f.ceiling:.2f}x",
+            f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
+        ]
+        for f in found
+    ]  # fmt: skip
+    note = (
+        f"{where}; one sequence, {found[0].speedup.n} steps a row. The FFN weights are rounded, and multiplied by "
+        "torch's own packed products for few bits. Columns as in the table of methods: rounding is a control, which "
+        "a pruner must beat at equal bytes."
+    )
+    return Table("Rounding alone", ["model", "read", "speed-up", "ceiling", "share", "control"], body, note)
 
 
 def speeds(found: list[DecodeSpeed], where: str) -> Table:

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from dart_eval import task_names
+from dart_eval.bits import parse
 from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output as show
@@ -17,8 +18,14 @@ from dart_eval.cli.view import print_note, say
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, write
 from dart_eval.plan import methods_of
+from dart_eval.pruning.registry import make
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dart_eval.bench.decode import DecodeSpeed
+    from dart_eval.bench.packed import RoundedSpeed
+    from dart_eval.bench.subject import Setting, Subject
     from dart_eval.config import RunConfig
     from dart_eval.pruning.method import Pruner
 
@@ -63,6 +70,7 @@ def _methods(asked: RunConfig, example: str = "dart,dart-plus") -> list[Pruner]:
 def decode(
     method: options.Measured = MEASURED,
     sparsity: options.OneSparsity = 0.7,
+    ffn_bits: options.Packed = None,
     model: options.Model = None,
     shape: Annotated[str | None, options.SHAPE] = None,
     layers: options.Layers = None,
@@ -87,12 +95,12 @@ def decode(
     [bold]Examples[/bold]
     dart-eval bench decode --method griffin,dart
     dart-eval bench decode --method griffin --sparsity 0.5 --output out
-    dart-eval bench decode --shape llama-3.2-1b --layers 4 --dtype bfloat16
+    dart-eval bench decode --shape llama-3.2-1b --layers 4 --dtype bfloat16 --ffn-bits 4
     dart-eval bench decode --method dart --compile default --format json
     """
     hush(False)
-    asked = options.chosen(method=method, sparsity=sparsity, model=model, dtype=dtype, device=device,
-                           trust_remote_code=trust_remote_code)  # fmt: skip
+    asked = options.chosen(method=method, sparsity=sparsity, ffn_bits=ffn_bits, model=model, dtype=dtype,
+                           device=device, trust_remote_code=trust_remote_code)  # fmt: skip
     methods = _methods(asked)
     from dart_eval.bench import kept
 
@@ -109,17 +117,33 @@ def decode(
         bench.check(one)
     timed = subject(asked.model_spec, shape, layers, print_note)
     setting = Setting(compile, prompt, steps, rounds)
-    found, files = [], []
-    for one in methods:
-        found.append(timed.measure(one, sparsity, setting))
-        if output is not None:  # each as soon as it is timed
-            files.append(kept.keep(output, timed.speed(found[-1], one, setting)))
+    found, rounded, files = _timed(timed, setting, methods, sparsity, asked.ffn_bits, output)
     if profile is not None:
-        write(profile, timed.profile(one, sparsity, prompt, profile.suffix))
+        write(profile, timed.profile(methods[-1], sparsity, prompt, profile.suffix))
     where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
-    show([bench.row(f) for f in found], [tables.speeds(found, where), tables.costs(found)], format)
+    shown = [tables.speeds(found, where), *([tables.rounding(rounded, where)] if rounded else []), tables.costs(found)]
+    show([bench.row(f) for f in (*found, *rounded)], shown, format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
+
+
+def _timed(
+    subject: Subject, setting: Setting, methods: list[Pruner], sparsity: float, ffn_bits: tuple[str, ...],
+    output: str | None,
+) -> tuple[list[DecodeSpeed], list[RoundedSpeed], list[Path]]:  # fmt: skip
+    """The speeds of methods, those of rounding alone, and the files they are kept in, each as soon as it is timed."""
+    from dart_eval.bench import kept
+
+    found, rounded, files = [], [], []
+    for one in methods:
+        found.append(subject.measure(one, sparsity, setting))
+        if output is not None:
+            files.append(kept.keep(output, subject.speed(found[-1], one, setting)))
+    for bits in filter(None, map(parse, ffn_bits)):
+        rounded.append(subject.measure_rounded(bits, setting))
+        if output is not None:
+            files.append(kept.keep(output, subject.speed(rounded[-1], make("dense"), setting)))
+    return found, rounded, files
 
 
 @app.command("scoring")

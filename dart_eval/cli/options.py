@@ -180,6 +180,10 @@ Shards = Annotated[int | None, _option("shards", CLUSTER, "N")]
 # -- bench -----------------------------------------------------------------------------------------------------
 
 OneSparsity = Annotated[float, own("Share of the FFN weights that a token does not read.", PRUNING, "SHARE")]
+Packed = Annotated[
+    str | None,
+    own("Also time the dense model with its FFN weights rounded to so many bits: 4, 8:row.", PRUNING, "BITS"),
+]
 MEASURED = "Measure these methods, comma-separated, as `dart-eval run --method` takes them."
 Measured = Annotated[str, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
 COMPARED = (

@@ -64,7 +64,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
     model = tiny("llama", dtype)
     reference = copy.deepcopy(model)
     # Which forwards are timed, and as what, shows nowhere outside.
-    dense, ran, timed, forward = [], [], decode._Bench.timed, LlamaForCausalLM.forward
+    dense, ran, timed, forward = [], [], decode.Bench.timed, LlamaForCausalLM.forward
 
     @functools.wraps(forward)
     def keep(module, **kwargs):
@@ -85,7 +85,7 @@ def test_dense_is_the_untouched_model(dtype, monkeypatch):
         return found
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", keep)
-    monkeypatch.setattr(decode._Bench, "timed", watched)
+    monkeypatch.setattr(decode.Bench, "timed", watched)
     found = decode.measure(model, make("griffin"), 0.7, prompt_tokens=20, steps=5, rounds=2)
     # Three rounds: the prompt for each cache that begins dense, five tokens twice; then before the moves of every
     # re-mask, and before every end and begin.

@@ -1,0 +1,148 @@
+"""Rounded FFN weights in torch's own packed products, so that rounding as a control has its real speed too.
+
+On a CPU torch multiplies weights of 4 bits in groups (`_weight_int4pack_mm_for_cpu`) and of 8 bits with a scale a row
+(`_weight_int8pack_mm`). For other bits and other devices it has none that takes our codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval import cost
+from dart_eval.bench.decode import Bench, Times
+from dart_eval.bench.ratio import Ratio, paired
+from dart_eval.bench.twin import own_bytes, twin
+from dart_eval.bits import OWN_BITS, Rounding
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns, weight_matrix
+from dart_eval.machine import foreign_cpu
+from dart_eval.rounding import Packed, rounded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GROUPS = (32, 64, 128, 256)  # that the product of 4 bits takes
+
+
+@dataclass(frozen=True)
+class RoundedSpeed:
+    """The dense model on rounded FFN weights; times as ratios to the model's own.
+
+    Attributes:
+        bits: as a user types them. read: FFN weight bytes / those of the model's own dtype.
+        speedup: dense step / rounded step. control: dense step / dense step.
+        ceiling: the most that the bytes of this model allow. achieved_over_ceiling: speedup / ceiling.
+        dense_tokens_per_second, tokens_per_second: for orientation.
+        foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
+        twin_bytes: of the FFN weights that the dense side has once more.
+    """
+
+    bits: str
+    read: float
+    speedup: Ratio
+    control: Ratio
+    ceiling: float
+    achieved_over_ceiling: float
+    dense_tokens_per_second: float
+    tokens_per_second: float
+    foreign_cores: float | None
+    twin_bytes: int
+
+
+def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T + bias for a rounded matrix, through torch's packed product.
+
+    Args:
+        held: the codes. bias: [out], or None. dtype: of x and of what comes out.
+
+    Raises:
+        UserError: torch has no packed product for these bits.
+    """
+    bits, group = held.rounding.bits, held.rounding.group
+    scales = held.scales.to(dtype)
+    ops: Any = torch.ops.aten
+    if bits == 4 and group in GROUPS and held.codes.shape[1] % group == 0:
+        codes = ops._convert_weight_to_int4pack_for_cpu(held.codes.int() + 8, 1)
+        scales = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).contiguous()  # and zero points
+
+        def multiply(x: Tensor) -> Tensor:
+            return ops._weight_int4pack_mm_for_cpu(x, codes, group, scales)
+
+    elif bits == 8 and scales.shape[1] == 1:
+
+        def multiply(x: Tensor) -> Tensor:
+            return ops._weight_int8pack_mm(x, held.codes, scales[:, 0])
+
+    else:
+        raise UserError(f"torch has no packed product for {held.rounding.text} bits", "use 4, 4:64, 4:128 or 8:row")
+
+    def forward(x: Tensor) -> Tensor:
+        out = multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    return forward
+
+
+@contextmanager
+def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
+    """The FFN projections of a model multiply rounded weights through packed products inside the block.
+
+    Raises:
+        UserError: on a device or for bits that torch has no such product for, or the weights are quantised.
+    """
+    ffns = find_ffns(model)
+    modules: list[Any] = [m for f in ffns for m in (f.gate, f.up, f.down) if m is not None]
+    if weight_matrix(modules[0]).device.type != "cpu":
+        raise UserError("rounded weights are timed on a CPU alone", "use --device cpu, or leave --ffn-bits out")
+    made = []
+    for module in modules:
+        matrix = weight_matrix(module)
+        made.append(product(rounded(matrix, rounding), getattr(module, "bias", None), matrix.dtype))
+    try:
+        for module, forward in zip(modules, made, strict=True):
+            module.forward = forward
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, rounding: Rounding, *, prompt_tokens: int = 128, steps: int = 30, rounds: int = 3,
+    seed: int = 0, compiled: str | None = None,
+) -> RoundedSpeed:  # fmt: skip
+    """Time the dense model on rounded FFN weights, on one sequence of random tokens, beside itself unrounded.
+
+    Args:
+        prompt_tokens: the length of each round's prompt. steps: the tokens decoded in each round.
+        rounds: how many rounds are timed, after one that warms up. seed: of the random tokens.
+        compiled: refused; packed products are timed without a compiler.
+
+    Raises:
+        UserError: see `packed_ffns`; or `compiled` is given.
+    """
+    if compiled is not None:
+        raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
+    ffns = find_ffns(model)
+    shape = cost.shape_of(model, ffns)
+    bench, times = Bench(model, twin(model), seed, None, prompt_tokens + steps), Times()
+    with foreign_cpu() as foreign, packed_ffns(model, rounding):
+        for _ in range(1 + rounds):
+            bench.plain_round(times.steps, prompt_tokens, steps)
+    for values in times.steps.values():
+        del values[: len(values) // (1 + rounds)]
+    read = rounding.weight_bits(ffns[0].width) / OWN_BITS
+    dense, again, ours = (times.steps[name] for name in ("dense", "again", "pruned"))
+    speedup, ceiling = paired(dense, ours), 1 / (1 - shape.ffn_share * (1 - read))
+    return RoundedSpeed(
+        bits=rounding.text, read=read, speedup=speedup, control=paired(dense, again), ceiling=ceiling,
+        achieved_over_ceiling=speedup.median / ceiling, dense_tokens_per_second=1 / sorted(dense)[len(dense) // 2],
+        tokens_per_second=1 / sorted(ours)[len(ours) // 2], foreign_cores=foreign(), twin_bytes=own_bytes(model),
+    )  # fmt: skip
