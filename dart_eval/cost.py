@@ -147,7 +147,8 @@ def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float
     mask = 1.0 if method.mask.whole else method.choice.mask_share(weights_read, shape.ffn_matrices)
     observing = neurons * sum(part.flops_per_neuron() for part in method.observers)
     # Down's columns of the pruned neurons, once.
-    constants = round(2 * shape.width * (neurons - mask * neurons)) if method.compensation.adds else 0
+    at_once = method.compensation.adds and not (method.mask.fixed and method.compensation.calibrates)
+    constants = round(2 * shape.width * (neurons - mask * neurons)) if at_once else 0
     parts = method.parts()
     prefill = tokens * (observing + sum(part.flops_per_token(shape) for part in parts)) + constants
     step = sum(part.flops_per_step(shape, mask * neurons) for part in parts)

@@ -16,6 +16,7 @@ from dart_eval import cost, shapes
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, describe
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.moments import Moments
 from dart_eval.pruning.prepared import prepare
 from dart_eval.pruning.sequence import nbytes
 from dart_eval.pruning.state import SequenceState
@@ -100,7 +101,7 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
     parts = {
         "scores": nbytes([state.sums[slot] for slot in ("score", "choice") if slot in state.sums]) + factors,
         "masks": nbytes([prepared.masks, state.masks]),
-        "compensation": nbytes([state.sums.get("compensation"), state.constants]),
+        "compensation": nbytes([state.sums.get("compensation"), state.constants, prepared.means, prepared.constants]),
         "recent inputs": nbytes(remasking.ring if remasking else None),
         "detector": nbytes(remasking.detector if remasking else None),
     }
@@ -116,6 +117,9 @@ class Shapes:
 
     def sums(self, observe: Any) -> list[Tensor]:
         return [torch.zeros(f.size) for f in self.ffns]
+
+    def moments(self) -> list[Moments]:
+        return [Moments(*(torch.zeros(f.size) for _ in range(3))) for f in self.ffns]
 
     def projection(self) -> list[Projection]:
         return [Projection(torch.zeros(f.size), torch.zeros(f.size)) for f in self.ffns]

@@ -68,9 +68,11 @@ class Execution:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
-        if self.method.choice.image is not None:
+        fills = self.method.compensation.fills  # what a token leaves out is still multiplied
+        if self.method.choice.image is not None or fills:
             if wanted == "permuted":
-                raise UserError(f"{self.method.choice.title} has no kernels yet", "use execution='masked'")
+                title = self.method.compensation.title if fills else self.method.choice.title
+                raise UserError(f"{title} has no kernels yet", "use execution='masked'")
             return "masked"
         reason = quantised(self.ffns)
         if reason is None and (reason := shared(self.ffns, self.model)) and wanted == "permuted":

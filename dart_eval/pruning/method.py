@@ -58,6 +58,10 @@ class Pruner:
                 f"{self.allocation.title} looks at the prompt, and {self.mask.title} is made before it",
                 "use allocation=uniform",
             )
+        if self.allocation.needs_scores and self.mask.score is None:
+            raise UserError(
+                f"{self.allocation.title} goes by scores, and {self.mask.title} has none", "use allocation=uniform"
+            )
 
         if self.choice.ranks and self.mask.fixed:
             raise UserError(
@@ -89,6 +93,12 @@ class Pruner:
     def needs_context(self) -> bool:
         """Whether a sequence must have a context to be pruned; without one it runs dense."""
         return self.mask.needs_context or self.allocation.needs_context
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it asks for a calibration text."""
+        static = self.mask.fixed and self.mask.score is not None and self.mask.score.observes
+        return static or any(part.calibrates for part in self.parts())
 
     @functools.cached_property
     def observers(self) -> tuple[Part, ...]:

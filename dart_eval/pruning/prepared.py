@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
 from dart_eval.pruning.previews import Fine, previews, prices, stored
+from dart_eval.pruning.sequence import Sums, nbytes
+from dart_eval.pruning.standins import constant, floating
 from dart_eval.pruning.top import top_k_mask
 
 
@@ -26,6 +28,9 @@ class Prepared:
     Attributes:
         masks: per layer [1, F] bool, where masks are the same for all sequences.
         factors: per layer [F] fp32, what no token changes in a score; None for nothing.
+        means: per layer [F] fp32, of each neuron on the calibration text, where these stand in for it; else None.
+        constants: per layer [1, D] fp32, what stands in for the neurons outside fixed masks; None where nothing does,
+            or another constant for each sequence.
         previews: per layer, the images of gate and up; None where nothing is previewed.
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
         fine: the weights as decoding forwards have them, where these read the first bits alone; else None.
@@ -39,6 +44,8 @@ class Prepared:
     sparsity: float
     masks: list[Tensor] | None = None
     factors: list[Tensor] | None = None
+    means: list[Tensor] | None = None
+    constants: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.method.allocation.check(self.sparsity, len(self.ffns))
@@ -53,20 +60,40 @@ class Prepared:
         if image is not None and self.sparsity:
             self.fine = Fine.of(self.ffns, image.mantissa(choice.precision))
         # Refused now where the sparsity cannot be met at all.
-        self._usual = None if self.method.allocation.needs_change else self._counts(None, slice(None))
+        allocation = self.method.allocation
+        varies = allocation.needs_change or allocation.needs_scores
+        self._usual = None if varies else self._counts(None, slice(None))
         usual = self._counts_at([1 - self.sparsity] * len(sizes))
         self.whole = usual.whole
         self.paid = self._paid()
         self._computed = self._products(usual)
 
-    def counts(self, change: ChangeState | None, rows: slice, has_context: bool) -> Counts:
-        """Neurons of the mask, those that a token takes and those that it writes, of the sequences `rows` together."""
+    def counts(
+        self, change: ChangeState | None, rows: slice, has_context: bool, scores: Sequence[Tensor] | None = None
+    ) -> Counts:
+        """Neurons of the mask, those that a token takes and those that it writes, of the sequences `rows` together.
+
+        Args:
+            scores: theirs, per layer [F], where the allocation goes by them.
+        """
         if self.method.needs_context and not has_context:
             return self._dense  # nothing can be chosen: they run dense
-        return self._counts(change, rows) if self._usual is None else self._usual
+        return self._counts(change, rows, scores) if self._usual is None else self._usual
 
-    def _counts(self, change: ChangeState | None, rows: slice) -> Counts:
-        return self._counts_at(self.method.allocation.densities(self.sparsity, len(self.ffns), change, rows))
+    def scores(self, sums: Sums | None, rows: slice, per_token: Callable[[Tensor], Tensor]) -> list[Tensor] | None:
+        """Per layer [F], the scores of the sequences `rows` together; None where the allocation does not go by them.
+
+        Args:
+            sums: what the score keeps of them. per_token: of sums, where sequences are compared.
+        """
+        score = self.method.mask.score
+        if not self.method.allocation.needs_scores or score is None or sums is None or sums.layers[0] is None:
+            return None
+        means = [per_token(sums[i])[rows].mean(0, keepdim=True) for i in range(len(self.ffns))]
+        return [score.combine(mean, self.factor(i))[0] for i, mean in enumerate(means)]
+
+    def _counts(self, change: ChangeState | None, rows: slice, scores: Sequence[Tensor] | None = None) -> Counts:
+        return self._counts_at(self.method.allocation.densities(self.sparsity, len(self.ffns), change, rows, scores))
 
     def _counts_at(self, densities: Sequence[float]) -> Counts:
         sizes, whole_mask = [f.size for f in self.ffns], self.method.mask.whole
@@ -110,7 +137,34 @@ class Prepared:
 
     def nbytes(self) -> int:
         """Bytes of what is kept for all sequences; images count as they would be stored."""
-        return self.stored + sum(t.numel() * t.element_size() for t in [*(self.masks or []), *(self.factors or [])])
+        return self.stored + nbytes([self.masks, self.factors, self.means, self.constants])
+
+    def fix(self, calibration: Calibration) -> None:
+        """Make the masks that all sequences have."""
+        score = self.method.mask.score
+        assert score is not None
+        sums = None
+        if score.observes:
+            sums = means(calibration, score.observe) if score.per_token else calibration.sums(score.observe)
+        scores = [score.combine(None if sums is None else sums[i][None], self.factor(i)) for i in range(len(self.ffns))]
+        self._usual = self._counts(None, slice(None), [s[0] for s in scores])
+        self.masks = [
+            top_k_mask(s, torch.tensor([count])).to(device_of(ffn))
+            for ffn, s, count in zip(self.ffns, scores, self._usual.mask, strict=True)
+        ]
+        self.factors = None  # they are in the masks
+
+    @torch.no_grad()
+    def stand_in(self, calibration: Calibration) -> None:
+        """Keep the means that stand in for neurons, or the constants that follow from them where masks are fixed."""
+        means = [m.mean for m in calibration.moments()]
+        if not (self.method.mask.fixed and self.method.compensation.adds):
+            self.means = means
+            return
+        self.constants = [
+            constant(ffn, mean[None], self.mask(i), floating(ffn))
+            for i, (ffn, mean) in enumerate(zip(self.ffns, means, strict=True))
+        ]
 
 
 def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Prepared:
@@ -120,22 +174,15 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
     made, mask = Prepared(method, ffns, sparsity), method.mask
-    if mask.score is None:
-        return made
+    fixed = mask.fixed and mask.score is not None
     if calibration is None:
-        if mask.fixed:
+        if fixed or method.calibrates:
             raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
         return made
-    made.factors = mask.score.factors(calibration)
-    if mask.fixed:
-        sums = None
-        if mask.score.observes:
-            observe = mask.score.observe
-            sums = means(calibration, observe) if mask.score.per_token else calibration.sums(observe)
-        counts = made.counts(None, slice(None), True).mask
-        made.masks = []
-        for i, ffn in enumerate(ffns):
-            scores = mask.score.combine(None if sums is None else sums[i][None], made.factor(i))
-            made.masks.append(top_k_mask(scores, torch.tensor([counts[i]])).to(device_of(ffn)))
-        made.factors = None  # they are in the masks
+    if mask.score is not None:
+        made.factors = mask.score.factors(calibration)
+    if fixed:
+        made.fix(calibration)
+    if method.compensation.calibrates:
+        made.stand_in(calibration)
     return made

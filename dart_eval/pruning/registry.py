@@ -14,7 +14,7 @@ from typing import Any
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.pruning.method import Pruner, changed, flattened, text_of
-from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware
+from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware, Global
 from dart_eval.pruning.parts.base import Part
 from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
@@ -24,7 +24,7 @@ from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
-from dart_eval.pruning.parts.scores import SCORES, Activation, Random, Wanda, Weights
+from dart_eval.pruning.parts.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.renamed import new_names
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,10 @@ BUILT_IN = (
     Pruner(
         name="wanda-sp", summary="keeps neurons with the largest columns of down and activations on a calibration text",
         mask=Static(score=Wanda()),
+    ),
+    Pruner(
+        name="flap", summary="keeps neurons that vary most on a calibration text, and adds the mean of the others",
+        mask=Static(score=Fluctuation()), allocation=Global(), compensation=MeanOutput(over="calibration"),
     ),
     Pruner(
         name="griffin", summary="keeps the neurons that were most active in the prompt, equally many in every layer",

@@ -17,6 +17,7 @@ from dart_eval.pruning.parts.scores import FIRST_TOKEN
 from dart_eval.pruning.prepared import Prepared
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.sequence import PerSequence, Sums
+from dart_eval.pruning.standins import constant, means
 from dart_eval.pruning.steps import Change, Step
 
 CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
@@ -146,7 +147,10 @@ class SequenceState(PerSequence):
     def _count(self) -> None:
         """How many neurons of each layer every sequence keeps, takes and writes."""
         rows = [slice(None)] * self.batch if self.shared else [slice(b, b + 1) for b in range(self.batch)]
-        counts = [self.prepared.counts(self.change, row, bool(self.tokens[row].sum() > 0)) for row in rows]
+        counts = []
+        for row in rows:
+            scores = self.prepared.scores(self.sums.get("score"), row, self._per_token)
+            counts.append(self.prepared.counts(self.change, row, bool(self.tokens[row].sum() > 0), scores))
         self.kept, self.taken, self.written = (
             torch.tensor([getattr(c, name) for c in counts]) for name in ("mask", "taken", "written")
         )
@@ -156,7 +160,7 @@ class SequenceState(PerSequence):
         if not self.method.mask.fixed:
             sums = self.sums["score"]
             self.masks = [self._mask(i, self._per_token(sums[i]), everyone) for i in range(len(self.ffns))]
-        if self.method.compensation.adds and bool(self.tokens.any()):
+        if self.method.compensation.adds and self.prepared.constants is None and bool(self.tokens.any()):
             self.constants = [self._constant(i, everyone) for i in range(len(self.ffns))]
 
     def _per_token(self, sums: Tensor) -> Tensor:
@@ -185,12 +189,14 @@ class SequenceState(PerSequence):
 
     def _constant(self, layer: int, rows: Tensor) -> Tensor:
         """What the neurons outside the masks of the sequences `rows` add per token, on average: [b, D] fp32."""
-        sums = self.sums["compensation"][layer]
-        at = rows.to(sums.device)
-        mean = sums[at] / self.weight[rows].clamp_min(FIRST_TOKEN)[:, None].to(sums.device)
-        mask = self.mask(layer)
-        ffn = self.ffns[layer]
-        return ffn.write(ffn.by_row(mean.masked_fill(mask[at] if len(mask) > 1 else mask, 0)).to(self.dtype))
+        mean, mask = self._means(layer), self.mask(layer)
+        assert mean is not None
+        mean, mask = (x[rows.to(x.device)] if len(x) > 1 else x for x in (mean, mask))
+        return constant(self.ffns[layer], mean.expand(len(rows), -1), mask, self.dtype)
+
+    def _means(self, layer: int) -> Tensor | None:
+        """[B or 1, F] by neuron, the means that stand in for neurons; None where there are none."""
+        return means(self.prepared.means, self.sums.get("compensation"), self.weight, layer)
 
     # -- decoding ------------------------------------------------------------------------------------------
 
@@ -266,11 +272,8 @@ class SequenceState(PerSequence):
 
     def mean(self, layer: int, h: Tensor) -> Tensor | None:
         """[B, 1, F], by row, what each neuron counts that a token leaves out; None: nothing."""
-        sums = self.sums.get("compensation")
-        if not self.method.compensation.fills or sums is None or sums.layers[layer] is None:
-            return None
-        mean = sums[layer] / self.weight.clamp_min(FIRST_TOKEN)[:, None].to(h.device)
-        return self.ffns[layer].by_row(mean)[:, None].to(h.dtype)
+        mean = self._means(layer) if self.method.compensation.fills else None
+        return None if mean is None else self.ffns[layer].by_row(mean)[:, None].to(h.device, h.dtype)
 
     def _keep_fresh(self, layer: int, h: Tensor, valid: Tensor, dense: Tensor) -> None:
         """Score the tokens of the sequences that run dense after an alarm."""
@@ -305,8 +308,8 @@ class SequenceState(PerSequence):
     def added(self, layer: int) -> Tensor | None:
         """[B, T or 1, D], to be added to the FFN's pruned output: constants, and what was written through images."""
         rough, self._rough = self._rough, None
-        constant = self.constant(layer)
-        return rough if constant is None else constant if rough is None else rough + constant
+        mean = self.constant(layer)
+        return rough if mean is None else mean if rough is None else rough + mean
 
     def usual(self, layer: int, count: int) -> Tensor | None:
         """[B, 1, count] fp32, root of what the choice observed, by row, up to a factor per sequence; None: nothing."""
@@ -325,10 +328,11 @@ class SequenceState(PerSequence):
 
     def constant(self, layer: int) -> Tensor | None:
         """[B, 1, D] fp32, to be added to the FFN's pruned output; 0 for sequences that run dense now. None: nothing."""
-        if self.constants is None:
+        constants = self.prepared.constants if self.constants is None else self.constants
+        if constants is None:
             return None
-        constant, dense = self.constants[layer], self.dense_now
-        return (constant if dense is None else constant.masked_fill(dense.to(constant.device)[:, None], 0))[:, None]
+        added, dense = constants[layer], self.dense_now
+        return (added if dense is None else added.masked_fill(dense.to(added.device)[:, None], 0))[:, None]
 
     def finish_decode(self, attention: Tensor | None, valid: Tensor) -> list[Change]:
         """Close a decoding forward: ask the detector, make the masks anew that are due.

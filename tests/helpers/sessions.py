@@ -57,9 +57,8 @@ def fitting(method, family, sparsity):
 class RandomCalibration(TextCalibration):
     """Random tokens instead of a text."""
 
-    def _measure(self, observe):
-        self.tokenizer = lambda text, **_: {"input_ids": list(random_tokens(200, seed=5))}
-        return super()._measure(observe)
+    def __init__(self, model, *_):
+        super().__init__(model, lambda text, **_: {"input_ids": list(random_tokens(200, seed=5))})
 
 
 def state_of(method, model, sparsity=0.5, batch=1, shared=False, calibration=None, **params):

@@ -13,7 +13,7 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning import parts as folder
 from dart_eval.pruning.method import Pruner, changed, plain_fields, slot_names, slots, text_of
-from dart_eval.pruning.parts.allocations import DepthAware, Table, Uniform
+from dart_eval.pruning.parts.allocations import DepthAware, Global, Table, Uniform
 from dart_eval.pruning.parts.base import kind_of
 from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
@@ -22,7 +22,7 @@ from dart_eval.pruning.parts.images import Plane
 from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
-from dart_eval.pruning.parts.scores import Activation, Random, Wanda, Weights
+from dart_eval.pruning.parts.scores import Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.sequence import PerSequence
 from tests.helpers.models import tiny
@@ -123,6 +123,7 @@ def test_the_built_in_methods_are_these_compositions():
         "mag-sp": Pruner(Static(score=Weights(of="down"))),
         "static": Pruner(Static(score=l2)),
         "wanda-sp": Pruner(Static(score=Wanda())),
+        "flap": Pruner(Static(score=Fluctuation(variance="true")), All(), Global(), MeanOutput(over="calibration")),
         "griffin": Pruner(FromPrompt(score=l2, remask=Never())),
         "dart": Pruner(FromPrompt(score=none, remask=OnDrift(**drift)), allocation=depth),
         "dart-code": Pruner(FromPrompt(score=none, remask=OnDrift(**(drift | code))), allocation=depth),
@@ -134,7 +135,7 @@ def test_the_built_in_methods_are_these_compositions():
             FromPrompt(score=l2, remask=OnDrift(**(drift | plus))),
             GateUp(mask_ratio=1.6, write_share=0.6),
             Uniform(),
-            MeanOutput(),
+            MeanOutput(over="context"),
         ),
         "cats": Pruner(choice=ByGate()),
         "m-countdown": Pruner(choice=ByUp()),

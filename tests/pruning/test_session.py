@@ -29,7 +29,7 @@ from tests.helpers.sessions import (
 PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead]
 SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they read follows from the sparsity
 MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses]  # the same for all tokens
-QUIET = {"dart": {"remask": "never"}, "dart-code": {"remask": "never"}}
+QUIET = {name: {"remask": "never"} for name in ("dart", "dart-code")} | {"flap": {"compensation": "none"}}
 
 
 @on_families(["method"], FAMILIES, SIZED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -26,16 +27,22 @@ class Allocation(Part):
 
     Attributes:
         needs_change: it follows from how much each FFN changes the stream on the context's tokens (`Change`).
+        needs_scores: it follows from the scores of the neurons.
     """
 
     slot = "allocation"
     needs_change: ClassVar[bool] = False
+    needs_scores: ClassVar[bool] = False
 
-    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+    def densities(
+        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
         """[L] share of the weights of each layer that is read; their mean is 1 - sparsity.
 
         Args:
             change: of the context, where `needs_change`. rows: the sequences of it to go by, together.
+            scores: per layer [F], of these sequences, where `needs_scores`.
         """
         raise NotImplementedError
 
@@ -54,7 +61,10 @@ class Uniform(Allocation):
     name = "uniform"
     summary = "gives every layer the same density"
 
-    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+    def densities(
+        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
         return [1 - sparsity] * layers
 
 
@@ -74,7 +84,10 @@ class DepthAware(Allocation):
         True, "weigh a layer's turn of the stream by the size of the change (off: the paper's ablation)"
     )
 
-    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+    def densities(
+        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
         assert change is not None
         normalised = normalise_sensitivity(change.sensitivity(rows, self.magnitude))
         return depth_aware(normalised, sparsity, self.protect)
@@ -101,7 +114,10 @@ class Ends(Allocation):
     first: int = option(1, "layers at the beginning that stay dense", least=0)
     last: int = option(1, "layers at the end that stay dense", least=0)
 
-    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+    def densities(
+        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
         self.check(sparsity, layers)
         pruned = layers - self.first - self.last
         density = 1 - sparsity * layers / pruned if pruned > 0 else 1.0
@@ -117,6 +133,48 @@ class Ends(Allocation):
                 f"which sparsity {sparsity:g} is too much for",
                 f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a smaller allocation.first or .last",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Global(Allocation):
+    """All neurons stand in one ranking, by z = (score - mean) / standard deviation, both of the neuron's own layer.
+
+    FLAP's AL-MM (arXiv 2312.11983; CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`), with the unbiased deviation as there.
+    Exactly k neurons are kept, where the code cuts at a threshold, and every layer keeps its best one, where the code
+    may leave none. The z of a score is that of the score's own formula (of `activation`, of its sum of squares).
+    """
+
+    name = "global"
+    summary = "ranks all neurons together, by how far each one's score is above its layer's mean"
+    needs_scores = True
+
+    def densities(
+        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
+        import torch
+
+        from dart_eval.pruning.top import top_k_mask
+
+        assert scores is not None
+        sizes = [len(s) for s in scores]
+        kept, standard = round((1 - sparsity) * sum(sizes)), [_standardised(s) for s in scores]
+        if kept >= len(sizes):
+            for z in standard:
+                z[z.argmax()] = torch.inf
+        chosen = top_k_mask(torch.cat(standard)[None], torch.tensor([kept]))[0]
+        return [int(part.sum()) / len(part) for part in chosen.split(sizes)]
+
+
+def _standardised(score: Tensor) -> Tensor:
+    """[F] fp64 on the CPU: distances from the mean in standard deviations; 0 where all are the same."""
+    import torch
+
+    if score.is_meta:  # of a model without weights nothing is known
+        return score.new_zeros(len(score), dtype=torch.float64, device="cpu")
+    x = score.double().cpu()
+    deviation = x.std() if len(x) > 1 else x.new_zeros(())
+    return (x - x.mean()) / deviation if bool(deviation > 0) else x * 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +203,10 @@ class Table(Allocation):
     def files(self) -> list[str]:
         return [self.file]
 
-    def densities(self, sparsity: float, layers: int, change: ChangeState | None, rows: slice) -> list[float]:
+    def densities(
+        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
         self.check(sparsity, layers)
         return self.table
 
@@ -153,7 +214,7 @@ class Table(Allocation):
         check_table(self.table, sparsity, layers)
 
 
-ALLOCATIONS = (Uniform, DepthAware, Ends, Table)
+ALLOCATIONS = (Uniform, DepthAware, Ends, Global, Table)
 
 
 class ChangeState(PerSequence):

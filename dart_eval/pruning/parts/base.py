@@ -50,6 +50,7 @@ class Part:
         observes: whether it keeps a sum over the tokens of a context (`observe`).
         needs_context: whether it can do nothing before tokens of a context have been seen. A sequence without a
             context then runs dense.
+        calibrates: whether it asks for a calibration text, wherever it stands.
     """
 
     slot: ClassVar[str]
@@ -57,6 +58,7 @@ class Part:
     summary: ClassVar[str]
     observes: ClassVar[bool] = False
     needs_context: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dart_eval.pruning.parts.base import Part
+from dart_eval.pruning.parts.base import Part, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +39,26 @@ class Nothing(Compensation):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanOutput(Compensation):
-    """A constant is added: what the neurons outside the mask added to the context's tokens on average."""
+    """A constant is added: what the neurons outside the mask added on average, W_down[:, pruned] mean(h)[pruned].
+
+    Over a calibration text it is the bias of FLAP (arXiv 2312.11983). Where the mask is fixed too, it is made once,
+    before any prompt.
+    """
 
     name = "mean"
     summary = "adds a constant: what the neurons outside the mask added to the context's tokens on average"
-    observes = True
     adds = True
+    over: Literal["context", "calibration"] = option(
+        "context", "take means over the context's tokens, or over those of the calibration text"
+    )
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.over == "context"
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return self.over == "calibration"
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
         return (weight[:, None] @ h).squeeze(1)

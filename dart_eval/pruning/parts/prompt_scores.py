@@ -55,6 +55,7 @@ class Ranks(Score):
     name = "ranks"
     summary = "ranks neurons by a mix of their ranks in the context and on the calibration text"
     needs_context = True
+    calibrates = True
     local: float = option(0.5, "weight of the rank in the context; the rest is the calibration text's", least=0, most=1)
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
@@ -89,6 +90,10 @@ class Probe(Score):
     per_token = True
     share: float = option(1.0, "share of the context's tokens that are the probe, evenly spaced", above=0, most=1)
     history: bool = option(True, "fuse with the activations on the calibration text")
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return self.history
 
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
         return activations(h, weight)

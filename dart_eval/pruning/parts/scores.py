@@ -150,7 +150,7 @@ class Wanda(Score):
 
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
         assert sums is not None and factor is not None
-        return factor.to(sums.device) * sums.sqrt()
+        return factor * sums.sqrt().to(factor.device)
 
     def flops_per_neuron(self) -> int:
         return 2
@@ -158,7 +158,7 @@ class Wanda(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightScore(Score):
-    """Base of scores that are the same whatever the text: they follow from the weights, or from nothing at all."""
+    """Base of scores that no prompt changes: they follow from the weights, a calibration text, or nothing at all."""
 
     observes = False
 
@@ -196,6 +196,32 @@ class Weights(WeightScore):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fluctuation(WeightScore):
+    """score_j = the variance of h_j over the calibration text's tokens, times ||W_down[:, j]||^2: FLAP's WIFV.
+
+    Of arXiv 2312.11983. A neuron that hardly varies can be replaced by its mean, however large it is, which is what
+    `compensation=mean:compensation.over=calibration` does. The score does not move where a constant is added to h.
+
+    The authors' code (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`, `lib/layerwrapper.py`) has another quantity in place
+    of the variance: `variance=code` gives it (`moments.Running`), with our segments as its sequences. It calibrates on
+    2048 sequences of 128 tokens of WikiText-2's train split, and prunes attention heads in the same ranking, which is
+    left out here.
+    """
+
+    name = "fluctuation"
+    summary = "ranks neurons by the variance of their activations on the calibration text times their column of down"
+    calibrates = True
+    variance: Literal["true", "code"] = option(
+        "true", "the variance over tokens, or what FLAP's code computes in its place"
+    )
+
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        found = calibration.moments()
+        spread = [m.variance if self.variance == "true" else m.code_variance for m in found]
+        return [v.to(norm.device) * norm for v, norm in zip(spread, down_norms(calibration.ffns), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Random(WeightScore):
     """The neurons of every layer stand in a random order."""
 
@@ -214,7 +240,7 @@ class Random(WeightScore):
         return scores
 
 
-SCORES = (Activation, Wanda, Weights, Random)
+SCORES = (Activation, Wanda, Fluctuation, Weights, Random)
 
 
 def activations(h: Tensor, weight: Tensor, norm: str = "none", power: int = 2) -> Tensor:

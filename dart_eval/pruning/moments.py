@@ -1,0 +1,57 @@
+"""Mean and variance of each neuron's activation over the tokens of a text, whose passages come one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one layer, over all tokens: [F] fp32 each.
+
+    Attributes:
+        mean: of h. variance: of h, over n and not n - 1.
+        code_variance: what FLAP's code has in its place, see `Running`.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    code_variance: Tensor
+
+
+class Running:
+    """Moments of one layer, passage by passage, in fp32.
+
+    Squares are taken of distances from means, so that a constant on h moves no digit that counts. FLAP's code
+    (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/layerwrapper.py`) updates its mean in place before it takes the old one: of the
+    m-th passage it adds S_m = sum_t (h_t - mean of the first m passages' means)^2, the first one nothing, as
+
+        variance_m = (m - 2) / (m - 1) * variance_(m - 1) + S_m / m
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.tokens = self.passages = 0
+        self.mean, self.squares, self.middle, self.code = (torch.zeros(size, device=device) for _ in range(4))
+
+    def add(self, h: Tensor) -> None:
+        """Count a passage. h: [T, F] fp32, T at least 1."""
+        n, mean = len(h), h.mean(0)
+        within = (h - mean).square().sum(0)
+        before, after = self.tokens, self.tokens + n
+        apart = mean - self.mean
+        self.squares = self.squares + within + apart.square() * (before * n / after)
+        self.mean = self.mean + apart * (n / after)
+        m = self.passages + 1
+        self.middle = self.middle + (mean - self.middle) / m
+        if m > 1:
+            around = within + n * (mean - self.middle).square()
+            self.code = self.code * ((m - 2) / (m - 1)) + around / m
+        self.tokens, self.passages = after, m
+
+    @property
+    def moments(self) -> Moments:
+        """Of the passages so far."""
+        return Moments(self.mean, self.squares / max(1, self.tokens), self.code)

@@ -1,0 +1,199 @@
+"""FLAP (arXiv 2312.11983) on the FFN alone, its "AL-MM".
+
+Of the tokens t of a calibration text, which the dense model reads, neuron j has the fluctuation
+
+    s_j = 1/N sum_t (h_tj - m_j)^2 * ||d_j||_2^2,      m_j = 1/N sum_t h_tj,     d_j the neuron's column of down
+
+Scores of different layers are made alike, z_j = (s_j - mean of the layer's) / their unbiased standard deviation, and
+all neurons stand in one ranking: the k largest z are kept, k = (1 - sparsity) of all, every layer's best one first.
+What the others add on average is a constant of every layer, for every text:
+
+    b = sum over pruned j of d_j m_j
+
+The authors' code has another quantity in place of the variance. It goes through passages p_1, p_2, ... of T tokens:
+
+    mean <- mean * (n - 1) / n + mean of p_n / n
+    s    <- s * (n - 2) / (n - 1) + sum_t (p_nt - mean)^2 / n     (the new mean; nothing for n = 1)
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from dart_eval.bench.overhead import measure
+from dart_eval.cost import overhead, shape_of
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning.parts.allocations import Global
+from dart_eval.pruning.parts.scores import Fluctuation, Wanda
+from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import make
+from tests.derivations import ours
+from tests.derivations.plain import Plain
+from tests.derivations.test_static import rows_and_column
+from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText
+from tests.helpers.models import biased, random_tokens, tiny
+
+PROMPT, DECODED = random_tokens(8, seed=1), random_tokens(4, seed=2)
+
+
+def passages(model):
+    """Per layer, the h of every passage of the text, [T, F]."""
+    found = []
+    for start in range(0, len(TEXT), POSITIONS - 1):
+        plain = Plain(model)
+        plain.run([BOS, *TEXT[start : start + POSITIONS - 1]])
+        found.append([seen.h[1:].numpy() for seen in plain.seen])
+    return list(zip(*found, strict=True))
+
+
+def code_variance(found):
+    """What the authors' code computes."""
+    mean, s = 0, 0
+    for n, p in enumerate(found, 1):
+        mean = mean * (n - 1) / n + p.mean(0) / n
+        if n > 1:
+            s = s * (n - 2) / (n - 1) + ((p - mean) ** 2).sum(0) / n
+    return s
+
+
+def ranked(scores, sparsity):
+    """The masks of all layers from one ranking."""
+    z = [(s - s.mean()) / s.std(ddof=1) for s in scores]
+    kept = [{int(layer.argmax())} for layer in z]
+    order = sorted(((value, i, j) for i, layer in enumerate(z) for j, value in enumerate(layer)), reverse=True)
+    budget = round((1 - sparsity) * len(order)) - len(kept)
+    for _, i, j in order:
+        if budget and j not in kept[i]:
+            kept[i].add(j)
+            budget -= 1
+    return [torch.tensor([j in some for j in range(len(layer))]) for some, layer in zip(kept, z, strict=True)]
+
+
+@pytest.mark.parametrize("variance", ["true", "code"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "phi3"])
+def test_flap_is_its_formula(family, variance):
+    model, sparsity, scores, constants = biased(family), 0.63, [], []
+    text = passages(model)
+    for i, found in enumerate(text):
+        down = rows_and_column(model, i)[1]
+        spread = np.concatenate(found).var(0) if variance == "true" else code_variance(found)
+        scores.append(spread * (down**2).sum(1))
+    masks = ranked(scores, sparsity)
+    for i, found in enumerate(text):
+        mean = np.concatenate(found).mean(0)
+        constants.append(torch.from_numpy((mean * ~masks[i].numpy()) @ rows_and_column(model, i)[1]))
+    found = ours.run(model, "flap", PROMPT, DECODED, sparsity, tokenizer=OneText(), **{"score.variance": variance})
+    assert all(ours.same_masks(now, masks) for now in found.masks)
+    assert len({int(m.sum()) for m in masks}) > 1  # the ranking does spread
+    plain = Plain(model)
+    rows = [plain.run(PROMPT), *(plain.run([t], lambda i, h: h * masks[i], constants) for t in DECODED)]
+    assert torch.allclose(found.logprobs, torch.cat(rows), rtol=0, atol=2e-6)
+    # Bytes by hand: of the masks' neurons all matrices, of the others none.
+    assert found.read == pytest.approx([sum(int(m.sum()) for m in masks) / sum(map(len, masks))] * len(DECODED))
+
+
+def test_its_bytes_and_flops_are_those_of_masks_and_constants():
+    model = tiny("llama")
+    with prune(model, "flap", 0.5, tokenizer=OneText()) as session:
+        out = model(torch.tensor([PROMPT]), use_cache=True)
+        before = session.state_bytes
+        model(torch.tensor([DECODED[:1]]), use_cache=True, past_key_values=out.past_key_values)
+        kept = session.ffns
+        layers, width, size = len(kept), kept[0].width, kept[0].size
+        counters = session.state.nbytes()
+        assert session.prepared.nbytes() == layers * (size + 4 * width)  # a byte a neuron, fp32 constants
+        assert before == session.prepared.nbytes() + counters
+        assert session.state.constants is None and not session.state.sums
+    added = overhead(make("flap"), shape_of(model, find_ffns(model)), 100, 0.5)
+    assert (added.prefill, added.decode_step, added.remask) == (0, layers * width, 0)
+
+
+def shifted(model, layer, by):
+    """Have a constant added to a layer's h, and what it then writes taken away."""
+    ffn = find_ffns(model)[layer]
+    more = torch.full((ffn.size,), by, dtype=torch.float64)
+    written = ffn.write(more)
+    ffn.down.register_forward_pre_hook(lambda _m, args: (args[0] + more,))
+    ffn.down.register_forward_hook(lambda _m, _args, out: out - written)
+
+
+@pytest.mark.parametrize("score", [Fluctuation(), Fluctuation(variance="code"), Wanda()], ids=lambda s: str(s)[:30])
+def test_a_constant_on_h_moves_wandas_score_and_not_flaps(score):
+    def of(model):
+        calibration = TextCalibration(model, OneText())
+        factors = score.factors(calibration)
+        if not score.observes:
+            return factors[1]
+        return score.combine(calibration.sums(score.observe)[1][None], factors[1])[0]
+
+    before, moved = of(tiny("llama")), tiny("llama")
+    shifted(moved, 1, 5.0)
+    assert torch.allclose(of(moved), before, rtol=1e-4) == isinstance(score, Fluctuation)
+
+
+def test_its_constant_is_nothing_where_nothing_is_pruned_and_lowers_the_error_on_the_text():
+    model = tiny("llama")
+    with prune(model, "flap", 0.0, tokenizer=OneText()) as session:
+        assert all(bool((c == 0).all()) for c in session.prepared.constants)
+    text = passages(model)
+    for layer, found in enumerate(text):
+        h = torch.from_numpy(np.concatenate(found))
+        with prune(model, "flap", 0.6, tokenizer=OneText()) as session:
+            mask, added = session.prepared.masks[layer][0], session.prepared.constants[layer]
+        down = torch.from_numpy(rows_and_column(model, layer)[1].copy())
+        missing = (h * ~mask) @ down
+        assert (missing - added).square().sum() < missing.square().sum()
+
+
+def test_the_ranking_keeps_exactly_k_and_one_neuron_of_every_layer():
+    heavy, flat = torch.tensor([100.0] + [0.0] * 19), torch.arange(20.0)
+    for sparsity in (0.0, 0.3, 0.85, 0.9, 0.95, 0.97):
+        shares = Global().densities(sparsity, 3, None, slice(None), [heavy, flat, torch.ones(20)])
+        counts = [round(20 * s) for s in shares]
+        assert sum(counts) == round((1 - sparsity) * 60)
+        assert min(counts) >= (1 if sum(counts) >= 3 else 0)
+
+
+def test_scores_of_a_prompt_can_be_ranked_globally_too():
+    model, sparsity = biased("llama"), 0.63
+    plain = Plain(model)
+    plain.run(PROMPT)
+    h = [seen.h.numpy() for seen in plain.seen]
+    masks = ranked([((x / np.sqrt((x**2).sum(1, keepdims=True))) ** 2).sum(0) for x in h], sparsity)
+    found = ours.run(model, "griffin", PROMPT, DECODED, sparsity, allocation="global")
+    assert all(ours.same_masks(now, masks) for now in found.masks)
+
+
+def test_means_of_a_calibration_text_stand_in_under_masks_from_the_prompt():
+    model, over = biased("llama"), {"compensation.over": "calibration"}
+    means = [torch.from_numpy(np.concatenate(found).mean(0)) for found in passages(model)]
+    for kind in ("mean", "mean-token"):
+        params = {"compensation": kind, **over}
+        found = ours.run(model, "griffin", PROMPT, DECODED, 0.6, tokenizer=OneText(), **params)
+        masks, plain = found.masks[0], Plain(model)
+        rows = [plain.run(PROMPT)]
+        for token in DECODED:
+            rows.append(plain.run([token], lambda i, h, masks=masks: torch.where(masks[i], h, means[i])))
+        assert torch.allclose(found.logprobs, torch.cat(rows), rtol=0, atol=2e-6)
+
+
+def test_a_mean_for_each_neuron_that_a_token_leaves_out_runs_by_masks_alone():
+    """What is left out is multiplied there, which kernels that skip it cannot do."""
+    model = biased("llama")
+    masked, auto = (
+        ours.run(model, "griffin", PROMPT, DECODED, execution=execution, compensation="mean-token").logprobs
+        for execution in ("masked", "auto")
+    )
+    assert torch.equal(masked, auto)
+    with pytest.raises(UserError, match="compensation=mean-token has no kernels yet"):
+        ours.run(model, "griffin", PROMPT, DECODED, execution="permuted", compensation="mean-token")
+
+
+@pytest.mark.parametrize("method", ["flap", "wanda-sp"])
+def test_what_it_keeps_is_counted_for_a_model_of_which_no_weights_are_at_hand(method):
+    found = measure(make(method), "llama-3.2-1b", 0.5, prompts=(16,))
+    masks, constants = 16 * 8192, 16 * 2048 * 4 if method == "flap" else 0
+    assert (found.parts["masks"], found.parts["compensation"]) == (masks, constants)
+    assert found.state_bytes[16] == masks + constants + found.parts["other"]
