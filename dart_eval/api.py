@@ -45,6 +45,8 @@ def evaluate(
     cue: str | None = None,
     data_dir: str | Path | None = None,
     calibration: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    calibration_seed: int | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",

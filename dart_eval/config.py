@@ -164,8 +164,22 @@ class RunConfig:
     ] = None
     data_dir: Annotated[Text | None, _told("Read local data instead of the hub's, see docs/data.md.")] = None
     calibration: Annotated[
-        Text | None, _told("Calibrate static methods such as wanda-sp on this text file.", "the project's own")
+        Text | None,
+        _told(
+            "Calibrate methods such as flap on this text file, or on the train split of this data set: NAME or "
+            "NAME:CONFIGURATION, local or on the hub as those of tasks.",
+            "the project's own text",
+        ),
     ] = None
+    calibration_tokens: Annotated[
+        Whole | None,
+        _told(
+            "Read at most so many tokens of it, in passages of 512 that are drawn.",
+            f"all of a text file, {values.DATA_SET_TOKENS} of a data set",
+            ge=1,
+        ),
+    ] = None
+    calibration_seed: Annotated[Whole | None, _told("Draw the passages with this seed.", "0", ge=0)] = None
     output: Annotated[Text, _told("Write results to this folder; what is finished in it is not run again.")] = "out"
     force: Annotated[Flag, _told("Run finished cells again.")] = False
     executor: Annotated[
@@ -207,6 +221,12 @@ class RunConfig:
             self.fewshot_as_multiturn,
         )  # fmt: skip
 
+    @property
+    def calibration_size(self) -> int | None:
+        """Tokens of the calibration text that are read at most; None: all."""
+        whole = self.calibration is None or Path(self.calibration).is_file()
+        return self.calibration_tokens or (None if whole else values.DATA_SET_TOKENS)
+
     def check(self) -> None:
         """Refuse options that contradict each other, and what no run could use.
 
@@ -235,8 +255,10 @@ class RunConfig:
             )
         if not self.method or not self.sparsity:
             raise UserError("no method or no sparsity given", "for example --method dense,dart --sparsity 0.5,0.7")
-        if self.calibration is not None and not Path(self.calibration).is_file():
+        if self.calibration is not None and not values.may_be_text(self.calibration):
             raise UserError(f"calibration text {self.calibration} is not a file")
+        if self.calibration_seed is not None and self.calibration_size is None:
+            raise UserError("--calibration-seed draws passages, and all is read", "give --calibration-tokens too")
 
     def check_output(self) -> None:
         """Refuse an output folder that could not be written, before anything is computed for it.

@@ -106,6 +106,7 @@ def plan(
         drawn: those of the tasks that draw their answers.
     """
     cells = []
+    text, passages = _calibration(config)
     for task, method in itertools.product(tasks, methods_of(config)):
         # The shape of a batch moves last digits. They show in half precision, and where a token chooses its
         # neurons: near a tie it takes others. What shares a batch also shares its random numbers.
@@ -122,9 +123,10 @@ def plan(
                 "chat_template": config.chat_template, "cue": config.cue,
                 "batch_size": config.batch_size if moves or task in drawn else None,
                 "share_prefix": config.share_prefix if moves else None,
-                "calibration": _file_hash(config.calibration), "code": code_hash(tasks_dir()),
+                "calibration": text if method.calibrates else None, "code": code_hash(tasks_dir()),
                 "method_code": _method_code(method),
                 "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
+                **(passages if method.calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
                 **{name: value for name in WHEN_GIVEN if (value := getattr(config, name)) is not None},
             }  # fmt: skip
@@ -183,7 +185,14 @@ def _method_code(method: Pruner) -> str | None:
     return " ".join(sources) or None
 
 
-def _file_hash(path: str | None) -> str:
-    from dart_eval.pruning.calibration import DEFAULT_TEXT
+def _calibration(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """Hash of the calibration text, and what is read of it where that is not all."""
+    from dart_eval.evaluation.calibration_text import calibration_text
 
-    return hashlib.sha256(Path(path or DEFAULT_TEXT).read_bytes()).hexdigest()
+    size = config.calibration_size
+    drawn = {} if size is None else {"calibration_tokens": size, "calibration_seed": config.calibration_seed or 0}
+    return calibration_text(config.calibration, config.data_dir).digest, drawn
+
+
+def _file_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

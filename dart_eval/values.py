@@ -27,6 +27,9 @@ from dart_eval.yamls import shown
 MOST = 2**32  # no count of anything is as large
 AUTO = "auto"  # as a batch size: as many as fit
 STEPS = 100  # sparsities of a range, at most
+DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # as --calibration takes it
+TEXT_FILES = (".txt", ".md", ".json", ".jsonl")  # no data set is called so
+DATA_SET_TOKENS = 16384  # that a calibration reads of one
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 
 
@@ -270,3 +273,8 @@ def _range(item: str) -> list[float]:
     if (last - first) % step:
         raise UserError(f"sparsity {item} does not end at {last}", "choose a step that does: both ends are included")
     return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
+
+
+def may_be_text(name: str) -> bool:
+    """Whether a calibration text may be there: a file is, or the name is that of a data set."""
+    return Path(name).is_file() or (DATA_SET.fullmatch(name) is not None and Path(name).suffix not in TEXT_FILES)

@@ -25,6 +25,15 @@ def tokenizer():
     return word_tokenizer()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_calibrations(tmp_path_factory):
+    """Statistics of calibrations go into a folder of the tests' own."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("dart_eval.pruning.kept.folder", lambda made=tmp_path_factory.mktemp("calibration"): made)
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
 def saved_llama(tmp_path_factory, tokenizer):
     """The name of a folder with a tiny model and its tokenizer, to be read alone: who spoils one takes a copy."""

@@ -57,6 +57,8 @@ def run(
     cue: options.Cue = None,
     data_dir: options.DataDir = None,
     calibration: options.Calibration = None,
+    calibration_tokens: options.CalibrationTokens = None,
+    calibration_seed: options.CalibrationSeed = None,
     output: options.Output = None,
     config: options.Config = None,
     log: options.Log = None,

@@ -24,7 +24,7 @@ def first_fault(files: Iterable[str], prepare: Callable[[Any], Any] | None) -> s
     """
     for file in files:
         try:
-            rows = _rows(read_regular(file))
+            rows = rows_of(read_regular(file))
             if prepare is not None:
                 _prepared(rows, prepare)
         except OSError as error:
@@ -34,8 +34,8 @@ def first_fault(files: Iterable[str], prepare: Callable[[Any], Any] | None) -> s
     return None
 
 
-def _rows(data: bytes) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the line, its object) pairs.
+def rows_of(data: bytes) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line, its object) pairs of JSON lines.
 
     Raises:
         ValueError: the first line that is none, and why.

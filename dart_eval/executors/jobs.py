@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from dart_eval.bits import OWN_BITS
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
+from dart_eval.evaluation.calibration_text import calibration_text, sharing
 from dart_eval.evaluation.evaluate import check_answers
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.tasks import Tasks, leaves
@@ -118,11 +119,25 @@ def plan_all(
             for method in methods_of(config):
                 check_answers(tasks.load(name), config.scope, method)
         kind = device or choose_device("auto" if config.device_map else config.device).type
+        _warn_of_one_text(config, tasks, list(hashes), view)
         for cell in within_reach(plan(config, model, list(hashes), hashes, kind, drawn), model, view):
             jobs.setdefault(cell.key, Job(cell, config, tasks))
     if not jobs:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
     return jobs, missing
+
+
+def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
+    """Say which tasks ask documents of the data set on which methods calibrate."""
+    if config.calibration is None or not any(method.calibrates for method in methods_of(config)):
+        return
+    data_set = calibration_text(config.calibration, config.data_dir).data_set
+    shared = [task for name in names for task in sharing(tasks.load(name), data_set)] if data_set else []
+    if shared:
+        view.note(
+            f"{', '.join(shared)}: methods calibrate on the same data set, {data_set}, so other texts would be a "
+            "fairer test (docs/footguns.md)"
+        )
 
 
 def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:

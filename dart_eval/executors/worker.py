@@ -17,20 +17,24 @@ from dart_eval import cost, rounding
 from dart_eval.bits import Rounding, unread
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError, out_of_memory
+from dart_eval.evaluation.calibration_text import calibration_text
 from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.part import Part, Pilot
 from dart_eval.executors.jobs import Job
 from dart_eval.ffn import find_ffns
+from dart_eval.hashes import code_hash
 from dart_eval.machine import hardware, peak_memory
 from dart_eval.models import Resolved
-from dart_eval.plan import Cell, command, environment
-from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.plan import Cell, command, environment, versions
+from dart_eval.pruning.calibration import Passages, TextCalibration
 from dart_eval.pruning.dense import AnySession, DenseSession
+from dart_eval.pruning.kept import Kept
 from dart_eval.pruning.prune import prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.rounding import Rounded
+from dart_eval.task_names import tasks_dir
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -61,8 +65,8 @@ class Worker:
             raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
         self.halved = 0  # how often memory ran out in the last cell
         self.shape = cost.shape_of(self.model, find_ffns(self.model))
-        self._calibration_text = config.calibration
-        self.calibration = TextCalibration(self.model, self.tokenizer, config.calibration)
+        self._config, self._identity = config, resolved.identity.to_json()
+        self.calibration = self._calibrated(None)
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
         self.lm = PrunedLM(
             self.model,
@@ -118,8 +122,20 @@ class Worker:
         if self._rounded is None or self._rounded[0] != wanted:
             self._rounded = None  # before the next: there need not be room for both
             self._rounded = wanted, Rounded(self.model, wanted)
-            self.calibration = TextCalibration(self.model, self.tokenizer, self._calibration_text)
+            self.calibration = self._calibrated(wanted)
         return self._rounded[1].in_place()
+
+    def _calibrated(self, rounding: Rounding | None) -> TextCalibration:
+        """What methods may know before any prompt, of the model with so rounded weights."""
+        config = self._config
+        about = {
+            "model": self._identity, "dtype": str(self.model.dtype), "device": self.model.device.type,
+            "bits": rounding and rounding.text, "code": code_hash(tasks_dir()), "versions": versions(),
+        }  # fmt: skip
+        return TextCalibration(
+            self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,
+            Passages(config.calibration_size, config.calibration_seed or 0), Kept(about),
+        )  # fmt: skip
 
     def _smaller(self, work: Callable[[], T], shrink: int) -> T:
         """Do the work; where memory runs out, in forwards of half the size, down to one row.

@@ -98,7 +98,18 @@ class CellInputs(TypedDict):
     share_prefix: NotRequired[
         Annotated[bool | None, Role(HOW, "common prefixes ran once, where it can move a number", True, True, any=True)]
     ]
-    calibration: NotRequired[Annotated[str | None, Role(HOW, "hash of the calibration text", named=True, hashed=True)]]
+    calibration: NotRequired[
+        Annotated[
+            str | None,
+            Role(HOW, "hash of the calibration text, where the method reads it", named=True, any=True, hashed=True),
+        ]
+    ]
+    calibration_tokens: NotRequired[
+        Annotated[int, Role(HOW, "tokens of it that were read at most, where not all", named=True, any=True)]
+    ]
+    calibration_seed: NotRequired[
+        Annotated[int, Role(HOW, "seed by which their passages were drawn", named=True, any=True)]
+    ]
     task_hash: NotRequired[Annotated[str, Role(PROVENANCE, "hash of the task's configuration and documents")]]
     code: NotRequired[
         Annotated[str, Role(PROVENANCE, "hash of this project's numeric code and tasks", named=True, hashed=True)]

@@ -113,7 +113,8 @@ def test_a_sparsity_outside_its_range_is_refused(refused, sparsity, words):
     ("--limit", "0", "--limit 0 must be at least 1"),
     ("--batch-size", "0", "--batch-size 0 is no batch size; give a whole number from 1, or auto"),
     ("--batch-size", "lots", "--batch-size lots is no batch size; give a whole number from 1, or auto"),
-    ("--calibration", "no/text", "calibration text no/text is not a file"),
+    ("--calibration", "no/such/text", "calibration text no/such/text is not a file"),
+    ("--calibration", "text.txt", "calibration text text.txt is not a file"),
 ])  # fmt: skip
 def test_other_options_without_sense_are_refused(refused, model_folder, option, value, words):
     assert words in refused("run", "--tasks", "arc", "--model", model_folder, option, value)

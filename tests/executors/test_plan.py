@@ -359,8 +359,35 @@ def test_the_key_changes_with_the_calibration_texts_content_not_with_its_path(tm
     one, same, other = (tmp_path / name for name in ("one", "same", "other"))
     for file, text in ((one, "a text"), (same, "a text"), (other, "another text")):
         file.write_text(text)
-    assert key(calibration=str(one)) == key(calibration=str(same))
-    assert len({key(calibration=str(one)), key(calibration=str(other)), key()}) == 3
+
+    def those(method):
+        return [key(method=(method,), calibration=path) for path in (str(one), str(same), str(other), None)]
+
+    for method in ("flap", "wanda-sp", "glass", "griffin:compensation=mean:compensation.over=calibration"):
+        found = those(method)
+        assert found[0] == found[1] and len({*found}) == 3
+    for method in ("dense", "griffin", "magnitude"):  # no text changes a number of theirs
+        assert len({*those(method)}) == 1
+
+
+def test_what_is_read_of_a_calibration_text_is_recorded_where_it_is_not_all(tmp_path):
+    (tmp_path / "text").write_text("a text")
+    (tmp_path / "org__name" / "default").mkdir(parents=True)
+    (tmp_path / "org__name" / "default" / "train.jsonl").write_text('{"text": "one"}\n')
+    file, local = {"calibration": str(tmp_path / "text")}, {"calibration": "org/name", "data_dir": str(tmp_path)}
+
+    def read(method="flap", **given):
+        (cell,) = cells(method=(method,), **given)
+        return cell.inputs.get("calibration_tokens"), cell.inputs.get("calibration_seed")
+
+    assert read(**file) == (None, None)
+    assert read(**file, calibration_tokens=99) == (99, 0)
+    assert read(**file, calibration_tokens=99, calibration_seed=3) == (99, 3)
+    assert read(**local) == (16384, 0)
+    assert read("griffin", **local, calibration_tokens=99) == (None, None)
+    assert key(method=("flap",), **file) != key(method=("flap",), **file, calibration_tokens=99)
+    with pytest.raises(UserError, match="--calibration-seed draws passages, and all is read; give"):
+        config_from(None, {**file, "calibration_seed": 3})
 
 
 def test_null_in_the_file_means_not_given(tmp_path):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dart_eval.pruning.calibration import TextCalibration
+from dart_eval.pruning import kept
+from dart_eval.pruning.calibration import Passages, TextCalibration, means
+from dart_eval.pruning.kept import Kept
 from dart_eval.pruning.parts.scores import Activation, Wanda
 from tests.helpers.models import CONFIGS, random_tokens, tiny
 from tests.helpers.sessions import open_session
@@ -82,3 +84,83 @@ def test_sums_are_made_in_fp32_over_every_segments_own_tokens(dtype):
     normalised = calibration.sums(Activation(norm="l2").observe)[1]  # of any score that looks at tokens
     votes = torch.cat(seen) / torch.cat(seen).norm(dim=1, keepdim=True)
     assert torch.allclose(normalised.double(), votes.square().sum(0), rtol=1e-4)
+
+
+def test_passages_are_drawn_by_a_seed_until_there_are_so_many_tokens():
+    ids = torch.arange(1200)
+    assert [len(p) for p in Passages().of(ids, 100)] == [100] * 12
+    for tokens in (1, 99, 100, 450, 1199):
+        drawn = [Passages(tokens, seed).of(ids, 100) for seed in (0, 0, 1)]
+        assert [[p.tolist() for p in some] for some in drawn[:1]] == [[p.tolist() for p in some] for some in drawn[1:2]]
+        for passages in drawn:
+            found = torch.cat(passages)
+            assert len(found) == len(set(found.tolist())) == tokens
+            assert all(int(p[0]) % 100 == 0 and p.tolist() == [*range(int(p[0]), int(p[0]) + len(p))] for p in passages)
+        assert torch.cat(drawn[0]).tolist() != torch.cat(drawn[2]).tolist() or tokens == 1199
+    assert torch.equal(torch.cat(Passages(5000, 1).of(ids, 100)), ids)
+
+
+def counted(model, store=None, passages=Passages()):
+    """A calibration, and the lengths of the model's forwards since."""
+    lengths = []
+    model.base_model.register_forward_pre_hook(
+        lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    calibration = TextCalibration(model, _Tokenizer(bos=False), passages=passages, kept=store)
+    assert calibration.ffns
+    lengths.clear()  # the trial forward's
+    return calibration, lengths
+
+
+def statistics(calibration):
+    moments = calibration.moments()
+    return [*calibration.sums(Wanda().observe), *means(calibration, Wanda().observe), *(m.variance for m in moments)]
+
+
+def test_a_statistic_is_measured_once():
+    calibration, lengths = counted(tiny("llama"), passages=Passages(600))
+    first = statistics(calibration)
+    assert sum(lengths) == 3 * 600
+    assert all(torch.equal(a, b) for a, b in zip(first, statistics(calibration), strict=True))
+    assert sum(lengths) == 3 * 600
+    calibration.sums(Activation(norm="l2").observe)  # another one
+    calibration.sums(Activation(norm="l1").observe)
+    assert sum(lengths) == 5 * 600
+
+
+def test_what_is_kept_is_found_by_a_later_run_of_the_same_and_of_nothing_else():
+    model, about = tiny("llama"), {"model": "kept"}
+    first, lengths = counted(model, Kept(about))
+    found = statistics(first)
+    measured = sum(lengths)
+    again, lengths = counted(model, Kept(about))
+    assert all(torch.equal(a, b) for a, b in zip(found, statistics(again), strict=True)) and not lengths
+    others = (Kept({"model": "other"}), Passages()), (Kept(about), Passages(700)), (Kept(about), Passages(700, 1))
+    for store, passages in others:
+        other, lengths = counted(model, store, passages)
+        statistics(other)
+        assert sum(lengths) == 3 * (passages.tokens or len(WORDS))
+    assert measured == 3 * len(WORDS)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-40], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""]
+)
+def test_a_kept_file_that_is_damaged_is_made_anew(damage, caplog):
+    model, about = tiny("llama"), {"model": f"damaged {damage(bytes(50))}"}
+    before = {*kept.folder().glob("*")}
+    first, _ = counted(model, Kept(about))
+    found = first.sums(Wanda().observe)
+    (file,) = {*kept.folder().glob("*")} - before
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    again, lengths = counted(model, Kept(about))
+    assert all(torch.equal(a, b) for a, b in zip(found, again.sums(Wanda().observe), strict=True))
+    assert lengths and "is damaged" in caplog.text and file.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("dart_eval.pruning.kept.folder", lambda: tmp_path / "file" / "folder")
+    calibration, _ = counted(tiny("llama"), Kept({"model": "unkept"}))
+    assert len(calibration.sums(Wanda().observe)) == 3

@@ -18,9 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
     model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32")
-    said = {"chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "x", "gen_kwargs": "n=1"}
+    said = {
+        "calibration_tokens": 99,
+        "chat_template": True,
+        "fewshot_as_multiturn": True,
+        "system_instruction": "x",
+        "gen_kwargs": "n=1",
+    }
     (cell,) = plan(
-        RunConfig(method=("griffin",), tasks=("arc",), ffn_bits=("4",), **said), model, ("arc",), {"arc": "h"}, "cpu"
+        RunConfig(method=("flap",), tasks=("arc",), ffn_bits=("4",), **said), model, ("arc",), {"arc": "h"}, "cpu"
     )
     assert set(cell.inputs) == set(inputs.FIELDS)
 

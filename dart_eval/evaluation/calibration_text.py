@@ -1,0 +1,121 @@
+"""The text that methods calibrate on, as `--calibration` names it: a file, or the train split of a data set."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+
+from dart_eval.errors import UserError, summary
+from dart_eval.evaluation.local_data import rows_of
+from dart_eval.evaluation.tasks import leaves
+from dart_eval.files import read_regular, read_text, reason
+from dart_eval.hub import work_offline_if_unreachable
+from dart_eval.pruning.calibration import DEFAULT_TEXT
+
+MOST = 4_000_000  # characters of a data set, from its beginning
+REMEDY = "give a text file or a data set, see docs/data.md"
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text, and the data set that it is from, where that is known.
+
+    Attributes:
+        digest: sha256 of a file's bytes, or of the text of a data set.
+    """
+
+    text: str
+    digest: str
+    data_set: str | None = None
+
+
+def calibration_text(name: str | None, data_dir: str | None = None) -> CalibrationText:
+    """The text of that name.
+
+    Args:
+        name: a file, or a data set as NAME or NAME:CONFIGURATION; None: the project's own text.
+        data_dir: the folder of local data, where data sets are looked for instead of on the hub.
+
+    Raises:
+        UserError: it is neither, or cannot be read.
+    """
+    path = Path(name or DEFAULT_TEXT)
+    if not path.is_file():
+        return _of_data_set(str(name), data_dir)
+    text = read_text(path, "calibration text", "give a text file")
+    inside = data_dir is not None and path.resolve().is_relative_to(Path(data_dir).resolve())
+    folder = path.resolve().relative_to(Path(data_dir or "").resolve()).parts[0] if inside else None
+    return CalibrationText(text, hashlib.sha256(path.read_bytes()).hexdigest(), folder and folder.replace("__", "/"))
+
+
+@functools.lru_cache(maxsize=4)
+def _of_data_set(name: str, data_dir: str | None) -> CalibrationText:
+    """The first text field of a data set's train split, as far as `MOST` characters."""
+    data_set, _, configuration = name.partition(":")
+    rows = _local(data_set, configuration, data_dir) if data_dir is not None else _of_hub(data_set, configuration)
+    field, texts, length = "", [], 0
+    for row in rows:
+        field = field or next((key for key, value in row.items() if isinstance(value, str)), "")
+        if not field:
+            raise UserError(f"calibration data set {name} has no text field", "give another data set, or a text file")
+        if (text := str(row[field])).strip():
+            texts.append(text)
+            length += len(text)
+        if length > MOST:
+            break
+    joined = "\n\n".join(texts)
+    return CalibrationText(joined, hashlib.sha256(joined.encode()).hexdigest(), data_set)
+
+
+def _local(data_set: str, configuration: str, data_dir: str) -> Iterable[dict[str, object]]:
+    file = Path(data_dir) / data_set.replace("/", "__") / (configuration or "default") / "train.jsonl"
+    if not file.is_file():
+        raise UserError(
+            f"calibration {data_set} is neither a file nor a data set of {data_dir} (looked for "
+            f"{file.relative_to(data_dir)})",
+            REMEDY,
+        )
+    try:
+        return [row for _, row in rows_of(read_regular(file))]
+    except OSError as error:
+        raise UserError(f"calibration: {file} cannot be read ({reason(error)})", REMEDY) from None
+    except ValueError as error:
+        raise UserError(f"calibration: {file}, {error}", "mend the file") from None
+
+
+def _of_hub(data_set: str, configuration: str) -> Iterable[dict[str, object]]:
+    import datasets
+
+    work_offline_if_unreachable()
+    try:
+        return datasets.load_dataset(data_set, configuration or None, split="train")
+    except Exception as error:  # every library underneath has errors of its own; all mean the same here
+        raise UserError(
+            f"calibration {data_set} is neither a file nor a data set that can be loaded ({summary(error)[:200]})",
+            REMEDY,
+        ) from None
+
+
+def sharing(items: list[Task | Group], data_set: str) -> list[str]:
+    """Of these tasks those that ask documents of the data set, or of one with nearly its name."""
+    return [task.task_name for task in leaves(items) if any(_alike(data_set, name) for name in _sources(task))]
+
+
+def _sources(task: Task) -> list[str]:
+    """The data sets of a task, by their names on the hub."""
+    config = getattr(task, "config", None)
+    files = ((getattr(config, "dataset_kwargs", None) or {}).get("data_files")) or {}
+    local = [Path(f).parent.parent.name.replace("__", "/") for f in files.values()] if isinstance(files, dict) else []
+    return local or [str(getattr(config, "dataset_path", None) or "")]
+
+
+def _alike(one: str, other: str) -> bool:
+    """`wikitext`, `Salesforce/wikitext` and `EleutherAI/wikitext_document_level` are of one text."""
+    short, long = sorted((name.rpartition("/")[2].lower() for name in (one, other)), key=len)
+    return bool(short) and (short == long or long.startswith((f"{short}_", f"{short}-")))
