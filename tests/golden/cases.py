@@ -129,6 +129,8 @@ SETTINGS = {
     "m-countdown": Setting("m-countdown", 0.37, families=TWO),
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),
     "top-p": Setting("top-p:choice.p=0.8", families=TWO),
+    "preview by a copy": Setting("preview:image=copy:image.bits=3", 0.4, decodes=False, families=TWO),
+    "graded": Setting("graded", 0.6, decodes=False, families=TWO),
     "griffin, gate's choice, re-masks": Setting("griffin:remask=every:remask.tokens=6:choice=gate", 0.4, families=TWO),
 }
 
