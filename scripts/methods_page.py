@@ -18,6 +18,7 @@ SLOTS = {
     "image": "what a token reads of gate and up before it chooses",
     "allocation": "how the sparsity is spread over layers",
     "compensation": "what stands in for the neurons that were left out",
+    "entries": "which weights inside the matrices a token reads, where that is no matter of neurons",
 }
 HEAD = """# Methods and their parts
 
@@ -62,14 +63,16 @@ in the mask, `taken` the share that the token takes, and `written` the share of 
 those taken). Each layer's counts are rounded down, and what is left over goes to the largest fractions, so that the sum
 over all layers is exact to the neuron. Where the mask is everything (`cats`), gate alone is a third of the weights, and
 a sparsity that leaves less than that is refused. Only `top-p` has no sparsity: what it reads differs from token to
-token, and is measured.
+token, and is measured. With `choice.threshold=calibrated` a token takes all neurons above a number, which each layer
+has from the calibration text for that sparsity: what is read then varies around the label, and is measured too.
 
 An **image** is what a token reads of gate and up before it chooses: the top bits of the served weights
-(`image=plane`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits. `graded` with the
-plane of 16-bit weights reads 5 bits of every weight of gate and up; of the neurons with the largest |h| in this preview
-3 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of the next
-ones 5 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of
-its bits are read. A count is rounded down: what is read is never more than the label.
+(`image=plane`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits; where x is thinned to
+its largest entries (`choice.thin`), only with those of their columns, and with the scales of all groups. `graded` with
+the plane of 16-bit weights reads 5 bits of every weight of gate and up; of the neurons with the largest |h| in this
+preview 3 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of the
+next ones 5 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token, the
+more of its bits are read. A count is rounded down: what is read is never more than the label.
 
 **Candidates are read to be ranked.** At sparsity 0.7 a token of `pop` reads gate and up for 32.5 % of the neurons: the
 22.5 % that are sure, and 10 % as candidates. It reads down for 25 %, so that (2 * .325 + .25) / 3 = .30.
@@ -83,6 +86,11 @@ weights, before anything else. Read counts bytes against the model's own 16 bits
 Every method runs on such weights too, and its sparsity then is of their bytes: `griffin` at sparsity 0.5 on 4 bits
 reads .5 * .28 = .14.
 
+**Another granularity.** `teal` and `wina` leave out input channels: columns of a matrix, those whose inputs matter
+least to a token. `wanda` leaves out single weights, the same for every text. Read counts the weights that are left,
+and with `entries.pattern=2:4` the 2 bits that say where each of them stands. They prune no neurons, so the board shows
+them in levels of their own, and tests no method of neurons against them.
+
 An **upper bound** is a row that no method can reach, because it uses what can be known only afterwards: the activations
 of the very token for which it chooses, or tokens that come later.
 """
@@ -92,11 +100,12 @@ def page() -> str:
     """The text of docs/methods.md."""
     lines = [HEAD, "## Methods\n", "| name | what it does | its parts |", "| --- | --- | --- |"]
     for method in BUILT_IN:
-        spelled = Pruner(method.mask, method.choice, method.allocation, method.compensation).spec
+        spelled = Pruner(method.mask, method.choice, method.allocation, method.compensation, method.entries).spec
         parts = ", ".join(f"`{part}`" for part in spelled.split(":")[1:]) or "only those below"
         lines.append(f"| `{method.name}` | {_cell(method.summary)} | {_cell(parts)} |")
     lines.append(
-        "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform`, `compensation=none`.\n"
+        "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform`, `compensation=none`, "
+        "`entries=all`.\n"
     )
     for slot, what in SLOTS.items():
         lines.append(f"## {slot}: {what}\n")

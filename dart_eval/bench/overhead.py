@@ -121,5 +121,8 @@ class Shapes:
     def moments(self) -> list[Moments]:
         return [Moments(*(torch.zeros(f.size) for _ in range(3))) for f in self.ffns]
 
+    def visit(self, see: Any) -> None:
+        """There is no text."""
+
     def projection(self) -> list[Projection]:
         return [Projection(torch.zeros(f.size), torch.zeros(f.size)) for f in self.ffns]

@@ -86,7 +86,7 @@ class Facts:
             "pruner": self.pruner, "parameters": self.inputs["params"], "sparsity": self.sparsity,
             "read": record.weights_read, "effective_sparsity": record.effective_sparsity,
             "mask_sparsity": record.mask_sparsity, "extra_memory": record.memory.get("state"),
-            **({"upper_bound": True} if record.settings.get("upper_bound") else {}),
+            **{name: record.settings[name] for name in ("upper_bound", "granularity") if record.settings.get(name)},
             **{name: self.inputs.get(name) for name in TRAVELLING},
             "tokens": record.tokens, "remasks": record.remasks, "cut": record.cut, "key": record.key,
         }  # fmt: skip

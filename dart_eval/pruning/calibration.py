@@ -25,6 +25,7 @@ from dart_eval.pruning.vocabulary import Projection, project
 from dart_eval.trial import evaluating
 
 Observe = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
+See = Callable[[int, Tensor, Tensor], None]
 DEFAULT_TEXT = Path(__file__).parent.parent / "data" / "calibration.txt"
 SEGMENT = 512  # tokens per forward, as far as the model has positions: enough for context, not too many for memory
 
@@ -44,6 +45,10 @@ class Calibration(Protocol):
 
     def moments(self) -> list[Moments]:
         """Per layer, mean and variance of each neuron's activation over the calibration text's tokens."""
+        ...
+
+    def visit(self, see: See) -> None:
+        """Show what enters FFNs and down projections: see(layer, x [T, D], h [T, F] fp32), passage by passage."""
         ...
 
     def projection(self) -> list[Projection]:
@@ -108,6 +113,21 @@ class TextCalibration:
         """Per layer, mean and variance of each neuron's activation over all tokens."""
         found = self._once("moments", self._moments)
         return [Moments(*found[i : i + 3]) for i in range(0, len(found), 3)]
+
+    @torch.no_grad()
+    def visit(self, see: See) -> None:
+        """Show what enters FFNs and down projections: see(layer, x [T, D], h [T, F] fp32), passage by passage."""
+        inputs: dict[int, Tensor] = {}
+
+        def enter(layer: int) -> Any:
+            return lambda _module, args: inputs.update({layer: args[0].reshape(-1, args[0].shape[-1])})
+
+        handles = [f.block.register_forward_pre_hook(enter(f.layer)) for f in self.ffns]
+        try:
+            self._run(lambda layer, h: see(layer, inputs.pop(layer)[-len(h) :], h))
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
         """A statistic on the CPU, measured if it is not known. name: what tells it from others; None: nothing does."""

@@ -68,11 +68,12 @@ class Execution:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
-        fills = self.method.compensation.fills  # what a token leaves out is still multiplied
-        if self.method.choice.image is not None or fills:
+        method = self.method
+        fills = method.compensation.fills  # what a token leaves out is still multiplied
+        if method.choice.image is not None or method.entries.finer or fills:
             if wanted == "permuted":
-                title = self.method.compensation.title if fills else self.method.choice.title
-                raise UserError(f"{title} has no kernels yet", "use execution='masked'")
+                part = method.compensation if fills else method.entries if method.entries.finer else method.choice
+                raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
             return "masked"
         reason = quantised(self.ffns)
         if reason is None and (reason := shared(self.ffns, self.model)) and wanted == "permuted":

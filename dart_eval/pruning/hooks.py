@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, decoder
+from dart_eval.pruning.finer import Finer
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.state import SequenceState
 
@@ -61,8 +62,10 @@ class Forward:
 class Hooks:
     """Installs and removes the hooks that a method needs: they hand what layers compute to the forward's state."""
 
-    def __init__(self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward) -> None:
-        self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
+    def __init__(
+        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, entries: Finer | None = None
+    ) -> None:
+        self.model, self.ffns, self.method, self.forward, self.entries = model, ffns, method, forward, entries
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
@@ -96,6 +99,8 @@ class Hooks:
         if not wanted:
             return
         add, method = self._inside.append, self.method
+        if self.entries is not None:
+            self.entries.watch(add, self.forward)
         for ffn in self.ffns:
             add(ffn.down.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
             if method.allocation.needs_change:

@@ -34,8 +34,10 @@ def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: T
         allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask. x: [B, T, D], the FFN's input.
     """
     prepared, ffn, choice = state.prepared, state.ffns[layer], state.method.choice
+    if prepared.thresholds is not None:
+        token = replace(token, threshold=prepared.thresholds[layer])
     if prepared.previews is not None and x is not None:
-        preview, expected = map(ffn.by_row, prepared.previews[layer].look(x))
+        preview, expected = map(ffn.by_row, prepared.previews[layer].look(x, choice.thin))
         token = replace(token, preview=preview, expected=expected)
     score = state.method.mask.score
     if choice.ranks and score is not None:

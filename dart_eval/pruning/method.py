@@ -21,6 +21,7 @@ from dart_eval.pruning.parts.allocations import Allocation, Uniform
 from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
 from dart_eval.pruning.parts.choices import All, Choice
 from dart_eval.pruning.parts.compensations import Compensation, Nothing
+from dart_eval.pruning.parts.entries import AllEntries, Entries
 from dart_eval.pruning.parts.masks import Everything, Mask
 
 OWNERS = {
@@ -40,6 +41,7 @@ class Pruner:
         choice: which of them a token computes.
         allocation: how the sparsity is spread over layers.
         compensation: what stands in for what is left out.
+        entries: which weights inside the matrices a token reads; a method leaves out these, or neurons.
         name: what a user types, and tables show. summary: one line for `dart-eval ls methods`. base: the
             method that this one was changed from. None of these counts when two methods are compared.
     """
@@ -48,6 +50,7 @@ class Pruner:
     choice: Choice = All()
     allocation: Allocation = Uniform()
     compensation: Compensation = Nothing()
+    entries: Entries = AllEntries()
     name: str = dataclasses.field(default="custom", compare=False)
     summary: str = dataclasses.field(default="", compare=False)
     base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -62,6 +65,16 @@ class Pruner:
             raise UserError(
                 f"{self.allocation.title} goes by scores, and {self.mask.title} has none", "use allocation=uniform"
             )
+        if self.choice.threshold != "none" and (not self.mask.whole or self.allocation.needs_context):
+            raise UserError(
+                f"{self.choice.title} with a calibrated threshold chooses among all neurons, as many for every prompt",
+                "use mask=everything and allocation=uniform, or choice.threshold=none",
+            )
+        if self.entries.finer and (not self.mask.whole or self.choice.chooses or self.allocation.needs_context):
+            raise UserError(
+                f"{self.entries.title} leaves out {self.entries.granularity} of whole matrices, and no neurons",
+                "use mask=everything, choice=none and allocation=uniform, or entries=all",
+            )
 
         if self.choice.ranks and self.mask.fixed:
             raise UserError(
@@ -72,12 +85,17 @@ class Pruner:
     @property
     def prunes(self) -> bool:
         """Whether anything is ever left out. Nothing is if the mask holds everything and tokens compute all of it."""
-        return not self.mask.whole or self.choice.chooses
+        return not self.mask.whole or self.choice.chooses or self.entries.finer
 
     @property
     def sized(self) -> bool:
-        """Whether the sparsity decides how many neurons are left out."""
-        return self.prunes and (self.choice.exact or not self.mask.whole)
+        """Whether the sparsity decides how much is left out."""
+        return self.prunes and self.entries.sized and (self.choice.sized or not self.mask.whole)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the sparsity decides what every token reads; if not, it is measured."""
+        return self.choice.exact and not self.entries.by_token
 
     @property
     def looks_ahead(self) -> bool:
@@ -132,8 +150,8 @@ class Pruner:
         image = None
         if self.choice.image is not None:
             image_of = self.choice.image
-            doubt = 0.0 if image_of.exact else SCALE_BITS / width
-            read = sum(size * (image_of.bits_of(bits, size, width) + doubt) for size in sizes)
+            doubt = SCALE_BITS / width if self.choice.doubts and not image_of.exact else 0.0
+            read = sum(size * (image_of.read(bits, size, width, self.choice.thin) + doubt) for size in sizes)
             image = Prices((matrices - 1) * read / sum(sizes) / bits, matrices - 1.0, 1.0, 1.0)
         self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, image)
 

@@ -12,6 +12,7 @@ from dart_eval import rounding
 from dart_eval.allocation import Counts
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, device_of
+from dart_eval.pruning import finer, thresholds
 from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
@@ -31,6 +32,8 @@ class Prepared:
         means: per layer [F] fp32, of each neuron on the calibration text, where these stand in for it; else None.
         constants: per layer [1, D] fp32, what stands in for the neurons outside fixed masks; None where nothing does,
             or another constant for each sequence.
+        thresholds: per layer, of the choice; None where it counts.
+        entries: what leaves out something else than neurons; None.
         previews: per layer, the images of gate and up; None where nothing is previewed.
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
         fine: the weights as decoding forwards have them, where these read the first bits alone; else None.
@@ -46,6 +49,8 @@ class Prepared:
     factors: list[Tensor] | None = None
     means: list[Tensor] | None = None
     constants: list[Tensor] | None = None
+    thresholds: list[float] | None = None
+    entries: finer.Finer | None = None
 
     def __post_init__(self) -> None:
         self.method.allocation.check(self.sparsity, len(self.ffns))
@@ -53,9 +58,9 @@ class Prepared:
         image = choice.image
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = rounding.share(self.ffns)
-        self.prices = None if image is None else prices(image, choice.precision if self.sparsity else 0, self.ffns)
+        self.prices = None if image is None else prices(choice, choice.precision if self.sparsity else 0, self.ffns)
         self.previews = None if image is None else previews(image, self.ffns, choice.grades)
-        self.stored = 0 if image is None else stored(image, self.ffns, choice.grades)
+        self.stored = stored(choice, self.ffns)
         self.fine = None
         if image is not None and self.sparsity:
             self.fine = Fine.of(self.ffns, image.mantissa(choice.precision))
@@ -95,7 +100,17 @@ class Prepared:
     def _counts(self, change: ChangeState | None, rows: slice, scores: Sequence[Tensor] | None = None) -> Counts:
         return self._counts_at(self.method.allocation.densities(self.sparsity, len(self.ffns), change, rows, scores))
 
+    def inputs_kept(self) -> list[tuple[int, int]] | None:
+        """Per layer, how many inputs of x and of h are read, where that is what is left out; else None."""
+        part = self.method.entries
+        if not part.finer or (part.sized and not self.sparsity):
+            return None
+        densities = self.method.allocation.densities(self.sparsity, len(self.ffns), None, slice(None))
+        return finer.counts(self.ffns, densities, self.sparsity)
+
     def _counts_at(self, densities: Sequence[float]) -> Counts:
+        if self.method.entries.finer:
+            return self._dense
         sizes, whole_mask = [f.size for f in self.ffns], self.method.mask.whole
         matrices = self.ffns[0].matrices
         return self.method.choice.counts(densities, sizes, self.sparsity, matrices, whole_mask, self.prices)
@@ -103,6 +118,9 @@ class Prepared:
     def _paid(self) -> tuple[float, float, float]:
         """What is read of each neuron of the mask, of each one taken and of each one written, in rows of one matrix."""
         prices = self.prices
+        if (kept := self.inputs_kept()) is not None:
+            bits = rounding.served_bits(self.ffns)
+            return self.ffns[0].matrices * finer.read(self.method.entries, self.ffns, kept, bits), 0.0, 0.0
         if prices is not None and not self.sparsity:  # no image is looked at
             return 0.0, self.ffns[0].matrices - 1.0, 1.0
         if prices is None:
@@ -135,9 +153,15 @@ class Prepared:
         """The factor of a layer's scores, or None."""
         return None if self.factors is None else self.factors[layer]
 
+    def spent(self, taken: Tensor, layer: int) -> Tensor:
+        """What tokens read of a layer that take so many neurons of it and write them, counted in neurons."""
+        whole, rest, write = self.paid
+        return (whole * self.ffns[layer].size + (rest + write) * taken) / self.ffns[layer].matrices
+
     def nbytes(self) -> int:
         """Bytes of what is kept for all sequences; images count as they would be stored."""
-        return self.stored + nbytes([self.masks, self.factors, self.means, self.constants])
+        beside = self.stored + (0 if self.entries is None else self.entries.nbytes())
+        return beside + nbytes([self.masks, self.factors, self.means, self.constants])
 
     def fix(self, calibration: Calibration) -> None:
         """Make the masks that all sequences have."""
@@ -175,10 +199,16 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
     """
     made, mask = Prepared(method, ffns, sparsity), method.mask
     fixed = mask.fixed and mask.score is not None
+    if calibration is None and (fixed or method.calibrates):
+        raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
+    if (kept := made.inputs_kept()) is not None:
+        made.entries = finer.Finer(method.entries, ffns, kept, calibration)
+        made.fine = made.entries.fine
     if calibration is None:
-        if fixed or method.calibrates:
-            raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
         return made
+    if method.choice.threshold != "none":
+        taken = made.counts(None, slice(None), True).taken
+        made.thresholds = thresholds.of_choice(method.choice, ffns, taken, made.previews, calibration)
     if mask.score is not None:
         made.factors = mask.score.factors(calibration)
     if fixed:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from dart_eval.allocation import Prices
 from dart_eval.bits import SCALE_BITS
 from dart_eval.ffn import FFN
-from dart_eval.pruning.parts.images import Image
+from dart_eval.pruning.parts.choices import Choice
+from dart_eval.pruning.parts.images import Image, columns
 from dart_eval.pruning.planes import truncated
+from dart_eval.pruning.top import top_k_mask
 from dart_eval.rounding import Served, packed, served_inputs, served_output
 
 
@@ -35,18 +37,20 @@ class Preview:
     act: Callable[[Tensor], Tensor]
     down: Tensor | None = None
 
-    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, x: Tensor, thin: float = 1.0) -> tuple[Tensor, Tensor]:
         """h as the images have it, and how much of it is to be expected.
 
         An image leaves something out of every row. Where x does not prefer it, a product with x is off by
         ||x|| * doubt, up or down; the expected square of h takes both in.
 
         Args:
-            x: [..., D].
+            x: [..., D]. thin: share of its entries, the largest, that the images are multiplied with.
 
         Returns:
             [..., F] h by the images, and [..., F] fp32 the expected square of h.
         """
+        if thin < 1:
+            x = x * top_k_mask(x.abs(), torch.full(x.shape[:-1], columns(x.shape[-1], thin)))
         seen = [nn.functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
         size = x.float().norm(dim=-1, keepdim=True)
         off = [size * doubt for doubt in self.doubts]
@@ -62,34 +66,40 @@ class Preview:
         return nn.functional.linear(h, self.down)
 
 
-def prices(image: Image, precision: int, ffns: Sequence[FFN]) -> Prices:
+def prices(choice: Choice, precision: int, ffns: Sequence[FFN]) -> Prices:
     """What is read of a neuron, mean over the layers. precision: bits of a weight that are read at most; 0: all."""
+    image = choice.image
+    assert image is not None
     whole = taken = written = coarse = 0.0
     weights = sum(f.size * f.width for f in ffns)
     for ffn in ffns:
         part = ffn.size * ffn.width / weights
         for matrix in served_inputs(ffn):
-            whole += part * (image.bits_of(matrix.bits, *matrix.weight.shape) + doubt_bits(image, ffn)) / matrix.bits
-            taken += part * image.left(matrix, precision) / matrix.bits
+            bits, (rows, width), thin = matrix.bits, matrix.weight.shape, choice.thin
+            whole += part * (image.read(bits, rows, width, thin) + doubt_bits(choice, ffn)) / bits
+            taken += part * (image.left(matrix, precision) + image.unseen(bits, rows, width, thin)) / bits
         down = served_output(ffn)
         written += part * image.column(down, precision) / down.bits
         coarse += part * image.bits_of(down.bits, *down.weight.shape) / down.bits
     return Prices(whole, taken, written, coarse)
 
 
-def stored(image: Image, ffns: Sequence[FFN], down: bool) -> int:
-    """Bytes that images and doubts take beside the model. down: there is an image of down too."""
+def stored(choice: Choice, ffns: Sequence[FFN]) -> int:
+    """Bytes that images and doubts take beside the model."""
+    image = choice.image
+    if image is None:
+        return 0
     inputs = [(f, m) for f in ffns for m in served_inputs(f)]
-    bits = sum(m.weight.numel() * doubt_bits(image, f) for f, m in inputs)
+    bits = sum(m.weight.numel() * doubt_bits(choice, f) for f, m in inputs)
     if image.stored:
-        matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if down else [])
+        matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if choice.grades else [])
         bits += sum(m.weight.numel() * image.bits_of(m.bits, *m.weight.shape) for m in matrices)
     return round(bits / 8)
 
 
-def doubt_bits(image: Image, ffn: FFN) -> float:
-    """Bits of a neuron's doubt, for each weight of its row; none of an image that leaves nothing out."""
-    return 0.0 if image.exact else SCALE_BITS / ffn.width
+def doubt_bits(choice: Choice, ffn: FFN) -> float:
+    """Bits of a neuron's doubt, for each weight of its row; none where the image leaves nothing out."""
+    return 0.0 if choice.image is None or choice.image.exact or not choice.doubts else SCALE_BITS / ffn.width
 
 
 _MADE: weakref.WeakKeyDictionary[nn.Module, tuple[object, Preview]] = weakref.WeakKeyDictionary()

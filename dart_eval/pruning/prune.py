@@ -19,6 +19,7 @@ from dart_eval.pruning.parts.allocations import Allocation
 from dart_eval.pruning.parts.base import Part
 from dart_eval.pruning.parts.choices import Choice
 from dart_eval.pruning.parts.compensations import Compensation
+from dart_eval.pruning.parts.entries import Entries
 from dart_eval.pruning.parts.masks import Mask
 from dart_eval.pruning.parts.remasks import Remask
 from dart_eval.pruning.parts.scores import Score
@@ -67,6 +68,7 @@ def prune(
     choice: Choice | Named | None = None,
     allocation: Allocation | Named | None = None,
     compensation: Compensation | Named | None = None,
+    entries: Entries | Named | None = None,
 ) -> Iterator[Session]:
     """Prune the FFN neurons of `model` while the block runs. Afterwards the model is as it was, bit for bit.
 
@@ -81,26 +83,25 @@ def prune(
         method: as on the command line, a name from `dart_eval.methods()` or a name with other values in its parts,
             `dart:remask.window=8`; or a `Pruner`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
-        tokenizer: for static methods that calibrate on a text (`wanda-sp`).
-        calibration: a text file for them instead of the project's own text, or a ready `Calibration`.
-        execution: `masked` multiplies by masks and saves no time; `permuted` reorders the neurons in place, so that
-            pruned ones are not computed, for one mask at a time; `auto` takes `permuted` where all have one mask.
+        tokenizer: for a calibration on a text (`wanda-sp`). calibration: another text file, or a ready `Calibration`.
+        execution: `masked` multiplies by masks and saves no time; `permuted` moves the neurons of the one mask in force
+            to the front of the weights, and computes no others; `auto` takes `permuted` where all have one mask.
         shared_mask: all sequences of a batch have one mask, made from all of them.
-        mask, score, remask, choice, allocation, compensation: another part in that slot, as an object
+        mask, score, remask, choice, allocation, compensation, entries: another part in that slot, as an object
             (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
     Yields:
         The `Session`, which tells effective sparsity, state bytes and re-masks.
 
     Raises:
-        UserError: unknown method, part or field, sparsity outside [0, 1), an FFN that is not understood or does not
-            suit the allocation, weights that `permuted` cannot reorder.
+        UserError: unknown names, a sparsity outside [0, 1), an FFN or weights that do not suit what is asked for.
     """
     check_sparsity(sparsity)
     refuse_second(model)
     method = _made(
-        method, mask=mask, score=score, remask=remask, choice=choice, allocation=allocation, compensation=compensation
-    )
+        method, mask=mask, score=score, remask=remask, choice=choice, allocation=allocation,
+        compensation=compensation, entries=entries,
+    )  # fmt: skip
     if not isinstance(calibration, Calibration):
         calibration = TextCalibration(model, tokenizer, calibration)
     session = Session(model, method, sparsity, calibration, execution, shared_mask)

@@ -20,11 +20,13 @@ from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.parts.draws import DRAWS
+from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, WandaEntries
 from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
 from dart_eval.pruning.parts.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
+from dart_eval.pruning.parts.shown import Shown
 from dart_eval.pruning.renamed import new_names
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,10 @@ BUILT_IN = (
         choice=ByPreview(),
     ),
     Pruner(
+        name="prox", summary="lets each token choose the largest |h|, as 4-bit copies and half of x show them",
+        choice=Shown(),
+    ),
+    Pruner(
         name="graded", summary="lets each token read more bits of the neurons that matter more to it",
         choice=Graded(),
     ),
@@ -120,22 +126,26 @@ BUILT_IN = (
         choice=ByHidden(),
     ),
     Pruner(
+        name="teal", summary="leaves out columns of small inputs of each matrix, not neurons",
+        entries=Above(),
+    ),
+    Pruner(
+        name="wina", summary="leaves out columns with small inputs times norms, not neurons",
+        entries=ByNorms(),
+    ),
+    Pruner(
+        name="wanda", summary="leaves out single weights that matter least on a calibration text, not neurons",
+        entries=WandaEntries(),
+    ),
+    Pruner(
         name="oracle", summary="makes one mask from the very tokens that then run under it (upper bound)",
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
 PARTS: tuple[type[Part], ...] = (
-    *SCORES,
-    *PROMPT_SCORES,
-    *MASKS,
-    *DRAWS,
-    *REMASKS,
-    *CHOICES,
-    Candidates,
-    *IMAGES,
-    *ALLOCATIONS,
-    *COMPENSATIONS,
-)
+    *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, Shown, Candidates, *IMAGES, *ALLOCATIONS,
+    *COMPENSATIONS, *ENTRIES,
+)  # fmt: skip
 
 
 def methods() -> dict[str, Pruner]:

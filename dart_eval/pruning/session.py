@@ -69,7 +69,7 @@ class Session:
         self._tally = Tally()
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls = Calls(model)
-        self._hooks = Hooks(model, self.ffns, method, self.forward)
+        self._hooks = Hooks(model, self.ffns, method, self.forward, self.prepared.entries)
 
     def __repr__(self) -> str:
         execution = self.execution if self.state is not None else self.executing.wanted
@@ -122,7 +122,7 @@ class Session:
     @property
     def weights_read(self) -> float:
         """FFN weight bytes that a decoded token reads / those of the model's own dtype, mean over sequences."""
-        measured = self.steps if not self.method.choice.exact else []
+        measured = self.steps if not self.method.exact else []
         reads = [step.read for step in measured] or [self.shares(1).read]
         return self.prepared.share * float(torch.stack(reads).mean())
 

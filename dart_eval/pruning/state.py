@@ -293,7 +293,7 @@ class SequenceState(PerSequence):
         if isinstance(choice, Graded):
             self._write_roughly(layer, choice, token, allowed, kept)
         if not choice.exact:
-            taken = kept.sum(-1, dtype=torch.float64).cpu()
+            taken = self.prepared.spent(kept.sum(-1, dtype=torch.float64).cpu(), layer)
             self.spent = taken if self.spent is None else self.spent + taken
         return kept
 

@@ -1,9 +1,10 @@
 """The board: one row a method and sparsity, best first, with what it keeps of dense and what it costs.
 
-Rows stand in levels of equal read (FFN weight bytes that a decoded token reads / those of the dense FFN). Inside a
-level they are ordered by mean recovery. The best pruned row is tested against every other one on the same documents; it
-was chosen by the values that are then tested, so each p counts for all pairs that could have been chosen (K / 2 for
-each of the K - 1 that are tested), and Holm's correction is taken over them.
+Rows stand in levels of equal read (FFN weight bytes that a decoded token reads / those of the dense FFN). Rows that
+leave out something else than neurons stand in levels of their own, after the others. Inside a level they are ordered
+by mean recovery. The best pruned row is tested against every other one on the same documents; it was chosen by the
+values that are then tested, so each p counts for all pairs that could have been chosen (K / 2 for each of the K - 1
+that are tested), and Holm's correction is taken over them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Row:
     Attributes:
         label: the method, and what else tells the row apart. sparsity: None where
             it does not decide what is read.
-        kind: `pruned`, `upper bound`, `control` (dense) or `rounding alone` (dense on rounded weights).
+        kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights), or what is
+            left out in place of neurons.
         read: of the FFN weights of dense, mean over the cells.
         values: task -> its main metric.
         recovery: mean over the tasks that have one. tasks: these.
@@ -178,7 +180,7 @@ def _recoveries(store: Store, records: Iterable[Record]) -> tuple[Kept, list[str
 def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed]) -> Row:
     first = records[0]
     dense, rounded = first.inputs["method"] == DENSE, bool(first.inputs.get("ffn_bits"))
-    kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
+    kind = UPPER_BOUND if first.settings.get("upper_bound") else first.settings.get("granularity", PRUNED)
     if dense:
         kind = ROUNDING if rounded else CONTROL
     sized = kind == CONTROL or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
@@ -197,17 +199,18 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
 
 
 def _levels(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in levels of equal read, the highest read first.
+    """Rows in levels of equal read, the highest read first; those of another granularity come after all others.
 
     Inside a level upper bounds come first, then pruned rows by recovery, those that lack a task of the others last.
     """
     found: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: (r.kind != CONTROL, -r.read)):
+    for row in sorted(rows, key=lambda r: (granularity(r), r.kind != CONTROL, -r.read)):
         level = found[-1] if found else None
         if (
             level
             and abs(level[0].read - row.read) <= WIDTH_OF_LEVEL
             and (level[0].kind == CONTROL) == (row.kind == CONTROL)
+            and granularity(level[0]) == granularity(row)
         ):
             level.append(row)
         else:
@@ -215,10 +218,20 @@ def _levels(rows: Sequence[Row]) -> list[list[Row]]:
     return [sorted(level, key=partial(_place, _all_tasks(level))) for level in found]
 
 
+def granularity(row: Row) -> str:
+    """What a row leaves out; nothing where it is neurons."""
+    return "" if row.kind in (PRUNED, UPPER_BOUND, CONTROL, ROUNDING) else row.kind
+
+
 def _place(everything: tuple[str, ...], row: Row) -> tuple[Any, ...]:
     """What rows of a level are sorted by; everything: the level's tasks."""
     order = {CONTROL: 0, UPPER_BOUND: 1, PRUNED: 2, ROUNDING: 2}
-    return order[row.kind], row.tasks != everything, -(row.recovery.value if row.recovery else -1.0), row.label
+    return (
+        order.get(row.kind, len(order)),
+        row.tasks != everything,
+        -(row.recovery.value if row.recovery else -1.0),
+        row.label,
+    )
 
 
 def _all_tasks(level: Sequence[Row]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dart_eval.results import metrics
-from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, Board, Row
+from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, Board, Row, granularity
 from dart_eval.results.format import share, short, size, small_share, sparsity
 from dart_eval.results.recovery import Recovery
 from dart_eval.results.writers import Table
@@ -112,11 +112,12 @@ def _estimate(row: Row, found: Recovery | None, of_dense: str, text: Callable[[f
 
 
 def level_name(rows: Sequence[Row]) -> str:
-    """`sparsity 70 %, read 0.30`."""
+    """`sparsity 70 %, read 0.30`; before it what is left out, where that is no neurons."""
+    of = f"{granularity(rows[0])}, " if rows and granularity(rows[0]) else ""
     known = {row.sparsity for row in rows if row.sparsity is not None}
     reads = sorted({share(row.read) for row in rows})
     read = reads[0] if len(reads) == 1 else f"{reads[0]} to {reads[-1]}"
-    return f"sparsity {', '.join(sparsity(s) for s in sorted(known))}, read {read}" if known else f"read {read}"
+    return of + (f"sparsity {', '.join(sparsity(s) for s in sorted(known))}, read {read}" if known else f"read {read}")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -181,6 +182,10 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
     bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
+    if any(granularity(row) for row in rows):
+        said.append(
+            "Rows that leave out input channels or single weights take no part in the tests: they prune no neurons."
+        )
     return [*text, " ".join([*said, *board.notes])]
 
 

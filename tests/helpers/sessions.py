@@ -32,14 +32,17 @@ REMASKED = [
 # Every choice, inside every kind of mask.
 CHOOSING = [
     ("cats", {}), ("m-countdown", {}), ("oracle-token", {}), ("top-p", {"choice.p": 0.7}),
+    ("cats", {"choice.threshold": "calibrated"}), ("prox", {}),
     ("magnitude", {"choice": "gate-up", "choice.write_share": 0.7}),
     ("griffin", {"choice": "up", "choice.mask_ratio": 1.3, "remask": "drift", **RESTLESS}),
     ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate", "score.vocabulary": "mean"}),
     ("dart", {"choice": "hidden", "choice.mask_ratio": 2.5, "compensation": "mean", **RESTLESS}),
     ("wanda-sp", {"choice": "top-p", "choice.p": 0.6}), ("pop", {"choice.width": 0.2, "remask": "drift", **RESTLESS}),
 ]  # fmt: skip
+# What leaves out something else than neurons.
+FINER = [("teal", {}), ("wina", {"entries.weigh": "all"}), ("wanda", {"entries.pattern": "2:4"})]
 # All of these: masks or choices that change while a sequence is decoded.
-VARIED = [*REMASKED, *CHOOSING]
+VARIED = [*REMASKED, *CHOOSING, *FINER]
 PLAIN = ("gpt2", "opt")  # families without a gate
 
 

@@ -26,6 +26,7 @@ from dart_eval.pruning.parts.choices import (
     Token,
     TopP,
 )
+from dart_eval.pruning.parts.shown import Shown
 from dart_eval.pruning.registry import make
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
@@ -40,8 +41,10 @@ from tests.helpers.sessions import (
     state_of,
 )
 
-EXACT = [cls for cls in CHOICES if cls.chooses and cls.exact and not cls.grades]
-LOOKS = {ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected"}
+EXACT = [cls for cls in (*CHOICES, Shown) if cls.chooses and cls().exact and not cls.grades]
+LOOKS = {
+    ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected", Shown: "preview",
+}  # fmt: skip
 
 
 def tokens_of(seed, size, tokens, ties, usual=False):
@@ -54,9 +57,8 @@ def tokens_of(seed, size, tokens, ties, usual=False):
 
     gate, up = numbers(2, tokens, size), numbers(2, tokens, size)
     mask = torch.rand(2, 1, size, generator=generator) < 0.7
-    return Token(
-        gate * up, gate, up, numbers(2, 1, size).abs() if usual else None, None, numbers(2, tokens, size).abs()
-    ), mask
+    usual = numbers(2, 1, size).abs() if usual else None
+    return Token(gate * up, gate, up, usual, numbers(2, tokens, size), numbers(2, tokens, size).abs()), mask
 
 
 def best(scores, among, count):

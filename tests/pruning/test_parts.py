@@ -18,11 +18,13 @@ from dart_eval.pruning.parts.base import kind_of
 from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
-from dart_eval.pruning.parts.images import Plane
+from dart_eval.pruning.parts.entries import Above, ByNorms, WandaEntries
+from dart_eval.pruning.parts.images import Copy, Plane
 from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
 from dart_eval.pruning.parts.scores import Activation, Fluctuation, Random, Wanda, Weights
+from dart_eval.pruning.parts.shown import Shown
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.sequence import PerSequence
 from tests.helpers.models import tiny
@@ -30,7 +32,7 @@ from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
-SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation")
+SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries")
 
 
 def made(spec):
@@ -137,12 +139,16 @@ def test_the_built_in_methods_are_these_compositions():
             Uniform(),
             MeanOutput(over="context"),
         ),
-        "cats": Pruner(choice=ByGate()),
-        "m-countdown": Pruner(choice=ByUp()),
+        "cats": Pruner(choice=ByGate(threshold="none")),
+        "m-countdown": Pruner(choice=ByUp(threshold="none")),
         "preview": Pruner(choice=ByPreview(image=Plane(bits=0), write_share=0.7, precision=0)),
+        "prox": Pruner(choice=Shown(image=Copy(bits=4, group=0), thin=0.5, threshold="none")),
         "graded": Pruner(choice=Graded(image=Plane(bits=0), precision=8, coarse=1.5)),
         "top-p": Pruner(choice=TopP(p=0.9)),
         "oracle-token": Pruner(choice=ByHidden()),
+        "teal": Pruner(entries=Above()),
+        "wina": Pruner(entries=ByNorms(weigh="gate")),
+        "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "oracle": Pruner(Ahead(score=l2)),
     }
     assert [*methods()][: len(METHODS)] == METHODS and set(METHODS) == set(wanted)
@@ -155,7 +161,7 @@ def test_what_a_composition_is_follows_from_its_parts():
     def those(tells):
         return {m.name for m in BUILT_IN if getattr(m, tells)}
 
-    choosing = {"cats", "m-countdown", "preview", "graded", "top-p", "oracle-token"}
+    choosing = {"cats", "m-countdown", "preview", "prox", "graded", "top-p", "oracle-token"}
     prompted = {"griffin", "dart", "dart-code", "dart-plus", "coreinfer", "glass", "probe", "pop"}
     assert those("prunes") == set(METHODS) - {"dense"}
     assert those("sized") == set(METHODS) - {"dense", "top-p"}
@@ -257,7 +263,7 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("griffin", {"remask": "drft"}, "there is no remask=drft; did you mean drift"),
     ("griffin", {"remask.window": 8}, "remask=never has no.*; remask=drift has it"),
     ("cats", {"remask": "drift"}, "mask=everything has no.*; mask=prompt has it"),
-    ("griffin", {"choice.mask_ratio": 2}, "choice=none has no.*; .*choice=gate and .*choice=preview have it"),
+    ("griffin", {"choice.mask_ratio": 2}, "choice=none has no.*; .*choice=gate and .*choice=shown have it"),
     ("dart", {"remask.window.size": 8}, "remask.window is a plain field, and 'size' stands below it"),
     ("dart", {"remask.window": {}}, "remask.window"),
     ("griffin", {"score": OnDrift()}, "score takes no remask; give one of activation, wanda"),

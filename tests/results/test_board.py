@@ -193,6 +193,22 @@ def test_upper_bounds_stand_apart_and_are_never_best(tmp_path):
     assert "Upper bounds, which know what no method can know in time: oracle." in " ".join(board_text.lines(made, 100))
 
 
+def test_another_granularity_has_levels_of_its_own_and_no_part_in_the_test(tmp_path):
+    def finer(of, value, **inputs):
+        record = choices(value, **inputs)
+        record.settings["granularity"] = of
+        return record
+
+    columns, weights = finer("input channels", 0.79, method="teal"), finer("single weights", 0.78, method="wanda")
+    made = board_of(
+        tmp_path, choices(0.8, method="dense"), columns, choices(0.5), choices(0.2, method="random"), weights
+    )
+    assert places(made)[1:] == [[("griffin", BEST), ("random", "")], [("teal", "")], [("wanda", "")]]
+    text = "\n".join(board_text.lines(made, 100))
+    assert "input channels, sparsity 70 %, read 0.30" in text and "single weights, sparsity 70 %" in text
+    assert "griffin keeps the most" in text.replace("\n", " ")
+
+
 def test_what_is_missing_is_said(tmp_path):
     made = board_of(tmp_path, choices(0.5), choices(0.4, method="random"))
     assert all(row.recovery is None for level in made.levels for row in level.rows)

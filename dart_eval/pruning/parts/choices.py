@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dart_eval.allocation import Counts, Prices, chosen_counts, graded_counts, keep_counts
 from dart_eval.pruning.parts.base import Part, option
@@ -38,6 +38,7 @@ class Token:
         expected: [B, T, F] fp32, the square of h that is to be expected from it.
         core: [B, 1, F] bool, the neurons that every token takes; None where the choice does not rank by the score.
         score: [B, T, F] fp32, the mask's score as it would be of this token alone.
+        threshold: of the layer, where the choice has one.
     """
 
     h: Tensor
@@ -48,6 +49,7 @@ class Token:
     expected: Tensor | None = None
     core: Tensor | None = None
     score: Tensor | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,9 @@ class Choice(Part):
 
     Attributes:
         chooses: whether tokens choose; if not, they compute the whole mask.
-        exact: whether the sparsity decides how many neurons a token takes; if not, the number differs between tokens.
+        sized: whether the sparsity decides how many neurons tokens take, each of them or on average.
+        threshold: `calibrated` where each layer has one from a calibration text in place of a count.
+        pools: whether that is a quantile over all neurons of all tokens; else the mean of each token's least one taken.
         needs_up: whether `observe` needs up x.
         reads_whole: the matrices of a gated FFN of which it reads the rows of the whole mask before it chooses: `gate`,
             `up`, both or none. A plain FFN has `up` alone, which tells its h: it is read whole unless there are none.
@@ -65,6 +69,8 @@ class Choice(Part):
         mask_ratio: neurons in the mask, as a multiple of the weights read, where the mask is not of everything.
         image: what every token reads of gate and up for the whole mask before it chooses; None: matrices whole.
         precision: how many bits of a weight are read at most, where there is an image; 0: all.
+        thin: share of the entries of x, its largest, that is multiplied with the image.
+        doubts: whether it goes by what the image leaves out of each row, too.
         grades: whether neurons that are not taken may write as the image shows them.
         ranks: whether it goes by the mask's score of the token alone, beside a core of the mask that is always taken.
         gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`).
@@ -72,7 +78,9 @@ class Choice(Part):
 
     slot = "choice"
     chooses: ClassVar[bool] = True
-    exact: ClassVar[bool] = True
+    sized: ClassVar[bool] = True
+    threshold: ClassVar[str] = "none"
+    pools: ClassVar[bool] = True
     needs_up: ClassVar[bool] = False
     reads_whole: ClassVar[tuple[str, ...]] = ()
     upper_bound: ClassVar[bool] = False
@@ -80,9 +88,16 @@ class Choice(Part):
     mask_ratio: ClassVar[float] = 1.0
     image: ClassVar[Image | None] = None
     precision: ClassVar[int] = 0
+    thin: ClassVar[float] = 1.0
+    doubts: ClassVar[bool] = True
     grades: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether every token takes as many neurons; if not, the number differs and is measured."""
+        return self.threshold == "none"
 
     def importance(self, token: Token) -> Tensor:
         """How much each neuron matters to each token: [B, T, F], not negative, in any dtype."""
@@ -113,7 +128,8 @@ class Choice(Part):
         """
         whole = min(len(self.reads_whole), matrices - 1)
         ratio = None if whole_mask else self.mask_ratio
-        return chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, self.write_share, self.title, image)
+        share = self.write_share if self.exact else 1.0  # what is above a threshold is written
+        return chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, share, self.title, image)
 
     def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
         """The neurons that each token computes to the end: [B, T, F] bool.
@@ -125,6 +141,8 @@ class Choice(Part):
         from dart_eval.pruning.top import largest
 
         taken, written = counts
+        if token.threshold is not None:
+            return (self.importance(token) > token.threshold) & allowed
         kept = largest(self.importance(token), allowed, taken)
         if bool((written < taken).any()):
             kept = largest(token.h.abs(), kept, written)
@@ -190,8 +208,31 @@ class Inside(Choice):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByGate(Inside):
-    """A token takes exactly k neurons, by |act(gate x)|: CATS (arXiv 2404.08763) with a count for a threshold."""
+class Thresholded(Inside):
+    """Base of choices that take exactly k neurons, or those above a number that each layer has from a text.
+
+    The number is calibrated for the share of the neurons that the sparsity asks for. How many a token then takes
+    varies, so what is read is measured; with such a threshold all neurons that are taken are written.
+    """
+
+    threshold: Literal["none", "calibrated"] = option(  # type: ignore[misc]
+        "none",
+        "take all above a number a layer, from the calibration text, in place of exactly k (what it reads varies)",
+    )
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return self.threshold == "calibrated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByGate(Thresholded):
+    """A token takes the k neurons with the largest |act(gate x)|, after CATS (arXiv 2404.08763).
+
+    CATS takes those above a threshold (`threshold=calibrated`): the quantile of |act(gate x)| over all neurons and
+    tokens of a text, layer by layer. Its code (CATS at 679959c) finds it in 1000 bins between -1 and 1 on RefinedWeb;
+    here bins are .1 % wide and have no end. There prompts run pruned too, and the model is then fine-tuned.
+    """
 
     name = "gate"
     summary = "takes the largest |act(gate x)|; gate is read for the whole mask"
@@ -202,12 +243,18 @@ class ByGate(Inside):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByUp(Inside):
-    """A token takes exactly k neurons, by |up x|: M-COUNTDOWN (arXiv 2505.17701) with a count for a threshold."""
+class ByUp(Thresholded):
+    """A token takes the k neurons with the largest |up x|, after M-COUNTDOWN (arXiv 2505.17701), its ideal form.
+
+    Its practical form takes those above a threshold (`threshold=calibrated`): the mean over tokens of each token's
+    k-th largest |up x|, layer by layer. Its code (COUNTDOWN at e1393ae) takes the train splits of the tasks that are
+    evaluated for this, and counts k of up's rows alone; here it is the calibration text, and k follows from all bytes.
+    """
 
     name = "up"
     summary = "takes the largest |up x|; up is read for the whole mask"
     reads_whole = ("up",)
+    pools = False
 
     def importance(self, token: Token) -> Tensor:
         return token.up.abs()
@@ -237,9 +284,13 @@ class TopP(Choice):
 
     name = "top-p"
     summary = "takes the fewest neurons with the share p of the sum of |h| (an upper bound; what it reads varies)"
-    exact = False
+    sized = False
     upper_bound = True
     p: float = option(0.9, "share of a token's sum of |h| that is kept", above=0, most=1)
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     def counts(
         self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
@@ -263,7 +314,8 @@ class ByPreview(Inside):
 
     Their rows are read exactly; then those with the largest |h| write.
 
-    Prox (arXiv 2607.27591) previews by a copy of 4 bits; the plane of the served weights and exact counts are ours.
+    Prox (arXiv 2607.27591, `shown.Shown`) previews by a copy of 4 bits; the plane of the served weights, exact counts
+    and the expectation are ours.
     """
 
     name = "preview"

@@ -42,6 +42,18 @@ class Image(Part):
         """
         raise NotImplementedError
 
+    def read(self, served: float, rows: int, width: int, thin: float) -> float:
+        """Bits of the image that are read for each weight of the matrix. thin: share of the columns that are read."""
+        return self.bits_of(served, rows, width) if thin == 1 else self._read(served, rows, width, columns(width, thin))
+
+    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+        """The same where so many columns are read, and no others."""
+        return self.bits_of(served, rows, width) * columns / width
+
+    def unseen(self, served: float, rows: int, width: int, thin: float) -> float:
+        """Bits of each weight of a chosen row that belong to an image which is no copy, and were not read with it."""
+        return 0.0 if self.stored else self.bits_of(served, rows, width) - self.read(served, rows, width, thin)
+
     def left(self, matrix: Served, precision: int = 0) -> float:
         """Bits that are still to be read of each weight of a row that was chosen.
 
@@ -94,6 +106,9 @@ class Copy(Image):
     def bits_of(self, served: float, rows: int, width: int) -> float:
         return Rounding(self.bits, self.group).weight_bits(width)
 
+    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+        return self.bits_of(served, rows, width) - self.bits * (1 - columns / width)  # every group's scale is needed
+
     def values(self, matrix: Served) -> Tensor:
         from dart_eval.rounding import rounded
 
@@ -111,6 +126,9 @@ class LowRank(Image):
 
     def bits_of(self, served: float, rows: int, width: int) -> float:
         return OWN_BITS * min(self.rank, rows, width) * (rows + width) / (rows * width)
+
+    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+        return OWN_BITS * min(self.rank, rows, width) * (rows + columns) / (rows * width)
 
     def values(self, matrix: Served) -> Tensor:
         import torch
@@ -178,6 +196,11 @@ class Plane(Image):
         if matrix.packed is None:
             return exponents(matrix.weight, *self._parts())
         return high_bits(matrix.packed, self.top(matrix.packed.rounding.bits))
+
+
+def columns(width: int, thin: float) -> int:
+    """How many entries of x a preview goes by, at least one."""
+    return max(1, int(thin * width + 1e-9))
 
 
 IMAGES = (Plane, Copy, LowRank, Weights)

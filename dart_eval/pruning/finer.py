@@ -1,0 +1,150 @@
+"""Parts of the slot `entries` at work on a model: what is left out of its matrices is no matter of neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.allocation import keep_counts
+from dart_eval.ffn import FFN, is_conv1d, weight_matrix
+from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.parts.entries import Entries, Inputs
+from dart_eval.pruning.previews import Fine
+from dart_eval.pruning.thresholds import Distribution
+
+
+def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> list[tuple[int, int]]:
+    """Per layer, how many inputs are read of x, and of h."""
+    of_x = keep_counts(densities, [f.width for f in ffns], sparsity)
+    return [*zip(of_x, keep_counts(densities, [f.size for f in ffns], sparsity), strict=True)]
+
+
+def read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], bits: float) -> float:
+    """Share of the FFN weight bytes that a token reads (on average, where it varies). kept: see `counts`."""
+    weights = sum(f.matrices * f.size for f in ffns)
+    found = 0.0
+    for ffn, (of_x, of_h) in zip(ffns, kept, strict=True):
+        found += (ffn.matrices - 1) * ffn.size * part.read(of_x / ffn.width, bits)
+        found += ffn.size * part.read(of_h / ffn.size, bits)
+    return found / weights
+
+
+class Finer:
+    """What a part has made of a model before any prompt.
+
+    Args:
+        kept: see `counts`.
+
+    Attributes:
+        inputs: per layer and matrix, down last.
+        fine: the weights as decoding forwards have them, where single ones are left out; else None.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration: Calibration | None
+    ) -> None:
+        self.part, self.ffns = part, ffns
+        thresholds, sizes = _seen(part, ffns, kept, calibration)
+        self.inputs: list[list[Inputs]] = []
+        for ffn, least, size, (of_x, of_h) in zip(ffns, thresholds, sizes, kept, strict=True):
+            weights = [*ffn.input_weights(), ffn.output_weight()]
+            made = []
+            for i, weight in enumerate(weights):
+                norms = weight.float().norm(dim=0) if part.weighs(i) else None
+                side = i == len(weights) - 1
+                made.append(Inputs(of_h if side else of_x, least[side], norms, size[side]))
+            self.inputs.append(made)
+        self.fine = None if part.by_token else Fine([held for f in ffns for held in self._held(f)])
+
+    def _held(self, ffn: FFN) -> list[tuple[nn.Module, Tensor, Tensor]]:
+        modules: list[Any] = [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
+        found = []
+        for module in modules:
+            matrix = weight_matrix(module)
+            kept = matrix * self.part.left(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
+            found.append((module, module.weight.data, kept.T.contiguous() if is_conv1d(module) else kept))
+        return found
+
+    def nbytes(self) -> int:
+        """Bytes beside the model: norms and thresholds; weights that are left out are in no copy when served."""
+        every = [one for layer in self.inputs for one in layer if self.part.by_token]
+        norms = sum(one.norms.numel() * 4 for one in every if one.norms is not None)
+        return norms + 8 * len(self.inputs) * (self.part.by_token and self.part.calibrates)
+
+    def watch(self, add: Callable[[Any], None], forward: Any) -> None:
+        """Install the hooks that thin the inputs of every matrix while tokens are decoded.
+
+        Args:
+            add: takes the handle of each. forward: the one under way (`hooks.Forward`).
+        """
+        for ffn in self.ffns if self.part.by_token else ():
+            last = ffn.matrices - 1
+            add(ffn.down.register_forward_pre_hook(self._thin(ffn, last, forward)))
+            if ffn.fused:
+                add(ffn.up.register_forward_hook(self._both(ffn, forward)))
+                continue
+            for i, module in enumerate(m for m in (ffn.gate, ffn.up) if m is not None):
+                add(module.register_forward_pre_hook(self._thin(ffn, i, forward)))
+
+    def _kept(self, ffn: FFN, matrix: int, x: Tensor, state: Any) -> Tensor:
+        """x with the inputs alone that are read, which are counted."""
+        kept = self.part.kept(x, self.inputs[ffn.layer][matrix])
+        share = kept.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
+        spent = share * ffn.size / ffn.matrices
+        state.spent = spent if state.spent is None else state.spent + spent
+        return x * kept
+
+    def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if forward.phase != "decode" or forward.state is None:
+                return None
+            x = self._kept(ffn, matrix, forward.in_batch(args[0]), forward.state)
+            return (x.view(args[0].shape), *args[1:])
+
+        return torch.compiler.disable(hook)
+
+    def _both(self, ffn: FFN, forward: Any) -> Callable[..., Any]:
+        """Of gate and up in one projection: each with inputs of its own."""
+
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if forward.phase != "decode" or forward.state is None:
+                return None
+            x = forward.in_batch(args[0])
+            halves = weight_matrix(module).chunk(2)
+            biases = [None, None] if module.bias is None else module.bias.chunk(2)
+            made = [
+                nn.functional.linear(self._kept(ffn, i, x, forward.state), half, bias)
+                for i, (half, bias) in enumerate(zip(halves, biases, strict=True))
+            ]
+            return torch.cat(made, dim=-1).view(output.shape)
+
+        return torch.compiler.disable(hook)
+
+
+@torch.no_grad()
+def _seen(
+    part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration: Calibration | None
+) -> tuple[list[list[float | None]], list[list[Tensor | None]]]:
+    """Per layer, of x and of h: the threshold on the text, and the root of the sum of squares of each input."""
+    if not part.calibrates or calibration is None:
+        return [[None, None] for _ in ffns], [[None, None] for _ in ffns]
+    found = [[Distribution(), Distribution()] for _ in ffns]
+    squares = [[torch.zeros(f.width), torch.zeros(f.size)] for f in ffns]
+
+    def see(layer: int, x: Tensor, h: Tensor) -> None:
+        for side, values in enumerate((x, h)):
+            if part.by_token:
+                found[layer][side].add(values)
+            else:
+                squares[layer][side] += values.float().square().sum(0).cpu()
+
+    calibration.visit(see)
+    least: list[list[float | None]] = [
+        [one.quantile(1 - k / n) for one, k, n in zip(both, layer, (f.width, f.size), strict=True)]
+        for both, layer, f in zip(found, kept, ffns, strict=True)
+    ]
+    return least, [[s.sqrt() for s in both] for both in squares]

@@ -1,0 +1,184 @@
+"""Methods that leave out other things than neurons: teal, wina and wanda, on the three matrices of an FFN.
+
+Gate and up [F, D] multiply x, down [D, F] multiplies h. At sparsity s a token keeps of n inputs (D of x, F of h) over
+all L layers round((1 - s) n L), each layer its share, rounded down, the rest one by one.
+
+teal   of a text of n tokens the threshold of a layer is the quantile s of |x| over all of them, and of |h| another one
+       (cut to 10 bits of mantissa). A token keeps the inputs with a larger magnitude.
+wina   a token keeps the k inputs with the largest magnitude; of gate's (a plain FFN's up's), the largest |x_i| times
+       the L2 norm of column i. `weigh=all`: of all three.
+wanda  of each row of a matrix the k weights with the largest |W_ij| * sqrt(sum over the text of x_j^2) are kept; with
+       2:4 two of every four neighbours.
+
+Read is what is kept of the three matrices, all alike in size; 2:4 has 2 bits more for each weight that is kept.
+"""
+
+import pytest
+import torch
+
+import dart_eval
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.prepared import prepare
+from dart_eval.pruning.registry import make
+from tests.derivations import ours
+from tests.derivations.plain import Plain, counts, largest
+from tests.derivations.test_thresholds import TEXT, quantile, text
+from tests.helpers.models import biased, random_tokens
+from tests.helpers.sessions import PLAIN, bits, open_session, same
+
+D, F, LAYERS = 32, 40, 3
+FAMILIES = ["llama", "qwen2", "phi3", "gpt2", "opt"]
+
+
+def ffns_of(model):
+    """Per layer: gate, up and down as functions with their weights; the activation; matrices as [out, in]."""
+    found = []
+    kind = model.config.model_type
+    layers = {"gpt2": lambda: model.transformer.h, "opt": lambda: model.model.decoder.layers}
+    for layer in layers.get(kind, lambda: model.model.layers)():
+        if kind == "gpt2":
+            parts = [(m.weight.T, m.bias) for m in (layer.mlp.c_fc, layer.mlp.c_proj)]
+            found.append((layer.mlp.act, parts))
+        elif kind == "opt":
+            found.append((layer.activation_fn, [(m.weight, m.bias) for m in (layer.fc1, layer.fc2)]))
+        elif kind == "phi3":
+            both = layer.mlp.gate_up_proj
+            halves = [(w, None) for w in both.weight.chunk(2)]
+            found.append((layer.mlp.activation_fn, [*halves, (layer.mlp.down_proj.weight, layer.mlp.down_proj.bias)]))
+        else:
+            made = [(m.weight, m.bias) for m in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)]
+            found.append((layer.mlp.act_fn, made))
+    return found
+
+
+def thinned(model, prompt, decoded, kept_of):
+    """Log-probabilities of what follows, and the share of inputs kept by each token.
+
+    kept_of: layer, matrix, its weight, its input [n] -> factors of 0 and 1 on its weights, [out, n] or [n].
+    """
+    plain, parts, shares, found = Plain(model), ffns_of(model), [], []
+    rows = [plain.run(prompt)]
+
+    def product(i, k, value):
+        weight, bias = parts[i][1][k]
+        kept = kept_of(i, k, weight, value).to(weight.dtype)
+        shares.append(float(kept.mean()))
+        out = (weight * kept) @ value
+        return out if bias is None else out + bias
+
+    def written(i):
+        act, matrices = parts[i]
+        made = [product(i, k, plain.seen[i].x[0]) for k in range(len(matrices) - 1)]
+        h = act(made[0]) * made[1] if len(made) > 1 else act(made[0])
+        return product(i, len(matrices) - 1, h)
+
+    handles = [
+        layer.down.register_forward_hook(
+            lambda _m, _a, out, i=i: written(i).view(out.shape) if plain.seen[i].x.shape[0] == 1 else None
+        )
+        for i, layer in enumerate(plain.layers)
+    ]
+    for token in decoded:
+        shares.clear()
+        rows.append(plain.run([token]))
+        found.append(sum(shares) / len(shares))
+    for handle in handles:
+        handle.remove()
+    return torch.cat(rows), found
+
+
+def check(model, method, sparsity, kept_of, read, **params):
+    prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
+    before = bits(model)
+    run = ours.run(model, method, prompt, decoded, sparsity, "auto", text, **params)
+    assert same(model, before)
+    wanted, found = thinned(model, prompt, decoded, kept_of)
+    assert torch.allclose(run.logprobs, wanted, rtol=0, atol=1e-9)
+    assert run.read == pytest.approx(found if read is None else [read] * 6)
+    return run
+
+
+def kept_counts(sparsity):
+    """Per layer, of x and of h."""
+    of_x, of_h = (counts([(1 - sparsity) * n] * LAYERS, round((1 - sparsity) * n * LAYERS)) for n in (D, F))
+    return [*zip(of_x, of_h, strict=True)]
+
+
+def by_hand(model):
+    """Per layer x and h of the tokens of the text."""
+    plain = Plain(model)
+    plain.run(TEXT)
+    return [(seen.x, seen.h) for seen in plain.seen]
+
+
+@pytest.mark.parametrize(("family", "sparsity"), [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)])
+def test_teal_reads_columns_of_inputs_above_the_threshold(family, sparsity):
+    model = biased(family)
+    last = 1 if family in PLAIN else 2
+    kept = kept_counts(sparsity)
+    least = [
+        [quantile(v, 1 - k / n) for v, k, n in zip(both, layer, (D, F), strict=True)]
+        for both, layer in zip(by_hand(model), kept, strict=True)
+    ]
+    run = check(model, "teal", sparsity, lambda i, k, _w, x: x.abs() > least[i][k == last], None)
+    assert len(set(run.read)) > 1 and abs(sum(run.read) / 6 - (1 - sparsity)) < 0.15
+
+
+@pytest.mark.parametrize("weigh", ["gate", "all"])
+@pytest.mark.parametrize(("family", "sparsity"), [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)])
+def test_wina_reads_columns_with_the_largest_inputs_times_norms(family, sparsity, weigh):
+    model = biased(family)
+    last = 1 if family in PLAIN else 2
+    kept = kept_counts(sparsity)
+
+    def kept_of(i, k, weight, x):
+        norms = weight.float().square().sum(0).sqrt() if weigh == "all" or k == 0 else 1.0
+        return largest(x.abs() * norms, kept[i][k == last])
+
+    shares = [(last * of_x / D + of_h / F) / (last + 1) for of_x, of_h in kept]
+    run = check(model, "wina", sparsity, kept_of, sum(shares) / LAYERS, **{"entries.weigh": weigh})
+    assert run.read == pytest.approx([1 - sparsity] * 6, abs=0.01)
+
+
+@pytest.mark.parametrize("pattern", ["none", "2:4"])
+@pytest.mark.parametrize(("family", "sparsity"), [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)])
+def test_wanda_leaves_out_the_least_weights_of_each_row(family, sparsity, pattern):
+    model = biased(family)
+    last = 1 if family in PLAIN else 2
+    kept = kept_counts(sparsity)
+    sizes = [[v.float().square().sum(0).sqrt() for v in both] for both in by_hand(model)]
+
+    def kept_of(i, k, weight, _x):
+        score = weight.float().abs() * sizes[i][k == last]
+        if pattern == "none":
+            return torch.stack([largest(row, kept[i][k == last]) for row in score])
+        return torch.stack([torch.cat([largest(four, 2) for four in row.split(4)]) for row in score])
+
+    shares = [(last * of_x / D + of_h / F) / (last + 1) for of_x, of_h in kept]
+    read = sum(shares) / LAYERS if pattern == "none" else (2 * 16 + 2 * 2) / (4 * 16)
+    check(model, "wanda", sparsity, kept_of, read, **{"entries.pattern": pattern})
+
+
+@pytest.mark.parametrize("method", ["teal", "wina", "wanda"])
+def test_at_sparsity_0_nothing_is_left_out(method):
+    check(biased("llama"), method, 0.0, lambda _i, _k, _w, x: torch.ones_like(x), 1.0)
+
+
+@pytest.mark.parametrize("method", ["teal", "wina", "wanda"])
+def test_bytes_beside_the_model(method):
+    """Of wina the norms of gate's columns, of teal two thresholds a layer, of wanda nothing."""
+    wanted = {"teal": 3 * 2 * 4, "wina": 3 * D * 4, "wanda": 0}
+    with open_session(biased("llama"), method, 0.5) as session:
+        assert session.state_bytes == wanted[method]
+
+
+@pytest.mark.parametrize("spec", ["griffin", "cats", "dart"])
+def test_neurons_and_other_things_are_not_left_out_together(spec):
+    with pytest.raises(dart_eval.UserError, match="entries=norms leaves out input channels"):
+        make(spec, {"entries": "norms"})
+
+
+def test_without_a_text_there_are_no_thresholds():
+    for name, params in (("teal", {}), ("wanda", {}), ("cats", {"choice.threshold": "calibrated"})):
+        with pytest.raises(dart_eval.UserError, match="needs a calibration"):
+            prepare(make(name, params), find_ffns(biased("llama")), 0.5, None)
