@@ -107,8 +107,8 @@ class RunConfig:
     allocation: Annotated[
         Text | None,
         _told(
-            "Spread the sparsity over layers in this way, in methods that make masks from the prompt: uniform, depth "
-            "or table:FILE.",
+            "Spread the sparsity over layers in this way, in methods that make masks from the prompt: uniform, depth, "
+            "ends, global or table:FILE.",
             "each method's own",
         ),
     ] = None

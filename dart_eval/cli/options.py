@@ -118,6 +118,8 @@ def number(text: str) -> float | str:
 
 METHODS = complete.listed(complete.methods)
 
+SPREADS = ("uniform", "depth", "ends", "global", "table:")
+
 Model = Annotated[str | None, _option("model", MODEL, "NAME")]
 Revision = Annotated[str | None, _option("revision", MODEL, "NAME")]
 Dtype = Annotated[str | None, _option("dtype", MODEL, "TYPE")]
@@ -152,7 +154,7 @@ Method = Annotated[str | None, _option("method", PRUNING, "NAMES", offers=METHOD
 Sparsity = Annotated[str | None, _option("sparsity", PRUNING, "SHARES")]
 FfnBits = Annotated[str | None, _option("ffn_bits", PRUNING, "BITS")]
 Scope = Annotated[str | None, _option("scope", PRUNING)]
-Allocation = Annotated[str | None, _option("allocation", PRUNING, "NAME", offers=("uniform", "depth", "table:"))]
+Allocation = Annotated[str | None, _option("allocation", PRUNING, "NAME", offers=SPREADS)]
 Calibration = Annotated[str | None, _option("calibration", PRUNING, "FILE|DATASET")]
 CalibrationTokens = Annotated[int | None, _option("calibration_tokens", PRUNING, "N")]
 CalibrationSeed = Annotated[int | None, _option("calibration_seed", PRUNING, "N")]

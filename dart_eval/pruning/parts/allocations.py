@@ -172,7 +172,7 @@ def _standardised(score: Tensor) -> Tensor:
 
     if score.is_meta:  # of a model without weights nothing is known
         return score.new_zeros(len(score), dtype=torch.float64, device="cpu")
-    x = score.double().cpu()
+    x = score.cpu().double()
     deviation = x.std() if len(x) > 1 else x.new_zeros(())
     return (x - x.mean()) / deviation if bool(deviation > 0) else x * 0
 
