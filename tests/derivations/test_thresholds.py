@@ -150,3 +150,14 @@ def test_a_threshold_below_zero_is_dense(method):
     wanted = torch.cat([dense.run(prompt), *[dense.run([token]) for token in decoded]])
     run = ours.run(model, method, prompt, decoded, 0.0, "auto", text, **{"choice.threshold": "calibrated"})
     assert torch.allclose(run.logprobs, wanted, rtol=0, atol=1e-9) and run.read == [1.0] * 6
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_at_all_of_x_and_all_bits_prox_is_the_exact_choice(family):
+    """Gate and up read whole leave half of down at 5/6: the neurons that `oracle-token` takes at a half."""
+    model, prompt, decoded = biased(family), random_tokens(12, 5), random_tokens(6, 6)
+    all_of_it = {"image": "weights", "choice.thin": 1.0}
+    found = ours.run(model, "prox", prompt, decoded, 0.5 / 3, **all_of_it)
+    exact = ours.run(model, "oracle-token", prompt, decoded, 0.5)
+    assert torch.allclose(found.logprobs, exact.logprobs, rtol=0, atol=1e-9)
+    assert found.read == pytest.approx([5 / 6] * 6)
