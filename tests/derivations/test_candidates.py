@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+from dart_eval.cost import ModelShape, overhead
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.candidates import Candidates
+from dart_eval.pruning.registry import make
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.models import biased, random_tokens
@@ -92,3 +94,8 @@ def test_a_tokens_flops_and_reads_by_hand():
     assert (found.mask, found.taken, found.written, found.whole) == ([325, 325], [250, 250], [250, 250], 2)
     assert Candidates().core(torch.tensor([250])).tolist() == [225]  # and 100 candidates: 225 + 100 = 325
     assert Candidates().mask_share(0.3, 3) == pytest.approx(0.325)
+    shape = ModelShape(2, 64, (1000, 1000), 3, 0, 0, (0, 0), (None, None), 0)
+    added = overhead(make("pop"), shape, 10, 0.3)
+    assert added.decode_step == pytest.approx(3 * 200)  # a square, a factor and a comparison for each candidate
+    assert added.prefill == 10 * 2 * 2000  # a square and a sum for each neuron of ten tokens
+    assert (added.remask, added.remask_read) == (0, 0)
