@@ -45,8 +45,7 @@ def evaluate(
     cue: str | None = None,
     data_dir: str | Path | None = None,
     calibration: str | Path | None = None,
-    calibration_tokens: int | None = None,
-    calibration_seed: int | None = None,
+    calibration_tokens: int | None = None, calibration_seed: int | None = None,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -55,12 +54,11 @@ def evaluate(
     confirm_run_unsafe_code: bool = False,
     executor: str = "local",
     ray_address: str | None = None,
-    gpus_per_cell: float | None = None,
-    cpus_per_cell: float | None = None,
+    gpus_per_cell: float | None = None, cpus_per_cell: float | None = None,
     shards: int | None = None,
     log: str | None = None,
     log_project: str = "dart-eval",
-) -> list[dict[str, Any]]:
+) -> list[dict[str, Any]]:  # fmt: skip
     """Run methods at sparsities on tasks, as `dart-eval run` does; finished cells are read, not run again.
 
         dart_eval.evaluate(tasks="smoke_questions", method=["dense", "dart"], sparsity=0.5, limit=20)

@@ -95,7 +95,7 @@ def decode(
     [bold]Examples[/bold]
     dart-eval bench decode --method griffin,dart
     dart-eval bench decode --method griffin --sparsity 0.5 --output out
-    dart-eval bench decode --shape llama-3.2-1b --layers 4 --dtype bfloat16 --ffn-bits 4
+    dart-eval bench decode --shape llama-3.2-1b --layers 4 --ffn-bits 4
     dart-eval bench decode --method dart --compile default --format json
     """
     hush(False)

@@ -57,8 +57,7 @@ def run(
     cue: options.Cue = None,
     data_dir: options.DataDir = None,
     calibration: options.Calibration = None,
-    calibration_tokens: options.CalibrationTokens = None,
-    calibration_seed: options.CalibrationSeed = None,
+    calibration_tokens: options.CalibrationTokens = None, calibration_seed: options.CalibrationSeed = None,
     output: options.Output = None,
     config: options.Config = None,
     log: options.Log = None,
@@ -66,12 +65,11 @@ def run(
     force: options.Force = None,
     executor: options.Executor = None,
     ray_address: options.RayAddress = None,
-    gpus_per_cell: options.GpusPerCell = None,
-    cpus_per_cell: options.CpusPerCell = None,
+    gpus_per_cell: options.GpusPerCell = None, cpus_per_cell: options.CpusPerCell = None,
     shards: options.Shards = None,
     plan: options.Plan = False,
     verbose: options.Verbose = False,
-) -> None:
+) -> None:  # fmt: skip
     """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end.
 
     \b
