@@ -58,10 +58,15 @@ def measure(
     """Measure the state after prompts of these lengths, and count FLOPs at a context of `context` tokens.
 
     Raises:
-        UserError: unknown shape.
+        UserError: unknown shape, a method that does not prune, or one that is made of the weights' numbers.
     """
     if not method.prunes:
         raise UserError(f"{method.name} keeps and computes nothing", "choose a method that prunes")
+    if method.choice.image is not None:
+        raise UserError(
+            f"{method.name} looks at an image of the weights, and a shape has none",
+            "see `extra` and `overhead` on the board of a run",
+        )
     model = shapes.without_weights(shape)
     ffns = describe(model)
     sizes = cost.shape_of(model, ffns)

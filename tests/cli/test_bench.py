@@ -244,6 +244,12 @@ def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
     assert "dense does not prune" in idle.err
 
 
+@pytest.mark.parametrize("name", ["preview", "graded", "prox"])
+def test_what_is_made_of_weights_is_not_counted_on_a_shape(name):
+    done = command("bench", "overhead", "--method", name)
+    assert done.code == 2 and f"{name} looks at an image of the weights, and a shape has none" in done.err
+
+
 @pytest.mark.parametrize(("verb", "example"), [("scoring", "griffin,cats"), ("overhead", "dart,dart-plus")])
 def test_an_empty_list_of_methods_is_none(verb, example):
     done = command("bench", verb, "--method", " , ")
