@@ -142,6 +142,14 @@ COLUMNS = [name for name, field in FIELDS.items() if field.column]
 NAMED = [name for name, field in FIELDS.items() if field.named]
 
 
+# Fields of parts that older versions did not have, at the values that do what these did: a cell of theirs answers the
+# same question.
+UNSAID = {
+    "entries": "all", "draw": "best", "compensation.over": "context", "choice.threshold": "none",
+    "score.of": "gate-up",
+}  # fmt: skip
+
+
 def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
     """What a cell was asked, but for some of it. A field that no cell had before it was new counts as null."""
     left_out = set(without)
@@ -150,6 +158,8 @@ def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, A
         model = inputs["model"]
         fields = ["name", "revision", "weights", *(["remote_code"] if model.get("remote_code") else [])]
         found["model"] = {k: model.get(k) for k in fields}
+    if found.get("params"):
+        found["params"] = {k: v for k, v in inputs["params"].items() if UNSAID.get(k) != v}
     return found
 
 
