@@ -72,7 +72,7 @@ class ModelShape:
 
 def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     """Read the sizes off a loaded Hugging Face causal language model."""
-    ffn_modules = {id(m) for f in ffns for m in (f.gate, f.up, f.down) if m is not None}
+    ffn_modules = {id(m) for f in ffns for m in f.projections}
     other = 0
     for module in decoder(model).modules():  # some project before and after their layers (OPT-350m)
         if id(module) not in ffn_modules and _is_projection(module):

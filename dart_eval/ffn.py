@@ -138,6 +138,11 @@ class FFN:
         return added if bias is None else added - bias.float()
 
     @property
+    def projections(self) -> list[nn.Module]:
+        """Gate, where there is one, up and down."""
+        return [m for m in (self.gate, self.up, self.down) if m is not None]
+
+    @property
     def matrices(self) -> int:
         """How many F x D matrices a token multiplies: 3 for gated FFNs, 2 for plain ones."""
         return 3 if self.gated else 2
@@ -319,7 +324,7 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 def _parts(ffn: FFN) -> list[int]:
     """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
     modules = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.act, ffn.residual, ffn.output, ffn.attention]
-    projections = [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
+    projections = ffn.projections
     return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 
 

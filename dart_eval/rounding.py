@@ -170,7 +170,7 @@ class Rounded:
     """
 
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
-        modules = [m for f in find_ffns(model) for m, _ in _projections(f)]
+        modules = [m for f in find_ffns(model) for m in f.projections]
         self._held: list[tuple[nn.Module, Tensor, Tensor, Packed]] = []
         for module in modules:
             matrix = weight_matrix(module)

@@ -97,7 +97,7 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
         UserError: on a device or for bits that torch has no such product for, or the weights are quantised.
     """
     ffns = find_ffns(model)
-    modules: list[Any] = [m for f in ffns for m in (f.gate, f.up, f.down) if m is not None]
+    modules: list[Any] = [m for f in ffns for m in f.projections]
     if weight_matrix(modules[0]).device.type != "cpu":
         raise UserError("rounded weights are timed on a CPU alone", "use --device cpu, or leave --ffn-bits out")
     made = []

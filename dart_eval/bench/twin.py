@@ -43,4 +43,4 @@ def own_bytes(model: nn.Module) -> int:
 
 
 def _projections(model: nn.Module) -> list[nn.Module]:
-    return [module for f in find_ffns(model) for module in (f.gate, f.up, f.down) if module is not None]
+    return [module for f in find_ffns(model) for module in f.projections]

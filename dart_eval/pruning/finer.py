@@ -61,7 +61,7 @@ class Finer:
         self.fine = None if part.by_token else Fine([held for f in ffns for held in self._held(f)])
 
     def _held(self, ffn: FFN) -> list[tuple[nn.Module, Tensor, Tensor]]:
-        modules: list[Any] = [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
+        modules: list[Any] = ffn.projections
         found = []
         for module in modules:
             matrix = weight_matrix(module)

@@ -205,7 +205,7 @@ def _unlike_plain(module: nn.Module, reordered: bool) -> str | None:
 
 def shared(ffns: Sequence[FFN], model: nn.Module) -> str | None:
     """Which FFN weights lie in memory that another module uses too, or None."""
-    mine = {id(m.weight) for f in ffns for m in (f.gate, f.up, f.down) if m is not None}
+    mine = {id(m.weight) for f in ffns for m in f.projections}
     spans = []
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         if tensor.numel() and not tensor.is_meta:

@@ -164,7 +164,7 @@ class Fine:
         Args:
             mantissa: bits of it that are read; None: all.
         """
-        modules: list[Any] = [m for f in ffns for m in (f.gate, f.up, f.down) if m is not None]
+        modules: list[Any] = [m for f in ffns for m in f.projections]
         if mantissa is None or any(packed(m) is not None for m in modules):
             return None
         return cls([(m, m.weight.data, _fine(m, mantissa)) for m in modules])
