@@ -77,13 +77,13 @@ def executions(dry: bool) -> dict[str, Any]:
     model = small(dry)
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, tolerance(model, torch.bfloat16))):
         low = copy.deepcopy(model).to(dtype)
-        for method, params in (("griffin", {}), ("dart", RESTLESS), ("dart-plus", RESTLESS)):
+        for method, params in (("griffin", {}), ("dart", RESTLESS), ("dart-choice", RESTLESS)):
             ours, session = pruned(low, method, "permuted", **params)
             theirs, reference = pruned(low, method, "masked", **params)
             name = f"{method} {str(dtype).removeprefix('torch.')}"
             numbers[name] = apart(ours, theirs)
             # Rounding moves which neurons a token chooses, at the edge of what it may: they are the smallest.
-            require(numbers[name], 4 * most if method == "dart-plus" else most, f"{name}, permuted and masked")
+            require(numbers[name], 4 * most if method == "dart-choice" else most, f"{name}, permuted and masked")
             if [e["token"] for e in session.events] != [e["token"] for e in reference.events]:
                 raise AssertionError(f"{name}: re-masks came at other tokens")
             if params and not session.events:
@@ -235,7 +235,7 @@ def decoding(dry: bool, compiled: str | None, methods: tuple[str, ...]) -> dict[
 
 def decode_eager(dry: bool) -> dict[str, Any]:
     """Without a compiler: the methods one after the other."""
-    return decoding(dry, None, ("griffin", "dart", "dart-plus"))
+    return decoding(dry, None, ("griffin", "dart", "dart-choice"))
 
 
 def decode_compiled(dry: bool) -> dict[str, Any]:

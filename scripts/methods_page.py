@@ -52,7 +52,7 @@ A method is known by its parts, however it is spelled. `dart:remask=never:alloca
 parts of `griffin`, and is not run beside it.
 
 **Sparsity counts bytes.** At sparsity 0.7 a decoded token reads 0.3 of the FFN's weights, whatever the parts. `griffin`
-reads all three matrices for 30 % of the neurons. `dart-plus` has 48 % of them in its mask: a token reads gate for
+reads all three matrices for 30 % of the neurons. `dart-choice` has 48 % of them in its mask: a token reads gate for
 these, up for the 26 % that it takes of them, and down for the 16 % with the largest |h|. Together they are
 (.48 + .26 + .16) / 3 = .30 of the weights. In general a token that reads gate (or up) for the whole mask reads
 
@@ -68,11 +68,11 @@ has from the calibration text for that sparsity: what is read then varies around
 
 An **image** is what a token reads of gate and up before it chooses: the top bits of the served weights
 (`image=plane`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits; where x is thinned to
-its largest entries (`choice.thin`), only with those of their columns, and with the scales of all groups. `graded` with
-the plane of 16-bit weights reads 5 bits of every weight of gate and up; of the neurons with the largest |h| in this
-preview 3 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of the
-next ones 5 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token, the
-more of its bits are read. A count is rounded down: what is read is never more than the label.
+its largest entries (`choice.thin`), only with those of their columns, and with the scales of all groups. `dart-plus`
+with the plane of 16-bit weights reads 5 bits of every weight of gate and up; of the neurons with the largest |h| in
+this preview 3 more bits and the exponents that the plane leaves open, and the first 8 bits of their columns of down; of
+the next ones 5 bits of their columns of down, and their h is the preview's. So the more a neuron matters to a token,
+the more of its bits are read. A count is rounded down: what is read is never more than the label.
 
 **Candidates are read to be ranked.** At sparsity 0.7 a token of `pop` reads gate and up for 32.5 % of the neurons: the
 22.5 % that are sure, and 10 % as candidates. It reads down for 25 %, so that (2 * .325 + .25) / 3 = .30.

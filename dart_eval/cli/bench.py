@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dart_eval.pruning.method import Pruner
 
 FLAGS = {"--scoring": "scoring", "--overhead": "overhead"}  # of version 0.1, in place of verbs
-MEASURED = "griffin,dart,dart-code,dart-plus"
+MEASURED = "griffin,dart,dart-code,dart-choice"
 
 
 class _Verbs(TyperGroup):
@@ -51,7 +51,7 @@ app = typer.Typer(
 )
 
 
-def _methods(asked: RunConfig, example: str = "dart,dart-plus") -> list[Pruner]:
+def _methods(asked: RunConfig, example: str = "dart,dart-choice") -> list[Pruner]:
     """The methods to measure.
 
     Args:
@@ -218,7 +218,7 @@ def overhead(
     \b
     [bold]Examples[/bold]
     dart-eval bench overhead
-    dart-eval bench overhead --shape qwen2.5-1.5b --method dart,dart-plus
+    dart-eval bench overhead --shape qwen2.5-1.5b --method dart,dart-choice
     dart-eval bench overhead --sparsity 0.5 --format json
     """
     hush(False)

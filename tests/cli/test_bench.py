@@ -50,7 +50,7 @@ def test_what_is_counted():
     assert found.speedup.n == found.control.n == found.overhead.n == 10  # the warm-up is not counted
     assert found.remask_masks_dense_steps is None
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
-    choosy = decode.measure(model, make("dart-plus"), 0.7, prompt_tokens=20, steps=3, rounds=1)
+    choosy = decode.measure(model, make("dart-choice"), 0.7, prompt_tokens=20, steps=3, rounds=1)
     assert choosy.weights_read == pytest.approx(0.3)
     # gate and up read the mask on a CPU, down what is written: (.48 + .48 + .16) / 3
     assert choosy.weights_executed == pytest.approx(0.373, abs=0.01)
@@ -244,13 +244,13 @@ def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
     assert "dense does not prune" in idle.err
 
 
-@pytest.mark.parametrize("name", ["preview", "graded", "prox"])
+@pytest.mark.parametrize("name", ["preview", "dart-plus", "prox"])
 def test_what_is_made_of_weights_is_not_counted_on_a_shape(name):
     done = command("bench", "overhead", "--method", name)
     assert done.code == 2 and f"{name} looks at an image of the weights, and a shape has none" in done.err
 
 
-@pytest.mark.parametrize(("verb", "example"), [("scoring", "griffin,cats"), ("overhead", "dart,dart-plus")])
+@pytest.mark.parametrize(("verb", "example"), [("scoring", "griffin,cats"), ("overhead", "dart,dart-choice")])
 def test_an_empty_list_of_methods_is_none(verb, example):
     done = command("bench", verb, "--method", " , ")
     assert (done.code, done.err) == (2, f"error: no method given; for example --method {example}\n")

@@ -73,7 +73,7 @@ def test_dry_in_a_plain_image(plain):
         0 < found["parity"]["numbers"]["bfloat16 pruned"] < 0.05 < found["parity"]["numbers"]["bfloat16 pruning moves"]
     )
     rows = found["decode_eager"]["numbers"]["rows"]
-    assert [row["method"] for row in rows] == ["griffin", "dart", "dart-plus"]
+    assert [row["method"] for row in rows] == ["griffin", "dart", "dart-choice"]
     assert all(row["extra_weight_bytes"] == 0 for row in rows)
     assert "passed" in said and "griffin" in said
 

@@ -31,7 +31,7 @@ def answers(tokenizer, asked, batch_size=2, journal=None):
     return lm.generate_until(asked)
 
 
-def keys(batch_size, dtype="float32", method="dart-plus", drawn=()):
+def keys(batch_size, dtype="float32", method="dart-choice", drawn=()):
     config = RunConfig(method=(method,), batch_size=batch_size, share_prefix=batch_size == 1)
     model = Resolved(ModelSpec(), "", Identity("m", None, "w"), dtype)
     return [cell.key for cell in plan(config, model, ["t"], {"t": "h"}, "cpu", drawn)]
@@ -40,7 +40,7 @@ def keys(batch_size, dtype="float32", method="dart-plus", drawn=()):
 @pytest.mark.parametrize(
     ("method", "dtype", "drawn", "moves"),
     [
-        ("dart-plus", "float32", (), True), ("dart", "float32", (), False), ("dense", "float32", (), False),
+        ("dart-choice", "float32", (), True), ("dart", "float32", (), False), ("dense", "float32", (), False),
         ("dense", "float32", ("t",), True), ("dart", "float32", ("other",), False), ("dart", "bfloat16", (), True),
         ("dart:choice=gate-up", "float32", (), True),
     ],

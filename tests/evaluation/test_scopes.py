@@ -20,7 +20,7 @@ from tests.helpers.models import FAMILIES, random_tokens
 from tests.helpers.requests import output_head_of, questions
 from tests.helpers.sessions import RESTLESS, open_session
 
-METHODS = ["random", "griffin", "dart", "dart-plus"]
+METHODS = ["random", "griffin", "dart", "dart-choice"]
 
 
 def scored(model, session, requests, scope, batch_size=4):

@@ -232,9 +232,9 @@ def test_a_head_that_does_more_is_refused():
 
 
 def test_what_is_not_read_and_what_is_outside_the_mask_are_counted_apart(llama):
-    """dart-plus at half of the weights: masks of 1.6 times as many neurons, tokens that choose among them."""
+    """dart-choice at half of the weights: masks of 1.6 times as many neurons, tokens that choose among them."""
     request = Request(random_tokens(20), random_tokens(6, seed=1))
-    with open_session(llama, "dart-plus", 0.5) as session:
+    with open_session(llama, "dart-choice", 0.5) as session:
         (score,) = _score(llama, session, [request])
         assert (session.mask_sparsity, session.weights_read) == (pytest.approx(0.2), pytest.approx(0.5))
     assert (score.cost.not_read_sum, score.cost.outside_sum) == (pytest.approx(0.5 * 6), pytest.approx(0.2 * 6))

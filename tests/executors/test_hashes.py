@@ -224,7 +224,7 @@ def test_what_a_worker_imports_counts_or_computes_no_number():
 def test_what_cells_execute_is_known(saved_llama, tmp_path):
     """Of each kind of task: answers, a perplexity, a text."""
     config = config_from(None, {
-        "model": saved_llama, "method": "dense,dart-plus,wanda-sp", "output": str(tmp_path), "limit": 1,
+        "model": saved_llama, "method": "dense,dart-choice,wanda-sp", "output": str(tmp_path), "limit": 1,
         "tasks": "smoke_questions,smoke_stories,smoke_summary",
     })  # fmt: skip
     executed = set()

@@ -210,16 +210,16 @@ def test_where_memory_runs_out_batches_are_halved(saved_llama, tmp_path, monkeyp
 def test_methods_run_on_rounded_weights_and_read_counts_their_bits(saved_llama, tmp_path):
     """In turn on the one model, which has its own weights in between."""
     config = config_from(None, {
-        "model": saved_llama, "method": "griffin,dense,graded", "sparsity": "0.5", "ffn_bits": "4,16,8", "limit": 2,
+        "model": saved_llama, "method": "griffin,dense,dart-plus", "sparsity": "0.5", "ffn_bits": "4,16,8", "limit": 2,
         "tasks": "smoke_questions", "output": str(tmp_path),
     })  # fmt: skip
     result = run_local(config, Watch())
     found = {(r.inputs["method"], r.inputs.get("ffn_bits")): r for r in result.records}
     bits = {"4": 4.5, "8": 8.5, None: 16}
-    assert set(found) == {(m, b) for m in ("griffin", "dense", "graded") for b in bits}
+    assert set(found) == {(m, b) for m in ("griffin", "dense", "dart-plus") for b in bits}
     for (method, own), record in found.items():
         whole = bits[own] / 16
-        if method == "graded":
+        if method == "dart-plus":
             assert 0.4 * whole < record.weights_read <= 0.5 * whole + 1e-9
         else:
             assert record.weights_read == pytest.approx(whole * (0.5 if method == "griffin" else 1), rel=0.03)

@@ -96,7 +96,7 @@ SETTINGS = {
     "griffin": Setting("griffin", 0.55),
     "dart": Setting("dart", 0.37),
     "dart-code": Setting("dart-code"),
-    "dart-plus": Setting("dart-plus"),
+    "dart-choice": Setting("dart-choice"),
     "oracle": Setting("oracle", decodes=False),
     "random seed": Setting("random:score.seed=3"),
     "every window an alarm": Setting(f"dart:{RESTLESS}", 0.3),
@@ -110,14 +110,14 @@ SETTINGS = {
     "steady re-masks": Setting(
         "dart:remask=every:remask.tokens=4:remask.old=running:remask.ring=6:score.norm=l2:allocation=uniform"
     ),
-    "steady re-masks and alarms": Setting(f"dart-plus:{RESTLESS}:remask.every=4:remask.every_blend=0.6"),
+    "steady re-masks and alarms": Setting(f"dart-choice:{RESTLESS}:remask.every=4:remask.every_blend=0.6"),
     "dense tokens": Setting(f"dart-code:{RESTLESS}:remask.dense_tokens=2:remask.blend=0.3", 0.37),
     "two stages": Setting("dart:choice=gate-up:choice.mask_ratio=1.6:remask=never", 0.45),
     "three stages": Setting(f"dart:{RESTLESS}:choice=gate-up:choice.mask_ratio=1.5:choice.write_share=0.6", 0.62),
     "compensation": Setting(f"dart:{RESTLESS}:compensation=mean:score.skip_first=on", 0.37),
     "saved table": Setting(f"dart:allocation=table:allocation.file={TABLE}:remask=never"),
     "shared mask": Setting(f"dart:{RESTLESS}", 0.37, shared_mask=True),
-    "shared mask, stages and compensation": Setting("dart-plus:remask.every=5", 0.62, shared_mask=True),
+    "shared mask, stages and compensation": Setting("dart-choice:remask.every=5", 0.62, shared_mask=True),
     "vocabulary score": Setting("dart:score.vocabulary=max:score.average=ema:score.decay=0.9:remask=never", 0.7),
     "product of scores and down columns": Setting(
         "dart:score.vocabulary=product:score.down_norm=on:score.norm=l1:remask=never"
@@ -130,9 +130,9 @@ SETTINGS = {
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),
     "top-p": Setting("top-p:choice.p=0.8", families=TWO),
     "preview by a copy": Setting("preview:image=copy:image.bits=3", 0.4, decodes=False, families=TWO),
-    "graded": Setting("graded", 0.6, decodes=False, families=TWO),
+    "dart-plus": Setting("dart-plus", 0.6, decodes=False, families=TWO),
     "griffin, gate's choice, re-masks": Setting("griffin:remask=every:remask.tokens=6:choice=gate", 0.4, families=TWO),
 }
 
 # Those that run as lm-eval's model too: texts up to a stop sequence, and perplexities.
-TEXTS = ("griffin", "every window an alarm", "dart-plus")
+TEXTS = ("griffin", "every window an alarm", "dart-choice")

@@ -22,7 +22,7 @@ RESTLESS = {
 REMASKED = [
     ("griffin", {}), ("dart", {}), ("dart", RESTLESS),
     ("dart", {**RESTLESS, "remask.old": "running", "remask.reference": "kept"}),
-    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-plus", {**RESTLESS, "remask.every": 4}),
+    ("dart-code", {**RESTLESS, "remask.dense_tokens": 2}), ("dart-choice", {**RESTLESS, "remask.every": 4}),
     ("dart", {**RESTLESS, "score.average": "ema", "score.skip_first": True, "score.vocabulary": "max",
               "compensation": "mean"}),
     ("griffin", {"remask": "drift", **RESTLESS}),

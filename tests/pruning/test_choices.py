@@ -260,7 +260,7 @@ def test_a_sparsity_that_what_is_read_whole_does_not_leave_is_refused(method, fa
 
 
 INSIDE = [(name, {}) for name in ("cats", "m-countdown", "oracle-token")] + [
-    (mask, {"choice": choice}) for mask in ("random", "griffin", "dart-plus", "oracle-token")
+    (mask, {"choice": choice}) for mask in ("random", "griffin", "dart-choice", "oracle-token")
     for choice in ("gate-up", "gate", "up", "hidden") if (mask, choice) != ("oracle-token", "hidden")
 ]  # fmt: skip
 

@@ -58,8 +58,8 @@ def test_what_dart_adds_is_what_its_formulas_take(llama):
 def test_what_remask_reads_is_counted(llama):
     """Per decoded token: gate and up of every neuron from the ring, down as well where the pruned are made up for."""
     shape = shape_of(llama, find_ffns(llama))
-    found = {name: describe(make(name), shape, 100, 0.5, 0.01)["remask_reads"] for name in ("dart", "dart-plus")}
-    assert found == {"dart": pytest.approx(0.01 * 2 / 3), "dart-plus": pytest.approx(0.01 * (2 + 0.2) / 3)}
+    found = {name: describe(make(name), shape, 100, 0.5, 0.01)["remask_reads"] for name in ("dart", "dart-choice")}
+    assert found == {"dart": pytest.approx(0.01 * 2 / 3), "dart-choice": pytest.approx(0.01 * (2 + 0.2) / 3)}
     # 30 tokens run dense: each reads and multiplies the part that a pruned one leaves out
     code, scoring = describe(make("dart-code"), shape, 100, 0.3, 0.01), 30 * 5 * 3 * 40 + 3 * 3 * 40
     assert code["remask_reads"] == pytest.approx(0.01 * 30 * 0.7)

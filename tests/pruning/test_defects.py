@@ -167,7 +167,7 @@ def test_d8_sums_are_kept_in_fp32(llama, dtype):
 
 
 def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):
-    for method in ("griffin", "dart", "dart-code", "dart-plus"):
+    for method in ("griffin", "dart", "dart-code", "dart-choice"):
         with prune(llama, method, 0.5):  # no tokenizer, no text
             llama(prompt(), use_cache=True)
     text = " ".join(DEFAULT_TEXT.read_text(encoding="utf-8").split())
@@ -178,7 +178,7 @@ def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibratio
                     assert " ".join(value.split())[:60] not in text
 
 
-@pytest.mark.parametrize("method", ["griffin", "dart", "dart-code", "dart-plus"])
+@pytest.mark.parametrize("method", ["griffin", "dart", "dart-code", "dart-choice"])
 def test_d10_candidates_share_one_mask_that_none_of_them_made(llama, method):
     context, masks = random_tokens(20, seed=3), []
     for answers in ((5, 6, 7), (50, 51)):
@@ -216,7 +216,7 @@ def test_d18_the_projection_is_made_only_where_a_score_wants_it(llama, monkeypat
         raise AssertionError("not asked for")
 
     monkeypatch.setattr("dart_eval.pruning.calibration.project", fail)
-    for method in ("dart", "dart-code", "dart-plus", "griffin"):
+    for method in ("dart", "dart-code", "dart-choice", "griffin"):
         with open_session(llama, method, 0.5):
             pass
     with pytest.raises(AssertionError), open_session(llama, "dart", 0.5, **{"score.vocabulary": "max"}):

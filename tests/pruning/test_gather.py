@@ -47,7 +47,7 @@ def gathering_equals_masks():
         before = bits(model)
         results = []
         for execution in ("masked", "permuted"):
-            with open_session(model, "dart-plus", 0.5, execution=execution, **params) as session:
+            with open_session(model, "dart-choice", 0.5, execution=execution, **params) as session:
                 results.append([decoded(model, session, [random_tokens(20, seed)], steps=8) for seed in (3, 4)])
                 if execution == "permuted":
                     assert session.permuted.gathered and session.execution == "permuted"
@@ -61,7 +61,7 @@ def a_batch_after_one_sequence():
     """With one mask it is computed in slices, and down is as it was."""
     model = biased("llama")
     before = bits(model)
-    with open_session(model, "dart-plus", 0.5, shared_mask=True, **RESTLESS) as session:
+    with open_session(model, "dart-choice", 0.5, shared_mask=True, **RESTLESS) as session:
         decoded(model, session, [random_tokens(20)], steps=3)
         assert session.permuted.gathered
         decoded(model, session, [random_tokens(20), random_tokens(20, 1)], steps=3)

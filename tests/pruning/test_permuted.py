@@ -31,7 +31,7 @@ from tests.helpers.sessions import (
 )
 
 STATIC = [("magnitude", {}), ("wanda-sp", {})]
-TWO_STAGES = ("dart-plus", {**RESTLESS, "choice.write_share": 1.0})
+TWO_STAGES = ("dart-choice", {**RESTLESS, "choice.write_share": 1.0})
 METHODS = [*REMASKED, *CHOOSING[::2], *STATIC, TWO_STAGES, ("dart", {"allocation": "uniform"})]
 
 
@@ -253,7 +253,11 @@ def test_a_keyboard_interrupt_in_generate():
     model = biased("llama")
     before = bits(model)
     for at in range(100, 3000, 211):
-        with pytest.raises(KeyboardInterrupt), open_session(model, "dart-plus", 0.5, **RESTLESS), Interrupt(at, False):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            open_session(model, "dart-choice", 0.5, **RESTLESS),
+            Interrupt(at, False),
+        ):
             model.generate(torch.tensor([random_tokens(20)]), max_new_tokens=30, do_sample=False)
         assert same(model, before)
 

@@ -25,7 +25,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("bits", ["16", "8", "4", "3:row"])
 @pytest.mark.parametrize("image", IMAGES)
-@pytest.mark.parametrize("name", ["preview", "graded"])
+@pytest.mark.parametrize("name", ["preview", "dart-plus"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bits):
     """Counted by hand: images of what is read so, the rest of chosen rows, columns of down."""
@@ -63,7 +63,7 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
             assert prepared.nbytes() == round(kept / 8)
 
 
-@pytest.mark.parametrize("name", ["preview", "graded"])
+@pytest.mark.parametrize("name", ["preview", "dart-plus"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_sparsity_0_it_is_the_dense_model(family, name):
     model = biased(family)

@@ -157,7 +157,7 @@ def test_a_further_turn_after_remasks_counts_all_its_tokens(llama):
     assert torch.allclose(state.sums["score"][0] / state.weight, (mean + 9.0) / 2)
 
 
-@pytest.mark.parametrize("method", ["dart", "dart-code", "dart-plus", "griffin"])
+@pytest.mark.parametrize("method", ["dart", "dart-code", "dart-choice", "griffin"])
 def test_state_does_not_grow_with_the_prompt(method):
     model = tiny("llama", torch.float32)
     sizes = []

@@ -27,7 +27,7 @@ ALONE = {
     "min_windows": ("dart:min_windows=1", "dart:remask.min_windows=1"),
     "detect_skip_first": ("dart:detect_skip_first=off", "dart:remask.skip_first=off"),
     "renew": ("dart:renew=off", "dart:remask.act=off"),
-    "ring": ("dart-plus:ring=16", "dart-plus:remask.ring=16"),
+    "ring": ("dart-choice:ring=16", "dart-choice:remask.ring=16"),
     "dense_tokens": ("dart-code:dense_tokens=0", "dart-code:remask.dense_tokens=0"),
     "blend": ("dart:blend=0.5", "dart:remask.blend=0.5"),
     "memory": ("dart:memory=running", "dart:remask.old=running"),
@@ -35,7 +35,7 @@ ALONE = {
     "every": ("dart:every=4", "dart:remask.every=4"),
     "every_blend": ("dart:every=4:every_blend=0.6", "dart:remask.every=4:remask.every_blend=0.6"),
     "stages": ("dart:stages=1.5", "dart:choice=gate-up:choice.mask_ratio=1.5"),
-    "down": ("dart-plus:down=0.8", "dart-plus:choice.write_share=0.8"),
+    "down": ("dart-choice:down=0.8", "dart-choice:choice.write_share=0.8"),
     "compensate": ("dart:compensate=on", "dart:compensation=mean"),
     "detect": ("dart:detect=off", "dart:remask=never"),
 }
@@ -50,17 +50,17 @@ TOGETHER = [
     ("dart:detect=on:every=4:every_blend=0.6", "dart:remask.every=4:remask.every_blend=0.6"),
     ("dart:renew=off:every=4", "dart:remask.act=off:remask.every=4"),
     # What a method had of its own stays.
-    ("dart-plus:detect=off:every=4", "dart-plus:remask=every:remask.tokens=4:remask.ring=8:remask.old=running"),
-    ("dart-plus:detect=off", "dart-plus:remask=never"),
-    ("dart-plus:stages=1.4", "dart-plus:choice.mask_ratio=1.4"),
+    ("dart-choice:detect=off:every=4", "dart-choice:remask=every:remask.tokens=4:remask.ring=8:remask.old=running"),
+    ("dart-choice:detect=off", "dart-choice:remask=never"),
+    ("dart-choice:stages=1.4", "dart-choice:choice.mask_ratio=1.4"),
     # A mask alone: no token chooses, and a share of what it writes says nothing.
-    ("dart-plus:stages=1", "dart-plus:choice=none"),
-    ("dart-plus:stages=1:down=0.5:compensate=off", "dart-plus:choice=none:compensation=none"),
+    ("dart-choice:stages=1", "dart-choice:choice=none"),
+    ("dart-choice:stages=1:down=0.5:compensate=off", "dart-choice:choice=none:compensation=none"),
     ("dart:stages=1.5:down=0.6", "dart:choice=gate-up:choice.mask_ratio=1.5:choice.write_share=0.6"),
     # `score` took the factors of the vocabulary, beside the activations.
     ("dart:score=magnitude", "dart"),
     ("dart:score=max:down_norm=on", "dart:score.vocabulary=max:score.down_norm=on"),
-    ("dart-plus:score=product", "dart-plus:score.vocabulary=product"),
+    ("dart-choice:score=product", "dart-choice:score.vocabulary=product"),
     # Both kinds of names beside each other.
     ("dart:window=8:remask.sigma=1", "dart:remask.window=8:remask.sigma=1"),
     ("dart:allocation=uniform:window=8", "dart:allocation=uniform:remask.window=8"),

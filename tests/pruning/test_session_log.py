@@ -61,7 +61,7 @@ def test_a_forward_under_frozen_masks_leaves_everything_as_it_was(llama):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["dart-plus", "random"])
+@pytest.mark.parametrize("method", ["dart-choice", "random"])
 def test_a_turn_that_follows_a_prompt_runs_dense(llama, method):
     """Without the constant too that stands in for pruned neurons."""
     name, ids = cache_argument(llama), prompts_of(1, 30)
@@ -100,6 +100,6 @@ def test_tokens_that_choose_keep_the_bias_of_down():
                 parameter.copy_(torch.randn_like(parameter))
     found = []
     for execution in ("masked", "permuted"):
-        with open_session(model, "dart-plus", 0.5, execution=execution, **RESTLESS) as session:
+        with open_session(model, "dart-choice", 0.5, execution=execution, **RESTLESS) as session:
             found.append(decoded(model, session, [random_tokens(20)], steps=8)[0])
     assert torch.allclose(*found, rtol=1e-8, atol=1e-8)

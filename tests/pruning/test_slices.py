@@ -11,7 +11,7 @@ from tests.helpers.sessions import RESTLESS, VARIED, bits, decoded, open_session
 
 
 @pytest.mark.parametrize(
-    ("method", "params"), [*VARIED[:2], ("magnitude", {}), ("dart-plus", {**RESTLESS, "remask.every": 4})]
+    ("method", "params"), [*VARIED[:2], ("magnitude", {}), ("dart-choice", {**RESTLESS, "remask.every": 4})]
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
 def test_layers_that_keep_no_neuron(family, method, params):

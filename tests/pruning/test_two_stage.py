@@ -1,6 +1,6 @@
 """Masks inside which each token chooses its neurons: exact counts, equal weights read.
 
-The formula: tests/derivations/test_dart_plus.py.
+The formula: tests/derivations/test_dart_choice.py.
 """
 
 import torch

@@ -207,16 +207,16 @@ def _shaped(spec, size, created="2026-01-01T00:00:00+00:00"):
 
 
 def test_a_batch_size_that_only_some_cells_have_tells_no_two_apart():
-    plain = [_shaped("dense", None), _shaped("griffin", None), _shaped("dart-plus", 8)]
-    assert list(labels(plain).values()) == ["dense", "griffin", "dart-plus"]
-    two = labels([*plain, _shaped("dart-plus", 4)])
-    assert list(two.values()) == ["dense", "griffin", "dart-plus (batch_size=8)", "dart-plus (batch_size=4)"]
+    plain = [_shaped("dense", None), _shaped("griffin", None), _shaped("dart-choice", 8)]
+    assert list(labels(plain).values()) == ["dense", "griffin", "dart-choice"]
+    two = labels([*plain, _shaped("dart-choice", 4)])
+    assert list(two.values()) == ["dense", "griffin", "dart-choice (batch_size=8)", "dart-choice (batch_size=4)"]
 
 
 def test_a_cell_whose_key_has_come_to_hold_the_batch_size_is_the_newer_run(tmp_path):
-    older, newer = _shaped("dart-plus", None), _shaped("dart-plus", 8, "2026-02-01T00:00:00+00:00")
+    older, newer = _shaped("dart-choice", None), _shaped("dart-choice", 8, "2026-02-01T00:00:00+00:00")
     folder = save(tmp_path / "out", of("dense"), older, newer)
-    found = [c for c in outcomes.cells(folder) if c.inputs["method"] == "dart-plus"]
+    found = [c for c in outcomes.cells(folder) if c.inputs["method"] == "dart-choice"]
     assert [c.key for c in found] == [newer.key]
 
 

@@ -1,4 +1,4 @@
-"""dart-plus (ours; docs/findings.md): a wide mask, inside which each token chooses its neurons.
+"""dart-choice (ours; docs/findings.md): a wide mask, inside which each token chooses its neurons.
 
 A token need not use all neurons of a mask, if it can tell cheaply which it needs. With equal FFN weights read - of
 three matrices of F neurons, a share 1 - sparsity - the mask may then be wider. K is the neurons that a mask alone would
@@ -49,7 +49,7 @@ def statistics(a, u):
     return [score.mean(0), torch.zeros(()) if u is None else (u**2).mean(0), h.mean(0)]
 
 
-def dart_plus(model, prompt, decoded, sparsity, wide, down, compensate, ring, blend, every):
+def dart_choice(model, prompt, decoded, sparsity, wide, down, compensate, ring, blend, every):
     """Masks after the prompt and after each decoded token, log-probabilities. every: tokens between re-masks."""
     plain = Plain(model)
     rows, layers = [plain.run(prompt)], range(len(plain.layers))
@@ -94,14 +94,14 @@ ALARMS = {**RESTLESS, "remask.ring": 8}  # every window of three tokens raises t
     ("phi3", 4, "masked", 0.5, 1.6, 0.6, False, STEADY), ("gpt2", 5, "permuted", 0.63, 1.6, 0.6, True, ALARMS),
     ("opt", 6, "masked", 0.5, 1.6, 0.6, False, STEADY), ("opt", 7, "permuted", 0.7, 1.3, 0.6, True, STEADY),
 ])  # fmt: skip
-def test_dart_plus_is_its_formula(family, seed, execution, sparsity, wide, down, compensate, remask):
+def test_dart_choice_is_its_formula(family, seed, execution, sparsity, wide, down, compensate, remask):
     model, prompt, decoded = biased(family), random_tokens(19, seed), random_tokens(13, seed + 10)
     settings = {**remask, "choice.mask_ratio": wide, "choice.write_share": down}
     if not compensate:
         settings["compensation"] = "none"
-    found = ours.run(model, "dart-plus", prompt, decoded, sparsity, execution=execution, **settings)
+    found = ours.run(model, "dart-choice", prompt, decoded, sparsity, execution=execution, **settings)
     every, blend = (4, 0.7) if remask is STEADY else (3, 0.8)
-    masks, logprobs = dart_plus(model, prompt, decoded, sparsity, wide, down, compensate, 8, blend, every)
+    masks, logprobs = dart_choice(model, prompt, decoded, sparsity, wide, down, compensate, 8, blend, every)
     assert [n for n, _ in found.remasks] == list(range(every, 14, every))
     assert all(ours.same_masks(a, b) for a, b in zip(found.masks, masks, strict=True))
     # The constant is kept in float32.
