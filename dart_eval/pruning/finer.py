@@ -24,12 +24,12 @@ def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> 
 
 def read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], bits: float) -> float:
     """Share of the FFN weight bytes that a token reads (on average, where it varies). kept: see `counts`."""
-    weights = sum(f.matrices * f.size for f in ffns)
     found = 0.0
     for ffn, (of_x, of_h) in zip(ffns, kept, strict=True):
-        found += (ffn.matrices - 1) * ffn.size * part.read(of_x / ffn.width, bits)
-        found += ffn.size * part.read(of_h / ffn.size, bits)
-    return found / weights
+        for weight in ffn.input_weights():
+            found += ffn.size * part.read(of_x / ffn.width, bits, weight)
+        found += ffn.size * part.read(of_h / ffn.size, bits, ffn.output_weight())
+    return found / sum(f.matrices * f.size for f in ffns)
 
 
 class Finer:
@@ -65,7 +65,7 @@ class Finer:
         found = []
         for module in modules:
             matrix = weight_matrix(module)
-            kept = matrix * self.part.left(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
+            kept = self.part.values(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
             found.append((module, module.weight.data, kept.T.contiguous() if is_conv1d(module) else kept))
         return found
 

@@ -20,7 +20,7 @@ from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.parts.draws import DRAWS
-from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, WandaEntries
+from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, FirstBits, WandaEntries
 from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
@@ -136,6 +136,10 @@ BUILT_IN = (
     Pruner(
         name="wanda", summary="leaves out single weights that matter least on a calibration text, not neurons",
         entries=WandaEntries(),
+    ),
+    Pruner(
+        name="planes", summary="reads the first bits of every weight, or all: the layout of dart-plus alone (control)",
+        entries=FirstBits(),
     ),
     Pruner(
         name="oracle", summary="makes one mask from the very tokens that then run under it (upper bound)",

@@ -26,6 +26,7 @@ from dart_eval.results.store import Store
 MOST_NAMED = 4  # rows that a sentence names
 WIDTH_OF_LEVEL = 0.02  # reads that differ by less stand in one level
 PRUNED, UPPER_BOUND, CONTROL, ROUNDING = "pruned", "upper bound", "control", "rounding alone"
+LAST_BITS = "last bits"  # what a method leaves out that rounds
 BEST, LEVEL_WITH_BEST = "best", "not told apart"
 
 
@@ -36,8 +37,8 @@ class Row:
     Attributes:
         label: the method, and what else tells the row apart. sparsity: None where
             it does not decide what is read.
-        kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights), or what is
-            left out in place of neurons.
+        kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights, or on their
+            first bits), or what is left out in place of neurons.
         read: of the FFN weights of dense, mean over the cells.
         values: task -> its main metric.
         recovery: mean over the tasks that have one. tasks: these.
@@ -139,7 +140,7 @@ def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence
     order = {name: i for i, name in enumerate(metrics.METRICS)}
     tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
     rows = [_row(label, group, kept, speeds) for (label, _), group in groups.items()]
-    return Board(model, {t: columns[t] for t in tasks}, tuple(map(_judged, _levels(rows))), (*notes, *problems))
+    return Board(model, {t: columns[t] for t in tasks}, _judged_levels(_levels(rows)), (*notes, *problems))
 
 
 def main_metrics(record: Record) -> list[Metric]:
@@ -181,8 +182,8 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
     first = records[0]
     dense, rounded = first.inputs["method"] == DENSE, bool(first.inputs.get("ffn_bits"))
     kind = UPPER_BOUND if first.settings.get("upper_bound") else first.settings.get("granularity", PRUNED)
-    if dense:
-        kind = ROUNDING if rounded else CONTROL
+    if dense or kind == LAST_BITS:
+        kind = ROUNDING if rounded or not dense else CONTROL
     sized = kind == CONTROL or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
     found = [one for r in records for one in kept.get(r.key, ())]
     recoveries = {m.task: made for m, made in found if m.name != metrics.GOLD}
@@ -239,10 +240,22 @@ def _all_tasks(level: Sequence[Row]) -> tuple[str, ...]:
     return tuple(sorted({task for row in level if row.kind == PRUNED for task in row.tasks}))
 
 
-def _judged(rows: Sequence[Row]) -> Level:
-    """The level with its marks and its sentences. A row that lacks a task of the others takes no part in the test."""
+def _judged_levels(levels: Sequence[Sequence[Row]]) -> tuple[Level, ...]:
+    """The levels with their marks and sentences."""
+    rounded = [row for level in levels for row in level if row.kind == ROUNDING]
+    return tuple(_judged(level, rounded) for level in levels)
+
+
+def _judged(rows: Sequence[Row], every: Sequence[Row]) -> Level:
+    """The level with its marks and its sentences. A row that lacks a task of the others takes no part in the test.
+
+    Args:
+        every: the rows of rounding alone, of all levels: of those that read no more than this one the best counts.
+    """
     rivals = [r for r in rows if r.kind == PRUNED and r.tasks and r.tasks == _all_tasks(rows)]
-    rounded = [r for r in rows if r.kind == ROUNDING and rivals and r.tasks == rivals[0].tasks]
+    most = max(r.read for r in rows) + WIDTH_OF_LEVEL
+    fitting = [r for r in every if rivals and r.tasks == rivals[0].tasks and r.read <= most and r.recovery]
+    rounded = sorted(fitting, key=lambda r: -r.recovery.value if r.recovery else 0.0)[:1]
     if len(rivals) + len(rounded) < 2 or not rivals:
         return Level(tuple(rows))
     contest = _contest([(r, r.recovery) for r in rivals])

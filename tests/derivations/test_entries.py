@@ -9,10 +9,15 @@ wina   a token keeps the k inputs with the largest magnitude; of gate's (a plain
        the L2 norm of column i. `weigh=all`: of all three.
 wanda  of each row of a matrix the k weights with the largest |W_ij| * sqrt(sum over the text of x_j^2) are kept; with
        2:4 two of every four neighbours.
+planes of every weight, as a bfloat16, the first bits are read: sign, distance d of the exponent below the row's largest
+       (3 bits: 7 stands for 7 and more), mantissa. Up to 7 bits: the mean magnitude, in units of the row's power of
+       two, of all weights with these bits (one mean for d >= 7). More: the exponent and bits - 4 of the mantissa, in
+       the middle of what they leave open; 8 bits more for each d >= 7. All bits: the weight. 8 bits a row for 2^e.
 
 Read is what is kept of the three matrices, all alike in size; 2:4 has 2 bits more for each weight that is kept.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,13 +92,13 @@ def thinned(model, prompt, decoded, kept_of):
     return torch.cat(rows), found
 
 
-def check(model, method, sparsity, kept_of, read, **params):
+def check(model, method, sparsity, kept_of, read, atol=1e-9, **params):
     prompt, decoded = random_tokens(12, 1), random_tokens(6, 2)
     before = bits(model)
     run = ours.run(model, method, prompt, decoded, sparsity, "auto", text, **params)
     assert same(model, before)
     wanted, found = thinned(model, prompt, decoded, kept_of)
-    assert torch.allclose(run.logprobs, wanted, rtol=0, atol=1e-9)
+    assert torch.allclose(run.logprobs, wanted, rtol=0, atol=atol)
     assert run.read == pytest.approx(found if read is None else [read] * 6)
     return run
 
@@ -157,6 +162,50 @@ def test_wanda_leaves_out_the_least_weights_of_each_row(family, sparsity, patter
     shares = [(last * of_x / D + of_h / F) / (last + 1) for of_x, of_h in kept]
     read = sum(shares) / LAYERS if pattern == "none" else (2 * 16 + 2 * 2) / (4 * 16)
     check(model, "wanda", sparsity, kept_of, read, **{"entries.pattern": pattern})
+
+
+def first_bits(weight, count):
+    """A matrix as its first bits have it, and what is read of it; see above."""
+    numbers = weight.detach().bfloat16().double().numpy()
+    m, e = np.frexp(np.abs(numbers))  # m in [.5, 1)
+    e = np.where(numbers == 0, -999, e)
+    unit = 2.0 ** e.max(1, keepdims=True)
+    d = np.minimum(e.max(1, keepdims=True) - e, 7)
+    escaped = 8 * (d == 7).mean() if count == 0 or count > 7 else 0.0
+    read = ((count or 11) + escaped + 8 / numbers.shape[1]) / 16
+    if count == 0:
+        return weight, read
+    if count > 7:
+        steps = 2 ** (count - 4)
+        value = (np.floor((2 * m - 1) * steps) / steps + 1 + 0.5 / steps) / 2 * 2.0**e
+    else:
+        shown = 2 ** max(0, count - 4)
+        code = np.where(d == 7, -1, d * shown + np.floor((2 * m - 1) * shown))
+        own = np.abs(weight.detach().double().numpy()) / unit
+        value = unit * sum(np.where(code == c, own[code == c].mean(), 0) for c in np.unique(code))
+    return torch.from_numpy(np.sign(numbers) * value).float(), read
+
+
+@pytest.mark.parametrize("count", [0, 4, 5, 8])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_planes_read_the_first_bits_of_every_weight(family, count):
+    model = biased(family)
+    made = {w.data_ptr(): first_bits(w, count) for _, parts in ffns_of(model) for w, _ in parts}
+    read = sum(share for _, share in made.values()) / len(made)
+
+    def kept_of(_i, _k, weight, _x):
+        return torch.where(weight == 0, 0, made[weight.data_ptr()][0] / weight)
+
+    check(model, "planes", 0.0, kept_of, read, atol=1e-6, **{"entries.bits": count})  # means are in fp32
+
+
+def test_planes_are_those_of_weights_that_are_not_rounded():
+    model = biased("llama")
+    with (
+        dart_eval.rounded_ffns(model, 4),
+        pytest.raises(dart_eval.UserError, match="these are rounded; leave --ffn-bits"),
+    ):
+        prepare(make("planes"), find_ffns(model), 0.0, None)
 
 
 @pytest.mark.parametrize("method", ["teal", "wina", "wanda"])

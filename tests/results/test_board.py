@@ -173,6 +173,26 @@ def test_rounding_alone_stands_in_its_level_and_is_tested_against_the_best(tmp_p
     assert ("rounding alone keeps more" in board_text.table(made).note) == wins
 
 
+def test_the_best_rounding_that_reads_no_more_counts_and_none_that_reads_more(tmp_path):
+    dense, at_half = choices(0.8, method="dense"), choices(0.6, sparsity=0.5)
+    better, more = [choices(s, method="dense", read=r, ffn_bits=b) for s, r, b in ((0.7, 0.41, "6"), (0.79, 0.53, "8"))]
+    worse = choices(0.3, method="dense", read=0.28, ffn_bits="4")
+    made = board_of(tmp_path / "a", dense, at_half, better, worse, more)
+    (verdict,) = [level.verdict for level in made.levels if level.verdict]
+    assert "(dense on 6 bits, read 0.41) keeps" in verdict and "4 bits" not in verdict and "8 bits" not in verdict
+    assert board_text.lines(made, 100)[0] == "At read 0.50 rounding alone keeps more than any pruned row."
+    made = board_of(tmp_path / "b", dense, at_half, more)
+    assert not any(level.verdict for level in made.levels)
+
+
+def test_last_bits_are_left_out_by_rounding(tmp_path):
+    planes = choices(0.78, method="planes", read=0.29)
+    planes.settings["granularity"] = "last bits"
+    last = board_of(tmp_path, choices(0.8, method="dense"), choices(0.6), planes).levels[-1]
+    assert {r.label: r.kind for r in last.rows} == {"griffin": "pruned", "planes": "rounding alone"}
+    assert last.rounding_wins and "(planes, read 0.29) keeps" in last.verdict
+
+
 def test_recoveries_are_of_the_dense_model_that_is_not_rounded(tmp_path):
     rounded = choices(0.7, method="dense", read=0.281, ffn_bits="4")
     alone = board_of(tmp_path / "a", rounded, choices(0.6, ffn_bits="4"))

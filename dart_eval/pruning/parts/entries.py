@@ -1,7 +1,8 @@
 """Entries: which weights inside the matrices a token reads, where that is no matter of whole neurons.
 
 A part here leaves out columns of a matrix, by the inputs of a token, or single weights, for all tokens alike. Its rows
-are another granularity than neurons: a kernel must gather columns or skip single weights.
+are another granularity than neurons: a kernel must gather columns or skip single weights. `planes` leaves out the last
+bits of every weight, which is rounding.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from dart_eval.bits import OWN_BITS
+from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
+from dart_eval.pruning.parts.images import Plane
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.cost import ModelShape
+    from dart_eval.rounding import Served
 
-NEURONS = "neurons"
+# Bits in planes: of a 16-bit weight without escapes, of it in the first plane at most, of a row's largest exponent.
+ALL_BITS, MOST_IN_PLANE, LARGEST = 11, 7, 8
+NEURONS, LAST_BITS = "neurons", "last bits"
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,13 @@ class Entries(Part):
         """Whether it needs the norms of the columns of a matrix. matrix: 0 is gate (or the up of a plain FFN)."""
         return False
 
-    def read(self, densities: float, bits: float) -> float:
+    def read(self, densities: float, bits: float, weight: Tensor) -> float:
         """Bytes that a token reads of a matrix / all of it.
 
         Args:
             densities: share of its columns, or of the weights of its rows, that the sparsity leaves.
             bits: of a weight as it is served.
+            weight: [out, n], the matrix.
         """
         return densities
 
@@ -76,6 +84,10 @@ class Entries(Part):
     def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """[out, n] bool, the weights that are read, by whatever token. weight: [out, n]."""
         raise NotImplementedError
+
+    def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        """[out, n], what tokens read of a matrix, where it is the same for all of them. weight: [out, n]."""
+        return weight * self.left(weight, inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +180,7 @@ class WandaEntries(Entries):
     def sized(self) -> bool:  # type: ignore[override]
         return self.pattern == "none"
 
-    def read(self, densities: float, bits: float) -> float:
+    def read(self, densities: float, bits: float, weight: Tensor) -> float:
         return densities if self.sized else 0.5 + 1 / bits
 
     def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
@@ -185,4 +197,47 @@ class WandaEntries(Entries):
         return top_k_mask(fours, torch.full((len(fours),), 2)).view(len(score), -1)[:, :width]
 
 
-ENTRIES = (AllEntries, Above, ByNorms, WandaEntries)
+@dataclass(frozen=True, kw_only=True)
+class FirstBits(Entries):
+    """Every token reads the first bits of every weight, from the planes that `images.Plane` takes its image from.
+
+    A control: what the layout saves without any choice. All bits are the weights themselves and read about .7 of them,
+    since an exponent takes 3 bits, and only the small ones 8 more. Up to 7 bits are the plane alone: each of its codes
+    stands for the mean magnitude of its weights. This project's own.
+    """
+
+    name = "planes"
+    summary = "reads the first bits of every weight, from the planes of image=plane: rounding, without a choice"
+    granularity = LAST_BITS
+    bits: int = option(
+        0, "bits of a 16-bit weight that are read, its sign and a 3-bit exponent first; 0: all", least=0, most=10
+    )
+
+    @property
+    def sized(self) -> bool:  # type: ignore[override]
+        return False
+
+    def read(self, densities: float, bits: float, weight: Tensor) -> float:
+        if bits != OWN_BITS:
+            raise UserError("planes are those of 16-bit weights, and these are rounded", "leave --ffn-bits out")
+        shown: float = self.bits or ALL_BITS
+        if shown > MOST_IN_PLANE:
+            shown = Plane().column(_served(weight), shown)
+        return (shown + LARGEST / weight.shape[1]) / OWN_BITS
+
+    def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        from dart_eval.pruning.planes import truncated
+
+        mantissa = Plane().mantissa(self.bits)
+        if self.bits and self.bits <= MOST_IN_PLANE:
+            return Plane(bits=self.bits).values(_served(weight)).to(weight.dtype)
+        return weight if mantissa is None else truncated(weight, mantissa)
+
+
+def _served(weight: Tensor) -> Served:
+    from dart_eval.rounding import Served
+
+    return Served(weight)
+
+
+ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, FirstBits)
