@@ -222,7 +222,7 @@ class FirstBits(Entries):
             raise UserError("planes are those of 16-bit weights, and these are rounded", "leave --ffn-bits out")
         shown: float = self.bits or ALL_BITS
         if shown > MOST_IN_PLANE:
-            shown = Plane().column(_served(weight), shown)
+            shown = Plane().column(_served(weight), self.bits or ALL_BITS)
         return (shown + LARGEST / weight.shape[1]) / OWN_BITS
 
     def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
