@@ -259,7 +259,7 @@ class Bench:
     ) -> None:
         """A prompt and its decoding, all variants in turn. Steps with a re-mask are left out."""
         ids = self.tokens(prompt)
-        caches = {name: self._cache(name) for name in times}
+        caches = {name: self.cache(name) for name in times}
         prefill["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
         prefill["dense"].append(self.step(self.dense, ids, caches["dense"])[0])
         for name in ("again", "bare"):
@@ -277,7 +277,7 @@ class Bench:
         """A prompt and its decoding without a session: the model as it stands (`pruned`) beside its twin."""
         ids = self.tokens(prompt)
         sides = {"dense": self.dense, "again": self.dense, "pruned": self.model}
-        caches = {name: self._cache(name) for name in sides}
+        caches = {name: self.cache(name) for name in sides}
         for name, model in sides.items():
             self.step(model, ids, caches[name])
         order = list(sides)
@@ -333,7 +333,7 @@ class Bench:
         for layer in range(len(run.ffns)):
             permuted.select(layer, state.mask(layer)[0])
 
-    def _cache(self, name: str) -> Any:
+    def cache(self, name: str) -> Any:
         """An empty cache. Those of a fixed size are kept: a compiled model knows them by their addresses."""
         if not self.fixed:
             return DynamicCache(config=self.model.config)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,13 +48,14 @@ class Speed:
         compiled: mode of `torch.compile`; None where nothing was compiled.
         prompt_tokens: length of the prompts, which the decoded tokens attend to.
         read: share of the FFN weights that a decoded token reads.
-        speedup: dense step / pruned step.
-        control: dense step / dense step; what is told apart from 1 here is noise.
+        speedup: dense step / pruned step; None where no kernel makes the bytes into time.
+        control: dense step / dense step; what is told apart from 1 here is noise. None as above.
         ceiling: the largest speed-up that the bytes of this model allow.
         created: UTC, ISO 8601.
         more: all else that was measured, by the names of `decode.DecodeSpeed`.
         environment: versions.
         ffn_bits: what the FFN weights were rounded to; None: nothing.
+        times: `bytes only` where there are none.
     """
 
     method: str
@@ -67,13 +68,14 @@ class Speed:
     compiled: str | None
     prompt_tokens: int
     read: layout.Number
-    speedup: Ratio
-    control: Ratio
+    speedup: Ratio | None
+    control: Ratio | None
     ceiling: layout.Number
     created: str
     more: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     ffn_bits: str | None = None
+    times: str = "measured"
 
     def is_of(self, inputs: Mapping[str, Any]) -> bool:
         """Whether this is the speed of a cell's method at its sparsity, on its model in its dtype.
@@ -101,6 +103,16 @@ class _Schema(TypedDict):
 
 
 _SCHEMA, _SPEED = TypeAdapter(_Schema), TypeAdapter(Speed)
+
+
+def of_cell(speeds: Sequence[Speed], inputs: Mapping[str, Any]) -> Speed | None:
+    """The speed of a cell's method: the one measured last, or else what stands in place of times; None: none is kept.
+
+    Args:
+        speeds: oldest first. inputs: of the cell, as in its record.
+    """
+    own = [speed for speed in reversed(speeds) if speed.is_of(inputs)]
+    return next((speed for speed in own if speed.speedup is not None), own[0] if own else None)
 
 
 def _which(model: Mapping[str, Any]) -> tuple[Any, ...]:

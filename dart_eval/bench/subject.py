@@ -13,14 +13,17 @@ from typing import Any
 import torch
 
 from dart_eval import shapes
-from dart_eval.bench import decode, packed
+from dart_eval.bench import decode, packed, untimed
 from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.kept import Speed
 from dart_eval.bench.packed import RoundedSpeed
+from dart_eval.bench.untimed import BytesOnly
 from dart_eval.bits import Rounding
 from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
 from dart_eval.models import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.plan import environment
+from dart_eval.pruning.kernels import lacking
 from dart_eval.pruning.method import Pruner
 
 FIELDS = (
@@ -80,9 +83,21 @@ class Subject:
         threads = torch.get_num_threads()
         return torch.cuda.get_device_name(self.model.device) if cuda else f"{threads} thread{'s' * (threads > 1)}"
 
-    def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed:
-        """Time one method, see `decode.measure`."""
-        return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **dataclasses.asdict(setting))
+    def refused(self, method: Pruner, sparsity: float) -> UserError | None:
+        """Why a method cannot run here at this sparsity; None where it can."""
+        return untimed.refused(self.model, method, sparsity, self.tokenizer)
+
+    def timed(self, method: Pruner) -> bool:
+        """Whether some kernel makes the bytes that a method leaves out into time."""
+        return lacking(method, find_ffns(self.model), self.model) is None
+
+    def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
+        """Time one method (`decode.measure`), or count what it reads where nothing is to be timed."""
+        given: dict[str, Any] = {"tokenizer": self.tokenizer, **dataclasses.asdict(setting)}
+        if self.timed(method):
+            return decode.measure(self.model, method, sparsity, **given)
+        del given["rounds"], given["compiled"]
+        return untimed.measure(self.model, method, sparsity, **given)
 
     def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed:
         """Time the dense model on rounded FFN weights, see `packed.measure`."""
@@ -97,18 +112,21 @@ class Subject:
             )
             return path.read_bytes()
 
-    def speed(self, found: DecodeSpeed | RoundedSpeed, method: Pruner, setting: Setting) -> Speed:
+    def speed(self, found: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
         """What is kept of a measurement. method: that was timed; `dense` on rounded weights."""
         more = {name: value for name, value in dataclasses.asdict(found).items() if name not in FIELDS}
         if isinstance(found, RoundedSpeed):
             sparsity, read, bits = 0.0, found.read, found.bits
         else:
             sparsity, read, bits = found.sparsity if method.sized else 0.0, found.weights_read, None
+        times: dict[str, Any] = {"speedup": None, "control": None, "times": untimed.BYTES_ONLY}
+        if not isinstance(found, BytesOnly):
+            times = {"speedup": found.speedup, "control": found.control}
         return Speed(
             method=method.spec, params=method.params(), sparsity=sparsity,
             model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
             compiled=setting.compiled, prompt_tokens=setting.prompt_tokens, read=read,
-            speedup=found.speedup, control=found.control, ceiling=found.ceiling,
+            ceiling=found.ceiling, **times,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(), ffn_bits=bits,
         )  # fmt: skip

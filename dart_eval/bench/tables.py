@@ -11,13 +11,14 @@ from dart_eval.bench.overhead import Overhead
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.bench.ratio import Ratio
 from dart_eval.bench.scoring import TaskSpeed
+from dart_eval.bench.untimed import BYTES_ONLY, BytesOnly
 from dart_eval.results.format import sparsity as said
 from dart_eval.results.writers import Table
 
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
 
 
-def rounding(found: list[RoundedSpeed], where: str) -> Table:
+def rounding(found: Sequence[RoundedSpeed], where: str) -> Table:
     """How fast the dense model decodes on rounded FFN weights, for people."""
     body = [
         [
@@ -34,26 +35,43 @@ def rounding(found: list[RoundedSpeed], where: str) -> Table:
     return Table("Rounding alone", ["model", "read", "speed-up", "ceiling", "share", "control"], body, note)
 
 
-def speeds(found: list[DecodeSpeed], where: str) -> Table:
-    """How fast the methods decode, for people."""
+def decoding(found: Sequence[DecodeSpeed | BytesOnly], rounded: Sequence[RoundedSpeed], where: str) -> list[Table]:
+    """All tables of how fast methods and rounding alone decode. where: the model and the hardware."""
+    timed = [f for f in found if isinstance(f, DecodeSpeed)]
+    beside = [rounding(rounded, where)] if rounded else []
+    return [speeds(found, where), *beside, *([costs(timed)] if timed else [])]
+
+
+def speeds(found: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
+    """How fast the methods decode, for people; those that cannot be timed in their places among them."""
+    timed = [f for f in found if isinstance(f, DecodeSpeed)]
     body = [
         [
             f.method,
             f"{f.weights_read:.2f}" + (f" ({f.weights_executed:.2f})" if f.weights_executed != f.weights_read else ""),
             _ratio(f.speedup), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
         ]
+        if isinstance(f, DecodeSpeed)
+        else [f.method, f"{f.weights_read:.2f}", BYTES_ONLY, f"{f.ceiling:.2f}x", "-", "-"]
         for f in found
     ]  # fmt: skip
-    foreign = [f.foreign_cores for f in found if f.foreign_cores is not None]
-    busy = f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
-    note = (
-        f"{where}; sparsity {said(found[0].sparsity)}, one sequence, {found[0].speedup.n} steps a method. Read: share "
-        "of the FFN weights that a token reads; in brackets the share that is multiplied, where each token chooses "
-        "neurons of its mask. Speed-up: over dense, the median [quartiles] of neighbouring steps. Dense is a model of "
-        "the same weights that prune() never touched, so that the FFN weights are there twice "
-        f"({found[0].twin_bytes / 10**6:.0f} MB that no column counts). Ceiling: the most that the bytes of this model "
-        f"allow at that read; share: speed-up / ceiling. Control: dense over dense.{busy}"
-    )
+    note = f"{where}; sparsity {said(found[0].sparsity)}, one sequence"
+    note += f", {timed[0].speedup.n} steps a method. " if timed else ". Nothing here can be timed. "
+    note += "Read: share of the FFN weights that a token reads"
+    if timed:
+        foreign = [f.foreign_cores for f in timed if f.foreign_cores is not None]
+        note += (
+            "; in brackets the share that is multiplied, where each token chooses "
+            "neurons of its mask. Speed-up: over dense, the median [quartiles] of neighbouring steps. Dense is a model "
+            "of the same weights that prune() never touched, so that the FFN weights are there twice "
+            f"({timed[0].twin_bytes / 10**6:.0f} MB that no column counts). Ceiling: the most that the bytes of this "
+            "model allow at that read; share: speed-up / ceiling. Control: dense over dense."
+        )
+        note += f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
+    else:
+        note += ". Ceiling: the most that the bytes of this model would allow at that read."
+    why = {f.why: None for f in found if isinstance(f, BytesOnly)}
+    note += f" {BYTES_ONLY.capitalize()}: nothing makes these bytes into time ({'; '.join(why)})." if why else ""
     return Table("Decoding", ["method", "read", "speed-up", "ceiling", "share", "control"], body, note)
 
 

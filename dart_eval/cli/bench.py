@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dart_eval.bench.decode import DecodeSpeed
     from dart_eval.bench.packed import RoundedSpeed
     from dart_eval.bench.subject import Setting, Subject
+    from dart_eval.bench.untimed import BytesOnly
     from dart_eval.config import RunConfig
     from dart_eval.pruning.method import Pruner
 
@@ -112,25 +113,51 @@ def decode(
     from dart_eval.bench import decode as bench
     from dart_eval.bench import tables
     from dart_eval.bench.subject import Setting, subject
+    from dart_eval.bench.untimed import rows
 
     for one in methods:
         bench.check(one)
     timed = subject(asked.model_spec, shape, layers, print_note)
     setting = Setting(compile, prompt, steps, rounds)
+    methods = _possible(timed, methods, sparsity)
     found, rounded, files = _timed(timed, setting, methods, sparsity, asked.ffn_bits, output)
     if profile is not None:
-        write(profile, timed.profile(methods[-1], sparsity, prompt, profile.suffix))
+        _profile(timed, methods, sparsity, prompt, profile)
     where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
-    shown = [tables.speeds(found, where), *([tables.rounding(rounded, where)] if rounded else []), tables.costs(found)]
-    show([bench.row(f) for f in (*found, *rounded)], shown, format)
+    show(rows([*found, *rounded]), tables.decoding(found, rounded, where), format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
+
+
+def _possible(subject: Subject, methods: list[Pruner], sparsity: float) -> list[Pruner]:
+    """The methods that can run on this model at this sparsity; the others are named in notes.
+
+    Raises:
+        UserError: there are none.
+    """
+    refused = {one.spec: subject.refused(one, sparsity) for one in methods}
+    if all(refused.values()):
+        title, reason = next(iter(refused.items()))
+        assert reason is not None
+        raise UserError(f"{title} at sparsity {sparsity:g}: {reason.problem}", reason.remedy)
+    for title, reason in refused.items():
+        if reason is not None:
+            print_note(f"{title} at sparsity {sparsity:g} is left out: {reason}")
+    return [one for one in methods if refused[one.spec] is None]
+
+
+def _profile(subject: Subject, methods: list[Pruner], sparsity: float, prompt: int, path: Path) -> None:
+    """Write the profile of the last method that can be timed, or say that there is none."""
+    if timed := [one for one in methods if subject.timed(one)]:
+        write(path, subject.profile(timed[-1], sparsity, prompt, path.suffix))
+    else:
+        print_note("no profile was written: no method here can be timed")
 
 
 def _timed(
     subject: Subject, setting: Setting, methods: list[Pruner], sparsity: float, ffn_bits: tuple[str, ...],
     output: str | None,
-) -> tuple[list[DecodeSpeed], list[RoundedSpeed], list[Path]]:  # fmt: skip
+) -> tuple[list[DecodeSpeed | BytesOnly], list[RoundedSpeed], list[Path]]:  # fmt: skip
     """The speeds of methods, those of rounding alone, and the files they are kept in, each as soon as it is timed."""
     from dart_eval.bench import kept
 

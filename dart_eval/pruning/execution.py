@@ -15,8 +15,8 @@ from typing import Literal
 from torch import nn
 
 from dart_eval.errors import UserError, nearest
-from dart_eval.ffn import FFN, device_of, is_conv1d
-from dart_eval.pruning import gather
+from dart_eval.ffn import FFN
+from dart_eval.pruning import kernels
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
 from dart_eval.pruning.previews import Fine
@@ -68,11 +68,8 @@ class Execution:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
-        method = self.method
-        fills = method.compensation.fills  # what a token leaves out is still multiplied
-        if method.choice.image is not None or method.entries.finer or fills:
+        if part := kernels.unmade(self.method):
             if wanted == "permuted":
-                part = method.compensation if fills else method.entries if method.entries.finer else method.choice
                 raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
             return "masked"
         reason = quantised(self.ffns)
@@ -82,16 +79,6 @@ class Execution:
             warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=5)
             return "masked"
         return wanted
-
-    @property
-    def _can_gather(self) -> bool:
-        """Whether a token's choice can save time: of gated FFNs, on a CPU or by Triton's kernels."""
-        return (
-            self.method.choice.gathers
-            and not self.method.mask.remask.dense_tokens
-            and all(f.gate is not None and not is_conv1d(f.down) for f in self.ffns)
-            and all(device_of(f).type == "cpu" or gather.missing(device_of(f)) is None for f in self.ffns)
-        )
 
     def choose(self, batch: int, by_hand: bool) -> None:
         """For new sequences: reorder the neurons, or put them back.
@@ -114,7 +101,7 @@ class Execution:
         if self.gathers and batch > 1:
             self.restore()  # which is for one sequence
         if self.permuted is None:
-            self.permuted = PermutedFFNs(self.ffns, self.model, self._can_gather and batch == 1)
+            self.permuted = PermutedFFNs(self.ffns, self.model, batch == 1 and kernels.gathers(self.method, self.ffns))
             self.permuted.begin()  # from here on `restore` undoes it
 
     def move(self, state: SequenceState) -> None:

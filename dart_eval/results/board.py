@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from dart_eval.bench.kept import Speed
+from dart_eval.bench.kept import Speed, of_cell
 from dart_eval.errors import UserError
 from dart_eval.results import inputs, metrics, outcomes, pairing, recovery, stats
 from dart_eval.results.labels import labels
@@ -45,7 +45,7 @@ class Row:
         nats: log-likelihood of the right answers of choice tasks less that under dense, mean over tasks.
         memory: bytes kept beside the model, the most over the cells.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
-        speed: of decoding, where `bench` wrote one into the folder.
+        speed: of decoding, where `bench` wrote one into the folder, or that no kernel makes its bytes into time.
         mark: `best` of its level, `not told apart` from it, or empty.
         keys: of the records.
     """
@@ -195,7 +195,7 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
         recovery=recovery.mean(recoveries.values()), tasks=tuple(sorted(recoveries)), nats=recovery.mean(nats.values()),
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
-        speed=next((s for s in reversed(speeds) if s.is_of(first.inputs)), None), keys=tuple(r.key for r in records),
+        speed=of_cell(speeds, first.inputs), keys=tuple(r.key for r in records),
     )  # fmt: skip
 
 

@@ -56,8 +56,13 @@ def columns_of(board: Board) -> list[Column]:
         found.append((NATS, _nats))
     found += [("extra", lambda row: size(row.memory)), ("overhead", lambda row: small_share(row.overhead))]
     if any(row.speed for row in rows):
-        found.append(("speed", lambda row: f"{row.speed.speedup.median:.2f}x" if row.speed else "-"))
+        found.append(("speed", _speed))
     return found
+
+
+def _speed(row: Row) -> str:
+    speed = row.speed
+    return "-" if speed is None else f"{speed.speedup.median:.2f}x" if speed.speedup else speed.times
 
 
 def _quality(board: Board) -> list[Column]:
@@ -179,6 +184,8 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
         said.append("overhead: FLOPs that the method adds to a token.")
     if "speed" in shown:
         said.append("speed: of decoding, over dense, as `bench decode` measured it.")
+        if any(row.speed and row.speed.speedup is None for row in rows):
+            said.append("bytes only: no kernel there makes the bytes into time.")
     bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")

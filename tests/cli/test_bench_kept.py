@@ -27,11 +27,12 @@ def speed(**changes):
 def test_what_was_kept_is_read_back_oldest_first(tmp_path):
     assert kept.read(tmp_path) == kept.read(tmp_path / "none") == []
     earlier = speed(sparsity=0.5, created="2026-01-01T00:00:00+00:00", method="a/b:c=d")
-    for one in (SPEED, earlier):
+    untimed = speed(speedup=None, control=None, times="bytes only", created="2026-02-01", sparsity=0.4)
+    for one in (SPEED, untimed, earlier):
         path = kept.keep(tmp_path, one)
         assert path.parent == tmp_path / "bench"
     assert path.name.startswith("decode-a_b-0.5-")
-    assert kept.read(tmp_path) == [earlier, SPEED]
+    assert kept.read(tmp_path) == [earlier, SPEED, untimed]
 
 
 def test_measured_again_it_replaces_what_was_there(tmp_path):
@@ -52,6 +53,14 @@ def test_measured_again_it_replaces_what_was_there(tmp_path):
 def test_a_speed_belongs_to_cells_of_its_method_and_model(change, fits):
     inputs = {"model": MODEL, "params": PARAMS, "sparsity": 0.7, "dtype": "bfloat16", "device": "cpu", "task": "arc"}
     assert SPEED.is_of(inputs | change) == fits
+
+
+def test_a_cell_gets_what_was_measured_last_and_the_words_only_where_nothing_was():
+    inputs = {"model": MODEL, "params": PARAMS, "sparsity": 0.7, "dtype": "bfloat16"}
+    words = speed(speedup=None, control=None, times="bytes only", device="cuda", created="2026-01-09")
+    older, newer = SPEED, speed(hardware="4 threads")
+    assert kept.of_cell([older, newer, words], inputs) is newer
+    assert kept.of_cell([words], inputs) is words and kept.of_cell([words], inputs | {"sparsity": 0.5}) is None
 
 
 def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):

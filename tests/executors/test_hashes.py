@@ -176,6 +176,7 @@ WITHOUT_NUMBERS = {
     "plan.py": "makes keys: all that it decides is in them",
     "pruning/gather.py": "is not run",
     "pruning/inplace.py": "puts back what `permuted.py` moved",
+    "pruning/kernels.py": "is not run",
     "pruning/permuted.py": "is not run",
     "pruning/slices.py": "is not run",
     "results/format.py": "messages",

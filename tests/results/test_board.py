@@ -307,7 +307,11 @@ def test_measured_speed_stands_beside_its_row(tmp_path):
     )
     text = "\n".join(board_text.lines(made, 100))
     assert [row.speed for level in made.levels for row in level.rows] == [None, speed, None]
-    assert "1.52x" in text and "as `bench decode` measured it" in text
+    assert "1.52x" in text and "as `bench decode` measured it" in text and "bytes only" not in text
+    untimed = dataclasses.replace(speed, speedup=None, control=None, times="bytes only")
+    folder = board_of(tmp_path / "other", choices(0.8, method="dense"), pruned, speeds=[untimed])
+    (row,) = [line for line in board_text.lines(folder, 100) if "griffin" in line and "±" in line]
+    assert row.rstrip().endswith("bytes only")
 
 
 @pytest.mark.surface

@@ -88,6 +88,10 @@ def test_speed_is_what_was_measured(tmp_path, page):
     for shown in ("1.52x [1.50, 1.60]", "1.00x", "1.80x", "cpu, 2 threads, after 128 tokens"):
         assert f">{shown}</td>" in html
     assert "No speed was measured" not in html
+    first = kept.read(tmp_path)[0]
+    kept.keep(tmp_path, dataclasses.replace(first, speedup=None, control=None, times="bytes only"))
+    html = build(store).html
+    assert ">bytes only</td>" in html and ">1.80x</td>" in html and "1.52x" not in html
 
 
 def test_machines_are_named(tmp_path):

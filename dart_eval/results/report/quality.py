@@ -69,15 +69,17 @@ def speeds(board: Board) -> Table | None:
     """How fast the rows of a board decode, where that was measured."""
     body = [
         [
-            row.label, share(row.read), f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]",
-            f"{s.control.median:.2f}x", f"{s.ceiling:.2f}x",
+            row.label, share(row.read),
+            f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]" if s.speedup else s.times,
+            f"{s.control.median:.2f}x" if s.control else "-", f"{s.ceiling:.2f}x",
             f"{s.device}, {s.hardware}, after {s.prompt_tokens} tokens",
         ]
         for row in board.rows if (s := row.speed)
     ]  # fmt: skip
     note = (
         "speed: of decoding, over dense, as dart-eval bench decode measured it [quartiles]. control: dense over dense, "
-        "so what is as near to 1 as that is noise. ceiling: the most that the bytes of the model allow."
+        "so what is as near to 1 as that is noise. ceiling: the most that the bytes of the model allow. bytes only: no "
+        "kernel there makes the bytes into time."
     )
     heads = ["method", "read", "speed", "control", "ceiling", "measured on"]
     return Table("Speed", heads, body, note) if body else None

@@ -1,0 +1,94 @@
+"""Methods that read fewer bytes and decode no faster, since no kernel here makes the bytes into time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dart_eval import cost
+from dart_eval.bench.decode import Bench, check, row
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.kernels import lacking
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.prune import prune
+from dart_eval.rounding import served_bits
+
+BYTES_ONLY = "bytes only"  # what stands in place of times
+
+
+@dataclass(frozen=True)
+class BytesOnly:
+    """What one method at one sparsity reads on one model, where that cannot be timed.
+
+    Attributes:
+        weights_read: share of the FFN weights that a decoded token reads.
+        ceiling: the speed-up that the bytes of this model would allow.
+        state_bytes: of the method. why: no kernel makes these bytes into time.
+    """
+
+    method: str
+    sparsity: float
+    weights_read: float
+    ceiling: float
+    state_bytes: int
+    why: str
+
+    def row(self) -> dict[str, Any]:
+        """Plain values, with the words in place of times."""
+        return {**dataclasses.asdict(self), "times": BYTES_ONLY, "speedup": None, "control": None}
+
+
+def rows(found: Sequence[Any]) -> list[dict[str, Any]]:
+    """What was measured as plain values: a row for each, timed or not."""
+    return [f.row() if isinstance(f, BytesOnly) else row(f) for f in found]
+
+
+def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: Any) -> UserError | None:
+    """Why a method cannot run on this model at this sparsity; None where it can.
+
+    Args:
+        tokenizer: of the model, for methods that calibrate on a text; None where it has none.
+    """
+    ffns = find_ffns(model)
+    if method.calibrates and tokenizer is None:
+        return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
+    try:
+        method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, served_bits(ffns))
+    except UserError as error:
+        return error
+    return None
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, method: Pruner, sparsity: float, *, tokenizer: Any = None, prompt_tokens: int = 128,
+    steps: int = 30, seed: int = 0,
+) -> BytesOnly:  # fmt: skip
+    """Count what one sequence of random tokens reads, by masks.
+
+    Args:
+        tokenizer: of the model, for methods that calibrate on a text.
+        prompt_tokens: the length of the prompt.
+        steps: tokens that are decoded where what a token reads varies; else one is.
+        seed: of the random tokens.
+
+    Raises:
+        UserError: the method does not prune or looks ahead.
+    """
+    check(method)
+    ffns = find_ffns(model)
+    why = lacking(method, ffns, model) or "it was run by masks"
+    shape, bench = cost.shape_of(model, ffns), Bench(model, model, seed)
+    with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
+        cache = bench.cache("pruned")
+        bench.step(model, bench.tokens(prompt_tokens), cache)
+        for _ in range(1 if method.exact else steps):
+            bench.step(model, bench.tokens(1), cache)
+        read, state = run.weights_read, run.state_bytes
+    return BytesOnly(method.spec, sparsity, read, 1 / (1 - shape.ffn_share * (1 - read)), state, why)

@@ -1,0 +1,103 @@
+"""`bench decode` where no kernel makes bytes into time: a row that says so, beside the methods that are timed."""
+
+import json
+
+import pytest
+import torch
+
+from dart_eval import cost
+from dart_eval.bench import kept, untimed
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning.kernels import lacking
+from dart_eval.pruning.registry import make, parse
+from tests.helpers.commands import command
+from tests.helpers.models import tiny
+
+FEW = ("--prompt", "16", "--steps", "2", "--rounds", "1", "--sparsity", "0.5")
+UNTIMED = "dart-plus,preview,cats,teal"
+
+
+def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
+    words = ("bench", "decode", "--model", saved_llama, *FEW, "--method", f"griffin,{UNTIMED}")
+    done = command(*words, "--format", "json", "--output", tmp_path)
+    assert done.code == 0, done.err
+    griffin, *others = json.loads(done.out)
+    assert griffin["speedup"] > 0 and "times" not in griffin
+    assert [r["method"] for r in others] == UNTIMED.split(",")
+    for row in others:
+        assert (row["times"], row["speedup"], row["control"]) == ("bytes only", None, None)
+        assert 0.2 < row["weights_read"] < 0.75 and row["ceiling"] > 1 and row["why"]
+    assert others[2]["weights_read"] == pytest.approx(0.5, abs=0.01)
+    assert others[0]["ceiling"] == pytest.approx(griffin["ceiling"], rel=0.02)  # bytes that are nearly as many
+    speeds = {s.method: s for s in kept.read(tmp_path)}
+    assert (speeds["cats"].speedup, speeds["cats"].times) == (None, "bytes only")
+    assert (speeds["griffin"].speedup.median, speeds["griffin"].times) == (griffin["speedup"], "measured")
+    assert speeds["teal"].more["why"] == "entries=threshold has no kernels here"
+    table = command(*words, "--format", "md").out
+    assert table.count("| bytes only ") == 4 and "choice=gate takes" in table
+    (costs,) = [part for part in table.split("###") if "What a method takes beside" in part]
+    assert "griffin" in costs and "preview" not in costs
+
+
+def test_where_nothing_can_be_timed_a_line_says_so(saved_llama, tmp_path):
+    words = ("bench", "decode", "--model", saved_llama, *FEW, "--method", "dart-plus,oracle-token", "--format", "md")
+    done = command(*words, "--profile", tmp_path / "trace.json")
+    assert done.code == 0 and "Nothing here can be timed." in done.out and "takes beside" not in done.out
+    assert "no profile was written" in done.err and not (tmp_path / "trace.json").exists()
+
+
+def test_the_profile_is_of_the_last_method_that_is_timed(saved_llama, tmp_path):
+    words = ("bench", "decode", "--model", saved_llama, *FEW, "--method", "griffin,preview")
+    assert command(*words, "--profile", tmp_path / "trace.json").code == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_sparsity_out_of_reach_leaves_one_method_out(saved_llama):
+    words = ("bench", "decode", "--model", saved_llama, *FEW, "--sparsity", "0.7", "--format", "json")
+    done = command(*words, "--method", "griffin,cats")
+    assert [r["method"] for r in json.loads(done.out)] == ["griffin"]
+    assert "cats at sparsity 0.7 is left out: choice=gate reads 1 of the FFN's 3 matrices whole" in done.err
+    alone = command(*words, "--method", "cats")
+    assert (alone.code, alone.out) == (2, "") and "error: cats at sparsity 0.7: choice=gate reads 1" in alone.err
+
+
+def test_a_text_that_nothing_can_read_leaves_one_method_out():
+    model = tiny("llama", torch.float32)
+    assert "no tokenizer" in str(untimed.refused(model, make("teal"), 0.5, None))
+    assert untimed.refused(model, make("teal"), 0.5, object()) is untimed.refused(model, make("preview"), 0.5, None)
+
+
+@pytest.mark.parametrize(("method", "why"), [
+    ("griffin", None), ("dart-choice", None), ("griffin:choice=gate", None), ("cats:choice=gate-up", None),
+    ("flap:compensation=mean-token", "compensation=mean-token"), ("dart-plus", "choice=graded"),
+    ("cats", "choice=gate"), ("top-p", "choice=top-p"), ("wina", "entries=norms"),
+])  # fmt: skip
+def test_which_methods_have_kernels(method, why):
+    model = tiny("llama", torch.float32)
+    found = lacking(make(*parse(method)), find_ffns(model), model)
+    assert found is None if why is None else why in found
+
+
+def test_weights_that_cannot_be_moved_are_counted_and_not_timed():
+    model = tiny("llama", torch.float32)
+    ffns = find_ffns(model)
+    ffns[1].up.weight = ffns[0].up.weight  # two layers that share a matrix
+    assert "share memory" in lacking(make("griffin"), find_ffns(model), model)
+    found = untimed.measure(model, make("griffin"), 0.7, prompt_tokens=8)
+    assert found.weights_read == pytest.approx(0.3, abs=0.01) and "share memory" in found.why
+
+
+def test_what_varies_is_the_mean_over_decoded_tokens():
+    """All neurons of a plain sum of |h|: `p` of 1 reads everything, whatever the sparsity."""
+    model = tiny("llama", torch.float32)
+    found = untimed.measure(model, make("top-p", {"choice.p": 1.0}), 0.5, prompt_tokens=8, steps=3)
+    assert (found.weights_read, found.ceiling) == (1.0, 1.0)
+    some = untimed.measure(model, make("top-p", {"choice.p": 0.5}), 0.5, prompt_tokens=8, steps=3)
+    share = cost.shape_of(model, find_ffns(model)).ffn_share
+    assert some.weights_read < 0.7 and some.ceiling == pytest.approx(1 / (1 - share * (1 - some.weights_read)))
+
+
+def test_what_neither_prunes_nor_knows_only_the_past_is_refused():
+    with pytest.raises(UserError, match="oracle cannot be timed"):
+        untimed.measure(tiny("llama", torch.float32), make("oracle"), 0.5)
