@@ -58,15 +58,10 @@ def measure(
     """Measure the state after prompts of these lengths, and count FLOPs at a context of `context` tokens.
 
     Raises:
-        UserError: unknown shape, a method that does not prune, or one that is made of the weights' numbers.
+        UserError: unknown shape, or a method that does not prune.
     """
     if not method.prunes:
         raise UserError(f"{method.name} keeps and computes nothing", "choose a method that prunes")
-    if method.choice.image is not None:
-        raise UserError(
-            f"{method.name} looks at an image of the weights, and a shape has none",
-            "see `extra` and `overhead` on the board of a run",
-        )
     model = shapes.without_weights(shape)
     ffns = describe(model)
     sizes = cost.shape_of(model, ffns)
@@ -109,6 +104,7 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
         "compensation": nbytes([state.sums.get("compensation"), state.constants, prepared.means, prepared.constants]),
         "recent inputs": nbytes(remasking.ring if remasking else None),
         "detector": nbytes(remasking.detector if remasking else None),
+        "images": prepared.stored,
     }
     total = state.nbytes() + prepared.nbytes()
     return total, {**parts, "other": total - sum(parts.values())}

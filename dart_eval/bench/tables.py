@@ -15,7 +15,7 @@ from dart_eval.bench.untimed import BYTES_ONLY, BytesOnly
 from dart_eval.results.format import sparsity as said
 from dart_eval.results.writers import Table
 
-PARTS = ("scores", "masks", "compensation", "recent inputs", "detector")
+PARTS = ("scores", "masks", "compensation", "recent inputs", "detector", "images")
 
 
 def rounding(found: Sequence[RoundedSpeed], where: str) -> Table:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FLAGS = {"--scoring": "scoring", "--overhead": "overhead"}  # of version 0.1, in place of verbs
 MEASURED = "griffin,dart,dart-code,dart-choice"
+COUNTED = f"{MEASURED},dart-plus"
 
 
 class _Verbs(TyperGroup):
@@ -232,7 +233,7 @@ def scoring(
 
 @app.command("overhead")
 def overhead(
-    method: options.Measured = MEASURED,
+    method: options.Measured = COUNTED,
     sparsity: options.OneSparsity = 0.7,
     shape: Annotated[str, options.SHAPE] = "llama-3.1-8b",
     format: options.Format = "table",

@@ -15,6 +15,7 @@ from torch import Tensor
 from dart_eval.rounding import Packed
 
 MANTISSA, EXPONENT = 7, 8  # bits of a bfloat16
+DRAWN = 64  # rows that stand for those of a matrix without numbers
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,12 @@ def join(planes: Planes) -> Tensor:
 
 
 def escapes(weight: Tensor, code_bits: int) -> float:
-    """Bits that escaped exponents take for each weight, mean over a matrix."""
+    """Bits that escaped exponents take for each weight, mean over a matrix.
+
+    Of a matrix that has a shape alone (on torch's device `meta`): those of normally distributed weights.
+    """
+    if weight.is_meta:
+        weight = torch.randn(DRAWN, weight.shape[1], generator=torch.Generator().manual_seed(0))
     distances, _ = _distances(weight)
     return EXPONENT * float((distances >= 2**code_bits - 1).double().mean())
 

@@ -106,13 +106,20 @@ _MADE: weakref.WeakKeyDictionary[nn.Module, tuple[object, Preview]] = weakref.We
 
 
 @torch.no_grad()
-def previews(image: Image, ffns: Sequence[FFN], down: bool) -> list[Preview]:
+def previews(image: Image, ffns: Sequence[FFN], down: bool) -> list[Preview] | None:
     """The images of every layer; those last made of a model are kept, since cell after cell asks for the same.
 
     Args:
         down: also of down.
+
+    Returns:
+        None where the weights have shapes alone.
     """
-    return [_preview(image, ffn, down) for ffn in ffns]
+    return None if _shapes_alone(ffns) else [_preview(image, ffn, down) for ffn in ffns]
+
+
+def _shapes_alone(ffns: Sequence[FFN]) -> bool:
+    return ffns[0].output_weight().is_meta
 
 
 def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
@@ -159,13 +166,13 @@ class Fine:
 
     @classmethod
     def of(cls, ffns: Sequence[FFN], mantissa: int | None) -> Fine | None:
-        """Of these FFNs; None where all bits are read, as of weights that are rounded.
+        """Of these FFNs; None where all bits are read, as of weights that are rounded, or there are no weights.
 
         Args:
             mantissa: bits of it that are read; None: all.
         """
         modules: list[Any] = [m for f in ffns for m in f.projections]
-        if mantissa is None or any(packed(m) is not None for m in modules):
+        if mantissa is None or any(packed(m) is not None for m in modules) or _shapes_alone(ffns):
             return None
         return cls([(m, m.weight.data, _fine(m, mantissa)) for m in modules])
 

@@ -27,6 +27,8 @@ from tests.helpers.commands import command
 from tests.helpers.models import tiny
 from tests.helpers.sessions import RESTLESS
 
+IMAGES = "dart-plus,preview,preview:image=copy,griffin"
+
 
 def test_ratios_are_paired():
     """Two neighbours slow together: the ratio stays 2, where the ratio of medians would not."""
@@ -244,10 +246,17 @@ def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
     assert "dense does not prune" in idle.err
 
 
-@pytest.mark.parametrize("name", ["preview", "dart-plus", "prox"])
-def test_what_is_made_of_weights_is_not_counted_on_a_shape(name):
-    done = command("bench", "overhead", "--method", name)
-    assert done.code == 2 and f"{name} looks at an image of the weights, and a shape has none" in done.err
+def test_images_are_counted_on_a_shape():
+    """Of Llama 3.1 8B: gate and up through copies of 4.5 bits, or a doubt of 2 bytes for each row of both."""
+    layers, neurons, width = 32, 14336, 4096
+    rows = {
+        r["method"]: r for r in json.loads(command("bench", "overhead", "--method", IMAGES, "--format", "json").out)
+    }
+    doubts = 2 * 2 * layers * neurons
+    assert rows["dart-plus"]["parts"]["images"] == rows["preview"]["parts"]["images"] == doubts
+    assert rows["preview:image=copy"]["parts"]["images"] == 2 * layers * neurons * width * 4.5 / 8 + doubts
+    assert rows["dart-plus"]["decode_share"] > rows["preview"]["decode_share"] > 0.4
+    assert rows["griffin"]["parts"]["images"] == 0
 
 
 @pytest.mark.parametrize(("verb", "example"), [("scoring", "griffin,cats"), ("overhead", "dart,dart-choice")])
