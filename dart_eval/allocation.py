@@ -197,14 +197,8 @@ def chosen_counts(
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
         if whole * everything > budget:
-            most = 1 - prices.whole / matrices
-            said = f"{whole:.4g} of the FFN's {matrices} matrices whole"
-            if image is not None:
-                said = f"an image that takes {image.whole / matrices:.3g} of the FFN's bytes"
-            raise UserError(
-                f"{title} reads {said}, which is more than sparsity {sparsity:g} leaves",
-                f"use a sparsity up to {math.floor(100 * most) / 100:g}, or a mask that is not everything",
-            )
+            said = None if image is not None else f"{whole:.4g} of the FFN's {matrices} matrices whole"
+            raise _too_much(title, prices.whole / matrices, sparsity, said, ", or a mask that is not everything")
     else:
         wanted, mask = _mask_counts(
             densities, sizes, kept, matrices, prices.whole, ratio, middle == 1 and write_share == 1
@@ -253,12 +247,7 @@ def graded_counts(
     if sparsity == 0:
         return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
     if budget < 0:
-        most = math.floor(100 * (1 - prices.whole / matrices)) / 100
-        raise UserError(
-            f"{title} reads an image that takes {prices.whole / matrices:.3g} of the FFN's bytes, which is more than "
-            f"sparsity {sparsity:g} leaves",
-            f"use a sparsity up to {most:g}",
-        )
+        raise _too_much(title, prices.whole / matrices, sparsity)
     exact = prices.taken + prices.written
     wanted = []
     for density, n in zip(densities, sizes, strict=True):
@@ -273,6 +262,19 @@ def graded_counts(
         [w - t for w, t in zip(writing, taken, strict=True)], more, min(sum(more), math.floor(rest / coarse))
     )
     return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], prices.whole)
+
+
+def _too_much(title: str, share: float, sparsity: float, said: str | None = None, other: str = "") -> UserError:
+    """What is read before anything is chosen is more than the sparsity leaves.
+
+    Args:
+        share: of the FFN's bytes, that is read. said: what it is, if no image. other: a remedy beside a lower sparsity.
+    """
+    said = said or f"an image that takes {share:.3g} of the FFN's bytes"
+    return UserError(
+        f"{title} reads {said}, which is more than sparsity {sparsity:g} leaves",
+        f"use a sparsity up to {math.floor(100 * (1 - share)) / 100:g}{other}",
+    )
 
 
 def _mask_counts(
