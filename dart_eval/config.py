@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dart_eval import values
+from dart_eval import scope_names, values
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.files import check_name
 from dart_eval.lm_evals import translate
+from dart_eval.scope_names import Scope
 from dart_eval.values import MOST, Refused, shown
 from dart_eval.yamls import read_mapping
 
@@ -96,14 +97,7 @@ class RunConfig:
             "not given); 16 leaves them as they are."
         ),
     ] = ("16",)  # fmt: skip
-    scope: Annotated[
-        Literal["scored", "all", "last"],
-        _told(
-            "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer; "
-            "the mask never sees the answer. all: prompt and answer; the mask is made from both, so it looks ahead "
-            "(the public DART code). last: the last input token alone (GRIFFIN)."
-        ),
-    ] = "scored"
+    scope: Annotated[Scope, _told(scope_names.HELP)] = "scored"
     allocation: Annotated[
         Text | None,
         _told(

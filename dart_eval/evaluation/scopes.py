@@ -1,8 +1,16 @@
-"""Log-likelihoods in two scopes of other papers: each distinct input is a sequence of its own.
+"""Log-likelihoods in the scopes of other papers that let a part of an input run pruned: each input is a sequence.
 
-Scope `all` (the public code's of arXiv 2601.22632): each answer with its context is one forward; the mask is made from
-all its tokens, the answer's too, and prunes all of them. It looks ahead. Scope `last` (GRIFFIN's for classification,
-arXiv 2404.01365): all tokens but the last run dense and make the mask; the last input token alone runs pruned.
+An input is a context and an answer but its last token: n tokens, of which the last ones predict the answer. Each scope
+says how many of them run pruned, counted from the end (`pruned_inputs`). Those before run dense, and make the mask of a
+method that has one from its prompt; no mask is made anew inside an input.
+
+`last`     one: GRIFFIN's for classification (arXiv 2404.01365).
+`last-50`  n / 2: the public code of TEAL (arXiv 2408.14690).
+`last-99`  .99 n: that of WINA (arXiv 2505.19427).
+`all`      all n: the public code of arXiv 2601.22632. A mask is made from all of them too, so it looks ahead.
+
+Under the others no token sees a mask that was made from itself or from later ones. But where the answer reaches into
+the dense part, its own first tokens help to make the mask that its last ones run under.
 """
 
 from __future__ import annotations
@@ -19,8 +27,19 @@ from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
-from dart_eval.pruning.dense import AnySession
+from dart_eval.pruning.session import Session
 from dart_eval.pruning.steps import Step
+
+SHARES = {"last-50": 50, "last-99": 99, "all": 100}  # per cent of the inputs that run pruned
+
+
+def pruned_inputs(scope: str, inputs: int) -> int:
+    """How many of so many inputs run pruned, the last ones: a share is rounded down, but to no less than one.
+
+    So it is in the code of TEAL, where one token alone counts as decoded, and in WINA's, whose slice of the last 0
+    tokens is the whole input.
+    """
+    return 1 if scope == "last" else max(1, inputs * SHARES[scope] // 100)
 
 
 @dataclass(frozen=True)
@@ -45,11 +64,18 @@ class Inputs:
         """Tokens to compute, without padding."""
         return sum(len(i) for i in self.inputs)
 
+    @property
+    def answers(self) -> list[int]:
+        """For each input, how many tokens the answers have that it is for."""
+        return [len(continuation) for ((_, continuation), *_) in self.targets]
+
 
 class WholeInputs(Scoring):
-    """Scores requests by inputs that run whole, in the scope `all` or `last`."""
+    """Scores requests by inputs that run whole, in the scopes of `pruned_inputs`."""
 
-    def __init__(self, forwards: Forwards, session: AnySession, budget: Budget, scope: str) -> None:
+    session: Session
+
+    def __init__(self, forwards: Forwards, session: Session, budget: Budget, scope: str) -> None:
         self.forwards, self.session, self.budget, self.scope = forwards, session, budget, scope
 
     def units(self, requests: Sequence[Request]) -> list[Inputs]:
@@ -60,59 +86,80 @@ class WholeInputs(Scoring):
             rows.setdefault((inputs, len(request.continuation)), []).append(i)
         order = sorted(rows, key=lambda r: (len(r[0]), r), reverse=True)
         most, units = self.budget, []
-        for angles, found in itertools.groupby(order, key=lambda r: self.forwards.angles.of(len(r[0]))):
-            alike = list(found)
-            for part in batches([len(inputs) for inputs, _ in alike], most.rows, most.tokens, most.forward):
-                targets = [[(i, requests[i].continuation) for i in rows[r]] for r in alike[part]]
-                units.append(Inputs([inputs for inputs, _ in alike[part]], targets, angles))
+
+        def alike(row: tuple[tuple[int, ...], int]) -> tuple[int, bool]:
+            """Rows of a forward: with the same angles, and none without a dense part beside some that have one."""
+            return self.forwards.angles.of(len(row[0])), len(row[0]) > pruned_inputs(self.scope, len(row[0]))
+
+        for (angles, _), found in itertools.groupby(order, key=alike):
+            group = list(found)
+            for part in batches([len(inputs) for inputs, _ in group], most.rows, most.tokens, most.forward):
+                targets = [[(i, requests[i].continuation) for i in rows[r]] for r in group[part]]
+                units.append(Inputs([inputs for inputs, _ in group[part]], targets, angles))
         return units
 
     @torch.no_grad()
     def run(self, unit: Inputs) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
         with self.forwards.angles.held(unit.angles):
-            hidden, step = self._forward(unit.inputs)
-        return self._scores(unit, hidden, step)
+            found = self._whole(unit) if self.scope == "all" else self._ends(unit)
+            return self._scores(unit, found, self.session.steps[-1])
 
-    def _forward(self, inputs: list[tuple[int, ...]]) -> tuple[Tensor, Step]:
-        """Run inputs as the scope has it: hidden [B, T, D], and what the last forward used."""
-        tokens, valid = pad(inputs, left=True, device=self.forwards.device)
-        positions, session, cache = valid.long().cumsum(1) - 1, self.session, new_cache(self.forwards.model)
-        if self.scope == "all" or not session.prunes:
-            if session.prunes:
-                with session.context(valid):
-                    self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-                self._note_state(len(inputs))
-            with session.decode(valid, frozen=True):
-                return self.forwards(tokens, valid, positions, cache), session.steps[-1]
-        before = []
-        if tokens.shape[1] > 1:
-            with session.context(valid[:, :-1]):
-                before.append(self.forwards(tokens[:, :-1], valid[:, :-1], positions[:, :-1], cache))
-            self._note_state(len(inputs))
+    def _whole(self, unit: Inputs) -> list[Tensor]:
+        """Run inputs pruned from their first token on, under masks that are made from all of them.
+
+        Returns:
+            For each input the hidden states that predict its answers, [n, D].
+        """
+        session = self.session
+        tokens, valid = pad(unit.inputs, left=True, device=self.forwards.device)
+        positions = valid.long().cumsum(1) - 1
+        with session.context(valid):
+            self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+        self._note_state(len(unit.inputs))
+        with session.decode(valid, frozen=True):
+            hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+        return [hidden[i, -n:] for i, n in enumerate(unit.answers)]
+
+    def _ends(self, unit: Inputs) -> list[Tensor]:
+        """Run inputs dense up to where the scope begins, and pruned from there on. The same as `_whole` returns."""
+        session, device, cache = self.session, self.forwards.device, new_cache(self.forwards.model)
+        ends = [pruned_inputs(self.scope, len(row)) for row in unit.inputs]
+        before = [row[: len(row) - end] for row, end in zip(unit.inputs, ends, strict=True)]
+        tokens, seen = pad(before, left=True, device=device)
+        dense = None
+        if before[0]:  # else none has a dense part
+            with session.context(seen):
+                dense = self.forwards(tokens, seen, seen.long().cumsum(1) - 1, cache)
+            self._note_state(len(before))
         else:
-            session.no_context(len(inputs), self.forwards.device)
-        with session.decode(valid[:, -1:], frozen=True):
-            last = self.forwards(tokens[:, -1:], valid, positions[:, -1:], cache)
-        return torch.cat([*before, last], 1), session.steps[-1]
+            session.no_context(len(before), device)
+        tokens, new = pad([row[-end:] for row, end in zip(unit.inputs, ends, strict=True)], left=False, device=device)
+        places = torch.arange(tokens.shape[1], device=device)
+        scored = torch.tensor([[end - n] for end, n in zip(ends, unit.answers, strict=True)], device=device) <= places
+        with session.decode(new & scored, frozen=True):
+            hidden = self.forwards(tokens, torch.cat([seen, new], 1), seen.long().sum(1, keepdim=True) + places, cache)
+        found = []
+        for i, (end, n) in enumerate(zip(ends, unit.answers, strict=True)):
+            row = hidden[i, :end] if dense is None else torch.cat([dense[i], hidden[i, :end]])
+            found.append(row[-n:])
+        return found
 
-    def _scores(self, unit: Inputs, hidden: Tensor, step: Step) -> list[tuple[int, Score]]:
-        """Score rows whose inputs end with the answer; the answer's share of them differs from row to row."""
-        inputs, targets = unit.inputs, unit.targets
-        # The longest answer's columns, moved so that every row's answer begins in the first one.
-        lengths = [len(continuation) for ((_, continuation), *_) in targets]
-        width = max(lengths)
-        shift = torch.tensor([[width - n] for n in lengths]) + torch.arange(width)
-        index = (hidden.shape[1] - width + shift).clamp_max(hidden.shape[1] - 1).to(hidden.device)
-        answers = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+    def _scores(self, unit: Inputs, hidden: Sequence[Tensor], step: Step) -> list[tuple[int, Score]]:
+        """Scores of the requests.
+
+        Args:
+            hidden: see `_whole`.
+            step: what the scored tokens used that ran pruned; under `all` the mean over all inputs, where it varies.
+        """
         asked = self.forwards.answers()
         made = []
-        for i, (row, found) in enumerate(zip(inputs, targets, strict=True)):
+        for i, (row, found) in enumerate(zip(unit.inputs, unit.targets, strict=True)):
             root = asked.root()
             paths = [asked.ask(root, continuation) for _, continuation in found]
             nodes = paths[0]  # they differ in their last tokens only
-            asked.give(nodes, answers[i, : len(nodes)])
-            ran = len(nodes) if self.scope == "all" else 1
+            asked.give(nodes, hidden[i])
+            ran = min(len(nodes), pruned_inputs(self.scope, len(row)))
             not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
             cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)
             made.append((Row(i, len(row) + 1 - len(nodes), row, nodes, found), cost))

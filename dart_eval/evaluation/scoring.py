@@ -1,9 +1,15 @@
-"""Log-likelihoods without looking ahead: scope `scored`. Those of other papers are in `scopes`.
+"""Log-likelihoods after contexts that run dense. The scopes that cut inputs elsewhere are in `scopes`.
 
-For each context: all tokens but the last run dense, once, and build the mask. The last context token and the
-continuation run pruned through the KV cache, so every log-probability that counts was produced by pruned FFNs, one-
-token answers included. Candidates share the context, its cache and its mask. Where a method may re-mask, the
+Scope `scored`, ours: for each context all tokens but the last run dense, once, and build the mask. The last context
+token and the continuation run pruned through the KV cache, so every log-probability that counts was produced by pruned
+FFNs, one-token answers included. Candidates share the context, its cache and its mask. Where a method may re-mask, the
 continuation runs in blocks that end where a mask may change: the numbers equal token-by-token decoding.
+
+Scope `continuation` (COUNTDOWN's, arXiv 2505.17701): the same, but the context's last token runs dense with the others.
+It predicts the answer's first token, and an answer of one token is dense.
+
+Scope `decode` (code that prunes where one token is computed alone, such as CoreInfer's, arXiv 2410.18311): an answer
+that is given is computed at once, with its context, so nothing runs pruned. The numbers are those of dense.
 
 Rows of a batch are left-padded contexts; nothing crosses rows. Which rows run together (`batching`) and whether a
 prefix of several contexts is computed once move last digits only.
@@ -26,10 +32,10 @@ from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
-from dart_eval.pruning.dense import AnySession
+from dart_eval.pruning.dense import AnySession, DenseSession
+from dart_eval.pruning.session import Session
 from dart_eval.pruning.state import SequenceState
 
-SCOPES = ("scored", "all", "last")
 # An output head beyond a processor's caches is read from memory once a run: small batches wait for each other until so
 # many tokens have been computed, some seconds' work on a CPU. It is what a stopped run may lose.
 LARGE_HEAD, HELD_TOKENS = 1 << 24, 1024
@@ -94,26 +100,31 @@ def scorer(
     Args:
         head: see `forwards.output_head`.
         batch_size: contexts per forward, `auto`, or a budget. Moves last digits only.
-        scope: one of SCOPES.
-        share_prefix: run a long prefix of several contexts once (scope `scored`). Moves last digits only.
+        scope: one of `scope_names.SCOPES`; it does not matter where nothing is pruned.
+        share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
     """
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
-    if scope != "scored":
-        return WholeInputs(forwards, session, most, scope)
-    return Scorer(forwards, session, most, share_prefix)
+    if not isinstance(session, Session) or not session.prunes or scope in ("scored", "continuation"):
+        return Scorer(forwards, session, most, share_prefix, last_dense=scope == "continuation")
+    if scope == "decode":
+        return Unpruned(forwards, session, most, share_prefix)
+    return WholeInputs(forwards, session, most, scope)
 
 
 class Scorer(Scoring):
-    """Scores requests in the scope `scored`. Made by `scorer`; see there."""
+    """Scores requests in the scopes `scored` and `continuation`. Made by `scorer`; see there."""
 
-    def __init__(self, forwards: Forwards, session: AnySession, budget: Budget, share_prefix: bool = True) -> None:
+    def __init__(
+        self, forwards: Forwards, session: AnySession, budget: Budget, share_prefix: bool = True,
+        last_dense: bool = False,
+    ) -> None:  # fmt: skip
         self.forwards, self.session, self.budget = forwards, session, budget
         self.share_prefix = share_prefix and can_share_prefix(forwards.model)
         self._prefix: _Prefix | None = None  # the last one that was run
         # Pruned, the context's last token runs with the answer, under the mask that the tokens before it make. Dense,
         # it runs with the context, whose forward thus predicts every answer's first token.
-        self._last = 1 if session.prunes else 0
+        self._last = 1 if session.prunes and not last_dense else 0
         config = forwards.model.config.get_text_config()
         self._hold = HELD_TOKENS if config.vocab_size * config.hidden_size > LARGE_HEAD else 0
 
@@ -296,3 +307,17 @@ class Scorer(Scoring):
             )
             for i in range(len(rows))
         ]  # fmt: skip
+
+
+class Unpruned(Scorer):
+    """Scores requests in the scope `decode`: the model is its own meanwhile, and no token counts as pruned."""
+
+    def __init__(self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool) -> None:
+        super().__init__(forwards, DenseSession(), budget, share_prefix)
+        self.state_bytes = session.state_bytes  # what is kept before any prompt
+        self._pruning = session
+
+    def run(self, unit: Unit) -> list[tuple[int, Score]]:
+        """The scores of a unit's requests, with their indices."""
+        with self._pruning.paused():
+            return super().run(unit)

@@ -121,10 +121,10 @@ def test_the_page_of_options_is_that_of_the_code():
 
 def test_words_that_an_option_may_be_are_those_of_the_code():
     from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
-    from dart_eval.evaluation.scoring import SCOPES
     from dart_eval.models import DTYPES
+    from dart_eval.scope_names import MEANINGS
 
-    assert (choices_of("scope"), choices_of("dtype")) == (SCOPES, tuple(DTYPES))
+    assert (choices_of("scope"), choices_of("dtype")) == (tuple(MEANINGS), tuple(DTYPES))
     assert DEFAULTS["chunk"] == PERPLEXITY_CHUNK
 
 

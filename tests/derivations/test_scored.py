@@ -7,10 +7,15 @@ answer's last token, and the context's last token predicts the first.
 scored  All of the context but its last token runs dense and makes the mask. From the context's last token on, every
         input runs under it, one by one through the KV cache: each probability that counts was made by a pruned FFN, and
         no mask has seen what it is to predict. (A context of one token leaves nothing to make one from: dense.)
+continuation  (COUNTDOWN, arXiv 2505.17701) All of the context runs dense and makes the mask; the answer's own inputs
+        run under it. So the answer's first token is predicted dense.
 all     (the public code of DART, arXiv 2601.22632) One forward of all inputs makes the mask, the answer's tokens too,
         and all inputs run under it. It looks ahead.
 last    (GRIFFIN's for classification, arXiv 2404.01365) All inputs but the last one run dense and make the mask; the
         last one alone runs under it.
+last-50 (the code of TEAL, arXiv 2408.14690) The same with the last n // 2 of n inputs; the only one, if n is 1.
+last-99 (the code of WINA, arXiv 2505.19427) The same with the last int(0.99 n), or the only one.
+decode  (CoreInfer, arXiv 2410.18311) Only a forward of one token that comes after others runs pruned: none here does.
 oracle  No method: as scored, but the mask is made from the very inputs that it is used on, seen dense beforehand.
 """
 
@@ -22,6 +27,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.prune import prune
+from dart_eval.scope_names import SCOPES
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.models import biased, random_tokens
 
@@ -34,6 +40,15 @@ def griffin(seen, sparsity, start=0):
     return [largest((x / x.norm(dim=1, keepdim=True)).norm(dim=0), k) for x, k in zip(h, keep, strict=True)]
 
 
+def dense_inputs(scope, context, inputs):
+    """How many of the inputs run dense, the first ones."""
+    return {
+        "scored": context - 1, "oracle": context - 1, "continuation": context, "last": inputs - 1,
+        "last-50": inputs - inputs // 2 if inputs > 1 else 0,
+        "last-99": inputs - int(0.99 * inputs) if inputs > 1 else 0, "decode": inputs,
+    }[scope]  # fmt: skip
+
+
 def likelihood(model, context, answer, sparsity, scope):
     """The answer's log-likelihood, and how many of its tokens an input under a mask has predicted."""
     inputs, first = [*context, *answer[:-1]], len(context) - 1
@@ -43,13 +58,14 @@ def likelihood(model, context, answer, sparsity, scope):
         masks = griffin(rehearsal.seen, sparsity, start=first if scope == "oracle" else 0)
     if scope == "all":
         return total(plain.run(inputs, lambda i, h: h * masks[i])[first:], answer), len(answer)
-    dense = len(inputs) - 1 if scope == "last" else first  # inputs that run so
-    rows = [*plain.run(inputs[:dense])[first:]] if dense else []
+    dense = dense_inputs(scope, len(context), len(inputs))
+    rows = [*plain.run(inputs[:dense])] if dense else []
     if dense and scope != "oracle":
         masks = griffin(plain.seen, sparsity)
     for token in inputs[dense:]:
         rows += plain.run([token], None if masks is None else lambda i, h: h * masks[i])
-    return total(rows, answer), 0 if masks is None else len(inputs) - dense
+    under = 0 if masks is None else len(inputs) - max(dense, first)
+    return total(rows[first:], answer), under
 
 
 def total(rows, answer):
@@ -59,12 +75,14 @@ def total(rows, answer):
 
 QUESTIONS = [
     (random_tokens(length, seed), random_tokens(answer, 100 + seed))
-    for seed, (length, answer) in enumerate([(23, 6), (9, 1), (12, 3), (23, 2), (2, 4), (1, 3), (1, 1)])
+    for seed, (length, answer) in enumerate(
+        [(23, 6), (9, 1), (12, 3), (23, 2), (2, 4), (1, 3), (1, 1), (4, 9), (101, 3)]
+    )
 ]
 QUESTIONS += [(QUESTIONS[0][0], (5, 6)), (QUESTIONS[1][0], (7,))]  # further answers to the same contexts
 
 
-@pytest.mark.parametrize("scope", ["scored", "all", "last", "oracle"])
+@pytest.mark.parametrize("scope", [*SCOPES, "oracle"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2"])
 def test_scores_are_those_of_decoding_token_by_token(family, scope):
     model = biased(family)

@@ -1,4 +1,4 @@
-"""Scopes `all` and `last`, and the oracle: batches, what looks ahead, what is refused.
+"""Scopes of other papers, and the oracle: batches, what counts, what looks ahead, what is refused.
 
 What they mean: tests/derivations/test_scored.py.
 """
@@ -9,18 +9,23 @@ import torch
 from dart_eval.allocation import write_table
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
+from dart_eval.evaluation.cache import new_cache
+from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.executors.jobs import Silent
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.prune import prune
+from dart_eval.rounding import rounded_ffns
+from dart_eval.scope_names import SCOPES
 from tests.helpers.commands import run_local
 from tests.helpers.matrices import on_families
-from tests.helpers.models import FAMILIES, random_tokens
+from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions
 from tests.helpers.sessions import RESTLESS, open_session
 
-METHODS = ["random", "griffin", "dart", "dart-choice"]
+METHODS = ["random", "griffin", "dart", "dart-choice", "teal"]
+OTHERS = [scope for scope in SCOPES if scope != "scored"]
 
 
 def scored(model, session, requests, scope, batch_size=4):
@@ -34,7 +39,7 @@ def numbers(scores):
     ]
 
 
-@pytest.mark.parametrize("scope", ["all", "last"])
+@pytest.mark.parametrize("scope", OTHERS)
 def test_dense_is_dense_in_every_scope(model, scope):
     requests = questions()
     stock = [s.logprob for s in scored(model, DenseSession(), requests, "scored")]
@@ -43,7 +48,7 @@ def test_dense_is_dense_in_every_scope(model, scope):
         assert [s.logprob for s in scored(model, session, requests, scope)] == pytest.approx(stock, abs=1e-5)
 
 
-@on_families(["method", "scope"], FAMILIES, [(m, s) for m in METHODS for s in ("all", "last")], every=2)
+@on_families(["method", "scope"], FAMILIES, [(m, s) for m in METHODS for s in OTHERS], every=2)
 def test_batch_size_and_order_do_not_matter(model, method, scope):
     requests = questions()
     found = []
@@ -55,8 +60,8 @@ def test_batch_size_and_order_do_not_matter(model, method, scope):
             assert a == pytest.approx(b, abs=1e-6)
 
 
-@pytest.mark.parametrize(("scope", "ahead"), [("all", True), ("last", False)])
-def test_only_all_lets_a_later_token_change_an_earlier_score(llama, scope, ahead):
+@pytest.mark.parametrize("scope", ["all", "last", "last-50", "last-99"])
+def test_only_all_lets_a_later_token_change_an_earlier_score(llama, scope):
     """One forward split in two ways: the difference is the score of the first answer token."""
     context, start = random_tokens(20, seed=3), random_tokens(3, seed=4)
     firsts = []
@@ -66,7 +71,7 @@ def test_only_all_lets_a_later_token_change_an_earlier_score(llama, scope, ahead
             rest = Request((*context, start[0]), (*start[1:], later, 9))
             one, two = scored(llama, session, [whole, rest], scope)
         firsts.append(one.logprob - two.logprob)
-    assert (firsts[0] != pytest.approx(firsts[1], abs=1e-6)) == ahead
+    assert (firsts[0] != pytest.approx(firsts[1], abs=1e-6)) == (scope == "all")
 
 
 def test_the_oracle_does_not_depend_on_the_batch(llama):
@@ -105,9 +110,108 @@ def test_the_oracle_is_no_method_to_generate_with(llama):
         llama.generate(ids, max_new_tokens=2, pad_token_id=0)
 
 
-@pytest.mark.parametrize("scope", ["all", "last"])
+@pytest.mark.parametrize("scope", ["all", "last", "last-50", "last-99"])
 def test_no_mask_is_made_anew_while_a_whole_input_runs_under_it(llama, scope):
     with open_session(llama, "dart", **RESTLESS) as session:
         scored(llama, session, [Request(random_tokens(30), random_tokens(14, seed=1))], scope)
         assert session.state.remasks.tolist() == [0]
         assert session.events == session.log.alarms == session.log.signals == []
+
+
+# Scope, tokens of context and answer, answer tokens that ran pruned, by hand: the inputs are n, both less one.
+COUNTED = [
+    ("scored", 6, 3, 3), ("scored", 6, 1, 1), ("scored", 2, 9, 9),
+    ("continuation", 6, 3, 2), ("continuation", 6, 1, 0), ("continuation", 1, 4, 3),
+    ("all", 6, 3, 3), ("all", 1, 1, 1), ("last", 6, 3, 1), ("last", 6, 1, 1), ("last", 1, 9, 1),
+    ("last-50", 6, 3, 3), ("last-50", 2, 7, 4),  # n = 8: the last 4
+    ("last-50", 1, 7, 3), ("last-50", 2, 2, 1),  # n = 7 and 3: the last 3 and 1, rounded down
+    ("last-99", 6, 3, 3), ("last-99", 1, 9, 8),  # shorter than 100: all but one
+    ("last-99", 1, 100, 99), ("last-99", 1, 101, 99), ("last-99", 2, 100, 99), ("last-99", 1, 201, 198),
+    ("decode", 6, 3, 0), ("decode", 1, 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("scope", "context", "answer", "pruned"), COUNTED)
+def test_what_runs_pruned_is_counted_by_hand(llama, scope, context, answer, pruned):
+    request = Request(random_tokens(context, seed=1), random_tokens(answer, seed=2))
+    for method in ("griffin", "random"):
+        with open_session(llama, method, 0.6) as session:
+            (score,) = scored(llama, session, [request], scope)
+        assert (score.cost.tokens, score.cost.pruned_tokens) == (answer, pruned)
+        assert score.cost.effective_sparsity == pytest.approx(0.6 * pruned / answer)
+        assert score.cost.read == pytest.approx(0.4 if pruned else 1.0)
+
+
+@pytest.mark.parametrize("scope", ["last", "last-50", "last-99"])
+def test_a_single_input_runs_pruned_unless_its_mask_needs_more(llama, scope):
+    """TEAL's code counts it as decoded, and WINA's takes the last 0 tokens for all of them."""
+    requests = [Request((5,), (7,)), Request(random_tokens(9), (7, 8))]
+    for method, pruned in (("griffin", 0), ("teal", 1)):
+        with open_session(llama, method, 0.5) as session:
+            assert scored(llama, session, requests, scope)[0].cost.pruned_tokens == pruned
+
+
+def by_hand(model, session, request, scope):
+    """The log-likelihood, and the sum of what its tokens did not read: each pruned token is a forward of its own."""
+    forwards = Forwards(model, output_head_of(model))
+    inputs, first = [*request.context, *request.continuation[:-1]], len(request.context) - 1
+    dense = {
+        "scored": first, "continuation": first + 1, "last": len(inputs) - 1, "last-50": len(inputs) - len(inputs) // 2,
+        "last-99": len(inputs) - int(0.99 * len(inputs)), "all": 0, "decode": len(inputs),
+    }[scope]  # fmt: skip
+    cache, not_read, hidden = new_cache(model), 0.0, []
+
+    def run(tokens, at):
+        valid, places = torch.ones(1, at + len(tokens), dtype=torch.bool), torch.arange(at, at + len(tokens))[None]
+        hidden.extend(forwards(torch.tensor([tokens]), valid, places, cache)[0])
+
+    if dense:
+        with session.context(torch.ones(1, dense, dtype=torch.bool)):
+            run(inputs[:dense], 0)
+    else:
+        session.no_context(1, torch.device("cpu"))
+    for at in range(dense, len(inputs)):
+        with session.decode(torch.ones(1, 1, dtype=torch.bool), frozen=True):
+            run([inputs[at]], at)
+        not_read += float(1 - session.steps[-1].read) if at >= first else 0.0
+    logprobs = forwards.head(torch.stack(hidden[first:])).float().log_softmax(-1)
+    return sum(float(row[t]) for row, t in zip(logprobs, request.continuation, strict=True)), not_read
+
+
+# Choices, inputs that are left out, images, constants, thresholds; the last two have masks from their prompts.
+KINDS = [
+    ("teal", {}), ("wina", {}), ("wanda", {}), ("m-countdown", {}), ("top-p", {"choice.p": 0.7}), ("dart-plus", {}),
+    ("preview", {"image": "copy"}), ("cats", {"choice.threshold": "calibrated"}), ("flap", {}), ("griffin", {}),
+    ("dart-choice", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", ["16", "8"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("method", "params"), KINDS, ids=[name for name, _ in KINDS])
+@torch.no_grad()
+def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, bits):
+    if scope == "all" and method in ("griffin", "dart-choice"):
+        pytest.skip("its mask is made from all inputs: test_scored.py")
+    model = tiny("llama", dtype=torch.float32)
+    requests = [
+        Request(random_tokens(c, seed=c), random_tokens(a, seed=50 + a)) for c, a in ((23, 6), (9, 1), (3, 8), (30, 2))
+    ]
+    with rounded_ffns(model, bits), open_session(model, method, 0.5, **params) as session:
+        found = scored(model, session, requests, scope, batch_size=3)
+        for request, score in zip(requests, found, strict=True):
+            logprob, not_read = by_hand(model, session, request, scope)
+            assert score.logprob == pytest.approx(logprob, abs=2e-5)
+            if scope != "all" or method not in ("teal", "top-p", "cats"):  # which means over all inputs there
+                assert score.cost.not_read_sum == pytest.approx(not_read, abs=1e-6)
+
+
+def test_the_scope_of_decoding_leaves_the_model_to_itself_and_then_prunes_again(llama):
+    requests = questions()
+    dense = [s.logprob for s in scored(llama, DenseSession(), requests, "scored")]
+    with open_session(llama, "griffin", 0.6) as session:
+        before = numbers(scored(llama, session, requests, "scored"))
+        idle = scored(llama, session, requests, "decode")
+        assert numbers(scored(llama, session, requests, "scored")) == before
+    assert [s.logprob for s in idle] == pytest.approx(dense, abs=1e-6)
+    assert all((s.cost.effective_sparsity, s.cost.read, s.cost.mask_sparsity) == (0, 1, 0) for s in idle)

@@ -8,7 +8,7 @@ from dart_eval.cost import describe, shape_of
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
-from dart_eval.evaluation.scoring import SCOPES, scorer
+from dart_eval.evaluation.scoring import scorer
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.prune import prune
@@ -17,6 +17,8 @@ from dart_eval.results.record import RENAMED
 from tests.golden.cases import CALIBRATION
 from tests.helpers.models import word_tokenizer
 from tests.helpers.requests import TextRequest
+
+SCOPES = ("scored", "all", "last")  # those of the file; the others are two of these, cut elsewhere
 
 tokenizer = functools.cache(word_tokenizer)
 
