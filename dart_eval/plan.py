@@ -117,7 +117,8 @@ def plan(
             inputs = {
                 "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
                 "method": method.name, "params": method.params(), "sparsity": sparsity,
-                "scope": config.scope, "execution": "masked", "task": task, "task_hash": hashes[task],
+                "scope": config.scope if method.prunes else DEFAULTS["scope"],  # which matters to what prunes
+                "execution": "masked", "task": task, "task_hash": hashes[task],
                 "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
                 "max_length": config.max_length, "chunk": config.chunk,
                 "chat_template": config.chat_template, "cue": config.cue,

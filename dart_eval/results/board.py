@@ -1,7 +1,7 @@
 """The board: one row a method and sparsity, best first, with what it keeps of dense and what it costs.
 
-Rows stand in levels of equal read (FFN weight bytes that a decoded token reads / those of the dense FFN). Rows that
-leave out something else than neurons stand in levels of their own, after the others. Inside a level they are ordered
+Rows stand in levels of one scope and equal read (FFN weight bytes that a decoded token reads / those of the dense FFN).
+Rows that leave out something else than neurons stand in levels of their own, after the others. Inside a level they are ordered
 by mean recovery. The best pruned row is tested against every other one on the same documents; it was chosen by the
 values that are then tested, so each p counts for all pairs that could have been chosen (K / 2 for each of the K - 1
 that are tested), and Holm's correction is taken over them.
@@ -17,8 +17,9 @@ from typing import Any
 from dart_eval.bench.kept import Speed, of_cell
 from dart_eval.errors import UserError
 from dart_eval.results import inputs, metrics, outcomes, pairing, recovery, stats
+from dart_eval.results.inputs import DENSE
 from dart_eval.results.labels import labels
-from dart_eval.results.outcomes import DENSE, Measure
+from dart_eval.results.outcomes import Measure
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.recovery import Recovery
 from dart_eval.results.store import Store
@@ -28,6 +29,7 @@ WIDTH_OF_LEVEL = 0.02  # reads that differ by less stand in one level
 PRUNED, UPPER_BOUND, CONTROL, ROUNDING = "pruned", "upper bound", "control", "rounding alone"
 LAST_BITS = "last bits"  # what a method leaves out that rounds
 BEST, LEVEL_WITH_BEST = "best", "not told apart"
+USUAL = "scored"  # the scope that goes without saying
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Row:
         kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights, or on their
             first bits), or what is left out in place of neurons.
         read: of the FFN weights of dense, mean over the cells.
+        scope: which positions ran pruned; None of dense, rounded or not, which is the same in all of them.
         values: task -> its main metric.
         recovery: mean over the tasks that have one. tasks: these.
         nats: log-likelihood of the right answers of choice tasks less that under dense, mean over tasks.
@@ -53,6 +56,7 @@ class Row:
     label: str
     sparsity: float | None
     kind: str
+    scope: str | None
     read: float
     values: dict[str, Metric]
     recovery: Recovery | None
@@ -123,7 +127,7 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
     """Of cells that were asked the same on the same dtype and device the one finished last; how many were left out."""
     last: dict[str, Record] = {}
     for r in sorted(records, key=lambda r: (r.created, r.key)):
-        last[inputs.question(r.inputs, ())] = r
+        last[inputs.question(r.inputs, [] if inputs.matters("scope", r.inputs) else ["scope"])] = r
     kept = {r.key for r in last.values()}
     return [r for r in records if r.key in kept], len(records) - len(kept)
 
@@ -190,6 +194,7 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
     nats = {m.task: made for m, made in found if m.name == metrics.GOLD}
     return Row(
         label=label, sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
+        scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
         read=sum(r.weights_read for r in records) / len(records),
         values={m.task: m for r in records for m in main_metrics(r)},
         recovery=recovery.mean(recoveries.values()), tasks=tuple(sorted(recoveries)), nats=recovery.mean(nats.values()),
@@ -200,19 +205,22 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
 
 
 def _levels(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in levels of equal read, the highest read first; those of another granularity come after all others.
+    """Rows in levels of one scope and equal read, the highest read first; another granularity comes after all others.
 
     Inside a level upper bounds come first, then pruned rows by recovery, those that lack a task of the others last.
     """
+    scopes = {row.scope for row in rows if row.scope}
+    usual = next(iter(scopes)) if len(scopes) == 1 else USUAL  # where rows stand that are the same in all of them
+
+    def of(row: Row) -> tuple[str, bool, bool, str]:
+        """What levels are kept apart by: granularity, dense, scope (ours first)."""
+        scope = row.scope or usual
+        return granularity(row), row.kind != CONTROL, scope != USUAL, scope
+
     found: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: (granularity(r), r.kind != CONTROL, -r.read)):
+    for row in sorted(rows, key=lambda r: (*of(r), -r.read)):
         level = found[-1] if found else None
-        if (
-            level
-            and abs(level[0].read - row.read) <= WIDTH_OF_LEVEL
-            and (level[0].kind == CONTROL) == (row.kind == CONTROL)
-            and granularity(level[0]) == granularity(row)
-        ):
+        if level and abs(level[0].read - row.read) <= WIDTH_OF_LEVEL and of(level[0]) == of(row):
             level.append(row)
         else:
             found.append([row])
@@ -252,6 +260,10 @@ def _judged(rows: Sequence[Row], every: Sequence[Row]) -> Level:
     Args:
         every: the rows of rounding alone, of all levels: of those that read no more than this one the best counts.
     """
+    scope = next((r.scope for r in rows if r.scope), None)
+    if all(r.kind == PRUNED and r.read >= 1 for r in rows):
+        return Level(tuple(rows), f"Nothing ran pruned under scope {scope}: its rows are dense.")
+    every = [r for r in every if r.scope in (None, scope)]
     rivals = [r for r in rows if r.kind == PRUNED and r.tasks and r.tasks == _all_tasks(rows)]
     most = max(r.read for r in rows) + WIDTH_OF_LEVEL
     fitting = [r for r in every if rivals and r.tasks == rivals[0].tasks and r.read <= most and r.recovery]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dart_eval.results import metrics
-from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, Board, Row, granularity
+from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, USUAL, Board, Row, granularity
 from dart_eval.results.format import share, short, size, small_share, sparsity
 from dart_eval.results.recovery import Recovery
 from dart_eval.results.writers import Table
@@ -117,8 +117,10 @@ def _estimate(row: Row, found: Recovery | None, of_dense: str, text: Callable[[f
 
 
 def level_name(rows: Sequence[Row]) -> str:
-    """`sparsity 70 %, read 0.30`; before it what is left out, where that is no neurons."""
+    """`sparsity 70 %, read 0.30`; before it what is left out, where that is no neurons, and any scope but ours."""
     of = f"{granularity(rows[0])}, " if rows and granularity(rows[0]) else ""
+    scope = next((row.scope for row in rows if row.scope), USUAL)
+    of = of if scope == USUAL else f"scope {scope}, {of}"
     known = {row.sparsity for row in rows if row.sparsity is not None}
     reads = sorted({share(row.read) for row in rows})
     read = reads[0] if len(reads) == 1 else f"{reads[0]} to {reads[-1]}"
@@ -186,6 +188,8 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
         said.append("speed: of decoding, over dense, as `bench decode` measured it.")
         if any(row.speed and row.speed.speedup is None for row in rows):
             said.append("bytes only: no kernel there makes the bytes into time.")
+    if any(row.scope not in (None, USUAL) for row in rows):
+        said.append("scope: which positions ran pruned when answers were scored; compare rows of one scope.")
     bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")

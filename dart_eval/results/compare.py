@@ -13,9 +13,9 @@ from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
 from dart_eval.results.format import chance, interval, number, ratio, signed, sparsity
-from dart_eval.results.inputs import PRUNING, identity, model_of
+from dart_eval.results.inputs import DENSE, UNLIKE_DENSE, identity, model_of
 from dart_eval.results.labels import labels
-from dart_eval.results.outcomes import DENSE, Cell, Measure, cells, describe, newest, older_note
+from dart_eval.results.outcomes import Cell, Measure, cells, describe, newest, older_note
 from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.writers import Column, Table, finite
@@ -107,7 +107,7 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
             raise UserError(f"{a} and {b} are the same cell: {labelled[left.key]}", "name two that differ")
         free = FREE[by]
         if by != "model" and DENSE in (left.inputs["method"], right.inputs["method"]):
-            free = PRUNING  # dense goes with every method and sparsity
+            free = UNLIKE_DENSE  # dense goes with every method, sparsity and scope
         if identity(left.inputs, free) == identity(right.inputs, free):
             pairs.append((f"{labelled[left.key]} vs {labelled[right.key]}", left, right))
     if not pairs:

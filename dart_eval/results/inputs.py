@@ -18,7 +18,9 @@ from typing_extensions import NotRequired, TypedDict  # pydantic needs this one 
 from dart_eval.results.layout import OPEN, Number
 
 ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
+DENSE = "dense"  # the method that leaves the model as it is
 PRUNING = ("method", "params", "sparsity", "ffn_bits")  # what a pruned cell has beside its dense one
+UNLIKE_DENSE = (*PRUNING, "scope")  # what the two may differ in: nothing runs pruned in a dense one, whatever the scope
 HASH_DIGITS = 8
 
 
@@ -163,12 +165,17 @@ def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, A
     return found
 
 
+def matters(name: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether a field can have a say in a cell's numbers: a dense one's are the same in every scope."""
+    return name != "scope" or inputs["method"] != DENSE
+
+
 def identity(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> str:
     """`asked` as text that can be compared and sorted: two cells that agree in it answer the same question."""
     return json.dumps(asked(inputs, without), sort_keys=True)
 
 
-def question(inputs: Mapping[str, Any], without: Iterable[str] = PRUNING) -> str:
+def question(inputs: Mapping[str, Any], without: Iterable[str] = UNLIKE_DENSE) -> str:
     """What was asked apart from how it was pruned, and on which dtype and device.
 
     Cells that agree in it, a dense one and pruned ones, can be held against each other.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from dart_eval.results.inputs import FIELDS, NAMED
+from dart_eval.results.inputs import FIELDS, NAMED, matters
 
 
 class Named(Protocol):
@@ -69,7 +69,8 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
     methods = specs(records)
     found = {}
     for r in records:
-        said = [s for s in differing if not FIELDS[s].any or r.inputs.get(s) is not None]
+        known = [s for s in differing if matters(s, r.inputs)]
+        said = [s for s in known if not FIELDS[s].any or r.inputs.get(s) is not None]
         settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if FIELDS[s].hashed else 40]}" for s in said]
         settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
         if same_name:
@@ -83,7 +84,7 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
 
 def values(setting: str, cells: Iterable[Named]) -> list[str]:
     """The values that a setting has in these cells, as text; without those that go with any."""
-    found = {json.dumps(c.inputs.get(setting)) for c in cells}
+    found = {json.dumps(c.inputs.get(setting)) for c in cells if matters(setting, c.inputs)}
     return sorted(found - {"null"} if setting in FIELDS and FIELDS[setting].any else found)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError
-from dart_eval.results.inputs import ASKED, FIELDS, asked, identity, model_of, question
+from dart_eval.results.inputs import ASKED, DENSE, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
-from dart_eval.results.outcomes import DENSE, Cell, Measure, Outcome, Pairs, check_paired, describe, pairs
+from dart_eval.results.outcomes import Cell, Measure, Outcome, Pairs, check_paired, describe, pairs
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ WITHOUT_NUMBERS = {
     "lm_evals.py": "reads options, which are part of a key",
     "machine.py": "describes the machine",
     "plan.py": "makes keys: all that it decides is in them",
+    "scope_names.py": "names of scopes, which are part of a key",
     "pruning/gather.py": "is not run",
     "pruning/inplace.py": "puts back what `permuted.py` moved",
     "pruning/kernels.py": "is not run",

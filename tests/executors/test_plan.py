@@ -321,6 +321,10 @@ def test_the_key_of_dense_does_not_depend_on_the_sparsities():
     assert key(method=("dense",), sparsity=(0.5,)) == key(method=("dense",), sparsity=(0.3, 0.9))
 
 
+def test_the_key_of_dense_does_not_depend_on_the_scope():
+    assert key(method=("dense",), scope="last-50") == key(method=("dense",))
+
+
 def test_the_same_question_has_the_same_key():
     assert key(sparsity=(0.6,), limit=5) == key(sparsity=(0.6,), limit=5)
 
@@ -328,7 +332,7 @@ def test_the_same_question_has_the_same_key():
 @pytest.mark.parametrize("change", [
     {"sparsity": (0.6,)}, {"method": ("griffin",)}, {"method": ("dart:remask.window=8",)}, {"limit": 5}, {"seed": 1},
     {"dtype": "bfloat16"}, {"num_fewshot": 0}, {"cue": "In short:"}, {"chunk": 512}, {"max_length": 512},
-    {"chat_template": True}, {"hashes": {"arc_easy": "other"}}, {"device": "cuda"},
+    {"chat_template": True}, {"scope": "last"}, {"hashes": {"arc_easy": "other"}}, {"device": "cuda"},
     {"identity": dataclasses.replace(MODEL, weights="beef")}, {"identity": dataclasses.replace(MODEL, revision="c0de")},
 ], ids=str)  # fmt: skip
 def test_the_key_changes_with_what_can_change_a_number(change):

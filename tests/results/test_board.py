@@ -229,6 +229,39 @@ def test_another_granularity_has_levels_of_its_own_and_no_part_in_the_test(tmp_p
     assert "griffin keeps the most" in text.replace("\n", " ")
 
 
+def test_rows_of_two_scopes_stand_in_levels_of_their_own_beside_one_dense(tmp_path):
+    made = board_of(
+        tmp_path, choices(0.8, method="dense"), choices(0.5), choices(0.2, method="random"),
+        choices(0.78, scope="last"), choices(0.6, method="random", scope="last"),
+        choices(0.8, method="dense", read=0.281, ffn_bits="4"), choices(0.8, scope="decode", read=1.0),
+        choices(0.8, method="random", scope="decode", read=1.0),
+    )  # fmt: skip
+    assert places(made) == [
+        [("dense", "")],
+        [("dense on 4 bits", ""), ("griffin (scope=scored)", BEST), ("random (scope=scored)", "")],
+        [("griffin (scope=decode)", ""), ("random (scope=decode)", "")],
+        [("griffin (scope=last)", BEST), ("random (scope=last)", "")],
+    ]
+    assert all(row.recovery is not None for row in made.rows[1:])
+    text = " ".join(board_text.lines(made, 100))
+    assert "scope last, sparsity 70 %, read 0.30" in text and "scope decode, read 1.00" in text
+    assert "Nothing ran pruned under scope decode: its rows are dense." in text
+    assert "compare rows of one scope" in text
+
+
+def test_a_board_of_one_other_scope_says_it_and_takes_rounding_alone_into_it(tmp_path):
+    rounded = choices(0.8, method="dense", read=0.281, ffn_bits="4")
+    made = board_of(tmp_path, choices(0.8, method="dense"), rounded, choices(0.5, scope="last-50"))
+    assert [row.label for row in made.levels[1].rows] == ["dense on 4 bits", "griffin"]
+    assert board_text.level_name(made.levels[1].rows) == "scope last-50, sparsity 70 %, read 0.28 to 0.30"
+    assert board_text.level_name(made.levels[0].rows) == "sparsity 0 %, read 1.00"
+
+
+def test_dense_in_two_scopes_is_one_row(tmp_path):
+    made = board_of(tmp_path, choices(0.8, method="dense"), choices(0.8, method="dense", scope="all"), choices(0.5))
+    assert places(made) == [[("dense", "")], [("griffin", "")]]
+
+
 def test_what_is_missing_is_said(tmp_path):
     made = board_of(tmp_path, choices(0.5), choices(0.4, method="random"))
     assert all(row.recovery is None for level in made.levels for row in level.rows)

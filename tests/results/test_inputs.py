@@ -39,7 +39,7 @@ def test_cells_answer_one_question_unless_they_differ_in_what_was_asked(name):
     there[name] = {"name": "other"} if name == "model" else {"other": 1} if name in ("params", "versions") else "other"
     role = inputs.FIELDS[name].role
     assert (inputs.identity(here) == inputs.identity(there)) == (role != "asked")
-    goes_together = name in inputs.PRUNING or (role != "asked" and name not in ("dtype", "device"))
+    goes_together = name in inputs.UNLIKE_DENSE or (role != "asked" and name not in ("dtype", "device"))
     assert (inputs.question(here) == inputs.question(there)) == goes_together
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dart_eval.results import metrics
 from dart_eval.results.format import sparsity
-from dart_eval.results.inputs import HASH_DIGITS, model_of
+from dart_eval.results.inputs import HASH_DIGITS, matters, model_of
 from dart_eval.results.report.cells import Cell, finite
 from dart_eval.results.tables import cut_prompts
 
@@ -91,7 +91,7 @@ def _mixed(cells: Sequence[Cell]) -> list[str]:
 
 
 def _raw(cells: Sequence[Cell], name: str) -> list[Any]:
-    return [c.record.inputs.get(name) for c in cells]
+    return [c.record.inputs.get(name) for c in cells if matters(name, c.record.inputs)]
 
 
 def _of(cells: Sequence[Cell], name: str) -> list[str]:
