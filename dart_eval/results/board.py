@@ -1,9 +1,9 @@
 """The board: one row a method and sparsity, best first, with what it keeps of dense and what it costs.
 
 Rows stand in levels of one scope and equal read (FFN weight bytes that a decoded token reads / those of the dense FFN).
-Rows that leave out something else than neurons stand in levels of their own, after the others. Inside a level they are ordered
-by mean recovery. The best pruned row is tested against every other one on the same documents; it was chosen by the
-values that are then tested, so each p counts for all pairs that could have been chosen (K / 2 for each of the K - 1
+Rows that leave out something else than neurons stand in levels of their own, after the others. Inside a level they are
+ordered by mean recovery. The best pruned row is tested against every other one on the same documents; it was chosen by
+the values that are then tested, so each p counts for all pairs that could have been chosen (K / 2 for each of the K - 1
 that are tested), and Holm's correction is taken over them.
 """
 

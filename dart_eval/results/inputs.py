@@ -78,7 +78,9 @@ class CellInputs(TypedDict):
         Annotated[str, Role(ASKED, "bits that FFN weights were rounded to first, where they were", column=True)]
     ]
     task: Annotated[str, _asked("the lm-eval task or group", False)]
-    scope: Annotated[str, Role(ASKED, "which positions ran pruned when answers were scored", named=True)]
+    scope: Annotated[
+        str, Role(ASKED, "which positions ran pruned when answers were scored; of dense always `scored`", named=True)
+    ]
     execution: NotRequired[Annotated[str, Role(HOW, "how pruning was computed; `run` says `masked`", named=True)]]
     dtype: NotRequired[Annotated[str, Role(HOW, "what the weights were loaded as", True, True)]]
     device: NotRequired[Annotated[str, Role(HOW, "type of device", True, True)]]

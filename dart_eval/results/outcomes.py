@@ -20,7 +20,7 @@ from dart_eval.errors import UserError
 from dart_eval.results import metrics, stats
 from dart_eval.results.documents import frame
 from dart_eval.results.format import sparsity
-from dart_eval.results.inputs import DENSE, HASH_DIGITS, HOW, identity, model_of
+from dart_eval.results.inputs import HASH_DIGITS, HOW, identity, model_of
 from dart_eval.results.inputs import names as fields_of
 from dart_eval.results.labels import values
 from dart_eval.results.record import Record
