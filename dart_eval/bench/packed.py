@@ -1,18 +1,17 @@
 """Rounded FFN weights in torch's own packed products, so that rounding as a control has its real speed too.
 
-On a CPU torch multiplies weights of 4 bits in groups (`_weight_int4pack_mm_for_cpu`) and of 8 bits with a scale a row
-(`_weight_int8pack_mm`). For other bits and other devices it has none that takes our codes.
+They are there on a CPU, for 4 bits in groups and for 8 bits with a scale a row (`pruning.products`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dart_eval import cost
 from dart_eval.bench.decode import Bench, Times
@@ -22,12 +21,11 @@ from dart_eval.bits import OWN_BITS, Rounding
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, weight_matrix
 from dart_eval.machine import foreign_cpu
-from dart_eval.rounding import Packed, rounded
+from dart_eval.pruning.products import product
+from dart_eval.rounding import rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-GROUPS = (32, 64, 128, 256)  # that the product of 4 bits takes
 
 
 @dataclass(frozen=True)
@@ -53,40 +51,6 @@ class RoundedSpeed:
     tokens_per_second: float
     foreign_cores: float | None
     twin_bytes: int
-
-
-def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """x -> x W^T + bias for a rounded matrix, through torch's packed product.
-
-    Args:
-        held: the codes. bias: [out], or None. dtype: of x and of what comes out.
-
-    Raises:
-        UserError: torch has no packed product for these bits.
-    """
-    bits, group = held.rounding.bits, held.rounding.group
-    scales = held.scales.to(dtype)
-    ops: Any = torch.ops.aten
-    if bits == 4 and group in GROUPS and held.codes.shape[1] % group == 0:
-        codes = ops._convert_weight_to_int4pack_for_cpu(held.codes.int() + 8, 1)
-        scales = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).contiguous()  # and zero points
-
-        def multiply(x: Tensor) -> Tensor:
-            return ops._weight_int4pack_mm_for_cpu(x, codes, group, scales)
-
-    elif bits == 8 and scales.shape[1] == 1:
-
-        def multiply(x: Tensor) -> Tensor:
-            return ops._weight_int8pack_mm(x, held.codes, scales[:, 0])
-
-    else:
-        raise UserError(f"torch has no packed product for {held.rounding.text} bits", "use 4, 4:64, 4:128 or 8:row")
-
-    def forward(x: Tensor) -> Tensor:
-        out = multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
-
-    return forward
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Execution:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
-        if part := kernels.unmade(self.method):
+        if part := kernels.unmade(self.method, self.ffns):
             if wanted == "permuted":
                 raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
             return "masked"
@@ -89,7 +89,13 @@ class Execution:
         """
         if self.permuted is None and any(f.order is not None for f in self.ffns):
             raise UserError(REORDERED, "leave that one first")
-        one = batch == 1 or self.shared_mask or self.method.mask.fixed
+        image = self.method.choice.image
+        one = batch == 1 or (image is None and (self.shared_mask or self.method.mask.fixed))
+        if self.wanted == "permuted" and not one and image is not None:
+            raise UserError(
+                f"permuted execution looks at {image.title} for one sequence, and this batch has {batch}",
+                "use execution='masked', or one sequence",
+            )
         if self.wanted == "permuted" and not one:
             raise UserError(
                 f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
@@ -101,7 +107,8 @@ class Execution:
         if self.gathers and batch > 1:
             self.restore()  # which is for one sequence
         if self.permuted is None:
-            self.permuted = PermutedFFNs(self.ffns, self.model, batch == 1 and kernels.gathers(self.method, self.ffns))
+            gather = kernels.gatherer(self.method, self.ffns) if batch == 1 else None
+            self.permuted = PermutedFFNs(self.ffns, self.model, gather)
             self.permuted.begin()  # from here on `restore` undoes it
 
     def move(self, state: SequenceState) -> None:
@@ -118,7 +125,8 @@ class Execution:
         """The next forward decodes: it multiplies the kept neurons alone, where every sequence has a mask."""
         if self.fine is not None:
             self.fine.begin()
-        if self.permuted is not None and bool((step.mask < 1).all()):
+        share = step.read if self.gathers else step.mask
+        if self.permuted is not None and bool((share < 1).all()):
             self.permuted.slice()
             self.sliced = True
 

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from torch import nn
 
 from dart_eval.ffn import FFN, device_of, is_conv1d
-from dart_eval.pruning import gather
+from dart_eval.pruning import gather, previewed
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.base import Part
-from dart_eval.pruning.permuted import quantised, shared
+from dart_eval.pruning.permuted import Gather, quantised, shared
+from dart_eval.pruning.slices import GatheredFFN
 
 
-def unmade(method: Pruner) -> Part | None:
+def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
     """The part of a method whose work no kernel does, so that it runs by masks alone; None where there is none."""
     if method.compensation.fills:  # what a token leaves out is still multiplied
         return method.compensation
     if method.entries.finer:
         return method.entries
-    return method.choice if method.choice.image is not None else None
+    return method.choice if method.choice.image is not None and gatherer(method, ffns) is None else None
 
 
-def gathers(method: Pruner, ffns: Sequence[FFN]) -> bool:
-    """Whether a token's choice can save time: of gated FFNs, on a CPU or by Triton's kernels."""
-    return (
-        method.choice.gathers
+def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gather | None:
+    """What reads the rows alone that a token chooses: of gated FFNs, on a CPU or by Triton's kernels; None if nothing.
+
+    Where the choice looks at an image, every token chooses among all neurons, exactly as many.
+    """
+    choice = method.choice
+    possible = (
+        choice.gathers
         and not method.mask.remask.dense_tokens
         and all(f.gate is not None and not is_conv1d(f.down) for f in ffns)
         and all(device_of(f).type == "cpu" or gather.missing(device_of(f)) is None for f in ffns)
     )
+    if not possible or choice.image is None:
+        return GatheredFFN if possible else None
+    if not method.mask.whole or not choice.exact or quantised(ffns):
+        return None
+    if any(previewed.lacking(choice.image, f) for f in ffns):
+        return None
+    return functools.partial(previewed.PreviewedFFN, choice=choice)
 
 
 def lacking(method: Pruner, ffns: Sequence[FFN], model: nn.Module) -> str | None:
@@ -38,10 +51,12 @@ def lacking(method: Pruner, ffns: Sequence[FFN], model: nn.Module) -> str | None
     Args:
         method: one that prunes. ffns: of the model.
     """
-    if part := unmade(method):
-        return f"{part.title} has no kernels here"
     if reason := quantised(ffns) or shared(ffns, model):
         return reason
-    if method.mask.whole and not gathers(method, ffns):
+    image = method.choice.image
+    if part := unmade(method, ffns):
+        how = "" if part is not method.choice or image is None else f" with {image.title}"
+        return f"{part.title}{how} has no kernels here"
+    if method.mask.whole and gatherer(method, ffns) is None:
         return f"no kernel here reads only the rows that {method.choice.title} takes"
     return None

@@ -21,6 +21,7 @@ from dart_eval.ffn import FFN, encoded, is_conv1d
 from dart_eval.pruning.inplace import Step, Work, involutions, swap, transpose
 from dart_eval.pruning.slices import Down, GatheredFFN, slots
 
+Gather = Callable[[FFN, Down], GatheredFFN]
 REORDERED = "the neurons of this model are reordered by another prune()"
 
 
@@ -31,13 +32,14 @@ class PermutedFFNs:
     projections multiply the first `kept` neurons of each layer alone.
 
     Args:
-        gather: the tokens of one sequence choose among the kept neurons (`slices.GatheredFFN`).
+        gather: makes what reads the rows alone that the one token of one sequence chooses among the kept neurons
+            (`slices.GatheredFFN`); None where no token chooses.
 
     Raises:
         UserError: weights are quantised, or shared with other modules, or reordered already.
     """
 
-    def __init__(self, ffns: Sequence[FFN], model: nn.Module, gather: bool = False) -> None:
+    def __init__(self, ffns: Sequence[FFN], model: nn.Module, gather: Gather | None = None) -> None:
         if any(f.order is not None for f in ffns):
             raise UserError(REORDERED, "leave that one first")
         if reason := quantised(ffns) or shared(ffns, model):
@@ -45,7 +47,7 @@ class PermutedFFNs:
         self.ffns = list(ffns)
         self.kept = [f.size for f in ffns]
         self.downs = [Down(f) for f in ffns]
-        self.gathered = [GatheredFFN(f, d) for f, d in zip(ffns, self.downs, strict=True)] if gather else []
+        self.gathered = [gather(f, d) for f, d in zip(ffns, self.downs, strict=True)] if gather else []
         self._slots: list[list[Any]] = [[g] for g in self.gathered] or [slots(f) for f in ffns]
         self._banks = [_banks(f, d) for f, d in zip(ffns, self.downs, strict=True)]
         into = [m for f in ffns for m in (f.gate, f.up) if m is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from dart_eval.pruning import finer, thresholds
 from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
-from dart_eval.pruning.previews import Fine, previews, prices, stored
+from dart_eval.pruning.previews import Fine, Preview, previews, prices, stored
 from dart_eval.pruning.sequence import Sums, nbytes
 from dart_eval.pruning.standins import constant, floating
 from dart_eval.pruning.top import top_k_mask
@@ -34,7 +35,6 @@ class Prepared:
             or another constant for each sequence.
         thresholds: per layer, of the choice; None where it counts.
         entries: what leaves out something else than neurons; None.
-        previews: per layer, the images of gate and up; None where nothing is previewed.
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
         fine: the weights as decoding forwards have them, where these read the first bits alone; else None.
         whole: matrices of which a token reads the rows of the whole mask before it chooses; of images their share.
@@ -59,11 +59,12 @@ class Prepared:
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = rounding.share(self.ffns)
         self.prices = None if image is None else prices(choice, choice.precision if self.sparsity else 0, self.ffns)
-        self.previews = None if image is None else previews(image, self.ffns, choice.grades)
         self.stored = stored(choice, self.ffns)
         self.fine = None
         if image is not None and self.sparsity:
             self.fine = Fine.of(self.ffns, image.mantissa(choice.precision))
+        if self.fine is not None:
+            _ = self.previews  # made now, while the weights have all their bits
         # Refused now where the sparsity cannot be met at all.
         allocation = self.method.allocation
         varies = allocation.needs_change or allocation.needs_scores
@@ -72,6 +73,12 @@ class Prepared:
         self.whole = usual.whole
         self.paid = self._paid()
         self._computed = self._products(usual)
+
+    @functools.cached_property
+    def previews(self) -> list[Preview] | None:
+        """Per layer the images as matrices, made when masks first ask for them; None where nothing is previewed."""
+        choice = self.method.choice
+        return None if choice.image is None else previews(choice.image, self.ffns, choice.grades)
 
     def counts(
         self, change: ChangeState | None, rows: slice, has_context: bool, scores: Sequence[Tensor] | None = None

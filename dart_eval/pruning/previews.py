@@ -51,7 +51,7 @@ class Preview:
         """
         if thin < 1:
             x = x * top_k_mask(x.abs(), torch.full(x.shape[:-1], columns(x.shape[-1], thin)))
-        seen = [nn.functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
+        seen = self.seen(x)
         size = x.float().norm(dim=-1, keepdim=True)
         off = [size * doubt for doubt in self.doubts]
         first = seen[0].float()
@@ -59,6 +59,10 @@ class Preview:
         if len(seen) == 1:
             return self.act(seen[0]), expected
         return self.act(seen[0]) * seen[1], expected * (seen[1].float().square() + off[1].square())
+
+    def seen(self, x: Tensor) -> list[Tensor]:
+        """What the images make of x: [..., F] for each. x: [..., D]."""
+        return [nn.functional.linear(x, w, b) for w, b in zip(self.weights, self.biases, strict=True)]
 
     def write(self, h: Tensor) -> Tensor:
         """[..., F] -> [..., D], what h adds through the image of down."""
@@ -130,15 +134,15 @@ def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
         return known[1]
     values = [_values(image, m) for m in matrices]
     inputs = ffn.matrices - 1
-    doubts = [_doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
+    doubts = [doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
     made = Preview(
-        tuple(values[:inputs]), _biases(ffn), tuple(doubts), ffn.act, values[inputs] if down else None
+        tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, values[inputs] if down else None
     )  # fmt: skip
     _MADE[ffn.up] = key, made
     return made
 
 
-def _doubt(matrix: Served, seen: Tensor) -> Tensor:
+def doubt(matrix: Served, seen: Tensor) -> Tensor:
     """[F] fp32 (kept as fp16): the root mean square of what an image leaves out of each row."""
     left_out = matrix.weight.float() - seen.float()
     return left_out.square().mean(1).sqrt().half().float()
@@ -148,7 +152,8 @@ def _values(image: Image, matrix: Served) -> Tensor:
     return image.values(matrix).to(matrix.weight.dtype)
 
 
-def _biases(ffn: FFN) -> tuple[Tensor | None, ...]:
+def biases(ffn: FFN) -> tuple[Tensor | None, ...]:
+    """Of gate and up, or of up alone: [F] each, or None."""
     found = [getattr(m, "bias", None) for m in (ffn.gate, ffn.up) if m is not None]
     return tuple(found if not ffn.fused else [None, None] if found[0] is None else found[0].chunk(2))
 

@@ -27,6 +27,7 @@ from torch.nn.functional import embedding_bag, linear
 
 from dart_eval.ffn import FFN, is_conv1d
 from dart_eval.pruning import gather
+from dart_eval.pruning.top import top_k_mask
 
 FEW = 4  # tokens for which weighted sums of rows beat a product on a CPU
 # Sums of rows are made in so many parts at most, of at least so many rows each: one thread makes a part. They follow
@@ -185,12 +186,31 @@ def in_float32(rows: Tensor, weights: Tensor) -> Tensor:
     return out.to(rows.dtype)
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """[count], where the largest of `scores` are, ascending on a CPU; ties go to the lower index, as in `top`.
+
+    scores: [F]. On a CPU the least score that is taken says which they are: much faster than to sort, and rows that are
+    read in the order in which they lie come faster.
+    """
+    if scores.device.type != "cpu":  # without a wait for the device
+        return scores.sort(descending=True, stable=True).indices[:count]
+    least = scores.topk(count, sorted=False).values.amin() if count else torch.inf
+    rows = (scores >= least).nonzero().flatten()
+    if len(rows) != count:  # several have the least score, or some are no number
+        rows = top_k_mask(scores[None], torch.tensor([count]))[0].nonzero().flatten()
+    return rows
+
+
 class GatheredFFN:
     """One FFN whose token chooses among the kept neurons, and reads the weights of these alone where it can.
 
     While narrow: gate multiplies its first K rows. The token takes the `taken` largest |act(gate x)| x norm; of up a
     CUDA GPU reads their rows alone (`gather.read_rows`), a CPU the first K, since reading scattered rows costs it more.
     Of those taken, the `written` largest |h| are summed from down's rows. For one sequence and one token.
+
+    Attributes:
+        kept, taken, written: neurons of the mask, those of them that a token takes, those of these that it writes.
+        kernels: whether Triton's kernels read the rows.
     """
 
     def __init__(self, ffn: FFN, down: Down) -> None:
@@ -204,7 +224,7 @@ class GatheredFFN:
         self.kernels = gather.missing(down.rows.device) is None
 
     @property
-    def read(self) -> tuple[int, int, int]:
+    def read(self) -> tuple[float, float, float]:
         """Neurons of which gate, up and down read weights."""
         return self.kept, self.taken if self.kernels else self.kept, self.written
 
@@ -250,10 +270,13 @@ class GatheredFFN:
         return out
 
     def _down(self, h: Tensor) -> Tensor:
+        return self._write(h, h.flatten()[self._taken])
+
+    def _write(self, h: Tensor, values: Tensor) -> Tensor:
+        """What the neurons taken add: [..., D]. h: [..., any], for its shape. values: [taken], theirs of it."""
         rows = self._taken
-        values = h.flatten()[rows]
         if self.written < self.taken:
-            top = values.float().abs().topk(self.written, sorted=False).indices
+            top = best(values.float().abs(), self.written)
             rows, values = rows[top], values[top]
         if self.kernels:
             out = gather.write_rows(self.down.rows, rows, values)

@@ -180,6 +180,8 @@ WITHOUT_NUMBERS = {
     "pruning/kernels.py": "is not run",
     "pruning/permuted.py": "is not run",
     "pruning/slices.py": "is not run",
+    "pruning/previewed.py": "is not run",
+    "pruning/products.py": "is not run",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
     "results/journal.py": "hands back what it was given",

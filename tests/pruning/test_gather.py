@@ -13,6 +13,7 @@ import torch
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning import gather
 from dart_eval.pruning.permuted import PermutedFFNs
+from dart_eval.pruning.slices import GatheredFFN
 from tests.helpers.commands import start
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import RESTLESS, bits, decoded, interrupted_anywhere, open_session, same
@@ -80,7 +81,7 @@ def interrupts():
         permuted.select(0, mask)
         permuted.restore()
 
-    begin = functools.partial(PermutedFFNs, ffns, model, gather=True)
+    begin = functools.partial(PermutedFFNs, ffns, model, gather=GatheredFFN)
     assert interrupted_anywhere(begin, work, lambda at: bool(at % 2), model, before) > 20
 
 

@@ -73,7 +73,7 @@ class Choice(Part):
         doubts: whether it goes by what the image leaves out of each row, too.
         grades: whether neurons that are not taken may write as the image shows them.
         ranks: whether it goes by the mask's score of the token alone, beside a core of the mask that is always taken.
-        gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`).
+        gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`, `previewed`).
     """
 
     slot = "choice"
@@ -323,6 +323,7 @@ class ByPreview(Inside):
     image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
     precision: int = option(0, PRECISION, least=0, most=16)  # type: ignore[misc]
+    gathers = True
 
     def importance(self, token: Token) -> Tensor:
         assert token.expected is not None

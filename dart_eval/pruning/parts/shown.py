@@ -30,6 +30,7 @@ class Shown(Thresholded):
     name = "shown"
     summary = "takes the largest |h| that a coarse image of gate and up and the largest entries of x show"
     doubts = False
+    gathers = True
     image: Image = option(Copy(bits=4, group=0), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     thin: float = option(0.5, "share of the entries of x, the largest, that the preview goes by", above=0, most=1)  # type: ignore[misc]
 
