@@ -130,6 +130,7 @@ SETTINGS = {
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),
     "top-p": Setting("top-p:choice.p=0.8", families=TWO),
     "preview by a copy": Setting("preview:image=copy:image.bits=3", 0.4, decodes=False, families=TWO),
+    "graded, all of x": Setting("dart-plus:choice.thin=1", 0.6, decodes=False, families=TWO),
     "dart-plus": Setting("dart-plus", 0.6, decodes=False, families=TWO),
     "griffin, gate's choice, re-masks": Setting("griffin:remask=every:remask.tokens=6:choice=gate", 0.4, families=TWO),
 }

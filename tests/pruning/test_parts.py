@@ -143,7 +143,7 @@ def test_the_built_in_methods_are_these_compositions():
         "m-countdown": Pruner(choice=ByUp(threshold="none")),
         "preview": Pruner(choice=ByPreview(image=Plane(bits=0), write_share=0.7, precision=0)),
         "prox": Pruner(choice=Shown(image=Copy(bits=4, group=0), thin=0.5, threshold="none")),
-        "dart-plus": Pruner(choice=Graded(image=Plane(bits=0), precision=8, coarse=1.5)),
+        "dart-plus": Pruner(choice=Graded(image=Plane(bits=0), thin=0.5, precision=8, coarse=1.5)),
         "top-p": Pruner(choice=TopP(p=0.9)),
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),

@@ -1,5 +1,7 @@
 """Previews: bytes never beyond the label, exact choices through a perfect image, chosen by the image alone."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +23,21 @@ IMAGES = {
     "copy:bits=2": {"image": "copy", "image.bits": 2}, "weights": {"image": "weights"},
     "low-rank": {"image": "low-rank", "image.rank": 2},
 }  # fmt: skip
+
+
+def looked_at(choice, matrix):
+    """Bits for each weight of gate or up: those of the image that are read at once, and what chosen rows still lack.
+
+    Scales, and the largest exponents of rows, are read whole; codes of the columns that x is not thinned to are not.
+    """
+    image, (rows, width) = choice.image, matrix.weight.shape
+    share = max(1, math.floor(choice.thin * width)) / width
+    if image.name == "low-rank":
+        return 16 * image.rank * (rows + share * width) / (rows * width), image.left(matrix, choice.precision)
+    codes = math.floor(image.bits_of(matrix.bits, rows, width))
+    unseen = (1 - share) * codes
+    lacks = image.left(matrix, choice.precision) + (0 if image.stored else unseen)
+    return image.bits_of(matrix.bits, rows, width) - unseen, lacks
 
 
 @pytest.mark.parametrize("bits", ["16", "8", "4", "3:row"])
@@ -48,8 +65,8 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
             column = sum(choice.image.column(m, choice.precision) / m.bits for m in down) / len(down)
             rough = sum(choice.image.bits_of(m.bits, *m.weight.shape) / m.bits for m in down) / len(down)
             doubt = 0 if choice.image.exact else 16 / ffns[0].width  # one number a row
-            whole = sum((choice.image.bits_of(m.bits, *m.weight.shape) + doubt) / m.bits for m in rows) / len(ffns)
-            rest = sum(choice.image.left(m, choice.precision) / m.bits for m in rows) / len(ffns)
+            whole = sum((looked_at(choice, m)[0] + doubt) / m.bits for m in rows) / len(ffns)
+            rest = sum(looked_at(choice, m)[1] / m.bits for m in rows) / len(ffns)
             taken, written = int(state.taken.sum()), int(state.written.sum())
             by_hand = whole * total + rest * taken
             by_hand += column * taken + rough * (written - taken) if choice.grades else column * written
@@ -130,12 +147,12 @@ def test_taken_and_written_fit_their_layers(image, sparsity, write_share):
     assert (state.written <= state.taken).all() and (state.taken <= state.kept).all()
 
 
-@pytest.mark.parametrize("bits", ["16", "4"])
+@pytest.mark.parametrize(("bits", "thin"), [("16", 1.0), ("16", 0.5), ("4", 1.0), ("4", 0.5)])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_graded_token_reads_more_bits_of_what_matters_more(family, bits):
+def test_a_graded_token_reads_more_bits_of_what_matters_more(family, bits, thin):
     """A decoded token by hand, layer by layer: exact with its first bits, through images, or not at all."""
     model = tiny(family, dtype=torch.float32)
-    choice, sparsity = Graded(coarse=1.0), 0.65 if bits == "16" else 0.4
+    choice, sparsity = Graded(coarse=1.0, thin=thin), 0.65 if bits == "16" else 0.4
     method = dart_eval.Pruner(choice=choice)
     with dart_eval.rounded_ffns(model, bits), open_session(model, method, sparsity) as session:
         seen = {}
@@ -153,12 +170,15 @@ def test_a_graded_token_reads_more_bits_of_what_matters_more(family, bits):
                 for f in (lambda m: truncated(m.weight, 4) if bits == "16" else m.weight, choice.image.values)
             )
 
-            def hidden(matrices, x=x, ffn=ffn, biases=biases):
+            least = x.abs().sort(descending=True).values[0, int(thin * x.shape[1]) - 1]
+            largest = x * (x.abs() >= least)
+
+            def hidden(matrices, x, ffn=ffn, biases=biases):
                 made = [x @ w.T + (0 if b is None else b) for w, b in zip(matrices[:-1], biases, strict=True)]
                 return ffn.act(made[0]) * made[1] if len(made) > 1 else ffn.act(made[0])
 
-            preview, exact = hidden(rough), hidden(fine)
-            order = promise(ffn, choice.image, x)[0].argsort(descending=True, stable=True)
+            preview, exact = hidden(rough, largest), hidden(fine, x)
+            order = promise(ffn, choice.image, largest)[0].argsort(descending=True, stable=True)
             taken, written = int(session.state.taken[0, ffn.layer]), int(session.state.written[0, ffn.layer])
             assert 0 < taken < written
             first, second = order[:taken], order[taken:written]

@@ -337,16 +337,17 @@ class ByPreview(Inside):
 class Graded(Choice):
     """The neurons that promise most are read exactly; the next ones write as an image of the weights has them.
 
-    Every token reads the image of gate and up, which lets it expect h^2 of each neuron (`Preview.look`). Of the neurons
-    with the most it reads also the rest of their rows, and their columns of down; of the next ones the image of their
-    columns alone: their h is the preview's. So the bits that a token reads of a neuron follow from how much it matters.
-    This project's own.
+    Every token reads the image of gate and up, of the columns of the largest entries of x alone, which lets it expect
+    h^2 of each neuron (`Preview.look`). Of the neurons with the most it reads also the rest of their rows, and their
+    columns of down; of the next ones the image of their columns alone: their h is the preview's. So the bits that a
+    token reads of a neuron follow from how much it matters. This project's own.
     """
 
     name = "graded"
     summary = "reads the largest |h| of a preview exactly, and lets the next largest write as the preview has them"
     grades = True
     image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
+    thin: float = option(0.5, "share of the entries of x, the largest, that the preview goes by", above=0, most=1)  # type: ignore[misc]
     precision: int = option(8, PRECISION, least=0, most=16)  # type: ignore[misc]
     coarse: float = option(
         1.5, "neurons that write as the preview has them, as a multiple of those read exactly", least=0
@@ -376,7 +377,7 @@ class Graded(Choice):
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         # The previews of gate and up, choosing by them, and the image of down for what writes so, at most of all.
-        return 2 * mask * shape.width * shape.ffn_matrices + 14 * mask
+        return 2 * mask * shape.width * (self.thin * (shape.ffn_matrices - 1) + 1) + 14 * mask
 
 
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, ByPreview, Graded, TopP)

@@ -86,6 +86,9 @@ class Weights(Image):
     def bits_of(self, served: float, rows: int, width: int) -> float:
         return served
 
+    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+        return served - int(served) * (1 - columns / width)  # every scale is needed
+
     def left(self, matrix: Served, precision: int = 0) -> float:
         return 0.0
 
@@ -159,6 +162,10 @@ class Plane(Image):
             return self.top(served) + 8 / width  # the row's largest exponent
         code_bits = int(served)  # what is beyond it is the scale's
         return min(self.top(code_bits), code_bits) + served - code_bits
+
+    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+        bits = min(self.top(int(served)), int(served))
+        return self.bits_of(served, rows, width) - bits * (1 - columns / width)  # every scale and exponent is needed
 
     def left(self, matrix: Served, precision: int = 0) -> float:
         if matrix.packed is None:
