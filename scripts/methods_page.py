@@ -72,8 +72,9 @@ its largest entries (`choice.thin`), only with those of their columns, and with 
 with the plane of 16-bit weights reads 5 bits of every weight of gate and up in half of their columns, those of the
 largest entries of x; of the neurons with the largest |h| in this preview the other columns, 3 more bits and the
 exponents that the plane leaves open, and the first 8 bits of their columns of down; of the next ones 5 bits of their
-columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of its bits are read. A count is rounded down: what is read is never more than the label. `planes` is the
-control: it reads the first bits of all weights in that layout, and chooses nothing.
+columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of its bits are read.
+A count is rounded down: what is read is never more than the label. `planes` is the control: it reads the first bits of
+all weights in that layout, and chooses nothing.
 
 **Candidates are read to be ranked.** At sparsity 0.7 a token of `pop` reads gate and up for 32.5 % of the neurons: the
 22.5 % that are sure, and 10 % as candidates. It reads down for 25 %, so that (2 * .325 + .25) / 3 = .30.
