@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from dart_eval.pruning.method import Pruner
 
 FLAGS = {"--scoring": "scoring", "--overhead": "overhead"}  # of version 0.1, in place of verbs
-MEASURED = "griffin,dart,dart-code,dart-choice"
-COUNTED = f"{MEASURED},dart-plus"
+MEASURED = "griffin,dart,dart-code,dart-choice,dart-plus"
 
 
 class _Verbs(TyperGroup):
@@ -233,7 +232,7 @@ def scoring(
 
 @app.command("overhead")
 def overhead(
-    method: options.Measured = COUNTED,
+    method: options.Measured = MEASURED,
     sparsity: options.OneSparsity = 0.7,
     shape: Annotated[str, options.SHAPE] = "llama-3.1-8b",
     format: options.Format = "table",

@@ -255,7 +255,8 @@ def test_images_are_counted_on_a_shape():
     doubts = 2 * 2 * layers * neurons
     assert rows["dart-plus"]["parts"]["images"] == rows["preview"]["parts"]["images"] == doubts
     assert rows["preview:image=copy"]["parts"]["images"] == 2 * layers * neurons * width * 4.5 / 8 + doubts
-    assert rows["dart-plus"]["decode_share"] > rows["preview"]["decode_share"] > 0.4
+    shares = {name: row["decode_share"] for name, row in rows.items()}  # half of x, and the image of down
+    assert shares["dart-plus"] == pytest.approx(shares["preview"]) and shares["preview"] > 0.4
     assert rows["griffin"]["parts"]["images"] == 0
 
 
