@@ -36,7 +36,7 @@ NUMERIC_CODE = (
 # Ways to decode faster with the same masks: `run` always multiplies by masks (`"execution": "masked"` in `plan.plan`).
 NOT_RUN = (
     "pruning/permuted.py", "pruning/slices.py", "pruning/inplace.py", "pruning/gather.py", "pruning/kernels.py",
-    "pruning/previewed.py", "pruning/products.py",
+    "pruning/image_kernels.py", "pruning/previewed.py", "pruning/products.py",
 )  # fmt: skip
 SILENT = ("ENCODING", "COMMENT", "NL", "ENDMARKER")  # tokens that say nothing
 PLAIN_TEXT = re.compile(r"[rRuU]?['\"]")  # begins a text that may be a docstring: not bytes, no f-string

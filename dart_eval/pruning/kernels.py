@@ -40,7 +40,7 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gather | None:
         return GatheredFFN if possible else None
     if not method.mask.whole or not choice.exact or quantised(ffns):
         return None
-    if any(previewed.lacking(choice.image, f) for f in ffns):
+    if any(previewed.lacking(choice, f) for f in ffns):
         return None
     return functools.partial(previewed.PreviewedFFN, choice=choice)
 

@@ -107,6 +107,17 @@ def exponents(weight: Tensor, code_bits: int, mantissa_bits: int = 0) -> Tensor:
     Returns:
         [F, D] fp32.
     """
+    places, scale, shares = means(weight, code_bits, mantissa_bits)
+    return torch.copysign(shares[places.long()] * scale, weight.float())
+
+
+def means(weight: Tensor, code_bits: int, mantissa_bits: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """What the first plane tells of each weight, and what it then counts. Arguments as of `exponents`.
+
+    Returns:
+        [F, D] int32, a place for each code and first bits of the mantissa; [F, 1] fp32, the largest power of two of
+        each row; [places] fp32, the mean magnitude as a share of it.
+    """
     pattern = _pattern(weight)
     distances, largest = _distances(weight)
     escape = 2**code_bits - 1
@@ -114,8 +125,7 @@ def exponents(weight: Tensor, code_bits: int, mantissa_bits: int = 0) -> Tensor:
     codes = torch.where(distances >= escape, escape << mantissa_bits, (distances << mantissa_bits) + top)
     scale = torch.exp2(largest.float() - 127)[:, None]
     magnitude = weight.float().abs() / scale
-    means = _means(codes, magnitude, (escape << mantissa_bits) + 1)
-    return torch.copysign(means[codes.long()] * scale, weight.float())
+    return codes, scale, _means(codes, magnitude, (escape << mantissa_bits) + 1)
 
 
 def high_bits(held: Packed, bits: int) -> Tensor:

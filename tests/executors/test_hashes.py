@@ -176,6 +176,7 @@ WITHOUT_NUMBERS = {
     "plan.py": "makes keys: all that it decides is in them",
     "scope_names.py": "names of scopes, which are part of a key",
     "pruning/gather.py": "is not run",
+    "pruning/image_kernels.py": "is not run",
     "pruning/inplace.py": "puts back what `permuted.py` moved",
     "pruning/kernels.py": "is not run",
     "pruning/permuted.py": "is not run",

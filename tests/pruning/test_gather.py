@@ -1,11 +1,7 @@
 """The kernels that read what a token chooses, in Triton's interpreter: a process of its own, told before the import."""
 
 import functools
-import importlib
 import importlib.util
-import os
-import sys
-import traceback
 
 import pytest
 import torch
@@ -14,7 +10,7 @@ from dart_eval.ffn import find_ffns
 from dart_eval.pruning import gather
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.slices import GatheredFFN
-from tests.helpers.commands import start
+from tests.helpers.interpreted import interpreted
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import RESTLESS, bits, decoded, interrupted_anywhere, open_session, same
 
@@ -85,23 +81,6 @@ def interrupts():
     assert interrupted_anywhere(begin, work, lambda at: bool(at % 2), model, before) > 20
 
 
-def _interpreted(check, told):
-    """In a process of its own: what went wrong is written to a file."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    for name in list(sys.modules):  # it asks for it while it is imported; its library in C can be loaded once only
-        if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
-            del sys.modules[name]
-    importlib.reload(gather)
-    try:
-        check()
-    except BaseException:
-        told.write_text(traceback.format_exc())
-        raise
-    told.write_text("all is well")
-
-
 @pytest.mark.parametrize("check", [kernels, gathering_equals_masks, a_batch_after_one_sequence, interrupts])
 def test_in_the_interpreter(check, tmp_path):
-    process = start(_interpreted, check, tmp_path / "told")
-    process.join(600)
-    assert (tmp_path / "told").read_text() == "all is well" and process.exitcode == 0
+    interpreted(check, tmp_path)
