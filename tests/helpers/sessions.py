@@ -32,7 +32,7 @@ REMASKED = [
 # Every choice, inside every kind of mask.
 CHOOSING = [
     ("cats", {}), ("m-countdown", {}), ("oracle-token", {}), ("top-p", {"choice.p": 0.7}),
-    ("cats", {"choice.threshold": "calibrated"}), ("prox", {}),
+    ("cats", {"choice.threshold": "calibrated"}), ("prox", {}), ("dart-plus", {}),
     ("magnitude", {"choice": "gate-up", "choice.write_share": 0.7}),
     ("griffin", {"choice": "up", "choice.mask_ratio": 1.3, "remask": "drift", **RESTLESS}),
     ("dart-code", {**RESTLESS, "remask.dense_tokens": 2, "choice": "gate", "score.vocabulary": "mean"}),
