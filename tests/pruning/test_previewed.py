@@ -231,3 +231,15 @@ def test_what_is_multiplied_is_what_is_read():
     assert found.weights_executed == pytest.approx(found.weights_read - doubts, abs=1e-9)
     assert found.weights_read <= 0.5 and found.extra_weight_bytes == 0
     assert found.state_bytes >= 3 * 2 * 88 * 64 * 4.5 / 8
+
+
+def test_codes_follow_weights_that_were_changed_in_place():
+    model = llama()
+    ffn, found = gathered(model)
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1))
+    before = found.preview.look(x)[0]
+    assert gathered(model)[1].preview is found.preview  # as long as they stay what they are
+    with torch.no_grad():
+        ffn.gate.weight.mul_(-1)
+    after = gathered(model)[1].preview.look(x)[0]
+    assert not torch.allclose(after, before)
