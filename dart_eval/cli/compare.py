@@ -19,12 +19,16 @@ from dart_eval.files import check_target, format_of
 
 FORMATS = ("md", "csv", "json")
 OUT = Path("out")
-EXAMPLES = {"methods": "dart,griffin", "sparsities": "0.5,0.7", "models": "model@1a2b3c4d,model@5e6f7a8b"}
-TRAITS = {"methods": "method", "sparsities": "sparsity", "models": "model"}  # option -> what cells differ in
+EXAMPLES = {
+    "methods": "dart,griffin", "sparsities": "0.5,0.7", "models": "model@1a2b3c4d,model@5e6f7a8b",
+    "rows": "'dart-plus 70 %,dense on 4 bits'",
+}  # fmt: skip
+# Option -> what cells differ in.
+TRAITS = {"methods": "method", "sparsities": "sparsity", "models": "model", "rows": "row"}
 
 
 FOLDERS_HELP = (
-    "Two folders of results. With --methods, --sparsities or --models: the folder whose cells are "
+    "Two folders of results. With --methods, --sparsities, --models or --rows: the folder whose cells are "
     r"compared, or several that are taken together.  \[default: out]"
 )
 METHODS_HELP = "Compare the cells of method A with those of method B."
@@ -33,6 +37,7 @@ MODELS_HELP = (
     "Compare the cells of model A with those of model B: a name, or NAME@ and the first digits of the "
     "weights' hash or the commit, where several have one name."
 )
+ROWS_HELP = "Compare row A of the board with row B, whatever they differ in: their names there, with the sparsity."
 METRIC_HELP = r"Compare in these metrics, comma-separated, or in all.  \[default: the main one of each task]"
 FORMAT_HELP = r"Print in this form.  \[default: that of --save's ending, else a table; md in a pipe]"
 METHODS = complete.listed(complete.methods)
@@ -43,6 +48,7 @@ def compare(
     methods: Annotated[str | None, own(METHODS_HELP, None, "A,B", offers=METHODS)] = None,
     sparsities: Annotated[str | None, own(SPARSITIES_HELP, None, "A,B")] = None,
     models: Annotated[str | None, own(MODELS_HELP, None, "A,B")] = None,
+    rows: Annotated[str | None, own(ROWS_HELP, None, "A,B")] = None,
     metric: Annotated[str, own(METRIC_HELP, None, "NAMES", show_default=False)] = "",
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
     save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
@@ -51,7 +57,8 @@ def compare(
 
     Cells of two folders are matched where they were asked the same; what
     else differs (code, versions, weights) is named. Within one folder, cells
-    are matched that differ in the method, the sparsity or the model alone.
+    are matched that differ in the method, the sparsity or the model alone, or
+    two rows of the board.
 
     \b
     [bold]Examples[/bold]
@@ -60,12 +67,13 @@ def compare(
     dart-eval compare out --methods dart,dart:allocation=uniform --metric acc
     dart-eval compare out --sparsities 0,0.5 --format json
     dart-eval compare out --models model@1a2b3c4d,model@5e6f7a8b
+    dart-eval compare out --rows 'dart-plus 70 %,dense on 4 bits'
     """
     given = [Path(folder) for folder in folders or []]
     if save is not None:
         check_target(save)
         format = format_of(save, format, FORMATS)
-    trait = _trait({"methods": methods, "sparsities": sparsities, "models": models}, given)
+    trait = _trait({"methods": methods, "sparsities": sparsities, "models": models, "rows": rows}, given)
     from dart_eval.results import compare as comparing  # after the options are settled: it takes its time
 
     metrics = [m.strip() for m in metric.split(",") if m.strip()]

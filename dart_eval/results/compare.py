@@ -13,7 +13,7 @@ from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
 from dart_eval.results.format import chance, interval, number, ratio, signed, sparsity
-from dart_eval.results.inputs import DENSE, UNLIKE_DENSE, identity, model_of
+from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, identity, model_of
 from dart_eval.results.labels import labels
 from dart_eval.results.outcomes import Cell, Measure, cells, describe, newest, older_note
 from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
@@ -59,7 +59,8 @@ class Comparison:
     notes: list[str]
 
 
-FREE = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",)}  # in what A and B may differ
+# In what A and B may differ.
+FREE = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",), "row": PRUNING}
 ColumnOf = tuple[str, str, Callable[[Any], str]]
 Named = tuple[str, Cell, Cell]  # its name for people, A, B
 
@@ -91,9 +92,10 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
     """Cells that differ in their method, sparsity or model, and agree in all else that was asked.
 
     Args:
-        by: `method`, `sparsity` or `model`.
+        by: `method`, `sparsity`, `model` or `row`: a row of the board, which may differ in its bits, too.
         a, b: methods (`dart`, `dart:allocation=uniform`), sparsities (0 is dense) or models (`NAME`, or `NAME@` and
-            first digits of the weights' hash or the commit, where several have one name).
+            first digits of the weights' hash or the commit, where several have one name), or rows as the board calls
+            them, with their sparsity (`dart-plus on 4 bits 44.2 %`).
 
     Raises:
         UserError: no or several such cells, nothing in common, or not the same documents.
@@ -122,9 +124,9 @@ def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, st
     Raises:
         UserError: there are none, or the name stands for several methods or models.
     """
-    side = [c for c in everything if _is(by, spec, c)]
+    side = [c for c in everything if (labelled[c.key] == spec if by == "row" else _is(by, spec, c))]
     if not side:
-        known = sorted({_trait(by, c) for c in everything})
+        known = sorted({labelled[c.key] if by == "row" else _trait(by, c) for c in everything})
         where = ", ".join(sorted({c.source for c in everything}))
         raise UserError(f"no cell of {by} {spec} in {where}", nearest(spec, known) or f"there: {', '.join(known)}")
     models = sorted({model_of(c.inputs["model"]) for c in side})
@@ -143,7 +145,7 @@ def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, st
 
 def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
     """Cells for people: model where it matters, method with what tells it apart, sparsity."""
-    known = labels(found)
+    known = labels(found, by_task=True)
     many = model or len({c.inputs["model"]["name"] for c in found}) > 1
     return {
         c.key: " ".join([

@@ -163,6 +163,18 @@ def test_models_are_compared_where_all_else_agrees(tmp_path):
     assert (row.contrast, row.better) == ("small dart 50 % vs large dart 50 %", "B")
 
 
+def test_rows_of_the_board_differ_in_whatever_they_do(tmp_path):
+    """A method at one sparsity and on few bits, against another one: paired on the tasks that both have."""
+    out = save(
+        tmp_path, *(answered(t, right(0.9), "dart", 0.7, ffn_bits="4", limit=n) for t, n in (("arc", 9), ("piqa", 8))),
+        answered("arc", right(0.5), "dense", 0.0, ffn_bits="3", limit=9), answered("arc", right(0.5), "dart", limit=9),
+    )  # fmt: skip
+    (row,) = compare_within("row", "dart on 4 bits 70 %", "dense on 3 bits", [out]).rows
+    assert (row.contrast, row.task, row.better) == ("dart on 4 bits 70 % vs dense on 3 bits", "arc", "A")
+    with pytest.raises(UserError, match=r"no cell of row dart 70 % .*did you mean dart 50 %"):
+        compare_within("row", "dart 70 %", "dense on 3 bits", [out])
+
+
 @pytest.mark.parametrize(("by", "a", "b", "words"), [
     ("method", "dart", "griffin", "dart stands for several cells: dart:allocation=.* 50 %, dart:allocation=.* 50 %;"),
     ("method", "grifin", "dart", "no cell of method grifin in .*; did you mean griffin"),
