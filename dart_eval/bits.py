@@ -8,6 +8,7 @@ from dart_eval.errors import UserError
 
 OWN_BITS = 16  # of a weight as models are served; a float32 checkpoint counts as the bfloat16 one that it would be
 SCALE_BITS = 16
+LAST_BITS = "last bits"  # what is left out of every weight where the first bits alone are read: rounding
 GROUP = 32
 LEAST, MOST = 2, 8
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from dart_eval.bench.kept import Speed, of_cell
+from dart_eval.bits import LAST_BITS
 from dart_eval.errors import UserError
 from dart_eval.results import inputs, metrics, outcomes, pairing, recovery, stats
 from dart_eval.results.inputs import DENSE
@@ -27,7 +28,6 @@ from dart_eval.results.store import Store
 MOST_NAMED = 4  # rows that a sentence names
 WIDTH_OF_LEVEL = 0.02  # reads that differ by less stand in one level
 PRUNED, UPPER_BOUND, CONTROL, ROUNDING = "pruned", "upper bound", "control", "rounding alone"
-LAST_BITS = "last bits"  # what a method leaves out that rounds
 BEST, LEVEL_WITH_BEST = "best", "not told apart"
 USUAL = "scored"  # the scope that goes without saying
 

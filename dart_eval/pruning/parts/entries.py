@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dart_eval.bits import OWN_BITS
+from dart_eval.bits import LAST_BITS, OWN_BITS
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 from dart_eval.pruning.parts.images import Plane
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Bits in planes: of a 16-bit weight without escapes, of it in the first plane at most, of a row's largest exponent.
 ALL_BITS, MOST_IN_PLANE, LARGEST = 11, 7, 8
-NEURONS, LAST_BITS = "neurons", "last bits"
+NEURONS = "neurons"
 
 
 @dataclass(frozen=True)
