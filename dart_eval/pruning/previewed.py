@@ -9,13 +9,12 @@ is such a copy or the plane of bfloat16 weights (`image_kernels`).
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from dart_eval.bits import OWN_BITS, Rounding
@@ -24,7 +23,7 @@ from dart_eval.pruning import gather
 from dart_eval.pruning.image_kernels import CODE_BITS, CopyCodes, PlaneCodes
 from dart_eval.pruning.parts.choices import Choice, Token
 from dart_eval.pruning.parts.images import Copy, Image, Plane
-from dart_eval.pruning.previews import Preview, biases, doubt
+from dart_eval.pruning.previews import LastMade, Preview, biases, doubt
 from dart_eval.pruning.products import grouped, grouping, product
 from dart_eval.pruning.slices import Down, GatheredFFN, best
 from dart_eval.rounding import Served, rounded, served_inputs
@@ -67,7 +66,7 @@ class CodedPreview(Preview):
         return [multiply(x) for multiply in self.products]
 
 
-_MADE: weakref.WeakKeyDictionary[nn.Module, tuple[object, CodedPreview]] = weakref.WeakKeyDictionary()
+_MADE: LastMade[CodedPreview] = LastMade()
 
 
 @torch.no_grad()
@@ -77,14 +76,14 @@ def coded(image: Image, ffn: FFN) -> CodedPreview:
     Its products differ from those with the image as a matrix (`previews`) by the rounding of 16-bit sums and scales.
     """
     matrices, kernels = served_inputs(ffn), gather.missing(device_of(ffn)) is None
-    key = (image, kernels, *((m.weight.data_ptr(), m.weight._version, str(m.weight.dtype)) for m in matrices))
-    known = _MADE.get(ffn.up)
-    if known is None or known[0] != key:
+
+    def make() -> CodedPreview:
         own = biases(ffn)
         made = [_coded(image, m, b, kernels) for m, b in zip(matrices, own, strict=True)]
         products, readers, doubts = zip(*made, strict=True)
-        _MADE[ffn.up] = known = key, CodedPreview((), own, doubts, ffn.act, products=products, readers=readers)
-    return known[1]
+        return CodedPreview((), own, doubts, ffn.act, products=products, readers=readers)
+
+    return _MADE.get(ffn.up, [m.weight for m in matrices], (image, kernels), make)
 
 
 def _coded(image: Image, matrix: Served, bias: Tensor | None, kernels: bool) -> tuple[Any, Any, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,25 @@ def doubt_bits(choice: Choice, ffn: FFN) -> float:
     return 0.0 if choice.image is None or choice.image.exact or not choice.doubts else SCALE_BITS / ffn.width
 
 
-_MADE: weakref.WeakKeyDictionary[nn.Module, tuple[object, Preview]] = weakref.WeakKeyDictionary()
+T = TypeVar("T")
+
+
+class LastMade(Generic[T]):
+    """What was last made of each module's weights: cell after cell and session after session asks for the same."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[object, T]] = weakref.WeakKeyDictionary()
+
+    def get(self, module: nn.Module, weights: Sequence[Tensor], how: object, make: Callable[[], T]) -> T:
+        """What is known of a module, made anew where the weights, what is in them or `how` are others."""
+        key = how, *((w.data_ptr(), w._version, str(w.dtype)) for w in weights)
+        known = self._known.get(module)
+        if known is None or known[0] != key:
+            self._known[module] = known = key, make()
+        return known[1]
+
+
+_MADE: LastMade[Preview] = LastMade()
 
 
 @torch.no_grad()
@@ -128,18 +146,16 @@ def _shapes_alone(ffns: Sequence[FFN]) -> bool:
 
 def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
     matrices = [*served_inputs(ffn), *([served_output(ffn)] if down else [])]
-    key = (image, *((m.weight.data_ptr(), m.weight._version, m.bits, str(m.weight.dtype)) for m in matrices))
-    known = _MADE.get(ffn.up)
-    if known is not None and known[0] == key:
-        return known[1]
-    values = [_values(image, m) for m in matrices]
     inputs = ffn.matrices - 1
-    doubts = [doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
-    made = Preview(
-        tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, values[inputs] if down else None
-    )  # fmt: skip
-    _MADE[ffn.up] = key, made
-    return made
+
+    def make() -> Preview:
+        values = [_values(image, m) for m in matrices]
+        doubts = [doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
+        return Preview(
+            tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, values[inputs] if down else None
+        )  # fmt: skip
+
+    return _MADE.get(ffn.up, [m.weight for m in matrices], (image, *(m.bits for m in matrices)), make)
 
 
 def doubt(matrix: Served, seen: Tensor) -> Tensor:
@@ -194,14 +210,9 @@ class Fine:
         self.in_place = False
 
 
-_FINE: weakref.WeakKeyDictionary[nn.Module, tuple[object, Tensor]] = weakref.WeakKeyDictionary()
+_FINE: LastMade[Tensor] = LastMade()
 
 
 def _fine(module: Any, mantissa: int) -> Tensor:
     """The weight of a projection without its last bits; the one last made is kept."""
-    weight: Tensor = module.weight.data
-    key = mantissa, weight.data_ptr(), module.weight._version, weight.dtype
-    known = _FINE.get(module)
-    if known is None or known[0] != key:
-        _FINE[module] = known = key, truncated(weight, mantissa)
-    return known[1]
+    return _FINE.get(module, [module.weight], mantissa, lambda: truncated(module.weight.data, mantissa))
