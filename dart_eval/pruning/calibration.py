@@ -51,6 +51,10 @@ class Calibration(Protocol):
         """Show what enters FFNs and down projections: see(layer, x [T, D], h [T, F] fp32), passage by passage."""
         ...
 
+    def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """A statistic on the CPU, measured if it is not known. name: what tells it from others; None: nothing does."""
+        ...
+
     def projection(self) -> list[Projection]:
         """Per layer, what its neurons write to the vocabulary."""
         ...
@@ -106,12 +110,12 @@ class TextCalibration:
     @torch.no_grad()
     def sums(self, observe: Observe) -> list[Tensor]:
         """Per layer [F] fp32: the sum over all tokens of what `observe` makes of them (`Part.observe`)."""
-        return self._once(_named(observe), lambda: self._measure(observe))
+        return self.once(named(observe), lambda: self._measure(observe))
 
     @torch.no_grad()
     def moments(self) -> list[Moments]:
         """Per layer, mean and variance of each neuron's activation over all tokens."""
-        found = self._once("moments", self._moments)
+        found = self.once("moments", self._moments)
         return [Moments(*found[i : i + 3]) for i in range(0, len(found), 3)]
 
     @torch.no_grad()
@@ -129,7 +133,7 @@ class TextCalibration:
             for handle in handles:
                 handle.remove()
 
-    def _once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
         """A statistic on the CPU, measured if it is not known. name: what tells it from others; None: nothing does."""
         if name is None:
             return measure()
@@ -226,10 +230,14 @@ def means(calibration: Calibration, observe: Observe) -> list[Tensor]:
     return [sums[:-1] / sums[-1] for sums in calibration.sums(Counting(observe))]
 
 
-def _named(observe: Observe) -> str | None:
-    """What tells a part's sums from those of others: its class, its fields, and its code where that is not ours."""
-    counting = isinstance(observe, Counting)
-    part = getattr(observe.observe if isinstance(observe, Counting) else observe, "__self__", None)
+def named(does: Callable[..., Any]) -> str | None:
+    """What tells the statistics of a part from those of others: its class, fields, and code where that is not ours.
+
+    Args:
+        does: a method of the part; None comes back where it is none, and nothing can be said.
+    """
+    counting = isinstance(does, Counting)
+    part = getattr(does.observe if isinstance(does, Counting) else does, "__self__", None)
     module = inspect.getmodule(type(part))
     if part is None or module is None:
         return None

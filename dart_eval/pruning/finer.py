@@ -132,19 +132,38 @@ def _seen(
     """Per layer, of x and of h: the threshold on the text, and the root of the sum of squares of each input."""
     if not part.calibrates or calibration is None:
         return [[None, None] for _ in ffns], [[None, None] for _ in ffns]
+    if part.by_token:
+        least = calibration.once(f"quantiles of inputs, {[*kept]} read", lambda: [_quantiles(ffns, kept, calibration)])
+        return [[float(of_x), float(of_h)] for of_x, of_h in least[0]], [[None, None] for _ in ffns]
+    squares = calibration.once("squares of inputs", lambda: _squares(ffns, calibration))
+    return [[None, None] for _ in ffns], [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
+
+
+def _quantiles(ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration: Calibration) -> Tensor:
+    """[L, 2] fp64: of x and of h, what so many of their entries are above on the text."""
     found = [[Distribution(), Distribution()] for _ in ffns]
+
+    def see(layer: int, x: Tensor, h: Tensor) -> None:
+        for distribution, values in zip(found[layer], (x, h), strict=True):
+            distribution.add(values)
+
+    calibration.visit(see)
+    return torch.tensor(
+        [
+            [one.quantile(1 - k / n) for one, k, n in zip(both, layer, (f.width, f.size), strict=True)]
+            for both, layer, f in zip(found, kept, ffns, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def _squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
+    """Layer by layer [D] and [F] fp32: the sums over the text of the squares of x and of h."""
     squares = [[torch.zeros(f.width), torch.zeros(f.size)] for f in ffns]
 
     def see(layer: int, x: Tensor, h: Tensor) -> None:
-        for side, values in enumerate((x, h)):
-            if part.by_token:
-                found[layer][side].add(values)
-            else:
-                squares[layer][side] += values.float().square().sum(0).cpu()
+        for total, values in zip(squares[layer], (x, h), strict=True):
+            total += values.float().square().sum(0).cpu()
 
     calibration.visit(see)
-    least: list[list[float | None]] = [
-        [one.quantile(1 - k / n) for one, k, n in zip(both, layer, (f.width, f.size), strict=True)]
-        for both, layer, f in zip(found, kept, ffns, strict=True)
-    ]
-    return least, [[s.sqrt() for s in both] for both in squares]
+    return [total for both in squares for total in both]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dart_eval.ffn import FFN
-from dart_eval.pruning.calibration import Calibration
+from dart_eval.pruning.calibration import Calibration, named
 from dart_eval.pruning.parts.choices import Choice, Token
 from dart_eval.pruning.previews import Preview
 
@@ -70,6 +71,17 @@ def of_choice(
     """
     if list(taken) == [f.size for f in ffns]:
         return [BELOW_ALL] * len(ffns)
+    part = named(choice.importance)
+    name = None if part is None else f"thresholds of {part}, {[*taken]} taken"
+    measure = functools.partial(_measured, choice, ffns, taken, previews, calibration)
+    return [float(one) for one in calibration.once(name, lambda: [torch.tensor(measure(), dtype=torch.float64)])[0]]
+
+
+def _measured(
+    choice: Choice, ffns: Sequence[FFN], taken: Sequence[int], previews: Sequence[Preview] | None,
+    calibration: Calibration,
+) -> list[float]:  # fmt: skip
+    """What `of_choice` gives, from a pass over the text."""
     pooled, least = [Distribution() for _ in ffns], [MeanLeast() for _ in ffns]
 
     def see(layer: int, x: Tensor, _h: Tensor) -> None:

@@ -8,8 +8,10 @@ from dart_eval.pruning import kept
 from dart_eval.pruning.calibration import Passages, TextCalibration, means
 from dart_eval.pruning.kept import Kept
 from dart_eval.pruning.parts.scores import Activation, Wanda
+from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import make
 from tests.helpers.models import CONFIGS, random_tokens, tiny
-from tests.helpers.sessions import open_session
+from tests.helpers.sessions import decoded, open_session
 
 WORDS = random_tokens(1200, seed=3)
 
@@ -126,6 +128,28 @@ def test_a_statistic_is_measured_once():
     calibration.sums(Activation(norm="l2").observe)  # another one
     calibration.sums(Activation(norm="l1").observe)
     assert sum(lengths) == 5 * 600
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("cats", {"choice.threshold": "calibrated"}),
+        ("prox", {"choice.threshold": "calibrated"}),
+        ("teal", {}),
+        ("wanda", {}),
+        ("flap", {}),
+    ],
+)
+def test_what_a_method_makes_of_the_text_is_kept(method, params):
+    """Thresholds, quantiles and norms, too: a later run does not read the text, and prunes the same."""
+    model, about = tiny("llama"), {"model": f"kept for {method}"}
+    prompts, found = [list(range(1, 20))], []
+    for sparsity, read in ((0.3, True), (0.3, False), (0.25, method in ("cats", "prox", "teal"))):
+        calibration, lengths = counted(model, Kept(about))
+        with prune(model, make(method, params), sparsity, calibration=calibration) as session:
+            assert bool(lengths) == read
+            found.append(decoded(model, session, prompts)[0])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 def test_what_is_kept_is_found_by_a_later_run_of_the_same_and_of_nothing_else():
