@@ -70,9 +70,10 @@ An **image** is what a token reads of gate and up before it chooses: the top bit
 (`image=plane`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits; where x is thinned to
 its largest entries (`choice.thin`), only with those of their columns, and with the scales of all groups. `dart-plus`
 with the plane of 16-bit weights reads 5 bits of every weight of gate and up in half of their columns, those of the
-largest entries of x; of the neurons with the largest |h| in this preview the other columns, 3 more bits and the
-exponents that the plane leaves open, and the first 8 bits of their columns of down; of the next ones 5 bits of their
-columns of down, and their h is the preview's. So the more a neuron matters to a token, the more of its bits are read.
+largest entries of x. Of the neurons where an exact value would mend most it also reads the other columns, 3 more bits,
+the exponents that the plane leaves open, and the first 8 bits of their columns of down. As many others write as the
+preview has them: of these it reads 5 bits of their columns of down. What a value mends is measured on what the neuron
+writes, |h| times the norm of its column of down. So the more a neuron matters to a token, the more of its bits are read.
 A count is rounded down: what is read is never more than the label. `planes` is the control: it reads the first bits of
 all weights in that layout, and chooses nothing.
 

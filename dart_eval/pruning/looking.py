@@ -37,8 +37,10 @@ def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: T
     if prepared.thresholds is not None:
         token = replace(token, threshold=prepared.thresholds[layer])
     if prepared.previews is not None and x is not None:
-        preview, expected = map(ffn.by_row, prepared.previews[layer].look(x, choice.thin))
-        token = replace(token, preview=preview, expected=expected)
+        images = prepared.previews[layer]
+        preview, expected = map(ffn.by_row, images.look(x, choice.thin))
+        columns = None if images.columns is None else ffn.by_row(images.columns)
+        token = replace(token, preview=preview, expected=expected, columns=columns)
     score = state.method.mask.score
     if choice.ranks and score is not None:
         count, factor = token.h.shape[-1], prepared.factor(layer)
@@ -47,6 +49,13 @@ def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: T
         core = ffn.by_row(state.cores[layer])[:, None, :count].to(token.h.device)
         token = replace(token, core=core, score=alone(score, token.h * allowed, factor))
     return token
+
+
+def shown(state: SequenceState, layer: int, rough: Tensor, token: Token) -> Tensor:
+    """[B, T, D], what neurons add that write as the image shows them. rough: which ones, [B, T, F] bool."""
+    previews = state.prepared.previews
+    assert previews is not None and token.preview is not None
+    return previews[layer].write(state.ffns[layer].by_neuron(token.preview * rough))
 
 
 def alone(score: Score, h: Tensor, factor: Tensor | None) -> Tensor:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.allocation import Prices
-from dart_eval.bits import SCALE_BITS
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.pruning.parts.allocations import Allocation, Uniform
 from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
@@ -150,9 +149,10 @@ class Pruner:
         image = None
         if self.choice.image is not None:
             image_of = self.choice.image
-            doubt = SCALE_BITS / width if self.choice.doubts and not image_of.exact else 0.0
+            doubt, norm = self.choice.doubt_bits(width), self.choice.norm_bits(width)
             read = sum(size * (image_of.read(bits, size, width, self.choice.thin) + doubt) for size in sizes)
-            image = Prices((matrices - 1) * read / sum(sizes) / bits, matrices - 1.0, 1.0, 1.0)
+            whole = ((matrices - 1) * read / sum(sizes) + norm) / bits
+            image = Prices(whole, matrices - 1.0, 1.0, 1.0)
         self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, image)
 
     def parts(self) -> list[Part]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.allocation import Prices
-from dart_eval.bits import SCALE_BITS
 from dart_eval.ffn import FFN
 from dart_eval.pruning.parts.choices import Choice
 from dart_eval.pruning.parts.images import Image, columns
@@ -29,6 +28,7 @@ class Preview:
         doubts: of the same, [F] fp32 each: the root mean square of what the image leaves out of a neuron's row.
         act: the activation.
         down: of down, [D, F], where neurons write through an image; else None.
+        columns: then [F] fp32, the squares of the norms of down's own columns.
     """
 
     weights: tuple[Tensor, ...]
@@ -36,6 +36,7 @@ class Preview:
     doubts: tuple[Tensor, ...]
     act: Callable[[Tensor], Tensor]
     down: Tensor | None = None
+    columns: Tensor | None = None
 
     def look(self, x: Tensor, thin: float = 1.0) -> tuple[Tensor, Tensor]:
         """h as the images have it, and how much of it is to be expected.
@@ -80,30 +81,27 @@ def prices(choice: Choice, precision: int, ffns: Sequence[FFN]) -> Prices:
         part = ffn.size * ffn.width / weights
         for matrix in served_inputs(ffn):
             bits, (rows, width), thin = matrix.bits, matrix.weight.shape, choice.thin
-            whole += part * (image.read(bits, rows, width, thin) + doubt_bits(choice, ffn)) / bits
+            whole += part * (image.read(bits, rows, width, thin) + choice.doubt_bits(ffn.width)) / bits
             taken += part * (image.left(matrix, precision) + image.unseen(bits, rows, width, thin)) / bits
         down = served_output(ffn)
+        whole += part * choice.norm_bits(ffn.width) / down.bits
         written += part * image.column(down, precision) / down.bits
         coarse += part * image.bits_of(down.bits, *down.weight.shape) / down.bits
     return Prices(whole, taken, written, coarse)
 
 
 def stored(choice: Choice, ffns: Sequence[FFN]) -> int:
-    """Bytes that images and doubts take beside the model."""
+    """Bytes that images, doubts and norms take beside the model."""
     image = choice.image
     if image is None:
         return 0
     inputs = [(f, m) for f in ffns for m in served_inputs(f)]
-    bits = sum(m.weight.numel() * doubt_bits(choice, f) for f, m in inputs)
+    bits = sum(m.weight.numel() * choice.doubt_bits(f.width) for f, m in inputs)
+    bits += sum(f.size * f.width * choice.norm_bits(f.width) for f in ffns)
     if image.stored:
         matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if choice.grades else [])
         bits += sum(m.weight.numel() * image.bits_of(m.bits, *m.weight.shape) for m in matrices)
     return round(bits / 8)
-
-
-def doubt_bits(choice: Choice, ffn: FFN) -> float:
-    """Bits of a neuron's doubt, for each weight of its row; none where the image leaves nothing out."""
-    return 0.0 if choice.image is None or choice.image.exact or not choice.doubts else SCALE_BITS / ffn.width
 
 
 T = TypeVar("T")
@@ -151,9 +149,8 @@ def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
     def make() -> Preview:
         values = [_values(image, m) for m in matrices]
         doubts = [doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
-        return Preview(
-            tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, values[inputs] if down else None
-        )  # fmt: skip
+        written, columns = (values[inputs], squares(matrices[inputs])) if down else (None, None)
+        return Preview(tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, written, columns)
 
     return _MADE.get(ffn.up, [m.weight for m in matrices], (image, *(m.bits for m in matrices)), make)
 
@@ -162,6 +159,11 @@ def doubt(matrix: Served, seen: Tensor) -> Tensor:
     """[F] fp32 (kept as fp16): the root mean square of what an image leaves out of each row."""
     left_out = matrix.weight.float() - seen.float()
     return left_out.square().mean(1).sqrt().half().float()
+
+
+def squares(down: Served) -> Tensor:
+    """[F] fp32: the square of the norm (kept as fp16) of each column of down."""
+    return down.weight.float().norm(dim=0).half().float().square()
 
 
 def _values(image: Image, matrix: Served) -> Tensor:

@@ -17,7 +17,7 @@ from dart_eval.pruning.method import Pruner, changed, flattened, text_of
 from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware, Global
 from dart_eval.pruning.parts.base import Part
 from dart_eval.pruning.parts.candidates import Candidates
-from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByPreview, ByUp, GateUp, Graded, TopP
+from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.parts.draws import DRAWS
 from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, FirstBits, WandaEntries
@@ -26,7 +26,7 @@ from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
 from dart_eval.pruning.parts.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.parts.shown import Shown
+from dart_eval.pruning.parts.shown import SHOWN, ByPreview, Graded, Shown
 from dart_eval.pruning.renamed import new_names
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ BUILT_IN = (
     ),
 )  # fmt: skip
 PARTS: tuple[type[Part], ...] = (
-    *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, Shown, Candidates, *IMAGES, *ALLOCATIONS,
+    *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *SHOWN, Candidates, *IMAGES, *ALLOCATIONS,
     *COMPENSATIONS, *ENTRIES,
 )  # fmt: skip
 

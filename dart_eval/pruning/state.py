@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dart_eval.ffn import FFN, device_of
-from dart_eval.pruning.looking import Cores, looked
+from dart_eval.pruning.looking import Cores, looked, shown
 from dart_eval.pruning.parts.allocations import ChangeState
-from dart_eval.pruning.parts.choices import Graded, Token
+from dart_eval.pruning.parts.choices import Token
 from dart_eval.pruning.parts.scores import FIRST_TOKEN
+from dart_eval.pruning.parts.shown import Graded
 from dart_eval.pruning.prepared import Prepared
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.sequence import PerSequence, Sums
@@ -289,21 +290,14 @@ class SequenceState(PerSequence):
         assert self.taken is not None and self.written is not None
         token = Token(h, h if gate is None else gate, h if up is None else up, self.usual(layer, h.shape[-1]))
         token = looked(self, layer, token, allowed, x)
-        kept = choice.take(token, allowed, (self.taken[:, layer], self.written[:, layer]))
+        counts = self.taken[:, layer], self.written[:, layer]
+        kept = choice.take(token, allowed, counts)
         if isinstance(choice, Graded):
-            self._write_roughly(layer, choice, token, allowed, kept)
+            self._rough = shown(self, layer, choice.roughly(token, allowed, kept, counts), token)
         if not choice.exact:
             taken = self.prepared.spent(kept.sum(-1, dtype=torch.float64).cpu(), layer)
             self.spent = taken if self.spent is None else self.spent + taken
         return kept
-
-    def _write_roughly(self, layer: int, choice: Graded, token: Token, allowed: Tensor, kept: Tensor) -> None:
-        """Keep what neurons add that are not taken, but write as the image shows them."""
-        previews = self.prepared.previews
-        assert previews is not None and token.preview is not None
-        assert self.taken is not None and self.written is not None
-        rough = choice.roughly(token, allowed, kept, (self.taken[:, layer], self.written[:, layer]))
-        self._rough = previews[layer].write(self.ffns[layer].by_neuron(token.preview * rough))
 
     def added(self, layer: int) -> Tensor | None:
         """[B, T or 1, D], to be added to the FFN's pruned output: constants, and what was written through images."""

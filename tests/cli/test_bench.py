@@ -247,16 +247,17 @@ def test_scoring_is_timed_under_methods_beside_the_first(saved_llama):
 
 
 def test_images_are_counted_on_a_shape():
-    """Of Llama 3.1 8B: gate and up through copies of 4.5 bits, or a doubt of 2 bytes for each row of both."""
+    """Of Llama 3.1 8B: copies of 4.5 bits of gate and up, a doubt of 2 bytes for each of their rows, or a norm, too."""
     layers, neurons, width = 32, 14336, 4096
     rows = {
         r["method"]: r for r in json.loads(command("bench", "overhead", "--method", IMAGES, "--format", "json").out)
     }
     doubts = 2 * 2 * layers * neurons
-    assert rows["dart-plus"]["parts"]["images"] == rows["preview"]["parts"]["images"] == doubts
+    assert rows["preview"]["parts"]["images"] == doubts
+    assert rows["dart-plus"]["parts"]["images"] == doubts + 2 * layers * neurons
     assert rows["preview:image=copy"]["parts"]["images"] == 2 * layers * neurons * width * 4.5 / 8 + doubts
     shares = {name: row["decode_share"] for name, row in rows.items()}  # half of x, and the image of down
-    assert shares["dart-plus"] == pytest.approx(shares["preview"]) and shares["preview"] > 0.4
+    assert shares["dart-plus"] == pytest.approx(shares["preview"], rel=2e-3) and shares["preview"] > 0.4
     assert rows["griffin"]["parts"]["images"] == 0
 
 

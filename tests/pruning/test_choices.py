@@ -18,15 +18,13 @@ from dart_eval.pruning.parts.choices import (
     All,
     ByGate,
     ByHidden,
-    ByPreview,
     ByUp,
     Choice,
     GateUp,
-    Graded,
     Token,
     TopP,
 )
-from dart_eval.pruning.parts.shown import Shown
+from dart_eval.pruning.parts.shown import SHOWN, ByPreview, Shown
 from dart_eval.pruning.registry import make
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
@@ -41,7 +39,7 @@ from tests.helpers.sessions import (
     state_of,
 )
 
-EXACT = [cls for cls in (*CHOICES, Shown) if cls.chooses and cls().exact and not cls.grades]
+EXACT = [cls for cls in (*CHOICES, *SHOWN) if cls.chooses and cls().exact and not cls.grades]
 LOOKS = {
     ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected", Shown: "preview",
 }  # fmt: skip
@@ -207,9 +205,7 @@ def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write
 
 
 @pytest.mark.parametrize("matrices", [2, 3])
-@pytest.mark.parametrize(
-    "cls", [cls for cls in CHOICES if cls not in (ByPreview, Graded)]
-)  # which count bits: test_preview
+@pytest.mark.parametrize("cls", CHOICES)  # which count bits: test_preview
 def test_a_choice_counts_what_it_says_that_it_reads(cls, matrices):
     choice, half = cls(), ([0.5, 0.5], [100, 100], 0.5, matrices)
     alone, everything, inside = [50, 50], [100, 100], [80, 80]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import dart_eval
 from dart_eval.ffn import find_ffns
-from dart_eval.pruning.parts.choices import ByPreview, Graded
 from dart_eval.pruning.parts.images import Copy, LowRank, Plane, Weights
+from dart_eval.pruning.parts.shown import ByPreview, Graded
 from dart_eval.pruning.planes import truncated
 from dart_eval.pruning.prepared import prepare
 from dart_eval.pruning.registry import make
@@ -66,6 +66,8 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
             rough = sum(choice.image.bits_of(m.bits, *m.weight.shape) / m.bits for m in down) / len(down)
             doubt = 0 if choice.image.exact else 16 / ffns[0].width  # one number a row
             whole = sum((looked_at(choice, m)[0] + doubt) / m.bits for m in rows) / len(ffns)
+            norm = 16 / ffns[0].width if choice.grades else 0  # one number a column of down
+            whole += norm / down[0].bits
             rest = sum(looked_at(choice, m)[1] / m.bits for m in rows) / len(ffns)
             taken, written = int(state.taken.sum()), int(state.written.sum())
             by_hand = whole * total + rest * taken
@@ -77,6 +79,7 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
             matrices = [m for f in ffns for m in (*served_inputs(f), *([served_output(f)] if choice.grades else []))]
             kept = sum(choice.image.bits_of(m.bits, *m.weight.shape) * m.weight.numel() for m in matrices)
             kept = kept * choice.image.stored + doubt * sum(m.weight.numel() for m in rows)
+            kept += norm * sum(m.weight.numel() for m in down)
             assert prepared.nbytes() == round(kept / 8)
 
 
@@ -178,10 +181,14 @@ def test_a_graded_token_reads_more_bits_of_what_matters_more(family, bits, thin)
                 return ffn.act(made[0]) * made[1] if len(made) > 1 else ffn.act(made[0])
 
             preview, exact = hidden(rough, largest), hidden(fine, x)
-            order = promise(ffn, choice.image, largest)[0].argsort(descending=True, stable=True)
+            weigh = down.weight.square().sum(0).sqrt().half().float() ** 2
+            square = promise(ffn, choice.image, largest)[0]
             taken, written = int(session.state.taken[0, ffn.layer]), int(session.state.written[0, ffn.layer])
             assert 0 < taken < written
-            first, second = order[:taken], order[taken:written]
+            mended = (square - 0.8 * preview[0] ** 2) * weigh
+            first = mended.argsort(descending=True, stable=True)[:taken]
+            left = [i for i in (square * weigh).argsort(descending=True, stable=True).tolist() if i not in first]
+            second = torch.tensor(left[: written - taken])
             out = exact[:, first] @ fine[-1].T[first] + preview[:, second] @ rough[-1].T[second]
             bias = getattr(ffn.down, "bias", None)
             torch.testing.assert_close(y, out + (0 if bias is None else bias), rtol=1e-4, atol=1e-5)

@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dart_eval.allocation import Counts, Prices, chosen_counts, graded_counts, keep_counts
+from dart_eval.allocation import Counts, Prices, chosen_counts, keep_counts
+from dart_eval.bits import SCALE_BITS
 from dart_eval.pruning.parts.base import Part, option
-from dart_eval.pruning.parts.images import Image, Plane
+from dart_eval.pruning.parts.images import Image
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.cost import ModelShape
-
-
-PRECISION = "bits of a 16-bit weight that are read at most; 0: all"
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Token:
             None where it keeps nothing.
         preview: [B, T, F], h as an image of gate and up has it; None where there is no image.
         expected: [B, T, F] fp32, the square of h that is to be expected from it.
+        columns: [F] fp32, the square of the norm of each neuron's column of down; None where nothing goes by it.
         core: [B, 1, F] bool, the neurons that every token takes; None where the choice does not rank by the score.
         score: [B, T, F] fp32, the mask's score as it would be of this token alone.
         threshold: of the layer, where the choice has one.
@@ -47,6 +46,7 @@ class Token:
     usual: Tensor | None
     preview: Tensor | None = None
     expected: Tensor | None = None
+    columns: Tensor | None = None
     core: Tensor | None = None
     score: Tensor | None = None
     threshold: float | None = None
@@ -71,7 +71,7 @@ class Choice(Part):
         precision: how many bits of a weight are read at most, where there is an image; 0: all.
         thin: share of the entries of x, its largest, that is multiplied with the image.
         doubts: whether it goes by what the image leaves out of each row, too.
-        grades: whether neurons that are not taken may write as the image shows them.
+        grades: whether neurons that are not taken may write as the image shows them. Then it goes by `Token.columns`.
         ranks: whether it goes by the mask's score of the token alone, beside a core of the mask that is always taken.
         gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`, `previewed`).
     """
@@ -102,6 +102,14 @@ class Choice(Part):
     def importance(self, token: Token) -> Tensor:
         """How much each neuron matters to each token: [B, T, F], not negative, in any dtype."""
         raise NotImplementedError
+
+    def doubt_bits(self, width: int) -> float:
+        """Bits of a neuron's doubt, for each of so many weights of its row; none where the image leaves nothing out."""
+        return 0.0 if self.image is None or self.image.exact or not self.doubts else SCALE_BITS / width
+
+    def norm_bits(self, width: int) -> float:
+        """Bits of the norm of a neuron's column of down, for each of its weights; none where nothing goes by it."""
+        return SCALE_BITS / width if self.grades else 0.0
 
     def core(self, taken: Tensor) -> Tensor:
         """How many neurons of the mask every token takes, where it `ranks`. taken: how many it takes, any shape."""
@@ -308,76 +316,4 @@ class TopP(Choice):
         return torch.zeros_like(needed).scatter_(-1, order, needed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ByPreview(Inside):
-    """Exactly k neurons by what an image of gate and up lets one expect of h^2 (`Preview.look`).
-
-    Their rows are read exactly; then those with the largest |h| write.
-
-    Prox (arXiv 2607.27591, `shown.Shown`) previews by a copy of 4 bits; the plane of the served weights, exact counts
-    and the expectation are ours.
-    """
-
-    name = "preview"
-    summary = "takes the largest |h| that a coarse image of gate and up shows; then writes the largest exact |h|"
-    image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
-    write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
-    precision: int = option(0, PRECISION, least=0, most=16)  # type: ignore[misc]
-    gathers = True
-
-    def importance(self, token: Token) -> Tensor:
-        assert token.expected is not None
-        return token.expected
-
-    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 14 * mask  # the preview itself, and choosing by it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Graded(Choice):
-    """The neurons that promise most are read exactly; the next ones write as an image of the weights has them.
-
-    Every token reads the image of gate and up, of the columns of the largest entries of x alone, which lets it expect
-    h^2 of each neuron (`Preview.look`). Of the neurons with the most it reads also the rest of their rows, and their
-    columns of down; of the next ones the image of their columns alone: their h is the preview's. So the bits that a
-    token reads of a neuron follow from how much it matters. This project's own.
-    """
-
-    name = "graded"
-    summary = "reads the largest |h| of a preview exactly, and lets the next largest write as the preview has them"
-    grades = True
-    image: Image = option(Plane(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
-    thin: float = option(0.5, "share of the entries of x, the largest, that the preview goes by", above=0, most=1)  # type: ignore[misc]
-    precision: int = option(8, PRECISION, least=0, most=16)  # type: ignore[misc]
-    coarse: float = option(
-        1.5, "neurons that write as the preview has them, as a multiple of those read exactly", least=0
-    )
-
-    def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        image: Prices | None = None,
-    ) -> Counts:  # fmt: skip
-        assert image is not None
-        return graded_counts(densities, sizes, sparsity, matrices, image, self.coarse, self.title)
-
-    def importance(self, token: Token) -> Tensor:
-        assert token.expected is not None
-        return token.expected
-
-    def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
-        from dart_eval.pruning.top import largest
-
-        return largest(self.importance(token), allowed, counts[0])
-
-    def roughly(self, token: Token, allowed: Tensor, taken: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
-        """The neurons that write as the image shows them: [B, T, F] bool, none of those taken. See `take`."""
-        from dart_eval.pruning.top import largest
-
-        return largest(self.importance(token), allowed, counts[1]) & ~taken
-
-    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        # The previews of gate and up, choosing by them, and the image of down for what writes so, at most of all.
-        return 2 * mask * shape.width * (self.thin * (shape.ffn_matrices - 1) + 1) + 14 * mask
-
-
-CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, ByPreview, Graded, TopP)
+CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP)
