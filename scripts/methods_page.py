@@ -73,7 +73,7 @@ with the plane of 16-bit weights reads 5 bits of every weight of gate and up in 
 largest entries of x. Of the neurons where an exact value would mend most it also reads the other columns, 3 more bits,
 the exponents that the plane leaves open, and the first 8 bits of their columns of down. As many others write as the
 preview has them: of these it reads 5 bits of their columns of down. What a value mends is measured on what the neuron
-writes, |h| times the norm of its column of down. So the more a neuron matters to a token, the more of its bits are read.
+writes, |h| times the norm of its column of down. So the more a neuron matters to a token, the more of it is read.
 A count is rounded down: what is read is never more than the label. `planes` is the control: it reads the first bits of
 all weights in that layout, and chooses nothing.
 
