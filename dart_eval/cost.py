@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from dart_eval.ffn import FFN, decoder, decoder_layers, features
+from dart_eval.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
+from dart_eval.ffn import FFN, features
 from dart_eval.pruning.method import Pruner
 
 
@@ -85,10 +86,8 @@ def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     return ModelShape(
         layers=len(ffns), width=ffns[0].width, ffn_sizes=tuple(f.size for f in ffns), ffn_matrices=ffns[0].matrices,
         other_weights=other, head_weights=n_in * n_out,
-        attention_widths=tuple(
-            _attention_width(f, layer) for f, layer in zip(ffns, decoder_layers(model), strict=True)
-        ),
-        windows=_windows(config, len(ffns)),
+        attention_widths=tuple(map(_attention_width, decoder_layers(model))),
+        windows=_windows(config, len(decoder_layers(model))),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )  # fmt: skip
 
@@ -100,10 +99,14 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
 
 
-def _attention_width(ffn: FFN, layer: nn.Module) -> int:
-    """The widths of all keys and values. In latent attention keys are wider than values (DeepSeek, MiniCPM3)."""
-    values, _ = features(ffn.attention)
-    attention = next(m for m in layer.children() if any(part is ffn.attention for part in m.modules()))
+def _attention_width(layer: nn.Module) -> int:
+    """The widths of all keys and values; 0 where tokens leave none. In latent attention (DeepSeek, MiniCPM3) keys are
+    wider than values."""
+    output = first(layer, ATTENTION_OUTPUTS)
+    if output is None:
+        return 0
+    values, _ = features(output)
+    attention = next(m for m in layer.children() if any(part is output for part in m.modules()))
     head, compared = getattr(attention, "v_head_dim", None), getattr(attention, "qk_head_dim", None)
     return 2 * values if not head or not compared else values + values // head * compared
 

@@ -1,8 +1,4 @@
-"""Where the FFN of every layer lives in each model family: the one adapter table.
-
-A family is described by attribute paths inside a decoder layer. Nothing is guessed: `find_ffns` runs some tokens
-through the model (`trial`) and refuses a model whose FFN does not compute what its description says.
-"""
+"""The FFN of every layer, whatever the family: what it computes, and the modules that it is made of."""
 
 from __future__ import annotations
 
@@ -17,46 +13,18 @@ from torch import Tensor, nn
 
 from dart_eval import trial
 from dart_eval.errors import UserError
-
-LAYER_LISTS = ("layers", "h", "decoder.layers", "language_model.layers")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Attribute paths inside a decoder layer. `gate` is None for plain FFNs; `fused` halves hold gate, up."""
-
-    block: str
-    up: str
-    down: str
-    act: tuple[str, ...]
-    gate: str | None = None
-    fused: bool = False
-
-
-LAYOUTS = (
-    # Llama, Mistral, Qwen2/3, Gemma 1-3, OLMo, SmolLM, Granite, Cohere, StableLM
-    Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj"),
-    # Phi-3, GLM-4
-    Layout("mlp", "mlp.gate_up_proj", "mlp.down_proj", ("mlp.activation_fn", "mlp.act_fn"), fused=True),
-    Layout("mlp", "mlp.c_fc", "mlp.c_proj", ("mlp.act",)),  # GPT-2, GPT-BigCode, StarCoder2
-    Layout("mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ("mlp.act",)),  # GPT-NeoX, Falcon
-    Layout("mlp", "mlp.fc1", "mlp.fc2", ("mlp.activation_fn", "mlp.act")),  # Phi
-    Layout("mlp", "mlp.fc_in", "mlp.fc_out", ("mlp.act",)),  # GPT-J
-    Layout("fc1", "fc1", "fc2", ("activation_fn",)),  # OPT
+from dart_eval.families import (
+    ATTENTION_OUTPUTS,
+    LAYOUTS,
+    OUTPUT_NORMS,
+    RECURRENT_OUTPUTS,
+    RESIDUAL_NORMS,
+    SCALES,
+    Layout,
+    decoder_layers,
+    first,
+    get,
 )
-
-# The norm whose input is the residual stream that enters the FFN, most specific first.
-RESIDUAL_NORMS = (
-    "pre_feedforward_layernorm", "ln_2", "ln_mlp", "final_layer_norm",
-    "post_attention_layernorm", "input_layernorm", "ln_1",
-)  # fmt: skip
-# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2; GLM-4; HyperCLOVA X): the FFN's effect leaves it.
-OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2")
-SCALES = ("residual_multiplier", "residual_scale")  # of the FFN's output: Granite, HyperCLOVA X; MiniCPM3
-ATTENTION_OUTPUTS = (
-    "self_attn.o_proj", "self_attn.dense", "self_attn.out_proj",
-    "attn.c_proj", "attn.out_proj", "attention.dense", "self_attention.dense",
-)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -67,13 +35,13 @@ class FFN:
     take is then in the order of their rows; `by_neuron` and `by_row` translate.
 
     Attributes:
-        layer: index of the decoder layer.
+        layer: its index among the FFNs. number: of the decoder layer, for people. holder: that layer.
         block: module whose first input is the FFN's input x, [B, T, D].
         gate, up, down: the projections (gate None for a plain FFN; `fused`: up holds gate and up).
         act: the activation.
         residual: module whose first input is the residual stream y that enters the FFN, [B, T, D].
         output: module whose output is what the FFN adds to the stream, [B, T, D].
-        attention: the attention's output projection in the same layer.
+        attention: the output projection of the attention, or of what stands in for it, in the same layer or before.
         size, width: F, D.
         scale: factor on the output before it is added (Granite).
         after: module whose first input is the stream that leaves the FFN; None: the layer's output is that.
@@ -83,6 +51,8 @@ class FFN:
     """
 
     layer: int
+    number: int
+    holder: nn.Module
     block: nn.Module
     gate: nn.Module | None
     up: nn.Module
@@ -196,26 +166,6 @@ def features(linear: Any) -> tuple[int, int]:
     return int(linear.in_features), int(linear.out_features)
 
 
-def _get(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-        if module is None:
-            return None
-    return module
-
-
-def _first(layer: nn.Module, paths: tuple[str, ...]) -> Any:
-    return next((m for p in paths if (m := _get(layer, p)) is not None), None)
-
-
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-
-
-def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm between the last layer and the output head, if the model has one."""
-    return _first(decoder(model), FINAL_NORMS)
-
-
 def gain(norm: nn.Module | None, width: int) -> Tensor:
     """[D] fp32: the elementwise factor of a norm, read off its response to +1, -1, +1 ... (ones without a norm).
 
@@ -230,55 +180,65 @@ def gain(norm: nn.Module | None, width: int) -> Tensor:
         return ((norm(x) - norm(-x)) / 2).float().cpu() * probe
 
 
-def decoder(model: nn.Module) -> nn.Module:
-    """The module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
-    base = getattr(model, "base_model", model)
-    for path in LAYER_LISTS:
-        layers = _get(base, path)
-        if isinstance(layers, nn.ModuleList) and len(layers):
-            owner, _, _ = path.rpartition(".")
-            return _get(base, owner) if owner else base
-    raise UserError(
-        f"the decoder layers of {type(model).__name__} were not found",
-        "add the family to dart_eval/ffn.py (docs/architecture.md, 'a model family')",
-    )
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a Hugging Face causal language model."""
-    owner = decoder(model)
-    return next(m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None)
-
-
 def cache_argument(model: nn.Module) -> str:
     """Name of forward's KV cache argument: transformers 5 renames `past_key_values` to `cache`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _describe(layer: nn.Module, index: int) -> FFN | None:
+def _described(layer: nn.Module, number: int, index: int, before: Any) -> FFN | None:
+    """The FFN of a layer by the table alone; None where no entry fits.
+
+    Args:
+        number: of the layer. index: of the FFN. before: the attention's output projection in the layers before.
+    """
     for layout in LAYOUTS:
-        block, up, down = (_get(layer, p) for p in (layout.block, layout.up, layout.down))
-        gate = _get(layer, layout.gate) if layout.gate else None
-        act = _first(layer, layout.act)
-        attention = _first(layer, ATTENTION_OUTPUTS)
+        block, up, down = (get(layer, p) for p in (layout.block, layout.up, layout.down))
+        gate = get(layer, layout.gate) if layout.gate else None
+        act = _activation(layer, layout)
+        attention = first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) or before
         if any(m is None for m in (block, up, down, act, attention)) or (layout.gate and gate is None):
             continue
-        post_norm = _first(layer, OUTPUT_NORMS)
-        residual = _first(layer, RESIDUAL_NORMS)
-        if _get(layer, "post_feedforward_layernorm") is not None and _get(layer, "pre_feedforward_layernorm") is None:
+        post_norm = first(layer, OUTPUT_NORMS)
+        residual = first(layer, RESIDUAL_NORMS)
+        if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:
             residual = block  # OLMo 2: the stream enters the FFN without a norm
-        after = _get(layer, "per_layer_input_gate")  # Gemma 4 E2B: adds what the token's own embedding says
+        after = get(layer, "per_layer_input_gate")  # Gemma 4 E2B: adds what the token's own embedding says
         if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m: the norm comes after the sum
-            residual, after = block, _get(layer, "final_layer_norm")
+            residual, after = block, get(layer, "final_layer_norm")
         size, width = features(down)
+        scale = first(layer, SCALES)
         return FFN(
-            layer=index, block=block, gate=gate, up=up, down=down, act=act, fused=layout.fused,
-            residual=residual if residual is not None else block,
+            layer=index, number=number, holder=layer, block=block, gate=gate, up=up, down=down, act=act,
+            fused=layout.fused, residual=residual if residual is not None else block,
             output=post_norm if post_norm is not None else down,
-            attention=attention, size=size, width=width,
-            scale=float(next((getattr(layer, name) for name in SCALES if hasattr(layer, name)), 1.0)), after=after,
+            attention=attention, size=size, width=width, scale=1.0 if scale is None else float(scale), after=after,
         )  # fmt: skip
     return None
+
+
+def _activation(layer: nn.Module, layout: Layout) -> Any:
+    """The activation, with the factor of what enters it; None where there is none."""
+    found = (get(layer, act) if isinstance(act, str) else act for act in layout.act)
+    act = next((a for a in found if a is not None), None)
+    factor = get(layer, layout.factor) if layout.factor else None
+    return act if act is None or factor in (None, 1) else Scaled(act, float(factor))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An activation of what is multiplied by a factor first (Falcon-H1)."""
+
+    act: Callable[[Tensor], Tensor]
+    factor: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.act(x * self.factor)
+
+
+def _has_none(layer: nn.Module) -> bool:
+    """Whether a layer is attention, or what stands in for it, and nothing else (Nemotron-H)."""
+    parts = [m for m in layer.children() if any(p.dim() > 1 for p in m.parameters())]
+    return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
 
 
 _FOUND: weakref.WeakKeyDictionary[nn.Module, list[FFN]] = weakref.WeakKeyDictionary()
@@ -294,7 +254,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     if known is not None and unchanged(model, known):
         return known
     ffns = describe(model)
-    trial.check(model, ffns, decoder_layers(model))
+    trial.check(model, ffns)
     _FOUND[model] = ffns
     return ffns
 
@@ -305,7 +265,7 @@ def check_depth(model: nn.Module, ffns: Sequence[FFN]) -> None:
     Raises:
         UserError: a layer of this model does more than add its FFN's output to the stream.
     """
-    if unknown := [f.layer for f in ffns if not f.adds]:
+    if unknown := [f.number for f in ffns if not f.adds]:
         raise UserError(
             f"the allocation depth does not fit {type(model).__name__}: layer {unknown[0]} does more than add its "
             "FFN's output to the stream that enters it",
@@ -323,7 +283,8 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 
 def _parts(ffn: FFN) -> list[int]:
     """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
-    modules = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.act, ffn.residual, ffn.output, ffn.attention]
+    modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
+    modules.append(ffn.act.act if isinstance(ffn.act, Scaled) else ffn.act)
     projections = ffn.projections
     return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 
@@ -334,14 +295,19 @@ def describe(model: nn.Module) -> list[FFN]:
     Raises:
         UserError: the family is unknown.
     """
-    ffns = []
-    for index, layer in enumerate(decoder_layers(model)):
-        ffn = _describe(layer, index)
-        if ffn is None:
+    ffns: list[FFN] = []
+    attention = None
+    for number, layer in enumerate(decoder_layers(model)):
+        attention = first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) or attention
+        ffn = _described(layer, number, len(ffns), attention)
+        if ffn is not None:
+            ffns.append(ffn)
+        elif not _has_none(layer):
             raise UserError(
-                f"the FFN of {type(layer).__name__} (layer {index} of {type(model).__name__}) is not understood "
+                f"the FFN of {type(layer).__name__} (layer {number} of {type(model).__name__}) is not understood "
                 f"(its parts: {', '.join(n for n, _ in layer.named_children())})",
                 "dense gated or plain FFNs are supported; mixtures of experts are not",
             )
-        ffns.append(ffn)
+    if not ffns:
+        raise UserError(f"{type(model).__name__} has no FFN in any layer", "there is nothing to prune")
     return ffns

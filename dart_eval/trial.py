@@ -85,7 +85,7 @@ class _Seen:
         setattr(self, name, value.detach() if name in ("x", "h") else _rows(value))
 
 
-def check(model: nn.Module, ffns: Sequence[FFN], layers: nn.ModuleList) -> None:
+def check(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """Compare each description with what the model really does.
 
     Raises:
@@ -93,21 +93,21 @@ def check(model: nn.Module, ffns: Sequence[FFN], layers: nn.ModuleList) -> None:
     """
     name = type(model).__name__
     with torch.no_grad(), evaluating(model):
-        seen = _run(model, ffns, layers, zero=False)
+        seen = _run(model, ffns, zero=False)
         for f, s in zip(ffns, seen, strict=True):
             _check_hidden(name, f, s)
             f.adds = _adds(f, s)
-        for f, s, empty in zip(ffns, seen, _run(model, ffns, layers, zero=True), strict=True):
+        for f, s, empty in zip(ffns, seen, _run(model, ffns, zero=True), strict=True):
             _check_alone(name, f, s, empty)
 
 
-def _run(model: Any, ffns: Sequence[FFN], layers: nn.ModuleList, zero: bool) -> list[_Seen]:
+def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
     """Run a few tokens. zero: with every neuron at 0."""
     seen, handles = [_Seen() for _ in ffns], []
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for s, f, layer in zip(seen, ffns, layers, strict=True):
-        handles += _watch(s, f, layer)
+    for s, f in zip(seen, ffns, strict=True):
+        handles += _watch(s, f)
         if zero:
             handles.append(f.down.register_forward_pre_hook(_zeros))
     try:
@@ -120,7 +120,9 @@ def _run(model: Any, ffns: Sequence[FFN], layers: nn.ModuleList, zero: bool) -> 
     return seen
 
 
-def _watch(s: _Seen, f: FFN, layer: Any) -> list[Any]:
+def _watch(s: _Seen, f: FFN) -> list[Any]:
+    layer: Any = f.holder
+
     def first(name: str) -> Callable[..., None]:
         return lambda _module, args: s.keep(name, args[0])
 
@@ -159,16 +161,16 @@ def _rows(x: Tensor) -> Tensor:
 
 def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
     if s.x is None or s.h is None:
-        raise UserError(f"layer {f.layer} of {name} did not run its FFN as described")
-    refuse_not_finite(s.x, f"inputs of the FFN of layer {f.layer}")
-    refuse_not_finite(s.h, f"intermediate values h of the FFN of layer {f.layer}")
+        raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
+    refuse_not_finite(s.x, f"inputs of the FFN of layer {f.number}")
+    refuse_not_finite(s.h, f"intermediate values h of the FFN of layer {f.number}")
     theirs, ours = _rows(s.h), _rows(f.intermediate(s.x))
     if ours.shape != theirs.shape or not (
         (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6)
     ):
         raise UserError(
-            f"the FFN of layer {f.layer} of {name} does more than act(gate x) * (up x)",
-            "this family needs an entry of its own in dart_eval/ffn.py",
+            f"the FFN of layer {f.number} of {name} does more than act(gate x) * (up x)",
+            "this family needs an entry of its own in dart_eval/families.py",
         )
 
 
@@ -191,11 +193,11 @@ def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:
     empty: with every neuron at 0. Where the stream is known to be a sum, its last term tells; elsewhere other weights.
     """
     if s.z is None or empty.z is None:
-        raise UserError(f"layer {f.layer} of {name} did not run its FFN as described")
+        raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
     differs = (empty.z - empty.z[:1]).abs().max() > CONSTANT * s.z.abs().max()
     if differs or (not f.adds and s.others):
         beside = f" ({', '.join(sorted(s.others))})" if s.others else ""
         raise UserError(
-            f"layer {f.layer} of {name} computes more than the FFN that would be pruned{beside}",
+            f"layer {f.number} of {name} computes more than the FFN that would be pruned{beside}",
             "dense FFNs are supported; mixtures of experts are not",
         )

@@ -36,7 +36,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import LOGIT_BYTES, Answers
 from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
-from dart_eval.ffn import decoder
+from dart_eval.families import decoder
 from dart_eval.machine import foreign_cpu, wait
 from dart_eval.pruning.dense import DenseSession
 

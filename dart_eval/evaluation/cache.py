@@ -22,7 +22,7 @@ def fork(cache: Any, rows: Tensor | None = None) -> Any:
     if not all(type(layer) in PLAIN for layer in cache.layers):
         forked = copy.deepcopy(cache)
         if rows is not None and cache.get_seq_length():
-            forked.batch_select_indices(rows)
+            forked.reorder_cache(rows)  # linear attention has no batch_select_indices
         return forked
     # Their tensors are replaced by new ones, never written to: the copies may share them until then.
     forked = copy.copy(cache)

@@ -15,6 +15,7 @@ from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.ffn import cache_argument
 from dart_eval.finite import refuse_not_finite
+from dart_eval.pruning.cache_watch import cache_in
 from dart_eval.trial import telling
 
 
@@ -56,12 +57,14 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
     Raises:
         UserError: the model does more between its last hidden state and its logits than is known here, its logits are
-            NaN or infinite, or it fails.
+            NaN or infinite, it gives no KV cache, or it fails.
     """
     config, linear = model.config.get_text_config(), model.get_output_embeddings()
+    before = getattr(model, "lm_head", linear)
+    before = None if before is linear else before  # ModernBERT's decoder: a projection and a norm
 
     def head(hidden: Tensor) -> Tensor:
-        logits = linear(hidden.to(linear.weight.device))
+        logits = linear((hidden if before is None else before(hidden)).to(linear.weight.device))
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if factor := getattr(config, "logits_scaling", None):  # Granite divides by what HyperCLOVA X multiplies by
@@ -73,8 +76,10 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     device: Any = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2]], device=device)
     with telling(model):
-        theirs = model(input_ids=tokens).logits[0].float().cpu()
+        output = model(input_ids=tokens, use_cache=True)
+        theirs = output.logits[0].float().cpu()
         ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
+    cache_in(output, type(model).__name__)
     for found in (theirs, ours):
         refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
     words = theirs.isfinite()  # one of -inf rules a word out

@@ -27,7 +27,7 @@ from dart_eval.evaluation.fitting import fit
 from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.unusable import LogitsWatch
-from dart_eval.ffn import decoder
+from dart_eval.families import decoder
 from dart_eval.pruning.dense import AnySession
 from dart_eval.pruning.steps import Step
 

@@ -77,14 +77,7 @@ class CacheWatch:
         Raises:
             UserError: it has made none.
         """
-        values = output if isinstance(output, (tuple, list)) else vars(output).values()
-        cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
-        if cache is None:
-            raise UserError(
-                f"{model} gave no KV cache: under prune() each forward would be a new prompt",
-                "leave use_cache on and gradient checkpointing off; prune() needs a model with a KV cache",
-            )
-        self.follow(cache, self.tokens)
+        self.follow(cache_in(output, model), self.tokens)
 
     def leave(self) -> None:
         """Let the cache be what it was."""
@@ -97,6 +90,22 @@ class CacheWatch:
         """Beams have changed places in a cache that may be a copy of ours."""
         if cache is self._cache() and self._reorder is not None:
             self._reorder(beams)
+
+
+def cache_in(output: Any, model: str) -> Any:
+    """The KV cache that a forward has made. output: what came out; model: its class, for people.
+
+    Raises:
+        UserError: it has made none.
+    """
+    values = output if isinstance(output, (tuple, list)) else vars(output).values()
+    cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+    if cache is None:
+        raise UserError(
+            f"{model} gave no KV cache: under prune() each forward would be a new prompt",
+            "leave use_cache on and gradient checkpointing off; prune() needs a model with a KV cache",
+        )
+    return cache
 
 
 def check_cache(cache: Any, use_cache: bool | None) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, decoder
+from dart_eval.families import decoder
+from dart_eval.ffn import FFN
 from dart_eval.pruning.finer import Finer
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.state import SequenceState

@@ -185,7 +185,7 @@ def quantised(ffns: Sequence[FFN]) -> str | None:
     for ffn in ffns:
         for module in (ffn.gate, ffn.up, ffn.down):
             if module is not None and (reason := _unlike_plain(module, ffn.order is not None)):
-                return f"{type(module).__name__} (layer {ffn.layer}) {reason}"
+                return f"{type(module).__name__} (layer {ffn.number}) {reason}"
     return None
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, final_norm, gain, weight_matrix
+from dart_eval.families import final_norm
+from dart_eval.ffn import FFN, gain, weight_matrix
 
 CHUNK_BYTES = 256 << 20  # of the projection onto the vocabulary held at a time
 

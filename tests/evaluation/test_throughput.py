@@ -14,7 +14,7 @@ from dart_eval.evaluation.batching import Budget, batches, budget, common_prefix
 from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.ffn import decoder
+from dart_eval.families import decoder
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.values import check_batch_size
 from tests.helpers.matrices import product

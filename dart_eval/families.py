@@ -1,0 +1,133 @@
+"""Where the parts of a decoder layer lie in each model family: the one table.
+
+A family is described by attribute paths inside a decoder layer. Nothing is guessed: `ffn.find_ffns` runs some tokens
+through the model and refuses one whose FFN does not compute what its description says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dart_eval.errors import UserError
+
+LAYER_LISTS = ("layers", "h", "decoder.layers", "language_model.layers", "blocks")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attribute paths inside a decoder layer.
+
+    Attributes:
+        block: module whose first input is the FFN's.
+        up, down, gate: the projections. gate is None for plain FFNs; `fused` halves of up hold gate, up.
+        act: the activation: the first of these paths that there is, or a function.
+        factor: number by which gate x is multiplied before the activation.
+    """
+
+    block: str
+    up: str
+    down: str
+    act: tuple[str | Callable[[Tensor], Tensor], ...]
+    gate: str | None = None
+    fused: bool = False
+    factor: str | None = None
+
+
+LAYOUTS = (
+    # Llama, Mistral, Qwen2/3/3.5, Gemma 1-4, OLMo, SmolLM, Granite, Cohere, StableLM
+    Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj"),
+    # Phi-3, GLM-4
+    Layout("mlp", "mlp.gate_up_proj", "mlp.down_proj", ("mlp.activation_fn", "mlp.act_fn"), fused=True),
+    Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn",)),  # Nemotron, Arcee, Apertus, Jais 2
+    Layout("mlp", "mlp.c_fc", "mlp.c_proj", ("mlp.act",)),  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder2
+    # GPT-NeoX, Falcon; BLOOM
+    Layout("mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ("mlp.act", "mlp.gelu_impl")),
+    Layout("mlp", "mlp.fc1", "mlp.fc2", ("mlp.activation_fn", "mlp.act")),  # Phi
+    Layout("mlp", "mlp.fc_in", "mlp.fc_out", ("mlp.act",)),  # GPT-J
+    Layout("mlp", "mlp.Wi", "mlp.Wo", ("mlp.act",), fused=True),  # ModernBERT's decoder
+    Layout("fc1", "fc1", "fc2", ("activation_fn",)),  # OPT
+    # Bamba, Falcon-H1
+    Layout(
+        "feed_forward", "feed_forward.up_proj", "feed_forward.down_proj", ("feed_forward.act_fn",),
+        gate="feed_forward.gate_proj", factor="feed_forward.gate_multiplier",
+    ),
+    # LFM2, LFM3
+    Layout("feed_forward", "feed_forward.w3", "feed_forward.w2", (nn.functional.silu,), gate="feed_forward.w1"),
+    # Granite 4.0
+    Layout("shared_mlp", "shared_mlp.input_linear", "shared_mlp.output_linear", ("shared_mlp.activation",), fused=True),
+    # RecurrentGemma
+    Layout(
+        "mlp_block", "mlp_block.up_proj", "mlp_block.down_proj", ("mlp_block.act_fn",), gate="mlp_block.gate_proj",
+    ),
+    Layout("mixer", "mixer.up_proj", "mixer.down_proj", ("mixer.act_fn",)),  # Nemotron-H
+    Layout("ffn", "ffn.up_proj", "ffn.down_proj", ("ffn.act",)),  # MPT
+    Layout("ffn", "ffn.0", "ffn.2", ("ffn.1",)),  # CTRL
+)  # fmt: skip
+
+# The norm whose input is the residual stream that enters the FFN, most specific first.
+RESIDUAL_NORMS = (
+    "pre_feedforward_layernorm", "pre_ff_layernorm", "feedforward_layernorm", "ffn_norm", "mlp_norm",
+    "channel_pre_norm", "ln_2", "norm_2", "layernorm2", "ln_mlp", "final_layer_norm",
+    "post_attention_layernorm", "input_layernorm", "ln_1", "norm",
+)  # fmt: skip
+# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2; GLM-4; HyperCLOVA X; LFM3): the FFN's effect leaves
+# it.
+OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2", "post_ffn_norm")
+# Of the FFN's output: Granite, HyperCLOVA X; MiniCPM3; Falcon-H1.
+SCALES = ("residual_multiplier", "residual_scale", "feed_forward.down_multiplier")
+ATTENTION_OUTPUTS = (
+    "self_attn.o_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj", "attn.Wo",
+    "attn.attention.out_proj", "attention.dense", "self_attention.dense", "multi_head_attention.dense",
+    "temporal_block.o_proj", "mixer.o_proj",
+)  # fmt: skip
+# In place of attention: state spaces, linear attention, short convolutions. They keep no keys and values of tokens.
+RECURRENT_OUTPUTS = (
+    "linear_attn.out_proj", "linear_attn.o_proj", "mamba.out_proj", "conv.out_proj", "temporal_block.linear_out",
+    "mixer.out_proj",
+)  # fmt: skip
+
+
+def get(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def first(layer: nn.Module, paths: Sequence[str]) -> Any:
+    return next((m for p in paths if (m := get(layer, p)) is not None), None)
+
+
+FINAL_NORMS = (
+    "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm", "final_norm", "layernorm",
+)  # fmt: skip
+
+
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm between the last layer and the output head, if the model has one."""
+    return first(decoder(model), FINAL_NORMS)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
+    base = getattr(model, "base_model", model)
+    for path in LAYER_LISTS:
+        layers = get(base, path)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            owner, _, _ = path.rpartition(".")
+            return get(base, owner) if owner else base
+    raise UserError(
+        f"the decoder layers of {type(model).__name__} were not found",
+        "add the family to dart_eval/families.py (docs/architecture.md, 'a model family')",
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face causal language model."""
+    owner = decoder(model)
+    return next(m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None)

@@ -1,0 +1,51 @@
+"""docs/models.md from the rows of the matrix, and the line of each row."""
+
+from tests.matrix.check import CLAIMS
+from tests.matrix.types import NOT_MADE
+
+HEAD = """# Models
+
+*Made by `scripts/models_page.py` with transformers {version}; a test makes every row anew.*
+
+Each type of language model in transformers, as a tiny random model: what this project does with it, and the line that a
+user sees where it is refused. A model is looked at before it is pruned: one whose FFN does something else than its
+family's is refused too.
+
+**masked**: a decoded token under a mask equals one of the model without those neurons. **generation**: without sparsity
+it generates what the model does, and at 50 % every decoded token reads half of the FFN. **scoring**: answers in batches
+with padding and a shared context score as each one alone does, and as plain forwards do. **choices**: tokens choose
+their neurons. **permuted**: the neurons that are kept lie side by side in memory, and give the same numbers.
+
+{good} of {all} types pass all five checks.
+
+| type | FFN | masked | generation | scoring | choices | permuted |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+REFUSED = """
+## Refused
+
+| type | what it says |
+| --- | --- |
+"""
+LEFT_OUT = """
+## Not measured
+
+| type | why |
+| --- | --- |
+"""
+
+
+def line(row):
+    """A row of one of the two tables."""
+    if row.refused:
+        return f"| `{row.type}` | {row.refused} |"
+    return f"| `{row.type}` | {row.kind} | " + " | ".join(row.claims[claim] or "yes" for claim in CLAIMS) + " |"
+
+
+def page(rows, version):
+    """The text of docs/models.md."""
+    taken, refused = [r for r in rows if not r.refused], [r for r in rows if r.refused]
+    good = sum(not any(r.claims.values()) for r in taken)
+    text = HEAD.format(version=version, good=good, all=len(rows)) + "\n".join(map(line, taken))
+    text += "\n" + REFUSED + "\n".join(map(line, refused))
+    return text + "\n" + LEFT_OUT + "\n".join(f"| `{name}` | {why} |" for name, why in NOT_MADE.items()) + "\n"
