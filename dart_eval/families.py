@@ -37,6 +37,17 @@ class Layout:
     factor: str | None = None
 
 
+# Experts of every token, beside those that it is routed to.
+SHARED = (
+    "mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp", "feed_forward.shared_expert", "mixer.shared_experts",
+)  # fmt: skip
+
+
+def _shared(block: str, gated: bool) -> Layout:
+    up, down, act, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "act_fn", "gate_proj"))
+    return Layout(block, up, down, (act,), gate=gate if gated else None)
+
+
 LAYOUTS = (
     # Llama, Mistral, Qwen2/3/3.5, Gemma 1-4, OLMo, SmolLM, Granite, Cohere, StableLM
     Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj"),
@@ -66,6 +77,7 @@ LAYOUTS = (
     Layout("mixer", "mixer.up_proj", "mixer.down_proj", ("mixer.act_fn",)),  # Nemotron-H
     Layout("ffn", "ffn.up_proj", "ffn.down_proj", ("ffn.act",)),  # MPT
     Layout("ffn", "ffn.0", "ffn.2", ("ffn.1",)),  # CTRL
+    *(_shared(block, gated) for gated in (True, False) for block in SHARED),
 )  # fmt: skip
 
 # The norm whose input is the residual stream that enters the FFN, most specific first.
@@ -80,7 +92,8 @@ OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2"
 # Of the FFN's output: Granite, HyperCLOVA X; MiniCPM3; Falcon-H1.
 SCALES = ("residual_multiplier", "residual_scale", "feed_forward.down_multiplier")
 ATTENTION_OUTPUTS = (
-    "self_attn.o_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj", "attn.Wo",
+    "self_attn.o_proj", "self_attn.o_b_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj",
+    "attn.Wo",
     "attn.attention.out_proj", "attention.dense", "self_attention.dense", "multi_head_attention.dense",
     "temporal_block.o_proj", "mixer.o_proj",
 )  # fmt: skip

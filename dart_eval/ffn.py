@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_eval import trial
+from dart_eval import experts, trial
 from dart_eval.errors import UserError
 from dart_eval.families import (
     ATTENTION_OUTPUTS,
@@ -47,6 +47,7 @@ class FFN:
         after: module whose first input is the stream that leaves the FFN; None: the layer's output is that.
         adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, where both run side by
             side), as the trial forward saw it.
+        routed: the experts whose neurons these are, others for every token; None.
         order: [F] int32, the neuron at each row, or None: as loaded.
     """
 
@@ -67,6 +68,7 @@ class FFN:
     scale: float = 1.0
     after: nn.Module | None = None
     adds: bool = True
+    routed: experts.Routed | None = None
     order: Tensor | None = None
 
     def by_neuron(self, x: Tensor) -> Tensor:
@@ -76,6 +78,31 @@ class FFN:
     def by_row(self, x: Tensor) -> Tensor:
         """[..., F] in the order of the neurons -> in the order of the rows."""
         return x if self.order is None else x.index_select(-1, self.order)
+
+    @property
+    def pool(self) -> int:
+        """Neurons that it has: more than a token's where experts are routed."""
+        return self.routed.pool if self.routed else self.size
+
+    def of_token(self, mask: Tensor) -> Tensor:
+        """A mask [B or 1, pool], by row, as each token of the forward under way has it: [B or 1, T or 1, F]."""
+        return self.routed.gather(mask) if self.routed else mask[:, None]
+
+    def spread(self, h: Tensor, some: slice = slice(None), tokens: int | None = None) -> Tensor:
+        """[B, t, F] of each token's experts -> [B, t, pool] with 0 for the others; else as it is.
+
+        Args:
+            some: which of the `tokens` of the forward under way these are; without them its last ones.
+        """
+        return self.routed.spread(h, some, tokens) if self.routed else h
+
+    def take(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
+        """A mask of the best neurons, [B, pool] bool: equally many of each expert.
+
+        Args:
+            take: makes a mask of scores [n, ...] and counts [n]. scores: [B, pool]. keep: [B], of a token's neurons.
+        """
+        return self.routed.take(take, scores, keep) if self.routed else take(scores, keep)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """a = act(gate x) and u = up x, each [..., F], by row; of a plain FFN act(up x) and None."""
@@ -93,13 +120,15 @@ class FFN:
 
     def input_weights(self) -> list[Tensor]:
         """The matrices that make h, each [F, D], by row (gate and up, or up alone)."""
+        if self.routed:
+            return self.routed.input_weights()
         if self.gate is not None:
             return [weight_matrix(self.gate), weight_matrix(self.up)]
         return list(weight_matrix(self.up).chunk(2)) if self.fused else [weight_matrix(self.up)]
 
     def output_weight(self) -> Tensor:
         """The down projection, [D, F], by row."""
-        return weight_matrix(self.down)
+        return self.routed.output_weight() if self.routed else weight_matrix(self.down)
 
     def write(self, h: Tensor) -> Tensor:
         """The down projection of h ([..., F], by row) without its bias: [..., D] fp32."""
@@ -185,35 +214,57 @@ def cache_argument(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _described(layer: nn.Module, number: int, index: int, before: Any) -> FFN | None:
-    """The FFN of a layer by the table alone; None where no entry fits.
+def _described(layer: nn.Module, number: int, index: int, before: Any) -> list[FFN]:
+    """The FFNs of a layer by the tables alone; none where no entry fits. More than one where there are experts.
 
     Args:
-        number: of the layer. index: of the FFN. before: the attention's output projection in the layers before.
+        number: of the layer. index: of the first FFN. before: the attention's output projection, here or in the layers
+            before.
     """
-    for layout in LAYOUTS:
-        block, up, down = (get(layer, p) for p in (layout.block, layout.up, layout.down))
-        gate = get(layer, layout.gate) if layout.gate else None
-        act = _activation(layer, layout)
-        attention = first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) or before
-        if any(m is None for m in (block, up, down, act, attention)) or (layout.gate and gate is None):
-            continue
-        post_norm = first(layer, OUTPUT_NORMS)
-        residual = first(layer, RESIDUAL_NORMS)
-        if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:
-            residual = block  # OLMo 2: the stream enters the FFN without a norm
-        after = get(layer, "per_layer_input_gate")  # Gemma 4 E2B: adds what the token's own embedding says
-        if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m: the norm comes after the sum
-            residual, after = block, get(layer, "final_layer_norm")
-        size, width = features(down)
-        scale = first(layer, SCALES)
-        return FFN(
-            layer=index, number=number, holder=layer, block=block, gate=gate, up=up, down=down, act=act,
-            fused=layout.fused, residual=residual if residual is not None else block,
-            output=post_norm if post_norm is not None else down,
-            attention=attention, size=size, width=width, scale=1.0 if scale is None else float(scale), after=after,
-        )  # fmt: skip
-    return None
+    found = [ffn for layout in LAYOUTS if (ffn := _laid_out(layer, layout, number, index, before)) is not None][:1]
+    for module in layer.modules():
+        if before is not None and experts.is_routed(module):
+            found.append(_routed(layer, module, number, index + len(found), before))
+    return found
+
+
+def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attention: Any) -> FFN | None:
+    """The FFN of a layer where a layout fits, else None. Arguments as of `_described`."""
+    block, up, down = (get(layer, p) for p in (layout.block, layout.up, layout.down))
+    gate = get(layer, layout.gate) if layout.gate else None
+    act = _activation(layer, layout)
+    modules = [block, up, down, attention, *([gate] if layout.gate else [])]
+    if act is None or not all(isinstance(m, nn.Module) for m in modules):
+        return None
+    post_norm = first(layer, OUTPUT_NORMS)
+    residual, after = _residual(layer, block), get(layer, "per_layer_input_gate")
+    if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m: the norm comes after the sum
+        residual, after = block, get(layer, "final_layer_norm")  # else Gemma 4 E2B: what the token's own embedding says
+    size, width = features(down)
+    scale = first(layer, SCALES)
+    return FFN(
+        layer=index, number=number, holder=layer, block=block, gate=gate, up=up, down=down, act=act,
+        fused=layout.fused, residual=residual, output=post_norm if post_norm is not None else down,
+        attention=attention, size=size, width=width, scale=1.0 if scale is None else float(scale), after=after,
+    )  # fmt: skip
+
+
+def _routed(layer: nn.Module, module: Any, number: int, index: int, attention: Any) -> FFN:
+    """The routed experts of a layer, of whose neurons a token has those of its experts. See `_described`."""
+    routed = experts.routed(module)
+    return FFN(
+        layer=index, number=number, holder=layer, block=routed.up, gate=None, up=routed.up, down=routed.down,
+        act=routed.act, fused=module.has_gate, residual=_residual(layer, routed.up), output=routed.down,
+        attention=attention, size=routed.size, width=routed.width, routed=routed,
+    )  # fmt: skip
+
+
+def _residual(layer: nn.Module, block: nn.Module) -> Any:
+    """The module that the stream enters on its way to the FFN."""
+    residual = first(layer, RESIDUAL_NORMS)
+    if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:
+        return block  # OLMo 2: without a norm
+    return block if residual is None else residual
 
 
 def _activation(layer: nn.Module, layout: Layout) -> Any:
@@ -284,7 +335,7 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 def _parts(ffn: FFN) -> list[int]:
     """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
     modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
-    modules.append(ffn.act.act if isinstance(ffn.act, Scaled) else ffn.act)
+    modules.append(ffn.routed or (ffn.act.act if isinstance(ffn.act, Scaled) else ffn.act))
     projections = ffn.projections
     return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 
@@ -299,15 +350,14 @@ def describe(model: nn.Module) -> list[FFN]:
     attention = None
     for number, layer in enumerate(decoder_layers(model)):
         attention = first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) or attention
-        ffn = _described(layer, number, len(ffns), attention)
-        if ffn is not None:
-            ffns.append(ffn)
-        elif not _has_none(layer):
+        found = _described(layer, number, len(ffns), attention)
+        if not found and not _has_none(layer):
             raise UserError(
                 f"the FFN of {type(layer).__name__} (layer {number} of {type(model).__name__}) is not understood "
                 f"(its parts: {', '.join(n for n, _ in layer.named_children())})",
-                "dense gated or plain FFNs are supported; mixtures of experts are not",
+                "dense gated or plain FFNs are supported, and experts that transformers keeps in one module",
             )
+        ffns += found
     if not ffns:
         raise UserError(f"{type(model).__name__} has no FFN in any layer", "there is nothing to prune")
     return ffns

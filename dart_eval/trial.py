@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dart_eval import experts
 from dart_eval.errors import UserError, out_of_memory, summary
 from dart_eval.finite import refuse_not_finite
 
@@ -61,8 +62,8 @@ class _Seen:
 
     Attributes:
         x, h: into the FFN, into its down projection. y: the stream into it. z: what it adds, without its scale.
-        attention: output of the attention. after: the stream that leaves it. others: modules that ran and hold
-            weights, beside the attention and the projections.
+        attention: output of the attention. after: the stream that leaves it. mixture: what all experts make together.
+        others: modules that ran and hold weights, beside the attention and the projections.
         eps: of the dtype that it computed in.
     """
 
@@ -72,6 +73,7 @@ class _Seen:
     z: Tensor | None = None
     attention: Tensor | None = None
     after: Tensor | None = None
+    mixture: Tensor | None = None
     eps: float = 0.0
 
     def __init__(self) -> None:
@@ -107,20 +109,26 @@ def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
     for s, f in zip(seen, ffns, strict=True):
-        handles += _watch(s, f)
+        handles += _watch(s, f, [g for g in ffns if g.holder is f.holder])
+        if zero and f.routed:
+            f.routed.silent = True  # biases differ from expert to expert
         if zero:
             handles.append(f.down.register_forward_pre_hook(_zeros))
     try:
         ids = (torch.arange(TOKENS, device=device) % vocabulary)[None]
-        with telling(model):
+        with telling(model), experts.taken_over(model):
             getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+        for f in ffns:
+            if f.routed:
+                f.routed.silent = False
     return seen
 
 
-def _watch(s: _Seen, f: FFN) -> list[Any]:
+def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
+    """Hooks on what a layer computes. together: all its FFNs."""
     layer: Any = f.holder
 
     def first(name: str) -> Callable[..., None]:
@@ -140,14 +148,28 @@ def _watch(s: _Seen, f: FFN) -> list[Any]:
         f.attention.register_forward_hook(output("attention")),
         f.after.register_forward_pre_hook(first("after")) if f.after else layer.register_forward_hook(stream),
     ]  # fmt: skip
-    known = {id(m) for part in (f.gate, f.up, f.down) if part is not None for m in part.modules()}  # adapters too
-    for child in layer.children():
-        if any(m is f.attention for m in child.modules()):
-            known.update(id(m) for m in child.modules())
+    if (mixture := _mixture(layer)) is not None:
+        handles.append(mixture.register_forward_hook(output("mixture")))
+    inside = _parts_of(together, layer)
     for name, module in layer.named_modules():
-        if id(module) not in known and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        if id(module) not in inside and any(p.dim() > 1 for p in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(lambda _m, _args, name=name: s.others.add(name)))
     return handles
+
+
+def _mixture(layer: nn.Module) -> nn.Module | None:
+    """The part of a layer that has its experts; None."""
+    return next((c for c in layer.children() if any(experts.is_routed(m) for m in c.modules())), None)
+
+
+def _parts_of(ffns: Sequence[FFN], layer: nn.Module) -> set[int]:
+    """By identity, the modules of a layer that are no strangers to its FFNs: these, the attention, experts' routers."""
+    known = {id(m) for f in ffns for part in f.projections for m in part.modules()}  # adapters too
+    for child in layer.children():
+        inner = list(child.modules())
+        if any(m is ffns[0].attention for m in inner) or any(experts.is_routed(m) for m in inner):
+            known.update(id(m) for m in inner)
+    return known
 
 
 def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -195,6 +217,8 @@ def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:
     if s.z is None or empty.z is None:
         raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
     differs = (empty.z - empty.z[:1]).abs().max() > CONSTANT * s.z.abs().max()
+    if s.mixture is not None and empty.mixture is not None:  # what runs in it beside known neurons writes nothing
+        differs |= (empty.mixture - empty.mixture[:1]).abs().max() > CONSTANT * s.mixture.abs().max()
     if differs or (not f.adds and s.others):
         beside = f" ({', '.join(sorted(s.others))})" if s.others else ""
         raise UserError(

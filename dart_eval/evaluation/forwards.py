@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.ffn import cache_argument
@@ -57,7 +58,7 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
     Raises:
         UserError: the model does more between its last hidden state and its logits than is known here, its logits are
-            NaN or infinite, it gives no KV cache, or it fails.
+            NaN or infinite, it gives no KV cache, it cannot go on from one, or it fails.
     """
     config, linear = model.config.get_text_config(), model.get_output_embeddings()
     before = getattr(model, "lm_head", linear)
@@ -73,20 +74,49 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
             logits = cap * torch.tanh(logits / cap)
         return logits
 
+    _check_head(model, head)
+    _check_cache(model, head)
+    return head
+
+
+def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
+    """Whether a head gives the model's own logits. See `output_head`."""
     device: Any = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2]], device=device)
     with telling(model):
-        output = model(input_ids=tokens, use_cache=True)
-        theirs = output.logits[0].float().cpu()
+        theirs = model(input_ids=tokens).logits[0].float().cpu()
         ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
-    cache_in(output, type(model).__name__)
     for found in (theirs, ours):
         refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
-    words = theirs.isfinite()  # one of -inf rules a word out
-    tolerance = 1e-2 * float(theirs[words].abs().max())
-    if not (words == ours.isfinite()).all() or not torch.allclose(ours[words], theirs[words], 1e-2, tolerance):
+    if not _close(ours, theirs, 1e-2):
         raise UserError(
             f"the output head of {type(model).__name__} is not understood",
             "add it to dart_eval/evaluation/forwards.py",
         )
-    return head
+
+
+def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
+    """Whether tokens after a cached context have the logits that they have in the whole text. See `output_head`."""
+    forwards, name = Forwards(model, head), type(model).__name__
+    tokens = (torch.arange(5, device=forwards.device) % model.config.get_text_config().vocab_size)[None]
+    positions = torch.arange(5, device=forwards.device)[None]
+    with telling(model):
+        whole = model(input_ids=tokens).logits[0, -1].float().cpu()
+        cache_in(model(input_ids=tokens[:, :3], use_cache=True), name)
+        cache = new_cache(model)  # MiniMax takes none but its own
+        for part in (slice(3), slice(3, 5)):
+            valid = torch.ones(1, part.stop, dtype=torch.bool, device=forwards.device)
+            hidden = forwards(tokens[:, part], valid, positions[:, part], cache)
+        block = head(hidden[0, -1:])[0].float().cpu()
+    if not _close(block, whole, 0.1):  # Jamba; rounding in 16 bits is far less
+        raise UserError(
+            f"{name} gives other logits to several tokens after a cached context than in the whole text",
+            "its answers cannot be scored; generation works",
+        )
+
+
+def _close(ours: Tensor, theirs: Tensor, share: float) -> bool:
+    """Whether logits are the same but for rounding: up to this share of the largest."""
+    words = theirs.isfinite()  # one of -inf rules a word out
+    tolerance = share * float(theirs[words].abs().max())
+    return bool((words == ours.isfinite()).all()) and torch.allclose(ours[words], theirs[words], 1e-2, tolerance)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from dart_eval import experts
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, find_ffns
 from dart_eval.files import read_text
@@ -156,14 +157,16 @@ class TextCalibration:
     def _moments(self) -> list[Tensor]:
         """Of every layer mean, variance and code_variance."""
         running: dict[int, Running] = {}
+        ffns = self.ffns
 
         def take(layer: int, h: Tensor) -> None:
+            h = ffns[layer].spread(h[None])[0]
             if layer not in running:
                 running[layer] = Running(h.shape[-1], h.device)
             running[layer].add(h)
 
         self._run(take)
-        found = [running[f.layer].moments for f in self.ffns]
+        found = [running[f.layer].moments for f in ffns]
         return [tensor for m in found for tensor in (m.mean, m.variance, m.code_variance)]
 
     def projection(self) -> list[Projection]:
@@ -174,14 +177,15 @@ class TextCalibration:
 
     def _measure(self, observe: Observe) -> list[Tensor]:
         totals: dict[int, Tensor] = {}
+        ffns = self.ffns
 
         def take(layer: int, h: Tensor) -> None:
-            sums = observe(h[None], None, torch.ones(1, len(h), device=h.device))
+            sums = observe(ffns[layer].spread(h[None]), None, torch.ones(1, len(h), device=h.device))
             assert sums is not None
             totals[layer] = totals[layer] + sums[0] if layer in totals else sums[0]
 
         self._run(take)
-        return [totals[f.layer] for f in self.ffns]
+        return [totals[f.layer] for f in ffns]
 
     def _run(self, take: Callable[[int, Tensor], None]) -> None:
         """Run the text, passage by passage. take: given each layer's index and its h of a passage, [T, F] fp32."""
@@ -204,7 +208,7 @@ class TextCalibration:
         config: Any = self.model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEGMENT + skip
         try:
-            with evaluating(self.model):
+            with evaluating(self.model), experts.taken_over(self.model):
                 for segment in self.passages.of(ids, max(1, min(SEGMENT, positions - skip))):
                     start = torch.tensor([bos] * skip, dtype=segment.dtype)
                     base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dart_eval import experts
 from dart_eval.errors import UserError
 from dart_eval.families import decoder
 from dart_eval.ffn import FFN
@@ -70,6 +71,7 @@ class Hooks:
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
+        self._experts: list[tuple[Any, Any]] = []
 
     @property
     def installed(self) -> bool:
@@ -79,6 +81,7 @@ class Hooks:
     def install(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
         """Watch the model. begin, end: run before and after each forward of its decoder."""
         _guard_hooks()
+        self._experts = experts.take_over(self.model)
         add, ffns, method = self._handles.append, self.ffns, self.method
         add(self.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
         add(self.decoder.register_forward_pre_hook(_eager(begin), with_kwargs=True))
@@ -124,6 +127,8 @@ class Hooks:
         _guard_hooks()
         self.look_inside(False)
         _drop(self._handles)
+        experts.give_back(self._experts)
+        self._experts = []
 
     def check_ran(self) -> None:
         """Whether every layer's FFN ran where it was found.

@@ -183,6 +183,8 @@ def _banks(ffn: FFN, down: Down) -> list[tuple[Tensor, int]]:
 def quantised(ffns: Sequence[FFN]) -> str | None:
     """Why these projections have no plain weights whose rows could change places, or None."""
     for ffn in ffns:
+        if ffn.routed is not None:
+            return f"the experts of layer {ffn.number} are one module, which has no kernels yet"
         for module in (ffn.gate, ffn.up, ffn.down):
             if module is not None and (reason := _unlike_plain(module, ffn.order is not None)):
                 return f"{type(module).__name__} (layer {ffn.number}) {reason}"

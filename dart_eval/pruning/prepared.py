@@ -120,7 +120,10 @@ class Prepared:
             return self._dense
         sizes, whole_mask = [f.size for f in self.ffns], self.method.mask.whole
         matrices = self.ffns[0].matrices
-        return self.method.choice.counts(densities, sizes, self.sparsity, matrices, whole_mask, self.prices)
+        counts = self.method.choice.counts(densities, sizes, self.sparsity, matrices, whole_mask, self.prices)
+        if whole_mask or not any(f.routed for f in self.ffns):
+            return counts
+        return _of_experts(counts, self.ffns)
 
     def _paid(self) -> tuple[float, float, float]:
         """What is read of each neuron of the mask, of each one taken and of each one written, in rows of one matrix."""
@@ -153,7 +156,7 @@ class Prepared:
         """[1, F] bool, where masks are the same for all sequences."""
         ffn = self.ffns[layer]
         if self.masks is None:  # of everything, which nothing has to be kept for
-            return torch.ones(1, ffn.size, dtype=torch.bool, device=device_of(ffn))
+            return torch.ones(1, ffn.pool, dtype=torch.bool, device=device_of(ffn))
         return self.masks[layer]
 
     def factor(self, layer: int) -> Tensor | None:
@@ -180,7 +183,7 @@ class Prepared:
         scores = [score.combine(None if sums is None else sums[i][None], self.factor(i)) for i in range(len(self.ffns))]
         self._usual = self._counts(None, slice(None), [s[0] for s in scores])
         self.masks = [
-            top_k_mask(s, torch.tensor([count])).to(device_of(ffn))
+            ffn.take(top_k_mask, s, torch.tensor([count])).to(device_of(ffn))
             for ffn, s, count in zip(self.ffns, scores, self._usual.mask, strict=True)
         ]
         self.factors = None  # they are in the masks
@@ -198,12 +201,39 @@ class Prepared:
         ]
 
 
+def _of_experts(counts: Counts, ffns: Sequence[FFN]) -> Counts:
+    """Counts that fit masks with equally many neurons of each expert: rounded down."""
+    experts = [f.routed.count if f.routed else 1 for f in ffns]
+    mask = [n - n % e for n, e in zip(counts.mask, experts, strict=True)]
+    taken, written = ([min(a, b) for a, b in zip(c, mask, strict=True)] for c in (counts.taken, counts.written))
+    return Counts(mask, taken, written, counts.whole)
+
+
+def _check_experts(method: Pruner) -> None:
+    """Refuse what is not made for experts, of which each token has others.
+
+    Raises:
+        UserError: with the part.
+    """
+    parts = {
+        "compensation": method.compensation.adds or method.compensation.fills, "remask": method.mask.remask.watches,
+        "choice": method.choice.image is not None or method.choice.ranks, "entries": method.entries.finer,
+        "allocation": method.allocation.needs_scores or method.allocation.needs_change,
+    }  # fmt: skip
+    for slot, wanted in parts.items():
+        if wanted:
+            part = method.mask.remask if slot == "remask" else getattr(method, slot)
+            raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
+
+
 def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Prepared:
     """Make what can be made before any prompt.
 
     Raises:
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
+    if method.prunes and any(f.routed for f in ffns):
+        _check_experts(method)
     made, mask = Prepared(method, ffns, sparsity), method.mask
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):

@@ -99,14 +99,16 @@ class SequenceState(PerSequence):
         if not bool(valid.all()):  # padding may hold anything, NaN too
             h = h.masked_fill(~valid[..., None], 0)
             up = None if up is None else up.masked_fill(~valid[..., None], 0)
-        step = max(1, CHUNK_BYTES // (4 * h.shape[0] * h.shape[2]))
+        ffn = self.ffns[layer]
+        step = max(1, CHUNK_BYTES // (4 * h.shape[0] * ffn.pool))
         for start in range(0, h.shape[1], step):
             some = slice(start, start + step)
-            hidden, up_x = h[:, some].float(), None if up is None else up[:, some].float()
+            hidden = ffn.spread(h[:, some].float(), some, h.shape[1])
+            up_x = None if up is None else ffn.spread(up[:, some].float(), some, up.shape[1])
             for part in self.method.observers:
                 sums = part.observe(hidden, up_x, weight[:, some]) if part.slot in into else None
                 if sums is not None:
-                    into[part.slot].add(layer, self.ffns[layer].by_neuron(sums))
+                    into[part.slot].add(layer, ffn.by_neuron(sums))
 
     @torch.no_grad()
     def observe_change(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
@@ -180,7 +182,7 @@ class SequenceState(PerSequence):
         draw, at, choice = self.method.mask.draw, (rows.cpu(), layer), self.method.choice
         if choice.ranks and self.taken is not None:
             self.cores.keep(layer, rows, draw.take(scores, choice.core(self.taken[at]), layer, score))
-        return draw.take(scores, self.kept[at], layer, score)
+        return self.ffns[layer].take(lambda s, keep: draw.take(s, keep, layer, score), scores, self.kept[at])
 
     def mask(self, layer: int) -> Tensor:
         """[B or 1, F] bool: the neurons that each sequence may use now."""
@@ -263,7 +265,7 @@ class SequenceState(PerSequence):
         if sliced:
             kept = h.new_ones(1, 1, h.shape[-1], dtype=torch.bool)
         else:
-            kept = self.ffns[layer].by_row(self.mask(layer)).to(h.device)[:, None]
+            kept = self.ffns[layer].of_token(self.ffns[layer].by_row(self.mask(layer)).to(h.device))
         if choice.chooses:
             kept = self._take(layer, h, gate, up, kept, x)
         if dense is not None:

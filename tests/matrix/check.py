@@ -12,11 +12,12 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.ffn import describe, find_ffns, weight_matrix
 from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.registry import make, parse
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import decoded, generate, open_session
 from tests.matrix.types import tiny
 
-CLAIMS = ("masked", "generation", "scoring", "choices", "permuted")
+CLAIMS = ("masked", "generation", "scoring", "choices", "previews", "permuted")
 PROMPT, STEPS = 16, 6
 
 
@@ -41,7 +42,8 @@ def row(name):
         ffns = find_ffns(model)
     except UserError as error:
         return Row(name, refused=said(error))
-    found = Row(name, kind="fused" if ffns[0].fused else "gated" if ffns[0].gated else "plain")
+    kind = "fused" if ffns[0].fused else "gated" if ffns[0].gated else "plain"
+    found = Row(name, kind="experts" if any(f.routed for f in ffns) else kind)
     for claim in CLAIMS:
         try:
             CHECKS[claim](model)
@@ -68,7 +70,12 @@ def masked(model):
     def once_decoding(_model, _args, kwargs):
         if kwargs["input_ids"].shape[1] == 1:
             for ffn, mask in zip(describe(less), masks, strict=True):
-                weight_matrix(ffn.down)[:, ~mask[0]] = 0
+                if ffn.routed is None:
+                    weight_matrix(ffn.down)[:, ~mask[0]] = 0
+                else:
+                    experts = ffn.routed.experts  # [E, D, I], or [E, I, D]
+                    down = experts.down_proj.mT if experts.is_transposed else experts.down_proj
+                    down *= mask.view(len(down), 1, -1)
 
     with torch.no_grad():
         less.register_forward_pre_hook(once_decoding, with_kwargs=True)
@@ -115,12 +122,24 @@ def choices(model):
     """A choice per token: all of it is the model, and at half of the bytes a token reads half."""
     prompt = torch.tensor([random_tokens(PROMPT)])
     dense = model.generate(prompt, max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
-    with open_session(model, "dart-plus", 0.0):
+    for method in ("oracle-token", "m-countdown", "griffin:choice=hidden"):
+        _chosen(model, method, prompt, dense, 0.4)
+
+
+def previews(model):
+    """The same by the first bits of the weights."""
+    prompt = torch.tensor([random_tokens(PROMPT)])
+    _chosen(
+        model, "dart-plus", prompt, model.generate(prompt, max_new_tokens=STEPS, do_sample=False, pad_token_id=0), 0.5
+    )
+
+
+def _chosen(model, method, prompt, dense, sparsity):
+    with open_session(model, make(*parse(method)), 0.0):
         assert torch.equal(generate(model, prompt, STEPS).sequences, dense)
-    for method in ("oracle-token", "dart-plus"):
-        with open_session(model, method, 0.5, execution="masked") as session:
-            generate(model, prompt, STEPS)
-            assert all(abs(float(step.read[0]) - 0.5) < 0.03 for step in session.steps) and session.steps
+    with open_session(model, make(*parse(method)), sparsity, execution="masked") as session:
+        generate(model, prompt, STEPS)
+        assert all(abs(float(step.read[0]) - 1 + sparsity) < 0.03 for step in session.steps) and session.steps
 
 
 def permuted(model):
@@ -137,4 +156,7 @@ def permuted(model):
     assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
 
 
-CHECKS = {"masked": masked, "generation": generation, "scoring": scoring, "choices": choices, "permuted": permuted}
+CHECKS = {
+    "masked": masked, "generation": generation, "scoring": scoring, "choices": choices, "previews": previews,
+    "permuted": permuted,
+}  # fmt: skip

@@ -14,12 +14,17 @@ family's is refused too.
 **masked**: a decoded token under a mask equals one of the model without those neurons. **generation**: without sparsity
 it generates what the model does, and at 50 % every decoded token reads half of the FFN. **scoring**: answers in batches
 with padding and a shared context score as each one alone does, and as plain forwards do. **choices**: tokens choose
-their neurons. **permuted**: the neurons that are kept lie side by side in memory, and give the same numbers.
+their neurons. **previews**: they choose by the first bits of the weights. **permuted**: the neurons that are kept lie
+side by side in memory, and give the same numbers.
 
-{good} of {all} types pass all five checks.
+Of mixtures of experts the sparsity is the share of the routed neurons, those of a token's experts, that it does not
+read; their activations count with the router's weight. A mask has equally many neurons of each expert. Experts that
+every token has are ordinary FFNs.
 
-| type | FFN | masked | generation | scoring | choices | permuted |
-| --- | --- | --- | --- | --- | --- | --- |
+{right} of {all} types pass the first four checks, and {good} all six.
+
+| type | FFN | masked | generation | scoring | choices | previews | permuted |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 REFUSED = """
 ## Refused
@@ -46,6 +51,7 @@ def page(rows, version):
     """The text of docs/models.md."""
     taken, refused = [r for r in rows if not r.refused], [r for r in rows if r.refused]
     good = sum(not any(r.claims.values()) for r in taken)
-    text = HEAD.format(version=version, good=good, all=len(rows)) + "\n".join(map(line, taken))
+    right = sum(not any(r.claims[claim] for claim in CLAIMS[:4]) for r in taken)
+    text = HEAD.format(version=version, good=good, right=right, all=len(rows)) + "\n".join(map(line, taken))
     text += "\n" + REFUSED + "\n".join(map(line, refused))
     return text + "\n" + LEFT_OUT + "\n".join(f"| `{name}` | {why} |" for name, why in NOT_MADE.items()) + "\n"

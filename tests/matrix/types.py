@@ -39,9 +39,11 @@ USUAL = {
     **dict.fromkeys(("num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads", "index_n_heads"), 2),
     **dict.fromkeys(("head_dim", "kv_channels", "swa_head_dim", "v_head_dim", "qk_nope_head_dim"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
-    **dict.fromkeys(("index_head_dim", "index_topk", "mamba_d_state", "ssm_state_size", "state_size"), 8),
+    **dict.fromkeys(("index_head_dim", "mamba_d_state", "ssm_state_size", "state_size"), 8),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size", "hidden_size_per_layer_input", "laurel_rank"), 8),
     **dict.fromkeys(("qk_head_dim", "q_lora_rank", "kv_lora_rank", "mamba_d_head", "mamba_head_dim"), 16),
+    # Beyond the lengths of the checks: where it cuts, stock models differ between cached and whole texts.
+    **dict.fromkeys(("index_topk",), 64),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 256),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_experts_intermediate_size"), 16),
     **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 24),
@@ -65,6 +67,7 @@ minicpm3 sarvam_mla youtu
 """
 UNUSUAL = {
     **dict.fromkeys(_LATENT.split(), LATENT),
+    "bailing_hybrid": {"layer_group_size": 2, "num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": WINDOWS, "rope_parameters": dict.fromkeys(WINDOWS, ROTARY)},
     "mamba2": {"head_dim": 16},
@@ -72,6 +75,9 @@ UNUSUAL = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": WIDTH},
     },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {**LATENT, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 1, "layer_types": WINDOWS},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},

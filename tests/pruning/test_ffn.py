@@ -6,7 +6,6 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     GPTNeoXConfig,
-    MixtralConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -16,6 +15,7 @@ from transformers import (
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from tests.helpers.models import SMALL, tiny
+from tests.matrix.types import tiny as tiny_of
 
 BASIC = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
 OTHERS = {
@@ -71,10 +71,15 @@ def test_gemma_output_is_taken_after_the_norm_that_follows_the_ffn():
     assert ffn.residual is model.model.layers[0].pre_feedforward_layernorm
 
 
-def test_mixtures_of_experts_are_refused():
-    model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL))
+def test_experts_that_are_not_handed_to_a_function_are_refused():
     with pytest.raises(UserError, match="not understood"):
-        find_ffns(model)
+        find_ffns(tiny_of("jetmoe"))
+
+
+def test_experts_whose_shared_ones_are_not_known_are_refused():
+    """With the known neurons at 0 the block still writes something."""
+    with pytest.raises(UserError, match="computes more than the FFN"):
+        find_ffns(tiny_of("inkling_text"))
 
 
 def test_an_ffn_that_does_more_than_described_is_refused():

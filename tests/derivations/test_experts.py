@@ -1,0 +1,92 @@
+"""Masks of experts, computed by hand from what stock experts are given."""
+
+import pytest
+import torch
+
+from dart_eval.ffn import find_ffns
+from tests.helpers.models import random_tokens
+from tests.helpers.sessions import open_session, prompts_of
+from tests.matrix.types import tiny
+
+
+def scores_by_hand(model, prompt, layer):
+    """[E, I]: the sums over tokens of (h w / |h w|)^2, h w being a token's activations with the router's weights.
+
+    From the experts' inputs alone, and by the formulas of SwiGLU and of gpt-oss.
+    """
+    block = model.model.layers[layer].mlp
+    given = {}
+    hook = block.experts.register_forward_pre_hook(lambda _m, args: given.update(x=args[0], at=args[1], w=args[2]))
+    with torch.no_grad():
+        model(input_ids=prompt)
+    hook.remove()
+    experts, scores = block.experts, None
+    for x, index, weights in zip(given["x"], given["at"], given["w"], strict=True):
+        found = []
+        for expert, weight in zip(index.tolist(), weights, strict=True):
+            if hasattr(experts, "gate_up_proj_bias"):  # gpt-oss
+                made = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+                gate, up = made[::2].clamp(max=7.0), made[1::2].clamp(-7.0, 7.0)
+                h = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            else:
+                made = experts.gate_up_proj[expert] @ x
+                gate, up = made[: len(made) // 2], made[len(made) // 2 :]
+                h = gate * torch.sigmoid(gate) * up
+            found.append((expert, h * weight))
+        norm = torch.cat([h for _, h in found]).norm()
+        scores = torch.zeros(len(experts.down_proj), len(found[0][1])) if scores is None else scores
+        for expert, h in found:
+            scores[expert] += (h / norm).square()
+    return scores, sorted(set(given["at"].flatten().tolist()))
+
+
+@pytest.mark.parametrize(("name", "length"), [("qwen3_moe", 24), ("qwen3_moe", 1), ("gpt_oss", 24), ("mixtral", 2)])
+def test_griffins_mask_has_equally_many_neurons_of_each_expert(name, length):
+    model = tiny(name)
+    prompt = torch.tensor([random_tokens(length)])
+    by_hand = [scores_by_hand(model, prompt, layer) for layer in range(4)]
+    with torch.no_grad(), open_session(model, "griffin", 0.5) as session:
+        model(input_ids=prompt, use_cache=True)
+        masks = [session.state.mask(layer)[0] for layer in range(4)]
+    for layer, (scores, seen) in enumerate(by_hand):
+        ffn = find_ffns(model)[layer]
+        mask = masks[layer].view(scores.shape)
+        down = ffn.output_weight().view(ffn.width, *scores.shape).norm(dim=0)
+        for expert, mine in enumerate(scores):
+            order = mine if expert in seen else down[expert]  # an expert that no token has had: by its columns of down
+            best = order.argsort(descending=True)[: scores.shape[1] // 2]
+            assert sorted(best.tolist()) == mask[expert].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h"])
+def test_experts_under_prune_are_stock_experts(name):
+    """With all neurons the logits are those of transformers' own function; and outside it is that one again."""
+    model = tiny(name)
+    prompts = prompts_of(3, 12)
+    config = model.config
+    before = config._experts_implementation
+    with torch.no_grad():
+        stock = model(input_ids=prompts).logits
+        with open_session(model, "oracle-token", 0.0):
+            assert config._experts_implementation != before
+            ours = model(input_ids=prompts, use_cache=True).logits
+        assert config._experts_implementation == before
+        assert torch.equal(model(input_ids=prompts).logits, stock)
+    assert torch.allclose(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_a_choice_pools_the_neurons_of_a_tokens_experts():
+    """The largest |h| times the router's weight, whichever expert they belong to."""
+    model = tiny("mixtral")
+    seen = {}
+    with torch.no_grad(), open_session(model, "oracle-token", 0.5) as session:
+        out = model(input_ids=prompts_of(1, 8), use_cache=True)
+        ffn = find_ffns(model)[1]
+        first = ffn.down.register_forward_pre_hook(lambda _m, args: seen.update(before=args[0]), prepend=True)
+        last = ffn.down.register_forward_pre_hook(lambda _m, args: seen.update(after=args[0]))
+        model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values, use_cache=True)
+        first.remove()
+        last.remove()
+        assert float(session.steps[-1].read[0]) == 0.5
+    kept = seen["after"][0].nonzero().flatten().tolist()
+    assert kept == sorted(seen["before"][0].abs().topk(ffn.size // 2).indices.tolist())
