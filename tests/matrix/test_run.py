@@ -22,7 +22,7 @@ def test_a_run_scores_and_generates(name, tmp_path, tokenizer):
     for record in result.records:
         # Of 16 neurons of an expert a mask has 9 at most, where .6 of them would be 9.6.
         read = 1 - record.inputs["sparsity"]
-        assert read - 0.04 < record.weights_read <= read + 1e-9
+        assert read - 0.04 < record.weights_read < read + 0.01
         assert all(m.n == 2 for m in record.metrics)
 
 
