@@ -6,6 +6,7 @@ import pytest
 
 from dart_eval import demo_model
 from tests.helpers.commands import command
+from tests.matrix.types import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -177,15 +178,12 @@ def test_the_demo_model_by_name_must_be_installed(refused, monkeypatch, tmp_path
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_mixture_of_experts_is_refused_by_name(refused, saved):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
-    folder = saved(MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)))
+def test_a_model_whose_ffn_is_not_known_is_refused_by_name(refused, saved):
+    folder = saved(tiny("jetmoe"))
     message = refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder, "--device", "cpu")
-    assert "the FFN of MixtralDecoderLayer" in message
+    assert "the FFN of JetMoeDecoderLayer" in message
     assert "is not understood" in message
-    assert "mixtures of experts are not" in message
+    assert "experts that transformers keeps in one module" in message
 
 
 @pytest.mark.slow
