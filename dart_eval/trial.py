@@ -223,5 +223,5 @@ def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:
         beside = f" ({', '.join(sorted(s.others))})" if s.others else ""
         raise UserError(
             f"layer {f.number} of {name} computes more than the FFN that would be pruned{beside}",
-            "dense FFNs are supported; mixtures of experts are not",
+            "dense FFNs are supported, and experts that transformers keeps in one module",
         )
