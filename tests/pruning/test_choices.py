@@ -205,7 +205,7 @@ def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write
 
 
 @pytest.mark.parametrize("matrices", [2, 3])
-@pytest.mark.parametrize("cls", CHOICES)  # which count bits: test_preview
+@pytest.mark.parametrize("cls", CHOICES)  # those of SHOWN count bits: test_preview
 def test_a_choice_counts_what_it_says_that_it_reads(cls, matrices):
     choice, half = cls(), ([0.5, 0.5], [100, 100], 0.5, matrices)
     alone, everything, inside = [50, 50], [100, 100], [80, 80]
