@@ -30,7 +30,8 @@ class Routed:
         up, down: the two steps, as modules with inputs and outputs to be watched.
         count: experts of a token. inner: neurons of an expert. size: neurons of a token's experts. width: D.
         silent: leave out biases of down.
-        index, weights: [N, count], which experts N tokens have, and how much each counts.
+        settle: what makes other experts of those that the router chose; None: nothing does.
+        index, weights: [N, count], which experts N tokens have (-1: none), and how much each counts.
     """
 
     def __init__(self, experts: Any) -> None:
@@ -44,6 +45,7 @@ class Routed:
         self.weights: Tensor = torch.empty(0, self.count)
         self.made: Tensor | None = None
         self.silent = False
+        self.settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     @property
     def experts(self) -> Any:
@@ -52,11 +54,11 @@ class Routed:
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[N, D] -> [N, D], as stock experts."""
-        self.index, self.weights = index, weights
+        self.index, self.weights = (index, weights) if self.settle is None else self.settle(index, weights)
         self.up(x)
         made, self.made = self.made, None
         assert made is not None
-        h = self.hidden(made) * weights[..., None].to(made.dtype)
+        h = self.hidden(made) * self.weights[..., None].to(made.dtype)
         return self.down(h.reshape(len(x), -1))
 
     def hidden(self, made: Tensor) -> Tensor:
@@ -89,19 +91,24 @@ class Routed:
     # -- masks of all experts' neurons -----------------------------------------------------------------------------
 
     @property
+    def all(self) -> int:
+        """How many experts there are."""
+        return len(self.experts.down_proj)
+
+    @property
     def pool(self) -> int:
         """Neurons of all experts together."""
-        return self.inner * len(self.experts.down_proj)
+        return self.inner * self.all
 
     def _index(self, batch: int, tokens: int | None = None) -> Tensor:
         """[B, T, count], the experts of each token; of its last ones where there are fewer tokens."""
         count = len(self.index) if tokens is None else batch * tokens
         return self.index[len(self.index) - count :].view(batch, -1, self.count)
 
-    def gather(self, mask: Tensor) -> Tensor:
+    def gather(self, mask: Tensor, batch: int) -> Tensor:
         """[B or 1, pool] -> [B, T, F], of each token of the forward under way the neurons of its experts."""
-        batch, width = len(mask), self.count * self.inner
-        index = self._index(batch)
+        mask, width = mask.expand(batch, -1), self.count * self.inner
+        index = self._index(batch).clamp_min(0)
         found = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
         return found.view(batch, -1, width)
 
@@ -142,7 +149,7 @@ class Routed:
     def each(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The experts that some token has: expert, the tokens, and their places among the experts of each."""
         for expert in index.unique().tolist():
-            if 0 <= expert < len(self.experts.down_proj):
+            if 0 <= expert < self.all:
                 tokens, places = (index == expert).nonzero(as_tuple=True)
                 yield expert, tokens, places
 
@@ -150,6 +157,28 @@ class Routed:
         """The product with one of an expert's matrices."""
         weight = getattr(self.experts, name)[expert]
         return x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
+
+    def write(self, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What each expert writes of its h, with its bias: its place among the experts of [n] tokens, these, [n, D].
+
+        Args:
+            h: [N, count, I] of the last N tokens, with the router's weight.
+        """
+        index, weights = self.index[-len(h) :], self.weights[-len(h) :]
+        for expert, tokens, places in self.each(index):
+            written = self.times(h[tokens, places], "down_proj", expert)
+            bias = self.bias("down_proj", expert)
+            if bias is not None and not self.silent:
+                written = written + bias * weights[tokens, places, None].to(bias.dtype)
+            yield places, tokens, written
+
+    def written(self, h: Tensor) -> Tensor:
+        """[N, F] -> [N, count] fp32, the norm of what each expert of the last N tokens writes."""
+        norms = torch.zeros(len(h), self.count, device=h.device)
+        h = h.to(self.experts.down_proj.dtype).view(len(h), self.count, self.inner)
+        for places, tokens, written in self.write(h):
+            norms[tokens, places] = written.float().norm(dim=-1)
+        return norms
 
     def bias(self, name: str, expert: int) -> Tensor | None:
         """That of an expert's matrix; None."""
@@ -199,11 +228,7 @@ class _Down(_Step):
         routed, shape = self.routed, h.shape[:-1]
         h = h.reshape(-1, routed.count, routed.inner)
         out = h.new_zeros(len(h), routed.width)
-        for expert, tokens, places in routed.each(routed.index):
-            written = routed.times(h[tokens, places], "down_proj", expert)
-            bias = routed.bias("down_proj", expert)
-            if bias is not None and not routed.silent:
-                written = written + bias * routed.weights[tokens, places, None].to(bias.dtype)
+        for _, tokens, written in routed.write(h):
             out.index_add_(0, tokens, written.to(out.dtype))
         return out.reshape(*shape, -1)
 

@@ -84,9 +84,9 @@ class FFN:
         """Neurons that it has: more than a token's where experts are routed."""
         return self.routed.pool if self.routed else self.size
 
-    def of_token(self, mask: Tensor) -> Tensor:
+    def of_token(self, mask: Tensor, batch: int) -> Tensor:
         """A mask [B or 1, pool], by row, as each token of the forward under way has it: [B or 1, T or 1, F]."""
-        return self.routed.gather(mask) if self.routed else mask[:, None]
+        return self.routed.gather(mask, batch) if self.routed else mask[:, None]
 
     def spread(self, h: Tensor, some: slice = slice(None), tokens: int | None = None) -> Tensor:
         """[B, t, F] of each token's experts -> [B, t, pool] with 0 for the others; else as it is.

@@ -19,6 +19,7 @@ SLOTS = {
     "allocation": "how the sparsity is spread over layers",
     "compensation": "what stands in for the neurons that were left out",
     "entries": "which weights inside the matrices a token reads, where that is no matter of neurons",
+    "routing": "which of its experts a token has",
 }
 HEAD = """# Methods and their parts
 
@@ -94,6 +95,12 @@ least to a token. `wanda` leaves out single weights, the same for every text. Re
 and with `entries.pattern=2:4` the 2 bits that say where each of them stands. They prune no neurons, so the board shows
 them in levels of their own, and tests no method of neurons against them.
 
+**Experts** can be left out whole, too. A token of `fewer-experts` has the best of its routed experts alone: the control
+for pruners of their neurons, at equal bytes. It meets a sparsity in whole experts and never reads more than the label;
+one that leaves a layer no expert is left out with a line. `drop-experts` takes half of the experts out for all tokens,
+after REAP. A token then has as many as before, so it saves memory and no reads: its read is 1.00, and the board shows
+it in a level of its own. Both are refused for models without experts.
+
 An **upper bound** is a row that no method can reach, because it uses what can be known only afterwards: the activations
 of the very token for which it chooses, or tokens that come later.
 """
@@ -103,12 +110,13 @@ def page() -> str:
     """The text of docs/methods.md."""
     lines = [HEAD, "## Methods\n", "| name | what it does | its parts |", "| --- | --- | --- |"]
     for method in BUILT_IN:
-        spelled = Pruner(method.mask, method.choice, method.allocation, method.compensation, method.entries).spec
-        parts = ", ".join(f"`{part}`" for part in spelled.split(":")[1:]) or "only those below"
-        lines.append(f"| `{method.name}` | {_cell(method.summary)} | {_cell(parts)} |")
+        parts = [method.mask, method.choice, method.allocation, method.compensation, method.entries, method.routing]
+        spelled = Pruner(*parts).spec  # type: ignore[arg-type]
+        named = ", ".join(f"`{part}`" for part in spelled.split(":")[1:]) or "only those below"
+        lines.append(f"| `{method.name}` | {_cell(method.summary)} | {_cell(named)} |")
     lines.append(
         "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform`, `compensation=none`, "
-        "`entries=all`.\n"
+        "`entries=all`, `routing=own`.\n"
     )
     for slot, what in SLOTS.items():
         lines.append(f"## {slot}: {what}\n")

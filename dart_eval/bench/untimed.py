@@ -59,6 +59,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
     if method.calibrates and tokenizer is None:
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
+        method.routing.check(sparsity, ffns)
         method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, served_bits(ffns))
     except UserError as error:
         return error

@@ -146,7 +146,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     Raises:
         UserError: there are cells, and none of them can run.
     """
-    if not any(cell.method.reads_most for cell in cells):
+    if not any(cell.method.reads_most or cell.method.routing.reroutes for cell in cells):
         return list(cells)
     view.status("looking at the model's layers")
     ffns = describe(model.outline())
@@ -155,6 +155,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     for cell in cells:
         try:
             bits = OWN_BITS if cell.rounding is None else cell.rounding.weight_bits(ffns[0].width)
+            cell.method.routing.check(cell.sparsity, ffns)
             cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
             kept.append(cell)
         except UserError as error:

@@ -201,7 +201,7 @@ class Worker:
                 "method": cell.method.spec,
                 "command": command(config, cell),
                 **({"upper_bound": True} if cell.method.upper_bound else {}),
-                **({"granularity": cell.method.entries.granularity} if cell.method.entries.finer else {}),
+                **({"granularity": cell.method.granularity} if cell.method.granularity else {}),
                 **({"halved": self.halved} if self.halved else {}),
                 **({"notes": self.notes} if self.notes else {}),
             },

@@ -20,6 +20,7 @@ from dart_eval.families import decoder
 from dart_eval.ffn import FFN
 from dart_eval.pruning.finer import Finer
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.rerouted import Rerouted
 from dart_eval.pruning.state import SequenceState
 
 Phase = Literal["off", "context", "decode"]
@@ -65,8 +66,9 @@ class Hooks:
     """Installs and removes the hooks that a method needs: they hand what layers compute to the forward's state."""
 
     def __init__(
-        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, entries: Finer | None = None
-    ) -> None:
+        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward,
+        entries: Finer | Rerouted | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.ffns, self.method, self.forward, self.entries = model, ffns, method, forward, entries
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

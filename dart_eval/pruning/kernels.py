@@ -21,6 +21,8 @@ def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
         return method.compensation
     if method.entries.finer:
         return method.entries
+    if method.routing.reroutes:
+        return method.routing
     return method.choice if method.choice.image is not None and gatherer(method, ffns) is None else None
 
 

@@ -22,6 +22,7 @@ from dart_eval.pruning.parts.choices import All, Choice
 from dart_eval.pruning.parts.compensations import Compensation, Nothing
 from dart_eval.pruning.parts.entries import AllEntries, Entries
 from dart_eval.pruning.parts.masks import Everything, Mask
+from dart_eval.pruning.parts.routings import Own, Routing
 
 OWNERS = {
     "score": "mask",
@@ -41,6 +42,7 @@ class Pruner:
         allocation: how the sparsity is spread over layers.
         compensation: what stands in for what is left out.
         entries: which weights inside the matrices a token reads; a method leaves out these, or neurons.
+        routing: which of its experts a token has; a method leaves out experts, or neurons.
         name: what a user types, and tables show. summary: one line for `dart-eval ls methods`. base: the
             method that this one was changed from. None of these counts when two methods are compared.
     """
@@ -50,6 +52,7 @@ class Pruner:
     allocation: Allocation = Uniform()
     compensation: Compensation = Nothing()
     entries: Entries = AllEntries()
+    routing: Routing = Own()
     name: str = dataclasses.field(default="custom", compare=False)
     summary: str = dataclasses.field(default="", compare=False)
     base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False)
@@ -74,7 +77,12 @@ class Pruner:
                 f"{self.entries.title} leaves out {self.entries.granularity} of whole matrices, and no neurons",
                 "use mask=everything, choice=none and allocation=uniform, or entries=all",
             )
-
+        whole = self.mask.whole and not self.choice.chooses and not self.entries.finer
+        if self.routing.reroutes and not (whole and self.allocation == Uniform()):
+            raise UserError(
+                f"{self.routing.title} leaves out experts, and no neurons of those that a token has",
+                "use mask=everything, choice=none, entries=all and allocation=uniform, or routing=own",
+            )
         if self.choice.ranks and self.mask.fixed:
             raise UserError(
                 f"{self.choice.title} ranks neurons by the mask's score of a sequence, and {self.mask.title} has none",
@@ -84,17 +92,24 @@ class Pruner:
     @property
     def prunes(self) -> bool:
         """Whether anything is ever left out. Nothing is if the mask holds everything and tokens compute all of it."""
-        return not self.mask.whole or self.choice.chooses or self.entries.finer
+        return not self.mask.whole or self.choice.chooses or self.entries.finer or self.routing.reroutes
 
     @property
     def sized(self) -> bool:
         """Whether the sparsity decides how much is left out."""
+        if self.routing.reroutes:
+            return self.routing.sized
         return self.prunes and self.entries.sized and (self.choice.sized or not self.mask.whole)
 
     @property
     def exact(self) -> bool:
         """Whether the sparsity decides what every token reads; if not, it is measured."""
         return self.choice.exact and not self.entries.by_token
+
+    @property
+    def granularity(self) -> str:
+        """What is left out, where it stands apart from neurons; else nothing."""
+        return self.entries.granularity if self.entries.finer else self.routing.granularity
 
     @property
     def looks_ahead(self) -> bool:

@@ -18,6 +18,7 @@ from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
 from dart_eval.pruning.previews import Fine, Preview, previews, prices, stored
+from dart_eval.pruning.rerouted import Rerouted
 from dart_eval.pruning.sequence import Sums, nbytes
 from dart_eval.pruning.standins import constant, floating
 from dart_eval.pruning.top import top_k_mask
@@ -34,7 +35,7 @@ class Prepared:
         constants: per layer [1, D] fp32, what stands in for the neurons outside fixed masks; None where nothing does,
             or another constant for each sequence.
         thresholds: per layer, of the choice; None where it counts.
-        entries: what leaves out something else than neurons; None.
+        entries: what leaves out something else than neurons, or whole experts; None.
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
         fine: the weights as decoding forwards have them, where these read the first bits alone; else None.
         whole: matrices of which a token reads the rows of the whole mask before it chooses; of images their share.
@@ -50,7 +51,7 @@ class Prepared:
     means: list[Tensor] | None = None
     constants: list[Tensor] | None = None
     thresholds: list[float] | None = None
-    entries: finer.Finer | None = None
+    entries: finer.Finer | Rerouted | None = None
 
     def __post_init__(self) -> None:
         self.method.allocation.check(self.sparsity, len(self.ffns))
@@ -118,6 +119,10 @@ class Prepared:
     def _counts_at(self, densities: Sequence[float]) -> Counts:
         if self.method.entries.finer:
             return self._dense
+        if self.method.routing.reroutes:
+            experts = self.method.routing.counts(self.sparsity, self.ffns)
+            some = [n * f.routed.inner if f.routed else f.size for n, f in zip(experts, self.ffns, strict=True)]
+            return Counts(some, some, some, 0)
         sizes, whole_mask = [f.size for f in self.ffns], self.method.mask.whole
         matrices = self.ffns[0].matrices
         counts = self.method.choice.counts(densities, sizes, self.sparsity, matrices, whole_mask, self.prices)
@@ -232,6 +237,7 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
     Raises:
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
+    method.routing.check(sparsity, ffns)
     if method.prunes and any(f.routed for f in ffns):
         _check_experts(method)
     made, mask = Prepared(method, ffns, sparsity), method.mask
@@ -241,6 +247,8 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
     if (kept := made.inputs_kept()) is not None:
         made.entries = finer.Finer(method.entries, ffns, kept, calibration)
         made.fine = made.entries.fine
+    if method.routing.reroutes:
+        made.entries = Rerouted(method.routing, ffns, method.routing.counts(sparsity, ffns), calibration)
     if calibration is None:
         return made
     if method.choice.threshold != "none":

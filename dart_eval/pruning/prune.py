@@ -22,6 +22,7 @@ from dart_eval.pruning.parts.compensations import Compensation
 from dart_eval.pruning.parts.entries import Entries
 from dart_eval.pruning.parts.masks import Mask
 from dart_eval.pruning.parts.remasks import Remask
+from dart_eval.pruning.parts.routings import Routing
 from dart_eval.pruning.parts.scores import Score
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session import Session
@@ -69,6 +70,7 @@ def prune(
     allocation: Allocation | Named | None = None,
     compensation: Compensation | Named | None = None,
     entries: Entries | Named | None = None,
+    routing: Routing | Named | None = None,
 ) -> Iterator[Session]:
     """Prune the FFN neurons of `model` while the block runs. Afterwards the model is as it was, bit for bit.
 
@@ -87,8 +89,8 @@ def prune(
         execution: `masked` multiplies by masks and saves no time; `permuted` moves the neurons of the one mask in force
             to the front of the weights, and computes no others; `auto` takes `permuted` where all have one mask.
         shared_mask: all sequences of a batch have one mask, made from all of them.
-        mask, score, remask, choice, allocation, compensation, entries: another part in that slot, as an object
-            (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
+        mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
+            object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
     Yields:
         The `Session`, which tells effective sparsity, state bytes and re-masks.
@@ -100,7 +102,7 @@ def prune(
     refuse_second(model)
     method = _made(
         method, mask=mask, score=score, remask=remask, choice=choice, allocation=allocation,
-        compensation=compensation, entries=entries,
+        compensation=compensation, entries=entries, routing=routing,
     )  # fmt: skip
     if not isinstance(calibration, Calibration):
         calibration = TextCalibration(model, tokenizer, calibration)

@@ -25,6 +25,7 @@ from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
+from dart_eval.pruning.parts.routings import ROUTINGS, Fewer, Without
 from dart_eval.pruning.parts.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.parts.shown import SHOWN, ByPreview, Graded, Shown
 from dart_eval.pruning.renamed import new_names
@@ -142,13 +143,21 @@ BUILT_IN = (
         entries=FirstBits(),
     ),
     Pruner(
+        name="fewer-experts", summary="gives each token fewer of its routed experts, whole ones (a control)",
+        routing=Fewer(),
+    ),
+    Pruner(
+        name="drop-experts", summary="takes half of the experts out, after REAP: memory is saved, and no reads",
+        routing=Without(),
+    ),
+    Pruner(
         name="oracle", summary="makes one mask from the very tokens that then run under it (upper bound)",
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *SHOWN, Candidates, *IMAGES, *ALLOCATIONS,
-    *COMPENSATIONS, *ENTRIES,
+    *COMPENSATIONS, *ENTRIES, *ROUTINGS,
 )  # fmt: skip
 
 

@@ -265,7 +265,7 @@ class SequenceState(PerSequence):
         if sliced:
             kept = h.new_ones(1, 1, h.shape[-1], dtype=torch.bool)
         else:
-            kept = self.ffns[layer].of_token(self.ffns[layer].by_row(self.mask(layer)).to(h.device))
+            kept = self.ffns[layer].of_token(self.ffns[layer].by_row(self.mask(layer)).to(h.device), len(h))
         if choice.chooses:
             kept = self._take(layer, h, gate, up, kept, x)
         if dense is not None:

@@ -194,9 +194,7 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
     if bounds:
         said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
     if any(granularity(row) for row in rows):
-        said.append(
-            "Rows that leave out input channels or single weights take no part in the tests: they prune no neurons."
-        )
+        said.append("Rows that leave out input channels, single weights or experts for all take no part in the tests.")
     return [*text, " ".join([*said, *board.notes])]
 
 

@@ -150,7 +150,7 @@ NAMED = [name for name, field in FIELDS.items() if field.named]
 # same question.
 UNSAID = {
     "entries": "all", "draw": "best", "compensation.over": "context", "choice.threshold": "none",
-    "score.of": "gate-up",
+    "score.of": "gate-up", "routing": "own",
 }  # fmt: skip
 
 

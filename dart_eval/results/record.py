@@ -35,7 +35,9 @@ class Settings(TypedDict):
     method: NotRequired[Annotated[str, "as typed: its name, and what is not as the method of that name has it"]]
     command: NotRequired[Annotated[str, "the line that makes this one cell; of a loaded model a line of Python"]]
     upper_bound: NotRequired[Annotated[bool, "the method knows what none can know in time"]]
-    granularity: NotRequired[Annotated[str, "what is left out where it is no neurons: input channels, single weights"]]
+    granularity: NotRequired[
+        Annotated[str, "what is left out where it is no neurons: input channels, single weights, experts"]
+    ]
     halved: NotRequired[Annotated[int, "how often memory ran out and batches were halved, where it did"]]
     notes: NotRequired[Annotated[list[str], "on the model's checkpoint, where there are any"]]
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dart_eval.ffn import find_ffns
+from dart_eval.pruning.registry import make, parse
 from tests.helpers.models import random_tokens
-from tests.helpers.sessions import open_session, prompts_of
+from tests.helpers.sessions import generate, open_session, prompts_of
 from tests.matrix.types import tiny
 
 
@@ -90,3 +91,17 @@ def test_a_choice_pools_the_neurons_of_a_tokens_experts():
         assert float(session.steps[-1].read[0]) == 0.5
     kept = seen["after"][0].nonzero().flatten().tolist()
     assert kept == sorted(seen["before"][0].abs().topk(ffn.size // 2).indices.tolist())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "cats", "oracle-token", "griffin:choice=up"])
+def test_tokens_of_a_batch_have_the_neurons_of_their_own_experts(method):
+    """A mask of everything, or the same for all sequences, is looked up for each of them."""
+    model, prompts = tiny("qwen3_moe"), prompts_of(3, 12)
+    with open_session(model, make(*parse(method)), 0.4, "masked"):
+        together = generate(model, prompts, 4)
+    for row, prompt in enumerate(prompts):
+        with open_session(model, make(*parse(method)), 0.4, "masked"):
+            alone = generate(model, prompt[None], 4)
+        assert torch.equal(together.sequences[row], alone.sequences[0])
+        logits = [torch.stack([step[i] for step in found.logits]) for i, found in ((row, together), (0, alone))]
+        assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)

@@ -23,6 +23,7 @@ from dart_eval.pruning.parts.images import Copy, Plane
 from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
+from dart_eval.pruning.parts.routings import Fewer, Without
 from dart_eval.pruning.parts.scores import Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.parts.shown import ByPreview, Graded, Shown
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
@@ -32,7 +33,7 @@ from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
-SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries")
+SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries", "routing")
 
 
 def made(spec):
@@ -150,6 +151,8 @@ def test_the_built_in_methods_are_these_compositions():
         "wina": Pruner(entries=ByNorms(weigh="gate")),
         "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "planes": Pruner(entries=FirstBits(bits=0)),
+        "fewer-experts": Pruner(routing=Fewer(weights="own")),
+        "drop-experts": Pruner(routing=Without(share=0.5)),
         "oracle": Pruner(Ahead(score=l2)),
     }
     assert [*methods()][: len(METHODS)] == METHODS and set(METHODS) == set(wanted)
@@ -165,7 +168,7 @@ def test_what_a_composition_is_follows_from_its_parts():
     choosing = {"cats", "m-countdown", "preview", "prox", "dart-plus", "top-p", "oracle-token"}
     prompted = {"griffin", "dart", "dart-code", "dart-choice", "coreinfer", "glass", "probe", "pop"}
     assert those("prunes") == set(METHODS) - {"dense"}
-    assert those("sized") == set(METHODS) - {"dense", "top-p", "planes"}
+    assert those("sized") == set(METHODS) - {"dense", "top-p", "planes", "drop-experts"}
     assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-choice", "pop"}
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}

@@ -26,7 +26,7 @@ from tests.helpers.sessions import (
     same,
 )
 
-PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead]
+PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead and not m.routing.reroutes]
 SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they read follows from the sparsity
 MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses and not m.entries.finer]
 QUIET = {name: {"remask": "never"} for name in ("dart", "dart-code")} | {"flap": {"compensation": "none"}}

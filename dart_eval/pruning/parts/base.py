@@ -44,8 +44,8 @@ class Part:
     """Base of all parts.
 
     Attributes:
-        slot: the kind of part: `score`, `mask`, `draw`, `remask`, `choice`, `image`, `allocation`, `compensation`
-            or `entries`.
+        slot: the kind of part: `score`, `mask`, `draw`, `remask`, `choice`, `image`, `allocation`, `compensation`,
+            `entries` or `routing`.
         name: what a user types to choose it (`remask=drift`).
         summary: one line that says what it does.
         observes: whether it keeps a sum over the tokens of a context (`observe`).
