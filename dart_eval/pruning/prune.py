@@ -87,8 +87,7 @@ def prune(
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
         tokenizer: for a calibration on a text (`wanda-sp`). calibration: another text file, or a ready `Calibration`.
         execution: `masked` multiplies by masks and saves no time; `permuted` moves the neurons of the one mask in force
-            to the front of the weights, and computes no others; `auto` takes `permuted` where all have one mask.
-        shared_mask: all sequences of a batch have one mask, made from all of them.
+            to the front, and computes no others; `auto` takes it where all have one mask. shared_mask: a batch has one.
         mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
             object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
