@@ -132,6 +132,31 @@ def exact_counts(wanted: Sequence[float], most: Sequence[int], total: int) -> li
     return counts
 
 
+def in_steps(counts: Sequence[int], most: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """Whole multiples of each layer's step near `counts`, whose sum is not more than theirs.
+
+    What rounding down leaves over makes one step more where most of one is missing; the rest goes to layers whose step
+    is 1. So the sum misses that of `counts` by less than one step, and by nothing where such layers have room.
+
+    Args:
+        counts: [L]. most: [L] upper bounds, multiples of the steps. steps: [L], 1 where any count will do.
+    """
+    found = [n - n % s for n, s in zip(counts, steps, strict=True)]
+    left = sum(counts) - sum(found)
+    for i in sorted(range(len(found)), key=lambda i: (-(counts[i] % steps[i]) / steps[i], i)):
+        if counts[i] % steps[i] and steps[i] <= left:
+            found[i] += steps[i]
+            left -= steps[i]
+    any_count = [i for i, s in enumerate(steps) if s == 1]
+    left = min(left, sum(most[i] - found[i] for i in any_count))
+    if left:
+        wanted = [found[i] + left / len(any_count) for i in any_count]
+        fitting = exact_counts(wanted, [most[i] for i in any_count], sum(found[i] for i in any_count) + left)
+        for i, n in zip(any_count, fitting, strict=True):
+            found[i] = n
+    return found
+
+
 @dataclass(frozen=True)
 class Prices:
     """What is read of a neuron, in rows of one matrix as it is served (a column of down counts as one).

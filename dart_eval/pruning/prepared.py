@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dart_eval import rounding
-from dart_eval.allocation import Counts
+from dart_eval.allocation import Counts, exact_counts, in_steps
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, device_of
 from dart_eval.pruning import finer, thresholds
@@ -207,10 +207,10 @@ class Prepared:
 
 
 def _of_experts(counts: Counts, ffns: Sequence[FFN]) -> Counts:
-    """Counts that fit masks with equally many neurons of each expert: rounded down."""
-    experts = [f.routed.count if f.routed else 1 for f in ffns]
-    mask = [n - n % e for n, e in zip(counts.mask, experts, strict=True)]
-    taken, written = ([min(a, b) for a, b in zip(c, mask, strict=True)] for c in (counts.taken, counts.written))
+    """Counts that fit masks with equally many neurons of each expert of a layer: no more than these in all."""
+    mask = in_steps(counts.mask, [f.size for f in ffns], [f.routed.count if f.routed else 1 for f in ffns])
+    taken = exact_counts(counts.taken, mask, min(sum(counts.taken), sum(mask)))
+    written = exact_counts(counts.written, taken, min(sum(counts.written), sum(taken)))
     return Counts(mask, taken, written, counts.whole)
 
 

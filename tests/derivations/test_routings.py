@@ -87,6 +87,7 @@ def test_weights_may_stay_those_of_all_of_a_tokens_experts(name):
     with torch.no_grad(), open_session(model, "fewer-experts", 0.5, **{"routing.weights": "all"}):
         generate(model, prompt, 2)
     hook.remove()
+    assert seen["w"].shape == (1, 4)
     order = seen["w"][0].argsort(descending=True)[:2].tolist()
     wanted = torch.zeros_like(seen["out"][0])
     for place in order:

@@ -18,8 +18,9 @@ their neurons. **previews**: they choose by the first bits of the weights. **per
 side by side in memory, and give the same numbers.
 
 Of mixtures of experts the sparsity is the share of the routed neurons, those of a token's experts, that it does not
-read; their activations count with the router's weight. A mask has equally many neurons of each expert, a
-whole number, rounded down. Experts that every token has are ordinary FFNs.
+read; their activations count with the router's weight. A mask has equally many neurons of each expert of a layer; a
+layer with one more or less makes up for what is rounded, and no token reads more than the label. Experts that every
+token has are ordinary FFNs.
 
 {right} of {all} types pass the first four checks, and {good} all six.
 

@@ -20,9 +20,9 @@ def test_a_run_scores_and_generates(name, tmp_path, tokenizer):
     result = run_local(config_from(None, config), Watch())
     assert not result.failed and len(result.records) == 8
     for record in result.records:
-        # Of 16 neurons of an expert a mask has 9 at most, where .6 of them would be 9.6.
+        # Never more than the label, to the neuron that it is rounded to; less by less than a neuron of each expert.
         read = 1 - record.inputs["sparsity"]
-        assert read - 0.04 < record.weights_read < read + 0.01
+        assert read - 0.02 < record.weights_read < read + 0.005
         assert all(m.n == 2 for m in record.metrics)
 
 

@@ -1,10 +1,12 @@
 """Allocation: the published tables, and budgets that are met exactly."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dart_eval.allocation import depth_aware, keep_counts, normalise_sensitivity
+from dart_eval.allocation import depth_aware, in_steps, keep_counts, normalise_sensitivity
 
 # Normalised sensitivities of Llama-3.1-8B, and the keep ratios that DART's scripts ship for it at 70 %.
 LLAMA_8B = [
@@ -95,3 +97,25 @@ def test_depth_counts_follow_their_ratios(sensitivity, size, sparsity):
     counts = keep_counts(ratios, [size] * len(ratios), sparsity)
     off = abs(sum(ratios) - (1 - sparsity) * len(ratios)) * size  # what ten rounds of redistribution left over
     assert all(abs(c - r * size) <= 1 + off for c, r in zip(counts, ratios, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_in_steps_miss_their_sum_by_less_than_a_step_and_never_exceed_it(seed):
+    drawn = random.Random(seed)
+    steps = [drawn.choice([1, 2, 4, 8]) if seed % 2 else drawn.choice([2, 4, 8]) for _ in range(9)]
+    most = [s * drawn.randint(1, 20) for s in steps]
+    counts = [drawn.randint(0, m) for m in most]
+    found = in_steps(counts, most, steps)
+    assert all(0 <= n <= m and n % s == 0 for n, m, s in zip(found, most, steps, strict=True))
+    assert all(abs(n - c) < s for n, c, s in zip(found, counts, steps, strict=True) if s > 1)
+    assert 0 <= sum(counts) - sum(found) < max(steps)
+    if any(s == 1 and m - n for n, m, s in zip(found, most, steps, strict=True)):
+        assert sum(found) == sum(counts)
+
+
+def test_counts_in_steps_by_hand():
+    """19 of 32 in two experts' steps of 2: two layers lose one, and one layer gets it back."""
+    assert in_steps([19, 19, 20], [32] * 3, [2] * 3) == [20, 18, 20]
+    assert in_steps([19, 19, 20], [32, 32, 24], [2, 2, 1]) == [20, 18, 20]
+    assert in_steps([19, 20], [32, 24], [2, 1]) == [18, 21]  # what no expert can take goes to a dense layer
+    assert in_steps([15, 10], [32, 40], [8, 8]) == [16, 8]  # most of a step is missing in the first
