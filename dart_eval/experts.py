@@ -9,7 +9,7 @@ can be held against each other.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -144,6 +144,15 @@ class Routed:
         down = self.experts.down_proj if self.experts.is_transposed else self.experts.down_proj.mT  # [E, I, D]
         return down.reshape(self.pool, self.width).T
 
+    def stored_inputs(self, parts: Sequence[Tensor]) -> Tensor:
+        """What `input_weights` gives, as the parameter holds it: a copy, [E, D, rows] or [E, rows, D]."""
+        each = [part.view(self.all, self.inner, self.width).transpose(1, 2) for part in parts]
+        if len(each) == 1 or self.experts.is_concatenated:
+            made = torch.cat(each, -1)
+        else:
+            made = torch.stack(each, -1).flatten(-2)
+        return (made if self.experts.is_transposed else made.mT).contiguous()
+
     # -- the two steps ---------------------------------------------------------------------------------------------
 
     def each(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -185,7 +194,7 @@ class Routed:
         return getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
 
 
-class _Step(nn.Module):
+class Step(nn.Module):
     """One of the two steps: a module, so that hooks can watch it; its parameters are those of the experts."""
 
     def __init__(self, routed: Routed) -> None:
@@ -196,9 +205,32 @@ class _Step(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.routed.experts.parameters(recurse)
 
+    @property
+    def held(self) -> Any:
+        """The experts' parameter that it multiplies with."""
+        raise NotImplementedError
 
-class _Up(_Step):
+    def matrix(self) -> Tensor:
+        """The same of all experts as [out, in], their rows below each other; perhaps a copy."""
+        raise NotImplementedError
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix of that kind as the parameter holds it: a copy."""
+        raise NotImplementedError
+
+
+class _Up(Step):
     """[N, D] -> gate x and up x of each token's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
+
+    @property
+    def held(self) -> Any:
+        return self.routed.experts.gate_up_proj if self.routed.experts.has_gate else self.routed.experts.up_proj
+
+    def matrix(self) -> Tensor:
+        return torch.cat(self.routed.input_weights())
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return self.routed.stored_inputs(matrix.chunk(2 if self.routed.experts.has_gate else 1))
 
     def forward(self, x: Tensor) -> Tensor:
         routed, shape = self.routed, x.shape[:-1]
@@ -217,12 +249,24 @@ class _Up(_Step):
         return torch.cat([gate.reshape(*shape, -1), rest.reshape(*shape, -1)], -1)
 
 
-class _Down(_Step):
+class _Down(Step):
     """h of each token's experts [N, F] -> what they write [N, D]."""
 
     def __init__(self, routed: Routed) -> None:
         super().__init__(routed)
         self.in_features, self.out_features = routed.size, routed.width
+
+    @property
+    def held(self) -> Any:
+        return self.routed.experts.down_proj
+
+    def matrix(self) -> Tensor:
+        down = self.routed.experts.down_proj
+        return (down.mT if self.routed.experts.is_transposed else down).reshape(-1, self.routed.inner)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        each = matrix.view(self.routed.all, self.routed.width, -1)
+        return (each.mT if self.routed.experts.is_transposed else each).contiguous()
 
     def forward(self, h: Tensor) -> Tensor:
         routed, shape = self.routed, h.shape[:-1]

@@ -159,6 +159,8 @@ def weight_matrix(linear: nn.Module) -> Tensor:
             f"the weights of {type(linear).__name__} {reason} and cannot be read",
             "load the model unquantised, or use a method that scores activations",
         )
+    if isinstance(linear, experts.Step):
+        return linear.matrix()
     weight: Any = linear.weight
     return weight.T if is_conv1d(linear) else weight
 
@@ -168,12 +170,13 @@ PLAIN = (Tensor, nn.Parameter)  # what holds its numbers as they are
 
 def encoded(linear: nn.Module) -> str | None:
     """Why a projection's weight is no matrix of plain numbers (`are ...`), or None."""
-    weight = getattr(linear, "weight", None)
+    step = isinstance(linear, experts.Step)
+    weight = linear.held if isinstance(linear, experts.Step) else getattr(linear, "weight", None)
     if weight is None:
         return "are kept in a form of their own"
     if type(weight) not in PLAIN:  # a library's own tensor, whatever dtype it claims to have
         return f"are quantised or wrapped ({type(weight).__name__})"
-    if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2:
+    if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2 + step:
         return f"are quantised ({str(weight.dtype).removeprefix('torch.')})"
     return None
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.bits import OWN_BITS, Rounding, parse
+from dart_eval.errors import UserError
+from dart_eval.experts import Step
 from dart_eval.ffn import FFN, find_ffns, is_conv1d, weight_matrix
 
 # Scales that are tried: factors on the one that just reaches a group's largest weight.
@@ -36,6 +38,11 @@ class Packed:
     codes: Tensor
     scales: Tensor
     rounding: Rounding
+
+    @property
+    def bits(self) -> float:
+        """Of a weight, with its part of a scale."""
+        return self.rounding.weight_bits(self.codes.shape[1])
 
     @property
     def spread(self) -> Tensor:
@@ -104,7 +111,7 @@ class Served:
     @property
     def bits(self) -> float:
         """Of a weight, with its part of a scale."""
-        return OWN_BITS if self.packed is None else self.packed.rounding.weight_bits(self.weight.shape[1])
+        return OWN_BITS if self.packed is None else self.packed.bits
 
 
 # -- on a model ------------------------------------------------------------------------------------------------------
@@ -131,8 +138,8 @@ def served_inputs(ffn: FFN) -> list[Served]:
 
 
 def served_output(ffn: FFN) -> Served:
-    """The down projection, [D, F], as it would be served."""
-    return Served(ffn.output_weight(), packed(ffn.down))
+    """The down projection, [D, F], as it would be served; of experts theirs below each other, [E D, I]."""
+    return Served(weight_matrix(ffn.down), packed(ffn.down))
 
 
 def served_bits(ffns: Sequence[FFN]) -> float:
@@ -144,7 +151,7 @@ def served_bits(ffns: Sequence[FFN]) -> float:
 def served_bits_of(linear: nn.Module) -> float:
     """Bits of a weight of one projection as it would be served now, scales included."""
     held = _PACKED.get(linear)
-    return OWN_BITS if held is None else held.rounding.weight_bits(held.codes.shape[1])
+    return OWN_BITS if held is None else held.bits
 
 
 def share(ffns: Sequence[FFN]) -> float:
@@ -170,27 +177,46 @@ class Rounded:
     """
 
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
-        modules = [m for f in find_ffns(model) for m in f.projections]
-        self._held: list[tuple[nn.Module, Tensor, Tensor, Packed]] = []
-        for module in modules:
+        self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor, Packed]] = []
+        for module in (m for f in find_ffns(model) for m in f.projections):
             matrix = weight_matrix(module)
-            held = rounded(matrix, rounding)
-            values = held.values.to(matrix.dtype)
-            own: Tensor = module.weight.data  # type: ignore[assignment]
-            self._held.append((module, own, values.T.contiguous() if is_conv1d(module) else values, held))
+            held, parameter = rounded(matrix, rounding), parameter_of(module)
+            self._held.append((module, parameter, parameter.data, _as_held(module, held, matrix.dtype), held))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has rounded weights inside the block, and its own, to the bit, afterwards."""
         try:
-            for module, _, values, held in self._held:
-                module.weight.data = values
+            for module, parameter, _, values, held in self._held:
+                parameter.data = values
                 _PACKED[module] = held
             yield
         finally:
-            for module, own, _, _ in self._held:
+            for module, parameter, own, _, _ in self._held:
                 _PACKED.pop(module, None)
-                module.weight.data = own
+                parameter.data = own
+
+
+def parameter_of(module: nn.Module) -> nn.Parameter:
+    """What holds the weights of a projection, or of experts.
+
+    Raises:
+        UserError: experts of a form that does not keep a matrix in one parameter.
+    """
+    if not isinstance(module, Step):
+        return module.weight  # type: ignore[return-value]
+    if not isinstance(module.held, nn.Parameter):
+        name = type(module.routed.experts).__name__
+        raise UserError(f"the weights of {name} are in no parameter of their own", "leave them as they are")
+    return module.held
+
+
+def _as_held(module: nn.Module, held: Packed, dtype: torch.dtype) -> Tensor:
+    """The values of a matrix [out, in] as the parameter of its projection holds them."""
+    values = held.values.to(dtype)
+    if isinstance(module, Step):
+        return module.stored(values)
+    return values.T.contiguous() if is_conv1d(module) else values
 
 
 @contextmanager

@@ -58,10 +58,12 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """The FFN projections of a model multiply rounded weights through packed products inside the block.
 
     Raises:
-        UserError: on a device or for bits that torch has no such product for, or the weights are quantised.
+        UserError: on a device, for bits or for experts that there is no such product for, or the weights are quantised.
     """
     ffns = find_ffns(model)
     modules: list[Any] = [m for f in ffns for m in f.projections]
+    if any(f.routed for f in ffns):
+        raise UserError("rounded experts are not timed", "leave --ffn-bits out")
     if weight_matrix(modules[0]).device.type != "cpu":
         raise UserError("rounded weights are timed on a CPU alone", "use --device cpu, or leave --ffn-bits out")
     made = []
