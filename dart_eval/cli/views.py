@@ -13,7 +13,7 @@ from dart_eval.cli.tables import ALL, BOARD, FRONTIER
 from dart_eval.cli.view import say, show
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, write
-from dart_eval.results import board_text, detector, frontier, tables, writers
+from dart_eval.results import board_text, detector, frontier, generated, tables, writers
 from dart_eval.results.board import Board, boards
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -55,7 +55,7 @@ def _view(view: str, store: Store, records: Sequence[Record], subtasks: bool) ->
     if view in ("memory", ALL):
         found.append(tables.memory(records))
     if view in ("detector", ALL):
-        found += detector.tables(store, records)
+        found += [*generated.tables(store, records), *detector.tables(store, records)]
     if view in (FRONTIER, ALL):
         found += frontier.tables(made)
     return [] if view == FRONTIER else made, found

@@ -1,0 +1,79 @@
+"""What happened over generated texts: how long they are, what the detector did, and what the tokens did not read."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from dart_eval.errors import UserError
+from dart_eval.results.format import number, share, sparsity
+from dart_eval.results.record import Record
+from dart_eval.results.rows import cells_frame
+from dart_eval.results.store import Store
+from dart_eval.results.writers import Column, Table, from_frame
+
+THREE = partial(share, digits=3)
+COLUMNS = (
+    Column("task"), Column("method", "label"), Column("sparsity", text=sparsity), Column("texts"),
+    Column("new tokens", "mean", partial(number, digits=1)), Column("longest"),
+    Column("alarms / 100", "alarms", partial(number, digits=2)), Column("re-masks", "each", partial(number, digits=2)),
+    Column("effective", "effective_sparsity", THREE), Column("with re-masks", "with_remasks", THREE),
+)  # fmt: skip
+NOTE = (
+    "new tokens: mean over the texts, thoughts included; longest: of them. alarms / 100: of the detector per 100 new "
+    "tokens. re-masks: mean of a text. effective: share of the FFN weights that the new tokens did not read, dense ones "
+    "included. with re-masks: what is left of it where the weights that re-masks read are counted, too."
+)
+
+
+def tables(store: Store, records: Sequence[Record]) -> list[Table]:
+    """One table of all cells that generated texts; none where no cell did.
+
+    Args:
+        store: of the records, for their samples. Cells whose samples cannot be read are left out: `report` says so.
+    """
+    import pandas as pd
+
+    found = []
+    for r in records:
+        try:
+            samples = store.samples(r)
+        except UserError:
+            continue
+        if said := _of_texts(r, samples):
+            found.append({"key": r.key, **said})
+    if not found:
+        return []
+    frame = cells_frame(records).merge(pd.DataFrame(found, dtype=object), on="key")
+    columns = [Column("model"), *COLUMNS] if frame["model"].nunique() > 1 else COLUMNS
+    return [from_frame("Generated texts", frame, columns, NOTE)]
+
+
+def _of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Counts of a cell's texts; None where its answers are none. samples: one for each document and filter."""
+    texts = {(s["task"], s["doc_id"]): s for s in samples if s["responses"] and isinstance(s["responses"][0], str)}
+    tokens = [int(s.get("tokens", 0)) for s in texts.values()]
+    if not sum(tokens):
+        return None
+    alarms = sum(len((s.get("drift") or {}).get("alarms") or []) for s in texts.values())
+    watched = "remask.patience" in record.inputs["params"]
+    return {
+        "texts": len(tokens), "mean": statistics.mean(tokens), "longest": max(tokens),
+        "alarms": 100 * alarms / sum(tokens) if watched else None,
+        "each": sum(s.get("remasks", 0) for s in texts.values()) / len(texts),
+        "with_remasks": with_remasks(record),
+    }  # fmt: skip
+
+
+def with_remasks(record: Record) -> float | None:
+    """Effective sparsity less what re-masks read for each token; None where that is not known.
+
+    A re-mask from the ring reads gate and up once more. One from tokens that ran dense is in the effective sparsity
+    already, as these tokens are. What a re-mask reads of rounded weights is not recorded.
+    """
+    reads = record.flops.get("remask_reads")
+    if reads is None or "ffn_bits" in record.inputs:
+        return None
+    return record.effective_sparsity - (0.0 if record.inputs["params"].get("remask.dense_tokens") else reads)
