@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dart_eval import scope_names, values
+from dart_eval import scope_names, thinking, values
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.files import check_name
 from dart_eval.lm_evals import translate
@@ -148,6 +148,12 @@ class RunConfig:
         Text | None, _told("Put this text before every prompt; in a chat template it is the system's message.")
     ] = None
     fewshot_as_multiturn: Annotated[Flag | None, _told("Make the examples turns of the chat template.")] = None
+    enable_thinking: Annotated[
+        Flag | None, _told("Tell the chat template to let the model think before it answers, or not to.")
+    ] = None
+    think_end_token: Annotated[
+        Text | None, _told("Score what an answer says after this token alone: its text, such as </think>, or its id.")
+    ] = None
     gen_kwargs: Annotated[
         str | None,
         BeforeValidator(values.generation),
@@ -231,6 +237,7 @@ class RunConfig:
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
         if self.fewshot_as_multiturn and not self.chat_template:
             raise UserError("--fewshot-as-multiturn needs turns", "give --chat-template, or leave it out")
+        thinking.check(self)
         for folder in self.include_path:
             check_name(folder, "--include-path")
             if not Path(folder).is_dir():

@@ -14,7 +14,9 @@ LM_EVALS = {"apply_chat_template": "chat_template", "output_path": "output"}
 MODEL_ARGS = {
     "pretrained": "model", "revision": "revision", "dtype": "dtype", "trust_remote_code": "trust_remote_code",
     "max_length": "max_length", "device": "device", "device_map": "device_map",
+    "enable_thinking": "enable_thinking", "think_end_token": "think_end_token",
 }  # fmt: skip
+OF_OTHER_TYPES = ("trust_remote_code", "max_length", "enable_thinking")  # than text
 BACKENDS = ("hf", "hf-auto", "huggingface")
 
 
@@ -38,7 +40,7 @@ def translate(told: dict[str, Any]) -> None:
             raise UserError(f"model_args {name} is not known here", nearest(name, MODEL_ARGS))
         else:
             own = MODEL_ARGS[name]
-            found[own] = value if own in ("trust_remote_code", "max_length") else str(value)
+            found[own] = value if own in OF_OTHER_TYPES else str(value)
     for name, value in found.items():
         if told.setdefault(name, value) != value:
             raise UserError(f"{name} is given twice: {shown(told[name])} and {shown(value)}", "leave one of them out")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dart_eval.models import Resolved
 
 # Part of a cell's key only where they are given, so that cells from before there were such options are found.
-WHEN_GIVEN = ("system_instruction", "fewshot_as_multiturn", "gen_kwargs")
+WHEN_GIVEN = ("system_instruction", "fewshot_as_multiturn", "enable_thinking", "think_end_token", "gen_kwargs")
 # What `command` says in another way, or has no need to say.
 NO_OPTION_OF_A_CELL = (
     "method", "allocation", "sparsity", "ffn_bits", "tasks", "output", "force", "log", "log_project", "executor",

@@ -140,6 +140,9 @@ IncludePath = Annotated[str | None, _option("include_path", TASKS, "DIRS")]
 SystemInstruction = Annotated[str | None, _option("system_instruction", TASKS, "TEXT")]
 FewshotAsMultiturn = Annotated[bool | None, _flag("fewshot_as_multiturn", TASKS, hidden=True)]  # it is on
 NoFewshotAsMultiturn = Annotated[bool, _off("fewshot_as_multiturn", TASKS)]
+EnableThinking = Annotated[bool | None, _flag("enable_thinking", TASKS)]
+NoEnableThinking = Annotated[bool, _off("enable_thinking", TASKS)]
+ThinkEndToken = Annotated[str | None, _option("think_end_token", TASKS, "TEXT|ID")]
 GenKwargs = Annotated[str | None, _option("gen_kwargs", TASKS, "K=V,...")]
 BatchSize = Annotated[str | None, _option("batch_size", TASKS, "N|auto", offers=("auto",))]
 SharePrefix = Annotated[bool | None, _flag("share_prefix", TASKS, hidden=True)]  # it is on

@@ -159,10 +159,19 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()
             counted = self.counted(tokens, unit.stop)  # a row that has ended may write on until its whole batch has
-            text = postprocess_generated_text(lm.tok_decode(tokens[:counted]), unit.stop, None)
+            text = self._answer(tokens[:counted], unit.stop)
             cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
             texts.append((prompt.request, Text(text, cost, prompt.cut, watch.usable(row, counted))))
         return texts
+
+    def _answer(self, tokens: list[int], stop: list[str]) -> str:
+        """The text of tokens that a task scores, as `HFLM` has it: after the end of thinking, up to a stop sequence."""
+        end = self.lm.think_end_token
+        if not isinstance(end, int):
+            return postprocess_generated_text(self.lm.tok_decode(tokens), stop, end)
+        if end in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
+        return postprocess_generated_text(self.lm.tok_decode(tokens).lstrip(), stop, None)
 
     def counted(self, tokens: list[int], stop: list[str]) -> int:
         """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""

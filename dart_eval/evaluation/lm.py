@@ -55,6 +55,8 @@ class PrunedLM(HFLM):
         chunk: tokens per perplexity chunk, at most `max_length`.
         on_progress: called with the number of requests just finished.
         share_prefix: run a prefix that many contexts have in common once.
+        enable_thinking: what the chat template is told of thinking; None: nothing.
+        think_end_token: an answer is what a text says after it; its text, or its id in digits.
 
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts know
@@ -73,9 +75,14 @@ class PrunedLM(HFLM):
         chunk: int = PERPLEXITY_CHUNK,
         on_progress: Callable[[int], None] = lambda n: None,
         share_prefix: bool = True,
+        enable_thinking: bool | None = None,
+        think_end_token: str | None = None,
     ) -> None:
         # HFLM's own batch size is never used, and its `auto` would try sizes out.
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length, enable_thinking=enable_thinking,
+            think_end_token=think_end_token,
+        )  # fmt: skip
         self.planned = self.budget = budget(batch_size, model)
         self.share_prefix = share_prefix
         self.chunk = chunk

@@ -76,6 +76,8 @@ class Worker:
             config.chunk,
             on_progress=advanced,
             share_prefix=config.share_prefix,
+            enable_thinking=config.enable_thinking,
+            think_end_token=config.think_end_token,
         )
 
     def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[Outcome, Record]:

@@ -95,6 +95,10 @@ class CellInputs(TypedDict):
     fewshot_as_multiturn: NotRequired[
         Annotated[bool, _asked("examples were turns of the chat template, where that was said")]
     ]
+    enable_thinking: NotRequired[
+        Annotated[bool, _asked("the chat template was told to let the model think, or not to, where that was said")]
+    ]
+    think_end_token: NotRequired[Annotated[str, _asked("what an answer says after it was scored, where given")]]
     gen_kwargs: NotRequired[Annotated[str, _asked("settings of generation before the task's own, where given")]]
     batch_size: NotRequired[
         Annotated[int | str | None, Role(HOW, "contexts per forward, where it can move a number", True, True, any=True)]

@@ -95,6 +95,8 @@ def test_settings_of_generation_reach_the_task_and_its_hash():
 @pytest.mark.parametrize(("given", "meant"), [
     ({"model_args": "pretrained=org/m,revision=v1,dtype=bfloat16"},
      {"model": "org/m", "revision": "v1", "dtype": "bfloat16"}),
+    ({"model_args": "pretrained=m,enable_thinking=False,think_end_token=</think>", "apply_chat_template": True},
+     {"model": "m", "enable_thinking": False, "think_end_token": "</think>", "chat_template": True}),
     ({"model": "hf", "model_args": {"pretrained": "org/m", "trust_remote_code": True, "max_length": 512}},
      {"model": "org/m", "trust_remote_code": True, "max_length": 512}),
     ({"model_args": "pretrained=m,revision=1,parallelize=True"},

@@ -24,6 +24,8 @@ def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
         "fewshot_as_multiturn": True,
         "system_instruction": "x",
         "gen_kwargs": "n=1",
+        "enable_thinking": True,
+        "think_end_token": "</think>",
     }
     (cell,) = plan(
         RunConfig(method=("flap",), tasks=("arc",), ffn_bits=("4",), **said), model, ("arc",), {"arc": "h"}, "cpu"

@@ -1,0 +1,120 @@
+"""Models that think first: prompts and answers are those of lm-eval's `HFLM`."""
+
+import copy
+import json
+
+import pytest
+from lm_eval.models.huggingface import HFLM
+
+import dart_eval
+from dart_eval.config import config_from
+from dart_eval.errors import UserError
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.pruning.dense import DenseSession
+from dart_eval.results.store import Store
+from dart_eval.thinking import check_kind
+from tests.helpers.models import random_tokens, save_tiny, tiny
+from tests.helpers.requests import TextRequest, words
+from tests.helpers.sessions import open_session
+
+TEMPLATE = (
+    "{% for m in messages %}w4 {{ m['content'] }} {% endfor %}"
+    "{% if enable_thinking is defined %}{{ 'w5' if enable_thinking else 'w6' }}{% else %}w7{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def _answers(lm, requests, session=None):
+    if isinstance(lm, PrunedLM):
+        lm.begin(session or DenseSession(), {})
+    return lm.generate_until(requests, disable_tqdm=True)
+
+
+def test_answers_begin_after_the_last_end_of_thinking_as_in_hflm(chatty):
+    model = tiny("llama")
+    requests = [TextRequest(words(random_tokens(n, seed=n)), n, tokens=12) for n in (5, 20, 11)]
+    whole = _answers(PrunedLM(model, chatty, batch_size=2), requests)
+    said = [text.split() for text in whole]
+    changed = 0
+    for word in (said[0][0], said[1][len(said[1]) // 2], said[2][-1]):
+        for end in (word, str(chatty.convert_tokens_to_ids(word)), "w999"):
+            given = {"enable_thinking": True, "think_end_token": end}
+            ours = _answers(PrunedLM(model, chatty, batch_size=2, **given), requests)
+            assert ours == _answers(HFLM(pretrained=model, tokenizer=chatty, batch_size=1, **given), requests)
+            if not end.isdigit():
+                assert [t.split() for t in ours] == [t.split(end)[-1].split() for t in whole]
+            changed += ours != whole
+    assert changed >= 4
+
+
+def test_a_stop_sequence_ends_an_answer_after_the_thoughts_are_gone(chatty):
+    model = tiny("llama")
+    request = TextRequest(words(random_tokens(20, seed=20)), 1, tokens=12)
+    said = _answers(PrunedLM(model, chatty), [request])[0].split()
+    stop = next(word for word in said[4:] if word not in said[:4])
+    request = TextRequest(request.args[0], 1, until=[stop], tokens=12)
+    for end in (said[1], str(chatty.convert_tokens_to_ids(said[1]))):
+        given = {"think_end_token": end}
+        ours = _answers(PrunedLM(model, chatty, **given), [request])
+        assert ours == _answers(HFLM(pretrained=model, tokenizer=chatty, batch_size=1, **given), [request])
+        assert stop not in ours[0].split() and said[0] not in ours[0].split()[:1]
+
+
+def test_thoughts_count_as_generated_tokens(chatty):
+    request = TextRequest(words(random_tokens(20, seed=20)), 1, tokens=12)
+    lm = PrunedLM(tiny("llama"), chatty)
+    with open_session(lm.model, "griffin", 0.5) as session:
+        (whole,) = _answers(lm, [request], session)
+    lm = PrunedLM(lm.model, chatty, think_end_token=whole.split()[7])
+    with open_session(lm.model, "griffin", 0.5) as session:
+        (answer,) = _answers(lm, [request], session)
+    assert len(answer.split()) < 12 and lm.costs["t", 1].tokens == 12
+
+
+@pytest.mark.parametrize(("thinks", "word"), [(None, "w7"), (True, "w5"), (False, "w6")])
+def test_the_chat_template_is_told(chatty, thinks, word):
+    model, chat = tiny("llama"), [{"role": "user", "content": "w8"}]
+    given = {"enable_thinking": thinks, "think_end_token": "w9"}
+    prompt = PrunedLM(model, chatty, **given).apply_chat_template(chat)
+    assert prompt == HFLM(pretrained=model, tokenizer=chatty, **given).apply_chat_template(chat) == f"w4 w8 {word}"
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"enable_thinking": True, "think_end_token": "x"}, "--enable-thinking is for the chat template; give --chat-temp"),
+    ({"enable_thinking": False}, "--no-enable-thinking is for the chat template"),
+    ({"enable_thinking": True, "chat_template": True}, "--enable-thinking needs the token that ends the thoughts"),
+    ({"think_end_token": ""}, "think_end_token is empty"),
+])  # fmt: skip
+def test_what_cannot_be_meant_is_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        config_from(None, {"tasks": "gsm8k", **given})
+
+
+def test_given_answers_are_no_task_for_a_model_that_thinks():
+    for kind in ("multiple_choice", "loglikelihood"):
+        with pytest.raises(UserError, match="task arc scores given answers, and a model that thinks gives none"):
+            check_kind("arc", kind, True)
+        check_kind("arc", kind, False)
+    check_kind("gsm8k", "generate_until", True)
+
+
+@pytest.mark.slow
+def test_it_is_part_of_what_a_cell_is_asked(chatty, tmp_path):
+    model = save_tiny(tmp_path / "model", chatty)
+    asked = {"tasks": "smoke_summary", "method": "griffin", "limit": 1, "gen_kwargs": "max_gen_toks=4"}
+    for given in ({}, {"enable_thinking": False}, {"enable_thinking": True, "think_end_token": "w9"}):
+        dart_eval.evaluate(model, **asked, chat_template=True, output=tmp_path / "out", **given)
+    inputs = [record.inputs for record in Store(tmp_path / "out").load()]
+    said = [{k: v for k, v in i.items() if k in ("enable_thinking", "think_end_token")} for i in inputs]
+    wanted = [{}, {"enable_thinking": False}, {"enable_thinking": True, "think_end_token": "w9"}]
+    assert sorted(said, key=len) == wanted
+    prompts = {
+        json.loads(f.read_text().splitlines()[0])["prompt"].split()[-1] for f in (tmp_path / "out/texts").iterdir()
+    }
+    assert prompts == {"w5", "w6", "w7"}
