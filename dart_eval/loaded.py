@@ -41,6 +41,10 @@ class Loaded(Resolved):
         """The model itself in eval mode, and a copy of its tokenizer, which lm-eval changes."""
         return self.model.eval(), copy.deepcopy(self.tokenizer)
 
+    def load_tokenizer(self) -> Any:
+        """A copy of the tokenizer."""
+        return copy.deepcopy(self.tokenizer)
+
     def outline(self) -> PreTrainedModel:
         """The model, whose modules have their sizes."""
         return self.model

@@ -88,10 +88,7 @@ class Resolved:
         Raises:
             UserError: it cannot be loaded, or its weights or its tokenizer are not what it needs.
         """
-        spec, name = self.spec, self.identity.name
-        kwargs: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-        if self.identity.revision:
-            kwargs["revision"] = self.identity.revision
+        spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.source, **kwargs)
             made: Any = AutoModelForCausalLM.from_pretrained(
@@ -108,6 +105,24 @@ class Resolved:
         check_tokenizer(name, model, tokenizer)
         self._place(model)
         return model.eval(), tokenizer
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer alone.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.source, **self._kwargs())
+        except Exception as error:  # as in `load`
+            raise _explain(self.identity.name, error) from error
+
+    def _kwargs(self) -> dict[str, Any]:
+        """What transformers' loaders are told beside the source."""
+        kwargs: dict[str, Any] = {"trust_remote_code": self.spec.trust_remote_code}
+        if self.identity.revision:
+            kwargs["revision"] = self.identity.revision
+        return kwargs
 
     def outline(self) -> PreTrainedModel:
         """The model without its weights: its modules and their sizes alone.

@@ -15,15 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dart_eval import task_needs
 from dart_eval.errors import UserError, nearest
 
 # What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
     "arc": ("arc_easy", "arc_challenge"),
     "drift": ("drift_smoke", "drift_smoke_same"),
+    "longbench_subset": (
+        "longbench_qasper", "longbench_hotpotqa", "longbench_gov_report", "longbench_trec",
+        "longbench_passage_retrieval_en", "longbench_lcc",
+    ),
     "gpqa": ("gpqa_main_n_shot", "gpqa_diamond_n_shot", "gpqa_extended_n_shot"),
     "smoke": ("smoke_questions", "smoke_stories", "smoke_summary", "smoke_highlights", "smoke_drift"),
-}
+}  # fmt: skip
 
 # The tasks people ask for most, for `dart-eval ls tasks`.
 COMMON: dict[str, str] = {
@@ -35,6 +40,13 @@ COMMON: dict[str, str] = {
     "piqa": "which of two solutions works",
     "mmlu": "57 subjects (4 choices); 5-shot in the papers: --num-fewshot 5",
     "medmcqa": "medical entrance questions (4 choices); 5-shot in the papers",
+    "gsm8k": "grade-school mathematics, 5 examples; gsm8k_cot_zeroshot with a chat template",
+    "mmlu_pro": "14 subjects (10 choices), the answer is generated after thinking, 5 examples",
+    "ifeval": "instructions that a program can check; needs the extra [tasks] and a chat template",
+    "humaneval": "Python functions, run against tests: --confirm-run-unsafe-code; humaneval_instruct in a chat",
+    "mbpp": "short Python programs, run against tests: --confirm-run-unsafe-code; mbpp_instruct in a chat",
+    "ruler_4k": "13 tests of finding things in 4096 tokens; also ruler_8k, ruler_16k, ruler_32k; extra [tasks]",
+    "longbench": "20 tasks on long texts; longbench_subset has one of each kind in English; extra [tasks]",
     "wikitext": "perplexity of WikiText-2 articles, second half of each chunk",
     "cnn_dailymail": "news highlights, ROUGE-1/2/L",
     "xsum": "one-sentence news summaries, ROUGE-1/2/L",
@@ -109,17 +121,19 @@ def check(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
         asked: as a user types them. folders: of `--include-path`.
 
     Raises:
-        UserError: with the nearest names, or where the names are listed.
+        UserError: with the nearest names, or where the names are listed; or what a task needs is not installed.
     """
     wanted = [*asked]
     if not wanted:
         raise none_given()
-    if {*wanted} <= {*ALIASES, *own()}:
-        return
-    known = {*names(folders), *ALIASES}
+    if not {*wanted} <= {*ALIASES, *own()}:
+        known = {*names(folders), *ALIASES}
+        for name in wanted:
+            if name not in known:
+                raise unknown(name, known)
     for name in wanted:
-        if name not in known:
-            raise unknown(name, known)
+        if path := own().get(name) or (lm_evals().get(name) if name not in ALIASES else None):
+            task_needs.check(name, path)
 
 
 def unknown(name: str, known: Iterable[str]) -> UserError:

@@ -11,7 +11,7 @@ import hashlib
 import random
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from dart_eval import task_needs
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.evaluation.local_data import check_documents, first_fault
+from dart_eval.evaluation.made_data import seeded, without_other_lengths
 from dart_eval.evaluation.unsafe import (
     check_task,
     check_yaml,
@@ -53,11 +55,16 @@ class _Factory(TaskFactory):
 
     Args:
         folders: of tasks that are neither lm-eval's nor this project's.
+        tokenizer: gives the model's, for tasks that make their own documents. limit: they need not make more.
     """
 
-    def __init__(self, data_dir: Path | None, cue: str | None, unsafe_code: bool, folders: Sequence[Path]) -> None:
+    def __init__(
+        self, data_dir: Path | None, cue: str | None, unsafe_code: bool, folders: Sequence[Path],
+        tokenizer: Callable[[], Any] | None, limit: float | None,
+    ) -> None:  # fmt: skip
         super().__init__(meta={})
         self.data_dir, self.cue, self.unsafe_code = data_dir, cue, unsafe_code
+        self.tokenizer, self.limit = tokenizer, limit
         self.folders = [folder.resolve() for folder in folders]
         self.local: list[tuple[list[str], Any]] = []  # files and preparation of each leaf read from `data_dir`
 
@@ -67,13 +74,17 @@ class _Factory(TaskFactory):
                 check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
             raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
             check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
+        if entry.yaml_path:
+            task_needs.check(entry.name, str(entry.yaml_path))
         config = super()._load_full_config(entry, overrides)
         metadata = config.get("metadata") or {}
         if self.cue is not None and "cue" in metadata:
             prompt, old = config["doc_to_text"], metadata["cue"]
             config["doc_to_text"] = prompt.removesuffix(old) + self.cue
             config["metadata"] = {**metadata, "cue": self.cue}
-        if config.get("dataset_path") and "custom_dataset" not in config:
+        if callable(make := config.get("custom_dataset")):
+            config["custom_dataset"] = seeded(make, entry.name, self.tokenizer, self.data_dir, self.limit)
+        elif config.get("dataset_path") and "custom_dataset" not in config:
             if self.data_dir is not None:
                 files = _redirect(config, self.data_dir)
                 self.local.append((files, config.get("process_docs")))
@@ -123,6 +134,8 @@ class Tasks:
         include_path: folders with more tasks; a name in a later one stands before the same name in an earlier one, and
             before lm-eval's.
         gen_kwargs: settings of generation that stand before each task's own.
+        tokenizer: gives the model's, for tasks that make documents of a length (RULER).
+        limit: so many documents will be asked at most, or a share of all: these tasks make no more.
 
     Raises:
         UserError: `data_dir` is not a folder.
@@ -135,6 +148,8 @@ class Tasks:
         unsafe_code: bool = False,
         include_path: Sequence[str | Path] = (),
         gen_kwargs: Mapping[str, Any] | None = None,
+        tokenizer: Callable[[], Any] | None = None,
+        limit: float | None = None,
     ) -> None:
         self.unsafe_code, self.gen_kwargs = unsafe_code, gen_kwargs
         self.folders = [Path(folder) for folder in include_path]
@@ -145,7 +160,7 @@ class Tasks:
         self.data_dir = Path(data_dir) if data_dir is not None else None
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
-        self._factory = _Factory(self.data_dir, cue, unsafe_code, self.folders)
+        self._factory = _Factory(self.data_dir, cue, unsafe_code, self.folders, tokenizer, limit)
         self.manager = self._index(include_defaults=False)
         self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
@@ -206,6 +221,8 @@ class Tasks:
                 if self.unsafe_code:
                     setattr(task, "own_metrics", own_metrics())  # noqa: B010 - lm-eval knows no such field
                 _process_once(task)
+                if getattr(task.config, "custom_dataset", None) is not None:
+                    without_other_lengths(task)
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
                     _weight_by_coverage(task)
             self._loaded[name] = items
@@ -231,10 +248,17 @@ class Tasks:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            return task_needs.missing(name, cause.name.partition(".")[0])
         for files, prepare in self._factory.local if not isinstance(cause, ImportError) else ():
             if fault := first_fault(files, prepare if callable(prepare) else None):
                 return UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
         text = f"{type(cause).__name__}: {cause}"
+        if "Couldn't find a module script" in str(cause):
+            return UserError(
+                f"the metric of task {name} could not be loaded: the hub cannot be reached",
+                "fill the Hugging Face cache first, or put the metric's folder into the working directory",
+            )
         if self.data_dir is None and _is_connection_error(error):
             return UserError(
                 f"the data of task {name} could not be loaded: the hub cannot be reached",

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+
 from dart_eval.bits import OWN_BITS
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
@@ -23,6 +26,7 @@ from dart_eval.plan import Cell, methods_of, plan
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.thinking import check_kind
 from dart_eval.values import pairs
 
 POLL = 2.0  # seconds between looks at cells that another process is at work on
@@ -85,18 +89,19 @@ def plan_all(
     for config in configs:
         config.check()
         methods_of(config)  # cheap checks first
-    # lm-eval writes the number of shots into a task, so it is loaded once for each.
+
+    def tokenizer() -> Any:
+        return model and model.load_tokenizer()
+
+    # lm-eval writes the number of shots into a task, and some make as many documents as are asked: one for each.
     shelves: dict[Any, Tasks] = {}
     jobs: dict[str, Job] = {}
     missing: dict[str, str] = {}
     for config in configs:
         view.status("looking up tasks")
-        shelf = (config.data_dir, config.cue, config.num_fewshot)
+        shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit)
         if shelf not in shelves:
-            shelves[shelf] = Tasks(
-                config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
-                pairs("gen_kwargs", config.gen_kwargs or ""),
-            )  # fmt: skip
+            shelves[shelf] = _tasks(config, tokenizer)
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         if model is None:
@@ -114,10 +119,8 @@ def plan_all(
                     raise
                 missing[name] = error.problem
                 continue
-            if task_draws(leaves(list(tasks.load(name)))):
+            if _draws(tasks.load(name), config):
                 drawn.add(name)
-            for method in methods_of(config):
-                check_answers(tasks.load(name), config.scope, method)
         kind = device or choose_device("auto" if config.device_map else config.device).type
         _warn_of_one_text(config, tasks, list(hashes), view)
         for cell in within_reach(plan(config, model, list(hashes), hashes, kind, drawn), model, view):
@@ -125,6 +128,28 @@ def plan_all(
     if not jobs:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
     return jobs, missing
+
+
+def _tasks(config: RunConfig, tokenizer: Callable[[], Any]) -> Tasks:
+    """What a configuration finds tasks with. tokenizer: gives the model's, once that is found."""
+    return Tasks(
+        config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
+        pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit,
+    )  # fmt: skip
+
+
+def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
+    """Whether a task draws its answers.
+
+    Raises:
+        UserError: its answers cannot be had as the configuration asks for them.
+    """
+    found = leaves(list(items))
+    for task in found:
+        check_kind(task.task_name, task.OUTPUT_TYPE, config.enable_thinking)
+    for method in methods_of(config):
+        check_answers(items, config.scope, method)
+    return task_draws(found)
 
 
 def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:

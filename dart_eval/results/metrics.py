@@ -41,6 +41,12 @@ METRICS = {
     "acc_norm": Kind(ACCURACY, short="acc_norm", percent=True, chance=True),
     "exact_match": Kind(ACCURACY, 1, short="exact", percent=True),
     "em": Kind(ACCURACY, short="em"),
+    "prompt_level_strict_acc": Kind(ACCURACY, 1, short="strict", percent=True),
+    "prompt_level_loose_acc": Kind(ACCURACY, short="loose", percent=True),
+    "pass@1": Kind(ACCURACY, 1, short="pass@1", percent=True),
+    "pass_at_1": Kind(ACCURACY, 1, short="pass@1", percent=True),
+    "score": Kind(ACCURACY, 1, short="score", percent=True),
+    **{str(2**n): Kind(ACCURACY, 1, short=f"{2 ** (n - 10)}k", percent=True) for n in range(12, 18)},  # RULER's lengths
     "f1": Kind(ACCURACY, short="f1"),
     "mcc": Kind(ACCURACY, short="mcc"),
     "rougeL": Kind(SUMMARIES, 2, short="R-L", percent=True),

@@ -191,7 +191,9 @@ WITHOUT_NUMBERS = {
     "results/record.py": "holds what it was given",
     "results/store.py": "keeps records",
     "task_names.py": "names",
+    "task_needs.py": "refuses",
     "text.py": "messages",
+    "thinking.py": "refuses",
     "values.py": "reads options, which are part of a key",
     "yamls.py": "reads options, which are part of a key",
 }

@@ -1,0 +1,139 @@
+"""Tasks that make their own documents (RULER): from a seed, with the model's tokenizer, from local data.
+
+lm-eval's functions draw from the global random generators, and load a tokenizer with whatever code comes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import io
+import json
+import random
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import datasets
+import numpy as np
+import tqdm.std
+from lm_eval.api.task import Task
+
+from dart_eval.errors import UserError
+
+SEED = 42  # RULER's own, wherever it has one
+Make = Callable[..., Any]
+
+
+def seeded(
+    make: Make, name: str, tokenizer: Callable[[], Any] | None, data_dir: Path | None, limit: float | None = None
+) -> Make:
+    """A task's function of documents, so that it makes the same ones in every process.
+
+    Args:
+        make: `custom_dataset` of its configuration.
+        name: of the task, for people.
+        tokenizer: gives the model's. Documents are made as long as it counts them.
+        data_dir: what `make` would load from the hub or the web is read from here. None: it loads.
+        limit: no more than so many are made: the first of all. None, or a share below 1: all (500 of RULER's).
+    """
+    most = int(limit) if limit is not None and limit >= 1 else None
+
+    @functools.wraps(make)
+    def made(**kwargs: Any) -> Any:
+        inside: dict[str, Any] = {} if most is None else _fewer(make.__globals__, most)
+        if "get_tokenizer" in make.__globals__:
+            if tokenizer is None:
+                raise UserError(f"task {name} makes documents for a model's tokenizer", "run it with a model")
+            inside["get_tokenizer"] = lambda *_, **__: tokenizer()
+        if data_dir is not None and "download_json" in make.__globals__:
+            inside["download_json"] = functools.partial(_local_json, name, data_dir)
+        with patch.dict(make.__globals__, inside), _from_the_seed(), _silently(), _local(name, data_dir):
+            return make(**kwargs)
+
+    return made
+
+
+def _fewer(module: dict[str, Any], most: int) -> dict[str, Any]:
+    """The functions of a module that make `num_samples` documents one after the other, to make no more than `most`."""
+    found = {}
+    for name, function in module.items():
+        if not inspect.isfunction(function) or "num_samples" not in (of := inspect.signature(function)).parameters:
+            continue
+
+        @functools.wraps(function)
+        def fewer(*args: Any, _stock: Make = function, _of: inspect.Signature = of, **kwargs: Any) -> Any:
+            told = _of.bind(*args, **kwargs)
+            told.apply_defaults()
+            told.arguments["num_samples"] = min(most, told.arguments["num_samples"])
+            return _stock(*told.args, **told.kwargs)
+
+        found[name] = fewer
+    return found
+
+
+@contextlib.contextmanager
+def _from_the_seed() -> Iterator[None]:
+    """Global generators begin at `SEED`, and are afterwards where they were."""
+    before, numpys = random.getstate(), np.random.get_state()
+    random.seed(SEED)
+    np.random.seed(SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpys)
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    """Without bars and lines: a run has its own view."""
+    stock = tqdm.std.tqdm.__init__
+    silent = patch.object(tqdm.std.tqdm, "__init__", functools.partialmethod(stock, disable=True))
+    with silent, contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _local(name: str, data_dir: Path | None) -> Iterator[None]:
+    """`datasets.load_dataset` reads `<data_dir>/<hub name with __>/default/<split>.jsonl` of what is on the hub."""
+    if data_dir is None:
+        yield
+        return
+
+    def load(path: str, *_: Any, split: str = "train", **__: Any) -> Any:
+        file = data_dir / path.replace("/", "__") / "default" / f"{split}.jsonl"
+        if not file.is_file():
+            raise UserError(
+                f"task {name} has no data in {data_dir} (looked for {file.relative_to(data_dir)})",
+                "add the file, or leave --data-dir out to load from the hub",
+            )
+        return stock("json", data_files={split: str(file)}, split=split)
+
+    stock = datasets.load_dataset
+    with patch.object(datasets, "load_dataset", load):
+        yield
+
+
+def _local_json(name: str, data_dir: Path, url: str) -> Any:
+    """What `url` names, from the file of its name in the folder of local data."""
+    file = data_dir / url.rpartition("/")[2]
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"task {name} cannot read {file} ({type(error).__name__})", f"put {url} there, or leave --data-dir out"
+        ) from None
+
+
+def without_other_lengths(task: Task) -> None:
+    """Have RULER's tasks report the lengths that they were made for: for all others they say -1."""
+    stock = task.process_results
+
+    def process_results(_self: Task, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        return {name: value for name, value in stock(doc, results).items() if not name.isdigit() or value != -1}
+
+    task.process_results = types.MethodType(process_results, task)

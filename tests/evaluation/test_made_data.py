@@ -1,0 +1,145 @@
+"""Tasks that make their own documents: the same in every process, with the model's tokenizer, from local data."""
+
+import json
+import random
+import types
+from pathlib import Path
+
+import lm_eval.tasks
+import numpy as np
+import pytest
+import yaml
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation.made_data import seeded, without_other_lengths
+from dart_eval.evaluation.tasks import Tasks, leaves
+from dart_eval.task_names import tasks_dir
+from tests.helpers.models import word_tokenizer
+
+MODULE = """
+import random
+import datasets
+import numpy as np
+
+def get_tokenizer(*names, **kwargs):
+    raise AssertionError("lm-eval would load one, with the code that comes with it")
+
+def download_json(url):
+    raise AssertionError("from the web")
+
+def make(**kwargs):
+    print("noise")
+    essay = datasets.load_dataset("who/essays", split="train")["text"][0]
+    squad = download_json("https://somewhere/squad.json")
+    drawn = [random.random(), float(np.random.random())]
+    return {"kwargs": kwargs, "tokenizer": get_tokenizer(None), "essay": essay, "squad": squad, "drawn": drawn}
+"""
+
+
+@pytest.fixture
+def make():
+    module = types.ModuleType("maker")
+    exec(MODULE, module.__dict__)
+    return module.make
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data" / "who__essays" / "default"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(json.dumps({"text": "It rained."}) + "\n")
+    (tmp_path / "data" / "squad.json").write_text('{"data": []}')
+    return tmp_path / "data"
+
+
+def test_documents_are_the_same_whatever_was_drawn_before(make, data, capsys):
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        np.random.seed(seed)
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        found.append(seeded(make, "mine", lambda: "ours", data)(max_seq_lengths=[8]))
+        assert (
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        ) == before  # and others draw as if nothing had been
+    assert found[0] == found[1]
+    assert found[0]["tokenizer"] == "ours" and found[0]["kwargs"] == {"max_seq_lengths": [8]}
+    assert found[0]["essay"] == "It rained." and found[0]["squad"] == {"data": []}
+    assert capsys.readouterr().out == ""
+    with pytest.raises(AssertionError, match="with the code"):  # the module is as it was
+        make.__globals__["get_tokenizer"]()
+
+
+def test_what_local_data_lack_is_named(make, data):
+    (data / "squad.json").unlink()
+    with pytest.raises(UserError, match=r"task mine cannot read .*squad\.json"):
+        seeded(make, "mine", lambda: "ours", data)()
+    (data / "who__essays" / "default" / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"looked for who__essays/default/train\.jsonl"):
+        seeded(make, "mine", lambda: "ours", data)()
+
+
+def test_without_a_model_there_is_no_length(make, data):
+    with pytest.raises(UserError, match="task mine makes documents for a model's tokenizer"):
+        seeded(make, "mine", None, data)()
+
+
+def test_lengths_that_were_not_made_are_no_metrics():
+    class Stock:
+        def process_results(self, doc, results):
+            return {"4096": -1.0, "8192": 0.5, "other": -1.0}
+
+    task = Stock()
+    without_other_lengths(task)
+    assert task.process_results({}, ["answer"]) == {"8192": 0.5, "other": -1.0}
+
+
+def test_our_lengths_have_lm_evals_members():
+    def read(path):
+        return yaml.load(path.read_text(), Loader=yaml.BaseLoader)
+
+    stock = read(Path(lm_eval.tasks.__file__).parent / "ruler" / "ruler.yaml")
+    folder = tasks_dir() / "ruler"
+    assert read(folder / "_members_yaml")["task"] == stock["task"]
+    files = sorted(folder.glob("*.yaml"))
+    assert [f.stem for f in files] == ["ruler_16k", "ruler_32k", "ruler_4k", "ruler_8k"]
+    for file in files:
+        said, length = read(file), str(1024 * int(file.stem[6:-1]))
+        assert said["group"] == file.stem and said["dataset_kwargs"] == {"max_seq_lengths": [length]}
+        assert [m["metric"] for m in (*said["metric_list"], *said["aggregate_metric_list"])] == [length, length]
+
+
+def test_no_more_documents_are_made_than_are_asked():
+    module = types.ModuleType("maker")
+    exec(
+        "import random\ndef some(num_samples=5):\n    return [random.random() for _ in range(num_samples)]\n"
+        "def make(**_):\n    return some()\n", module.__dict__,
+    )  # fmt: skip
+    whole = seeded(module.make, "mine", None, None)()
+    assert len(whole) == 5 and seeded(module.make, "mine", None, None, 0.5)() == whole
+    assert seeded(module.make, "mine", None, None, 9)() == whole
+    assert seeded(module.make, "mine", None, None, 2)() == whole[:2]  # the first of all
+    assert len(module.make()) == 5
+
+
+@pytest.mark.slow  # lm-eval's index
+def test_rulers_documents_fit_into_the_length_that_is_asked(tmp_path, data):
+    pytest.importorskip("wonderwords")
+    (tmp_path / "mine.yaml").write_text(
+        'group: mine\ntask: [niah_single_1, ruler_cwe]\ndataset_kwargs: {max_seq_lengths: [600]}\n'
+        'metric_list: [{metric: "600", aggregation: mean, higher_is_better: true}]\n'
+        'aggregate_metric_list: [{metric: "600", weight_by_size: false}]\n'
+    )  # fmt: skip
+    tokenizer, found = word_tokenizer(), []
+    for limit in (4, 2):
+        shelf = Tasks(data, include_path=[tmp_path], tokenizer=lambda: tokenizer, limit=limit)
+        tasks = leaves(shelf.load("mine"))
+        found.append([[doc["input"] for doc in task.eval_docs] for task in tasks])
+        doc = tasks[0].eval_docs[0]
+        assert tasks[0].process_results(doc, [doc["outputs"][0]]) == {"600": 1.0}
+    assert [[len(texts) for texts in tasks] for tasks in found] == [[4, 4], [2, 2]]
+    assert found[1] == [texts[:2] for texts in found[0]]
+    for texts, room in zip(found[0], (128, 120), strict=True):
+        counts = [len(tokenizer(text).input_ids) + room for text in texts]
+        assert min(counts) > 300 and max(counts) <= 600
