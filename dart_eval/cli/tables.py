@@ -24,7 +24,8 @@ FORMAT_HELP = (
 )
 VIEW_HELP = (
     "Show this view. board; long: every metric with n; flops; memory; detector: alarms and re-masks over generated "
-    "texts, and drift tasks; frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold every number, whatever the view."
+    "texts, and drift tasks; frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold "
+    "every number, whatever the view."
 )
 Subtasks = Annotated[
     bool, typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects.")

@@ -23,8 +23,8 @@ COLUMNS = (
 )  # fmt: skip
 NOTE = (
     "new tokens: mean over the texts, thoughts included; longest: of them. alarms / 100: of the detector per 100 new "
-    "tokens. re-masks: mean of a text. effective: share of the FFN weights that the new tokens did not read, dense ones "
-    "included. with re-masks: what is left of it where the weights that re-masks read are counted, too."
+    "tokens. re-masks: mean of a text. effective: share of the FFN weights that the new tokens did not read, dense "
+    "ones included. with re-masks: what is left of it where the weights that re-masks read are counted, too."
 )
 
 
