@@ -199,10 +199,9 @@ def test_odd_files_are_read_as_lm_eval_reads_them(tmp_path):
 
 
 def test_every_shipped_name_is_known():
-    assert {*task_names.own()} == {
-        yaml.safe_load(re.sub("!function", "", file.read_text(encoding="utf-8")))["task"]
-        for file in task_names.tasks_dir().rglob("*.yaml") if not file.name.startswith("_")
-    }  # fmt: skip
+    files = [file for file in task_names.tasks_dir().rglob("*.yaml") if not file.name.startswith("_")]
+    said = [yaml.safe_load(re.sub("!function", "", file.read_text(encoding="utf-8"))) for file in files]
+    assert {*task_names.own()} == {told.get("group") or told["task"] for told in said}
     task_names.check(["smoke", "arc", "hellaswag"])
 
 
