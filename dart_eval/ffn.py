@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_eval import experts, trial
+from dart_eval import experts, quantised, trial
 from dart_eval.errors import UserError
 from dart_eval.families import (
     ATTENTION_OUTPUTS,
@@ -48,6 +49,7 @@ class FFN:
         adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, where both run side by
             side), as the trial forward saw it.
         routed: the experts whose neurons these are, others for every token; None.
+        dtype: of x, as the trial forward saw it.
         order: [F] int32, the neuron at each row, or None: as loaded.
     """
 
@@ -69,6 +71,7 @@ class FFN:
     after: nn.Module | None = None
     adds: bool = True
     routed: experts.Routed | None = None
+    dtype: torch.dtype | None = None
     order: Tensor | None = None
 
     def by_neuron(self, x: Tensor) -> Tensor:
@@ -123,12 +126,17 @@ class FFN:
         if self.routed:
             return self.routed.input_weights()
         if self.gate is not None:
-            return [weight_matrix(self.gate), weight_matrix(self.up)]
-        return list(weight_matrix(self.up).chunk(2)) if self.fused else [weight_matrix(self.up)]
+            return [self.matrix(self.gate), self.matrix(self.up)]
+        return list(self.matrix(self.up).chunk(2)) if self.fused else [self.matrix(self.up)]
 
     def output_weight(self) -> Tensor:
         """The down projection, [D, F], by row."""
-        return self.routed.output_weight() if self.routed else weight_matrix(self.down)
+        return self.routed.output_weight() if self.routed else self.matrix(self.down)
+
+    def matrix(self, projection: nn.Module) -> Tensor:
+        """The weight of one of its projections, [out, in], in the dtype that it computes in."""
+        weight = weight_matrix(projection)
+        return weight.to(self.dtype) if self.dtype is not None and encoded(projection) else weight
 
     def write(self, h: Tensor) -> Tensor:
         """The down projection of h ([..., F], by row) without its bias: [..., D] fp32."""
@@ -153,11 +161,23 @@ class FFN:
 
 
 def weight_matrix(linear: nn.Module) -> Tensor:
-    """A projection's weight as [out, in]; GPT-2's Conv1D stores it transposed."""
+    """A projection's weight as [out, in], to be read: GPT-2's Conv1D stores it transposed, and quantised ones are made
+    anew (`quantised.values`)."""
+    if encoded(linear) and not isinstance(linear, experts.Step):
+        return quantised.values(linear, features(linear)[0])
+    return plain_matrix(linear)
+
+
+def plain_matrix(linear: nn.Module) -> Tensor:
+    """The same where the weight itself is to be changed, or put elsewhere.
+
+    Raises:
+        UserError: the weight is no matrix of plain numbers.
+    """
     if reason := encoded(linear):
         raise UserError(
-            f"the weights of {type(linear).__name__} {reason} and cannot be read",
-            "load the model unquantised, or use a method that scores activations",
+            f"the weights of {type(linear).__name__} {reason}: others cannot stand in their place",
+            "load the model unquantised, or use a method that leaves weights as they are",
         )
     if isinstance(linear, experts.Step):
         return linear.matrix()
@@ -179,6 +199,13 @@ def encoded(linear: nn.Module) -> str | None:
     if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2 + step:
         return f"are quantised ({str(weight.dtype).removeprefix('torch.')})"
     return None
+
+
+def stored_bits(linear: nn.Module) -> float:
+    """Bits of a weight of a quantised projection, or of experts, as it is held now."""
+    if isinstance(linear, experts.Step):
+        return quantised.bits([linear.held], math.prod(linear.held.shape))
+    return quantised.bits(quantised.held(linear), math.prod(features(linear)))
 
 
 def is_conv1d(linear: Any) -> bool:
@@ -308,6 +335,8 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     if known is not None and unchanged(model, known):
         return known
     ffns = describe(model)
+    for module in (m for f in ffns for m in f.projections if encoded(m)):
+        quantised.note(module, stored_bits(module))
     trial.check(model, ffns)
     _FOUND[model] = ffns
     return ffns

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dart_eval import quantised
 from dart_eval.checkpoint import check_tokenizer
 from dart_eval.errors import UserError
 from dart_eval.hashes import source_hash
@@ -108,7 +109,7 @@ def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
     }
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     seen = set()
-    for name, weight in model.state_dict().items():  # buffers that are not part of it follow from the configuration
+    for name, weight in _weights(model):
         if not isinstance(weight, torch.Tensor):
             digest.update(f"{name}\0{weight!r}\0".encode())
             continue
@@ -117,6 +118,17 @@ def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
             seen.add(place)
             digest.update(_bytes(weight))
     return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The state of a model; buffers that are not part of it follow from the configuration."""
+    whole = [(n, m) for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    if not whole:
+        yield from model.state_dict().items()
+        return
+    yield from model.named_parameters()  # a state dict would change such weights: see `quantised`
+    for name, module in whole:
+        yield from ((f"{name}.{i}", tensor) for i, tensor in enumerate(quantised.held(module)))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Find and load the model: demo alias, local folder or hub id."""
+"""Find and load the model: demo alias, local folder, GGUF file or hub id."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from dart_eval import demo_model
+from dart_eval import demo_model, gguf
 from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_name
@@ -29,7 +37,7 @@ class ModelSpec:
     """Which model, and how to load it.
 
     Attributes:
-        name: the demo alias, a local folder or a hub id; None takes the demo model if it is installed.
+        name: the demo alias, a local folder, a GGUF file or a hub id; None takes the demo model if it is installed.
         revision: branch, tag or commit on the hub.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (cuda, mps, else cpu) or a torch device.
@@ -50,7 +58,7 @@ class Identity:
     """What tells two models apart in results.
 
     Attributes:
-        name: as the user named it (an alias stays an alias; a folder is given by its last part).
+        name: as the user named it (an alias stays an alias; a folder or file is given by its last part).
         revision: commit on the hub, or None for a folder.
         weights: sha256 over a folder's weights, configuration, tokenizer and code; None for a hub model: its commit
             says it.
@@ -91,7 +99,7 @@ class Resolved:
         spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.source, **kwargs)
-            made: Any = AutoModelForCausalLM.from_pretrained(
+            made: Any = _loader(self.config).from_pretrained(
                 self.source, dtype=getattr(torch, self.dtype), device_map=spec.device_map, output_loading_info=True,
                 ignore_mismatched_sizes=True, **kwargs,
             )  # fmt: skip
@@ -103,6 +111,7 @@ class Resolved:
         if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
+        gguf.note_bits(self.source, model)
         self._place(model)
         return model.eval(), tokenizer
 
@@ -133,7 +142,7 @@ class Resolved:
         trust = self.spec.trust_remote_code
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=trust)
+                return _loader(self.config).from_config(self.config, trust_remote_code=trust)
         except Exception as error:  # as in `load`
             raise _explain(self.identity.name, error) from error
 
@@ -151,6 +160,13 @@ class Resolved:
                 f"the model does not fit: --device-map {spec.device_map} leaves weights on the CPU or disk",
                 "give more GPUs (--gpus-per-cell on Ray) or a smaller --dtype",
             )
+
+
+def _loader(config: Any) -> Any:
+    """The class that loads a language model; where there is no other, one of images and text that answers texts too."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM  # also for a model that brings its own code
+    return AutoModelForImageTextToText
 
 
 def choose_device(name: str) -> torch.device:
@@ -196,10 +212,15 @@ def resolve(spec: ModelSpec) -> Resolved:
         return _resolved(spec, str(folder), name, _hash_folder(folder))
     check_name(name, "--model")
     path = Path(os.path.expanduser(name))
+    if path.suffix == gguf.SUFFIX and path.is_file():
+        converted = gguf.folder(path)
+        return _resolved(spec, str(converted), path.stem, _hash_folder(converted))
     if path.is_dir():
         return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
     if name.startswith((".", "/", "~")) or path.exists():
-        raise UserError(f"model folder {name} does not exist or is not a folder", "give a folder with config.json")
+        raise UserError(
+            f"model {name} is neither a folder nor a GGUF file", "give a folder with config.json, or a file.gguf"
+        )
     work_offline_if_unreachable()
     return _resolved(spec, name, name, None)
 

@@ -14,7 +14,7 @@ def hush_warnings() -> None:
     """Errors of lm-eval and the hub come as exceptions too; their warnings are not for our users."""
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("once", category=RenamedWarning)
-    for name in ("lm_eval", "huggingface_hub", "datasets"):
+    for name in ("lm_eval", "huggingface_hub", "datasets", "torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

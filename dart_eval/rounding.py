@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dart_eval import quantised
 from dart_eval.bits import OWN_BITS, Rounding, parse
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
-from dart_eval.ffn import FFN, find_ffns, is_conv1d, weight_matrix
+from dart_eval.ffn import FFN, encoded, find_ffns, is_conv1d, plain_matrix, stored_bits
 
 # Scales that are tried: factors on the one that just reaches a group's largest weight.
 FACTORS = (1.14, 1.07, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
@@ -103,15 +104,15 @@ def _best_scale(groups: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Served:
-    """A matrix as it would be served: its values [out, in], and its codes where it is rounded."""
+    """A matrix as it would be served: its values [out, in], and its codes where it is rounded.
+
+    Attributes:
+        bits: of a weight, with its part of a scale.
+    """
 
     weight: Tensor
+    bits: float
     packed: Packed | None = None
-
-    @property
-    def bits(self) -> float:
-        """Of a weight, with its part of a scale."""
-        return OWN_BITS if self.packed is None else self.packed.bits
 
 
 # -- on a model ------------------------------------------------------------------------------------------------------
@@ -130,16 +131,17 @@ def served_inputs(ffn: FFN) -> list[Served]:
     found = []
     for module in modules:
         held, parts = packed(module), 2 if ffn.fused else 1
-        weights = weight_matrix(module).chunk(parts)
+        weights = ffn.matrix(module).chunk(parts)
         codes = [None] * parts if held is None else zip(held.codes.chunk(parts), held.scales.chunk(parts), strict=True)
         for weight, pair in zip(weights, codes, strict=True):
-            found.append(Served(weight, None if held is None or pair is None else Packed(*pair, held.rounding)))
+            codes_of = None if held is None or pair is None else Packed(*pair, held.rounding)
+            found.append(Served(weight, served_bits_of(module), codes_of))
     return found
 
 
 def served_output(ffn: FFN) -> Served:
     """The down projection, [D, F], as it would be served; of experts theirs below each other, [E D, I]."""
-    return Served(weight_matrix(ffn.down), packed(ffn.down))
+    return Served(ffn.matrix(ffn.down), served_bits_of(ffn.down), packed(ffn.down))
 
 
 def served_bits(ffns: Sequence[FFN]) -> float:
@@ -151,7 +153,11 @@ def served_bits(ffns: Sequence[FFN]) -> float:
 def served_bits_of(linear: nn.Module) -> float:
     """Bits of a weight of one projection as it would be served now, scales included."""
     held = _PACKED.get(linear)
-    return OWN_BITS if held is None else held.bits
+    if held is not None:
+        return held.bits
+    if (bits := quantised.noted(linear)) is not None:
+        return bits
+    return stored_bits(linear) if encoded(linear) else OWN_BITS
 
 
 def share(ffns: Sequence[FFN]) -> float:
@@ -179,7 +185,7 @@ class Rounded:
     def __init__(self, model: nn.Module, rounding: Rounding) -> None:
         self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Tensor, Packed]] = []
         for module in (m for f in find_ffns(model) for m in f.projections):
-            matrix = weight_matrix(module)
+            matrix = plain_matrix(module)
             held, parameter = rounded(matrix, rounding), parameter_of(module)
             self._held.append((module, parameter, parameter.data, _as_held(module, held, matrix.dtype), held))
 

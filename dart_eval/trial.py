@@ -184,6 +184,7 @@ def _rows(x: Tensor) -> Tensor:
 def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
     if s.x is None or s.h is None:
         raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
+    f.dtype = s.x.dtype
     refuse_not_finite(s.x, f"inputs of the FFN of layer {f.number}")
     refuse_not_finite(s.h, f"intermediate values h of the FFN of layer {f.number}")
     theirs, ours = _rows(s.h), _rows(f.intermediate(s.x))

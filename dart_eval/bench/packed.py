@@ -19,7 +19,7 @@ from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.twin import own_bytes, twin
 from dart_eval.bits import OWN_BITS, Rounding
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns, weight_matrix
+from dart_eval.ffn import find_ffns, plain_matrix
 from dart_eval.machine import foreign_cpu
 from dart_eval.pruning.products import product
 from dart_eval.rounding import rounded
@@ -64,11 +64,11 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     modules: list[Any] = [m for f in ffns for m in f.projections]
     if any(f.routed for f in ffns):
         raise UserError("rounded experts are not timed", "leave --ffn-bits out")
-    if weight_matrix(modules[0]).device.type != "cpu":
+    if plain_matrix(modules[0]).device.type != "cpu":
         raise UserError("rounded weights are timed on a CPU alone", "use --device cpu, or leave --ffn-bits out")
     made = []
     for module in modules:
-        matrix = weight_matrix(module)
+        matrix = plain_matrix(module)
         made.append(product(rounded(matrix, rounding), getattr(module, "bias", None), matrix.dtype))
     try:
         for module, forward in zip(modules, made, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.allocation import keep_counts
-from dart_eval.ffn import FFN, is_conv1d, weight_matrix
+from dart_eval.ffn import FFN, is_conv1d, plain_matrix, weight_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.parts.entries import Entries, Inputs
 from dart_eval.pruning.previews import Fine
@@ -64,7 +64,7 @@ class Finer:
         modules: list[Any] = ffn.projections
         found = []
         for module in modules:
-            matrix = weight_matrix(module)
+            matrix = plain_matrix(module)
             kept = self.part.values(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
             found.append((module, module.weight.data, kept.T.contiguous() if is_conv1d(module) else kept))
         return found

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dart_eval.demo_model import cache_dir
 from dart_eval.files import write_atomically
+from dart_eval.gguf import cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -140,7 +140,7 @@ def test_a_model_folder_without_configuration_is_refused(refused, model_folder):
 
 def test_a_model_folder_that_does_not_exist_is_not_sought_on_the_hub(refused):
     message = refused("run", "--tasks", "arc", "--model", "./nonexistent")
-    assert message.startswith("model folder ./nonexistent does not exist")
+    assert message.startswith("model ./nonexistent is neither a folder nor a GGUF file")
     assert "config.json" in message
 
 

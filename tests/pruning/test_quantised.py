@@ -8,8 +8,10 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn.functional import linear
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.ffn import cache_argument, find_ffns, stored_bits
 from dart_eval.pruning.permuted import quantised
+from dart_eval.quantised import values
+from dart_eval.rounding import rounded_ffns, served_bits_of, share
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import cache_of, open_session
 
@@ -24,6 +26,9 @@ class Boxed(torch.Tensor):
     def __init__(self, data):
         self.scale = data.abs().amax(1, keepdim=True) / 127
         self.integers = (data / self.scale).round().to(torch.int8)
+
+    def __tensor_flatten__(self):
+        return ["integers", "scale"], None
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -58,7 +63,7 @@ def _pack(module):
 
 def _eighths(module):
     """float8 and a scale beside it: the numbers alone say nothing of a row's norm."""
-    module.scale = module.weight.detach().abs().amax(1, keepdim=True) / 448
+    module.register_buffer("scale", module.weight.detach().abs().amax(1, keepdim=True) / 448)
     module.weight = torch.nn.Parameter((module.weight.detach() / module.scale).to(torch.float8_e4m3fn), False)
     module.forward = lambda x: linear(x, module.weight.to(x.dtype) * module.scale, module.bias)
 
@@ -95,17 +100,71 @@ def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(cha
     assert torch.equal(found, _decoded(model, "masked")[0])
 
 
+def _unpacked(model):
+    """The same model with plain weights that have the values of its quantised ones."""
+    plain = tiny("llama")
+    for ours, theirs in zip(_projections(plain), _projections(model), strict=True):
+        ours.weight = torch.nn.Parameter(values(theirs, theirs.in_features), requires_grad=False)
+    return plain
+
+
 @pytest.mark.parametrize("change", [_box, _pack, _eighths])
 @pytest.mark.parametrize("method", ["magnitude", "wanda-sp"])
-def test_methods_that_read_weights_refuse_quantised_ones_in_one_line(method, change):
+def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, change):
     model = tiny("llama")
     for module in _projections(model):
         change(module)
-    with (
-        pytest.raises(UserError, match=r"weights of Linear are .* cannot be read; load the model unquantised"),
-        open_session(model, method, 0.5),
-    ):
+    plain = _unpacked(model)
+    ids = torch.tensor([random_tokens(20)])
+    found = []
+    for one in (model, plain):
+        find_ffns(one)
+        with warnings.catch_warnings(), open_session(one, method, 0.4, execution="masked") as session:
+            warnings.simplefilter("ignore")
+            out = one(ids, use_cache=True)
+            step = one(ids[:, :1], use_cache=True, **{cache_argument(one): cache_of(out)})
+            found.append((step.logits, session.weights_read / share(find_ffns(one))))
+    (ours, read), (theirs, theirs_read) = found
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) and read == pytest.approx(theirs_read)
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("dart-plus", "top bits of 16-bit weights"),
+        ("planes", "planes are those of 16-bit weights, and these have"),
+        ("wanda", "others cannot stand in their place; load the model unquantised"),
+    ],
+)
+def test_what_needs_the_weights_themselves_is_refused_in_one_line(method, line):
+    model = tiny("llama")
+    for module in _projections(model):
+        _box(module)
+    before = [module.weight for module in _projections(model)]
+    with pytest.raises(UserError, match=line), open_session(model, method, 0.5):
         pass
+    with pytest.raises(UserError, match="others cannot stand in their place"), rounded_ffns(model, 4):
+        pass
+    assert all(a is b.weight for a, b in zip(before, _projections(model), strict=True))
+
+
+def test_a_bias_is_no_part_of_the_weights():
+    module = torch.nn.Linear(32, 40, dtype=torch.float64)
+    weight = module.weight.detach().clone()
+    _pack(module)
+    assert torch.allclose(values(module, 32), weight, atol=1e-12)
+    assert stored_bits(module) == 16
+
+
+def test_bits_are_those_that_are_stored():
+    model = tiny("llama")
+    (gate, *_), (up, *_), (down, *_) = ([getattr(f, n) for f in find_ffns(model)] for n in ("gate", "up", "down"))
+    assert served_bits_of(gate) == 16  # as models are served
+    _eighths(up)  # rows of 32 weights in 8 bits, with a scale of 64 bits each
+    _pack(down)  # plain numbers under another name
+    assert served_bits_of(up) == 8 + 64 / 32 and served_bits_of(down) == 16
+    _box(gate)
+    assert served_bits_of(gate) == 8 + 64 / 32
 
 
 def test_a_model_that_accelerate_spreads_is_still_reordered():

@@ -219,7 +219,10 @@ class FirstBits(Entries):
 
     def read(self, densities: float, bits: float, weight: Tensor) -> float:
         if bits != OWN_BITS:
-            raise UserError("planes are those of 16-bit weights, and these are rounded", "leave --ffn-bits out")
+            raise UserError(
+                f"planes are those of 16-bit weights, and these have {bits:.3g} bits",
+                "leave --ffn-bits out, or load the model unquantised",
+            )
         shown: float = self.bits or ALL_BITS
         if shown > MOST_IN_PLANE:
             shown = Plane().column(_served(weight), self.bits or ALL_BITS)
@@ -237,7 +240,7 @@ class FirstBits(Entries):
 def _served(weight: Tensor) -> Served:
     from dart_eval.rounding import Served
 
-    return Served(weight)
+    return Served(weight, OWN_BITS)
 
 
 ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, FirstBits)

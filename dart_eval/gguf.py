@@ -1,0 +1,135 @@
+"""GGUF files: converted once into a Hugging Face folder in the cache, under a lock, and loaded from there in seconds.
+
+The weights are expanded to plain numbers. How many bits an FFN weight has in the file is kept beside them, so that
+reads count the bytes that the file's own kernels would read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from dart_eval.errors import UserError, summary
+
+SUFFIX = ".gguf"
+BITS = "ffn_bits.json"  # in a converted folder: layer -> side -> bits of a weight in the file
+CONVERSION = 1  # raise when the conversion changes, so that old folders are not used
+FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps)?\.weight")
+
+
+def cache_dir() -> Path:
+    """`$DART_EVAL_CACHE`, else `$XDG_CACHE_HOME/dart-eval`, else `~/.cache/dart-eval`."""
+    if own := os.environ.get("DART_EVAL_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dart-eval"
+
+
+def folder(file: Path) -> Path:
+    """The folder that a GGUF file is converted into, made on first use.
+
+    Raises:
+        UserError: the package gguf is missing, or transformers cannot read the file.
+    """
+    if find_spec("gguf") is None:
+        raise UserError(f"{file} needs the package gguf", "run pip install gguf")
+    target = cache_dir() / f"{file.stem}-{_sha256(file)[:8]}-gguf{CONVERSION}"
+    return made(target, lambda work: convert(file, work, bits=True))
+
+
+def made(target: Path, make: Callable[[Path], None]) -> Path:
+    """A converted folder, made where it is not there yet: whole, or not at all.
+
+    Args:
+        target: where it will be. make: writes it into an empty folder.
+    """
+    if (target / "model.safetensors").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "model.safetensors").exists():  # another process may have made it meanwhile
+            work = target.with_name(target.name + ".partial")
+            shutil.rmtree(work, ignore_errors=True)
+            try:
+                (work / "model").mkdir(parents=True)
+                make(work / "model")
+                os.replace(work / "model", target)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def convert(file: Path, target: Path, bits: bool) -> None:
+    """Write the model and the tokenizer of a GGUF file as a Hugging Face folder.
+
+    Args:
+        bits: also write how many bits the FFN weights have in the file.
+
+    Raises:
+        UserError: transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except Exception as error:  # of transformers, of gguf, of the file system
+        raise UserError(
+            f"transformers cannot read {file} ({summary(error)})", "convert it to a Hugging Face folder first"
+        ) from error
+    # A model read from GGUF refuses save_pretrained: its state goes into a model made from its config.
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(target, max_shard_size="1TB")
+    tokenizer.save_pretrained(target)
+    if bits:
+        (target / BITS).write_text(json.dumps(_bits(file), indent=1), encoding="utf-8")
+
+
+def _bits(file: Path) -> dict[str, dict[str, float]]:
+    """Layer -> gate, up, down -> bits of a weight, its part of scales included."""
+    from gguf import GGUFReader
+
+    found: dict[str, dict[str, float]] = {}
+    for tensor in GGUFReader(file).tensors:
+        if match := FFN_TENSOR.fullmatch(tensor.name):
+            layer, side = match.groups()
+            found.setdefault(layer, {})[side] = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
+    return found
+
+
+def note_bits(source: str, model: Any) -> None:
+    """Note of a model that was loaded from a converted folder how many bits its FFN weights have in the file."""
+    kept = Path(source) / BITS
+    if not kept.is_file():
+        return
+    from dart_eval import quantised
+    from dart_eval.ffn import describe
+
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    for ffn in describe(model):
+        sides = found[str(ffn.number)]
+        into = [sides[name] for name in ("gate", "up") if name in sides]
+        quantised.note(ffn.down, sides["down"])
+        quantised.note(ffn.up, sides["up"] if ffn.gate is not None else sum(into) / len(into))
+        if ffn.gate is not None:
+            quantised.note(ffn.gate, sides["gate"])
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""FFN weights that a checkpoint holds in few bits: what they cost, and what they stand for.
+
+Quantisation libraries keep weights in forms of their own. Two things hold for all of them: what a projection has to
+read is what it holds, and what its weights stand for is what its own forward makes of unit vectors. No state dict is
+asked for: that of bitsandbytes 0.50 turns weights back that it has turned around for a CPU, and leaves wrong scales.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.bits import OWN_BITS
+
+CHUNK = 1024  # unit vectors that go through a projection at a time
+# What libraries keep beside parameters and buffers, in objects of their own, and what of it is no part of the weights.
+OBJECTS = ("quant_state", "state2", "state")
+NO_PART = ("bias", "code")  # the other: the values that codes stand for, the same for all
+
+_NOTED: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+def note(linear: nn.Module, width: float) -> None:
+    """Keep how many bits a weight of a projection has in its checkpoint, before what holds it changes.
+
+    Weights of a GGUF file are expanded when it is loaded, and bitsandbytes rounds scales when it first runs on a CPU.
+    """
+    _NOTED.setdefault(linear, width)
+
+
+def noted(linear: nn.Module) -> float | None:
+    """What was noted of a projection; None: nothing."""
+    return _NOTED.get(linear)
+
+
+def bits(tensors: Iterable[Any], weights: int) -> float:
+    """Bits of a weight, its part of scales and zero points included, of a matrix that these tensors hold.
+
+    Args:
+        weights: how many they stand for.
+    """
+    return sum(found for tensor in tensors for found in _bits(tensor, weights)) / weights
+
+
+def held(linear: nn.Module) -> list[Tensor]:
+    """The tensors in which a projection holds its weights."""
+    named = [*linear.named_parameters(), *linear.named_buffers()]
+    plain = [value for _, value in named if not hasattr(value, "__tensor_flatten__")]  # others name their own parts
+    found: dict[tuple[int, int], Tensor] = {}
+    for name, tensor in [*named, *_beside(linear), *(one for value in plain for one in _beside(value))]:
+        if name.rpartition(".")[2] not in NO_PART:
+            place = id(tensor) if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
+            found.setdefault((place, tensor.numel()), tensor)
+    return list(found.values())
+
+
+def _beside(holder: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that stand as plain attributes of a parameter, or of a library's object."""
+    if not isinstance(holder, nn.Module):
+        yield from ((n, v) for n, v in getattr(holder, "__dict__", {}).items() if isinstance(v, Tensor) and n != "grad")
+    for name in OBJECTS:
+        if (inner := getattr(holder, name, None)) is not None and not isinstance(inner, (Tensor, nn.Module)):
+            yield from _beside(inner)
+
+
+def _bits(value: Any, weights: int) -> Iterator[float]:
+    """The bits of every tensor inside one of a library's own."""
+    if not isinstance(value, Tensor):
+        return
+    if not hasattr(value, "__tensor_flatten__"):
+        plain = value.is_floating_point() and value.numel() == weights  # under another name: see `OWN_BITS`
+        yield float(value.numel() * min(8 * value.element_size(), OWN_BITS if plain else 64))
+        return
+    names, _ = value.__tensor_flatten__()
+    narrow = _width(getattr(value, "target_dtype", None))
+    for name in names:
+        part = getattr(value, name)
+        if narrow and name == "qdata":  # torchao keeps codes of few bits in a byte each where no kernel takes them
+            yield float(narrow * part.numel())
+        else:
+            yield from _bits(part, weights)
+
+
+def _width(dtype: Any) -> int:
+    """Bits of a dtype of less than a byte (`torch.int4`); 0: of any other."""
+    found = re.fullmatch(r"torch\.u?int([1-7])", str(dtype))
+    return int(found.group(1)) if found else 0
+
+
+@torch.no_grad()
+def values(linear: Any, width: int) -> Tensor:
+    """[out, in], what the weights of a projection stand for: its forward of unit vectors, without its bias.
+
+    Exact for weights that are rounded, in the dtype that the projection computes in. Inputs that are rounded on the way
+    do not matter: a unit vector's largest entry is its only one.
+
+    Args:
+        linear: the projection. width: of its inputs.
+    """
+    device, dtype = next(t.device for t in held(linear)), _computes_in(linear)
+    bias = getattr(linear, "bias", None)
+    columns = []
+    for start in range(0, width, CHUNK):
+        count = min(CHUNK, width - start)
+        units = torch.zeros(count, width, device=device, dtype=dtype)
+        units[torch.arange(count), torch.arange(start, start + count)] = 1
+        made = linear.forward(units)  # without the hooks that prune it
+        columns.append(made if bias is None else made - bias)
+    return torch.cat(columns).T.contiguous()
+
+
+def _computes_in(linear: Any) -> torch.dtype:
+    """The dtype of what a projection is given."""
+    found: Any = getattr(linear, "compute_dtype", None)  # bitsandbytes
+    weight = getattr(linear, "weight", None)
+    for dtype in (found, getattr(weight, "dtype", None), *(t.dtype for t in held(linear))):
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+    return torch.float32

@@ -1,0 +1,107 @@
+"""Checkpoints of torchao and bitsandbytes: their real bits, what they stand for, and a board with their bytes."""
+
+import warnings
+
+import bitsandbytes
+import pytest
+import torch
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from torchao.quantization.granularity import PerGroup
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
+
+from dart_eval.config import config_from
+from dart_eval.ffn import find_ffns, weight_matrix
+from dart_eval.models import ModelSpec, resolve
+from dart_eval.results.board import boards
+from dart_eval.results.store import Store
+from dart_eval.rounding import served_bits, served_bits_of
+from tests.helpers.commands import Watch, run_local
+from tests.helpers.models import VOCAB
+
+WIDTH, SIZE = 64, 128
+KINDS = {
+    "torchao-8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+    "torchao-4": lambda: TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+    "bitsandbytes-8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes-4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    ),
+}
+# Of a weight of gate (rows of 64) and of down (rows of 128), with its part of what else is stored.
+BITS = {
+    "torchao-8": (8 + 40 / 64, 8 + 40 / 128),  # a scale of 32 bits and a zero point of 8 for each row
+    "torchao-4": (4 + 24 / 32, 4 + 24 / 32),  # a scale of 16 bits and a zero point of 8 for 32 weights
+    "bitsandbytes-8": (8 + 32 / 64, 8 + 32 / 128),  # a scale of 32 bits for each row
+    "bitsandbytes-4": (4 + 32 / 64, 4 + 32 / 64),  # a scale of 32 bits for 64 weights
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, tokenizer):
+    """Folder by kind."""
+    base = tmp_path_factory.mktemp("plain")
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=SIZE, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config)
+    for p in plain.parameters():
+        p.data.add_(torch.randn_like(p) * 0.2)
+    plain.to(torch.bfloat16).save_pretrained(base)
+    found = {}
+    for kind, how in KINDS.items():
+        found[kind] = tmp_path_factory.mktemp("kinds") / kind
+        model = AutoModelForCausalLM.from_pretrained(base, quantization_config=how(), dtype=torch.bfloat16)
+        model.save_pretrained(found[kind])
+        tokenizer.save_pretrained(found[kind])
+    return found
+
+
+def _loaded(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return resolve(ModelSpec(str(folder))).load()[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_are_those_of_the_checkpoint(checkpoints, kind):
+    (first, *_) = ffns = find_ffns(_loaded(checkpoints[kind]))
+    assert (served_bits_of(first.gate), served_bits_of(first.down)) == BITS[kind]
+    assert served_bits(ffns) == (2 * BITS[kind][0] + BITS[kind][1]) / 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_what_the_library_says_they_are(checkpoints, kind):
+    model = _loaded(checkpoints[kind])
+    modules = [m for layer in model.model.layers for m in layer.mlp.children() if hasattr(m, "weight")]
+    # Asked before any forward: bitsandbytes turns its weights around in the first one on some CPUs.
+    theirs = [_dequantised(kind, module) for module in modules]
+    find_ffns(model)
+    for module, values in zip(modules, theirs, strict=True):
+        ours = weight_matrix(module)
+        assert ours.shape == values.shape
+        assert torch.allclose(ours.float(), values.float(), rtol=2**-7, atol=1e-6)  # products round to bfloat16
+
+
+def _dequantised(kind, module):
+    if kind.startswith("torchao"):
+        return module.weight.dequantize()
+    if kind.endswith("8"):
+        return module.weight * module.weight.SCB[:, None] / 127
+    return bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torchao-4", "bitsandbytes-4"])
+def test_a_model_of_4_bits_and_its_pruned_self_stand_on_a_board_with_their_bytes(checkpoints, kind, tmp_path):
+    given = {"method": "dense,griffin,magnitude,cats", "sparsity": 0.5, "tasks": "smoke_questions,smoke_summary"}
+    given |= {"limit": 2, "model": str(checkpoints[kind]), "output": str(tmp_path / "out")}
+    result = run_local(config_from(None, given), Watch())
+    assert not result.failed and len(result.records) == 8
+    (board,) = boards(Store(tmp_path / "out"), result.records)
+    share = (2 * BITS[kind][0] + BITS[kind][1]) / 3 / 16
+    reads = {row.label: row.read for level in board.levels for row in level.rows}
+    assert reads["dense"] == pytest.approx(share)
+    for method in ("griffin", "magnitude", "cats"):
+        assert reads[method] == pytest.approx(share / 2, abs=0.005)
