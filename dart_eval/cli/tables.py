@@ -11,6 +11,7 @@ import typer
 from dart_eval.cli.options import one_of
 from dart_eval.cli.view import put, save_text
 from dart_eval.files import check_target, format_of
+from dart_eval.results.rows import of_tasks
 from dart_eval.results.store import Store
 from dart_eval.results.tables import FORMATS
 from dart_eval.results.tables import render as as_data
@@ -32,11 +33,22 @@ Subtasks = Annotated[
 ]
 
 
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", metavar="NAMES",
+        help="Show the cells of these tasks alone, with commas between them: methods that ran on other tasks stand on "
+        "one board.",
+    ),
+]  # fmt: skip
+
+
 def tables(
     folder: Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")] = Path("out"),
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP, metavar="FORMAT")] = None,
     view: Annotated[str, one_of(VIEWS, "view", VIEW_HELP, metavar="NAME")] = BOARD,
     subtasks: Subtasks = False,
+    tasks: Tasks = None,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")
     ] = None,
@@ -49,6 +61,8 @@ def tables(
 
       dart-eval tables out --view long
 
+      dart-eval tables out --tasks arc,hellaswag
+
       dart-eval tables out --format json
 
       dart-eval tables out --format tex --save tables.tex
@@ -56,13 +70,14 @@ def tables(
     from dart_eval.cli.views import draw_frontier, print_view, render  # statistics, which `--help` does without
 
     store = Store(folder)
-    if view == FRONTIER and save is not None and save.suffix in PICTURES:
-        draw_frontier(store, save)
-        return
+    picture = view == FRONTIER and save is not None and save.suffix in PICTURES
     if save is not None:
         check_target(save)
-        format = format_of(save, format, FORMATS)
-    records = store.load()
+        format = None if picture else format_of(save, format, FORMATS)
+    records = of_tasks(store.load(), tasks)
+    if picture and save is not None:
+        draw_frontier(store, records, save)
+        return
     if format is None and save is None and (sys.stdout.isatty() or view == BOARD):
         print_view(view, store, records, subtasks)
         return

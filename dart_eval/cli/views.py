@@ -12,7 +12,7 @@ from dart_eval.bench import kept
 from dart_eval.cli.tables import ALL, BOARD, FRONTIER
 from dart_eval.cli.view import say, show
 from dart_eval.errors import UserError
-from dart_eval.files import check_target, write
+from dart_eval.files import write
 from dart_eval.results import board_text, detector, frontier, generated, tables, writers
 from dart_eval.results.board import Board, boards
 from dart_eval.results.record import Record
@@ -61,14 +61,13 @@ def _view(view: str, store: Store, records: Sequence[Record], subtasks: bool) ->
     return [] if view == FRONTIER else made, found
 
 
-def draw_frontier(store: Store, path: Path) -> None:
-    """Draw quality against bytes read into a file.
+def draw_frontier(store: Store, records: Sequence[Record], path: Path) -> None:
+    """Draw quality against bytes read into a file that can be written.
 
     Raises:
         UserError: the folder has several models, or nothing that could be drawn.
     """
-    check_target(path)
-    made = boards(store, store.load())
+    made = boards(store, records)
     if len(made) > 1:
         problem = f"{store.folder} has the results of several models"
         raise UserError(problem, "give each model an --output of its own to draw it")

@@ -9,14 +9,37 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dart_eval.errors import UserError, nearest
 from dart_eval.results.inputs import COLUMNS
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Metric, Record
+from dart_eval.task_names import ALIASES
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
+
+
+def of_tasks(records: Sequence[Record], names: str | None) -> list[Record]:
+    """The records of some tasks.
+
+    Args:
+        records: of a folder. names: with commas between them, those that stand for several tasks too; None: all.
+
+    Raises:
+        UserError: the folder has no cell of one of them.
+    """
+    if names is None:
+        return list(records)
+    had = {str(r.inputs["task"]) for r in records}
+    wanted: set[str] = set()
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        found = had & {name, *ALIASES.get(name, ())}
+        if not found:
+            raise UserError(f"the folder has no cell of task {name!r}", nearest(name, had) or ", ".join(sorted(had)))
+        wanted |= found
+    return [r for r in records if r.inputs["task"] in wanted]
 
 
 def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:

@@ -155,6 +155,18 @@ def test_a_row_that_lacks_a_task_takes_no_part(tmp_path):
     assert "A row that lacks a task (-) stands last" in " ".join(board_text.lines(made, 120))
 
 
+def test_a_board_of_some_tasks_holds_rows_against_each_other_that_ran_on_these(tmp_path):
+    records = [choices(0.8, task, "dense") for task in ("arc_easy", "boolq")]
+    records += [choices(0.6, "arc_easy", "griffin"), choices(0.7, "arc_easy", "dart"), choices(0.5, "boolq", "griffin")]
+    folder = save(tmp_path, *records)
+    shown = command("tables", folder, "--tasks", "arc")  # stands for arc_easy and arc_challenge
+    assert "boolq" not in shown.out and "takes no part in the test" not in shown.out
+    assert "At read 0.30 dart keeps the most" in " ".join(shown.out.split())
+    assert "boolq" in command("tables", folder, "--tasks", "arc_easy,boolq").out
+    wrong = command("tables", folder, "--tasks", "bolq")
+    assert (wrong.code, wrong.err) == (2, "error: the folder has no cell of task 'bolq'; did you mean boolq?\n")
+
+
 @pytest.mark.parametrize(
     ("share", "wins", "said"),
     [(0.78, True, "more than that, and it is more than noise"), (0.61, False, "no difference that is more than noise"),
