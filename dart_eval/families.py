@@ -103,6 +103,14 @@ RECURRENT_OUTPUTS = (
     "mixer.out_proj",
 )  # fmt: skip
 
+# Parts of a layer that hold matrices and are no FFN, whatever ran beside one: norms with a gate (A.X K2), what spreads
+# the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), or adds what a token's own
+# embedding says.
+STREAMS = (
+    "input_layernorm", "post_attention_layernorm", "attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection",
+    "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection",
+)  # fmt: skip
+
 
 def get(module: Any, path: str) -> Any:
     for name in path.split("."):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dart_eval import experts
 from dart_eval.errors import UserError, out_of_memory, summary
+from dart_eval.families import STREAMS
 from dart_eval.finite import refuse_not_finite
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ def _mixture(layer: nn.Module) -> nn.Module | None:
 def _parts_of(ffns: Sequence[FFN], layer: nn.Module) -> set[int]:
     """By identity, the modules of a layer that are no strangers to its FFNs: these, the attention, experts' routers."""
     known = {id(m) for f in ffns for part in f.projections for m in part.modules()}  # adapters too
-    for child in layer.children():
+    for name, child in layer.named_children():
         inner = list(child.modules())
-        if any(m is ffns[0].attention for m in inner) or any(experts.is_routed(m) for m in inner):
+        if name in STREAMS or any(m is ffns[0].attention for m in inner) or any(experts.is_routed(m) for m in inner):
             known.update(id(m) for m in inner)
     return known
 

@@ -109,21 +109,24 @@ def _largest(config: Any, name: str) -> Any:
         return max(getattr(config.per_layer_config[i], name) for i in range(config.num_hidden_layers))
 
 
-def batches(lengths: Sequence[int], rows: int, tokens: int | None = None, forward: int = 0) -> list[slice]:
+def batches(
+    lengths: Sequence[int], rows: int, tokens: int | None = None, forward: int = 0, padded: bool = True
+) -> list[slice]:
     """Cut rows, longest first, into batches with the least padded tokens + `forward` per batch.
 
     Args:
         lengths: of the rows, in falling order. rows: most per batch. tokens: most rows x longest, but for single rows.
+        padded: rows of different lengths may run together (`cache.can_pad`).
     """
     n = len(lengths)
     best, start = [0] * (n + 1), [0] * (n + 1)  # of the first j rows: least cost; where their last batch begins
     for j in range(1, n + 1):
         best[j] = -1
         for i in range(j - 1, max(-1, j - 1 - rows), -1):
-            padded = (j - i) * lengths[i]
-            if tokens is not None and padded > tokens and j - i > 1:
+            size = (j - i) * lengths[i]
+            if (tokens is not None and size > tokens and j - i > 1) or (not padded and lengths[i] != lengths[j - 1]):
                 break  # longer batches begin with rows at least as long
-            cost = best[i] + padded + forward
+            cost = best[i] + size + forward
             if best[j] < 0 or cost <= best[j]:
                 best[j], start[j] = cost, i
     parts = []
@@ -133,11 +136,13 @@ def batches(lengths: Sequence[int], rows: int, tokens: int | None = None, forwar
     return parts[::-1]
 
 
-def padded_batches(lengths: Sequence[int], rows: int, tokens: int | None, forward: int) -> list[slice]:
+def padded_batches(
+    lengths: Sequence[int], rows: int, tokens: int | None, forward: int, padded: bool = True
+) -> list[slice]:
     """The same as `batches`, with rows that have no tokens (the last ones) in batches of their own."""
     longer = sum(n > 0 for n in lengths)
     empty = [slice(longer + p.start, longer + p.stop) for p in batches(lengths[longer:], rows)]
-    return batches(lengths[:longer], rows, tokens, forward) + empty
+    return batches(lengths[:longer], rows, tokens, forward, padded) + empty
 
 
 @dataclass(frozen=True)

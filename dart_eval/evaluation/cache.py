@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import typing
 from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from dart_eval.ffn import cache_argument
+
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def new_cache(model: PreTrainedModel) -> Any:
-    """An empty cache: sliding layers keep their window only."""
-    return DynamicCache(config=model.config)
+    """An empty cache: sliding layers keep their window only. Of the class that the model says it takes (MiniMax)."""
+    said = inspect.signature(model.base_model.forward).parameters.get(cache_argument(model))
+    kinds = [] if said is None else [c for c in typing.get_args(said.annotation) if isinstance(c, type)]
+    own = next((c for c in kinds if issubclass(c, DynamicCache) and c is not DynamicCache), None)
+    return DynamicCache(config=model.config) if own is None else own()
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether a cache keeps keys and values per token, and nothing else."""
+    return type(cache) is DynamicCache and all(type(layer) in PLAIN for layer in cache.layers)
 
 
 def fork(cache: Any, rows: Tensor | None = None) -> Any:
     """An independent copy for the given rows (indices, repeats allowed; None: all)."""
-    if not all(type(layer) in PLAIN for layer in cache.layers):
+    if not _is_plain(cache):
         forked = copy.deepcopy(cache)
         if rows is not None and cache.get_seq_length():
             forked.reorder_cache(rows)  # linear attention has no batch_select_indices
+            for name, states in vars(forked).items():  # what a class of the model's own keeps beside its layers
+                if isinstance(states, list) and name != "layers":
+                    states[:] = [s.index_select(0, rows.to(s.device)) if isinstance(s, Tensor) else s for s in states]
         return forked
     # Their tensors are replaced by new ones, never written to: the copies may share them until then.
     forked = copy.copy(cache)
@@ -39,11 +54,20 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
     Not where layers keep something else than keys and values per token, or look back in chunks (whose borders padding
     moves).
     """
-    if not all(type(layer) in PLAIN for layer in new_cache(model).layers):
+    if not _is_plain(new_cache(model)):
         return False
     config = model.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ())
     return not types - {"full_attention", "sliding_attention"} and not getattr(config, "attention_chunk_size", None)
+
+
+def can_pad(model: PreTrainedModel) -> bool:
+    """Whether rows may run with padding on their left. `forwards.output_head` checks what this says.
+
+    Not where layers keep something in a class of the model's own: DeepSeek V4 pools every few columns, tokens or not.
+    """
+    known = DynamicLayer.__module__
+    return all(type(layer).__module__ == known for layer in new_cache(model).layers)
 
 
 def prefix_cache() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation.cache import new_cache
+from dart_eval.evaluation.cache import can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.ffn import cache_argument
 from dart_eval.finite import refuse_not_finite
 from dart_eval.pruning.cache_watch import cache_in
 from dart_eval.trial import telling
+
+# Models that compute several tokens after a cached context wrongly, and one token rightly (Jamba: its state space begins
+# anew). `output_head` finds out.
+_ONE_BY_ONE: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class Forwards:
@@ -29,12 +34,14 @@ class Forwards:
     Attributes:
         angles: rotary ones that depend on the length of rows. Rows of a forward have the same (`Angles.of`), and it
             runs inside `angles.held`.
+        padded: rows of a forward may have padding on their left (`cache.can_pad`).
+        room: tokens that may run at once on a filled cache; None for any number.
     """
 
     def __init__(self, model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
         self.model, self.head = model, head
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-        self.angles = Angles(model)
+        self.angles, self.padded, self.room = Angles(model), can_pad(model), 1 if model in _ONE_BY_ONE else None
         self._cache_name = cache_argument(model)
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
 
@@ -46,6 +53,11 @@ class Forwards:
             kwargs["position_ids"] = positions.masked_fill(~attention[:, -tokens.shape[1] :], 0)
         base = self.model.base_model
         return base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
+
+    def blocks(self, tokens: int) -> list[slice]:
+        """How so many tokens run on a filled cache: in one forward, or one by one."""
+        size = self.room or max(tokens, 1)
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def answers(self) -> Answers:
         """A new set of questions to the output head."""
@@ -96,23 +108,48 @@ def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> Non
 
 
 def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
-    """Whether tokens after a cached context have the logits that they have in the whole text. See `output_head`."""
-    forwards, name = Forwards(model, head), type(model).__name__
-    tokens = (torch.arange(5, device=forwards.device) % model.config.get_text_config().vocab_size)[None]
-    positions = torch.arange(5, device=forwards.device)[None]
+    """Whether tokens after a cached context have the logits that they have in the whole text. See `output_head`.
+
+    Where they have these one by one alone, they will run so (`Forwards.room`). Then whether a row has them behind
+    padding.
+    """
+    name, device = type(model).__name__, model.get_input_embeddings().weight.device
+    tokens = (torch.arange(9, device=device) % model.config.get_text_config().vocab_size)[None]
     with telling(model):
         whole = model(input_ids=tokens).logits[0, -1].float().cpu()
         cache_in(model(input_ids=tokens[:, :3], use_cache=True), name)
-        cache = new_cache(model)  # MiniMax takes none but its own
-        for part in (slice(3), slice(3, 5)):
-            valid = torch.ones(1, part.stop, dtype=torch.bool, device=forwards.device)
-            hidden = forwards(tokens[:, part], valid, positions[:, part], cache)
-        block = head(hidden[0, -1:])[0].float().cpu()
-    if not _close(block, whole, 0.1):  # Jamba; rounding in 16 bits is far less
-        raise UserError(
-            f"{name} gives other logits to several tokens after a cached context than in the whole text",
-            "its answers cannot be scored; generation works",
-        )
+        _ONE_BY_ONE.discard(model)
+        if not _close(_after_cache(model, head, tokens), whole, 0.1):  # rounding in 16 bits is far less
+            _ONE_BY_ONE.add(model)
+            if not _close(_after_cache(model, head, tokens), whole, 0.1):
+                raise UserError(
+                    f"{name} gives other logits to tokens after a cached context than in the whole text",
+                    "its answers cannot be scored; generation works",
+                )
+        if can_pad(model) and not _close(_behind_padding(model, head, tokens), whole, 0.1):
+            raise UserError(
+                f"{name} gives other logits to a row that has padding than to the row alone",
+                "its answers cannot be scored in batches, nor its texts",
+            )
+
+
+def _after_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """[V] fp32 on the CPU: logits of the last token [1, T], where the last ones run on the cache of the first three."""
+    forwards, cache = Forwards(model, head), new_cache(model)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    for part in (slice(3), *(slice(3 + b.start, 3 + b.stop) for b in forwards.blocks(tokens.shape[1] - 3))):
+        valid = torch.ones(1, part.stop, dtype=torch.bool, device=tokens.device)
+        hidden = forwards(tokens[:, part], valid, positions[:, part], cache)
+    return head(hidden[0, -1:])[0].float().cpu()
+
+
+def _behind_padding(model: PreTrainedModel, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+    """The same with all tokens in one forward, after three columns of padding."""
+    valid = torch.ones(1, tokens.shape[1] + 3, dtype=torch.bool, device=tokens.device)
+    valid[:, :3] = False
+    padded = torch.cat([torch.zeros_like(tokens[:, :3]), tokens], 1)
+    hidden = Forwards(model, head)(padded, valid, valid.long().cumsum(1) - 1, new_cache(model))
+    return head(hidden[0, -1:])[0].float().cpu()
 
 
 def _close(ours: Tensor, theirs: Tensor, share: float) -> bool:

@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList
 from dart_eval.errors import UserError
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches
+from dart_eval.evaluation.cache import can_pad
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.fitting import fit
 from dart_eval.evaluation.requests import Text
@@ -136,7 +137,8 @@ class Generator:
         for alike in self.angles.together([(p.tokens, p.tokens + new) for p in prompts]):
             sizes = [prompts[n].tokens + new for n in alike]
             # Every new token is a forward: full batches save more than padding costs.
-            for part in batches(sizes, self.budget.rows, self.budget.generated, new * self.budget.forward):
+            most, forward = self.budget.generated, new * self.budget.forward
+            for part in batches(sizes, self.budget.rows, most, forward, can_pad(self.lm.model)):
                 together = [prompts[n] for n in alike[part]]
                 yield Prompts(together, longest, new, stop, kwargs, sampling.draws(settings))
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.costs import Cost
@@ -76,6 +77,12 @@ class WholeInputs(Scoring):
     session: Session
 
     def __init__(self, forwards: Forwards, session: Session, budget: Budget, scope: str) -> None:
+        if forwards.room and scope not in ("all", "last"):
+            raise UserError(
+                f"{type(forwards.model).__name__} takes one token at a time after a cached context, and the scope "
+                f"{scope} runs several",
+                "use --scope scored",
+            )
         self.forwards, self.session, self.budget, self.scope = forwards, session, budget, scope
 
     def units(self, requests: Sequence[Request]) -> list[Inputs]:
@@ -93,7 +100,8 @@ class WholeInputs(Scoring):
 
         for (angles, _), found in itertools.groupby(order, key=alike):
             group = list(found)
-            for part in batches([len(inputs) for inputs, _ in group], most.rows, most.tokens, most.forward):
+            lengths = [len(inputs) for inputs, _ in group]
+            for part in batches(lengths, most.rows, most.tokens, most.forward, self.forwards.padded):
                 targets = [[(i, requests[i].continuation) for i in rows[r]] for r in group[part]]
                 units.append(Inputs([inputs for inputs, _ in group[part]], targets, angles))
         return units

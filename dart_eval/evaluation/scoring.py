@@ -188,7 +188,7 @@ class Scorer(Scoring):
         tokens = self.budget.tokens
         if tokens is not None and self.budget.cached is not None and lengths[0]:
             tokens = min(tokens, self.budget.cached * todo[0] // lengths[0])  # the cache holds the prefix for every row
-        return padded_batches(todo, self.budget.rows, tokens, self.budget.forward)
+        return padded_batches(todo, self.budget.rows, tokens, self.budget.forward, self.forwards.padded)
 
     def _shared(self, batch: Batch) -> _Prefix | None:
         """The prefix that a batch shares, from the batch before or run now."""
@@ -274,8 +274,11 @@ class Scorer(Scoring):
         """Let an oracle see what is to be scored. The cache is used up."""
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         positions = seen.long().sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=self.forwards.device)
-        with self.session.foresee(valid):
-            self.forwards(tokens, torch.cat([seen, valid], 1), positions, cache)
+        for part in self.forwards.blocks(tokens.shape[1]):
+            new, see = valid[:, part], self.session.extend if part.start else self.session.foresee
+            seen = torch.cat([seen, new], 1)
+            with see(new):
+                self.forwards(tokens[:, part], seen, positions[:, part], cache)
 
     def _run_rows(self, rows: list[Row], seen: Tensor, cache: Any, answers: Answers) -> list[Cost]:
         """Run candidates after their contexts' caches, in blocks that end where a mask may change."""
@@ -284,7 +287,7 @@ class Scorer(Scoring):
         pruned_tokens, not_read, outside = torch.zeros(3, len(rows), dtype=torch.float64)  # sums over tokens
         session, start = self.session, 0
         while start < tokens.shape[1]:
-            room = session.room()
+            room = self.forwards.room or session.room()
             end = min(tokens.shape[1], start + room) if room else tokens.shape[1]
             block, mask = tokens[:, start:end], valid[:, start:end]
             positions = offset + torch.arange(start, end, device=self.forwards.device)
