@@ -25,7 +25,11 @@ class Layout:
         block: module whose first input is the FFN's.
         up, down, gate: the projections. gate is None for plain FFNs; `fused` halves of up hold gate, up.
         act: the activation: the first of these paths that there is, or a function.
-        factor: number by which gate x is multiplied before the activation.
+        factors, lifts: what gate x is multiplied by before the activation, and up x before it is multiplied.
+        limit: the number that gate x is bounded by before the activation, and the absolute value of up x.
+        alpha: in place of act: of x sigmoid(alpha x), where the other factor is up x + 1.
+        norm: between h and down.
+        Most families have none of these four.
     """
 
     block: str
@@ -34,7 +38,11 @@ class Layout:
     act: tuple[str | Callable[[Tensor], Tensor], ...]
     gate: str | None = None
     fused: bool = False
-    factor: str | None = None
+    factors: tuple[str, ...] = ()
+    lifts: tuple[str, ...] = ()
+    limit: str | None = None
+    alpha: str | None = None
+    norm: str | None = None
 
 
 # Experts of every token, beside those that it is routed to.
@@ -43,16 +51,27 @@ SHARED = (
 )  # fmt: skip
 
 
-def _shared(block: str, gated: bool) -> Layout:
+def _shared(block: str) -> tuple[Layout, ...]:
+    """Experts of every token: gated, in one projection (MiniMax M3), plain."""
     up, down, act, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "act_fn", "gate_proj"))
-    return Layout(block, up, down, (act,), gate=gate if gated else None)
+    return Layout(block, up, down, (act,), gate=gate, limit=f"{block}.limit"), _bounded(block), Layout(block, up, down, (act,))
+
+
+def _bounded(block: str) -> Layout:
+    """gpt-oss's gate, outside of experts (MiniMax M3)."""
+    up, down, limit, alpha = (f"{block}.{n}" for n in ("gate_up_proj", "down_proj", "swiglu_limit", "swiglu_alpha"))
+    return Layout(block, up, down, (), fused=True, limit=limit, alpha=alpha)
 
 
 LAYOUTS = (
-    # Llama, Mistral, Qwen2/3/3.5, Gemma 1-4, OLMo, SmolLM, Granite, Cohere, StableLM
-    Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj"),
+    # Llama, Mistral, Qwen2/3/3.5, Gemma 1-4, OLMo, SmolLM, Granite, Cohere, StableLM; BitNet's norm, Dory's factors
+    Layout(
+        "mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj",
+        factors=("mlp.suv_gate", "mlp.suv_scale"), lifts=("mlp.suv_up", "mlp.suv_scale"), norm="mlp.ffn_sub_norm",
+    ),
     # Phi-3, GLM-4
     Layout("mlp", "mlp.gate_up_proj", "mlp.down_proj", ("mlp.activation_fn", "mlp.act_fn"), fused=True),
+    _bounded("mlp"),
     Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn",)),  # Nemotron, Arcee, Apertus, Jais 2
     Layout("mlp", "mlp.c_fc", "mlp.c_proj", ("mlp.act",)),  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder2
     # GPT-NeoX, Falcon; BLOOM
@@ -64,7 +83,7 @@ LAYOUTS = (
     # Bamba, Falcon-H1
     Layout(
         "feed_forward", "feed_forward.up_proj", "feed_forward.down_proj", ("feed_forward.act_fn",),
-        gate="feed_forward.gate_proj", factor="feed_forward.gate_multiplier",
+        gate="feed_forward.gate_proj", factors=("feed_forward.gate_multiplier",),
     ),
     # LFM2, LFM3
     Layout("feed_forward", "feed_forward.w3", "feed_forward.w2", (nn.functional.silu,), gate="feed_forward.w1"),
@@ -77,7 +96,7 @@ LAYOUTS = (
     Layout("mixer", "mixer.up_proj", "mixer.down_proj", ("mixer.act_fn",)),  # Nemotron-H
     Layout("ffn", "ffn.up_proj", "ffn.down_proj", ("ffn.act",)),  # MPT
     Layout("ffn", "ffn.0", "ffn.2", ("ffn.1",)),  # CTRL
-    *(_shared(block, gated) for gated in (True, False) for block in SHARED),
+    *(layout for block in SHARED for layout in _shared(block)),
 )  # fmt: skip
 
 # The norm whose input is the residual stream that enters the FFN, most specific first.
@@ -89,8 +108,8 @@ RESIDUAL_NORMS = (
 # A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2; GLM-4; HyperCLOVA X; LFM3): the FFN's effect leaves
 # it.
 OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2", "post_ffn_norm")
-# Of the FFN's output: Granite, HyperCLOVA X; MiniCPM3; Falcon-H1.
-SCALES = ("residual_multiplier", "residual_scale", "feed_forward.down_multiplier")
+# Of the FFN's output: Granite, HyperCLOVA X; MiniCPM3; Falcon-H1; Inkling.
+SCALES = ("residual_multiplier", "residual_scale", "feed_forward.down_multiplier", "mlp.global_scale")
 ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.o_b_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj",
     "attn.Wo",
@@ -104,11 +123,11 @@ RECURRENT_OUTPUTS = (
 )  # fmt: skip
 
 # Parts of a layer that hold matrices and are no FFN, whatever ran beside one: norms with a gate (A.X K2), what spreads
-# the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), or adds what a token's own
-# embedding says.
+# the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), adds what a token's own
+# embedding says, or convolutions of a few tokens behind attention and FFN (Inkling).
 STREAMS = (
     "input_layernorm", "post_attention_layernorm", "attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection",
-    "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection",
+    "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
 )  # fmt: skip
 
 

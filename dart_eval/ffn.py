@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval import experts, quantised, trial
+from dart_eval.acts import Act, Lift, swish
 from dart_eval.errors import UserError
 from dart_eval.families import (
     ATTENTION_OUTPUTS,
@@ -39,7 +40,7 @@ class FFN:
         layer: its index among the FFNs. number: of the decoder layer, for people. holder: that layer.
         block: module whose first input is the FFN's input x, [B, T, D].
         gate, up, down: the projections (gate None for a plain FFN; `fused`: up holds gate and up).
-        act: the activation.
+        act: the activation. lift: what is done to up x before it is multiplied; None. norm: between h and down; None.
         residual: module whose first input is the residual stream y that enters the FFN, [B, T, D].
         output: module whose output is what the FFN adds to the stream, [B, T, D].
         attention: the output projection of the attention, or of what stands in for it, in the same layer or before.
@@ -70,6 +71,8 @@ class FFN:
     scale: float = 1.0
     after: nn.Module | None = None
     adds: bool = True
+    lift: Callable[[Tensor], Tensor] | None = None
+    norm: nn.Module | None = None
     routed: experts.Routed | None = None
     dtype: torch.dtype | None = None
     order: Tensor | None = None
@@ -81,6 +84,11 @@ class FFN:
     def by_row(self, x: Tensor) -> Tensor:
         """[..., F] in the order of the neurons -> in the order of the rows."""
         return x if self.order is None else x.index_select(-1, self.order)
+
+    @property
+    def into(self) -> nn.Module:
+        """Module whose first input is h."""
+        return self.down if self.norm is None else self.norm
 
     @property
     def pool(self) -> int:
@@ -110,11 +118,15 @@ class FFN:
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """a = act(gate x) and u = up x, each [..., F], by row; of a plain FFN act(up x) and None."""
         if self.gate is not None:
-            return self.act(self.gate(x)), self.up(x)
+            return self.act(self.gate(x)), self.lifted(self.up(x))
         if self.fused:
             gate, up = self.up(x).chunk(2, dim=-1)
-            return self.act(gate), up
+            return self.act(gate), self.lifted(up)
         return self.act(self.up(x)), None
+
+    def lifted(self, up: Tensor) -> Tensor:
+        """[..., F], what act(gate x) is multiplied by. up: up x."""
+        return up if self.lift is None else self.lift(up)
 
     def intermediate(self, x: Tensor) -> Tensor:
         """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F], by row."""
@@ -276,6 +288,7 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
         layer=index, number=number, holder=layer, block=block, gate=gate, up=up, down=down, act=act,
         fused=layout.fused, residual=residual, output=post_norm if post_norm is not None else down,
         attention=attention, size=size, width=width, scale=1.0 if scale is None else float(scale), after=after,
+        lift=_lift(layer, layout), norm=get(layer, layout.norm) if layout.norm else None,
     )  # fmt: skip
 
 
@@ -298,22 +311,24 @@ def _residual(layer: nn.Module, block: nn.Module) -> Any:
 
 
 def _activation(layer: nn.Module, layout: Layout) -> Any:
-    """The activation, with the factor of what enters it; None where there is none."""
-    found = (get(layer, act) if isinstance(act, str) else act for act in layout.act)
-    act = next((a for a in found if a is not None), None)
-    factor = get(layer, layout.factor) if layout.factor else None
-    return act if act is None or factor in (None, 1) else Scaled(act, float(factor))
+    """The activation, with what is done to what enters it; None where there is none."""
+    found = [get(layer, act) if isinstance(act, str) else act for act in layout.act]
+    alpha = get(layer, layout.alpha) if layout.alpha else None
+    act = next((a for a in found if a is not None), None if alpha is None else swish(float(alpha)))
+    factors, limit = _factors(layer, layout.factors), get(layer, layout.limit) if layout.limit else None
+    return act if act is None or (not factors and limit is None) else Act(act, factors, limit)
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """An activation of what is multiplied by a factor first (Falcon-H1)."""
+def _lift(layer: nn.Module, layout: Layout) -> Lift | None:
+    """What is done to up x before it is multiplied."""
+    factors, limit = _factors(layer, layout.lifts), get(layer, layout.limit) if layout.limit else None
+    plus = 1.0 if layout.alpha else 0.0
+    return Lift(factors, limit, plus) if factors or plus or limit is not None else None
 
-    act: Callable[[Tensor], Tensor]
-    factor: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.act(x * self.factor)
+def _factors(layer: nn.Module, paths: Sequence[str]) -> list[Any]:
+    found = [get(layer, path) for path in paths]
+    return [f for f in found if f is not None and not (isinstance(f, (int, float)) and f == 1)]
 
 
 def _has_none(layer: nn.Module) -> bool:
@@ -367,7 +382,7 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
 def _parts(ffn: FFN) -> list[int]:
     """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
     modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
-    modules.append(ffn.routed or (ffn.act.act if isinstance(ffn.act, Scaled) else ffn.act))
+    modules += [ffn.norm, ffn.routed or (ffn.act.act if isinstance(ffn.act, Act) else ffn.act)]
     projections = ffn.projections
     return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 

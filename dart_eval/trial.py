@@ -62,7 +62,7 @@ class _Seen:
     """What one layer computed, float32 on the CPU, [T, ...]; None where it did not run.
 
     Attributes:
-        x, h: into the FFN, into its down projection. y: the stream into it. z: what it adds, without its scale.
+        x: into the FFN. h: as it is made. y: the stream into it. z: what it adds, without its scale.
         attention: output of the attention. after: the stream that leaves it. mixture: what all experts make together.
         others: modules that ran and hold weights, beside the attention and the projections.
         eps: of the dtype that it computed in.
@@ -114,7 +114,7 @@ def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
         if zero and f.routed:
             f.routed.silent = True  # biases differ from expert to expert
         if zero:
-            handles.append(f.down.register_forward_pre_hook(_zeros))
+            handles.append(f.into.register_forward_pre_hook(_zeros))
     try:
         ids = (torch.arange(TOKENS, device=device) % vocabulary)[None]
         with telling(model), experts.taken_over(model):
@@ -144,7 +144,7 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
             s.after = s.after / scalar.float().cpu()
 
     handles = [
-        f.block.register_forward_pre_hook(first("x")), f.down.register_forward_pre_hook(first("h")),
+        f.block.register_forward_pre_hook(first("x")), f.into.register_forward_pre_hook(first("h")),
         f.residual.register_forward_pre_hook(first("y")), f.output.register_forward_hook(output("z")),
         f.attention.register_forward_hook(output("attention")),
         f.after.register_forward_pre_hook(first("after")) if f.after else layer.register_forward_hook(stream),

@@ -202,7 +202,7 @@ class TextCalibration:
 
             return hook
 
-        handles = [f.down.register_forward_pre_hook(watch(f.layer)) for f in self.ffns]
+        handles = [f.into.register_forward_pre_hook(watch(f.layer)) for f in self.ffns]
         base = getattr(self.model, "base_model", self.model)
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         config: Any = self.model.config

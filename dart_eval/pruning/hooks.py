@@ -108,7 +108,7 @@ class Hooks:
         if self.entries is not None:
             self.entries.watch(add, self.forward)
         for ffn in self.ffns:
-            add(ffn.down.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
+            add(ffn.into.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
             if method.allocation.needs_change:
                 add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
                 add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
@@ -116,7 +116,7 @@ class Hooks:
                 add(ffn.block.register_forward_pre_hook(_eager(self._on_looked_at)))
             if method.choice.chooses:  # a plain FFN's h tells what its gate would
                 if ffn.gate is not None:
-                    add(ffn.up.register_forward_hook(_eager(self._on_up)))
+                    add(ffn.up.register_forward_hook(_eager(self._on_up(ffn))))
                 elif ffn.fused:
                     add(ffn.up.register_forward_hook(_eager(self._on_both(ffn))))
                 if ffn.gated and isinstance(ffn.act, nn.Module):
@@ -227,17 +227,22 @@ class Hooks:
 
         return hook
 
-    def _on_up(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+    def _on_up(self, ffn: FFN) -> Callable[..., None]:
         forward = self.forward
-        if forward.phase != "off":
-            forward.up = forward.in_batch(output)
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            if forward.phase != "off":
+                forward.up = ffn.lifted(forward.in_batch(output))
+
+        return hook
 
     def _on_both(self, ffn: FFN) -> Callable[..., None]:
         forward = self.forward
 
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
             if forward.phase != "off":
-                gate, forward.up = forward.in_batch(output).chunk(2, dim=-1)
+                gate, up = forward.in_batch(output).chunk(2, dim=-1)
+                forward.up = ffn.lifted(up)
                 if not isinstance(ffn.act, nn.Module):
                     forward.gate = ffn.act(gate)
 

@@ -185,6 +185,8 @@ def quantised(ffns: Sequence[FFN]) -> str | None:
     for ffn in ffns:
         if ffn.routed is not None:
             return f"the experts of layer {ffn.number} are one module, which has no kernels yet"
+        if ffn.norm is not None:
+            return f"the FFN of layer {ffn.number} has a norm of its neurons, which has no kernels yet"
         for module in (ffn.gate, ffn.up, ffn.down):
             if module is not None and (reason := _unlike_plain(module, ffn.order is not None)):
                 return f"{type(module).__name__} (layer {ffn.number}) {reason}"

@@ -81,7 +81,7 @@ def coded(image: Image, ffn: FFN) -> CodedPreview:
         own = biases(ffn)
         made = [_coded(image, m, b, kernels) for m, b in zip(matrices, own, strict=True)]
         products, readers, doubts = zip(*made, strict=True)
-        return CodedPreview((), own, doubts, ffn.act, products=products, readers=readers)
+        return CodedPreview((), own, doubts, ffn.act, lift=ffn.lift, products=products, readers=readers)
 
     return _MADE.get(ffn.up, [m.weight for m in matrices], (image, kernels), make)
 

@@ -29,6 +29,7 @@ class Preview:
         act: the activation.
         down: of down, [D, F], where neurons write through an image; else None.
         columns: then [F] fp32, the squares of the norms of down's own columns.
+        lift: what is done to up x before it is multiplied; None.
     """
 
     weights: tuple[Tensor, ...]
@@ -37,6 +38,7 @@ class Preview:
     act: Callable[[Tensor], Tensor]
     down: Tensor | None = None
     columns: Tensor | None = None
+    lift: Callable[[Tensor], Tensor] | None = None
 
     def look(self, x: Tensor, thin: float = 1.0) -> tuple[Tensor, Tensor]:
         """h as the images have it, and how much of it is to be expected.
@@ -59,7 +61,8 @@ class Preview:
         expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
         if len(seen) == 1:
             return self.act(seen[0]), expected
-        return self.act(seen[0]) * seen[1], expected * (seen[1].float().square() + off[1].square())
+        up = seen[1] if self.lift is None else self.lift(seen[1])
+        return self.act(seen[0]) * up, expected * (up.float().square() + off[1].square())
 
     def seen(self, x: Tensor) -> list[Tensor]:
         """What the images make of x: [..., F] for each. x: [..., D]."""
@@ -150,7 +153,7 @@ def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
         values = [_values(image, m) for m in matrices]
         doubts = [doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
         written, columns = (values[inputs], squares(matrices[inputs])) if down else (None, None)
-        return Preview(tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, written, columns)
+        return Preview(tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, written, columns, ffn.lift)
 
     return _MADE.get(ffn.up, [m.weight for m in matrices], (image, *(m.bits for m in matrices)), make)
 

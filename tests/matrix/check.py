@@ -60,7 +60,10 @@ def said(error):
 
 
 def masked(model):
-    """A decoded token under a mask is one of the model without these columns of down."""
+    """A decoded token under a mask is one of the model without these columns of down.
+
+    Where a norm comes before down, it is one without these rows of up.
+    """
     prompt = torch.tensor([random_tokens(PROMPT)])
     with open_session(model, "magnitude", 0.5, execution="masked") as session:
         ours = generate(model, prompt, 2)
@@ -70,7 +73,9 @@ def masked(model):
     def once_decoding(_model, _args, kwargs):
         if kwargs["input_ids"].shape[1] == 1:
             for ffn, mask in zip(describe(less), masks, strict=True):
-                if ffn.routed is None:
+                if ffn.norm is not None:
+                    weight_matrix(ffn.up)[~mask[0]] = 0
+                elif ffn.routed is None:
                     weight_matrix(ffn.down)[:, ~mask[0]] = 0
                 else:
                     experts = ffn.routed.experts  # [E, D, I], or [E, I, D]

@@ -70,6 +70,14 @@ UNUSUAL = {
     "bailing_hybrid": {"layer_group_size": 2, "num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": WINDOWS, "rope_parameters": dict.fromkeys(WINDOWS, ROTARY)},
+    # Low enough to be reached.
+    **dict.fromkeys(("gpt_oss", "hy_v4"), {"swiglu_limit": 0.5}),
+    "deepseek_v4": {
+        "swiglu_limit": 0.5,
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 6},
+    },
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "minimax_m3_vl_text": {"swiglu_limit": 0.5},
     "mamba2": {"head_dim": 16},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -79,7 +87,9 @@ UNUSUAL = {
     "kimi_linear": {**LATENT, "layer_types": ["linear_attention", "full_attention"] * 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 1, "layer_types": WINDOWS},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 1, "layer_types": WINDOWS, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "qwen4_exp_text": {
