@@ -31,7 +31,7 @@ class Act:
 
 @dataclass(frozen=True, eq=False)
 class Lift:
-    """up x as it is multiplied: times factors (Dory), bounded on both sides (DeepSeek V4), plus a constant (MiniMax M3).
+    """up x as it is multiplied: times factors (Dory), bounded on both sides (DeepSeek V4), plus 1 (MiniMax M3).
 
     Attributes:
         factors: of up x. most: bound of its absolute value, or None. plus: what is added.

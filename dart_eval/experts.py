@@ -8,6 +8,7 @@ can be held against each other.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dart_eval.errors import UserError
+from dart_eval.expert_forms import View, form_of
 
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
@@ -32,10 +34,12 @@ class Routed:
         silent: leave out biases of down.
         settle: what makes other experts of those that the router chose; None: nothing does.
         index, weights: [N, count], which experts N tokens have (-1: none), and how much each counts.
+        inward: [N, count], what x is multiplied by for each expert (Llama 4: all that counts); None for nothing.
     """
 
     def __init__(self, experts: Any) -> None:
-        self._experts = weakref.ref(experts)  # which is the key by which this is known
+        # The module is the key by which this is known.
+        self._experts = (lambda: experts) if isinstance(experts, View) else weakref.ref(experts)
         self.count = _routed(experts.config)
         rows, columns = experts.down_proj.shape[1:]
         self.inner, self.width = (rows, columns) if experts.is_transposed else (columns, rows)
@@ -43,6 +47,7 @@ class Routed:
         self.up, self.down = _Up(self), _Down(self)
         self.index: Tensor = torch.empty(0, self.count, dtype=torch.long)
         self.weights: Tensor = torch.empty(0, self.count)
+        self.inward: Tensor | None = None
         self.made: Tensor | None = None
         self.silent = False
         self.settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
@@ -55,6 +60,8 @@ class Routed:
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[N, D] -> [N, D], as stock experts."""
         self.index, self.weights = (index, weights) if self.settle is None else self.settle(index, weights)
+        if isinstance(self.experts, View) and self.experts.weighs_input:
+            self.inward, self.weights = self.weights, torch.ones_like(self.weights)
         self.up(x)
         made, self.made = self.made, None
         assert made is not None
@@ -103,12 +110,12 @@ class Routed:
     def _index(self, batch: int, tokens: int | None = None) -> Tensor:
         """[B, T, count], the experts of each token; of its last ones where there are fewer tokens."""
         count = len(self.index) if tokens is None else batch * tokens
-        return self.index[len(self.index) - count :].view(batch, -1, self.count)
+        return self.index[len(self.index) - count :].view(batch, -1, self.count).clamp_min(0)
 
     def gather(self, mask: Tensor, batch: int) -> Tensor:
         """[B or 1, pool] -> [B, T, F], of each token of the forward under way the neurons of its experts."""
         mask, width = mask.expand(batch, -1), self.count * self.inner
-        index = self._index(batch).clamp_min(0)
+        index = self._index(batch)
         found = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
         return found.view(batch, -1, width)
 
@@ -118,7 +125,7 @@ class Routed:
         index = self._index(batch, length if tokens is None else tokens)
         index = index[:, some, :, None].expand(-1, -1, -1, self.inner)
         out = h.new_zeros(batch, length, self.pool // self.inner, self.inner)
-        return out.scatter_(2, index, h.view(batch, length, self.count, self.inner)).flatten(2)
+        return out.scatter_add_(2, index, h.view(batch, length, self.count, self.inner)).flatten(2)
 
     def take(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
         """See `ffn.FFN.take`. An expert that no token has had is ranked by the norms of its columns of down."""
@@ -241,6 +248,8 @@ class _Up(Step):
             out = routed.times(x[tokens], name, expert)
             bias = routed.bias(name, expert)
             made[tokens, places] = out if bias is None else out + bias
+        if routed.inward is not None:
+            made = made * routed.inward[..., None].to(made.dtype)
         routed.made = made
         if not routed.experts.has_gate:
             return made.reshape(*shape, -1)
@@ -291,8 +300,9 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary
 
 
 def is_routed(module: nn.Module) -> bool:
-    """Whether a module is experts that transformers hands to a registered function."""
-    return hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
+    """Whether a module is experts that transformers hands to a registered function, or of a form that is known."""
+    interface = hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
+    return interface or form_of(module) is not None
 
 
 def routed(experts: Any) -> Routed:
@@ -301,10 +311,11 @@ def routed(experts: Any) -> Routed:
     Raises:
         UserError: something stands between what an expert writes and the router's weight.
     """
-    if experts.has_post_expert_norm:
+    form = form_of(experts)
+    if form is None and experts.has_post_expert_norm:
         raise UserError(f"{type(experts).__name__} has a norm behind each expert", "such experts are not supported")
     if experts not in _KNOWN:
-        _KNOWN[experts] = Routed(experts)
+        _KNOWN[experts] = Routed(experts if form is None else View(experts, form))
     return _KNOWN[experts]
 
 
@@ -315,10 +326,23 @@ def _forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
 ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
 
 
+def ours(experts: Any) -> Callable[..., Any]:
+    """What computes a module of experts in our two steps, with the arguments of its forward."""
+    form = form_of(experts)
+    return (
+        functools.partial(_forward, experts) if form is None else functools.partial(form.run, experts, routed(experts))
+    )
+
+
 def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
     """Let our function compute the model's experts. What it returns gives them back (`give_back`)."""
-    before = []
-    configs: list[Any] = [m.config for m in model.modules() if is_routed(m)]
+    before: list[tuple[Any, Any]] = []
+    found = [m for m in model.modules() if is_routed(m)]
+    configs: list[Any] = [m.config for m in found if form_of(m) is None]
+    for module in found:
+        if form_of(module) is not None:
+            before.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = ours(module)
     for config in {id(c): c for c in configs}.values():
         before.append((config, config._experts_implementation_internal))
         config._experts_implementation_internal = NAME
@@ -327,8 +351,13 @@ def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
 
 def give_back(before: list[tuple[Any, Any]]) -> None:
     """Undo `take_over`."""
-    for config, implementation in before:
-        config._experts_implementation_internal = implementation
+    for owner, was in before:
+        if not isinstance(owner, nn.Module):
+            owner._experts_implementation_internal = was
+        elif was is None:
+            owner.__dict__.pop("forward", None)
+        else:
+            owner.__dict__["forward"] = was
 
 
 @contextmanager

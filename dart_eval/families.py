@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dart_eval.errors import UserError
 
-LAYER_LISTS = ("layers", "h", "decoder.layers", "language_model.layers", "blocks")
+# The last two: Llama 4, whose base model is not told by its name.
+LAYER_LISTS = (
+    "layers", "h", "decoder.layers", "language_model.layers", "blocks", "model.layers", "language_model.model.layers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,21 @@ SHARED = (
 
 def _shared(block: str) -> tuple[Layout, ...]:
     """Experts of every token: gated, in one projection (MiniMax M3), plain."""
-    up, down, act, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "act_fn", "gate_proj"))
-    return Layout(block, up, down, (act,), gate=gate, limit=f"{block}.limit"), _bounded(block), Layout(block, up, down, (act,))
+    up, down, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "gate_proj"))
+    acts = (f"{block}.act_fn", f"{block}.activation_fn")
+    gated = Layout(block, up, down, acts, gate=gate, limit=f"{block}.limit")
+    return gated, _bounded(block), Layout(block, up, down, acts)
 
 
 def _bounded(block: str) -> Layout:
     """gpt-oss's gate, outside of experts (MiniMax M3)."""
     up, down, limit, alpha = (f"{block}.{n}" for n in ("gate_up_proj", "down_proj", "swiglu_limit", "swiglu_alpha"))
     return Layout(block, up, down, (), fused=True, limit=limit, alpha=alpha)
+
+
+def _one_of_two(block: str) -> Layout:
+    up, down, act, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "act_fn", "gate_proj"))
+    return Layout(block, up, down, (act,), gate=gate)
 
 
 LAYOUTS = (
@@ -80,11 +90,13 @@ LAYOUTS = (
     Layout("mlp", "mlp.fc_in", "mlp.fc_out", ("mlp.act",)),  # GPT-J
     Layout("mlp", "mlp.Wi", "mlp.Wo", ("mlp.act",), fused=True),  # ModernBERT's decoder
     Layout("fc1", "fc1", "fc2", ("activation_fn",)),  # OPT
-    # Bamba, Falcon-H1
+    # Bamba, Falcon-H1, Llama 4
     Layout(
-        "feed_forward", "feed_forward.up_proj", "feed_forward.down_proj", ("feed_forward.act_fn",),
-        gate="feed_forward.gate_proj", factors=("feed_forward.gate_multiplier",),
+        "feed_forward", "feed_forward.up_proj", "feed_forward.down_proj",
+        ("feed_forward.act_fn", "feed_forward.activation_fn"), gate="feed_forward.gate_proj",
+        factors=("feed_forward.gate_multiplier",),
     ),
+    *(_one_of_two(block) for block in ("mlps.0", "mlps.1")),  # LongCat
     # LFM2, LFM3
     Layout("feed_forward", "feed_forward.w3", "feed_forward.w2", (nn.functional.silu,), gate="feed_forward.w1"),
     # Granite 4.0
@@ -114,7 +126,7 @@ ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.o_b_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj",
     "attn.Wo",
     "attn.attention.out_proj", "attention.dense", "self_attention.dense", "multi_head_attention.dense",
-    "temporal_block.o_proj", "mixer.o_proj",
+    "temporal_block.o_proj", "mixer.o_proj", "self_attn.1.o_proj", "norm_attn_norm.attn.out_proj", "self_attention",
 )  # fmt: skip
 # In place of attention: state spaces, linear attention, short convolutions. They keep no keys and values of tokens.
 RECURRENT_OUTPUTS = (
@@ -124,10 +136,11 @@ RECURRENT_OUTPUTS = (
 
 # Parts of a layer that hold matrices and are no FFN, whatever ran beside one: norms with a gate (A.X K2), what spreads
 # the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), adds what a token's own
-# embedding says, or convolutions of a few tokens behind attention and FFN (Inkling).
+# embedding says, convolutions of a few tokens behind attention and FFN (Inkling), a router beside experts (Gemma 4).
 STREAMS = (
     "input_layernorm", "post_attention_layernorm", "attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection",
     "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
+    "router",
 )  # fmt: skip
 
 
@@ -141,6 +154,12 @@ def get(module: Any, path: str) -> Any:
 
 def first(layer: nn.Module, paths: Sequence[str]) -> Any:
     return next((m for p in paths if (m := get(layer, p)) is not None), None)
+
+
+def base_of(model: Any) -> Any:
+    """What runs up to the last hidden states: the base model, or the decoder where that is the model itself."""
+    base = getattr(model, "base_model", model)
+    return decoder(model) if base is model else base
 
 
 FINAL_NORMS = (

@@ -263,7 +263,11 @@ def _described(layer: nn.Module, number: int, index: int, before: Any) -> list[F
         number: of the layer. index: of the first FFN. before: the attention's output projection, here or in the layers
             before.
     """
-    found = [ffn for layout in LAYOUTS if (ffn := _laid_out(layer, layout, number, index, before)) is not None][:1]
+    found: list[FFN] = []
+    for layout in LAYOUTS:
+        ffn = _laid_out(layer, layout, number, index + len(found), before)
+        if ffn is not None and all(ffn.down is not f.down for f in found):
+            found.append(ffn)
     for module in layer.modules():
         if before is not None and experts.is_routed(module):
             found.append(_routed(layer, module, number, index + len(found), before))
@@ -297,7 +301,7 @@ def _routed(layer: nn.Module, module: Any, number: int, index: int, attention: A
     routed = experts.routed(module)
     return FFN(
         layer=index, number=number, holder=layer, block=routed.up, gate=None, up=routed.up, down=routed.down,
-        act=routed.act, fused=module.has_gate, residual=_residual(layer, routed.up), output=routed.down,
+        act=routed.act, fused=routed.experts.has_gate, residual=_residual(layer, routed.up), output=routed.down,
         attention=attention, size=routed.size, width=routed.width, routed=routed,
     )  # fmt: skip
 

@@ -96,6 +96,7 @@ def check(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """
     name = type(model).__name__
     with torch.no_grad(), evaluating(model):
+        _check_experts(model)
         seen = _run(model, ffns, zero=False)
         for f, s in zip(ffns, seen, strict=True):
             _check_hidden(name, f, s)
@@ -104,11 +105,43 @@ def check(model: nn.Module, ffns: Sequence[FFN]) -> None:
             _check_alone(name, f, s, empty)
 
 
+def _check_experts(model: nn.Module) -> None:
+    """Whether our two steps make of x what each module of experts makes of it.
+
+    Raises:
+        UserError: they make something else.
+    """
+    handles = [m.register_forward_hook(_same, with_kwargs=True) for m in model.modules() if experts.is_routed(m)]
+    try:
+        if handles:
+            _forward(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    theirs, ours = (
+        _rows(out[0] if isinstance(out, tuple) else out) for out in (output, experts.ours(module)(*args, **kwargs))
+    )
+    if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6):
+        raise UserError(
+            f"{type(module).__name__} computes something else than the experts that would be pruned",
+            "add how it holds and calls its experts to dart_eval/expert_forms.py",
+        )
+
+
+def _forward(model: Any) -> None:
+    """A forward of a few tokens."""
+    embeddings = model.get_input_embeddings().weight
+    ids = (torch.arange(TOKENS, device=embeddings.device) % embeddings.shape[0])[None]
+    with telling(model):
+        getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
+
+
 def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
     """Run a few tokens. zero: with every neuron at 0."""
     seen, handles = [_Seen() for _ in ffns], []
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     for s, f in zip(seen, ffns, strict=True):
         handles += _watch(s, f, [g for g in ffns if g.holder is f.holder])
         if zero and f.routed:
@@ -116,9 +149,8 @@ def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
         if zero:
             handles.append(f.into.register_forward_pre_hook(_zeros))
     try:
-        ids = (torch.arange(TOKENS, device=device) % vocabulary)[None]
-        with telling(model), experts.taken_over(model):
-            getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
+        with experts.taken_over(model):
+            _forward(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,11 +12,11 @@ sys.path.insert(0, str(ROOT))
 
 from tests.matrix.check import row  # noqa: E402
 from tests.matrix.page import page  # noqa: E402
-from tests.matrix.types import TYPES  # noqa: E402
+from tests.matrix.types import TYPES, VARIANTS  # noqa: E402
 
 if __name__ == "__main__":
     rows = []
-    for name in TYPES:
+    for name in sorted([*TYPES, *VARIANTS]):
         rows.append(row(name))
         print(f"{name}: {rows[-1].refused or 'checked'}", flush=True)
     (ROOT / "docs" / "models.md").write_text(page(rows, transformers.__version__), encoding="utf-8")

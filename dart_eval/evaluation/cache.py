@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from dart_eval.families import base_of
 from dart_eval.ffn import cache_argument
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -18,7 +19,7 @@ PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 def new_cache(model: PreTrainedModel) -> Any:
     """An empty cache: sliding layers keep their window only. Of the class that the model says it takes (MiniMax)."""
-    said = inspect.signature(model.base_model.forward).parameters.get(cache_argument(model))
+    said = inspect.signature(base_of(model).forward).parameters.get(cache_argument(model))
     kinds = [] if said is None else [c for c in typing.get_args(said.annotation) if isinstance(c, type)]
     own = next((c for c in kinds if issubclass(c, DynamicCache) and c is not DynamicCache), None)
     return DynamicCache(config=model.config) if own is None else own()

@@ -15,13 +15,14 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.cache import can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.families import base_of
 from dart_eval.ffn import cache_argument
 from dart_eval.finite import refuse_not_finite
 from dart_eval.pruning.cache_watch import cache_in
 from dart_eval.trial import telling
 
-# Models that compute several tokens after a cached context wrongly, and one token rightly (Jamba: its state space begins
-# anew). `output_head` finds out.
+# Models that compute several tokens after a cached context wrongly, and one token rightly: Jamba's state space begins
+# anew. `output_head` finds out.
 _ONE_BY_ONE: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
@@ -43,7 +44,8 @@ class Forwards:
         self.device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
         self.angles, self.padded, self.room = Angles(model), can_pad(model), 1 if model in _ONE_BY_ONE else None
         self._cache_name = cache_argument(model)
-        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self._base = base_of(model)
+        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
 
     def __call__(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """Last hidden states [B, T, D]. tokens: [B, T]; attention: [B, past + T] bool; positions: [B, T]."""
@@ -51,8 +53,7 @@ class Forwards:
         if self._takes_positions:
             # Padding has position 0: what comes after a short row would count as its length (`Angles`).
             kwargs["position_ids"] = positions.masked_fill(~attention[:, -tokens.shape[1] :], 0)
-        base = self.model.base_model
-        return base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
+        return self._base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
 
     def blocks(self, tokens: int) -> list[slice]:
         """How so many tokens run on a filled cache: in one forward, or one by one."""
@@ -82,8 +83,12 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
             logits = logits * scale
         if factor := getattr(config, "logits_scaling", None):  # Granite divides by what HyperCLOVA X multiplies by
             logits = logits * factor if config.model_type == "hyperclovax" else logits / factor
+        if width := getattr(config, "logits_mup_width_multiplier", None):  # Inkling
+            logits = logits / width
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = cap * torch.tanh(logits / cap)
+        if words := getattr(config, "unpadded_vocab_size", None):  # Inkling; the rest stands for nothing
+            logits = logits.index_fill(-1, torch.arange(words, logits.shape[-1], device=logits.device), float("-inf"))
         return logits
 
     _check_head(model, head)
@@ -96,8 +101,8 @@ def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> Non
     device: Any = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2]], device=device)
     with telling(model):
-        theirs = model(input_ids=tokens).logits[0].float().cpu()
-        ours = head(model.base_model(input_ids=tokens)[0][0]).float().cpu()
+        theirs = _all_words(model, tokens)
+        ours = head(base_of(model)(input_ids=tokens)[0][0]).float().cpu()
     for found in (theirs, ours):
         refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
     if not _close(ours, theirs, 1e-2):
@@ -113,10 +118,10 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
     Where they have these one by one alone, they will run so (`Forwards.room`). Then whether a row has them behind
     padding.
     """
-    name, device = type(model).__name__, model.get_input_embeddings().weight.device
+    name, device = type(model).__name__, Forwards(model, head).device
     tokens = (torch.arange(9, device=device) % model.config.get_text_config().vocab_size)[None]
     with telling(model):
-        whole = model(input_ids=tokens).logits[0, -1].float().cpu()
+        whole = _all_words(model, tokens)[-1]
         cache_in(model(input_ids=tokens[:, :3], use_cache=True), name)
         _ONE_BY_ONE.discard(model)
         if not _close(_after_cache(model, head, tokens), whole, 0.1):  # rounding in 16 bits is far less
@@ -131,6 +136,13 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
                 f"{name} gives other logits to a row that has padding than to the row alone",
                 "its answers cannot be scored in batches, nor its texts",
             )
+
+
+def _all_words(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """[T, V] fp32 on the CPU: a model's own logits of [1, T] tokens, with -inf for words that it leaves out."""
+    logits = model(input_ids=tokens).logits[0].float().cpu()
+    missing = model.config.get_text_config().vocab_size - logits.shape[-1]
+    return torch.nn.functional.pad(logits, (0, max(0, missing)), value=float("-inf"))
 
 
 def _after_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:

@@ -248,8 +248,8 @@ class Hooks:
 
         return hook
 
-    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        forward = self.forward
+    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        forward, output = self.forward, output[0] if isinstance(output, tuple) else output
         state = forward.state
         if state is None:
             return

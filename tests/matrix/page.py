@@ -1,7 +1,7 @@
 """docs/models.md from the rows of the matrix, and the line of each row."""
 
 from tests.matrix.check import CLAIMS
-from tests.matrix.types import NOT_MADE
+from tests.matrix.types import NOT_MADE, VARIANTS
 
 HEAD = """# Models
 
@@ -51,8 +51,11 @@ def line(row):
 def page(rows, version):
     """The text of docs/models.md."""
     taken, refused = [r for r in rows if not r.refused], [r for r in rows if r.refused]
-    good = sum(not any(r.claims.values()) for r in taken)
-    right = sum(not any(r.claims[claim] for claim in CLAIMS[:4]) for r in taken)
-    text = HEAD.format(version=version, good=good, right=right, all=len(rows)) + "\n".join(map(line, taken))
+    types = [r for r in taken if r.type not in VARIANTS]
+    good = sum(not any(r.claims.values()) for r in types)
+    right = sum(not any(r.claims[claim] for claim in CLAIMS[:4]) for r in types)
+    text = HEAD.format(version=version, good=good, right=right, all=len(types) + len(refused)) + "\n".join(
+        map(line, taken)
+    )
     text += "\n" + REFUSED + "\n".join(map(line, refused))
     return text + "\n" + LEFT_OUT + "\n".join(f"| `{name}` | {why} |" for name, why in NOT_MADE.items()) + "\n"

@@ -8,9 +8,15 @@ from tests.matrix.types import tiny
 
 SWEEP = {"method": "dense,griffin,cats,oracle-token", "sparsity": 0.4, "tasks": "smoke_questions,smoke_summary"}
 
+# Hybrids, a recurrence that takes one token at a time, no padding, a norm of neurons, experts of all forms.
+TYPES = [
+    "qwen3_5_text", "lfm2", "gemma4_text", "gemma4_text with experts", "qwen3_moe", "gpt_oss", "deepseek_v3",
+    "deepseek_v4", "llama4_text", "jamba", "bitnet",
+]  # fmt: skip
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3_5_text", "lfm2", "gemma4_text", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", TYPES)
 def test_a_run_scores_and_generates(name, tmp_path, tokenizer):
     model = tiny(name)
     model.config.max_position_embeddings = 1024

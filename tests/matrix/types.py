@@ -71,7 +71,8 @@ UNUSUAL = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": WINDOWS, "rope_parameters": dict.fromkeys(WINDOWS, ROTARY)},
     # Low enough to be reached.
-    **dict.fromkeys(("gpt_oss", "hy_v4"), {"swiglu_limit": 0.5}),
+    "gpt_oss": {"swiglu_limit": 0.5},
+    "hy_v4": {"swiglu_limit": 0.5},
     "deepseek_v4": {
         "swiglu_limit": 0.5,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 6},
@@ -86,11 +87,12 @@ UNUSUAL = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**LATENT, "layer_types": ["linear_attention", "full_attention"] * 2},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
-    "falcon_h1": {"mamba_d_ssm": 64},
+    "falcon_h1": {"mamba_d_ssm": 64, "mlp_multipliers": [0.7, 1.3]},
     "gemma3n_text": {
         "num_kv_shared_layers": 1, "layer_types": WINDOWS, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "llama4_text": {"interleave_moe_layer_step": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "qwen4_exp_text": {
         "ngram_vocab_size_base": 97, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 2, "hc_lowrank": 8,
@@ -102,9 +104,14 @@ UNUSUAL = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+# Layouts that a type has beside its usual one: name -> (type, further values).
+VARIANTS = {
+    "gemma4_text with experts": ("gemma4_text", {"enable_moe_block": True, "num_experts": 4}),  # Gemma 4 26B-A4B
+}
+
 
 def tiny(name, dtype=torch.float32):
-    """A random model of a type, with norms, factors and biases that all do something."""
+    """A random model of a type, or of a variant, with norms, factors and biases that all do something."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -117,8 +124,9 @@ def tiny(name, dtype=torch.float32):
 
 
 def _config(name):
+    name, further = VARIANTS.get(name, (name, {}))
     cls = CONFIG_MAPPING[name]
-    values = {**_usual(cls), **UNUSUAL.get(name, {})}
+    values = {**_usual(cls), **UNUSUAL.get(name, {}), **further}
     text = (cls.sub_configs or {}).get("text_config")
     if text is not None:
         values["text_config"] = {**_usual(text), **UNUSUAL.get(f"{name}_text", {})}

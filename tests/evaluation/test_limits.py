@@ -1,0 +1,100 @@
+"""Models with limits of their own: no padding, one token at a time on a filled cache, caches of another class."""
+
+import pytest
+import torch
+
+from dart_eval.errors import UserError
+from dart_eval.evaluation import forwards
+from dart_eval.evaluation.batching import batches
+from dart_eval.evaluation.cache import can_pad, can_share_prefix, fork, new_cache
+from dart_eval.evaluation.forwards import Forwards, output_head
+from dart_eval.evaluation.requests import Request
+from dart_eval.evaluation.scoring import scorer
+from dart_eval.pruning.dense import DenseSession
+from tests.helpers.models import random_tokens
+from tests.helpers.sessions import open_session
+from tests.matrix.types import tiny
+
+# Contexts of several lengths, one of them twice, and answers of several tokens.
+ASKED = [Request(random_tokens(n, seed), random_tokens(4, 9 + n)) for n, seed in ((9, 0), (9, 1), (14, 2), (11, 3))]
+
+
+def test_rows_that_must_not_be_padded_run_with_their_equals():
+    lengths = [9, 9, 7, 7, 7, 7, 4, 1]
+    parts = batches(lengths, rows=3, forward=100, padded=False)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(8))
+    assert all(len({lengths[i] for i in range(p.start, p.stop)}) == 1 for p in parts)
+    assert [p.stop - p.start for p in parts] in ([2, 3, 1, 1, 1], [2, 1, 3, 1, 1], [2, 2, 2, 1, 1])
+    assert batches(lengths, rows=8, forward=100) == [slice(0, 8)]  # and others may
+
+
+@pytest.mark.parametrize("scope", ["scored", "last", "last-50", "all"])
+def test_a_model_that_pools_columns_gives_the_same_numbers_in_batches(scope):
+    model = tiny("deepseek_v4")
+    assert not can_pad(model) and not can_share_prefix(model)
+    head = output_head(model)
+    with open_session(model, "griffin", 0.5, execution="masked") as session:
+        together = [a.logprob for a in scorer(model, head, session, 4, scope).score(ASKED)]
+    for request, found in zip(ASKED, together, strict=True):
+        with open_session(model, "griffin", 0.5, execution="masked") as session:
+            (alone,) = scorer(model, head, session, 1, scope).score([request])
+        assert abs(alone.logprob - found) < 1e-3
+
+
+def test_a_model_that_padding_moves_is_refused(monkeypatch):
+    monkeypatch.setattr(forwards, "can_pad", lambda _model: True)
+    with pytest.raises(UserError, match="other logits to a row that has padding"):
+        output_head(tiny("deepseek_v4"))
+
+
+@pytest.mark.parametrize("method", ["griffin", "oracle-token"])
+def test_a_state_space_that_begins_anew_takes_one_token_at_a_time(method):
+    model = tiny("jamba")
+    head = output_head(model)
+    assert Forwards(model, head).blocks(3) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    dense = [a.logprob for a in scorer(model, head, DenseSession(), 4).score(ASKED)]
+    for request, found in zip(ASKED, dense, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*request.context, *request.continuation]])).logits[0]
+        rows = logits.log_softmax(-1)[len(request.context) - 1 : -1]
+        assert abs(float(rows.gather(1, torch.tensor(request.continuation)[:, None]).sum()) - found) < 1e-3
+    with open_session(model, method, 0.0, execution="masked") as session:
+        found = [a.logprob for a in scorer(model, head, session, 4).score(ASKED)]
+    assert torch.allclose(torch.tensor(found), torch.tensor(dense), atol=1e-3)
+
+
+def test_others_take_several(llama):
+    assert Forwards(llama, output_head(llama)).blocks(3) == [slice(0, 3)]
+
+
+def test_a_scope_that_runs_several_tokens_on_a_cache_is_refused():
+    model = tiny("jamba")
+    head = output_head(model)
+    with (
+        open_session(model, "griffin", 0.5, execution="masked") as session,
+        pytest.raises(UserError, match="takes one token at a time after a cached context, and the scope last-50"),
+    ):
+        scorer(model, head, session, 4, "last-50")
+
+
+def test_copies_of_a_cache_of_its_own_class_are_independent():
+    model = tiny("minimax")
+    cache = new_cache(model)
+    assert type(cache).__name__ == "MiniMaxCache" and not can_share_prefix(model)
+    ids = torch.tensor([random_tokens(8, 1), random_tokens(8, 2)])
+    with torch.no_grad():
+        model(input_ids=ids, cache=cache, use_cache=True)
+        swapped = fork(cache, torch.tensor([1, 0]))
+        token, words = torch.tensor([[5], [6]]), []
+        for copied, order in ((swapped, [1, 0]), (cache, [0, 1])):
+            words.append(model(input_ids=token[order], cache=copied, use_cache=True).logits[order])
+    assert torch.allclose(*words, atol=1e-5)
+
+
+def test_words_that_a_head_leaves_out_have_no_probability():
+    model = tiny("inkling_text")
+    model.config.unpadded_vocab_size = 90
+    head, ids = output_head(model), torch.tensor([random_tokens(5)])
+    with torch.no_grad():
+        ours, theirs = head(model.model(input_ids=ids)[0]), model(input_ids=ids).logits
+    assert ours[..., 90:].isinf().all() and torch.allclose(ours[..., :90], theirs, atol=1e-5)
