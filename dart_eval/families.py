@@ -18,6 +18,8 @@ from dart_eval.errors import UserError
 LAYER_LISTS = (
     "layers", "h", "decoder.layers", "language_model.layers", "blocks", "model.layers", "language_model.model.layers",
 )  # fmt: skip
+# Of several stacks that run by turns: HRM's.
+STACKS = ("L_module.layers", "H_module.layers")
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,8 @@ def decoder(model: nn.Module) -> nn.Module:
         if isinstance(layers, nn.ModuleList) and len(layers):
             owner, _, _ = path.rpartition(".")
             return get(base, owner) if owner else base
+    if all(get(base, path) is not None for path in STACKS):
+        return base
     raise UserError(
         f"the decoder layers of {type(model).__name__} were not found",
         "add the family to dart_eval/families.py (docs/architecture.md, 'a model family')",
@@ -189,4 +193,5 @@ def decoder(model: nn.Module) -> nn.Module:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers of a Hugging Face causal language model."""
     owner = decoder(model)
-    return next(m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None)
+    found = next((m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None), None)
+    return nn.ModuleList(layer for path in STACKS for layer in get(owner, path)) if found is None else found

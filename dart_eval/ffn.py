@@ -49,6 +49,7 @@ class FFN:
         after: module whose first input is the stream that leaves the FFN; None: the layer's output is that.
         adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, where both run side by
             side), as the trial forward saw it.
+        runs: how often it runs for a token.
         routed: the experts whose neurons these are, others for every token; None.
         dtype: of x, as the trial forward saw it.
         order: [F] int32, the neuron at each row, or None: as loaded.
@@ -73,6 +74,7 @@ class FFN:
     adds: bool = True
     lift: Callable[[Tensor], Tensor] | None = None
     norm: nn.Module | None = None
+    runs: int = 1
     routed: experts.Routed | None = None
     dtype: torch.dtype | None = None
     order: Tensor | None = None

@@ -65,7 +65,7 @@ class _Seen:
         x: into the FFN. h: as it is made. y: the stream into it. z: what it adds, without its scale.
         attention: output of the attention. after: the stream that leaves it. mixture: what all experts make together.
         others: modules that ran and hold weights, beside the attention and the projections.
-        eps: of the dtype that it computed in.
+        eps: of the dtype that it computed in. runs: how often it made h.
     """
 
     x: Tensor | None = None
@@ -76,12 +76,14 @@ class _Seen:
     after: Tensor | None = None
     mixture: Tensor | None = None
     eps: float = 0.0
+    runs: int = 0
 
     def __init__(self) -> None:
         self.others: set[str] = set()
 
     def keep(self, name: str, value: Any) -> None:
         value = value[0] if isinstance(value, (tuple, list)) else value
+        self.runs += name == "h"
         if name == "y":
             self.eps = torch.finfo(value.dtype).eps
         # Of x the intermediate state is computed anew: it stays as it is.
@@ -100,7 +102,7 @@ def check(model: nn.Module, ffns: Sequence[FFN]) -> None:
         seen = _run(model, ffns, zero=False)
         for f, s in zip(ffns, seen, strict=True):
             _check_hidden(name, f, s)
-            f.adds = _adds(f, s)
+            f.adds, f.runs = _adds(f, s), s.runs
         for f, s, empty in zip(ffns, seen, _run(model, ffns, zero=True), strict=True):
             _check_alone(name, f, s, empty)
 

@@ -13,7 +13,7 @@ from dart_eval import rounding
 from dart_eval.allocation import Counts, exact_counts, in_steps
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, device_of
-from dart_eval.pruning import finer, thresholds
+from dart_eval.pruning import finer, fits, thresholds
 from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
@@ -231,22 +231,6 @@ def _check_experts(method: Pruner) -> None:
             raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
 
 
-def _check_norms(method: Pruner) -> None:
-    """Refuse what needs a neuron's own part of what an FFN adds, where a norm of all neurons comes in between.
-
-    Raises:
-        UserError: with the part.
-    """
-    for part, wanted in (
-        (method.compensation, method.compensation.adds), (method.choice, method.choice.grades),
-        (method.entries, method.entries.finer),
-    ):  # fmt: skip
-        if wanted:
-            raise UserError(
-                f"{part.title} does not fit an FFN that has a norm of its neurons before down", "take another method"
-            )
-
-
 def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Prepared:
     """Make what can be made before any prompt.
 
@@ -256,8 +240,7 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
     method.routing.check(sparsity, ffns)
     if method.prunes and any(f.routed for f in ffns):
         _check_experts(method)
-    if method.prunes and any(f.norm is not None for f in ffns):
-        _check_norms(method)
+    fits.check(method, ffns, sparsity)
     made, mask = Prepared(method, ffns, sparsity), method.mask
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):
