@@ -70,7 +70,7 @@ def _bounded(block: str) -> Layout:
     return Layout(block, up, down, (), fused=True, limit=limit, alpha=alpha)
 
 
-def _one_of_two(block: str) -> Layout:
+def _gated(block: str) -> Layout:
     up, down, act, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "act_fn", "gate_proj"))
     return Layout(block, up, down, (act,), gate=gate)
 
@@ -98,7 +98,7 @@ LAYOUTS = (
         ("feed_forward.act_fn", "feed_forward.activation_fn"), gate="feed_forward.gate_proj",
         factors=("feed_forward.gate_multiplier",),
     ),
-    *(_one_of_two(block) for block in ("mlps.0", "mlps.1")),  # LongCat
+    *(_gated(block) for block in ("mlps.0", "mlps.1", "shared_transf.feed_forward")),  # LongCat; Zamba
     # LFM2, LFM3
     Layout("feed_forward", "feed_forward.w3", "feed_forward.w2", (nn.functional.silu,), gate="feed_forward.w1"),
     # Granite 4.0
@@ -128,7 +128,8 @@ ATTENTION_OUTPUTS = (
     "self_attn.o_proj", "self_attn.o_b_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj",
     "attn.Wo",
     "attn.attention.out_proj", "attention.dense", "self_attention.dense", "multi_head_attention.dense",
-    "temporal_block.o_proj", "mixer.o_proj", "self_attn.1.o_proj", "norm_attn_norm.attn.out_proj", "self_attention",
+    "temporal_block.o_proj", "mixer.o_proj", "self_attn.1.o_proj", "norm_attn_norm.attn.out_proj",
+    "shared_transf.self_attn.o_proj", "self_attention",
 )  # fmt: skip
 # In place of attention: state spaces, linear attention, short convolutions. They keep no keys and values of tokens.
 RECURRENT_OUTPUTS = (
@@ -139,10 +140,11 @@ RECURRENT_OUTPUTS = (
 # Parts of a layer that hold matrices and are no FFN, whatever ran beside one: norms with a gate (A.X K2), what spreads
 # the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), adds what a token's own
 # embedding says, convolutions of a few tokens behind attention and FFN (Inkling), a router beside experts (Gemma 4).
+# Zamba adds what its FFN makes to the input of a state space.
 STREAMS = (
     "input_layernorm", "post_attention_layernorm", "attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection",
     "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
-    "router",
+    "router", "mamba_decoder", "linear",
 )  # fmt: skip
 
 
