@@ -53,7 +53,7 @@ class View:
     has_bias = has_post_expert_norm = False
 
     def __init__(self, module: nn.Module, form: Form) -> None:
-        self._module, self.form = weakref.ref(module), form
+        self._module, self.form, self.title = weakref.ref(module), form, type(module).__name__
         self.is_transposed, self.weighs_input = form.transposed and len(form.inputs) == 1, form.weighs_input
         self.config = SimpleNamespace(num_experts_per_tok=int(get(module, form.count)))
 

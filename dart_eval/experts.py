@@ -57,6 +57,11 @@ class Routed:
         """transformers' module."""
         return self._experts()
 
+    @property
+    def title(self) -> str:
+        """The class of the module, for people."""
+        return self.experts.title if isinstance(self.experts, View) else type(self.experts).__name__
+
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[N, D] -> [N, D], as stock experts."""
         self.index, self.weights = (index, weights) if self.settle is None else self.settle(index, weights)

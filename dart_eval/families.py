@@ -140,11 +140,11 @@ RECURRENT_OUTPUTS = (
 # Parts of a layer that hold matrices and are no FFN, whatever ran beside one: norms with a gate (A.X K2), what spreads
 # the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), adds what a token's own
 # embedding says, convolutions of a few tokens behind attention and FFN (Inkling), a router beside experts (Gemma 4).
-# Zamba adds what its FFN makes to the input of a state space.
+# Zamba adds what its FFN makes to the input of a state space; Inkling 2's loops gate what they hand on.
 STREAMS = (
     "input_layernorm", "post_attention_layernorm", "attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection",
     "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
-    "router", "mamba_decoder", "linear",
+    "router", "mamba_decoder", "linear", "q_message_gate", "k_message_gate", "v_message_gate", "mlp_message_gate",
 )  # fmt: skip
 
 

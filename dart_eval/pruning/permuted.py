@@ -219,9 +219,13 @@ def shared(ffns: Sequence[FFN], model: nn.Module) -> str | None:
             start = tensor.data_ptr()
             spans.append((start, start + (last + 1) * tensor.element_size(), name, id(tensor) in mine))
     reach, last_name, last_ours = 0, "", False  # of the spans so far, the one that ends last
+    pairs = []
     for start, end, name, ours in sorted(spans):
         if start < reach and (ours or last_ours):
-            return f"the weights {last_name} and {name} share memory, so their neurons cannot be reordered apart"
+            pairs.append(sorted((last_name, name)))
         if end > reach:
             reach, last_name, last_ours = end, name, ours
-    return None
+    if not pairs:
+        return None
+    one, other = min(pairs)  # whatever lies first in memory
+    return f"the weights {one} and {other} share memory, so their neurons cannot be reordered apart"

@@ -96,7 +96,7 @@ class Order:
         routed, mode = self.routed, self._mode
         if self.own and (mode is None or not mode.asked or index.shape[1] != self.count):
             raise UserError(
-                f"the router of {type(routed.experts).__name__} chooses experts in a way that is not understood",
+                f"the router of {routed.title} chooses experts in a way that is not understood",
                 "take another method",
             )
         if not self.own and self.count < index.shape[1]:
@@ -204,8 +204,9 @@ def saliency(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
             routed = ffns[layer].routed
             if routed is not None:
                 index, norms = routed.index[-len(h) :].cpu(), routed.written(h).cpu()
-                sums[layer].index_add_(0, index.flatten(), norms.flatten())
-                tokens[layer].index_add_(0, index.flatten(), torch.ones(index.numel()))
+                some = index >= 0  # LongCat: a token may have fewer
+                sums[layer].index_add_(0, index[some], norms[some])
+                tokens[layer].index_add_(0, index[some], torch.ones(int(some.sum())))
 
         calibration.visit(see)
         return [s / n.clamp_min(1) for s, n in zip(sums, tokens, strict=True)]

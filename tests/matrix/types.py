@@ -71,8 +71,8 @@ UNUSUAL = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"layer_types": WINDOWS, "rope_parameters": dict.fromkeys(WINDOWS, ROTARY)},
     # Low enough to be reached.
-    "gpt_oss": {"swiglu_limit": 0.5},
     "hy_v4": {"swiglu_limit": 0.5},
+    "inkling2_loop_text": {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "n_layers_per_attn_res_block": 1},
     "deepseek_v4": {
         "swiglu_limit": 0.5,
         "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 6},
@@ -92,7 +92,7 @@ UNUSUAL = {
         "num_kv_shared_layers": 1, "layer_types": WINDOWS, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "llama4_text": {"interleave_moe_layer_step": 2},
+    "llama4_text": {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "qwen4_exp_text": {
         "ngram_vocab_size_base": 97, "split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 2, "hc_lowrank": 8,

@@ -80,3 +80,24 @@ def test_a_matrix_that_is_not_known_is_refused_beside_parts_that_are():
     fresh.model.layers[1] = layer
     with pytest.raises(UserError, match=r"computes more than the FFN that would be pruned \(extra\)"):
         find_ffns(fresh)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("hrm_text", {2, 6}), ("dory", {1, 2}), ("inkling2_loop_text", {1, 2})])
+def test_how_often_a_layer_runs_for_a_token_is_seen(name, runs):
+    assert {f.runs for f in find_ffns(tiny(name))} == runs
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "what"),
+    [
+        ("griffin", {"compensation": "mean"}, "compensation"), ("dart", {}, "remask"), ("top-p", {}, "choice"),
+        ("teal", {}, "entries"), ("griffin", {"allocation": "depth"}, "allocation"),
+    ],
+)  # fmt: skip
+def test_what_counts_a_token_once_does_not_fit_layers_that_run_more_often(method, params, what):
+    model = tiny("hrm_text")
+    with (
+        pytest.raises(UserError, match=f"{what}=.* does not fit layers that run several times for a token"),
+        open_session(model, method, 0.5, execution="masked", **params),
+    ):
+        pass
