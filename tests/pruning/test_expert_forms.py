@@ -7,6 +7,7 @@ from dart_eval import experts
 from dart_eval.errors import UserError
 from dart_eval.expert_forms import FORMS, View, form_of
 from dart_eval.ffn import find_ffns
+from dart_eval.rounding import rounded_ffns
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session
 from tests.matrix.types import tiny
@@ -136,3 +137,17 @@ def test_a_router_that_also_chooses_nothing_is_left_alone():
             pytest.raises(UserError, match="router of LongcatFlashMoE chooses experts in a way that is not understood"),
         ):
             generate(model, prompt, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rounding_reaches_their_weights_or_is_refused(name):
+    model = tiny(name)
+    ffns = [f for f in find_ffns(model) if f.routed]
+    before = [[w.clone() for w in (*f.input_weights(), f.output_weight())] for f in ffns]
+    try:
+        with rounded_ffns(model, 4):
+            for ffn, own in zip(ffns, before, strict=True):
+                for weight, was in zip((*ffn.input_weights(), ffn.output_weight()), own, strict=True):
+                    assert not torch.equal(weight, was)
+    except UserError as error:
+        assert "cannot be" in str(error) or "not made" in str(error)

@@ -9,7 +9,7 @@ from transformers import (
     Gemma4TextConfig,
 )
 
-from dart_eval import trial
+from dart_eval import experts, trial
 from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.families import decoder_layers
@@ -126,11 +126,17 @@ def test_depth_is_refused_by_name_where_a_layer_does_more_and_all_else_works(fam
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", BESIDE)
-def test_a_dense_ffn_beside_experts_is_refused_by_name(family, dtype):
+def test_a_dense_ffn_beside_experts_is_refused_by_name(family, dtype, monkeypatch):
+    monkeypatch.setattr(experts, "is_routed", lambda _module: False)  # as those that are not known
     config, part = BESIDE[family]
     model = random_model(config(), dtype)
     with pytest.raises(UserError, match=rf"layer 0 of {type(model).__name__} computes more .*{part}"):
         find_ffns(model)
+
+
+def test_a_dense_ffn_and_experts_that_are_known_are_two():
+    model = random_model(BESIDE["gemma4"][0]())
+    assert [f.routed is not None for f in find_ffns(model)] == [False, True] * len(decoder_layers(model))
 
 
 def test_experts_that_a_layer_adds_on_its_own_are_noticed():
