@@ -1,5 +1,7 @@
 """Experts that transformers does not hand to a function: each form against the module's own answer and by hand."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -144,10 +146,7 @@ def test_rounding_reaches_their_weights_or_is_refused(name):
     model = tiny(name)
     ffns = [f for f in find_ffns(model) if f.routed]
     before = [[w.clone() for w in (*f.input_weights(), f.output_weight())] for f in ffns]
-    try:
-        with rounded_ffns(model, 4):
-            for ffn, own in zip(ffns, before, strict=True):
-                for weight, was in zip((*ffn.input_weights(), ffn.output_weight()), own, strict=True):
-                    assert not torch.equal(weight, was)
-    except UserError as error:
-        assert "cannot be" in str(error) or "not made" in str(error)
+    with contextlib.suppress(UserError), rounded_ffns(model, 4):
+        for ffn, own in zip(ffns, before, strict=True):
+            for weight, was in zip((*ffn.input_weights(), ffn.output_weight()), own, strict=True):
+                assert not torch.equal(weight, was)
