@@ -73,7 +73,8 @@ class View:
         """[E, 2 I, D], or [E, D, 2 I] where `is_transposed`: a copy where gate and up are apart."""
         parts: list[Tensor] = [self._get(path) for path in self.form.inputs]
         if len(parts) == 1:
-            return parts[0][: self._experts()]  # more than these: those that do nothing (LongCat)
+            more = len(parts[0]) > self._experts()  # those that do nothing (LongCat)
+            return parts[0][: self._experts()] if more else parts[0]
         return torch.cat([p.view(self._experts(), -1, p.shape[-1]) for p in parts], 1)
 
     def _experts(self) -> int:

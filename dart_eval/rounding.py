@@ -212,8 +212,9 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
     if not isinstance(module, Step):
         return module.weight  # type: ignore[return-value]
     if not isinstance(module.held, nn.Parameter):
-        name = type(module.routed.experts).__name__
-        raise UserError(f"the weights of {name} are in no parameter of their own", "leave them as they are")
+        raise UserError(
+            f"the weights of {module.routed.title} are in no parameter of their own", "leave them as they are"
+        )
     return module.held
 
 
