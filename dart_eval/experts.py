@@ -341,16 +341,21 @@ def ours(experts: Any) -> Callable[..., Any]:
 
 def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
     """Let our function compute the model's experts. What it returns gives them back (`give_back`)."""
-    before: list[tuple[Any, Any]] = []
-    found = [m for m in model.modules() if is_routed(m)]
-    configs: list[Any] = [m.config for m in found if form_of(m) is None]
-    for module in found:
+    before = _hand_to(model, NAME)
+    for module in model.modules():
         if form_of(module) is not None:
             before.append((module, module.__dict__.get("forward")))
             module.__dict__["forward"] = ours(module)
+    return before
+
+
+def _hand_to(model: nn.Module, name: str) -> list[tuple[Any, Any]]:
+    """Let a function of transformers' table compute the experts that it hands on. Returns what undoes it."""
+    before = []
+    configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and form_of(m) is None]
     for config in {id(c): c for c in configs}.values():
         before.append((config, config._experts_implementation_internal))
-        config._experts_implementation_internal = NAME
+        config._experts_implementation_internal = name
     return before
 
 
@@ -369,6 +374,16 @@ def give_back(before: list[tuple[Any, Any]]) -> None:
 def taken_over(model: nn.Module) -> Iterator[None]:
     """Our function computes the model's experts inside."""
     before = take_over(model)
+    try:
+        yield
+    finally:
+        give_back(before)
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """The modules' own code computes the model's experts inside, in any dtype."""
+    before = _hand_to(model, "eager")
     try:
         yield
     finally:

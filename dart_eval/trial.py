@@ -116,7 +116,8 @@ def _check_experts(model: nn.Module) -> None:
     handles = [m.register_forward_hook(_same, with_kwargs=True) for m in model.modules() if experts.is_routed(m)]
     try:
         if handles:
-            _forward(model)
+            with experts.as_written(model):
+                _forward(model)
     finally:
         for handle in handles:
             handle.remove()

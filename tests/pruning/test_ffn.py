@@ -12,6 +12,7 @@ from transformers import (
     PhiConfig,
 )
 
+from dart_eval import expert_forms
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from tests.helpers.models import SMALL, tiny
@@ -71,13 +72,15 @@ def test_gemma_output_is_taken_after_the_norm_that_follows_the_ffn():
     assert ffn.residual is model.model.layers[0].pre_feedforward_layernorm
 
 
-def test_experts_that_are_not_handed_to_a_function_are_refused():
+def test_experts_that_are_not_handed_to_a_function_are_refused(monkeypatch):
+    monkeypatch.setattr(expert_forms, "FORMS", ())  # as those of no form
     with pytest.raises(UserError, match="not understood"):
         find_ffns(tiny_of("jetmoe"))
 
 
-def test_experts_whose_shared_ones_are_not_known_are_refused():
+def test_experts_whose_shared_ones_are_not_known_are_refused(monkeypatch):
     """With the known neurons at 0 the block still writes something."""
+    monkeypatch.setattr(expert_forms, "FORMS", ())
     with pytest.raises(UserError, match="computes more than the FFN"):
         find_ffns(tiny_of("inkling_text"))
 
