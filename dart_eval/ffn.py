@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval import experts, quantised, trial
-from dart_eval.acts import Act, Lift, swish
+from dart_eval.acts import Act, activation, lift
 from dart_eval.errors import UserError
 from dart_eval.families import (
     ATTENTION_OUTPUTS,
@@ -280,7 +280,7 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
     """The FFN of a layer where a layout fits, else None. Arguments as of `_described`."""
     block, up, down = (get(layer, p) for p in (layout.block, layout.up, layout.down))
     gate = get(layer, layout.gate) if layout.gate else None
-    act = _activation(layer, layout)
+    act = activation(layer, layout)
     modules = [block, up, down, attention, *([gate] if layout.gate else [])]
     if act is None or not all(isinstance(m, nn.Module) for m in modules):
         return None
@@ -294,7 +294,7 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
         layer=index, number=number, holder=layer, block=block, gate=gate, up=up, down=down, act=act,
         fused=layout.fused, residual=residual, output=post_norm if post_norm is not None else down,
         attention=attention, size=size, width=width, scale=1.0 if scale is None else float(scale), after=after,
-        lift=_lift(layer, layout), norm=get(layer, layout.norm) if layout.norm else None,
+        lift=lift(layer, layout), norm=get(layer, layout.norm) if layout.norm else None,
     )  # fmt: skip
 
 
@@ -314,27 +314,6 @@ def _residual(layer: nn.Module, block: nn.Module) -> Any:
     if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:
         return block  # OLMo 2: without a norm
     return block if residual is None else residual
-
-
-def _activation(layer: nn.Module, layout: Layout) -> Any:
-    """The activation, with what is done to what enters it; None where there is none."""
-    found = [get(layer, act) if isinstance(act, str) else act for act in layout.act]
-    alpha = get(layer, layout.alpha) if layout.alpha else None
-    act = next((a for a in found if a is not None), None if alpha is None else swish(float(alpha)))
-    factors, limit = _factors(layer, layout.factors), get(layer, layout.limit) if layout.limit else None
-    return act if act is None or (not factors and limit is None) else Act(act, factors, limit)
-
-
-def _lift(layer: nn.Module, layout: Layout) -> Lift | None:
-    """What is done to up x before it is multiplied."""
-    factors, limit = _factors(layer, layout.lifts), get(layer, layout.limit) if layout.limit else None
-    plus = 1.0 if layout.alpha else 0.0
-    return Lift(factors, limit, plus) if factors or plus or limit is not None else None
-
-
-def _factors(layer: nn.Module, paths: Sequence[str]) -> list[Any]:
-    found = [get(layer, path) for path in paths]
-    return [f for f in found if f is not None and not (isinstance(f, (int, float)) and f == 1)]
 
 
 def _has_none(layer: nn.Module) -> bool:
