@@ -179,9 +179,9 @@ def test_the_demo_model_by_name_must_be_installed(refused, monkeypatch, tmp_path
 
 
 def test_a_model_whose_ffn_is_not_known_is_refused_by_name(refused, saved):
-    folder = saved(tiny("jetmoe"))
+    folder = saved(tiny("zamba2"))
     message = refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder, "--device", "cpu")
-    assert "the FFN of JetMoeDecoderLayer" in message
+    assert "the FFN of Zamba2HybridLayer" in message
     assert "is not understood" in message
     assert "experts that transformers keeps in one module" in message
 
