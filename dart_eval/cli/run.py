@@ -128,9 +128,10 @@ def plan_table(sizes: list[CellSize], workers: int) -> Table:
     from dart_eval.executors.sizing import duration
 
     def line(name: str, those: Sequence[CellSize], time: str) -> list[str]:
-        flops, memory = sum(s.flops for s in those) / 1e12, max((s.memory for s in those), default=0) / 10**9
+        flops = sum(s.flops for s in those) / 1e12
+        memory, cache = (max((getattr(s, what) for s in those), default=0) / 10**9 for what in ("memory", "cache"))
         counts = f"{sum(s.requests for s in those)}", f"{sum(s.tokens for s in those)}"
-        return [name, *counts, f"{flops:.1f}", f"{memory:.2f}", time]
+        return [name, *counts, f"{flops:.1f}", f"{memory:.2f}", f"{cache:.2f}", time]
 
     todo = [s for s in sizes if not s.finished]
     work = sum(s.seconds for s in todo)
@@ -140,10 +141,11 @@ def plan_table(sizes: list[CellSize], workers: int) -> Table:
     note = (
         "Tokens: to compute; generated ones at their most, so texts that end early take less. TFLOPs: products with "
         "the weights (masks save none). GB: the most that a few batches needed, the largest among them, on one worker. "
+        "Cache: GB of keys and values in it, which grow with a batch's rows (--batch-size) and their tokens. "
         f"Time: from a few batches of every task, on one worker; in all {duration(work)}{spread}. The run says how far "
         "off this was."
     )
-    columns = ["cell", "requests", "tokens", "TFLOPs", "GB", "time"]
+    columns = ["cell", "requests", "tokens", "TFLOPs", "GB", "cache", "time"]
     return Table("Plan", columns, body, note, rules=frozenset({len(body) - 1}))
 
 

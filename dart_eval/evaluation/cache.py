@@ -30,6 +30,17 @@ def _is_plain(cache: Any) -> bool:
     return type(cache) is DynamicCache and all(type(layer) in PLAIN for layer in cache.layers)
 
 
+def bytes_of_a_token(cache: Any) -> float:
+    """Bytes of keys and values that a cache holds for each of its tokens, in all layers that hold any.
+
+    Args:
+        cache: of some tokens of one sequence. A sliding layer counts in full: it holds no more than its window.
+    """
+    kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    tokens = max(1, int(cache.get_seq_length()))
+    return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor)) / tokens
+
+
 def fork(cache: Any, rows: Tensor | None = None) -> Any:
     """An independent copy for the given rows (indices, repeats allowed; None: all)."""
     if not _is_plain(cache):

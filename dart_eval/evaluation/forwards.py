@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
-from dart_eval.evaluation.cache import can_pad, new_cache
+from dart_eval.evaluation.cache import bytes_of_a_token, can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.families import base_of
@@ -59,6 +59,13 @@ class Forwards:
         """How so many tokens run on a filled cache: in one forward, or one by one."""
         size = self.room or max(tokens, 1)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+    @torch.no_grad()
+    def bytes_of_a_token(self) -> float:
+        """Bytes of keys and values of one token, in the model's own dtype."""
+        tokens, cache = torch.zeros(1, 2, dtype=torch.long, device=self.device), new_cache(self.model)
+        self(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(2, device=self.device)[None], cache)
+        return bytes_of_a_token(cache)
 
     def answers(self) -> Answers:
         """A new set of questions to the output head."""

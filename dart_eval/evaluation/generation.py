@@ -74,6 +74,11 @@ class Prompts:
         return sum(p.tokens + self.new_tokens for p in self.prompts)
 
     @property
+    def cached(self) -> int:
+        """Tokens whose keys and values it holds at its end, padding included."""
+        return len(self.prompts) * (max(p.tokens for p in self.prompts) + self.new_tokens)
+
+    @property
     def forwards(self) -> int:
         """What it takes beside its tokens: one for each new token."""
         return self.new_tokens

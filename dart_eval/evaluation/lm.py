@@ -134,7 +134,11 @@ class PrunedLM(HFLM):
         names, asked, answering = list(requests), list(requests.values()), make(self.planned)
         units, before = answering.units(asked), sum(len(c.sizes) for c in self.calls)
         sizes = [unit.tokens + unit.forwards * self.planned.forward for unit in units]
-        call, unusable = Call(kind, len(names), sizes, sum(unit.tokens for unit in units)), Unusable(len(names))
+        cached = max((unit.cached for unit in units), default=0)
+        call, unusable = (
+            Call(kind, len(names), sizes, sum(unit.tokens for unit in units), cached=cached),
+            Unusable(len(names)),
+        )
         self.calls.append(call)
         for place, unit in enumerate(units):
             if not self.part.takes(before + place, place, len(units)):

@@ -50,6 +50,7 @@ class Call:
         requests: distinct ones. sizes: of every unit, what its time is taken to be proportional to.
         tokens: that must be computed: contexts, answers, prompts, and at most so many new ones.
         seconds: of the units that have been run, by place.
+        cached: tokens whose keys and values a unit holds at once, of the unit that holds the most.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Call:
     sizes: list[int]
     tokens: int
     seconds: dict[int, float] = field(default_factory=dict)
+    cached: int = 0
 
 
 WHOLE = Part()

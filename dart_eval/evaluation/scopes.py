@@ -66,6 +66,11 @@ class Inputs:
         return sum(len(i) for i in self.inputs)
 
     @property
+    def cached(self) -> int:
+        """Tokens whose keys and values it holds at once."""
+        return len(self.inputs) * len(self.inputs[0])
+
+    @property
     def answers(self) -> list[int]:
         """For each input, how many tokens the answers have that it is for."""
         return [len(continuation) for ((_, continuation), *_) in self.targets]

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.config import RunConfig
+from dart_eval.evaluation.forwards import Forwards, output_head
 from dart_eval.evaluation.part import Call, Pilot
 from dart_eval.executors.jobs import Job, View, plan_all
 from dart_eval.executors.worker import Worker
@@ -56,7 +57,8 @@ class CellSize:
     Attributes:
         requests: distinct ones. tokens: to compute, new ones at their most. flops: products with the decoder's weights,
             and with the output head once a request (masks save none of them).
-        memory: bytes, the pilot's peak: of the GPU, or of the process. seconds: on one worker.
+        memory: bytes, the pilot's peak: of the GPU, or of the process, with what the method takes more. seconds: on one
+            worker. cache: bytes of keys and values of the batch that holds the most, in the memory already.
         finished: there is a record already.
     """
 
@@ -69,6 +71,7 @@ class CellSize:
     memory: int
     seconds: float
     finished: bool
+    cache: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
     worker = Worker(configs[0], resolve(configs[0].model_spec), view.status, note=view.note)
     dense: dict[tuple[str, RunConfig], _Timed] = {}
     factors: dict[tuple[str, str], float] = {}  # (method, kind) -> time over dense
+    more: dict[str, int] = {}  # method -> bytes over dense, at most
+    kept = Forwards(worker.model, output_head(worker.model)).bytes_of_a_token()
     per_token = 2 * (worker.shape.ffn_weights + worker.shape.other_weights)
     found = []
     for job in jobs.values():
@@ -113,13 +118,18 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
         if cell.method.prunes and any((method, c.kind) not in factors for c in base.calls):
             view.status(f"trying {cell.title}")
             tried = _pilot(worker, job)
+            more[method] = max(more.get(method, 0), tried.memory - base.memory)
             for before, after in zip(base.calls, tried.calls, strict=True):
                 factors.setdefault((method, before.kind), sum(after.seconds.values()) / sum(before.seconds.values()))
         seconds = base.beside + sum(_extrapolated(c) * factors.get((method, c.kind), 1.0) for c in base.calls)
         tokens, requests = sum(c.tokens for c in base.calls), sum(c.requests for c in base.calls)
         flops = tokens * per_token + requests * 2 * worker.shape.head_weights
         finished = store.get(cell.name, cell.key) is not None
-        found.append(CellSize(cell.key, cell.name, cell.title, requests, tokens, flops, base.memory, seconds, finished))
+        memory, cached = base.memory + more.get(method, 0), round(kept * max((c.cached for c in base.calls), default=0))
+        sized = CellSize(
+            cell.key, cell.name, cell.title, requests, tokens, flops, memory, seconds, finished, cached
+        )  # fmt: skip
+        found.append(sized)
     return found
 
 
