@@ -135,10 +135,8 @@ class PrunedLM(HFLM):
         units, before = answering.units(asked), sum(len(c.sizes) for c in self.calls)
         sizes = [unit.tokens + unit.forwards * self.planned.forward for unit in units]
         cached = max((unit.cached for unit in units), default=0)
-        call, unusable = (
-            Call(kind, len(names), sizes, sum(unit.tokens for unit in units), cached=cached),
-            Unusable(len(names)),
-        )
+        call = Call(kind, len(names), sizes, sum(unit.tokens for unit in units), cached=cached)
+        unusable = Unusable(len(names))
         self.calls.append(call)
         for place, unit in enumerate(units):
             if not self.part.takes(before + place, place, len(units)):
