@@ -9,7 +9,9 @@ from lm_eval.models.huggingface import HFLM
 import dart_eval
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
+from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.rotary import Angles
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.results.store import Store
 from dart_eval.thinking import check_kind
@@ -64,6 +66,15 @@ def test_a_stop_sequence_ends_an_answer_after_the_thoughts_are_gone(chatty):
         ours = _answers(PrunedLM(model, chatty, **given), [request])
         assert ours == _answers(HFLM(pretrained=model, tokenizer=chatty, batch_size=1, **given), [request])
         assert stop not in ours[0].split() and said[0] not in ours[0].split()[:1]
+
+
+def test_an_answer_has_no_blanks_before_it(chatty, monkeypatch):
+    """Where tokens are words with their blanks."""
+    for end in ("w6", "6"):
+        lm = PrunedLM(tiny("llama"), chatty, think_end_token=end)
+        monkeypatch.setattr(lm, "tok_decode", lambda tokens, **_: "".join(f" w{token}" for token in tokens))
+        generator = Generator(lm, DenseSession(), lm.planned, Angles(lm.model), {})
+        assert generator._answer([5, 6, 7, 6, 8, 9, 4], ["w9"]) == "w8 "
 
 
 def test_thoughts_count_as_generated_tokens(chatty):
