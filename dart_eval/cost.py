@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from dart_eval import quantised
 from dart_eval.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
 from dart_eval.ffn import FFN, features
 from dart_eval.pruning.method import Pruner
@@ -88,7 +89,7 @@ def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
         other_weights=other, head_weights=n_in * n_out,
         attention_widths=tuple(map(_attention_width, decoder_layers(model))),
         windows=_windows(config, len(decoder_layers(model))),
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=quantised.nbytes(model),
     )  # fmt: skip
 
 

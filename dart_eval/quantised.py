@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,15 +47,25 @@ def bits(tensors: Iterable[Any], weights: int) -> float:
     return sum(found for tensor in tensors for found in _bits(tensor, weights)) / weights
 
 
+def nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters as they lie in memory, tied ones once, with what libraries keep beside them."""
+    named = [("", p) for p in model.parameters()]
+    return round(sum(found for tensor in _apart(named) for found in _bits(tensor, 0, as_kept=True)) / 8)
+
+
 def held(linear: nn.Module) -> list[Tensor]:
     """The tensors in which a projection holds its weights."""
-    named = [*linear.named_parameters(), *linear.named_buffers()]
+    return _apart([*linear.named_parameters(), *linear.named_buffers(), *_beside(linear)])
+
+
+def _apart(named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """These tensors and what stands beside them, each memory once."""
     plain = [value for _, value in named if not hasattr(value, "__tensor_flatten__")]  # others name their own parts
     found: dict[tuple[int, int], Tensor] = {}
-    for name, tensor in [*named, *_beside(linear), *(one for value in plain for one in _beside(value))]:
+    for name, tensor in [*named, *(one for value in plain for one in _beside(value))]:
         if name.rpartition(".")[2] not in NO_PART:
-            place = id(tensor) if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()
-            found.setdefault((place, tensor.numel()), tensor)
+            place = 0 if hasattr(tensor, "__tensor_flatten__") else tensor.data_ptr()  # 0 also of shapes alone
+            found.setdefault((place or id(tensor), tensor.numel()), tensor)
     return list(found.values())
 
 
@@ -68,8 +78,8 @@ def _beside(holder: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _beside(inner)
 
 
-def _bits(value: Any, weights: int) -> Iterator[float]:
-    """The bits of every tensor inside one of a library's own."""
+def _bits(value: Any, weights: int, as_kept: bool = False) -> Iterator[float]:
+    """The bits of every tensor inside one of a library's own. as_kept: also where that is more than they need."""
     if not isinstance(value, Tensor):
         return
     if not hasattr(value, "__tensor_flatten__"):
@@ -77,13 +87,13 @@ def _bits(value: Any, weights: int) -> Iterator[float]:
         yield float(value.numel() * min(8 * value.element_size(), OWN_BITS if plain else 64))
         return
     names, _ = value.__tensor_flatten__()
-    narrow = _width(getattr(value, "target_dtype", None))
+    narrow = 0 if as_kept else _width(getattr(value, "target_dtype", None))
     for name in names:
         part = getattr(value, name)
         if narrow and name == "qdata":  # torchao keeps codes of few bits in a byte each where no kernel takes them
             yield float(narrow * part.numel())
         else:
-            yield from _bits(part, weights)
+            yield from _bits(part, weights, as_kept)
 
 
 def _width(dtype: Any) -> int:

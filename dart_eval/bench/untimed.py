@@ -17,7 +17,7 @@ from dart_eval.ffn import find_ffns
 from dart_eval.pruning.kernels import lacking
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
-from dart_eval.rounding import served_bits
+from dart_eval.rounding import served_bits, share
 
 BYTES_ONLY = "bytes only"  # what stands in place of times
 
@@ -92,4 +92,5 @@ def measure(
         for _ in range(1 if method.exact else steps):
             bench.step(model, bench.tokens(1), cache)
         read, state = run.weights_read, run.state_bytes
-    return BytesOnly(method.spec, sparsity, read, 1 / (1 - shape.ffn_share * (1 - read)), state, why)
+    less = 1 - read / share(ffns)  # than the model itself reads, whose weights may have few bits already
+    return BytesOnly(method.spec, sparsity, read, 1 / (1 - shape.ffn_share * less), state, why)

@@ -9,9 +9,12 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
+from dart_eval import cost, quantised
+from dart_eval.bench import untimed
 from dart_eval.config import config_from
 from dart_eval.ffn import find_ffns, weight_matrix
 from dart_eval.models import ModelSpec, resolve
+from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
 from dart_eval.rounding import served_bits, served_bits_of
@@ -90,6 +93,25 @@ def _dequantised(kind, module):
     if kind.endswith("8"):
         return module.weight * module.weight.SCB[:, None] / 127
     return bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+@pytest.mark.parametrize("kind", ["torchao-8", "bitsandbytes-8"])
+def test_memory_is_what_lies_there(checkpoints, kind):
+    model = _loaded(checkpoints[kind])
+    embeddings = 2 * VOCAB * WIDTH * 2  # of the input and of the head
+    norms = 5 * WIDTH * 2
+    rows = 2 * (WIDTH + WIDTH // 2 + WIDTH // 2 + WIDTH + 2 * SIZE + WIDTH)  # of all projections, each with its scale
+    weights = 2 * (WIDTH * (2 * WIDTH + WIDTH) + 3 * WIDTH * SIZE)
+    beside = 5 if kind == "torchao-8" else 4
+    assert quantised.nbytes(model) == embeddings + norms + weights + beside * rows
+
+
+@pytest.mark.parametrize("kind", ["torchao-4", "bitsandbytes-4"])
+def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
+    model = _loaded(checkpoints[kind])
+    found = untimed.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
+    phi = cost.shape_of(model, find_ffns(model)).ffn_share
+    assert found.ceiling == pytest.approx(1 / (1 - phi / 2), rel=0.01)
 
 
 @pytest.mark.slow
