@@ -146,6 +146,9 @@ STREAMS = (
     "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
     "router", "mamba_decoder", "linear", "q_message_gate", "k_message_gate", "v_message_gate", "mlp_message_gate",
 )  # fmt: skip
+# Of an FFN's block, where it is not 0: the gate of a neuron counts by how it compares with those of all others (Gemma
+# 3n), so that none can be left out without a change of the rest.
+COMPARED = ("activation_sparsity",)
 
 
 def get(module: Any, path: str) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dart_eval import experts
 from dart_eval.errors import UserError, out_of_memory, summary
-from dart_eval.families import STREAMS
+from dart_eval.families import COMPARED, STREAMS
 from dart_eval.finite import refuse_not_finite
 
 if TYPE_CHECKING:
@@ -227,6 +227,11 @@ def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
     if ours.shape != theirs.shape or not (
         (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6)
     ):
+        if any(getattr(f.block, attribute, 0) for attribute in COMPARED):
+            raise UserError(
+                f"the FFN of layer {f.number} of {name} compares the gates of all its neurons with each other",
+                "none of them can be left out alone: such models are not supported",
+            )
         raise UserError(
             f"the FFN of layer {f.number} of {name} does more than act(gate x) * (up x)",
             "this family needs an entry of its own in dart_eval/families.py",

@@ -56,6 +56,11 @@ def _times(mask):
     return lambda _m, _args, out: out * mask if out.shape[1] == 1 else out
 
 
+def test_gates_that_are_compared_with_each_other_are_refused_by_what_they_do():
+    with pytest.raises(UserError, match=r"layer 0 of .* compares the gates of all its neurons with each other"):
+        find_ffns(tiny("gemma3n_text"))
+
+
 @pytest.mark.parametrize("method", ["dart-choice", "dart-plus", "teal"])
 def test_what_needs_a_neurons_own_part_does_not_fit_a_norm(method):
     params = {"compensation": "mean"} if method == "dart-choice" else {}
