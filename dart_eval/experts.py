@@ -80,16 +80,17 @@ class Routed:
     def act(self, gate: Tensor) -> Tensor:
         """What the gate contributes to h, elementwise: h where up is 1. Of a plain FFN the activation."""
         if self.experts.has_gate:
-            return self._gated(gate, torch.ones_like(gate))
+            return self.gated(gate, torch.ones_like(gate))
         h = self.experts.act_fn(gate).reshape(-1, self.count, self.inner)
-        return (h * self.weights[..., None].to(h.dtype)).reshape(gate.shape)
+        return (h * self.weights[-len(h) :, :, None].to(h.dtype)).reshape(gate.shape)
 
     def rest(self, up: Tensor) -> Tensor:
         """What up contributes, elementwise: h where the gate is 1, beside h where both are (gpt-oss adds 1 to up)."""
         one = torch.ones_like(up)
-        return self._gated(one, up) / self._gated(one, one)
+        return self.gated(one, up) / self.gated(one, one)
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """h of gate x and up x, [..., I] each, without the router's weight."""
         pair = torch.cat([gate, up], -1) if self.experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
         return self.experts._apply_gate(pair)
 
@@ -232,7 +233,7 @@ class Step(nn.Module):
 
 
 class _Up(Step):
-    """[N, D] -> gate x and up x of each token's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
+    """[N, D] of the last N tokens -> gate x and up x of each one's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
 
     @property
     def held(self) -> Any:
@@ -249,17 +250,17 @@ class _Up(Step):
         x = x.reshape(-1, x.shape[-1])
         name = "gate_up_proj" if routed.experts.has_gate else "up_proj"
         made = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
-        for expert, tokens, places in routed.each(routed.index):
+        for expert, tokens, places in routed.each(routed.index[-len(x) :]):
             out = routed.times(x[tokens], name, expert)
             bias = routed.bias(name, expert)
             made[tokens, places] = out if bias is None else out + bias
         if routed.inward is not None:
-            made = made * routed.inward[..., None].to(made.dtype)
+            made = made * routed.inward[-len(x) :, :, None].to(made.dtype)
         routed.made = made
         if not routed.experts.has_gate:
             return made.reshape(*shape, -1)
         gate, up = routed.halves(made)
-        rest = routed.rest(up) * routed.weights[..., None].to(up.dtype)  # the router's weight is a part of h
+        rest = routed.rest(up) * routed.weights[-len(x) :, :, None].to(up.dtype)  # the router's weight is a part of h
         return torch.cat([gate.reshape(*shape, -1), rest.reshape(*shape, -1)], -1)
 
 

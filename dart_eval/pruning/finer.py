@@ -60,13 +60,13 @@ class Finer:
             self.inputs.append(made)
         self.fine = None if part.by_token else Fine([held for f in ffns for held in self._held(f)])
 
-    def _held(self, ffn: FFN) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    def _held(self, ffn: FFN) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         modules: list[Any] = ffn.projections
         found = []
         for module in modules:
             matrix = plain_matrix(module)
             kept = self.part.values(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
-            found.append((module, module.weight.data, kept.T.contiguous() if is_conv1d(module) else kept))
+            found.append((module.weight, module.weight.data, kept.T.contiguous() if is_conv1d(module) else kept))
         return found
 
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dart_eval.pruning.parts.choices import Token
-from dart_eval.pruning.parts.scores import Score
+from dart_eval.pruning.parts.scores import FIRST_TOKEN, Score
 from dart_eval.pruning.sequence import Sums
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: T
     if prepared.previews is not None and x is not None:
         images = prepared.previews[layer]
         preview, expected = map(ffn.by_row, images.look(x, choice.thin))
-        columns = None if images.columns is None else ffn.by_row(images.columns)
+        columns = None if images.columns is None else ffn.of_token(ffn.by_row(images.columns)[None], len(x))
         token = replace(token, preview=preview, expected=expected, columns=columns)
     score = state.method.mask.score
     if choice.ranks and score is not None:
@@ -49,6 +49,24 @@ def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: T
         core = ffn.by_row(state.cores[layer])[:, None, :count].to(token.h.device)
         token = replace(token, core=core, score=alone(score, token.h * allowed, factor))
     return token
+
+
+def usual(state: SequenceState, layer: int, count: int) -> Tensor | None:
+    """[B, T or 1, count] fp32, root of what the choice observed, by row, up to a factor per sequence; None: nothing.
+
+    Of an expert the mean over the tokens that had it; where none had, as of the others' neurons on average.
+    """
+    sums, ffn = state.sums.get("choice"), state.ffns[layer]
+    if sums is None or sums.layers[layer] is None:
+        return None
+    found = sums[layer]
+    if ffn.routed:
+        had = state.sums["had"][layer]
+        found = torch.where(had > 0, found / had.clamp_min(FIRST_TOKEN), 0)
+        seen = (had > 0).sum(-1, keepdim=True)
+        average = torch.where(seen > 0, found.sum(-1, keepdim=True) / seen.clamp_min(1), 1)
+        found = torch.where(had > 0, found, average)
+    return ffn.of_token(ffn.by_row(found), state.batch)[..., :count].sqrt()
 
 
 def shown(state: SequenceState, layer: int, rough: Tensor, token: Token) -> Tensor:

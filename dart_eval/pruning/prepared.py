@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dart_eval.pruning import finer, fits, thresholds
 from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
+from dart_eval.pruning.parts.images import LowRank
 from dart_eval.pruning.previews import Fine, Preview, previews, prices, stored
 from dart_eval.pruning.rerouted import Rerouted
 from dart_eval.pruning.sequence import Sums, nbytes
@@ -121,7 +123,7 @@ class Prepared:
             return self._dense
         if self.method.routing.reroutes:
             experts = self.method.routing.counts(self.sparsity, self.ffns)
-            some = [n * f.routed.inner if f.routed else f.size for n, f in zip(experts, self.ffns, strict=True)]
+            some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, self.ffns, strict=True)]
             return Counts(some, some, some, 0)
         sizes, whole_mask = [f.size for f in self.ffns], self.method.mask.whole
         matrices = self.ffns[0].matrices
@@ -221,13 +223,13 @@ def _check_experts(method: Pruner) -> None:
         UserError: with the part.
     """
     parts = {
-        "compensation": method.compensation.adds or method.compensation.fills, "remask": method.mask.remask.watches,
-        "choice": method.choice.image is not None or method.choice.ranks, "entries": method.entries.finer,
-        "allocation": method.allocation.needs_scores or method.allocation.needs_change,
+        "compensation": method.compensation.fills, "choice": method.choice.ranks,
+        "image": isinstance(method.choice.image, LowRank), "entries": method.entries.finer,
+        "allocation": method.allocation.needs_scores,
     }  # fmt: skip
     for slot, wanted in parts.items():
         if wanted:
-            part = method.mask.remask if slot == "remask" else getattr(method, slot)
+            part: Any = method.choice.image if slot == "image" else getattr(method, slot)
             raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
 
 

@@ -16,7 +16,7 @@ from dart_eval.pruning.parts.choices import Choice
 from dart_eval.pruning.parts.images import Image, columns
 from dart_eval.pruning.planes import truncated
 from dart_eval.pruning.top import top_k_mask
-from dart_eval.rounding import Served, packed, served_inputs, served_output
+from dart_eval.rounding import Served, packed, parameter_of, served_inputs, served_output
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Preview:
         Returns:
             [..., F] h by the images, and [..., F] fp32 the expected square of h.
         """
-        if thin < 1:
-            x = x * top_k_mask(x.abs(), torch.full(x.shape[:-1], columns(x.shape[-1], thin)))
+        x = thinned(x, thin)
         seen = self.seen(x)
         size = x.float().norm(dim=-1, keepdim=True)
         off = [size * doubt for doubt in self.doubts]
@@ -72,6 +71,11 @@ class Preview:
         """[..., F] -> [..., D], what h adds through the image of down."""
         assert self.down is not None
         return nn.functional.linear(h, self.down)
+
+
+def thinned(x: Tensor, thin: float) -> Tensor:
+    """x with that share of its entries alone, the largest."""
+    return x if thin == 1 else x * top_k_mask(x.abs(), torch.full(x.shape[:-1], columns(x.shape[-1], thin)))
 
 
 def prices(choice: Choice, precision: int, ffns: Sequence[FFN]) -> Prices:
@@ -100,7 +104,7 @@ def stored(choice: Choice, ffns: Sequence[FFN]) -> int:
         return 0
     inputs = [(f, m) for f in ffns for m in served_inputs(f)]
     bits = sum(m.weight.numel() * choice.doubt_bits(f.width) for f, m in inputs)
-    bits += sum(f.size * f.width * choice.norm_bits(f.width) for f in ffns)
+    bits += sum(f.pool * f.width * choice.norm_bits(f.width) for f in ffns)
     if image.stored:
         matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if choice.grades else [])
         bits += sum(m.weight.numel() * image.bits_of(m.bits, *m.weight.shape) for m in matrices)
@@ -152,10 +156,16 @@ def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
     def make() -> Preview:
         values = [_values(image, m) for m in matrices]
         doubts = [doubt(m, v) for m, v in zip(matrices[:inputs], values, strict=False)]
+        if ffn.routed:
+            from dart_eval.pruning.expert_previews import of_experts  # which takes what stands here
+
+            last = (values[inputs], matrices[inputs].weight) if down else (None, None)
+            return of_experts(ffn.routed, values[:inputs], doubts, *last)
         written, columns = (values[inputs], squares(matrices[inputs])) if down else (None, None)
         return Preview(tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, written, columns, ffn.lift)
 
-    return _MADE.get(ffn.up, [m.weight for m in matrices], (image, *(m.bits for m in matrices)), make)
+    own = [m.weight for m in matrices] if ffn.routed is None else [parameter_of(p) for p in ffn.projections]
+    return _MADE.get(ffn.up, own, (image, *(m.bits for m in matrices)), make)
 
 
 def doubt(matrix: Served, seen: Tensor) -> Tensor:
@@ -183,10 +193,10 @@ class Fine:
     """FFN weights of which decoding forwards read the first bits alone; prompts have all of them.
 
     Attributes:
-        held: the projections, each with its own weights and those that have lost their last bits.
+        held: the projections' parameters, each with its own weights and those that have lost their last bits.
     """
 
-    def __init__(self, held: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
+    def __init__(self, held: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
         self.held = held
         self.in_place = False
 
@@ -200,18 +210,18 @@ class Fine:
         modules: list[Any] = [m for f in ffns for m in f.projections]
         if mantissa is None or any(packed(m) is not None for m in modules) or _shapes_alone(ffns):
             return None
-        return cls([(m, m.weight.data, _fine(m, mantissa)) for m in modules])
+        return cls([(parameter_of(m), parameter_of(m).data, _fine(m, mantissa)) for m in modules])
 
     def begin(self) -> None:
         """Decoding forwards from here on."""
         self.in_place = True
-        for module, _, fine in self.held:
-            module.weight.data = fine
+        for parameter, _, fine in self.held:
+            parameter.data = fine
 
     def end(self) -> None:
         """The weights are whole again, to the bit."""
-        for module, own, _ in self.held:
-            module.weight.data = own
+        for parameter, own, _ in self.held:
+            parameter.data = own
         self.in_place = False
 
 
@@ -220,4 +230,5 @@ _FINE: LastMade[Tensor] = LastMade()
 
 def _fine(module: Any, mantissa: int) -> Tensor:
     """The weight of a projection without its last bits; the one last made is kept."""
-    return _FINE.get(module, [module.weight], mantissa, lambda: truncated(module.weight.data, mantissa))
+    weight = parameter_of(module)
+    return _FINE.get(module, [weight], mantissa, lambda: truncated(weight.data, mantissa))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dart_eval.expert_pool import routing
 from dart_eval.ffn import device_of
 from dart_eval.pruning.drift import DriftDetector
 from dart_eval.pruning.ring import RingBuffer
@@ -35,7 +36,7 @@ class RemaskState(PerSequence):
     """State of B sequences under a part `remask`.
 
     Attributes:
-        detector, ring: where the part has them.
+        detector, ring: where the part has them. The ring has FFN inputs, and behind them which experts tokens had.
         alarms: [B] bool, raised by the last forward.
         since: decoded tokens since the last steady re-mask; the same for all, since they decode together.
         dense_left: [B] long, tokens still to run dense after an alarm. fresh: sums of their scores so far, of
@@ -43,16 +44,16 @@ class RemaskState(PerSequence):
     """
 
     def __init__(self, part: Remask, ffns: Sequence[FFN], batch: int, device: torch.device) -> None:
-        self.part, self.device = part, device
+        self.part, self.device, self.ffns = part, device, tuple(ffns)
         self.detector = DriftDetector(part, batch, ffns[-1].width, device) if part.watches else None  # type: ignore[arg-type]
-        self.ring = RingBuffer(part.ring, len(ffns)) if part.needs_ring else None
+        self.ring = RingBuffer(part.ring, len(ffns) * (1 + any(f.routed for f in ffns))) if part.needs_ring else None
         self.alarms = torch.zeros(batch, dtype=torch.bool, device=device)
         self.since = 0
         self.dense_left = torch.zeros(batch, dtype=torch.long, device=device)
         self.fresh_tokens = torch.zeros(batch, device=device)
         self.fresh = Sums(len(ffns))
         if part.dense_tokens and part.alarms_remask:
-            self.fresh.layers = [torch.zeros(batch, f.size, device=device_of(f)) for f in ffns]
+            self.fresh.layers = [torch.zeros(batch, f.pool, device=device_of(f)) for f in ffns]
 
     @property
     def dense_now(self) -> Tensor:
@@ -63,6 +64,12 @@ class RemaskState(PerSequence):
         """Keep a forward's FFN inputs. x: [B, T, D]; valid: [B, T] bool."""
         if self.ring is not None:
             self.ring.write(layer, x, valid)
+            if (routed := self.ffns[layer].routed) is not None:
+                self.ring.write(self.routing(layer), routing(routed, len(x)), valid)
+
+    def routing(self, layer: int) -> int:
+        """The place in the ring of which experts a layer's tokens had."""
+        return len(self.ffns) + layer
 
     def observe_attention(self, a: Tensor, valid: Tensor, before: Tensor) -> None:
         """Feed the detector the context. a: [B, T, D]; before: [B], tokens of the context that came earlier."""

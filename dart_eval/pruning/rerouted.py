@@ -18,7 +18,7 @@ from dart_eval.errors import UserError
 from dart_eval.experts import Routed
 from dart_eval.ffn import FFN
 from dart_eval.pruning.calibration import Calibration
-from dart_eval.pruning.parts.routings import Fewer, Routing
+from dart_eval.pruning.parts.routings import Fewer, Routing, chosen
 
 CHOOSE = (torch.topk, Tensor.topk)
 NORMALISE = (torch.softmax, Tensor.softmax, nn.functional.softmax)
@@ -131,9 +131,9 @@ class Rerouted:
             left = [_best(part, f, s) for f, s in zip(ffns, saliency(ffns, calibration), strict=True)]
         self.ffns = ffns
         self.orders = {
-            f.layer: Order(f.routed, count, own, some)
+            f.layer: Order(routed, count, own, some)
             for f, count, some in zip(ffns, counts, left, strict=True)
-            if f.routed
+            if (routed := chosen(f))
         }
 
     def nbytes(self) -> int:
@@ -181,11 +181,12 @@ class _Ending:
 
 def _best(part: Routing, ffn: FFN, saliency: Tensor) -> Tensor | None:
     """[E] bool, the experts of a layer that are left; ties go to the lower index."""
-    if ffn.routed is None:
+    routed = chosen(ffn)
+    if routed is None:
         return None
     order = saliency.sort(descending=True, stable=True).indices
-    left = torch.zeros(ffn.routed.all, dtype=torch.bool)
-    left[order[: part.left(ffn.routed.all)]] = True
+    left = torch.zeros(routed.all, dtype=torch.bool)
+    left[order[: part.left(routed.all)]] = True
     return left
 
 

@@ -48,6 +48,12 @@ class RingBuffer(PerSequence):
         rows, at = kept.nonzero(as_tuple=True)
         return rows, at, (start[rows] + count[rows, at] - 1) % self.size
 
+    def __getitem__(self, layer: int) -> Tensor:
+        """[B, R, ...], what was stored of a layer."""
+        slots = self.slots[layer]
+        assert slots is not None
+        return slots
+
     def advance(self, valid: Tensor) -> None:
         """Close a forward whose real tokens were `valid` ([B, T] bool), after all layers have written."""
         if self.valid is None:

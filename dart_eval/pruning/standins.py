@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dart_eval.expert_pool import write_all
 from dart_eval.ffn import FFN
 from dart_eval.pruning.parts.scores import FIRST_TOKEN
 from dart_eval.pruning.sequence import Sums
@@ -18,6 +19,8 @@ def constant(ffn: FFN, mean: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
         dtype: of the model's activations.
     """
     left_out = torch.where(mask, 0.0, mean.to(mask.device))
+    if ffn.routed:
+        return write_all(ffn.routed, left_out.to(dtype)).float()
     return ffn.write(ffn.by_row(left_out).to(dtype))
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dart_eval.expert_pool import present
 from dart_eval.ffn import FFN, device_of
-from dart_eval.pruning.looking import Cores, looked, shown
+from dart_eval.pruning.looking import Cores, looked, shown, usual
 from dart_eval.pruning.parts.allocations import ChangeState
 from dart_eval.pruning.parts.choices import Token
 from dart_eval.pruning.parts.scores import FIRST_TOKEN
 from dart_eval.pruning.parts.shown import Graded
 from dart_eval.pruning.prepared import Prepared
+from dart_eval.pruning.recent import means as means_of
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.sequence import PerSequence, Sums
 from dart_eval.pruning.standins import constant, means
@@ -35,7 +37,8 @@ class SequenceState(PerSequence):
         shared: all sequences have one mask, from all of them, and make it anew together.
 
     Attributes:
-        sums: of each kind of part that observes, what it keeps (`score`, `choice`, `compensation`).
+        sums: of each kind of part that observes, what it keeps (`score`, `choice`, `compensation`); beside a choice the
+            tokens that `had` each neuron, where experts are routed.
         tokens: [B] context tokens seen. weight: [B] the sum of what they weigh.
         kept, taken, written: [B, L] long, on the CPU: neurons of the mask, those of them that a token takes, those of
             these that it writes; None before the context is over.
@@ -50,6 +53,8 @@ class SequenceState(PerSequence):
         self.dtype = torch.float32  # of the model's activations, once seen
         layers = len(self.ffns)
         self.sums = {part.slot: Sums(layers) for part in self.method.observers}
+        if "choice" in self.sums and any(f.routed for f in self.ffns):
+            self.sums["had"] = Sums(layers)
         self.tokens = torch.zeros(batch, device=device)
         self.weight = torch.zeros(batch, device=device)
         self.change: ChangeState | None = self.method.allocation.start(batch, layers)
@@ -89,9 +94,9 @@ class SequenceState(PerSequence):
         if shrink is not None:
             for sums in self.sums.values():
                 sums.shrink(layer, shrink)
-        self._add(self.sums, layer, h, valid, up, weight)
+        self.add(self.sums, layer, h, valid, up, weight)
 
-    def _add(
+    def add(
         self, into: dict[str, Sums], layer: int, h: Tensor, valid: Tensor, up: Tensor | None, weight: Tensor
     ) -> None:
         """Add what each part observes of these tokens to its sums, a few tokens at a time."""
@@ -104,6 +109,9 @@ class SequenceState(PerSequence):
         for start in range(0, h.shape[1], step):
             some = slice(start, start + step)
             hidden = ffn.spread(h[:, some].float(), some, h.shape[1])
+            if ffn.routed and "had" in into:
+                had = ffn.spread(present(ffn.routed, h[:, some], some, h.shape[1]), some, h.shape[1])
+                into["had"].add(layer, (weight[:, None, some] @ had).squeeze(1))
             up_x = None if up is None else ffn.spread(up[:, some].float(), some, up.shape[1])
             for part in self.method.observers:
                 sums = part.observe(hidden, up_x, weight[:, some]) if part.slot in into else None
@@ -282,7 +290,7 @@ class SequenceState(PerSequence):
         """Score the tokens of the sequences that run dense after an alarm."""
         assert self.remasking is not None
         counted = valid.to(h.device) & dense.to(h.device)[:, None]
-        self._add({"score": self.remasking.fresh}, layer, h, counted, None, counted.float())
+        self.add({"score": self.remasking.fresh}, layer, h, counted, None, counted.float())
 
     def _take(
         self, layer: int, h: Tensor, gate: Tensor | None, up: Tensor | None, allowed: Tensor, x: Tensor | None
@@ -309,10 +317,7 @@ class SequenceState(PerSequence):
 
     def usual(self, layer: int, count: int) -> Tensor | None:
         """[B, 1, count] fp32, root of what the choice observed, by row, up to a factor per sequence; None: nothing."""
-        sums = self.sums.get("choice")
-        if sums is None or sums.layers[layer] is None:
-            return None
-        return self.ffns[layer].by_row(sums[layer])[:, None, :count].sqrt()
+        return usual(self, layer, count)
 
     def taken_by_one(self, layer: int, kept: int) -> tuple[Tensor, int, int]:
         """Of the one sequence: what is usual of the kept neurons [kept], by row; how many a token takes and writes."""
@@ -352,7 +357,7 @@ class SequenceState(PerSequence):
         old_weight = self.weight[chosen].clamp_min(FIRST_TOKEN)[:, None]
         for i in range(len(self.ffns)):
             at, weight = (t.to(self.masks[i].device) for t in (chosen, old_weight))
-            recent = self._fresh(i, chosen) if due.dense else self._recent(i, chosen)
+            recent = means_of(self, i, chosen, due.dense)
             scores = w * self.sums["score"][i][at] / weight + (1 - w) * recent.pop("score")
             new, old = self._mask(i, scores, chosen), self.masks[i][at]
             overlaps.append(((old & new).sum(1) / old.sum(1).clamp_min(1)).tolist())
@@ -368,26 +373,6 @@ class SequenceState(PerSequence):
         self.remasking.moved(due)
         self.remasks[chosen.cpu()] += 1
         return [Change(row, due.cause, [layer[k] for layer in overlaps]) for k, row in enumerate(chosen.tolist())]
-
-    def _fresh(self, layer: int, chosen: Tensor) -> dict[str, Tensor]:
-        """Scores per token of those that ran dense after an alarm, [b, F]."""
-        assert self.remasking is not None
-        fresh = self.remasking.fresh[layer][chosen.to(self.remasking.fresh[layer].device)]
-        return {"score": fresh / self.remasking.fresh_tokens[chosen].clamp_min(1)[:, None].to(fresh.device)}
-
-    def _recent(self, layer: int, chosen: Tensor) -> dict[str, Tensor]:
-        """What each part observes of the ring's tokens of the chosen sequences, per token, [b, F] by neuron."""
-        ring = None if self.remasking is None else self.remasking.ring
-        assert ring is not None and ring.valid is not None
-        x = ring.slots[layer]
-        assert x is not None
-        valid = ring.valid[chosen].to(x.device)
-        a, u = self.ffns[layer].parts(x[chosen.to(x.device)])
-        recent = {slot: Sums(len(self.ffns)) for slot in self.sums}
-        up = u if self.method.choice.needs_up else None
-        self._add(recent, layer, a if u is None else a * u, valid, up, valid.float())
-        count = valid.float().sum(1, keepdim=True).clamp_min(1)
-        return {slot: sums[layer] / count for slot, sums in recent.items() if sums.layers[layer] is not None}
 
     def select(self, rows: Tensor) -> SequenceState:
         """An independent copy for the given sequences (indices, repeats allowed)."""

@@ -55,9 +55,9 @@ def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
         down = ffn.output_weight().float()  # [D, F]
         own = gain(ffn.output, width) if ffn.output is not ffn.down else torch.ones(width)
         down = down * (own * last * ffn.scale).to(down.device)[:, None]
-        largest = torch.zeros(ffn.size, device=down.device)
-        total = torch.zeros(ffn.size, device=down.device)
-        rows = max(1, CHUNK_BYTES // (4 * ffn.size))
+        largest = torch.zeros(ffn.pool, device=down.device)
+        total = torch.zeros(ffn.pool, device=down.device)
+        rows = max(1, CHUNK_BYTES // (4 * ffn.pool))
         for part in head.split(rows):
             phi = (part.to(down.device).float() @ down).abs_()  # [v, F]
             largest = torch.maximum(largest, phi.amax(0))

@@ -50,9 +50,9 @@ def test_a_run_has_the_controls_of_experts(tmp_path, tokenizer):
 def test_what_is_not_made_for_experts_is_one_line(tmp_path, tokenizer):
     tiny("qwen3_moe").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    given = {"method": "dart-plus", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
+    given = {"method": "pop", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
     given |= {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
     result = run_local(config_from(None, given), Watch())
     assert len(result.failed) == 1
     (trace,) = (tmp_path / "out" / "failed").iterdir()
-    assert "choice=graded is not made for experts yet" in trace.read_text()
+    assert "choice=candidates is not made for experts yet" in trace.read_text()

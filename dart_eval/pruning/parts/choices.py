@@ -34,7 +34,8 @@ class Token:
             None where it keeps nothing.
         preview: [B, T, F], h as an image of gate and up has it; None where there is no image.
         expected: [B, T, F] fp32, the square of h that is to be expected from it.
-        columns: [F] fp32, the square of the norm of each neuron's column of down; None where nothing goes by it.
+        columns: [B or 1, T or 1, F] fp32, squares of the norms of the neurons' columns of down; None where nothing goes
+            by it.
         core: [B, 1, F] bool, the neurons that every token takes; None where the choice does not rank by the score.
         score: [B, T, F] fp32, the mask's score as it would be of this token alone.
         threshold: of the layer, where the choice has one.

@@ -14,7 +14,14 @@ from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 
 if TYPE_CHECKING:
+    from dart_eval.experts import Routed
     from dart_eval.ffn import FFN
+
+
+def chosen(ffn: FFN) -> Routed | None:
+    """The experts of an FFN that a router chooses among; None where every token has all that there are."""
+    routed = ffn.routed
+    return None if routed is None or routed.count >= routed.all else routed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,7 @@ class Routing(Part):
         Raises:
             UserError: with the highest sparsity that can be met, where there is one.
         """
-        if self.reroutes and not any(f.routed for f in ffns):
+        if self.reroutes and not any(chosen(f) for f in ffns):
             raise UserError(
                 f"{self.title} leaves out experts, and this model has none",
                 "take a mixture of experts, or leave it out",
@@ -50,7 +57,7 @@ class Routing(Part):
         Args:
             sparsity: share of the bytes of all FFNs that a token is not to read.
         """
-        return [f.routed.count if f.routed else 0 for f in ffns]
+        return [r.count if (r := chosen(f)) else 0 for f in ffns]
 
     def left(self, experts: int) -> int:
         """How many of a layer's experts the router may choose."""
@@ -89,9 +96,9 @@ class Fewer(Routing):
 
     def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
         super().check(sparsity, ffns)
-        routed, everything = [f.routed for f in ffns if f.routed], sum(f.size for f in ffns)
+        routed, everything = [r for f in ffns if (r := chosen(f))], sum(f.size for f in ffns)
         if min(self._budget(sparsity, ffns) / sum(r.size for r in routed) * r.count for r in routed) < 1 - 1e-9:
-            fixed = sum(f.size for f in ffns if not f.routed)
+            fixed = sum(f.size for f in ffns if not chosen(f))
             least = fixed + max(1 / r.count for r in routed) * sum(r.size for r in routed)
             raise UserError(
                 f"{self.title} leaves each token an expert in every layer, and sparsity {sparsity:g} leaves less",
@@ -100,22 +107,23 @@ class Fewer(Routing):
 
     def counts(self, sparsity: float, ffns: Sequence[FFN]) -> list[int]:
         self.check(sparsity, ffns)
-        share = self._budget(sparsity, ffns) / sum(f.size for f in ffns if f.routed)
+        share = self._budget(sparsity, ffns) / sum(f.size for f in ffns if chosen(f))
         left, found = 0.0, []  # neurons
         for ffn in ffns:
-            if ffn.routed is None:
+            routed = chosen(ffn)
+            if routed is None:
                 found.append(0)
                 continue
             left += share * ffn.size
-            found.append(min(ffn.routed.count, math.floor(left / ffn.routed.inner + 1e-9)))
-            left -= found[-1] * ffn.routed.inner
+            found.append(min(routed.count, math.floor(left / routed.inner + 1e-9)))
+            left -= found[-1] * routed.inner
         return found
 
     @staticmethod
     def _budget(sparsity: float, ffns: Sequence[FFN]) -> int:
         """How many neurons of routed experts a token may read, over all layers."""
         everything = sum(f.size for f in ffns)
-        return round((1 - sparsity) * everything) - sum(f.size for f in ffns if not f.routed)
+        return round((1 - sparsity) * everything) - sum(f.size for f in ffns if not chosen(f))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +151,7 @@ class Without(Routing):
 
     def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
         super().check(sparsity, ffns)
-        for routed in (f.routed for f in ffns if f.routed):
+        for routed in (r for f in ffns if (r := chosen(f))):
             if self.left(routed.all) < routed.count:
                 most = math.floor(100 * (1 - routed.count / routed.all)) / 100
                 raise UserError(

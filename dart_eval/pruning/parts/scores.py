@@ -236,7 +236,7 @@ class Random(WeightScore):
         for ffn in calibration.ffns:
             # Drawn on the CPU, so that a seed means the same neurons on every device.
             generator = torch.Generator().manual_seed(self.seed * 100_003 + ffn.layer)
-            scores.append(torch.rand(ffn.size, generator=generator))
+            scores.append(torch.rand(ffn.pool, generator=generator))
         return scores
 
 
