@@ -121,8 +121,9 @@ class Resolved:
         Raises:
             UserError: it cannot be loaded.
         """
+        kwargs = self._kwargs()
         try:
-            return AutoTokenizer.from_pretrained(self.source, **self._kwargs())
+            return AutoTokenizer.from_pretrained(self.source, **kwargs)
         except Exception as error:  # as in `load`
             raise _explain(self.identity.name, error) from error
 

@@ -139,7 +139,7 @@ def test_lm_evals_words_are_understood_on_the_command_line():
         "--output_path",
         "o",
     ]
-    assert run_command("run", *words).err.startswith("error: model folder ./none does not exist")
+    assert run_command("run", *words).err.startswith("error: model ./none is neither a folder nor a GGUF file")
 
 
 def test_the_command_of_a_cell_has_the_new_options(tmp_path):
