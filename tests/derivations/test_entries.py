@@ -203,7 +203,7 @@ def test_planes_are_those_of_weights_that_are_not_rounded():
     model = biased("llama")
     with (
         dart_eval.rounded_ffns(model, 4),
-        pytest.raises(dart_eval.UserError, match="these have 4.5 bits; leave --ffn-bits out"),
+        pytest.raises(dart_eval.UserError, match=r"these have 4\.5 bits; leave --ffn-bits out"),
     ):
         prepare(make("planes"), find_ffns(model), 0.0, None)
 
