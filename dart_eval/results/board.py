@@ -9,6 +9,7 @@ that are tested), and Holm's correction is taken over them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from dart_eval.bench.kept import Speed, of_cell
 from dart_eval.bits import LAST_BITS
 from dart_eval.errors import UserError
 from dart_eval.results import inputs, metrics, outcomes, pairing, recovery, stats
+from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.labels import labels
 from dart_eval.results.outcomes import Measure
@@ -37,8 +39,8 @@ class Row:
     """A method at a sparsity.
 
     Attributes:
-        label: the method, and what else tells the row apart. sparsity: None where
-            it does not decide what is read.
+        label: the method, and what else tells the row apart. name: the same for people, with the sparsity where rows
+            of one label stand in levels that do not name it. sparsity: None where it does not decide what is read.
         kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights, or on their
             first bits), or what is left out in place of neurons.
         read: of the FFN weights of dense, mean over the cells.
@@ -54,6 +56,7 @@ class Row:
     """
 
     label: str
+    name: str
     sparsity: float | None
     kind: str
     scope: str | None
@@ -143,7 +146,8 @@ def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence
     kept, problems = _recoveries(store, [r for group in groups.values() for r in group])
     order = {name: i for i, name in enumerate(metrics.METRICS)}
     tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
-    rows = [_row(label, group, kept, speeds) for (label, _), group in groups.items()]
+    several = {label for label, count in Counter(label for label, _ in groups).items() if count > 1}
+    rows = [_row(label, group, kept, speeds, label in several) for (label, _), group in groups.items()]
     return Board(model, {t: columns[t] for t in tasks}, _judged_levels(_levels(rows)), (*notes, *problems))
 
 
@@ -182,7 +186,8 @@ def _recoveries(store: Store, records: Iterable[Record]) -> tuple[Kept, list[str
     return kept, list(problems)
 
 
-def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed]) -> Row:
+def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed], several: bool) -> Row:
+    """several: rows have this label, and where their level does not name their sparsity, they do."""
     first = records[0]
     dense, rounded = first.inputs["method"] == DENSE, bool(first.inputs.get("ffn_bits"))
     kind = UPPER_BOUND if first.settings.get("upper_bound") else first.settings.get("granularity", PRUNED)
@@ -192,8 +197,9 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
     found = [one for r in records for one in kept.get(r.key, ())]
     recoveries = {m.task: made for m, made in found if m.name != metrics.GOLD}
     nats = {m.task: made for m, made in found if m.name == metrics.GOLD}
+    unsaid = f" {sparsity(first.inputs['sparsity'])}" if several and not sized else ""
     return Row(
-        label=label, sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
+        label=label, name=label + unsaid, sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
         scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
         read=sum(r.weights_read for r in records) / len(records),
         values={m.task: m for r in records for m in main_metrics(r)},
@@ -287,7 +293,7 @@ def _judged(rows: Sequence[Row], every: Sequence[Row]) -> Level:
 def _against_rounding(best: Row, rounded: Row, contest: Contest) -> tuple[str, bool]:
     """What the best pruned row is beside rounding alone, and whether rounding wins."""
     assert best.recovery is not None and rounded.recovery is not None
-    what = f"rounding alone ({rounded.label}, read {rounded.read:.2f}) keeps {100 * rounded.recovery.value:.0f} %"
+    what = f"rounding alone ({rounded.name}, read {rounded.read:.2f}) keeps {100 * rounded.recovery.value:.0f} %"
     if not _told(contest[rounded.keys]):
         return f"{what[0].upper()}{what[1:]}: no difference that is more than noise.", False
     bound = _bound([rounded], contest)
@@ -321,11 +327,11 @@ def _by_likelihood(rivals: Sequence[Row]) -> list[str]:
     if not behind:
         return []
     against = f"{_others(behind, len(ranked) - 1)} ({_bound(behind, contest)})"
-    return [f"By the log-likelihood of right answers {ranked[0][0].label} is better than {against}."]
+    return [f"By the log-likelihood of right answers {ranked[0][0].name} is better than {against}."]
 
 
 def _others(rows: Sequence[Row], of: int) -> str:
-    return "all other pruned rows" if len(rows) == of > 1 else _listed([r.label for r in rows])
+    return "all other pruned rows" if len(rows) == of > 1 else _listed([r.name for r in rows])
 
 
 def _bound(rows: Sequence[Row], contest: Contest) -> str:
@@ -339,13 +345,13 @@ def _sentence(best: Row, others: Sequence[Row], contest: Contest) -> str:
     assert best.recovery is not None
     behind = [r for r in others if _told(contest[r.keys])]
     level = [r for r in others if r not in behind]
-    text = f"At read {best.read:.2f} {best.label} keeps the most of dense's quality: {100 * best.recovery.value:.0f} %."
+    text = f"At read {best.read:.2f} {best.name} keeps the most of dense's quality: {100 * best.recovery.value:.0f} %."
     if not others:
         return text
     if not behind:
-        return f"{text} Its lead over {_listed([r.label for r in level])} may be noise (paired test)."
+        return f"{text} Its lead over {_listed([r.name for r in level])} may be noise (paired test)."
     text += f" Its lead over {_others(behind, len(others))} is more than noise ({_bound(behind, contest)})"
-    return f"{text}; its lead over {_listed([r.label for r in level])} may be noise." if level else f"{text}."
+    return f"{text}; its lead over {_listed([r.name for r in level])} may be noise." if level else f"{text}."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -97,7 +97,7 @@ def _value(row: Row, tasks: Sequence[str]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"{MARKS.get(row.mark, ' ')} {row.label}"
+    return f"{MARKS.get(row.mark, ' ')} {row.name}"
 
 
 def _nats(row: Row) -> str:
@@ -190,7 +190,7 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
             said.append("bytes only: no kernel there makes the bytes into time.")
     if any(row.scope not in (None, USUAL) for row in rows):
         said.append("scope: which positions ran pruned when answers were scored; compare rows of one scope.")
-    bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
+    bounds = [row.name for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
     if any(granularity(row) for row in rows):
@@ -201,7 +201,7 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
 def table(board: Board) -> Table:
     """The board as a table with all its columns, whatever their width."""
     columns = [
-        ("method", lambda row: row.label),
+        ("method", lambda row: row.name),
         ("sparsity", lambda row: "-" if row.sparsity is None else sparsity(row.sparsity)),
         ("read", lambda row: share(row.read)),
         *columns_of(board)[1:],
