@@ -15,10 +15,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dart_eval.errors import UserError
 
 LINKS = 40  # as many as Linux follows
+
+
+def feed(digest: Any, file: Path) -> None:
+    """Give the bytes of a file to a digest of hashlib, a part at a time."""
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
 
 
 def write(path: str | Path, data: str | bytes, remedy: str = "choose another file") -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from dart_eval.errors import UserError, summary
+from dart_eval.files import feed
 
 SUFFIX = ".gguf"
 BITS = "ffn_bits.json"  # in a converted folder: layer -> side -> bits of a weight in the file
@@ -129,7 +130,5 @@ def note_bits(source: str, model: Any) -> None:
 
 def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+    feed(digest, file)
     return digest.hexdigest()

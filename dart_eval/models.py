@@ -24,7 +24,7 @@ from transformers import (
 from dart_eval import demo_model, gguf
 from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
-from dart_eval.files import check_name
+from dart_eval.files import check_name, feed
 from dart_eval.hub import work_offline_if_unreachable
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,8 +97,8 @@ class Resolved:
             UserError: it cannot be loaded, or its weights or its tokenizer are not what it needs.
         """
         spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
+        tokenizer = self.load_tokenizer()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.source, **kwargs)
             made: Any = _loader(self.config).from_pretrained(
                 self.source, dtype=getattr(torch, self.dtype), device_map=spec.device_map, output_loading_info=True,
                 ignore_mismatched_sizes=True, **kwargs,
@@ -268,9 +268,7 @@ def _hash_folder(path: Path) -> str:
     files = {f for f in path.iterdir() if f.suffix in HASHED} | set(path.rglob("*.py"))
     for file in sorted(f for f in files if f.is_file()):
         digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+        feed(digest, file)
     return digest.hexdigest()
 
 

@@ -127,7 +127,7 @@ def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     theirs, ours = (
         _rows(out[0] if isinstance(out, tuple) else out) for out in (output, experts.ours(module)(*args, **kwargs))
     )
-    if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6):
+    if not _alike(ours, theirs):
         raise UserError(
             f"{type(module).__name__} computes something else than the experts that would be pruned",
             "add how it holds and calls its experts to dart_eval/expert_forms.py",
@@ -217,6 +217,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32, copy=True)
 
 
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two computations of the same give the same, but for rounding."""
+    if ours.shape != theirs.shape:
+        return False
+    return bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6))
+
+
 def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
     if s.x is None or s.h is None:
         raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
@@ -224,9 +231,7 @@ def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
     refuse_not_finite(s.x, f"inputs of the FFN of layer {f.number}")
     refuse_not_finite(s.h, f"intermediate values h of the FFN of layer {f.number}")
     theirs, ours = _rows(s.h), _rows(f.intermediate(s.x))
-    if ours.shape != theirs.shape or not (
-        (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6)
-    ):
+    if not _alike(ours, theirs):
         if any(getattr(f.block, attribute, 0) for attribute in COMPARED):
             raise UserError(
                 f"the FFN of layer {f.number} of {name} compares the gates of all its neurons with each other",
