@@ -26,10 +26,10 @@ def weights_dtype(source: str, revision: str | None) -> str:
     """
     problem = "has no weights"
     for name in ("model.safetensors", "pytorch_model.bin"):
-        file = _file(source, name, revision)
-        if file is None and (index := _file(source, f"{name}.index.json", revision)) is not None:
+        file = model_file(source, name, revision)
+        if file is None and (index := model_file(source, f"{name}.index.json", revision)) is not None:
             shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            file = _file(source, min(shards), revision)
+            file = model_file(source, min(shards), revision)
         if file is None:
             continue
         try:
@@ -57,10 +57,10 @@ def own_code(source: str, config: Any, revision: str | None) -> str | None:
         return "auto_map in config.json"
     if get_tokenizer_config(source, revision=revision).get("auto_map"):
         return "auto_map in tokenizer_config.json"
-    return "custom_generate" if _file(source, "custom_generate/generate.py", revision) is not None else None
+    return "custom_generate" if model_file(source, "custom_generate/generate.py", revision) is not None else None
 
 
-def _file(source: str, name: str, revision: str | None) -> Path | None:
+def model_file(source: str, name: str, revision: str | None) -> Path | None:
     """A file of a model, fetched from the hub where it must be; None where the model has no such."""
     try:
         found = cached_file(source, name, revision=revision or "main")

@@ -21,11 +21,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dart_eval import demo_model, gguf
+from dart_eval import demo_model, gguf, stored
 from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_name, feed
 from dart_eval.hub import work_offline_if_unreachable
+from dart_eval.quiet import muted
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -99,10 +100,12 @@ class Resolved:
         spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
         tokenizer = self.load_tokenizer()
         try:
-            made: Any = _loader(self.config).from_pretrained(
-                self.source, dtype=getattr(torch, self.dtype), device_map=spec.device_map, output_loading_info=True,
-                ignore_mismatched_sizes=True, **kwargs,
-            )  # fmt: skip
+            with muted():
+                made: Any = _loader(self.config).from_pretrained(
+                    self.source, dtype=getattr(torch, self.dtype), device_map=spec.device_map, output_loading_info=True,
+                    ignore_mismatched_sizes=True, **kwargs, **stored.options(self.config),
+                )  # fmt: skip
+                stored.expand(made[0])
         except Exception as error:  # every library underneath has errors of its own; all mean the same here
             raise _explain(name, error) from error
         model, info = made
@@ -112,6 +115,8 @@ class Resolved:
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
         gguf.note_bits(self.source, model)
+        for text in stored.note_bits(self.config, self.source, self.identity.revision, model):
+            note(text)
         self._place(model)
         return model.eval(), tokenizer
 
@@ -292,6 +297,8 @@ def _explain(name: str, error: BaseException) -> UserError:
         return UserError(
             f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
         )
+    if isinstance(error, ImportError):  # a library for quantised weights is not there
+        return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "install what it needs")
     return UserError(
         f"model {name!r} cannot be loaded ({text[:300]})",
         "it must be a complete causal language model with its tokenizer",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -39,3 +40,11 @@ def without_remarks() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Nothing is heard while the block runs, nor later of what is imported in it and writes where it did then."""
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - such libraries keep it
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield

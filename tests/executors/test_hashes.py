@@ -171,6 +171,7 @@ WITHOUT_NUMBERS = {
     "finite.py": "refuses",
     "hashes.py": "hashes",
     "hub.py": "asks whether the hub is there",
+    "quiet.py": "keeps libraries from talking",
     "lm_evals.py": "reads options, which are part of a key",
     "machine.py": "describes the machine",
     "plan.py": "makes keys: all that it decides is in them",
