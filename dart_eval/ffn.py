@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -228,8 +229,8 @@ def is_conv1d(linear: Any) -> bool:
 
 
 def device_of(ffn: FFN) -> torch.device:
-    """Where an FFN's weights are."""
-    return next(ffn.down.parameters()).device
+    """Where an FFN's weights are, as parameters or, of some libraries, as buffers."""
+    return next(itertools.chain(ffn.down.parameters(), ffn.down.buffers())).device
 
 
 def features(linear: Any) -> tuple[int, int]:

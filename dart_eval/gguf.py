@@ -1,11 +1,12 @@
 """GGUF files: converted once into a Hugging Face folder in the cache, under a lock, and loaded from there in seconds.
 
 The weights are expanded to plain numbers. How many bits an FFN weight has in the file is kept beside them, so that
-reads count the bytes that the file's own kernels would read.
+reads count the bytes that the file's own kernels would read, and of which kind it is, so that its codes can be found.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,16 +15,25 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from dart_eval.errors import UserError, summary
 from dart_eval.files import feed
 
+if TYPE_CHECKING:
+    from dart_eval.bits import Rounding
+    from dart_eval.codes import Packed
+
 SUFFIX = ".gguf"
-BITS = "ffn_bits.json"  # in a converted folder: layer -> side -> bits of a weight in the file
-CONVERSION = 1  # raise when the conversion changes, so that old folders are not used
+KINDS = "ffn_kinds.json"  # in a converted folder: layer -> side -> bits of a weight in the file, and its type there
+CONVERSION = 2  # raise when the conversion changes, so that old folders are not used
+# Types whose weights lie on a grid: bits of a code, and the weights that share a scale.
+GRIDS = {
+    "Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32),
+    "Q2_K": (2, 16), "Q3_K": (3, 16), "Q4_K": (4, 32), "Q5_K": (5, 32), "Q6_K": (6, 16),
+}  # fmt: skip
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps)?\.weight")
 
 
@@ -95,37 +105,58 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     model.save_pretrained(target, max_shard_size="1TB")
     tokenizer.save_pretrained(target)
     if bits:
-        (target / BITS).write_text(json.dumps(_bits(file), indent=1), encoding="utf-8")
+        (target / KINDS).write_text(json.dumps(_kinds(file), indent=1), encoding="utf-8")
 
 
-def _bits(file: Path) -> dict[str, dict[str, float]]:
-    """Layer -> gate, up, down -> bits of a weight, its part of scales included."""
+def _kinds(file: Path) -> dict[str, dict[str, tuple[float, str]]]:
+    """Layer -> gate, up, down -> bits of a weight, its part of scales included, and the type's name."""
     from gguf import GGUFReader
 
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, tuple[float, str]]] = {}
     for tensor in GGUFReader(file).tensors:
         if match := FFN_TENSOR.fullmatch(tensor.name):
             layer, side = match.groups()
-            found.setdefault(layer, {})[side] = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
+            bits = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
+            found.setdefault(layer, {})[side] = bits, tensor.tensor_type.name
     return found
 
 
 def note_bits(source: str, model: Any) -> None:
-    """Note of a model that was loaded from a converted folder how many bits its FFN weights have in the file."""
-    kept = Path(source) / BITS
+    """Note of a model that was loaded from a converted folder how many bits its FFN weights have in the file.
+
+    Of plain projections also how their codes are found.
+    """
+    kept = Path(source) / KINDS
     if not kept.is_file():
         return
-    from dart_eval import quantised
+    from dart_eval import codes, quantised
+    from dart_eval.bits import Rounding
+    from dart_eval.experts import Step
     from dart_eval.ffn import describe
 
     found = json.loads(kept.read_text(encoding="utf-8"))
+    names = {id(module): name for name, module in model.named_modules()}
     for ffn in describe(model):
         sides = found[str(ffn.number)]
         into = [sides[name] for name in ("gate", "up") if name in sides]
-        quantised.note(ffn.down, sides["down"])
-        quantised.note(ffn.up, sides["up"] if ffn.gate is not None else sum(into) / len(into))
-        if ffn.gate is not None:
-            quantised.note(ffn.gate, sides["gate"])
+        parts = [(ffn.down, [sides["down"]])]
+        parts += [(ffn.up, into)] if ffn.gate is None else [(ffn.gate, [sides["gate"]]), (ffn.up, [sides["up"]])]
+        for module, held in parts:
+            quantised.note(module, sum(bits for bits, _ in held) / len(held))
+            kinds = {GRIDS.get(kind) for _, kind in held}
+            grid = kinds.pop() if len(kinds) == 1 else None
+            if grid is not None and not isinstance(module, Step):
+                codes.note(module, functools.partial(_codes, Path(source), names[id(module)], Rounding(*grid)))
+
+
+def _codes(source: Path, name: str, rounding: Rounding) -> Packed | None:
+    """The codes of a projection, from the folder's weights: the model's own may have been rounded to 16 bits."""
+    from safetensors import safe_open
+
+    from dart_eval import codes
+
+    with safe_open(source / "model.safetensors", framework="pt") as opened:
+        return codes.recovered(opened.get_tensor(f"{name}.weight"), rounding)
 
 
 def _sha256(file: Path) -> str:

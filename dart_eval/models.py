@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dart_eval import demo_model, gguf, stored
+from dart_eval import demo_model, gguf, grids, stored
 from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_name, feed
@@ -117,6 +117,7 @@ class Resolved:
         gguf.note_bits(self.source, model)
         for text in stored.note_bits(self.config, self.source, self.identity.revision, model):
             note(text)
+        grids.note_codes(self.config, self.source, self.identity.revision, model)
         self._place(model)
         return model.eval(), tokenizer
 

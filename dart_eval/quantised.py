@@ -87,7 +87,7 @@ def _bits(value: Any, weights: int, as_kept: bool = False) -> Iterator[float]:
         yield float(value.numel() * min(8 * value.element_size(), OWN_BITS if plain else 64))
         return
     names, _ = value.__tensor_flatten__()
-    narrow = 0 if as_kept else _width(getattr(value, "target_dtype", None))
+    narrow = 0 if as_kept else width_of(getattr(value, "target_dtype", None))
     for name in names:
         part = getattr(value, name)
         if narrow and name == "qdata":  # torchao keeps codes of few bits in a byte each where no kernel takes them
@@ -96,7 +96,7 @@ def _bits(value: Any, weights: int, as_kept: bool = False) -> Iterator[float]:
             yield from _bits(part, weights, as_kept)
 
 
-def _width(dtype: Any) -> int:
+def width_of(dtype: Any) -> int:
     """Bits of a dtype of less than a byte (`torch.int4`); 0: of any other."""
     found = re.fullmatch(r"torch\.u?int([1-7])", str(dtype))
     return int(found.group(1)) if found else 0

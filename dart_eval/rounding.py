@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dart_eval import quantised
 from dart_eval.bits import OWN_BITS, Rounding, parse
+from dart_eval.codes import Packed, noted
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
 from dart_eval.ffn import FFN, encoded, find_ffns, is_conv1d, plain_matrix, stored_bits
@@ -24,37 +25,6 @@ from dart_eval.ffn import FFN, encoded, find_ffns, is_conv1d, plain_matrix, stor
 # Scales that are tried: factors on the one that just reaches a group's largest weight.
 FACTORS = (1.14, 1.07, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
 CHUNK = 1 << 22  # weights that are rounded at a time
-
-
-@dataclass(frozen=True)
-class Packed:
-    """A matrix as codes and scales.
-
-    Attributes:
-        codes: [out, in] int8, from -2^(bits - 1) to 2^(bits - 1) - 1.
-        scales: [out, groups] fp16; that of a group may be negative.
-        rounding: how it was made.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    rounding: Rounding
-
-    @property
-    def bits(self) -> float:
-        """Of a weight, with its part of a scale."""
-        return self.rounding.weight_bits(self.codes.shape[1])
-
-    @property
-    def spread(self) -> Tensor:
-        """[out, in] fp32, the scale of each weight."""
-        group = self.rounding.group or self.codes.shape[1]
-        return self.scales.float().repeat_interleave(group, dim=1)[:, : self.codes.shape[1]]
-
-    @property
-    def values(self) -> Tensor:
-        """[out, in] fp32, what the codes stand for."""
-        return self.spread * self.codes
 
 
 @torch.no_grad()
@@ -125,23 +95,30 @@ def packed(linear: nn.Module) -> Packed | None:
     return _PACKED.get(linear)
 
 
+def coded(linear: nn.Module) -> Packed | None:
+    """The codes of a projection: those it is rounded to, else those of its checkpoint, where these lie on a grid."""
+    if (held := _PACKED.get(linear)) is not None:
+        return held
+    found = noted(linear)
+    # The bits of a code are told from those of a weight (`Image.bits_of`), which has less than one of a scale.
+    return found if found is not None and int(served_bits_of(linear)) == found.rounding.bits else None
+
+
 def served_inputs(ffn: FFN) -> list[Served]:
     """The matrices that make h (gate and up, or up alone), as they would be served."""
     modules = [m for m in (ffn.gate, ffn.up) if m is not None]
     found = []
     for module in modules:
-        held, parts = packed(module), 2 if ffn.fused else 1
-        weights = ffn.matrix(module).chunk(parts)
-        codes = [None] * parts if held is None else zip(held.codes.chunk(parts), held.scales.chunk(parts), strict=True)
-        for weight, pair in zip(weights, codes, strict=True):
-            codes_of = None if held is None or pair is None else Packed(*pair, held.rounding)
-            found.append(Served(weight, served_bits_of(module), codes_of))
+        held, parts = coded(module), 2 if ffn.fused else 1
+        halves = [None] * parts if held is None else held.chunk(parts)
+        for weight, half in zip(ffn.matrix(module).chunk(parts), halves, strict=True):
+            found.append(Served(weight, served_bits_of(module), half))
     return found
 
 
 def served_output(ffn: FFN) -> Served:
     """The down projection, [D, F], as it would be served; of experts theirs below each other, [E D, I]."""
-    return Served(ffn.matrix(ffn.down), served_bits_of(ffn.down), packed(ffn.down))
+    return Served(ffn.matrix(ffn.down), served_bits_of(ffn.down), coded(ffn.down))
 
 
 def served_bits(ffns: Sequence[FFN]) -> float:

@@ -24,20 +24,25 @@ from dart_eval.experts import Step
 from dart_eval.ffn import FFN, describe, features
 
 KEPT = ("torchao", "bitsandbytes")  # what stays as it is stored, and is counted there
-# What stands beside weights in a file, and is no part of what a product reads of them.
-NO_PART = ("bias", "weight_shape", "input_scale", "activation_scale", "input_global_scale", "input_zero_point")
+# What stands beside weights in a file, and is no part of what a product reads of them. g_idx is GPTQ's group of an
+# input: one number for a whole column, which is read only where columns were put in another order.
+NO_PART = (
+    "bias", "weight_shape", "input_scale", "activation_scale", "input_global_scale", "input_zero_point", "g_idx",
+)  # fmt: skip
 OTHER_PARTS = ("visual", "vision", "audio")  # of a model of images and text, with names like those of its text part
+
+
+def told_of(config: Any) -> dict[str, Any]:
+    """What a configuration says of how its checkpoint is quantised; empty: it is not."""
+    found = getattr(config, "quantization_config", None)
+    found = found or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return dict(found) if isinstance(found, Mapping) else found.to_dict()
 
 
 def method_of(config: Any) -> str | None:
     """How a checkpoint is quantised, by its configuration; None: it is not."""
-    found = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if found is None:
-        return None
-    name = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
-    return str(getattr(name, "value", name))
+    name = told_of(config).get("quant_method")
+    return None if name is None else str(getattr(name, "value", name))
 
 
 def options(config: Any) -> dict[str, Any]:
@@ -118,14 +123,18 @@ def _counts(key: str) -> bool:
     return not last.endswith(NO_PART) and not any(part in key for part in OTHER_PARTS)
 
 
+def shards_of(source: str, revision: str | None) -> list[str]:
+    """The files of a checkpoint's weights; none where they are not safetensors."""
+    whole, index = (model_file(source, f"model.safetensors{end}", revision) for end in ("", ".index.json"))
+    if whole is not None:
+        return ["model.safetensors"]
+    return [] if index is None else sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
 def _sizes(source: str, revision: str | None) -> dict[str, float]:
     """Name -> bits of every tensor of a checkpoint, from the headers of its files; empty where it has none of these."""
-    whole, index = (model_file(source, f"model.safetensors{end}", revision) for end in ("", ".index.json"))
-    shards = {"model.safetensors"} if whole is not None else set()
-    if whole is None and index is not None:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     found: dict[str, float] = {}
-    for shard in sorted(shards):
+    for shard in shards_of(source, revision):
         if (file := model_file(source, shard, revision)) is None:
             continue
         with safe_open(file, framework="pt") as opened:

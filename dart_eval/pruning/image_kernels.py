@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dart_eval.codes import Packed
 from dart_eval.pruning.gather import COLUMNS, ROWS
 from dart_eval.pruning.planes import MANTISSA, means, split
-from dart_eval.rounding import Packed
 
 try:
     import triton

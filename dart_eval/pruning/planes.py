@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dart_eval.rounding import Packed
+from dart_eval.codes import Packed
 
 MANTISSA, EXPONENT = 7, 8  # bits of a bfloat16
 DRAWN = 64  # rows that stand for those of a matrix without numbers
@@ -134,7 +134,7 @@ def high_bits(held: Packed, bits: int) -> Tensor:
     half = 2 ** (held.rounding.bits - 1)
     codes = held.codes.to(torch.int16)
     high = (codes + half) >> low
-    return held.spread * _means(high, codes.float(), 2 ** (held.rounding.bits - low))[high.long()]
+    return held.standing(_means(high, codes.float(), 2 ** (held.rounding.bits - low))[high.long()])
 
 
 def _distances(weight: Tensor) -> tuple[Tensor, Tensor]:

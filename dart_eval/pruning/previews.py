@@ -16,7 +16,7 @@ from dart_eval.pruning.parts.choices import Choice
 from dart_eval.pruning.parts.images import Image, columns
 from dart_eval.pruning.planes import truncated
 from dart_eval.pruning.top import top_k_mask
-from dart_eval.rounding import Served, packed, parameter_of, served_inputs, served_output
+from dart_eval.rounding import Served, coded, parameter_of, served_inputs, served_output
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Fine:
             mantissa: bits of it that are read; None: all.
         """
         modules: list[Any] = [m for f in ffns for m in f.projections]
-        if mantissa is None or any(packed(m) is not None for m in modules) or _shapes_alone(ffns):
+        if mantissa is None or any(coded(m) is not None for m in modules) or _shapes_alone(ffns):
             return None
         return cls([(parameter_of(m), parameter_of(m).data, _fine(m, mantissa)) for m in modules])
 

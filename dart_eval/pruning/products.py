@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dart_eval.bits import Rounding
+from dart_eval.codes import Packed
 from dart_eval.errors import UserError
-from dart_eval.rounding import Packed
 
 GROUPS = (32, 64, 128, 256)  # that the product of 4 bits takes
 ROWS = 16  # of which it takes a multiple

@@ -9,6 +9,7 @@ from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
+import dart_eval
 from dart_eval import cost, quantised
 from dart_eval.bench import untimed
 from dart_eval.config import config_from
@@ -17,7 +18,7 @@ from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
-from dart_eval.rounding import served_bits, served_bits_of
+from dart_eval.rounding import coded, served_bits, served_bits_of
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB
 
@@ -93,6 +94,18 @@ def _dequantised(kind, module):
     if kind.endswith("8"):
         return module.weight * module.weight.SCB[:, None] / 127
     return bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+
+@pytest.mark.parametrize("kind", ["torchao-8", "torchao-4"])
+def test_the_codes_of_torchao_are_previewed_by_their_high_bits(checkpoints, kind):
+    model = _loaded(checkpoints[kind])
+    ffn = find_ffns(model)[0]
+    for module in ffn.projections:
+        assert torch.equal(coded(module).codes, module.weight.qdata)
+    share = (2 * BITS[kind][0] + BITS[kind][1]) / 3 / 16
+    with dart_eval.prune(model, "dart-plus", 0.3) as session:
+        model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert 0.97 * 0.7 * share < session.weights_read <= 0.7 * share
 
 
 @pytest.mark.parametrize("kind", ["torchao-8", "bitsandbytes-8"])

@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 import dart_eval
+from dart_eval.bits import Rounding
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
-from dart_eval.ffn import describe, find_ffns, weight_matrix
+from dart_eval.ffn import describe, features, find_ffns, weight_matrix
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
-from dart_eval.rounding import served_bits, served_bits_of
+from dart_eval.rounding import coded, served_bits, served_bits_of
 from tests.helpers import stored
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB
@@ -49,11 +50,13 @@ KINDS = {
     "fp8 experts": ("qwen3_moe", stored.fp8, "bfloat16", 8 + 32 / 32**2, 8 + 32 / 32**2),
     "fp8 rows": ("llama", stored.fp8_rows, "bfloat16", 8 + 16 / 64, 8 + 16 / 128),  # a scale of 16 bits for a row
     "int4 groups": ("llama", stored.int4_groups, "bfloat16", 4 + 16 / 32, 4 + 16 / 32),
+    "int8 rows": ("llama", stored.int8_rows, "bfloat16", 8 + 16 / 64, 8 + 16 / 128),
     "mxfp4": ("gpt_oss", stored.mxfp4, "bfloat16", 4 + 8 / 32, 4 + 8 / 32),  # a power of two of 8 bits for 32 weights
-    # A scale and a zero point for 32 weights; GPTQ has the group of each input too, 32 bits for all rows.
-    "gptq": ("llama", stored.gptq, "float16", 4 + 20 / 32 + 32 / 128, 4 + 20 / 32 + 32 / 64),
+    # A scale and a zero point for 32 weights.
+    "gptq": ("llama", stored.gptq, "float16", 4 + 20 / 32, 4 + 20 / 32),
     "awq": ("llama", stored.awq, "float16", 4 + 20 / 32, 4 + 20 / 32),
 }
+GRIDS = {"int4 groups": (4, 32), "int8 rows": (8,), "gptq": (4, 32), "awq": (4, 32)}  # bits, and the group if not a row
 ALL = [pytest.param(kind, marks=GPTQ) if kind in ("gptq", "awq") else kind for kind in KINDS]
 
 
@@ -118,13 +121,31 @@ def test_weights_are_what_the_codes_stand_for(checkpoint, kind):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8 experts", "mxfp4"])
-def test_what_reads_the_first_bits_of_16_bit_weights_is_refused(checkpoint, kind):
+def test_weights_on_no_even_grid_have_no_plane(checkpoint, kind):
     model = _loaded(checkpoint(kind)[0], kind)
     with (
-        pytest.raises(UserError, match=r"have (8\.03|4\.25) bits in a form of their own"),
+        pytest.raises(UserError, match=r"have (8\.03|4\.25) bits in another form"),
         dart_eval.prune(model, "dart-plus", 0.5),
     ):
         pass
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=GPTQ) if k in ("gptq", "awq") else k for k in GRIDS])
+def test_codes_of_an_even_grid_are_found_and_pruned_by_their_high_bits(checkpoint, kind):
+    folder, values = checkpoint(kind)
+    model = _loaded(folder, kind)
+    names = {id(module): name for name, module in model.named_modules()}
+    into, down = KINDS[kind][3:]
+    for ffn in find_ffns(model):
+        for module in ffn.projections:
+            held = coded(module)
+            assert held.rounding == Rounding(*GRIDS[kind], *([] if GRIDS[kind][1:] else [features(module)[0]]))
+            wanted = values[f"{names[id(module)]}.weight"]
+            assert torch.allclose(held.values, wanted, rtol=1e-3, atol=1e-4)
+    with dart_eval.prune(model, "dart-plus", 0.3) as session:
+        model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    share = (2 * into + down) / 3 / 16
+    assert 0.97 * 0.7 * share < session.weights_read <= 0.7 * share
 
 
 def test_inputs_that_are_quantised_stay_so(checkpoint):

@@ -38,6 +38,20 @@ def fp8_rows(folder):
     )
 
 
+def int8_rows(folder):
+    """compressed-tensors' int-quantized: weight [out, in] int8, weight_scale [out, 1] bfloat16."""
+
+    def one(name, weight):
+        scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
+        code = (weight / scale.float()).round().clamp(-128, 127)
+        return {name: code.to(torch.int8), name + "_scale": scale}, code * scale.float()
+
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
+    return _rewritten(
+        folder, _compressed("int-quantized", weights, {**weights, "strategy": "token", "dynamic": True}), one
+    )
+
+
 def int4_groups(folder):
     """compressed-tensors' pack-quantized: eight codes in an int32 along a row, weight_scale [out, in / group]."""
 

@@ -146,8 +146,9 @@ class Plane(Image):
     """The top bits of the served weights, read as a plane of their own.
 
     Of 16-bit weights: the sign, a short code of the exponent, counted down from the row's largest, and perhaps the
-    first bits of the mantissa; the last code stands for all smaller exponents, which are then kept with the rest of the
-    mantissas (`planes`). Of weights that `--ffn-bits` rounds: the high bits of their codes. This project's own.
+    first bits of the mantissa; the last code stands for all smaller exponents, which are then kept with the rest of
+    the mantissas (`planes`). Of weights that `--ffn-bits` rounds, and of quantised checkpoints whose weights are codes
+    on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors): the high bits of the codes. This project's own.
     """
 
     name = "plane"
@@ -184,14 +185,14 @@ class Plane(Image):
         """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision.
 
         Raises:
-            UserError: the weights have other bits, in a form of their own.
+            UserError: the weights have other bits, and no codes on an even grid.
         """
         from dart_eval.pruning.planes import MANTISSA, escapes
 
         if matrix.bits != OWN_BITS:
             raise UserError(
-                f"{self.title} is the top bits of 16-bit weights, or of those that --ffn-bits rounds, and this model's "
-                f"FFN weights have {matrix.bits:.3g} bits in a form of their own",
+                f"{self.title} is the top bits of 16-bit weights, or of codes on an even grid, and this model's FFN "
+                f"weights have {matrix.bits:.3g} bits in another form",
                 "use a method that chooses in another way, give image=copy, or load the model unquantised",
             )
         code_bits, shown = self._parts()
