@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -34,24 +35,26 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     Args:
         store: of the records, for their samples. Cells whose samples cannot be read are left out: `report` says so.
     """
+    found = {}
+    for r in records:
+        with contextlib.suppress(UserError):
+            found[r.key] = of_texts(r, store.samples(r))
+    return table(records, found)
+
+
+def table(records: Sequence[Record], found: Mapping[str, dict[str, Any] | None]) -> list[Table]:
+    """The same of what is known already. found: by key, what `of_texts` says of a cell."""
     import pandas as pd
 
-    found = []
-    for r in records:
-        try:
-            samples = store.samples(r)
-        except UserError:
-            continue
-        if said := _of_texts(r, samples):
-            found.append({"key": r.key, **said})
-    if not found:
+    rows = [{"key": key, **said} for key, said in found.items() if said]
+    if not rows:
         return []
-    frame = cells_frame(records).merge(pd.DataFrame(found, dtype=object), on="key")
+    frame = cells_frame(records).merge(pd.DataFrame(rows, dtype=object), on="key")
     columns = [Column("model"), *COLUMNS] if frame["model"].nunique() > 1 else COLUMNS
     return [from_frame("Generated texts", frame, columns, NOTE)]
 
 
-def _of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Counts of a cell's texts; None where its answers are none. samples: one for each document and filter."""
     texts = {(s["task"], s["doc_id"]): s for s in samples if s["responses"] and isinstance(s["responses"][0], str)}
     tokens = [int(s.get("tokens", 0)) for s in texts.values()]

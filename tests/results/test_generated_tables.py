@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dart_eval.results import generated
+from dart_eval.results import generated, report
 from dart_eval.results.store import Store
 from tests.helpers.records import FLOPS, cell, written
 
@@ -49,3 +49,14 @@ def test_scored_answers_are_no_texts(tmp_path):
     scored = {**written(0, ""), "responses": [[-1.0, True]]}
     empty = written(0, "", tokens=0)
     assert _table(tmp_path, cell("dart", 0.5, "arc_easy", samples=[scored]), cell("dart", samples=[empty])) == []
+
+
+def test_the_report_shows_the_same_table(tmp_path):
+    store = Store(tmp_path)
+    made = cell("dart", 0.5, "xsum", params=WATCHES, samples=[written(0, "a b", tokens=31, remasks=2)])
+    store.save("cell", made)
+    html = report.build(store).html
+    assert generated.NOTE in html and '<td class="n">31.0</td><td class="n">31</td>' in html
+    scored = tmp_path / "scored"
+    Store(scored).save("cell", cell("dart", 0.5, "arc_easy", samples=[{**written(0, ""), "responses": [[-1.0, True]]}]))
+    assert generated.NOTE not in report.build(Store(scored)).html

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.bench import kept
-from dart_eval.results import board_text, detector, frontier, tables
+from dart_eval.results import board_text, detector, frontier, generated, tables
 from dart_eval.results.board import Board, boards
 from dart_eval.results.report import charts, head, page, quality
 from dart_eval.results.report.cells import Cell, cells_of, looks
@@ -47,11 +47,12 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     reader = Reader(store.folder, min(wanted, max(1, MOST // len(leaves))))
     made = boards(reader, found.records, kept.read(store.folder))
     cells = cells_of(made, found.records)
-    known = looks(cells)
+    records, known = [c.record for c in cells], looks(cells)
     looked, texts, untold = _read(reader, cells)
     chance = {str(c.record.inputs["task"]): p for c in cells
               if (seen := looked.get(c.record.key)) is not None and (p := seen.chance) is not None}  # fmt: skip
     shown = documents(cells, looked, texts)
+    texts_of = {key: seen.texts for key, seen in looked.items()}
     samples = sum(len(d.answers) for _, of_task in shown for d in of_task)
     context = {
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
@@ -59,9 +60,10 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
         "models": [_model(board, known, chance) for board in made],
         "keys": {label: charts.key(number) for label, number in known.items()}, "chance": bool(chance),
         "number": itertools.count().__next__, "drift": drift_of(cells, looked, known),
-        "detectors": detector.tables(reader, [c.record for c in cells]), "tasks": shown, "kept": reader.kept,
+        "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.kept,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in looked.values()))),
-        "numbers": [*tables.tables([c.record for c in cells]), *_commands(cells)], "cells": len(found.records),
+        "numbers": [*tables.tables(records), *generated.table(records, texts_of), *_commands(cells)],
+        "cells": len(found.records),
     }  # fmt: skip
     return Report(page.render(context), len(found.records), samples)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dart_eval.results import generated
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store, traced
 
@@ -19,6 +20,7 @@ class Looked:
         shown: those of the first documents of each task.
         left_out: (task, number) of the other documents.
         chance: the accuracy under guessing; None where there are no candidates.
+        texts: counts of generated texts; None where the answers are none.
     """
 
     samples: int
@@ -26,6 +28,7 @@ class Looked:
     shown: list[dict[str, Any]]
     left_out: set[tuple[str, int]]
     chance: float | None
+    texts: dict[str, Any] | None
 
 
 class Reader(Store):
@@ -47,7 +50,7 @@ class Reader(Store):
         self._looked[record.key] = Looked(
             len(found), [s for s in found if traced(s)], [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
-            sum(guesses) / len(guesses) if guesses else None,
+            sum(guesses) / len(guesses) if guesses else None, generated.of_texts(record, found),
         )  # fmt: skip
         return found
 
