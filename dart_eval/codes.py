@@ -1,25 +1,25 @@
 """Matrices as codes of few bits: a weight is scale * code + offset, with a scale for neighbours in a row.
 
 Weights that `--ffn-bits` rounds are such, and so are those of most quantised checkpoints. Of the latter the codes are
-found again from what the weights are: by their scales where these are at hand, else by the steps between neighbours.
+taken as they are stored, and scales and offsets are fitted to what the weights are: so one function serves all formats,
+and codes that do not belong to the weights are noticed.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dart_eval.bits import Rounding
+from dart_eval.errors import UserError
 
 CHUNK = 1 << 22  # weights at a time
-# As far as a weight in fp32 may lie from its grid, in steps: less than by what distances of 250 and 251 differ.
-NEAR = 0.002
-NEAR_16_BITS = 0.3  # the same of weights that were rounded to 16 bits
+NEAR = 2**-7  # of a group's largest weight, as far as one may lie from its grid: weights are kept in 16 bits
 
 
 @dataclass(frozen=True)
@@ -64,121 +64,64 @@ class Packed:
         pieces = zip(self.codes.chunk(parts), self.scales.chunk(parts), offsets, strict=True)
         return [Packed(codes, scales, self.rounding, offset) for codes, scales, offset in pieces]
 
-    def to(self, device: torch.device) -> Packed:
-        """The same on a device."""
-        offsets = None if self.offsets is None else self.offsets.to(device)
-        return Packed(self.codes.to(device), self.scales.to(device), self.rounding, offsets)
-
     def _over(self, values: Tensor) -> Tensor:
         group = self.rounding.group or self.codes.shape[1]
         return values.float().repeat_interleave(group, dim=1)[:, : self.codes.shape[1]]
 
 
-def on_grid(values: Tensor, scales: Tensor, rounding: Rounding, near: float = NEAR_16_BITS) -> Packed | None:
-    """The codes of a matrix whose scales are known.
-
-    A group whose codes do not fit around 0 begins with the smallest one; so all codes fit, and nothing is lost.
+@torch.no_grad()
+def fitted(codes: Tensor, values: Tensor, rounding: Rounding, unsigned: bool = False) -> Packed | None:
+    """Codes with the scale and the offset of each group that fit the weights best, by least squares.
 
     Args:
-        values: [out, in]. scales: [out, groups]. near: as far as a weight may lie from its grid, in steps.
+        codes: [out, in] whole numbers, as the format counts them. values: [out, in], the weights.
+        unsigned: codes begin at 0, not at -2^(bits - 1).
 
     Returns:
-        None where some weight lies on no such grid.
+        None where the weights are no such multiples of the codes, or the codes have more bits.
     """
-    parts = []
-    for rows, step in _pieces(values, rounding, scales):
-        found = rows / torch.where(step == 0, 1, step)
-        if not _fits(found, near):
-            return None
-        parts.append((found.round(), step, torch.zeros_like(step)))
-    return _made(parts, values.shape[1], rounding)
-
-
-def recovered(values: Tensor, rounding: Rounding) -> Packed | None:
-    """The codes of a matrix of which only the weights are at hand, in fp32: every group on a grid of its own.
-
-    The step of a group is the smallest distance of two neighbours in size, or a whole part of it: all distances are
-    multiples of it.
-
-    Args:
-        values: [out, in] fp32.
-
-    Returns:
-        None where some group lies on no grid of so many bits.
-    """
-    parts = []
-    for rows, _ in _pieces(values, rounding, None):
-        step = _step(rows, 2**rounding.bits)
-        if step is None:
-            return None
-        low = rows.amin(-1, keepdim=True)
-        span = rows.amax(-1, keepdim=True) - low
-        safe = torch.where(step == 0, 1, span / (span / step).round())  # of the longest distance, so as to be exact
-        first = low / safe
-        whole = ((first - first.round()).abs() < NEAR) & (step != 0)  # 0 lies on the grid
-        first = torch.where(whole, first.round(), 0)
-        parts.append((((rows - low) / safe).round() + first, safe * (step != 0), torch.where(whole, 0, low)))
-    return _made(parts, values.shape[1], rounding)
-
-
-def _step(rows: Tensor, most: int) -> Tensor | None:
-    """[R, G, 1], the step of each group; 0: all its weights are equal; None: some group has none.
-
-    Args:
-        rows: [R, G, group]. most: steps that may lie between the two nearest weights of a group.
-    """
-    groups = rows.flatten(0, 1)
-    gaps = groups.sort(-1).values.diff(dim=-1)
-    gaps = gaps.masked_fill_(gaps <= 1e-6 * groups.abs().amax(-1, keepdim=True), 0)
-    least = gaps.masked_fill(gaps == 0, torch.inf).amin(-1)
-    step = torch.zeros_like(least)
-    open_ = (~least.isinf()).nonzero().squeeze(1)
-    for parts in range(1, most):
-        multiple = gaps[open_] * (parts / least[open_, None])
-        fits = ((multiple - multiple.round()).abs() < NEAR).all(-1)
-        step[open_[fits]] = least[open_[fits]] / parts
-        open_ = open_[~fits]
-    return None if len(open_) else step.view(*rows.shape[:2], 1)
-
-
-def _pieces(values: Tensor, rounding: Rounding, scales: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows at a time: [R, G, group] fp32, the last group filled up with its first weight; [R, G, 1], scales."""
-    width = values.shape[1]
-    group = min(rounding.group, width) or width
-    some = max(1, CHUNK // width)
-    for start in range(0, len(values), some):
-        rows = values[start : start + some].float()
-        if lacking := -width % group:
-            rows = torch.cat([rows, rows[:, -(group - lacking)].unsqueeze(1).expand(-1, lacking)], 1)
-        steps = rows[:, :0] if scales is None else scales[start : start + some].float()[..., None]
-        yield rows.unflatten(1, (-1, group)), steps
-
-
-def _fits(found: Tensor, near: float) -> bool:
-    return bool(((found - found.round()).abs() <= near).all())
-
-
-def _made(parts: list[tuple[Tensor, Tensor, Tensor]], width: int, rounding: Rounding) -> Packed | None:
-    """Of pieces: codes on a grid that goes on without end, [R, G, group]; steps and what the code 0 is, [R, G, 1]."""
-    codes, scales, offsets = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     half = 2 ** (rounding.bits - 1)
-    low, high = codes.amin(-1, keepdim=True), codes.amax(-1, keepdim=True)
-    if bool((high - low >= 2 * half).any()):
+    codes = codes.to(values.device, torch.int16) - (half if unsigned else 0)
+    if codes.shape != values.shape or int(codes.min()) < -half or int(codes.max()) >= half:
         return None
-    at_zero = offsets == 0
-    turned = at_zero & (high == half) & (low > -half)  # a scale may be negative, so that its largest weight fits
-    sign = 1 - 2 * turned.to(codes.dtype)
-    codes, scales = codes * sign, scales * sign
-    first = torch.where(turned | at_zero & (low >= -half) & (high < half), 0, low + half)
-    codes = (codes - first).to(torch.int8).flatten(1)[:, :width].contiguous()
-    offsets = (offsets + first * scales).squeeze(-1).float()
-    return Packed(codes, scales.squeeze(-1).float(), rounding, offsets if bool(offsets.any()) else None)
+    width = codes.shape[1]
+    group = min(rounding.group, width) or width
+    scales, offsets = [], []
+    for start in range(0, len(codes), max(1, CHUNK // width)):
+        some = slice(start, start + max(1, CHUNK // width))
+        found = _fit(_groups(codes[some].float(), group), _groups(values[some].float(), group))
+        if found is None:
+            return None
+        scales.append(found[0])
+        offsets.append(found[1])
+    return Packed(codes.to(torch.int8), torch.cat(scales), rounding, torch.cat(offsets))
+
+
+def _groups(rows: Tensor, group: int) -> Tensor:
+    """[R, G, group], the last one filled up with its own first entry."""
+    lacking = -rows.shape[1] % group
+    if lacking:
+        first = rows[:, rows.shape[1] - (group - lacking), None]
+        rows = torch.cat([rows, first.expand(-1, lacking)], 1)
+    return rows.unflatten(1, (-1, group))
+
+
+def _fit(codes: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """[R, G] each, scales and offsets; None where some weight lies off its grid. Both: [R, G, group] fp32."""
+    mean, middle = codes.mean(-1, keepdim=True), values.mean(-1, keepdim=True)
+    spread = (codes - mean).square().sum(-1, keepdim=True)
+    scale = ((codes - mean) * (values - middle)).sum(-1, keepdim=True) / spread.clamp_min(1e-9)
+    offset = middle - scale * mean
+    off = (values - scale * codes - offset).abs().amax(-1)
+    if bool((off > NEAR * values.abs().amax(-1)).any()):
+        return None
+    return scale.squeeze(-1), offset.squeeze(-1)
 
 
 # -- of a checkpoint -------------------------------------------------------------------------------------------------
 
 _NOTED: weakref.WeakKeyDictionary[nn.Module, Callable[[], Packed | None]] = weakref.WeakKeyDictionary()
-_FOUND: weakref.WeakKeyDictionary[nn.Module, Packed | None] = weakref.WeakKeyDictionary()
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[object, Packed | None]] = weakref.WeakKeyDictionary()
 
 
 def note(linear: nn.Module, find: Callable[[], Packed | None]) -> None:
@@ -188,11 +131,18 @@ def note(linear: nn.Module, find: Callable[[], Packed | None]) -> None:
 
 @torch.no_grad()
 def noted(linear: nn.Module) -> Packed | None:
-    """The codes of a projection's checkpoint, found when they are first asked for; None where there are none."""
+    """The codes of a projection's checkpoint; None where there are none that belong to its weights.
+
+    They are looked for when they are first asked for, and again where the weights have changed or moved.
+    """
     if linear not in _NOTED:
         return None
-    if linear not in _FOUND:
-        found = _NOTED[linear]()
-        device = next(itertools.chain(linear.parameters(), linear.buffers())).device  # it may have moved since
-        _FOUND[linear] = None if found is None else found.to(device)
-    return _FOUND[linear]
+    held = list(itertools.chain(linear.parameters(), linear.buffers()))
+    state = tuple((t.device, t.data_ptr() if t.layout == torch.strided and type(t) is nn.Parameter else 0, t._version)
+                  for t in held)  # fmt: skip
+    if linear not in _FOUND or _FOUND[linear][0] != state:
+        try:
+            _FOUND[linear] = state, _NOTED[linear]()
+        except (UserError, OSError, KeyError, RuntimeError, ValueError):  # an odd file: without codes it is refused
+            _FOUND[linear] = state, None
+    return _FOUND[linear][1]

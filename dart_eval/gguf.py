@@ -12,28 +12,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from dart_eval import gguf_codes
 from dart_eval.errors import UserError, summary
 from dart_eval.files import feed
 
 if TYPE_CHECKING:
-    from dart_eval.bits import Rounding
     from dart_eval.codes import Packed
 
 SUFFIX = ".gguf"
 KINDS = "ffn_kinds.json"  # in a converted folder: layer -> side -> bits of a weight in the file, and its type there
 CONVERSION = 2  # raise when the conversion changes, so that old folders are not used
-# Types whose weights lie on a grid: bits of a code, and the weights that share a scale.
-GRIDS = {
-    "Q4_0": (4, 32), "Q5_0": (5, 32), "Q8_0": (8, 32),
-    "Q2_K": (2, 16), "Q3_K": (3, 16), "Q4_K": (4, 32), "Q5_K": (5, 32), "Q6_K": (6, 16),
-}  # fmt: skip
+CODES = "ffn_codes.safetensors"  # in a converted folder: `layer.side` -> [out, in] int8, the file's own codes
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps)?\.weight")
 
 
@@ -105,6 +101,7 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     model.save_pretrained(target, max_shard_size="1TB")
     tokenizer.save_pretrained(target)
     if bits:
+        gguf_codes.write(file, target / CODES, FFN_TENSOR)
         (target / KINDS).write_text(json.dumps(_kinds(file), indent=1), encoding="utf-8")
 
 
@@ -130,33 +127,36 @@ def note_bits(source: str, model: Any) -> None:
     if not kept.is_file():
         return
     from dart_eval import codes, quantised
-    from dart_eval.bits import Rounding
     from dart_eval.experts import Step
     from dart_eval.ffn import describe
 
     found = json.loads(kept.read_text(encoding="utf-8"))
-    names = {id(module): name for name, module in model.named_modules()}
     for ffn in describe(model):
         sides = found[str(ffn.number)]
-        into = [sides[name] for name in ("gate", "up") if name in sides]
-        parts = [(ffn.down, [sides["down"]])]
-        parts += [(ffn.up, into)] if ffn.gate is None else [(ffn.gate, [sides["gate"]]), (ffn.up, [sides["up"]])]
-        for module, held in parts:
-            quantised.note(module, sum(bits for bits, _ in held) / len(held))
-            kinds = {GRIDS.get(kind) for _, kind in held}
-            grid = kinds.pop() if len(kinds) == 1 else None
-            if grid is not None and not isinstance(module, Step):
-                codes.note(module, functools.partial(_codes, Path(source), names[id(module)], Rounding(*grid)))
+        into = [name for name in ("gate", "up") if name in sides]
+        parts = [(ffn.down, ["down"])]
+        parts += [(ffn.up, into)] if ffn.gate is None else [(ffn.gate, ["gate"]), (ffn.up, ["up"])]
+        for module, names in parts:
+            quantised.note(module, sum(sides[name][0] for name in names) / len(names))
+            kinds = {sides[name][1] for name in names}
+            if len(kinds) == 1 and kinds <= gguf_codes.GRIDS.keys() and not isinstance(module, Step):
+                keys = [f"{ffn.number}.{name}" for name in names]
+                codes.note(module, functools.partial(_codes, Path(source) / CODES, keys, kinds.pop(), module))
 
 
-def _codes(source: Path, name: str, rounding: Rounding) -> Packed | None:
-    """The codes of a projection, from the folder's weights: the model's own may have been rounded to 16 bits."""
+def _codes(file: Path, keys: Sequence[str], kind: str, module: Any) -> Packed | None:
+    """The codes of a projection, of which a file may keep the halves apart."""
+    import torch
     from safetensors import safe_open
 
     from dart_eval import codes
+    from dart_eval.bits import Rounding
+    from dart_eval.ffn import weight_matrix
 
-    with safe_open(source / "model.safetensors", framework="pt") as opened:
-        return codes.recovered(opened.get_tensor(f"{name}.weight"), rounding)
+    with safe_open(file, framework="pt") as opened:
+        held = torch.cat([opened.get_tensor(key) for key in keys])
+    bits, group, unsigned = gguf_codes.GRIDS[kind]
+    return codes.fitted(held, weight_matrix(module), Rounding(bits, group), unsigned)
 
 
 def _sha256(file: Path) -> str:

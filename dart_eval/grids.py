@@ -1,24 +1,25 @@
-"""Where the codes of a quantised checkpoint are: on the grid that the scales beside them say."""
+"""Where a quantised checkpoint keeps the codes of its FFN weights, by format."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dart_eval import codes
 from dart_eval.bits import LEAST, MOST, Rounding
-from dart_eval.checkpoint import model_file
 from dart_eval.codes import Packed
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
 from dart_eval.ffn import describe, features, weight_matrix
 from dart_eval.quantised import width_of
-from dart_eval.stored import method_of, shards_of, told_of
+from dart_eval.stored import Files, method_of, told_of
+
+WORD = 32  # bits of the whole numbers that formats pack codes in
+AWQ = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight codes stand in a word, from its lowest bits up
 
 
 def note_codes(config: Any, source: str, revision: str | None, model: Any) -> None:
@@ -27,86 +28,87 @@ def note_codes(config: Any, source: str, revision: str | None, model: Any) -> No
     Args:
         config: as it was before it was loaded. source: its folder, or its name on the hub. revision: there.
     """
-    method = method_of(config)
-    if method not in FINDERS:
+    find = FINDERS.get(method_of(config) or "")
+    if find is None:
         return
     try:
         ffns = describe(model)
     except UserError:  # it is refused later, with the reason
         return
     names = {id(module): name for name, module in model.named_modules()}
-    of_file = functools.partial(_of_file, source, revision)
+    files, told = Files(source, revision), told_of(config)
     for module in (m for f in ffns for m in f.projections if not isinstance(m, Step)):
-        find = FINDERS[method](module, names[id(module)], told_of(config), of_file)
-        if find is not None:
-            codes.note(module, find)
+        part = functools.partial(files.tensor, names[id(module)])
+        codes.note(module, functools.partial(find, module, told, part))
 
 
-def _torchao(module: Any, name: str, told: dict[str, Any], of_file: Any) -> Callable[[], Packed | None] | None:
-    """Tensors of its own hold codes in `qdata`, zero points and scales."""
+Part = Callable[[str], "Tensor | None"]  # a tensor that the files have of a projection, by the end of its name
+
+
+def _torchao(module: Any, told: Mapping[str, Any], part: Part) -> Packed | None:
+    """Tensors of its own hold codes in `qdata`."""
     weight = module.weight
-    scale, zero, held = (getattr(weight, name, None) for name in ("scale", "zero_point", "qdata"))
-    bits = width_of(getattr(weight, "target_dtype", None)) or 8
-    if not isinstance(scale, Tensor) or not isinstance(held, Tensor) or held.shape != weight.shape:
+    held, bits = getattr(weight, "qdata", None), width_of(getattr(weight, "target_dtype", None)) or 8
+    group = list(getattr(weight, "block_size", ()))
+    if not isinstance(held, Tensor) or held.is_floating_point() or len(group) != 2 or group[0] != 1:
         return None
-
-    def whole() -> Tensor:
-        if zero is None:
-            return held
-        spread = zero.reshape(len(held), -1).repeat_interleave(held.numel() // zero.numel(), 1)
-        return held.to(torch.int16) - spread.to(torch.int16)
-
-    return functools.partial(_found, module, bits, lambda: scale, whole)
+    return codes.fitted(held, weight_matrix(module), Rounding(bits, int(group[1])))
 
 
-def _packed(module: Any, name: str, told: dict[str, Any], of_file: Any) -> Callable[[], Packed | None] | None:
-    """GPTQ and AWQ: a module keeps its scales as [groups, out]."""
-    scales = getattr(module, "scales", None)
-    return None if scales is None else functools.partial(_found, module, int(told["bits"]), lambda: scales.T)
-
-
-def _compressed(module: Any, name: str, told: dict[str, Any], of_file: Any) -> Callable[[], Packed | None] | None:
-    """compressed-tensors: the file has the scales, and the configuration says how many bits a code has."""
-    groups = list(told.get("config_groups", {}).values())
-    weights = groups[0].get("weights") if len(groups) == 1 else None
-    if not weights or weights.get("type") != "int" or not LEAST <= weights["num_bits"] <= MOST:
+def _compressed(module: Any, told: Mapping[str, Any], part: Part) -> Packed | None:
+    """compressed-tensors: a byte for each code, or words of them along a row, then counted from 0."""
+    groups = list((told.get("config_groups") or {}).values())
+    weights = groups[0].get("weights") if len(groups) == 1 and isinstance(groups[0], Mapping) else None
+    if not weights or weights.get("type", "int") != "int" or not LEAST <= weights.get("num_bits", 8) <= MOST:
         return None
-    scales = functools.partial(of_file, f"{name}.weight_scale")
-    return functools.partial(_found, module, weights["num_bits"], scales, functools.partial(of_file, f"{name}.weight"))
+    bits, group = int(weights.get("num_bits", 8)), int(weights.get("group_size") or 0)
+    held, words = part("weight"), part("weight_packed")
+    if words is not None and WORD % bits == 0:
+        rows = unpacked(words, bits)[:, : features(module)[0]]
+        return codes.fitted(rows, weight_matrix(module), Rounding(bits, max(0, group)), unsigned=True)
+    if held is None or held.is_floating_point():
+        return None
+    return codes.fitted(held, weight_matrix(module), Rounding(bits, max(0, group)))
 
 
-FINDERS = {
-    "torchao": _torchao, "gptq": _packed, "awq": _packed, "compressed-tensors": _compressed,
-}  # fmt: skip
+def _gptq(module: Any, told: Mapping[str, Any], part: Part) -> Packed | None:
+    """GPTQ: words of codes along the inputs, [in / 8, out] for 4 bits."""
+    words, bits = part("qweight"), int(told.get("bits", 4))
+    if words is None or WORD % bits:
+        return None
+    return _from_zero(module, told, unpacked(words.T, bits), bits)
 
 
-def _found(
-    module: nn.Module,
-    bits: int,
-    scales: Callable[[], Tensor | None],
-    stored: Callable[[], Tensor | None] = lambda: None,
-) -> Packed | None:
-    """The codes of a projection by its scales, one for a row or for equally many weights of it.
+def _awq(module: Any, told: Mapping[str, Any], part: Part) -> Packed | None:
+    """AWQ: words of codes along the outputs, [in, out / 8], in an order of their own."""
+    words = part("qweight")
+    if words is None or int(told.get("bits", 4)) != 4:
+        return None
+    return _from_zero(module, told, unpacked(words, 4, AWQ).T, 4)
+
+
+FINDERS = {"torchao": _torchao, "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}
+
+
+def _from_zero(module: nn.Module, told: Mapping[str, Any], held: Tensor, bits: int) -> Packed | None:
+    """Codes [out, in] that begin at 0."""
+    group = int(told.get("group_size") or -1)
+    return codes.fitted(held, weight_matrix(module), Rounding(bits, max(0, group)), unsigned=True)
+
+
+def unpacked(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tensor:
+    """Codes from words of 32 bits, along the last dimension.
 
     Args:
-        stored: its codes as whole numbers, where a file has them: 16 bits do not tell all codes of 8 bits apart.
+        words: [rows, n] int32. bits: of a code. order: of the codes in a word, from its lowest bits up; None: as they
+            come.
+
+    Returns:
+        [rows, 32 / bits * n] int32, from 0 on.
     """
-    width, rows = features(module)
-    held = scales()
-    if held is None or held.numel() % rows or width % (held.numel() // rows):  # one scale for many rows: another kind
-        return None
-    steps, group = held.reshape(rows, -1).float(), width * rows // held.numel()
-    whole = stored()
-    if whole is None or whole.is_floating_point():
-        return codes.on_grid(weight_matrix(module), steps, Rounding(bits, group))
-    return codes.on_grid(whole.float() * steps.repeat_interleave(group, 1), steps, Rounding(bits, group))
-
-
-def _of_file(source: str, revision: str | None, name: str) -> Tensor | None:
-    """A tensor of a checkpoint's files; None where they have none of that name."""
-    for shard in shards_of(source, revision):
-        if (file := model_file(source, shard, revision)) is not None:
-            with safe_open(file, framework="pt") as opened:
-                if name in opened.keys():  # noqa: SIM118 - no mapping
-                    return opened.get_tensor(name)
-    return None
+    each = WORD // bits
+    shifts = torch.arange(each, dtype=torch.int32, device=words.device) * bits
+    found = (words.to(torch.int32)[..., None] >> shifts) & (2**bits - 1)
+    if order is not None:
+        found = found[..., torch.tensor(order).argsort()]
+    return found.flatten(-2)

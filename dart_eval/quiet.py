@@ -42,9 +42,11 @@ def without_remarks() -> Iterator[None]:
         log.setLevel(before)
 
 
+_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries keep what they were given to write to
+
+
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Nothing is heard while the block runs, nor later of what is imported in it and writes where it did then."""
-    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - such libraries keep it
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    """Nothing that is printed while the block runs is heard, nor later of what is imported in it and writes there."""
+    with contextlib.redirect_stdout(_NOWHERE), contextlib.redirect_stderr(_NOWHERE):
         yield

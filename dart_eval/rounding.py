@@ -100,7 +100,7 @@ def coded(linear: nn.Module) -> Packed | None:
     if (held := _PACKED.get(linear)) is not None:
         return held
     found = noted(linear)
-    # The bits of a code are told from those of a weight (`Image.bits_of`), which has less than one of a scale.
+    # The bits of a code are told from those of a weight (`Image.bits_of`), of which less than one may be a scale's.
     return found if found is not None and int(served_bits_of(linear)) == found.rounding.bits else None
 
 

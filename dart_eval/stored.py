@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -18,18 +19,20 @@ from torch import Tensor, nn
 from transformers.utils.quantization_config import Mxfp4Config
 
 from dart_eval import quantised
+from dart_eval.bits import OWN_BITS
 from dart_eval.checkpoint import model_file
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
 from dart_eval.ffn import FFN, describe, features
 
 KEPT = ("torchao", "bitsandbytes")  # what stays as it is stored, and is counted there
-# What stands beside weights in a file, and is no part of what a product reads of them. g_idx is GPTQ's group of an
-# input: one number for a whole column, which is read only where columns were put in another order.
+# What stands beside weights in a file, and is no part of what a product reads of them. GPTQ's g_idx, one number for a
+# whole column, is neglected.
 NO_PART = (
     "bias", "weight_shape", "input_scale", "activation_scale", "input_global_scale", "input_zero_point", "g_idx",
 )  # fmt: skip
-OTHER_PARTS = ("visual", "vision", "audio")  # of a model of images and text, with names like those of its text part
+# Of a model of several parts, with names like those of its text part.
+OTHER_PARTS = ("visual", "vision", "image", "audio", "mtp", "talker")
 
 
 def told_of(config: Any) -> dict[str, Any]:
@@ -74,12 +77,12 @@ def note_bits(config: Any, source: str, revision: str | None, model: Any) -> lis
         ffns = describe(model)
     except UserError:  # it is refused later, with the reason
         return []
-    sizes = _sizes(source, revision)
+    files = Files(source, revision)
     names = {id(module): name for name, module in model.named_modules()}
     unknown = 0
     for ffn in ffns:
         for module in ffn.projections:
-            found = _bits(ffn, module, names, sizes)
+            found = _bits(ffn, module, names, files)
             unknown += not found
             if found:
                 quantised.note(module, found)
@@ -92,56 +95,84 @@ def note_bits(config: Any, source: str, revision: str | None, model: Any) -> lis
     ]
 
 
-def _bits(ffn: FFN, module: nn.Module, names: Mapping[int, str], sizes: Mapping[str, float]) -> float:
+def _bits(ffn: FFN, module: nn.Module, names: Mapping[int, str], files: Files) -> float:
     """Bits of a weight of one projection in the files; 0: they do not say."""
     if not isinstance(module, Step):
-        if not (name := names.get(id(module), "")):
-            return 0.0
-        return sum(_of(name + ".", sizes)) / math.prod(features(module))
+        weights = math.prod(features(module))
+        return files.bits(files.of(names[id(module)]), weights) / weights if id(module) in names else 0.0
     # Experts may be one tensor, or a module each, under names that the library changes: all of a layer are counted.
     steps = [m for m in ffn.projections if isinstance(m, Step)]
     weights = sum(math.prod(s.held.shape) for s in steps if isinstance(s.held, Tensor))
     name = names.get(id(module.routed.experts), "")
-    found = sum(_of(name + ".", sizes)) if name else 0.0
-    layer = re.compile(rf"(?:^|\.){ffn.layer}\..*\bexperts\b")
-    if not found:
-        found = sum(b for key, b in sizes.items() if layer.search(key) and "shared" not in key and _counts(key))
-    return found / weights if weights else 0.0
+    found = (files.of(name) if name else []) or files.experts(ffn.number)
+    return files.bits(found, weights) / weights if weights else 0.0
 
 
-def _of(prefix: str, sizes: Mapping[str, float]) -> Iterator[float]:
-    """Bits of the tensors of a module: of its very name, else of what follows the number of its layer."""
-    found = [bits for key, bits in sizes.items() if key.startswith(prefix) and _counts(key)]
-    if not found and (tail := re.search(r"\.(\d+\..*)", prefix)):
-        end = "." + tail.group(1)
-        found = [bits for key, bits in sizes.items() if end in key and _counts(key)]
-    yield from found
+class Files:
+    """The weights of a checkpoint by the headers of its files; none where these are not safetensors.
+
+    Args:
+        source: a folder, or a name on the hub. revision: there.
+    """
+
+    def __init__(self, source: str, revision: str | None) -> None:
+        self._held: dict[str, tuple[Path, int, str]] = {}  # name -> file, entries, dtype
+        for shard in _shards(source, revision):
+            if (file := model_file(source, shard, revision)) is None:
+                continue
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - no mapping
+                    part = opened.get_slice(key)
+                    self._held[key] = file, math.prod(part.get_shape()), part.get_dtype()
+
+    def of(self, name: str) -> list[str]:
+        """The tensors of a module: under its very name, else under what follows the number of its layer there.
+
+        The text part of a model of several may have another root in its file than in memory. None are found where
+        several roots fit: those of other parts are left out.
+        """
+        found = [key for key in self._held if key.startswith(f"{name}.")]
+        if found or not (tail := re.search(r"\.\d+\..*", name)):
+            return found
+        by_root: dict[str, list[str]] = {}
+        for key in self._held:
+            root, end, _ = key.partition(f"{tail.group()}.")
+            if end and not any(part in key for part in OTHER_PARTS):
+                by_root.setdefault(root, []).append(key)
+        return next(iter(by_root.values())) if len(by_root) == 1 else []
+
+    def experts(self, layer: int) -> list[str]:
+        """The tensors of a layer's routed experts, whatever they are called."""
+        wanted = re.compile(rf"\.{layer}\..*\bexperts\b")
+        return [
+            key for key in self._held
+            if wanted.search(key) and "shared" not in key and not any(part in key for part in OTHER_PARTS)
+        ]  # fmt: skip
+
+    def bits(self, names: Iterable[str], weights: int) -> float:
+        """Bits of these tensors. weights: how many stand in them; of 32 bits they count as the 16 of a served one."""
+        found = 0.0
+        for name in names:
+            _, entries, dtype = self._held[name]
+            if not name.endswith(NO_PART):
+                found += entries * min(_width(dtype), OWN_BITS if entries == weights else math.inf)
+        return found
+
+    def tensor(self, name: str, part: str) -> Tensor | None:
+        """A tensor of a module by the last part of its name; None where there is none."""
+        for key in self.of(name):
+            if key.endswith(f".{part}"):
+                with safe_open(self._held[key][0], framework="pt") as opened:
+                    return opened.get_tensor(key)
+        return None
 
 
-def _counts(key: str) -> bool:
-    last = key.rpartition(".")[2]
-    return not last.endswith(NO_PART) and not any(part in key for part in OTHER_PARTS)
-
-
-def shards_of(source: str, revision: str | None) -> list[str]:
+def _shards(source: str, revision: str | None) -> list[str]:
     """The files of a checkpoint's weights; none where they are not safetensors."""
     whole, index = (model_file(source, f"model.safetensors{end}", revision) for end in ("", ".index.json"))
     if whole is not None:
         return ["model.safetensors"]
     return [] if index is None else sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-def _sizes(source: str, revision: str | None) -> dict[str, float]:
-    """Name -> bits of every tensor of a checkpoint, from the headers of its files; empty where it has none of these."""
-    found: dict[str, float] = {}
-    for shard in shards_of(source, revision):
-        if (file := model_file(source, shard, revision)) is None:
-            continue
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - no mapping
-                part = opened.get_slice(key)
-                found[key] = float(math.prod(part.get_shape()) * _width(part.get_dtype()))
-    return found
 
 
 def _width(dtype: str) -> int:

@@ -202,13 +202,15 @@ class Fine:
 
     @classmethod
     def of(cls, ffns: Sequence[FFN], mantissa: int | None) -> Fine | None:
-        """Of these FFNs; None where all bits are read, as of weights that are rounded, or there are no weights.
+        """Of these FFNs; None where all bits are read, as of all weights that are codes, or there are no weights.
 
         Args:
             mantissa: bits of it that are read; None: all.
         """
-        modules: list[Any] = [m for f in ffns for m in f.projections]
-        if mantissa is None or any(coded(m) is not None for m in modules) or _shapes_alone(ffns):
+        if mantissa is None or _shapes_alone(ffns):
+            return None
+        modules: list[Any] = [m for f in ffns for m in f.projections if coded(m) is None]
+        if not modules:
             return None
         return cls([(parameter_of(m), parameter_of(m).data, _fine(m, mantissa)) for m in modules])
 

@@ -1,113 +1,142 @@
-"""Codes of quantised checkpoints: found again from what the weights are, and previewed by their high bits."""
+"""Codes of quantised checkpoints: taken as stored, held against the weights, and previewed by their high bits."""
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import dart_eval
-from dart_eval import codes
+from dart_eval import codes, gguf_codes, grids
 from dart_eval.bits import Rounding
 from dart_eval.ffn import find_ffns
-from dart_eval.gguf import GRIDS
+from dart_eval.gguf_codes import GRIDS, UNIT, codes_of
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.parts.images import Plane
 from dart_eval.rounding import Served, coded, served_inputs
+from tests.helpers import stored
 from tests.helpers.gguf_files import SIZE, WIDTH, write
 
-NF4 = [-1, -0.696, -0.525, -0.395, -0.284, -0.185, -0.091, 0, 0.08, 0.161, 0.246, 0.338, 0.441, 0.563, 0.723, 1]
 
-
-def _random(bits, group, rows=6, groups=5, seed=0, least=None):
-    """Codes, scales and the values of a matrix on a symmetric grid."""
+def _random(bits, group, seed=0, rows=6, groups=5):
+    """Codes, and the weights of a matrix on a grid of its own for each group."""
     source = torch.Generator().manual_seed(seed)
     half = 2 ** (bits - 1)
-    made = torch.randint(-half if least is None else least, half, (rows, groups * group), generator=source)
-    scales = torch.rand(rows, groups, generator=source) + 0.01
-    return made, scales, scales.repeat_interleave(group, 1) * made
+    made = torch.randint(-half, half, (rows, groups * group), generator=source)
+    scales = torch.rand(rows, groups, generator=source) - 0.3
+    offsets = torch.randn(rows, groups, generator=source)
+    return made, (scales[..., None] * made.unflatten(1, (groups, group)) + offsets[..., None]).flatten(1)
 
 
 @given(bits=st.sampled_from([2, 3, 4, 5, 6, 8]), group=st.sampled_from([16, 32, 64]), seed=st.integers(0, 999))
-def test_codes_are_found_by_their_scales(bits, group, seed):
-    made, scales, values = _random(bits, group, seed=seed)
-    found = codes.on_grid(values, scales, Rounding(bits, group))
-    assert torch.equal(found.codes.long(), made)
-    assert found.offsets is None
+def test_scales_and_offsets_are_found_for_codes(bits, group, seed):
+    made, values = _random(bits, group, seed)
+    for shift in (0, 2 ** (bits - 1)):
+        found = codes.fitted(made + shift, values, Rounding(bits, group), unsigned=shift > 0)
+        assert torch.equal(found.codes.long(), made)
+        assert torch.allclose(found.values, values, atol=1e-4)
+    rounded = codes.fitted(made, values.bfloat16(), Rounding(bits, group))
+    assert torch.allclose(rounded.values, values, atol=2**-8 * float(values.abs().max()))
 
 
-@given(bits=st.sampled_from([2, 4]), seed=st.integers(0, 999))
-def test_weights_of_16_bits_still_tell_codes_of_4_apart(bits, seed):
-    made, scales, values = _random(bits, 32, seed=seed)
-    found = codes.on_grid(values.bfloat16(), scales.bfloat16(), Rounding(bits, 32))
-    assert torch.equal(found.codes.long(), made)
+@given(bits=st.sampled_from([3, 4, 5]), seed=st.integers(0, 99))
+def test_codes_of_other_weights_are_noticed(bits, seed):
+    made, values = _random(bits, 32, seed)
+    rounding, order = Rounding(bits, 32), torch.randperm(160, generator=torch.Generator().manual_seed(seed))
+    assert codes.fitted(made[:, order], values, rounding) is None  # columns in another order
+    assert codes.fitted(made.flip(0), values, rounding) is None
+    assert codes.fitted(made, values, Rounding(bits, 64)) is None  # each 32 have a scale of their own
+    assert codes.fitted(made, values, Rounding(bits - 1, 32)) is None  # they have more bits
+    assert codes.fitted(made[:, :-1], values, rounding) is None
+    assert codes.fitted(made, torch.randn(values.shape), rounding) is None
 
 
-@given(bits=st.sampled_from([4, 5, 6, 8]), group=st.sampled_from([16, 32]), seed=st.integers(0, 999))
-def test_steps_are_found_without_scales(bits, group, seed):
-    _, scales, values = _random(bits, group, seed=seed)
-    offsets = torch.rand(scales.shape, generator=torch.Generator().manual_seed(seed)) * 15 * scales
-    for moved in (values, values + offsets.repeat_interleave(group, 1)):
-        found = codes.recovered(moved, Rounding(bits, group))
-        assert torch.allclose(found.values, moved, rtol=1e-6, atol=codes.NEAR * float(scales.max()))
-        whole = found.scales.abs().repeat_interleave(group, 1) / scales.repeat_interleave(group, 1)
-        assert (whole.round() >= 1).all() and torch.allclose(whole, whole.round(), atol=0.01 * 2**bits / 16)
+def test_equal_weights_and_a_shorter_last_group():
+    made, values = _random(4, 32)
+    values[0, :32], made[0, :32] = 3.25, 5
+    found = codes.fitted(made[:, :-20], values[:, :-20], Rounding(4, 32))
+    assert torch.allclose(found.values, values[:, :-20], atol=1e-4)
+    assert found.scales[0, 0] == 0 and found.offsets[0, 0] == 3.25
+
+
+def test_words_are_unpacked_from_their_lowest_bits_up():
+    held = torch.arange(16).view(1, 16)
+    for order in (None, grids.AWQ):
+        words = stored.packed(held, 1, order or range(8))
+        assert torch.equal(grids.unpacked(words, 4, order), held.int())
+    assert torch.equal(grids.unpacked(torch.tensor([[-1, 0x04030201]], dtype=torch.int32), 8).long(),
+                       torch.tensor([[255, 255, 255, 255, 1, 2, 3, 4]]))  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+@pytest.mark.parametrize("told", [{"bits": 4, "group_size": 32}, {"group_size": 32}])
+def test_gptq_and_awq_without_their_library(form, told):
+    """What is in a file, by the helper that packs it, and a module that holds the weights."""
+    module = nn.Linear(stored.WIDTH, stored.SIZE, bias=False)
+    code, scale, zero, values = stored.grid(torch.randn(stored.SIZE, stored.WIDTH))
+    parts = {"gptq": stored.gptq_parts, "awq": stored.awq_parts}[form](code, scale, zero)
+    module.weight.data = values
+    found = grids.FINDERS[form](module, told, parts.get)
+    assert torch.equal(found.codes.float(), code - 8)
+    assert torch.allclose(found.values, values, atol=1e-3)
+    assert grids.FINDERS[form](module, {"bits": 3, "group_size": 32}, parts.get) is None
+    module.weight.data = values[:, torch.randperm(stored.WIDTH)]
+    assert grids.FINDERS[form](module, told, parts.get) is None  # its columns are in another order
+
+
+@pytest.mark.parametrize("told", [{}, {"config_groups": None}, {"config_groups": {"W4A16": ["Linear"]}}])
+def test_a_configuration_that_says_little_gives_no_codes(told):
+    assert grids.FINDERS["compressed-tensors"](nn.Linear(8, 8), told, lambda name: None) is None
+
+
+def test_weights_that_have_changed_have_other_codes_or_none():
+    made, values = _random(4, 32)
+    module = nn.Linear(160, 6, bias=False)
+    module.weight.data = values.clone()
+    codes.note(module, lambda: codes.fitted(made, module.weight, Rounding(4, 32)))
+    assert codes.noted(module) is codes.noted(module) is not None
+    with torch.no_grad():
+        module.weight.mul_(2)
+    assert torch.allclose(codes.noted(module).values, 2 * values, atol=1e-4)
+    with torch.no_grad():
+        module.weight.add_(torch.randn(6, 160))
+    assert codes.noted(module) is None
+
+
+# -- GGUF ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", GRIDS)
-def test_every_type_of_file_that_has_a_grid_is_found(kind):
+def test_codes_of_every_type_give_its_weights(kind):
     """Blocks of random bytes, as the gguf package expands them."""
-    random, (bits, group) = np.random.default_rng(0), GRIDS[kind]
-    layouts = {  # bytes of a block, and where its 16-bit floats lie
-        "Q4_0": (18, [0]), "Q5_0": (22, [0]), "Q8_0": (34, [0]), "Q2_K": (84, [80, 82]), "Q3_K": (110, [108]),
-        "Q4_K": (144, [0, 2]), "Q5_K": (176, [0, 2]), "Q6_K": (210, [208]),
-    }  # fmt: skip
-    size, floats = layouts[kind]
+    raw, values = _blocks(kind)
+    bits, group, unsigned = GRIDS[kind]
+    found = codes.fitted(torch.tensor(codes_of(raw, kind)), values, Rounding(bits, group), unsigned)
+    assert torch.allclose(found.values, values, rtol=1e-5, atol=1e-5)
+    assert int(found.codes.min()) == -(2 ** (bits - 1)) and int(found.codes.max()) == 2 ** (bits - 1) - 1
+
+
+def _blocks(kind):
+    """[4, bytes] uint8 of six random blocks a row, with scales of 16 bits that are numbers; and their weights."""
+    random, size = np.random.default_rng(0), UNIT[kind][0]
     blocks = random.integers(0, 256, (4, 6, size), dtype=np.uint8)
-    for place in floats:
+    floats = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+    for place in floats.get(kind, [0]):
         scale = random.uniform(0.001, 0.02, (4, 6)).astype(np.float16)
         blocks[..., place : place + 2] = scale[..., None].view(np.uint8)
-    values = torch.tensor(dequantize(blocks.reshape(4, -1), GGMLQuantizationType[kind]))
-    found = codes.recovered(values, Rounding(bits, group))
-    assert torch.allclose(found.values, values, rtol=1e-5, atol=1e-6)
-    assert int(found.codes.min()) >= -(2 ** (bits - 1)) and int(found.codes.max()) < 2 ** (bits - 1)
+    raw = blocks.reshape(4, -1)
+    return raw, torch.tensor(dequantize(raw, GGMLQuantizationType[kind]))
 
 
-def test_a_group_of_equal_weights_has_no_step():
-    values = torch.full((2, 64), 3.25)
-    values[0, :32] = 0
-    found = codes.recovered(values, Rounding(4, 32))
-    assert torch.equal(found.values, values)
-
-
-def test_a_last_group_may_be_shorter():
-    _, scales, values = _random(4, 32)
-    found = codes.recovered(values[:, :-20], Rounding(4, 32))
-    assert torch.allclose(found.values, values[:, :-20], atol=1e-5)
-    assert codes.on_grid(values[:, :-20], scales, Rounding(4, 32)).codes.shape == (6, 140)
-
-
-def test_what_lies_on_no_even_grid_has_no_codes():
-    source = torch.Generator().manual_seed(0)
-    levels = torch.tensor(NF4)[torch.randint(0, 16, (4, 128), generator=source)]
-    scales = torch.ones(4, 4)
-    for values in (levels, torch.randn(4, 128, generator=source)):
-        assert codes.recovered(values, Rounding(4, 32)) is None
-        assert codes.on_grid(values, scales / 8, Rounding(4, 32)) is None
-    _, scales, values = _random(5, 32)  # more bits than it is said to have
-    assert codes.on_grid(values, scales, Rounding(4, 32)) is None
-    assert codes.recovered(values, Rounding(4, 32)) is None
-
-
-def test_distances_that_are_nearly_alike_are_two_steps():
-    values = torch.tensor([[0.0, 50.0, 101.0, 101.0]])
-    found = codes.recovered(values, Rounding(8, 4))
-    assert torch.equal(found.values, values) and float(found.scales) == 1
-
-
-# -- a file ----------------------------------------------------------------------------------------------------------
+def test_codes_of_q4_k_are_the_nibbles_of_its_blocks():
+    """A block has 16 bytes of scales, then for every 64 weights 32 bytes: low halves first, then high ones."""
+    raw, _ = _blocks("Q4_K")
+    halves = raw.reshape(4, 6, 144)[..., 16:].reshape(4, 6, 4, 1, 32)
+    wanted = np.concatenate([halves & 15, halves >> 4], -2).reshape(4, -1)
+    assert np.array_equal(codes_of(raw, "Q4_K"), wanted)
 
 
 @pytest.fixture
@@ -118,31 +147,24 @@ def model(tmp_path, monkeypatch):
 
 def test_an_image_is_the_high_bits_of_the_files_codes(model, tmp_path):
     """Q4_0 by its bytes: a block has a 16-bit scale and 16 bytes, whose low halves are the first 16 codes."""
-    from gguf import GGUFReader
-
     raw = {t.name: t.data for t in GGUFReader(tmp_path / "tiny.gguf").tensors}["blk.0.ffn_gate.weight"]
     blocks = np.array(raw).reshape(SIZE, WIDTH // 32, 18)
     scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)
     code = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).astype(int)
-    # A scale may be written with the other sign, and then the codes 0 to 15 are 16 - code: the file's own count.
     high = code >> 2
     mean = np.array([(code[high == h] - 8).mean() for h in range(4)])
     wanted = (scale * mean[high]).reshape(SIZE, WIDTH)
     matrix = served_inputs(find_ffns(model)[0])[0]
-    found = Plane().values(matrix)
-    held = matrix.packed
-    assert np.array_equal(
-        (held.scales[..., None].sign() * held.codes.view(SIZE, -1, 32)).numpy(), np.sign(scale) * (code - 8)
-    )
-    assert np.allclose(found.numpy(), wanted, rtol=1e-5)
+    assert np.array_equal(matrix.packed.codes.numpy(), (code - 8).reshape(SIZE, WIDTH))
+    assert np.allclose(Plane().values(matrix).numpy(), wanted, atol=2**-7 * np.abs(wanted).max())  # bfloat16
 
 
 def test_a_plane_of_codes_is_counted_by_their_bits(model):
     """Q4_0: 2 of 4 bits and the scale of 32 (.5 bits); of a chosen row the other 2; Q8_0: 4 of 8 and its scale."""
     ffn, image = find_ffns(model)[0], Plane()
     gate, down = served_inputs(ffn)[0], Served(ffn.down.weight, 8.5, coded(ffn.down))
-    assert image.bits_of(gate.bits, SIZE, WIDTH) == 2.5 and image.left(gate) == 2
-    assert image.bits_of(down.bits, WIDTH, SIZE) == 4.5 and image.column(down, 6) == 6.5
+    assert image.bits_of(gate.bits, SIZE, WIDTH) == 2.5 and image.left(gate) == image.left(gate, 3) == 2
+    assert image.bits_of(down.bits, WIDTH, SIZE) == 4.5 and image.column(down, 6) == 8.5
 
 
 @pytest.mark.parametrize("method", ["dart-plus", "preview:image=plane"])
@@ -153,7 +175,23 @@ def test_a_file_of_few_bits_is_pruned_through_its_own_bits(model, method):
     assert 0.97 * 0.7 * share < session.weights_read <= 0.7 * share
 
 
-def test_codes_are_looked_for_when_they_are_asked_for(model, monkeypatch):
-    monkeypatch.setattr(codes, "recovered", lambda *a: pytest.fail("too early"))
+def test_codes_are_looked_for_when_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(codes, "fitted", lambda *a: pytest.fail("too early"))
+    model = resolve(ModelSpec(str(write(tmp_path / "tiny.gguf")))).load()[0]
     with dart_eval.prune(model, "griffin", 0.5):
         pass
+
+
+def test_layers_of_16_bits_among_others_lose_their_last_bits_alone(tmp_path, monkeypatch):
+    """`dart-plus` reads 8 bits of 16-bit weights: they run without the others, and codes run whole."""
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(gguf_codes.GRIDS, "Q8_0", None)
+    monkeypatch.delitem(gguf_codes.GRIDS, "Q8_0")
+    model = resolve(ModelSpec(str(write(tmp_path / "tiny.gguf")), dtype="bfloat16")).load()[0]
+    ffn = find_ffns(model)[0]
+    assert coded(ffn.gate) is not None and coded(ffn.down) is None
+    from dart_eval.pruning.previews import Fine
+
+    fine = Fine.of([ffn], 4)
+    assert [parameter is ffn.down.weight for parameter, _, _ in fine.held] == [True]

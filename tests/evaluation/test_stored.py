@@ -1,23 +1,25 @@
 """Checkpoints whose weights are expanded when they are loaded: their bits are those of the files."""
 
 import importlib.util
+import json
 import shutil
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 import dart_eval
 from dart_eval.bits import Rounding
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
-from dart_eval.ffn import describe, features, find_ffns, weight_matrix
+from dart_eval.ffn import describe, find_ffns, weight_matrix
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
 from dart_eval.rounding import coded, served_bits, served_bits_of
+from dart_eval.stored import Files, _bits
 from tests.helpers import stored
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB
@@ -56,7 +58,7 @@ KINDS = {
     "gptq": ("llama", stored.gptq, "float16", 4 + 20 / 32, 4 + 20 / 32),
     "awq": ("llama", stored.awq, "float16", 4 + 20 / 32, 4 + 20 / 32),
 }
-GRIDS = {"int4 groups": (4, 32), "int8 rows": (8,), "gptq": (4, 32), "awq": (4, 32)}  # bits, and the group if not a row
+GRIDS = {"int4 groups": (4, 32), "int8 rows": (8, 0), "gptq": (4, 32), "awq": (4, 32)}  # bits, and the group; 0: a row
 ALL = [pytest.param(kind, marks=GPTQ) if kind in ("gptq", "awq") else kind for kind in KINDS]
 
 
@@ -124,7 +126,7 @@ def test_weights_are_what_the_codes_stand_for(checkpoint, kind):
 def test_weights_on_no_even_grid_have_no_plane(checkpoint, kind):
     model = _loaded(checkpoint(kind)[0], kind)
     with (
-        pytest.raises(UserError, match=r"have (8\.03|4\.25) bits in another form"),
+        pytest.raises(UserError, match=r"have (8\.03|4\.25) bits, and no such codes"),
         dart_eval.prune(model, "dart-plus", 0.5),
     ):
         pass
@@ -139,9 +141,9 @@ def test_codes_of_an_even_grid_are_found_and_pruned_by_their_high_bits(checkpoin
     for ffn in find_ffns(model):
         for module in ffn.projections:
             held = coded(module)
-            assert held.rounding == Rounding(*GRIDS[kind], *([] if GRIDS[kind][1:] else [features(module)[0]]))
+            assert held.rounding == Rounding(*GRIDS[kind])
             wanted = values[f"{names[id(module)]}.weight"]
-            assert torch.allclose(held.values, wanted, rtol=1e-3, atol=1e-4)
+            assert torch.allclose(held.values, wanted, atol=2**-8 * float(wanted.abs().max()))  # of 16-bit weights
     with dart_eval.prune(model, "dart-plus", 0.3) as session:
         model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     share = (2 * into + down) / 3 / 16
@@ -169,17 +171,71 @@ def test_bits_that_the_files_do_not_say_are_told(checkpoint, tmp_path):
     ]
 
 
-def test_names_of_another_wrapper_are_found(checkpoint, tmp_path):
-    """A text part may have other names in its file than in memory: what follows the layer's number counts."""
-    from dart_eval.stored import _of
+def _files(folder, entries, shards=1):
+    """A checkpoint of these tensors, name -> tensor, in so many files."""
+    folder.mkdir()
+    names = sorted(entries)
+    if shards == 1:
+        save_file(entries, folder / "model.safetensors")
+    else:
+        place = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(names)}
+        for shard in set(place.values()):
+            save_file({n: entries[n] for n in names if place[n] == shard}, folder / shard)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    return Files(str(folder), None)
 
-    folder, _ = checkpoint("fp8")
-    held = load_file(folder / "model.safetensors")
-    renamed = {k.replace("model.", "language_model.model.", 1): v for k, v in held.items()}
-    renamed["vision_tower.layers.0.mlp.gate_proj.weight"] = torch.zeros(8, 8)
-    save_file(renamed, tmp_path / "model.safetensors")
-    sizes = {k: 8.0 * v.numel() * v.element_size() for k, v in renamed.items()}
-    assert sum(_of("model.layers.0.mlp.gate_proj.", sizes)) == 64 * 128 * (8 + 32 / 32**2)
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_layer_is_not_taken_for_another(tmp_path, shards):
+    """Layer 1 among twelve, in files of which each has a part; and roots that another wrapper gives."""
+    entries = {f"model.language_model.layers.{i}.mlp.up_proj.weight": torch.zeros(8, i + 1) for i in range(12)}
+    entries |= {f"{root}.layers.1.mlp.up_proj.weight": torch.zeros(3, 3) for root in ("visual", "mtp", "talker.model")}
+    files = _files(tmp_path / "model", entries, shards)
+    for i in (1, 11):
+        name = f"model.layers.{i}.mlp.up_proj"  # as it is called in memory
+        assert files.of(name) == [f"model.language_model.layers.{i}.mlp.up_proj.weight"]
+        assert files.tensor(name, "weight").shape == (8, i + 1)
+    assert files.tensor("model.layers.1.mlp.up_proj", "scales") is None
+
+
+def test_two_roots_that_fit_are_none(tmp_path):
+    files = _files(tmp_path / "model", {f"{root}.layers.0.mlp.up_proj.weight": torch.zeros(2, 2) for root in "ab"})
+    assert files.of("model.layers.0.mlp.up_proj") == []
+
+
+def test_experts_are_those_of_their_layer_under_any_name(tmp_path):
+    entries = {f"model.layers.{i}.block_sparse_moe.experts.1.w{j}.weight": torch.zeros(4, 4 + i)
+               for i in (1, 11) for j in (1, 2, 3)}  # fmt: skip
+    entries["model.layers.1.block_sparse_moe.shared_experts.w1.weight"] = torch.zeros(9, 9)
+    entries["model.layers.1.block_sparse_moe.gate.weight"] = torch.zeros(4, 4)
+    files = _files(tmp_path / "model", entries)
+    assert files.bits(files.experts(1), 3 * 20) == 3 * 20 * 32
+    assert len(files.experts(11)) == 3
+
+
+def test_experts_beside_shared_ones_have_the_bits_of_their_own_layer(tmp_path):
+    """A layer with shared experts has two FFNs, so that the number of an FFN is not that of its layer."""
+    sizes = SIZES | {"num_hidden_layers": 3}
+    model = AutoModelForCausalLM.from_config(
+        Qwen2MoeConfig(
+            **sizes, intermediate_size=32, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4,
+            num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    kinds = [torch.float16, torch.int8, torch.float16]
+    entries = {f"model.layers.{i}.other.experts.{e}.w{j}.weight": torch.zeros(32, stored.WIDTH, dtype=kinds[i])
+               for i in range(3) for e in range(4) for j in range(3)}  # fmt: skip
+    files = _files(tmp_path / "model", entries)
+    routed = [f for f in describe(model) if f.routed is not None]
+    assert [f.layer for f in routed] != [f.number for f in routed] == [0, 1, 2]
+    assert [_bits(f, f.down, {}, files) for f in routed] == [16, 8, 16]
+
+
+def test_weights_of_32_bits_count_as_the_16_that_they_would_be_served_with(tmp_path):
+    entries = {"m.weight": torch.zeros(4, 8), "m.bias": torch.zeros(4), "q.weight": torch.zeros(4, 8, dtype=torch.int8)}
+    files = _files(tmp_path / "model", entries | {"q.weight_scale": torch.zeros(4, 1)})
+    assert files.bits(files.of("m"), 32) == 32 * 16
+    assert files.bits(files.of("q"), 32) == 32 * 8 + 4 * 32
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="the library is there")

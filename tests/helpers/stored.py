@@ -1,5 +1,6 @@
 """Tiny quantised checkpoints, packed by hand as their formats say, with what their weights stand for."""
 
+import functools
 import json
 
 import torch
@@ -59,7 +60,7 @@ def int4_groups(folder):
         groups = weight.view(len(weight), -1, GROUP)
         scale = (groups.abs().amax(-1) / 7.5).bfloat16()
         code = (groups / scale.float()[..., None]).round().clamp(-8, 7)
-        parts = {name + "_packed": _packed(code.view(weight.shape) + 8, 1), name + "_scale": scale}
+        parts = {name + "_packed": packed(code.view(weight.shape) + 8, 1), name + "_scale": scale}
         parts[name + "_shape"] = torch.tensor(weight.shape)
         return parts, (code * scale.float()[..., None]).view(weight.shape)
 
@@ -75,31 +76,33 @@ def int4_groups(folder):
 
 
 def gptq(folder):
-    """GPTQ: qweight [in / 8, out] int32, qzeros [in / group, out / 8] of zero points less one, scales, g_idx [in]."""
-
-    def one(name, weight):
-        code, scale, zero, values = _grid(weight)
-        root = name.removesuffix("weight")
-        parts = {"qweight": _packed(code.T, 0), "qzeros": _packed(zero.T - 1, 1), "scales": scale.T.half().contiguous()}
-        parts["g_idx"] = torch.arange(weight.shape[1], dtype=torch.int32) // GROUP
-        return {root + key: value for key, value in parts.items()}, values
-
+    """GPTQ, see `gptq_parts`."""
     how = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
-    return _rewritten(folder, how, one)
+    return _rewritten(folder, how, functools.partial(_parts, gptq_parts))
+
+
+def gptq_parts(code, scale, zero):
+    """qweight [in / 8, out] int32, qzeros [in / group, out / 8] of zero points less one, scales, g_idx [in]."""
+    parts = {"qweight": packed(code.T, 0), "qzeros": packed(zero.T - 1, 1), "scales": scale.T.half().contiguous()}
+    return parts | {"g_idx": torch.arange(code.shape[1], dtype=torch.int32) // GROUP}
 
 
 def awq(folder):
-    """AWQ: qweight [in, out / 8] int32 in the order 0 2 4 6 1 3 5 7, qzeros [in / group, out / 8], scales."""
-
-    def one(name, weight):
-        code, scale, zero, values = _grid(weight)
-        root, order = name.removesuffix("weight"), (0, 2, 4, 6, 1, 3, 5, 7)
-        parts = {"qweight": _packed(code.T, 1, order), "qzeros": _packed(zero.T, 1, order)}
-        parts["scales"] = scale.T.half().contiguous()
-        return {root + key: value for key, value in parts.items()}, values
-
+    """AWQ, see `awq_parts`."""
     how = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
-    return _rewritten(folder, how, one)
+    return _rewritten(folder, how, functools.partial(_parts, awq_parts))
+
+
+def awq_parts(code, scale, zero):
+    """qweight [in, out / 8] int32 in the order 0 2 4 6 1 3 5 7, qzeros [in / group, out / 8], scales."""
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    parts = {"qweight": packed(code.T, 1, order), "qzeros": packed(zero.T, 1, order)}
+    return parts | {"scales": scale.T.half().contiguous()}
+
+
+def _parts(make, name, weight):
+    code, scale, zero, values = grid(weight)
+    return {name.removesuffix("weight") + key: value for key, value in make(code, scale, zero).items()}, values
 
 
 def mxfp4(folder):
@@ -142,7 +145,7 @@ def _compressed(form, weights, inputs):
     }  # fmt: skip
 
 
-def _grid(weight):
+def grid(weight):
     """Codes of 4 bits, scales, zero points and values on an asymmetric grid for each group of a row."""
     groups = weight.view(len(weight), -1, GROUP)
     low, high = groups.amin(-1), groups.amax(-1)
@@ -152,7 +155,7 @@ def _grid(weight):
     return code.view(weight.shape), scale, zero, ((code - zero[..., None]) * scale[..., None]).view(weight.shape)
 
 
-def _packed(codes, dim, order=range(8)):
+def packed(codes, dim, order=range(8)):
     """Eight codes of 4 bits along a dimension in an int32, the first in the lowest bits."""
     codes = codes.movedim(dim, -1).long().unflatten(-1, (-1, 8))
     words = sum((codes[..., place] & 15) << 4 * i for i, place in enumerate(order))

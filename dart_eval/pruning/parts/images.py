@@ -153,7 +153,7 @@ class Plane(Image):
 
     name = "plane"
     summary = "is the top bits of the served weights: nothing is stored twice, and a chosen row reads only its rest"
-    bits: int = option(0, "bits of a weight in it; 0: 5 of a 16-bit weight, half of a rounded one", least=0, most=7)
+    bits: int = option(0, "bits of a weight in it; 0: 5 of a 16-bit weight, half of a code's", least=0, most=7)
 
     def top(self, code_bits: float) -> int:
         """Bits of the plane. code_bits: of a weight without scales."""
@@ -172,14 +172,13 @@ class Plane(Image):
     def left(self, matrix: Served, precision: int = 0) -> float:
         if matrix.packed is None:
             return self._beyond(matrix, precision)
-        code_bits = matrix.packed.rounding.bits
-        return max(0, min(code_bits, precision or code_bits) - self.top(code_bits))
+        code_bits = matrix.packed.rounding.bits  # all are read, whatever the precision
+        return max(0, code_bits - self.top(code_bits))
 
     def column(self, matrix: Served, precision: int = 0) -> float:
         if matrix.packed is None:  # down is in planes where they save bytes
             return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else matrix.bits
-        code_bits = matrix.packed.rounding.bits
-        return matrix.bits - max(0, code_bits - (precision or code_bits))
+        return matrix.bits
 
     def _beyond(self, matrix: Served, precision: int) -> float:
         """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision.
@@ -191,8 +190,8 @@ class Plane(Image):
 
         if matrix.bits != OWN_BITS:
             raise UserError(
-                f"{self.title} is the top bits of 16-bit weights, or of codes on an even grid, and this model's FFN "
-                f"weights have {matrix.bits:.3g} bits in another form",
+                f"{self.title} is the top bits of 16-bit weights, or of codes on an even grid: FFN weights of this "
+                f"model have {matrix.bits:.3g} bits, and no such codes were found",
                 "use a method that chooses in another way, give image=copy, or load the model unquantised",
             )
         code_bits, shown = self._parts()

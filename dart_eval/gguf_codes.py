@@ -1,0 +1,57 @@
+"""The codes of GGUF's types on an even grid.
+
+The gguf package expands blocks to weights and hands out no codes. So the scales in a copy of the blocks are set to 1
+and their minima to 0, and what the package then expands are the codes themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+# Type: bits of a code, weights that share a scale, and whether codes begin at 0.
+GRIDS = {
+    "Q4_0": (4, 32, False), "Q5_0": (5, 32, False), "Q8_0": (8, 32, False), "Q2_K": (2, 16, True),
+    "Q3_K": (3, 16, False), "Q4_K": (4, 32, True), "Q5_K": (5, 32, True), "Q6_K": (6, 16, False),
+}  # fmt: skip
+ONE, ZERO = b"\x00\x3c", b"\x00\x00"  # as floats of 16 bits
+_K = ONE + ZERO + b"\1" * 4 + b"\0" * 4 + b"\1" * 4  # d, dmin, and eight scales of 1 and minima of 0, 6 bits each
+# Type: bytes of a block, and what is put where so that a weight is its code.
+UNIT: dict[str, tuple[int, dict[int, bytes]]] = {
+    "Q4_0": (18, {0: ONE}), "Q5_0": (22, {0: ONE}), "Q8_0": (34, {0: ONE}),
+    "Q2_K": (84, {0: b"\1" * 16, 80: ONE + ZERO}),  # a nibble of scale, one of minimum
+    "Q3_K": (110, {96: b"\x11" * 8 + b"\xaa" * 4 + ONE}),  # scales of 6 bits, less 32: 33
+    "Q4_K": (144, {0: _K}), "Q5_K": (176, {0: _K}), "Q6_K": (210, {192: b"\1" * 16 + ONE}),
+}  # fmt: skip
+
+
+def codes_of(raw: Any, kind: str) -> Any:
+    """[out, in] int8 numpy, the codes of a tensor. raw: [out, bytes] uint8. kind: one of `GRIDS`."""
+    import numpy as np
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    size, parts = UNIT[kind]
+    blocks = np.array(raw, dtype=np.uint8).reshape(-1, size)
+    for place, given in parts.items():
+        blocks[:, place : place + len(given)] = np.frombuffer(given, np.uint8)
+    return dequantize(blocks.reshape(raw.shape), GGMLQuantizationType[kind]).astype(np.int8)
+
+
+def write(file: Path, target: Path, wanted: re.Pattern[str]) -> None:
+    """Write the codes of matrices of a file, as `layer.side`; experts and other types are left out.
+
+    Args:
+        wanted: of their names, with the layer and the side as groups.
+    """
+    import numpy as np
+    from gguf import GGUFReader
+    from safetensors.numpy import save_file
+
+    found = {}
+    for tensor in GGUFReader(file).tensors:
+        match, kind = wanted.fullmatch(tensor.name), tensor.tensor_type.name
+        if match and kind in GRIDS and len(tensor.shape) == 2:
+            found[".".join(match.groups())] = np.ascontiguousarray(codes_of(tensor.data, kind))
+    save_file(found, target)
