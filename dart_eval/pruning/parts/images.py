@@ -153,7 +153,7 @@ class Plane(Image):
 
     name = "plane"
     summary = "is the top bits of the served weights: nothing is stored twice, and a chosen row reads only its rest"
-    bits: int = option(0, "bits of a weight in it; 0: 5 of a 16-bit weight, half of a code's", least=0, most=7)
+    bits: int = option(0, "bits of a weight in it; 0: 5 of a 16-bit weight, half of those of a code", least=0, most=7)
 
     def top(self, code_bits: float) -> int:
         """Bits of the plane. code_bits: of a weight without scales."""
