@@ -90,11 +90,6 @@ class Served:
 _PACKED: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
 
 
-def packed(linear: nn.Module) -> Packed | None:
-    """The codes of a projection while its model is rounded, else None."""
-    return _PACKED.get(linear)
-
-
 def coded(linear: nn.Module) -> Packed | None:
     """The codes of a projection: those it is rounded to, else those of its checkpoint, where these lie on a grid."""
     if (held := _PACKED.get(linear)) is not None:

@@ -6,7 +6,7 @@ import torch
 import dart_eval
 from dart_eval.bits import Rounding, parse
 from dart_eval.ffn import find_ffns
-from dart_eval.rounding import packed, rounded, share
+from dart_eval.rounding import coded, rounded, share
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
 
@@ -50,8 +50,8 @@ def test_codes_stand_for_what_is_in_place(name):
     with dart_eval.rounded_ffns(model, "4:24"):
         for ffn in find_ffns(model):
             weights = torch.cat(ffn.input_weights())
-            assert torch.allclose(packed(ffn.up).values, weights[-len(packed(ffn.up).codes) :], atol=1e-6)
-            down = packed(ffn.down).values
+            assert torch.allclose(coded(ffn.up).values, weights[-len(coded(ffn.up).codes) :], atol=1e-6)
+            down = coded(ffn.down).values
             if ffn.routed:  # of one expert after another
                 down = down.view(ffn.routed.all, ffn.width, -1).transpose(0, 1).flatten(1)
             assert torch.allclose(down, ffn.output_weight(), atol=1e-6)

@@ -10,7 +10,7 @@ import dart_eval
 from dart_eval.bits import Rounding, parse
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, weight_matrix
-from dart_eval.rounding import packed, rounded, served_bits, share
+from dart_eval.rounding import coded, rounded, served_bits, share
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 
 
@@ -85,7 +85,7 @@ def test_a_model_runs_on_rounded_weights_and_gets_its_own_back(family):
         assert served_bits(ffns) == 3.5 and share(ffns) == pytest.approx(3.5 / 16)
         for ffn in ffns:
             for module in (m for m in (ffn.gate, ffn.up, ffn.down) if m is not None):
-                assert torch.equal(weight_matrix(module), packed(module).values)
+                assert torch.equal(weight_matrix(module), coded(module).values)
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
     assert torch.equal(model(tokens).logits, before) and share(find_ffns(model)) == 1
