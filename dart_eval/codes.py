@@ -86,10 +86,10 @@ def fitted(codes: Tensor, values: Tensor, rounding: Rounding, unsigned: bool = F
         return None
     width = codes.shape[1]
     group = min(rounding.group, width) or width
+    some = max(1, CHUNK // width)
     scales, offsets = [], []
-    for start in range(0, len(codes), max(1, CHUNK // width)):
-        some = slice(start, start + max(1, CHUNK // width))
-        found = _fit(_groups(codes[some].float(), group), _groups(values[some].float(), group))
+    for held, wanted in zip(codes.split(some), values.split(some), strict=True):
+        found = _fit(_groups(held.float(), group), _groups(wanted.float(), group))
         if found is None:
             return None
         scales.append(found[0])
@@ -120,12 +120,16 @@ def _fit(codes: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
 
 # -- of a checkpoint -------------------------------------------------------------------------------------------------
 
-_NOTED: weakref.WeakKeyDictionary[nn.Module, Callable[[], Packed | None]] = weakref.WeakKeyDictionary()
+_NOTED: weakref.WeakKeyDictionary[nn.Module, Callable[[nn.Module], Packed | None]] = weakref.WeakKeyDictionary()
 _FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[object, Packed | None]] = weakref.WeakKeyDictionary()
 
 
-def note(linear: nn.Module, find: Callable[[], Packed | None]) -> None:
-    """Keep how the codes of a projection can be found; nothing is done before they are asked for."""
+def note(linear: nn.Module, find: Callable[[nn.Module], Packed | None]) -> None:
+    """Keep how the codes of a projection can be found; nothing is done before they are asked for.
+
+    Args:
+        find: given the projection, which it must not hold itself: then no model would ever be freed.
+    """
     _NOTED[linear] = find
 
 
@@ -142,7 +146,7 @@ def noted(linear: nn.Module) -> Packed | None:
                   for t in held)  # fmt: skip
     if linear not in _FOUND or _FOUND[linear][0] != state:
         try:
-            _FOUND[linear] = state, _NOTED[linear]()
+            _FOUND[linear] = state, _NOTED[linear](linear)
         except (UserError, OSError, KeyError, RuntimeError, ValueError):  # an odd file: without codes it is refused
             _FOUND[linear] = state, None
     return _FOUND[linear][1]

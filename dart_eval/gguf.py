@@ -141,10 +141,10 @@ def note_bits(source: str, model: Any) -> None:
             kinds = {sides[name][1] for name in names}
             if len(kinds) == 1 and kinds <= gguf_codes.GRIDS.keys() and not isinstance(module, Step):
                 keys = [f"{ffn.number}.{name}" for name in names]
-                codes.note(module, functools.partial(_codes, Path(source) / CODES, keys, kinds.pop(), module))
+                codes.note(module, functools.partial(_codes, file=Path(source) / CODES, keys=keys, kind=kinds.pop()))
 
 
-def _codes(file: Path, keys: Sequence[str], kind: str, module: Any) -> Packed | None:
+def _codes(module: Any, file: Path, keys: Sequence[str], kind: str) -> Packed | None:
     """The codes of a projection, of which a file may keep the halves apart."""
     import torch
     from safetensors import safe_open

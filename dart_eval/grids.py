@@ -39,7 +39,7 @@ def note_codes(config: Any, source: str, revision: str | None, model: Any) -> No
     files, told = Files(source, revision), told_of(config)
     for module in (m for f in ffns for m in f.projections if not isinstance(m, Step)):
         part = functools.partial(files.tensor, names[id(module)])
-        codes.note(module, functools.partial(find, module, told, part))
+        codes.note(module, functools.partial(find, told=told, part=part))
 
 
 Part = Callable[[str], "Tensor | None"]  # a tensor that the files have of a projection, by the end of its name

@@ -1,5 +1,8 @@
 """Codes of quantised checkpoints: taken as stored, held against the weights, and previewed by their high bits."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -96,7 +99,7 @@ def test_weights_that_have_changed_have_other_codes_or_none():
     made, values = _random(4, 32)
     module = nn.Linear(160, 6, bias=False)
     module.weight.data = values.clone()
-    codes.note(module, lambda: codes.fitted(made, module.weight, Rounding(4, 32)))
+    codes.note(module, lambda given: codes.fitted(made, given.weight, Rounding(4, 32)))
     assert codes.noted(module) is codes.noted(module) is not None
     with torch.no_grad():
         module.weight.mul_(2)
@@ -181,6 +184,16 @@ def test_codes_are_looked_for_when_they_are_asked_for(tmp_path, monkeypatch):
     model = resolve(ModelSpec(str(write(tmp_path / "tiny.gguf")))).load()[0]
     with dart_eval.prune(model, "griffin", 0.5):
         pass
+
+
+def test_a_model_whose_codes_were_found_is_freed(tmp_path, monkeypatch):
+    monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
+    model = resolve(ModelSpec(str(write(tmp_path / "tiny.gguf")))).load()[0]
+    down = weakref.ref(model.model.layers[0].mlp.down_proj)
+    assert codes.noted(down()) is not None
+    del model
+    gc.collect()
+    assert down() is None
 
 
 def test_layers_of_16_bits_among_others_lose_their_last_bits_alone(tmp_path, monkeypatch):
