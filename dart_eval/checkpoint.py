@@ -26,12 +26,9 @@ def weights_dtype(source: str, revision: str | None) -> str:
     """
     problem = "has no weights"
     for name in ("model.safetensors", "pytorch_model.bin"):
-        file = model_file(source, name, revision)
-        if file is None and (index := model_file(source, f"{name}.index.json", revision)) is not None:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            file = model_file(source, min(shards), revision)
-        if file is None:
+        if not (files := weight_files(source, name, revision)):
             continue
+        file = files[0]
         try:
             if file.suffix == ".bin":
                 weights = torch.load(file, map_location="meta", weights_only=True, mmap=True)
@@ -58,6 +55,20 @@ def own_code(source: str, config: Any, revision: str | None) -> str | None:
     if get_tokenizer_config(source, revision=revision).get("auto_map"):
         return "auto_map in tokenizer_config.json"
     return "custom_generate" if model_file(source, "custom_generate/generate.py", revision) is not None else None
+
+
+def weight_files(source: str, name: str, revision: str | None) -> list[Path]:
+    """The files of a checkpoint's weights, in the order of their names: one, or its shards; none where it has neither.
+
+    Args:
+        name: of the one file, `model.safetensors`.
+    """
+    whole = model_file(source, name, revision)
+    index = None if whole else model_file(source, f"{name}.index.json", revision)
+    if index is None:
+        return [] if whole is None else [whole]
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for shard in shards if (file := model_file(source, shard, revision)) is not None]
 
 
 def model_file(source: str, name: str, revision: str | None) -> Path | None:

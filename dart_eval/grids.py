@@ -22,11 +22,11 @@ WORD = 32  # bits of the whole numbers that formats pack codes in
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight codes stand in a word, from its lowest bits up
 
 
-def note_codes(config: Any, source: str, revision: str | None, model: Any) -> None:
+def note_codes(config: Any, files: Files, model: Any) -> None:
     """Note of a quantised model that was just loaded how the codes of its FFN weights are found; not of experts.
 
     Args:
-        config: as it was before it was loaded. source: its folder, or its name on the hub. revision: there.
+        config: as it was before it was loaded. files: of the checkpoint.
     """
     find = FINDERS.get(method_of(config) or "")
     if find is None:
@@ -36,7 +36,7 @@ def note_codes(config: Any, source: str, revision: str | None, model: Any) -> No
     except UserError:  # it is refused later, with the reason
         return
     names = {id(module): name for name, module in model.named_modules()}
-    files, told = Files(source, revision), told_of(config)
+    told = told_of(config)
     for module in (m for f in ffns for m in f.projections if not isinstance(m, Step)):
         part = functools.partial(files.tensor, names[id(module)])
         codes.note(module, functools.partial(find, told=told, part=part))

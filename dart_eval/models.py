@@ -115,9 +115,10 @@ class Resolved:
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
         gguf.note_bits(self.source, model)
-        for text in stored.note_bits(self.config, self.source, self.identity.revision, model):
+        files = stored.Files(self.source, self.identity.revision)
+        for text in stored.note_bits(self.config, files, model):
             note(text)
-        grids.note_codes(self.config, self.source, self.identity.revision, model)
+        grids.note_codes(self.config, files, model)
         self._place(model)
         return model.eval(), tokenizer
 

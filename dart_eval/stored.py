@@ -7,7 +7,7 @@ files do.
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import Mxfp4Config
 
 from dart_eval import quantised
 from dart_eval.bits import OWN_BITS
-from dart_eval.checkpoint import model_file
+from dart_eval.checkpoint import weight_files
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
 from dart_eval.ffn import FFN, describe, features
@@ -60,12 +60,12 @@ def expand(model: Any) -> None:
         model.hf_quantizer.compressor.decompress_model(model)
 
 
-def note_bits(config: Any, source: str, revision: str | None, model: Any) -> list[str]:
+def note_bits(config: Any, files: Files, model: Any) -> list[str]:
     """Note how many bits the FFN weights of a model that was just loaded have in its files.
 
     Args:
         config: as it was before it was loaded: where weights are expanded, the loaded one does not say so.
-        source: its folder, or its name on the hub. revision: there.
+        files: of the checkpoint.
 
     Returns:
         What is to be told: whether some were not found.
@@ -77,7 +77,6 @@ def note_bits(config: Any, source: str, revision: str | None, model: Any) -> lis
         ffns = describe(model)
     except UserError:  # it is refused later, with the reason
         return []
-    files = Files(source, revision)
     names = {id(module): name for name, module in model.named_modules()}
     unknown = 0
     for ffn in ffns:
@@ -116,14 +115,19 @@ class Files:
     """
 
     def __init__(self, source: str, revision: str | None) -> None:
-        self._held: dict[str, tuple[Path, int, str]] = {}  # name -> file, entries, dtype
-        for shard in _shards(source, revision):
-            if (file := model_file(source, shard, revision)) is None:
-                continue
+        self._place = source, revision
+
+    @functools.cached_property
+    def _held(self) -> dict[str, tuple[Path, int, str]]:
+        """Name -> file, entries, dtype; read when it is first asked for."""
+        found: dict[str, tuple[Path, int, str]] = {}
+        source, revision = self._place
+        for file in weight_files(source, "model.safetensors", revision):
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - no mapping
                     part = opened.get_slice(key)
-                    self._held[key] = file, math.prod(part.get_shape()), part.get_dtype()
+                    found[key] = file, math.prod(part.get_shape()), part.get_dtype()
+        return found
 
     def of(self, name: str) -> list[str]:
         """The tensors of a module: under its very name, else under what follows the number of its layer there.
@@ -165,14 +169,6 @@ class Files:
                 with safe_open(self._held[key][0], framework="pt") as opened:
                     return opened.get_tensor(key)
         return None
-
-
-def _shards(source: str, revision: str | None) -> list[str]:
-    """The files of a checkpoint's weights; none where they are not safetensors."""
-    whole, index = (model_file(source, f"model.safetensors{end}", revision) for end in ("", ".index.json"))
-    if whole is not None:
-        return ["model.safetensors"]
-    return [] if index is None else sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _width(dtype: str) -> int:
