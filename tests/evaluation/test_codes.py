@@ -65,6 +65,13 @@ def test_equal_weights_and_a_shorter_last_group():
     assert found.scales[0, 0] == 0 and found.offsets[0, 0] == 3.25
 
 
+def test_matrices_below_each_other_come_apart_with_their_scales_and_offsets():
+    made, values = _random(4, 32)
+    parts = codes.fitted(made, values, Rounding(4, 32)).chunk(2)
+    assert [len(part.codes) for part in parts] == [3, 3]
+    assert torch.allclose(torch.cat([part.values for part in parts]), values, atol=1e-4)
+
+
 def test_words_are_unpacked_from_their_lowest_bits_up():
     held = torch.arange(16).view(1, 16)
     for order in (None, grids.AWQ):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Config, Qwen2MoeConfig, Qwen3MoeConfig
 
 import dart_eval
 from dart_eval.bits import Rounding
@@ -18,7 +18,7 @@ from dart_eval.ffn import describe, find_ffns, weight_matrix
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
-from dart_eval.rounding import coded, served_bits, served_bits_of
+from dart_eval.rounding import coded, served_bits, served_bits_of, served_inputs
 from dart_eval.stored import Files, _bits
 from tests.helpers import stored
 from tests.helpers.commands import Watch, run_local
@@ -30,6 +30,7 @@ SIZES = {
 }  # fmt: skip
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SIZES, intermediate_size=stored.SIZE),
+    "phi3": lambda: Phi3Config(**SIZES, intermediate_size=stored.SIZE),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES,
         intermediate_size=stored.SIZE,
@@ -52,13 +53,17 @@ KINDS = {
     "fp8 experts": ("qwen3_moe", stored.fp8, "bfloat16", 8 + 32 / 32**2, 8 + 32 / 32**2),
     "fp8 rows": ("llama", stored.fp8_rows, "bfloat16", 8 + 16 / 64, 8 + 16 / 128),  # a scale of 16 bits for a row
     "int4 groups": ("llama", stored.int4_groups, "bfloat16", 4 + 16 / 32, 4 + 16 / 32),
+    "int4 groups, fused": ("phi3", stored.int4_groups, "bfloat16", 4 + 16 / 32, 4 + 16 / 32),  # gate above up
     "int8 rows": ("llama", stored.int8_rows, "bfloat16", 8 + 16 / 64, 8 + 16 / 128),
     "mxfp4": ("gpt_oss", stored.mxfp4, "bfloat16", 4 + 8 / 32, 4 + 8 / 32),  # a power of two of 8 bits for 32 weights
     # A scale and a zero point for 32 weights.
     "gptq": ("llama", stored.gptq, "float16", 4 + 20 / 32, 4 + 20 / 32),
     "awq": ("llama", stored.awq, "float16", 4 + 20 / 32, 4 + 20 / 32),
 }
-GRIDS = {"int4 groups": (4, 32), "int8 rows": (8, 0), "gptq": (4, 32), "awq": (4, 32)}  # bits, and the group; 0: a row
+# Bits, and the group; 0: a row.
+GRIDS = {
+    "int4 groups": (4, 32), "int4 groups, fused": (4, 32), "int8 rows": (8, 0), "gptq": (4, 32), "awq": (4, 32)
+}  # fmt: skip
 ALL = [pytest.param(kind, marks=GPTQ) if kind in ("gptq", "awq") else kind for kind in KINDS]
 
 
@@ -144,6 +149,10 @@ def test_codes_of_an_even_grid_are_found_and_pruned_by_their_high_bits(checkpoin
             assert held.rounding == Rounding(*GRIDS[kind])
             wanted = values[f"{names[id(module)]}.weight"]
             assert torch.allclose(held.values, wanted, atol=2**-8 * float(wanted.abs().max()))  # of 16-bit weights
+        inputs = served_inputs(ffn)
+        assert len(inputs) == 2  # gate and up, fused or not, each with its own part of the codes
+        for m in inputs:
+            assert torch.allclose(m.packed.values, m.weight.float(), atol=2**-8 * float(m.weight.abs().max()))
     with dart_eval.prune(model, "dart-plus", 0.3) as session:
         model.generate(torch.tensor([[1, 5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
     share = (2 * into + down) / 3 / 16

@@ -10,8 +10,8 @@ import dart_eval
 from dart_eval.bits import Rounding, parse
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, weight_matrix
-from dart_eval.rounding import coded, rounded, served_bits, share
-from tests.helpers.models import FAMILIES, random_tokens, tiny
+from dart_eval.rounding import coded, rounded, served_bits, served_inputs, share
+from tests.helpers.models import FAMILIES, made, phi3, random_tokens, tiny
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,10 @@ def test_zeros_stay_zeros():
     assert not rounded(torch.zeros(2, 40), Rounding(4)).values.any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["phi3", *FAMILIES])
 def test_a_model_runs_on_rounded_weights_and_gets_its_own_back(family):
-    model, tokens = tiny(family, dtype=torch.float32), torch.tensor([random_tokens(12)])
+    model = made(phi3, dtype=torch.float32) if family == "phi3" else tiny(family, dtype=torch.float32)
+    tokens = torch.tensor([random_tokens(12)])
     own = {name: value.clone() for name, value in model.state_dict().items()}
     places = {name: p.data_ptr() for name, p in model.named_parameters()}
     before = model(tokens).logits
@@ -86,6 +87,8 @@ def test_a_model_runs_on_rounded_weights_and_gets_its_own_back(family):
         for ffn in ffns:
             for module in (m for m in (ffn.gate, ffn.up, ffn.down) if m is not None):
                 assert torch.equal(weight_matrix(module), coded(module).values)
+            inputs = served_inputs(ffn)  # gate and up apart, where one matrix holds both, too
+            assert all(torch.equal(m.packed.values, m.weight) and m.weight.shape[0] == ffn.size for m in inputs)
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
     assert torch.equal(model(tokens).logits, before) and share(find_ffns(model)) == 1
