@@ -165,12 +165,14 @@ class Prices:
         whole: of each one of the mask, before anything is chosen. taken: of each one that is taken, beside that.
         written: of each one that writes, beside that.
         coarse: of each one that writes what an image shows of it; None where nothing does.
+        across: of each one there is, in the mask or not, as far as `whole` lacks it.
     """
 
     whole: float
     taken: float
     written: float = 1.0
     coarse: float | None = None
+    across: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -61,3 +61,8 @@ def unread(sparsity: float, share: float) -> float:
         share: bytes of the served weights / those of the model's own dtype.
     """
     return sparsity if share == 1 else 1 - share * (1 - sparsity)
+
+
+def scale_bits(served: float) -> float:
+    """Bits of a weight that are its part of a scale. served: its bits as it is served, of which less than 1 is that."""
+    return served - int(served)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval import quantised
-from dart_eval.bits import OWN_BITS, Rounding, parse
+from dart_eval.bits import OWN_BITS, Rounding, parse, scale_bits
 from dart_eval.codes import Packed, noted
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
@@ -135,6 +135,12 @@ def served_bits_of(linear: nn.Module) -> float:
 def share(ffns: Sequence[FFN]) -> float:
     """FFN weight bytes as they would be served now / those of the model's own dtype."""
     return served_bits(ffns) / OWN_BITS
+
+
+def across(ffns: Sequence[FFN]) -> float:
+    """Share of down's bytes that are scales: each stands for weights of several neurons, so every token reads them."""
+    found = [(served_bits_of(f.down), f.size * f.width) for f in ffns]
+    return sum(scale_bits(bits) * weights for bits, weights in found) / sum(bits * weights for bits, weights in found)
 
 
 def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:

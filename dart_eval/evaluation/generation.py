@@ -161,7 +161,7 @@ class Generator:
                 context=ids.to(lm.device), attention_mask=attention.to(lm.device), stop=unit.stop,
                 max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,
             )[:, ids.shape[1] :]  # fmt: skip
-        self.state_bytes = max(self.state_bytes, self.session.state_bytes // len(prompts))
+        self.state_bytes = max(self.state_bytes, self.session.kept(len(prompts)))
         texts = []
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()

@@ -85,7 +85,7 @@ class Scoring(ABC):
 
     def _note_state(self, sequences: int) -> None:
         """The contexts of so many sequences have run."""
-        self.state_bytes = max(self.state_bytes, self.session.state_bytes // sequences)
+        self.state_bytes = max(self.state_bytes, self.session.kept(sequences))
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """One score per request, in order."""

@@ -47,6 +47,10 @@ class DenseSession:
         self.steps.append(Step(everything, everything))
         yield
 
+    def kept(self, sequences: int) -> int:
+        """Bytes that are kept beside the model: none."""
+        return 0
+
     def computed(self, read: float) -> float:
         """Share of the FFN weights that a token multiplies, where it reads this share of them."""
         return read

@@ -14,6 +14,7 @@ from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.parts.entries import Entries, Inputs
 from dart_eval.pruning.previews import Fine
 from dart_eval.pruning.thresholds import Distribution
+from dart_eval.rounding import served_bits_of, served_inputs
 
 
 def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> list[tuple[int, int]]:
@@ -22,14 +23,16 @@ def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> 
     return [*zip(of_x, keep_counts(densities, [f.size for f in ffns], sparsity), strict=True)]
 
 
-def read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], bits: float) -> float:
+def read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]]) -> float:
     """Share of the FFN weight bytes that a token reads (on average, where it varies). kept: see `counts`."""
-    found = 0.0
+    found = everything = 0.0
     for ffn, (of_x, of_h) in zip(ffns, kept, strict=True):
-        for weight in ffn.input_weights():
-            found += ffn.size * part.read(of_x / ffn.width, bits, weight)
-        found += ffn.size * part.read(of_h / ffn.size, bits, ffn.output_weight())
-    return found / sum(f.matrices * f.size for f in ffns)
+        matrices = [(m.bits, of_x / ffn.width, m.weight) for m in served_inputs(ffn)]
+        matrices.append((served_bits_of(ffn.down), of_h / ffn.size, ffn.output_weight()))
+        for bits, density, weight in matrices:
+            found += ffn.size * bits * part.read(density, bits, weight)
+            everything += ffn.size * bits
+    return found / everything
 
 
 class Finer:
@@ -39,7 +42,7 @@ class Finer:
         kept: see `counts`.
 
     Attributes:
-        inputs: per layer and matrix, down last.
+        inputs, bits: per layer and matrix, down last; bits of a weight as it is served.
         fine: the weights as decoding forwards have them, where single ones are left out; else None.
     """
 
@@ -50,6 +53,7 @@ class Finer:
         self.part, self.ffns = part, ffns
         thresholds, sizes = _seen(part, ffns, kept, calibration)
         self.inputs: list[list[Inputs]] = []
+        self.bits = [[*(m.bits for m in served_inputs(f)), served_bits_of(f.down)] for f in ffns]
         for ffn, least, size, (of_x, of_h) in zip(ffns, thresholds, sizes, kept, strict=True):
             weights = [*ffn.input_weights(), ffn.output_weight()]
             made = []
@@ -94,7 +98,7 @@ class Finer:
         """x with the inputs alone that are read, which are counted."""
         kept = self.part.kept(x, self.inputs[ffn.layer][matrix])
         share = kept.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
-        spent = share * ffn.size / ffn.matrices
+        spent = self.part.share(share, self.bits[ffn.layer][matrix]) * ffn.size / ffn.matrices
         state.spent = spent if state.spent is None else state.spent + spent
         return x * kept
 

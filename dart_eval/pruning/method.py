@@ -166,7 +166,8 @@ class Pruner:
             image_of = self.choice.image
             doubt, norm = self.choice.doubt_bits(width), self.choice.norm_bits(width)
             read = sum(size * (image_of.read(bits, size, width, self.choice.thin) + doubt) for size in sizes)
-            whole = ((matrices - 1) * read / sum(sizes) + norm) / bits
+            across = max(image_of.across(bits, width, size, self.choice.grades) for size in sizes)
+            whole = ((matrices - 1) * read / sum(sizes) + norm + across) / bits
             image = Prices(whole, matrices - 1.0, 1.0, 1.0)
         self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, image)
 

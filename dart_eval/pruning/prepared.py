@@ -61,7 +61,10 @@ class Prepared:
         image = choice.image
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = rounding.share(self.ffns)
-        self.prices = None if image is None else prices(choice, choice.precision if self.sparsity else 0, self.ffns)
+        self.prices = None
+        if image is not None:
+            precision = choice.precision if self.sparsity else 0
+            self.prices = prices(choice, precision, self.ffns, self.method.mask.whole)
         self.stored = stored(choice, self.ffns)
         self.fine = None
         if image is not None and self.sparsity:
@@ -132,19 +135,20 @@ class Prepared:
             return counts
         return _of_experts(counts, self.ffns)
 
-    def _paid(self) -> tuple[float, float, float]:
-        """What is read of each neuron of the mask, of each one taken and of each one written, in rows of one matrix."""
-        prices = self.prices
+    def _paid(self) -> tuple[float, float, float, float]:
+        """What is read of each neuron, and besides of each in the mask, taken and written, in rows of one matrix."""
+        prices, matrices = self.prices, self.ffns[0].matrices
         if (kept := self.inputs_kept()) is not None:
-            bits = rounding.served_bits(self.ffns)
-            return self.ffns[0].matrices * finer.read(self.method.entries, self.ffns, kept, bits), 0.0, 0.0
-        if prices is not None and not self.sparsity:  # no image is looked at
-            return 0.0, self.ffns[0].matrices - 1.0, 1.0
+            return matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0
+        if self.method.routing.reroutes or not self.sparsity:  # whole experts; or everything, through no image
+            return 0.0, 0.0, matrices - 1.0, 1.0
         if prices is None:
-            return self.whole, self.ffns[0].matrices - 1 - self.whole, 1.0
+            across = rounding.across(self.ffns)
+            return across, self.whole, matrices - 1 - self.whole, 1.0 - across
         if not self.method.choice.grades or prices.coarse is None:
-            return prices.whole, prices.taken, prices.written
-        return prices.whole, prices.taken + prices.written - prices.coarse, prices.coarse  # those taken are written too
+            return prices.across, prices.whole, prices.taken, prices.written
+        exact = prices.taken + prices.written - prices.coarse  # those taken are written too
+        return prices.across, prices.whole, exact, prices.coarse
 
     def _products(self, counts: Counts) -> float:
         matrices = self.ffns[0].matrices
@@ -172,8 +176,8 @@ class Prepared:
 
     def spent(self, taken: Tensor, layer: int) -> Tensor:
         """What tokens read of a layer that take so many neurons of it and write them, counted in neurons."""
-        whole, rest, write = self.paid
-        return (whole * self.ffns[layer].size + (rest + write) * taken) / self.ffns[layer].matrices
+        every, whole, rest, write = self.paid
+        return ((every + whole) * self.ffns[layer].size + (rest + write) * taken) / self.ffns[layer].matrices
 
     def nbytes(self) -> int:
         """Bytes of what is kept for all sequences; images count as they would be stored."""

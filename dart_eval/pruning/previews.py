@@ -78,11 +78,16 @@ def thinned(x: Tensor, thin: float) -> Tensor:
     return x if thin == 1 else x * top_k_mask(x.abs(), torch.full(x.shape[:-1], columns(x.shape[-1], thin)))
 
 
-def prices(choice: Choice, precision: int, ffns: Sequence[FFN]) -> Prices:
-    """What is read of a neuron, mean over the layers. precision: bits of a weight that are read at most; 0: all."""
+def prices(choice: Choice, precision: int, ffns: Sequence[FFN], everything: bool) -> Prices:
+    """What is read of a neuron, mean over the layers.
+
+    Args:
+        precision: bits of a weight that are read at most; 0: all.
+        everything: all neurons are in the mask; then what is read across down is in `whole`.
+    """
     image = choice.image
     assert image is not None
-    whole = taken = written = coarse = 0.0
+    whole = taken = written = coarse = across = 0.0
     weights = sum(f.size * f.width for f in ffns)
     for ffn in ffns:
         part = ffn.size * ffn.width / weights
@@ -91,10 +96,12 @@ def prices(choice: Choice, precision: int, ffns: Sequence[FFN]) -> Prices:
             whole += part * (image.read(bits, rows, width, thin) + choice.doubt_bits(ffn.width)) / bits
             taken += part * (image.left(matrix, precision) + image.unseen(bits, rows, width, thin)) / bits
         down = served_output(ffn)
+        rows, width = down.weight.shape
         whole += part * choice.norm_bits(ffn.width) / down.bits
+        across += part * image.across(down.bits, rows, width, choice.grades) / down.bits
         written += part * image.column(down, precision) / down.bits
-        coarse += part * image.bits_of(down.bits, *down.weight.shape) / down.bits
-    return Prices(whole, taken, written, coarse)
+        coarse += part * image.coarse(down.bits, rows, width) / down.bits
+    return Prices(whole + across * everything, taken, written, coarse, across * (not everything))
 
 
 def stored(choice: Choice, ffns: Sequence[FFN]) -> int:

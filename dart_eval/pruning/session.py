@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_eval.bits import unread
 from dart_eval.errors import UserError
 from dart_eval.ffn import check_depth, find_ffns, unchanged
 from dart_eval.pruning.cache_watch import CacheWatch, check_cache
@@ -34,14 +33,14 @@ from dart_eval.pruning.inplace import to_the_end
 from dart_eval.pruning.log import Log
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.padding import real_tokens
-from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.prepared import Prepared, prepare
+from dart_eval.pruning.readings import Readings
 from dart_eval.pruning.state import SequenceState
 from dart_eval.pruning.steps import Step
 from dart_eval.pruning.tally import Tally
 
 
-class Session:
+class Session(Readings):
     """One method at work on one model. `prune` makes it.
 
     Attributes:
@@ -75,8 +74,6 @@ class Session:
         execution = self.execution if self.state is not None else self.executing.wanted
         return f"<{self.method.spec} at sparsity {self.sparsity:g} on {len(self.ffns)} layers, execution {execution}>"
 
-    # -- what the user reads ---------------------------------------------------------------------------------
-
     @property
     def state(self) -> SequenceState | None:
         """The state of the sequences under way."""
@@ -86,80 +83,11 @@ class Session:
     def state(self, state: SequenceState | None) -> None:
         self.forward.state = state
 
-    @property
-    def prunes(self) -> bool:
-        """Whether anything is ever left out."""
-        return self.method.prunes
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether masks are made from the tokens that they are used on (an oracle)."""
-        return self.method.looks_ahead
-
-    @property
-    def execution(self) -> str:
-        """How the sequences under way are decoded: `masked` or `permuted`."""
-        return self.executing.name
-
-    @property
-    def permuted(self) -> PermutedFFNs | None:
-        """The FFNs while their neurons are reordered, else None."""
-        return self.executing.permuted
-
-    @property
-    def effective_sparsity(self) -> float:
-        """Share of the FFN weight bytes (of the model's own dtype) that tokens generated so far did not read.
-
-        The first token of each context is made densely, and counts. What follows a sequence's end does not.
-        """
-        return unread(self._tally.share, self.prepared.share)
-
-    @property
-    def mask_sparsity(self) -> float:
-        """Neurons outside the masks in force, mean over sequences."""
-        return float(1 - self.shares(1).mask.mean())
-
-    @property
-    def weights_read(self) -> float:
-        """FFN weight bytes that a decoded token reads / those of the model's own dtype, mean over sequences."""
-        measured = self.steps if not self.method.exact else []
-        reads = [step.read for step in measured] or [self.shares(1).read]
-        return self.prepared.share * float(torch.stack(reads).mean())
-
-    def computed(self, read: float) -> float:
-        """Share of the FFN weights that a pruned token multiplies, where it reads this share of them."""
-        return self.prepared.computed(read)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes that the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
-        return self.prepared.nbytes() + (self.state.nbytes() if self.state else 0)
-
-    @property
-    def remasks(self) -> list[int]:
-        """Re-masks so far, per sequence of the current batch."""
-        return self.state.remasks.tolist() if self.state else []
-
-    @property
-    def steps(self) -> list[Step]:
-        """What each decoding forward used since the last new context."""
-        return self.log.steps
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        """Re-masks since the last new context: step, token, sequence, cause, overlap."""
-        return self.log.events
-
     def shares(self, batch: int) -> Step:
         """What a decoding forward would use now."""
         if self.state is not None:
             return self.state.step()
         return self._without_context(batch, torch.device("cpu")).step()
-
-    def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
-        """What the detector saw of one sequence since its context: see `Log.trace`."""
-        remasking = self.state.remasking if self.state else None
-        return self.log.trace(remasking.detector if remasking else None, row, tokens)
 
     # -- what the evaluation calls ---------------------------------------------------------------------------
 

@@ -228,9 +228,10 @@ class SequenceState(PerSequence):
         if self.kept is None or self.taken is None or self.written is None or not self.prunes:
             return Step(*[torch.ones(self.batch, dtype=torch.float64)] * 2)
         mask = self.kept.double().sum(1) / everything
+        every, *paid = self.prepared.paid
         counts = torch.stack([self.kept, self.taken, self.written]).double()
-        paid = torch.tensor(self.prepared.paid, dtype=torch.float64)[:, None, None]
-        read = (paid * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
+        of_counts = (torch.tensor(paid, dtype=torch.float64)[:, None, None] * counts).sum((0, 2))
+        read = (every * everything + of_counts) / (self.ffns[0].matrices * everything)
         if (dense := self.dense_now) is not None:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
         return Step(read, mask)

@@ -58,7 +58,7 @@ class Layer:
 def by_hand(layer, image, fine, x, index, weights, counts, thin=0.5, known=0.2):
     """What one token's experts write: exact neurons, those that write as the preview has them, and biases."""
     images = [image.values(Served(m, 16)) for m in layer.inputs]
-    doubts = [(m - i).square().mean(1).sqrt() for m, i in zip(layer.inputs, images, strict=True)]
+    doubts = [(m - i).square().mean(1).sqrt().half().float() for m, i in zip(layer.inputs, images, strict=True)]
     few = torch.zeros_like(x)
     best = x.abs().topk(int(thin * len(x))).indices
     few[best] = x[best]
@@ -73,7 +73,7 @@ def by_hand(layer, image, fine, x, index, weights, counts, thin=0.5, known=0.2):
         expected = expected * weight**2
         exact = [fine(m)[rows] @ x + b[rows] for m, b in zip(layer.inputs, layer.biases, strict=True)]
         h = act(exact[0], layer.name) * rest(exact[1], layer.name) * weight
-        norms = layer.down[layer.columns(expert)].square().sum(0)
+        norms = layer.down[layer.columns(expert)].norm(dim=0).half().float().square()
         for j in range(layer.inner):
             mends = max(0.0, float(expected[j] - (1 - known) * preview[j] ** 2)) * float(norms[j])
             parts = (h[j] * own[layer.columns(expert), j], preview[j] * coarse[layer.columns(expert), j])

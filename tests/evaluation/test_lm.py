@@ -61,6 +61,21 @@ def test_generated_tokens_but_the_first_are_pruned(lm):
     assert lm.journal.state_bytes > 0
 
 
+@pytest.mark.parametrize("method", ["flap", "prox", "dart-plus", "griffin"])
+def test_what_is_kept_once_for_all_sequences_is_not_divided_by_them(method, tokenizer):
+    """Side by side and alone they need as much, up to counts and sums of whole batches."""
+    kept = []
+    for rows in (1, 4):
+        lm = PrunedLM(tiny("llama"), tokenizer, batch_size=rows)
+        requests = [TextRequest(words(random_tokens(9, seed=n)), n) for n in range(4)]
+        with open_session(lm.model, method, 0.3) as session:
+            lm.begin(session, {})
+            lm.generate_until(requests)
+            assert lm.journal.state_bytes >= session.prepared.nbytes()
+        kept.append(lm.journal.state_bytes)
+    assert kept[1] == pytest.approx(kept[0], abs=200)
+
+
 def test_tokens_after_a_stop_sequence_do_not_count(lm):
     prompt = words(random_tokens(20, seed=20))
     lm.begin(DenseSession(), {})

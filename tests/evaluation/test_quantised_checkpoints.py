@@ -124,7 +124,9 @@ def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     model = _loaded(checkpoints[kind])
     found = untimed.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
     phi = cost.shape_of(model, find_ffns(model)).ffn_share
-    assert found.ceiling == pytest.approx(1 / (1 - phi / 2), rel=0.01)
+    into, down = BITS[kind]
+    read = (into + down // 1 / 2 + down % 1) / (2 * into + down)  # half of all but the scales of down
+    assert found.ceiling == pytest.approx(1 / (1 - phi * (1 - read)))
 
 
 @pytest.mark.slow
@@ -138,5 +140,6 @@ def test_a_model_of_4_bits_and_its_pruned_self_stand_on_a_board_with_their_bytes
     share = (2 * BITS[kind][0] + BITS[kind][1]) / 3 / 16
     reads = {row.label: row.read for level in board.levels for row in level.rows}
     assert reads["dense"] == pytest.approx(share)
-    for method in ("griffin", "magnitude", "cats"):
-        assert reads[method] == pytest.approx(share / 2, abs=0.005)
+    across = BITS[kind][1] % 1 / 3 / 16  # the scales of down stand for several neurons each, and are read whole
+    for method, written in (("griffin", 0.5), ("magnitude", 0.5), ("cats", 0.25)):
+        assert reads[method] == pytest.approx(share / 2 + across * (1 - written), abs=0.001)

@@ -25,22 +25,45 @@ IMAGES = {
 }  # fmt: skip
 
 
-def looked_at(choice, matrix):
+def looked_at(choice, matrix, code, scale):
     """Bits for each weight of gate or up: those of the image that are read at once, and what chosen rows still lack.
 
     Scales, and the largest exponents of rows, are read whole; codes of the columns that x is not thinned to are not.
+
+    Args:
+        code, scale: bits of a weight as it is served.
     """
     image, (rows, width) = choice.image, matrix.weight.shape
     share = max(1, math.floor(choice.thin * width)) / width
+    shown, beside, rest = image_of(image, code, scale, rows, width, matrix, choice.precision)
     if image.name == "low-rank":
-        return 16 * image.rank * (rows + share * width) / (rows * width), image.left(matrix, choice.precision)
-    codes = math.floor(image.bits_of(matrix.bits, rows, width))
-    unseen = (1 - share) * codes
-    lacks = image.left(matrix, choice.precision) + (0 if image.stored else unseen)
-    return image.bits_of(matrix.bits, rows, width) - unseen, lacks
+        return 16 * image.rank * (rows + share * width) / (rows * width), rest
+    return share * shown + beside, rest + (0 if image.stored else (1 - share) * shown)
 
 
-@pytest.mark.parametrize("bits", ["16", "8", "4", "3:row"])
+def image_of(image, code, scale, rows, width, matrix, precision):
+    """Bits of a weight's own in an image, its part of what stands for more than one weight, and what is beyond both."""
+    if image.name == "weights":
+        return code, scale, 0
+    if image.name == "copy":
+        return image.bits, 16 / min(image.group, width), code + scale
+    if image.name == "low-rank":
+        return 16 * image.rank / rows, 16 * image.rank / width, code + scale
+    if code < 16:
+        top = image.bits or math.ceil(code / 2)
+        return min(top, code), scale, max(0, code - top)
+    top = image.bits or 5
+    mantissa = 7 if not precision else max(top - 4, precision - 4)
+    exponents = matrix.weight.bfloat16().view(torch.int16).int() >> 7 & 255
+    escaped = (exponents < exponents.amax(1, keepdim=True) - 6).float().mean()  # 8 bits more where a code of 3 ends
+    return top, 8 / width, mantissa - (top - 4) + 8 * float(escaped)
+
+
+# Bits of a weight that are its part of a scale, in rows of n weights; groups have 32, and a row of 40 has two.
+SCALES = {"16": lambda n: 0, "8": lambda n: 16 / min(n, 32), "4": lambda n: 16 / min(n, 32), "3:row": lambda n: 16 / n}
+
+
+@pytest.mark.parametrize("bits", SCALES)
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("name", ["preview", "dart-plus"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -62,13 +85,22 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
             choice, total = method.choice, sum(f.size for f in ffns)
             rows = [m for f in ffns for m in served_inputs(f)]
             down = [served_output(f) for f in ffns]
-            column = sum(choice.image.column(m, choice.precision) / m.bits for m in down) / len(down)
-            rough = sum(choice.image.bits_of(m.bits, *m.weight.shape) / m.bits for m in down) / len(down)
+            code = int(bits[:2].rstrip(":"))
+            into, out = (SCALES[bits](n) for n in (ffns[0].width, ffns[0].size))
+            column = rough = across = 0.0  # of down: a column, a column of its image, and what is read in any case
+            for m in down:
+                shown, beside, rest = image_of(choice.image, code, out, *m.weight.shape, m, choice.precision)
+                planes = choice.image.name == "plane" and code == 16
+                column += (shown + rest if planes and choice.precision else code) / (code + out) / len(down)
+                rough += (shown + beside * planes) / (code + out) / len(down)
+                of_image = beside if choice.grades and choice.image.stored else 0
+                across += (out + of_image) / (code + out) / len(down)
             doubt = 0 if choice.image.exact else 16 / ffns[0].width  # one number a row
-            whole = sum((looked_at(choice, m)[0] + doubt) / m.bits for m in rows) / len(ffns)
+            looked = [looked_at(choice, m, code, into) for m in rows]
+            whole = sum((at_once + doubt) / (code + into) for at_once, _ in looked) / len(ffns) + across
             norm = 16 / ffns[0].width if choice.grades else 0  # one number a column of down
-            whole += norm / down[0].bits
-            rest = sum(looked_at(choice, m)[1] / m.bits for m in rows) / len(ffns)
+            whole += norm / (code + out)
+            rest = sum(lacks / (code + into) for _, lacks in looked) / len(ffns)
             taken, written = int(state.taken.sum()), int(state.written.sum())
             by_hand = whole * total + rest * taken
             by_hand += column * taken + rough * (written - taken) if choice.grades else column * written

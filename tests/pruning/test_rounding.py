@@ -5,13 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 import dart_eval
 from dart_eval.bits import Rounding, parse
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, weight_matrix
 from dart_eval.rounding import coded, rounded, served_bits, served_inputs, share
-from tests.helpers.models import FAMILIES, made, phi3, random_tokens, tiny
+from tests.helpers.models import FAMILIES, SMALL, made, phi3, random_tokens, tiny
+from tests.helpers.sessions import generate, open_session
 
 
 @pytest.mark.parametrize(
@@ -108,3 +110,39 @@ def test_only_ffns_are_rounded():
     with dart_eval.rounded_ffns(model, 2):
         moved = {name for name, value in model.state_dict().items() if not torch.equal(value, own[name])}
     assert moved == {name for name in own if ".mlp." in name}
+
+
+def of_neurons(state, whole=0):
+    """Bits of codes and scales by state's counts. whole: matrices of which all rows are read."""
+    rows = 4 * WIDTH + 16 * WIDTH / 32  # a row of gate or up: codes, and a scale for each 32 of them
+    taken, written = int(state.taken.sum()), int(state.written.sum())
+    return LAYERS * whole * SIZE * rows + (2 - whole) * taken * rows + written * 4 * WIDTH
+
+
+LAYERS, WIDTH, SIZE = 3, 64, 96
+ACROSS = WIDTH * SIZE / 32 * 16  # the scales of down: 32 neurons of a row share one
+BY_HAND = {
+    "griffin": ("griffin", {}, of_neurons, 1),
+    "cats": ("cats", {}, lambda state: of_neurons(state, whole=1), 1),
+    "wanda-sp": ("wanda-sp", {}, of_neurons, 1),
+    # Half of the inputs of each matrix, whose scales stand for 32 of them.
+    "wanda": ("wanda", {}, lambda state: LAYERS * 3 * WIDTH * SIZE * 4 / 2, 3),
+    # Two codes of four, and one bit a weight that says which.
+    "wanda 2:4": ("wanda", {"entries.pattern": "2:4"}, lambda state: LAYERS * 3 * WIDTH * SIZE * (4 / 2 + 1), 3),
+    "wina": ("wina", {}, lambda state: LAYERS * 3 * WIDTH * SIZE * 4 / 2, 3),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_every_token_reads_the_scales_that_stand_for_several_neurons(case):
+    """A column of down is one neuron's, and each of its scales stands for those of 31 others, too."""
+    name, params, bits, matrices = BY_HAND[case]
+    config = LlamaConfig(**{**SMALL, "hidden_size": WIDTH, "intermediate_size": SIZE, "num_hidden_layers": LAYERS})
+    model = made(lambda: config, dtype=torch.float32)
+    with dart_eval.rounded_ffns(model, 4), open_session(model, name, 0.5, **params) as session:
+        generate(model, torch.tensor([random_tokens(20)]), 4)
+        wanted = bits(session.state) + LAYERS * matrices * ACROSS
+        assert session.weights_read == pytest.approx(wanted / (16 * 3 * LAYERS * WIDTH * SIZE))
+        assert session.effective_sparsity == pytest.approx(
+            1 - (session.weights_read * 3 + share(find_ffns(model))) / 4  # one token of four is made densely
+        )

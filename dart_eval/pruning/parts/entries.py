@@ -8,9 +8,9 @@ bits of every weight, which is rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from dart_eval.bits import LAST_BITS, OWN_BITS
+from dart_eval.bits import LAST_BITS, OWN_BITS, scale_bits
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 from dart_eval.pruning.parts.images import Plane
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Bits in planes: of a 16-bit weight without escapes, of it in the first plane at most, of a row's largest exponent.
 ALL_BITS, MOST_IN_PLANE, LARGEST = 11, 7, 8
 NEURONS = "neurons"
+Share = TypeVar("Share", float, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ class Entries(Part):
             bits: of a weight as it is served.
             weight: [out, n], the matrix.
         """
-        return densities
+        return self.share(densities, bits)
+
+    def share(self, some: Share, bits: float) -> Share:
+        """Bytes of so large a share of the weights / all: each scale stands for weights of several columns."""
+        return (some * int(bits) + scale_bits(bits)) / bits
 
     def kept(self, x: Tensor, inputs: Inputs) -> Tensor:
         """[..., n] bool, the columns that each token reads. x: [..., n], the inputs of the matrix."""
@@ -181,7 +186,7 @@ class WandaEntries(Entries):
         return self.pattern == "none"
 
     def read(self, densities: float, bits: float, weight: Tensor) -> float:
-        return densities if self.sized else 0.5 + 1 / bits
+        return self.share(densities, bits) if self.sized else self.share(0.5, bits) + 1 / bits
 
     def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch

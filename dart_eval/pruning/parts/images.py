@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dart_eval.bits import OWN_BITS, Rounding
+from dart_eval.bits import OWN_BITS, Rounding, scale_bits
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 
@@ -65,7 +65,19 @@ class Image(Part):
 
     def column(self, matrix: Served, precision: int = 0) -> float:
         """Bits that are read of each weight of a column of down. Arguments as of `left`; `matrix` is down."""
-        return matrix.bits
+        return int(matrix.bits)
+
+    def coarse(self, served: float, rows: int, width: int) -> float:
+        """Bits that are read of each weight of a column of the image of down. Arguments as of `bits_of`."""
+        return self.bits_of(served, rows, width)
+
+    def across(self, served: float, rows: int, width: int, graded: bool) -> float:
+        """Bits for each weight of down that are read whichever of its columns are: scales stand for parts of rows.
+
+        Args:
+            graded: columns of the image are read, too. The others as of `bits_of`.
+        """
+        return scale_bits(served)
 
     def mantissa(self, precision: int) -> int | None:
         """Bits of the mantissa of a 16-bit weight that are read at that precision; None: all."""
@@ -93,6 +105,9 @@ class Weights(Image):
     def left(self, matrix: Served, precision: int = 0) -> float:
         return 0.0
 
+    def coarse(self, served: float, rows: int, width: int) -> float:
+        return int(served)
+
     def values(self, matrix: Served) -> Tensor:
         return matrix.weight.float()
 
@@ -112,6 +127,12 @@ class Copy(Image):
 
     def _read(self, served: float, rows: int, width: int, columns: int) -> float:
         return self.bits_of(served, rows, width) - self.bits * (1 - columns / width)  # every group's scale is needed
+
+    def coarse(self, served: float, rows: int, width: int) -> float:
+        return self.bits
+
+    def across(self, served: float, rows: int, width: int, graded: bool) -> float:
+        return scale_bits(served) + (self.bits_of(served, rows, width) - self.bits) * graded
 
     def values(self, matrix: Served) -> Tensor:
         from dart_eval.rounding import rounded
@@ -133,6 +154,12 @@ class LowRank(Image):
 
     def _read(self, served: float, rows: int, width: int, columns: int) -> float:
         return OWN_BITS * min(self.rank, rows, width) * (rows + columns) / (rows * width)
+
+    def coarse(self, served: float, rows: int, width: int) -> float:
+        return OWN_BITS * min(self.rank, rows, width) / rows
+
+    def across(self, served: float, rows: int, width: int, graded: bool) -> float:
+        return scale_bits(served) + OWN_BITS * min(self.rank, rows, width) / width * graded
 
     def values(self, matrix: Served) -> Tensor:
         import torch
@@ -177,8 +204,12 @@ class Plane(Image):
 
     def column(self, matrix: Served, precision: int = 0) -> float:
         if matrix.packed is None:  # down is in planes where they save bytes
-            return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else matrix.bits
-        return matrix.bits
+            return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else int(matrix.bits)
+        return matrix.packed.rounding.bits
+
+    def coarse(self, served: float, rows: int, width: int) -> float:
+        # Of the largest exponents of down's rows, a byte for all neurons, the share of the columns is counted.
+        return self.bits_of(served, rows, width) - scale_bits(served)
 
     def _beyond(self, matrix: Served, precision: int) -> float:
         """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision.
