@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dart_eval.bits import Rounding
@@ -147,6 +148,6 @@ def noted(linear: nn.Module) -> Packed | None:
     if linear not in _FOUND or _FOUND[linear][0] != state:
         try:
             _FOUND[linear] = state, _NOTED[linear](linear)
-        except (UserError, OSError, KeyError, RuntimeError, ValueError):  # an odd file: without codes it is refused
+        except (UserError, OSError, KeyError, RuntimeError, ValueError, SafetensorError):  # an odd file has no codes
             _FOUND[linear] = state, None
     return _FOUND[linear][1]

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 KINDS = "ffn_kinds.json"  # in a converted folder: layer -> side -> bits of a weight in the file, and its type there
-CONVERSION = 2  # raise when the conversion changes, so that old folders are not used
+CONVERSION = 3  # raise when the conversion changes, so that old folders are not used
 CODES = "ffn_codes.safetensors"  # in a converted folder: `layer.side` -> [out, in] int8, the file's own codes
-FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(?:_exps)?\.weight")
+EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: experts, and the FFN beside them that every token has
+FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_((?:gate|up|down)(?:_exps|_shexp)?)\.weight")
 
 
 def cache_dir() -> Path:
@@ -118,30 +119,39 @@ def _kinds(file: Path) -> dict[str, dict[str, tuple[float, str]]]:
     return found
 
 
-def note_bits(source: str, model: Any) -> None:
+def note_bits(source: str, model: Any) -> list[str]:
     """Note of a model that was loaded from a converted folder how many bits its FFN weights have in the file.
 
     Of plain projections also how their codes are found.
+
+    Returns:
+        What is to be told: whether some were not found.
     """
     kept = Path(source) / KINDS
     if not kept.is_file():
-        return
+        return []
     from dart_eval import codes, quantised
-    from dart_eval.experts import Step
     from dart_eval.ffn import describe
 
-    found = json.loads(kept.read_text(encoding="utf-8"))
+    found, unknown = json.loads(kept.read_text(encoding="utf-8")), 0
     for ffn in describe(model):
-        sides = found[str(ffn.number)]
-        into = [name for name in ("gate", "up") if name in sides]
-        parts = [(ffn.down, ["down"])]
-        parts += [(ffn.up, into)] if ffn.gate is None else [(ffn.gate, ["gate"]), (ffn.up, ["up"])]
+        sides = found.get(str(ffn.number), {})
+        end = EXPERTS if ffn.routed else SHARED if f"down{SHARED}" in sides else ""
+        into = [side for side in (f"gate{end}", f"up{end}") if side in sides]
+        parts = [(ffn.down, [f"down{end}"])]
+        parts += [(ffn.up, into)] if ffn.gate is None else [(ffn.gate, [f"gate{end}"]), (ffn.up, [f"up{end}"])]
         for module, names in parts:
+            if not names or not sides.keys() >= set(names):
+                unknown += 1
+                continue
             quantised.note(module, sum(sides[name][0] for name in names) / len(names))
             kinds = {sides[name][1] for name in names}
-            if len(kinds) == 1 and kinds <= gguf_codes.GRIDS.keys() and not isinstance(module, Step):
+            if len(kinds) == 1 and kinds <= gguf_codes.GRIDS.keys() and not ffn.routed:
                 keys = [f"{ffn.number}.{name}" for name in names]
                 codes.note(module, functools.partial(_codes, file=Path(source) / CODES, keys=keys, kind=kinds.pop()))
+    if not unknown:
+        return []
+    return [f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"]
 
 
 def _codes(module: Any, file: Path, keys: Sequence[str], kind: str) -> Packed | None:

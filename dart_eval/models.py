@@ -114,7 +114,8 @@ class Resolved:
         if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
-        gguf.note_bits(self.source, model)
+        for text in gguf.note_bits(self.source, model):
+            note(text)
         files = stored.Files(self.source, self.identity.revision)
         for text in stored.note_bits(self.config, files, model):
             note(text)

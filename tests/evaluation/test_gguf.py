@@ -1,5 +1,8 @@
 """GGUF files as models: what they hold, what it costs, and files that are none."""
 
+import json
+from pathlib import Path
+
 import gguf as library
 import pytest
 import torch
@@ -10,9 +13,11 @@ from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.models import ModelSpec, resolve
-from dart_eval.rounding import served_bits_of
+from dart_eval.rounding import coded, served_bits_of
 from tests.helpers.commands import Watch, run_local
-from tests.helpers.gguf_files import LAYERS, write
+from tests.helpers.gguf_files import INNER, INNER_SHARED, LAYERS, write
+from tests.helpers.models import random_tokens
+from tests.helpers.sessions import generate, open_session
 
 
 @pytest.fixture
@@ -61,6 +66,30 @@ def test_without_the_package_it_is_named(file, monkeypatch):
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package gguf"):
         resolve(ModelSpec(str(file)))
+
+
+def test_experts_and_the_ffn_beside_them_have_their_own_bits(file):
+    model = resolve(ModelSpec(str(write(file, experts=True)))).load()[0]
+    for ffn in find_ffns(model):
+        own = [served_bits_of(module) for module in ffn.projections]
+        assert own == ([4.5, 8.5] if ffn.routed else [8.5, 8.5, 4.5])
+        assert all((coded(module) is None) == bool(ffn.routed) for module in ffn.projections)
+    with open_session(model, "griffin", 0.5) as session:
+        generate(model, torch.tensor([random_tokens(12)]), 3)
+    codes, scales = (2 * 4 + 8) * INNER + (2 * 8 + 4) * INNER_SHARED, (INNER + INNER_SHARED) / 2
+    read = codes / 2 + 2 * scales / 2 + scales  # half of everything but the scales of down
+    assert session.weights_read == pytest.approx(read / (16 * 3 * (INNER + INNER_SHARED)), rel=2e-3)
+    with pytest.raises(UserError, match="no such codes were found"), open_session(model, "dart-plus", 0.3):
+        pass
+
+
+def test_bits_that_the_file_does_not_say_are_told(file):
+    told = []
+    known = resolve(ModelSpec(str(file)))
+    kept = Path(known.source) / gguf.KINDS
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "1": {"up": [4.5, "Q4_0"]}}))
+    known.load(note=told.append)
+    assert told == ["the file does not say how many bits 2 FFN projections have: their reads count 16"]
 
 
 @pytest.mark.slow

@@ -7,12 +7,20 @@ from gguf.quants import quantize
 WIDTH, SIZE, LAYERS = 64, 128, 2
 WORDS = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz.?"]
 KINDS = {"ffn_gate": "Q4_0", "ffn_up": "Q4_0", "ffn_down": "Q8_0"}  # 4.5 and 8.5 bits of a weight
+EXPERTS, INNER, INNER_SHARED = 2, 1408, 5632  # the inner sizes stand in no file: transformers takes its own
 
 
-def write(path, seed=0):
-    """A llama of two layers, whose FFN weights have 4.5, 4.5 and 8.5 bits."""
+def write(path, seed=0, experts=False):
+    """A llama of two layers, whose FFN weights have 4.5, 4.5 and 8.5 bits.
+
+    Args:
+        experts: a Qwen2 MoE, whose experts have these bits and whose shared ones have 8.5, 8.5 and 4.5.
+    """
     random = np.random.default_rng(seed)
-    out = GGUFWriter(path, "llama")
+    out = GGUFWriter(path, "qwen2moe" if experts else "llama")
+    if experts:
+        out.add_expert_count(EXPERTS)
+        out.add_expert_used_count(1)
     out.add_context_length(512)
     out.add_embedding_length(WIDTH)
     out.add_block_count(LAYERS)
@@ -43,9 +51,19 @@ def write(path, seed=0):
             add(f"blk.{i}.{name}.weight", rows, WIDTH)
         for name in ("attn_norm", "ffn_norm"):
             add(f"blk.{i}.{name}.weight", WIDTH, around=1.0)
+        if experts:
+            for name, rows in {"attn_q": WIDTH, "attn_k": WIDTH // 2, "attn_v": WIDTH // 2}.items():
+                add(f"blk.{i}.{name}.bias", rows)
+            add(f"blk.{i}.ffn_gate_inp.weight", EXPERTS, WIDTH)
+            add(f"blk.{i}.ffn_gate_inp_shexp.weight", WIDTH)
         for name, kind in KINDS.items():
-            shape = (WIDTH, SIZE) if name == "ffn_down" else (SIZE, WIDTH)
-            add(f"blk.{i}.{name}.weight", *shape, kind=kind)
+            turn = -1 if name == "ffn_down" else 1
+            if not experts:
+                add(f"blk.{i}.{name}.weight", *(SIZE, WIDTH)[::turn], kind=kind)
+                continue
+            add(f"blk.{i}.{name}_exps.weight", EXPERTS, *(INNER, WIDTH)[::turn], kind=kind)
+            other = "Q4_0" if kind == "Q8_0" else "Q8_0"
+            add(f"blk.{i}.{name}_shexp.weight", *(INNER_SHARED, WIDTH)[::turn], kind=other)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
