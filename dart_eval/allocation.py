@@ -159,7 +159,7 @@ def in_steps(counts: Sequence[int], most: Sequence[int], steps: Sequence[int]) -
 
 @dataclass(frozen=True)
 class Prices:
-    """What is read of a neuron, in rows of one matrix as it is served (a column of down counts as one).
+    """What is read of a neuron, in rows of a mean matrix as it is served (a column of down is one of its size).
 
     Attributes:
         whole: of each one of the mask, before anything is chosen. taken: of each one that is taken, beside that.

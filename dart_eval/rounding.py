@@ -111,6 +111,11 @@ def served_inputs(ffn: FFN) -> list[Served]:
     return found
 
 
+def input_bits(ffn: FFN) -> list[float]:
+    """Bits of a weight of each of the matrices that make h, as it would be served."""
+    return [served_bits_of(m) for m in (ffn.gate, ffn.up) if m is not None for _ in range(2 if ffn.fused else 1)]
+
+
 def served_output(ffn: FFN) -> Served:
     """The down projection, [D, F], as it would be served; of experts theirs below each other, [E D, I]."""
     return Served(ffn.matrix(ffn.down), served_bits_of(ffn.down), coded(ffn.down))
@@ -137,10 +142,19 @@ def share(ffns: Sequence[FFN]) -> float:
     return served_bits(ffns) / OWN_BITS
 
 
-def across(ffns: Sequence[FFN]) -> float:
-    """Share of down's bytes that are scales: each stands for weights of several neurons, so every token reads them."""
-    found = [(served_bits_of(f.down), f.size * f.width) for f in ffns]
-    return sum(scale_bits(bits) * weights for bits, weights in found) / sum(bits * weights for bits, weights in found)
+def rows(ffns: Sequence[FFN]) -> tuple[float, float, float]:
+    """Bytes of a row of gate or up, of a column of down, and of its scales, as shares of those of a mean row.
+
+    A scale of down stands for weights of several neurons, so that every token reads all of them.
+    """
+    whole, into, down, scales = served_bits(ffns), 0.0, 0.0, 0.0
+    weights = sum(f.size * f.width for f in ffns)
+    for ffn in ffns:
+        part = ffn.size * ffn.width / weights
+        inputs, bits = input_bits(ffn), served_bits_of(ffn.down)
+        into += part * sum(inputs) / len(inputs)
+        down, scales = down + part * bits, scales + part * scale_bits(bits)
+    return into / whole, down / whole, scales / whole
 
 
 def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:

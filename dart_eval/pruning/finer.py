@@ -14,7 +14,7 @@ from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.parts.entries import Entries, Inputs
 from dart_eval.pruning.previews import Fine
 from dart_eval.pruning.thresholds import Distribution
-from dart_eval.rounding import served_bits_of, served_inputs
+from dart_eval.rounding import input_bits, served_bits, served_bits_of
 
 
 def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> list[tuple[int, int]]:
@@ -27,12 +27,17 @@ def read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]]) ->
     """Share of the FFN weight bytes that a token reads (on average, where it varies). kept: see `counts`."""
     found = everything = 0.0
     for ffn, (of_x, of_h) in zip(ffns, kept, strict=True):
-        matrices = [(m.bits, of_x / ffn.width, m.weight) for m in served_inputs(ffn)]
-        matrices.append((served_bits_of(ffn.down), of_h / ffn.size, ffn.output_weight()))
-        for bits, density, weight in matrices:
+        densities = [of_x / ffn.width] * (ffn.matrices - 1) + [of_h / ffn.size]
+        weights = [*ffn.input_weights(), ffn.output_weight()]
+        for bits, density, weight in zip(_bits(ffn), densities, weights, strict=True):
             found += ffn.size * bits * part.read(density, bits, weight)
             everything += ffn.size * bits
     return found / everything
+
+
+def _bits(ffn: FFN) -> list[float]:
+    """Of a weight of each matrix as it is served, down last."""
+    return [*input_bits(ffn), served_bits_of(ffn.down)]
 
 
 class Finer:
@@ -42,7 +47,7 @@ class Finer:
         kept: see `counts`.
 
     Attributes:
-        inputs, bits: per layer and matrix, down last; bits of a weight as it is served.
+        inputs, bits: per layer and matrix, down last. mean: of the bits of a weight, over all matrices.
         fine: the weights as decoding forwards have them, where single ones are left out; else None.
     """
 
@@ -53,7 +58,8 @@ class Finer:
         self.part, self.ffns = part, ffns
         thresholds, sizes = _seen(part, ffns, kept, calibration)
         self.inputs: list[list[Inputs]] = []
-        self.bits = [[*(m.bits for m in served_inputs(f)), served_bits_of(f.down)] for f in ffns]
+        self.mean = served_bits(ffns)
+        self.bits = [_bits(f) for f in ffns]
         for ffn, least, size, (of_x, of_h) in zip(ffns, thresholds, sizes, kept, strict=True):
             weights = [*ffn.input_weights(), ffn.output_weight()]
             made = []
@@ -98,7 +104,8 @@ class Finer:
         """x with the inputs alone that are read, which are counted."""
         kept = self.part.kept(x, self.inputs[ffn.layer][matrix])
         share = kept.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
-        spent = self.part.share(share, self.bits[ffn.layer][matrix]) * ffn.size / ffn.matrices
+        bits = self.bits[ffn.layer][matrix]
+        spent = self.part.share(share, bits) * bits / self.mean * ffn.size / ffn.matrices
         state.spent = spent if state.spent is None else state.spent + spent
         return x * kept
 

@@ -136,15 +136,15 @@ class Prepared:
         return _of_experts(counts, self.ffns)
 
     def _paid(self) -> tuple[float, float, float, float]:
-        """What is read of each neuron, and besides of each in the mask, taken and written, in rows of one matrix."""
+        """What is read of each neuron, and besides of each in the mask, taken and written, in rows of a mean matrix."""
         prices, matrices = self.prices, self.ffns[0].matrices
         if (kept := self.inputs_kept()) is not None:
             return matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0
         if self.method.routing.reroutes or not self.sparsity:  # whole experts; or everything, through no image
             return 0.0, 0.0, matrices - 1.0, 1.0
         if prices is None:
-            across = rounding.across(self.ffns)
-            return across, self.whole, matrices - 1 - self.whole, 1.0 - across
+            into, down, across = rounding.rows(self.ffns)
+            return across, into * self.whole, into * (matrices - 1 - self.whole), down - across
         if not self.method.choice.grades or prices.coarse is None:
             return prices.across, prices.whole, prices.taken, prices.written
         exact = prices.taken + prices.written - prices.coarse  # those taken are written too

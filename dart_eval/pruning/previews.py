@@ -16,7 +16,7 @@ from dart_eval.pruning.parts.choices import Choice
 from dart_eval.pruning.parts.images import Image, columns
 from dart_eval.pruning.planes import truncated
 from dart_eval.pruning.top import top_k_mask
-from dart_eval.rounding import Served, coded, parameter_of, served_inputs, served_output
+from dart_eval.rounding import Served, coded, parameter_of, served_bits, served_inputs, served_output
 
 
 @dataclass(frozen=True)
@@ -88,19 +88,19 @@ def prices(choice: Choice, precision: int, ffns: Sequence[FFN], everything: bool
     image = choice.image
     assert image is not None
     whole = taken = written = coarse = across = 0.0
-    weights = sum(f.size * f.width for f in ffns)
+    weights, mean = sum(f.size * f.width for f in ffns), served_bits(ffns)
     for ffn in ffns:
-        part = ffn.size * ffn.width / weights
+        part = ffn.size * ffn.width / weights / mean
         for matrix in served_inputs(ffn):
             bits, (rows, width), thin = matrix.bits, matrix.weight.shape, choice.thin
-            whole += part * (image.read(bits, rows, width, thin) + choice.doubt_bits(ffn.width)) / bits
-            taken += part * (image.left(matrix, precision) + image.unseen(bits, rows, width, thin)) / bits
+            whole += part * (image.read(bits, rows, width, thin) + choice.doubt_bits(ffn.width))
+            taken += part * (image.left(matrix, precision) + image.unseen(bits, rows, width, thin))
         down = served_output(ffn)
         rows, width = down.weight.shape
-        whole += part * choice.norm_bits(ffn.width) / down.bits
-        across += part * image.across(down.bits, rows, width, choice.grades) / down.bits
-        written += part * image.column(down, precision) / down.bits
-        coarse += part * image.coarse(down.bits, rows, width) / down.bits
+        whole += part * choice.norm_bits(ffn.width)
+        across += part * image.across(down.bits, rows, width, choice.grades)
+        written += part * image.column(down, precision)
+        coarse += part * image.coarse(down.bits, rows, width)
     return Prices(whole + across * everything, taken, written, coarse, across * (not everything))
 
 

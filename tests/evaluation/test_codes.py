@@ -21,7 +21,7 @@ from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.parts.images import Plane
 from dart_eval.rounding import Served, coded, served_inputs
 from tests.helpers import stored
-from tests.helpers.gguf_files import SIZE, WIDTH, write
+from tests.helpers.gguf_files import LAYERS, SIZE, WIDTH, write
 
 
 def _random(bits, group, seed=0, rows=6, groups=5):
@@ -174,7 +174,8 @@ def test_a_plane_of_codes_is_counted_by_their_bits(model):
     ffn, image = find_ffns(model)[0], Plane()
     gate, down = served_inputs(ffn)[0], Served(ffn.down.weight, 8.5, coded(ffn.down))
     assert image.bits_of(gate.bits, SIZE, WIDTH) == 2.5 and image.left(gate) == image.left(gate, 3) == 2
-    assert image.bits_of(down.bits, WIDTH, SIZE) == 4.5 and image.column(down, 6) == 8.5
+    assert image.coarse(down.bits, WIDTH, SIZE) == 4 and image.column(down, 6) == 8
+    assert image.across(down.bits, WIDTH, SIZE, graded=True) == 0.5  # scales stand for parts of rows, not of columns
 
 
 @pytest.mark.parametrize("method", ["dart-plus", "preview:image=plane"])
@@ -182,7 +183,16 @@ def test_a_file_of_few_bits_is_pruned_through_its_own_bits(model, method):
     share = (2 * 4.5 + 8.5) / 3 / 16
     with dart_eval.prune(model, method, 0.3) as session:
         model.generate(torch.tensor([[1, 270, 271, 272]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        taken, written = int(session.state.taken.sum()), int(session.state.written.sum())
     assert 0.97 * 0.7 * share < session.weights_read <= 0.7 * share
+    neurons = LAYERS * SIZE
+    doubt = 2 * 16 / WIDTH  # of gate and of up, one number a neuron
+    if method == "dart-plus":  # half of the columns of planes of 2 bits, all scales, the norm of each column of down
+        fixed, rows, column, rough = 2 * (2 / 2 + 0.5) + doubt + 16 / WIDTH + 0.5, 2 * (2 + 1), 8, 4
+        bits = fixed * neurons + (rows + column) * taken + rough * (written - taken)
+    else:
+        bits = (2 * (2 + 0.5) + doubt + 0.5) * neurons + 2 * 2 * taken + 8 * written
+    assert session.weights_read == pytest.approx(bits / (16 * 3 * neurons))
 
 
 def test_codes_are_looked_for_when_they_are_asked_for(tmp_path, monkeypatch):

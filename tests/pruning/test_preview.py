@@ -87,20 +87,22 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
             down = [served_output(f) for f in ffns]
             code = int(bits[:2].rstrip(":"))
             into, out = (SCALES[bits](n) for n in (ffns[0].width, ffns[0].size))
+            inputs = ffns[0].matrices - 1
+            mean = code + (inputs * into + out) / (inputs + 1)  # bits of a weight of a mean matrix
             column = rough = across = 0.0  # of down: a column, a column of its image, and what is read in any case
             for m in down:
                 shown, beside, rest = image_of(choice.image, code, out, *m.weight.shape, m, choice.precision)
                 planes = choice.image.name == "plane" and code == 16
-                column += (shown + rest if planes and choice.precision else code) / (code + out) / len(down)
-                rough += (shown + beside * planes) / (code + out) / len(down)
+                column += (shown + rest if planes and choice.precision else code) / mean / len(down)
+                rough += (shown + beside * planes) / mean / len(down)
                 of_image = beside if choice.grades and choice.image.stored else 0
-                across += (out + of_image) / (code + out) / len(down)
+                across += (out + of_image) / mean / len(down)
             doubt = 0 if choice.image.exact else 16 / ffns[0].width  # one number a row
             looked = [looked_at(choice, m, code, into) for m in rows]
-            whole = sum((at_once + doubt) / (code + into) for at_once, _ in looked) / len(ffns) + across
+            whole = sum((at_once + doubt) / mean for at_once, _ in looked) / len(ffns) + across
             norm = 16 / ffns[0].width if choice.grades else 0  # one number a column of down
-            whole += norm / (code + out)
-            rest = sum(lacks / (code + into) for _, lacks in looked) / len(ffns)
+            whole += norm / mean
+            rest = sum(lacks / mean for _, lacks in looked) / len(ffns)
             taken, written = int(state.taken.sum()), int(state.written.sum())
             by_hand = whole * total + rest * taken
             by_hand += column * taken + rough * (written - taken) if choice.grades else column * written
