@@ -195,7 +195,10 @@ class Worker:
                 }
                 for task, own in outcome.by_task.items()
             },
-            flops=cost.describe(cell.method, self.shape, used.mean_context, computed, per_token),
+            flops={
+                **cost.describe(cell.method, self.shape, used.mean_context, computed, per_token),
+                "ffn_bytes": share,
+            },
             memory={"weights": self.shape.weight_bytes, "state": state},
             settings={
                 "batch_size": config.batch_size,

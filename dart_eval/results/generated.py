@@ -74,9 +74,10 @@ def with_remasks(record: Record) -> float | None:
     """Effective sparsity less what re-masks read for each token; None where that is not known.
 
     A re-mask from the ring reads gate and up once more. One from tokens that ran dense is in the effective sparsity
-    already, as these tokens are. What a re-mask reads of rounded weights is not recorded.
+    already, as these tokens are. What re-masks read of rounded weights is not known of older records.
     """
-    reads = record.flops.get("remask_reads")
-    if reads is None or "ffn_bits" in record.inputs:
+    reads, served = record.flops.get("remask_reads"), record.flops.get("ffn_bytes")
+    if reads is None or (served is None and "ffn_bits" in record.inputs):
         return None
-    return record.effective_sparsity - (0.0 if record.inputs["params"].get("remask.dense_tokens") else reads)
+    again = 0.0 if record.inputs["params"].get("remask.dense_tokens") else reads
+    return record.effective_sparsity - again * (1.0 if served is None else served)

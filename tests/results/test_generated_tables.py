@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from dart_eval.results import generated, report
 from dart_eval.results.store import Store
 from tests.helpers.records import FLOPS, cell, written
@@ -43,6 +45,10 @@ def test_what_a_remask_reads_is_counted_once_or_not_at_all():
     record = dataclasses.replace(record, effective_sparsity=0.49, flops={"remask_reads": 0.04})
     assert generated.with_remasks(record) == 0.49  # its tokens ran dense
     assert generated.with_remasks(dataclasses.replace(record, inputs={**record.inputs, "ffn_bits": "4"})) is None
+    ring = dataclasses.replace(cell("dart", 0.5, params=WATCHES), effective_sparsity=0.86)
+    for served in (1.0, 0.28125):  # of weights as they are, and of 4 bits and scales
+        known = dataclasses.replace(ring, flops={"remask_reads": 0.04, "ffn_bytes": served})
+        assert generated.with_remasks(known) == pytest.approx(0.86 - 0.04 * served)
 
 
 def test_scored_answers_are_no_texts(tmp_path):
