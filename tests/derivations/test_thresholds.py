@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dart_eval.bits import Rounding
+from dart_eval.pruning import thresholds
 from dart_eval.rounding import rounded
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
@@ -144,12 +145,20 @@ def test_prox_reads_exactly_what_thinned_copies_show(family, sparsity, share, th
 
 
 @pytest.mark.parametrize("method", ["cats", "m-countdown", "prox"])
-def test_a_threshold_below_zero_is_dense(method):
-    model, prompt, decoded = biased("llama"), random_tokens(12, 5), random_tokens(6, 6)
+@pytest.mark.parametrize(("threshold", "takes"), [(-1e-30, 1.0), (1e9, 0.0)])
+def test_a_threshold_below_zero_is_dense(method, threshold, takes, monkeypatch):
+    """Every neuron is taken, those that are 0 too, whatever the sparsity; above all of them none is."""
+    monkeypatch.setattr(thresholds, "of_choice", lambda choice, ffns, *given: [threshold] * len(ffns))
+    model, prompt, decoded = biased("opt"), random_tokens(12, 5), random_tokens(6, 6)  # half of its h are 0
     dense = Plain(model)
     wanted = torch.cat([dense.run(prompt), *[dense.run([token]) for token in decoded]])
-    run = ours.run(model, method, prompt, decoded, 0.0, "auto", text, **{"choice.threshold": "calibrated"})
-    assert torch.allclose(run.logprobs, wanted, rtol=0, atol=1e-9) and run.read == [1.0] * 6
+    run = ours.run(model, method, prompt, decoded, 0.4, "masked", text, **{"choice.threshold": "calibrated"})
+    same = torch.isclose(run.logprobs, wanted, rtol=0, atol=1e-9).all(1)
+    assert bool(same[: len(prompt)].all()) and bool(same[len(prompt) :].all()) == (takes == 1)
+    # Of two matrices up tells h, and is read whole; what is taken is read of down.
+    image = (4 + 16 / model.config.hidden_size) * 0.5 / 16 if method == "prox" else 0.0
+    read = image / 2 + takes if method == "prox" else (1 + takes) / 2
+    assert run.read == pytest.approx([read] * len(decoded), abs=0.02)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
