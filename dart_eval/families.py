@@ -115,13 +115,15 @@ LAYOUTS = (
 
 # The norm whose input is the residual stream that enters the FFN, most specific first.
 RESIDUAL_NORMS = (
-    "pre_feedforward_layernorm", "pre_ff_layernorm", "feedforward_layernorm", "ffn_norm", "mlp_norm",
+    "pre_mlp_layernorm", "pre_feedforward_layernorm", "pre_ff_layernorm", "feedforward_layernorm", "ffn_norm",
+    "mlp_norm",
     "channel_pre_norm", "ln_2", "norm_2", "layernorm2", "ln_mlp", "final_layer_norm",
     "post_attention_layernorm", "input_layernorm", "ln_1", "norm",
 )  # fmt: skip
 # A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2; GLM-4; HyperCLOVA X; LFM3): the FFN's effect leaves
 # it.
 OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2", "post_ffn_norm")
+EMBEDDED = "per_layer_input_gate"  # where the token's own embedding joins the stream, behind the FFN (Gemma 4 E2B)
 # Of the FFN's output: Granite, HyperCLOVA X; MiniCPM3; Falcon-H1; Inkling.
 SCALES = ("residual_multiplier", "residual_scale", "feed_forward.down_multiplier", "mlp.global_scale")
 ATTENTION_OUTPUTS = (

@@ -18,6 +18,7 @@ from dart_eval.acts import Act, activation, lift
 from dart_eval.errors import UserError
 from dart_eval.families import (
     ATTENTION_OUTPUTS,
+    EMBEDDED,
     LAYOUTS,
     OUTPUT_NORMS,
     RECURRENT_OUTPUTS,
@@ -45,14 +46,13 @@ class FFN:
         residual: module whose first input is the residual stream y that enters the FFN, [B, T, D].
         output: module whose output is what the FFN adds to the stream, [B, T, D].
         attention: the output projection of the attention, or of what stands in for it, in the same layer or before.
-        size, width: F, D.
+        size, width: F, D. dtype: of x, as the trial forward saw it.
         scale: factor on the output before it is added (Granite).
         after: module whose first input is the stream that leaves the FFN; None: the layer's output is that.
-        adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, where both run side by
-            side), as the trial forward saw it.
+        adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, if side by side), as the
+            trial forward saw it. joint: its layer has others, too; all of them add to that stream then.
         runs: how often it runs for a token.
         routed: the experts whose neurons these are, others for every token; None.
-        dtype: of x, as the trial forward saw it.
         order: [F] int32, the neuron at each row, or None: as loaded.
     """
 
@@ -73,6 +73,7 @@ class FFN:
     scale: float = 1.0
     after: nn.Module | None = None
     adds: bool = True
+    joint: bool = False
     lift: Callable[[Tensor], Tensor] | None = None
     norm: nn.Module | None = None
     runs: int = 1
@@ -274,6 +275,8 @@ def _described(layer: nn.Module, number: int, index: int, before: Any) -> list[F
     for module in layer.modules():
         if before is not None and experts.is_routed(module):
             found.append(_routed(layer, module, number, index + len(found), before))
+    for ffn in found:
+        ffn.joint = len(found) > 1
     return found
 
 
@@ -286,9 +289,9 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
     if act is None or not all(isinstance(m, nn.Module) for m in modules):
         return None
     post_norm = first(layer, OUTPUT_NORMS)
-    residual, after = _residual(layer, block), get(layer, "per_layer_input_gate")
+    residual, after = _residual(layer, block), get(layer, EMBEDDED)
     if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m: the norm comes after the sum
-        residual, after = block, get(layer, "final_layer_norm")  # else Gemma 4 E2B: what the token's own embedding says
+        residual, after = block, get(layer, "final_layer_norm")
     size, width = features(down)
     scale = first(layer, SCALES)
     return FFN(
@@ -304,8 +307,9 @@ def _routed(layer: nn.Module, module: Any, number: int, index: int, attention: A
     routed = experts.routed(module)
     return FFN(
         layer=index, number=number, holder=layer, block=routed.up, gate=None, up=routed.up, down=routed.down,
-        act=routed.act, fused=routed.experts.has_gate, residual=_residual(layer, routed.up), output=routed.down,
-        attention=attention, size=routed.size, width=routed.width, routed=routed,
+        act=routed.act, fused=routed.experts.has_gate, residual=_residual(layer, routed.up), attention=attention,
+        output=first(layer, OUTPUT_NORMS) or routed.down, size=routed.size, width=routed.width, routed=routed,
+        after=get(layer, EMBEDDED),
     )  # fmt: skip
 
 
@@ -344,10 +348,10 @@ def find_ffns(model: nn.Module) -> list[FFN]:
 
 
 def check_depth(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Refuse the allocation `depth` where what it compares is not what enters an FFN and what the FFN adds.
+    """Refuse the allocation `depth` where what it compares is not what enters a layer's FFNs and what these add.
 
     Raises:
-        UserError: a layer of this model does more than add its FFN's output to the stream.
+        UserError: a layer of this model does more than add its FFNs' output to the stream.
     """
     if unknown := [f.number for f in ffns if not f.adds]:
         raise UserError(

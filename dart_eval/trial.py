@@ -3,7 +3,8 @@
 Two forwards of some tokens. In the first, each FFN must feed its down projection what the description says; and where
 the stream that leaves it is what enters it and what it adds, this is noted (`FFN.adds`). In the second all neurons are
 zero: what the FFN then adds must be the same for every token. Otherwise something computes beside the neurons that
-are known (experts), and only a part of the FFN would be pruned.
+are known (experts), and only a part of the FFN would be pruned. Where a layer has several FFNs, which it may weigh by
+gates, the second forward tells whether they add to the stream: it then leaves the layer as it entered.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def check(model: nn.Module, ffns: Sequence[FFN]) -> None:
             f.adds, f.runs = _adds(f, s), s.runs
         for f, s, empty in zip(ffns, seen, _run(model, ffns, zero=True), strict=True):
             _check_alone(name, f, s, empty)
+            f.adds = _passes(empty) if f.joint else f.adds
 
 
 def _check_experts(model: nn.Module) -> None:
@@ -174,9 +176,7 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
         return lambda _module, _args, out: s.keep(name, out)
 
     def stream(_module: nn.Module, _args: Any, out: Any) -> None:
-        s.keep("after", out)
-        if (scalar := getattr(layer, "layer_scalar", None)) is not None and s.after is not None:  # Gemma 4
-            s.after = s.after / scalar.float().cpu()
+        s.keep("after", unscaled(layer, out))
 
     handles = [
         f.block.register_forward_pre_hook(first("x")), f.into.register_forward_pre_hook(first("h")),
@@ -191,6 +191,13 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
         if id(module) not in inside and any(p.dim() > 1 for p in module.parameters(recurse=False)):
             handles.append(module.register_forward_pre_hook(lambda _m, _args, name=name: s.others.add(name)))
     return handles
+
+
+def unscaled(layer: Any, out: Any) -> Tensor:
+    """The stream that leaves a layer, before the factor on all of it that some layers have (Gemma 4)."""
+    stream: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    scalar = getattr(layer, "layer_scalar", None)
+    return stream if scalar is None else stream / scalar
 
 
 def _mixture(layer: nn.Module) -> nn.Module | None:
@@ -254,6 +261,15 @@ def _adds(f: FFN, s: _Seen) -> bool:
     rounding = 2 * s.eps * (s.y.abs() + added.abs() + s.after.abs())
     allowed = rounding + TOLERANCE * added.abs().amax(-1, keepdim=True)
     return any(bool(((s.after - total).abs() <= allowed).all()) for total in sums)
+
+
+def _passes(empty: _Seen) -> bool:
+    """Whether the stream leaves a layer without neurons as it enters, but for a constant that is each token's."""
+    if empty.y is None or empty.after is None or empty.y.shape != empty.after.shape:
+        return False
+    added = empty.after - empty.y
+    rounding = 4 * empty.eps * (empty.y.abs() + empty.after.abs()).amax(0)
+    return bool(((added - added[:1]).abs() <= rounding).all())
 
 
 def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:

@@ -131,7 +131,7 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
     least = 1e-3 if model.dtype.itemsize > 2 else 1e-2
     with telling(model):
         whole = _all_words(model, tokens)
-        cache_in(model(input_ids=tokens[:, :CONTEXT], use_cache=True), name)
+        _refuse_without_cache(name, model(input_ids=tokens[:, :CONTEXT], use_cache=True))
         _ONE_BY_ONE.discard(model)
         off = _apart(_after_cache(model, head, tokens), whole)
         if off > least:
@@ -143,7 +143,7 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
         if off > 10 * least:
             raise UserError(
                 f"{name} gives other logits to tokens after a cached context than in the whole text",
-                "its answers cannot be scored; generation works",
+                NOT_RUN,
             )
         if can_pad(model) and _apart(_behind_padding(model, head, tokens), whole) > max(10 * least, 4 * off):
             raise UserError(
@@ -152,6 +152,14 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
             )
 
 
+def _refuse_without_cache(name: str, output: Any) -> None:
+    try:
+        cache_in(output, name)
+    except UserError:
+        raise UserError(f"{name} gives no KV cache after which an answer could be scored", NOT_RUN) from None
+
+
+NOT_RUN = "`dart-eval run` cannot evaluate it; in Python prune() prunes what it generates"
 CONTEXT = 3  # tokens of it in these trials, and columns of padding
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dart_eval import experts
+from dart_eval import experts, trial
 from dart_eval.errors import UserError
 from dart_eval.families import decoder
 from dart_eval.ffn import FFN
@@ -110,8 +110,7 @@ class Hooks:
         for ffn in self.ffns:
             add(ffn.into.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
             if method.allocation.needs_change:
-                add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
-                add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+                self._watch_change(ffn)
             if method.choice.image is not None:
                 add(ffn.block.register_forward_pre_hook(_eager(self._on_looked_at)))
             if method.choice.chooses:  # a plain FFN's h tells what its gate would
@@ -123,6 +122,22 @@ class Hooks:
                     add(ffn.act.register_forward_hook(_eager(self._on_act)))
                 elif ffn.gate is not None:
                     add(ffn.gate.register_forward_hook(_eager(self._on_gate(ffn))))
+
+    def _watch_change(self, ffn: FFN) -> None:
+        """Install the hooks on what enters an FFN and what it adds; of several in one layer, what they add together."""
+        add = self._inside.append
+        if not ffn.joint:
+            add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
+            add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+            return
+        together = [f for f in self.ffns if f.holder is ffn.holder]
+        if ffn is together[0]:
+            add(ffn.residual.register_forward_pre_hook(_eager(self._on_copied_residual)))
+            left, layer = self._on_left([f.layer for f in together]), ffn.holder
+            if ffn.after is None:
+                add(layer.register_forward_hook(_eager(lambda _m, _args, out: left(trial.unscaled(layer, out)))))
+            else:
+                add(ffn.after.register_forward_pre_hook(_eager(lambda _module, args: left(args[0]))))
 
     def remove(self) -> None:
         """Leave the model alone."""
@@ -207,10 +222,27 @@ class Hooks:
 
         return hook
 
+    def _on_left(self, layers: Sequence[int]) -> Callable[[Tensor], None]:
+        """Of the stream that leaves a decoder layer with these FFNs."""
+        forward = self.forward
+
+        def left(stream: Tensor) -> None:
+            before, forward.residual = forward.residual, None
+            if forward.phase == "context" and forward.state is not None and before is not None:
+                added = forward.in_batch(stream) - before
+                for layer in layers:
+                    forward.state.observe_change(layer, before, added, forward.valid)
+
+        return left
+
     def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         forward = self.forward
         if forward.phase == "context":
             forward.residual = forward.in_batch(args[0])
+
+    def _on_copied_residual(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.forward.phase == "context":
+            self._on_residual(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
 
     def _on_act(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         forward = self.forward

@@ -1,5 +1,6 @@
 """What this project does with a type of model: each claim is checked on a tiny random one, or has its refusal."""
 
+import contextlib
 import copy
 import warnings
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from dart_eval.ffn import describe, find_ffns, weight_matrix
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.registry import make, parse
 from tests.helpers.models import random_tokens
-from tests.helpers.sessions import decoded, generate, open_session
+from tests.helpers.sessions import RESTLESS, decoded, generate, open_session
 from tests.matrix.types import tiny
 
-CLAIMS = ("masked", "generation", "scoring", "choices", "previews", "permuted")
+CLAIMS = ("masked", "generation", "scoring", "choices", "previews", "dart", "permuted")
 PROMPT, STEPS = 16, 6
 
 
@@ -129,6 +130,30 @@ def choices(model):
     dense = model.generate(prompt, max_new_tokens=STEPS, do_sample=False, pad_token_id=0)
     for method in ("oracle-token", "m-countdown", "griffin:choice=hidden"):
         _chosen(model, method, prompt, dense, 0.4)
+    _largest(model, prompt)
+
+
+def _largest(model, prompt):
+    """Every token of every layer keeps exactly the largest |h|, as what runs before and after the choice sees them."""
+    ffns, before, after = find_ffns(model), {}, {}
+    with contextlib.ExitStack() as hooks:
+        for ffn in ffns:
+            hooks.callback(_h(ffn, before).remove)
+        with open_session(model, "oracle-token", 0.4, execution="masked") as session:
+            for ffn in ffns:
+                hooks.callback(_h(ffn, after).remove)
+            generate(model, prompt, 2)
+            counts = session.state.taken[0].tolist()
+    for ffn, count in zip(ffns, counts, strict=True):
+        h, kept = before[ffn.layer].abs(), after[ffn.layer] != 0
+        assert int(kept.sum()) == min(count, int((h > 0).sum())) and bool(h[kept].min() >= h[~kept].max())
+
+
+def _h(ffn, into):
+    """Keep the h of the last token, [F], as it stands when the hooks that came before have run."""
+    return ffn.into.register_forward_pre_hook(
+        lambda _module, args: into.update({ffn.layer: args[0].detach().reshape(-1, args[0].shape[-1])[-1].clone()})
+    )
 
 
 def previews(model):
@@ -147,6 +172,15 @@ def _chosen(model, method, prompt, dense, sparsity):
         assert all(abs(float(step.read[0]) - 1 + sparsity) < 0.03 for step in session.steps) and session.steps
 
 
+def dart(model):
+    """Layers keep as much as they change the stream, all of them their share, and new masks come while it decodes."""
+    with open_session(model, "dart", 0.5, execution="masked", **RESTLESS) as session:
+        generate(model, torch.tensor([random_tokens(PROMPT)]), 2 * STEPS)
+        kept = [int(k) / f.size for k, f in zip(session.state.kept[0], session.ffns, strict=True)]
+        assert all(abs(float(step.read[0]) - 0.5) < 0.03 for step in session.steps) and sum(session.remasks)
+        assert len(session.ffns) == 1 or max(kept) > min(kept)
+
+
 def permuted(model):
     """The neurons that are kept, side by side in memory, give what masks give."""
     prompt = [random_tokens(PROMPT)]
@@ -163,5 +197,5 @@ def permuted(model):
 
 CHECKS = {
     "masked": masked, "generation": generation, "scoring": scoring, "choices": choices, "previews": previews,
-    "permuted": permuted,
+    "dart": dart, "permuted": permuted,
 }  # fmt: skip

@@ -6,7 +6,9 @@ from dart_eval.config import config_from
 from tests.helpers.commands import Watch, run_local
 from tests.matrix.types import tiny
 
-SWEEP = {"method": "dense,griffin,cats,oracle-token", "sparsity": 0.4, "tasks": "smoke_questions,smoke_summary"}
+METHODS = ("dense", "griffin", "cats", "oracle-token", "dart", "dart-plus")
+# Where depth has no meaning, and where a norm of all neurons comes before down (docs/models.md).
+OTHERWISE = {"deepseek_v4": {"dart": "dart:allocation=uniform"}, "bitnet": {"dart-plus": "random"}}
 
 # Hybrids, a recurrence that takes one token at a time, no padding, a norm of neurons, experts of all forms.
 TYPES = [
@@ -22,9 +24,11 @@ def test_a_run_scores_and_generates(name, tmp_path, tokenizer):
     model.config.max_position_embeddings = 1024
     model.save_pretrained(tmp_path / name)
     tokenizer.save_pretrained(tmp_path / name)
-    config = {**SWEEP, "limit": 2, "model": str(tmp_path / name), "output": str(tmp_path / "out")}
+    methods = [OTHERWISE.get(name, {}).get(method, method) for method in METHODS]
+    config = {"method": methods, "sparsity": 0.5, "tasks": "smoke_questions,smoke_summary", "limit": 2}
+    config |= {"model": str(tmp_path / name), "output": str(tmp_path / "out")}
     result = run_local(config_from(None, config), Watch())
-    assert not result.failed and len(result.records) == 8
+    assert not result.failed and len(result.records) == 2 * len(METHODS)
     for record in result.records:
         # Never more than the label, to the neuron that it is rounded to; less by less than a neuron of each expert.
         read = 1 - record.inputs["sparsity"]

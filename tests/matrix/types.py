@@ -107,6 +107,7 @@ UNUSUAL = {
 # Layouts that a type has beside its usual one: name -> (type, further values).
 VARIANTS = {
     "gemma4_text with experts": ("gemma4_text", {"enable_moe_block": True, "num_experts": 4}),  # Gemma 4 26B-A4B
+    "granitemoehybrid without experts": ("granitemoehybrid", {"num_local_experts": 0}),  # Granite 4.0 350M, 1B
 }
 
 

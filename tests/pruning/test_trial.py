@@ -1,5 +1,7 @@
 """The trial forward: where an FFN meets the stream, whether it is all that adds to it, models that fail."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -16,6 +18,7 @@ from dart_eval.families import decoder_layers
 from dart_eval.ffn import cache_argument, find_ffns
 from tests.helpers.models import GEMMA4, SMALL, STREAMS, random_model, random_tokens, tiny
 from tests.helpers.sessions import cache_of, open_session
+from tests.matrix.types import tiny as matrix_model
 
 BESIDE = {
     "gemma4": (
@@ -47,10 +50,15 @@ def _by_hand(model, ids):
     """S of every layer, from the stream before and after its FFN."""
     found, handles = {}, []
     for layer, ffn in enumerate(find_ffns(model)):
-        own = decoder_layers(model)[layer]
+        own = decoder_layers(model)[ffn.number]
 
         def keep(name, value, layer=layer):
-            found[layer, name] = (value[0] if isinstance(value, tuple) else value).detach().clone().reshape(-1, 32)
+            found[layer, name] = (
+                (value[0] if isinstance(value, tuple) else value)
+                .detach()
+                .clone()
+                .reshape(-1, ids.shape[1], model.config.hidden_size)[0]
+            )
 
         handles.append(ffn.residual.register_forward_pre_hook(lambda _m, a, keep=keep: keep("y", a)))
         handles.append(ffn.attention.register_forward_hook(lambda _m, _a, o, keep=keep: keep("a", o)))
@@ -64,7 +72,8 @@ def _by_hand(model, ids):
     for handle in handles:
         handle.remove()
     result = []
-    for layer, own in enumerate(decoder_layers(model)):
+    for layer, ffn in enumerate(find_ffns(model)):
+        own = decoder_layers(model)[ffn.number]
         y, after = found[layer, "y"], found[layer, "after"]
         if hasattr(own, "layer_scalar") and not hasattr(own, "per_layer_input_gate"):
             after = after / own.layer_scalar
@@ -84,6 +93,28 @@ def test_depth_judges_layers_by_the_stream_that_enters_the_ffn_and_what_it_adds(
     model, ids = random_model(STREAMS[family]()), torch.tensor([random_tokens(12)])
     assert all(ffn.adds for ffn in find_ffns(model))
     assert _sensitivity(model, ids) == pytest.approx(_by_hand(model, ids), rel=1e-4)
+
+
+# A shared FFN beside experts, weighed by a gate, behind norms of their own, or only in some layers.
+SEVERAL = ["deepseek_v3", "qwen2_moe", "granitemoehybrid", "gemma4_text with experts", "nemotron_h"]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_depth_judges_ffns_of_one_layer_by_what_they_add_together(name):
+    model, ids = matrix_model(name), torch.tensor([random_tokens(12)])
+    ffns = find_ffns(model)
+    assert all(ffn.adds for ffn in ffns) and any(ffn.joint for ffn in ffns)
+    found = _sensitivity(model, ids)
+    assert found == pytest.approx(_by_hand(model, ids), rel=1e-3)
+    for a, b in itertools.pairwise(range(len(ffns))):
+        assert (found[a] == found[b]) == (ffns[a].number == ffns[b].number)
+
+
+def test_a_layer_whose_ffns_do_not_just_add_to_the_stream_is_refused_depth():
+    model = matrix_model("deepseek_v4")  # it mixes several streams
+    assert not any(ffn.adds for ffn in find_ffns(model) if ffn.joint)
+    with pytest.raises(UserError, match="allocation depth does not fit"), open_session(model, "dart", 0.5):
+        pass
 
 
 def test_depth_sees_nothing_of_the_sequence_before_where_the_norm_comes_after_the_ffn():
