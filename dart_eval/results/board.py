@@ -9,6 +9,7 @@ that are tested), and Holm's correction is taken over them.
 
 from __future__ import annotations
 
+import collections
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -120,6 +121,9 @@ def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()
         by_model.setdefault(inputs.model_of(r.inputs["model"]), []).append(r)
     same_name = len({r.inputs["model"]["name"] for r in kept}) < len(by_model)
     notes = [f"{older} cells of older runs are left out: the last run of each counts."] if older else []
+    if len(codes := collections.Counter(str(r.inputs["code"])[:8] for r in kept if r.inputs.get("code"))) > 1:
+        each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
+        notes.append(f"The cells are of {len(codes)} versions of the code: {each}.")
     return [
         _board(store, model if same_name else found[0].inputs["model"]["name"], found, speeds, notes)
         for model, found in sorted(by_model.items())

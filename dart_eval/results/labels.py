@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dart_eval.results.inputs import FIELDS, NAMED, matters
@@ -28,11 +28,13 @@ def specs(records: Iterable[Named]) -> dict[str, str]:
     """
     variants: dict[str, dict[str, dict[str, Any]]] = {}  # method -> its settings, as text and as they are
     typed: dict[tuple[str, str], str] = {}
-    places = {}
+    places, records = {}, list(records)
+    known = _known(records)
     for r in records:
-        method, params = r.inputs["method"], json.dumps(r.inputs["params"], sort_keys=True)
+        filled = {**known[r.inputs["method"]], **r.inputs["params"]}
+        method, params = r.inputs["method"], json.dumps(filled, sort_keys=True)
         places[r.key] = method, params
-        variants.setdefault(method, {})[params] = r.inputs["params"]
+        variants.setdefault(method, {})[params] = filled
         said = r.settings.get("method")
         if said:  # of several the longest: what one version must be told is another's default
             typed[method, params] = max(typed.get((method, params), ""), said, key=lambda text: (len(text), text))
@@ -51,35 +53,72 @@ def specs(records: Iterable[Named]) -> dict[str, str]:
     return {key: found[place] for key, place in places.items()}
 
 
+def _known(records: Sequence[Named]) -> dict[str, dict[str, Any]]:
+    """Per method, fields that have one value wherever they are told: an older version may not have had them.
+
+    None where that would make one of two cells at one place.
+    """
+    groups: dict[str, list[Named]] = {}
+    for r in records:
+        groups.setdefault(r.inputs["method"], []).append(r)
+    found = {}
+    for method, group in groups.items():
+        settings = [r.inputs["params"] for r in group]
+        every = {name: [p[name] for p in settings if name in p] for p in settings for name in p}
+        one = {name: told[0] for name, told in every.items() if all(value == told[0] for value in told)}
+        filled = {(_place(r), json.dumps({**one, **p}, sort_keys=True)) for r, p in zip(group, settings, strict=True)}
+        as_told = {(_place(r), json.dumps(p, sort_keys=True)) for r, p in zip(group, settings, strict=True)}
+        found[method] = one if len(filled) == len(as_told) else {}
+    return found
+
+
 def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
     """A label per cell key: the method as it was typed, and whatever else tells two cells of the table apart.
 
-    Settings of the run, the model's hash and versions stand there where the records differ in them.
+    Settings of the run and the model's hash stand there where the records differ in them; the versions of the code and
+    of packages only where nothing else tells two cells apart.
 
     by_task: settings only where cells of one task differ in them (each task may have a limit of its own).
     """
-    apart: set[str] = set()
-    packages: list[str] = []
-    for group in _by_task(records) if by_task else [records]:
-        apart |= {s for s in NAMED if len(values(s, group)) > 1}
-        packages += _moved_packages(group)
-    differing, moved = [s for s in NAMED if s in apart], list(dict.fromkeys(packages))
+    groups = _by_task(records) if by_task else [records]
+    apart = {s for group in groups for s in NAMED if len(values(s, group)) > 1}
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
     same_name = len(models) > len({name for name, _ in models})  # other weights or another revision
-    methods = specs(records)
-    found = {}
+    methods, found, settings = specs(records), {}, {}
     for r in records:
-        known = [s for s in differing if matters(s, r.inputs)]
-        said = [s for s in known if not FIELDS[s].any or r.inputs.get(s) is not None]
-        settings = [f"{s}={_plain(r.inputs.get(s))[: 8 if FIELDS[s].hashed else 40]}" for s in said]
-        settings += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in moved]
+        settings[r.key] = [_said(s, r) for s in NAMED if s in apart and s != "code" and _says(s, r)]
         if same_name:
             which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
-            settings.insert(0, f"model={str(which)[:8]}")
+            settings[r.key].insert(0, f"model={str(which)[:8]}")
         bits = r.inputs.get("ffn_bits")
-        method = methods[r.key] + (f" on {bits} bits" if bits else "")
-        found[r.key] = f"{method} ({' '.join(settings)})" if settings else method
-    return found
+        found[r.key] = methods[r.key] + (f" on {bits} bits" if bits else "")
+    for group in _alike(records, {key: (found[key], *settings[key]) for key in found}):
+        packages, code = _moved_packages(group), len(values("code", group)) > 1
+        for r in group:
+            settings[r.key] += [_said("code", r)] * code
+            settings[r.key] += [f"{p}={(r.inputs.get('versions') or {}).get(p, 'none')}"[:40] for p in packages]
+    return {key: f"{name} ({' '.join(settings[key])})" if settings[key] else name for key, name in found.items()}
+
+
+def _says(setting: str, record: Named) -> bool:
+    return matters(setting, record.inputs) and (not FIELDS[setting].any or record.inputs.get(setting) is not None)
+
+
+def _said(setting: str, record: Named) -> str:
+    return f"{setting}={_plain(record.inputs.get(setting))[: 8 if FIELDS[setting].hashed else 40]}"
+
+
+def _alike(records: Sequence[Named], names: Mapping[str, Any]) -> list[list[Named]]:
+    """Cells of one name, where some of them stand at the same place of a table."""
+    groups: dict[Any, list[Named]] = {}
+    for r in records:
+        groups.setdefault(names[r.key], []).append(r)
+    return [group for group in groups.values() if len(group) > len({_place(r) for r in group})]
+
+
+def _place(record: Named) -> tuple[Any, ...]:
+    inputs = record.inputs
+    return (*(inputs[name] for name in ("task", "sparsity", "scope")), inputs["model"]["name"], inputs.get("ffn_bits"))
 
 
 def values(setting: str, cells: Iterable[Named]) -> list[str]:

@@ -313,6 +313,17 @@ def test_of_two_runs_of_one_cell_the_last_counts(tmp_path):
     assert made.notes == ("1 cells of older runs are left out: the last run of each counts.",)
 
 
+def test_cells_of_several_versions_keep_their_names_and_are_counted(tmp_path):
+    """Nothing but the code differs, and a field that an older version did not have."""
+    dense = [choices(0.8, task, "dense", code="old") for task in ("arc", "piqa")]
+    first = choices(0.5, "arc", params={"choice": "none"}, code="old")
+    later = choices(0.6, "piqa", params={"choice": "none", "routing": "own"}, code="new")
+    made = board_of(tmp_path, *dense, first, later)
+    assert places(made) == [[("dense", "")], [("griffin", "")]]
+    assert set(made.levels[1].rows[0].values) == {"arc", "piqa"}
+    assert made.notes[0] == "The cells are of 2 versions of the code: 3 of old, 1 of new."
+
+
 def four_tasks(methods):
     names = ("arc_easy", "hellaswag", "piqa", "xsum")
     made = []
