@@ -101,8 +101,9 @@ one that leaves a layer no expert is left out with a line. `drop-experts` takes 
 after REAP. A token then has as many as before, so it saves memory and no reads: its read is 1.00, and the board shows
 it in a level of its own. Both are refused for models without experts.
 
-An **upper bound** is a row that no method can reach, because it uses what can be known only afterwards: the activations
-of the very token for which it chooses, or tokens that come later.
+An **upper bound** uses what can be known only afterwards: the activations of the very token for which it chooses, or
+tokens that come later. It bounds methods that read neurons whole; one that reads fewer bits of more neurons, as
+`dart-plus` does, can keep more.
 """
 
 

@@ -92,7 +92,7 @@ BUILT_IN = (
         name="pop", summary="keeps a core from the prompt, and lets each token choose among candidates around the cut",
         mask=FromPrompt(score=Wanda()), choice=Candidates(),
     ),
-    # These two are ours. Their settings were chosen on the shipped texts (docs/findings.md).
+    # These two are ours. The setting of dart-plus was chosen on the shipped texts (results/setting.md).
     Pruner(
         name="dart-plus", summary="lets each token read more bits of the neurons that matter more to it",
         choice=Graded(),
