@@ -30,22 +30,25 @@ for tasks in "$drift 32" "$choice 100" "$summaries 40" "wikitext 8"; do
   set -- $tasks
   cells "$1" "$2" --method dense,griffin,dart-plus --sparsity 0.7
   cells "$1" "$2" --method dense --ffn-bits 4,3,2
-  cells "$1" "$2" --method dart-plus --ffn-bits 4 --sparsity 0.442
+  cells "$1" "$2" --method dart-plus --ffn-bits 4 --sparsity 0.442,0.218,0.644
   cells "$1" "$2" --method griffin,dart-plus --sparsity 0.5
   cells "$1" "$2" --method dense --ffn-bits 6,5
   cells "$1" "$2" --method griffin --ffn-bits 4 --sparsity 0.442
   cells "$1" "$2" --method dart-plus --sparsity 0.719
+  cells "$1" "$2" --method dart-plus --ffn-bits 5 --sparsity 0.128,0.36
+  cells "$1" "$2" --method dart-plus --ffn-bits 6 --sparsity 0.262,0.46
   cells "$1" "$2" --method planes,planes:entries.bits=5,planes:entries.bits=8
 done
 # The rivals, those first that change something for each token.
 everywhere --method dart-choice,dart,oracle-token --sparsity 0.7
 everywhere --method cats,m-countdown,prox,pop,dart-choice,dart --sparsity 0.5
-everywhere --method pop,flap --sparsity 0.7
+everywhere --method prox,pop,flap --sparsity 0.7
 everywhere --method dart-plus,griffin --ffn-bits 4 --sparsity 0.5
 everywhere --method griffin,pop --ffn-bits 4 --sparsity 0.644
 everywhere --method griffin,dart-plus,cats,prox --sparsity 0.3
 everywhere --method wanda-sp,static,glass,coreinfer,probe --sparsity 0.7,0.5
 everywhere --method teal,wina --sparsity 0.7,0.5
-everywhere --method wanda --sparsity 0.5
+everywhere --method wanda,wanda:entries.pattern=2:4 --sparsity 0.5
+everywhere --method griffin:draw=sample,griffin:draw=sample:draw.best=0.5 --sparsity 0.5
 everywhere --method magnitude,mag-sp --sparsity 0.5
 everywhere --method dense --ffn-bits 8

@@ -87,6 +87,9 @@ class Graded(Choice):
     is largest, with the norm of the neuron's column of down: the image of gate and up leaves E[h^2] - preview^2 open,
     and the image of down spoils a share of what is known (`known`). Of the others those with the largest
     E[h^2] * norm^2 write. This project's own.
+
+    Bytes are counted here; no kernel reads them yet. One would keep the plane by columns, of which each token reads half
+    (`thin`), and would then have to gather the bits of chosen rows that it skipped one by one.
     """
 
     name = "graded"
