@@ -88,8 +88,8 @@ class Graded(Choice):
     and the image of down spoils a share of what is known (`known`). Of the others those with the largest
     E[h^2] * norm^2 write. This project's own.
 
-    Bytes are counted here; no kernel reads them yet. One would keep the plane by columns, of which each token reads half
-    (`thin`), and would then have to gather the bits of chosen rows that it skipped one by one.
+    Bytes are counted here; no kernel reads them yet. One would keep the plane by columns, of which each token reads
+    half (`thin`), and would then have to gather the bits of chosen rows that it skipped one by one.
     """
 
     name = "graded"
