@@ -48,13 +48,18 @@ def normalise_sensitivity(sensitivity: Sequence[float]) -> list[float]:
     return [(s - low) / (high - low + EPS) for s in sensitivity]
 
 
-def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float, protect: bool = True) -> list[float]:
+def depth_aware(
+    normalised_sensitivity: Sequence[float], sparsity: float, protect: bool = True,
+    sizes: Sequence[int] | None = None,
+) -> list[float]:  # fmt: skip
     """The density of every layer by DART's depth-aware rule.
 
     Args:
         normalised_sensitivity: [L], 0 (the FFN changes the stream least) to 1 (most).
         sparsity: in [0, 1), over all layers; the mean of the returned densities is 1 - sparsity.
         protect: spare early and late layers (step 4). False is the paper's ablation: a depth factor of 1 everywhere.
+        sizes: [L] neurons of every layer, where these differ: the mean is over neurons then (the paper's models have
+            layers of one size).
 
     Returns:
         [L] densities. What is pruned of a layer is kept between 0.1 and 0.9, unless the sparsity itself lies outside
@@ -66,20 +71,21 @@ def depth_aware(normalised_sensitivity: Sequence[float], sparsity: float, protec
         max(0.0, 1.0 - s) * (_depth_factor(i / (layers - 1) if layers > 1 else 0.5) if protect else 1.0)
         for i, s in enumerate(normalised_sensitivity)
     ]
+    part = [1.0] * layers if sizes is None else [n * layers / sum(sizes) for n in sizes]
     budget = sparsity * layers
-    total = sum(weight)
+    total = sum(w * n for w, n in zip(weight, part, strict=True))
     prune = [budget * w / total if total > EPS else sparsity for w in weight]
     prune = [min(max(p, low), high) for p in prune]
     for _ in range(ROUNDS):
-        missing = budget - sum(prune)
+        missing = budget - sum(p * n for p, n in zip(prune, part, strict=True))
         if abs(missing) < EPS:
             break
         free = [i for i, p in enumerate(prune) if (p < high if missing > 0 else p > low)]
         if not free:
             break
-        free_weight = sum(weight[i] for i in free)
+        free_weight, free_part = sum(weight[i] * part[i] for i in free), sum(part[i] for i in free)
         for i in free:
-            share = weight[i] / free_weight if free_weight > EPS else 1 / len(free)
+            share = weight[i] / free_weight if free_weight > EPS else 1 / free_part
             prune[i] = min(max(prune[i] + missing * share, low), high)
     return [1.0 - p for p in prune]
 
@@ -220,19 +226,18 @@ def chosen_counts(
     kept, unit = round((1.0 - sparsity) * everything), prices.written  # what follows counts columns of down
     if kept == everything:
         return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
-    budget, whole, middle = matrices * kept / unit, prices.whole / unit, prices.taken / unit
+    across = prices.across / unit
+    budget, whole, middle = matrices * kept / unit - across * everything, prices.whole / unit, prices.taken / unit
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
         if whole * everything > budget:
             said = None if image is not None else f"{whole:.4g} of the FFN's {matrices} matrices whole"
             raise _too_much(title, prices.whole / matrices, sparsity, said, ", or a mask that is not everything")
     else:
-        wanted, mask = _mask_counts(
-            densities, sizes, kept, matrices, prices.whole, ratio, middle == 1 and write_share == 1
-        )
+        wanted, mask = _mask_counts(densities, sizes, kept, matrices, prices, ratio, middle == 1 and write_share == 1)
     masked = sum(mask)
     # At `matrices * density` nothing is left to take.
-    left = [matrices / unit * r * n - whole * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
+    left = [(matrices / unit * r - across) * n - whole * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
     rest = budget - whole * masked
     if middle == 0:
         taken = exact_counts(left, mask, min(masked, math.floor(rest)))
@@ -270,15 +275,16 @@ def graded_counts(
     """
     everything, coarse = sum(sizes), prices.coarse
     assert coarse is not None
-    budget = matrices * round((1.0 - sparsity) * everything) - prices.whole * everything
+    before = prices.whole + prices.across  # of each neuron
+    budget = matrices * round((1.0 - sparsity) * everything) - before * everything
     if sparsity == 0:
         return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
     if budget < 0:
-        raise _too_much(title, prices.whole / matrices, sparsity)
+        raise _too_much(title, before / matrices, sparsity)
     exact = prices.taken + prices.written
     wanted = []
     for density, n in zip(densities, sizes, strict=True):
-        left = max(0.0, (matrices * density - prices.whole) * n)
+        left = max(0.0, (matrices * density - before) * n)
         few = left / (exact + ratio * coarse)
         wanted.append(few if few * (1 + ratio) <= n else min(float(n), (left - coarse * n) / (exact - coarse)))
     taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(budget / exact)))
@@ -305,17 +311,18 @@ def _too_much(title: str, share: float, sparsity: float, said: str | None = None
 
 
 def _mask_counts(
-    densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, whole: float, ratio: float, even: bool
+    densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, prices: Prices, ratio: float, even: bool
 ) -> tuple[list[float], list[int]]:
     """The neurons of every layer's mask: as wanted, and in whole numbers.
 
     Args:
         even: whether what is left must divide among two matrices. See `chosen_counts` for the others.
     """
+    whole = prices.whole
     most = matrices / whole if whole else math.inf
     wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
     clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
-    budget = matrices * kept
+    budget = matrices * kept - prices.across * sum(sizes)
     limit = min(sum(sizes), math.floor(budget / whole)) if whole else sum(sizes)
     masked = max(kept, min(limit, round(ratio * kept - clipped)))
     if even:

@@ -32,7 +32,11 @@ class Rounding:
 
     def weight_bits(self, width: int) -> float:
         """Bits of a weight with its part of a scale, in rows of `width` weights."""
-        return self.bits + SCALE_BITS / (min(self.group, width) or width)
+        return self.stored(width).total
+
+    def stored(self, width: int) -> Stored:
+        """The same, told apart."""
+        return Stored(self.bits, SCALE_BITS / (min(self.group, width) or width))
 
 
 def parse(text: str) -> Rounding | None:
@@ -63,6 +67,25 @@ def unread(sparsity: float, share: float) -> float:
     return sparsity if share == 1 else 1 - share * (1 - sparsity)
 
 
-def scale_bits(served: float) -> float:
-    """Bits of a weight that are its part of a scale. served: its bits as it is served, of which less than 1 is that."""
-    return served - int(served)
+@dataclass(frozen=True)
+class Stored:
+    """Bits of a weight as it is served.
+
+    Attributes:
+        code: of its own. scale: its part of scales, offsets and the like, each of which stands for several weights.
+    """
+
+    code: float
+    scale: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.code + self.scale
+
+    @staticmethod
+    def of(total: float) -> Stored:
+        """The same where the sum alone is known: a code has whole bits, and scales take 1 at most (GGUF's Q4_1)."""
+        whole = int(total)
+        code = whole if total != whole or whole in (8, OWN_BITS) else whole - 1
+        return Stored(code, total - code)

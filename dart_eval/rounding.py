@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval import quantised
-from dart_eval.bits import OWN_BITS, Rounding, parse, scale_bits
+from dart_eval.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.codes import Packed, noted
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
@@ -72,17 +72,25 @@ def _best_scale(groups: Tensor, bits: int) -> Tensor:
     return best
 
 
+AS_THEY_ARE = Stored(OWN_BITS)
+
+
 @dataclass(frozen=True)
 class Served:
     """A matrix as it would be served: its values [out, in], and its codes where it is rounded.
 
     Attributes:
-        bits: of a weight, with its part of a scale.
+        stored: bits of a weight.
     """
 
     weight: Tensor
-    bits: float
+    stored: Stored = AS_THEY_ARE
     packed: Packed | None = None
+
+    @property
+    def bits(self) -> float:
+        """Of a weight, with its part of a scale."""
+        return self.stored.total
 
 
 # -- on a model ------------------------------------------------------------------------------------------------------
@@ -95,8 +103,7 @@ def coded(linear: nn.Module) -> Packed | None:
     if (held := _PACKED.get(linear)) is not None:
         return held
     found = noted(linear)
-    # The bits of a code are told from those of a weight (`Image.bits_of`), of which less than one may be a scale's.
-    return found if found is not None and int(served_bits_of(linear)) == found.rounding.bits else None
+    return found if found is not None and stored_of(linear).code == found.rounding.bits else None
 
 
 def served_inputs(ffn: FFN) -> list[Served]:
@@ -107,18 +114,18 @@ def served_inputs(ffn: FFN) -> list[Served]:
         held, parts = coded(module), 2 if ffn.fused else 1
         halves = [None] * parts if held is None else held.chunk(parts)
         for weight, half in zip(ffn.matrix(module).chunk(parts), halves, strict=True):
-            found.append(Served(weight, served_bits_of(module), half))
+            found.append(Served(weight, stored_of(module), half))
     return found
 
 
-def input_bits(ffn: FFN) -> list[float]:
+def stored_inputs(ffn: FFN) -> list[Stored]:
     """Bits of a weight of each of the matrices that make h, as it would be served."""
-    return [served_bits_of(m) for m in (ffn.gate, ffn.up) if m is not None for _ in range(2 if ffn.fused else 1)]
+    return [stored_of(m) for m in (ffn.gate, ffn.up) if m is not None for _ in range(2 if ffn.fused else 1)]
 
 
 def served_output(ffn: FFN) -> Served:
     """The down projection, [D, F], as it would be served; of experts theirs below each other, [E D, I]."""
-    return Served(ffn.matrix(ffn.down), served_bits_of(ffn.down), coded(ffn.down))
+    return Served(ffn.matrix(ffn.down), stored_of(ffn.down), coded(ffn.down))
 
 
 def served_bits(ffns: Sequence[FFN]) -> float:
@@ -137,24 +144,30 @@ def served_bits_of(linear: nn.Module) -> float:
     return stored_bits(linear) if encoded(linear) else OWN_BITS
 
 
+def stored_of(linear: nn.Module) -> Stored:
+    """The same, told apart."""
+    held = _PACKED.get(linear)
+    return Stored.of(served_bits_of(linear)) if held is None else held.rounding.stored(held.codes.shape[1])
+
+
 def share(ffns: Sequence[FFN]) -> float:
     """FFN weight bytes as they would be served now / those of the model's own dtype."""
     return served_bits(ffns) / OWN_BITS
 
 
-def rows(ffns: Sequence[FFN]) -> tuple[float, float, float]:
-    """Bytes of a row of gate or up, of a column of down, and of its scales, as shares of those of a mean row.
+def share_of_inputs(ffns: Sequence[FFN]) -> float:
+    """The same of the matrices that make h alone."""
+    weights = sum(f.size * f.width for f in ffns)
+    return sum(rows(f)[0] * f.size * f.width for f in ffns) / weights / OWN_BITS
+
+
+def rows(ffn: FFN) -> tuple[float, float, float]:
+    """Bits, for each weight, of a row of gate or up (their mean), of a column of down, and of the latter's scales.
 
     A scale of down stands for weights of several neurons, so that every token reads all of them.
     """
-    whole, into, down, scales = served_bits(ffns), 0.0, 0.0, 0.0
-    weights = sum(f.size * f.width for f in ffns)
-    for ffn in ffns:
-        part = ffn.size * ffn.width / weights
-        inputs, bits = input_bits(ffn), served_bits_of(ffn.down)
-        into += part * sum(inputs) / len(inputs)
-        down, scales = down + part * bits, scales + part * scale_bits(bits)
-    return into / whole, down / whole, scales / whole
+    inputs, down = stored_inputs(ffn), stored_of(ffn.down)
+    return sum(bits.total for bits in inputs) / len(inputs), down.total, down.scale
 
 
 def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:

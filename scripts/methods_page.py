@@ -87,8 +87,9 @@ all weights in that layout, and chooses nothing.
 
 **Rounding is the control.** `--ffn-bits 4` rounds the FFN weights to 4 bits, with a scale of 16 bits for every 32
 weights, before anything else. Read counts bytes against the model's own 16 bits: rounding alone reads 4.5 / 16 = .28.
-Every method runs on such weights too, and its sparsity then is of their bytes: `griffin` at sparsity 0.5 on 4 bits
-reads .5 * .28 = .14.
+Every method runs on such weights too, and its sparsity then is of these weights: `griffin` at sparsity 0.5 on 4 bits
+reads half of their codes and of the scales of gate and up, and all scales of down, each of which stands for 32 neurons:
+.146. Choices through images (`dart-plus`) pay for these scales first, and read .141.
 
 **Another granularity.** `teal` and `wina` leave out input channels: columns of a matrix, those whose inputs matter
 least to a token. `wanda` leaves out single weights, the same for every text. Read counts the weights that are left,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dart_eval import cost
 from dart_eval.bench.decode import Bench, check, row
+from dart_eval.bits import Stored
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.kernels import lacking
@@ -60,7 +61,9 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
         method.routing.check(sparsity, ffns)
-        method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, served_bits(ffns))
+        method.check_reach(
+            sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, Stored.of(served_bits(ffns))
+        )
     except UserError as error:
         return error
     return None

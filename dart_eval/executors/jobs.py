@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.bits import OWN_BITS
+from dart_eval.bits import OWN_BITS, Stored
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
 from dart_eval.evaluation.calibration_text import calibration_text, sharing
@@ -179,7 +179,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     reasons: dict[str, UserError] = {}
     for cell in cells:
         try:
-            bits = OWN_BITS if cell.rounding is None else cell.rounding.weight_bits(ffns[0].width)
+            bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
             cell.method.routing.check(cell.sparsity, ffns)
             cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
             kept.append(cell)

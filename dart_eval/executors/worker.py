@@ -91,7 +91,8 @@ class Worker:
         with contextlib.ExitStack() as stack:
             peak = stack.enter_context(peak_memory(self.lm.device.type))
             session = self._attach(stack, cell)
-            share = rounding.share(find_ffns(self.model))
+            ffns = find_ffns(self.model)
+            share, inputs = rounding.share(ffns), rounding.share_of_inputs(ffns)
             outcome = self._smaller(
                 lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal), shrink
             )
@@ -102,7 +103,7 @@ class Worker:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "peak": peak(),
         }
-        return outcome, self._record(job, outcome, state, measured, share, computed)
+        return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
 
     def answer(self, job: Job, journal: Journal, part: Part | Pilot, shrink: int = 0) -> None:
         """Answer a part of one cell into the journal; `shrink` as in `run`."""
@@ -165,17 +166,20 @@ class Worker:
             self.lm.budget = whole
 
     def _record(
-        self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any], share: float, computed: float
-    ) -> Record:
+        self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any], share: float, inputs: float,
+        computed: float,
+    ) -> Record:  # fmt: skip
         """The record of a cell.
 
         Args:
             share: FFN weight bytes as they were served / those of the model's own dtype.
+            inputs: the same of gate and up alone, which re-masks read.
             computed: share of the FFN weights that a pruned token multiplied.
         """
         cell, config = job.cell, job.config
         used = outcome.cost
         per_token = used.remasks / used.tokens if used.tokens else 0.0
+        flops = cost.describe(cell.method, self.shape, used.mean_context, computed, per_token)
         return Record(
             key=cell.key,
             inputs=cell.inputs,
@@ -195,10 +199,7 @@ class Worker:
                 }
                 for task, own in outcome.by_task.items()
             },
-            flops={
-                **cost.describe(cell.method, self.shape, used.mean_context, computed, per_token),
-                "ffn_bytes": share,
-            },
+            flops={**flops, "remask_bytes": flops["remask_reads"] * inputs},
             memory={"weights": self.shape.weight_bytes, "state": state},
             settings={
                 "batch_size": config.batch_size,

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.allocation import keep_counts
+from dart_eval.bits import Stored
 from dart_eval.ffn import FFN, is_conv1d, plain_matrix, weight_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.parts.entries import Entries, Inputs
 from dart_eval.pruning.previews import Fine
 from dart_eval.pruning.thresholds import Distribution
-from dart_eval.rounding import input_bits, served_bits, served_bits_of
+from dart_eval.rounding import served_bits, stored_inputs, stored_of
 
 
 def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> list[tuple[int, int]]:
@@ -30,14 +31,14 @@ def read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]]) ->
         densities = [of_x / ffn.width] * (ffn.matrices - 1) + [of_h / ffn.size]
         weights = [*ffn.input_weights(), ffn.output_weight()]
         for bits, density, weight in zip(_bits(ffn), densities, weights, strict=True):
-            found += ffn.size * bits * part.read(density, bits, weight)
-            everything += ffn.size * bits
+            found += ffn.size * bits.total * part.read(density, bits, weight)
+            everything += ffn.size * bits.total
     return found / everything
 
 
-def _bits(ffn: FFN) -> list[float]:
+def _bits(ffn: FFN) -> list[Stored]:
     """Of a weight of each matrix as it is served, down last."""
-    return [*input_bits(ffn), served_bits_of(ffn.down)]
+    return [*stored_inputs(ffn), stored_of(ffn.down)]
 
 
 class Finer:
@@ -105,7 +106,7 @@ class Finer:
         kept = self.part.kept(x, self.inputs[ffn.layer][matrix])
         share = kept.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
         bits = self.bits[ffn.layer][matrix]
-        spent = self.part.share(share, bits) * bits / self.mean * ffn.size / ffn.matrices
+        spent = self.part.share(share, bits) * bits.total / self.mean * ffn.size / ffn.matrices
         state.spent = spent if state.spent is None else state.spent + spent
         return x * kept
 

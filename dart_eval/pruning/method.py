@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.allocation import Prices
+from dart_eval.bits import Stored
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.pruning.parts.allocations import Allocation, Uniform
 from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
@@ -149,7 +150,7 @@ class Pruner:
         whole = self.mask.whole and bool(self.choice.reads_whole or self.choice.image is not None)
         return whole or self.choice.ranks
 
-    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: float) -> None:
+    def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
         """Refuse a sparsity that leaves fewer bytes than are read before anything is chosen.
 
         Args:
@@ -167,7 +168,7 @@ class Pruner:
             doubt, norm = self.choice.doubt_bits(width), self.choice.norm_bits(width)
             read = sum(size * (image_of.read(bits, size, width, self.choice.thin) + doubt) for size in sizes)
             across = max(image_of.across(bits, width, size, self.choice.grades) for size in sizes)
-            whole = ((matrices - 1) * read / sum(sizes) + norm + across) / bits
+            whole = ((matrices - 1) * read / sum(sizes) + norm + across) / bits.total
             image = Prices(whole, matrices - 1.0, 1.0, 1.0)
         self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, image)
 

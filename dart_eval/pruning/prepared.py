@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dart_eval import rounding
-from dart_eval.allocation import Counts, exact_counts, in_steps
+from dart_eval.allocation import Counts, Prices, exact_counts, in_steps
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, device_of
 from dart_eval.pruning import finer, fits, thresholds
@@ -19,7 +19,7 @@ from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
 from dart_eval.pruning.parts.images import LowRank
-from dart_eval.pruning.previews import Fine, Preview, previews, prices, stored
+from dart_eval.pruning.previews import Fine, Preview, mean_prices, previews, prices, stored
 from dart_eval.pruning.rerouted import Rerouted
 from dart_eval.pruning.sequence import Sums, nbytes
 from dart_eval.pruning.standins import constant, floating
@@ -41,7 +41,7 @@ class Prepared:
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
         fine: the weights as decoding forwards have them, where these read the first bits alone; else None.
         whole: matrices of which a token reads the rows of the whole mask before it chooses; of images their share.
-        paid: what is read of a neuron, see `_paid`.
+        paid: what is read of a neuron, see `_paid`. each: `prices` per layer.
         share: FFN weight bytes as they are served / those of the model's own dtype.
     """
 
@@ -64,7 +64,8 @@ class Prepared:
         self.prices = None
         if image is not None:
             precision = choice.precision if self.sparsity else 0
-            self.prices = prices(choice, precision, self.ffns, self.method.mask.whole)
+            self.each = prices(choice, precision, self.ffns, self.method.mask.whole)
+            self.prices = mean_prices(self.each, self.ffns)
         self.stored = stored(choice, self.ffns)
         self.fine = None
         if image is not None and self.sparsity:
@@ -135,16 +136,24 @@ class Prepared:
             return counts
         return _of_experts(counts, self.ffns)
 
-    def _paid(self) -> tuple[float, float, float, float]:
-        """What is read of each neuron, and besides of each in the mask, taken and written, in rows of a mean matrix."""
-        prices, matrices = self.prices, self.ffns[0].matrices
+    def _paid(self) -> list[tuple[float, float, float, float]]:
+        """Per layer what is read of each neuron, and besides of each in the mask, taken and written.
+
+        In rows of a mean matrix.
+        """
+        matrices = self.ffns[0].matrices
         if (kept := self.inputs_kept()) is not None:
-            return matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0
-        if self.method.routing.reroutes or not self.sparsity:  # whole experts; or everything, through no image
-            return 0.0, 0.0, matrices - 1.0, 1.0
-        if prices is None:
-            into, down, across = rounding.rows(self.ffns)
-            return across, into * self.whole, into * (matrices - 1 - self.whole), down - across
+            return [(matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0)] * len(self.ffns)
+        if self.prices is not None and self.sparsity:
+            return [self._paid_through_images(prices) for prices in self.each]
+        mean, found = rounding.served_bits(self.ffns), []
+        whole = 0.0 if not self.sparsity else self.whole  # at sparsity 0 no image is looked at
+        for into, down, scales in map(rounding.rows, self.ffns):
+            across = 0.0 if self.method.routing.reroutes else scales / mean  # experts are left out whole
+            found.append((across, into / mean * whole, into / mean * (matrices - 1 - whole), down / mean - across))
+        return found
+
+    def _paid_through_images(self, prices: Prices) -> tuple[float, float, float, float]:
         if not self.method.choice.grades or prices.coarse is None:
             return prices.across, prices.whole, prices.taken, prices.written
         exact = prices.taken + prices.written - prices.coarse  # those taken are written too
@@ -176,7 +185,7 @@ class Prepared:
 
     def spent(self, taken: Tensor, layer: int) -> Tensor:
         """What tokens read of a layer that take so many neurons of it and write them, counted in neurons."""
-        every, whole, rest, write = self.paid
+        every, whole, rest, write = self.paid[layer]
         return ((every + whole) * self.ffns[layer].size + (rest + write) * taken) / self.ffns[layer].matrices
 
     def nbytes(self) -> int:

@@ -122,7 +122,8 @@ class PreviewedFFN(GatheredFFN):
     def read(self) -> tuple[float, float, float]:
         size, width, image, rows = self.ffn.size, self.ffn.width, self.image, self.ffn.size if self._all else self.taken
         gate, up = (
-            (image.bits_of(m.bits, size, width) * size + image.left(m) * rows) / m.bits for m in served_inputs(self.ffn)
+            (image.bits_of(m.stored, size, width) * size + image.left(m) * rows) / m.bits
+            for m in served_inputs(self.ffn)
         )
         return gate, up, self.written
 

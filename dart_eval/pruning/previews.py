@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,30 +79,40 @@ def thinned(x: Tensor, thin: float) -> Tensor:
     return x if thin == 1 else x * top_k_mask(x.abs(), torch.full(x.shape[:-1], columns(x.shape[-1], thin)))
 
 
-def prices(choice: Choice, precision: int, ffns: Sequence[FFN], everything: bool) -> Prices:
-    """What is read of a neuron, mean over the layers.
+def prices(choice: Choice, precision: int, ffns: Sequence[FFN], everything: bool) -> list[Prices]:
+    """Per layer, what is read of a neuron.
 
     Args:
         precision: bits of a weight that are read at most; 0: all.
         everything: all neurons are in the mask; then what is read across down is in `whole`.
     """
-    image = choice.image
+    mean = served_bits(ffns)
+    return [_prices(choice, precision, ffn, everything, mean) for ffn in ffns]
+
+
+def mean_prices(each: Sequence[Prices], ffns: Sequence[FFN]) -> Prices:
+    """The mean over the neurons of all layers."""
+    weights = sum(f.size * f.width for f in ffns)
+    parts = [f.size * f.width / weights for f in ffns]
+    fields = zip(*(dataclasses.astuple(prices) for prices in each), strict=True)
+    return Prices(*(sum(p * x for p, x in zip(parts, values, strict=True)) for values in fields))
+
+
+def _prices(choice: Choice, precision: int, ffn: FFN, everything: bool, mean: float) -> Prices:
+    """See `prices`. mean: bits of a weight, of which a row of a mean matrix is made."""
+    image, thin = choice.image, choice.thin
     assert image is not None
-    whole = taken = written = coarse = across = 0.0
-    weights, mean = sum(f.size * f.width for f in ffns), served_bits(ffns)
-    for ffn in ffns:
-        part = ffn.size * ffn.width / weights / mean
-        for matrix in served_inputs(ffn):
-            bits, (rows, width), thin = matrix.bits, matrix.weight.shape, choice.thin
-            whole += part * (image.read(bits, rows, width, thin) + choice.doubt_bits(ffn.width))
-            taken += part * (image.left(matrix, precision) + image.unseen(bits, rows, width, thin))
-        down = served_output(ffn)
-        rows, width = down.weight.shape
-        whole += part * choice.norm_bits(ffn.width)
-        across += part * image.across(down.bits, rows, width, choice.grades)
-        written += part * image.column(down, precision)
-        coarse += part * image.coarse(down.bits, rows, width)
-    return Prices(whole + across * everything, taken, written, coarse, across * (not everything))
+    whole = taken = 0.0
+    for matrix in served_inputs(ffn):
+        bits, (rows, width) = matrix.stored, matrix.weight.shape
+        whole += image.read(bits, rows, width, thin) + choice.doubt_bits(ffn.width)
+        taken += image.left(matrix, precision) + image.unseen(bits, rows, width, thin)
+    down = served_output(ffn)
+    rows, width = down.weight.shape
+    across = image.across(down.stored, rows, width, choice.grades) / mean
+    whole = (whole + choice.norm_bits(ffn.width)) / mean + across * everything
+    written, coarse = image.column(down, precision), image.coarse(down.stored, rows, width)
+    return Prices(whole, taken / mean, written / mean, coarse / mean, across * (not everything))
 
 
 def stored(choice: Choice, ffns: Sequence[FFN]) -> int:
@@ -114,7 +125,7 @@ def stored(choice: Choice, ffns: Sequence[FFN]) -> int:
     bits += sum(f.pool * f.width * choice.norm_bits(f.width) for f in ffns)
     if image.stored:
         matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if choice.grades else [])
-        bits += sum(m.weight.numel() * image.bits_of(m.bits, *m.weight.shape) for m in matrices)
+        bits += sum(m.weight.numel() * image.bits_of(m.stored, *m.weight.shape) for m in matrices)
     return round(bits / 8)
 
 
@@ -172,7 +183,7 @@ def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
         return Preview(tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, written, columns, ffn.lift)
 
     own = [m.weight for m in matrices] if ffn.routed is None else [parameter_of(p) for p in ffn.projections]
-    return _MADE.get(ffn.up, own, (image, *(m.bits for m in matrices)), make)
+    return _MADE.get(ffn.up, own, (image, *(m.stored for m in matrices)), make)
 
 
 def doubt(matrix: Served, seen: Tensor) -> Tensor:

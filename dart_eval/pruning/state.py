@@ -57,7 +57,7 @@ class SequenceState(PerSequence):
             self.sums["had"] = Sums(layers)
         self.tokens = torch.zeros(batch, device=device)
         self.weight = torch.zeros(batch, device=device)
-        self.change: ChangeState | None = self.method.allocation.start(batch, layers)
+        self.change: ChangeState | None = self.method.allocation.start(batch, self.ffns)
         self.kept: Tensor | None = None
         self.taken: Tensor | None = None
         self.written: Tensor | None = None
@@ -134,7 +134,7 @@ class SequenceState(PerSequence):
         """Forget what was observed so far, so that no mask is made from it."""
         for sums in self.sums.values():
             sums.forget()
-        self.change = self.method.allocation.start(self.batch, len(self.ffns))
+        self.change = self.method.allocation.start(self.batch, self.ffns)
         self.tokens, self.weight = torch.zeros_like(self.tokens), torch.zeros_like(self.weight)
 
     def skip_context(self) -> None:
@@ -228,10 +228,10 @@ class SequenceState(PerSequence):
         if self.kept is None or self.taken is None or self.written is None or not self.prunes:
             return Step(*[torch.ones(self.batch, dtype=torch.float64)] * 2)
         mask = self.kept.double().sum(1) / everything
-        every, *paid = self.prepared.paid
-        counts = torch.stack([self.kept, self.taken, self.written]).double()
-        of_counts = (torch.tensor(paid, dtype=torch.float64)[:, None, None] * counts).sum((0, 2))
-        read = (every * everything + of_counts) / (self.ffns[0].matrices * everything)
+        sizes = torch.tensor([f.size for f in self.ffns]).expand_as(self.kept)
+        counts = torch.stack([sizes, self.kept, self.taken, self.written]).double()
+        paid = torch.tensor(self.prepared.paid, dtype=torch.float64).T[:, None]
+        read = (paid * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
         if (dense := self.dense_now) is not None:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
         return Step(read, mask)

@@ -121,13 +121,19 @@ def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()
         by_model.setdefault(inputs.model_of(r.inputs["model"]), []).append(r)
     same_name = len({r.inputs["model"]["name"] for r in kept}) < len(by_model)
     notes = [f"{older} cells of older runs are left out: the last run of each counts."] if older else []
-    if len(codes := collections.Counter(str(r.inputs["code"])[:8] for r in kept if r.inputs.get("code"))) > 1:
-        each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
-        notes.append(f"The cells are of {len(codes)} versions of the code: {each}.")
     return [
-        _board(store, model if same_name else found[0].inputs["model"]["name"], found, speeds, notes)
+        _board(
+            store, model if same_name else found[0].inputs["model"]["name"], found, speeds, [*notes, *_versions(found)]
+        )
         for model, found in sorted(by_model.items())
     ]
+
+
+def _versions(records: Sequence[Record]) -> list[str]:
+    """A remark where cells were made by several versions of the code."""
+    codes = collections.Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
+    each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
+    return [f"The cells are of {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
 
 
 def newest(records: Sequence[Record]) -> tuple[list[Record], int]:

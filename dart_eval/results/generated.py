@@ -74,10 +74,11 @@ def with_remasks(record: Record) -> float | None:
     """Effective sparsity less what re-masks read for each token; None where that is not known.
 
     A re-mask from the ring reads gate and up once more. One from tokens that ran dense is in the effective sparsity
-    already, as these tokens are. What re-masks read of rounded weights is not known of older records.
+    already, as these tokens are. Older records know it of weights of 16 bits alone.
     """
-    reads, served = record.flops.get("remask_reads"), record.flops.get("ffn_bytes")
-    if reads is None or (served is None and "ffn_bits" in record.inputs):
+    reads = record.flops.get("remask_bytes")
+    if reads is None and "ffn_bits" not in record.inputs:
+        reads = record.flops.get("remask_reads")
+    if reads is None:
         return None
-    again = 0.0 if record.inputs["params"].get("remask.dense_tokens") else reads
-    return record.effective_sparsity - again * (1.0 if served is None else served)
+    return record.effective_sparsity - (0.0 if record.inputs["params"].get("remask.dense_tokens") else reads)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from dart_eval.results.inputs import FIELDS, NAMED, matters
+from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
 
 
 class Named(Protocol):
@@ -29,9 +29,9 @@ def specs(records: Iterable[Named]) -> dict[str, str]:
     variants: dict[str, dict[str, dict[str, Any]]] = {}  # method -> its settings, as text and as they are
     typed: dict[tuple[str, str], str] = {}
     places, records = {}, list(records)
-    known = _known(records)
+    unsaid = _unsaid(records)
     for r in records:
-        filled = {**known[r.inputs["method"]], **r.inputs["params"]}
+        filled = {**unsaid[r.inputs["method"]], **r.inputs["params"]}
         method, params = r.inputs["method"], json.dumps(filled, sort_keys=True)
         places[r.key] = method, params
         variants.setdefault(method, {})[params] = filled
@@ -53,23 +53,12 @@ def specs(records: Iterable[Named]) -> dict[str, str]:
     return {key: found[place] for key, place in places.items()}
 
 
-def _known(records: Sequence[Named]) -> dict[str, dict[str, Any]]:
-    """Per method, fields that have one value wherever they are told: an older version may not have had them.
-
-    None where that would make one of two cells at one place.
-    """
-    groups: dict[str, list[Named]] = {}
+def _unsaid(records: Iterable[Named]) -> dict[str, dict[str, Any]]:
+    """Per method the fields that some of its cells tell and others, of an older version, do as they always did."""
+    told: dict[str, set[str]] = {}
     for r in records:
-        groups.setdefault(r.inputs["method"], []).append(r)
-    found = {}
-    for method, group in groups.items():
-        settings = [r.inputs["params"] for r in group]
-        every = {name: [p[name] for p in settings if name in p] for p in settings for name in p}
-        one = {name: told[0] for name, told in every.items() if all(value == told[0] for value in told)}
-        filled = {(_place(r), json.dumps({**one, **p}, sort_keys=True)) for r, p in zip(group, settings, strict=True)}
-        as_told = {(_place(r), json.dumps(p, sort_keys=True)) for r, p in zip(group, settings, strict=True)}
-        found[method] = one if len(filled) == len(as_told) else {}
-    return found
+        told.setdefault(r.inputs["method"], set()).update(r.inputs["params"])
+    return {method: {k: v for k, v in UNSAID.items() if k in fields} for method, fields in told.items()}
 
 
 def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:

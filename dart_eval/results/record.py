@@ -107,9 +107,9 @@ class Record:
         dict[str, Any], Holds(dict[str, Number]), AfterValidator(_renamed),
         "at `context_tokens` (the mean context): `prefill`, `decode_step_dense`, `decode_step_pruned`, "
         "`overhead_prefill`, `overhead_decode_step` (re-masks included), `overhead_share` (of a dense step), `remask`, "
-        "`remask_reads` (FFN weights that re-masks read per decoded token / all FFN weights), `ffn_share`, `ffn_bytes` "
-        "(FFN weight bytes as they are served / those of the model's own dtype). Older records say `tracing_` for "
-        "`overhead_` and `renewals_read` for `remask_reads`, and lack `ffn_bytes`",
+        "`remask_reads` (FFN weights that re-masks read per decoded token / all FFN weights), `remask_bytes` (the same "
+        "in bytes, of the model's own dtype), `ffn_share`. Older records say `tracing_` for `overhead_` and "
+        "`renewals_read` for `remask_reads`, and lack `remask_bytes`",
     ]  # fmt: skip
     memory: Annotated[
         dict[str, int], Holds(dict[str, Number]),

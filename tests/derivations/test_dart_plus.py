@@ -39,7 +39,7 @@ def by_hand(ffn, act, x, taken, written):
     weights = [m.weight.detach() for m in modules]
     biases = [0.0 if m.bias is None else m.bias.detach().double().numpy() for m in modules]
     down = ffn.down.weight.detach()
-    image = [Plane().values(Served(w, 16)).double().numpy() for w in (*weights, down)]
+    image = [Plane().values(Served(w)).double().numpy() for w in (*weights, down)]
     fine = [truncated(w, 4).double().numpy() for w in (*weights, down)]  # a sign, 3 bits of the exponent, 4 below
     own = [w.double().numpy() for w in (*weights, down)]
     few = np.zeros_like(x)

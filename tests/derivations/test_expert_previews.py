@@ -57,14 +57,14 @@ class Layer:
 
 def by_hand(layer, image, fine, x, index, weights, counts, thin=0.5, known=0.2):
     """What one token's experts write: exact neurons, those that write as the preview has them, and biases."""
-    images = [image.values(Served(m, 16)) for m in layer.inputs]
+    images = [image.values(Served(m)) for m in layer.inputs]
     doubts = [(m - i).square().mean(1).sqrt().half().float() for m, i in zip(layer.inputs, images, strict=True)]
     few = torch.zeros_like(x)
     best = x.abs().topk(int(thin * len(x))).indices
     few[best] = x[best]
     found = []  # of each neuron: what it mends, what it matters, its exact and its previewed part of the answer
     for expert, weight in zip(index.tolist(), weights, strict=True):
-        rows, own, coarse = layer.rows(expert), fine(layer.down), image.values(Served(layer.down, 16))
+        rows, own, coarse = layer.rows(expert), fine(layer.down), image.values(Served(layer.down))
         g, u = (i[rows] @ few + b[rows] for i, b in zip(images, layer.biases, strict=True))
         off = [few.norm() * d[rows] for d in doubts]
         preview = act(g, layer.name) * rest(u, layer.name) * weight

@@ -19,7 +19,7 @@ from dart_eval.ffn import find_ffns
 from dart_eval.gguf_codes import GRIDS, UNIT, codes_of
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.parts.images import Plane
-from dart_eval.rounding import Served, coded, served_inputs
+from dart_eval.rounding import coded, served_inputs, served_output
 from tests.helpers import stored
 from tests.helpers.gguf_files import LAYERS, SIZE, WIDTH, write
 
@@ -172,10 +172,10 @@ def test_an_image_is_the_high_bits_of_the_files_codes(model, tmp_path):
 def test_a_plane_of_codes_is_counted_by_their_bits(model):
     """Q4_0: 2 of 4 bits and the scale of 32 (.5 bits); of a chosen row the other 2; Q8_0: 4 of 8 and its scale."""
     ffn, image = find_ffns(model)[0], Plane()
-    gate, down = served_inputs(ffn)[0], Served(ffn.down.weight, 8.5, coded(ffn.down))
-    assert image.bits_of(gate.bits, SIZE, WIDTH) == 2.5 and image.left(gate) == image.left(gate, 3) == 2
-    assert image.coarse(down.bits, WIDTH, SIZE) == 4 and image.column(down, 6) == 8
-    assert image.across(down.bits, WIDTH, SIZE, graded=True) == 0.5  # scales stand for parts of rows, not of columns
+    gate, down = served_inputs(ffn)[0], served_output(ffn)
+    assert image.bits_of(gate.stored, SIZE, WIDTH) == 2.5 and image.left(gate) == image.left(gate, 3) == 2
+    assert image.coarse(down.stored, WIDTH, SIZE) == 4 and image.column(down, 6) == 8
+    assert image.across(down.stored, WIDTH, SIZE, graded=True) == 0.5  # scales stand for parts of rows, not of columns
 
 
 @pytest.mark.parametrize("method", ["dart-plus", "preview:image=plane"])

@@ -119,3 +119,18 @@ def test_counts_in_steps_by_hand():
     assert in_steps([19, 19, 20], [32, 32, 24], [2, 2, 1]) == [20, 18, 20]
     assert in_steps([19, 20], [32, 24], [2, 1]) == [18, 21]  # what no expert can take goes to a dense layer
     assert in_steps([15, 10], [32, 40], [8, 8]) == [16, 8]  # most of a step is missing in the first
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 5000)), min_size=2, max_size=12), st.floats(0.05, 0.85),
+    st.booleans(),
+)  # fmt: skip
+def test_layers_of_many_sizes_meet_the_sparsity_of_their_neurons(layers, sparsity, protect):
+    sensitivity, sizes = zip(*layers, strict=True)
+    keep = depth_aware(normalise_sensitivity(sensitivity), sparsity, protect, sizes)
+    low, high = min(0.1, sparsity), max(0.9, sparsity)
+    assert all(1 - high - 1e-9 <= k <= 1 - low + 1e-9 for k in keep)
+    if all(low < 1 - k < high for k in keep):
+        assert sum(k * n for k, n in zip(keep, sizes, strict=True)) == pytest.approx((1 - sparsity) * sum(sizes))
+    alike = depth_aware(normalise_sensitivity(sensitivity), sparsity, protect, [7] * len(sizes))
+    assert alike == depth_aware(normalise_sensitivity(sensitivity), sparsity, protect)

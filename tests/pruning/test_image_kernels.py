@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from dart_eval.bits import OWN_BITS, Rounding
+from dart_eval.bits import Rounding
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning import image_kernels
 from dart_eval.pruning.kernels import gatherer, lacking
@@ -150,8 +150,8 @@ def test_in_the_interpreter(check, tmp_path):
 def test_planes_take_the_bytes_that_are_counted(shown):
     """Of a width of whole bytes: the plane as its bits say, the rest as is left, and the escapes beside."""
     weight = odd(40, 64)
-    planes, image, served = image_kernels.PlaneCodes(weight, shown), Plane(bits=4 + shown), Served(weight, OWN_BITS)
+    planes, image, served = image_kernels.PlaneCodes(weight, shown), Plane(bits=4 + shown), Served(weight)
     first = planes.halves.nbytes + planes.mantissa[:shown].nbytes + planes.largest.nbytes
-    assert 8 * first == image.bits_of(16, 40, 64) * weight.numel()
+    assert 8 * first == image.bits_of(served.stored, 40, 64) * weight.numel()
     rest = planes.mantissa[shown:].nbytes + planes.exponents.nbytes
     assert 8 * rest == pytest.approx(image.left(served) * weight.numel())

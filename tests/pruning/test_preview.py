@@ -60,7 +60,10 @@ def image_of(image, code, scale, rows, width, matrix, precision):
 
 
 # Bits of a weight that are its part of a scale, in rows of n weights; groups have 32, and a row of 40 has two.
-SCALES = {"16": lambda n: 0, "8": lambda n: 16 / min(n, 32), "4": lambda n: 16 / min(n, 32), "3:row": lambda n: 16 / n}
+SCALES = {
+    "16": lambda n: 0, "8": lambda n: 16 / min(n, 32), "4": lambda n: 16 / min(n, 32), "3:row": lambda n: 16 / n,
+    "4:8": lambda n: 16 / 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", SCALES)
@@ -82,38 +85,34 @@ def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bi
                 continue
             state = state_of(method, model, sparsity)
             state.skip_context()
-            choice, total = method.choice, sum(f.size for f in ffns)
-            rows = [m for f in ffns for m in served_inputs(f)]
-            down = [served_output(f) for f in ffns]
-            code = int(bits[:2].rstrip(":"))
+            choice, total, written = method.choice, sum(f.size for f in ffns), int(state.written.sum())
+            code = int(bits.partition(":")[0])
             into, out = (SCALES[bits](n) for n in (ffns[0].width, ffns[0].size))
             inputs = ffns[0].matrices - 1
             mean = code + (inputs * into + out) / (inputs + 1)  # bits of a weight of a mean matrix
-            column = rough = across = 0.0  # of down: a column, a column of its image, and what is read in any case
-            for m in down:
+            doubt = 0 if choice.image.exact else 16 / ffns[0].width  # one number a row
+            norm = 16 / ffns[0].width if choice.grades else 0  # one number a column of down
+            by_hand = 0.0
+            for i, ffn in enumerate(ffns):
+                m = served_output(ffn)
                 shown, beside, rest = image_of(choice.image, code, out, *m.weight.shape, m, choice.precision)
                 planes = choice.image.name == "plane" and code == 16
-                column += (shown + rest if planes and choice.precision else code) / mean / len(down)
-                rough += (shown + beside * planes) / mean / len(down)
-                of_image = beside if choice.grades and choice.image.stored else 0
-                across += (out + of_image) / mean / len(down)
-            doubt = 0 if choice.image.exact else 16 / ffns[0].width  # one number a row
-            looked = [looked_at(choice, m, code, into) for m in rows]
-            whole = sum((at_once + doubt) / mean for at_once, _ in looked) / len(ffns) + across
-            norm = 16 / ffns[0].width if choice.grades else 0  # one number a column of down
-            whole += norm / mean
-            rest = sum(lacks / mean for _, lacks in looked) / len(ffns)
-            taken, written = int(state.taken.sum()), int(state.written.sum())
-            by_hand = whole * total + rest * taken
-            by_hand += column * taken + rough * (written - taken) if choice.grades else column * written
-            by_hand /= ffns[0].matrices * total
+                column = shown + rest if planes and choice.precision else code
+                rough = shown + beside * planes
+                across = out + (beside if choice.grades and choice.image.stored else 0)  # whatever the columns
+                looked = [looked_at(choice, m, code, into) for m in served_inputs(ffn)]
+                taken, writing = int(state.taken[0, i]), int(state.written[0, i])
+                by_hand += (sum(at_once + doubt for at_once, _ in looked) + norm + across) * ffn.size
+                by_hand += sum(lacks for _, lacks in looked) * taken
+                by_hand += column * taken + rough * (writing - taken) if choice.grades else column * writing
+            by_hand /= ffns[0].matrices * total * mean
             read = float(state.step().read[0])
             assert read == pytest.approx(by_hand) and read <= 1 - sparsity + 1e-9
             assert read > 1 - sparsity - 2.5 / total or written == total, "bytes were left over"
             matrices = [m for f in ffns for m in (*served_inputs(f), *([served_output(f)] if choice.grades else []))]
-            kept = sum(choice.image.bits_of(m.bits, *m.weight.shape) * m.weight.numel() for m in matrices)
-            kept = kept * choice.image.stored + doubt * sum(m.weight.numel() for m in rows)
-            kept += norm * sum(m.weight.numel() for m in down)
+            kept = sum(choice.image.bits_of(m.stored, *m.weight.shape) * m.weight.numel() for m in matrices)
+            kept = kept * choice.image.stored + doubt * sum(m.weight.numel() for f in ffns for m in served_inputs(f))
+            kept += norm * sum(served_output(f).weight.numel() for f in ffns)
             assert prepared.nbytes() == round(kept / 8)
 
 

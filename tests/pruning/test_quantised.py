@@ -11,7 +11,7 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns, stored_bits
 from dart_eval.pruning.permuted import quantised
 from dart_eval.quantised import values
-from dart_eval.rounding import rounded_ffns, rows, served_bits_of, share
+from dart_eval.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import cache_of, open_session
 
@@ -124,7 +124,9 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
             out = one(ids, use_cache=True)
             step = one(ids[:, :1], use_cache=True, **{cache_argument(one): cache_of(out)})
             ffns = find_ffns(one)
-            scales = 0.4 * rows(ffns)[2] / 3  # of the columns of down that are left out: they are read, too
+            scales = (
+                0.4 * rows(ffns[0])[2] / served_bits(ffns) / 3
+            )  # of the columns of down that are left out: they are read, too
             found.append((step.logits, session.weights_read / share(ffns) - scales))
     (ours, read), (theirs, theirs_read) = found
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6) and read == pytest.approx(theirs_read)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import dart_eval
-from dart_eval.bits import Rounding, parse
+from dart_eval import quantised
+from dart_eval.bits import Rounding, Stored, parse
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, weight_matrix
 from dart_eval.rounding import coded, rounded, served_bits, served_inputs, share
@@ -146,3 +147,36 @@ def test_every_token_reads_the_scales_that_stand_for_several_neurons(case):
         assert session.effective_sparsity == pytest.approx(
             1 - (session.weights_read * 3 + share(find_ffns(model))) / 4  # one token of four is made densely
         )
+
+
+@pytest.mark.parametrize("bits", ["16", "4"])
+@pytest.mark.parametrize("choice", ["preview", "shown", "graded"])
+def test_images_inside_a_prompt_mask_read_no_more_than_the_label(choice, bits):
+    """The scales of down, which every token reads, are paid for before anything is chosen."""
+    model = tiny("llama", dtype=torch.float32)
+    with dart_eval.rounded_ffns(model, bits), open_session(model, "griffin", 0.4, choice=choice) as session:
+        generate(model, torch.tensor([random_tokens(20)]), 3)
+        assert 0.9 < session.weights_read / (0.6 * share(find_ffns(model))) <= 1 + 1e-9
+
+
+def test_layers_of_different_bits_are_counted_by_their_own():
+    """Each layer keeps its own share: what is read is the sum over layers, not the mean bits by the mean share."""
+    model = tiny("llama", dtype=torch.float32)
+    each = [4.0 + 1 / 3, 6.0 + 1 / 4, 16.0]
+    for ffn, bits in zip(find_ffns(model), each, strict=True):
+        for module in ffn.projections:
+            quantised.note(module, bits)
+    with open_session(model, "dart", 0.5, execution="masked", remask="never") as session:
+        generate(model, torch.tensor([random_tokens(20)]), 3)
+        kept = session.state.kept[0].tolist()
+        assert len(set(kept)) > 1
+        scales = [bits % 1 for bits in each]
+        wanted = sum(k * 3 * bits + (40 - k) * scale for k, bits, scale in zip(kept, each, scales, strict=True))
+        assert session.weights_read == pytest.approx(wanted / (16 * 3 * 3 * 40))
+
+
+@pytest.mark.parametrize(
+    ("total", "code"), [(16, 16), (4.5, 4), (5.0, 4), (6.0, 5), (8, 8), (8.03, 8), (6.5625, 6), (2.625, 2)]
+)
+def test_codes_are_told_from_scales_where_their_sum_alone_is_known(total, code):
+    assert Stored.of(total) == Stored(code, total - code)

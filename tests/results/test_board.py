@@ -321,7 +321,7 @@ def test_cells_of_several_versions_keep_their_names_and_are_counted(tmp_path):
     made = board_of(tmp_path, *dense, first, later)
     assert places(made) == [[("dense", "")], [("griffin", "")]]
     assert set(made.levels[1].rows[0].values) == {"arc", "piqa"}
-    assert made.notes[0] == "The cells are of 2 versions of the code: 3 of old, 1 of new."
+    assert made.notes == ("The cells are of 2 versions of the code: 3 of old, 1 of new.",)
 
 
 def four_tasks(methods):

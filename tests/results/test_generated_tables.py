@@ -46,9 +46,9 @@ def test_what_a_remask_reads_is_counted_once_or_not_at_all():
     assert generated.with_remasks(record) == 0.49  # its tokens ran dense
     assert generated.with_remasks(dataclasses.replace(record, inputs={**record.inputs, "ffn_bits": "4"})) is None
     ring = dataclasses.replace(cell("dart", 0.5, params=WATCHES), effective_sparsity=0.86)
-    for served in (1.0, 0.28125):  # of weights as they are, and of 4 bits and scales
-        known = dataclasses.replace(ring, flops={"remask_reads": 0.04, "ffn_bytes": served})
-        assert generated.with_remasks(known) == pytest.approx(0.86 - 0.04 * served)
+    for reads in (0.04, 0.01125):  # of weights as they are, and of 4 bits and scales
+        known = dataclasses.replace(ring, flops={"remask_reads": 0.04, "remask_bytes": reads})
+        assert generated.with_remasks(known) == pytest.approx(0.86 - reads)
 
 
 def test_scored_answers_are_no_texts(tmp_path):

@@ -115,6 +115,20 @@ def test_two_versions_with_other_defaults_are_told_apart_and_what_was_typed_stay
     assert list(labels([first, later]).values()) == [f"{UNIFORM}:window=10", f"{UNIFORM}:window=8"]
 
 
+def test_what_an_older_version_could_not_say_is_what_it_always_did():
+    """Not what another cell says: `draw` was new, and its value there is not the old one."""
+    old = [_typed(f"k{i}", name, allocation="uniform") for i, name in enumerate(("griffin", "cats"))]
+    new = [
+        _typed("k5", "griffin:draw=sample", allocation="uniform", draw="sample"),
+        _typed("k6", "griffin", allocation="uniform", draw="best"),
+        _typed("k7", "cats:choice.threshold=calibrated", **{"allocation": "uniform", "choice.threshold": "calibrated"}),
+    ]
+    assert specs([*old, *new]) == {
+        "k0": "griffin", "k1": "cats", "k5": "griffin:draw=sample", "k6": "griffin",
+        "k7": "cats:choice.threshold=calibrated",
+    }  # fmt: skip
+
+
 def test_one_setting_has_one_name_whoever_made_it():
     old = record(key="k1", params={"allocation": "uniform"})  # does not say what was typed
     other = _typed("k2", "dart", allocation="uniform")  # of a version where that was the default

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.cost import ModelShape
+    from dart_eval.ffn import FFN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Allocation(Part):
         """
         raise NotImplementedError
 
-    def start(self, batch: int, layers: int) -> ChangeState | None:
+    def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
         """The state of new sequences; None where none is needed."""
         return None
 
@@ -89,11 +90,16 @@ class DepthAware(Allocation):
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
         assert change is not None
-        normalised = normalise_sensitivity(change.sensitivity(rows, self.magnitude))
-        return depth_aware(normalised, sparsity, self.protect)
+        found = dict(zip(change.numbers, change.sensitivity(rows, self.magnitude), strict=True))
+        sizes = dict.fromkeys(found, 0)  # FFNs of one layer change the stream together, and have one density
+        for number, size in zip(change.numbers, change.sizes, strict=True):
+            sizes[number] += size
+        unlike = [*sizes.values()] if len({*sizes.values()}) > 1 else None
+        densities = depth_aware(normalise_sensitivity([*found.values()]), sparsity, self.protect, unlike)
+        return [dict(zip(found, densities, strict=True))[number] for number in change.numbers]
 
-    def start(self, batch: int, layers: int) -> ChangeState | None:
-        return ChangeState(batch, layers, self.sensitivity == "residual")
+    def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
+        return ChangeState(batch, ffns, self.sensitivity == "residual")
 
     def flops_per_token(self, shape: ModelShape) -> float:
         return shape.layers * 8 * shape.width  # two norms, a difference, its norm, a dot product
@@ -218,12 +224,17 @@ ALLOCATIONS = (Uniform, DepthAware, Ends, Global, Table)
 
 
 class ChangeState(PerSequence):
-    """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences."""
+    """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences.
 
-    def __init__(self, batch: int, layers: int, residual: bool) -> None:
+    Attributes:
+        numbers, sizes: of each FFN its decoder layer, and its neurons.
+    """
+
+    def __init__(self, batch: int, ffns: Sequence[FFN], residual: bool) -> None:
         import torch
 
-        self.residual = residual
+        layers, self.residual = len(ffns), residual
+        self.numbers, self.sizes = tuple(f.number for f in ffns), tuple(f.size for f in ffns)
         self.tokens = torch.zeros(batch)
         self.cosine = torch.zeros(batch, layers)  # sum over tokens of cos(y, z), on the CPU
         self.change = torch.zeros(batch, layers)  # sum over tokens of ||z - y|| / ||y||

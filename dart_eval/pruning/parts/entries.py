@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from dart_eval.bits import LAST_BITS, OWN_BITS, scale_bits
+from dart_eval.bits import LAST_BITS, OWN_BITS
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 from dart_eval.pruning.parts.images import Plane
@@ -18,6 +18,7 @@ from dart_eval.pruning.parts.images import Plane
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dart_eval.bits import Stored
     from dart_eval.cost import ModelShape
     from dart_eval.rounding import Served
 
@@ -68,7 +69,7 @@ class Entries(Part):
         """Whether it needs the norms of the columns of a matrix. matrix: 0 is gate (or the up of a plain FFN)."""
         return False
 
-    def read(self, densities: float, bits: float, weight: Tensor) -> float:
+    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
         """Bytes that a token reads of a matrix / all of it.
 
         Args:
@@ -78,9 +79,9 @@ class Entries(Part):
         """
         return self.share(densities, bits)
 
-    def share(self, some: Share, bits: float) -> Share:
+    def share(self, some: Share, bits: Stored) -> Share:
         """Bytes of so large a share of the weights / all: each scale stands for weights of several columns."""
-        return (some * int(bits) + scale_bits(bits)) / bits
+        return (some * bits.code + bits.scale) / bits.total
 
     def kept(self, x: Tensor, inputs: Inputs) -> Tensor:
         """[..., n] bool, the columns that each token reads. x: [..., n], the inputs of the matrix."""
@@ -185,8 +186,8 @@ class WandaEntries(Entries):
     def sized(self) -> bool:  # type: ignore[override]
         return self.pattern == "none"
 
-    def read(self, densities: float, bits: float, weight: Tensor) -> float:
-        return self.share(densities, bits) if self.sized else self.share(0.5, bits) + 1 / bits
+    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        return self.share(densities, bits) if self.sized else self.share(0.5, bits) + 1 / bits.total
 
     def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch
@@ -222,10 +223,10 @@ class FirstBits(Entries):
     def sized(self) -> bool:  # type: ignore[override]
         return False
 
-    def read(self, densities: float, bits: float, weight: Tensor) -> float:
-        if bits != OWN_BITS:
+    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        if bits.code != OWN_BITS:
             raise UserError(
-                f"planes are those of 16-bit weights, and these have {bits:.3g} bits",
+                f"planes are those of 16-bit weights, and these have {bits.total:.3g} bits",
                 "leave --ffn-bits out, or load the model unquantised",
             )
         shown: float = self.bits or ALL_BITS
@@ -245,7 +246,7 @@ class FirstBits(Entries):
 def _served(weight: Tensor) -> Served:
     from dart_eval.rounding import Served
 
-    return Served(weight, OWN_BITS)
+    return Served(weight)
 
 
 ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, FirstBits)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dart_eval.bits import OWN_BITS, Rounding, scale_bits
+from dart_eval.bits import OWN_BITS, Rounding
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dart_eval.bits import Stored
     from dart_eval.rounding import Served
 
 
@@ -35,23 +36,23 @@ class Image(Part):
     stored: ClassVar[bool] = False
     exact: ClassVar[bool] = False
 
-    def bits_of(self, served: float, rows: int, width: int) -> float:
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
         """Bits of the image for each weight of the matrix.
 
         Args:
-            served: bits of a weight as it is served. rows, width: of the matrix.
+            served: bits of a weight. rows, width: of the matrix.
         """
         raise NotImplementedError
 
-    def read(self, served: float, rows: int, width: int, thin: float) -> float:
+    def read(self, served: Stored, rows: int, width: int, thin: float) -> float:
         """Bits of the image that are read for each weight of the matrix. thin: share of the columns that are read."""
         return self.bits_of(served, rows, width) if thin == 1 else self._read(served, rows, width, columns(width, thin))
 
-    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
         """The same where so many columns are read, and no others."""
         return self.bits_of(served, rows, width) * columns / width
 
-    def unseen(self, served: float, rows: int, width: int, thin: float) -> float:
+    def unseen(self, served: Stored, rows: int, width: int, thin: float) -> float:
         """Bits of each weight of a chosen row that belong to an image which is no copy, and were not read with it."""
         return 0.0 if self.stored else self.bits_of(served, rows, width) - self.read(served, rows, width, thin)
 
@@ -65,19 +66,19 @@ class Image(Part):
 
     def column(self, matrix: Served, precision: int = 0) -> float:
         """Bits that are read of each weight of a column of down. Arguments as of `left`; `matrix` is down."""
-        return int(matrix.bits)
+        return matrix.stored.code
 
-    def coarse(self, served: float, rows: int, width: int) -> float:
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
         """Bits that are read of each weight of a column of the image of down. Arguments as of `bits_of`."""
         return self.bits_of(served, rows, width)
 
-    def across(self, served: float, rows: int, width: int, graded: bool) -> float:
+    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
         """Bits for each weight of down that are read whichever of its columns are: scales stand for parts of rows.
 
         Args:
             graded: columns of the image are read, too. The others as of `bits_of`.
         """
-        return scale_bits(served)
+        return served.scale
 
     def mantissa(self, precision: int) -> int | None:
         """Bits of the mantissa of a 16-bit weight that are read at that precision; None: all."""
@@ -96,17 +97,17 @@ class Weights(Image):
     summary = "is the weights themselves: gate and up are read whole"
     exact = True
 
-    def bits_of(self, served: float, rows: int, width: int) -> float:
-        return served
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
+        return served.total
 
-    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
-        return served - int(served) * (1 - columns / width)  # every scale is needed
+    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
+        return served.total - served.code * (1 - columns / width)  # every scale is needed
 
     def left(self, matrix: Served, precision: int = 0) -> float:
         return 0.0
 
-    def coarse(self, served: float, rows: int, width: int) -> float:
-        return int(served)
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
+        return served.code
 
     def values(self, matrix: Served) -> Tensor:
         return matrix.weight.float()
@@ -122,17 +123,17 @@ class Copy(Image):
     bits: int = option(4, "bits of a weight", least=2, most=8)
     group: int = option(32, "weights that share a scale; 0: a row", least=0)
 
-    def bits_of(self, served: float, rows: int, width: int) -> float:
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return Rounding(self.bits, self.group).weight_bits(width)
 
-    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
         return self.bits_of(served, rows, width) - self.bits * (1 - columns / width)  # every group's scale is needed
 
-    def coarse(self, served: float, rows: int, width: int) -> float:
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
         return self.bits
 
-    def across(self, served: float, rows: int, width: int, graded: bool) -> float:
-        return scale_bits(served) + (self.bits_of(served, rows, width) - self.bits) * graded
+    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+        return served.scale + (self.bits_of(served, rows, width) - self.bits) * graded
 
     def values(self, matrix: Served) -> Tensor:
         from dart_eval.rounding import rounded
@@ -149,17 +150,17 @@ class LowRank(Image):
     stored = True
     rank: int = option(64, "rank of the approximation", least=1)
 
-    def bits_of(self, served: float, rows: int, width: int) -> float:
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return OWN_BITS * min(self.rank, rows, width) * (rows + width) / (rows * width)
 
-    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
+    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
         return OWN_BITS * min(self.rank, rows, width) * (rows + columns) / (rows * width)
 
-    def coarse(self, served: float, rows: int, width: int) -> float:
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
         return OWN_BITS * min(self.rank, rows, width) / rows
 
-    def across(self, served: float, rows: int, width: int, graded: bool) -> float:
-        return scale_bits(served) + OWN_BITS * min(self.rank, rows, width) / width * graded
+    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+        return served.scale + OWN_BITS * min(self.rank, rows, width) / width * graded
 
     def values(self, matrix: Served) -> Tensor:
         import torch
@@ -186,14 +187,13 @@ class Plane(Image):
         """Bits of the plane. code_bits: of a weight without scales."""
         return self.bits or (5 if code_bits >= 9 else int(code_bits + 1) // 2)
 
-    def bits_of(self, served: float, rows: int, width: int) -> float:
-        if served == OWN_BITS:
-            return self.top(served) + 8 / width  # the row's largest exponent
-        code_bits = int(served)  # what is beyond it is the scale's
-        return min(self.top(code_bits), code_bits) + served - code_bits
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
+        if served.code == OWN_BITS:
+            return self.top(OWN_BITS) + 8 / width  # the row's largest exponent
+        return min(self.top(served.code), served.code) + served.scale
 
-    def _read(self, served: float, rows: int, width: int, columns: int) -> float:
-        bits = min(self.top(int(served)), int(served))
+    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
+        bits = min(self.top(served.code), served.code)
         return self.bits_of(served, rows, width) - bits * (1 - columns / width)  # every scale and exponent is needed
 
     def left(self, matrix: Served, precision: int = 0) -> float:
@@ -204,12 +204,12 @@ class Plane(Image):
 
     def column(self, matrix: Served, precision: int = 0) -> float:
         if matrix.packed is None:  # down is in planes where they save bytes
-            return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else int(matrix.bits)
+            return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else matrix.stored.code
         return matrix.packed.rounding.bits
 
-    def coarse(self, served: float, rows: int, width: int) -> float:
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
         # Of the largest exponents of down's rows, a byte for all neurons, the share of the columns is counted.
-        return self.bits_of(served, rows, width) - scale_bits(served)
+        return self.bits_of(served, rows, width) - served.scale
 
     def _beyond(self, matrix: Served, precision: int) -> float:
         """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision.
