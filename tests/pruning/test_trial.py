@@ -111,19 +111,24 @@ def test_depth_judges_ffns_of_one_layer_by_what_they_add_together(name):
         assert (found[a] == found[b]) == (ffns[a].number == ffns[b].number)
 
 
-def test_depth_gives_ffns_of_one_layer_one_density():
-    """Its depth is that of the layer, and the mean is over neurons: the first layer is dense, and wider than others."""
-    model, ids = matrix_model("deepseek_v3"), torch.tensor([random_tokens(12)])
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("deepseek_v3", [0, 1, 1, 2, 2, 3, 3]), ("llama4_text", [0, 1, 1, 2, 3, 3])]
+)
+def test_depth_gives_ffns_of_one_layer_one_density(name, numbers):
+    """Its depth is that of the layer, and the mean is over neurons: layers with experts have other sizes."""
+    model, ids = matrix_model(name), torch.tensor([random_tokens(12)])
     ffns = find_ffns(model)
     with open_session(model, "dart", 0.5, remask="never") as session:
         model(ids, use_cache=True)
         found = session.state.change.sensitivity(slice(None))
         kept = session.state.kept[0].tolist()
-    numbers = [f.number for f in ffns]
-    assert numbers == [0, 1, 1, 2, 2, 3, 3]
+    assert [f.number for f in ffns] == numbers
     sizes = [sum(f.size for f in ffns if f.number == n) for n in range(4)]
-    wanted = depth_aware(normalise_sensitivity([found[numbers.index(n)] for n in range(4)]), 0.5, True, sizes)
-    assert len({f.size for f in ffns}) > 1 and max(wanted) - min(wanted) > 0.1
+    unlike = sizes if len(set(sizes)) > 1 else None
+    assert (unlike is None) == (name == "deepseek_v3")
+    each = normalise_sensitivity([found[numbers.index(n)] for n in range(4)])
+    wanted = depth_aware(each, 0.5, True, unlike)
+    assert max(wanted) - min(wanted) > 0.1
     for ffn, k in zip(ffns, kept, strict=True):
         step = ffn.routed.count if ffn.routed else 1  # as many of each expert
         assert abs(k - wanted[ffn.number] * ffn.size) <= 1 + step
