@@ -9,7 +9,6 @@ that are tested), and Holm's correction is taken over them.
 
 from __future__ import annotations
 
-import collections
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -131,7 +130,7 @@ def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()
 
 def _versions(records: Sequence[Record]) -> list[str]:
     """A remark where cells were made by several versions of the code."""
-    codes = collections.Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
+    codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
     each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
     return [f"The cells are of {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
 

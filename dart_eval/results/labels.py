@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
@@ -69,7 +69,7 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
 
     by_task: settings only where cells of one task differ in them (each task may have a limit of its own).
     """
-    groups = _by_task(records) if by_task else [records]
+    groups = _grouped(records, lambda r: r.inputs["task"]) if by_task else [records]
     apart = {s for group in groups for s in NAMED if len(values(s, group)) > 1}
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
     same_name = len(models) > len({name for name, _ in models})  # other weights or another revision
@@ -99,10 +99,7 @@ def _said(setting: str, record: Named) -> str:
 
 def _alike(records: Sequence[Named], names: Mapping[str, Any]) -> list[list[Named]]:
     """Cells of one name, where some of them stand at the same place of a table."""
-    groups: dict[Any, list[Named]] = {}
-    for r in records:
-        groups.setdefault(names[r.key], []).append(r)
-    return [group for group in groups.values() if len(group) > len({_place(r) for r in group})]
+    return [g for g in _grouped(records, lambda r: names[r.key]) if len(g) > len({_place(r) for r in g})]
 
 
 def _place(record: Named) -> tuple[Any, ...]:
@@ -116,10 +113,10 @@ def values(setting: str, cells: Iterable[Named]) -> list[str]:
     return sorted(found - {"null"} if setting in FIELDS and FIELDS[setting].any else found)
 
 
-def _by_task(records: Sequence[Named]) -> list[list[Named]]:
-    groups: dict[str, list[Named]] = {}
+def _grouped(records: Sequence[Named], by: Callable[[Named], Any]) -> list[list[Named]]:
+    groups: dict[Any, list[Named]] = {}
     for r in records:
-        groups.setdefault(str(r.inputs["task"]), []).append(r)
+        groups.setdefault(by(r), []).append(r)
     return list(groups.values())
 
 
