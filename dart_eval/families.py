@@ -116,8 +116,7 @@ LAYOUTS = (
 # The norm whose input is the residual stream that enters the FFN, most specific first.
 RESIDUAL_NORMS = (
     "pre_mlp_layernorm", "pre_feedforward_layernorm", "pre_ff_layernorm", "feedforward_layernorm", "ffn_norm",
-    "mlp_norm",
-    "channel_pre_norm", "ln_2", "norm_2", "layernorm2", "ln_mlp", "final_layer_norm",
+    "mlp_norm", "channel_pre_norm", "ln_2", "norm_2", "layernorm2", "ln_mlp", "final_layer_norm",
     "post_attention_layernorm", "input_layernorm", "ln_1", "norm",
 )  # fmt: skip
 # A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2; GLM-4; HyperCLOVA X; LFM3): the FFN's effect leaves

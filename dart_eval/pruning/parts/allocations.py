@@ -94,9 +94,10 @@ class DepthAware(Allocation):
         sizes = dict.fromkeys(found, 0)  # FFNs of one layer change the stream together, and have one density
         for number, size in zip(change.numbers, change.sizes, strict=True):
             sizes[number] += size
-        unlike = [*sizes.values()] if len({*sizes.values()}) > 1 else None
-        densities = depth_aware(normalise_sensitivity([*found.values()]), sparsity, self.protect, unlike)
-        return [dict(zip(found, densities, strict=True))[number] for number in change.numbers]
+        normalised = normalise_sensitivity([*found.values()])
+        densities = depth_aware(normalised, sparsity, self.protect, [*sizes.values()])
+        of_layer = dict(zip(found, densities, strict=True))
+        return [of_layer[number] for number in change.numbers]
 
     def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
         return ChangeState(batch, ffns, self.sensitivity == "residual")
