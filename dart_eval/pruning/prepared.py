@@ -41,7 +41,7 @@ class Prepared:
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
         fine: the weights as decoding forwards have them, where these read the first bits alone; else None.
         whole: matrices of which a token reads the rows of the whole mask before it chooses; of images their share.
-        paid: what is read of a neuron, see `_paid`. each: `prices` per layer.
+        paid: [L, 4] fp64, what is read of a neuron, see `_paid`. each: `prices` per layer.
         share: FFN weight bytes as they are served / those of the model's own dtype.
     """
 
@@ -61,11 +61,9 @@ class Prepared:
         image = choice.image
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = rounding.share(self.ffns)
-        self.prices = None
-        if image is not None:
-            precision = choice.precision if self.sparsity else 0
-            self.each = prices(choice, precision, self.ffns, self.method.mask.whole)
-            self.prices = mean_prices(self.each, self.ffns)
+        precision = choice.precision if self.sparsity else 0
+        self.each = None if image is None else prices(choice, precision, self.ffns, self.method.mask.whole)
+        self.prices = None if self.each is None else mean_prices(self.each, self.ffns)
         self.stored = stored(choice, self.ffns)
         self.fine = None
         if image is not None and self.sparsity:
@@ -78,7 +76,7 @@ class Prepared:
         self._usual = None if varies else self._counts(None, slice(None))
         usual = self._counts_at([1 - self.sparsity] * len(sizes))
         self.whole = usual.whole
-        self.paid = self._paid()
+        self.paid = torch.tensor(self._paid(), dtype=torch.float64)
         self._computed = self._products(usual)
 
     @functools.cached_property
@@ -144,7 +142,7 @@ class Prepared:
         matrices = self.ffns[0].matrices
         if (kept := self.inputs_kept()) is not None:
             return [(matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0)] * len(self.ffns)
-        if self.prices is not None and self.sparsity:
+        if self.each is not None and self.sparsity:
             return [self._paid_through_images(prices) for prices in self.each]
         mean, found = rounding.served_bits(self.ffns), []
         whole = 0.0 if not self.sparsity else self.whole  # at sparsity 0 no image is looked at
@@ -185,7 +183,7 @@ class Prepared:
 
     def spent(self, taken: Tensor, layer: int) -> Tensor:
         """What tokens read of a layer that take so many neurons of it and write them, counted in neurons."""
-        every, whole, rest, write = self.paid[layer]
+        every, whole, rest, write = self.paid[layer].tolist()
         return ((every + whole) * self.ffns[layer].size + (rest + write) * taken) / self.ffns[layer].matrices
 
     def nbytes(self) -> int:

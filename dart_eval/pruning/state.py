@@ -230,8 +230,7 @@ class SequenceState(PerSequence):
         mask = self.kept.double().sum(1) / everything
         sizes = torch.tensor([f.size for f in self.ffns]).expand_as(self.kept)
         counts = torch.stack([sizes, self.kept, self.taken, self.written]).double()
-        paid = torch.tensor(self.prepared.paid, dtype=torch.float64).T[:, None]
-        read = (paid * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
+        read = (self.prepared.paid.T[:, None] * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
         if (dense := self.dense_now) is not None:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
         return Step(read, mask)
