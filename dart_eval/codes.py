@@ -40,11 +40,6 @@ class Packed:
     offsets: Tensor | None = None
 
     @property
-    def bits(self) -> float:
-        """Of a weight, with its part of a scale."""
-        return self.rounding.weight_bits(self.codes.shape[1])
-
-    @property
     def spread(self) -> Tensor:
         """[out, in] fp32, the scale of each weight."""
         return self._over(self.scales)

@@ -136,18 +136,16 @@ def served_bits(ffns: Sequence[FFN]) -> float:
 
 def served_bits_of(linear: nn.Module) -> float:
     """Bits of a weight of one projection as it would be served now, scales included."""
-    held = _PACKED.get(linear)
-    if held is not None:
-        return held.bits
-    if (bits := quantised.noted(linear)) is not None:
-        return bits
-    return stored_bits(linear) if encoded(linear) else OWN_BITS
+    return stored_of(linear).total
 
 
 def stored_of(linear: nn.Module) -> Stored:
     """The same, told apart."""
-    held = _PACKED.get(linear)
-    return Stored.of(served_bits_of(linear)) if held is None else held.rounding.stored(held.codes.shape[1])
+    if (held := _PACKED.get(linear)) is not None:
+        return held.rounding.stored(held.codes.shape[1])
+    if (bits := quantised.noted(linear)) is None:
+        bits = stored_bits(linear) if encoded(linear) else OWN_BITS
+    return Stored.of(bits)
 
 
 def share(ffns: Sequence[FFN]) -> float:
