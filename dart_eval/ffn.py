@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval import experts, quantised, trial
-from dart_eval.acts import Act, activation, lift
+from dart_eval.acts import activation, lift
 from dart_eval.errors import UserError
 from dart_eval.families import (
     ATTENTION_OUTPUTS,
@@ -327,7 +327,8 @@ def _has_none(layer: nn.Module) -> bool:
     return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
 
 
-_FOUND: weakref.WeakKeyDictionary[nn.Module, list[FFN]] = weakref.WeakKeyDictionary()
+# Of a model: its FFNs, and what its layers were made of when they were found.
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[list[FFN], list[int]]] = weakref.WeakKeyDictionary()
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
@@ -337,13 +338,13 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
     known = _FOUND.get(model)
-    if known is not None and unchanged(model, known):
-        return known
+    if known is not None and unchanged(model, known[0]):
+        return known[0]
     ffns = describe(model)
     for module in (m for f in ffns for m in f.projections if encoded(m)):
         quantised.note(module, stored_bits(module))
     trial.check(model, ffns)
-    _FOUND[model] = ffns
+    _FOUND[model] = ffns, _made_of(model)
     return ffns
 
 
@@ -362,19 +363,18 @@ def check_depth(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
 
 def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
-    """Whether these are still the FFNs of the model: adapters, dropped layers and quantisation make others."""
-    try:
-        return [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
-    except UserError:
-        return False
+    """Whether these are still the FFNs of the model: adapters, dropped layers and quantisation make others.
+
+    It is asked at every prompt: layers are held against what they were made of, and nothing is described anew.
+    """
+    found, made_of = _FOUND.get(model, (None, None))
+    return found is ffns and made_of == _made_of(model)
 
 
-def _parts(ffn: FFN) -> list[int]:
-    """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
-    modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
-    modules += [ffn.norm, ffn.routed or (ffn.act.act if isinstance(ffn.act, Act) else ffn.act)]
-    projections = ffn.projections
-    return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
+def _made_of(model: nn.Module) -> list[int]:
+    """The modules and parameters of its layers, by identity (a weight that is made anew each time has none)."""
+    modules = (m for layer in decoder_layers(model) for m in layer.modules())
+    return [id(x) for m in modules for x in (m, *m._parameters.values())]
 
 
 def describe(model: nn.Module) -> list[FFN]:

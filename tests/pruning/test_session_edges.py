@@ -299,6 +299,13 @@ def test_layers_that_change_inside_the_block_are_noticed(llama, method):
     assert len(find_ffns(llama)) == 3
 
 
+def test_a_prompt_describes_no_layer_anew(llama, monkeypatch):
+    """That took a tenth of a short prompt's time; layers are held against what they were made of."""
+    with open_session(llama, "griffin", 0.5, execution="masked"):
+        monkeypatch.setattr("dart_eval.ffn.describe", lambda _model: pytest.fail("described anew"))
+        generate(llama, prompt(), 4)
+
+
 def test_a_method_that_a_user_has_set_is_there_again(llama):
     mine = llama.generate = functools.partial(llama.generate, max_length=23)
     with open_session(llama, "griffin", 0.5) as session:
