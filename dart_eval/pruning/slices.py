@@ -33,6 +33,7 @@ FEW = 4  # tokens for which weighted sums of rows beat a product on a CPU
 # Sums of rows are made in so many parts at most, of at least so many rows each: one thread makes a part. They follow
 # from the number of rows alone, so that no digit depends on the number of threads.
 PARTS, PART_ROWS = 16, 256
+WHOLE = 1024  # rows up to which one sum is faster: what parts cost beside it is a fixed time
 CHUNK = 256  # neurons of down that are in float32 at a time
 
 
@@ -170,6 +171,8 @@ def weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     n, count = index.shape
     if not index.numel():
         return rows.new_zeros(n, rows.shape[1])
+    if count <= WHOLE:
+        return embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
     length = max(PART_ROWS, -(-count // PARTS))
     starts = torch.arange(0, n * count, count)[:, None] + torch.arange(0, count, length)
     sums = embedding_bag(

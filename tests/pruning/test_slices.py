@@ -76,15 +76,18 @@ def test_float16_has_no_product_on_a_turned_weight(monkeypatch):
 
 
 def test_sums_of_rows_are_made_by_several_threads(monkeypatch):
-    """`embedding_bag` gives a bag to one thread; how many bags there are says the number of neurons alone."""
+    """`embedding_bag` gives a bag to one thread; how many bags there are says the number of neurons alone. Of few rows
+    there is one: parts would cost more than they save."""
     bags, original = [], slices.embedding_bag
 
-    def spy(index, rows, offsets, **kwargs):
-        bags.append(len(offsets))
+    def spy(index, rows, offsets=None, **kwargs):
+        bags.append(len(index if offsets is None else offsets))
         return original(index, rows, offsets, **kwargs)
 
     monkeypatch.setattr(slices, "embedding_bag", spy)
     rows = torch.randn(6000, 8)
-    for count in (10, 600, 2048, 6000):
-        slices.weighted_rows(rows, torch.arange(count)[None], torch.randn(1, count))
-    assert bags == [1, 3, 8, 16]
+    for count in (10, 1024, 1025, 2048, 6000):
+        weights = torch.randn(2, count)
+        sums = slices.weighted_rows(rows, torch.arange(count).expand(2, count), weights)
+        assert torch.allclose(sums, weights @ rows[:count], atol=1e-4)
+    assert bags == [2 * parts for parts in (1, 1, 5, 8, 16)]
