@@ -23,6 +23,7 @@ from dart_eval.ffn import describe
 from dart_eval.hashes import task_hash
 from dart_eval.models import Resolved, choose_device, resolve
 from dart_eval.plan import Cell, methods_of, plan
+from dart_eval.pruning import fits
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -166,12 +167,13 @@ def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
 
 
 def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
-    """The cells whose sparsity can be met on this model; the others are named to the view.
+    """The cells whose method fits this model, and whose sparsity can be met on it; the others are named to the view.
 
     Raises:
         UserError: there are cells, and none of them can run.
     """
-    if not any(cell.method.reads_most or cell.method.routing.reroutes for cell in cells):
+    methods = [cell.method for cell in cells]
+    if not any(m.reads_most or m.routing.reroutes or not fits.anywhere(m) for m in methods):
         return list(cells)
     view.status("looking at the model's layers")
     ffns = describe(model.outline())
@@ -181,6 +183,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
         try:
             bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
             cell.method.routing.check(cell.sparsity, ffns)
+            fits.check(cell.method, ffns, cell.sparsity)
             cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
             kept.append(cell)
         except UserError as error:

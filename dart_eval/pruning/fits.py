@@ -1,4 +1,4 @@
-"""Methods that some FFNs do not allow: those with a norm of their neurons, and those that run several times a token."""
+"""Methods that some FFNs do not allow: experts, those with a norm of their neurons, those that run several times."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.parts.base import Part
+from dart_eval.pruning.parts.images import LowRank
+
+
+def anywhere(method: Pruner) -> bool:
+    """Whether a method fits all FFNs that run once for a token, whatever they are."""
+    return not method.prunes or (_not_for_experts(method) is None and _needs_own_part(method) is None)
 
 
 def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
@@ -17,6 +24,8 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
     """
     if not method.prunes:
         return
+    if any(f.routed for f in ffns) and (part := _not_for_experts(method)) is not None:
+        raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
     if any(f.norm is not None for f in ffns):
         _refuse(_needs_own_part(method), "an FFN that has a norm of its neurons before down")
     if any(f.runs > 1 for f in ffns):
@@ -26,6 +35,17 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
 def _refuse(part: str | None, what: str) -> None:
     if part is not None:
         raise UserError(f"{part} does not fit {what}", "take another method, such as griffin")
+
+
+def _not_for_experts(method: Pruner) -> Part | None:
+    """The part that is not made for experts, of which each token has others."""
+    image = method.choice.image
+    wanted: list[tuple[Part | None, bool]] = [
+        (method.compensation, method.compensation.fills), (method.choice, method.choice.ranks),
+        (image, isinstance(image, LowRank)), (method.entries, method.entries.finer),
+        (method.allocation, method.allocation.needs_scores),
+    ]  # fmt: skip
+    return next((part for part, needed in wanted if needed), None)
 
 
 def _needs_own_part(method: Pruner) -> str | None:

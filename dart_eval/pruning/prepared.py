@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from dart_eval.pruning import finer, fits, thresholds
 from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
-from dart_eval.pruning.parts.images import LowRank
 from dart_eval.pruning.previews import Fine, Preview, mean_prices, previews, prices, stored
 from dart_eval.pruning.rerouted import Rerouted
 from dart_eval.pruning.sequence import Sums, nbytes
@@ -227,23 +225,6 @@ def _of_experts(counts: Counts, ffns: Sequence[FFN]) -> Counts:
     return Counts(mask, taken, written, counts.whole)
 
 
-def _check_experts(method: Pruner) -> None:
-    """Refuse what is not made for experts, of which each token has others.
-
-    Raises:
-        UserError: with the part.
-    """
-    parts = {
-        "compensation": method.compensation.fills, "choice": method.choice.ranks,
-        "image": isinstance(method.choice.image, LowRank), "entries": method.entries.finer,
-        "allocation": method.allocation.needs_scores,
-    }  # fmt: skip
-    for slot, wanted in parts.items():
-        if wanted:
-            part: Any = method.choice.image if slot == "image" else getattr(method, slot)
-            raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
-
-
 def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Prepared:
     """Make what can be made before any prompt.
 
@@ -251,8 +232,6 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
     method.routing.check(sparsity, ffns)
-    if method.prunes and any(f.routed for f in ffns):
-        _check_experts(method)
     fits.check(method, ffns, sparsity)
     made, mask = Prepared(method, ffns, sparsity), method.mask
     fixed = mask.fixed and mask.score is not None

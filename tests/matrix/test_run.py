@@ -3,6 +3,7 @@
 import pytest
 
 from dart_eval.config import config_from
+from dart_eval.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.matrix.types import tiny
 
@@ -51,12 +52,18 @@ def test_a_run_has_the_controls_of_experts(tmp_path, tokenizer):
     assert any("fewer-experts at sparsity 0.7 is left out" in note for note in watch.notes)
 
 
-def test_what_is_not_made_for_experts_is_one_line(tmp_path, tokenizer):
+def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenizer):
+    """Before anything runs; where nothing else was asked for, the run ends with that line."""
     tiny("qwen3_moe").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    given = {"method": "pop", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
+    given = {"method": "griffin,pop,teal", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
     given |= {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}
-    result = run_local(config_from(None, given), Watch())
-    assert len(result.failed) == 1
-    (trace,) = (tmp_path / "out" / "failed").iterdir()
-    assert "choice=candidates is not made for experts yet" in trace.read_text()
+    watch = Watch()
+    result = run_local(config_from(None, given), watch)
+    assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
+    assert [note for note in watch.notes if "left out" in note] == [
+        f"{title} is left out: {part} is not made for experts yet; take another method, or a dense model"
+        for title, part in (("pop at sparsity 0.5", "choice=candidates"), ("teal at sparsity 0.5", "entries=threshold"))
+    ]
+    with pytest.raises(UserError, match=r"pop at sparsity 0\.5: choice=candidates is not made for experts yet"):
+        run_local(config_from(None, given | {"method": "pop"}), Watch())
