@@ -15,6 +15,7 @@ from dart_eval.bench.decode import Bench, check, row
 from dart_eval.bits import Stored
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
+from dart_eval.pruning import fits
 from dart_eval.pruning.kernels import lacking
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
@@ -60,10 +61,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
     if method.calibrates and tokenizer is None:
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
-        method.routing.check(sparsity, ffns)
-        method.check_reach(
-            sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, Stored.of(served_bits(ffns))
-        )
+        fits.check(method, ffns, sparsity, Stored.of(served_bits(ffns)))
     except UserError as error:
         return error
     return None

@@ -182,9 +182,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     for cell in cells:
         try:
             bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
-            cell.method.routing.check(cell.sparsity, ffns)
-            fits.check(cell.method, ffns, cell.sparsity)
-            cell.method.check_reach(cell.sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
+            fits.check(cell.method, ffns, cell.sparsity, bits)
             kept.append(cell)
         except UserError as error:
             reasons[f"{cell.method.spec} at sparsity {cell.sparsity:g}"] = error

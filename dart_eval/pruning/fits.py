@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dart_eval.bits import Stored
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN
 from dart_eval.pruning.method import Pruner
@@ -16,12 +17,17 @@ def anywhere(method: Pruner) -> bool:
     return not method.prunes or (_not_for_experts(method) is None and _needs_own_part(method) is None)
 
 
-def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
-    """Refuse a method that does not fit a model's FFNs.
+def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
+    """Refuse a method that does not fit a model's FFNs, or a sparsity that cannot be met on them.
+
+    Args:
+        bits: of a weight, as it is served. With them it is looked, too, whether more is read before anything is chosen
+            than the sparsity leaves.
 
     Raises:
         UserError: with the part, and what it does not fit.
     """
+    method.routing.check(sparsity, ffns)
     if not method.prunes:
         return
     if any(f.routed for f in ffns) and (part := _not_for_experts(method)) is not None:
@@ -30,6 +36,8 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
         _refuse(_needs_own_part(method), "an FFN that has a norm of its neurons before down")
     if any(f.runs > 1 for f in ffns):
         _refuse(_counts_runs(method, len(ffns), sparsity), "layers that run several times for a token")
+    if bits is not None:
+        method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
 
 
 def _refuse(part: str | None, what: str) -> None:

@@ -231,7 +231,6 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
     Raises:
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
-    method.routing.check(sparsity, ffns)
     fits.check(method, ffns, sparsity)
     made, mask = Prepared(method, ffns, sparsity), method.mask
     fixed = mask.fixed and mask.score is not None

@@ -13,6 +13,7 @@ from dart_eval.pruning.kernels import lacking
 from dart_eval.pruning.registry import make, parse
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
+from tests.matrix import types
 
 FEW = ("--prompt", "16", "--steps", "2", "--rounds", "1", "--sparsity", "0.5")
 UNTIMED = "dart-plus,preview,cats,teal"
@@ -66,6 +67,12 @@ def test_a_text_that_nothing_can_read_leaves_one_method_out():
     model = tiny("llama", torch.float32)
     assert "no tokenizer" in str(untimed.refused(model, make("teal"), 0.5, None))
     assert untimed.refused(model, make("teal"), 0.5, object()) is untimed.refused(model, make("preview"), 0.5, None)
+
+
+def test_what_is_not_made_for_experts_is_left_out_too():
+    model = types.tiny("qwen3_moe")
+    assert "choice=candidates is not made for experts" in str(untimed.refused(model, make("pop"), 0.5, object()))
+    assert untimed.refused(model, make("dart-plus"), 0.5, object()) is None
 
 
 @pytest.mark.parametrize(("method", "why"), [
