@@ -122,7 +122,7 @@ def test_counts_in_steps_by_hand():
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 5000)), min_size=2, max_size=12), st.floats(0.05, 0.85),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(1, 5000)), min_size=2, max_size=9), st.floats(0.05, 0.85),
     st.booleans(),
 )  # fmt: skip
 def test_layers_of_many_sizes_meet_the_sparsity_of_their_neurons(layers, sparsity, protect):
@@ -130,7 +130,12 @@ def test_layers_of_many_sizes_meet_the_sparsity_of_their_neurons(layers, sparsit
     keep = depth_aware(normalise_sensitivity(sensitivity), sparsity, protect, sizes)
     low, high = min(0.1, sparsity), max(0.9, sparsity)
     assert all(1 - high - 1e-9 <= k <= 1 - low + 1e-9 for k in keep)
-    if all(low < 1 - k < high for k in keep):
-        assert sum(k * n for k, n in zip(keep, sizes, strict=True)) == pytest.approx((1 - sparsity) * sum(sizes))
+    # A round of redistribution meets the budget, or takes a layer to its bound: ten are enough for nine layers.
+    assert sum(k * n for k, n in zip(keep, sizes, strict=True)) == pytest.approx((1 - sparsity) * sum(sizes), abs=1e-6)
     alike = depth_aware(normalise_sensitivity(sensitivity), sparsity, protect, [7] * len(sizes))
     assert alike == depth_aware(normalise_sensitivity(sensitivity), sparsity, protect)
+
+
+def test_layers_of_two_sizes_by_hand():
+    """Of 400 neurons 200 are pruned: the first layer's most, 90, and 110 of the 300 of the layer that has no weight."""
+    assert depth_aware([0, 1], 0.5, False, [100, 300]) == pytest.approx([0.1, 1 - 110 / 300])
