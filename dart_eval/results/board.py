@@ -50,6 +50,7 @@ class Row:
         nats: log-likelihood of the right answers of choice tasks less that under dense, mean over tasks.
         memory: bytes kept beside the model, the most over the cells.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
+        calibrated: it has read a text before any prompt.
         speed: of decoding, where `bench` wrote one into the folder, or that no kernel makes its bytes into time.
         mark: `best` of its level, `not told apart` from it, or empty.
         keys: of the records.
@@ -67,6 +68,7 @@ class Row:
     nats: Recovery | None
     memory: int
     overhead: float
+    calibrated: bool
     speed: Speed | None
     keys: tuple[str, ...]
     mark: str = ""
@@ -215,7 +217,8 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
         recovery=recovery.mean(recoveries.values()), tasks=tuple(sorted(recoveries)), nats=recovery.mean(nats.values()),
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
-        speed=of_cell(speeds, first.inputs), keys=tuple(r.key for r in records),
+        calibrated=first.inputs.get("calibration") is not None, speed=of_cell(speeds, first.inputs),
+        keys=tuple(r.key for r in records),
     )  # fmt: skip
 
 

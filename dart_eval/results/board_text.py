@@ -193,6 +193,9 @@ def legend(board: Board, columns: Sequence[Column]) -> list[str]:
     bounds = [row.name for row in rows if row.kind == UPPER_BOUND]
     if bounds:
         said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
+    calibrated = [row.label for row in rows if row.calibrated]
+    if calibrated:
+        said.append(f"Calibrated on a text before any prompt: {', '.join(dict.fromkeys(calibrated))}.")
     if any(granularity(row) for row in rows):
         said.append("Rows that leave out input channels, single weights or experts for all take no part in the tests.")
     return [*text, " ".join([*said, *board.notes])]

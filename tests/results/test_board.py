@@ -238,6 +238,16 @@ def test_upper_bounds_stand_apart_and_are_never_best(tmp_path):
     assert "Upper bounds, which know what no method can know in time: oracle." in " ".join(board_text.lines(made, 100))
 
 
+def test_methods_that_calibrate_are_named(tmp_path):
+    """Each once, whatever the sparsity, and by `calibration` in the inputs: None where a method reads no text."""
+    dense, griffin = choices(0.8, method="dense", calibration=None), choices(0.5, method="griffin", calibration=None)
+    flap = [choices(0.6, method="flap"), choices(0.4, read=0.3, sparsity=0.7, method="flap")]
+    said = " ".join(board_text.lines(board_of(tmp_path / "a", dense, griffin, *flap), 100))
+    assert " Calibrated on a text before any prompt: flap." in said
+    alone = board_of(tmp_path / "b", dense, griffin)
+    assert "Calibrated" not in " ".join(board_text.lines(alone, 100))
+
+
 def test_another_granularity_has_levels_of_its_own_and_no_part_in_the_test(tmp_path):
     def finer(of, value, **inputs):
         record = choices(value, **inputs)
@@ -355,7 +365,7 @@ def test_many_tasks_share_a_column_for_each_metric(tmp_path):
     text = board_text.lines(board_of(tmp_path, *records), 80)
     (head,) = [line for line in text if line.startswith("method")]
     assert "acc of 6" in head and "task0" not in head
-    (row,) = [line for line in text if "griffin" in line and "±" in line]
+    (row,) = [line for line in text if line.lstrip("* ").startswith("griffin") and "±" in line]
     shares = (EASY < 0.5).mean()
     assert f"{100 * shares:.1f} ±{100 * 0.01 / 6**0.5:.1f}" in row
 
@@ -379,7 +389,7 @@ def test_measured_speed_stands_beside_its_row(tmp_path):
     assert "1.52x" in text and "as `bench decode` measured it" in text and "bytes only" not in text
     untimed = dataclasses.replace(speed, speedup=None, control=None, times="bytes only")
     folder = board_of(tmp_path / "other", choices(0.8, method="dense"), pruned, speeds=[untimed])
-    (row,) = [line for line in board_text.lines(folder, 100) if "griffin" in line and "±" in line]
+    (row,) = [line for line in board_text.lines(folder, 100) if line.lstrip("* ").startswith("griffin") and "±" in line]
     assert row.rstrip().endswith("bytes only")
 
 
