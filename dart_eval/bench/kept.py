@@ -22,7 +22,7 @@ from dart_eval.bench.ratio import Ratio
 from dart_eval.errors import UserError, remark
 from dart_eval.files import check_name, check_target, read_regular, reason, write
 from dart_eval.results import layout
-from dart_eval.results.inputs import Model, Share
+from dart_eval.results.inputs import Model, Share, of_any_version
 from dart_eval.text import json_text
 
 SCHEMA = 1
@@ -85,8 +85,9 @@ class Speed:
         Args:
             inputs: of the cell, as in its record.
         """
-        same = all(getattr(self, name) == inputs.get(name) for name in ("dtype", "params", "sparsity", "ffn_bits"))
-        return same and _which(self.model) == _which(inputs["model"])
+        same = all(getattr(self, name) == inputs.get(name) for name in ("dtype", "sparsity", "ffn_bits"))
+        of = _which(self.model), of_any_version(self.params)
+        return same and of == (_which(inputs["model"]), of_any_version(inputs["params"]))
 
     @property
     def key(self) -> str:

@@ -48,7 +48,9 @@ def test_measured_again_it_replaces_what_was_there(tmp_path):
 @pytest.mark.parametrize(("change", "fits"), [
     ({}, True), ({"device": "cuda"}, True), ({"model": {**MODEL, "name": "other"}}, True),
     ({"model": {**MODEL, "weights": "beef"}}, False), ({"params": {**PARAMS, "remask.window": 9}}, False),
-    ({"sparsity": 0.5}, False), ({"dtype": "float32"}, False), ({"model": {**MODEL, "weights": None}}, False),
+    ({"params": {**PARAMS, "routing": "own"}}, True),  # as older versions did, which had no such part
+    ({"params": {**PARAMS, "routing": "fewer"}}, False), ({"sparsity": 0.5}, False),
+    ({"dtype": "float32"}, False), ({"model": {**MODEL, "weights": None}}, False),
 ])  # fmt: skip
 def test_a_speed_belongs_to_cells_of_its_method_and_model(change, fits):
     inputs = {"model": MODEL, "params": PARAMS, "sparsity": 0.7, "dtype": "bfloat16", "device": "cpu", "task": "arc"}
