@@ -52,3 +52,15 @@ everywhere --method wanda,wanda:entries.pattern=2:4 --sparsity 0.5
 everywhere --method griffin:draw=sample,griffin:draw=sample:draw.best=0.5 --sparsity 0.5
 everywhere --method magnitude,mag-sp --sparsity 0.5
 everywhere --method dense --ffn-bits 8
+
+# Speed, where a kernel makes bytes into time; the machine should have nothing else to do.
+speeds() { # OPTIONS
+  step=$((step + 1))
+  [ "$step" -lt "$first" ] && return
+  $tool bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@" ||
+    echo "step $step ended with status $?: bench decode $*" >&2
+}
+speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,dart,dart-choice,static,wanda-sp,glass,coreinfer,planes:entries.bits=5
+speeds --sparsity 0.5 --method griffin,prox,pop,cats,m-countdown,dart-plus,teal,wina,wanda
+speeds --sparsity 0.3 --method griffin,prox
+speeds --ffn-bits 4 --method griffin --sparsity 0.442 # and dense on 4 bits, by torch's packed product
