@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval import experts, quantised, trial
-from dart_eval.acts import activation, lift
+from dart_eval.acts import Act, activation, lift
 from dart_eval.errors import UserError
 from dart_eval.families import (
     ATTENTION_OUTPUTS,
@@ -241,20 +241,6 @@ def features(linear: Any) -> tuple[int, int]:
     return int(linear.in_features), int(linear.out_features)
 
 
-def gain(norm: nn.Module | None, width: int) -> Tensor:
-    """[D] fp32: the elementwise factor of a norm, read off its response to +1, -1, +1 ... (ones without a norm).
-
-    Such a vector has mean 0 and mean square 1, so that RMS and layer norms alike answer with their factor alone.
-    """
-    if norm is None:
-        return torch.ones(width)
-    weight = next(norm.parameters(), None)
-    probe = 1.0 - 2.0 * (torch.arange(width) % 2).float()
-    x = probe if weight is None else probe.to(weight.device, weight.dtype)
-    with torch.no_grad():
-        return ((norm(x) - norm(-x)) / 2).float().cpu() * probe
-
-
 def cache_argument(model: nn.Module) -> str:
     """Name of forward's KV cache argument: transformers 5 renames `past_key_values` to `cache`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -348,33 +334,37 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     return ffns
 
 
-def check_depth(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Refuse the allocation `depth` where what it compares is not what enters a layer's FFNs and what these add.
-
-    Raises:
-        UserError: a layer of this model does more than add its FFNs' output to the stream.
-    """
-    if unknown := [f.number for f in ffns if not f.adds]:
-        raise UserError(
-            f"the allocation depth does not fit {type(model).__name__}: layer {unknown[0]} does more than add its "
-            "FFN's output to the stream that enters it",
-            "use allocation=uniform",
-        )
-
-
 def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
     """Whether these are still the FFNs of the model: adapters, dropped layers and quantisation make others.
 
-    It is asked at every prompt: layers are held against what they were made of, and nothing is described anew.
+    It is asked at every prompt: layers are described anew only where something in them is not what it was.
     """
     found, made_of = _FOUND.get(model, (None, None))
-    return found is ffns and made_of == _made_of(model)
+    if found is ffns and made_of == _made_of(model):
+        return True
+    try:
+        same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
+    except UserError:
+        return False
+    if same and found is ffns:
+        _FOUND[model] = found, _made_of(model)
+    return same
 
 
 def _made_of(model: nn.Module) -> list[int]:
-    """The modules and parameters of its layers, by identity (a weight that is made anew each time has none)."""
-    modules = (m for layer in decoder_layers(model) for m in layer.modules())
-    return [id(x) for m in modules for x in (m, *m._parameters.values())]
+    """All that layers are made of, by identity: modules, parameters, functions (but for a module's own methods)."""
+    modules = [m for layer in decoder_layers(model) for m in layer.modules()]
+    parameters = (p for m in modules for p in m._parameters.values())
+    functions = (v for m in modules for k, v in vars(m).items() if callable(v) and not hasattr(nn.Module, k))
+    return [id(x) for x in itertools.chain(modules, parameters, functions)]
+
+
+def _parts(ffn: FFN) -> list[int]:
+    """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
+    modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
+    modules += [ffn.norm, ffn.routed or (ffn.act.act if isinstance(ffn.act, Act) else ffn.act)]
+    projections = ffn.projections
+    return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 
 
 def describe(model: nn.Module) -> list[FFN]:

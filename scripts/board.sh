@@ -41,6 +41,7 @@ for tasks in "$drift 32" "$choice 100" "$summaries 40" "wikitext 8"; do
 done
 # The rivals, those first that change something for each token.
 everywhere --method dart-choice,dart,oracle-token --sparsity 0.7
+everywhere --method preview,preview:image=copy --sparsity 0.7
 everywhere --method cats,m-countdown,prox,pop,dart-choice,dart --sparsity 0.5
 everywhere --method prox,pop,flap --sparsity 0.7
 everywhere --method dart-plus,griffin --ffn-bits 4 --sparsity 0.5
@@ -63,4 +64,4 @@ speeds() { # OPTIONS
 speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,dart,dart-choice,static,wanda-sp,glass,coreinfer,planes:entries.bits=5
 speeds --sparsity 0.5 --method griffin,prox,pop,cats,m-countdown,dart-plus,teal,wina,wanda
 speeds --sparsity 0.3 --method griffin,prox
-speeds --ffn-bits 4 --method griffin --sparsity 0.442 # and dense on 4 bits, by torch's packed product
+speeds --ffn-bits 4 --method griffin,preview,preview:image=copy --sparsity 0.7 # and dense on 4 bits, by torch's packed product

@@ -169,6 +169,9 @@ def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
 def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
     """The cells whose method fits this model, and whose sparsity can be met on it; the others are named to the view.
 
+    It goes by the model's modules alone: what shows when it runs (a layer that runs several times for a token, or does
+    more than add its FFN's output) fails a cell.
+
     Raises:
         UserError: there are cells, and none of them can run.
     """

@@ -34,6 +34,12 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | N
         raise UserError(f"{part.title} is not made for experts yet", "take another method, or a dense model")
     if any(f.norm is not None for f in ffns):
         _refuse(_needs_own_part(method), "an FFN that has a norm of its neurons before down")
+    if method.allocation.needs_change and (unknown := [f.number for f in ffns if not f.adds]):
+        raise UserError(
+            f"{method.allocation.title} does not fit this model: layer {unknown[0]} does more than add its FFN's "
+            "output to the stream that enters it",
+            "use allocation=uniform",
+        )
     if any(f.runs > 1 for f in ffns):
         _refuse(_counts_runs(method, len(ffns), sparsity), "layers that run several times for a token")
     if bits is not None:

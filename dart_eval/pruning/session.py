@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import check_depth, find_ffns, unchanged
+from dart_eval.ffn import find_ffns, unchanged
 from dart_eval.pruning.cache_watch import CacheWatch, check_cache
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.calls import Calls
@@ -54,8 +54,6 @@ class Session(Readings):
         self.model, self.method, self.shared_mask = model, method, shared_mask
         self.sparsity = sparsity if method.sized else 0.0
         self.ffns = find_ffns(model)
-        if method.allocation.needs_change:
-            check_depth(model, self.ffns)
         self.executing = Execution(model, self.ffns, method, execution, shared_mask)
         self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration)
         self.executing.fine = self.prepared.fine

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dart_eval.errors import UserError
 from dart_eval.families import final_norm
-from dart_eval.ffn import FFN, gain, weight_matrix
+from dart_eval.ffn import FFN, weight_matrix
 
 CHUNK_BYTES = 256 << 20  # of the projection onto the vocabulary held at a time
 
@@ -64,3 +64,17 @@ def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
             total += phi.sum(0)
         found.append(Projection(largest, total / head.shape[0]))
     return found
+
+
+def gain(norm: nn.Module | None, width: int) -> Tensor:
+    """[D] fp32: the elementwise factor of a norm, read off its response to +1, -1, +1 ... (ones without a norm).
+
+    Such a vector has mean 0 and mean square 1, so that RMS and layer norms alike answer with their factor alone.
+    """
+    if norm is None:
+        return torch.ones(width)
+    weight = next(norm.parameters(), None)
+    probe = 1.0 - 2.0 * (torch.arange(width) % 2).float()
+    x = probe if weight is None else probe.to(weight.device, weight.dtype)
+    with torch.no_grad():
+        return ((norm(x) - norm(-x)) / 2).float().cpu() * probe

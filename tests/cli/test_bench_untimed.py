@@ -69,7 +69,9 @@ def test_a_text_that_nothing_can_read_leaves_one_method_out():
     assert untimed.refused(model, make("teal"), 0.5, object()) is untimed.refused(model, make("preview"), 0.5, None)
 
 
-def test_what_is_not_made_for_experts_is_left_out_too():
+def test_what_does_not_fit_a_model_is_left_out_too():
+    depth = untimed.refused(types.tiny("deepseek_v4"), make("dart"), 0.5, object())
+    assert "allocation=depth does not fit this model" in str(depth)
     model = types.tiny("qwen3_moe")
     assert "choice=candidates is not made for experts" in str(untimed.refused(model, make("pop"), 0.5, object()))
     assert untimed.refused(model, make("dart-plus"), 0.5, object()) is None

@@ -67,3 +67,18 @@ def test_what_is_not_made_for_experts_is_left_out_with_a_line(tmp_path, tokenize
     ]
     with pytest.raises(UserError, match=r"pop at sparsity 0\.5: choice=candidates is not made for experts yet"):
         run_local(config_from(None, given | {"method": "pop"}), Watch())
+
+
+def test_what_does_not_fit_a_norm_of_neurons_is_left_out_too(tmp_path, tokenizer):
+    tiny("bitnet").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = {"method": "griffin,dart-plus", "sparsity": 0.5, "tasks": "smoke_questions", "limit": 1}
+    watch = Watch()
+    result = run_local(
+        config_from(None, given | {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")}), watch
+    )
+    assert not result.failed and [r.inputs["method"] for r in result.records] == ["griffin"]
+    assert any(
+        "dart-plus at sparsity 0.5 is left out: choice=graded does not fit an FFN that has a norm" in note
+        for note in watch.notes
+    )

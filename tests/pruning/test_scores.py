@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dart_eval.families import final_norm
-from dart_eval.ffn import find_ffns, gain
+from dart_eval.ffn import find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.parts.remasks import OnDrift
 from dart_eval.pruning.parts.scores import Activation, Random, Weights, activations, decayed
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.vocabulary import project
+from dart_eval.pruning.vocabulary import gain, project
 from tests.helpers.models import SMALL, tiny
 from tests.helpers.sessions import state_of
 

@@ -299,6 +299,34 @@ def test_layers_that_change_inside_the_block_are_noticed(llama, method):
     assert len(find_ffns(llama)) == 3
 
 
+def test_what_comes_beside_the_ffn_inside_the_block_changes_no_ffn(llama):
+    with open_session(llama, "griffin", 0.5, execution="masked") as session:
+        generate(llama, prompt(), 2)
+        llama.model.layers[0].self_attn.q_proj = Adapter(llama.model.layers[0].self_attn.q_proj)
+        for _ in range(2):
+            generate(llama, prompt(), 2)
+        assert session.ffns is find_ffns(llama)
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_weights_that_come_for_each_forward_alone_are_no_changed_layer(llama, part):
+    """accelerate's offload puts another empty parameter in a weight's place after every forward."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(getattr(llama.model.layers[1], part))
+    with open_session(llama, "griffin", 0.5, execution="masked"):
+        for _ in range(3):
+            generate(llama, prompt(), 2)
+
+
+def test_another_activation_is_found_though_it_is_a_plain_function(llama):
+    llama.model.layers[0].mlp.act_fn = None  # a module's place takes modules alone
+    del llama.model.layers[0].mlp.act_fn
+    llama.model.layers[0].mlp.act_fn = torch.nn.functional.silu
+    assert find_ffns(llama)[0].act is torch.nn.functional.silu
+    llama.model.layers[0].mlp.act_fn = torch.nn.functional.gelu
+    assert find_ffns(llama)[0].act is torch.nn.functional.gelu
+
+
 def test_a_prompt_describes_no_layer_anew(llama, monkeypatch):
     """That took a tenth of a short prompt's time; layers are held against what they were made of."""
     with open_session(llama, "griffin", 0.5, execution="masked"):

@@ -138,7 +138,7 @@ def test_depth_gives_ffns_of_one_layer_one_density(name, numbers):
 def test_a_layer_whose_ffns_do_not_just_add_to_the_stream_is_refused_depth():
     model = matrix_model("deepseek_v4")  # it mixes several streams
     assert not any(ffn.adds for ffn in find_ffns(model) if ffn.joint)
-    with pytest.raises(UserError, match="allocation depth does not fit"), open_session(model, "dart", 0.5):
+    with pytest.raises(UserError, match="allocation=depth does not fit"), open_session(model, "dart", 0.5):
         pass
 
 
@@ -170,7 +170,7 @@ def test_depth_is_refused_by_name_where_a_layer_does_more_and_all_else_works(fam
     model, ids = random_model(UNKNOWN[family]()), torch.tensor([random_tokens(12)])
     assert not any(ffn.adds for ffn in find_ffns(model))
     with (
-        pytest.raises(UserError, match=rf"allocation depth does not fit {type(model).__name__}.*allocation=uniform"),
+        pytest.raises(UserError, match=r"allocation=depth does not fit this model: layer 0 .*allocation=uniform"),
         open_session(model, "dart", 0.5),
     ):
         pass
