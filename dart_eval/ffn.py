@@ -340,14 +340,15 @@ def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
     It is asked at every prompt: layers are described anew only where something in them is not what it was.
     """
     found, made_of = _FOUND.get(model, (None, None))
-    if found is ffns and made_of == _made_of(model):
+    now = _made_of(model)
+    if found is ffns and made_of == now:
         return True
     try:
         same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
     except UserError:
         return False
     if same and found is ffns:
-        _FOUND[model] = found, _made_of(model)
+        _FOUND[model] = found, now
     return same
 
 
