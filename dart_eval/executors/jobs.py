@@ -175,8 +175,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     Raises:
         UserError: there are cells, and none of them can run.
     """
-    methods = [cell.method for cell in cells]
-    if not any(m.reads_most or m.routing.reroutes or not fits.anywhere(m) for m in methods):
+    if all(fits.anywhere(cell.method) for cell in cells):
         return list(cells)
     view.status("looking at the model's layers")
     ffns = describe(model.outline())

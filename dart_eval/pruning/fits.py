@@ -13,7 +13,9 @@ from dart_eval.pruning.parts.images import LowRank
 
 
 def anywhere(method: Pruner) -> bool:
-    """Whether a method fits all FFNs that run once for a token, whatever they are."""
+    """Whether a method fits all FFNs that run once for a token, whatever they are, at any sparsity."""
+    if method.reads_most or method.routing.reroutes:
+        return False
     return not method.prunes or (_not_for_experts(method) is None and _needs_own_part(method) is None)
 
 
