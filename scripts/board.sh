@@ -6,13 +6,15 @@ model=$1 data=$2 output=$3 first=${4:-1}
 tool=${DART_EVAL:-dart-eval}
 
 step=0
-cells() { # TASKS LIMIT OTHER-OPTIONS: one run; what is finished is kept and skipped
+one() { # COMMAND OPTIONS: the next step
   step=$((step + 1))
   [ "$step" -lt "$first" ] && return
+  $tool "$@" || echo "step $step ended with status $?: $*" >&2
+}
+cells() { # TASKS LIMIT OTHER-OPTIONS: one run; what is finished is kept and skipped
   local tasks=$1 limit=$2
   shift 2
-  $tool run --model "$model" --data-dir "$data" --dtype bfloat16 --output "$output" --tasks "$tasks" --limit "$limit" "$@" ||
-    echo "step $step ended with status $?: --tasks $tasks $*" >&2
+  one run --model "$model" --data-dir "$data" --dtype bfloat16 --output "$output" --tasks "$tasks" --limit "$limit" "$@"
 }
 
 drift="drift_xsum,drift_cnn_dailymail"
@@ -56,10 +58,7 @@ everywhere --method dense --ffn-bits 8
 
 # Speed, where a kernel makes bytes into time; the machine should have nothing else to do.
 speeds() { # OPTIONS
-  step=$((step + 1))
-  [ "$step" -lt "$first" ] && return
-  $tool bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@" ||
-    echo "step $step ended with status $?: bench decode $*" >&2
+  one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
 }
 speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,dart,dart-choice,static,wanda-sp,glass,coreinfer,planes:entries.bits=5
 speeds --sparsity 0.5 --method griffin,prox,pop,cats,m-countdown,dart-plus,teal,wina,wanda
