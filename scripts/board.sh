@@ -63,4 +63,14 @@ speeds() { # OPTIONS
 speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,dart,dart-choice,static,wanda-sp,glass,coreinfer,planes:entries.bits=5
 speeds --sparsity 0.5 --method griffin,prox,pop,cats,m-countdown,dart-plus,teal,wina,wanda
 speeds --sparsity 0.3 --method griffin,prox
-speeds --ffn-bits 4 --method griffin,preview,preview:image=copy --sparsity 0.7 # and dense on 4 bits, by torch's packed product
+speeds --sparsity 0.7 --method preview,preview:image=copy
+# On rounded weights torch's packed product takes dense on 4 bits; all else is counted.
+speeds --sparsity 0.442 --method griffin,dart-plus --ffn-bits 4
+speeds --sparsity 0.5 --method griffin,dart-plus --ffn-bits 4,3,2
+speeds --sparsity 0.644 --method griffin,pop,dart-plus --ffn-bits 4
+speeds --sparsity 0.719 --method dart-plus
+for bits_and_sparsity in "5 0.128" "5 0.36" "6 0.262" "6 0.46" "4 0.218"; do
+  # shellcheck disable=SC2086
+  set -- $bits_and_sparsity
+  speeds --sparsity "$2" --method dart-plus --ffn-bits "$1"
+done

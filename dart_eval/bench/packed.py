@@ -21,7 +21,7 @@ from dart_eval.bits import OWN_BITS, Rounding
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, plain_matrix
 from dart_eval.machine import foreign_cpu
-from dart_eval.pruning.products import product
+from dart_eval.pruning import products
 from dart_eval.rounding import rounded
 
 if TYPE_CHECKING:
@@ -53,23 +53,43 @@ class RoundedSpeed:
     twin_bytes: int
 
 
+def check(model: nn.Module, compiled: str | None) -> None:
+    """Refuse what cannot be measured on rounded weights, before anything is.
+
+    Raises:
+        UserError: the weights are quantised already, or `compiled` is given.
+    """
+    for module in (m for f in find_ffns(model) for m in f.projections):
+        plain_matrix(module)
+    if compiled is not None:
+        raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
+
+
+def lacking(model: nn.Module, rounding: Rounding) -> str | None:
+    """Why a model on rounded FFN weights decodes no faster, though it reads less; None where it can be faster."""
+    ffns = find_ffns(model)
+    if any(f.routed for f in ffns):
+        return "experts have no packed products here"
+    matrices = [plain_matrix(m) for f in ffns for m in f.projections]
+    if matrices[0].device.type != "cpu":
+        return "torch's packed products are for a CPU alone"
+    return next(filter(None, (products.lacking(rounding, m.shape[1]) for m in matrices)), None)
+
+
 @contextmanager
 def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """The FFN projections of a model multiply rounded weights through packed products inside the block.
 
     Raises:
-        UserError: on a device, for bits or for experts that there is no such product for, or the weights are quantised.
+        UserError: there is no such product (`lacking`), or the weights are quantised.
     """
-    ffns = find_ffns(model)
-    modules: list[Any] = [m for f in ffns for m in f.projections]
-    if any(f.routed for f in ffns):
-        raise UserError("rounded experts are not timed", "leave --ffn-bits out")
-    if plain_matrix(modules[0]).device.type != "cpu":
-        raise UserError("rounded weights are timed on a CPU alone", "use --device cpu, or leave --ffn-bits out")
+    if reason := lacking(model, rounding):
+        raise UserError(reason, products.REMEDY)
+    modules: list[Any] = [m for f in find_ffns(model) for m in f.projections]
     made = []
     for module in modules:
         matrix = plain_matrix(module)
-        made.append(product(rounded(matrix, rounding), getattr(module, "bias", None), matrix.dtype))
+        made.append(products.product(rounded(matrix, rounding), getattr(module, "bias", None), matrix.dtype))
     try:
         for module, forward in zip(modules, made, strict=True):
             module.forward = forward
@@ -82,20 +102,17 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, rounding: Rounding, *, prompt_tokens: int = 128, steps: int = 30, rounds: int = 3,
-    seed: int = 0, compiled: str | None = None,
+    seed: int = 0,
 ) -> RoundedSpeed:  # fmt: skip
     """Time the dense model on rounded FFN weights, on one sequence of random tokens, beside itself unrounded.
 
     Args:
         prompt_tokens: the length of each round's prompt. steps: the tokens decoded in each round.
         rounds: how many rounds are timed, after one that warms up. seed: of the random tokens.
-        compiled: refused; packed products are timed without a compiler.
 
     Raises:
-        UserError: see `packed_ffns`; or `compiled` is given.
+        UserError: see `packed_ffns`.
     """
-    if compiled is not None:
-        raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
     ffns = find_ffns(model)
     shape = cost.shape_of(model, ffns)
     bench, times = Bench(model, twin(model), seed, None, prompt_tokens + steps), Times()

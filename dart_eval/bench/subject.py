@@ -91,17 +91,27 @@ class Subject:
         """Whether some kernel makes the bytes that a method leaves out into time."""
         return lacking(method, find_ffns(self.model), self.model) is None
 
-    def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
-        """Time one method (`decode.measure`), or count what it reads where nothing is to be timed."""
+    def measure(
+        self, method: Pruner, sparsity: float, setting: Setting, rounding: Rounding | None = None
+    ) -> DecodeSpeed | BytesOnly:
+        """Time one method (`decode.measure`), or count what it reads where nothing is to be timed.
+
+        Args:
+            rounding: what the FFN weights are rounded to now (`rounded_ffns`); None: nothing.
+        """
         given: dict[str, Any] = {"tokenizer": self.tokenizer, **dataclasses.asdict(setting)}
-        if self.timed(method):
+        if rounding is None and self.timed(method):
             return decode.measure(self.model, method, sparsity, **given)
         del given["rounds"], given["compiled"]
-        return untimed.measure(self.model, method, sparsity, **given)
+        return untimed.measure(self.model, method, sparsity, **given, rounding=rounding)
 
-    def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed:
-        """Time the dense model on rounded FFN weights, see `packed.measure`."""
-        return packed.measure(self.model, rounding, **dataclasses.asdict(setting))
+    def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed | BytesOnly:
+        """Time the dense model on rounded FFN weights (`packed.measure`), or count what it reads of them."""
+        if why := packed.lacking(self.model, rounding):
+            return untimed.alone(self.model, rounding, why)
+        given = dataclasses.asdict(setting)
+        del given["compiled"]  # refused before
+        return packed.measure(self.model, rounding, **given)
 
     def profile(self, method: Pruner, sparsity: float, prompt_tokens: int, ending: str) -> bytes:
         """The trace of torch's profiler, see `decode.profile`; the ending of a file says if it is packed."""
@@ -113,12 +123,14 @@ class Subject:
             return path.read_bytes()
 
     def speed(self, found: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
-        """What is kept of a measurement. method: that was timed; `dense` on rounded weights."""
+        """What is kept of a measurement. method: that was measured; `dense` for rounding alone."""
         more = {name: value for name, value in dataclasses.asdict(found).items() if name not in FIELDS}
+        bits: str | None
         if isinstance(found, RoundedSpeed):
             sparsity, read, bits = 0.0, found.read, found.bits
         else:
-            sparsity, read, bits = found.sparsity if method.sized else 0.0, found.weights_read, None
+            sparsity, read = found.sparsity if method.sized else 0.0, found.weights_read
+            bits = found.bits if isinstance(found, BytesOnly) else None
         times: dict[str, Any] = {"speedup": None, "control": None, "times": untimed.BYTES_ONLY}
         if not isinstance(found, BytesOnly):
             times = {"speedup": found.speedup, "control": found.control}

@@ -18,25 +18,42 @@ from dart_eval.results.writers import Table
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector", "images")
 
 
-def rounding(found: Sequence[RoundedSpeed], where: str) -> Table:
-    """How fast the dense model decodes on rounded FFN weights, for people."""
+HEADS = ("speed-up", "ceiling", "share", "control")
+
+
+def rounding(found: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
+    """How fast a model decodes on rounded FFN weights, for people: the dense one, and methods on top."""
+    timed = [f for f in found if isinstance(f, RoundedSpeed)]
     body = [
+        _bytes_only(f) if isinstance(f, BytesOnly) else
         [
             f"dense on {f.bits} bits", f"{f.read:.2f}", _ratio(f.speedup), f"{f.ceiling:.2f}x",
             f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
         ]
         for f in found
     ]  # fmt: skip
-    note = (
-        f"{where}; one sequence, {found[0].speedup.n} steps a row. The FFN weights are rounded, and multiplied by "
-        "torch's own packed products for few bits. Columns as in the table of methods: rounding is a control, which "
-        "a pruner must beat at equal bytes."
-    )
-    return Table("Rounding alone", ["model", "read", "speed-up", "ceiling", "share", "control"], body, note)
+    note = f"{where}; one sequence. The FFN weights are rounded. "
+    if timed:
+        note += f"Torch's own packed products for few bits multiply them, {timed[0].speedup.n} steps a row. "
+    note += "Columns as in the table of methods: rounding is a control, which a pruner must beat at equal bytes."
+    return Table("On rounded weights", ["method", "read", *HEADS], body, note + _reasons(found))
 
 
-def decoding(found: Sequence[DecodeSpeed | BytesOnly], rounded: Sequence[RoundedSpeed], where: str) -> list[Table]:
-    """All tables of how fast methods and rounding alone decode. where: the model and the hardware."""
+def _bytes_only(found: BytesOnly) -> list[str]:
+    """The row of what could not be timed."""
+    return [found.title, f"{found.weights_read:.2f}", BYTES_ONLY, f"{found.ceiling:.2f}x", "-", "-"]
+
+
+def _reasons(found: Sequence[object]) -> str:
+    """Why some rows have no times; nothing where all have."""
+    why = {f.why: None for f in found if isinstance(f, BytesOnly)}
+    return f" {BYTES_ONLY.capitalize()}: nothing makes these bytes into time ({'; '.join(why)})." if why else ""
+
+
+def decoding(
+    found: Sequence[DecodeSpeed | BytesOnly], rounded: Sequence[RoundedSpeed | BytesOnly], where: str
+) -> list[Table]:
+    """All tables of how fast methods decode, and what is rounded. where: the model and the hardware."""
     timed = [f for f in found if isinstance(f, DecodeSpeed)]
     beside = [rounding(rounded, where)] if rounded else []
     return [speeds(found, where), *beside, *([costs(timed)] if timed else [])]
@@ -52,7 +69,7 @@ def speeds(found: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
             _ratio(f.speedup), f"{f.ceiling:.2f}x", f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
         ]
         if isinstance(f, DecodeSpeed)
-        else [f.method, f"{f.weights_read:.2f}", BYTES_ONLY, f"{f.ceiling:.2f}x", "-", "-"]
+        else _bytes_only(f)
         for f in found
     ]  # fmt: skip
     note = f"{where}; sparsity {said(found[0].sparsity)}, one sequence"
@@ -70,9 +87,7 @@ def speeds(found: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
         note += f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     else:
         note += ". Ceiling: the most that the bytes of this model would allow at that read."
-    why = {f.why: None for f in found if isinstance(f, BytesOnly)}
-    note += f" {BYTES_ONLY.capitalize()}: nothing makes these bytes into time ({'; '.join(why)})." if why else ""
-    return Table("Decoding", ["method", "read", "speed-up", "ceiling", "share", "control"], body, note)
+    return Table("Decoding", ["method", "read", *HEADS], body, note + _reasons(found))
 
 
 def costs(found: list[DecodeSpeed]) -> Table:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dart_eval import cost
 from dart_eval.bench.decode import Bench, check, row
-from dart_eval.bits import Stored
+from dart_eval.bits import OWN_BITS, Rounding, Stored
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning import fits
@@ -22,6 +22,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.rounding import served_bits, share
 
 BYTES_ONLY = "bytes only"  # what stands in place of times
+CHOSEN_ROWS = "no packed product takes chosen rows alone"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class BytesOnly:
         weights_read: share of the FFN weights that a decoded token reads.
         ceiling: the speed-up that the bytes of this model would allow.
         state_bytes: of the method. why: no kernel makes these bytes into time.
+        bits: what the FFN weights were rounded to, as a user types it; None: nothing.
     """
 
     method: str
@@ -40,10 +42,17 @@ class BytesOnly:
     ceiling: float
     state_bytes: int
     why: str
+    bits: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The method, and the bits of the weights it ran on."""
+        return self.method + (f" on {self.bits} bits" if self.bits else "")
 
     def row(self) -> dict[str, Any]:
         """Plain values, with the words in place of times."""
-        return {**dataclasses.asdict(self), "times": BYTES_ONLY, "speedup": None, "control": None}
+        held = {name: value for name, value in dataclasses.asdict(self).items() if name != "bits" or value}
+        return {**held, "times": BYTES_ONLY, "speedup": None, "control": None}
 
 
 def rows(found: Sequence[Any]) -> list[dict[str, Any]]:
@@ -70,7 +79,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, method: Pruner, sparsity: float, *, tokenizer: Any = None, prompt_tokens: int = 128,
-    steps: int = 30, seed: int = 0,
+    steps: int = 30, seed: int = 0, rounding: Rounding | None = None,
 ) -> BytesOnly:  # fmt: skip
     """Count what one sequence of random tokens reads, by masks.
 
@@ -79,13 +88,14 @@ def measure(
         prompt_tokens: the length of the prompt.
         steps: tokens that are decoded where what a token reads varies; else one is.
         seed: of the random tokens.
+        rounding: what the FFN weights are rounded to now (`rounded_ffns`), which nothing multiplies but by masks.
 
     Raises:
         UserError: the method does not prune or looks ahead.
     """
     check(method)
     ffns = find_ffns(model)
-    why = lacking(method, ffns, model) or "it was run by masks"
+    why = CHOSEN_ROWS if rounding else lacking(method, ffns, model) or "it was run by masks"
     shape, bench = cost.shape_of(model, ffns), Bench(model, model, seed)
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache("pruned")
@@ -93,5 +103,14 @@ def measure(
         for _ in range(1 if method.exact else steps):
             bench.step(model, bench.tokens(1), cache)
         read, state = run.weights_read, run.state_bytes
-    less = 1 - read / share(ffns)  # than the model itself reads, whose weights may have few bits already
-    return BytesOnly(method.spec, sparsity, read, 1 / (1 - shape.ffn_share * less), state, why)
+    own = share(ffns) if rounding is None else 1.0  # what the model itself reads; its weights may have few bits already
+    ceiling = 1 / (1 - shape.ffn_share * (1 - read / own))
+    return BytesOnly(method.spec, sparsity, read, ceiling, state, why, rounding.text if rounding else None)
+
+
+def alone(model: PreTrainedModel, rounding: Rounding, why: str) -> BytesOnly:
+    """What the dense model reads on rounded FFN weights that no product takes. why: see `packed.lacking`."""
+    ffns = find_ffns(model)
+    read = rounding.weight_bits(ffns[0].width) / OWN_BITS
+    ceiling = 1 / (1 - cost.shape_of(model, ffns).ffn_share * (1 - read))
+    return BytesOnly("dense", 0.0, read, ceiling, 0, why, rounding.text)

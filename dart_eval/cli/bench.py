@@ -103,15 +103,10 @@ def decode(
     asked = options.chosen(method=method, sparsity=sparsity, ffn_bits=ffn_bits, model=model, dtype=dtype,
                            device=device, trust_remote_code=trust_remote_code)  # fmt: skip
     methods = _methods(asked)
-    from dart_eval.bench import kept
-
-    if profile is not None:
-        check_target(profile)
-    if output is not None:
-        kept.check(output)
+    _check_targets(profile, output)
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import decode as bench
-    from dart_eval.bench import tables
+    from dart_eval.bench import packed, tables
     from dart_eval.bench.subject import Setting, subject
     from dart_eval.bench.untimed import rows
 
@@ -119,8 +114,10 @@ def decode(
         bench.check(one)
     timed = subject(asked.model_spec, shape, layers, print_note)
     setting = Setting(compile, prompt, steps, rounds)
+    if any(map(parse, asked.ffn_bits)):
+        packed.check(timed.model, compile)
     methods = _possible(timed, methods, sparsity)
-    found, rounded, files = _timed(timed, setting, methods, sparsity, asked.ffn_bits, output)
+    found, rounded, files = _measured(timed, setting, methods, sparsity, asked.ffn_bits, output)
     if profile is not None:
         _profile(timed, methods, sparsity, prompt, profile)
     where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
@@ -129,20 +126,33 @@ def decode(
         say(f"wrote {file}", err=format != "table")
 
 
-def _possible(subject: Subject, methods: list[Pruner], sparsity: float) -> list[Pruner]:
+def _check_targets(profile: Path | None, output: str | None) -> None:
+    """Refuse what could not be written, before anything is measured."""
+    from dart_eval.bench import kept
+
+    if profile is not None:
+        check_target(profile)
+    if output is not None:
+        kept.check(output)
+
+
+def _possible(subject: Subject, methods: list[Pruner], sparsity: float, where: str = "") -> list[Pruner]:
     """The methods that can run on this model at this sparsity; the others are named in notes.
+
+    Args:
+        where: what is said of the weights, if they are rounded; then there may be none.
 
     Raises:
         UserError: there are none.
     """
     refused = {one.spec: subject.refused(one, sparsity) for one in methods}
-    if all(refused.values()):
+    if all(refused.values()) and not where:
         title, reason = next(iter(refused.items()))
         assert reason is not None
         raise UserError(f"{title} at sparsity {sparsity:g}: {reason.problem}", reason.remedy)
     for title, reason in refused.items():
         if reason is not None:
-            print_note(f"{title} at sparsity {sparsity:g} is left out: {reason}")
+            print_note(f"{title}{where} at sparsity {sparsity:g} is left out: {reason}")
     return [one for one in methods if refused[one.spec] is None]
 
 
@@ -154,22 +164,28 @@ def _profile(subject: Subject, methods: list[Pruner], sparsity: float, prompt: i
         print_note("no profile was written: no method here can be timed")
 
 
-def _timed(
+def _measured(
     subject: Subject, setting: Setting, methods: list[Pruner], sparsity: float, ffn_bits: tuple[str, ...],
     output: str | None,
-) -> tuple[list[DecodeSpeed | BytesOnly], list[RoundedSpeed], list[Path]]:  # fmt: skip
-    """The speeds of methods, those of rounding alone, and the files they are kept in, each as soon as it is timed."""
+) -> tuple[list[DecodeSpeed | BytesOnly], list[RoundedSpeed | BytesOnly], list[Path]]:  # fmt: skip
+    """The speeds of methods, those on rounded weights, and the files they are kept in, each as soon as it is there."""
     from dart_eval.bench import kept
+    from dart_eval.rounding import Rounded
 
-    found, rounded, files = [], [], []
-    for one in methods:
-        found.append(subject.measure(one, sparsity, setting))
+    files: list[Path] = []
+
+    def keep(one: Any, method: Pruner) -> Any:
         if output is not None:
-            files.append(kept.keep(output, subject.speed(found[-1], one, setting)))
+            files.append(kept.keep(output, subject.speed(one, method, setting)))
+        return one
+
+    found = [keep(subject.measure(one, sparsity, setting), one) for one in methods]
+    rounded = []
     for bits in filter(None, map(parse, ffn_bits)):
-        rounded.append(subject.measure_rounded(bits, setting))
-        if output is not None:
-            files.append(kept.keep(output, subject.speed(rounded[-1], make("dense"), setting)))
+        rounded.append(keep(subject.measure_rounded(bits, setting), make("dense")))
+        with Rounded(subject.model, bits).in_place():
+            for one in _possible(subject, methods, sparsity, f" on {bits.text} bits"):
+                rounded.append(keep(subject.measure(one, sparsity, setting, bits), one))
     return found, rounded, files
 
 

@@ -19,6 +19,15 @@ from dart_eval.errors import UserError
 
 GROUPS = (32, 64, 128, 256)  # that the product of 4 bits takes
 ROWS = 16  # of which it takes a multiple
+REMEDY = "use 4, 4:64, 4:128 or 8:row"
+
+
+def lacking(rounding: Rounding, width: int) -> str | None:
+    """Why no packed product takes rows of `width` weights that are rounded so; None where one does."""
+    bits, group = rounding.bits, rounding.group
+    if (bits == 4 and group in GROUPS and width % group == 0) or (bits == 8 and (group == 0 or group >= width)):
+        return None
+    return f"torch has no packed product for {rounding.text} bits in rows of {width} weights"
 
 
 def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -30,10 +39,11 @@ def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[
     Raises:
         UserError: torch has no packed product for these bits.
     """
-    bits, group = held.rounding.bits, held.rounding.group
-    scales = held.scales.to(dtype)
+    if reason := lacking(held.rounding, held.codes.shape[1]):
+        raise UserError(reason, REMEDY)
+    scales, group = held.scales.to(dtype), held.rounding.group
     ops: Any = torch.ops.aten
-    if bits == 4 and group in GROUPS and held.codes.shape[1] % group == 0:
+    if held.rounding.bits == 4:
         rows = len(held.codes)
         beside = -rows % ROWS  # rows of zeros
         codes = ops._convert_weight_to_int4pack_for_cpu(pad(held.codes.int(), (0, 0, 0, beside)) + 8, 1)
@@ -43,13 +53,10 @@ def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[
         def multiply(x: Tensor) -> Tensor:
             return ops._weight_int4pack_mm_for_cpu(x, codes, group, scales)[..., :rows]
 
-    elif bits == 8 and scales.shape[1] == 1:
+    else:
 
         def multiply(x: Tensor) -> Tensor:
             return ops._weight_int8pack_mm(x, held.codes, scales[:, 0])
-
-    else:
-        raise UserError(f"torch has no packed product for {held.rounding.text} bits", "use 4, 4:64, 4:128 or 8:row")
 
     def forward(x: Tensor) -> Tensor:
         out = multiply(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)

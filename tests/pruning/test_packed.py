@@ -6,12 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dart_eval.bench import kept, packed
+from dart_eval.bench import kept, packed, untimed
 from dart_eval.bits import parse
 from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.pruning import products
 from dart_eval.rounding import rounded, rounded_ffns
 from tests.helpers.commands import command
 from tests.helpers.models import made, random_tokens, tiny
+from tests.matrix import types
 
 WIDE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -28,14 +31,14 @@ def test_a_packed_product_is_that_of_the_rounded_weights(bits, dtype):
     held = rounded(weight, parse(bits))
     x = torch.randn(2, 3, 128, generator=generator)
     expected = x @ held.values.T + bias
-    found = packed.product(held, bias.to(dtype), dtype)(x.to(dtype)).float()
+    found = products.product(held, bias.to(dtype), dtype)(x.to(dtype)).float()
     torch.testing.assert_close(found, expected, rtol=0.03, atol=0.3 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("bits", ["3", "8", "4:row", "4:16"])
 def test_bits_that_torch_cannot_multiply_are_refused(bits):
     with pytest.raises(UserError, match="has no packed product for"):
-        packed.product(rounded(torch.randn(4, 64), parse(bits)), None, torch.bfloat16)
+        products.product(rounded(torch.randn(4, 64), parse(bits)), None, torch.bfloat16)
 
 
 def test_the_model_says_the_same_through_packed_products_and_is_itself_afterwards():
@@ -58,15 +61,81 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
         "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin", "--ffn-bits", "4", "--steps", "2",
         "--rounds", "1", "--prompt", "8", "--format", "json", "--output", str(tmp_path / "out"),
     )  # fmt: skip
-    griffin, dense = json.loads(out.out)
+    griffin, dense, _ = json.loads(out.out)
     assert griffin["method"] == "griffin" and dense["bits"] == "4" and dense["read"] == pytest.approx(4.5 / 16)
     assert dense["speedup"] > 0 and dense["ceiling"] > 1 and dense["speedup_n"] == 2
-    speeds = {s.method: s for s in kept.read(tmp_path / "out")}
-    inputs = {
-        "model": dict(speeds["dense"].model),
-        "dtype": "bfloat16",
-        "params": speeds["dense"].params,
-        "sparsity": 0.0,
-    }
-    assert speeds["dense"].is_of({**inputs, "ffn_bits": "4"}) and not speeds["dense"].is_of(inputs)
-    assert not speeds["griffin"].is_of({**inputs, "params": speeds["griffin"].params, "sparsity": 0.7, "ffn_bits": "4"})
+    speeds = {(s.method, s.ffn_bits): s for s in kept.read(tmp_path / "out")}
+    alone, own, on_four = (speeds[key] for key in (("dense", "4"), ("griffin", None), ("griffin", "4")))
+    inputs = {"model": dict(alone.model), "dtype": "bfloat16", "params": alone.params, "sparsity": 0.0}
+    assert alone.is_of({**inputs, "ffn_bits": "4"}) and not alone.is_of(inputs)
+    pruned = {**inputs, "params": own.params, "sparsity": 0.7}
+    assert own.is_of(pruned) and not own.is_of({**pruned, "ffn_bits": "4"})
+    assert on_four.is_of({**pruned, "ffn_bits": "4"}) and not on_four.is_of(pruned)
+
+
+def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, tokenizer):
+    """4.5 and 3.5 bits of 16, and what a method reads of these; the model is its own again afterwards."""
+    wide().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = (
+        "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin,dart-plus", "--ffn-bits", "4,3",
+        "--steps", "2", "--rounds", "1", "--prompt", "8", "--sparsity", "0.25",
+    )  # fmt: skip
+    found = {(r.get("method", "dense"), r.get("bits")): r for r in json.loads(command(*words, "--format", "json").out)}
+    assert list(found) == [
+        ("griffin", None), ("dart-plus", None), ("dense", "4"), ("griffin", "4"), ("dart-plus", "4"), ("dense", "3"),
+        ("griffin", "3"), ("dart-plus", "3"),
+    ]  # fmt: skip
+    for (method, bits), row in found.items():
+        if bits and (method, bits) != ("dense", "4"):
+            # A scale of down stands for 32 neurons: those of all neurons are read.
+            own = int(bits) + 0.5
+            share = (own if method == "dense" else 0.75 * own + 0.25 * 0.5 / 3) / 16
+            assert (row["times"], row["speedup"]) == ("bytes only", None)
+            assert row["weights_read"] == pytest.approx(share, rel=1e-6 if method != "dart-plus" else 0.02)
+            ffn = 1 - 1 / found["dense", "4"]["ceiling"]  # saved at 4.5 of 16 bits
+            assert 1 - 1 / row["ceiling"] == pytest.approx(ffn * (1 - row["weights_read"]) / (1 - 4.5 / 16))
+    assert found["dense", "3"]["why"] == "torch has no packed product for 3 bits in rows of 64 weights"
+    assert found["griffin", "3"]["why"] == found["griffin", "4"]["why"] == untimed.CHOSEN_ROWS
+    table = command(*words, "--format", "md").out
+    assert table.count("| bytes only ") == 6 and "\n| griffin on 3 bits   | 0.17 | bytes only" in table
+
+
+def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(tmp_path, tokenizer):
+    """The image of 16-bit weights is half of their bytes; that of 4-bit weights, with its scales, is more."""
+    wide().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = ("bench", "decode", "--model", str(tmp_path / "model"), "--steps", "2", "--rounds", "1", "--prompt", "8")
+    done = command(*words, "--method", "preview", "--ffn-bits", "2", "--sparsity", "0.6", "--format", "json")
+    assert [r.get("bits") for r in json.loads(done.out)] == [None, "2"], done.err
+    assert "preview on 2 bits at sparsity 0.6 is left out: " in done.err
+
+
+def test_what_cannot_be_measured_on_rounded_weights_is_refused_before_anything_is_timed(saved_llama):
+    words = (
+        "bench",
+        "decode",
+        "--model",
+        saved_llama,
+        "--method",
+        "griffin",
+        "--ffn-bits",
+        "4",
+        "--compile",
+        "default",
+    )
+    done = command(*words)
+    assert (done.code, done.out) == (2, "") and "without a compiler; leave --compile or --ffn-bits out" in done.err
+
+
+def test_experts_and_devices_have_no_packed_products(monkeypatch):
+    assert packed.lacking(types.tiny("qwen3_moe"), parse("4")) == "experts have no packed products here"
+    assert packed.lacking(wide(), parse("4")) is None
+    assert packed.lacking(made(lambda: LlamaConfig(**{**WIDE, "intermediate_size": 72}), scale=1), parse("4")) == (
+        "torch has no packed product for 4 bits in rows of 72 weights"
+    )
+    ffns = find_ffns(wide())
+    for module in (m for f in ffns for m in f.projections):
+        module.to("meta")
+    monkeypatch.setattr(packed, "find_ffns", lambda model: ffns)
+    assert packed.lacking(wide(), parse("4")) == "torch's packed products are for a CPU alone"
