@@ -39,8 +39,8 @@ class Row:
     """A method at a sparsity.
 
     Attributes:
-        label: the method, and what else tells the row apart. name: the same for people, with the sparsity where rows
-            of one label stand in levels that do not name it. sparsity: None where it does not decide what is read.
+        label: the method, and what else tells the row apart. name: the same for people, with the sparsity where the
+            level does not name it and rows need it. sparsity: None where it does not decide what is read.
         kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights, or on their
             first bits), or what is left out in place of neurons.
         read: of the FFN weights of dense, mean over the cells.
@@ -242,7 +242,16 @@ def _levels(rows: Sequence[Row]) -> list[list[Row]]:
             level.append(row)
         else:
             found.append([row])
-    return [sorted(level, key=partial(_place, _all_tasks(level))) for level in found]
+    return [sorted(_named(level), key=partial(_place, _all_tasks(level))) for level in found]
+
+
+def _named(level: Sequence[Row]) -> list[Row]:
+    """The rows of a level; where it has several sparsities, each row says its own in place of the level."""
+    if len({row.sparsity for row in level} - {None}) < 2:
+        return list(level)
+    return [
+        row if row.sparsity is None else replace(row, name=f"{row.label} {sparsity(row.sparsity)}") for row in level
+    ]
 
 
 def granularity(row: Row) -> str:

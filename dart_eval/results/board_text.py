@@ -117,14 +117,17 @@ def _estimate(row: Row, found: Recovery | None, of_dense: str, text: Callable[[f
 
 
 def level_name(rows: Sequence[Row]) -> str:
-    """`sparsity 70 %, read 0.30`; before it what is left out, where that is no neurons, and any scope but ours."""
+    """`sparsity 70 %, read 0.30`; before it what is left out, where that is no neurons, and any scope but ours.
+
+    Where there are several sparsities, each row names its own.
+    """
     of = f"{granularity(rows[0])}, " if rows and granularity(rows[0]) else ""
     scope = next((row.scope for row in rows if row.scope), USUAL)
     of = of if scope == USUAL else f"scope {scope}, {of}"
     known = {row.sparsity for row in rows if row.sparsity is not None}
     reads = sorted({share(row.read) for row in rows})
     read = reads[0] if len(reads) == 1 else f"{reads[0]} to {reads[-1]}"
-    return of + (f"sparsity {', '.join(sparsity(s) for s in sorted(known))}, read {read}" if known else f"read {read}")
+    return of + (f"sparsity {sparsity(*known)}, read {read}" if len(known) == 1 else f"read {read}")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -58,6 +58,21 @@ def test_rows_stand_by_read_and_recovery_and_only_what_noise_explains_is_called_
     assert made.levels[1].verdict == ""  # nothing to compare a single row with
 
 
+def test_rows_of_one_read_and_two_sparsities_say_their_own(tmp_path):
+    """`dart` at 70 % and at 71 % stand in one level, which then names neither; a level of one sparsity does."""
+    made = board_of(
+        tmp_path, choices(0.8, method="dense"), choices(0.6, method="dart"), choices(0.5),
+        choices(0.55, method="dart", sparsity=0.71), choices(0.7, method="dart", sparsity=0.5),
+    )  # fmt: skip
+    _, half, third = made.levels
+    assert {row.name for row in third.rows} == {"dart 70 %", "griffin 70 %", "dart 71 %"}
+    assert [row.name for row in half.rows] == ["dart"]
+    assert [board_text.level_name(level.rows) for level in made.levels] == [
+        "sparsity 0 %, read 1.00", "sparsity 50 %, read 0.50", "read 0.29 to 0.30",
+    ]  # fmt: skip
+    assert third.verdict.startswith("At read 0.30 dart 70 % keeps the most")
+
+
 def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
     """Six methods that are equal but for luck: one is best, and none is worse by the test."""
     drawn = [answered("arc", right(0.5, n=80, seed=s), "griffin", params={"score.seed": s}) for s in range(6)]
