@@ -7,7 +7,8 @@ from hypothesis import settings
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# The same examples in every run, so that a failure is the change's; HYPOTHESIS_PROFILE=search looks for new ones.
+# The same examples in every run, so that a failure is the change's. Hypothesis also draws constants of the modules that
+# happen to be loaded, so a run of other tests may find more; HYPOTHESIS_PROFILE=search looks for new ones.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
