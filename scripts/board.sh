@@ -53,24 +53,22 @@ everywhere --method wanda-sp,static,glass,coreinfer,probe --sparsity 0.7,0.5
 everywhere --method teal,wina --sparsity 0.7,0.5
 everywhere --method wanda,wanda:entries.pattern=2:4 --sparsity 0.5
 everywhere --method griffin:draw=sample,griffin:draw=sample:draw.best=0.5 --sparsity 0.5
-everywhere --method magnitude,mag-sp --sparsity 0.5
+everywhere --method magnitude,mag-sp --sparsity 0.7
 everywhere --method dense --ffn-bits 8
 
 # Speed, where a kernel makes bytes into time; the machine should have nothing else to do.
 speeds() { # OPTIONS
   one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
 }
-speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,dart,dart-choice,static,wanda-sp,glass,coreinfer,planes:entries.bits=5
-speeds --sparsity 0.5 --method griffin,prox,pop,cats,m-countdown,dart-plus,teal,wina,wanda
-speeds --sparsity 0.3 --method griffin,prox
-speeds --sparsity 0.7 --method preview,preview:image=copy
-# On rounded weights torch's packed product takes dense on 4 bits; all else is counted.
-speeds --sparsity 0.442 --method griffin,dart-plus --ffn-bits 4
-speeds --sparsity 0.5 --method griffin,dart-plus --ffn-bits 4,3,2
-speeds --sparsity 0.644 --method griffin,pop,dart-plus --ffn-bits 4
+speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,dart,dart-choice,static,wanda-sp,glass,coreinfer,oracle-token
+speeds --sparsity 0.7 --method preview,preview:image=copy,probe,magnitude,mag-sp,planes,planes:entries.bits=5
+speeds --sparsity 0.3 --method griffin,prox,dart-plus
 speeds --sparsity 0.719 --method dart-plus
-for bits_and_sparsity in "5 0.128" "5 0.36" "6 0.262" "6 0.46" "4 0.218"; do
+# On rounded weights torch's packed product takes dense on 4 bits, and all else is counted. What these lines time again on
+# 16-bit weights takes the place of what was timed before.
+for bits_and_sparsity in "4 0.442" "4 0.644" "4 0.218" "5 0.128" "5 0.36" "6 0.262" "6 0.46"; do
   # shellcheck disable=SC2086
   set -- $bits_and_sparsity
-  speeds --sparsity "$2" --method dart-plus --ffn-bits "$1"
+  speeds --sparsity "$2" --method griffin,dart-plus --ffn-bits "$1"
 done
+speeds --sparsity 0.5 --method griffin,prox,pop,cats,m-countdown,dart-plus,teal,wina,wanda,oracle-token --ffn-bits 8,4,3,2

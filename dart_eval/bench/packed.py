@@ -22,7 +22,7 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, plain_matrix
 from dart_eval.machine import foreign_cpu
 from dart_eval.pruning import products
-from dart_eval.rounding import rounded
+from dart_eval.rounding import parameter_of, rounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,16 +53,22 @@ class RoundedSpeed:
     twin_bytes: int
 
 
-def check(model: nn.Module, compiled: str | None) -> None:
-    """Refuse what cannot be measured on rounded weights, before anything is.
+def check(model: nn.Module) -> None:
+    """Refuse a model whose FFN weights cannot be rounded, before anything is measured.
 
     Raises:
-        UserError: the weights are quantised already, or `compiled` is given.
+        UserError: they are quantised already, or in no parameter of their own.
     """
     for module in (m for f in find_ffns(model) for m in f.projections):
         plain_matrix(module)
-    if compiled is not None:
-        raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
+        parameter_of(module)
+
+
+def share(model: nn.Module, rounding: Rounding) -> float:
+    """Bytes of a model's FFN weights when they are rounded / those of its own dtype; scales count, row by row."""
+    matrices = [plain_matrix(m) for f in find_ffns(model) for m in f.projections]
+    bits = sum(rounding.weight_bits(m.shape[1]) * m.numel() for m in matrices)
+    return bits / sum(m.numel() for m in matrices) / OWN_BITS
 
 
 def lacking(model: nn.Module, rounding: Rounding) -> str | None:
@@ -84,7 +90,7 @@ def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
         UserError: there is no such product (`lacking`), or the weights are quantised.
     """
     if reason := lacking(model, rounding):
-        raise UserError(reason, products.REMEDY)
+        raise UserError(reason, f"take a dense model on a CPU, and {products.REMEDY}")
     modules: list[Any] = [m for f in find_ffns(model) for m in f.projections]
     made = []
     for module in modules:
@@ -121,7 +127,7 @@ def measure(
             bench.plain_round(times.steps, prompt_tokens, steps)
     for values in times.steps.values():
         del values[: len(values) // (1 + rounds)]
-    read = rounding.weight_bits(ffns[0].width) / OWN_BITS
+    read = share(model, rounding)
     dense, again, ours = (times.steps[name] for name in ("dense", "again", "pruned"))
     speedup, ceiling = paired(dense, ours), 1 / (1 - shape.ffn_share * (1 - read))
     return RoundedSpeed(

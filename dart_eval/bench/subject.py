@@ -91,19 +91,19 @@ class Subject:
         """Whether some kernel makes the bytes that a method leaves out into time."""
         return lacking(method, find_ffns(self.model), self.model) is None
 
-    def measure(
-        self, method: Pruner, sparsity: float, setting: Setting, rounding: Rounding | None = None
-    ) -> DecodeSpeed | BytesOnly:
-        """Time one method (`decode.measure`), or count what it reads where nothing is to be timed.
+    def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
+        """Time one method (`decode.measure`), or count what it reads where nothing is to be timed."""
+        if not self.timed(method):
+            return self.count(method, sparsity, setting)
+        given = dataclasses.asdict(setting)
+        return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **given)
 
-        Args:
-            rounding: what the FFN weights are rounded to now (`rounded_ffns`); None: nothing.
-        """
-        given: dict[str, Any] = {"tokenizer": self.tokenizer, **dataclasses.asdict(setting)}
-        if rounding is None and self.timed(method):
-            return decode.measure(self.model, method, sparsity, **given)
-        del given["rounds"], given["compiled"]
-        return untimed.measure(self.model, method, sparsity, **given, rounding=rounding)
+    def count(self, method: Pruner, sparsity: float, setting: Setting, rounding: Rounding | None = None) -> BytesOnly:
+        """Count what one method reads, see `untimed.measure`."""
+        return untimed.measure(
+            self.model, method, sparsity, tokenizer=self.tokenizer, prompt_tokens=setting.prompt_tokens,
+            steps=setting.steps, rounding=rounding,
+        )  # fmt: skip
 
     def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed | BytesOnly:
         """Time the dense model on rounded FFN weights (`packed.measure`), or count what it reads of them."""

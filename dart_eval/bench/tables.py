@@ -32,10 +32,21 @@ def rounding(found: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
         ]
         for f in found
     ]  # fmt: skip
-    note = f"{where}; one sequence. The FFN weights are rounded. "
+    counted = [f for f in found if isinstance(f, BytesOnly) and f.method != "dense"]
+    note = f"{where}; one sequence. "
+    if counted:
+        note += (
+            f"Methods do not read {said(counted[0].sparsity)} of the rounded weights; read is a share of the bytes of "
+            "16-bit weights. "
+        )
     if timed:
-        note += f"Torch's own packed products for few bits multiply them, {timed[0].speedup.n} steps a row. "
-    note += "Columns as in the table of methods: rounding is a control, which a pruner must beat at equal bytes."
+        note += (
+            f"Where a row has times, torch's own packed products for few bits multiply, {timed[0].speedup.n} steps a "
+            "row. Speed-up: over dense on its own weights, the median [quartiles] of neighbouring steps. Ceiling: the "
+            "most that the bytes of this model allow at that read; share: speed-up / ceiling. Control: dense over "
+            "dense. "
+        )
+    note += "Dense on rounded weights is the control that a pruner must beat at equal bytes."
     return Table("On rounded weights", ["method", "read", *HEADS], body, note + _reasons(found))
 
 

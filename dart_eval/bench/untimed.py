@@ -1,4 +1,4 @@
-"""Methods that read fewer bytes and decode no faster, since no kernel here makes the bytes into time."""
+"""What reads fewer bytes and decodes no faster, since no kernel here makes the bytes into time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dart_eval import cost
+from dart_eval.bench import packed
 from dart_eval.bench.decode import Bench, check, row
-from dart_eval.bits import OWN_BITS, Rounding, Stored
+from dart_eval.bench.packed import RoundedSpeed
+from dart_eval.bits import Rounding, Stored
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning import fits
@@ -22,7 +24,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.rounding import served_bits, share
 
 BYTES_ONLY = "bytes only"  # what stands in place of times
-CHOSEN_ROWS = "no packed product takes chosen rows alone"
+ALL_WEIGHTS = "torch's packed products read all weights of a matrix"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,16 @@ class BytesOnly:
 
 
 def rows(found: Sequence[Any]) -> list[dict[str, Any]]:
-    """What was measured as plain values: a row for each, timed or not."""
-    return [f.row() if isinstance(f, BytesOnly) else row(f) for f in found]
+    """What was measured as plain values: a row for each, timed or not. Each has its method, sparsity and read."""
+    alone = {"method": "dense", "sparsity": 0.0}
+    return [
+        f.row()
+        if isinstance(f, BytesOnly)
+        else {**alone, **row(f), "weights_read": f.read}
+        if isinstance(f, RoundedSpeed)
+        else row(f)
+        for f in found
+    ]
 
 
 def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: Any) -> UserError | None:
@@ -88,14 +98,17 @@ def measure(
         prompt_tokens: the length of the prompt.
         steps: tokens that are decoded where what a token reads varies; else one is.
         seed: of the random tokens.
-        rounding: what the FFN weights are rounded to now (`rounded_ffns`), which nothing multiplies but by masks.
+        rounding: what the FFN weights are rounded to now (`rounded_ffns`); None: nothing.
 
     Raises:
         UserError: the method does not prune or looks ahead.
     """
     check(method)
     ffns = find_ffns(model)
-    why = CHOSEN_ROWS if rounding else lacking(method, ffns, model) or "it was run by masks"
+    if rounding is None:
+        why = lacking(method, ffns, model) or "it was run by masks"
+    else:
+        why = packed.lacking(model, rounding) or ALL_WEIGHTS
     shape, bench = cost.shape_of(model, ffns), Bench(model, model, seed)
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache("pruned")
@@ -110,7 +123,6 @@ def measure(
 
 def alone(model: PreTrainedModel, rounding: Rounding, why: str) -> BytesOnly:
     """What the dense model reads on rounded FFN weights that no product takes. why: see `packed.lacking`."""
-    ffns = find_ffns(model)
-    read = rounding.weight_bits(ffns[0].width) / OWN_BITS
-    ceiling = 1 / (1 - cost.shape_of(model, ffns).ffn_share * (1 - read))
+    read = packed.share(model, rounding)
+    ceiling = 1 / (1 - cost.shape_of(model, find_ffns(model)).ffn_share * (1 - read))
     return BytesOnly("dense", 0.0, read, ceiling, 0, why, rounding.text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dart_eval.config import RunConfig
     from dart_eval.pruning.method import Pruner
 
+T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 FLAGS = {"--scoring": "scoring", "--overhead": "overhead"}  # of version 0.1, in place of verbs
 MEASURED = "griffin,dart,dart-code,dart-choice,dart-plus"
 
@@ -103,7 +104,7 @@ def decode(
     asked = options.chosen(method=method, sparsity=sparsity, ffn_bits=ffn_bits, model=model, dtype=dtype,
                            device=device, trust_remote_code=trust_remote_code)  # fmt: skip
     methods = _methods(asked)
-    _check_targets(profile, output)
+    _check_options(asked.ffn_bits, compile, profile, output)
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import decode as bench
     from dart_eval.bench import packed, tables
@@ -115,7 +116,7 @@ def decode(
     timed = subject(asked.model_spec, shape, layers, print_note)
     setting = Setting(compile, prompt, steps, rounds)
     if any(map(parse, asked.ffn_bits)):
-        packed.check(timed.model, compile)
+        packed.check(timed.model)
     methods = _possible(timed, methods, sparsity)
     found, rounded, files = _measured(timed, setting, methods, sparsity, asked.ffn_bits, output)
     if profile is not None:
@@ -126,10 +127,12 @@ def decode(
         say(f"wrote {file}", err=format != "table")
 
 
-def _check_targets(profile: Path | None, output: str | None) -> None:
-    """Refuse what could not be written, before anything is measured."""
+def _check_options(ffn_bits: tuple[str, ...], compiled: str | None, profile: Path | None, output: str | None) -> None:
+    """Refuse what does not go together, or could not be written, before a model is loaded."""
     from dart_eval.bench import kept
 
+    if compiled is not None and any(map(parse, ffn_bits)):
+        raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
     if profile is not None:
         check_target(profile)
     if output is not None:
@@ -174,18 +177,18 @@ def _measured(
 
     files: list[Path] = []
 
-    def keep(one: Any, method: Pruner) -> Any:
+    def keep(one: T, method: Pruner) -> T:
         if output is not None:
             files.append(kept.keep(output, subject.speed(one, method, setting)))
         return one
 
     found = [keep(subject.measure(one, sparsity, setting), one) for one in methods]
-    rounded = []
+    rounded: list[RoundedSpeed | BytesOnly] = []
     for bits in filter(None, map(parse, ffn_bits)):
         rounded.append(keep(subject.measure_rounded(bits, setting), make("dense")))
         with Rounded(subject.model, bits).in_place():
             for one in _possible(subject, methods, sparsity, f" on {bits.text} bits"):
-                rounded.append(keep(subject.measure(one, sparsity, setting, bits), one))
+                rounded.append(keep(subject.count(one, sparsity, setting, bits), one))
     return found, rounded, files
 
 

@@ -189,7 +189,7 @@ Shards = Annotated[int | None, _option("shards", CLUSTER, "N")]
 OneSparsity = Annotated[float, own("Share of the FFN weights that a token does not read.", PRUNING, "SHARE")]
 Packed = Annotated[
     str | None,
-    own("Also measure on FFN weights rounded to so many bits, 4 or 8:row: dense, and each method.", PRUNING, "BITS"),
+    own("Also measure dense and each method on FFN weights rounded to so many bits: 4, 8:row or 4,3.", PRUNING, "BITS"),
 ]
 MEASURED = "Measure these methods, comma-separated, as `dart-eval run --method` takes them."
 Measured = Annotated[str, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]

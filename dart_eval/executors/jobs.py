@@ -187,7 +187,8 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
             fits.check(cell.method, ffns, cell.sparsity, bits)
             kept.append(cell)
         except UserError as error:
-            reasons[f"{cell.method.spec} at sparsity {cell.sparsity:g}"] = error
+            on = "" if cell.rounding is None else f" on {cell.rounding.text} bits"
+            reasons[f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}"] = error
     if not kept:
         title, reason = next(iter(reasons.items()))
         raise UserError(f"{title}: {reason.problem}", reason.remedy)

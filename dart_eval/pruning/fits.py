@@ -23,8 +23,8 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | N
     """Refuse a method that does not fit a model's FFNs, or a sparsity that cannot be met on them.
 
     Args:
-        bits: of a weight, as it is served. With them it is looked, too, whether more is read before anything is chosen
-            than the sparsity leaves.
+        bits: of a weight, as it is served. With them it is looked, too, whether the method takes such weights, and
+            whether more is read before anything is chosen than the sparsity leaves.
 
     Raises:
         UserError: with the part, and what it does not fit.
@@ -45,6 +45,7 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | N
     if any(f.runs > 1 for f in ffns):
         _refuse(_counts_runs(method, len(ffns), sparsity), "layers that run several times for a token")
     if bits is not None:
+        method.entries.check(bits)
         method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
 
 

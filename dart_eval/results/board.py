@@ -40,7 +40,8 @@ class Row:
 
     Attributes:
         label: the method, and what else tells the row apart. name: the same for people, with the sparsity where the
-            level does not name it and rows need it. sparsity: None where it does not decide what is read.
+            level does not name it and another row has the same label, or another sparsity. sparsity: None where it
+            does not decide what is read.
         kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights, or on their
             first bits), or what is left out in place of neurons.
         read: of the FFN weights of dense, mean over the cells.

@@ -106,6 +106,14 @@ def test_a_sparsity_out_of_a_methods_reach_is_left_out_with_a_word(saved_llama, 
         run_local(alone, Watch())
 
 
+def test_planes_of_rounded_weights_are_left_out_with_a_word(saved_llama, tmp_path):
+    view = Watch()
+    found = run_local(_config(saved_llama, tmp_path, method="planes", ffn_bits="16,4,3", tasks="smoke_questions"), view)
+    assert [r.inputs.get("ffn_bits") for r in found.records] == [None] and not found.failed
+    for note, bits in zip(view.notes, (4, 3), strict=True):
+        assert note.startswith(f"planes on {bits} bits at sparsity 0 is left out: planes are those of 16-bit weights")
+
+
 def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(saved_llama, tmp_path, monkeypatch):
     evaluate, calls = worker.evaluate_task, []
 

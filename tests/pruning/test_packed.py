@@ -1,19 +1,24 @@
 """Rounded weights in torch's packed products: the same numbers, timed beside the model's own, which comes back."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from dart_eval.bench import kept, packed, untimed
+from dart_eval.bench.subject import Setting, Subject
 from dart_eval.bits import parse
+from dart_eval.cli.bench import _measured
 from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning import products
-from dart_eval.rounding import rounded, rounded_ffns
+from dart_eval.pruning.registry import make
+from dart_eval.rounding import rounded, rounded_ffns, share
 from tests.helpers.commands import command
 from tests.helpers.models import made, random_tokens, tiny
+from tests.helpers.sessions import bits, same
 from tests.matrix import types
 
 WIDE = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -74,58 +79,82 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
 
 
 def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, tokenizer):
-    """4.5 and 3.5 bits of 16, and what a method reads of these; the model is its own again afterwards."""
+    """4.5 and 3.5 bits of 16, and what a method reads of these."""
     wide().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     words = (
         "bench", "decode", "--model", str(tmp_path / "model"), "--method", "griffin,dart-plus", "--ffn-bits", "4,3",
         "--steps", "2", "--rounds", "1", "--prompt", "8", "--sparsity", "0.25",
     )  # fmt: skip
-    found = {(r.get("method", "dense"), r.get("bits")): r for r in json.loads(command(*words, "--format", "json").out)}
+    found = {(r["method"], r.get("bits")): r for r in json.loads(command(*words, "--format", "json").out)}
     assert list(found) == [
         ("griffin", None), ("dart-plus", None), ("dense", "4"), ("griffin", "4"), ("dart-plus", "4"), ("dense", "3"),
         ("griffin", "3"), ("dart-plus", "3"),
     ]  # fmt: skip
-    for (method, bits), row in found.items():
-        if bits and (method, bits) != ("dense", "4"):
+    for (method, few), row in found.items():
+        if few and (method, few) != ("dense", "4"):
             # A scale of down stands for 32 neurons: those of all neurons are read.
-            own = int(bits) + 0.5
+            own = int(few) + 0.5
             share = (own if method == "dense" else 0.75 * own + 0.25 * 0.5 / 3) / 16
             assert (row["times"], row["speedup"]) == ("bytes only", None)
             assert row["weights_read"] == pytest.approx(share, rel=1e-6 if method != "dart-plus" else 0.02)
             ffn = 1 - 1 / found["dense", "4"]["ceiling"]  # saved at 4.5 of 16 bits
             assert 1 - 1 / row["ceiling"] == pytest.approx(ffn * (1 - row["weights_read"]) / (1 - 4.5 / 16))
     assert found["dense", "3"]["why"] == "torch has no packed product for 3 bits in rows of 64 weights"
-    assert found["griffin", "3"]["why"] == found["griffin", "4"]["why"] == untimed.CHOSEN_ROWS
+    assert found["griffin", "3"]["why"] == found["dense", "3"]["why"]
+    assert found["griffin", "4"]["why"] == untimed.ALL_WEIGHTS
     table = command(*words, "--format", "md").out
+    assert "Methods do not read 25 % of the rounded weights; read is a share of the bytes of 16-bit weights." in table
     assert table.count("| bytes only ") == 6 and "\n| griffin on 3 bits   | 0.17 | bytes only" in table
 
 
 def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(tmp_path, tokenizer):
-    """The image of 16-bit weights is half of their bytes; that of 4-bit weights, with its scales, is more."""
+    """An image takes .22 of the bytes of 16-bit weights and .53 of those of 2 bits; sparsity .6 leaves .4."""
     wide().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     words = ("bench", "decode", "--model", str(tmp_path / "model"), "--steps", "2", "--rounds", "1", "--prompt", "8")
-    done = command(*words, "--method", "preview", "--ffn-bits", "2", "--sparsity", "0.6", "--format", "json")
-    assert [r.get("bits") for r in json.loads(done.out)] == [None, "2"], done.err
+    done = command(*words, "--method", "preview,planes", "--ffn-bits", "2", "--sparsity", "0.6", "--format", "json")
+    found = [(r["method"], r.get("bits"), r["weights_read"]) for r in json.loads(done.out)]
+    assert [f[:2] for f in found] == [("preview", None), ("planes", None), ("dense", "2")], done.err
+    assert found[2][2] == pytest.approx(2.5 / 16)
     assert "preview on 2 bits at sparsity 0.6 is left out: " in done.err
+    assert "planes on 2 bits at sparsity 0.6 is left out: planes are those of 16-bit weights" in done.err
 
 
-def test_what_cannot_be_measured_on_rounded_weights_is_refused_before_anything_is_timed(saved_llama):
-    words = (
-        "bench",
-        "decode",
-        "--model",
-        saved_llama,
-        "--method",
-        "griffin",
-        "--ffn-bits",
-        "4",
-        "--compile",
-        "default",
-    )
-    done = command(*words)
+def test_what_cannot_be_rounded_is_refused_before_anything_is_timed(saved_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(Subject, "measure", lambda *given: pytest.fail("timed"))
+    words = ("bench", "decode", "--method", "griffin", "--ffn-bits", "4")
+    done = command(*words, "--model", saved_llama, "--compile", "default")
     assert (done.code, done.out) == (2, "") and "without a compiler; leave --compile or --ffn-bits out" in done.err
+    with pytest.raises(UserError, match="are in no parameter of their own"):
+        packed.check(types.tiny("dbrx"))
+    checked = []
+    monkeypatch.setattr(packed, "check", lambda model: checked.append(type(model).__name__))
+    with pytest.raises(pytest.fail.Exception, match="timed"):
+        command(*words, "--model", saved_llama)
+    assert checked == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_its_own_again_after_methods_on_rounded_weights(monkeypatch, fails):
+    model = wide()
+    subject, before = Subject(model, None, {"name": "tiny"}, "bfloat16"), bits(model)
+    if fails:
+        monkeypatch.setattr(Subject, "count", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        found, rounded, _ = _measured(subject, Setting(None, 8, 2, 1), [make("griffin")], 0.25, ("3",), None)
+        assert [f.method for f in found] == ["griffin"] and [f.method for f in rounded] == ["dense", "griffin"]
+    assert same(model, before) and share(find_ffns(model)) == 1
+
+
+@pytest.mark.parametrize("spelled", ["3", "4:row", "8:row"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_what_is_read_of_rounded_weights_counts_every_row(family, spelled):
+    """Rows of down have another width than those of gate and up: as the same weights count when they are in place."""
+    model = types.tiny(family) if family == "qwen3_moe" else tiny(family)
+    read = packed.share(model, parse(spelled))
+    with rounded_ffns(model, spelled):
+        assert read == pytest.approx(share(find_ffns(model)), rel=1e-12)
 
 
 def test_experts_and_devices_have_no_packed_products(monkeypatch):

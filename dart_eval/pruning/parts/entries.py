@@ -65,6 +65,13 @@ class Entries(Part):
         """Whether anything else than neurons is left out."""
         return self.granularity != NEURONS
 
+    def check(self, bits: Stored) -> None:
+        """Refuse weights that it is not made for. bits: of a weight as it is served.
+
+        Raises:
+            UserError: with the reason.
+        """
+
     def weighs(self, matrix: int) -> bool:
         """Whether it needs the norms of the columns of a matrix. matrix: 0 is gate (or the up of a plain FFN)."""
         return False
@@ -223,12 +230,15 @@ class FirstBits(Entries):
     def sized(self) -> bool:  # type: ignore[override]
         return False
 
-    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+    def check(self, bits: Stored) -> None:
         if bits.code != OWN_BITS:
             raise UserError(
                 f"planes are those of 16-bit weights, and these have {bits.total:.3g} bits",
                 "leave --ffn-bits out, or load the model unquantised",
             )
+
+    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        self.check(bits)
         shown: float = self.bits or ALL_BITS
         if shown > MOST_IN_PLANE:
             shown = Plane().column(_served(weight), self.bits or ALL_BITS)
