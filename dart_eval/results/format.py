@@ -29,13 +29,25 @@ def with_error(metric: str, value: float, stderr: float | None) -> str:
 
 
 def short(metric: str, value: float, stderr: float | None) -> str:
-    """A value and its standard error in as few characters as say it: shares in per cent, `44.0 ±5.0`."""
+    """A value and its standard error in as few characters as say it: shares in per cent, `44.0 ±5.0`.
+
+    A perplexity of a million and more, which a broken model has, is written `8.4e9 ±3.7e9`.
+    """
     if not math.isfinite(value):
         return NO_NUMBER
     scale = 100.0 if metrics.of(metric).percent else 1.0
     digits = 1 if scale > 1 or abs(value) >= 10 else 2
-    text = f"{scale * value:.{digits}f}"
-    return text if stderr is None or math.isnan(stderr) else f"{text} ±{scale * stderr:.{digits}f}"
+
+    def text(x: float) -> str:
+        return _power(x) if abs(value) >= 1e6 else f"{scale * x:.{digits}f}"
+
+    return text(value) if stderr is None or math.isnan(stderr) else f"{text(value)} ±{text(stderr)}"
+
+
+def _power(value: float) -> str:
+    """`8.4e9`."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def chance(p: float | None) -> str:

@@ -73,6 +73,15 @@ def test_rows_of_one_read_and_two_sparsities_say_their_own(tmp_path):
     assert third.verdict.startswith("At read 0.30 dart 70 % keeps the most")
 
 
+@pytest.mark.parametrize(("metric", "value", "stderr", "text"), [
+    ("word_perplexity", 8376191463.6, 3666130209.8, "8.4e9 ±3.7e9"), ("word_perplexity", 1e6, 12.6, "1.0e6 ±1.3e1"),
+    ("word_perplexity", 999999.0, 10.0, "999999.0 ±10.0"), ("word_perplexity", 9.876, None, "9.88"),
+    ("acc", 0.25, 0.05, "25.0 ±5.0"), ("word_perplexity", float("inf"), 1.0, "no number"),
+])  # fmt: skip
+def test_a_value_takes_as_few_characters_as_say_it(metric, value, stderr, text):
+    assert board_text.short(metric, value, stderr) == text
+
+
 def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
     """Six methods that are equal but for luck: one is best, and none is worse by the test."""
     drawn = [answered("arc", right(0.5, n=80, seed=s), "griffin", params={"score.seed": s}) for s in range(6)]
