@@ -40,8 +40,7 @@ class Row:
 
     Attributes:
         label: the method, and what else tells the row apart. name: the same for people, with the sparsity where the
-            level does not name it and another row has the same label, or another sparsity. sparsity: None where it
-            does not decide what is read.
+            level does not name it. sparsity: None where it does not decide what is read.
         kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights, or on their
             first bits), or what is left out in place of neurons.
         read: of the FFN weights of dense, mean over the cells.
@@ -158,8 +157,7 @@ def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence
     kept, problems = _recoveries(store, [r for group in groups.values() for r in group])
     order = {name: i for i, name in enumerate(metrics.METRICS)}
     tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
-    several = {label for label, count in Counter(label for label, _ in groups).items() if count > 1}
-    rows = [_row(label, group, kept, speeds, label in several) for (label, _), group in groups.items()]
+    rows = [_row(label, group, kept, speeds) for (label, _), group in groups.items()]
     return Board(model, {t: columns[t] for t in tasks}, _judged_levels(_levels(rows)), (*notes, *problems))
 
 
@@ -198,8 +196,7 @@ def _recoveries(store: Store, records: Iterable[Record]) -> tuple[Kept, list[str
     return kept, list(problems)
 
 
-def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed], several: bool) -> Row:
-    """several: rows have this label, and where their level does not name their sparsity, they do."""
+def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed]) -> Row:
     first = records[0]
     dense, rounded = first.inputs["method"] == DENSE, bool(first.inputs.get("ffn_bits"))
     kind = UPPER_BOUND if first.settings.get("upper_bound") else first.settings.get("granularity", PRUNED)
@@ -209,7 +206,7 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
     found = [one for r in records for one in kept.get(r.key, ())]
     recoveries = {m.task: made for m, made in found if m.name != metrics.GOLD}
     nats = {m.task: made for m, made in found if m.name == metrics.GOLD}
-    unsaid = f" {sparsity(first.inputs['sparsity'])}" if several and not sized else ""
+    unsaid = f" {sparsity(first.inputs['sparsity'])}" if first.inputs["sparsity"] and not sized else ""
     return Row(
         label=label, name=label + unsaid, sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
         scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
