@@ -8,7 +8,7 @@ counted.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -130,7 +130,17 @@ def served_output(ffn: FFN) -> Served:
 
 def served_bits(ffns: Sequence[FFN]) -> float:
     """Bits of an FFN weight as it would be served now, scales included; the same for all layers up to their widths."""
-    found = [(served_bits_of(m), weights) for f in ffns for m, weights in _projections(f)]
+    return _mean_bits(ffns, served_bits_of)
+
+
+def rounded_bits(ffns: Sequence[FFN], rounding: Rounding) -> float:
+    """The same if they were rounded so."""
+    return _mean_bits(ffns, lambda module: rounding.weight_bits(plain_matrix(module).shape[1]))
+
+
+def _mean_bits(ffns: Sequence[FFN], bits_of: Callable[[nn.Module], float]) -> float:
+    """Of a weight, over all layers. bits_of: of a weight of one projection."""
+    found = [(bits_of(m), weights) for f in ffns for m, weights in _projections(f)]
     return sum(bits * weights for bits, weights in found) / sum(weights for _, weights in found)
 
 

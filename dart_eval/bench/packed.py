@@ -22,7 +22,7 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, plain_matrix
 from dart_eval.machine import foreign_cpu
 from dart_eval.pruning import products
-from dart_eval.rounding import parameter_of, rounded
+from dart_eval.rounding import parameter_of, rounded, rounded_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,9 +66,7 @@ def check(model: nn.Module) -> None:
 
 def share(model: nn.Module, rounding: Rounding) -> float:
     """Bytes of a model's FFN weights when they are rounded / those of its own dtype; scales count, row by row."""
-    matrices = [plain_matrix(m) for f in find_ffns(model) for m in f.projections]
-    bits = sum(rounding.weight_bits(m.shape[1]) * m.numel() for m in matrices)
-    return bits / sum(m.numel() for m in matrices) / OWN_BITS
+    return rounded_bits(find_ffns(model), rounding) / OWN_BITS
 
 
 def lacking(model: nn.Module, rounding: Rounding) -> str | None:

@@ -59,15 +59,15 @@ class BytesOnly:
 
 def rows(found: Sequence[Any]) -> list[dict[str, Any]]:
     """What was measured as plain values: a row for each, timed or not. Each has its method, sparsity and read."""
-    alone = {"method": "dense", "sparsity": 0.0}
-    return [
-        f.row()
-        if isinstance(f, BytesOnly)
-        else {**alone, **row(f), "weights_read": f.read}
-        if isinstance(f, RoundedSpeed)
-        else row(f)
-        for f in found
-    ]
+    return [_row(one) for one in found]
+
+
+def _row(found: Any) -> dict[str, Any]:
+    if isinstance(found, BytesOnly):
+        return found.row()
+    if isinstance(found, RoundedSpeed):
+        return {"method": "dense", "sparsity": 0.0, **row(found), "weights_read": found.read}
+    return row(found)
 
 
 def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: Any) -> UserError | None:
