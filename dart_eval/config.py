@@ -132,7 +132,7 @@ class RunConfig:
         int | str, BeforeValidator(values.batch_size),
         _told(
             "Run so many contexts in a forward, or with auto as many as fit. In float32 this moves last digits only, "
-            "except where tokens choose their neurons (dart-plus, cats) or answers are sampled."
+            "except where tokens choose what they read (dart-plus, cats, teal, routed experts) or answers are sampled."
         ),
     ] = 8  # fmt: skip
     share_prefix: Annotated[Flag, _told("Run once what many contexts begin with, such as few-shot examples.")] = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -300,6 +300,12 @@ def _routed(config: Any) -> int:
             "add the name of its setting to ROUTED in dart_eval/experts.py",
         )
     return found
+
+
+def routes(settings: Mapping[str, Any]) -> bool:
+    """Whether a model has routed experts, by the settings of its configuration and of those inside it."""
+    inner = (value for value in settings.values() if isinstance(value, dict))
+    return any(settings.get(name) for name in ROUTED) or any(map(routes, inner))
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary()

@@ -86,7 +86,7 @@ def loaded(model: Any, tokenizer: Any) -> Loaded:
     check_tokenizer(name, model, tokenizer)
     dtype = str(model.dtype).removeprefix("torch.")
     identity = Identity(name, None, _hash(model, tokenizer), loaded=True)
-    return Loaded(ModelSpec(name), name, identity, dtype, model, tokenizer)
+    return Loaded(ModelSpec(name), name, identity, dtype, model, tokenizer, config=model.config)
 
 
 def _name(model: PreTrainedModel) -> str:

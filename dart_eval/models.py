@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dart_eval import demo_model, gguf, grids, stored
+from dart_eval import demo_model, experts, gguf, grids, stored
 from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_name, feed
@@ -87,6 +87,11 @@ class Resolved:
     identity: Identity
     dtype: str  # what the weights will be loaded as: float32, bfloat16 ...
     config: Any = field(default=None, kw_only=True, repr=False, compare=False)  # transformers' own, as it was found
+
+    @property
+    def routes(self) -> bool:
+        """Whether routers decide which experts a token has."""
+        return self.config is not None and experts.routes(self.config.to_dict())
 
     def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
         """The model in eval mode on its device, and its tokenizer.

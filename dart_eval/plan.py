@@ -108,9 +108,9 @@ def plan(
     cells = []
     text, passages = _calibration(config)
     for task, method in itertools.product(tasks, methods_of(config)):
-        # The shape of a batch moves last digits. They show in half precision, and where a token chooses its
-        # neurons: near a tie it takes others. What shares a batch also shares its random numbers.
-        moves = model.dtype != "float32" or method.choice.chooses
+        # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
+        # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
+        moves = model.dtype != "float32" or method.by_token or model.routes
         sparsities = dict.fromkeys(config.sparsity) if method.sized else (0.0,)
         for sparsity, bits in itertools.product(sparsities, config.ffn_bits):
             rounding = parse_bits(bits)

@@ -108,6 +108,11 @@ class Pruner:
         return self.choice.exact and not self.entries.by_token
 
     @property
+    def by_token(self) -> bool:
+        """Whether each token decides what it reads: a last digit then decides near-ties."""
+        return self.choice.chooses or self.entries.by_token
+
+    @property
     def granularity(self) -> str:
         """What is left out, where it stands apart from neurons; else nothing."""
         return self.entries.granularity if self.entries.finer else self.routing.granularity

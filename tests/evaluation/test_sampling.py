@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from transformers import DbrxConfig, LlamaConfig, MixtralConfig
 
 from dart_eval.config import RunConfig
 from dart_eval.evaluation import sampling
@@ -31,9 +32,9 @@ def answers(tokenizer, asked, batch_size=2, journal=None):
     return lm.generate_until(asked)
 
 
-def keys(batch_size, dtype="float32", method="dart-choice", drawn=()):
+def keys(batch_size, dtype="float32", method="dart-choice", drawn=(), settings=None):
     config = RunConfig(method=(method,), batch_size=batch_size, share_prefix=batch_size == 1)
-    model = Resolved(ModelSpec(), "", Identity("m", None, "w"), dtype)
+    model = Resolved(ModelSpec(), "", Identity("m", None, "w"), dtype, config=settings)
     return [cell.key for cell in plan(config, model, ["t"], {"t": "h"}, "cpu", drawn)]
 
 
@@ -42,11 +43,17 @@ def keys(batch_size, dtype="float32", method="dart-choice", drawn=()):
     [
         ("dart-choice", "float32", (), True), ("dart", "float32", (), False), ("dense", "float32", (), False),
         ("dense", "float32", ("t",), True), ("dart", "float32", ("other",), False), ("dart", "bfloat16", (), True),
-        ("dart:choice=gate-up", "float32", (), True),
+        ("dart:choice=gate-up", "float32", (), True), ("teal", "float32", (), True), ("wina", "float32", (), True),
+        ("wanda", "float32", (), False),
     ],
 )  # fmt: skip
 def test_the_batch_size_is_part_of_the_key_where_it_moves_numbers(method, dtype, drawn, moves):
     assert (keys(1, dtype, method, drawn) != keys(8, dtype, method, drawn)) == moves
+
+
+@pytest.mark.parametrize(("settings", "moves"), [(LlamaConfig(), False), (MixtralConfig(), True), (DbrxConfig(), True)])
+def test_so_it_is_where_a_router_chooses_experts(settings, moves):
+    assert (keys(1, method="dense", settings=settings) != keys(8, method="dense", settings=settings)) == moves
 
 
 @pytest.mark.parametrize(

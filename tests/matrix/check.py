@@ -11,6 +11,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.experts import routes
 from dart_eval.ffn import describe, find_ffns, weight_matrix
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.registry import make, parse
@@ -45,6 +46,7 @@ def row(name):
         return Row(name, refused=said(error))
     kind = "fused" if ffns[0].fused else "gated" if ffns[0].gated else "plain"
     found = Row(name, kind="experts" if any(f.routed for f in ffns) else kind)
+    assert found.kind != "experts" or routes(model.config.to_dict())  # keys go by its settings
     for claim in CLAIMS:
         try:
             CHECKS[claim](model)
