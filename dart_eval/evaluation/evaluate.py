@@ -23,7 +23,7 @@ from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.part import Part, PartDone, Pilot
-from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves
+from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
 from dart_eval.pruning.dense import AnySession
 from dart_eval.pruning.method import Pruner
@@ -118,7 +118,7 @@ def evaluate_task(
     Prompts and metrics are lm-eval's; its response cache stays off. What the journal has answered is not asked again.
     """
     items = tasks.load(name)
-    lm.begin(session, documents(items), journal, settings.scope)
+    lm.begin(session, documents(items), journal, settings.scope, whole_tokens=whole_tokens(items))
     results = _simple_evaluate(lm, tasks, items, settings)
     by_task: dict[str, Cost] = defaultdict(Cost)
     for (task, _), used in lm.costs.items():
@@ -147,7 +147,7 @@ def answer_part(
     """
     items = tasks.load(name)
     kinds = {"loglikelihood" if t.OUTPUT_TYPE == "multiple_choice" else t.OUTPUT_TYPE for t in leaves(items)}
-    lm.begin(session, documents(items), journal, settings.scope, part, len(kinds))
+    lm.begin(session, documents(items), journal, settings.scope, part, len(kinds), whole_tokens(items))
     with suppress(PartDone):
         _simple_evaluate(lm, tasks, items, settings)
 

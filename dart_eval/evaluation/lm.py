@@ -99,6 +99,7 @@ class PrunedLM(HFLM):
         scope: str = "scored",
         part: Part | Pilot = WHOLE,
         kinds: int = 0,
+        whole_tokens: bool = False,
     ) -> None:
         """Start a cell, or go on with one: what the journal has answered is not asked again.
 
@@ -107,7 +108,10 @@ class PrunedLM(HFLM):
             part: what of the cell to run.
             kinds: of requests that the cell will ask, one call each. After the last one a part that is not the whole
                 raises `PartDone`.
+            whole_tokens: where a token reaches over the end of a context, the answer begins with it. Else that token is
+                lost, as it is in stock lm-eval.
         """
+        self.whole_tokens = whole_tokens
         self.session, self.documents, self.scope = session, documents, scope
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
         self.part, self._kinds = part, kinds
@@ -183,6 +187,14 @@ class PrunedLM(HFLM):
             self._record(request, score.cost, cut)
         self._asked_once()
         return answers
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, after = super()._encode_pair(context, continuation)
+        if not self.whole_tokens:
+            return before, after
+        whole = self.tok_encode(context + continuation)
+        shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        return whole[:shared], whole[shared:]
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         fitting = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]

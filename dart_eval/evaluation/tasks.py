@@ -291,18 +291,21 @@ def leaves(items: list[Task | Group]) -> list[Task]:
 
 def documents(items: list[Task | Group]) -> dict[str, str]:
     """Task name -> field of its document that may be cut to fit (`metadata.document` in the YAML)."""
-    found = {}
-    for task in leaves(items):
-        metadata = (task.config.metadata if isinstance(task, ConfigurableTask) else None) or {}
-        if "document" in metadata:
-            found[task.task_name] = metadata["document"]
-    return found
+    return {t.task_name: _metadata(t)["document"] for t in leaves(items) if "document" in _metadata(t)}
+
+
+def whole_tokens(items: list[Task | Group]) -> bool:
+    """Whether contexts end where tokens do (`metadata.whole_tokens` in the YAML)."""
+    return any(_metadata(task).get("whole_tokens") for task in leaves(items))
+
+
+def _metadata(task: Task) -> dict[str, Any]:
+    return (task.config.metadata if isinstance(task, ConfigurableTask) else None) or {}
 
 
 def cluster(task: Task, doc: dict[str, Any]) -> str | None:
     """A name that the documents of one cluster share (same passage, same article); None: the document stands alone."""
-    metadata = (task.config.metadata if isinstance(task, ConfigurableTask) else None) or {}
-    field = metadata.get("cluster") or CLUSTERS.get(task.task_name)
+    field = _metadata(task).get("cluster") or CLUSTERS.get(task.task_name)
     if not field or doc.get(field) in (None, ""):
         return None
     return hashlib.sha256(str(doc[field]).encode()).hexdigest()[:16]

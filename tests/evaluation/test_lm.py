@@ -3,6 +3,11 @@
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.costs import Cost
@@ -10,6 +15,7 @@ from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.generation import GenerationLog, Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.tasks import Tasks, whole_tokens
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
@@ -27,6 +33,28 @@ def test_dense_generation_equals_stock_hflm(lm, tokenizer):
     stock = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=2)
     assert lm.generate_until(requests) == stock.generate_until(requests, disable_tqdm=True)
     assert {d: lm.costs["t", d].tokens for d in (5, 20, 11)} == dict.fromkeys((5, 20, 11), 8)
+
+
+def test_a_token_over_the_end_of_a_context_begins_the_answers_of_drift():
+    """Stock loses it. Qwen's tokenizer has such ones: a full stop and the empty line behind it."""
+    pieces = ("<unk>", "He", " said", ".", ".\n\n", "\n\n", "It", " rained")
+    raw = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    raw.pre_tokenizer = Split(Regex(r"[^\s\w]+\n*|\n+| ?\w+"), "isolated")
+    raw.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<unk>")
+    model = tiny("llama")
+    lm, stock = PrunedLM(model, tokenizer), HFLM(pretrained=model, tokenizer=tokenizer)
+
+    def pair(one, *texts):
+        return tuple(tokenizer.decode(part) for part in one._encode_pair(*texts))
+
+    merged, apart = ("He said.", "\n\nIt rained."), ("He said", "\n\nIt rained.")
+    assert pair(stock, *merged) == pair(lm, *merged) == ("He said.", "It rained.")
+    lm.begin(DenseSession(), {}, whole_tokens=True)
+    assert pair(lm, *merged) == ("He said", ".\n\nIt rained.")
+    assert pair(stock, *apart) == pair(lm, *apart) == apart
+    asked = {name: whole_tokens(Tasks().load(name)) for name in ("drift_smoke", "smoke_drift", "smoke_stories")}
+    assert asked == {"drift_smoke": True, "smoke_drift": True, "smoke_stories": False}
 
 
 def test_generation_does_not_depend_on_the_batch_size(tokenizer):
