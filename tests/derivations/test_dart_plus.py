@@ -29,12 +29,25 @@ ACTS = {
 }
 
 
+def bits_by_hand(ffn, read, others):
+    """Bits of a gated FFN that one token reads. An exponent 7 or more below its row's largest takes 8 more."""
+    gate, up, down = (m.weight.detach().bfloat16() for m in (ffn.gate, ffn.up, ffn.down))
+    neurons, width = gate.shape
+    exponents = [((w.view(torch.int16).int() >> 7) & 0xFF).numpy() for w in (gate, up, down)]
+    escaped = [8 * (e.max(1, keepdims=True) - e >= 7) for e in exponents]
+    thin = width // 2
+    previews = 2 * neurons * (5 * thin + 8 + 16) + 16 * neurons  # the row's largest exponent, doubts; norms of columns
+    rows = sum((5 * (width - thin) + 3 * width) * len(read) + e[read].sum() for e in escaped[:2])
+    columns = 8 * width * len(read) + escaped[2][:, read].sum() + 5 * width * len(others)
+    return previews + rows + columns + 8 * width, escaped  # the last are the largest exponents of down's rows
+
+
 def kept16(values):
     return values.astype(np.float16).astype(np.float64)
 
 
 def by_hand(ffn, act, x, taken, written):
-    """What one token's FFN adds, [D]; without down's bias."""
+    """What one token's FFN adds, [D], without down's bias; the neurons read exactly, and those that write so too."""
     modules = [m for m in (ffn.gate, ffn.up) if m is not None]
     weights = [m.weight.detach() for m in modules]
     biases = [0.0 if m.bias is None else m.bias.detach().double().numpy() for m in modules]
@@ -56,7 +69,7 @@ def by_hand(ffn, act, x, taken, written):
     order = np.argsort(-np.maximum(expected - 0.8 * preview**2, 0) * norms, kind="stable")
     read, others = order[:taken], order[taken:]
     others = others[np.argsort(-(expected * norms)[others], kind="stable")][: written - taken]
-    return fine[-1][:, read] @ exact[read] + image[-1][:, others] @ preview[others]
+    return fine[-1][:, read] @ exact[read] + image[-1][:, others] @ preview[others], read, others
 
 
 @pytest.mark.parametrize("family", ACTS)
@@ -78,5 +91,13 @@ def test_a_token_reads_more_bits_of_what_matters_more(family):
     for hook in hooks:
         hook.remove()
     assert 0 < taken < written < ffn.size
-    wanted = by_hand(ffn, ACTS[family], seen["x"].double().numpy(), taken, written) + bias
+    wanted, read, others = by_hand(ffn, ACTS[family], seen["x"].double().numpy(), taken, written)
+    wanted = wanted + bias
+    if family == "llama":
+        bits, escaped = bits_by_hand(ffn, read, others)
+        # Counts go by mean rows, and of down's largest exponents count those of the columns that write so alone.
+        more = sum(e[read].sum() - e.mean() * read.size * ffn.width for e in (*escaped[:2], escaped[2].T))
+        more += 8 * ffn.width * (1 - len(others) / ffn.size)
+        told = session.state.prepared.paid[LAYER] @ torch.tensor([ffn.size, ffn.size, taken, written]).double()
+        assert float(told) * 16 * ffn.width == pytest.approx(bits - more)
     assert np.allclose(seen["out"].numpy(), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
