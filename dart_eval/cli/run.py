@@ -140,7 +140,8 @@ def plan_table(sizes: list[CellSize], workers: int) -> Table:
     spread = f", about {duration(work / workers)} on {workers} workers, and their start" if workers > 1 else ""
     note = (
         "Tokens: to compute; generated ones at their most, so texts that end early take less. TFLOPs: products with "
-        "the weights (masks save none). GB: the most that a few batches needed, the largest among them, on one worker. "
+        "the weights (masks save none). GB: the most that a few batches needed, the largest among them, on one worker; "
+        "previews and rounding need up to two more copies of the FFN weights. "
         "Cache: GB of keys and values in it, which grow with a batch's rows (--batch-size) and their tokens. "
         f"Time: from a few batches of every task, on one worker; in all {duration(work)}{spread}. The run says how far "
         "off this was."

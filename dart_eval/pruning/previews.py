@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dart_eval.allocation import Prices
 from dart_eval.ffn import FFN
+from dart_eval.machine import release
 from dart_eval.pruning.parts.choices import Choice
 from dart_eval.pruning.parts.images import Image, columns
 from dart_eval.pruning.planes import truncated
@@ -144,6 +145,7 @@ class LastMade(Generic[T]):
         known = self._known.get(module)
         if known is None or known[0] != key:
             self._known[module] = known = key, make()
+            release()
         return known[1]
 
 

@@ -1,6 +1,9 @@
 """Previews: bytes never beyond the label, exact choices through a perfect image, chosen by the image alone."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,3 +228,27 @@ def test_a_graded_token_reads_more_bits_of_what_matters_more(family, bits, thin)
             out = exact[:, first] @ fine[-1].T[first] + preview[:, second] @ rough[-1].T[second]
             bias = getattr(ffn.down, "bias", None)
             torch.testing.assert_close(y, out + (0 if bias is None else bias), rtol=1e-4, atol=1e-5)
+
+
+MEASURED = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from dart_eval import prune
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+sizes = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 8, "num_attention_heads": 4}
+model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=96)).bfloat16()
+before = resident()
+with prune(model, "dart-plus", 0.5, execution="masked"):
+    model.generate(torch.ones(1, 8, dtype=torch.long), max_new_tokens=3)
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "mlp" in name)
+    print((resident() - before) / weights)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the memory of a process")
+def test_dart_plus_takes_two_copies_of_the_weights_and_little_more():
+    """The images, and the weights without their last bits. What making them took has gone back to the system."""
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert 2 < float(done.stdout.splitlines()[-1]) < 2.6
