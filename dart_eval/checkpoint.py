@@ -80,15 +80,24 @@ def model_file(source: str, name: str, revision: str | None) -> Path | None:
     return None if found is None else Path(found)
 
 
-def check_weights(name: str, info: Mapping[str, Any]) -> list[str]:
-    """What is to be told of how a model was loaded.
+def load_whole(loader: Any, name: str, source: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """A model that transformers has made of all the weights that it needs, and what is to be told of them.
+
+    Every loader goes through here: transformers itself fills up what is missing with random numbers.
 
     Args:
-        info: of `from_pretrained(output_loading_info=True)`, in which tied weights and the like do not stand.
+        loader: a class with `from_pretrained`. name: of the model, for people.
+        source, kwargs: of `from_pretrained`.
 
     Raises:
-        UserError: weights are missing (they would be random ones), or have another shape.
+        UserError: weights are missing, or have another shape.
     """
+    model, info = loader.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    return model, _check_weights(name, info)
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> list[str]:
+    """See `load_whole`. info: in which tied weights and the like do not stand."""
     missing, unused = info["missing_keys"], info["unexpected_keys"]
     if wrong := info["mismatched_keys"]:
         key, theirs, ours = min(wrong)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from dart_eval import gguf_codes
+from dart_eval.checkpoint import load_whole
 from dart_eval.errors import UserError, summary
 from dart_eval.files import feed
 
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
 
 SUFFIX = ".gguf"
 KINDS = "ffn_kinds.json"  # in a converted folder: layer -> side -> bits of a weight in the file, and its type there
-CONVERSION = 3  # raise when the conversion changes, so that old folders are not used
+CONVERSION = 4  # raise when the conversion changes, so that old folders are not used
+NOTES = "notes.json"  # in a converted folder: what is to be told of the file, where there is anything
 CODES = "ffn_codes.safetensors"  # in a converted folder: `layer.side` -> [out, in] int8, the file's own codes
+WHOLE = "download or convert it again; a file that was split must be merged first (llama-gguf-split --merge)"
 EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: experts, and the FFN beside them that every token has
+BLOCK = re.compile(r"blk\.(\d+)\.")
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_((?:gate|up|down)(?:_exps|_shexp)?)\.weight")
 
 
@@ -82,13 +86,20 @@ def convert(file: Path, target: Path, bits: bool) -> None:
         bits: also write how many bits the FFN weights have in the file.
 
     Raises:
-        UserError: transformers cannot read it.
+        UserError: the file is damaged or lacks weights, or transformers cannot read it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        reader = gguf_codes.reader(file)
+        _check(file, reader)
+        read, notes = load_whole(
+            AutoModelForCausalLM, file.name, file.parent, gguf_file=file.name, trust_remote_code=False
+        )
+        notes = notes or _unused(file.name, reader.tensors, read)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    except UserError as error:
+        raise UserError(error.problem, WHOLE) from None
     except Exception as error:  # of transformers, of gguf, of the file system
         raise UserError(
             f"transformers cannot read {file} ({summary(error)})", "convert it to a Hugging Face folder first"
@@ -101,17 +112,54 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(target, max_shard_size="1TB")
     tokenizer.save_pretrained(target)
+    if notes:
+        (target / NOTES).write_text(json.dumps(notes), encoding="utf-8")
     if bits:
-        gguf_codes.write(file, target / CODES, FFN_TENSOR)
-        (target / KINDS).write_text(json.dumps(_kinds(file), indent=1), encoding="utf-8")
+        gguf_codes.write(reader.tensors, target / CODES, FFN_TENSOR)
+        (target / KINDS).write_text(json.dumps(_kinds(reader.tensors), indent=1), encoding="utf-8")
 
 
-def _kinds(file: Path) -> dict[str, dict[str, tuple[float, str]]]:
+def _check(file: Path, reader: Any) -> None:
+    """Refuse a file whose header contradicts its tensors, before a model is built by the header.
+
+    Raises:
+        UserError: it names another number of layers than it holds, or tensors lie elsewhere than one behind the other.
+    """
+    place = 0
+    for tensor in reader.tensors:
+        if (offset := int(tensor.field.parts[-1][0])) != place:
+            raise UserError(f"{file} is damaged: its tensor {tensor.name} lies at {offset}, not at {place}")
+        place += -(-int(tensor.n_bytes) // int(reader.alignment)) * int(reader.alignment)
+    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    said = int(reader.fields[f"{architecture}.block_count"].parts[-1][0])
+    held = 1 + max((int(found[1]) for t in reader.tensors if (found := BLOCK.match(t.name))), default=-1)
+    if said != held:
+        raise UserError(f"{file} names {said} layers ({architecture}.block_count), and holds weights of {held}")
+
+
+def _unused(name: str, tensors: Sequence[Any], model: Any) -> list[str]:
+    """What is to be told of tensors that are in no weight of the model: transformers passes over some.
+
+    Their numbers show it: every other tensor is whole in a weight, whatever its name there.
+
+    Raises:
+        UserError: a weight is made of fewer tensors than it needs: transformers fills up with zeros (gates of experts).
+    """
+    held, needed = sum(int(t.n_elements) for t in tensors), sum(p.numel() for p in model.parameters())  # tied ones once
+    if held < needed:
+        raise UserError(f"model {name} lacks tensors: {needed - held} numbers of its weights stand in none")
+    state = model.state_dict()
+    if (left := held - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)) <= 0:
+        return []
+    fitting = [t.name for t in tensors if int(t.n_elements) == left]
+    which = f" ({fitting[0]})" if len(fitting) == 1 else ""
+    return [f"model {name}: {left} numbers of the file are in no weight of the model{which}"]
+
+
+def _kinds(tensors: Sequence[Any]) -> dict[str, dict[str, tuple[float, str]]]:
     """Layer -> gate, up, down -> bits of a weight, its part of scales included, and the type's name."""
-    from gguf import GGUFReader
-
     found: dict[str, dict[str, tuple[float, str]]] = {}
-    for tensor in GGUFReader(file).tensors:
+    for tensor in tensors:
         if match := FFN_TENSOR.fullmatch(tensor.name):
             layer, side = match.groups()
             bits = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
@@ -125,11 +173,12 @@ def note_bits(source: str, model: Any) -> list[str]:
     Of plain projections also how their codes are found.
 
     Returns:
-        What is to be told: whether some were not found.
+        What is to be told: of the file, and whether some were not found.
     """
-    kept = Path(source) / KINDS
+    kept, told = Path(source) / KINDS, Path(source) / NOTES
+    notes: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else []
     if not kept.is_file():
-        return []
+        return notes
     from dart_eval import codes, quantised
     from dart_eval.ffn import describe
 
@@ -150,8 +199,8 @@ def note_bits(source: str, model: Any) -> list[str]:
                 keys = [f"{ffn.number}.{name}" for name in names]
                 codes.note(module, functools.partial(_codes, file=Path(source) / CODES, keys=keys, kind=kinds.pop()))
     if not unknown:
-        return []
-    return [f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"]
+        return notes
+    return [*notes, f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"]
 
 
 def _codes(module: Any, file: Path, keys: Sequence[str], kind: str) -> Packed | None:

@@ -7,6 +7,7 @@ and their minima to 0, and what the package then expands are the codes themselve
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ UNIT: dict[str, tuple[int, dict[int, bytes]]] = {
 }  # fmt: skip
 
 
+def reader(file: Path) -> Any:
+    """The gguf package's reader of a file. More entries than the file has room for are an error, unlike there."""
+    from gguf import GGUFReader
+
+    class Whole(GGUFReader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
+            found = super()._get(offset, dtype, count, *more, **named)
+            if len(found) < int(count):
+                raise ValueError(f"it ends before byte {offset + int(count) * found.itemsize}")
+            return found
+
+    return Whole(file)
+
+
 def codes_of(raw: Any, kind: str) -> Any:
     """[out, in] int8 numpy, the codes of a tensor. raw: [out, bytes] uint8. kind: one of `GRIDS`."""
     import numpy as np
@@ -39,18 +54,17 @@ def codes_of(raw: Any, kind: str) -> Any:
     return dequantize(blocks.reshape(raw.shape), GGMLQuantizationType[kind]).astype(np.int8)
 
 
-def write(file: Path, target: Path, wanted: re.Pattern[str]) -> None:
-    """Write the codes of matrices of a file, as `layer.side`; experts and other types are left out.
+def write(tensors: Sequence[Any], target: Path, wanted: re.Pattern[str]) -> None:
+    """Write the codes of matrices among a file's tensors, as `layer.side`; experts and other types are left out.
 
     Args:
         wanted: of their names, with the layer and the side as groups.
     """
     import numpy as np
-    from gguf import GGUFReader
     from safetensors.numpy import save_file
 
     found = {}
-    for tensor in GGUFReader(file).tensors:
+    for tensor in tensors:
         match, kind = wanted.fullmatch(tensor.name), tensor.tensor_type.name
         if match and kind in GRIDS and len(tensor.shape) == 2:
             found[".".join(match.groups())] = np.ascontiguousarray(codes_of(tensor.data, kind))

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dart_eval import demo_model, experts, gguf, grids, stored
-from dart_eval.checkpoint import check_tokenizer, check_weights, own_code, weights_dtype
+from dart_eval.checkpoint import check_tokenizer, load_whole, own_code, weights_dtype
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_name, feed
 from dart_eval.hub import work_offline_if_unreachable
@@ -106,23 +106,21 @@ class Resolved:
         tokenizer = self.load_tokenizer()
         try:
             with muted():
-                made: Any = _loader(self.config).from_pretrained(
-                    self.source, dtype=getattr(torch, self.dtype), device_map=spec.device_map, output_loading_info=True,
-                    ignore_mismatched_sizes=True, **kwargs, **stored.options(self.config),
+                model, notes = load_whole(
+                    _loader(self.config), name, self.source, dtype=getattr(torch, self.dtype),
+                    device_map=spec.device_map, **kwargs, **stored.options(self.config),
                 )  # fmt: skip
-                stored.expand(made[0])
+                stored.expand(model)
+        except UserError:
+            raise
         except Exception as error:  # every library underneath has errors of its own; all mean the same here
             raise _explain(name, error) from error
-        model, info = made
-        for text in check_weights(name, info):
-            note(text)
         if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
-        for text in gguf.note_bits(self.source, model):
-            note(text)
         files = stored.Files(self.source, self.identity.revision)
-        for text in stored.note_bits(self.config, files, model):
+        notes += [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
+        for text in notes:
             note(text)
         grids.note_codes(self.config, files, model)
         self._place(model)

@@ -62,6 +62,54 @@ def test_a_damaged_file_is_one_line_and_leaves_nothing(file, damage, tmp_path):
     assert not [f for f in (tmp_path / "cache").rglob("*") if f.suffix != ".lock"]
 
 
+@pytest.mark.parametrize(("given", "words"), [
+    ({"without": "blk.0.ffn_down.weight"}, r"model tiny\.gguf lacks 1 weights \(model\.layers\.0\.mlp\.down_proj\."),
+    ({"without": "output_norm.weight"}, r"model tiny\.gguf lacks 1 weights \(model\.norm\.weight\); download or conv"),
+    ({"without": "blk.0.ffn_gate_exps.weight", "experts": True},
+     r"model tiny\.gguf lacks tensors: 180224 numbers of its weights stand in none; download or convert it again"),
+    ({"blocks": 3}, r"tiny\.gguf names 3 layers \(llama\.block_count\), and holds weights of 2; download"),
+    ({"blocks": 1}, r"tiny\.gguf names 1 layers"),
+    ({"blocks": 10**9}, r"tiny\.gguf names 1000000000 layers"),
+    ({"blocks": 2**32 - 1}, r"tiny\.gguf names 4294967295 layers"),
+])  # fmt: skip
+def test_a_file_of_other_tensors_than_it_says_is_refused_and_leaves_nothing(file, given, words, tmp_path):
+    """transformers makes up what is missing, passes over a layer too many, and builds as many as are named."""
+    write(file, **given)
+    with pytest.raises(UserError, match=words):
+        resolve(ModelSpec(str(file)))
+    assert not [f for f in (tmp_path / "cache").rglob("*") if f.suffix != ".lock"]
+
+
+def test_tensors_that_overlap_are_refused(file):
+    """Each begins where the one before it ends, as llama.cpp wants it."""
+    tensors = library.GGUFReader(file, "r+").tensors
+    second = tensors[1].field.parts[-1]
+    second[0] -= 32
+    second.base.flush()
+    with pytest.raises(
+        UserError, match=r"tiny\.gguf is damaged: its tensor output\.weight lies at 73696, not at 73728;"
+    ):
+        resolve(ModelSpec(str(file)))
+
+
+def test_numbers_of_entries_that_the_file_has_no_room_for_end_it(file):
+    """The package's reader goes on past the end, for as many empty entries as are named."""
+    length = library.GGUFReader(file, "r+").fields["tokenizer.ggml.scores"].parts[4]
+    length[0] = 2**40
+    length.base.flush()
+    with pytest.raises(UserError, match=r"transformers cannot read .*tiny\.gguf \(ValueError: it ends before byte"):
+        resolve(ModelSpec(str(file)))
+
+
+def test_tensors_that_no_weight_is_made_of_are_told_each_time(file):
+    """transformers passes over those that it does not know, such as Llama 3's factors of angles."""
+    write(file, more="rope_freqs.weight")
+    for _ in range(2):
+        told = []
+        resolve(ModelSpec(str(file))).load(told.append)
+        assert told == ["model tiny.gguf: 7 numbers of the file are in no weight of the model (rope_freqs.weight)"]
+
+
 def test_without_the_package_it_is_named(file, monkeypatch):
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the package gguf"):

@@ -10,11 +10,12 @@ KINDS = {"ffn_gate": "Q4_0", "ffn_up": "Q4_0", "ffn_down": "Q8_0"}  # 4.5 and 8.
 EXPERTS, INNER, INNER_SHARED = 2, 1408, 5632  # the inner sizes stand in no file: transformers takes its own
 
 
-def write(path, seed=0, experts=False):
+def write(path, seed=0, experts=False, blocks=LAYERS, without=None, more=None):
     """A llama of two layers, whose FFN weights have 4.5, 4.5 and 8.5 bits.
 
     Args:
         experts: a Qwen2 MoE, whose experts have these bits and whose shared ones have 8.5, 8.5 and 4.5.
+        blocks: how many layers the file names. without: a tensor that it lacks. more: one that no model knows.
     """
     random = np.random.default_rng(seed)
     out = GGUFWriter(path, "qwen2moe" if experts else "llama")
@@ -23,7 +24,7 @@ def write(path, seed=0, experts=False):
         out.add_expert_used_count(1)
     out.add_context_length(512)
     out.add_embedding_length(WIDTH)
-    out.add_block_count(LAYERS)
+    out.add_block_count(blocks)
     out.add_feed_forward_length(SIZE)
     out.add_head_count(4)
     out.add_head_count_kv(2)
@@ -39,10 +40,14 @@ def write(path, seed=0, experts=False):
     out.add_eos_token_id(2)
 
     def add(name, *shape, kind="F32", around=0.0):
+        if name == without:
+            return
         values = (around + 0.1 * random.standard_normal(shape)).astype(np.float32)
         raw = GGMLQuantizationType[kind]
         out.add_tensor(name, values if kind == "F32" else quantize(values, raw), raw_dtype=raw)
 
+    if more:
+        add(more, 7)
     add("token_embd.weight", len(WORDS), WIDTH)
     add("output.weight", len(WORDS), WIDTH)
     add("output_norm.weight", WIDTH, around=1.0)
