@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import pickle
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from transformers.utils.hub import cached_file
 from dart_eval.errors import UserError
 
 SHOWN = 3  # names in a message
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # as configurations call their number
+MOST_LAYERS = 4096  # more than any model has; building a model of 10^8 would not end
 SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -40,9 +44,50 @@ def weights_dtype(source: str, revision: str | None) -> str:
             return next(dtype for dtype in found if dtype in SAFETENSORS.values())
         except StopIteration:
             problem = f"has no floating-point weights in {file.name}"
-        except Exception as error:  # of safetensors, of pickle, of the file system
+        except pickle.UnpicklingError as error:
+            raise no_tensors(Path(source).name, error) from None
+        except Exception as error:  # of safetensors, of the file system
             problem = f"has weights that cannot be read ({file.name}: {' '.join(str(error).split())[:200]})"
     raise UserError(f"model {Path(source).name} names no dtype, and {problem}", "give --dtype, or complete weights")
+
+
+def no_tensors(name: str, error: pickle.UnpicklingError) -> UserError:
+    """What a user is told of weights that torch refuses to unpickle; its own text explains how to switch that off."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    return UserError(
+        f"the weights of model {name} are no plain tensors" + (f": their file calls {asked[1]}" if asked else ""),
+        "such a file may run any code when it is loaded: take the weights as safetensors",
+    )
+
+
+def check_layers(name: str, told: Mapping[str, Any]) -> None:
+    """Refuse a number of layers that no model can have. told: what stands in config.json.
+
+    Raises:
+        UserError: with the key and the number.
+    """
+    for key, value in _entries(told):
+        if key.rpartition(".")[2] not in LAYERS or not isinstance(value, int):
+            continue
+        of_text = "." not in key.removeprefix("text_config.")  # other parts may have none
+        if value > MOST_LAYERS or (of_text and value < 1):
+            raise UserError(
+                f"config.json of model {name} says {key} {value}", f"a model has 1 to {MOST_LAYERS} layers: correct it"
+            )
+
+
+def unknown_word(told: Mapping[str, Any], word: Any) -> str | None:
+    """Where in config.json a word stands that transformers does not know: `hidden_act 'nosuch'`; None."""
+    return next((f"{key} {value!r}" for key, value in _entries(told) if isinstance(value, str) and value == word), None)
+
+
+def _entries(told: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys and values of a configuration, those inside others as `text_config.hidden_act`."""
+    for key, value in told.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def own_code(source: str, config: Any, revision: str | None) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,21 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.quantizers import AutoHfQuantizer
 
 from dart_eval import demo_model, experts, gguf, grids, stored
-from dart_eval.checkpoint import check_tokenizer, load_whole, own_code, weights_dtype
+from dart_eval.checkpoint import (
+    check_layers,
+    check_tokenizer,
+    load_whole,
+    no_tensors,
+    own_code,
+    unknown_word,
+    weights_dtype,
+)
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import check_name, feed
 from dart_eval.hub import work_offline_if_unreachable
@@ -114,7 +125,7 @@ class Resolved:
         except UserError:
             raise
         except Exception as error:  # every library underneath has errors of its own; all mean the same here
-            raise _explain(name, error) from error
+            raise _explain(name, error, self.config.to_dict()) from error
         if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
@@ -156,7 +167,7 @@ class Resolved:
             with torch.device("meta"):
                 return _loader(self.config).from_config(self.config, trust_remote_code=trust)
         except Exception as error:  # as in `load`
-            raise _explain(self.identity.name, error) from error
+            raise _explain(self.identity.name, error, self.config.to_dict()) from error
 
     def _place(self, model: PreTrainedModel) -> None:
         spec = self.spec
@@ -239,11 +250,24 @@ def resolve(spec: ModelSpec) -> Resolved:
 
 def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
     """A model by its configuration; `weights`: hash of a folder."""
+    told: dict[str, Any] = {}
     try:
         revision = spec.revision or "main"
+        told, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        check_layers(name, told)  # some configurations make a list of them
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
+        quantised = stored.told_of(config)
+        known = not quantised or AutoHfQuantizer.supports_quant_method(quantised)
+    except UserError:
+        raise
     except Exception as error:  # the model's own code may run here
-        raise _explain(name, error) from error
+        raise _explain(name, error, told) from error
+    if not known:  # transformers would take the weights for plain ones
+        method = stored.method_of(config)
+        raise UserError(
+            f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
+            "correct its quantization_config, or leave it out where the weights are plain",
+        )
     commit = None if weights else getattr(config, "_commit_hash", None) or revision
     code = own_code(source, config, commit)
     if code is not None and "/" in code and not spec.trust_remote_code:
@@ -290,8 +314,13 @@ def _untrusted(name: str, code: str) -> UserError:
     )
 
 
-def _explain(name: str, error: BaseException) -> UserError:
+def _explain(name: str, error: BaseException, told: Mapping[str, Any] = {}) -> UserError:
+    """What a user is told of an error underneath. told: what stands in config.json."""
     text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        return no_tensors(name, error)
+    if isinstance(error, KeyError) and (unknown := unknown_word(told, error.args[0])):
+        return UserError(f"config.json of model {name} says {unknown}, which transformers does not know", "correct it")
     if "trust_remote_code" in text:
         return _untrusted(name, "auto_map or custom_generate")
     if "connect" in text.lower() or "offline" in text.lower() or "couldn't connect" in text.lower():

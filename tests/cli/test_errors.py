@@ -148,7 +148,7 @@ def test_a_hub_that_cannot_be_reached_is_said(refused, monkeypatch):
     def unreachable(name, **_):
         raise OSError("We couldn't connect to the hub to load the files, and\ncouldn't find them in the cached files.")
 
-    monkeypatch.setattr("dart_eval.models.AutoConfig.from_pretrained", unreachable)
+    monkeypatch.setattr("dart_eval.models.PretrainedConfig.get_config_dict", unreachable)
     message = refused("run", "--tasks", "arc", "--model", "org/none")
     assert message.startswith("model 'org/none' is no local folder, and the hub cannot be reached;")
     assert "local folder" in message.partition(";")[2]
@@ -159,7 +159,7 @@ def test_a_model_that_the_hub_does_not_have_is_said(refused, monkeypatch):
     def absent(name, **_):
         raise OSError(f"{name} is not a local folder and is not a valid model identifier listed on the hub")
 
-    monkeypatch.setattr("dart_eval.models.AutoConfig.from_pretrained", absent)
+    monkeypatch.setattr("dart_eval.models.PretrainedConfig.get_config_dict", absent)
     message = refused("run", "--tasks", "arc", "--model", "org/none")
     assert "'org/none' was found neither as a folder nor on the hub; check the name" in message
 

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -112,6 +113,42 @@ def test_what_a_whole_checkpoint_rightly_lacks_is_not_asked_of_it(family, tmp_pa
     loaded, _ = resolve(ModelSpec(str(tmp_path), device="cpu")).load(told.append)
     assert not told
     assert torch.equal(loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight)
+
+
+# -- configurations ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"num_hidden_layers": 10**8}, "num_hidden_layers 100000000; a model has 1 to 4096 layers: correct it"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers 0; a model has 1 to 4096 layers: correct it"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers -1; a model has 1 to 4096 layers: correct it"),
+    ({"hidden_act": "nosuch"}, "hidden_act 'nosuch', which transformers does not know; correct it"),
+    ({"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1e4}},
+     "rope_parameters.rope_type 'nosuch', which transformers does not know; correct it"),
+    ({"quantization_config": {"quant_method": "nosuch"}},
+     "quant_method 'nosuch', which transformers does not know; correct its quantization_config, or leave it out where "
+     "the weights are plain"),
+])  # fmt: skip
+def test_a_configuration_that_makes_no_model_is_refused_with_its_key(folder, refused, changes, words):
+    _configure(folder, **changes)
+    assert refused(folder, "--method", "dense") == f"config.json of model model says {words}"
+
+
+class _Calls:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("dtype", ["float32", ...])
+def test_a_pickle_that_calls_code_is_refused_without_advice_to_run_it(folder, refused, dtype):
+    """What torch says of it explains how to switch its own check off."""
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": torch.ones(2), "other": _Calls()}, folder / "pytorch_model.bin")
+    _configure(folder, dtype=dtype)
+    assert refused(folder) == (
+        f"the weights of model model are no plain tensors: their file calls {os.system.__module__}.system; such a file "
+        "may run any code when it is loaded: take the weights as safetensors"
+    )
 
 
 # -- dtype ---------------------------------------------------------------------------------------------------------
