@@ -129,6 +129,11 @@ def note(linear: nn.Module, find: Callable[[nn.Module], Packed | None]) -> None:
     _NOTED[linear] = find
 
 
+def expected(linear: nn.Module) -> bool:
+    """Whether it was noted how the codes of a projection are found, which may have no weights yet."""
+    return linear in _NOTED
+
+
 @torch.no_grad()
 def noted(linear: nn.Module) -> Packed | None:
     """The codes of a projection's checkpoint; None where there are none that belong to its weights.

@@ -206,6 +206,8 @@ PLAIN = (Tensor, nn.Parameter)  # what holds its numbers as they are
 
 def encoded(linear: nn.Module) -> str | None:
     """Why a projection's weight is no matrix of plain numbers (`are ...`), or None."""
+    if (form := quantised.form(linear)) is not None:
+        return form
     step = isinstance(linear, experts.Step)
     weight = linear.held if isinstance(linear, experts.Step) else getattr(linear, "weight", None)
     if weight is None:

@@ -28,15 +28,14 @@ def note_codes(config: Any, files: Files, model: Any) -> None:
     Args:
         config: as it was before it was loaded. files: of the checkpoint.
     """
-    find = FINDERS.get(method_of(config) or "")
-    if find is None:
+    find, told = FINDERS.get(method_of(config) or ""), told_of(config)
+    if find is None or (find is _compressed and _whole_numbers(told) is None):
         return
     try:
         ffns = describe(model)
     except UserError:  # it is refused later, with the reason
         return
     names = {id(module): name for name, module in model.named_modules()}
-    told = told_of(config)
     for module in (m for f in ffns for m in f.projections if not isinstance(m, Step)):
         part = functools.partial(files.tensor, names[id(module)])
         codes.note(module, functools.partial(find, told=told, part=part))
@@ -55,11 +54,17 @@ def _torchao(module: Any, told: Mapping[str, Any], part: Part) -> Packed | None:
     return codes.fitted(held, weight_matrix(module), Rounding(bits, int(group[1])))
 
 
-def _compressed(module: Any, told: Mapping[str, Any], part: Part) -> Packed | None:
-    """compressed-tensors: a byte for each code, or words of them along a row, then counted from 0."""
+def _whole_numbers(told: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What compressed-tensors says of codes that are whole numbers, the same for all weights; None: they are none."""
     groups = list((told.get("config_groups") or {}).values())
     weights = groups[0].get("weights") if len(groups) == 1 and isinstance(groups[0], Mapping) else None
-    if not weights or weights.get("type", "int") != "int" or not LEAST <= weights.get("num_bits", 8) <= MOST:
+    fits = weights and weights.get("type", "int") == "int" and LEAST <= weights.get("num_bits", 8) <= MOST
+    return weights if fits else None
+
+
+def _compressed(module: Any, told: Mapping[str, Any], part: Part) -> Packed | None:
+    """compressed-tensors: a byte for each code, or words of them along a row, then counted from 0."""
+    if (weights := _whole_numbers(told)) is None:
         return None
     bits, group = int(weights.get("num_bits", 8)), int(weights.get("group_size") or 0)
     held, words = part("weight"), part("weight_packed")

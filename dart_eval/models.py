@@ -129,11 +129,8 @@ class Resolved:
         if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
-        files = stored.Files(self.source, self.identity.revision)
-        notes += [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
-        for text in notes:
+        for text in [*notes, *self._note(model)]:
             note(text)
-        grids.note_codes(self.config, files, model)
         self._place(model)
         return model.eval(), tokenizer
 
@@ -156,8 +153,18 @@ class Resolved:
             kwargs["revision"] = self.identity.revision
         return kwargs
 
+    def _note(self, model: Any) -> list[str]:
+        """Note how many bits the FFN weights of the model have in its files, and how their codes are found.
+
+        Returns:
+            What is to be told of it.
+        """
+        files = stored.Files(self.source, self.identity.revision)
+        grids.note_codes(self.config, files, model)
+        return [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
+
     def outline(self) -> PreTrainedModel:
-        """The model without its weights: its modules and their sizes alone.
+        """The model without its weights: its modules and their sizes, and what its checkpoint says of their bits.
 
         Raises:
             UserError: its configuration makes no model.
@@ -165,9 +172,12 @@ class Resolved:
         trust = self.spec.trust_remote_code
         try:
             with torch.device("meta"):
-                return _loader(self.config).from_config(self.config, trust_remote_code=trust)
+                model = _loader(self.config).from_config(self.config, trust_remote_code=trust)
         except Exception as error:  # as in `load`
             raise _explain(self.identity.name, error, self.config.to_dict()) from error
+        stored.note_forms(self.config, model)
+        self._note(model)
+        return model
 
     def _place(self, model: PreTrainedModel) -> None:
         spec = self.spec

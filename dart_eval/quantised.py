@@ -38,6 +38,19 @@ def noted(linear: nn.Module) -> float | None:
     return _NOTED.get(linear)
 
 
+_FORMS: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def note_form(linear: nn.Module, form: str) -> None:
+    """Keep of a projection without weights what the checkpoint's will be: `are quantised (bitsandbytes)`."""
+    _FORMS[linear] = form
+
+
+def form(linear: nn.Module) -> str | None:
+    """What was noted of a projection by `note_form`."""
+    return _FORMS.get(linear)
+
+
 def bits(tensors: Iterable[Any], weights: int) -> float:
     """Bits of a weight, its part of scales and zero points included, of a matrix that these tensors hold.
 

@@ -7,17 +7,19 @@ counted.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dart_eval import quantised
 from dart_eval.bits import OWN_BITS, Rounding, Stored, parse
-from dart_eval.codes import Packed, noted
+from dart_eval.codes import Packed, expected, noted
 from dart_eval.errors import UserError
 from dart_eval.experts import Step
 from dart_eval.ffn import FFN, encoded, find_ffns, is_conv1d, plain_matrix, stored_bits
@@ -106,6 +108,12 @@ def coded(linear: nn.Module) -> Packed | None:
     return found if found is not None and stored_of(linear).code == found.rounding.bits else None
 
 
+def on_grid(linear: Any) -> bool:
+    """Whether a projection has codes; where it has shapes alone, whether its checkpoint may have them."""
+    held = linear.held if isinstance(linear, Step) else next(itertools.chain(linear.parameters(), linear.buffers()))
+    return expected(linear) if held.is_meta else coded(linear) is not None
+
+
 def served_inputs(ffn: FFN) -> list[Served]:
     """The matrices that make h (gate and up, or up alone), as they would be served."""
     modules = [m for m in (ffn.gate, ffn.up) if m is not None]
@@ -185,6 +193,19 @@ def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:
     return [(m, weights) for m, weights in sides if m is not None]
 
 
+def refuse_fixed(ffns: Sequence[FFN]) -> None:
+    """Refuse FFN weights that cannot be rounded.
+
+    Raises:
+        UserError: they are quantised already, or in no parameter of their own.
+    """
+    try:
+        for module in (m for f in ffns for m in f.projections):
+            parameter_of(module)
+    except UserError as error:
+        raise UserError(error.problem, "leave --ffn-bits out, or load the model unquantised") from None
+
+
 class Rounded:
     """The FFN weights of a model, as they are and rounded; one of the two is in place.
 
@@ -217,16 +238,18 @@ class Rounded:
 
 
 def parameter_of(module: nn.Module) -> nn.Parameter:
-    """What holds the weights of a projection, or of experts.
+    """What holds the weights of a projection, or of experts, where others can be put in their place.
 
     Raises:
-        UserError: experts of a form that does not keep a matrix in one parameter.
+        UserError: they are quantised, or experts of a form that does not keep a matrix in one parameter.
     """
+    plain_matrix(module)
     if not isinstance(module, Step):
         return module.weight  # type: ignore[return-value]
     if not isinstance(module.held, nn.Parameter):
         raise UserError(
-            f"the weights of {module.routed.title} are in no parameter of their own", "leave them as they are"
+            f"the weights of {module.routed.title} are in no parameter of their own: none can stand in their place",
+            "use a method that leaves weights as they are, such as griffin or prox",
         )
     return module.held
 

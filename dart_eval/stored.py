@@ -32,6 +32,7 @@ NO_PART = (
     "bias", "weight_shape", "input_scale", "activation_scale", "input_global_scale", "input_zero_point", "g_idx",
 )  # fmt: skip
 # Of a model of several parts, with names like those of its text part.
+EXPANDED = ("compressed-tensors", "mxfp4", "fp8")  # what is plain numbers once it is loaded; fp8 on a CPU
 OTHER_PARTS = ("visual", "vision", "image", "audio", "mtp", "talker")
 
 
@@ -92,6 +93,20 @@ def note_bits(config: Any, files: Files, model: Any) -> list[str]:
         f"the files of this {method} checkpoint do not say how many bits {unknown} of {total} FFN projections have: "
         "their reads count what lies in memory"
     ]
+
+
+def note_forms(config: Any, model: Any) -> None:
+    """Note of a model without weights which of its FFN weights will stay quantised when it is loaded."""
+    told, method = told_of(config), method_of(config)
+    if method is None or method in EXPANDED:
+        return
+    skipped = told.get("llm_int8_skip_modules") or told.get("modules_to_not_convert") or ()
+    ffns, names = describe(model), {id(module): name for name, module in model.named_modules()}
+    for module in (m for f in ffns for m in f.projections if not isinstance(m, Step)):
+        if not any(part in names[id(module)] for part in skipped):
+            quantised.note_form(module, f"are quantised ({method})")
+            if method in KEPT:
+                quantised.note(module, 4 if told.get("load_in_4bit") else 8)  # without scales: enough to refuse by
 
 
 def _bits(ffn: FFN, module: nn.Module, names: Mapping[int, str], files: Files) -> float:

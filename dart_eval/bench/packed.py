@@ -22,7 +22,7 @@ from dart_eval.errors import UserError
 from dart_eval.ffn import find_ffns, plain_matrix
 from dart_eval.machine import foreign_cpu
 from dart_eval.pruning import products
-from dart_eval.rounding import parameter_of, rounded, rounded_bits
+from dart_eval.rounding import refuse_fixed, rounded, rounded_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +59,7 @@ def check(model: nn.Module) -> None:
     Raises:
         UserError: they are quantised already, or in no parameter of their own.
     """
-    for module in (m for f in find_ffns(model) for m in f.projections):
-        plain_matrix(module)
-        parameter_of(module)
+    refuse_fixed(find_ffns(model))
 
 
 def share(model: nn.Module, rounding: Rounding) -> float:

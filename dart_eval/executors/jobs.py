@@ -27,6 +27,7 @@ from dart_eval.pruning import fits
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.rounding import refuse_fixed
 from dart_eval.thinking import check_kind
 from dart_eval.values import pairs
 
@@ -167,7 +168,9 @@ def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
 
 
 def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
-    """The cells whose method fits this model, and whose sparsity can be met on it; the others are named to the view.
+    """The cells whose method fits this model and its weights, and whose sparsity can be met on it.
+
+    The others are named to the view.
 
     It goes by the model's modules alone: what shows when it runs (a layer that runs several times for a token, or does
     more than add its FFN's output) fails a cell.
@@ -175,14 +178,25 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     Raises:
         UserError: there are cells, and none of them can run.
     """
-    if all(fits.anywhere(cell.method) for cell in cells):
+    if all(fits.anywhere(cell.method) and cell.rounding is None for cell in cells):
         return list(cells)
     view.status("looking at the model's layers")
     ffns = describe(model.outline())
+    fixed: UserError | None = None  # why no weights can be rounded
+    try:
+        if any(cell.rounding for cell in cells):
+            refuse_fixed(ffns)
+    except UserError as error:
+        fixed = error
     kept: list[Cell] = []
     reasons: dict[str, UserError] = {}
     for cell in cells:
+        if cell.rounding is not None and fixed is not None:
+            reasons[f"--ffn-bits {cell.rounding.text}"] = fixed
+            continue
         try:
+            if cell.rounding is None:
+                fits.check_weights(cell.method, ffns, cell.sparsity)
             bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
             fits.check(cell.method, ffns, cell.sparsity, bits)
             kept.append(cell)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dart_eval.bits import Stored
+from torch import nn
+
+from dart_eval.bits import OWN_BITS, Stored
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.base import Part
-from dart_eval.pruning.parts.images import LowRank
+from dart_eval.pruning.parts.images import LowRank, Plane
+from dart_eval.rounding import on_grid, parameter_of, stored_of
 
 
 def anywhere(method: Pruner) -> bool:
@@ -47,6 +50,36 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | N
     if bits is not None:
         method.entries.check(bits)
         method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
+
+
+def check_weights(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
+    """Refuse a method that does not fit a model's weights as they are, quantised or not.
+
+    Raises:
+        UserError: with the reason.
+    """
+    image, part = method.choice.image, method.entries
+    precision = method.choice.precision if sparsity else 0
+    cut = image is not None and image.mantissa(precision) is not None
+    for f in ffns:
+        for module in f.projections:
+            part.check(stored_of(module))
+            if isinstance(image, Plane) and (module is not f.down or precision):
+                _check_plane(image, module)
+            if (cut and not on_grid(module)) or (
+                part.finer and not part.by_token
+            ):  # other weights stand in their place
+                parameter_of(module)
+
+
+def _check_plane(image: Plane, module: nn.Module) -> None:
+    bits = stored_of(module).total
+    if bits != OWN_BITS and not on_grid(module):
+        raise UserError(
+            f"{image.title} is the top bits of 16-bit weights, or of codes on an even grid: FFN weights of this model "
+            f"have {bits:.3g} bits, and no such codes were found",
+            "use a method that chooses in another way, give image=copy, or load the model unquantised",
+        )
 
 
 def _refuse(part: str | None, what: str) -> None:

@@ -232,6 +232,7 @@ def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: C
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
     fits.check(method, ffns, sparsity)
+    fits.check_weights(method, ffns, sparsity)
     made, mask = Prepared(method, ffns, sparsity), method.mask
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):

@@ -184,7 +184,7 @@ def _preview(image: Image, ffn: FFN, down: bool) -> Preview:
         written, columns = (values[inputs], squares(matrices[inputs])) if down else (None, None)
         return Preview(tuple(values[:inputs]), biases(ffn), tuple(doubts), ffn.act, written, columns, ffn.lift)
 
-    own = [m.weight for m in matrices] if ffn.routed is None else [parameter_of(p) for p in ffn.projections]
+    own = [m.weight for m in matrices] if ffn.routed is None else [*ffn.routed.experts.parameters()]
     return _MADE.get(ffn.up, own, (image, *(m.stored for m in matrices)), make)
 
 

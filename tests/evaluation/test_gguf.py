@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 from dart_eval import gguf
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
+from dart_eval.executors.jobs import plan_all
 from dart_eval.ffn import find_ffns
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.rounding import coded, served_bits_of
@@ -129,6 +130,17 @@ def test_experts_and_the_ffn_beside_them_have_their_own_bits(file):
     assert session.weights_read == pytest.approx(read / (16 * 3 * (INNER + INNER_SHARED)), rel=2e-3)
     with pytest.raises(UserError, match="no such codes were found"), open_session(model, "dart-plus", 0.3):
         pass
+
+
+def test_what_needs_codes_is_left_out_of_experts_before_the_first_cell(file, tmp_path):
+    write(file, experts=True)
+    given = {"tasks": "smoke_questions", "model": str(file), "output": str(tmp_path / "out")}
+    watch = Watch()
+    jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
+    assert [job.cell.method.name for job in jobs.values()] == ["dense", "griffin", "dart"]
+    assert any("dart-plus at sparsity 0.5 is left out: image=plane is the top bits" in note for note in watch.notes)
+    jobs, _ = plan_all([config_from(None, given | {"ffn_bits": "4", "method": "dart-plus"})], watch, skip_missing=False)
+    assert len(jobs) == 1  # rounded weights are codes
 
 
 def test_bits_that_the_file_does_not_say_are_told(file):

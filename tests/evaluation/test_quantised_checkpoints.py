@@ -1,5 +1,6 @@
 """Checkpoints of torchao and bitsandbytes: their real bits, what they stand for, and a board with their bytes."""
 
+import re
 import warnings
 
 import bitsandbytes
@@ -13,6 +14,8 @@ import dart_eval
 from dart_eval import cost, quantised
 from dart_eval.bench import untimed
 from dart_eval.config import config_from
+from dart_eval.errors import UserError
+from dart_eval.executors.jobs import plan_all
 from dart_eval.ffn import find_ffns, weight_matrix
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.registry import make
@@ -127,6 +130,41 @@ def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     into, down = BITS[kind]
     read = (into + down // 1 / 2 + down % 1) / (2 * into + down)  # half of all but the scales of down
     assert found.ceiling == pytest.approx(1 / (1 - phi * (1 - read)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_needs_codes_or_plain_weights_is_left_out_before_the_first_cell(checkpoints, kind, tmp_path):
+    """torchao's codes lie on an even grid, so dart-plus runs; nothing can stand in for either's weights."""
+
+    def planned(**more):
+        given = {"tasks": "smoke_questions", "model": str(checkpoints[kind]), "output": str(tmp_path / "out"), **more}
+        watch = Watch()
+        jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
+        return [job.cell.method.name for job in jobs.values()], [note for note in watch.notes if "left out" in note]
+
+    library, _, bits = kind.partition("-")
+    plane = (
+        "image=plane is the top bits of 16-bit weights, or of codes on an even grid: FFN weights of this model have "
+    )
+    fixed = rf"--ffn-bits 4{{}} the weights of Linear are quantised \({library}\): others cannot stand in their place; "
+    fixed += "leave --ffn-bits out, or load the model unquantised"
+    methods, notes = planned()
+    if library == "torchao":
+        assert methods == ["dense", "griffin", "dart", "dart-plus"] and not notes
+    else:
+        assert methods == ["dense", "griffin", "dart"]
+        assert [n.startswith(f"dart-plus at sparsity 0.5 is left out: {plane}{bits} bits") for n in notes] == [True]
+        with pytest.raises(
+            UserError, match=rf"dart-plus at sparsity 0\.5: {plane}{bits} bits, and no such codes were "
+        ):
+            planned(method="dart-plus")
+    for method in ("wanda", "planes"):
+        with pytest.raises(UserError, match=f"^{method} at sparsity .*load the model unquantised"):
+            planned(method=method)
+    with pytest.raises(UserError, match=f"^{fixed.format(':')}$"):
+        planned(ffn_bits="4")
+    methods, notes = planned(ffn_bits="16,4", method="dense,griffin")
+    assert methods == ["dense", "griffin"] and len(notes) == 1 and re.match(fixed.format(" is left out:"), notes[0])
 
 
 @pytest.mark.slow

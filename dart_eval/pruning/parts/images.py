@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from dart_eval.bits import OWN_BITS, Rounding
-from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 
 if TYPE_CHECKING:
@@ -212,19 +211,9 @@ class Plane(Image):
         return self.bits_of(served, rows, width) - served.scale
 
     def _beyond(self, matrix: Served, precision: int) -> float:
-        """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision.
-
-        Raises:
-            UserError: the weights have other bits, and no codes on an even grid.
-        """
+        """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision."""
         from dart_eval.pruning.planes import MANTISSA, escapes
 
-        if matrix.bits != OWN_BITS:
-            raise UserError(
-                f"{self.title} is the top bits of 16-bit weights, or of codes on an even grid: FFN weights of this "
-                f"model have {matrix.bits:.3g} bits, and no such codes were found",
-                "use a method that chooses in another way, give image=copy, or load the model unquantised",
-            )
         code_bits, shown = self._parts()
         kept = self.mantissa(precision)
         return max(0, (MANTISSA if kept is None else kept) - shown) + escapes(matrix.weight, code_bits)
