@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from dart_eval.loaded import Loaded
 
 DEFAULT_METHODS = ("dense", "griffin", "dart", "dart-plus")  # of `RunConfig`, which needs pydantic: a test compares
-OF_LOADING = ("revision", "dtype", "device", "device_map", "trust_remote_code")  # of a model that is to be loaded
+OF_LOADING = (
+    "revision",
+    "dtype",
+    "device",
+    "device_map",
+    "peft",
+    "trust_remote_code",
+)  # of a model that is to be loaded
 
 
 def evaluate(
@@ -50,6 +57,7 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     device_map: str | None = None,
+    peft: str | None = None,
     trust_remote_code: bool = False,
     confirm_run_unsafe_code: bool = False,
     executor: str = "local",
@@ -64,8 +72,7 @@ def evaluate(
         dart_eval.evaluate(tasks="smoke_questions", method=["dense", "dart"], sparsity=0.5, limit=20)
 
     Args:
-        model: a name or folder, or a loaded model; None is the demo model.
-        tokenizer: of a loaded model.
+        model: a name or folder, or a loaded model; None is the demo model. tokenizer: of a loaded model.
         tasks: names, as a list or as text with commas; so are `method` and `sparsity`.
 
     Every other parameter is the option of `dart-eval run` of that name.

@@ -137,6 +137,8 @@ def load_whole(loader: Any, name: str, source: Any, **kwargs: Any) -> tuple[Any,
     Raises:
         UserError: weights are missing, or have another shape.
     """
+    # An adapter that lies in the folder is merged by us: transformers would then only tell of the adapter's weights.
+    kwargs["adapter_kwargs"] = {"subfolder": "none"}
     model, info = loader.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     return model, _check_weights(name, info)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dart_eval.models import ModelSpec
 
 RAY_DEVICES = ("auto", "cpu", "cuda")
-PATHS = ("model", "data_dir", "calibration", "output")
+PATHS = ("model", "peft", "data_dir", "calibration", "output")
 RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
 TYPES = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 
@@ -66,6 +66,9 @@ class RunConfig:
         Text, AfterValidator(values.device), _told("Run the model here: auto, cpu, cuda, cuda:1 or mps.")
     ] = "auto"
     device_map: Annotated[Text | None, _told("Spread the model over several GPUs, for example auto.")] = None
+    peft: Annotated[
+        Text | None, _told("Merge this adapter of PEFT (LoRA and its like) into the model: a local folder or a hub id.")
+    ] = None
     trust_remote_code: Annotated[
         Flag, _told("Run Python code that comes with the model. Without this option none is run.")
     ] = False
@@ -209,7 +212,7 @@ class RunConfig:
         """The model as `models.resolve` takes it."""
         from dart_eval.models import ModelSpec
 
-        return ModelSpec(self.model, self.revision, self.dtype, self.device, self.device_map, self.trust_remote_code)
+        return ModelSpec(self.model, **{f.name: getattr(self, f.name) for f in fields(ModelSpec)[1:]})
 
     @property
     def eval_settings(self) -> EvalSettings:

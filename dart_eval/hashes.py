@@ -30,9 +30,9 @@ PACKAGE = Path(__file__).parent
 # given (plan, jobs, files, journal, record), what refuses (errors, finite, checkpoint), and what finds or converts a
 # model, whose weights are hashed themselves. A test holds this against what a run executes.
 NUMERIC_CODE = (
-    "acts.py", "allocation.py", "bits.py", "codes.py", "cost.py", "expert_forms.py", "expert_pool.py", "experts.py",
-    "families.py", "ffn.py", "gguf.py", "gguf_codes.py", "grids.py", "models.py", "quantised.py", "rounding.py",
-    "stored.py", "trial.py", "pruning", "evaluation", "executors/worker.py",
+    "acts.py", "adapters.py", "allocation.py", "bits.py", "codes.py", "cost.py", "expert_forms.py", "expert_pool.py",
+    "experts.py", "families.py", "ffn.py", "gguf.py", "gguf_codes.py", "grids.py", "models.py", "quantised.py",
+    "rounding.py", "stored.py", "trial.py", "pruning", "evaluation", "executors/worker.py",
 )  # fmt: skip
 # Ways to decode faster with the same masks: `run` always multiplies by masks (`"execution": "masked"` in `plan.plan`).
 NOT_RUN = (

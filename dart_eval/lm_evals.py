@@ -13,7 +13,7 @@ from dart_eval.values import shown
 LM_EVALS = {"apply_chat_template": "chat_template", "output_path": "output"}
 MODEL_ARGS = {
     "pretrained": "model", "revision": "revision", "dtype": "dtype", "trust_remote_code": "trust_remote_code",
-    "max_length": "max_length", "device": "device", "device_map": "device_map",
+    "max_length": "max_length", "device": "device", "device_map": "device_map", "peft": "peft",
     "enable_thinking": "enable_thinking", "think_end_token": "think_end_token",
 }  # fmt: skip
 OF_OTHER_TYPES = ("trust_remote_code", "max_length", "enable_thinking")  # than text

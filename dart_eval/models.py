@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.quantizers import AutoHfQuantizer
 
-from dart_eval import demo_model, experts, gguf, grids, stored
+from dart_eval import adapters, demo_model, experts, gguf, grids, stored
 from dart_eval.checkpoint import (
     check_layers,
     check_tokenizer,
@@ -55,6 +55,7 @@ class ModelSpec:
         device: auto (cuda, mps, else cpu) or a torch device.
         device_map: for accelerate (`auto`: spread over the GPUs); replaces `device`.
         trust_remote_code: run the code that a model brings along; without it none ever runs.
+        peft: an adapter that is merged into its weights, a local folder or a hub id.
     """
 
     name: str | None = None
@@ -63,6 +64,7 @@ class ModelSpec:
     device: str = "auto"
     device_map: str | None = None
     trust_remote_code: bool = False
+    peft: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,11 @@ class Identity:
     """What tells two models apart in results.
 
     Attributes:
-        name: as the user named it (an alias stays an alias; a folder or file is given by its last part).
+        name: as the user named it (an alias stays an alias; a folder or file is given by its last part), and behind a +
+            the adapter.
         revision: commit on the hub, or None for a folder.
-        weights: sha256 over a folder's weights, configuration, tokenizer and code; None for a hub model: its commit
-            says it.
+        weights: sha256 over a folder's weights, configuration, tokenizer and code, and over an adapter's files; None
+            for a hub model alone: its commit says it.
         remote_code: code of the model's own runs in place of the library's.
         loaded: the model was handed over in memory, and `weights` is a hash of what lay there.
     """
@@ -98,6 +101,7 @@ class Resolved:
     identity: Identity
     dtype: str  # what the weights will be loaded as: float32, bfloat16 ...
     config: Any = field(default=None, kw_only=True, repr=False, compare=False)  # transformers' own, as it was found
+    adapter: str | None = field(default=None, kw_only=True)  # a folder or a hub id
 
     @property
     def routes(self) -> bool:
@@ -122,6 +126,9 @@ class Resolved:
                     device_map=spec.device_map, **kwargs, **stored.options(self.config),
                 )  # fmt: skip
                 stored.expand(model)
+                if self.adapter is not None:
+                    model = adapters.merged(model, self.adapter)
+                    notes.append(f"model {name}: the adapter of {self.adapter} is merged into its weights")
         except UserError:
             raise
         except Exception as error:  # every library underneath has errors of its own; all mean the same here
@@ -271,6 +278,8 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     except UserError:
         raise
     except Exception as error:  # the model's own code may run here
+        if not told:
+            adapters.refuse_alone(source, spec.revision)
         raise _explain(name, error, told) from error
     if not known:  # transformers would take the weights for plain ones
         method = stored.method_of(config)
@@ -282,8 +291,22 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     code = own_code(source, config, commit)
     if code is not None and "/" in code and not spec.trust_remote_code:
         raise _untrusted(name, code)
+    adapter = spec.peft or (source if adapters.lies_in(source, commit) else None)
+    if adapter is not None:
+        name, weights = _adapted(adapter, name, source, config, weights or commit)
     identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
-    return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config)
+    return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
+
+
+def _adapted(adapter: str, name: str, source: str, config: Any, weights: str | None) -> tuple[str, str]:
+    """Name and hash of a model with an adapter. weights: what says which its own are."""
+    digest = adapters.digest_of(adapter)
+    if stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file():
+        raise UserError(
+            f"model {name} is quantised, and adapters are merged into plain weights", "give the unquantised model"
+        )
+    whole = hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
+    return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
 
 
 def _dtype(spec: ModelSpec, config: Any, source: str, revision: str | None) -> str:
@@ -300,6 +323,7 @@ def _name(dtype: Any) -> str:
 
 def _check_folder(path: Path) -> str:
     if not (path / "config.json").is_file():
+        adapters.refuse_alone(str(path))
         raise UserError(f"model folder {path} has no config.json", "give a folder made by save_pretrained")
     if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
         raise UserError(

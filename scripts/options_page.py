@@ -29,7 +29,7 @@ lm-eval, with underscores.
 
 Who comes from lm-eval may write `--model_args pretrained=NAME,dtype=bfloat16`, `--apply_chat_template`,
 `--fewshot_as_multiturn`, `--gen_kwargs`, `--system_instruction`, `--include_path` and `--output_path`; among the
-`model_args` also `enable_thinking` and `think_end_token`.
+`model_args` also `peft`, `enable_thinking` and `think_end_token`.
 """
 
 

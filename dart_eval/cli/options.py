@@ -125,10 +125,11 @@ Revision = Annotated[str | None, _option("revision", MODEL, "NAME")]
 Dtype = Annotated[str | None, _option("dtype", MODEL, "TYPE")]
 Device = Annotated[str | None, _option("device", MODEL, "DEVICE", offers=("auto", "cpu", "cuda", "mps"))]
 DeviceMap = Annotated[str | None, _option("device_map", MODEL, "MAP", offers=("auto",))]
+Peft = Annotated[str | None, _option("peft", MODEL, "NAME")]
 TrustRemoteCode = Annotated[bool | None, _flag("trust_remote_code", MODEL)]
 ModelArgs = Annotated[
     str | None,
-    own("The model as lm-eval is told of it: pretrained=NAME, revision, dtype and others.", MODEL, "K=V,..."),
+    own("The model as lm-eval is told of it: pretrained=NAME, peft=ADAPTER, dtype and others.", MODEL, "K=V,..."),
 ]
 
 Tasks = Annotated[str | None, _option("tasks", TASKS, "NAMES", offers=complete.listed(complete.tasks))]

@@ -37,7 +37,7 @@ def run(
     model_args: options.ModelArgs = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    device_map: options.DeviceMap = None,
+    device_map: options.DeviceMap = None, peft: options.Peft = None,
     trust_remote_code: options.TrustRemoteCode = None,
     confirm_run_unsafe_code: options.UnsafeCode = None,
     num_fewshot: options.NumFewshot = None,

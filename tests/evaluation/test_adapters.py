@@ -1,0 +1,141 @@
+"""Adapters of PEFT: refused where they cannot be applied, else merged, told and part of what the model is."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dart_eval import adapters
+from dart_eval.config import config_from
+from dart_eval.errors import UserError
+from dart_eval.ffn import find_ffns
+from dart_eval.models import ModelSpec, resolve
+from tests.helpers.commands import Watch, command, run_local
+from tests.helpers.models import random_tokens
+
+IDS = torch.tensor([random_tokens(9)])
+
+
+@pytest.fixture
+def lora(saved_llama, tmp_path):
+    """A folder with an adapter of attention and FFN alone."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(saved_llama), config)
+    model.save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def folder(saved_llama, tmp_path):
+    return Path(shutil.copytree(saved_llama, tmp_path / "model"))
+
+
+def _spec(model, **more):
+    return ModelSpec(str(model), device="cpu", **more)
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def _theirs(base, adapter):
+    """What PEFT itself makes of the two, unmerged, as lm-eval does."""
+    from peft import PeftModel
+
+    return _logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base).eval(), adapter))
+
+
+def test_an_adapter_alone_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    told = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    (tmp_path / "lora" / adapters.CONFIG).write_text(json.dumps(told))
+    done = command("run", "--tasks", "smoke_questions", "--model", "lora")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        "error: lora is an adapter (it has adapter_config.json), and no model; give --model org/base --peft lora\n"
+    )
+
+
+def test_without_peft_an_adapter_is_refused_wherever_it_lies(folder, monkeypatch):
+    """transformers takes the weights without a word then."""
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    (folder / adapters.CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    save_file({"w": torch.ones(1)}, folder / adapters.WEIGHTS[0])
+    for spec in (_spec(folder), _spec(folder, peft=str(folder))):
+        with pytest.raises(
+            UserError, match=r"model has an adapter \(adapter_config\.json\), which needs the package peft"
+        ):
+            resolve(spec)
+    with pytest.raises(UserError, match=r"adapter nowhere has no adapter_config\.json; give a folder or a hub id"):
+        resolve(_spec(folder, peft="nowhere"))
+
+
+def test_an_adapter_is_merged_told_and_another_model(folder, lora):
+    """By its own name, and beside the weights; the files decide what model it is."""
+    alone = resolve(_spec(folder)).identity
+    named = resolve(_spec(folder, peft=str(lora)))
+    for file in lora.iterdir():
+        if file.name.startswith("adapter"):
+            shutil.copy(file, folder)
+    beside = resolve(_spec(folder))
+    assert (named.identity.name, beside.identity.name) == ("model+lora", "model")
+    base = shutil.copytree(folder, folder.with_name("base"), ignore=shutil.ignore_patterns("adapter*"))
+    for found in (named, beside):
+        told = []
+        model, _ = found.load(told.append)
+        where = lora if found is named else folder
+        assert told == [f"model {found.identity.name}: the adapter of {where} is merged into its weights"]
+        assert torch.allclose(_logits(model), _theirs(base, lora), atol=1e-5)
+        assert not torch.allclose(_logits(model), _logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-2)
+        assert all(type(m) is torch.nn.Linear for f in find_ffns(model) for m in f.projections)
+    weights = load_file(lora / adapters.WEIGHTS[0])
+    save_file({k: v * 2 for k, v in weights.items()}, lora / adapters.WEIGHTS[0], {"format": "pt"})
+    other = resolve(_spec(base, peft=str(lora))).identity
+    assert len({i.weights for i in (alone, named.identity, beside.identity, other)}) == 4
+
+
+def test_a_run_names_the_adapter_as_lm_eval_does(folder, lora, tmp_path):
+    given = {"model_args": f"pretrained={folder},peft={lora}", "tasks": "smoke_questions", "limit": 1}
+    config = config_from(None, given | {"method": "griffin", "output": str(tmp_path / "out"), "device": "cpu"})
+    (record,) = run_local(config, Watch()).records
+    assert record.inputs["model"]["name"] == "model+lora"
+    assert record.settings["notes"] == [f"model model+lora: the adapter of {lora} is merged into its weights"]
+    assert f"--peft {lora}" in record.settings["command"]
+
+
+def test_weights_that_lack_are_seen_beside_an_adapter_too(folder, lora):
+    """transformers would tell of the adapter's weights alone."""
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if "up_proj" not in k}, folder / "model.safetensors", {"format": "pt"})
+    shutil.copytree(lora, folder, dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"model model lacks 3 weights \(model\.layers\.0\.mlp\.up_proj\.weight"):
+        resolve(_spec(folder)).load()
+
+
+def test_adapters_that_do_not_fit_are_refused(folder, lora, tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    file = lora / adapters.WEIGHTS[0]
+    weights = load_file(file)
+    save_file({k.replace("layers.2", "layers.9"): v for k, v in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"lora and the model do not fit: 12 weights have no counterpart \(base_model\."
+    ):
+        resolve(_spec(folder, peft=str(lora))).load()
+    prompts = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), prompts).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(UserError, match=r"prompt is a prompt, and changes no weights; give another, such as LoRA"):
+        resolve(_spec(folder, peft=str(tmp_path / "prompt"))).load()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="model model is quantised, and adapters are merged into plain weights"):
+        resolve(_spec(folder, peft=str(lora)))
