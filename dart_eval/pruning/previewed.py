@@ -116,7 +116,6 @@ class PreviewedFFN(GatheredFFN):
         assert choice.image is not None
         self.choice, self.image = choice, choice.image
         self.preview = coded(choice.image, ffn)
-        self._chosen = False  # the token under way has chosen
 
     @property
     def read(self) -> tuple[float, float, float]:
@@ -132,16 +131,13 @@ class PreviewedFFN(GatheredFFN):
         """Whether all rows of gate and up are multiplied, though few are of use."""
         return not self.kernels and self.taken > WHOLE * self.ffn.size
 
-    def _gate(self, x: Tensor) -> Tensor:
+    def _choose(self, x: Tensor) -> Tensor:
         shown, expected = self.preview.look(x, self.choice.thin)
         token = Token(shown, shown, shown, None, preview=shown, expected=expected)
         self._taken = best(self.choice.importance(token).flatten(), self.taken)
-        self._chosen = True
         return self._exactly(0, x)
 
-    def _up(self, x: Tensor) -> Tensor:
-        assert self._chosen, "up ran before gate"
-        self._chosen = False
+    def _rest(self, x: Tensor) -> Tensor:
         return self._exactly(1, x)
 
     def _down(self, h: Tensor) -> Tensor:

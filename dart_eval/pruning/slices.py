@@ -211,7 +211,8 @@ class GatheredFFN:
 
     While narrow: gate multiplies its first K rows. The token takes the `taken` largest |act(gate x)| x norm; of up a
     CUDA GPU reads their rows alone (`gather.read_rows`), a CPU the first K, since reading scattered rows costs it more.
-    Of those taken, the `written` largest |h| are summed from down's rows. For one sequence and one token.
+    Of those taken, the `written` largest |h| are summed from down's rows. For one sequence and one token. Gate runs
+    with whichever of gate and up the model calls first.
 
     Attributes:
         kept, taken, written: neurons of the mask, those of them that a token takes, those of these that it writes.
@@ -222,8 +223,9 @@ class GatheredFFN:
         self.ffn, self.down = ffn, down
         self.kept = self.taken = self.written = ffn.size
         self.norm = torch.empty(0)
-        self._acts: Tensor | None = None  # act(gate x) of the token under way, [K]
-        self._taken = torch.empty(0)  # which neurons it took, by row
+        self._taken = torch.empty(0)  # which neurons the token under way took, by row
+        self._chosen = False  # it has chosen, and up has not run
+        self._gated: Tensor | None = None  # what gate gives, where up ran first (Falcon-H1)
         self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
         self._forwards = [_Forward(m) for m in self._modules]
         self.kernels = gather.missing(down.rows.device) is None
@@ -255,15 +257,25 @@ class GatheredFFN:
         return linear(x, module.weight[: self.kept], bias)
 
     def _gate(self, x: Tensor) -> Tensor:
-        out = self._linear(self.ffn.gate, x)
-        act: Any = self.ffn.act
-        self._acts = act(out).flatten()
-        return out
+        out, self._gated = self._gated, None
+        self._chosen = out is None
+        return self._choose(x) if out is None else out
 
     def _up(self, x: Tensor) -> Tensor:
-        acts, self._acts = self._acts, None
-        assert acts is not None, "up ran before gate"
-        self._taken = (acts.float().abs() * self.norm).topk(self.taken, sorted=False).indices
+        if not self._chosen:
+            self._gated = self._choose(x)
+        self._chosen = False
+        return self._rest(x)
+
+    def _choose(self, x: Tensor) -> Tensor:
+        """What gate gives; the token has chosen by it."""
+        out = self._linear(self.ffn.gate, x)
+        act: Any = self.ffn.act
+        self._taken = (act(out).flatten().float().abs() * self.norm).topk(self.taken, sorted=False).indices
+        return out
+
+    def _rest(self, x: Tensor) -> Tensor:
+        """What up gives, of the neurons taken at least."""
         module: Any = self.ffn.up
         if not self.kernels:
             return self._linear(module, x)

@@ -19,6 +19,7 @@ from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.slices import Down, best
 from tests.helpers.models import SMALL, made, random_tokens, tiny
 from tests.helpers.sessions import bits, decoded, generate, interrupted_anywhere, open_session, same
+from tests.matrix.types import tiny as typed
 
 WIDE = {**SMALL, "hidden_size": 64, "intermediate_size": 88}  # packed products take rows by 16: 88 are none
 COPY = {"image": "copy"}
@@ -66,6 +67,21 @@ def test_it_says_what_masks_say(family, spelled):
     assert torch.equal(texts[0], texts[1])
     dense = model.generate(torch.tensor([random_tokens(20, 5)]), max_new_tokens=12, do_sample=False)
     assert not torch.equal(texts[0], dense) or family is not llama
+
+
+@pytest.mark.parametrize("spelled", ["prox", "dart-choice"])  # by an image, and among neurons of a mask
+def test_it_does_not_matter_whether_the_model_calls_up_or_gate_first(spelled):
+    """Falcon-H1 calls up first, its tokens choose by gate all the same."""
+    model, found = typed("falcon_h1"), []
+    before = bits(model)
+    for execution in ("masked", "auto"):
+        with open_session(model, spelled, 0.5, execution=execution) as session:
+            found.append(decoded(model, session, [random_tokens(20)], steps=10))
+            assert session.executing.gathers == (execution == "auto")
+        assert same(model, before)
+    (ours, _, share), (theirs, _, their_share) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert share == their_share > 0.4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
