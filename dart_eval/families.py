@@ -126,6 +126,7 @@ EMBEDDED = "per_layer_input_gate"  # where the token's own embedding joins the s
 # Of the FFN's output: Granite, HyperCLOVA X; MiniCPM3; Falcon-H1; Inkling.
 SCALES = ("residual_multiplier", "residual_scale", "feed_forward.down_multiplier", "mlp.global_scale")
 ATTENTION_OUTPUTS = (
+    "self_attn.o_proj.linear",  # Inkling 2: behind a gate
     "self_attn.o_proj", "self_attn.o_b_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj",
     "attn.Wo",
     "attn.attention.out_proj", "attention.dense", "self_attention.dense", "multi_head_attention.dense",

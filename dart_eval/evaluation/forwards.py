@@ -95,7 +95,7 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = cap * torch.tanh(logits / cap)
         if words := getattr(config, "unpadded_vocab_size", None):  # Inkling; the rest stands for nothing
-            logits = logits.index_fill(-1, torch.arange(words, logits.shape[-1], device=logits.device), float("-inf"))
+            logits = _padded(logits[..., :words], config.vocab_size)
         return logits
 
     _check_head(model, head)
@@ -165,9 +165,12 @@ CONTEXT = 3  # tokens of it in these trials, and columns of padding
 
 def _all_words(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """[T, V] fp32 on the CPU: a model's own logits of [1, T] tokens, with -inf for words that it leaves out."""
-    logits = model(input_ids=tokens).logits[0].float().cpu()
-    missing = model.config.get_text_config().vocab_size - logits.shape[-1]
-    return torch.nn.functional.pad(logits, (0, max(0, missing)), value=float("-inf"))
+    return _padded(model(input_ids=tokens).logits[0].float().cpu(), model.config.get_text_config().vocab_size)
+
+
+def _padded(logits: Tensor, words: int) -> Tensor:
+    """Logits of so many words at least: -inf for those that they lack."""
+    return torch.nn.functional.pad(logits, (0, max(0, words - logits.shape[-1])), value=float("-inf"))
 
 
 def _after_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:

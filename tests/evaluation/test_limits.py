@@ -13,7 +13,7 @@ from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import open_session
-from tests.matrix.types import tiny
+from tests.matrix.types import VOCABULARY, WORDS, tiny
 
 # Contexts of several lengths, one of them twice, and answers of several tokens.
 ASKED = [Request(random_tokens(n, seed), random_tokens(4, 9 + n)) for n, seed in ((9, 0), (9, 1), (14, 2), (11, 3))]
@@ -91,10 +91,11 @@ def test_copies_of_a_cache_of_its_own_class_are_independent():
     assert torch.allclose(*words, atol=1e-5)
 
 
-def test_words_that_a_head_leaves_out_have_no_probability():
-    model = tiny("inkling_text")
-    model.config.unpadded_vocab_size = 90
+@pytest.mark.parametrize("name", ["inkling_text", "inkling2_text"])  # whose head has a row of each; or has none
+def test_words_that_a_head_leaves_out_have_no_probability(name):
+    model = tiny(name)
     head, ids = output_head(model), torch.tensor([random_tokens(5)])
     with torch.no_grad():
         ours, theirs = head(model.model(input_ids=ids)[0]), model(input_ids=ids).logits
-    assert ours[..., 90:].isinf().all() and torch.allclose(ours[..., :90], theirs, atol=1e-5)
+    assert ours.shape[-1] == VOCABULARY and theirs.shape[-1] == WORDS < VOCABULARY
+    assert ours[..., WORDS:].isinf().all() and torch.allclose(ours[..., :WORDS], theirs, atol=1e-5)

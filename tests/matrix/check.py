@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dart_eval.cost import shape_of
 from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
@@ -110,7 +111,15 @@ def generation(model):
 
 
 def scoring(model):
-    """Answers in a batch, with padding and a shared context, score as each one alone does, and as plain forwards."""
+    """Answers in a batch, with padding and a shared context, score as each one alone does, and as plain forwards.
+
+    What a run counts of the model is what its parameters are.
+    """
+    ffns = find_ffns(model)
+    shape = shape_of(model, ffns)
+    assert shape.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert shape.ffn_weights == sum(f.matrices * f.size * f.width for f in ffns) and 0 < shape.ffn_share < 1
+    assert any(shape.attention_widths)
     contexts = [random_tokens(9), random_tokens(9), random_tokens(14, 1)]
     requests = [Request(c, random_tokens(4, 7 + i)) for i, c in enumerate(contexts)]
     head = output_head(model)

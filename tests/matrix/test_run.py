@@ -11,12 +11,14 @@ from tests.matrix.types import tiny
 
 METHODS = ("dense", "griffin", "cats", "oracle-token", "dart", "dart-plus")
 # Where depth has no meaning, and where a norm of all neurons comes before down (docs/models.md).
-OTHERWISE = {"deepseek_v4": {"dart": "dart:allocation=uniform"}, "bitnet": {"dart-plus": "random"}}
+UNIFORM = {"dart": "dart:allocation=uniform"}
+OTHERWISE = {"deepseek_v4": UNIFORM, "inkling2_text": UNIFORM, "bitnet": {"dart-plus": "random"}}
 
-# Hybrids, a recurrence that takes one token at a time, no padding, a norm of neurons, experts of all forms.
+# Hybrids, a recurrence that takes one token at a time, no padding, a norm of neurons, experts of all forms, words that
+# embeddings alone know.
 TYPES = [
     "qwen3_5_text", "lfm2", "gemma4_text", "gemma4_text with experts", "qwen3_moe", "gpt_oss", "deepseek_v3",
-    "deepseek_v4", "llama4_text", "jamba", "bitnet",
+    "deepseek_v4", "llama4_text", "jamba", "bitnet", "inkling2_text",
 ]  # fmt: skip
 
 

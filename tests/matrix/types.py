@@ -26,10 +26,11 @@ NOT_MADE = {
 }
 TYPES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - OTHERS - set(NOT_MADE))
 
-VOCABULARY, WIDTH = 96, 32
+WORDS, VOCABULARY, WIDTH = 96, 104, 32  # embeddings have more rows than there are words, as checkpoints do
 # Values by the name of a parameter, in whatever configuration has it.
 USUAL = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    "unpadded_vocab_size": WORDS,
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "conv_dim", "block_dim", "lru_width"), WIDTH),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 4),

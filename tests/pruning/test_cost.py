@@ -9,6 +9,7 @@ from torch import nn
 from dart_eval.cost import describe, overhead, shape_of
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.registry import make
+from tests.matrix.types import tiny as typed
 
 
 def test_weights_and_shares(model):
@@ -18,6 +19,12 @@ def test_weights_and_shares(model):
         w.numel() for f in find_ffns(model) for w in [*f.input_weights(), f.output_weight()]
     )
     assert 0 < shape.ffn_share < 1
+
+
+def test_attention_whose_output_projection_stands_behind_a_gate():
+    """Inkling 2, by hand: 4 heads, each with 8 values of keys and of values."""
+    model = typed("inkling2_text")
+    assert shape_of(model, find_ffns(model)).attention_widths == (4 * (8 + 8),) * 4
 
 
 def test_overhead_grows_with_what_a_method_does(llama):
