@@ -156,7 +156,7 @@ class FFN:
 
     def write(self, h: Tensor) -> Tensor:
         """The down projection of h ([..., F], by row) without its bias: [..., D] fp32."""
-        bias = getattr(self.down, "bias", None)
+        bias = quantised.bias_of(self.down)
         added = self.down(h).float()
         return added if bias is None else added - bias.float()
 
@@ -210,7 +210,7 @@ def encoded(linear: nn.Module) -> str | None:
         return form
     step = isinstance(linear, experts.Step)
     weight = linear.held if isinstance(linear, experts.Step) else getattr(linear, "weight", None)
-    if weight is None:
+    if weight is None or quantised.is_packed(linear):
         return "are kept in a form of their own"
     if type(weight) not in PLAIN:  # a library's own tensor, whatever dtype it claims to have
         return f"are quantised or wrapped ({type(weight).__name__})"
@@ -232,8 +232,9 @@ def is_conv1d(linear: Any) -> bool:
 
 
 def device_of(ffn: FFN) -> torch.device:
-    """Where an FFN's weights are, as parameters or, of some libraries, as buffers."""
-    return next(itertools.chain(ffn.down.parameters(), ffn.down.buffers())).device
+    """Where an FFN's weights are, as parameters or, of some libraries, as buffers; torch packs them for CPUs alone."""
+    held = itertools.chain(ffn.down.parameters(), ffn.down.buffers())
+    return next((tensor.device for tensor in held), torch.device("cpu"))
 
 
 def features(linear: Any) -> tuple[int, int]:

@@ -62,13 +62,36 @@ def bits(tensors: Iterable[Any], weights: int) -> float:
 
 def nbytes(model: nn.Module) -> int:
     """Bytes of all parameters as they lie in memory, tied ones once, with what libraries keep beside them."""
-    named = [("", p) for p in model.parameters()]
+    named = [("", p) for p in model.parameters()] + [part for m in model.modules() for part in _packed(m)]
     return round(sum(found for tensor in _apart(named) for found in _bits(tensor, 0, as_kept=True)) / 8)
 
 
 def held(linear: nn.Module) -> list[Tensor]:
     """The tensors in which a projection holds its weights."""
-    return _apart([*linear.named_parameters(), *linear.named_buffers(), *_beside(linear)])
+    return _apart([*linear.named_parameters(), *linear.named_buffers(), *_beside(linear), *_packed(linear)])
+
+
+def is_packed(linear: Any) -> bool:
+    """Whether a projection gives its weight when asked alone: torch's own, of `quantize_dynamic`."""
+    return callable(getattr(linear, "weight", None)) and callable(getattr(linear, "bias", None))
+
+
+def bias_of(linear: Any) -> Tensor | None:
+    """The bias of a projection, whatever holds its weights."""
+    return linear.bias() if is_packed(linear) else getattr(linear, "bias", None)
+
+
+def _packed(linear: Any) -> Iterator[tuple[str, Tensor]]:
+    """The codes that such a projection gives; with scales and zero points as kernels hold them, 32 bits each."""
+    if not is_packed(linear):
+        return
+    weight: Tensor = linear.weight()
+    yield "weight", weight
+    if weight.is_quantized:
+        channels = "channel" in str(weight.qscheme())
+        scales = weight.q_per_channel_scales() if channels else torch.tensor([weight.q_scale()])
+        yield "scales", scales.float()
+        yield "zero_points", torch.zeros(len(scales), dtype=torch.int32)
 
 
 def _apart(named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
@@ -126,7 +149,7 @@ def values(linear: Any, width: int) -> Tensor:
         linear: the projection. width: of its inputs.
     """
     device, dtype = next(t.device for t in held(linear)), _computes_in(linear)
-    bias = getattr(linear, "bias", None)
+    bias = bias_of(linear)
     columns = []
     for start in range(0, width, CHUNK):
         count = min(CHUNK, width - start)

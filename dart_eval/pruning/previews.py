@@ -18,6 +18,7 @@ from dart_eval.pruning.parts.choices import Choice
 from dart_eval.pruning.parts.images import Image, columns
 from dart_eval.pruning.planes import truncated
 from dart_eval.pruning.top import top_k_mask
+from dart_eval.quantised import bias_of
 from dart_eval.rounding import Served, coded, parameter_of, served_bits, served_inputs, served_output
 
 
@@ -205,7 +206,7 @@ def _values(image: Image, matrix: Served) -> Tensor:
 
 def biases(ffn: FFN) -> tuple[Tensor | None, ...]:
     """Of gate and up, or of up alone: [F] each, or None."""
-    found = [getattr(m, "bias", None) for m in (ffn.gate, ffn.up) if m is not None]
+    found = [bias_of(m) for m in (ffn.gate, ffn.up) if m is not None]
     return tuple(found if not ffn.fused else [None, None] if found[0] is None else found[0].chunk(2))
 
 

@@ -10,10 +10,10 @@ from torch.nn.functional import linear
 from dart_eval.errors import UserError
 from dart_eval.ffn import cache_argument, find_ffns, stored_bits
 from dart_eval.pruning.permuted import quantised
-from dart_eval.quantised import values
+from dart_eval.quantised import nbytes, values
 from dart_eval.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
-from tests.helpers.models import random_tokens, tiny
-from tests.helpers.sessions import cache_of, open_session
+from tests.helpers.models import biased, random_tokens, tiny
+from tests.helpers.sessions import cache_of, generate, open_session
 
 
 class Boxed(torch.Tensor):
@@ -68,6 +68,13 @@ def _eighths(module):
     module.forward = lambda x: linear(x, module.weight.to(x.dtype) * module.scale, module.bias)
 
 
+def _pack_dynamically(module):
+    """torch's own: it packs weights for its kernels, and gives them when it is asked."""
+    inner = torch.nn.Sequential(module.float())
+    packed = torch.ao.quantization.quantize_dynamic(inner, {torch.nn.Linear})[0]
+    module.__class__, module.__dict__ = type(packed), packed.__dict__
+
+
 def _projections(model):
     return [m for f in find_ffns(model) for m in (f.gate, f.up, f.down)]
 
@@ -88,10 +95,11 @@ def _decoded(model, execution):
         (_box, r"Linear \(layer 0\) has weights that are quantised or wrapped \(Boxed\)"),
         (_pack, r"Linear \(layer 0\) has weights that are kept in a form of their own"),
         (_eighths, r"Linear \(layer 0\) has weights that are quantised \(float8_e4m3fn\)"),
+        (_pack_dynamically, r"Linear \(layer 0\) has weights that are kept in a form of their own"),
     ],
 )
 def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(change, reason):
-    model = tiny("llama")
+    model = tiny("llama", torch.float32 if change is _pack_dynamically else torch.float64)
     for module in _projections(model):
         change(module)
     with pytest.warns(UserWarning, match=reason):
@@ -133,23 +141,24 @@ def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, ch
 
 
 @pytest.mark.parametrize(
-    ("method", "line"),
+    ("change", "method", "line"),
     [
-        ("dart-plus", "top bits of 16-bit weights"),
-        ("planes", "planes are those of 16-bit weights, and these have"),
-        ("wanda", "others cannot stand in their place; load the model unquantised"),
+        (_box, "dart-plus", "top bits of 16-bit weights"),
+        (_box, "planes", "planes are those of 16-bit weights, and these have"),
+        (_box, "wanda", "others cannot stand in their place; load the model unquantised"),
+        (_pack, "dart-plus", "others cannot stand in their place; load the model unquantised"),
     ],
 )
-def test_what_needs_the_weights_themselves_is_refused_in_one_line(method, line):
+def test_what_needs_the_weights_themselves_is_refused_in_one_line(change, method, line):
     model = tiny("llama")
     for module in _projections(model):
-        _box(module)
-    before = [module.weight for module in _projections(model)]
+        change(module)
+    before = [module._parameters.get("weight") for module in _projections(model)]
     with pytest.raises(UserError, match=line), open_session(model, method, 0.5):
         pass
     with pytest.raises(UserError, match="others cannot stand in their place"), rounded_ffns(model, 4):
         pass
-    assert all(a is b.weight for a, b in zip(before, _projections(model), strict=True))
+    assert all(a is b._parameters.get("weight") for a, b in zip(before, _projections(model), strict=True))
 
 
 def test_a_bias_is_no_part_of_the_weights():
@@ -169,6 +178,22 @@ def test_bits_are_those_that_are_stored():
     assert served_bits_of(up) == 8 + 64 / 32 and served_bits_of(down) == 16
     _box(gate)
     assert served_bits_of(gate) == 8 + 64 / 32
+
+
+def test_weights_that_torch_packs_are_counted_and_read_as_they_are_packed():
+    """Codes of 8 bits, with one scale and one zero point of 32 bits for 32 x 40 of them."""
+    model = biased("llama").float()
+    for module in _projections(model):
+        _pack_dynamically(module)
+    down = find_ffns(model)[0].down
+    assert served_bits(find_ffns(model)) == pytest.approx(8 + 64 / (32 * 40))
+    assert torch.allclose(values(down, 40), down.weight().dequantize(), atol=1e-6)
+    assert nbytes(model) == sum(4 * p.numel() for p in model.parameters()) + 9 * (32 * 40 + 8)
+    for method in ("magnitude", "dart", "prox"):
+        with warnings.catch_warnings(), open_session(model, method, 0.5) as session:
+            warnings.simplefilter("ignore")
+            generate(model, torch.tensor([random_tokens(20)]), 4)
+            assert session.weights_read == pytest.approx(0.5 * served_bits(session.ffns) / 16, abs=0.002)
 
 
 def test_a_model_that_accelerate_spreads_is_still_reordered():
