@@ -1,9 +1,10 @@
 """Rotary angles that depend on the length of the whole input (`longrope`: Phi-3; `dynamic`).
 
 transformers chooses them anew in every forward, by the largest position in it: a row would turn by those of the longest
-row beside it, a context by other ones than the answer that follows, and under `dynamic` also by what ran before. Stock
-lm-eval runs a row alone and whole. So rows run together only where their own lengths give them the same angles, and
-every forward of theirs, the context's too, uses these.
+row beside it, a context by other ones than the answer that follows, and under `dynamic` by those of a longer one that
+ran before (in stock lm-eval too). A model just loaded that runs a row alone and whole has the right ones. So rows run
+together only where their own lengths give them the same angles, and every forward of theirs, the context's too, uses
+these.
 """
 
 from __future__ import annotations
