@@ -6,6 +6,7 @@ sees through the others, whose tensors keep their addresses; the rest it leaves 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -298,9 +299,14 @@ def _drop(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
         handles.pop()
 
 
-def _no_labels(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by their names, however they are given."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _no_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A loss of a forward would be that of a dense prompt, whatever the method."""
-    if kwargs.get("labels") is not None:
+    if named_arguments(module, args, kwargs).get("labels") is not None:
         raise UserError(
             "a forward with labels is a prompt, which prune() runs dense: its loss would be the dense model's",
             "measure perplexity with `dart-eval run`, or score tokens one by one through the KV cache",

@@ -6,11 +6,13 @@
 
 Masks change only in `end`, never inside a forward. How pruned forwards are computed is the affair of `execution`.
 
-Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding; more
-tokens on a filled cache extend the context (chunked prefill, a further turn): they run dense, are observed, and the
-masks are made anew. Under `generate`, whose prompt is known, so does a single token of the prompt. A cache that lost
-tokens since the last forward (assisted decoding, a turn rolled back) is refused: what was observed cannot be taken
-back. The evaluation sets phases itself with `context()` and `decode()`.
+Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding. Tokens of
+the prompt of `generate`, and those of forwards inside `prompt()`, extend the context (chunked prefill, a further turn):
+they run dense, are observed, and the masks are made anew. Other forwards of several tokens on a filled cache are
+refused, since nothing tells whether they are prompt. A cache that lost tokens since the last forward (assisted
+decoding, a turn rolled back) is refused, too, as what was observed cannot be taken back; where masks are made from the
+prompt, so is one that was filled before the session began. The evaluation sets phases itself with `context()` and
+`decode()`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dart_eval.pruning.cache_watch import CacheWatch, check_cache
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.calls import Calls
 from dart_eval.pruning.execution import Execution, Wanted
-from dart_eval.pruning.hooks import Forward, Hooks, Phase
+from dart_eval.pruning.hooks import Forward, Hooks, Phase, named_arguments
 from dart_eval.pruning.inplace import to_the_end
 from dart_eval.pruning.log import Log
 from dart_eval.pruning.method import Pruner
@@ -61,6 +63,7 @@ class Session(Readings):
         self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
         self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens look at h, sliced or not
         self._forced: Phase | None = None
+        self._prompting = False
         self._given_valid: Tensor | None = None
         self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the forward under way
         self._tally = Tally()
@@ -86,6 +89,15 @@ class Session(Readings):
         if self.state is not None:
             return self.state.step()
         return self._without_context(batch, torch.device("cpu")).step()
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Forwards inside are prompt, on a filled cache too (a chunk, a further turn): dense, and masks follow them."""
+        self._prompting = True
+        try:
+            yield
+        finally:
+            self._prompting = False
 
     # -- what the evaluation calls ---------------------------------------------------------------------------
 
@@ -158,15 +170,15 @@ class Session(Readings):
 
     @torch.no_grad()
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward, given = self.forward, (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
-        tokens = next(t for t in given if t is not None)
+        forward, named = self.forward, named_arguments(module, args, kwargs)
+        tokens = next(t for t in map(named.get, ("input_ids", "inputs_embeds")) if t is not None)
         batch, length = tokens.shape[:2]
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        self._check(module, cache, kwargs)
+        cache = named.get("cache", named.get("past_key_values"))
+        self._check(module, cache, named)
         past = int(cache.get_seq_length()) if cache is not None else 0
         forward.kept = cache is not None
         self._set_phase(cache, past, length)
-        mask, valid = kwargs.get("attention_mask"), self._given_valid
+        mask, valid = named.get("attention_mask"), self._given_valid
         forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device) if valid is None else valid
         chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
         forward.turn = self._calls.turn
@@ -208,8 +220,11 @@ class Session(Readings):
             )
         if self.state is not None:
             return
-        if self.forward.phase == "decode" and self.method.needs_context:
-            self.forward.phase = "context"  # the cache was filled before the session began: observe from here
+        if past and by_hand and self.method.needs_context:
+            raise UserError(
+                f"the KV cache holds {past} tokens that prune() has not seen, and masks are made from the whole prompt",
+                "run all of it inside the block",
+            )
         if self.forward.phase == "decode":
             self.state = self._without_context(batch, device)
             self.executing.move(self.state)
@@ -232,8 +247,15 @@ class Session(Readings):
             self.forward.phase = self._forced
             return
         self._cache.check(cache, past, self.state is not None and self.method.keeps_state)
+        decodes = past >= max(self._calls.prompt, 1) and not self._prompting
+        if decodes and length > 1:
+            raise UserError(
+                f"a forward of {length} tokens after {past} cached ones does not tell prune() whether they are prompt, "
+                "which runs dense",
+                "decode tokens one by one (no assistant model, no prompt lookup); run a prompt's chunks and turns "
+                "through generate(), or inside `with session.prompt():`",
+            )
         self._cache.follow(cache, past + length)
-        decodes = past and length == 1 and past >= self._calls.prompt
         self.forward.phase = "decode" if decodes else "context"
         if not past:
             self.state = None

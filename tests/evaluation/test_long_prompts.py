@@ -69,8 +69,9 @@ def test_candidates_hold_copies_of_their_contexts():
             held.append(len(tokens) * cache.get_seq_length())
             return hidden
 
+    head = output_head(model)
     with open_session(model, "griffin", 0.5) as session:
-        scoring = scorer(model, output_head(model), session, 8, share_prefix=False)
+        scoring = scorer(model, head, session, 8, share_prefix=False)
         scoring.forwards.__class__ = Watched
         (unit,) = scoring.units(requests)
         scoring.run(unit)

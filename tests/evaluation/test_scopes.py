@@ -29,7 +29,7 @@ OTHERS = [scope for scope in SCOPES if scope != "scored"]
 
 
 def scored(model, session, requests, scope, batch_size=4):
-    return scorer(model, output_head_of(model), session, batch_size, scope).score(requests)
+    return scorer(model, output_head_of(model, session), session, batch_size, scope).score(requests)
 
 
 def numbers(scores):
@@ -153,7 +153,7 @@ def test_a_single_input_runs_pruned_unless_its_mask_needs_more(llama, scope):
 
 def by_hand(model, session, request, scope):
     """The log-likelihood, and the sum of what its tokens did not read: each pruned token is a forward of its own."""
-    forwards = Forwards(model, output_head_of(model))
+    forwards = Forwards(model, output_head_of(model, session))
     inputs, first = [*request.context, *request.continuation[:-1]], len(request.context) - 1
     dense = {
         "scored": first, "continuation": first + 1, "last": len(inputs) - 1, "last-50": len(inputs) - len(inputs) // 2,

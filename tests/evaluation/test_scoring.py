@@ -20,7 +20,7 @@ METHODS = [("random", {}), *VARIED]
 
 
 def _score(model, session, requests, batch_size=4):
-    return scorer(model, output_head_of(model), session, batch_size).score(requests)
+    return scorer(model, output_head_of(model, session), session, batch_size).score(requests)
 
 
 def test_dense_equals_stock_hflm(model, tokenizer):
@@ -85,7 +85,7 @@ def test_a_later_token_never_changes_an_earlier_score(llama, method, params, mon
     context, start = random_tokens(30, seed=1), random_tokens(14, seed=2)
     longer = [Request(context, (*start, last, 9)) for last in (5, 60)]
     with open_session(llama, method, **params) as session:
-        scoring = scorer(llama, output_head_of(llama), session, 1)
+        scoring = scorer(llama, output_head_of(llama, session), session, 1)
         runs, logprobs = [], Answers.logprobs
 
         def watch(answers, path, continuation):

@@ -1,9 +1,11 @@
 """Questions to be scored and prompts to be continued."""
 
+import contextlib
 import functools
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
+from dart_eval.pruning.session import Session
 from tests.helpers.models import random_tokens
 
 
@@ -19,10 +21,13 @@ def questions():
     return found
 
 
-@functools.lru_cache(maxsize=1)
-def output_head_of(model):
-    """The model's output head; one check per model is enough."""
-    return output_head(model)
+def output_head_of(model, session=None):
+    """The model's output head, also where a session is at work on it: it is checked with forwards of its own."""
+    with session.paused() if isinstance(session, Session) else contextlib.nullcontext():
+        return _head_of(model)
+
+
+_head_of = functools.lru_cache(maxsize=1)(output_head)  # one check per model is enough
 
 
 class TextRequest:

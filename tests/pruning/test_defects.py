@@ -57,10 +57,10 @@ def test_d1_every_layer_is_masked_again_after_an_alarm_and_the_next_alarm_can_co
 
 def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
     method = make("dart")
-    request = Request(random_tokens(20), random_tokens(3, seed=2))
+    request, head = Request(random_tokens(20), random_tokens(3, seed=2)), output_head(llama)
     with prune(llama, method, 0.5) as session:
         for _ in range(2):
-            (score,) = scorer(llama, output_head(llama), session, 1).score([request])
+            (score,) = scorer(llama, head, session, 1).score([request])
             assert (score.cost.pruned_tokens, score.cost.not_read_sum) == (3, pytest.approx(1.5))
     assert method == make("dart")
 
@@ -119,7 +119,8 @@ def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
         llama(second, use_cache=True)
         after = snapshot(session)
         out = llama(second[:, :9], use_cache=True)
-        llama(second[:, 9:], use_cache=True, **{name: cache_of(out)})
+        with session.prompt():
+            llama(second[:, 9:], use_cache=True, **{name: cache_of(out)})
         chunked = snapshot(session)
         out = llama(second[:, :1], use_cache=True)  # a prompt of one token is a prompt
         assert session.state.tokens.tolist() == [1.0]
@@ -180,10 +181,10 @@ def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibratio
 
 @pytest.mark.parametrize("method", ["griffin", "dart", "dart-code", "dart-choice"])
 def test_d10_candidates_share_one_mask_that_none_of_them_made(llama, method):
-    context, masks = random_tokens(20, seed=3), []
+    context, head, masks = random_tokens(20, seed=3), output_head(llama), []
     for answers in ((5, 6, 7), (50, 51)):
         with open_session(llama, method, 0.5) as session:
-            scorer(llama, output_head(llama), session, 4).score([Request(context, (a, a)) for a in answers])
+            scorer(llama, head, session, 4).score([Request(context, (a, a)) for a in answers])
             assert all(torch.equal(m, m[:1].expand_as(m)) for m in session.state.masks)
             masks.append([m[0] for m in session.state.masks])
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))

@@ -130,7 +130,8 @@ def test_a_further_turn_and_chunked_prefill():
             out = model(first, use_cache=True)
             for token in (5, 6, 7, 8):
                 out = model(torch.tensor([[token]]), use_cache=True, past_key_values=cache_of(out))
-            out = model(second, use_cache=True, past_key_values=cache_of(out))
+            with session.prompt():
+                out = model(second, use_cache=True, past_key_values=cache_of(out))
             sums = [e.clone() for e in session.state.sums["score"].layers]
             last = model(torch.tensor([[9]]), use_cache=True, past_key_values=cache_of(out)).logits
             found[execution] = sums, last

@@ -177,13 +177,14 @@ def test_a_new_prompt_starts_afresh(llama):
 
 
 def test_a_further_turn_extends_the_context(llama):
-    """Several tokens on a filled cache run dense and are observed: a split prompt makes the same mask."""
+    """Tokens that are said to be prompt run dense and are observed: a split prompt makes the same mask."""
     ids = prompts_of(1, 20)
     with open_session(llama, "griffin", 0.5) as session:
         llama(ids, use_cache=True)
         whole = [m.clone() for m in session.state.masks]
         out = llama(ids[:, :12], use_cache=True)
-        llama(ids[:, 12:], use_cache=True, **{cache_argument(llama): cache_of(out)})
+        with session.prompt():
+            llama(ids[:, 12:], use_cache=True, **{cache_argument(llama): cache_of(out)})
         assert all(torch.equal(a, b) for a, b in zip(whole, session.state.masks, strict=True))
 
 

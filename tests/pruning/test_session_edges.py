@@ -61,13 +61,13 @@ def test_a_prefix_that_was_cached_before_serves_every_prompt(llama):
         assert session.effective_sparsity == pytest.approx(0.5 * 11 / 13)
 
 
-def test_a_cache_that_was_filled_before_counts_its_first_token_as_dense(llama):
-    name, ids = cache_argument(llama), prompt()
-    out = llama(ids, use_cache=True)
-    with open_session(llama, "griffin", 0.5) as session:
-        for token in random_tokens(4, seed=2):
-            out = llama(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
-        assert session.effective_sparsity == pytest.approx(0.5 * 3 / 4)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_cache_that_was_filled_before_is_refused_where_masks_are_made_from_the_prompt(llama, tokens):
+    """The mask would be made from the tokens alone that come inside the block."""
+    name, out = cache_argument(llama), llama(prompt(), use_cache=True)
+    refused = pytest.raises(UserError, match=r"the KV cache holds 20 tokens that prune\(\) has not seen")
+    with open_session(llama, "griffin", 0.5) as session, session.prompt(), refused:
+        llama(prompt(tokens), use_cache=True, **{name: cache_of(out)})
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -118,14 +118,45 @@ def test_a_turn_of_one_token_belongs_to_the_context(llama):
         assert session.state.tokens.tolist() == [21] and turn.sequences.shape[1] == 24
 
 
+@pytest.mark.parametrize("method", ["random", "griffin"])
+def test_several_tokens_on_a_filled_cache_are_refused_unless_they_are_said_to_be_prompt(llama, method):
+    """They would run dense, though one by one they run pruned: scored answers would be the dense model's."""
+    ids, name = prompt(21), cache_argument(llama)
+    with torch.no_grad(), open_session(llama, method, 0.5) as session:
+        cache = {name: cache_of(llama(ids[:, :19], use_cache=True))}
+        with pytest.raises(UserError, match=r"2 tokens after 19 cached ones does not tell prune\(\) whether they are"):
+            llama(ids[:, 19:], use_cache=True, **cache)
+        with session.prompt():
+            turn = llama(ids[:, 19:], use_cache=True, **cache).logits
+    assert torch.allclose(turn, llama(ids).logits[:, 19:])
+
+
+@pytest.mark.parametrize("method", ["random", "griffin"])
+def test_arguments_without_names_are_what_they_are_with_them(llama, method):
+    """A cache: it would be taken for none, and every token for a prompt. And padding."""
+    names, found = ("input_ids", "attention_mask", "position_ids", cache_argument(llama)), []
+    mask = torch.tensor([[0] * 4 + [1] * 18])
+    for named in (True, False):
+        cache = None
+        with torch.no_grad(), open_session(llama, method, 0.5) as session:
+            for tokens in (prompt(), prompt(1, seed=1), prompt(1, seed=2)):
+                given = tokens, mask[:, : 20 + session.log.decoded + (cache is not None)], None, cache
+                out = llama.model(**dict(zip(names, given, strict=True))) if named else llama.model(*given)
+                cache = cache_of(out)
+            assert session.effective_sparsity == pytest.approx(0.5 * 2 / 3)
+        found.append(out[0])
+    assert torch.equal(*found)
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["random", "griffin"])
 def test_a_loss_under_prune_is_refused(llama, method):
     ids = prompt()
-    with open_session(llama, method, 0.5), pytest.raises(UserError, match="labels"):
-        llama(ids, labels=ids)
+    for given, named in (((), {"input_ids": ids, "labels": ids}), ((ids, None, None, None, None, ids), {})):
+        with open_session(llama, method, 0.5), pytest.raises(UserError, match="labels"):
+            llama(*given, **named)
     assert torch.isfinite(llama(ids, labels=ids).loss)
 
 

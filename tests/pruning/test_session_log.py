@@ -66,7 +66,7 @@ def test_a_turn_that_follows_a_prompt_runs_dense(llama, method):
     """Without the constant too that stands in for pruned neurons."""
     name, ids = cache_argument(llama), prompts_of(1, 30)
     dense = llama(ids).logits[:, 20:]
-    with open_session(llama, method, 0.5):
+    with open_session(llama, method, 0.5) as session, session.prompt():
         out = llama(ids[:, :20], use_cache=True)
         turn = llama(ids[:, 20:], use_cache=True, **{name: cache_of(out)}).logits
     assert torch.allclose(turn, dense)
