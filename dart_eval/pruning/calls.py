@@ -101,11 +101,16 @@ class Calls:
 
 
 def refuse_second(model: nn.Module) -> None:
-    """Refuse a model that a session is at work on, or on a part of it: two masks would compound.
+    """Refuse a model that a session is at work on, or on a part of it: two masks would compound; and what is no model.
 
     Raises:
-        UserError: one is.
+        UserError: one is, or it is none.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"prune() needs a loaded model, and {model!r} is a {type(model).__name__}",
+            "load it: transformers.AutoModelForCausalLM.from_pretrained(...)",
+        )
     if any(GUARD in module.__dict__ for module in model.modules()):
         raise UserError("this model is under another prune()", "leave that one first")
 

@@ -160,6 +160,12 @@ def test_a_loss_under_prune_is_refused(llama, method):
     assert torch.isfinite(llama(ids, labels=ids).loss)
 
 
+def test_the_name_of_a_model_is_none():
+    refused = pytest.raises(UserError, match=r"needs a loaded model, and 'path' is a str; load it: transformers\.Auto")
+    with refused, prune("path", "griffin"):
+        pass
+
+
 @pytest.mark.parametrize("inner", ["masked", "auto"])
 @pytest.mark.parametrize("outer", ["masked", "permuted"])
 def test_a_second_prune_of_one_model_is_refused(llama, outer, inner):
