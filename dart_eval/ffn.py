@@ -197,6 +197,7 @@ def plain_matrix(linear: nn.Module) -> Tensor:
         )
     if isinstance(linear, experts.Step):
         return linear.matrix()
+    quantised.refuse_offloaded(linear)
     weight: Any = linear.weight
     return weight.T if is_conv1d(linear) else weight
 
@@ -233,6 +234,7 @@ def is_conv1d(linear: Any) -> bool:
 
 def device_of(ffn: FFN) -> torch.device:
     """Where an FFN's weights are, as parameters or, of some libraries, as buffers; torch packs them for CPUs alone."""
+    quantised.refuse_offloaded(ffn.down)
     held = itertools.chain(ffn.down.parameters(), ffn.down.buffers())
     return next((tensor.device for tensor in held), torch.device("cpu"))
 

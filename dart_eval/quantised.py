@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.bits import OWN_BITS
+from dart_eval.errors import UserError
 
 CHUNK = 1024  # unit vectors that go through a projection at a time
 # What libraries keep beside parameters and buffers, in objects of their own, and what of it is no part of the weights.
@@ -69,6 +70,30 @@ def nbytes(model: nn.Module) -> int:
 def held(linear: nn.Module) -> list[Tensor]:
     """The tensors in which a projection holds its weights."""
     return _apart([*linear.named_parameters(), *linear.named_buffers(), *_beside(linear), *_packed(linear)])
+
+
+def offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the parameters of a module elsewhere, and brings them for each forward."""
+    return "_hf_hook" in vars(module) and any(p.is_meta for p in module.parameters(recurse=False))
+
+
+def refuse_offloaded(linear: nn.Module) -> None:
+    """Refuse to read weights that are there only while their module runs.
+
+    Raises:
+        UserError: these are.
+    """
+    if offloaded(linear):
+        raise UserError(
+            f"the weights of {type(linear).__name__} are offloaded: they are in memory only while it runs",
+            "load the model without offload, or take a method that reads no weights, such as griffin",
+        )
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its tokens."""
+    embeddings = model.get_input_embeddings()
+    return embeddings._hf_hook.execution_device if offloaded(embeddings) else embeddings.weight.device
 
 
 def is_packed(linear: Any) -> bool:

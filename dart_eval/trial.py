@@ -20,6 +20,7 @@ from dart_eval import experts
 from dart_eval.errors import UserError, out_of_memory, summary
 from dart_eval.families import COMPARED, STREAMS
 from dart_eval.finite import refuse_not_finite
+from dart_eval.quantised import input_device
 
 if TYPE_CHECKING:
     from dart_eval.ffn import FFN
@@ -138,8 +139,8 @@ def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 def _forward(model: Any) -> None:
     """A forward of a few tokens."""
-    embeddings = model.get_input_embeddings().weight
-    ids = (torch.arange(TOKENS, device=embeddings.device) % embeddings.shape[0])[None]
+    words = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(TOKENS, device=input_device(model)) % words)[None]
     with telling(model):
         getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
 

@@ -23,6 +23,7 @@ from dart_eval.hashes import PACKAGE, source_hash
 from dart_eval.pruning.kept import Kept
 from dart_eval.pruning.moments import Moments, Running
 from dart_eval.pruning.vocabulary import Projection, project
+from dart_eval.quantised import input_device
 from dart_eval.trial import evaluating
 
 Observe = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
@@ -204,7 +205,7 @@ class TextCalibration:
 
         handles = [f.into.register_forward_pre_hook(watch(f.layer)) for f in self.ffns]
         base = getattr(self.model, "base_model", self.model)
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        device = input_device(self.model)
         config: Any = self.model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEGMENT + skip
         try:

@@ -345,14 +345,25 @@ def test_what_comes_beside_the_ffn_inside_the_block_changes_no_ffn(llama):
         assert session.ffns is find_ffns(llama)
 
 
-@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+@pytest.mark.parametrize("part", [lambda m: m.model.layers[1].mlp, lambda m: m.model.layers[1].self_attn, lambda m: m])
 def test_weights_that_come_for_each_forward_alone_are_no_changed_layer(llama, part):
     """accelerate's offload puts another empty parameter in a weight's place after every forward."""
     accelerate = pytest.importorskip("accelerate")
-    accelerate.cpu_offload(getattr(llama.model.layers[1], part))
     with open_session(llama, "griffin", 0.5, execution="masked"):
+        said = generate(llama, prompt(), 8).sequences
+    offloaded = tiny("llama")
+    accelerate.cpu_offload(part(offloaded))
+    with open_session(offloaded, "griffin", 0.5, execution="masked") as session:
         for _ in range(3):
-            generate(llama, prompt(), 2)
+            assert torch.equal(generate(offloaded, prompt(), 8).sequences, said)
+        assert session.effective_sparsity == pytest.approx(0.5 * 7 / 8)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "flap", "cats", "dart-plus", "wanda"])
+def test_methods_that_read_weights_are_refused_where_these_are_offloaded(llama, method):
+    pytest.importorskip("accelerate").cpu_offload(llama)
+    with pytest.raises(UserError, match="weights of Linear are offloaded"), open_session(llama, method, 0.5):
+        generate(llama, prompt(), 2)
 
 
 def test_another_activation_is_found_though_it_is_a_plain_function(llama):
