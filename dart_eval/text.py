@@ -34,6 +34,17 @@ def printable(text: str, lines: bool = False) -> str:
     return _HIDDEN.sub(shown, text)
 
 
+def items_of(given: Any) -> list[Any]:
+    """A list that was given as one, as text with commas, as several such texts, or as a single value.
+
+    Spaces around an item go, and empty texts are none.
+    """
+    given = given if isinstance(given, (list, tuple)) else [given]
+    pieces = (piece for item in given for piece in (item.split(",") if isinstance(item, str) else [item]))
+    items = (piece.strip() if isinstance(piece, str) else piece for piece in pieces)
+    return [item for item in items if not (isinstance(item, str) and item == "")]
+
+
 def json_text(data: Any, indent: int | None = 1, **options: Any) -> str:
     """JSON as people read it, in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
     text = json.dumps(data, ensure_ascii=False, indent=indent, **options)

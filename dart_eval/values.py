@@ -22,6 +22,7 @@ from dart_eval.bits import OWN_BITS
 from dart_eval.bits import parse as parse_bits
 from dart_eval.errors import UserError
 from dart_eval.pruning.registry import spelled
+from dart_eval.text import items_of
 from dart_eval.yamls import shown
 
 MOST = 2**32  # no count of anything is as large
@@ -88,13 +89,13 @@ def device(value: str) -> str:
 @_refusing
 def texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """A list of texts."""
-    return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in _items(value))
+    return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in items_of(value))
 
 
 @_refusing
 def methods(value: Any) -> tuple[str, ...]:
     """Methods as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
-    items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else _items(value)
+    items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else items_of(value)
     return tuple(_method(item) for item in items)
 
 
@@ -103,13 +104,13 @@ def sparsities(value: Any) -> tuple[float, ...]:
     """Numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
-    return tuple(check_sparsity(s) for item in _items(value) for s in _sparsity(item))
+    return tuple(check_sparsity(s) for item in items_of(value) for s in _sparsity(item))
 
 
 @_refusing
 def ffn_bits(value: Any) -> tuple[str, ...]:
     """Bits of an FFN weight, each as it is written in full: `16`, `4`, `4:64`."""
-    made = [parse_bits(str(item)) for item in _items(value)]
+    made = [parse_bits(str(item)) for item in items_of(value)]
     return tuple(dict.fromkeys(str(OWN_BITS) if bits is None else bits.text for bits in made))
 
 
@@ -140,7 +141,7 @@ def generation(value: Any, info: ValidationInfo) -> str | None:
 
 
 def pairs(name: str, value: Any) -> dict[str, Any]:
-    """`a=1,b=[2, 3]` as lm-eval reads it; a mapping is one already.
+    """`a=1,b=[2, 3]` as lm-eval reads it, in one text or several; a mapping is one already.
 
     Args:
         name: of the option, for people.
@@ -152,7 +153,7 @@ def pairs(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return {_text(f"a key of {name}", key): item for key, item in value.items()}
     found: dict[str, Any] = {}
-    for item in _apart(_text(name, value)):
+    for item in _apart(",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))):
         key, equals, said = item.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{name} {item!r} has no key and value", example)
@@ -196,13 +197,6 @@ def _text(name: str, value: Any, wanted: str = "text") -> str:
     if "\0" in str(value):
         raise UserError(f"{name} holds a NUL character", "leave it out")
     return str(value)
-
-
-def _items(value: Any) -> list[Any]:
-    """A list, given as one, as text with commas, or as a single value; empty texts are none."""
-    items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    items = [i.strip() if isinstance(i, str) else i for i in items]
-    return [i for i in items if not (isinstance(i, str) and i == "")]
 
 
 def _method(item: Any) -> str:

@@ -27,6 +27,8 @@ is what `dart-eval run --model ./my-model --tasks arc,hellaswag --method dense,d
 the options of `dart_eval.evaluate` have the same names. On the command line they may be written with dashes or, as in
 lm-eval, with underscores.
 
+An option that takes a list may be given again: `--tasks arc --tasks hellaswag` asks both.
+
 Who comes from lm-eval may write `--model_args pretrained=NAME,dtype=bfloat16`, `--apply_chat_template`,
 `--fewshot_as_multiturn`, `--gen_kwargs`, `--system_instruction`, `--include_path` and `--output_path`; among the
 `model_args` also `peft`, `enable_thinking` and `think_end_token`.

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 FLAGS = {"--scoring": "scoring", "--overhead": "overhead"}  # of version 0.1, in place of verbs
-MEASURED = "griffin,dart,dart-code,dart-choice,dart-plus"
 
 
 class _Verbs(TyperGroup):
@@ -70,7 +69,7 @@ def _methods(asked: RunConfig, example: str = "dart,dart-choice") -> list[Pruner
 
 @app.command("decode")
 def decode(
-    method: options.Measured = MEASURED,
+    method: options.Measured = None,
     sparsity: options.OneSparsity = 0.7,
     ffn_bits: options.Packed = None,
     model: options.Model = None,
@@ -101,8 +100,10 @@ def decode(
     dart-eval bench decode --method dart --compile default --format json
     """
     hush(False)
-    asked = options.chosen(method=method, sparsity=sparsity, ffn_bits=ffn_bits, model=model, dtype=dtype,
-                           device=device, trust_remote_code=trust_remote_code)  # fmt: skip
+    asked = options.chosen(
+        method=method or options.METHODS_MEASURED, sparsity=sparsity, ffn_bits=ffn_bits, model=model, dtype=dtype,
+        device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     methods = _methods(asked)
     _check_options(asked.ffn_bits, compile, profile, output)
     quieten(False)  # it imports torch, and all before it does not
@@ -194,7 +195,7 @@ def _measured(
 
 @app.command("scoring")
 def scoring(
-    tasks: options.Scored = "arc,hellaswag,mmlu",
+    tasks: options.Scored = None,
     limit: options.First = None,
     num_fewshot: options.NumFewshot = None,
     data_dir: options.DataDir = None,
@@ -221,8 +222,10 @@ def scoring(
     dart-eval bench scoring --tasks arc --method griffin,cats --sparsity 0.5
     """
     hush(False)
-    asked = options.chosen(tasks=tasks, limit=limit, num_fewshot=num_fewshot, method=method, sparsity=sparsity,
-                           model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)  # fmt: skip
+    asked = options.chosen(
+        tasks=tasks or options.TASKS_SCORED, limit=limit, num_fewshot=num_fewshot, method=method, sparsity=sparsity,
+        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     task_names.check(asked.tasks)
     methods = _methods(asked, "griffin,cats") if method is not None else []
     quieten(False)  # it imports torch, and all before it does not
@@ -251,7 +254,7 @@ def scoring(
 
 @app.command("overhead")
 def overhead(
-    method: options.Measured = MEASURED,
+    method: options.Measured = None,
     sparsity: options.OneSparsity = 0.7,
     shape: Annotated[str, options.SHAPE] = "llama-3.1-8b",
     format: options.Format = "table",
@@ -268,7 +271,7 @@ def overhead(
     dart-eval bench overhead --sparsity 0.5 --format json
     """
     hush(False)
-    methods = _methods(options.chosen(method=method, sparsity=sparsity))
+    methods = _methods(options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity))
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import tables
     from dart_eval.bench.overhead import measure

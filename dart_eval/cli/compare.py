@@ -16,6 +16,7 @@ from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, save_text, show
 from dart_eval.errors import UserError
 from dart_eval.files import check_target, format_of
+from dart_eval.text import items_of
 
 FORMATS = ("md", "csv", "json")
 OUT = Path("out")
@@ -45,11 +46,11 @@ METHODS = complete.listed(complete.methods)
 
 def compare(
     folders: Annotated[list[Path] | None, typer.Argument(metavar="FOLDER", help=FOLDERS_HELP)] = None,
-    methods: Annotated[str | None, own(METHODS_HELP, None, "A,B", offers=METHODS)] = None,
-    sparsities: Annotated[str | None, own(SPARSITIES_HELP, None, "A,B")] = None,
-    models: Annotated[str | None, own(MODELS_HELP, None, "A,B")] = None,
-    rows: Annotated[str | None, own(ROWS_HELP, None, "A,B")] = None,
-    metric: Annotated[str, own(METRIC_HELP, None, "NAMES", show_default=False)] = "",
+    methods: Annotated[list[str] | None, own(METHODS_HELP, None, "A,B", offers=METHODS)] = None,
+    sparsities: Annotated[list[str] | None, own(SPARSITIES_HELP, None, "A,B")] = None,
+    models: Annotated[list[str] | None, own(MODELS_HELP, None, "A,B")] = None,
+    rows: Annotated[list[str] | None, own(ROWS_HELP, None, "A,B")] = None,
+    metric: Annotated[list[str] | None, own(METRIC_HELP, None, "NAMES")] = None,
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
     save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
 ) -> None:
@@ -76,7 +77,7 @@ def compare(
     trait = _trait({"methods": methods, "sparsities": sparsities, "models": models, "rows": rows}, given)
     from dart_eval.results import compare as comparing  # after the options are settled: it takes its time
 
-    metrics = [m.strip() for m in metric.split(",") if m.strip()]
+    metrics = items_of(metric or [])
     if trait is None:
         comparison = comparing.compare_folders(given[0], given[1], metrics)
     else:
@@ -91,7 +92,7 @@ def compare(
         save_text(save, text)
 
 
-def _trait(options: dict[str, str | None], folders: Sequence[Path]) -> tuple[str, str, str] | None:
+def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tuple[str, str, str] | None:
     """What the cells of one folder are to differ in, and A and B; None where two folders are compared.
 
     Args:
@@ -105,9 +106,9 @@ def _trait(options: dict[str, str | None], folders: Sequence[Path]) -> tuple[str
     if len(said) > 1:
         raise UserError(f"{' and '.join(f'--{name}' for name in said)} are given", "leave one of them out")
     for name, text in said.items():
-        named = [part.strip() for part in text.split(",") if part.strip()]
+        named = items_of(text)
         if len(named) != 2:
-            raise UserError(f"--{name} {text!r} does not name two", f"for example --{name} {EXAMPLES[name]}")
+            raise UserError(f"--{name} {','.join(text)!r} does not name two", f"for example --{name} {EXAMPLES[name]}")
         return TRAITS[name], named[0], named[1]
     if len(folders) != 2:
         count = ("no folder is", "one folder is")[len(folders)] if len(folders) < 2 else f"{len(folders)} folders are"

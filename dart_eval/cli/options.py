@@ -118,6 +118,7 @@ def number(text: str) -> float | str:
 
 METHODS = complete.listed(complete.methods)
 
+Several = list[str] | None  # values with commas between them, or the option again: they add up (`text.items_of`)
 SPREADS = ("uniform", "depth", "ends", "global", "table:")
 
 Model = Annotated[str | None, _option("model", MODEL, "NAME")]
@@ -128,23 +129,23 @@ DeviceMap = Annotated[str | None, _option("device_map", MODEL, "MAP", offers=("a
 Peft = Annotated[str | None, _option("peft", MODEL, "NAME")]
 TrustRemoteCode = Annotated[bool | None, _flag("trust_remote_code", MODEL)]
 ModelArgs = Annotated[
-    str | None,
+    Several,
     own("The model as lm-eval is told of it: pretrained=NAME, peft=ADAPTER, dtype and others.", MODEL, "K=V,..."),
 ]
 
-Tasks = Annotated[str | None, _option("tasks", TASKS, "NAMES", offers=complete.listed(complete.tasks))]
+Tasks = Annotated[Several, _option("tasks", TASKS, "NAMES", offers=complete.listed(complete.tasks))]
 UnsafeCode = Annotated[bool | None, _flag("confirm_run_unsafe_code", TASKS)]
 DataDir = Annotated[str | None, _option("data_dir", TASKS, "DIR")]
 NumFewshot = Annotated[int | None, _option("num_fewshot", TASKS, "N")]
 Limit = Annotated[float | None, _option("limit", TASKS, "N", parser=number)]
-IncludePath = Annotated[str | None, _option("include_path", TASKS, "DIRS")]
+IncludePath = Annotated[Several, _option("include_path", TASKS, "DIRS")]
 SystemInstruction = Annotated[str | None, _option("system_instruction", TASKS, "TEXT")]
 FewshotAsMultiturn = Annotated[bool | None, _flag("fewshot_as_multiturn", TASKS, hidden=True)]  # it is on
 NoFewshotAsMultiturn = Annotated[bool, _off("fewshot_as_multiturn", TASKS)]
 EnableThinking = Annotated[bool | None, _flag("enable_thinking", TASKS)]
 NoEnableThinking = Annotated[bool, _off("enable_thinking", TASKS)]
 ThinkEndToken = Annotated[str | None, _option("think_end_token", TASKS, "TEXT|ID")]
-GenKwargs = Annotated[str | None, _option("gen_kwargs", TASKS, "K=V,...")]
+GenKwargs = Annotated[Several, _option("gen_kwargs", TASKS, "K=V,...")]
 BatchSize = Annotated[str | None, _option("batch_size", TASKS, "N|auto", offers=("auto",))]
 SharePrefix = Annotated[bool | None, _flag("share_prefix", TASKS, hidden=True)]  # it is on
 NoSharePrefix = Annotated[bool, _off("share_prefix", TASKS)]
@@ -154,9 +155,9 @@ Chunk = Annotated[int | None, _option("chunk", TASKS, "N")]
 ChatTemplate = Annotated[bool | None, _flag("chat_template", TASKS)]
 Cue = Annotated[str | None, _option("cue", TASKS, "TEXT")]
 
-Method = Annotated[str | None, _option("method", PRUNING, "NAMES", offers=METHODS)]
-Sparsity = Annotated[str | None, _option("sparsity", PRUNING, "SHARES")]
-FfnBits = Annotated[str | None, _option("ffn_bits", PRUNING, "BITS")]
+Method = Annotated[Several, _option("method", PRUNING, "NAMES", offers=METHODS)]
+Sparsity = Annotated[Several, _option("sparsity", PRUNING, "SHARES")]
+FfnBits = Annotated[Several, _option("ffn_bits", PRUNING, "BITS")]
 Scope = Annotated[str | None, _option("scope", PRUNING, "SCOPE")]
 Allocation = Annotated[str | None, _option("allocation", PRUNING, "NAME", offers=SPREADS)]
 Calibration = Annotated[str | None, _option("calibration", PRUNING, "FILE|DATASET")]
@@ -189,21 +190,26 @@ Shards = Annotated[int | None, _option("shards", CLUSTER, "N")]
 
 OneSparsity = Annotated[float, own("Share of the FFN weights that a token does not read.", PRUNING, "SHARE")]
 Packed = Annotated[
-    str | None,
+    Several,
     own("Also measure dense and each method on FFN weights rounded to so many bits: 4, 8:row or 4,3.", PRUNING, "BITS"),
 ]
-MEASURED = "Measure these methods, comma-separated, as `dart-eval run --method` takes them."
-Measured = Annotated[str, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
+METHODS_MEASURED = ("griffin", "dart", "dart-code", "dart-choice", "dart-plus")
+MEASURED = (
+    "Measure these methods, comma-separated, as `dart-eval run --method` takes them.  "
+    rf"\[default: {','.join(METHODS_MEASURED)}]"
+)
+Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
 COMPARED = (
     "Time these methods, comma-separated, each beside the first of them.  "
     r"\[default: none; dense is timed beside lm-eval's HFLM]"
 )
-Compared = Annotated[str | None, own(COMPARED, PRUNING, "NAMES", offers=METHODS)]
+Compared = Annotated[Several, own(COMPARED, PRUNING, "NAMES", offers=METHODS)]
 SHAPED = "Take the shape of this model and not its weights: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b."
 SHAPE = own(SHAPED, MODEL, "NAME", offers=SHAPES)
 Layers = Annotated[int | None, own(r"Give the shape so many layers.  \[default: its own]", MODEL, "N")]
-SCORED = "Score the answers of these tasks, comma-separated."
-Scored = Annotated[str, own(SCORED, TASKS, "NAMES", offers=complete.listed(complete.tasks))]
+TASKS_SCORED = ("arc", "hellaswag", "mmlu")
+SCORED = rf"Score the answers of these tasks, comma-separated.  \[default: {','.join(TASKS_SCORED)}]"
+Scored = Annotated[Several, own(SCORED, TASKS, "NAMES", offers=complete.listed(complete.tasks))]
 FIRST = "Ask only the first N items of each task."
 First = Annotated[int | None, own(FIRST, TASKS, "N")]
 AT_ONCE = "Run so many contexts in a forward, on all sides. Without --method, auto is timed too."

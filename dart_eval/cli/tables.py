@@ -34,7 +34,7 @@ Subtasks = Annotated[
 
 
 Tasks = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--tasks", metavar="NAMES",
         help="Show the cells of these tasks alone, with commas between them: methods that ran on other tasks stand on "

@@ -14,6 +14,7 @@ from dart_eval.results.inputs import COLUMNS
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Metric, Record
 from dart_eval.task_names import ALIASES
+from dart_eval.text import items_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
 
 
-def of_tasks(records: Sequence[Record], names: str | None) -> list[Record]:
+def of_tasks(records: Sequence[Record], names: Sequence[str] | None) -> list[Record]:
     """The records of some tasks.
 
     Args:
-        records: of a folder. names: with commas between them, those that stand for several tasks too; None: all.
+        records: of a folder. names: as typed, those that stand for several tasks too; None: all.
 
     Raises:
         UserError: the folder has no cell of one of them.
@@ -34,7 +35,7 @@ def of_tasks(records: Sequence[Record], names: str | None) -> list[Record]:
         return list(records)
     had = {str(r.inputs["task"]) for r in records}
     wanted: set[str] = set()
-    for name in filter(None, (part.strip() for part in names.split(","))):
+    for name in items_of(names):
         found = had & {name, *ALIASES.get(name, ())}
         if not found:
             raise UserError(f"the folder has no cell of task {name!r}", nearest(name, had) or ", ".join(sorted(had)))

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import typer
 
-from dart_eval.config import RunConfig, checked, config_from
+from dart_eval.cli import app, run
+from dart_eval.config import DEFAULTS, RunConfig, checked, config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.tasks import Tasks
@@ -43,6 +45,39 @@ def test_a_range_of_sparsities_has_both_ends_and_the_numbers_that_one_would_type
 def test_what_is_no_range_is_refused(typed, message):
     with pytest.raises(UserError, match=message):
         checked("sparsity", typed)
+
+
+TWICE = {
+    "tasks": (("arc_easy, arc_challenge", "hellaswag"), ("arc_easy", "arc_challenge", "hellaswag")),
+    "method": (("dense", "griffin"), ("dense", "griffin")), "sparsity": ((".5", ".6:.7:.1"), (0.5, 0.6, 0.7)),
+    "ffn-bits": (("4", "8:64"), ("4", "8:64")), "include-path": ((".", ".."), (".", "..")),
+    "gen-kwargs": (("temperature=0.5", "until=['a,b'],n=1"), "n=1,temperature=0.5,until=['a,b']"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", list(TWICE))
+def test_values_of_an_option_that_is_given_again_add_up(option, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(run, "run_cells", lambda settings, verbose: ran.append(settings))
+    typed, meant = TWICE[option]
+    others = [] if option == "tasks" else ["--tasks", "arc_easy"]
+    words = [word for value in typed for word in (f"--{option}", value)]
+    assert run_command("run", *others, *words, "--output", tmp_path).code == 0
+    assert getattr(ran[0], option.replace("-", "_")) == meant
+
+
+def test_every_option_that_takes_a_list_may_be_given_again():
+    commands = typer.main.get_command(app).commands
+    many = {p.name for p in commands["run"].params if p.multiple}
+    assert many == {name for name, default in DEFAULTS.items() if isinstance(default, tuple)} | {
+        "gen_kwargs", "model_args"
+    }  # fmt: skip
+    others = [*commands["bench"].commands.items(), *((name, commands[name]) for name in ("tables", "compare"))]
+    assert {(name, p.name) for name, one in others for p in one.params if getattr(p, "multiple", False)} == {
+        ("decode", "method"), ("decode", "ffn_bits"), ("scoring", "tasks"), ("scoring", "method"),
+        ("overhead", "method"), ("tables", "tasks"),
+        *(("compare", name) for name in ("methods", "sparsities", "models", "rows", "metric")),
+    }  # fmt: skip
 
 
 def test_a_share_of_the_documents_is_what_lm_eval_makes_of_it():
