@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
+
+from dart_eval.results.layout import CLOSED, Count, Drift, Finite, Holds
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,16 @@ class Cost:
         trace: what the drift detector saw (`Session.trace`), if there is one context and a window was full.
     """
 
-    tokens: int = 0
-    pruned_tokens: int = 0
-    not_read_sum: float = 0.0
-    outside_sum: float = 0.0
-    remasks: int = 0
-    contexts: int = 0
-    context_tokens: int = 0
-    trace: dict[str, Any] | None = None
+    __pydantic_config__ = CLOSED
+
+    tokens: Count = 0
+    pruned_tokens: Count = 0
+    not_read_sum: Finite = 0.0
+    outside_sum: Finite = 0.0
+    remasks: Count = 0
+    contexts: Count = 0
+    context_tokens: Count = 0
+    trace: Annotated[dict[str, Any] | None, Holds(Drift | None)] = None
 
     def __add__(self, other: Cost) -> Cost:
         counts = [field.name for field in fields(Cost) if field.name != "trace"]

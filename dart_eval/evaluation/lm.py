@@ -27,7 +27,7 @@ from dart_eval.evaluation.fitting import truncated
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
-from dart_eval.evaluation.requests import Request, Score, Scoring, Text
+from dart_eval.evaluation.requests import Request, Score, Scoring, Text, holds
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.unusable import Unusable
@@ -124,13 +124,17 @@ class PrunedLM(HFLM):
         if not self.part.whole and len(self.calls) == self._kinds:
             raise PartDone
 
-    def _ask(self, kind: str, requests: Mapping[str, Any], make: Callable[[Budget], Scoring | Generator]) -> None:
+    def _ask(
+        self, kind: str, requests: Mapping[str, Any], make: Callable[[Budget], Scoring | Generator],
+        answer: type[Score] | type[Text],
+    ) -> None:  # fmt: skip
         """Run those requests of a call that are this worker's and have no answer yet. The answers go into the journal.
 
         Args:
             kind: of the requests, see `Call`.
             requests: by their names in the journal.
             make: makes what answers them in forwards of a size.
+            answer: what the journal must hold of each; anything else in it does not count.
 
         Raises:
             UserError: answers are no numbers.
@@ -142,6 +146,9 @@ class PrunedLM(HFLM):
         call = Call(kind, len(names), sizes, sum(unit.tokens for unit in units), cached=cached)
         unusable = Unusable(len(names))
         self.calls.append(call)
+        for name in names:
+            if name in self.journal and not holds(self.journal[name], answer):
+                del self.journal[name]
         for place, unit in enumerate(units):
             if not self.part.takes(before + place, place, len(units)):
                 continue
@@ -205,7 +212,7 @@ class PrunedLM(HFLM):
     def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
         """Scores of the requests, in order, from the journal where it has them."""
         names = [_name(r.context, r.continuation) for r in requests]
-        self._ask(kind, dict(zip(names, requests, strict=True)), self._scorer)
+        self._ask(kind, dict(zip(names, requests, strict=True)), self._scorer, Score)
         return [self._answer(name, NO_SCORE) for name in names]
 
     def _scorer(self, size: Budget) -> Scoring:
@@ -256,7 +263,7 @@ class PrunedLM(HFLM):
         seed = torch.initial_seed()
         self._ask("generate_until", distinct, lambda size: Generator(
             self, self.session, size, self._angles, self.documents, seed
-        ))  # fmt: skip
+        ), Text)  # fmt: skip
         texts = [self._answer(name, NO_TEXT) for name in names]
         for request, text in zip(requests, texts, strict=True):
             self._record(request, text.cost, text.cut)

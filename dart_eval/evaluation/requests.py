@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.logits import Answers
 from dart_eval.pruning.dense import AnySession
+from dart_eval.results import layout
+from dart_eval.results.layout import CLOSED
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Score:
         greedy: every token of the continuation was the most likely one.
         cost: of the continuation's tokens.
     """
+
+    __pydantic_config__ = CLOSED
 
     logprob: float
     greedy: bool
@@ -55,10 +61,23 @@ class Text:
         usable: it came from logits that are numbers.
     """
 
+    __pydantic_config__ = CLOSED
+
     text: str
     cost: Cost
     cut: bool = False
     usable: bool = True
+
+
+_OF: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Score, Text)}
+
+
+def holds(kept: Any, kind: type[Score] | type[Text]) -> bool:
+    """Whether what a file has kept of an answer is one, with nothing in it that is no number."""
+    try:
+        return bool(layout.read(json.dumps(kept), _OF[kind]).usable)
+    except ValueError:
+        return False
 
 
 class Scoring(ABC):

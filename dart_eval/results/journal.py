@@ -11,15 +11,16 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from dart_eval.errors import StoreError
 from dart_eval.files import read_regular
 from dart_eval.results import layout
 
-BATCH = TypeAdapter(tuple[dict[str, Any], int, layout.Number])  # answers, state_bytes, seconds
+# answers, state_bytes, seconds
+BATCH = TypeAdapter(tuple[dict[str, Any], layout.Count, Annotated[layout.Finite, Field(ge=0)]])
 
 
 class Journal(dict[str, Any]):

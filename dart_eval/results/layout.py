@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, Valid
 from pydantic_core import CoreSchema
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
-OPEN = ConfigDict(extra="allow")
+OPEN, CLOSED = ConfigDict(extra="allow"), ConfigDict(extra="forbid")
 LARGEST = 2**63  # beyond it a whole number has no float
 T = TypeVar("T")
 
@@ -38,6 +38,8 @@ class Holds:
 
 
 Number = Annotated[float, WrapValidator(_as_written)]  # a whole number stays one
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
 FileName = Annotated[str, Field(pattern=r"^(\.?[^./\\\x00]|\.\.[^/\\\x00])[^/\\\x00]*$")]
 
 

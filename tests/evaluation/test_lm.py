@@ -1,7 +1,14 @@
-"""The lm-eval model: generation, what it costs, and prompts that must be cut."""
+"""The lm-eval model: generation, what it costs, prompts that must be cut, and answers of an earlier run."""
+
+import copy
+import json
+import math
+import zlib
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
@@ -14,9 +21,11 @@ from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.generation import GenerationLog, Generator
 from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
 from dart_eval.pruning.dense import DenseSession
+from dart_eval.results.journal import Journal
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import RESTLESS, open_session
@@ -229,3 +238,106 @@ def test_re_masks_count_with_the_first_token_that_is_decoded_after_them(lm):
         with log.watching(lm.model):
             lm.model.generate(torch.tensor([random_tokens(20)]), max_new_tokens=9, do_sample=False, pad_token_id=0)
         assert [log.cost(0, n).remasks for n in range(1, 9)] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+# -- answers of an earlier run -----------------------------------------------------------------------------------------
+
+SCORED = [Request(random_tokens(9, seed=i), random_tokens(2, seed=10 + i)) for i in range(3)]
+WRITTEN = [TextRequest(words(random_tokens(5 + i, seed=i)), i, tokens=3) for i in range(3)]
+ASKED = {"scores": lambda lm: lm._score(SCORED), "texts": lambda lm: lm.generate_until(WRITTEN)}
+
+
+def _answers(lm, kind, path=None):
+    """What a call gives that goes on with a journal, and what its tokens cost."""
+    journal = Journal(path)
+    lm.begin(DenseSession(), {}, journal)
+    found = ASKED[kind](lm)
+    journal.close()
+    return found, [c for _, c in sorted(lm.costs.items())], journal
+
+
+def _sealed(lines):
+    texts = [json.dumps(line).encode() for line in lines]
+    return b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts)
+
+
+@pytest.fixture
+def earlier(lm, tmp_path):
+    """A call, its journal's path, its lines, and what it gave."""
+
+    def make(kind):
+        path = tmp_path / "cell.jsonl"
+        found, costs, _ = _answers(lm, kind, path)
+        return path, [json.loads(line.partition(b" ")[2]) for line in path.read_bytes().splitlines()], found, costs
+
+    return make
+
+
+FORGED = {
+    "null": lambda a: None, "a text": lambda a: "x", "two kinds": lambda a: {**a, "text": "x", "logprob": -1.0},
+    "a number as text": lambda a: {**a, "logprob": "-1", "text": 1}, "NaN": lambda a: {**a, "logprob": math.nan},
+    "nothing": lambda a: {}, "no cost": lambda a: {**a, "cost": None}, "an old cost": lambda a: {**a, "cost": {"t": 1}},
+    "NaN read": lambda a: {**a, "cost": {**a["cost"], "not_read_sum": math.nan}},
+    "tokens below none": lambda a: {**a, "cost": {**a["cost"], "tokens": -1}},
+    "a trace in words": lambda a: {**a, "cost": {**a["cost"], "trace": {"signal": ["low"], "window": 4}}},
+    "unusable": lambda a: {**a, "usable": False, "logprob": math.inf},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ASKED)
+@pytest.mark.parametrize("forged", FORGED)
+def test_an_answer_in_a_journal_that_is_none_is_computed_anew(lm, earlier, kind, forged):
+    path, lines, found, costs = earlier(kind)
+    name = next(iter(lines[0][0]))
+    lines[0][0][name] = FORGED[forged](lines[0][0][name])
+    path.write_bytes(_sealed(lines))
+    assert _answers(lm, kind, path)[:2] == (found, costs)
+    whole = path.read_bytes()
+    assert _answers(lm, kind, path)[:2] == (found, costs)  # of a name's lines the last counts: none is added
+    assert path.read_bytes() == whole
+
+
+def test_what_a_journal_holds_is_not_asked_again(lm, earlier, monkeypatch):
+    for kind in ASKED:
+        path, _, found, costs = earlier(kind)
+        before = path.read_bytes()
+        assert _answers(lm, kind, path)[:2] == (found, costs)
+        assert path.read_bytes() == before
+        path.unlink()
+
+
+def _places(data, at=()):
+    """The paths of all values of JSON data."""
+    yield at
+    for step, item in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from _places(item, (*at, step))
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+ANYTHING = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner), max_leaves=4
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ASKED)
+@pytest.mark.slow
+def test_no_line_of_a_journal_fails_a_call_or_gives_what_is_no_answer(lm, earlier, kind, data):
+    path, lines, found, _ = earlier(kind)
+    lines = copy.deepcopy(lines)
+    place = data.draw(st.sampled_from([at for at in _places(lines) if at]))
+    holder = lines
+    for step in place[:-1]:
+        holder = holder[step]
+    was, forged = holder[place[-1]], data.draw(ANYTHING)
+    holder[place[-1]] = forged
+    path.write_bytes(_sealed(lines))
+    now, costs, journal = _answers(lm, kind, path)
+    path.unlink()
+    assert math.isfinite(journal.seconds) and journal.seconds >= 0 and journal.state_bytes >= 0
+    assert all(math.isfinite(c.not_read_sum) and c.tokens >= 0 for c in costs)
+    for answer in now:
+        assert type(answer) is str or (math.isfinite(answer.logprob) and type(answer.greedy) is bool)
+    if type(forged) is not type(was) and {type(forged), type(was)} != {int, float}:
+        assert now == found
