@@ -13,6 +13,7 @@ import re
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from dart_eval.errors import UserError
 
 LINKS = 40  # as many as Linux follows
+WRITER_COMES = 2.0  # seconds, at most, until somebody writes into a pipe that is read
 
 
 def feed(digest: Any, file: Path) -> None:
@@ -110,15 +112,30 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
         UserError: it cannot be read, or is not UTF-8.
     """
     try:
-        if stat.S_ISCHR(os.stat(path).st_mode):
-            raise OSError(errno.EINVAL, "it is a device")
-        return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
+        return _bytes(path).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         why = f"not UTF-8 text: byte {error.object[error.start]:#04x} in line {line}"
         raise UserError(f"{what} {path} cannot be read ({why})", remedy) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{what} {path} cannot be read ({reason(error)})", remedy) from None
+
+
+def _bytes(path: str | Path) -> bytes:
+    """All of a file, or of a pipe that somebody writes into."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISCHR(mode):
+        raise OSError(errno.EINVAL, "it is a device")
+    if not stat.S_ISFIFO(mode):
+        return Path(path).read_bytes()
+    end = time.monotonic() + WRITER_COMES
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while (begun := pipe.read()) == b"":  # nobody has it open; None: somebody has, and has written nothing yet
+            if time.monotonic() > end:
+                raise OSError(errno.EPIPE, "a pipe that nobody writes into")
+            time.sleep(0.02)
+        os.set_blocking(pipe.fileno(), True)
+        return (begun or b"") + pipe.read()
 
 
 def read_regular(path: str | Path) -> bytes:

@@ -25,11 +25,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_mapping(path: str | Path, what: str, example: str, remedy: str = "give a YAML file") -> dict[Any, Any]:
+def read_mapping(
+    path: str | Path, what: str, example: str, remedy: str = "give a YAML file", empty: bool = False
+) -> dict[Any, Any]:
     """The keys and values of a YAML file.
 
     Args:
         what: what the file is, e.g. `config`. example: a line that could stand in it. remedy: where it cannot be read.
+        empty: whether it may say nothing.
 
     Raises:
         UserError: it cannot be read, is no YAML, holds a key twice, or is no mapping.
@@ -44,6 +47,8 @@ def read_mapping(path: str | Path, what: str, example: str, remedy: str = "give 
         raise UserError(f"{what} {path} is nested too deeply", remedy) from None
     except Exception as error:  # a date or number that is none has an error of its own for every kind
         raise UserError(f"{what} {path} is not YAML ({str(error) or type(error).__name__})", remedy) from None
+    if loaded is None and empty:
+        return {}
     if not isinstance(loaded, dict):
         raise UserError(f"{what} {path} must hold keys and values", remedy)
     return loaded

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.errors import UserError, remark
-from dart_eval.files import reason
+from dart_eval.files import read_text
 from dart_eval.files import write as write_file
 from dart_eval.results import layout, metrics
 from dart_eval.results.documents import INDEX, TOLD, frame
@@ -134,9 +134,9 @@ def read(path: Path) -> list[Cell]:
         return cells(path, strict=True)
     remedy = f"make it from good results: dart-eval check RESULTS --baseline {path} --update"
     try:
-        data = layout.read(path.read_bytes(), _BASELINE, "baseline")
-    except (OSError, ValueError) as error:
-        raise UserError(f"baseline {path} cannot be read ({reason(error)})", remedy) from None
+        data = layout.read(read_text(path, "baseline", remedy), _BASELINE, "baseline")
+    except ValueError as error:
+        raise UserError(f"baseline {path} cannot be read ({error})", remedy) from None
     found: dict[str, Cell] = {}
     for part in data["cells"]:
         cell = _cell(part, str(path))

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dart_eval.errors import UserError, nearest
+from dart_eval.yamls import read_mapping
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,8 @@ def thresholds_from(file: Path | None) -> Thresholds:
     """
     if file is None:
         return Thresholds()
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or "not YAML"
-        raise UserError(f"thresholds {file} cannot be read ({reason})", "for example `recovery: 0.98`") from None
-    data = _mapping({} if data is None else data, ("recovery", "of_dense", "alpha", "tasks"), str(file))
+    data = read_mapping(file, "thresholds", "recovery: 0.98", empty=True)
+    data = _mapping(data, ("recovery", "of_dense", "alpha", "tasks"), str(file))
     tasks = data.pop("tasks", None)
     alpha = data.pop("alpha", Thresholds.alpha)
     if not _is_number(alpha) or not 0 < alpha < 1:

@@ -206,7 +206,8 @@ def test_thresholds_are_read(tmp_path):
     ("tasks: {arc: {alpha: 0.1}}", "unknown key 'alpha' in .* for arc"),
     ("tasks: [arc]", "must hold keys and values"),
     ("- 1", "must hold keys and values"),
-    ("a: [", "cannot be read"),
+    ("a: [", "is not YAML"), ("alpha: 0.1\nalpha: 0.2", "'alpha' stands twice"),
+    ("!!timestamp x: 1", "is not YAML"), ("recovery: !!timestamp x", "is not YAML"),
 ])  # fmt: skip
 def test_wrong_thresholds_are_refused(tmp_path, text, words):
     file = tmp_path / "t.yaml"

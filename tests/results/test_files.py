@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from dart_eval import files
+from dart_eval.config import config_from
 from dart_eval.errors import StoreError, UserError
+from dart_eval.results import baseline
 from dart_eval.results.store import Store
+from dart_eval.results.thresholds import thresholds_from
 from tests.helpers.commands import command, program
 from tests.helpers.records import answered, record, samples, save
 
@@ -156,6 +160,39 @@ def test_a_text_that_is_not_utf8_is_told_with_its_line(tmp_path):
     (tmp_path / "latin").write_bytes(b"one\ntwo\nna\xefve\n")
     with pytest.raises(UserError, match=r"config .*latin cannot be read \(not UTF-8 text: byte 0xef in line 3\); why"):
         files.read_text(tmp_path / "latin", "config", "why")
+
+
+READERS = {
+    "config": lambda path: config_from(path, {}), "thresholds": thresholds_from, "baseline": baseline.read,
+    "text": lambda path: files.read_text(path, "text", "give another"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_a_pipe_that_nobody_writes_into_is_refused(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(files, "WRITER_COMES", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=rf"{what} .*pipe cannot be read \(a pipe that nobody writes into\); "):
+        READERS[what](tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.2])
+def test_a_pipe_is_read_to_its_end_however_late_its_writer_is(tmp_path, pause):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write():
+        time.sleep(pause)
+        with pipe.open("wb", buffering=0) as stream:
+            time.sleep(pause)
+            for part in (b"tasks: ", b"arc\n" + b"#" * 200_000):
+                stream.write(part)
+                time.sleep(pause)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    assert config_from(pipe, {}).tasks == ("arc",)
+    writer.join(10)
 
 
 # -- records and samples that would never end ----------------------------------------------------------------------
