@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from dart_eval.errors import UserError
@@ -11,6 +12,7 @@ SCALE_BITS = 16
 LAST_BITS = "last bits"  # what is left out of every weight where the first bits alone are read: rounding
 GROUP = 32
 LEAST, MOST = 2, 8
+TYPED = re.compile(r"([0-9]{1,9})(?::(row|[0-9]{1,9}))?")
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,13 @@ def parse(text: str) -> Rounding | None:
     Raises:
         UserError: it is none of these.
     """
-    bits, colon, group = text.strip().partition(":")
-    if bits == str(OWN_BITS) and not colon:
+    if text.strip() == str(OWN_BITS):
         return None
     remedy = f"write 4, 4:64 (weights that share a scale; {GROUP} if not given) or 4:row; {OWN_BITS} is unrounded"
-    size = 0 if group == "row" else int(group) if group.isdecimal() else None if colon else GROUP
-    if not bits.isdecimal() or size is None or (group != "row" and size < 2):
+    found = TYPED.fullmatch(text.strip())
+    bits, group = found.groups() if found else ("", None)
+    size = 0 if group == "row" else int(group or GROUP)
+    if not found or (group != "row" and size < 2):
         raise UserError(f"--ffn-bits is {text!r}", remedy)
     if not LEAST <= int(bits) <= MOST:
         raise UserError(f"--ffn-bits is {text!r}: weights are rounded to {LEAST} to {MOST} bits", remedy)

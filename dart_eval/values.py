@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import math
 import re
 import typing
 from collections.abc import Callable
@@ -137,7 +138,16 @@ def generation(value: Any, info: ValidationInfo) -> str | None:
     if value is None:
         return None
     found = pairs(str(info.field_name), value)
+    for name, item in found.items():
+        if not _finite(item):
+            raise UserError(f"{name} {shown(item)} in {info.field_name} is no number", "give a finite one")
     return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
+
+
+def _finite(item: Any) -> bool:
+    """Whether a value, or all in it, is no NaN and no infinity."""
+    inside = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
+    return all(map(_finite, inside)) and not (isinstance(item, float) and not math.isfinite(item))
 
 
 def pairs(name: str, value: Any) -> dict[str, Any]:

@@ -117,6 +117,15 @@ def test_settings_of_generation_have_one_spelling(typed, kept):
     assert checked("gen_kwargs", kept) == kept
 
 
+@pytest.mark.parametrize("typed", [
+    "temperature=nan", "temperature=1e400,do_sample=true", "top_p=-inf", "until=['a'],x=[1, 1e400]",
+    {"temperature": float("nan")}, {"x": {"y": [float("inf")]}},
+])  # fmt: skip
+def test_settings_of_generation_are_finite(typed):
+    with pytest.raises(UserError, match=r"in gen_kwargs is no number; give a finite one"):
+        checked("gen_kwargs", typed)
+
+
 def test_settings_of_generation_reach_the_task_and_its_hash():
     plain, changed = Tasks(), Tasks(gen_kwargs={"max_gen_toks": 7})
     (before,), (after,) = plain.load("smoke_summary"), changed.load("smoke_summary")
