@@ -10,6 +10,9 @@ from pathlib import Path
 
 from dart_eval.text import printable
 
+# How libraries say that there is no more memory; the last is the loader's of shared ones.
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
+
 
 class UserError(Exception):
     """The input is wrong. Printed as one line (problem; remedy); the command exits with status 2."""
@@ -49,10 +52,10 @@ def remark(text: str) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the process, has no more memory: torch has several ways to say it."""
+    """Whether a device, or the process, has no more memory."""
     text = str(error).lower()
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "out of memory" in text or "can't allocate memory" in text
+    return named or any(words in text for words in NO_MEMORY)
 
 
 def summary(error: BaseException) -> str:

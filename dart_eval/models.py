@@ -34,7 +34,7 @@ from dart_eval.checkpoint import (
     unknown_word,
     weights_dtype,
 )
-from dart_eval.errors import UserError, nearest
+from dart_eval.errors import UserError, nearest, out_of_memory
 from dart_eval.files import check_name, feed
 from dart_eval.hub import work_offline_if_unreachable
 from dart_eval.quiet import muted
@@ -355,6 +355,8 @@ def _explain(name: str, error: BaseException, told: Mapping[str, Any] = {}) -> U
         return no_tensors(name, error)
     if isinstance(error, KeyError) and (unknown := unknown_word(told, error.args[0])):
         return UserError(f"config.json of model {name} says {unknown}, which transformers does not know", "correct it")
+    if out_of_memory(error):
+        return UserError(f"memory ran out while model {name!r} was loaded", "free some, or take a smaller model")
     if "trust_remote_code" in text:
         return _untrusted(name, "auto_map or custom_generate")
     if "connect" in text.lower() or "offline" in text.lower() or "couldn't connect" in text.lower():

@@ -1,7 +1,7 @@
 """The command line: one verb a file.
 
-Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong, 129, 130 or 143 stopped by a
-signal.
+Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong or memory ran out, 129, 130 or 143
+stopped by a signal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from dart_eval.cli import bench, check, compare, export, ls, options, paper, report, run, tables, trace, view
-from dart_eval.errors import RenamedWarning, UserError, nearest, remark
+from dart_eval.errors import RenamedWarning, UserError, nearest, out_of_memory, remark
 
 app = typer.Typer(
     name="dart-eval",
@@ -116,10 +116,12 @@ def main() -> None:
                 resumes = "; the same command goes on from here" if sys.argv[1:2] in (["run"], ["paper"]) else ""
                 view.print_note(STOPS[signal.Signals(stop.number).name] + resumes)
             _leave(128 + stop.number)
-        if not isinstance(error, BrokenPipeError):
-            raise
-        _leave(0)  # `dart-eval tables out | head`
+        if isinstance(error, BrokenPipeError):
+            _leave(0)  # `dart-eval tables out | head`
+        _end_without_memory(error)
+        raise
     except Exception as error:
+        _end_without_memory(error)
         if not hasattr(error, "format_message"):  # what typer's errors have, whichever version
             raise
         if type(error).__name__ != "NoArgsIsHelpError":  # the help has been shown
@@ -127,6 +129,13 @@ def main() -> None:
         sys.exit(2)
     else:
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _end_without_memory(error: BaseException) -> None:
+    """Exit with a line where memory has run out."""
+    if out_of_memory(error):
+        view.problem("memory ran out; free some, or take a smaller model or --batch-size")
+        _leave(2)
 
 
 def _misused(error: Any) -> UserError:

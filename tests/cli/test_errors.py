@@ -312,6 +312,23 @@ def test_a_truncated_weights_file_is_refused(refused, llama_folder, tmp_path):
     assert "cannot be loaded" in refused("run", "--tasks", "smoke_questions", "--limit", "1", "--model", folder)
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("std::bad_alloc"), OSError(12, "Cannot allocate memory"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    RuntimeError("unable to mmap 5 bytes from file <x>: Cannot allocate memory (12)"),
+])  # fmt: skip
+@pytest.mark.parametrize(("place", "said"), [
+    ("dart_eval.models.feed", "memory ran out; free some"),  # the hash of the weights
+    ("dart_eval.models.AutoTokenizer.from_pretrained", "memory ran out while model '"),
+])  # fmt: skip
+def test_a_lack_of_memory_is_said(refused, llama_folder, monkeypatch, error, place, said):
+    def full(*_args, **_more):
+        raise error
+
+    monkeypatch.setattr(place, full)
+    assert said in refused("run", "--model", llama_folder, "--tasks", "smoke_questions")
+
+
 def test_a_device_that_is_not_there_is_refused(refused, llama_folder):
     message = refused("run", "--tasks", "smoke_questions", "--model", llama_folder, "--device", "cuda:99")
     assert message.startswith("device cuda:99 is not there")
