@@ -20,6 +20,7 @@ from dart_eval.export import Teller
 from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
+from dart_eval.results.format import finite
 from dart_eval.results.metrics import of
 from dart_eval.results.record import Metric
 
@@ -209,10 +210,16 @@ def _rows(cell: Facts) -> Iterator[dict[str, Any]]:
 def _score(name: str, value: Any) -> float | None:
     """A document's part in a metric; None where it has no number of its own (BLEU counts over all documents)."""
     kind = of(name).kind
-    if kind in ("log-perplexity", "bits") and isinstance(value, list) and len(value) == 2 and value[1]:
+    if (
+        kind in ("log-perplexity", "bits")
+        and isinstance(value, list)
+        and len(value) == 2
+        and all(map(finite, value))
+        and value[1]
+    ):
         ratio = -value[0] / value[1]
         value = ratio / math.log(2) if kind == "bits" else math.exp(min(ratio, LARGEST))
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if finite(value) else None
 
 
 def _row(
@@ -240,8 +247,9 @@ def _row(
 def _attribution(metric: Metric, sample: Mapping[str, Any], choices: Sequence[str] | None) -> list[dict[str, Any]]:
     """The answer that was taken from the output, where that can be told: `acc_norm` chooses by lengths of its own."""
     responses = sample["responses"]
-    if choices and metric.metric == "acc" and len(choices) == len(responses):
-        best = max(range(len(responses)), key=lambda i: responses[i][0])
+    scores = [r[0] for r in responses if isinstance(r, list) and r and finite(r[0])]
+    if choices and metric.metric == "acc" and len(choices) == len(scores) == len(responses):
+        best = scores.index(max(scores))
         answer, how = choices[best], "largest log-likelihood"
     elif not choices and len(responses) == 1 and isinstance(responses[0], str):
         answer, how = responses[0], sample["filter"]

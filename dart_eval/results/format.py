@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, TypeGuard
 
 from dart_eval.results import metrics
 
@@ -99,3 +100,8 @@ def size(value: float) -> str:
 def small_share(value: float) -> str:
     """A share that is often tiny, in per cent: `0.12 %`, `< 0.01 %`."""
     return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2g} %"
+
+
+def finite(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a number that can be drawn and compared."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

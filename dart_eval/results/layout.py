@@ -89,7 +89,7 @@ class Document(TypedDict):
     task: Annotated[str, "the lm-eval task"]
     doc_id: Annotated[int, "the document's number in it"]
     prompt: NotRequired[Annotated[str | None, "what the model read"]]
-    choices: NotRequired[Annotated[Any, "the candidates, or null"]]
+    choices: NotRequired[Annotated[list[str] | None, "the candidates, or null"]]
     target: NotRequired[Annotated[Any, "the index of the right choice, or the reference"]]
 
 

@@ -258,6 +258,23 @@ def test_what_is_no_number_is_no_result(tmp_path):
     assert result["score_details"] == {"score": 0.5, "uncertainty": {"num_samples": 3}}
 
 
+@pytest.mark.parametrize("response", [None, [], [None, True], "text", ["-1.0", True], {"a": 1}])
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_response_that_is_no_score_is_no_traceback(out, to, response):
+    made = [choice(i, [-2.0, -1.0, -3.0], 1) for i in range(3)]
+    made[1]["responses"][0] = response
+    record = cell("dart", 0.5, metrics=[Metric("arc_easy", "acc", 1.0, 0.1, 3, True)], model="me/tiny", samples=made)
+    Store(out).save("forged", record, texts("arc_easy", 3, [" one", " two", " three"]))
+    _, folder = _export(out, to)
+    if to == "every-eval-ever":
+        rows = [row for path in folder.rglob("*_samples.jsonl") for row in _lines(path) if row["sample_id"] == "1"]
+        assert sorted(len(row["answer_attribution"]) for row in rows if "acc" in row["evaluation_result_id"]) == [
+            0,
+            1,
+            1,
+        ]
+
+
 def test_a_document_has_a_perplexity_of_its_own(tmp_path):
     values = perplexities(1.0, 3)
     record = answered("wikitext", values, up=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
 
 from dart_eval.results.board import CONTROL, Board, Row
 from dart_eval.results.format import sparsity
@@ -46,8 +44,3 @@ def flat(row: Row) -> bool:
 def looks(cells: Iterable[Cell]) -> dict[str, int]:
     """Label -> the number of its colour and marker, the same in all charts; dense has none."""
     return {name: i for i, name in enumerate(sorted({c.row.label for c in cells if not flat(c.row)}))}
-
-
-def finite(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a number that can be drawn and compared."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

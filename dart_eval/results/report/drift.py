@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.results.report.cells import Cell, finite
+from dart_eval.results.format import finite
+from dart_eval.results.report.cells import Cell
 from dart_eval.results.report.charts import Chart, trace
 from dart_eval.results.report.head import listed
 from dart_eval.results.report.reader import Looked

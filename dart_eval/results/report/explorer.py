@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dart_eval.results import metrics
-from dart_eval.results.format import number
-from dart_eval.results.report.cells import Cell, finite
+from dart_eval.results.format import finite, number
+from dart_eval.results.report.cells import Cell
 from dart_eval.results.report.reader import Looked
 
 HEAD, TAIL = 1200, 2400  # characters kept of a long text

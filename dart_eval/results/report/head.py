@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.results import metrics
-from dart_eval.results.format import sparsity
+from dart_eval.results.format import finite, sparsity
 from dart_eval.results.inputs import HASH_DIGITS, matters, model_of
-from dart_eval.results.report.cells import Cell, finite
+from dart_eval.results.report.cells import Cell
 from dart_eval.results.tables import cut_prompts
 
 FEW = 100  # documents below which an interval is wide enough to say so

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from dart_eval.results import metrics
 from dart_eval.results.board import Board, Row
-from dart_eval.results.format import number, share, with_error
+from dart_eval.results.format import finite, number, share, with_error
 from dart_eval.results.record import Metric
-from dart_eval.results.report.cells import finite, flat
+from dart_eval.results.report.cells import flat
 from dart_eval.results.report.charts import Chart, Point, draw, recoveries
 from dart_eval.results.writers import Table
 
