@@ -155,16 +155,27 @@ def show_results(result: RunResult, output: str) -> None:
     if result.records:
         from dart_eval.cli.tables import BOARD
         from dart_eval.cli.views import print_view
+        from dart_eval.results.board import newest
+        from dart_eval.results.pairing import with_dense
         from dart_eval.results.store import Store
 
-        print_view(BOARD, Store(output), result.records)
-        say(_next(result.records, output))
+        store = Store(output)
+        everything, _ = newest(store.scan().records)
+        print_view(BOARD, store, with_dense(result.records, everything))
+        say(_next(result.records, everything, output))
 
 
-def _next(records: Sequence[Record], output: str) -> str:
-    """Where the results are, and what may be typed next."""
+def _next(records: Sequence[Record], everything: Sequence[Record], output: str) -> str:
+    """Where the results are, and what may be typed next.
+
+    Args:
+        records: of the run. everything: that lies in the folder, which `compare` looks at.
+    """
+    from dart_eval.results.labels import exact
+
     folder = shlex.quote(output)
-    pruned = list(dict.fromkeys(str(r.settings["method"]) for r in records if r.inputs["method"] != "dense"))[:2]
+    typed = exact(everything)
+    pruned = list(dict.fromkeys(typed[r.key] for r in records if r.inputs["method"] != "dense" and r.key in typed))[:2]
     line = f"Results: {output}   next: dart-eval report {folder}   dart-eval tables {folder} --view long"
     if len(pruned) < 2:
         return line

@@ -13,8 +13,8 @@ from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
 from dart_eval.results.format import chance, interval, number, ratio, signed, sparsity
-from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, identity, model_of
-from dart_eval.results.labels import labels
+from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, UNSAID, identity, model_of
+from dart_eval.results.labels import exact, labels
 from dart_eval.results.outcomes import Cell, Measure, cells, describe, newest, older_note
 from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
@@ -133,12 +133,13 @@ def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, st
     if by == "model" and len(models) > 1:
         raise UserError(f"{spec} stands for several models: {', '.join(models)}", "give one of these names")
     places: dict[str, Cell] = {}
+    typed = exact(everything)
     for cell in side if by == "method" else ():
         first = places.setdefault(identity(cell.inputs, FREE[by]), cell)
         if first is not cell:
             raise UserError(
                 f"{spec} stands for several cells: {labelled[first.key]}, {labelled[cell.key]}",
-                "give the parameter that tells them apart, e.g. dart:allocation=uniform",
+                f"say which: {' or '.join(sorted({typed[c.key] for c in (first, cell)}))}",
             )
     return side
 
@@ -177,10 +178,8 @@ def _is(by: str, spec: str, cell: Cell) -> bool:
         except ValueError:
             raise UserError(f"sparsity {spec!r} is not a number", "for example 0.5; 0 is dense") from None
     name, *params = spec.split(":")
-    given = dict(p.partition("=")[::2] for p in params)
-    return cell.inputs["method"] == name and all(
-        k in cell.inputs["params"] and _equals(cell.inputs["params"][k], v) for k, v in given.items()
-    )
+    given, known = dict(p.partition("=")[::2] for p in params), {**UNSAID, **cell.inputs["params"]}
+    return cell.inputs["method"] == name and all(k in known and _equals(known[k], v) for k, v in given.items())
 
 
 def _equals(item: Any, text: str) -> bool:

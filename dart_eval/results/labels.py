@@ -53,6 +53,24 @@ def specs(records: Iterable[Named]) -> dict[str, str]:
     return {key: found[place] for key, place in places.items()}
 
 
+def exact(records: Iterable[Named]) -> dict[str, str]:
+    """Key -> the method with as few parameters as tell its cell from others of its name: what `compare` takes."""
+    settings: dict[str, dict[str, dict[str, Any]]] = {}  # method -> its settings, as text and as they are
+    places = {}
+    for r in records:
+        filled = {**UNSAID, **r.inputs["params"]}
+        places[r.key] = r.inputs["method"], json.dumps(filled, sort_keys=True)
+        settings.setdefault(r.inputs["method"], {})[places[r.key][1]] = filled
+    found = {}
+    for key, (method, text) in places.items():
+        own, others = settings[method][text], [v for t, v in settings[method].items() if t != text]
+        apart = [k for k in own if others and all(v.get(k) != own[k] for v in others)]
+        some = [k for k in own if any(v.get(k) != own[k] for v in others)]
+        chosen = sorted(apart, key=lambda k: (k.count("."), k))[:1] or some
+        found[key] = ":".join([method, *(f"{k}={_plain(own[k])}" for k in chosen)])
+    return found
+
+
 def _unsaid(records: Iterable[Named]) -> dict[str, dict[str, Any]]:
     """Per method the fields that some of its cells tell and others, of an older version, do as they always did."""
     told: dict[str, set[str]] = {}

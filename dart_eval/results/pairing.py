@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dart_eval.errors import UserError
 from dart_eval.results.inputs import ASKED, DENSE, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
+from dart_eval.results.labels import Named
 from dart_eval.results.outcomes import Cell, Measure, Outcome, Pairs, check_paired, describe, pairs
+
+N = TypeVar("N", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,28 @@ def pair(a: Cell, b: Cell) -> Pair:
     return Pair(a, b, x, y)
 
 
-def dense_cells(found: Iterable[Cell]) -> dict[str, list[Cell]]:
+def dense_cells(found: Iterable[N]) -> dict[str, list[N]]:
     """The dense cells among some that no rounding changed, by what they were asked: for `dense_of`."""
-    known: dict[str, list[Cell]] = {}
+    known: dict[str, list[N]] = {}
     for cell in found:
         if cell.inputs["method"] == DENSE and not cell.inputs.get("ffn_bits"):
             known.setdefault(question(cell.inputs), []).append(cell)
     return known
 
 
-def dense_of(cell: Cell, dense: Mapping[str, Sequence[Cell]]) -> Cell | None:
+def dense_of(cell: Named, dense: Mapping[str, Sequence[N]]) -> N | None:
     """The dense cell that was asked what this one was, best of the same code and versions."""
     rivals = dense.get(question(cell.inputs), ())
     build = [c for c in rivals if all(c.inputs.get(name) == cell.inputs.get(name) for name in ("code", "versions"))]
     return next(iter(build or rivals), None)
+
+
+def with_dense(some: Sequence[N], everything: Sequence[N]) -> list[N]:
+    """Some cells of a folder, and the dense ones of it that they are held against where none is among them."""
+    own, there = dense_cells(some), dense_cells(everything)
+    alone = [cell for cell in some if question(cell.inputs) not in own]
+    beside = {found.key: found for cell in alone if (found := dense_of(cell, there)) is not None}
+    return [*some, *beside.values()]
 
 
 def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell]:

@@ -1,14 +1,18 @@
 """The board: what a row keeps of dense, which is best at its level of read, and whether that is more than noise."""
 
 import dataclasses
+import shlex
 
 import numpy as np
 import pytest
 
 from dart_eval.bench import kept
 from dart_eval.bench.ratio import Ratio
+from dart_eval.cli.run import show_results
+from dart_eval.executors.jobs import RunResult
 from dart_eval.results import board_text, frontier, recovery, stats
 from dart_eval.results.board import BEST, LEVEL_WITH_BEST, boards
+from dart_eval.results.labels import exact
 from dart_eval.results.outcomes import Measure, outcome, pairs
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
@@ -327,6 +331,34 @@ def test_what_is_missing_is_said(tmp_path):
     assert made.notes == ("There is no dense cell for arc: run --method dense too, for recoveries.",)
     text = "\n".join(board_text.lines(made, 100))
     assert "recovery" not in text.splitlines()[2] and "griffin" in text
+
+
+def test_the_board_of_a_run_has_the_folders_dense_cells_and_what_it_suggests_next_works(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    new = [choices(0.5, sparsity=0.5, params={"draw": "seed"}), choices(0.4, "piqa", method="flap", params={})]
+    old = [choices(0.8, method="dense", params={}), choices(0.6, sparsity=0.5, params={"draw": "best"})]
+    flap = choices(0.4, method="flap", sparsity=0.5, params={})
+    save(tmp_path / "out", *old, *new, flap)
+    show_results(RunResult([new[0], flap, new[1]], [], {}), "out")
+    shown = capsys.readouterr().out
+    assert "  dense  " in shown and "There is no dense cell for piqa: run" in " ".join(shown.split())
+    suggested = shlex.split(shown.splitlines()[-1].rpartition("dart-eval ")[2])
+    assert suggested == ["compare", "out", "--methods", "griffin:draw=seed,flap"]
+    assert command(*suggested).code == 0
+    refused = command("compare", "out", "--methods", "griffin,flap").err
+    assert "griffin stands for several cells: " in refused
+    assert refused.endswith("; say which: griffin:draw=best or griffin:draw=seed\n")
+
+
+def test_a_method_is_told_from_others_of_its_name_by_as_little_as_can_be():
+    settings = [{"remask": "none"}, {"remask": "drift", "remask.window": 8}, {"remask": "drift", "remask.window": 4}]
+    made = [answered("arc", right(0.5), "griffin", params=p) for p in settings] + [answered("arc", right(0.5), "flap")]
+    assert list(exact(made).values()) == [
+        "griffin:remask=none", "griffin:remask.window=8", "griffin:remask.window=4", "flap",
+    ]  # fmt: skip
+    older = answered("arc", right(0.5), "griffin", params={})
+    plain = [older, answered("arc", right(0.5), "griffin", params={"draw": "sample"})]
+    assert list(exact(plain).values()) == ["griffin:draw=best", "griffin:draw=sample"]
 
 
 def test_cells_with_other_prompts_are_not_held_against_each_other(tmp_path):
