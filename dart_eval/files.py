@@ -21,6 +21,7 @@ from typing import Any
 from dart_eval.errors import UserError
 
 LINKS = 40  # as many as Linux follows
+HEAD = 4096  # bytes, which tell whose file it is
 WRITER_COMES = 2.0  # seconds, at most, until somebody writes into a pipe that is read
 
 
@@ -81,6 +82,26 @@ def check_target(path: str | Path, remedy: str = "choose another file") -> None:
             os.stat(target)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written ({reason(error)})", remedy) from None
+
+
+def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
+    """Refuse to replace a file that somebody else has written. An empty one may be.
+
+    Args:
+        begins: found in the first bytes of every file of ours. what: such a file is.
+
+    Raises:
+        UserError: what is there is none.
+    """
+    if is_stream(path):
+        return
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(HEAD)
+    except (OSError, ValueError):  # nothing is there, or `check_target` has refused it
+        return
+    if head and not begins.search(head):
+        raise UserError(f"{path} is no {what}, and would be lost", "choose another file, or give --force")
 
 
 def check_name(path: str | Path, what: str) -> None:

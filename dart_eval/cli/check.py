@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +13,17 @@ import typer
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, say, show
 from dart_eval.errors import UserError
-from dart_eval.files import check_name, check_target, write
+from dart_eval.files import check_name, check_own, check_target, write
 
 FORMATS = ("md", "json")
+OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline
 
 
 RESULTS_HELP = "The folder that `dart-eval run --output` wrote."
 BASELINE_HELP = "Hold the results against this baseline, or a folder of earlier results."
 THRESHOLDS_HELP = "Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks."
 UPDATE_HELP = "Write the baseline from the results. Nothing is checked."
+FORCE_HELP = "With --update, replace a file that is no baseline."
 GITHUB_HELP = "Write annotations and a job summary for GitHub Actions."
 FORMAT_HELP = "Print in this format. Without it a terminal gets a table, and a pipe md."
 
@@ -30,6 +33,7 @@ def check(
     baseline: Annotated[Path, own(BASELINE_HELP, None, "FILE")],
     thresholds: Annotated[Path | None, own(THRESHOLDS_HELP, None, "FILE")] = None,
     update: Annotated[bool, own(UPDATE_HELP, None, "", "--update")] = False,
+    force: Annotated[bool, own(FORCE_HELP, None, "", "--force")] = False,
     every: Annotated[bool, own("Show also the rows that are ok.", None, "", "--all")] = False,
     github: Annotated[bool, own(GITHUB_HELP, None, "", "--github")] = False,
     junit: Annotated[Path | None, own("Write a JUnit report to this file.", None, "FILE")] = None,
@@ -52,6 +56,10 @@ def check(
     for path in (junit, baseline if update else None):
         if path is not None:
             check_target(path)
+    if update and not force:
+        check_own(baseline, OWN, "baseline")
+    if force and not update:
+        raise UserError("--force goes with --update", "leave it out: nothing is written")
     if update and (thresholds or every or github or junit or format):
         raise UserError("--update only writes the baseline", "leave the other options out")
     summary = os.environ.get("GITHUB_STEP_SUMMARY")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dart_eval.cli.view import say
-from dart_eval.files import check_target, is_stream, write
+from dart_eval.files import check_own, check_target, is_stream, write
 from dart_eval.results.store import Store
+
+# In the head of a page, of older ones too.
+OWN = re.compile(rb'<meta name="generator" content="dart-eval">|<link rel="icon" href="data:,">')
 
 
 def report(
@@ -21,6 +25,7 @@ def report(
     samples: Annotated[
         int, typer.Option(help="Documents of each task to look through; 0 leaves them out.", min=0)
     ] = 50,
+    force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is no such page.")] = False,
 ) -> None:
     """Write one HTML page: the board, charts, speed, drift, every method's answers side by side, and all numbers.
 
@@ -35,6 +40,8 @@ def report(
 
     path = output or folder / "report.html"
     check_target(path, "choose another --output")
+    if not force:
+        check_own(path, OWN, "report")
     made = build(Store(folder), title, samples)
     stream = is_stream(path)
     write(path, made.html, "choose another --output")

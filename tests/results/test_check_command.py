@@ -204,6 +204,7 @@ def test_junit_reports_every_row(fallen, cli, tmp_path):
 @pytest.mark.parametrize(("args", "words"), [
     (("--format", "csv"), "unknown format 'csv'"),
     (("--update", "--all"), "--update only writes the baseline"),
+    (("--force",), "--force goes with --update"),
     (("--thresholds", "none.yaml"), "thresholds none.yaml cannot be read"),
     (("--thresholds", "/dev/zero"), "thresholds /dev/zero cannot be read (it is a device)"),
     (("--baseline", "/dev/zero"), "baseline /dev/zero cannot be read (it is a device)"),

@@ -79,6 +79,27 @@ def test_of_a_symbolic_link_the_target_is_written_and_the_link_stays(folder, tmp
     assert [p.name for p in target.parent.iterdir()] == ["target"]
 
 
+@pytest.mark.parametrize("verb", ["baseline", "report"])
+def test_a_file_of_somebody_elses_is_replaced_only_by_force(folder, tmp_path, run, verb):
+    target = tmp_path / "notes.txt"
+    words = verbs(folder, target)[verb]
+    for precious in ("precious", "<!doctype html>\n<title>mine</title>", '{"schema": 5}'):
+        target.write_text(precious)
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert err == f"error: {target} is no {verb}, and would be lost; choose another file, or give --force\n"
+        assert target.read_text() == precious
+    assert run(*words, "--force")[0] in (0, None)
+    made = target.read_bytes()
+    assert run(*words)[0] in (0, None)  # it is its own now
+    assert len(target.read_bytes()) == len(made)
+    target.write_bytes(b"")
+    assert run(*words)[0] in (0, None)
+    if verb == "report":
+        target.write_bytes(made.replace(b'<meta name="generator" content="dart-eval">\n', b""))  # an older one
+        assert run(*words)[0] in (0, None)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may make a device")
 def test_a_device_is_written_into_and_stays_a_device(tmp_path):
     null = tmp_path / "null"
