@@ -76,7 +76,7 @@ class TerminalView:
         self.progress.stop()
 
     def status(self, text: str) -> None:
-        """A step before the first cell, or while none can run: said once it lasts; of many short ones now and then."""
+        """A step before a cell's first answers, or while none can run: said once it lasts; of many now and then."""
         self._step = printable(text)
         if self.live and self._bar is None:
             self._bar = self.progress.add_task(self._step, total=None)
@@ -117,12 +117,15 @@ class TerminalView:
             self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
 
     def advanced(self, cell: Any, requests: int) -> None:
-        """Requests of a cell under way were answered."""
+        """Requests of a cell under way were answered; in a log a cell that lasts still says that it runs."""
+        if self.live:
+            self._go_on()
         if cell.key in self._cells:
             self.progress.advance(self._cells[cell.key], requests)
 
     def finished(self, cell: Any, record: Record) -> None:
         """A cell's line."""
+        self._go_on()
         shown = ", ".join(
             f"{_place(m, record)}{m.metric} {with_error(m.metric, m.value, m.stderr)}" for m in headline(record.metrics)
         )
@@ -133,6 +136,7 @@ class TerminalView:
 
     def failed(self, cell: Any, error: str, where: Path) -> None:
         """A failed cell's line."""
+        self._go_on()
         self._say(("failed", "red"), f" {printable(cell.title):<32} {printable(error)} (traceback: {where})")
         self._next(cell)
 

@@ -30,6 +30,7 @@ from dart_eval.plan import Cell, command, environment, versions
 from dart_eval.pruning.calibration import Passages, TextCalibration
 from dart_eval.pruning.dense import AnySession, DenseSession
 from dart_eval.pruning.kept import Kept
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
@@ -44,8 +45,8 @@ class Worker:
     """A loaded model; evaluates cells.
 
     Args:
-        status, advanced, note: told what it loads, the number of requests just answered, and what is odd about the
-            model.
+        status, advanced, note: told what it loads or makes, the number of requests just answered, and what is odd about
+            the model.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Worker:
         advanced: Callable[[int], None] = lambda n: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
+        self._status = status
         status(f"loading {resolved.identity.name}")
         self.notes: list[str] = []
         self.model, self.tokenizer = resolved.load(self.notes.append)
@@ -63,6 +65,7 @@ class Worker:
             note(text)
         if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
             raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
+        status("looking at the model's layers")
         self.halved = 0  # how often memory ran out in the last cell
         self.shape = cost.shape_of(self.model, find_ffns(self.model))
         self._config, self._identity = config, resolved.identity.to_json()
@@ -115,14 +118,18 @@ class Worker:
     def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> AnySession:
         if cell.rounding is not None:
             stack.enter_context(self._round(cell.rounding))
-        if not cell.method.prunes:
-            return DenseSession()
-        pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
-        return stack.enter_context(pruned)
+        session: AnySession = DenseSession()
+        if cell.method.prunes:
+            self._status(_made_for(cell.method))
+            pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
+            session = stack.enter_context(pruned)
+        self._status(f"running {cell.title}")
+        return session
 
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
         """The model with rounded FFN weights; the last are kept, since cell after cell asks for them."""
         if self._rounded is None or self._rounded[0] != wanted:
+            self._status(f"rounding the FFN weights to {wanted.text} bits")
             self._rounded = None  # before the next: there need not be room for both
             self._rounded = wanted, Rounded(self.model, wanted)
             self.calibration = self._calibrated(wanted)
@@ -216,3 +223,12 @@ class Worker:
             cut=sum(p["cut"] for p in outcome.prompts.values()),
             samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
         )
+
+
+def _made_for(method: Pruner) -> str:
+    """What takes its time before a method can run."""
+    if method.calibrates:
+        return f"calibrating {method.spec}"
+    if method.choice.image is not None:
+        return f"making the preview of the FFN weights for {method.spec}"
+    return f"preparing {method.spec}"

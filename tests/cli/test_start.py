@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -221,3 +222,28 @@ def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeyp
         shown.planned(1, 0)
         time.sleep(0.15)
     assert capsys.readouterr().out == "loading the model ...\n"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_what_a_cell_waits_for_is_said_until_its_first_answers(capsys, monkeypatch, live):
+    monkeypatch.setattr(view, "LASTS", 0.05)
+    bars = []
+    with view.TerminalView() as shown:
+        shown.live = live
+        shown.planned(2, 0)
+        for cell in (SimpleNamespace(key=i, title=f"cell {i}") for i in range(2)):
+            shown.started(cell, 8)
+            shown.status("making the preview")
+            time.sleep(0.15)
+            shown.status(f"running {cell.title}")
+            bars.append(shown._bar is not None)
+            shown.advanced(cell, 4)
+            bars.append(shown._bar is not None)
+            time.sleep(0.15)
+            shown.status("what does not last")
+            shown.failed(cell, "it fell", Path("log"))
+            time.sleep(0.1)
+    assert bars == [live, False] * 2
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ...")]
+    each = ["making the preview ...", "running cell 0 ...", "making the preview ...", "running cell 1 ..."]
+    assert said == ([] if live else each)

@@ -114,6 +114,25 @@ def test_planes_of_rounded_weights_are_left_out_with_a_word(saved_llama, tmp_pat
         assert note.startswith(f"planes on {bits} bits at sparsity 0 is left out: planes are those of 16-bit weights")
 
 
+def test_a_run_says_what_it_makes_before_a_cell_has_answers(saved_llama, tmp_path):
+    said = []
+
+    class Told(Watch):
+        def status(self, text):
+            said.append(text)
+
+    changes = {"method": "dense,griffin,dart-plus", "ffn_bits": "16,4", "tasks": "smoke_questions", "sparsity": "0.5"}
+    run_local(_config(saved_llama, tmp_path, dtype="bfloat16", limit=1, **changes), Told())
+    said = said[len(said) - said[::-1].index("looking at the model's layers") :]
+    cells = ["running smoke_questions dense", "running smoke_questions griffin 50 %"]
+    plus = ["making the preview of the FFN weights for dart-plus", "running smoke_questions dart-plus 50 %"]
+    on4 = [f"{text} on 4-bit weights" if text.startswith("running") else text for text in (*cells, *plus)]
+    assert said == [
+        cells[0], "rounding the FFN weights to 4 bits", on4[0], "preparing griffin",
+        cells[1], "preparing griffin", on4[1], *plus, *on4[2:],
+    ]  # fmt: skip
+
+
 def test_an_interrupt_keeps_finished_cells_and_nothing_half_written(saved_llama, tmp_path, monkeypatch):
     evaluate, calls = worker.evaluate_task, []
 
