@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,15 +19,23 @@ from dart_eval.files import read_regular, reason
 WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
 
 
-def first_fault(files: Iterable[str], prepare: Callable[[Any], Any] | None) -> str | None:
+# Functions of lm-eval that make texts of a document, and what they call it: a task tries its first one when it is made.
+ASKING = {**dict.fromkeys(("doc_to_text", "doc_to_target", "doc_to_choice"), "doc"), "__init__": "test_doc"}
+PRINTED = re.compile(r"\{\{-?\s*(\w+)\s*-?\}\}")  # a field of a document in a template, as it is
+
+
+def first_fault(
+    files: Iterable[str], prepare: Callable[[Any], Any] | None, most: int | None = None, whole: bool = True
+) -> str | None:
     """The first line that cannot be a document, with its file and cause; None where all can.
 
     Args:
         files: JSON lines. prepare: what the task does with the rows of a file before it asks.
+        most: rows of each file that are looked at; None: all. whole: each row must have all fields.
     """
     for file in files:
         try:
-            rows = rows_of(read_regular(file))
+            rows = rows_of(read_regular(file), most, whole)
             if prepare is not None:
                 _prepared(rows, prepare)
         except OSError as error:
@@ -34,8 +45,8 @@ def first_fault(files: Iterable[str], prepare: Callable[[Any], Any] | None) -> s
     return None
 
 
-def rows_of(data: bytes) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the line, its object) pairs of JSON lines.
+def rows_of(data: bytes, most: int | None = None, whole: bool = True) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the line, its object) pairs of JSON lines; see `first_fault`.
 
     Raises:
         ValueError: the first line that is none, and why.
@@ -44,6 +55,8 @@ def rows_of(data: bytes) -> list[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
+        if len(rows) == most:
+            break
         try:
             row = json.loads(line.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number, parse_int=_whole)
             json.dumps(row, ensure_ascii=False).encode("utf-8")
@@ -60,7 +73,7 @@ def rows_of(data: bytes) -> list[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is {WORDS.get(type(row), 'null')}, not an object")
         if rows:
-            _alike(row, number, *rows[0])
+            _alike(row, number, *rows[0], whole)
         rows.append((number, row))
     if not rows:
         raise ValueError("which holds no documents")
@@ -85,10 +98,12 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _alike(row: dict[str, Any], number: int, first: int, pattern: dict[str, Any]) -> None:
-    """Refuse a row that lacks a field of the first, has another, or holds another kind of value in one."""
+def _alike(row: dict[str, Any], number: int, first: int, pattern: dict[str, Any], whole: bool) -> None:
+    """Refuse a row that holds another kind of value than the first in a field, or, of whole ones, has other fields."""
     for name in (*pattern, *row):
         if name not in row or name not in pattern:
+            if not whole:
+                continue
             lacks, has = (number, first) if name not in row else (first, number)
             raise ValueError(f"line {lacks} lacks the field {name!r}, which line {has} has")
         kinds = [WORDS.get(type(value)) for value in (row[name], pattern[name])]
@@ -122,9 +137,12 @@ def number_asked(task: Task, limit: float | None) -> int:
     return docs if limit is None else min(docs, get_sample_size(task, limit))
 
 
-def check_documents(task: Task, limit: float | None) -> None:
-    """Refuse a task without documents, and documents whose right answer is none of their choices: they would count as
-    wrong under every method.
+def check_documents(task: Task, limit: float | None, place: Callable[[Any], str] | None = None) -> None:
+    """Refuse a task without documents, and documents that cannot be asked, or whose right answer is none of their
+    choices: they would count as wrong under every method.
+
+    Args:
+        place: says in which file and line of local data a document stands; None: the data are the hub's.
 
     Raises:
         UserError: with the document's number, from 0.
@@ -132,21 +150,89 @@ def check_documents(task: Task, limit: float | None) -> None:
     docs = task.eval_docs
     if not len(docs):
         raise UserError(f"task {task.task_name} has no documents", "an empty split cannot be evaluated")
-    for number in range(number_asked(task, limit)):
+    for number in range(number_asked(task, limit) if isinstance(task, ConfigurableTask) else 0):
         doc = docs[number]
-        if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask):
-            continue
-        if callable(task.config.process_results):  # it makes of them what it will
-            continue
-        choices = task.doc_to_choice(doc)
-        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        if not choices:
-            raise UserError(f"document {number} of task {task.task_name} has no choices", "mend or remove it")
-        for one in gold if isinstance(gold, list) else [gold]:
-            place: Any = choices.index(one) if one in choices else one
-            if not isinstance(place, (int, float)) or not 0 <= place < len(choices):
-                raise UserError(
-                    f"the right answer of document {number} of task {task.task_name} is {str(one)[:60]!r}, and it has "
-                    f"{len(choices)} choices (the first is 0)",
-                    "mend or remove it",
-                )
+        try:
+            fault = _fault(task, doc, place is not None)
+        except (ImportError, UserError):
+            raise
+        except Exception as error:  # of a template, or of the task's own code
+            fault = f"cannot be asked ({summary(error)})"
+        if fault:
+            where = place(doc) if place else ""
+            raise UserError(f"document {number} of task {task.task_name}{where} {fault}", "mend or remove it")
+
+
+def _fault(task: ConfigurableTask, doc: dict[str, Any], local: bool) -> str | None:
+    """What is wrong with a document; None: nothing that can be seen.
+
+    Args:
+        local: it is no published one, and may lack what these have.
+    """
+    if local and (null := next((name for name in _printed(task) if name in doc and doc[name] is None), None)):
+        return f"has null in the field {null!r}, which would be asked as None"
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):  # it makes what it will of them
+        return None
+    choices = task.doc_to_choice(doc)
+    gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if not choices:
+        return "has no choices"
+    if local and any(not isinstance(choice, str) or not choice.strip() for choice in choices):
+        return "has a choice without text"
+    for one in gold if isinstance(gold, list) else [gold]:
+        at: Any = choices.index(one) if one in choices else one
+        if not isinstance(at, (int, float)) or not 0 <= at < len(choices):
+            return f"has the right answer {str(one)[:60]!r}, and {len(choices)} choices (the first is 0)"
+    return None
+
+
+def _printed(task: ConfigurableTask) -> list[str]:
+    """Fields that the task's texts hold as they are: where one is null, they would say None."""
+    config = task.config
+    said = [config.doc_to_text, config.doc_to_target]
+    said += config.doc_to_choice if isinstance(config.doc_to_choice, list) else [config.doc_to_choice]
+    texts = [text for text in said if isinstance(text, str)]
+    return [name for text in texts for name in ([text] if text.isidentifier() else PRINTED.findall(text))]
+
+
+def check_shots(task: Task, given: int | None) -> None:
+    """Refuse more examples than a task has.
+
+    Args:
+        given: how many are to be shown; None: as many as the task says.
+
+    Raises:
+        UserError: with the number that there is.
+    """
+    own, sampler = getattr(task.config, "num_fewshot", None), getattr(task, "sampler", None)
+    shots = own if given is None or own == 0 else given  # lm-eval leaves a task's 0 as it is
+    if not shots or sampler is None or not isinstance(task, ConfigurableTask):
+        return
+    itself = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
+    most = len(sampler.fewshot_indices or sampler.df) - itself
+    if shots > most:
+        raise UserError(
+            f"task {task.task_name} is to show {shots} examples, and has {max(most, 0)}",
+            f"give --num-fewshot {max(most, 0)} or less",
+        )
+
+
+def place_of(files: Iterable[str], doc: Any) -> str:
+    """The file and the line of the row that a document was made of; empty where none is like it."""
+    for file in files if isinstance(doc, dict) else ():
+        with contextlib.suppress(ValueError):
+            for number, row in rows_of(read_regular(file), whole=False):
+                same = row.keys() & doc.keys()
+                if same and all(row[name] == doc[name] for name in same):
+                    return f"{file}, line {number}"
+    return ""
+
+
+def asked_at(error: BaseException | None) -> Any:
+    """The document that lm-eval was making a text of when it failed; None where it was not."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if (name := ASKING.get(frame.f_code.co_name)) in frame.f_locals:
+                return frame.f_locals[name]
+        error = error.__cause__
+    return None

@@ -26,7 +26,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from dart_eval import task_needs
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import RollingLogLikelihood
-from dart_eval.evaluation.local_data import check_documents, first_fault
+from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
 from dart_eval.evaluation.made_data import seeded, without_other_lengths
 from dart_eval.evaluation.unsafe import (
     check_task,
@@ -229,20 +229,33 @@ class Tasks:
             self._local[name] = self._factory.local
         return self._loaded[name]
 
-    def check(self, name: str, limit: float | None) -> None:
-        """Refuse documents that cannot be asked (see `check_documents`).
+    def check(self, name: str, limit: float | None, num_fewshot: int | None = None) -> None:
+        """Refuse documents that cannot be asked (see `check_documents`), and more examples than there are.
 
         Raises:
             UserError: with the document, or the file and the line.
         """
         try:
             for task in leaves(self.load(name)):
-                check_documents(task, limit)
+                files = self._files(task)
+                check_documents(task, limit, functools.partial(_beside, files) if files else None)
+                check_shots(task, num_fewshot)
+                most = None if getattr(task.config, "process_docs", None) else number_asked(task, limit)
+                if fault := first_fault(files, None, most, whole=False):
+                    raise UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
         except UserError:
             raise
         except Exception as error:
             self._factory.local = self._local[name]
             raise self._explain(name, error) from error
+
+    def _files(self, task: Task) -> list[str]:
+        """The file of local data that a task's documents are read from, if it is."""
+        config = task.config
+        if self.data_dir is None or not isinstance(task, ConfigurableTask) or config.dataset_path != "json":
+            return []
+        found = (config.dataset_kwargs or {}).get("data_files") or {}
+        return [found[split]] if (split := config.test_split or config.validation_split) in found else []
 
     def _explain(self, name: str, error: Exception) -> UserError:
         cause: BaseException = error
@@ -254,6 +267,8 @@ class Tasks:
             if fault := first_fault(files, prepare if callable(prepare) else None):
                 return UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
         text = f"{type(cause).__name__}: {cause}"
+        if self._factory.local and (place := place_of(self._factory.local[-1][0], asked_at(error))):
+            return UserError(f"task {name}: {place}: it cannot be asked ({text[:300]})", "mend or remove it")
         if "Couldn't find a module script" in str(cause):
             return UserError(
                 f"the metric of task {name} could not be loaded: the hub cannot be reached",
@@ -267,6 +282,12 @@ class Tasks:
         library = "install what the task needs" if isinstance(error, ImportError) else None
         remedy = library or "check the task's name and data with `dart-eval ls tasks`"
         return UserError(f"task {name} could not be loaded ({text[:300]})", remedy)
+
+
+def _beside(files: Sequence[str], doc: Any) -> str:
+    """Where a document of local data stands, for a message."""
+    place = place_of(files, doc)
+    return f" ({place})" if place else ""
 
 
 def _is_connection_error(error: BaseException | None) -> bool:

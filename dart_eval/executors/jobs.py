@@ -114,7 +114,7 @@ def plan_all(
         for name in names:
             view.status(f"loading task {name}")
             try:
-                tasks.check(name, config.limit)
+                tasks.check(name, config.limit, config.num_fewshot)
                 hashes[name] = task_hash(tasks.load(name), config.eval_settings)
             except UserError as error:
                 if not skip_missing:

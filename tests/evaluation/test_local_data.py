@@ -111,9 +111,9 @@ def test_a_task_whose_data_cannot_be_read_names_the_line(tmp_path, kind, words):
 @pytest.mark.slow  # the index of all tasks
 @pytest.mark.usefixtures("_beside")
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"label": "4"}, "the right answer of document 4 of task hellaswag is '4', and it has 4 choices"),
-    ({"label": "-1"}, "the right answer of document 4 of task hellaswag is '-1'"),
-    ({"endings": []}, "document 4 of task hellaswag has no choices"),
+    ({"label": "4"}, r"document 4 of task hellaswag \(.*line 5\) has the right answer '4', and 4 choices"),
+    ({"label": "-1"}, r"validation.jsonl, line 5\) has the right answer '-1', and"),
+    ({"endings": []}, r"document 4 of task hellaswag \(.*line 5\) has no choices"),
 ])  # fmt: skip
 def test_a_right_answer_outside_the_choices_is_told_with_its_document(tmp_path, changes, words):
     data_dir(tmp_path / "data", GOOD + lines(row(5, **changes)))
@@ -121,6 +121,66 @@ def test_a_right_answer_outside_the_choices_is_told_with_its_document(tmp_path, 
     shelf.check("hellaswag", 4)
     with pytest.raises(UserError, match=words):
         shelf.check("hellaswag", None)
+
+
+def question(i=0, **changes):
+    return {
+        "id": f"q{i}", "question": f"Which one is number {i}?", "answerKey": "AB"[i % 2],
+        "choices": {"text": ["first", "second"], "label": ["A", "B"]}, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def arc(tmp_path, _beside):
+    """A shelf with `arc_easy` of these questions."""
+
+    def shelf(*rows):
+        place = tmp_path / "data" / "allenai__ai2_arc" / "ARC-Easy"
+        place.mkdir(parents=True)
+        (place / "train.jsonl").write_bytes(lines(*map(question, range(4))))
+        (place / "test.jsonl").write_bytes(lines(*rows))
+        (place / "validation.jsonl").write_bytes(lines(question()))
+        return Tasks(tmp_path / "data")
+
+    return shelf
+
+
+ODD = {
+    "no such label": ({"answerKey": "Z"}, "cannot be asked (ValueError: 'Z' is not in list)"),
+    "null label": ({"answerKey": None}, "cannot be asked (ValueError: None is not in list)"),
+    "too few labels": ({"answerKey": "B", "choices": {"text": ["a", "b"], "label": ["A"]}}, "cannot be asked ("),
+    "empty choice": ({"choices": {"text": ["a", ""], "label": ["A", "B"]}}, "has a choice without text"),
+    "null choice": ({"choices": {"text": ["a", None], "label": ["A", "B"]}}, "has a choice without text"),
+    "no choices": ({"choices": {"text": [], "label": []}}, "cannot be asked ("),
+    "null question": ({"question": None}, "has null in the field 'question', which would be asked as None"),
+    "number": ({"question": 5}, "has a number in the field 'question', where line 1 has text"),
+}
+
+
+@pytest.mark.slow  # the index of all tasks
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", ODD)
+def test_a_row_that_cannot_be_asked_is_told_with_its_line(arc, kind, first):
+    changes, words = ODD[kind]
+    rows = [question(9, **changes), question(1), question(2)]
+    shelf = arc(*rows if first else rows[::-1])
+    with pytest.raises(UserError) as said:
+        shelf.check("arc_easy", None)
+    number = 3 if not first else 2 if kind == "number" else 1  # of two kinds the later one is the odd one
+    assert f"test.jsonl, line {number}" in said.value.problem
+    if not first:
+        assert words in said.value.problem
+
+
+@pytest.mark.slow  # the index of all tasks
+def test_examples_that_there_are_not_are_refused(arc):
+    shelf = arc(question(5), question(6))
+    shelf.check("arc_easy", None, 4)
+    for shots in (5, 4_000_000_000):
+        with pytest.raises(
+            UserError, match=rf"arc_easy is to show {shots} examples, and has 4; give --num-fewshot 4 or"
+        ):
+            shelf.check("arc_easy", None, shots)
 
 
 @pytest.mark.slow  # the index of all tasks
