@@ -98,6 +98,24 @@ _PYTHONS = warnings.showwarning
 
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal 128 and its number."""
+    try:
+        _run()
+    finally:
+        for name in STOPS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is _stop:
+                signal.signal(number, _end)
+
+
+def _end(number: int, _frame: object) -> None:
+    """A stop while Python ends and libraries tidy up: nothing is left to stop, and nobody would catch it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # nobody reads, it is being flushed, it is closed
+            stream.flush()
+    os._exit(128 + number)
+
+
+def _run() -> None:
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # it is called by position
     view.settle_streams()
     for name in STOPS:

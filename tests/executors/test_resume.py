@@ -239,6 +239,21 @@ def test_a_signal_is_said_in_one_line_and_the_same_command_goes_on(saved_llama, 
 
 
 @pytest.mark.process
+@STOPS
+def test_a_signal_while_python_ends_is_quiet(tmp_path, number, status, word):
+    """The work is done, and libraries tidy up: torch's callbacks are among those that are interrupted then."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import atexit, time\nfrom dart_eval import cli\n"
+        "atexit.register(lambda: (print('ends', flush=True), time.sleep(60)))\ncli.main()\n"
+    )
+    process = started("--version", script=script)
+    until(lambda: "ends" in process.stdout, process)
+    process.send_signal(number)
+    assert (process.wait(30), process.stderr) == (status, "")
+
+
+@pytest.mark.process
 @pytest.mark.slow
 def test_so_it_is_with_the_program_that_is_installed(saved_llama, tmp_path):
     """Started anew, as a shell does it."""
