@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -74,6 +75,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     try:
         for piece, texts in _made(pieces):
             for path, text in texts.items():
+                _forget_half(folder / path)
                 if path not in old:
                     written.append(folder / path)
                 write(folder / path, text, "make room or choose another --output")
@@ -98,6 +100,12 @@ def _made(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
         raise failed[0] if failed else UserError("there is nothing to export", "give a folder with finished cells")
     for text in dict.fromkeys(str(error) for error in failed):
         remark(f"left out: {text}")
+
+
+def _forget_half(path: Path) -> None:
+    """Remove what an export that was killed had written of a file beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.stem[:40])}.????????"):
+        left.unlink(missing_ok=True)
 
 
 def _take_away(written: Sequence[Path], stop: Path) -> None:

@@ -182,6 +182,16 @@ def test_every_eval_ever_converts_what_lm_eval_would_have_written(out):
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
+def test_what_a_killed_export_has_half_written_is_gone_after_the_next(out):
+    _, folder = _export(out, "lm-eval")
+    whole = {path for path in folder.rglob("*") if path.is_file()}
+    for path in whole:
+        path.with_name(f".{path.stem[:40]}.a1b2c3d_").write_text("{")
+        path.unlink()
+    _export(out, "lm-eval")
+    assert {path for path in folder.rglob("*") if path.is_file()} == whole
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_a_second_export_replaces_nothing_unless_it_is_forced(out, to):
     done, folder = _export(out, to)
