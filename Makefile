@@ -3,6 +3,7 @@
 # make test-fast     those of what is computed, on tiny models, in a minute
 # make golden        measure tests/golden/golden.json anew, the numbers that test-fast compares with, and say what moved
 # make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
+# make torture       kills, thousands of rounds, and a fuzz of all that is read: ARGS="--short" for a little of it
 # make format        format the code, and mend what lint can mend by itself
 # make check         lint, format, types, spelling
 # make regression    a small sweep, held against results/regression-baseline.json: fails where quality fell
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast golden mutations check format regression gpu-check paper-tables clean
+.PHONY: demo test test-fast golden mutations torture check format regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit 48 --output demo-output
@@ -61,6 +62,9 @@ golden: $(VENV)/.dev
 mutations: $(VENV)/.dev
 	$(BIN)/python scripts/mutate.py --jobs $(JOBS) $(if $(ARGS),$(ARGS),--output results/mutations.md)
 
+torture: $(VENV)/.dev
+	$(BIN)/python -m scripts.torture $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,4 +94,4 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) demo-output regression-output paper-output
+	rm -rf $(VENV) demo-output regression-output paper-output torture-output
