@@ -1,12 +1,16 @@
 """GGUF files as models: what they hold, what it costs, and files that are none."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import gguf as library
 import pytest
 import torch
 from gguf.quants import dequantize
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dart_eval import gguf
 from dart_eval.config import config_from
@@ -16,6 +20,7 @@ from dart_eval.ffn import find_ffns
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.rounding import coded, served_bits_of
 from tests.helpers.commands import Watch, run_local
+from tests.helpers.gguf_damage import damaged, differing
 from tests.helpers.gguf_files import INNER, INNER_SHARED, LAYERS, write
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session
@@ -161,3 +166,33 @@ def test_a_run_scores_and_generates_and_counts_its_bytes(file, tmp_path):
     share = (4.5 + 4.5 + 8.5) / 3 / 16
     for record in result.records:
         assert record.weights_read == pytest.approx(share * (1 - record.inputs["sparsity"]), abs=0.01)
+
+
+class Slow(BaseException):
+    """It takes longer than any file may."""
+
+
+def _late(*_):
+    raise Slow
+
+
+@pytest.mark.slow
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=max(40, settings.default.max_examples // 4), suppress_health_check=list(HealthCheck))
+def test_a_file_with_any_damage_is_refused_or_gives_its_own_weights(tmp_path_factory, random):
+    """Never random weights in place of what is missing, nor a layer less, nor for ever."""
+    file = write(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+    how = damaged(random, file)
+    stock = signal.signal(signal.SIGALRM, _late)
+    signal.alarm(30)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DART_EVAL_CACHE", str(file.parent / "cache"))
+            model = resolve(ModelSpec(str(file))).load()[0]
+        assert differing(model, file) == [], how
+    except UserError:
+        pass  # one line, wherever it is raised
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, stock)
+        shutil.rmtree(file.parent)
