@@ -57,6 +57,8 @@ def checked(found: Outcome) -> Outcome:
     measures = [*main, *(m for m in found.measures if m.name == metrics.GOLD and m.task in tasks)]
     values: dict[str, dict[Any, Any]] = {}
     for m in measures:
+        if m.name not in found.documents:
+            continue
         own = rows_of(m, found.documents)[m.name]
         values.setdefault(m.name, {}).update((key, _rounded(v)) for key, v in own.items())
     lines = []

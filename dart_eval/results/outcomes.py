@@ -219,7 +219,7 @@ def _values(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
         raw = [[v, 1] for v in raw]
     width = metrics.of(measure.name).width
     for v in raw:
-        parts = v if isinstance(v, list) else [v]
+        parts = v if width > 1 and isinstance(v, list) else [v]
         if len(parts) != width or not all(isinstance(p, (int, float)) for p in parts):
             return None
     return np.array(raw, float) if raw else None

@@ -314,15 +314,31 @@ def test_a_baseline_nested_too_deeply_is_refused_in_one_line(results, shown, tmp
     assert "baseline b.json cannot be read (Invalid JSON: recursion limit exceeded at " in errors
 
 
-def test_values_of_another_shape_than_before_are_no_traceback(results, shown, tmp_path):
+def _another_shape(cell):
+    for document in cell["documents"]:
+        document[6]["acc"] = [1, 2]
+
+
+def _a_list_among_numbers(cell):
+    cell["documents"][3][6]["acc"] = [1]
+
+
+def _a_measure_of_no_document(cell):
+    cell["measures"][0][1] = "accc"
+
+
+@pytest.mark.parametrize(("change", "code", "words"), [
+    (_another_shape, 1, "1 missing"), (_a_list_among_numbers, 1, "1 missing"),
+    (_a_measure_of_no_document, 2, "arc (out) and arc (b.json) cannot be paired: 60 documents"),
+])  # fmt: skip
+def test_values_that_cannot_be_held_against_each_other_are_no_traceback(results, shown, tmp_path, change, code, words):
     shown("check", "out", "--baseline", "b.json", "--update")
     data = json.loads((tmp_path / "b.json").read_text())
-    for document in data["cells"][0]["documents"]:
-        document[6]["acc"] = [1, 2]
+    change(data["cells"][0])
     (tmp_path / "b.json").write_text(json.dumps(data))
-    status, out, _ = shown("check", "out", "--baseline", "b.json")
-    assert status == 1
-    assert "1 missing" in out
+    status, out, errors = shown("check", "out", "--baseline", "b.json")
+    assert status == code
+    assert words in out + errors
 
 
 def test_a_cell_that_stands_twice_in_a_baseline_counts_once(results, shown, tmp_path):
