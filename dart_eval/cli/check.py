@@ -51,23 +51,19 @@ def check(
 
       dart-eval check out --baseline out-old --junit report.xml
     """
-    if not update:
-        check_name(baseline, "--baseline")
-    for path in (junit, baseline if update else None):
-        if path is not None:
-            check_target(path)
-    if update and not force:
-        check_own(baseline, OWN, "baseline")
-    if force and not update:
+    if update:
+        if thresholds or every or github or junit or format:
+            raise UserError("--update only writes the baseline", "leave the other options out")
+        _update(baseline, results, force)
+        return
+    if force:
         raise UserError("--force goes with --update", "leave it out: nothing is written")
-    if update and (thresholds or every or github or junit or format):
-        raise UserError("--update only writes the baseline", "leave the other options out")
+    check_name(baseline, "--baseline")
+    if junit is not None:
+        check_target(junit)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if github and not summary:
         raise UserError("--github needs GITHUB_STEP_SUMMARY, which is not set", "leave --github out outside Actions")
-    if update:
-        _update(baseline, results)
-        return
     from dart_eval.results import baseline as file
     from dart_eval.results import check as checking
     from dart_eval.results.outcomes import cells
@@ -92,8 +88,11 @@ def check(
         raise typer.Exit(1)
 
 
-def _update(baseline: Path, results: Path) -> None:
-    """Write the baseline file from a folder of results."""
+def _update(baseline: Path, results: Path, force: bool) -> None:
+    """Write the baseline file from a folder of results; by force in place of what is none."""
+    check_target(baseline)
+    if not force:
+        check_own(baseline, OWN, "baseline")
     from dart_eval.results import baseline as file
     from dart_eval.results.outcomes import cells
 
