@@ -65,7 +65,7 @@ class TerminalView:
         self._all: Any = None
         self._cells: dict[str, Any] = {}  # the bars of cells under way, by key
         self._step = self._said = ""  # what is waited for, and what of it was last said in a log
-        self._soon: threading.Timer | None = None
+        self._soon: object = None  # the timer under way is known by it
 
     def __enter__(self) -> TerminalView:
         self.progress.start()
@@ -83,11 +83,14 @@ class TerminalView:
         elif self.live:
             self.progress.update(self._bar, description=self._step)
         elif self._soon is None and self._step != self._said:
-            self._soon = threading.Timer(LASTS, self._say_step)
-            self._soon.daemon = True
-            self._soon.start()
+            self._soon = object()
+            timer = threading.Timer(LASTS, self._say_step, [self._soon])
+            timer.daemon = True
+            timer.start()
 
-    def _say_step(self) -> None:
+    def _say_step(self, soon: object) -> None:
+        if soon is not self._soon:
+            return
         self._soon = None
         if self._step and self._step != self._said:
             self._said = self._step
@@ -96,9 +99,7 @@ class TerminalView:
     def _go_on(self) -> None:
         """Nothing is waited for any more."""
         self._step = ""
-        if self._soon is not None:
-            self._soon.cancel()
-            self._soon = None
+        self._soon = None  # not cancelled: that takes a lock, which a signal can leave taken for good
         if self._bar is not None:
             self.progress.remove_task(self._bar)
             self._bar = None

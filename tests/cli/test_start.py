@@ -1,9 +1,11 @@
 """How a command begins: help and wrong input at once, names of tasks without lm-eval, a word on what it waits for."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,6 +209,23 @@ def test_every_shipped_name_is_known():
 
 
 # -- what a run waits for ----------------------------------------------------------------------------------------------
+
+
+def test_a_signal_while_a_line_is_called_off_leaves_nothing_locked(monkeypatch):
+    """It may come between a lock and the block that lets go of it, and the view is left afterwards."""
+
+    def taken(lock):
+        threading.Condition._real(lock)
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt), view.TerminalView() as shown:
+        shown.status("loading a model")
+        monkeypatch.setattr(threading.Condition, "_real", threading.Condition.__enter__, raising=False)
+        monkeypatch.setattr(threading.Condition, "__enter__", taken)
+        try:
+            shown.planned(1, 0)
+        finally:
+            monkeypatch.setattr(threading.Condition, "__enter__", threading.Condition._real)
 
 
 def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeypatch):
