@@ -79,6 +79,7 @@ def settle(folder: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         os.environ[name] = str(place)
     os.environ["PYTHONPATH"] = str(ROOT)  # of new processes, wherever they run
+    os.environ["PYTHONFAULTHANDLER"] = "1"  # one that does not end says where it stands
     os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # what killed ones leave open
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import shutil
@@ -95,8 +96,11 @@ def _killed(process: Any, place: Path, kill: Kill, result: Result) -> tuple[bool
     try:
         status = process.wait(AFTER)
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # Python's fault handler says where it stands
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
         process.kill()
-        return False, [f"no end {AFTER:.0f} s after its signal"]
+        return False, [f"no end {AFTER:.0f} s after its signal: {_errors(process, place)[:3000]}"]
     seconds, errors = time.monotonic() - sent, _errors(process, place)
     if status == SIGNALS[kill.number] and "Traceback" not in errors and errors.count("\n") <= 1:
         return False, []
