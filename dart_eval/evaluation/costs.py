@@ -8,6 +8,12 @@ from typing import Annotated, Any
 from dart_eval.results.layout import CLOSED, Count, Drift, Finite, Holds
 
 
+class _Trace(Drift):
+    """As a session makes it, which knows no other keys."""
+
+    __pydantic_config__ = CLOSED  # type: ignore[misc]
+
+
 @dataclass(frozen=True)
 class Cost:
     """How many tokens there were, and what they did not read. Costs are added up by `+`.
@@ -32,7 +38,7 @@ class Cost:
     remasks: Count = 0
     contexts: Count = 0
     context_tokens: Count = 0
-    trace: Annotated[dict[str, Any] | None, Holds(Drift | None)] = None
+    trace: Annotated[dict[str, Any] | None, Holds(_Trace | None)] = None
 
     def __add__(self, other: Cost) -> Cost:
         counts = [field.name for field in fields(Cost) if field.name != "trace"]

@@ -279,6 +279,9 @@ FORGED = {
     "nothing": lambda a: {}, "no cost": lambda a: {**a, "cost": None}, "an old cost": lambda a: {**a, "cost": {"t": 1}},
     "NaN read": lambda a: {**a, "cost": {**a["cost"], "not_read_sum": math.nan}},
     "tokens below none": lambda a: {**a, "cost": {**a["cost"], "tokens": -1}},
+    "a further field of a trace": lambda a: {
+        **a, "cost": {**a["cost"], "trace": {"signal": [0.5], "window": 4, "schema": 1}}
+    },
     "a trace in words": lambda a: {**a, "cost": {**a["cost"], "trace": {"signal": ["low"], "window": 4}}},
     "unusable": lambda a: {**a, "usable": False, "logprob": math.inf},
 }  # fmt: skip
