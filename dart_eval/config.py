@@ -97,7 +97,7 @@ class RunConfig:
         tuple[str, ...], BeforeValidator(values.ffn_bits),
         _told(
             "Round the FFN weights to so many bits first, comma-separated: 4, or 4:64 for groups of 64 weights (32 if "
-            "not given); 16 leaves them as they are."
+            "not given); q3_k, q4_k and q5_k are llama.cpp's formats; 16 leaves them as they are."
         ),
     ] = ("16",)  # fmt: skip
     scope: Annotated[Scope, _told(scope_names.HELP)] = "scored"

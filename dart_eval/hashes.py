@@ -31,8 +31,8 @@ PACKAGE = Path(__file__).parent
 # model, whose weights are hashed themselves. A test holds this against what a run executes.
 NUMERIC_CODE = (
     "acts.py", "adapters.py", "allocation.py", "bits.py", "codes.py", "cost.py", "expert_forms.py", "expert_pool.py",
-    "experts.py", "families.py", "ffn.py", "gguf.py", "gguf_codes.py", "grids.py", "models.py", "quantised.py",
-    "rounding.py", "stored.py", "trial.py", "pruning", "evaluation", "executors/worker.py",
+    "experts.py", "families.py", "ffn.py", "gguf.py", "gguf_codes.py", "grids.py", "k_quants.py", "models.py",
+    "quantised.py", "rounding.py", "stored.py", "trial.py", "pruning", "evaluation", "executors/worker.py",
 )  # fmt: skip
 # Ways to decode faster with the same masks: `run` always multiplies by masks (`"execution": "masked"` in `plan.plan`).
 NOT_RUN = (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_eval import quantised
+from dart_eval import k_quants, quantised
 from dart_eval.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.codes import Packed, expected, noted
 from dart_eval.errors import UserError
@@ -40,16 +40,26 @@ def rounded(weight: Tensor, rounding: Rounding) -> Packed:
     rows, width = weight.shape
     group = min(rounding.group, width) or width
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(rows, -(-width // group), dtype=torch.float16, device=weight.device)
-    step = max(1, CHUNK // width)
+    step, scales, offsets = max(1, CHUNK // width), [], []
     for start in range(0, rows, step):
         some = weight[start : start + step].float()
         groups = nn.functional.pad(some, (0, -width % group)).view(len(some), -1, group)
-        scale = _best_scale(groups, rounding.bits).half()
-        code = _codes(groups, scale.float(), rounding.bits)
+        code, scale, offset = _group_codes(groups, rounding)
         codes[start : start + step] = code.view(len(some), -1)[:, :width].to(torch.int8)
-        scales[start : start + step] = scale.squeeze(-1)
-    return Packed(codes, scales, rounding)
+        scales.append(scale.squeeze(-1))
+        offsets.append(None if offset is None else offset.squeeze(-1))
+    found = None if offsets[0] is None else torch.cat([o for o in offsets if o is not None])
+    return Packed(codes, torch.cat(scales), rounding, found)
+
+
+def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[R, G, group] codes, [R, G, 1] scales, and [R, G, 1] what the code 0 stands for; None: 0. groups: fp32."""
+    bits = rounding.bits
+    if rounding.k and bits > 3:
+        return k_quants.with_minima(groups, bits)
+    scale = _best_scale(groups, bits)
+    scale = k_quants.signed(scale, bits) if rounding.k else scale.half()
+    return _codes(groups, scale.float(), bits), scale, None
 
 
 def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -94,6 +94,12 @@ Every method runs on such weights too, and its sparsity then is of these weights
 reads half of their codes and of the scales of gate and up, and all scales of down, each of which stands for 32 neurons:
 .146. Choices through images (`dart-plus`) pay for these scales first, and read .141.
 
+These codes are symmetric. `--ffn-bits q4_k` rounds as llama.cpp's Q4_K does: 32 weights share a scale and a minimum of
+6 bits, and 256 weights share the factors of 16 bits that these are multiples of. That is 4.5 bits a weight, too, with a
+fifth less squared error on normally distributed weights. `q3_k` (3.44 bits; 16 weights share a scale of 6 bits, and
+there is no minimum) and `q5_k` (5.5) are its neighbours. With `--ffn-bits` prompts run on rounded weights; under the
+method `rounding` they run on the weights as they are, as they do under a pruner, and decoded tokens read rounded ones.
+
 **Another granularity.** `teal` and `wina` leave out input channels: columns of a matrix, those whose inputs matter
 least to a token. `wanda` leaves out single weights, the same for every text. Read counts the weights that are left,
 and with `entries.pattern=2:4` the 2 bits that say where each of them stands. They prune no neurons, so the board shows

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.bits import OWN_BITS, Stored
+from dart_eval.bits import OWN_BITS, Stored, said
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError
 from dart_eval.evaluation.calibration_text import calibration_text, sharing
@@ -201,7 +201,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
             fits.check(cell.method, ffns, cell.sparsity, bits)
             kept.append(cell)
         except UserError as error:
-            on = "" if cell.rounding is None else f" on {cell.rounding.text} bits"
+            on = "" if cell.rounding is None else f" on {said(cell.rounding.text)}"
             reasons[f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}"] = error
     if not kept:
         title, reason = next(iter(reasons.items()))

@@ -48,7 +48,8 @@ def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[
         beside = -rows % ROWS  # rows of zeros
         codes = ops._convert_weight_to_int4pack_for_cpu(pad(held.codes.int(), (0, 0, 0, beside)) + 8, 1)
         scales = pad(scales, (0, 0, 0, beside))
-        scales = torch.stack([scales.T, torch.zeros_like(scales.T)], -1).contiguous()  # and zero points
+        offsets = torch.zeros_like(scales) if held.offsets is None else pad(held.offsets.to(dtype), (0, 0, 0, beside))
+        scales = torch.stack([scales.T, offsets.T], -1).contiguous()
 
         def multiply(x: Tensor) -> Tensor:
             return ops._weight_int4pack_mm_for_cpu(x, codes, group, scales)[..., :rows]
@@ -80,4 +81,4 @@ def grouped(held: Packed) -> Packed:
     group = grouping(held.rounding, width)
     assert group is not None
     scales = held.scales if held.rounding.group else held.scales.expand(-1, width // group)
-    return Packed(held.codes, scales, Rounding(4, group))
+    return Packed(held.codes, scales, Rounding(4, group), held.offsets)

@@ -20,7 +20,7 @@ from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.parts.draws import DRAWS
-from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, FirstBits, WandaEntries
+from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, FirstBits, RoundedEntries, WandaEntries
 from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
@@ -141,6 +141,10 @@ BUILT_IN = (
     Pruner(
         name="planes", summary="reads the first bits of every weight, or all: the layout of dart-plus alone (control)",
         entries=FirstBits(),
+    ),
+    Pruner(
+        name="rounding", summary="rounds the weights that decoded tokens read, and not those of prompts (control)",
+        entries=RoundedEntries(),
     ),
     Pruner(
         name="fewer-experts", summary="gives each token fewer of its routed experts, whole ones (a control)",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from dart_eval.bits import said
 from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
 
 
@@ -98,7 +99,7 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
             which = r.inputs["model"].get("weights") or r.inputs["model"].get("revision")
             settings[r.key].insert(0, f"model={str(which)[:8]}")
         bits = r.inputs.get("ffn_bits")
-        found[r.key] = methods[r.key] + (f" on {bits} bits" if bits else "")
+        found[r.key] = methods[r.key] + (f" on {said(bits)}" if bits else "")
     for group in _alike(records, {key: (found[key], *settings[key]) for key in found}):
         packages, code = _moved_packages(group), len(values("code", group)) > 1
         for r in group:

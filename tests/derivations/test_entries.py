@@ -13,6 +13,7 @@ planes of every weight, as a bfloat16, the first bits are read: sign, distance d
        (3 bits: 7 stands for 7 and more), mantissa. Up to 7 bits: the mean magnitude, in units of the row's power of
        two, of all weights with these bits (one mean for d >= 7). More: the exponent and bits - 4 of the mantissa, in
        the middle of what they leave open; 8 bits more for each d >= 7. All bits: the weight. 8 bits a row for 2^e.
+rounding of every weight what `--ffn-bits` would round it to is read: prompts run on the weights as they are.
 
 Read is what is kept of the three matrices, all alike in size; 2:4 has 2 bits more for each weight that is kept.
 """
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 import dart_eval
+from dart_eval.bits import parse
 from dart_eval.ffn import find_ffns
 from dart_eval.pruning.prepared import prepare
 from dart_eval.pruning.registry import make
@@ -197,6 +199,26 @@ def test_planes_read_the_first_bits_of_every_weight(family, count):
         return torch.where(weight == 0, 0, made[weight.data_ptr()][0] / weight)
 
     check(model, "planes", 0.0, kept_of, read, atol=1e-6, **{"entries.bits": count})  # means are in fp32
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"), [("4", 4 + 16 / 32), ("q4_k", 4 + (12 + 32) / 32), ("q3_k", 3 + (12 + 16) / 32)]
+)
+def test_rounding_is_that_of_decoded_tokens_alone(text, bits):
+    """A row of 32 weights (40 of down) has one or two groups, and a factor or two of its own."""
+    model, rows = biased("llama"), {}
+    with dart_eval.rounded_ffns(model, text):
+        for f in find_ffns(model):
+            for m in f.projections:
+                rows[m] = m.weight.detach().clone()
+    made = {m.weight.data_ptr(): values for m, values in rows.items()}
+    matrices = [w.shape[1] for _, parts in ffns_of(model) for w, _ in parts]
+    of = {D: bits, F: parse(text).weight_bits(F)}
+
+    def kept_of(_i, _k, weight, _x):
+        return torch.where(weight == 0, 0, made[weight.data_ptr()] / weight)
+
+    check(model, "rounding", 0.0, kept_of, sum(of[n] for n in matrices) / len(matrices) / 16, **{"entries.bits": text})
 
 
 def test_planes_are_those_of_weights_that_are_not_rounded():

@@ -18,7 +18,7 @@ from dart_eval.pruning.parts.base import kind_of
 from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByUp, GateUp, TopP
 from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
-from dart_eval.pruning.parts.entries import Above, ByNorms, FirstBits, WandaEntries
+from dart_eval.pruning.parts.entries import Above, ByNorms, FirstBits, RoundedEntries, WandaEntries
 from dart_eval.pruning.parts.images import Copy, Plane
 from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import Probe, Ranks, Votes
@@ -151,6 +151,7 @@ def test_the_built_in_methods_are_these_compositions():
         "wina": Pruner(entries=ByNorms(weigh="gate")),
         "wanda": Pruner(entries=WandaEntries(pattern="none")),
         "planes": Pruner(entries=FirstBits(bits=0)),
+        "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
         "fewer-experts": Pruner(routing=Fewer(weights="own")),
         "drop-experts": Pruner(routing=Without(share=0.5)),
         "oracle": Pruner(Ahead(score=l2)),
@@ -168,7 +169,7 @@ def test_what_a_composition_is_follows_from_its_parts():
     choosing = {"cats", "m-countdown", "preview", "prox", "dart-plus", "top-p", "oracle-token"}
     prompted = {"griffin", "dart", "dart-code", "dart-choice", "coreinfer", "glass", "probe", "pop"}
     assert those("prunes") == set(METHODS) - {"dense"}
-    assert those("sized") == set(METHODS) - {"dense", "top-p", "planes", "drop-experts"}
+    assert those("sized") == set(METHODS) - {"dense", "top-p", "planes", "rounding", "drop-experts"}
     assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-choice", "pop"}
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}

@@ -1,5 +1,7 @@
 """Rounding of FFN weights: codes, scales, what is counted, and that a model gets its own weights back."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ from tests.helpers.sessions import generate, open_session
 @pytest.mark.parametrize(
     ("text", "made"),
     [("4", Rounding(4, 32)), ("3:64", Rounding(3, 64)), ("8:row", Rounding(8, 0)), (" 4:32 ", Rounding(4)),
-     ("16", None)],
+     ("16", None), ("q4_k", Rounding(4, 32, k=True)), ("Q3_K", Rounding(3, 16, k=True))],
 )  # fmt: skip
 def test_bits_are_read_as_typed(text, made):
     assert parse(text) == made
@@ -29,7 +31,7 @@ def test_bits_are_read_as_typed(text, made):
 
 @pytest.mark.parametrize("text", [
     "", "x", "1", "9", "4:", "4:1", "4:-2", "16:32", "4.5", "4:32:1", "4:00", "4:999999999999999999999",
-    "4:" + "9" * 5000, "9" * 5000,
+    "4:" + "9" * 5000, "9" * 5000, "q_k", "q4",
 ])  # fmt: skip
 def test_other_bits_are_refused_with_a_remedy(text):
     with pytest.raises(UserError, match="ffn-bits") as refused:
@@ -42,6 +44,10 @@ def test_bits_of_a_weight_count_its_part_of_a_scale():
     assert Rounding(3).weight_bits(640) / 16 == pytest.approx(0.21875)
     assert Rounding(4, 0).weight_bits(640) == 4 + 16 / 640
     assert Rounding(4, 64).weight_bits(32) == 4.5  # a row is shorter than a group
+    assert [parse(f"q{n}_k").weight_bits(512) for n in (3, 4, 5)] == [3.4375, 4.5, 5.5]  # as llama.cpp has them
+    assert parse("q4_k").weight_bits(640) == 4 + (20 * 12 + 3 * 32) / 640  # the last block is half full
+    with pytest.raises(UserError, match="write q3_k, q4_k, q5_k"):
+        parse("q2_k")
 
 
 @settings(deadline=None, max_examples=40)
@@ -76,7 +82,42 @@ def test_scales_are_chosen_for_a_small_error():
 
 
 def test_zeros_stay_zeros():
-    assert not rounded(torch.zeros(2, 40), Rounding(4)).values.any()
+    for text in ("4", "q3_k", "q4_k"):
+        assert not rounded(torch.zeros(2, 40), parse(text)).values.any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 1000), st.sampled_from([3, 4, 5]), st.integers(1, 300), st.floats(-1, 1))
+def test_k_quants_are_what_their_layout_can_say(seed, bits, width, shift):
+    """By numpy: factors of 16 bits a block of 256, whole multiples of them a group, and each weight's nearest code."""
+    weight = torch.randn(2, width, generator=torch.Generator().manual_seed(seed)) + shift
+    held = rounded(weight, parse(f"q{bits}_k"))
+    group, least, most = (16, -31, 31) if bits == 3 else (32, 0, 63)
+    scales = held.scales.double().numpy()
+    minima = [scales] if bits == 3 else [scales, (held.scales * 2 ** (bits - 1) - held.offsets).double().numpy()]
+    for values in minima:
+        for row, start in itertools.product(range(2), range(0, values.shape[1], 256 // group)):
+            block = values[row, start : start + 256 // group]
+            factor = float(np.float16(np.abs(block).max() / most))
+            if factor:
+                whole = block / factor
+                assert np.abs(whole - whole.round()).max() < 2e-3
+                assert whole.round().min() >= least and whole.round().max() <= most
+    levels = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    for row, column in itertools.product(range(2), range(width)):
+        k = column // group
+        could = scales[row, k] * levels + (0 if held.offsets is None else float(held.offsets[row, k]))
+        nearest = np.abs(float(weight[row, column]) - could).min()
+        assert abs(float(held.values[row, column] - weight[row, column])) == pytest.approx(nearest, abs=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_k_quants_lose_less_at_the_same_bits(bits):
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    formats = [parse(text) for text in (f"{bits}", f"q{bits}_k")]
+    symmetric, ours = (float((rounded(weight, one).values - weight).square().mean()) for one in formats)
+    assert formats[0].weight_bits(512) == formats[1].weight_bits(512)
+    assert ours < 0.85 * symmetric
 
 
 @pytest.mark.parametrize("family", ["phi3", *FAMILIES])

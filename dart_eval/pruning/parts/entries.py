@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
-from dart_eval.bits import LAST_BITS, OWN_BITS
+from dart_eval.bits import LAST_BITS, OWN_BITS, Rounding, parse
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 from dart_eval.pruning.parts.images import Plane
@@ -211,7 +211,26 @@ class WandaEntries(Entries):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstBits(Entries):
+class FewerBits(Entries):
+    """Base of what reads fewer bits of every 16-bit weight: controls, without any choice."""
+
+    granularity = LAST_BITS
+    made_for: ClassVar[str]
+
+    @property
+    def sized(self) -> bool:  # type: ignore[override]
+        return False
+
+    def check(self, bits: Stored) -> None:
+        if bits.code != OWN_BITS:
+            raise UserError(
+                f"{self.made_for} 16-bit weights, and these have {bits.total:.3g} bits",
+                "leave --ffn-bits out, or load the model unquantised",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstBits(FewerBits):
     """Every token reads the first bits of every weight, from the planes that `images.Plane` takes its image from.
 
     A control: what the layout saves without any choice. All bits are the weights themselves and read about .7 of them,
@@ -221,21 +240,10 @@ class FirstBits(Entries):
 
     name = "planes"
     summary = "reads the first bits of every weight, from the planes of image=plane: rounding, without a choice"
-    granularity = LAST_BITS
+    made_for = "planes are those of"
     bits: int = option(
         0, "bits of a 16-bit weight that are read, its sign and a 3-bit exponent first; 0: all", least=0, most=10
     )
-
-    @property
-    def sized(self) -> bool:  # type: ignore[override]
-        return False
-
-    def check(self, bits: Stored) -> None:
-        if bits.code != OWN_BITS:
-            raise UserError(
-                f"planes are those of 16-bit weights, and these have {bits.total:.3g} bits",
-                "leave --ffn-bits out, or load the model unquantised",
-            )
 
     def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
         self.check(bits)
@@ -253,10 +261,40 @@ class FirstBits(Entries):
         return weight if mantissa is None else truncated(weight, mantissa)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundedEntries(FewerBits):
+    """Decoded tokens read weights that are rounded, and prompts the weights as they are.
+
+    A control that is like a pruner in this: with `--ffn-bits` prompts run on rounded weights, too.
+    """
+
+    name = "rounded"
+    summary = "reads rounded weights while it decodes, and for prompts the weights as they are"
+    made_for = "what is rounded are"
+    bits: Literal["3", "4", "5", "6", "8", "q3_k", "q4_k", "q5_k"] = option(
+        "q4_k", "what they are rounded to, as `--ffn-bits` takes it"
+    )
+
+    @property
+    def _rounding(self) -> Rounding:
+        found = parse(self.bits)
+        assert found is not None
+        return found
+
+    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        self.check(bits)
+        return self._rounding.weight_bits(weight.shape[1]) / OWN_BITS
+
+    def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        from dart_eval.rounding import rounded
+
+        return rounded(weight, self._rounding).values.to(weight.dtype)
+
+
 def _served(weight: Tensor) -> Served:
     from dart_eval.rounding import Served
 
     return Served(weight)
 
 
-ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, FirstBits)
+ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, FirstBits, RoundedEntries)
