@@ -1,6 +1,6 @@
 """Kill it, wear it out, feed it rubbish: does dart-eval come through unharmed?
 
-    python -m scripts.torture                            # all of it, about an hour on two cores
+    python -m scripts.torture                            # all of it, about half an hour on two cores
     python -m scripts.torture --short --seed 202648      # a minute or two, as CI does it
     python -m scripts.torture --only fuzz/gguf           # those of a part, or of one kind
 

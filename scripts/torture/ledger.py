@@ -131,7 +131,7 @@ def _code() -> str:
 PAGE = """# Robustness
 
 `make torture` kills sweeps, prunes and restores models thousands of times, and damages everything that is read. It
-takes about an hour on two cores, goes on where it was stopped, and exits with 1 if anything falls.
+takes about half an hour on two cores, goes on where it was stopped, and exits with 1 if anything falls.
 `make torture ARGS="--short"` takes a minute or two; CI runs it, with another seed every week. This page was written by
 `make torture ARGS="--page docs/robustness.md"`.
 
