@@ -166,16 +166,16 @@ class Store:
         Raises:
             StoreError: the folder cannot be written.
         """
-        path = self.samples_path(name, record.key)
+        path = self.samples_path(name, record.key)  # whose stem half-written files of this cell begin with
         with self._writing():
             files = {"samples": _write_lines(path, record.samples, path.stem)}
             if texts:
                 digest = hashlib.sha256(_lines(texts).encode()).hexdigest()
                 shared = self.folder / "texts" / f"{record.inputs['task']}-{digest[:16]}.jsonl"
-                files["texts"] = _write_lines(shared, texts, path.stem)  # what is half-written is this cell's
+                files["texts"] = _write_lines(shared, texts, path.stem)
             record = dataclasses.replace(record, files=files)
             text = json.dumps(record.to_json(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-            write_atomically(self.path(name, record.key), text)
+            write_atomically(self.path(name, record.key), text, path.stem)
             self._file("failed", name, record.key, "txt").unlink(missing_ok=True)
         return record
 

@@ -100,6 +100,21 @@ def test_a_cell_with_damaged_samples_is_not_finished_and_is_set_aside(tmp_path, 
     assert store.set_aside("cell", "k1")[0].name == "cell-k1.json.damaged-2"
 
 
+def test_setting_aside_sweeps_up_what_a_killed_process_leaves_of_a_cell_with_a_long_name(tmp_path, monkeypatch):
+    name, replace, store = "smoke_summary-griffin-remask-drift-0.5", os.replace, Store(tmp_path)
+
+    def killed(temporary, path):
+        shutil.copy(temporary, f"{temporary}x")
+        replace(temporary, path)
+
+    monkeypatch.setattr("os.replace", killed)
+    store.save(name, record(), TEXTS)
+    left = [p for kind in ("cells", "samples", "texts") for p in (tmp_path / kind).glob(".*")]
+    assert len(left) == 3
+    store.set_aside(name, "k1")
+    assert not any(p.exists() for p in left)
+
+
 def test_setting_aside_sweeps_up_half_written_files_of_the_cell(tmp_path):
     store = Store(tmp_path)
     store.save("cell", record())
