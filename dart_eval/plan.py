@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dart_eval.bits import Rounding, said
+from dart_eval.bits import Rounding
 from dart_eval.bits import parse as parse_bits
 from dart_eval.config import DEFAULTS, RAY_OPTIONS, RunConfig, command_line
 from dart_eval.hashes import PACKAGE, code_hash, source_hash
@@ -58,7 +58,7 @@ class Cell:
     def title(self) -> str:
         """For people: task, method with the parameters that are not its defaults, sparsity."""
         sparsity = f" {percent(self.sparsity)}" if self.method.sized else ""
-        bits = f" on {said(self.rounding.text)}" if self.rounding else ""
+        bits = f" on {self.rounding.text}{'' if self.rounding.k else '-bit'} weights" if self.rounding else ""
         return f"{self.task} {self.method.spec}{sparsity}{bits}"
 
     @property

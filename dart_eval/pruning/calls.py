@@ -109,7 +109,7 @@ def refuse_second(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise UserError(
             f"prune() needs a loaded model, and {model!r} is a {type(model).__name__}",
-            "load it: transformers.AutoModelForCausalLM.from_pretrained(...)",
+            "load it first, with transformers.AutoModelForCausalLM",
         )
     if any(GUARD in module.__dict__ for module in model.modules()):
         raise UserError("this model is under another prune()", "leave that one first")

@@ -161,7 +161,7 @@ def test_a_loss_under_prune_is_refused(llama, method):
 
 
 def test_the_name_of_a_model_is_none():
-    refused = pytest.raises(UserError, match=r"needs a loaded model, and 'path' is a str; load it: transformers\.Auto")
+    refused = pytest.raises(UserError, match=r"and 'path' is a str; load it first, with transformers\.Auto")
     with refused, prune("path", "griffin"):
         pass
 
