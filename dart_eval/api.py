@@ -15,14 +15,7 @@ if TYPE_CHECKING:
     from dart_eval.loaded import Loaded
 
 DEFAULT_METHODS = ("dense", "griffin", "dart", "dart-plus")  # of `RunConfig`, which needs pydantic: a test compares
-OF_LOADING = (
-    "revision",
-    "dtype",
-    "device",
-    "device_map",
-    "peft",
-    "trust_remote_code",
-)  # of a model that is to be loaded
+OF_LOADING = ("revision", "dtype", "device", "device_map", "peft", "trust_remote_code")  # of a model to be loaded
 
 
 def evaluate(

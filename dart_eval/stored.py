@@ -31,8 +31,8 @@ KEPT = ("torchao", "bitsandbytes")  # what stays as it is stored, and is counted
 NO_PART = (
     "bias", "weight_shape", "input_scale", "activation_scale", "input_global_scale", "input_zero_point", "g_idx",
 )  # fmt: skip
-# Of a model of several parts, with names like those of its text part.
 EXPANDED = ("compressed-tensors", "mxfp4", "fp8")  # what is plain numbers once it is loaded; fp8 on a CPU
+# Of a model of several parts, with names like those of its text part.
 OTHER_PARTS = ("visual", "vision", "image", "audio", "mtp", "talker")
 
 

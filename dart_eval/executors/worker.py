@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from dart_eval import cost, rounding
-from dart_eval.bits import Rounding, unread
+from dart_eval.bits import Rounding, said, unread
 from dart_eval.config import RunConfig
 from dart_eval.errors import UserError, out_of_memory
 from dart_eval.evaluation.calibration_text import calibration_text
@@ -129,7 +129,7 @@ class Worker:
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
         """The model with rounded FFN weights; the last are kept, since cell after cell asks for them."""
         if self._rounded is None or self._rounded[0] != wanted:
-            self._status(f"rounding the FFN weights to {wanted.text} bits")
+            self._status(f"rounding the FFN weights to {said(wanted.text)}")
             self._rounded = None  # before the next: there need not be room for both
             self._rounded = wanted, Rounded(self.model, wanted)
             self.calibration = self._calibrated(wanted)

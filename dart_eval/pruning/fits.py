@@ -61,14 +61,13 @@ def check_weights(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
     image, part = method.choice.image, method.entries
     precision = method.choice.precision if sparsity else 0
     cut = image is not None and image.mantissa(precision) is not None
+    replaced = part.finer and not part.by_token  # other weights stand in the place of all
     for f in ffns:
         for module in f.projections:
             part.check(stored_of(module))
             if isinstance(image, Plane) and (module is not f.down or precision):
                 _check_plane(image, module)
-            if (cut and not on_grid(module)) or (
-                part.finer and not part.by_token
-            ):  # other weights stand in their place
+            if replaced or (cut and not on_grid(module)):
                 parameter_of(module)
 
 
