@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dart_eval.results import documents
+from dart_eval.results import frame as comparisons
 from dart_eval.results.labels import labels
-from dart_eval.results.rows import metrics_frame, typed
+from dart_eval.results.rows import typed
 from dart_eval.results.store import Store
 
 if TYPE_CHECKING:
@@ -30,11 +31,15 @@ def records(folder: str | Path, subtasks: bool = False) -> pd.DataFrame:
 
     Returns:
         One row a metric: `model`, `label`, `method`, `params`, `sparsity`, `task`, `metric`, `value`, `stderr`, `n` ...
+        and beside dense on the same documents `dense`, `chance`, `recovery`, `difference`, `p`, `p_holm` ...
 
     Raises:
         UserError: there are no results in the folder.
     """
-    return metrics_frame(Store(folder).load(), subtasks)
+    import pandas as pd
+
+    store = Store(folder)
+    return typed(pd.DataFrame(comparisons.lines(store, store.load(), subtasks), dtype=object))
 
 
 def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:

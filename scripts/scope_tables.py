@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dart_eval.results import metrics, outcomes, writers
-from dart_eval.results.board import CONTROL, Row, boards, main_metrics
+from dart_eval.results.blocks import CONTROL, Row
+from dart_eval.results.board import boards, main_metrics
+from dart_eval.results.estimates import Estimate
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.record import Record
-from dart_eval.results.recovery import Recovery
 from dart_eval.results.store import Store
 
 ORDER = ("scored", "continuation", "last-99", "last-50", "last", "all", "decode")
@@ -53,8 +54,8 @@ def table(store: Store, method: str, records: Sequence[Record]) -> writers.Table
     tasks = set.intersection(*(finished[s] for s in scopes))
     used = [r for r in records if r.inputs["task"] in tasks and (r.inputs["scope"] in scopes or _dense(r))]
     (board,) = boards(store, used)
-    rows = {row.scope: row for row in board.rows if row.kind != CONTROL}
-    (dense,) = (row for row in board.rows if row.kind == CONTROL)
+    rows = {row.scope: row for row in board.rows if row.scope}
+    dense = next(row for row in board.rows if row.kind == CONTROL)  # the same in the block of every scope
     usual = rows.get("scored")
     by_key = {r.key: r for r in used}
     body = []
@@ -92,7 +93,7 @@ def _accuracy(row: Row) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
-def _nats(found: Recovery | None) -> str:
+def _nats(found: Estimate | None) -> str:
     if found is None:
         return "-"
     ends = "" if found.interval is None else f" [{found.interval[0]:+.2f}, {found.interval[1]:+.2f}]"

@@ -154,14 +154,14 @@ def show_results(result: RunResult, output: str) -> None:
     """The board of a run, where its results are, and what may be typed next."""
     if result.records:
         from dart_eval.cli.tables import BOARD
-        from dart_eval.cli.views import print_view
+        from dart_eval.cli.views import Shown, print_view
         from dart_eval.results.board import newest
         from dart_eval.results.pairing import with_dense
         from dart_eval.results.store import Store
 
         store = Store(output)
         everything, _ = newest(store.scan().records)
-        print_view(BOARD, store, with_dense(result.records, everything))
+        print_view(Shown(BOARD, store, with_dense(result.records, everything)))
         say(_next(result.records, everything, output))
 
 

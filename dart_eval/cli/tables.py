@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import one_of
+from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, save_text
 from dart_eval.files import check_target, format_of
 from dart_eval.results.rows import of_tasks
 from dart_eval.results.store import Store
 from dart_eval.results.tables import FORMATS
-from dart_eval.results.tables import render as as_data
 
 BOARD, FRONTIER, ALL = "board", "frontier", "all"
 VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
@@ -26,8 +25,12 @@ FORMAT_HELP = (
 VIEW_HELP = (
     "Show this view. board; long: every metric with n; flops; memory; detector: alarms and re-masks over generated "
     "texts, and drift tasks; frontier: how far a method can go (--save FILE.svg draws it); all. json and csv hold "
-    "every number, whatever the view."
+    "every number, whatever the view, each beside dense's on the same documents."
 )
+SORTS = ("accuracy", "above", "perplexity", "flips", "kl", "memory", "work", "speed")
+SORT_HELP = f"Order the rows of a level by this column: {', '.join(SORTS)}. Without it the best row stands first."
+METRIC_HELP = "Show this metric of the tasks that have it, such as acc_norm."
+LEVEL_HELP = "Show the rows that read this share of the FFN bytes, such as 0.3."
 Subtasks = Annotated[
     bool, typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects.")
 ]
@@ -49,6 +52,10 @@ def tables(
     view: Annotated[str, one_of(VIEWS, "view", VIEW_HELP, metavar="NAME")] = BOARD,
     subtasks: Subtasks = False,
     tasks: Tasks = None,
+    metric: Annotated[str | None, own(METRIC_HELP, None, "NAME")] = None,
+    level: Annotated[float | None, own(LEVEL_HELP, None, "READ")] = None,
+    sort: Annotated[str | None, one_of(SORTS, "sort", SORT_HELP, metavar="COLUMN")] = None,
+    explain: Annotated[bool, own("Say what each column of the board is.", None, "", "--explain")] = False,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write to this file instead of the terminal.")
     ] = None,
@@ -59,6 +66,10 @@ def tables(
 
       dart-eval tables out
 
+      dart-eval tables out --explain
+
+      dart-eval tables out --metric acc_norm --level 0.3
+
       dart-eval tables out --view long
 
       dart-eval tables out --tasks arc,hellaswag
@@ -67,7 +78,7 @@ def tables(
 
       dart-eval tables out --format tex --save tables.tex
     """
-    from dart_eval.cli.views import draw_frontier, print_view, render  # statistics, which `--help` does without
+    from dart_eval.cli.views import Shown, as_data, draw_frontier, print_view, render  # statistics: not for `--help`
 
     store = Store(folder)
     picture = view == FRONTIER and save is not None and save.suffix in PICTURES
@@ -75,15 +86,15 @@ def tables(
         check_target(save)
         format = None if picture else format_of(save, format, FORMATS)
     records = of_tasks(store.load(), tasks)
+    shown = Shown(view, store, records, subtasks, metric, level, sort, explain)
     if picture and save is not None:
-        draw_frontier(store, records, save)
+        draw_frontier(shown, save)
         return
     if format is None and save is None and (sys.stdout.isatty() or view == BOARD):
-        print_view(view, store, records, subtasks)
+        print_view(shown)
         return
     form = format or "md"
-    data = form in ("csv", "json")
-    text = as_data(records, form, subtasks) if data else render(view, form, store, records, subtasks)
+    text = as_data(shown, form) if form in ("csv", "json") else render(shown, form)
     if save is None:
         put(text)
     else:

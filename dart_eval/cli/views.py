@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dart_eval.bench import kept
 from dart_eval.cli.tables import ALL, BOARD, FRONTIER
 from dart_eval.cli.view import say, show
-from dart_eval.errors import UserError
+from dart_eval.errors import UserError, nearest
 from dart_eval.files import write
-from dart_eval.results import board_text, detector, frontier, generated, tables, writers
-from dart_eval.results.board import Board, boards
+from dart_eval.results import board_text, detector, frame, frontier, generated, tables, writers
+from dart_eval.results.blocks import Board
+from dart_eval.results.board import boards
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table
@@ -22,57 +24,88 @@ from dart_eval.results.writers import Table
 PLAIN_WIDTH = 100  # characters of a board where there is no terminal
 
 
-def print_view(view: str, store: Store, records: Sequence[Record], subtasks: bool = False) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """What `tables` was asked for: a view of some records of a folder, and how the board is to look."""
+
+    view: str
+    store: Store
+    records: Sequence[Record]
+    subtasks: bool = False
+    metric: str | None = None
+    level: float | None = None
+    sort: str | None = None
+    explain: bool = False
+
+    @cached_property
+    def boards(self) -> list[Board]:
+        """The boards of the folder.
+
+        Raises:
+            UserError: no cell has the metric.
+        """
+        if self.metric is not None:
+            known = {m.metric.partition(",")[0] for r in self.records for m in r.metrics}
+            if self.metric not in known:
+                raise UserError(f"no cell has metric {self.metric!r}", nearest(self.metric, known))
+        return boards(self.store, self.records, kept.read(self.store.folder), self.metric)
+
+    @property
+    def long(self) -> list[Table]:
+        """The tables of the view but for the board."""
+        view, found = self.view, list[Table]()
+        if view in ("long", ALL):
+            found += tables.quality(self.records, self.subtasks)
+        if view in ("flops", ALL):
+            found.append(tables.flops(self.records))
+        if view in ("memory", ALL):
+            found.append(tables.memory(self.records))
+        if view in ("detector", ALL):
+            found += [*generated.tables(self.store, self.records), *detector.tables(self.store, self.records)]
+        if view in (FRONTIER, ALL):
+            found += frontier.tables(self.boards)
+        return found
+
+
+def print_view(shown: Shown) -> None:
     """A view for the terminal, the board as wide as that is; `all` is the board and every long table."""
-    made, long = _view(view, store, records, subtasks)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
-    for board in made:
-        for line in board_text.lines(board, width):
-            fits = len(line) <= width or line.startswith(("*", "~", " "))
-            say("\n".join([line] if fits else textwrap.wrap(line, width, break_on_hyphens=False)))
+    for board in shown.boards if shown.view in (BOARD, ALL) else ():
+        for line in board_text.lines(board, width, shown.explain, shown.sort, shown.level):
+            say(line)
         say("")
-    for table in long:
+    for table in shown.long:
         show(table)
         print()
 
 
-def render(view: str, form: str, store: Store, records: Sequence[Record], subtasks: bool = False) -> str:
+def render(shown: Shown, form: str) -> str:
     """A view as Markdown or LaTeX."""
-    made, long = _view(view, store, records, subtasks)
+    made = [
+        table for board in (shown.boards if shown.view in (BOARD, ALL) else ())
+        for table in board_text.table(board, shown.sort, shown.level)
+    ]  # fmt: skip
     writer = writers.markdown if form == "md" else writers.latex
-    return "\n".join(writer(table) for table in [*map(board_text.table, made), *long])
+    return "\n".join(map(writer, [*made, *shown.long]))
 
 
-def _view(view: str, store: Store, records: Sequence[Record], subtasks: bool) -> tuple[list[Board], list[Table]]:
-    """The boards and the tables of a view."""
-    # Only these views take the samples of all cells.
-    made = boards(store, records, kept.read(store.folder)) if view in (BOARD, FRONTIER, ALL) else []
-    found: list[Table] = []
-    if view in ("long", ALL):
-        found += tables.quality(records, subtasks)
-    if view in ("flops", ALL):
-        found.append(tables.flops(records))
-    if view in ("memory", ALL):
-        found.append(tables.memory(records))
-    if view in ("detector", ALL):
-        found += [*generated.tables(store, records), *detector.tables(store, records)]
-    if view in (FRONTIER, ALL):
-        found += frontier.tables(made)
-    return [] if view == FRONTIER else made, found
+def as_data(shown: Shown, form: str) -> str:
+    """Every number beside dense's, as csv or json."""
+    return writers.data_text(frame.lines(shown.store, shown.records, shown.subtasks), form)
 
 
-def draw_frontier(store: Store, records: Sequence[Record], path: Path) -> None:
+def draw_frontier(shown: Shown, path: Path) -> None:
     """Draw quality against bytes read into a file that can be written.
 
     Raises:
         UserError: the folder has several models, or nothing that could be drawn.
     """
-    made = boards(store, records)
+    made = shown.boards
     if len(made) > 1:
-        problem = f"{store.folder} has the results of several models"
+        problem = f"{shown.store.folder} has the results of several models"
         raise UserError(problem, "give each model an --output of its own to draw it")
-    if not frontier.curves(made[0]):
-        problem = f"there is nothing to draw in {store.folder}"
+    if not any(frontier.curves(block) for block in made[0].blocks):
+        problem = f"there is nothing to draw in {shown.store.folder}"
         raise UserError(problem, "run dense and a pruned method on the same tasks")
     from dart_eval.results.report import charts  # matplotlib is loaded only where it draws
 

@@ -62,7 +62,8 @@ def checked(found: Outcome) -> Outcome:
         own = rows_of(m, found.documents)[m.name]
         values.setdefault(m.name, {}).update((key, _rounded(v)) for key, v in own.items())
     lines = []
-    for key, told in found.documents[list(TOLD)].to_dict("index").items():
+    columns = [name for name in (*TOLD, "choices") if name in found.documents]
+    for key, told in found.documents[columns].to_dict("index").items():
         own = {name: values[name][key] for name in sorted(values) if key in values[name]}
         lines.append({**dict(zip(INDEX, key, strict=True)), **told, "metrics": own})
     return Outcome(tuple(measures), frame(line for line in lines if line["metrics"]))
@@ -118,6 +119,7 @@ def write(path: Path, found: Sequence[Cell]) -> int:
 def _line(key: Sequence[Any], told: dict[str, Any]) -> list[Any]:
     """A document as the file has it: index, digests, cluster and values."""
     doc, prompt, cluster = (told.pop(name) for name in TOLD)
+    told.pop("choices", None)
     values = {name: v for name, v in told.items() if v is not None}
     return [*key, doc[:HASH_DIGITS], prompt[:HASH_DIGITS], (cluster or "")[:16] or None, values]
 

@@ -1,140 +1,67 @@
-"""The board: one row a method and sparsity, best first, with what it keeps of dense and what it costs.
+"""The board: one row a method and sparsity, in levels of the FFN bytes that a decoded token reads.
 
-Rows stand in levels of one scope and equal read (FFN weight bytes that a decoded token reads / those of the dense FFN).
-Rows that leave out something else than neurons stand in levels of their own, after the others. Inside a level they are
-ordered by mean recovery. The best pruned row is tested against every other one on the same documents; it was chosen by
-the values that are then tested, so each p counts for all pairs that could have been chosen (K / 2 for each of the K - 1
-that are tested), and Holm's correction is taken over them.
+Rows of one block have run on the same tasks; rows that lack some of them stand in a block of their own. No mean goes
+over two metrics. The first row of a level is tested against every other one on the same documents; it was chosen by the
+values that are then tested, so each p counts for all pairs that could have been chosen (`verdict.contest`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from dart_eval.bench.kept import Speed, of_cell
 from dart_eval.bits import LAST_BITS
-from dart_eval.errors import UserError
-from dart_eval.results import inputs, metrics, outcomes, pairing, recovery, stats
+from dart_eval.results import frame, inputs, metrics, outcomes, verdict
+from dart_eval.results.blocks import (
+    CONTROL,
+    GUESSING,
+    PRUNED,
+    ROUNDING,
+    UPPER_BOUND,
+    USUAL,
+    WIDTH_OF_LEVEL,
+    Block,
+    Board,
+    Level,
+    Quality,
+    Row,
+    Tasks,
+    qualities,
+    split,
+)
+from dart_eval.results.estimates import Share, above_zero, mean
 from dart_eval.results.format import sparsity
+from dart_eval.results.frame import Compared
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.labels import labels
-from dart_eval.results.outcomes import Measure
 from dart_eval.results.record import Metric, Record
-from dart_eval.results.recovery import Recovery
 from dart_eval.results.store import Store
 
-MOST_NAMED = 4  # rows that a sentence names
-WIDTH_OF_LEVEL = 0.02  # reads that differ by less stand in one level
-PRUNED, UPPER_BOUND, CONTROL, ROUNDING = "pruned", "upper bound", "control", "rounding alone"
-BEST, LEVEL_WITH_BEST = "best", "not told apart"
-USUAL = "scored"  # the scope that goes without saying
+NOTHING = Share(0.0, (0.0, 0.0))  # of what dense has above guessing: guessing, by definition
+REFERENCE = "griffin"  # the plain method, which stands beside rows that lack tasks
 
 
-@dataclass(frozen=True)
-class Row:
-    """A method at a sparsity.
-
-    Attributes:
-        label: the method, and what else tells the row apart. name: the same for people, with the sparsity where the
-            level does not name it. sparsity: None where it does not decide what is read.
-        kind: `pruned`, `upper bound`, `control` (dense), `rounding alone` (dense on rounded weights, or on their
-            first bits), or what is left out in place of neurons.
-        read: of the FFN weights of dense, mean over the cells.
-        scope: which positions ran pruned; None of dense, rounded or not, which is the same in all of them.
-        values: task -> its main metric.
-        recovery: mean over the tasks that have one. tasks: these.
-        nats: log-likelihood of the right answers of choice tasks less that under dense, mean over tasks.
-        memory: bytes kept beside the model, the most over the cells.
-        overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
-        calibrated: it has read a text before any prompt.
-        speed: of decoding, where `bench` wrote one into the folder, or that no kernel makes its bytes into time.
-        mark: `best` of its level, `not told apart` from it, or empty.
-        keys: of the records.
-    """
-
-    label: str
-    name: str
-    sparsity: float | None
-    kind: str
-    scope: str | None
-    read: float
-    values: dict[str, Metric]
-    recovery: Recovery | None
-    tasks: tuple[str, ...]
-    nats: Recovery | None
-    memory: int
-    overhead: float
-    calibrated: bool
-    speed: Speed | None
-    keys: tuple[str, ...]
-    mark: str = ""
-
-
-@dataclass(frozen=True)
-class Level:
-    """Rows of one read, best first, and the sentence that says which was best and whether that is more than noise.
-
-    rounding_wins: rounding alone keeps more than any pruned row, and that is more than noise.
-    """
-
-    rows: tuple[Row, ...]
-    verdict: str = ""
-    rounding_wins: bool = False
-
-
-@dataclass(frozen=True)
-class Board:
-    """The board of one model.
-
-    Attributes:
-        columns: task -> name of its main metric, in the order of the columns.
-        notes: what a reader must know beside the numbers.
-    """
-
-    model: str
-    columns: dict[str, str]
-    levels: tuple[Level, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def rows(self) -> list[Row]:
-        """The rows of all levels, from the top of the board to its end."""
-        return [row for level in self.levels for row in level.rows]
-
-
-Kept = dict[str, list[tuple[Measure, Recovery]]]  # key of a record -> what its cell keeps of dense
-Contest = dict[tuple[str, ...], float | None]  # keys of a row -> adjusted p of the best one against it
-
-
-def boards(store: Store, records: Sequence[Record], speeds: Sequence[Speed] = ()) -> list[Board]:
+def boards(
+    store: Store, records: Sequence[Record], speeds: Sequence[Speed] = (), metric: str | None = None
+) -> list[Board]:
     """One board for each model of a folder.
 
     Args:
         store: the folder, for samples. records: its cells. speeds: what `bench decode` wrote into it.
+        metric: shown in place of the main one, of tasks that have it.
     """
     kept, older = newest(records)
     by_model: dict[str, list[Record]] = {}
     for r in kept:
         by_model.setdefault(inputs.model_of(r.inputs["model"]), []).append(r)
     same_name = len({r.inputs["model"]["name"] for r in kept}) < len(by_model)
-    notes = [f"{older} cells of older runs are left out: the last run of each counts."] if older else []
+    notes = [f"Left out, of older runs: {older} cells. The last run of each counts."] if older else []
     return [
-        _board(
-            store, model if same_name else found[0].inputs["model"]["name"], found, speeds, [*notes, *_versions(found)]
-        )
+        _board(store, model if same_name else found[0].inputs["model"]["name"], found, speeds, notes, metric)
         for model, found in sorted(by_model.items())
     ]
-
-
-def _versions(records: Sequence[Record]) -> list[str]:
-    """A remark where cells were made by several versions of the code."""
-    codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
-    each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
-    return [f"The cells are of {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
 
 
 def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
@@ -146,73 +73,67 @@ def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
     return [r for r in records if r.key in kept], len(records) - len(kept)
 
 
-def _board(store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str]) -> Board:
+def _board(
+    store: Store, model: str, records: Sequence[Record], speeds: Sequence[Speed], notes: Sequence[str],
+    metric: str | None,
+) -> Board:  # fmt: skip
     names = labels(records, by_task=True)
     groups: dict[tuple[str, float], list[Record]] = {}
-    columns: dict[str, str] = {}
     for r in sorted(records, key=lambda r: str(r.inputs["task"])):
-        for m in main_metrics(r):
-            columns.setdefault(m.task, m.metric)
         groups.setdefault((names[r.key], float(r.inputs["sparsity"])), []).append(r)
-    kept, problems = _recoveries(store, [r for group in groups.values() for r in group])
-    order = {name: i for i, name in enumerate(metrics.METRICS)}
-    tasks = sorted(columns, key=lambda t: (order.get(columns[t].partition(",")[0], len(order)), t))
-    rows = [_row(label, group, kept, speeds) for (label, _), group in groups.items()]
-    return Board(model, {t: columns[t] for t in tasks}, _judged_levels(_levels(rows)), (*notes, *problems))
+    beside, problems = frame.beside_dense([outcomes.cell_of(store, r) for r in records])
+    drafts = [_row(label, group, speeds, metric) for (label, _), group in groups.items()]
+    rows_of = {row.keys: [one for key in row.keys for one in beside.get(key, ())] for row in drafts}
+    scopes = {row.scope for row in drafts if row.scope}
+    usual = next(iter(scopes)) if len(scopes) == 1 else USUAL
+    blocks = [
+        _block(drafts, rows_of, scope, some)
+        for scope in sorted(scopes or {USUAL}, key=lambda s: (s != usual, s))
+        for some in split([r for r in drafts if (r.scope or usual) == scope and r.kind != CONTROL] or drafts)
+    ]
+    columns = {task: m.metric for row in drafts for task, m in row.values.items()}
+    return Board(model, about(records), columns, tuple(blocks), (*notes, *_versions(records), *problems))
 
 
-def main_metrics(record: Record) -> list[Metric]:
-    """The one number of each task that was asked for: members of groups stay out."""
-    return metrics.main(m for m in record.metrics if m.part_of is None)
+def about(records: Sequence[Record]) -> str:
+    """`bfloat16, 2 CPU threads`: what the cells ran on, where that is one."""
+    last = max(records, key=lambda r: r.created)
+    dtypes = {str(r.inputs["dtype"]) for r in records if r.inputs.get("dtype")}
+    threads = last.environment.get("threads")
+    cpu = f"{threads} CPU thread{'s' if threads != '1' else ''}" if threads else str(last.inputs.get("device", ""))
+    return ", ".join(filter(None, [*(dtypes if len(dtypes) == 1 else ()), last.environment.get("gpu") or cpu]))
 
 
-def _recoveries(store: Store, records: Iterable[Record]) -> tuple[Kept, list[str]]:
-    """What the cells keep of their dense ones, and why some of it is missing."""
-    cells = [outcomes.cell_of(store, r) for r in records]
-    dense = pairing.dense_cells(cells)
-    kept: Kept = {}
-    problems: dict[str, None] = {}
-    alone: dict[str, None] = {}
-    for cell in cells:
-        reference = pairing.dense_of(cell, dense)
-        if reference is None:
-            alone[str(cell.inputs["task"])] = None
-        elif reference is not cell:
-            try:
-                found = pairing.pair(cell, reference)
-            except UserError as error:
-                problems[f"Without a recovery: {error.problem}."] = None
-                continue
-            main = metrics.main(found.x.measures)
-            for m in (m for m in found.x.measures if m in main or m.name == metrics.GOLD):
-                values = found.values(m)
-                made = None if values is None else recovery.of_task(values)
-                if made is not None:
-                    kept.setdefault(cell.key, []).append((m, made))
-                elif m in main:
-                    problems[f"{m.task} is not in the recovery: dense has no {m.metric} above 0."] = None
-    if alone:
-        problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
-    return kept, list(problems)
+def _versions(records: Sequence[Record]) -> list[str]:
+    """A remark where cells were made by several versions of the code."""
+    codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
+    each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
+    return [f"The cells are of {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
 
 
-def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Speed]) -> Row:
+def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
+    """The one number of each task that was asked for: members of groups stay out.
+
+    Args:
+        record: of a cell. metric: to take where a task has it, in place of its main one.
+    """
+    found = [m for m in record.metrics if m.part_of is None]
+    asked = {m.task: m for m in found if m.metric.partition(",")[0] == metric}
+    return [asked.get(m.task, m) for m in metrics.main(found)]
+
+
+def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric: str | None) -> Row:
+    """A row without its quality."""
     first = records[0]
-    dense, rounded = first.inputs["method"] == DENSE, bool(first.inputs.get("ffn_bits"))
-    kind = UPPER_BOUND if first.settings.get("upper_bound") else first.settings.get("granularity", PRUNED)
-    if dense or kind == LAST_BITS:
-        kind = ROUNDING if rounded or not dense else CONTROL
-    sized = kind == CONTROL or abs(1 - first.weights_read - first.inputs["sparsity"]) < 0.05
-    found = [one for r in records for one in kept.get(r.key, ())]
-    recoveries = {m.task: made for m, made in found if m.name != metrics.GOLD}
-    nats = {m.task: made for m, made in found if m.name == metrics.GOLD}
-    unsaid = f" {sparsity(first.inputs['sparsity'])}" if first.inputs["sparsity"] and not sized else ""
+    last_bits = first.settings.get("granularity") == LAST_BITS
+    kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
+    if first.inputs["method"] == DENSE or last_bits:
+        kind = ROUNDING if first.inputs.get("ffn_bits") or last_bits else CONTROL
     return Row(
-        label=label, name=label + unsaid, sparsity=float(first.inputs["sparsity"]) if sized else None, kind=kind,
-        scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
+        label=label, name=label, sparsity=float(first.inputs["sparsity"]), kind=kind,
         read=sum(r.weights_read for r in records) / len(records),
-        values={m.task: m for r in records for m in main_metrics(r)},
-        recovery=recovery.mean(recoveries.values()), tasks=tuple(sorted(recoveries)), nats=recovery.mean(nats.values()),
+        scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
+        values={m.task: m for r in records for m in main_metrics(r, metric)},
         memory=max(r.memory.get("state", 0) for r in records),
         overhead=sum(r.flops.get("overhead_share", 0.0) for r in records) / len(records),
         calibrated=first.inputs.get("calibration") is not None, speed=of_cell(speeds, first.inputs),
@@ -220,160 +141,82 @@ def _row(label: str, records: Sequence[Record], kept: Kept, speeds: Sequence[Spe
     )  # fmt: skip
 
 
-def _levels(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows in levels of one scope and equal read, the highest read first; another granularity comes after all others.
-
-    Inside a level upper bounds come first, then pruned rows by recovery, those that lack a task of the others last.
-    """
-    scopes = {row.scope for row in rows if row.scope}
-    usual = next(iter(scopes)) if len(scopes) == 1 else USUAL  # where rows stand that are the same in all of them
-
-    def of(row: Row) -> tuple[str, bool, bool, str]:
-        """What levels are kept apart by: granularity, dense, scope (ours first)."""
-        scope = row.scope or usual
-        return granularity(row), row.kind != CONTROL, scope != USUAL, scope
-
-    found: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: (*of(r), -r.read)):
-        level = found[-1] if found else None
-        if level and abs(level[0].read - row.read) <= WIDTH_OF_LEVEL and of(level[0]) == of(row):
-            level.append(row)
-        else:
-            found.append([row])
-    return [sorted(_named(level), key=partial(_place, _all_tasks(level))) for level in found]
-
-
-def _named(level: Sequence[Row]) -> list[Row]:
-    """The rows of a level; where it has several sparsities, each row says its own in place of the level."""
-    if len({row.sparsity for row in level} - {None}) < 2:
-        return list(level)
-    return [
-        row if row.sparsity is None else replace(row, name=f"{row.label} {sparsity(row.sparsity)}") for row in level
-    ]
-
-
-def granularity(row: Row) -> str:
-    """What a row leaves out; nothing where it is neurons."""
-    return "" if row.kind in (PRUNED, UPPER_BOUND, CONTROL, ROUNDING) else row.kind
+def _block(
+    drafts: Sequence[Row], beside: Mapping[tuple[str, ...], Sequence[Compared]], scope: str,
+    block: tuple[Tasks, Sequence[Row]],
+) -> Block:  # fmt: skip
+    """The rows of a block with their quality on its tasks, beside dense and the plain method on the same tasks."""
+    tasks, own = block
+    first = next(iter(tasks), None)
+    needed = set(tasks[first]) if first else set()
+    others = [
+        row for row in drafts
+        if row not in own and needed <= row.values.keys()
+        and (row.kind == CONTROL or (row.label.split(" (")[0] == REFERENCE and row.scope == scope))
+    ]  # fmt: skip
+    within = {task for some in tasks.values() for task in some}
+    rows = []
+    for row in [*own, *others]:
+        found = beside.get(row.keys, ())
+        nats = [one.lost.times(-1) for one in found if one.measure.name == metrics.GOLD and one.measure.task in needed]
+        flips, kl = ([one.sides[0] for one in found if one.measure.name == name and one.measure.task in within]
+                     for name in ("flips", "kl"))  # fmt: skip
+        quality = qualities(row.values, found, tasks)
+        rows.append(replace(row, quality=quality, nats=mean(nats), flips=mean(flips), kl=mean(kl)))
+    ours = {(one.measure.task, one.measure.name): one for some in beside.values() for one in some}
+    choice = {m: [ours[t, m] for t in tasks[m] if (t, m) in ours] for m in tasks if metrics.of(m).chance}
+    at_chance = [one.measure.task for some in choice.values() for one in some
+                 if one.chance and not above_zero(one.sides[1])]  # fmt: skip
+    levels = _levels(rows, first)
+    if levels and levels[0][0].kind == CONTROL:
+        levels[0] += _guessing(choice)
+    rounded = [row for row in rows if row.kind == ROUNDING]
+    judged = tuple(Level(*verdict.judged(level, rounded, first or "")) for level in levels)
+    return Block(tasks, scope, judged, tuple(at_chance))
 
 
-def _place(everything: tuple[str, ...], row: Row) -> tuple[Any, ...]:
-    """What rows of a level are sorted by; everything: the level's tasks."""
-    order = {CONTROL: 0, UPPER_BOUND: 1, PRUNED: 2, ROUNDING: 2}
-    return (
-        order.get(row.kind, len(order)),
-        row.tasks != everything,
-        -(row.recovery.value if row.recovery else -1.0),
-        row.label,
-    )
-
-
-def _all_tasks(level: Sequence[Row]) -> tuple[str, ...]:
-    """The tasks on which any pruned row of a level has a recovery."""
-    return tuple(sorted({task for row in level if row.kind == PRUNED for task in row.tasks}))
-
-
-def _judged_levels(levels: Sequence[Sequence[Row]]) -> tuple[Level, ...]:
-    """The levels with their marks and sentences."""
-    rounded = [row for level in levels for row in level if row.kind == ROUNDING]
-    return tuple(_judged(level, rounded) for level in levels)
-
-
-def _judged(rows: Sequence[Row], every: Sequence[Row]) -> Level:
-    """The level with its marks and its sentences. A row that lacks a task of the others takes no part in the test.
+def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:
+    """The row of an answerer that guesses; none where no task is a choice.
 
     Args:
-        every: the rows of rounding alone, of all levels: of those that read no more than this one the best counts.
+        choice: accuracy -> a row of each of its tasks.
     """
-    scope = next((r.scope for r in rows if r.scope), None)
-    if all(r.kind == PRUNED and r.read >= 1 for r in rows):
-        return Level(tuple(rows), f"Nothing ran pruned under scope {scope}: its rows are dense.")
-    every = [r for r in every if r.scope in (None, scope)]
-    rivals = [r for r in rows if r.kind == PRUNED and r.tasks and r.tasks == _all_tasks(rows)]
-    most = max(r.read for r in rows) + WIDTH_OF_LEVEL
-    fitting = [r for r in every if rivals and r.tasks == rivals[0].tasks and r.read <= most and r.recovery]
-    rounded = sorted(fitting, key=lambda r: -r.recovery.value if r.recovery else 0.0)[:1]
-    if len(rivals) + len(rounded) < 2 or not rivals:
-        return Level(tuple(rows))
-    contest = _contest([(r, r.recovery) for r in rivals])
-    marks = {keys: "" if _told(p) else LEVEL_WITH_BEST for keys, p in contest.items()}
-    marks |= {rivals[0].keys: BEST} if len(rivals) > 1 else {}
-    said = [_sentence(rivals[0], rivals[1:], contest)]
-    if not all(map(_told, contest.values())):
-        said += _by_likelihood(rivals)
-    against = [
-        _against_rounding(rivals[0], r, _contest([(rivals[0], rivals[0].recovery), (r, r.recovery)])) for r in rounded
-    ]
-    said += [sentence for sentence, _ in against]
-    marked = tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows)
-    return Level(marked, " ".join(said), any(wins for _, wins in against))
+    quality = {}
+    for metric, rows in choice.items():
+        chances = [one.chance for one in rows if one.chance is not None]
+        if len(chances) == len(rows) and any(chances):
+            value = sum(chances) / len(chances)
+            quality[metric] = Quality(value, None, sum(len(one.pairs.b) for one in rows), len(rows), None, NOTHING)
+    return [Row(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality)] if quality else []
 
 
-def _against_rounding(best: Row, rounded: Row, contest: Contest) -> tuple[str, bool]:
-    """What the best pruned row is beside rounding alone, and whether rounding wins."""
-    assert best.recovery is not None and rounded.recovery is not None
-    what = f"rounding alone ({rounded.name}, read {rounded.read:.2f}) keeps {100 * rounded.recovery.value:.0f} %"
-    if not _told(contest[rounded.keys]):
-        return f"{what[0].upper()}{what[1:]}: no difference that is more than noise.", False
-    bound = _bound([rounded], contest)
-    if best.recovery.value > rounded.recovery.value:
-        return f"{what[0].upper()}{what[1:]}, less than that, and it is more than noise ({bound}).", False
-    return f"{what[0].upper()}{what[1:]}, more than that, and it is more than noise ({bound}).", True
+def _levels(rows: Sequence[Row], first: str | None) -> list[list[Row]]:
+    """Rows in levels of equal read, the highest first; inside a level by quality, upper bounds first.
 
-
-def _contest(rivals: Sequence[tuple[Row, Recovery | None]]) -> Contest:
-    """Adjusted p of the first of some rows against each of the others."""
-    (_, best), *others = rivals
-    tested = [recovery.difference(best, other) if best and other else None for _, other in others]
-    counted = [None if p is None else min(1.0, len(rivals) / 2 * p) for p in tested]
-    return {r.keys: p for (r, _), p in zip(others, stats.holm(counted), strict=True)}
-
-
-def _told(p: float | None) -> bool:
-    return p is not None and p < stats.ALPHA
-
-
-def _by_likelihood(rivals: Sequence[Row]) -> list[str]:
-    """What the likelihood of right answers says where the recovery does not tell all rows apart.
-
-    It needs fewer documents than an accuracy.
+    The read that most rows have takes in those around it, then the read that most of the others have, and so on.
     """
-    ranked = sorted(((r, r.nats) for r in rivals if r.nats), key=lambda one: -one[1].value)
-    if len(ranked) < 2:
-        return []
-    contest = _contest(ranked)
-    behind = [r for r, _ in ranked[1:] if _told(contest[r.keys])]
-    if not behind:
-        return []
-    against = f"{_others(behind, len(ranked) - 1)} ({_bound(behind, contest)})"
-    return [f"By the log-likelihood of right answers {ranked[0][0].name} is better than {against}."]
+    left = [row for row in rows if row.kind != CONTROL]
+    found = [level for level in [[row for row in rows if row.kind == CONTROL]] if level]
+    while left:
+        counts = Counter(round(row.read, 2) for row in left)
+        anchor = max(counts, key=lambda read: (counts[read], read))
+        found.append([row for row in left if abs(row.read - anchor) <= WIDTH_OF_LEVEL])
+        left = [row for row in left if row not in found[-1]]
+    order = {CONTROL: 0, UPPER_BOUND: 1}
+    sorted_ones = [
+        sorted(_named(level), key=lambda r: (order.get(r.kind, 2), *verdict.place(r, first), r.label))
+        for level in found
+    ]  # fmt: skip
+    return sorted(sorted_ones, key=lambda level: (level[0].kind != CONTROL, -max(r.read for r in level)))
 
 
-def _others(rows: Sequence[Row], of: int) -> str:
-    return "all other pruned rows" if len(rows) == of > 1 else _listed([r.name for r in rows])
+def _named(level: Iterable[Row]) -> list[Row]:
+    """The rows of a level, each with its sparsity where that does not follow from the level."""
+    rows = list(level)
+    several = len({row.sparsity for row in rows if row.kind in (PRUNED, UPPER_BOUND)}) > 1
 
+    def name(row: Row) -> str:
+        said = row.sparsity > 0 and (several or abs(1 - row.read - row.sparsity) >= WIDTH_OF_LEVEL)
+        return f"{row.label} {sparsity(row.sparsity)}" if said else row.label
 
-def _bound(rows: Sequence[Row], contest: Contest) -> str:
-    """`paired, Holm p < .01`, of the largest p."""
-    highest = max(p for r in rows if (p := contest[r.keys]) is not None)
-    return f"paired, Holm p < {next(limit for limit in (1e-3, 0.01, stats.ALPHA) if highest < limit):g}"
-
-
-def _sentence(best: Row, others: Sequence[Row], contest: Contest) -> str:
-    """`At read 0.30 dart-plus keeps the most ...`, with what the paired tests say."""
-    assert best.recovery is not None
-    behind = [r for r in others if _told(contest[r.keys])]
-    level = [r for r in others if r not in behind]
-    text = f"At read {best.read:.2f} {best.name} keeps the most of dense's quality: {100 * best.recovery.value:.0f} %."
-    if not others:
-        return text
-    if not behind:
-        return f"{text} Its lead over {_listed([r.name for r in level])} may be noise (paired test)."
-    text += f" Its lead over {_others(behind, len(others))} is more than noise ({_bound(behind, contest)})"
-    return f"{text}; its lead over {_listed([r.name for r in level])} may be noise." if level else f"{text}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) > MOST_NAMED:
-        return f"{len(names)} others"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return [replace(row, name=name(row)) for row in rows]

@@ -2,222 +2,308 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from dart_eval.results import metrics
-from dart_eval.results.board import BEST, CONTROL, LEVEL_WITH_BEST, UPPER_BOUND, USUAL, Board, Row, granularity
-from dart_eval.results.format import share, short, size, small_share, sparsity
-from dart_eval.results.recovery import Recovery
+from dart_eval.results.blocks import CONTROL, GUESSING, UPPER_BOUND, USUAL, Block, Board, Level, Quality, Row
+from dart_eval.results.format import multiple, percent, short, size, small_share, sparsity
+from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
 from dart_eval.results.writers import Table
 from dart_eval.text import folded, printable
 
 MARKS = {BEST: "*", LEVEL_WITH_BEST: "~"}
-MOST_TASKS = 4  # that have a column each; of more, each metric has one, which is their mean
-NATS = "log-lik."
-FOLDED = 28  # characters of a name that goes over several lines before a column is left out
-NARROWEST = 12  # characters of a method's name, where the terminal is narrow
-
-Column = tuple[str, Callable[[Row], str]]
-
-
-def lines(board: Board, width: int) -> list[str]:
-    """The board in lines of at most `width` characters where that can be, a level of read after the other."""
-    columns, left_out = columns_of(board), []
-    longest = max(len(_name(row)) for row in board.rows)
-    for dropped in (NATS, "overhead", "extra"):  # the long tables have them
-        if min(longest, FOLDED) + _others(board, columns) <= width:
-            break
-        left_out += [head for head, _ in columns if head == dropped]
-        columns = [c for c in columns if c[0] != dropped]
-    names = max(NARROWEST, min(longest, width - _others(board, columns)))
-    text = [*rounding_note(board), f"Model {board.model}" + tasks_note(board)]
-    heads = [head for head, _ in columns]
-    cells = {row.keys: [value(row) for _, value in columns] for row in board.rows}
-    widths = [max(len(head), *(len(line[i]) for line in cells.values())) for i, head in enumerate(heads)]
-    widths[0] = min(widths[0], names)
-    text += ["", _line(heads, widths)]
-    for level in board.levels:
-        text.append(f"{level_name(level.rows)} ".ljust(sum(widths) + 2 * len(widths) - 2, "─"))
-        for row in level.rows:
-            text += _row_lines(cells[row.keys], widths)
-    notes = legend(board, columns)
-    if left_out:
-        notes[-1] += f" Left out, for want of room: {', '.join(reversed(left_out))} (--format md has all columns)."
-    return [printable(line) for line in [*text, "", *notes]]
+ABSTRACTS = frozenset({"glass", "pop", "prox"})  # methods that are built from their papers' abstracts alone
+NARROWEST, WIDEST = 16, 30  # characters of a method's name, before it goes over several lines
+NAMED_TASKS = 3  # that the line above a block names; of more it says how many
+EXPLAINED = (
+    "FFN bytes read: bytes of FFN weights that a decoded token reads / those of dense; previews and copies count.",
+    "above guessing: (quality - guessing) / (dense - guessing), summed over the choice tasks [95 % interval, Fieller]. "
+    "0 % is an answerer that guesses; a row that is worse has less.",
+    "of dense: quality / dense's, of a metric that no guess can score in.",
+    "x dense: perplexity / dense's on the same documents, geometric mean over texts.",
+    "flips: share of items whose chosen answer is not dense's, right or wrong.",
+    "KL: mean divergence of dense's next-token distribution to the row's over scored tokens, nats.",
+    "memory: bytes kept beside the model. work: FLOPs that the method adds to a decoded token / those of dense.",
+    "speed today: of decoding, over dense, as `dart-eval bench decode` measured it; none yet: no kernel makes the "
+    "bytes into time.",
+    "Value ± standard error. * best pruned row of its level, ~ not told apart from it: paired tests on the same "
+    "documents in every metric, Holm-adjusted over rows and metrics, p < .05.",
+    "Rounding rounds every token's weights, the prompt's too; pruning leaves the prompt dense. The method `rounding` "
+    "rounds decoded tokens alone.",
+)  # fmt: skip
 
 
-def columns_of(board: Board) -> list[Column]:
-    """Heads, and what stands under them for a row: the method first."""
-    rows = board.rows
-    found: list[Column] = [("method", _name), *_quality(board)]
-    if any(row.recovery for row in rows):
-        found.append(("recovery", _recovery))
-    if any(row.nats for row in rows):
-        found.append((NATS, _nats))
-    found += [("extra", lambda row: size(row.memory)), ("overhead", lambda row: small_share(row.overhead))]
+@dataclass(frozen=True)
+class Column:
+    """A column: its head in two lines, what stands in it, and what `--sort` calls it."""
+
+    name: str
+    head: tuple[str, str]
+    text: Callable[[Row], str]
+    key: Callable[[Row], float | None]
+    narrow: Callable[[Row], str] | None = None  # the same without its interval
+
+    @property
+    def title(self) -> str:
+        """The head in one line."""
+        return " ".join(part for part in self.head if part)
+
+
+def columns_of(block: Block) -> list[Column]:
+    """The columns of a block after the bytes and the method, the quality first."""
+    found: list[Column] = []
+    for i, metric in enumerate(block.tasks):
+        found += _of_metric(metric, i == 0, block)
+    rows = block.rows
+    if any(row.flips for row in rows):
+        found.append(Column("flips", ("flips", ""), lambda r: percent(r.flips.value) if r.flips else "-", _flips))
+    if any(row.kl for row in rows if row.kind != CONTROL):
+        found.append(Column("kl", ("KL", "nats"), lambda r: f"{r.kl.value:.3g}" if r.kl else "-", _kl))
+    found += [
+        Column("memory", ("memory", "beside"), lambda r: _beside(r, size(r.memory)), lambda r: r.memory),
+        Column("work", ("work", ""), lambda r: _beside(r, _more(r.overhead)), lambda r: r.overhead),
+    ]
     if any(row.speed for row in rows):
-        found.append(("speed", _speed))
+        found.append(Column("speed", ("speed", "today"), _speed, lambda r: -_ratio(r)))
     return found
+
+
+def _flips(row: Row) -> float | None:
+    return row.flips.value if row.flips else None
+
+
+def _kl(row: Row) -> float | None:
+    return row.kl.value if row.kl else None
+
+
+def _of_metric(metric: str, first: bool, block: Block) -> list[Column]:
+    """The columns of one metric: its value, and what that is beside dense's."""
+    many = len(block.tasks[metric]) > 1
+    perplexity = metrics.of(metric).group == metrics.PERPLEXITY
+    value = Column(
+        "value" if perplexity else metrics.said(metric), (metrics.said(metric), "(mean)" if many else ""),
+        lambda r: _text(r, metric, lambda q: short(metric, q.value, q.stderr)),
+        lambda r: _key(r, metric, lambda q: -(q.better.value if q.better else q.value)),
+    )  # fmt: skip
+    if perplexity:
+        times = Column(
+            "perplexity", (metrics.said(metric), "x dense"), lambda r: _times(r, metric, first),
+            lambda r: _key(r, metric, lambda q: -q.better.value if q.better else None),
+            lambda r: _times(r, metric, False),
+        )  # fmt: skip
+        return [value, times] if first else [times]
+    if not first or not any(r.quality[metric].share for r in block.rows if metric in r.quality):
+        return [value]
+    name, head = ("above", ("above", "guessing")) if metrics.of(metric).chance else ("of dense", ("of", "dense"))
+    part = Column(
+        name, head, lambda r: _share(r, metric, True),
+        lambda r: _key(r, metric, lambda q: -q.share.value if q.share else None), lambda r: _share(r, metric, False),
+    )  # fmt: skip
+    return [value, part]
+
+
+def _text(row: Row, metric: str, text: Callable[[Quality], str]) -> str:
+    return text(row.quality[metric]) if metric in row.quality else "-"
+
+
+def _key(row: Row, metric: str, key: Callable[[Quality], float | None]) -> float | None:
+    return key(row.quality[metric]) if metric in row.quality else None
+
+
+def _share(row: Row, metric: str, ends: bool) -> str:
+    quality = row.quality.get(metric)
+    if quality is None or quality.share is None:
+        return "-"
+    text = percent(quality.share.value)
+    if not ends or row.kind in (CONTROL, GUESSING):
+        return text
+    low, high = quality.share.interval
+    return f"{text} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _times(row: Row, metric: str, ends: bool) -> str:
+    quality = row.quality.get(metric)
+    if quality is None or quality.times is None:
+        return "-"
+    value, interval = quality.times
+    if not ends or interval is None or row.kind == CONTROL:
+        return multiple(value)
+    return f"{multiple(value)} [{', '.join(multiple(end)[:-1] for end in interval)}]"
+
+
+def _beside(row: Row, text: str) -> str:
+    return "-" if row.kind in (CONTROL, GUESSING) else text
+
+
+def _more(share: float) -> str:
+    """`+17 %`."""
+    return f"+{small_share(share)}" if share >= 1e-4 else small_share(share)
+
+
+def _ratio(row: Row) -> float:
+    return row.speed.speedup.median if row.speed and row.speed.speedup else 0.0
 
 
 def _speed(row: Row) -> str:
-    speed = row.speed
-    return "-" if speed is None else f"{speed.speedup.median:.2f}x" if speed.speedup else speed.times
+    if row.kind == CONTROL:
+        return "1.00x"
+    return "-" if row.speed is None else f"{_ratio(row):.2f}x" if row.speed.speedup else "none yet"
 
 
-def _quality(board: Board) -> list[Column]:
-    """A column a task, or where there are many a column a metric."""
-    if len(board.columns) <= MOST_TASKS:
-        return [(task, lambda row, task=task: _value(row, [task])) for task in board.columns]  # type: ignore[misc]
-    return [
-        (
-            tasks[0] if len(tasks) == 1 else f"{metrics.of(metric).short or metric} of {len(tasks)}",
-            lambda row, tasks=tasks: _value(row, tasks),  # type: ignore[misc]
-        )
-        for metric, tasks in _by_metric(board).items()
+def lines(
+    board: Board, width: int, explain: bool = False, sort: str | None = None, level: float | None = None
+) -> list[str]:
+    """The board in lines of at most `width` characters where that can be.
+
+    Args:
+        board: of one model. width: of the terminal. explain: say what each column is.
+        sort: order the rows of a level by this column. level: show only rows of this read, and dense.
+    """
+    text = [line for sentence in wins(board) for line in textwrap.wrap(sentence, width)]
+    for i, block in enumerate(board.blocks):
+        head = "Rows that ran on other tasks:" if i else f"{board.model}, {board.about}"
+        text += [*([""] if i else []), *_head(head, sizes(board, block), width)]
+        if block.at_chance:
+            text += textwrap.wrap(f"! dense is no better than guessing on {', '.join(block.at_chance)}", width)
+        text += _table(block, width, sort, level)
+        for one in shown(block, level):
+            for said in one.said:
+                text += textwrap.wrap(said, width, initial_indent=" ", subsequent_indent="   ", break_on_hyphens=False)
+    for note in [*notes(board), *(EXPLAINED if explain else ())]:
+        text += textwrap.wrap(note, width, break_on_hyphens=False)
+    return [printable(line).rstrip() for line in text]
+
+
+def _head(left: str, right: str, width: int) -> list[str]:
+    """The model and the documents: in one line where there is room."""
+    if len(left) + len(right) + 3 <= width:
+        return [f"{left}   {right}"]
+    return [line for part in (left, right) for line in textwrap.wrap(part, width, break_on_hyphens=False)]
+
+
+def sizes(board: Board, block: Block) -> str:
+    """`7 choice tasks x 100, 2 texts x 32 documents`, and the scope where it is not ours."""
+    parts = []
+    for metric, tasks in block.tasks.items():
+        counts = sorted({row.values[t].n for row in block.rows for t in tasks if t in row.values})
+        n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        kind = metrics.of(metric)
+        noun = "choice task" if kind.chance else "text" if kind.group == metrics.PERPLEXITY else "task"
+        named = ", ".join(tasks) if len(tasks) <= NAMED_TASKS else f"{len(tasks)} {noun}s"
+        parts.append(f"{named} x {n}")
+    scope = f"scope {block.scope}: " if block.scope != USUAL else ""
+    return scope + ", ".join(parts)
+
+
+def shown(block: Block, level: float | None) -> list[Level]:
+    """The levels of a block; with a read those near it, and dense."""
+    if level is None:
+        return list(block.levels)
+    return [one for one in block.levels if any(r.kind == CONTROL or abs(r.read - level) <= 0.025 for r in one.rows)]
+
+
+def ordered(rows: Sequence[Row], columns: Sequence[Column], sort: str | None) -> list[Row]:
+    """Rows by a column, those without a value last; as they stand without one."""
+    chosen = next((c for c in columns if c.name == sort), None)
+    if chosen is None:
+        return list(rows)
+    keys = {id(row): chosen.key(row) for row in rows}
+    return sorted(rows, key=lambda r: (keys[id(r)] is None, keys[id(r)] or 0.0))
+
+
+def _table(block: Block, width: int, sort: str | None, level: float | None) -> list[str]:
+    levels = shown(block, level)
+    rows = [row for one in levels for row in one.rows]
+    columns = columns_of(block)
+    first = {metric for metric in list(block.tasks)[1:] if metrics.of(metric).group != metrics.PERPLEXITY}
+    texts = {c.name: [c.text(r) for r in rows] for c in columns}
+    name = min(WIDEST, max(len(name_of(r)) for r in rows))
+
+    def total() -> int:
+        return 11 + max(name, 6) + sum(2 + max(map(len, (*c.head, *texts[c.name]))) for c in columns)
+
+    for dropped in ("memory", "work", *(metrics.said(m) for m in first)):
+        if total() > width:
+            columns = [c for c in columns if c.name != dropped]
+    for column in columns:
+        if total() > width and column.narrow:
+            texts[column.name] = [column.narrow(r) for r in rows]
+    name = max(NARROWEST, min(name, name - (total() - width))) if total() > width else name
+    widths = [max(map(len, (*c.head, *texts[c.name]))) for c in columns]
+    at = {id(row): i for i, row in enumerate(rows)}
+    heads = (["FFN bytes", "read"], ["", "method"])
+    made = [
+        f"{heads[0][i]:<11}{heads[1][i]:<{name}}"
+        + "".join(f"  {c.head[i]:<{w}}" for c, w in zip(columns, widths, strict=True))
+        for i in (0, 1)
     ]
+    for one in levels:
+        for row in ordered(one.rows, columns, sort):
+            read = f"{read_of(row):>5}"
+            label, *more = folded(name_of(row), name) if len(name_of(row)) > name else [name_of(row)]
+            cells = [f"  {texts[c.name][at[id(row)]]:<{w}}" for c, w in zip(columns, widths, strict=True)]
+            made.append(f"{read:<9}{MARKS.get(row.mark, ' ')} {label:<{name}}{''.join(cells)}")
+            made += [f"{'':<11}{part}" for part in more]
+    return made
 
 
-def _by_metric(board: Board) -> dict[str, list[str]]:
-    """Main metric -> its tasks, in the order of the columns."""
-    found: dict[str, list[str]] = {}
-    for task, metric in board.columns.items():
-        found.setdefault(metric, []).append(task)
+def name_of(row: Row, name: str | None = None) -> str:
+    """The name of a row, with a mark where its method is known from an abstract alone."""
+    mark = " †" if row.label.partition(":")[0].partition(" ")[0] in ABSTRACTS else ""
+    return (name or row.name) + mark
+
+
+def read_of(row: Row) -> str:
+    """The share of the FFN bytes that a row reads; nothing where there is no model."""
+    return "" if row.kind == GUESSING else percent(row.read)
+
+
+def wins(board: Board) -> list[str]:
+    """The first line, where rounding beats every pruned row of a level; else none."""
+    reads = [percent(one.rows[0].read) for block in board.blocks for one in block.levels if one.rounding_wins]
+    return [f"At {', '.join(dict.fromkeys(reads))} rounding keeps more than any pruned row."] if reads else []
+
+
+def notes(board: Board) -> list[str]:
+    """What a reader must know beside the numbers."""
+    rows = board.rows
+    found = [*board.notes]
+    if any(name_of(row) != row.name for row in rows):
+        found.append("† built from the abstract of its paper alone: no code was found.")
+    bounds = [row.label for row in rows if row.kind == UPPER_BOUND]
+    if bounds:
+        found.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
+    calibrated = [row.label for row in rows if row.calibrated]
+    if calibrated:
+        found.append(f"Calibrated on a text before any prompt: {', '.join(dict.fromkeys(calibrated))}.")
+    shown_ones = {task for block in board.blocks for some in block.tasks.values() for task in some}
+    missing = sorted(board.columns.keys() - shown_ones)
+    if missing:
+        found.append(f"Not in a mean, since some rows lack them: {', '.join(missing)} (--view long has them).")
     return found
 
 
-def _value(row: Row, tasks: Sequence[str]) -> str:
-    """The mean of some tasks' main metrics, which are all of one name."""
-    found = [row.values[t] for t in tasks if t in row.values]
-    if len(found) < len(tasks):
-        return "-"
-    errors = [m.stderr for m in found if m.stderr is not None]
-    stderr = sum(e * e for e in errors) ** 0.5 / len(found) if len(errors) == len(found) else None
-    return short(found[0].metric, sum(m.value for m in found) / len(found), stderr)
-
-
-def _name(row: Row) -> str:
-    return f"{MARKS.get(row.mark, ' ')} {row.name}"
-
-
-def _nats(row: Row) -> str:
-    return _estimate(row, row.nats, "0.0", lambda v: f"{v:+.1f}", "")
-
-
-def _recovery(row: Row) -> str:
-    return _estimate(row, row.recovery, "100 %", lambda v: f"{100 * v:3.0f}", " %")
-
-
-def _estimate(row: Row, found: Recovery | None, of_dense: str, text: Callable[[float], str], unit: str) -> str:
-    """A mean over tasks with its interval; of dense what it is by definition."""
-    if found is None:
-        return of_dense if row.kind == CONTROL else "-"
-    ends = "" if found.interval is None else f" [{', '.join(map(text, found.interval))}]"
-    return f"{text(found.value).strip()}{unit}{ends}"
-
-
-def level_name(rows: Sequence[Row]) -> str:
-    """`sparsity 70 %, read 0.30`; before it what is left out, where that is no neurons, and any scope but ours.
-
-    Where there are several sparsities, each row names its own.
-    """
-    of = f"{granularity(rows[0])}, " if rows and granularity(rows[0]) else ""
-    scope = next((row.scope for row in rows if row.scope), USUAL)
-    of = of if scope == USUAL else f"scope {scope}, {of}"
-    known = {row.sparsity for row in rows if row.sparsity is not None}
-    reads = sorted({share(row.read) for row in rows})
-    read = reads[0] if len(reads) == 1 else f"{reads[0]} to {reads[-1]}"
-    return of + (f"sparsity {sparsity(*known)}, read {read}" if len(known) == 1 else f"read {read}")
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left, *rest = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-    return "  ".join([left, *rest]).rstrip()
-
-
-def _row_lines(cells: list[str], widths: Sequence[int]) -> list[str]:
-    """A row; a name that is too long goes on in lines of its own, broken between its parts."""
-    name, rest = cells[0], cells[1:]
-    if len(name) <= widths[0]:
-        return [_line(cells, widths)]
-    mark, label = name[:2], name[2:]
-    first, *more = folded(label, widths[0] - len(mark))
-    return [_line([f"{mark}{first}", *rest], widths), *(f"  {line}" for line in more)]
-
-
-def _others(board: Board, columns: Sequence[Column]) -> int:
-    """Characters of all columns but the first, with the gaps before them."""
-    rows = board.rows
-    return sum(max(len(head), *(len(value(row)) for row in rows)) + 2 for head, value in columns[1:])
-
-
-def tasks_note(board: Board) -> str:
-    """Which number of each task is shown: said once."""
-
-    def with_size(task: str) -> str:
-        sizes = sorted({row.values[task].n for row in board.rows if task in row.values})
-        return f"{task} (n {sizes[0]})" if len(sizes) == 1 else f"{task} (n {sizes[0]} to {sizes[-1]})"
-
-    said = [f"{metric} of {', '.join(map(with_size, tasks))}" for metric, tasks in _by_metric(board).items()]
-    return f": {'; '.join(said)}" if said else ""
-
-
-def rounding_note(board: Board) -> list[str]:
-    """The first line, where rounding alone beats every pruned row of a level; else none."""
-    wins = [share(max(row.read for row in level.rows)) for level in board.levels if level.rounding_wins]
-    return [f"At read {', '.join(wins)} rounding alone keeps more than any pruned row."] if wins else []
-
-
-def legend(board: Board, columns: Sequence[Column]) -> list[str]:
-    """What was best at each level, and what the columns mean, each once."""
-    shown = {head for head, _ in columns}
-    rows = board.rows
-    text = [level.verdict for level in board.levels if level.verdict]
-    said = ["Value ± standard error, shares in per cent."]
-    if any(row.mark for row in rows):
-        said.append("* best pruned row of its level; ~ not told apart from it.")
-    if "recovery" in shown:
-        said.append("recovery: quality over dense's on the same documents, mean over tasks [95 % interval].")
-    if NATS in shown:
-        said.append(f"{NATS}: log-likelihood of right answers less dense's, nats per answer [95 % interval].")
-    if len({row.tasks for row in rows if row.recovery}) > 1:
-        said.append("A row that lacks a task (-) stands last in its level and takes no part in the test.")
-    said.append("read: share of the FFN weights that a token reads.")
-    if "extra" in shown:
-        said.append("extra: memory kept beside the model.")
-    if "overhead" in shown:
-        said.append("overhead: FLOPs that the method adds to a token.")
-    if "speed" in shown:
-        said.append("speed: of decoding, over dense, as `bench decode` measured it.")
-        if any(row.speed and row.speed.speedup is None for row in rows):
-            said.append("bytes only: no kernel there makes the bytes into time.")
-    if any(row.scope not in (None, USUAL) for row in rows):
-        said.append("scope: which positions ran pruned when answers were scored; compare rows of one scope.")
-    bounds = [row.name for row in rows if row.kind == UPPER_BOUND]
-    if bounds:
-        said.append(f"Upper bounds, which know what no method can know in time: {', '.join(dict.fromkeys(bounds))}.")
-    calibrated = [row.label for row in rows if row.calibrated]
-    if calibrated:
-        said.append(f"Calibrated on a text before any prompt: {', '.join(dict.fromkeys(calibrated))}.")
-    if any(granularity(row) for row in rows):
-        said.append("Rows that leave out input channels, single weights or experts for all take no part in the tests.")
-    return [*text, " ".join([*said, *board.notes])]
-
-
-def table(board: Board) -> Table:
-    """The board as a table with all its columns, whatever their width."""
-    columns = [
-        ("method", lambda row: row.name),
-        ("sparsity", lambda row: "-" if row.sparsity is None else sparsity(row.sparsity)),
-        ("read", lambda row: share(row.read)),
-        *columns_of(board)[1:],
-        ("", lambda row: row.mark or ("" if row.kind == "pruned" else row.kind)),
-    ]  # fmt: skip
-    body: list[list[str]] = []
-    rules: set[int] = set()
-    for level in board.levels:
-        if body:
-            rules.add(len(body))
-        body += [[value(row) for _, value in columns] for row in level.rows]
-    note = " ".join([*rounding_note(board), *legend(board, columns)])
-    return Table(f"Board of {board.model}", [head for head, _ in columns], body, note, rules=frozenset(rules))
+def table(board: Board, sort: str | None = None, level: float | None = None) -> list[Table]:
+    """The board as tables with all columns, one a block."""
+    made = []
+    for i, block in enumerate(board.blocks):
+        columns = columns_of(block)
+        body: list[list[str]] = []
+        rules: set[int] = set()
+        said: list[str] = []
+        for one in shown(block, level):
+            rules |= {len(body)} if body else set()
+            for row in ordered(one.rows, columns, sort):
+                asked = sparsity(row.sparsity) if row.keys else ""
+                mark = row.mark or ("" if row.kind == "pruned" else row.kind)
+                body.append([read_of(row), name_of(row, row.label), asked, *(c.text(row) for c in columns), mark])
+            said += one.said
+        chance = [f"Dense is no better than guessing on {', '.join(block.at_chance)}."] if block.at_chance else []
+        last = [*notes(board), *EXPLAINED] if block is board.blocks[-1] else []
+        title = f"Board of {board.model}: {sizes(board, block)}" if i == 0 else sizes(board, block)
+        heads = ["FFN bytes read", "method", "sparsity", *(c.title for c in columns), ""]
+        note = " ".join([*(wins(board) if i == 0 else ()), *chance, *said, *last])
+        made.append(Table(title, heads, body, note, rules=frozenset(rules)))
+    return made

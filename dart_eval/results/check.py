@@ -14,8 +14,9 @@ from dart_eval.results import stats, writers
 from dart_eval.results.baseline import rounded
 from dart_eval.results.compare import ColumnOf, names, table_of
 from dart_eval.results.format import chance, number, ratio, signed
+from dart_eval.results.frame import Compared, compared
 from dart_eval.results.metrics import GOLD
-from dart_eval.results.outcomes import Cell, Measure, Outcome, Unpaired, older_note, value
+from dart_eval.results.outcomes import Cell, Measure, Unpaired, older_note
 from dart_eval.results.pairing import (
     Pair,
     counterparts,
@@ -41,8 +42,7 @@ class Row:
 
     Attributes:
         cell: method, parameters and sparsity, for people.
-        recovery: now / then, the other way round where lower is better: below 1 is worse. None where there is no
-            such ratio (nothing to lose, or a value below 0).
+        recovery: of the quality then, above guessing; below 1 is worse. None where nothing could be lost.
         of_dense: the same against dense in the same results.
         changed: documents whose value moved.
         result: now against then; None where the cell is missing.
@@ -117,13 +117,14 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
             rows += [Row(labels[old.key], m.task, m.metric, why=found) for m in measures]
             continue
         made.append(found)
-        reference = _outcome(dense_of(found.a, dense))
+        reference = dense_of(found.a, dense)
         if reference is None and any(thresholds.of(m.task).of_dense is not None for m in measures):
             raise UserError(
                 f"thresholds set of_dense, and the results hold no dense cell for {old.inputs['task']}",
                 "run with --method dense too, or leave of_dense out",
             )
-        rows += [_row(labels[old.key], m, found, reference) for m in measures]
+        beside = {one.measure: one for one in _beside(found.a, reference)}
+        rows += [_row(labels[old.key], m, found, beside.get(m)) for m in measures]
     unknown = sorted(set(thresholds.tasks) - {r.task for r in rows})
     if unknown:
         raise UserError(f"thresholds name task {unknown[0]!r}", nearest(unknown[0], {r.task for r in rows}))
@@ -151,32 +152,37 @@ def _pair(old: Cell, cell: Cell | None, now: Sequence[Cell]) -> Pair | str:
         raise UserError(error.problem, "if the change is meant, write a new baseline with --update") from None
 
 
-def _outcome(cell: Cell | None) -> Outcome | None:
-    """What came out of a dense cell; None where it cannot be read, for its own row says so."""
-    with contextlib.suppress(UnreadSamples):
-        return None if cell is None else cell.read()
-    return None
+def _beside(cell: Cell, dense: Cell | None) -> list[Compared]:
+    """The cell beside its dense one; nothing where that cannot be read, for its own row says so."""
+    with contextlib.suppress(UnreadSamples, Unpaired):
+        if dense is not None:
+            found = pair(cell, dense)
+            return compared(found, found.x.measures)
+    return []
 
 
-def _row(name: str, measure: Measure, found: Pair, dense: Outcome | None) -> Row:
+def _row(name: str, measure: Measure, found: Pair, dense: Compared | None) -> Row:
     """A row without its verdict."""
-    values = found.values(measure)
-    if values is None:
+    made = compared(found, [measure])
+    if not made:
         return Row(name, measure.task, measure.metric, why="the results lack this metric")
-    result = values.test()
-    level = None  # sums of log-likelihoods over long answers say little as a share of dense's
-    if dense is not None and measure in dense.measures and measure.name != GOLD:
-        level = value(measure, dense.documents)
-    moved = ~(abs(values.a - values.b) <= CHANGED)
-    return Row(
-        name, measure.task, measure.metric, recovery(measure, result.value_a, result.value_b),
-        None if level is None else recovery(measure, result.value_a, level),
-        int(moved.reshape(len(moved), -1).any(1).sum()), result,
-    )  # fmt: skip
+    (one,) = made
+    # Sums of log-likelihoods over long answers say little as a share of dense's.
+    level = None if dense is None or measure.name == GOLD else _recovery(dense)
+    moved = ~(abs(one.pairs.a - one.pairs.b) <= CHANGED)
+    changed = int(moved.reshape(len(moved), -1).any(1).sum())
+    return Row(name, measure.task, measure.metric, _recovery(one), level, changed, one.test)
+
+
+def _recovery(one: Compared) -> float | None:
+    """Of accuracies of choices the share above guessing, of all else `recovery`."""
+    if one.chance or one.chance is None:
+        return one.recovery.value if one.recovery else None
+    return recovery(one.measure, one.test.value_a, one.test.value_b)
 
 
 def recovery(measure: Measure, now: float, then: float) -> float | None:
-    """Share of quality that is left: now / then, or then / now where lower is better.
+    """Share of quality that is left: now / then, or then / now where lower is better; None where nothing could be lost.
 
     Mean log-likelihoods are compared as likelihoods, exp(now - then), which is what the ratio of two perplexities does.
     """

@@ -12,7 +12,9 @@ from typing import Any
 from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
+from dart_eval.results.distance import beside_dense
 from dart_eval.results.format import chance, interval, number, ratio, signed, sparsity
+from dart_eval.results.frame import compared
 from dart_eval.results.inputs import DENSE, PRUNING, UNLIKE_DENSE, UNSAID, identity, model_of
 from dart_eval.results.labels import exact, labels
 from dart_eval.results.outcomes import Cell, Measure, cells, describe, newest, older_note
@@ -71,7 +73,7 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison
     Raises:
         UserError: nothing in common, or not the same documents.
     """
-    left, right = cells(a), cells(b)
+    left, right = (beside_dense(cells(folder), _texts(metrics)) for folder in (a, b))
     labelled = names(left)
     partners = counterparts(left, right)
     pairs = [(labelled[c.key], c, partners[c.key]) for c in left if c.key in partners]
@@ -100,7 +102,7 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
     Raises:
         UserError: no or several such cells, nothing in common, or not the same documents.
     """
-    everything = newest([c for folder in folders for c in cells(folder)])
+    everything = beside_dense(newest([c for folder in folders for c in cells(folder)]), _texts(metrics))
     labelled = names(everything, model=by == "model")
     sides = [_side(by, spec, everything, labelled) for spec in (a, b)]
     pairs: list[Named] = []
@@ -116,6 +118,11 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
         said = (f"{spec} has {_extent(side)}" for spec, side in zip((a, b), sides, strict=True))
         raise UserError(f"{a} and {b} have nothing in common: {', '.join(said)}", "run both on the same tasks")
     return _compare(a, b, pairs, metrics, [])
+
+
+def _texts(metrics: Sequence[str]) -> bool:
+    """Whether generated texts are held against dense's."""
+    return any(name == "all" or name.startswith("dense_") for name in metrics)
 
 
 def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, str]) -> list[Cell]:
@@ -223,14 +230,14 @@ def _compare(a: str, b: str, named: Sequence[Named], metrics: Sequence[str], not
             continue
         made.append(found)
         left_out.update((*found.x.left_out, *found.y.left_out))
-        for m in wanted(found.x.measures, metrics):
-            values = found.values(m)
-            if values is None:
-                left_out.add(f"{m.task} {m.metric}")
-                continue
+        asked = wanted(found.x.measures, metrics)
+        ours = compared(found, asked)
+        left_out |= {f"{m.task} {m.metric}" for m in set(asked) - {one.measure for one in ours}}
+        for one in ours:
+            m = one.measure
             family = (identity(left.inputs, ("task",)), identity(right.inputs, ("task",)), m.metric)
             families.setdefault(family, []).append(len(rows))
-            rows.append(Row(name, m.task, m.metric, m.higher_is_better, values.test(), left.key, right.key))
+            rows.append(Row(name, m.task, m.metric, m.higher_is_better, one.test, left.key, right.key))
     known = {m.name for one in made for m in one.x.measures}
     if unread is not None and not known:
         raise unread

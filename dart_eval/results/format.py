@@ -76,6 +76,18 @@ def sparsity(value: float) -> str:
     return f"{100 * value:.4g} %"
 
 
+def percent(value: float) -> str:
+    """A share of 1 in whole per cent: `30 %`."""
+    return f"{100 * value:.0f} %"
+
+
+def multiple(value: float) -> str:
+    """How many times something is: `1.08x`, `29.8x`, `298x`, `2.1e7x`."""
+    if not math.isfinite(value) or value >= 1e4:
+        return f"{_power(value)}x" if math.isfinite(value) else NO_NUMBER
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x"
+
+
 def share(value: float, digits: int = 2) -> str:
     """A share of 1, as `0.30`."""
     return f"{value:.{digits}f}"

@@ -1,60 +1,77 @@
-"""Quality against bytes read: how far down a method keeps 99, 95 and 90 % of dense."""
+"""Quality against bytes read: how far down a method keeps a share of dense's quality."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dart_eval.results.board import Board, Row
-from dart_eval.results.format import sparsity
+from dart_eval.results import metrics
+from dart_eval.results.blocks import CONTROL, GUESSING, Block, Board, Row
+from dart_eval.results.format import multiple, percent
 from dart_eval.results.writers import Table
 
-KEPT = (0.99, 0.95, 0.90)  # of dense's quality
-Point = tuple[float, float]  # read, recovery
+KEPT = (0.95, 0.9, 0.75)  # of dense's quality above guessing
+TIMES = (1.05, 1.2, 2.0)  # dense's perplexity
+Point = tuple[float, float]  # read, quality
 
 
-def curves(board: Board) -> dict[str, list[Row]]:
-    """Method -> its rows that have a recovery, from the highest read to the lowest."""
+def quality(block: Block, row: Row) -> float | None:
+    """What a frontier draws of a row: its share of dense's quality, or its perplexity as a multiple of dense's."""
+    found = row.quality.get(next(iter(block.tasks), ""))
+    if found is None or row.kind in (CONTROL, GUESSING):
+        return None
+    return found.share.value if found.share else found.times[0] if by_times(block) and found.times else None
+
+
+def by_times(block: Block) -> bool:
+    """Whether the block's first metric is a perplexity."""
+    return metrics.of(next(iter(block.tasks), "")).group == metrics.PERPLEXITY
+
+
+def curves(block: Block) -> dict[str, list[Row]]:
+    """Method -> its rows that have a quality beside dense's, from the highest read to the lowest."""
     found: dict[str, list[Row]] = {}
-    for row in board.rows:
-        if row.recovery is not None:
+    for row in block.rows:
+        if quality(block, row) is not None:
             found.setdefault(row.label, []).append(row)
     return {label: sorted(rows, key=lambda r: -r.read) for label, rows in sorted(found.items())}
 
 
-def reach(points: Sequence[Point], kept: float) -> tuple[float, bool]:
-    """The least read at which a curve from dense, (1, 1), still keeps a share of quality, and whether it was crossed.
+def reach(points: Sequence[Point], holds: Sequence[bool]) -> str:
+    """The least read at which a method still keeps something, as far as measured points say.
 
-    Between two measured points the curve is taken to be a line; beyond the last nothing is known.
+    Between two measured points the quality is not known, so the read is that of a point: `50 % to 30 %` is a read
+    between the last point that holds and the next one, which does not.
 
     Args:
-        points: from the highest read to the lowest.
+        points: from the highest read to the lowest. holds: of each whether it keeps enough.
     """
-    read, quality = 1.0, 1.0
-    for next_read, next_quality in points:
-        if next_quality < kept:
-            share = (quality - kept) / (quality - next_quality)
-            return read + share * (next_read - read), True
-        read, quality = next_read, next_quality
-    return read, False
+    lost = next((i for i, one in enumerate(holds) if not one), None)
+    if lost is None:
+        return f"{percent(points[-1][0])} or less"
+    least = percent(points[lost][0])
+    return f"above {least}" if lost == 0 else f"{least} to {percent(points[lost - 1][0])}"
 
 
 def tables(boards: Sequence[Board]) -> list[Table]:
-    """How far each method can go, one table a model."""
+    """How far each method can go, one table a block of a board."""
     made = []
     for board in boards:
-        body = []
-        for label, rows in curves(board).items():
-            points = [(r.read, r.recovery.value) for r in rows if r.recovery is not None]
-            cells = []
-            for kept in KEPT:
-                read, crossed = reach(points, kept)
-                cells.append(("" if crossed else "at least ") + sparsity(round(1 - read, 3)))
-            body.append([label, ", ".join(f"{r:.2f}" for r, _ in points), *cells])
-        columns = ["method", "measured at read", *(f"keeps {100 * k:.0f} %" for k in KEPT)]
-        note = (
-            "The sparsity up to which a method keeps so much of dense's quality (mean recovery over tasks). Between "
-            "two measured levels the recovery is taken to fall in a line. at least: it was still above at the last "
-            "one. These are single values; the board shows how uncertain they are."
-        )
-        made.append(Table(f"Frontier of {board.model}", columns, body, note))
+        for block in board.blocks:
+            down, body = by_times(block), []
+            for label, rows in curves(block).items():
+                points = [(r.read, q) for r in rows if (q := quality(block, r)) is not None]
+                said = [f"{percent(read)}: {multiple(q) if down else percent(q)}" for read, q in points]
+                wanted = TIMES if down else KEPT
+                cells = [reach(points, [q <= k if down else q >= k for _, q in points]) for k in wanted]
+                body.append([label, ", ".join(said), *cells])
+            if body:
+                heads = [f"{multiple(k)} or less" for k in TIMES] if down else [f"{percent(k)} or more" for k in KEPT]
+                what = "perplexity x dense" if down else "share of dense's quality"
+                tasks = ", ".join(task for some in list(block.tasks.values())[:1] for task in some)
+                note = (
+                    f"{what} at each measured read, on {tasks}. Columns: the FFN bytes read at which the method still "
+                    "has that; between two measured points it is not known where. These are single values: the board "
+                    "shows their intervals."
+                )
+                made.append(Table(f"Frontier of {board.model}", ["method", "measured", *heads], body, note))
     return made

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 ACCURACY, SUMMARIES, PERPLEXITY, OTHER = "Accuracy", "Summaries", "Perplexity (lower is better)", "Other metrics"
-GROUPS = (ACCURACY, SUMMARIES, PERPLEXITY, OTHER)
+DISTANCE = "Distance to dense"
+GROUPS = (ACCURACY, SUMMARIES, PERPLEXITY, DISTANCE, OTHER)
 GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of choice tasks hold beside their metrics
 
 
@@ -59,6 +60,9 @@ METRICS = {
     "byte_perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="byte ppl"),
     "bits_per_byte": Kind(PERPLEXITY, kind="bits", width=2, short="bits/byte"),
     "perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="ppl"),
+    "flips": Kind(DISTANCE, short="flips", percent=True),
+    "dense_rougeL": Kind(DISTANCE, short="R-L to dense", percent=True),
+    "dense_tokens": Kind(DISTANCE, short="tokens as dense", digits=1),
 }
 UNKNOWN = Kind()
 
@@ -66,6 +70,21 @@ UNKNOWN = Kind()
 def of(metric: str) -> Kind:
     """What is known of a metric; its filter (`exact_match,strict`) does not count."""
     return METRICS.get(metric.partition(",")[0], UNKNOWN)
+
+
+WORDS = {"acc": "accuracy", "rougeL": "ROUGE-L", "word_perplexity": "perplexity"}
+
+
+def said(metric: str) -> str:
+    """A metric's name for people, without its filter."""
+    name = metric.partition(",")[0]
+    return WORDS.get(name, name)
+
+
+def order(metric: str) -> tuple[int, str]:
+    """What columns are sorted by: the order of `METRICS`, others by name after them."""
+    names = list(METRICS)
+    return (names.index(metric) if metric in METRICS else len(names)), metric
 
 
 def in_group(group: str) -> list[str]:
@@ -94,6 +113,6 @@ def main(found: Iterable[N]) -> list[N]:
     everything = list(found)
     last = len(METRICS)
     for m in sorted(everything, key=lambda m: last if (rank := of(m.metric).rank) is None else rank):
-        if m.higher_is_better is not None and m.metric.partition(",")[0] != GOLD:
+        if m.higher_is_better is not None and m.metric.partition(",")[0] != GOLD and of(m.metric).group != DISTANCE:
             chosen.setdefault(m.task, m)
     return [m for m in everything if chosen.get(m.task) is m]

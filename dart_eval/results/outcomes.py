@@ -162,7 +162,7 @@ def describe(cell: Cell, model: bool = False) -> str:
 
 def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
     """Documents and measures of a record; a group's weights are those that give the value in the record."""
-    documents = frame(samples).drop(columns="responses", errors="ignore")  # they are long, and no test reads them
+    documents = _without_responses(frame(samples))
     tasks = set(documents.index.get_level_values("task"))
     children: dict[str, set[str]] = {}
     for m in record.metrics:
@@ -184,6 +184,24 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
     golds = [Measure(m.task, metrics.GOLD, True, m.members, m.equal) for m in reversed(firsts.values())]
     measures += [g for g in golds if value(g, documents) is not None]
     return Outcome(tuple(measures), documents, tuple(left_out))
+
+
+def _without_responses(documents: pd.DataFrame) -> pd.DataFrame:
+    """The documents with the number of choices of each, the one that was chosen, or the text, in place of responses."""
+    responses = documents.pop("responses") if "responses" in documents else [None] * len(documents)
+    scores = [_scores(found) for found in responses]
+    return documents.assign(
+        choices=[len(found) for found in scores],
+        chosen=[max(range(len(found)), key=found.__getitem__) if found else None for found in scores],
+        text=[r[0] if isinstance(r, list) and len(r) == 1 and isinstance(r[0], str) else None for r in responses],
+    )
+
+
+def _scores(responses: Any) -> list[float]:
+    """The log-likelihoods of an item's choices; none where the item has no choices."""
+    many = isinstance(responses, list) and len(responses) > 1 and all(isinstance(r, list) and r for r in responses)
+    scores = [r[0] for r in responses] if many else []
+    return scores if all(isinstance(score, (int, float)) for score in scores) else []
 
 
 def _ends(task: str, children: Mapping[str, set[str]]) -> set[str]:
@@ -249,6 +267,8 @@ class Pairs(NamedTuple):
         units: [n] the independent unit of each document: a group's are its members, a task's its clusters, or its
             documents where they have none.
         weights: [n] where documents have some.
+        chance: [n] the quality of an answerer that guesses; 0 where the metric is no accuracy of a choice; NaN where it
+            is not known.
     """
 
     measure: Measure
@@ -256,10 +276,11 @@ class Pairs(NamedTuple):
     b: np.ndarray
     units: list[str]
     weights: np.ndarray | None
+    chance: np.ndarray
 
     def test(self) -> stats.Paired:
         """The paired test of A against B."""
-        return stats.paired(self.measure.kind, *self[1:], self.measure.higher_is_better)
+        return stats.paired(self.measure.kind, *self[1:5], self.measure.higher_is_better)
 
 
 def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
@@ -274,7 +295,32 @@ def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
         task if group else cluster or f"{task} {number}"
         for (task, number, _), cluster in zip(left.index, left["cluster"], strict=True)
     ]
-    return Pairs(measure, x, y, units, _weights(measure, left))
+    return Pairs(measure, x, y, units, _weights(measure, left), _chance(measure, left, x, y))
+
+
+def _chance(measure: Measure, rows: pd.DataFrame, *values: np.ndarray) -> np.ndarray:
+    """[n] the quality of an answerer that guesses: 1 / choices, where answers are right or wrong and nothing between.
+
+    A share of the probability, as of TruthfulQA's mc2, has a chance that does not follow from the number of choices.
+    """
+    if not metrics.of(measure.name).chance or "choices" not in rows:
+        return np.zeros(len(rows))
+    choices = rows["choices"].to_numpy(float)
+    if "acc_mutual_info" in rows:  # each choice was scored without its context, too
+        choices = choices / 2
+    guess = np.where(choices > 1, 1 / np.maximum(choices, 1), 0.0)
+    return guess if all(np.isin(v, (0, 1)).all() for v in values) else np.where(choices > 1, np.nan, 0.0)
+
+
+def own_distance(measure: Measure, pruned: Outcome, dense: Outcome) -> Outcome:
+    """The dense outcome with its distance from itself, at the positions at which the pruned one's was measured."""
+    if measure.name not in ("kl", "top1"):
+        return dense
+    values = [
+        None if v is None else [0.0 if measure.name == "kl" else v[1], v[1]] for v in pruned.documents[measure.name]
+    ]
+    documents = dense.documents.assign(**{measure.name: values})
+    return dataclasses.replace(dense, measures=(*dense.measures, measure), documents=documents)
 
 
 def mean_of(tasks: Sequence[Pairs], shares: Sequence[float]) -> Pairs | None:
@@ -291,7 +337,8 @@ def mean_of(tasks: Sequence[Pairs], shares: Sequence[float]) -> Pairs | None:
     own = [np.ones(len(task.a)) if task.weights is None else task.weights for task in tasks]
     weights = np.concatenate([share * w / w.sum() for share, w in zip(shares, own, strict=True)])
     x, y = np.concatenate([task.a for task in tasks]), np.concatenate([task.b for task in tasks])
-    return Pairs(tasks[0].measure, x, y, [unit for task in tasks for unit in task.units], weights)
+    chance = np.concatenate([task.chance for task in tasks])
+    return Pairs(tasks[0].measure, x, y, [unit for task in tasks for unit in task.units], weights, chance)
 
 
 class Unpaired(UserError):

@@ -15,7 +15,7 @@ from dart_eval.errors import UserError
 from dart_eval.results.inputs import ASKED, DENSE, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
 from dart_eval.results.labels import Named
-from dart_eval.results.outcomes import Cell, Measure, Outcome, Pairs, check_paired, describe, pairs
+from dart_eval.results.outcomes import Cell, Measure, Outcome, Pairs, check_paired, describe, own_distance, pairs
 
 N = TypeVar("N", bound=Named)
 
@@ -30,9 +30,15 @@ class Pair:
     y: Outcome
 
     def values(self, measure: Measure) -> Pairs | None:
-        """The values of a measure under both; None where one lacks it, or where they do not pair."""
-        known = measure in self.x.measures and measure in self.y.measures
-        return pairs(measure, self.x, self.y) if known else None
+        """The values of a measure under both; None where one lacks it, or where they do not pair.
+
+        A dense cell does not store how far it is from itself.
+        """
+        y = self.y
+        if measure not in y.measures and measure in self.x.measures and self.b.inputs["method"] == DENSE:
+            y = own_distance(measure, self.x, y)
+        known = measure in self.x.measures and measure in y.measures
+        return pairs(measure, self.x, y) if known else None
 
 
 def pair(a: Cell, b: Cell) -> Pair:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from dart_eval.results import metrics, writers
 from dart_eval.results.format import NO_NUMBER, count, number, share, size, small_share, sparsity, with_error
 from dart_eval.results.record import Record
-from dart_eval.results.rows import cells_frame, in_order, metrics_frame, rows
+from dart_eval.results.rows import cells_frame, in_order, metrics_frame
 from dart_eval.results.writers import Column, Table
-from dart_eval.text import json_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,15 +125,3 @@ def cut_prompts(records: Sequence[Record]) -> list[str]:
             said = f"{cut} of {asked} prompts of {r.inputs['task']} {'was' if cut == 1 else 'were'} cut"
             found[f"{said} to fit with the answer into {length} tokens."] = None
     return list(found)
-
-
-def render(records: Sequence[Record], form: str, subtasks: bool = False) -> str:
-    """As text in one of `FORMATS`: json and csv hold the rows, md and tex the tables for people."""
-    if form in ("json", "csv"):
-        data = rows(records, subtasks)
-        names = list(dict.fromkeys(name for row in data for name in row))
-        if form == "csv":
-            return writers.csv_text([names, *([row.get(name) for name in names] for row in data)])
-        return json_text(writers.finite(data)) + "\n"
-    writer = writers.markdown if form == "md" else writers.latex
-    return "\n".join(writer(table) for table in tables(records, subtasks))

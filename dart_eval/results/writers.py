@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dart_eval.text import printable
+from dart_eval.text import json_text, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,6 +115,14 @@ def finite(value: Any) -> Any:
 
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-", re.IGNORECASE)  # or the dash that stands for none
+
+
+def data_text(rows: Sequence[dict[str, Any]], form: str) -> str:
+    """Rows as csv or json, one column for each name that any of them has."""
+    if form == "json":
+        return json_text(finite(list(rows))) + "\n"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return csv_text([names, *([row.get(name) for name in names] for row in rows)])
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:

@@ -20,9 +20,9 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
-from dart_eval.results.tables import render
 from tests.helpers.commands import command
 from tests.helpers.models import VOCAB, random_tokens, tiny
+from tests.helpers.records import render
 from tests.helpers.requests import TextRequest, words
 
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}

@@ -6,8 +6,11 @@ import math
 
 import numpy as np
 
+from dart_eval.results import writers
 from dart_eval.results.record import Metric, Record
+from dart_eval.results.rows import rows
 from dart_eval.results.store import Store
+from dart_eval.results.tables import tables
 
 ARC = (Metric("arc_easy", "acc", 0.6251, 0.0123, 400, True), Metric("arc_easy", "acc_norm", 0.5, None, 400, True))
 
@@ -112,6 +115,22 @@ def answered(
         settings={"batch_size": 8, "command": "dart-eval run"}, environment={},
         measured={"seconds": 1.0, "created": created, "peak": 1}, samples=lines or samples(task, values),
     )  # fmt: skip
+
+
+def render(records, form, subtasks=False):
+    """The rows of records as csv or json, or their long tables as md or tex."""
+    if form in ("csv", "json"):
+        return writers.data_text(rows(records, subtasks), form)
+    return "\n".join({"md": writers.markdown, "tex": writers.latex}[form](t) for t in tables(records, subtasks))
+
+
+def choosing(record, options=4):
+    """The record with as many choices a document: the first is right, and is chosen where `acc` says so."""
+    for s in record.samples:
+        scores = [-1.0] * options
+        scores[0 if s["metrics"]["acc"] else 1] = -0.5
+        s["responses"] = [[score, False] for score in scores]
+    return record
 
 
 def save(folder, *records):

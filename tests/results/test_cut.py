@@ -13,9 +13,8 @@ from dart_eval.results.record import Record
 from dart_eval.results.report import build
 from dart_eval.results.rows import rows
 from dart_eval.results.store import Store
-from dart_eval.results.tables import render
 from tests.helpers.commands import run_local
-from tests.helpers.records import record, sealed
+from tests.helpers.records import record, render, sealed
 
 NEW = 48  # tokens of a summary at most
 LENGTHS = {"smoke_questions": 14, "smoke_summary": 350 + NEW}  # of the six prompts some fit

@@ -36,11 +36,11 @@ def test_a_chart_is_the_same_text_each_time_and_keeps_it_as_text_in_the_colours_
 def test_methods_stand_side_by_side_and_their_names_do_not_cover_each_other():
     axes = Figure().add_subplot()
     draw(axes, LINES, LOOKS, [])
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["0.30", "0.50"]  # .51 stands in the level of .50
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["30 %", "50 %"]  # .51 stands in the level of .50
     first = [container.lines[0].get_xdata()[0] for container in axes.containers]
     assert first[0] > first[2] and len({round(x, 3) for x in first}) == 3
     names = {t.get_text(): t.xyann[1] for t in axes.texts}
-    assert list(names) == ["b at 0.51", "a name too long to \u2026", "a"]
+    assert list(names) == ["b at 51 %", "a name too long to \u2026", "a"]
     heights = list(names.values())
     assert all(low >= 0 and high - low >= 0.99 * LINE for low, high in itertools.pairwise(heights))
 
@@ -57,7 +57,7 @@ def test_charts_say_in_words_what_they_show(page):
     html = page.read_text()
     assert 'aria-label="arc_easy, acc, n 8: dense 0.7500 ± 0.1700; dart at read 0.50 0.6250 ± 0.1700;' in html
     assert "griffin at read 0.30 0.2500 ± 0.1700; guessing 0.3333" in html
-    assert "dart keeps 83 % at read 0.50; dart keeps 50 % at read 0.30; griffin keeps 67 % at read 0.50" in html
+    assert "dart 70 % at read 0.50; dart 10 % at read 0.30; griffin 40 % at read 0.50; griffin -20 % at read" in html
     assert html.count('role="img"') == html.count("<svg") == 1 + 3 + 4
 
 

@@ -14,8 +14,8 @@ from dart_eval.evaluation.evaluate import _perplexity_stderr
 from dart_eval.results.labels import labels
 from dart_eval.results.record import SCHEMA, Metric, Record
 from dart_eval.results.rows import rows
-from dart_eval.results.tables import render, tables
-from tests.helpers.records import SCHEMA_1, record, sealed, table_body
+from dart_eval.results.tables import tables
+from tests.helpers.records import SCHEMA_1, record, render, sealed, table_body
 
 ROW_KEYS = {
     "model", "method", "params", "sparsity", "scope", "task", "metric", "value", "stderr", "n", "effective_sparsity",

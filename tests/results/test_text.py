@@ -23,7 +23,7 @@ from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, csv_text
 from dart_eval.text import json_text, printable
 from tests.helpers.commands import command
-from tests.helpers.records import answered, record, save
+from tests.helpers.records import answered, record, render, save
 
 NASTY = [
     "\x1b[31mred", "\x1b]0;title\x07", "a\nb", "a\r\nb", "nul\0", "\x9b2J", "\u202egnp.exe", "\u2066x\u2069", "\ud800",
@@ -162,7 +162,7 @@ def test_no_name_in_a_record_reaches_a_table_raw():
     made = record(EVIL, model=EVIL, key="k2")
     made.inputs["task"] = EVIL
     for form in tables.FORMATS:
-        assert raw(tables.render([made, record()], form)) == set(), form
+        assert raw(render([made, record()], form)) == set(), form
 
 
 def test_no_name_in_a_record_reaches_a_comparison_raw(tmp_path):

@@ -9,7 +9,8 @@ from typing import Any
 
 from dart_eval.bench import kept
 from dart_eval.results import board_text, detector, frontier, generated, tables
-from dart_eval.results.board import Board, boards
+from dart_eval.results.blocks import Block, Board
+from dart_eval.results.board import boards
 from dart_eval.results.report import charts, head, page, quality
 from dart_eval.results.report.cells import Cell, cells_of, looks
 from dart_eval.results.report.drift import drift_of
@@ -18,6 +19,7 @@ from dart_eval.results.report.reader import Looked, Reader
 from dart_eval.results.store import Store, UnreadSamples
 from dart_eval.results.writers import Table
 
+FIRST = ("above", "of dense", "perplexity")  # columns that stand first, for narrow screens
 MOST = 600  # documents of all tasks together: a page of some MB
 
 
@@ -63,7 +65,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
         "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.kept,
         "left_out": len(set[Any]().union(*(seen.left_out for seen in looked.values()))),
         "numbers": [*tables.tables(records), *generated.table(records, texts_of), *_commands(cells)],
-        "cells": len(found.records),
+        "cells": len(found.records), "explained": board_text.EXPLAINED,
     }  # fmt: skip
     return Report(page.render(context), len(found.records), samples)
 
@@ -92,18 +94,32 @@ def _read(reader: Reader, cells: Sequence[Cell]) -> tuple[dict[str, Looked], dic
 
 def _model(board: Board, known: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
     """What the page shows of one model."""
-    columns = board_text.columns_of(board)
-    levels = [
-        (board_text.level_name(level.rows), [(row, [value(row) for _, value in columns]) for row in level.rows])
-        for level in board.levels
-    ]
-    reach = frontier.tables([board])[0]
     return {
-        "name": board.model, "about": board_text.tasks_note(board), "heads": [name for name, _ in columns],
-        "levels": levels, "verdicts": [level.verdict for level in board.levels if level.verdict],
-        "legend": board_text.legend(board, columns)[-1], "charts": quality.charts(board, known, chance),
-        "reach": reach if reach.body else None, "speeds": quality.speeds(board),
+        "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
+        "wins": board_text.wins(board), "notes": board_text.notes(board),
+        "charts": quality.charts(board, known, chance), "reach": frontier.tables([board]),
+        "speeds": quality.speeds(board),
     }  # fmt: skip
+
+
+def _block(board: Board, block: Block) -> dict[str, Any]:
+    """A block's table: the share of dense's quality stands before the value, for a narrow screen."""
+    columns = sorted(board_text.columns_of(block), key=lambda c: c.name not in FIRST)
+    leading = [c for c in columns if c.name in FIRST]
+    rest = columns[len(leading) :]
+    rows = [
+        (
+            row,
+            board_text.name_of(row),
+            [*(c.text(row) for c in leading), board_text.read_of(row), *(c.text(row) for c in rest)],
+        )
+        for row in block.rows
+    ]
+    said = [sentence for level in block.levels for sentence in level.said]
+    if block.at_chance:
+        said.append(f"Dense is no better than guessing on {', '.join(block.at_chance)}.")
+    heads = [*(c.title for c in leading), "FFN bytes read", *(c.title for c in rest)]
+    return {"about": board_text.sizes(board, block), "heads": heads, "rows": rows, "said": said}
 
 
 def _commands(cells: Sequence[Cell]) -> list[Table]:

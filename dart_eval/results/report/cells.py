@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dart_eval.results.board import CONTROL, Board, Row
+from dart_eval.results.blocks import CONTROL, GUESSING, Board, Row
 from dart_eval.results.format import sparsity
 from dart_eval.results.record import Record
 
@@ -30,7 +31,7 @@ def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[Cell]:
     found = []
     for board in boards:
         model = f"{board.model}: " if len(boards) > 1 else ""
-        for row in board.rows:
+        for row in {row.keys: row for row in board.rows if row.kind != GUESSING}.values():
             name = model + (f"{row.label} {sparsity(row.sparsity)}" if row.sparsity else row.label)
             found += [Cell(by_key[key], row, name) for key in row.keys]
     return found
@@ -42,5 +43,9 @@ def flat(row: Row) -> bool:
 
 
 def looks(cells: Iterable[Cell]) -> dict[str, int]:
-    """Label -> the number of its colour and marker, the same in all charts; dense has none."""
-    return {name: i for i, name in enumerate(sorted({c.row.label for c in cells if not flat(c.row)}))}
+    """Label -> the number of its colour and marker, the same in all charts; dense has none.
+
+    Methods with many cells come first, so that those which meet in most charts differ in colour.
+    """
+    counts = Counter(c.row.label for c in cells if not flat(c.row))
+    return {name: i for i, name in enumerate(sorted(counts, key=lambda name: (-counts[name], name)))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import statistics
 import warnings
@@ -18,13 +19,16 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dart_eval.results.board import WIDTH_OF_LEVEL, Board
-from dart_eval.results.frontier import curves
+from dart_eval.results import metrics
+from dart_eval.results.blocks import WIDTH_OF_LEVEL, Block, Board
+from dart_eval.results.format import percent
+from dart_eval.results.frontier import by_times, curves
 
 SIZE = 4.7, 3.0  # inches of 72 units: about the pixels that a chart gets on the page
 LINE = 0.07  # height of a line of text / height of the axes
 LONGEST = 20  # characters of a name beside a line
-MOST_TICKS = 7
+MOST_TICKS = 6
+MOST_TIMES = 50.0  # dense's perplexity: a model that is further off is broken, whatever the number
 COLOURS = ("#3a82c8", "#d2691e", "#2a9a72", "#b9559c", "#a07d18", "#3d9db5", "#a5714a", "#7b7fd8")  # on light and dark
 ALARM = "#d64541"
 SIGNS = dict(zip("os^Dv<>P*X", "●■▲◆▼◀▶✚★✖", strict=True))  # markers, and how a legend writes them
@@ -82,28 +86,35 @@ def look(number: int) -> dict[str, Any]:
     return {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
 
 
-def recoveries(board: Board) -> dict[str, list[Point]]:
-    """The mean recovery of every method at what it reads, in per cent of dense, with its 95 % interval."""
+def points(block: Block) -> dict[str, list[Point]]:
+    """The quality of every method beside dense's at what it reads, with its 95 % interval: per cent, or times."""
     found: dict[str, list[Point]] = {}
-    for label, rows in curves(board).items():
+    first = next(iter(block.tasks), "")
+    for label, rows in curves(block).items():
         for row in rows:
-            if (r := row.recovery) is not None:
-                ends = (r.value, *(r.interval or (r.value, r.value)))
+            quality = row.quality[first]
+            if quality.share is not None:
+                ends = (quality.share.value, *quality.share.interval)
                 found.setdefault(label, []).append(Point(row.read, *(100 * x for x in ends)))
+            elif quality.times is not None:
+                value, interval = quality.times
+                found.setdefault(label, []).append(Point(row.read, value, *(interval or (value, value))))
     return found
 
 
 def draw(
     axes: Any, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
-    chance: float | None = None, log: bool = False,
+    chance: float | None = None, log: bool = False, cap: tuple[float, float] = (-math.inf, math.inf),
 ) -> None:  # fmt: skip
     """Draw quality against what is read: a line a method with its name at the end, side by side at every level.
+
+    A value beyond the cap is drawn at it, and its line's name says the value.
 
     Args:
         lines: label -> points, from the highest read to the lowest.
         looks: label -> the number of its look.
         dense: what reads everything, as lines with a band. chance: the value under guessing.
-        log: the vertical axis is logarithmic.
+        log: the vertical axis is logarithmic. cap: the lowest and the highest value that is drawn.
     """
     levels = _levels(p.read for points in lines.values() for p in points)
     reach = levels[-1] - levels[0] or 0.2
@@ -117,25 +128,36 @@ def draw(
     ends = []
     for i, (label, points) in enumerate(lines.items()):
         xs = [p.read + ((len(lines) - 1) / 2 - i) * step for p in points]
-        lows = [max(p.low, 0.001 * p.value) if log else p.low for p in points]
-        spans = [[p.value - low for p, low in zip(points, lows, strict=True)], [p.high - p.value for p in points]]
-        drawn = axes.errorbar(xs, [p.value for p in points], yerr=spans, **look(looks[label]), linewidth=1.4)
+        shown = [Point(p.read, *(min(max(x, cap[0]), cap[1]) for x in p[1:])) for p in points]
+        lows = [max(p.low, 0.001 * p.value) if log else p.low for p in shown]
+        spans = [[p.value - low for p, low in zip(shown, lows, strict=True)], [p.high - p.value for p in shown]]
+        drawn = axes.errorbar(xs, [p.value for p in shown], yerr=spans, **look(looks[label]), linewidth=1.4)
         for bar in drawn.lines[2]:
             bar.set(alpha=0.4, linewidth=1.2)
-        end = "" if points[-1].read < levels[0] + 0.5 * gap else f" at {points[-1].read:.2f}"
-        ends.append((_short(label) + end, xs[-1], points[-1].value, drawn.lines[0].get_color()))
+        end = "" if points[-1].read < levels[0] + 0.5 * gap else f" at {percent(points[-1].read)}"
+        end += f": {points[-1].value:,.3g}" if shown[-1].value != points[-1].value else ""
+        ends.append((_short(label) + end, xs[-1], shown[-1].value, drawn.lines[0].get_color()))
     axes.set_xlim(levels[-1] + 0.4 * gap, levels[0] - 0.4 * gap)
-    if len(levels) <= MOST_TICKS:
-        axes.set_xticks(levels, [f"{x:.2f}" for x in levels])
-    axes.set_xlabel("read: share of the FFN weight bytes")
+    ticks = _apart(levels, (levels[-1] - levels[0]) / MOST_TICKS)
+    axes.set_xticks(ticks, [percent(x) for x in ticks])
+    axes.set_xlabel("FFN bytes read")
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif min(p.value for points in [*lines.values(), dense] for p in points) >= 0:
+    elif cap[0] == -math.inf and min(p.value for points in [*lines.values(), dense] for p in points) >= 0:
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # not below zero for the sake of an interval
     _name(axes, ends)
+
+
+def _apart(levels: Sequence[float], gap: float) -> list[float]:
+    """Levels of which none is nearer to the one before it than a gap, so that their ticks do not overlap."""
+    found: list[float] = []
+    for level in levels:
+        if not found or level - found[-1] >= gap:
+            found.append(level)
+    return found
 
 
 def _levels(reads: Iterable[float]) -> list[float]:
@@ -170,7 +192,7 @@ def _name(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
 
 
 def picture(board: Board, form: str) -> bytes:
-    """The mean recoveries of a board as a file of their own.
+    """The quality of a board's first block that has any, as a file of its own.
 
     Args:
         form: `png`, `svg` or `pdf`.
@@ -179,12 +201,29 @@ def picture(board: Board, form: str) -> bytes:
     with mpl.rc_context({**SETTINGS, "svg.fonttype": "path", "svg.hashsalt": "dart-eval"}):
         figure = Figure(figsize=(7.0, 4.2))
         axes = figure.add_subplot()
-        found = recoveries(board)
-        draw(axes, found, {label: i for i, label in enumerate(found)}, [Point(1, 100, 100, 100)])
-        axes.set(ylabel="mean recovery, % of dense", title=board.model)
+        block = next(b for b in board.blocks if curves(b))
+        found = points(block)
+        quality(axes, block, {label: i for i, label in enumerate(found)})
+        axes.set(ylabel=of_quality(block), title=board.model)
         metadata = {"Date": None} if form == "svg" else {"CreationDate": None} if form == "pdf" else {}
         figure.savefig(kept, format=form, dpi=150, metadata=metadata)
     return kept.getvalue()
+
+
+def quality(axes: Any, block: Block, looks: Mapping[str, int]) -> None:
+    """Draw the quality of a block beside dense's; what runs away is capped and named."""
+    if by_times(block):
+        draw(axes, points(block), looks, [Point(1, 1, 1, 1)], None, True, (0.5, MOST_TIMES))
+    else:
+        draw(axes, points(block), looks, [Point(1, 100, 100, 100)], 0.0, False, (-50.0, 150.0))
+
+
+def of_quality(block: Block) -> str:
+    """What the vertical axis of `quality` is."""
+    if by_times(block):
+        return "perplexity, x dense (lower is better)"
+    chance = metrics.of(next(iter(block.tasks))).chance
+    return "% of dense above guessing" if chance else "% of dense"
 
 
 def trace(

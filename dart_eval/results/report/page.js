@@ -1,6 +1,33 @@
 "use strict";
-// Search and filters of the documents. All texts stand in the page; the script only hides and shows them.
+// Columns that sort, and search and filters of the documents. All texts stand in the page; the script only orders, hides
+// and shows them.
 (() => {
+  const number = (text) => { const found = text.match(/[-+]?[\d.]+(e[-+]?\d+)?/); return found ? +found[0] : null; };
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const [heads, body] = [[...table.tHead.rows[0].cells], table.tBodies[0]];
+    const rows = [...body.rows];
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const down = head.ariaSort === "ascending";
+        heads.forEach((other) => { other.ariaSort = null; });
+        head.ariaSort = down ? "descending" : "ascending";
+        const text = (row) => row.cells[column].textContent;
+        const order = (a, b) => {
+          const [x, y] = column ? [number(text(a)), number(text(b))] : [text(a), text(b)];
+          if (x === null || y === null) return (x === null) - (y === null);
+          return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
+        };
+        body.append(...rows.toSorted(order));
+      });
+    });
+  }
+})();
+(() => {
+  if (!document.getElementById("controls")) return;
   const [controls, search, methods, differ, shown] = ["controls", "search", "methods", "differ", "shown"]
     .map((id) => document.getElementById(id));
   const tasks = [...document.querySelectorAll(".task")].map((task) => ({

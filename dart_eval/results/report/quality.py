@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 
 from dart_eval.results import metrics
-from dart_eval.results.board import Board, Row
-from dart_eval.results.format import finite, number, share, with_error
+from dart_eval.results.blocks import Board, Row
+from dart_eval.results.board_text import sizes
+from dart_eval.results.format import finite, multiple, number, share, with_error
+from dart_eval.results.frontier import by_times
 from dart_eval.results.record import Metric
 from dart_eval.results.report.cells import flat
-from dart_eval.results.report.charts import Chart, Point, draw, recoveries
+from dart_eval.results.report.charts import MOST_TIMES, Chart, Point, draw, of_quality, points, quality
 from dart_eval.results.writers import Table
 
 
 def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> list[Chart]:
-    """The mean recovery, then the main metric of each task, against what is read; none where there is no number.
+    """The quality of each block beside dense's, then each task's main metric, against what is read.
 
     Args:
         chance: task -> its accuracy under guessing.
     """
     made = []
-    if found := recoveries(board):
-        words = [f"{name} keeps {p.value:.0f} % at read {share(p.read)}" for name in found for p in found[name]]
-        level = Point(1, 100, 100, 100)
-        note = "% of dense, mean over tasks"
-        made.append(Chart("Recovery", note, "; ".join(words), lambda axes: draw(axes, found, looks, [level])))
+    for block in board.blocks:
+        if found := points(block):
+            said = multiple if by_times(block) else "{:.0f} %".format
+            words = [f"{name} {said(p.value)} at read {share(p.read)}" for name in found for p in found[name]]
+            draws = functools.partial(quality, block=block, looks=looks)
+            title = "Perplexity" if by_times(block) else "Quality"
+            note = f"{of_quality(block)}; {sizes(board, block)}"
+            made.append(Chart(title, note, "; ".join(words), draws))
+    rows = list({row.keys: row for row in board.rows}.values())
     for task, metric in board.columns.items():
-        values = [(row, row.values[task]) for row in board.rows if task in row.values]
+        values = [(row, row.values[task]) for row in rows if task in row.values]
         guess = chance.get(task) if metrics.of(metric).chance else None
         made += _chart(task, values, looks, guess)
     return made
@@ -59,9 +67,10 @@ def _chart(
         f"{len(values) - len(drawn)} without a finite value left out" if len(values) > len(drawn) else "",
         f"{bare} without a standard error" if bare else "",
     ]  # fmt: skip
+    cap = (0.0, MOST_TIMES * (dense[0].value if dense else min(ys))) if log else (-math.inf, math.inf)
     return [Chart(
         task, ", ".join(n for n in note if n), "; ".join(words),
-        lambda axes: draw(axes, lines, looks, dense, chance, log),
+        lambda axes: draw(axes, lines, looks, dense, chance, log, cap),
     )]  # fmt: skip
 
 
@@ -70,15 +79,15 @@ def speeds(board: Board) -> Table | None:
     body = [
         [
             row.label, share(row.read),
-            f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]" if s.speedup else s.times,
+            f"{s.speedup.median:.2f}x [{s.speedup.low:.2f}, {s.speedup.high:.2f}]" if s.speedup else "none yet",
             f"{s.control.median:.2f}x" if s.control else "-", f"{s.ceiling:.2f}x",
             f"{s.device}, {s.hardware}, after {s.prompt_tokens} tokens",
         ]
-        for row in board.rows if (s := row.speed)
+        for row in {row.keys: row for row in board.rows}.values() if (s := row.speed)
     ]  # fmt: skip
     note = (
         "speed: of decoding, over dense, as dart-eval bench decode measured it [quartiles]. control: dense over dense, "
-        "so what is as near to 1 as that is noise. ceiling: the most that the bytes of the model allow. bytes only: no "
+        "so what is as near to 1 as that is noise. ceiling: the most that the bytes of the model allow. none yet: no "
         "kernel there makes the bytes into time."
     )
     heads = ["method", "read", "speed", "control", "ceiling", "measured on"]

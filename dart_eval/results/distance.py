@@ -1,0 +1,90 @@
+"""How far a cell's answers lie from dense's own, by document: flips of choices, and texts beside dense's text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from dart_eval.errors import UserError
+from dart_eval.results.outcomes import Cell, Measure, Outcome, check_paired
+from dart_eval.results.pairing import dense_cells, dense_of
+
+
+def beside_dense(found: Sequence[Cell], texts: bool = True) -> list[Cell]:
+    """Cells whose outcomes say how far they are from dense, where there is a dense cell of the same documents.
+
+    Args:
+        found: of a folder. texts: compare generated texts, too, which takes time.
+    """
+    dense = dense_cells(found)
+    return [
+        dataclasses.replace(cell, read=functools.cache(_reader(cell, dense_of(cell, dense), texts))) for cell in found
+    ]
+
+
+def _reader(cell: Cell, dense: Cell | None, texts: bool) -> Callable[[], Outcome]:
+    def read() -> Outcome:
+        own = cell.read()
+        if dense is None:
+            return own
+        try:
+            reference = dense.read()
+            check_paired(cell, own, dense, reference)
+        except UserError:  # said where the two are compared
+            return own
+        return with_distances(own, reference, texts)
+
+    return read
+
+
+def with_distances(found: Outcome, dense: Outcome, texts: bool = True) -> Outcome:
+    """An outcome with what its documents' answers are beside dense's, as metrics of its tasks.
+
+    `flips`: the chosen answer of an item is another one. Of texts `dense_rougeL`: ROUGE-L against dense's text, and
+    `dense_tokens`: tokens before the first one that differs, all of them where none does.
+    """
+    ours, theirs = found.documents, dense.documents
+    nothing = [None] * len(ours)
+    ids, their_ids = (side.get("token_ids", nothing) for side in (ours, theirs))
+    columns = {"flips": _each(ours["chosen"], theirs["chosen"], lambda a, b: float(a != b))}
+    if texts:
+        columns["dense_rougeL"] = _each(ours["text"], theirs["text"], _rouge)
+        columns["dense_tokens"] = _each(ids, their_ids, _common)
+    columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
+    firsts = {m.task: m for m in reversed(found.measures)}.values()
+    documents = ours.assign(**columns)
+    have = {name: set(documents.index[[v is not None for v in values]].get_level_values("task"))
+            for name, values in columns.items()}  # fmt: skip
+    made = [
+        Measure(m.task, name if m.filter == "none" else f"{name},{m.filter}", name != "flips", m.members, m.equal)
+        for m in reversed(list(firsts)) for name in columns if have[name] & set(m.members)
+    ]  # fmt: skip
+    return dataclasses.replace(found, measures=(*found.measures, *made), documents=documents)
+
+
+def _each(ours: Iterable[Any], theirs: Iterable[Any], of: Callable[[Any, Any], float]) -> list[float | None]:
+    """A number of each document that has an answer on both sides; None of the others."""
+    return [of(a, b) if _there(a) and _there(b) else None for a, b in zip(ours, theirs, strict=True)]
+
+
+def _there(answer: Any) -> bool:
+    return answer is not None and answer == answer  # a column of a frame has NaN where a document has nothing
+
+
+def _rouge(text: str, dense: str) -> float:
+    return float(_scorer().score(dense, text)["rougeL"].fmeasure)
+
+
+@functools.cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and most folders have no texts
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _common(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+    return float(sum(1 for _ in same))

@@ -1,0 +1,169 @@
+"""The one frame of comparisons: every metric of a cell beside the same metric of another, on the same documents.
+
+Board, `compare`, `check`, the tables of a paper and `tables --format csv` are views of these rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dart_eval.errors import UserError
+from dart_eval.results import distance, metrics, outcomes, pairing, stats
+from dart_eval.results.estimates import Estimate, Share, share
+from dart_eval.results.outcomes import Cell, Measure, Pairs
+from dart_eval.results.record import Record
+from dart_eval.results.rows import rows as rows_of
+from dart_eval.results.store import Store
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric of a task under A, beside B."""
+
+    a: Cell
+    b: Cell
+    pairs: Pairs
+
+    @property
+    def measure(self) -> Measure:
+        return self.pairs.measure
+
+    @cached_property
+    def test(self) -> stats.Paired:
+        """The paired test of A against B."""
+        return self.pairs.test()
+
+    @cached_property
+    def chance(self) -> float | None:
+        """The quality of an answerer that guesses; None where it is not known."""
+        weights = self.pairs.weights
+        found = float(np.average(self.pairs.chance, weights=weights))
+        return None if np.isnan(found) else found
+
+    def estimate(self, values: np.ndarray, above_chance: bool = True) -> Estimate:
+        """The metric of some values, above chance where it has one; of a perplexity its logarithm, in nats.
+
+        Args:
+            values: of A or of B, as `pairs` has them. above_chance: 0 stands for guessing.
+        """
+        weights = np.ones(len(values)) if self.pairs.weights is None else self.pairs.weights
+        if above_chance and values.ndim == 1:
+            values = values - self.pairs.chance
+        value, slopes = stats.KINDS[self.measure.kind](values, weights)
+        names, place = np.unique([f"{self.measure.task} {unit}" for unit in self.pairs.units], return_inverse=True)
+        return Estimate(value, dict(zip(names.tolist(), np.bincount(place, slopes).tolist(), strict=True)))
+
+    @cached_property
+    def sides(self) -> tuple[Estimate, Estimate]:
+        """A and B, each above chance."""
+        return self.estimate(self.pairs.a), self.estimate(self.pairs.b)
+
+    @cached_property
+    def lost(self) -> Estimate:
+        """How much A is worse than B: below 0 where it is better. Of perplexities in nats a word."""
+        a, b = self.sides
+        return b - a if self.measure.higher_is_better else a - b
+
+    @cached_property
+    def recovery(self) -> Share | None:
+        """The share of B's quality that A has, above chance; None where B has none by more than noise.
+
+        Of perplexities it is that of B over that of A, of log-likelihoods the likelihood: exp of a difference.
+        """
+        if self.measure.higher_is_better is None or self.chance is None:
+            return None
+        if self.measure.kind in ("log-perplexity", "bits") or self.measure.name == metrics.GOLD:
+            low, high = self.lost.interval or (self.lost.value, self.lost.value)
+            return Share(stats.exp(-self.lost.value), (stats.exp(-high), stats.exp(-low)))
+        return share(*self.sides) if self.measure.higher_is_better else share(*reversed(self.sides))
+
+
+def compared(found: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
+    """The rows of a pair of cells; a measure that does not follow from the documents of both is left out."""
+    made = [(measure, found.values(measure)) for measure in wanted]
+    return [Compared(found.a, found.b, pairs) for _, pairs in made if pairs is not None]
+
+
+def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, list[Compared]], list[str]]:
+    """Every metric of some cells beside that of their dense one, by key; and why some are missing.
+
+    Args:
+        cells: of a folder, dense ones among them; metrics that say how far they are from dense are added here.
+        texts: among them those of generated texts.
+    """
+    cells = distance.beside_dense(cells, texts)
+    dense = pairing.dense_cells(cells)
+    rows: dict[str, list[Compared]] = {}
+    problems: dict[str, None] = {}
+    alone: dict[str, None] = {}
+    for cell in cells:
+        reference = pairing.dense_of(cell, dense)
+        if reference is None:
+            alone[str(cell.inputs["task"])] = None
+            continue
+        try:
+            found = pairing.pair(cell, reference)
+        except UserError as error:
+            problems[f"Not held against dense: {error.problem}."] = None
+            continue
+        rows[cell.key] = compared(found, found.x.measures)
+    if alone:
+        problems[f"There is no dense cell for {', '.join(alone)}: run --method dense too, for recoveries."] = None
+    return rows, list(problems)
+
+
+def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
+    """One row a cell and metric: its value, dense's on the same documents, and what lies between the two.
+
+    Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
+    quality above chance) with its interval `recovery_low` and `recovery_high`, `difference` (of perplexities, of their
+    logarithms) with `low` and `high`, `p` (two-sided, paired) and `p_holm`, over the tasks of one method and metric.
+
+    Args:
+        store: the folder, for samples. records: its cells. subtasks: also the members of groups.
+    """
+    found, _ = beside_dense([outcomes.cell_of(store, record) for record in records], texts=True)
+    made = rows_of(records, subtasks)
+    tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
+    made += _distances(made, tests)
+    families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in made:
+        line.update(dict.fromkeys(("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low",
+                                   "high", "p", "p_holm")))  # fmt: skip
+        row = tests.get((line["key"], line["task"], line["metric"]))
+        if row is None:
+            continue
+        ends = row.recovery.interval if row.recovery else (None, None)
+        line.update(
+            dense=row.test.value_b, chance=row.chance, recovery=row.recovery.value if row.recovery else None,
+            recovery_low=ends[0], recovery_high=ends[1], difference=row.test.difference, low=row.test.low,
+            high=row.test.high, p=row.test.p,
+        )  # fmt: skip
+        family = (line["model"], line["label"], line["sparsity"], line["scope"], line["metric"])
+        families.setdefault(family, []).append(line)
+    for family_lines in families.values():
+        for line, p in zip(family_lines, stats.holm([line["p"] for line in family_lines]), strict=True):
+            line["p_holm"] = p
+    return made
+
+
+def _distances(lines: Sequence[dict[str, Any]], tests: Mapping[tuple[str, str, str], Compared]) -> list[dict[str, Any]]:
+    """Lines of the metrics that say how far a cell is from dense and that its record has not.
+
+    Args:
+        lines: of the records. tests: key, task and metric -> the row.
+    """
+    known = {(line["key"], line["task"], line["metric"]) for line in lines}
+    like = {place[:2]: line for line in reversed(lines) if (place := (line["key"], line["task"], ""))}
+    made = []
+    for (key, task, metric), row in tests.items():
+        if metrics.of(metric).group == metrics.DISTANCE and (key, task, metric) not in known and (key, task) in like:
+            stderr = row.sides[0].stderr
+            number = {"metric": metric, "value": row.test.value_a, "stderr": stderr, "n": row.test.n}
+            made.append({**like[key, task], **number, "higher_is_better": row.measure.higher_is_better})
+    return made

@@ -1,0 +1,196 @@
+"""Which row of a level is best, and what it costs: one sentence of each, with what the paired tests allow to be said.
+
+The leader has the highest quality in the block's first metric. It is held against every other row in each metric that
+both have, and in the log-likelihood of right answers, which tells rows apart with fewer documents than an accuracy. A
+row is behind where a test favours the leader and none favours the row. A row that is ahead so of the first leader leads
+in its place; where tests favour each of two, no row is best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from dart_eval.results import metrics, stats
+from dart_eval.results.blocks import PRUNED, WIDTH_OF_LEVEL, Row
+from dart_eval.results.estimates import Estimate
+from dart_eval.results.format import multiple, percent, short
+
+BEST, LEVEL_WITH_BEST = "best", "not told apart"
+LIKELIHOOD = "log-likelihood"  # of right answers
+MOST_NAMED = 3  # rows that a sentence names
+PERPLEXITY = "perplexity"
+BEHIND, LEVEL, AHEAD, SPLIT = "behind", "level", "ahead", "split"
+
+
+def place(row: Row, first: str | None) -> tuple[bool, float]:
+    """What rows of a level are sorted by: the best first, those without the first metric last."""
+    quality = row.quality.get(first or "")
+    if quality is None:
+        return True, 0.0
+    return False, -(quality.better.value if quality.better else quality.value * _sign(row, first))
+
+
+def _sign(row: Row, first: str | None) -> float:
+    down = any(m.metric.partition(",")[0] == first and m.higher_is_better is False for m in row.values.values())
+    return -1.0 if down else 1.0
+
+
+def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tuple[Row, ...], tuple[str, ...], bool]:
+    """The rows of a level with their marks, its sentences, and whether rounding beats every pruned row.
+
+    Args:
+        rows: best first. rounded: the block's rows of rounding; the best of those that read no more counts.
+        first: the metric that rows are ordered by.
+    """
+    rivals = [r for r in rows if r.kind == PRUNED and first in r.quality]
+    most = max(r.read for r in rows) + WIDTH_OF_LEVEL
+    fitting = sorted((r for r in rounded if r.read <= most and first in r.quality), key=lambda r: place(r, first))
+    if len(rivals) + len(fitting) < 2 or not rivals or all(r.read >= 1 for r in rivals):
+        return tuple(rows), (), False
+    leader, stands = leader_of(rivals)
+    said = [_quality(leader, stands)]
+    wins = False
+    for control in [leader_of(fitting)[0]] if fitting else []:
+        (stand,) = stand_of(leader, [control], 1.0)
+        wins = stand.word == AHEAD
+        said.append(f"Rounding ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}.")
+    words = {stand.word for stand in stands}
+    named = BEHIND in words and not words & {AHEAD, SPLIT}
+    marks = {stand.row.keys: LEVEL_WITH_BEST for stand in stands if named and stand.word == LEVEL}
+    marks |= {leader.keys: BEST} if named else {}
+    sentences = (" ".join(said), *_cost(leader, [*(stand.row for stand in stands), *fitting]))
+    return tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), sentences, wins
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where a row stands to the leader: the adjusted p of each metric in which the leader is better, and worse."""
+
+    row: Row
+    better: dict[str, float]
+    worse: dict[str, float]
+
+    @property
+    def word(self) -> str:
+        if self.worse:
+            return SPLIT if self.better else AHEAD
+        return BEHIND if self.better else LEVEL
+
+
+def leader_of(rows: Sequence[Row]) -> tuple[Row, list[Stand]]:
+    """The row that is better than most and worse than none, with where the others stand to it.
+
+    Args:
+        rows: the one with the best value of the first metric first: it leads unless tests favour another one.
+    """
+    for row in rows:
+        stands = stand_of(row, [r for r in rows if r is not row], len(rows) / 2)
+        if row is rows[0]:
+            first = stands
+        if all(stand.word not in (AHEAD, SPLIT) for stand in stands):
+            return row, stands
+    return rows[0], first
+
+
+def stand_of(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
+    """Where each row stands to the leader.
+
+    Args:
+        chosen: what each p is multiplied by, since the leader was chosen by the values that are tested. Holm's
+            correction is taken over all rows and metrics.
+    """
+    tests = [(row, metric, d) for row in others for metric, d in _differences(leader, row)]
+    counted = [None if d.p is None else min(1.0, chosen * d.p) for _, _, d in tests]
+    stands = {row.keys: Stand(row, {}, {}) for row in others}
+    for (row, metric, difference), p in zip(tests, stats.holm(counted), strict=True):
+        if p is not None and p < stats.ALPHA:
+            stand = stands[row.keys]
+            (stand.better if difference.value > 0 else stand.worse)[metric] = p
+    return list(stands.values())
+
+
+def _differences(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
+    """A - B in every metric that both have; above 0 where A is better."""
+    for metric, quality in a.quality.items():
+        other = b.quality.get(metric)
+        if quality.better is not None and other is not None and other.better is not None:
+            yield metrics.said(metric), quality.better - other.better
+    if a.nats is not None and b.nats is not None:
+        yield LIKELIHOOD, a.nats - b.nats
+
+
+def _quality(leader: Row, stands: Sequence[Stand]) -> str:
+    """`At 30 % dart-plus is best: 100 % above guessing [83, 117], perplexity 1.08x; better than ...`"""
+    behind, level = ([s for s in stands if s.word == word] for word in (BEHIND, LEVEL))
+    against = [s for s in stands if s.word in (AHEAD, SPLIT)]
+    at, amount = f"At {percent(leader.read)}", _amounts(leader, ends=True)
+    if against:
+        return f"{at} no row is best: {leader.name} is first, and {_names(against)} {_beside(*against)}."
+    if not stands:
+        return f"{at} {leader.name} has {amount}."
+    if not behind:
+        return f"{at} no row is told apart from another; {leader.name} has {amount}."
+    than = "every other row" if len(behind) == len(stands) > 1 else _names(behind)
+    bound = next(limit for limit in (1e-3, 0.01, stats.ALPHA) if max(min(s.better.values()) for s in behind) < limit)
+    text = f"{at} {leader.name} is best: {amount}; better than {than}{_by(s.better for s in behind)}"
+    text += f" (paired, Holm p < {bound:g})"
+    return f"{text}, not told apart from {_names(level)}." if level else f"{text}."
+
+
+def _beside(*stands: Stand) -> str:
+    """`is worse by perplexity`: what tests say of rows beside the leader."""
+    worse, better = _by(s.better for s in stands), _by(s.worse for s in stands)
+    found = [f"better{better}" * any(s.worse for s in stands), f"worse{worse}" * any(s.better for s in stands)]
+    verb = "is" if len(stands) == 1 else "are"
+    return f"{verb} {' and '.join(filter(None, found)) or 'not told apart from it'}"
+
+
+def _by(found: Iterable[dict[str, float]]) -> str:
+    """` by perplexity and log-likelihood`: the metrics in which all of some tests say so; nothing without any."""
+    sets = list(found)
+    common = [name for name in sets[0] if all(name in other for other in sets)] if sets else []
+    return f" by {_listed(common)}" if common else ""
+
+
+def _names(stands: Sequence[Stand]) -> str:
+    return _listed([stand.row.name for stand in stands])
+
+
+def _amounts(row: Row, ends: bool = False) -> str:
+    """The quality in the metrics that stand beside dense's: `73 % above guessing, perplexity 1.34x`."""
+    found = [_amount(row, metric, ends and i == 0) for i, metric in enumerate(row.quality)]
+    return ", ".join([*found[:1], *(said for said in found[1:] if said.startswith(PERPLEXITY))])
+
+
+def _amount(row: Row, metric: str, ends: bool = False) -> str:
+    """`100 % above guessing [83, 117]`, or `perplexity 1.08x [1.06, 1.10]`, times dense's."""
+    quality = row.quality[metric]
+    if metrics.of(metric).group == metrics.PERPLEXITY and quality.times:
+        value, interval = quality.times
+        said = f"{PERPLEXITY} {multiple(value)}"
+        return f"{said} [{', '.join(multiple(end)[:-1] for end in interval)}]" if ends and interval else said
+    if quality.share is None:
+        return f"{metrics.said(metric)} {short(metric, quality.value, quality.stderr)}"
+    said = f"{100 * quality.share.value:.0f} % {'above guessing' if metrics.of(metric).chance else 'of dense'}"
+    return f"{said} [{', '.join(f'{100 * end:.0f}' for end in quality.share.interval)}]" if ends else said
+
+
+def _cost(leader: Row, others: Sequence[Row]) -> list[str]:
+    """How fast the leader decodes today, and which rows are faster than dense; nothing where no speed was measured."""
+    faster = [
+        f"{row.name} ({row.speed.speedup.median:.2f}x; {_amounts(row)})"
+        for row in others if row.speed and row.speed.speedup and row.speed.speedup.low > 1
+    ]  # fmt: skip
+    ratio = leader.speed and leader.speed.speedup
+    own = [] if leader.speed is None else [f"{leader.name} is not faster than dense on any device yet."]
+    if ratio and ratio.low > 1:
+        own = [f"{leader.name} decodes {ratio.median:.2f}x as fast as dense."]
+    said = [*own, *([f"Faster today: {_listed(faster)}."] if faster else [])]
+    return [" ".join(said)] if said else []
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MOST_NAMED:
+        return f"{', '.join(names[: MOST_NAMED - 1])} and {len(names) - MOST_NAMED + 1} others"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

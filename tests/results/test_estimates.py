@@ -1,0 +1,116 @@
+"""Shares of what dense has above guessing: their intervals by simulation, and the chance that they start from."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dart_eval.results import frame, outcomes, stats
+from dart_eval.results.estimates import Estimate, above_zero, mean, share
+from dart_eval.results.store import Store
+from tests.helpers.records import answered, choosing, perplexities, save
+
+
+def simulated(generator, skill, tasks=((4, 0.5), (2, 0.62), (4, 0.3)), n=100):
+    """Answers above chance under a row and under dense, which share the luck of each document.
+
+    Args:
+        skill: share of what dense has above guessing that the row has, on every task. tasks: choices, dense's accuracy.
+    """
+    sides = []
+    for t, (options, quality) in enumerate(tasks):
+        luck, other = generator.random((2, n))
+        same = generator.random(n) < 0.6  # of the documents both answer by the same draw
+        row = 1 / options + skill * (quality - 1 / options)
+        values = (np.where(same, luck, other) < row) - 1 / options, (luck < quality) - 1 / options
+        sides.append([
+            Estimate(v.mean(), {f"{t} {i}": x for i, x in enumerate((v - v.mean()) / n)}) for v in values
+        ])  # fmt: skip
+    part, whole = (mean(side) for side in zip(*sides, strict=True))
+    return share(part, whole)
+
+
+@pytest.mark.parametrize("skill", [0.0, 0.5, 1.0])
+def test_intervals_cover_what_is_true(skill):
+    """Nineteen of twenty times; skill 0 is an answerer that guesses."""
+    generator = np.random.default_rng(7)
+    found = [simulated(generator, skill) for _ in range(600)]
+    assert all(found)
+    covered = np.mean([f.interval[0] <= skill <= f.interval[1] for f in found])
+    assert 0.925 <= covered <= 0.975
+
+
+def test_there_is_no_share_of_what_is_not_there():
+    """Where dense is not above guessing by more than noise, and where the documents are too few for a test."""
+    noise = {str(i): 0.01 * (-1) ** i for i in range(100)}
+    assert not above_zero(Estimate(0.15, noise)) and above_zero(Estimate(0.25, noise))
+    assert share(Estimate(0.1, noise), Estimate(0.15, noise)) is None
+    few = {str(i): 0.01 * (-1) ** i for i in range(stats.MIN_CLUSTERS - 1)}
+    assert share(Estimate(0.9, few), Estimate(0.9, few)) is None and Estimate(0.9, few).interval is None
+
+
+def test_the_ends_are_those_ratios_that_a_t_test_does_not_refuse():
+    from scipy.stats import ttest_1samp
+
+    generator = np.random.default_rng(3)
+    x = generator.normal(1.0, 1.0, 40)
+    y = x + generator.normal(1.0, 1.0, 40)
+    sides = [Estimate(v.mean(), {str(i): s for i, s in enumerate((v - v.mean()) / 40)}) for v in (x, y)]
+    low, high = share(*sides).interval
+    assert [ttest_1samp(x - r * y, 0).pvalue for r in (low, high)] == pytest.approx([0.05, 0.05])
+
+
+def beside(tmp_path, *records):
+    store = Store(save(tmp_path, *records))
+    return {(line["method"], line["metric"]): line for line in frame.lines(store, store.load())}
+
+
+def test_a_row_of_the_frame_says_what_lies_between_a_cell_and_dense(tmp_path):
+    draws = np.random.default_rng(0).random(200)
+    cells = [choosing(answered("arc", [{"acc": float(d < s), "gold_ll": -d} for d in draws], m, 0.7 * (m != "dense")))
+             for m, s in (("dense", 0.8), ("griffin", 0.5))]  # fmt: skip
+    found = beside(tmp_path, *cells)
+    line, (a, b) = found["griffin", "acc"], (np.mean(draws < s) for s in (0.5, 0.8))
+    assert (line["value"], line["dense"], line["chance"]) == pytest.approx((a, b, 0.25))
+    assert line["recovery"] == pytest.approx((a - 0.25) / (b - 0.25))
+    assert line["recovery_low"] < line["recovery"] < line["recovery_high"]
+    assert line["difference"] == pytest.approx(a - b) and line["p"] < 1e-6 and line["p_holm"] == line["p"]
+    assert found["dense", "acc"]["recovery"] == 1.0
+
+
+@pytest.mark.parametrize(("change", "chance"), [
+    (lambda s: None, 1 / 4), (lambda s: s.update(responses=[[-1.0, False]]), 0.0),
+    (lambda s: s.update(responses=["a text", "another"]), 0.0),
+    (lambda s: s["metrics"].update(acc_mutual_info=1.0), 1 / 2), (lambda s: s["metrics"].update(acc=0.4), None),
+])  # fmt: skip
+def test_chance_follows_from_the_number_of_choices(tmp_path, change, chance):
+    """One answer cannot be guessed; mutual information scores each choice twice; of probabilities it is not known."""
+    cells = [choosing(answered("arc", [{"acc": 1.0}] * 20, m, 0.7 * (m != "dense"))) for m in ("dense", "griffin")]
+    for s in (s for cell in cells for s in cell.samples):
+        change(s)
+    for cell in cells:
+        cell.metrics[0] = type(cell.metrics[0])("arc", "acc", cell.samples[0]["metrics"]["acc"], 0.01, 20, True)
+    assert beside(tmp_path, *cells)["griffin", "acc"]["chance"] == chance
+
+
+@pytest.mark.parametrize("kind", ["acc", "word_perplexity", "bits_per_byte"])
+def test_influence_values_spread_as_resampled_documents_do(tmp_path, kind):
+    n, generator = 150, np.random.default_rng(0)
+    raw = np.array([v["word_perplexity"] for v in perplexities(1.3, n, seed=1)])
+    if kind == "acc":
+        raw = (generator.random(n) < 0.6).astype(float)
+    measure = outcomes.Measure("t", kind, kind == "acc", ("t",))
+    units = [str(i) for i in range(n)]
+    one = frame.Compared(None, None, outcomes.Pairs(measure, raw, raw, units, None, np.zeros(n)))
+    found = one.estimate(raw)
+
+    def value(rows):
+        some = raw[rows]
+        if kind == "acc":
+            return some.mean()
+        nats = -some[:, 0].sum() / some[:, 1].sum()
+        return nats / math.log(2) if kind == "bits_per_byte" else nats
+
+    assert found.value == pytest.approx(value(np.arange(n)))
+    spread = math.sqrt(n / (n - 1) * sum(u * u for u in found.units.values()))
+    assert spread == pytest.approx(np.std([value(generator.integers(0, n, n)) for _ in range(2000)]), rel=0.08)
