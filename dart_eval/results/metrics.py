@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 ACCURACY, SUMMARIES, PERPLEXITY, OTHER = "Accuracy", "Summaries", "Perplexity (lower is better)", "Other metrics"
-GROUPS = (ACCURACY, SUMMARIES, PERPLEXITY, OTHER)
+DISTANCE = "Distance to dense"
+GROUPS = (ACCURACY, SUMMARIES, PERPLEXITY, DISTANCE, OTHER)
 GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of choice tasks hold beside their metrics
 
 
@@ -18,7 +19,7 @@ class Kind:
     Attributes:
         group: the table that it stands in.
         rank: of several metrics of a task the one of the lowest rank is its main metric; None: only where it is alone.
-        kind: how a value comes from those of the documents (a key of `stats.KINDS`).
+        kind: how a value comes from those of the documents (a key of `stats.KINDS`); empty where it does not.
         width: numbers that a document has for it.
         short: its name where room is scarce.
         percent: it is a share, which boards and papers show in per cent.
@@ -59,6 +60,10 @@ METRICS = {
     "byte_perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="byte ppl"),
     "bits_per_byte": Kind(PERPLEXITY, kind="bits", width=2, short="bits/byte"),
     "perplexity": Kind(PERPLEXITY, kind="log-perplexity", width=2, short="ppl"),
+    "kl": Kind(DISTANCE, kind="ratio", width=2, short="KL"),
+    "kl_p95": Kind(DISTANCE, kind="", short="KL p95"),
+    "kl_p99": Kind(DISTANCE, kind="", short="KL p99"),
+    "top1": Kind(DISTANCE, kind="ratio", width=2, short="top-1", percent=True),
 }
 UNKNOWN = Kind()
 
@@ -89,11 +94,11 @@ N = TypeVar("N", bound=Named)
 
 def main(found: Iterable[N]) -> list[N]:
     """Each task's main metric, in the order of the tasks: of those with a direction the one of the lowest rank, else
-    the first."""
+    the first. A distance to dense is none."""
     chosen: dict[str, N] = {}
     everything = list(found)
     last = len(METRICS)
     for m in sorted(everything, key=lambda m: last if (rank := of(m.metric).rank) is None else rank):
-        if m.higher_is_better is not None and m.metric.partition(",")[0] != GOLD:
+        if m.higher_is_better is not None and m.metric.partition(",")[0] != GOLD and of(m.metric).group != DISTANCE:
             chosen.setdefault(m.task, m)
     return [m for m in everything if chosen.get(m.task) is m]

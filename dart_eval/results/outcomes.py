@@ -162,7 +162,8 @@ def describe(cell: Cell, model: bool = False) -> str:
 
 def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
     """Documents and measures of a record; a group's weights are those that give the value in the record."""
-    documents = frame(samples).drop(columns="responses", errors="ignore")  # they are long, and no test reads them
+    # These are long, and no test reads them.
+    documents = frame(samples).drop(columns=["responses", "token_ids"], errors="ignore")
     tasks = set(documents.index.get_level_values("task"))
     children: dict[str, set[str]] = {}
     for m in record.metrics:
@@ -170,7 +171,7 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
             children.setdefault(m.part_of, set()).add(m.task)
     measures: list[Measure] = []
     left_out = []
-    for m in (m for m in record.metrics if m.part_of is None):
+    for m in (m for m in record.metrics if m.part_of is None and metrics.of(m.metric).kind):
         members = tuple(sorted(_ends(m.task, children) & tasks))
         for equal in (False, True):
             measure = Measure(m.task, m.metric, m.higher_is_better, members, equal)
