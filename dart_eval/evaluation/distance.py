@@ -19,18 +19,17 @@ TAILS = {"kl_p95": 0.95, "kl_p99": 0.99}
 def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     """KL(dense || pruned) of each row in nats, [n] fp32, right to about 1e-6.
 
-    With e = exp(x - max x): sum e (x - y) / sum e - log sum exp x + log sum exp y. The logits' own differences are
-    taken, since log_softmax in fp32 is off by up to 1e-4 over a large vocabulary.
+    With x and y less their largest: sum e^x (x - y) / sum e^x - log sum e^x + log sum e^y. The logits' own differences
+    are taken, since log_softmax in fp32 is off by up to 1e-4 over a large vocabulary.
 
     Args:
         dense: [n, V] logits in fp32; a word of -inf is ruled out.
         pruned: the same of the pruned model.
     """
-    top, other = dense.amax(1, keepdim=True), pruned.amax(1, keepdim=True)
-    weight = (dense - top).exp_()
-    total, rest = weight.sum(1), (pruned - other).exp_().sum(1)
-    mean = weight.mul_(dense - pruned).nansum(1) / total
-    return (mean - (top - other).squeeze(1) - (total / rest).log()).clamp_min_(0)
+    x, y = dense - dense.amax(1, keepdim=True), pruned - pruned.amax(1, keepdim=True)
+    weight, rest = x.exp(), y.exp().sum(1)
+    total = weight.sum(1)
+    return (weight.mul_(x.sub_(y)).nansum(1) / total - (total / rest).log()).clamp_min_(0)
 
 
 def bin_of(kl: float) -> str:

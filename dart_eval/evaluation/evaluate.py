@@ -224,14 +224,15 @@ def _distances(
     found: Sequence[Metric], groups: Mapping[str, list[str]], costs: Mapping[tuple[str, int], Cost]
 ) -> list[Metric]:
     """How far from dense each task and group is, where it was measured. found: their other metrics."""
-    made = []
-    for like in {m.task: m for m in reversed(found)}.values():
-        members = _members(like.task, groups)
-        own = [c.distance for (task, _), c in costs.items() if task in members and c.distance.positions]
+    made: list[Metric] = []
+    for task in dict.fromkeys(m.task for m in found):
+        like = next(m for m in found if m.task == task)
+        members = _members(task, groups)
+        own = [c.distance for (name, _), c in costs.items() if name in members and c.distance.positions]
         pairs = [d.pairs() for d in own]
         error = {name: _ratio_stderr([p[name] for p in pairs])[1] for name in (pairs[0] if pairs else ())}
         made += distance.rows(own, like, error) if own else []
-    return made[::-1]
+    return made
 
 
 def _members(task: str, groups: Mapping[str, list[str]]) -> set[str]:
