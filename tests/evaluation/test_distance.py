@@ -206,7 +206,9 @@ def swept(tmp_path_factory, saved_llama):
 
 def _cells(out):
     store = Store(out)
-    return {(r.inputs["task"], r.inputs["method"]): (r, store.samples(r)) for r in store.load()}
+    found = {(r.inputs["task"], r.inputs["method"]): (r, store.samples(r)) for r in store.load()}
+    assert len(found) == 9
+    return found
 
 
 def test_a_document_and_a_record_say_how_far_they_are(swept):
