@@ -1,10 +1,11 @@
-"""The cost of scored or generated tokens, for one answer or for many together."""
+"""The cost of scored or generated tokens, in bytes and in distance from dense, of one answer or of many together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
+from dart_eval.evaluation.distance import Distance
 from dart_eval.results.layout import CLOSED, Count, Drift, Finite, Holds
 
 
@@ -26,6 +27,7 @@ class Cost:
         remasks: re-masks while they ran.
         contexts: of requests or chunks, one for each.
         context_tokens: of all contexts.
+        distance: from dense, of the scored tokens, where it was measured.
         trace: what the drift detector saw (`Session.trace`), if there is one context and a window was full.
     """
 
@@ -38,10 +40,11 @@ class Cost:
     remasks: Count = 0
     contexts: Count = 0
     context_tokens: Count = 0
+    distance: Distance = field(default_factory=Distance)
     trace: Annotated[dict[str, Any] | None, Holds(_Trace | None)] = None
 
     def __add__(self, other: Cost) -> Cost:
-        counts = [field.name for field in fields(Cost) if field.name != "trace"]
+        counts = [f.name for f in fields(Cost) if f.name != "trace"]
         total = {name: getattr(self, name) + getattr(other, name) for name in counts}
         return Cost(**total, trace=(self.trace or other.trace) if total["contexts"] == 1 else None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 from sacrebleu.metrics import BLEU
 
 from dart_eval.errors import UserError
+from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.local_data import number_asked
@@ -124,7 +125,7 @@ def evaluate_task(
     for (task, _), used in lm.costs.items():
         by_task[task] += used
     by_name = {task.task_name: task for task in leaves(items)}
-    samples = _samples(results["samples"], lm.costs, by_name)
+    samples = _samples(results["samples"], lm, by_name)
     texts = _texts(results["samples"], by_name)
     prompts = {
         task: {
@@ -134,7 +135,9 @@ def evaluate_task(
         for task in by_task
     }  # fmt: skip
     cost = sum(lm.costs.values(), Cost())
-    return Outcome(_metrics(results), samples, texts, cost, by_task, prompts, journal.state_bytes)
+    metrics = _metrics(results)
+    metrics += _distances(metrics, results.get("group_subtasks") or {}, lm.costs)
+    return Outcome(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes)
 
 
 def answer_part(
@@ -217,20 +220,52 @@ def _group_size(group: str, groups: dict[str, list[str]], sizes: dict[str, int])
     return sum(sizes[c] if c in sizes else _group_size(c, groups, sizes) for c in groups.get(group, []))
 
 
+def _distances(
+    found: Sequence[Metric], groups: Mapping[str, list[str]], costs: Mapping[tuple[str, int], Cost]
+) -> list[Metric]:
+    """How far from dense each task and group is, where it was measured. found: their other metrics."""
+    made: list[Metric] = []
+    for task in dict.fromkeys(m.task for m in found):
+        like = next(m for m in found if m.task == task)
+        members = _members(task, groups)
+        own = [c.distance for (name, _), c in costs.items() if name in members and c.distance.positions]
+        pairs = [d.pairs() for d in own]
+        error = {name: _ratio_stderr([p[name] for p in pairs])[1] for name in (pairs[0] if pairs else ())}
+        made += distance.rows(own, like, error) if own else []
+    return made
+
+
+def _members(task: str, groups: Mapping[str, list[str]]) -> set[str]:
+    """The tasks of a group in whatever depth; the task itself where it is none."""
+    below = groups.get(task)
+    return set().union(*(_members(t, groups) for t in below)) if below else {task}
+
+
+def _ratio_stderr(pairs: Sequence[Any]) -> tuple[float, float | None]:
+    """sum x / sum w of a pair (x, w) a document, and its standard error.
+
+    The documents are the independent units; the ratio's residuals x - r w give its variance (Cochran, Sampling
+    Techniques, ch. 6).
+    """
+    n, weight = len(pairs), sum(w for _, w in pairs)
+    ratio = sum(x for x, _ in pairs) / weight
+    if n < 2:
+        return ratio, None
+    return ratio, math.sqrt(n / (n - 1) * sum((x - ratio * w) ** 2 for x, w in pairs)) / weight
+
+
 def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
     """Standard error of a ratio metric exp(-sum ll / sum w), or -sum ll / sum w / ln 2, by the delta method.
 
-    pairs: (log-likelihood, weight) per document. The documents are the independent units; the ratio's residuals
-    ll - r w give its variance (Cochran, Sampling Techniques, ch. 6).
+    pairs: (log-likelihood, weight) per document.
     """
-    n = len(pairs)
-    if n < 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
+    if len(pairs) < 2 or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
         return None
-    weight = sum(w for _, w in pairs)
-    if weight <= 0:
+    if sum(w for _, w in pairs) <= 0:
         return None
-    ratio = sum(ll for ll, _ in pairs) / weight
-    error = math.sqrt(n / (n - 1) * sum((ll - ratio * w) ** 2 for ll, w in pairs)) / weight
+    ratio, error = _ratio_stderr(pairs)
+    if error is None:
+        return None
     if metric == "bits_per_byte":
         return error / math.log(2)
     try:
@@ -257,15 +292,14 @@ def _bleu_stderr(_metric: str, counts: list[Any]) -> float | None:
     return math.sqrt((n - 1) / n * sum((w - mean) ** 2 for w in without))
 
 
-def _samples(
-    by_task: dict[str, list[dict[str, Any]]], costs: dict[tuple[str, int], Cost], tasks: dict[str, Task]
-) -> list[dict[str, Any]]:
+def _samples(by_task: dict[str, list[dict[str, Any]]], lm: PrunedLM, tasks: dict[str, Task]) -> list[dict[str, Any]]:
     """What paired statistics and a reader need: hashes, metrics, answers, cost. The texts are kept apart."""
     rows = []
     for name, samples in sorted(by_task.items()):
         for s in samples:
-            used = costs.get((name, s["doc_id"]), Cost())
-            metrics = {m: _plain(s[m]) for m in s["metrics"]}
+            used = lm.costs.get((name, s["doc_id"]), Cost())
+            written = lm.token_ids.get((name, s["doc_id"]))
+            metrics = {m: _plain(s[m]) for m in s["metrics"]} | used.distance.pairs()
             gold = _gold(tasks[name], s["doc"])
             if gold is not None:
                 metrics["gold_ll"] = float(s["filtered_resps"][gold][0])
@@ -275,6 +309,8 @@ def _samples(
                 "metrics": metrics, "responses": [_plain(r) for r in s["filtered_resps"]],
                 "tokens": used.tokens, "remasks": used.remasks, "effective_sparsity": used.effective_sparsity,
                 **({"drift": used.trace} if used.trace else {}),
+                **({"kl_bins": used.distance.bins} if used.distance.bins else {}),
+                **({"token_ids": written} if written is not None else {}),
             })  # fmt: skip
     return rows
 

@@ -67,9 +67,9 @@ class Forwards:
         self(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(2, device=self.device)[None], cache)
         return bytes_of_a_token(cache)
 
-    def answers(self) -> Answers:
-        """A new set of questions to the output head."""
-        return Answers(self.head, self.model.config.get_text_config().vocab_size)
+    def answers(self, distances: bool = False) -> Answers:
+        """A new set of questions to the output head. distances: how far from dense its positions lie, too."""
+        return Answers(self.head, self.model.config.get_text_config().vocab_size, distances)
 
 
 @torch.no_grad()

@@ -168,7 +168,8 @@ class Generator:
             counted = self.counted(tokens, unit.stop)  # a row that has ended may write on until its whole batch has
             text = self._answer(tokens[:counted], unit.stop)
             cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
-            texts.append((prompt.request, Text(text, cost, prompt.cut, watch.usable(row, counted))))
+            usable = watch.usable(row, counted)
+            texts.append((prompt.request, Text(text, cost, prompt.cut, usable, tokens[:counted])))
         return texts
 
     def _answer(self, tokens: list[int], stop: list[str]) -> str:

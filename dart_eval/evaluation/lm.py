@@ -13,7 +13,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -27,7 +27,7 @@ from dart_eval.evaluation.fitting import truncated
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
-from dart_eval.evaluation.requests import Request, Score, Scoring, Text, holds
+from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, holds, kept_answer
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.unusable import Unusable
@@ -35,7 +35,6 @@ from dart_eval.pruning.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
-A = TypeVar("A", Score, Text)
 NO_SCORE, NO_TEXT = Score(0.0, False, Cost()), Text("", Cost())  # in place of what another shard answers
 
 
@@ -57,10 +56,12 @@ class PrunedLM(HFLM):
         share_prefix: run a prefix that many contexts have in common once.
         enable_thinking: what the chat template is told of thinking; None: nothing.
         think_end_token: an answer is what a text says after it; its text, or its id in digits.
+        distances: how far the pruned model lies from dense at the scored positions, too (`scoring.scorer`).
 
     Attributes:
         scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts know
             only `scored`.
+        token_ids: (task, doc_id) -> the tokens of its text, of the first one where it has several.
         cut: (task, doc_id) of the cell's documents whose prompt does not fit whole.
         planned, budget: sizes of forwards that units are planned by, and that may be used now: smaller ones, where
             memory has run out, run a unit in pieces. So units stay the same for all who share a cell.
@@ -77,6 +78,7 @@ class PrunedLM(HFLM):
         share_prefix: bool = True,
         enable_thinking: bool | None = None,
         think_end_token: str | None = None,
+        distances: bool = False,
     ) -> None:
         # HFLM's own batch size is never used, and its `auto` would try sizes out.
         super().__init__(
@@ -84,7 +86,7 @@ class PrunedLM(HFLM):
             think_end_token=think_end_token,
         )  # fmt: skip
         self.planned = self.budget = budget(batch_size, model)
-        self.share_prefix = share_prefix
+        self.share_prefix, self.distances = share_prefix, distances
         self.chunk = chunk
         self.on_progress = on_progress
         self._head, self._angles = output_head(model), Angles(model)
@@ -118,6 +120,7 @@ class PrunedLM(HFLM):
         self.calls: list[Call] = []
         self.costs: dict[tuple[str, int], Cost] = defaultdict(Cost)  # of each (task, doc_id)
         self.cut: set[tuple[str, int]] = set()
+        self.token_ids: dict[tuple[str, int], list[int]] = {}  # of each document's first text
         self._clock = time.monotonic()
 
     def _asked_once(self) -> None:
@@ -178,7 +181,7 @@ class PrunedLM(HFLM):
         """The journal's answer to a request; `missing` where another shard has it."""
         if (kept := self.journal.get(name)) is None:
             return missing
-        return type(missing)(**{**kept, "cost": Cost(**kept["cost"])})
+        return kept_answer(kept, type(missing))
 
     def _record(self, request: Instance, cost: Cost, cut: bool = False) -> None:
         assert request.task_name is not None and request.doc_id is not None
@@ -216,7 +219,7 @@ class PrunedLM(HFLM):
         return [self._answer(name, NO_SCORE) for name in names]
 
     def _scorer(self, size: Budget) -> Scoring:
-        return scorer(self.model, self._head, self.session, size, self.scope, self.share_prefix)
+        return scorer(self.model, self._head, self.session, size, self.scope, self.share_prefix, self.distances)
 
     # -- perplexity ------------------------------------------------------------------------------------------
 
@@ -267,6 +270,7 @@ class PrunedLM(HFLM):
         texts = [self._answer(name, NO_TEXT) for name in names]
         for request, text in zip(requests, texts, strict=True):
             self._record(request, text.cost, text.cut)
+            self.token_ids.setdefault((request.task_name, request.doc_id), text.token_ids)
         self._asked_once()
         return [text.text for text in texts]
 

@@ -11,24 +11,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dart_eval.evaluation.distance import Distance, divergence
+
 LOGIT_BYTES = 256 << 20  # of fp32 logits held at a time
 SOFTMAX_PARTS = 4  # of these are normalised one after the other: a softmax writes as much again
+COMPARED = 8  # positions compared at a time: more do not fit into a processor's caches, and take twice as long
 
 
 class Answers:
     """Log-probabilities of the continuations of several contexts.
 
     `ask` for each continuation gives the nodes at which its tokens are predicted; `give` takes the hidden states of
-    nodes; then `logprobs` and `greedy` answer.
+    nodes; then `logprobs` and `greedy` answer. Where `distances` are asked for, `compare` takes what dense has at the
+    nodes, and `distance` answers; nodes for which it took nothing are dense's own.
     """
 
-    def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int) -> None:
-        self.head, self.vocabulary = head, vocabulary
+    def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, distances: bool = False) -> None:
+        self.head, self.vocabulary, self.distances = head, vocabulary, distances
         self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node
         self._nodes = 0
         self._wanted: list[set[int]] = []  # per node: tokens whose probability is asked
         self._hidden: dict[int, Tensor] = {}  # nodes whose head has not run: [D]
         self._found: dict[tuple[int, int], tuple[float, bool]] = {}  # (node, token) -> log-probability, the likeliest
+        self._dense: dict[int, Tensor] = {}  # nodes that have not been compared with dense: its hidden state
+        self._apart: dict[int, tuple[float, bool]] = {}  # node -> its KL, and whether the likeliest token is dense's
 
     def root(self) -> int:
         """A new tree: the node that predicts a first token."""
@@ -53,6 +59,11 @@ class Answers:
         for node, state in zip(nodes, hidden, strict=True):
             self._hidden.setdefault(node, state)
 
+    def compare(self, nodes: Sequence[int], dense: Tensor) -> None:
+        """Hidden states [n, D] that dense has at n nodes; those that are known already are left alone."""
+        for node, state in zip(nodes, dense, strict=True):
+            self._dense.setdefault(node, state)
+
     def run(self) -> None:
         """Run the head on what has been given."""
         todo = [node for node in self._hidden if self._wanted[node]]
@@ -71,10 +82,29 @@ class Answers:
                 mine = [(row - start, token) for row, token in wanted if start <= row < start + step]
                 rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*mine, strict=True))
                 values += logprobs[rows, tokens].tolist()
+                self._measure(part[start : start + step], logits[start : start + step], best[start : start + step])
             for (row, token), value in zip(wanted, values, strict=True):
                 self._found[part[row], token] = value, best[row] == token
             del logits, logprobs  # before the next part's come: they are what a forward's memory peaks at
         self._hidden.clear()
+        self._dense.clear()
+
+    def _measure(self, nodes: Sequence[int], logits: Tensor, best: Sequence[int]) -> None:
+        """How far these nodes lie from dense. logits: [n, V] fp32 of n nodes, and the likeliest tokens."""
+        rows = [row for row, node in enumerate(nodes) if node in self._dense]
+        if not rows:
+            return
+        dense = self.head(torch.stack([self._dense[nodes[row]] for row in rows])).float()
+        likeliest, kl = dense.argmax(1).tolist(), []
+        for start in range(0, len(rows), COMPARED):
+            some = slice(start, start + COMPARED)
+            kl += divergence(dense[some], logits[rows[some]]).tolist()
+        for row, far, token in zip(rows, kl, likeliest, strict=True):
+            self._apart[nodes[row]] = far, best[row] == token
+
+    def distance(self, path: Sequence[int]) -> Distance:
+        """From dense at the nodes of one continuation; of no positions where distances are not asked for."""
+        return Distance.of([self._apart.get(node, (0.0, True)) for node in path] if self.distances else [])
 
     def logprobs(self, path: Sequence[int], continuation: Sequence[int]) -> list[float]:
         """Natural-log probability of each token."""

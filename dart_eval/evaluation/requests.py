@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter
@@ -47,7 +47,7 @@ class Score:
     @property
     def usable(self) -> bool:
         """Whether it is a number."""
-        return math.isfinite(self.logprob)
+        return math.isfinite(self.logprob) and math.isfinite(self.cost.distance.kl)
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Text:
 
     Attributes:
         text: without the stop sequence that ended it.
+        token_ids: its tokens, those of the stop sequence included.
         cost: of its tokens, those of the stop sequence included.
         cut: the prompt did not fit whole.
         usable: it came from logits that are numbers.
@@ -67,8 +68,10 @@ class Text:
     cost: Cost
     cut: bool = False
     usable: bool = True
+    token_ids: list[int] = field(default_factory=list)
 
 
+A = TypeVar("A", Score, Text)
 _OF: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Score, Text)}
 
 
@@ -78,6 +81,11 @@ def holds(kept: Any, kind: type[Score] | type[Text]) -> bool:
         return bool(layout.read(json.dumps(kept), _OF[kind]).usable)
     except ValueError:
         return False
+
+
+def kept_answer(kept: Any, kind: type[A]) -> A:
+    """The answer that a journal has kept, which `holds` accepted."""
+    return _OF[kind].validate_python(kept)
 
 
 class Scoring(ABC):
@@ -132,7 +140,8 @@ def scores(rows: Sequence[tuple[Row, Cost]], answers: Answers) -> list[tuple[int
     """
     found = []
     for row, pruned in rows:
-        cost = Cost(tokens=len(row.nodes), contexts=1, context_tokens=row.context) + pruned
+        far = answers.distance(row.nodes)
+        cost = Cost(tokens=len(row.nodes), contexts=1, context_tokens=row.context, distance=far) + pruned
         for request, continuation in row.targets:
             total = sum(answers.logprobs(row.nodes, continuation))
             found.append((request, Score(total, answers.greedy(row.nodes, continuation), cost)))

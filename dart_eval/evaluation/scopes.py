@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import Budget, batches
-from dart_eval.evaluation.cache import new_cache
+from dart_eval.evaluation.cache import fork, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
@@ -81,14 +81,17 @@ class WholeInputs(Scoring):
 
     session: Session
 
-    def __init__(self, forwards: Forwards, session: Session, budget: Budget, scope: str) -> None:
+    def __init__(
+        self, forwards: Forwards, session: Session, budget: Budget, scope: str, distances: bool = False
+    ) -> None:
         if forwards.room and scope not in ("all", "last"):
             raise UserError(
                 f"{type(forwards.model).__name__} takes one token at a time after a cached context, and the scope "
                 f"{scope} runs several",
                 "use --scope scored",
             )
-        self.forwards, self.session, self.budget, self.scope = forwards, session, budget, scope
+        self.forwards, self.session, self.budget = forwards, session, budget
+        self.scope, self.distances = scope, distances
 
     def units(self, requests: Sequence[Request]) -> list[Inputs]:
         """Batches of distinct inputs, the longest first."""
@@ -118,23 +121,23 @@ class WholeInputs(Scoring):
             found = self._whole(unit) if self.scope == "all" else self._ends(unit)
             return self._scores(unit, found, self.session.steps[-1])
 
-    def _whole(self, unit: Inputs) -> list[Tensor]:
+    def _whole(self, unit: Inputs) -> list[tuple[Tensor, Tensor]]:
         """Run inputs pruned from their first token on, under masks that are made from all of them.
 
         Returns:
-            For each input the hidden states that predict its answers, [n, D].
+            For each input the hidden states that predict its answers, [n, D], and dense's where they are pruned.
         """
         session = self.session
         tokens, valid = pad(unit.inputs, left=True, device=self.forwards.device)
         positions = valid.long().cumsum(1) - 1
         with session.context(valid):
-            self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
+            dense = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
         self._note_state(len(unit.inputs))
         with session.decode(valid, frozen=True):
             hidden = self.forwards(tokens, valid, positions, new_cache(self.forwards.model))
-        return [hidden[i, -n:] for i, n in enumerate(unit.answers)]
+        return [(hidden[i, -n:], dense[i, -n:]) for i, n in enumerate(unit.answers)]
 
-    def _ends(self, unit: Inputs) -> list[Tensor]:
+    def _ends(self, unit: Inputs) -> list[tuple[Tensor, Tensor]]:
         """Run inputs dense up to where the scope begins, and pruned from there on. The same as `_whole` returns."""
         session, device, cache = self.session, self.forwards.device, new_cache(self.forwards.model)
         ends = [pruned_inputs(self.scope, len(row)) for row in unit.inputs]
@@ -150,28 +153,36 @@ class WholeInputs(Scoring):
         tokens, new = pad([row[-end:] for row, end in zip(unit.inputs, ends, strict=True)], left=False, device=device)
         places = torch.arange(tokens.shape[1], device=device)
         scored = torch.tensor([[end - n] for end, n in zip(ends, unit.answers, strict=True)], device=device) <= places
+        valid, places = torch.cat([seen, new], 1), seen.long().sum(1, keepdim=True) + places
+        twin = None
+        if self.distances:
+            with session.paused():
+                twin = self.forwards(tokens, valid, places, fork(cache))
         with session.decode(new & scored, frozen=True):
-            hidden = self.forwards(tokens, torch.cat([seen, new], 1), seen.long().sum(1, keepdim=True) + places, cache)
+            hidden = self.forwards(tokens, valid, places, cache)
         found = []
         for i, (end, n) in enumerate(zip(ends, unit.answers, strict=True)):
             row = hidden[i, :end] if dense is None else torch.cat([dense[i], hidden[i, :end]])
-            found.append(row[-n:])
+            found.append((row[-n:], (hidden if twin is None else twin)[i, max(0, end - n) : end]))
         return found
 
-    def _scores(self, unit: Inputs, hidden: Sequence[Tensor], step: Step) -> list[tuple[int, Score]]:
+    def _scores(self, unit: Inputs, hidden: Sequence[tuple[Tensor, Tensor]], step: Step) -> list[tuple[int, Score]]:
         """Scores of the requests.
 
         Args:
             hidden: see `_whole`.
             step: what the scored tokens used that ran pruned; under `all` the mean over all inputs, where it varies.
         """
-        asked = self.forwards.answers()
+        asked = self.forwards.answers(self.distances)
         made = []
         for i, (row, found) in enumerate(zip(unit.inputs, unit.targets, strict=True)):
             root = asked.root()
             paths = [asked.ask(root, continuation) for _, continuation in found]
             nodes = paths[0]  # they differ in their last tokens only
-            asked.give(nodes, hidden[i])
+            states, dense = hidden[i]
+            asked.give(nodes, states)
+            if self.distances:
+                asked.compare(nodes[len(nodes) - len(dense) :], dense)
             ran = min(len(nodes), pruned_inputs(self.scope, len(row)))
             not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
             cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)

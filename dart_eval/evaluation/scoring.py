@@ -18,6 +18,7 @@ prefix of several contexts is computed once move last digits only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,7 @@ def scorer(
     batch_size: int | str | Budget,
     scope: str = "scored",
     share_prefix: bool = True,
+    distances: bool = False,
 ) -> Scoring:
     """What scores requests on one model under a session.
 
@@ -121,14 +123,18 @@ def scorer(
         batch_size: contexts per forward, `auto`, or a budget. Moves last digits only.
         scope: one of `scope_names.SCOPES`; it does not matter where nothing is pruned.
         share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
+        distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
+            other number, and is of no use under a session that does not prune.
     """
     forwards = Forwards(model, head)
     most = batch_size if isinstance(batch_size, Budget) else budget(batch_size, model)
-    if not isinstance(session, Session) or not session.prunes or scope in ("scored", "continuation"):
-        return Scorer(forwards, session, most, share_prefix, last_dense=scope == "continuation")
+    if not isinstance(session, Session) or not session.prunes:
+        return Scorer(forwards, session, most, share_prefix)
+    if scope in ("scored", "continuation"):
+        return Scorer(forwards, session, most, share_prefix, scope == "continuation", distances)
     if scope == "decode":
-        return Unpruned(forwards, session, most, share_prefix)
-    return WholeInputs(forwards, session, most, scope)
+        return Unpruned(forwards, session, most, share_prefix, distances)
+    return WholeInputs(forwards, session, most, scope, distances)
 
 
 class Scorer(Scoring):
@@ -136,9 +142,9 @@ class Scorer(Scoring):
 
     def __init__(
         self, forwards: Forwards, session: AnySession, budget: Budget, share_prefix: bool = True,
-        last_dense: bool = False,
+        last_dense: bool = False, distances: bool = False,
     ) -> None:  # fmt: skip
-        self.forwards, self.session, self.budget = forwards, session, budget
+        self.forwards, self.session, self.budget, self.distances = forwards, session, budget, distances
         self.share_prefix = share_prefix and can_share_prefix(forwards.model)
         self._prefix: _Prefix | None = None  # the last one that was run
         # Pruned, the context's last token runs with the answer, under the mask that the tokens before it make. Dense,
@@ -175,7 +181,7 @@ class Scorer(Scoring):
     @torch.no_grad()
     def run(self, unit: Unit) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
-        answers = self.forwards.answers()
+        answers = self.forwards.answers(self.distances)
         waiting: list[tuple[Row, Cost]] = []
         for batch in unit.batches:
             with self.forwards.angles.held(batch.angles):
@@ -284,20 +290,30 @@ class Scorer(Scoring):
             parents = torch.tensor([r.parent for r in part_rows], device=self.forwards.device)
             forked = fork(cache, parents)
             session.fork(state, parents)
-            if session.looks_ahead:
-                self._rehearse(part_rows, valid[parents], fork(forked))
+            self._run_dense(part_rows, valid[parents], fork(forked), answers)
             found += zip(part_rows, self._run_rows(part_rows, valid[parents], forked, answers), strict=True)
         return found
 
-    def _rehearse(self, rows: list[Row], seen: Tensor, cache: Any) -> None:
-        """Let an oracle see what is to be scored. The cache is used up."""
+    def _run_dense(self, rows: list[Row], seen: Tensor, cache: Any, answers: Answers) -> None:
+        """Run candidates dense, where an oracle must see them or distances are asked for. The cache is used up."""
+        session = self.session
+        if not session.looks_ahead and not (self.distances and isinstance(session, Session)):
+            return
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         positions = seen.long().sum(1, keepdim=True) + torch.arange(tokens.shape[1], device=self.forwards.device)
+
+        def dense(part: slice) -> AbstractContextManager[None]:
+            if not session.looks_ahead and isinstance(session, Session):
+                return session.paused()
+            return (session.extend if part.start else session.foresee)(valid[:, part])
+
         for part in self.forwards.blocks(tokens.shape[1]):
-            new, see = valid[:, part], self.session.extend if part.start else self.session.foresee
-            seen = torch.cat([seen, new], 1)
-            with see(new):
-                self.forwards(tokens[:, part], seen, positions[:, part], cache)
+            seen = torch.cat([seen, valid[:, part]], 1)
+            with dense(part):
+                hidden = self.forwards(tokens[:, part], seen, positions[:, part], cache)
+            for i, row in enumerate(rows if self.distances else ()):
+                nodes = row.nodes[len(row.nodes) - len(row.inputs) :][part]
+                answers.compare(nodes, hidden[i, : len(nodes)])
 
     def _run_rows(self, rows: list[Row], seen: Tensor, cache: Any, answers: Answers) -> list[Cost]:
         """Run candidates after their contexts' caches, in blocks that end where a mask may change."""
@@ -334,8 +350,10 @@ class Scorer(Scoring):
 class Unpruned(Scorer):
     """Scores requests in the scope `decode`: the model is its own meanwhile, and no token counts as pruned."""
 
-    def __init__(self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool) -> None:
-        super().__init__(forwards, DenseSession(), budget, share_prefix)
+    def __init__(
+        self, forwards: Forwards, session: Session, budget: Budget, share_prefix: bool, distances: bool = False
+    ) -> None:
+        super().__init__(forwards, DenseSession(), budget, share_prefix, distances=distances)
         self.state_bytes = session.state_bytes  # what is kept before any prompt
         self._pruning = session
 

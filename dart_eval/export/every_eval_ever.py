@@ -219,6 +219,8 @@ def _score(name: str, value: Any) -> float | None:
     ):
         ratio = -value[0] / value[1]
         value = ratio / math.log(2) if kind == "bits" else math.exp(min(ratio, LARGEST))
+    elif kind == "ratio" and isinstance(value, list) and len(value) == 2 and all(map(finite, value)) and value[1]:
+        value = value[0] / value[1]
     return float(value) if finite(value) else None
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 INDEX = ["task", "doc_id", "filter"]
 TOLD = ("doc_hash", "prompt_hash", "cluster")  # columns that stand there even where there are no documents
-APART = ("metrics", "drift")  # of a sample: what has columns of its own, and what no table shows
+APART = ("metrics", "drift", "kl_bins")  # of a sample: what has columns of its own, and what no table shows
 
 
 def frame(samples: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -71,10 +71,15 @@ class Sample(TypedDict):
     cluster: NotRequired[Annotated[str | None, "a name that documents of one passage or article share, or null"]]
     metrics: Annotated[
         dict[str, Any],
-        "numbers; `[log-likelihood, words or bytes]` for perplexities; ten counts for `bleu`; and for choice tasks "
-        "`gold_ll`, the log-likelihood of the right answer",
+        "numbers; `[log-likelihood, words or bytes]` for perplexities; ten counts for `bleu`; for choice tasks "
+        "`gold_ll`, the log-likelihood of the right answer; where answers were scored under a pruner `kl` and `top1`, "
+        "sums over the scored positions of all answers, each with the number of positions",
     ]
     responses: Annotated[list[Any], "log-likelihood and greedy flag of each candidate, or the text"]
+    token_ids: NotRequired[Annotated[list[int], "the tokens of the text (the first one), with those that ended it"]]
+    kl_bins: NotRequired[
+        Annotated[dict[str, int], "i -> positions whose KL is in the bin that ends at 2^(i/8) nats; -160 has all below"]
+    ]
     tokens: NotRequired[Annotated[Number, "scored or generated tokens"]]
     remasks: NotRequired[Annotated[Number, "re-masks meanwhile"]]
     effective_sparsity: NotRequired[Annotated[Number, "share of the FFN weights that these tokens did not read"]]

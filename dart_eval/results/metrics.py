@@ -19,7 +19,7 @@ class Kind:
     Attributes:
         group: the table that it stands in.
         rank: of several metrics of a task the one of the lowest rank is its main metric; None: only where it is alone.
-        kind: how a value comes from those of the documents (a key of `stats.KINDS`).
+        kind: how a value comes from those of the documents (a key of `stats.KINDS`); empty where it does not.
         width: numbers that a document has for it.
         short: its name where room is scarce.
         percent: it is a share, which boards and papers show in per cent.
@@ -63,6 +63,10 @@ METRICS = {
     "flips": Kind(DISTANCE, short="flips", percent=True),
     "dense_rougeL": Kind(DISTANCE, short="R-L to dense", percent=True),
     "dense_tokens": Kind(DISTANCE, short="tokens as dense", digits=1),
+    "kl": Kind(DISTANCE, kind="ratio", width=2, short="KL"),
+    "kl_p95": Kind(DISTANCE, kind="", short="KL p95"),
+    "kl_p99": Kind(DISTANCE, kind="", short="KL p99"),
+    "top1": Kind(DISTANCE, kind="ratio", width=2, short="top-1", percent=True),
 }
 UNKNOWN = Kind()
 
@@ -108,7 +112,7 @@ N = TypeVar("N", bound=Named)
 
 def main(found: Iterable[N]) -> list[N]:
     """Each task's main metric, in the order of the tasks: of those with a direction the one of the lowest rank, else
-    the first."""
+    the first. A distance to dense is none."""
     chosen: dict[str, N] = {}
     everything = list(found)
     last = len(METRICS)

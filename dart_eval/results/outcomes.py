@@ -170,7 +170,7 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
             children.setdefault(m.part_of, set()).add(m.task)
     measures: list[Measure] = []
     left_out = []
-    for m in (m for m in record.metrics if m.part_of is None):
+    for m in (m for m in record.metrics if m.part_of is None and metrics.of(m.metric).kind):
         members = tuple(sorted(_ends(m.task, children) & tasks))
         for equal in (False, True):
             measure = Measure(m.task, m.metric, m.higher_is_better, members, equal)

@@ -30,7 +30,7 @@ class Paired:
     """A against B on one metric.
 
     Attributes:
-        kind: `proportion` (every value 0 or 1), `mean`, `log-perplexity`, `bits` or `bleu`.
+        kind: `proportion` (every value 0 or 1), `mean`, `ratio`, `log-perplexity`, `bits` or `bleu`.
         n, clusters: documents, and independent units among them.
         value_a, value_b: the metric as records give it.
         difference: A - B on the metric's own scale; of perplexities, of their logarithms (nats per word or byte).
@@ -66,11 +66,17 @@ def mean(values: Values, weights: Values) -> tuple[float, Values]:
     return value, weights * (values - value) / total
 
 
-def log_perplexity(pairs: Values, _weights: Values) -> tuple[float, Values]:
-    """-sum ll / sum w of [n, 2] pairs (ll, w), and its influence values: those of a ratio (Cochran 1977, ch. 6)."""
-    ll, w = pairs.T
-    value = float(-ll.sum() / w.sum())
-    return value, -(ll + value * w) / w.sum()
+def ratio_of_sums(pairs: Values, _weights: Values) -> tuple[float, Values]:
+    """sum x / sum w of [n, 2] pairs (x, w), and its influence values (Cochran 1977, ch. 6)."""
+    x, w = pairs.T
+    value = float(x.sum() / w.sum())
+    return value, (x - value * w) / w.sum()
+
+
+def log_perplexity(pairs: Values, weights: Values) -> tuple[float, Values]:
+    """-sum ll / sum w of [n, 2] pairs (ll, w), and its influence values."""
+    value, influence = ratio_of_sums(pairs, weights)
+    return -value, -influence
 
 
 def bits(pairs: Values, weights: Values) -> tuple[float, Values]:
@@ -98,6 +104,7 @@ def bleu(counts: Values, _weights: Values) -> tuple[float, Values]:
 
 KINDS: dict[str, Callable[[Values, Values], tuple[float, Values]]] = {
     "mean": mean,
+    "ratio": ratio_of_sums,
     "log-perplexity": log_perplexity,
     "bits": bits,
     "bleu": bleu,

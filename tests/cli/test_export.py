@@ -297,6 +297,14 @@ def test_a_document_has_a_perplexity_of_its_own(tmp_path):
     assert log["evaluation_results"][0]["metric_config"]["max_score"] == "Infinity"
 
 
+def test_a_document_has_a_distance_of_its_own(tmp_path):
+    values = [{"kl": [0.5 * i, 3 + i]} for i in range(3)]
+    Store(tmp_path / "out").save("cell", answered("arc_easy", values, up=False), texts("arc_easy", 3))
+    ((path, _),) = _valid(_export(tmp_path / "out", "every-eval-ever")[1])
+    rows = _lines(path.with_name(f"{path.stem}_samples.jsonl"))
+    assert [r["evaluation"]["score"] for r in rows] == [0, 0.5 / 4, 1 / 5]
+
+
 WRONG = {
     "no format": ((), "--to is missing"),
     "an unknown format": (("--to", "lm-evl"), "unknown format 'lm-evl'; did you mean lm-eval?"),

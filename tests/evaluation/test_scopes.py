@@ -19,6 +19,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.rounding import rounded_ffns
 from dart_eval.scope_names import SCOPES
 from tests.helpers.commands import run_local
+from tests.helpers.distances import assert_apart, dense_logits
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions
@@ -28,8 +29,8 @@ METHODS = ["random", "griffin", "dart", "dart-choice", "teal"]
 OTHERS = [scope for scope in SCOPES if scope != "scored"]
 
 
-def scored(model, session, requests, scope, batch_size=4):
-    return scorer(model, output_head_of(model, session), session, batch_size, scope).score(requests)
+def scored(model, session, requests, scope, batch_size=4, **more):
+    return scorer(model, output_head_of(model, session), session, batch_size, scope, **more).score(requests)
 
 
 def numbers(scores):
@@ -152,7 +153,8 @@ def test_a_single_input_runs_pruned_unless_its_mask_needs_more(llama, scope):
 
 
 def by_hand(model, session, request, scope):
-    """The log-likelihood, and the sum of what its tokens did not read: each pruned token is a forward of its own."""
+    """Logits of the answer's positions, and the sum of what its tokens did not read: each pruned token is a forward of
+    its own."""
     forwards = Forwards(model, output_head_of(model, session))
     inputs, first = [*request.context, *request.continuation[:-1]], len(request.context) - 1
     dense = {
@@ -174,8 +176,7 @@ def by_hand(model, session, request, scope):
         with session.decode(torch.ones(1, 1, dtype=torch.bool), frozen=True):
             run([inputs[at]], at)
         not_read += float(1 - session.steps[-1].read) if at >= first else 0.0
-    logprobs = forwards.head(torch.stack(hidden[first:])).float().log_softmax(-1)
-    return sum(float(row[t]) for row, t in zip(logprobs, request.continuation, strict=True)), not_read
+    return forwards.head(torch.stack(hidden[first:])), not_read
 
 
 # Choices, inputs that are left out, images, constants, thresholds; the last two have masks from their prompts.
@@ -197,11 +198,16 @@ def test_every_kind_of_method_runs_where_the_scope_says(method, params, scope, b
     requests = [
         Request(random_tokens(c, seed=c), random_tokens(a, seed=50 + a)) for c, a in ((23, 6), (9, 1), (3, 8), (30, 2))
     ]
-    with rounded_ffns(model, bits), open_session(model, method, 0.5, **params) as session:
-        found = scored(model, session, requests, scope, batch_size=3)
-        for request, score in zip(requests, found, strict=True):
-            logprob, not_read = by_hand(model, session, request, scope)
+    with rounded_ffns(model, bits):
+        dense = [dense_logits(model, r) for r in requests]  # on the same weights, without a session
+        with open_session(model, method, 0.5, **params) as session:
+            found = scored(model, session, requests, scope, batch_size=3, distances=True)
+            hand = [by_hand(model, session, r, scope) for r in requests]
+        for request, score, plain, (logits, not_read) in zip(requests, found, dense, hand, strict=True):
+            logprobs = logits.float().log_softmax(-1)
+            logprob = sum(float(row[t]) for row, t in zip(logprobs, request.continuation, strict=True))
             assert score.logprob == pytest.approx(logprob, abs=2e-5)
+            assert_apart(score.cost.distance, plain, logits)
             if scope != "all" or method not in ("teal", "top-p", "cats"):  # which means over all inputs there
                 assert score.cost.not_read_sum == pytest.approx(not_read, abs=1e-6)
 

@@ -11,6 +11,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.ffn import cache_argument
 from dart_eval.pruning.dense import DenseSession
+from tests.helpers.distances import assert_apart, dense_logits
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions
@@ -19,8 +20,8 @@ from tests.helpers.sessions import RESTLESS, VARIED, cache_of, open_session
 METHODS = [("random", {}), *VARIED]
 
 
-def _score(model, session, requests, batch_size=4):
-    return scorer(model, output_head_of(model, session), session, batch_size).score(requests)
+def _score(model, session, requests, batch_size=4, **more):
+    return scorer(model, output_head_of(model, session), session, batch_size, **more).score(requests)
 
 
 def test_dense_equals_stock_hflm(model, tokenizer):
@@ -55,26 +56,29 @@ def test_batch_size_and_order_do_not_matter(model, method, params):
 def _step_by_step(model, session, request):
     """Feed one token at a time under the session's own phases: decoding cannot see what was not yet fed."""
     name = cache_argument(model)
-    out = model(torch.tensor([request.context[:-1]]), use_cache=True)
-    total = 0.0
-    for token, target in zip((request.context[-1], *request.continuation), request.continuation, strict=False):
+    out, logits = model(torch.tensor([request.context[:-1]]), use_cache=True), []
+    for token in (request.context[-1], *request.continuation[:-1]):
         out = model(torch.tensor([[token]]), use_cache=True, **{name: cache_of(out)})
-        total += float(out.logits[0, -1].log_softmax(-1)[target])
-    return total
+        logits.append(out.logits[0, -1])
+    return torch.stack(logits)
 
 
 @torch.no_grad()
 @on_families(["method", "params"], FAMILIES, METHODS, every=3)
 def test_scores_equal_decoding_token_by_token(model, method, params):
-    """The no-look-ahead test: blocks, shared contexts and re-masks give what one token at a time gives."""
+    """The no-look-ahead test: blocks, shared contexts and re-masks give what one token at a time gives, as far from
+    the model without a session."""
     requests = [r for r in questions() if len(r.context) > 1]
     with open_session(model, method, **params) as session:
-        blocks = _score(model, session, requests)
+        blocks = _score(model, session, requests, distances=True)
     remasks = 0
     for request, score in list(zip(requests, blocks, strict=True))[::2]:  # short answers and long, of every context
         with open_session(model, method, **params) as session:
-            assert score.logprob == pytest.approx(_step_by_step(model, session, request), abs=2e-5)
+            logits = _step_by_step(model, session, request)
+            logprobs = logits.log_softmax(-1)[range(len(logits)), request.continuation]
+            assert score.logprob == pytest.approx(float(logprobs.sum()), abs=2e-5)
             assert score.cost.remasks == sum(session.remasks)
+        assert_apart(score.cost.distance, dense_logits(model, request), logits)
         remasks += score.cost.remasks
     assert bool(remasks) == any(path.startswith("remask") for path in params)
 

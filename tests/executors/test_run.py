@@ -44,7 +44,8 @@ def test_a_sweep_and_its_records(saved_llama, tmp_path):
         assert record.measured["peak"] > record.memory["weights"]
         assert (record.memory["state"] > 0) == (sparsity > 0)
     names = {m.metric for r in result.records for m in r.metrics}
-    assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty"}
+    distance = {"kl", "kl_p95", "kl_p99", "top1"}
+    assert names == {"acc", "acc_norm", "rouge1", "rouge2", "rougeL", "bleu", "summary_words", "empty", *distance}
     lines = [json.loads(x) for f in (tmp_path / "out" / "samples").iterdir() for x in f.read_text().splitlines()]
     assert len(lines) == 30
     assert all(len(x["doc_hash"]) == len(x["prompt_hash"]) == 64 for x in lines)
@@ -166,7 +167,8 @@ def test_evaluate_returns_rows(saved_llama, tmp_path):
         output=str(tmp_path / "out"),
     )  # fmt: skip
     assert {(r["method"], r["metric"]) for r in rows} == {
-        ("dense", "acc"), ("dense", "acc_norm"), ("griffin", "acc"), ("griffin", "acc_norm"),
+        ("dense", "acc"), ("dense", "acc_norm"),
+        *(("griffin", name) for name in ("acc", "acc_norm", "kl", "kl_p95", "kl_p99", "top1")),
     }  # fmt: skip
     assert all(r["n"] == 2 and r["model"] == "tiny-llama" and r["scope"] == "scored" for r in rows)
 

@@ -87,7 +87,10 @@ def samples(task, values, data="v1", filter_="none", clusters=None):
 
 def metric_of(task, name, values, up=True, part_of=None):
     """The record's metric over `samples`' values."""
-    if name.endswith("perplexity"):
+    if name in ("kl", "top1"):
+        x, w = np.array([v[name] for v in values]).sum(0)
+        found = x / w
+    elif name.endswith("perplexity"):
         ll, w = np.array([v[name] for v in values]).sum(0)
         found = math.exp(-ll / w)
     else:

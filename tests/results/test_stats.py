@@ -224,7 +224,9 @@ def test_perplexities_are_compared_on_the_log_scale():
     assert in_bits.p == found.p
 
 
-@pytest.mark.parametrize(("kind", "make"), [("log-perplexity", pairs_of), ("bits", pairs_of), ("bleu", counts_of)])
+@pytest.mark.parametrize(
+    ("kind", "make"), [("ratio", pairs_of), ("log-perplexity", pairs_of), ("bits", pairs_of), ("bleu", counts_of)]
+)
 def test_influence_values_predict_what_leaving_a_document_out_does(kind, make):
     values = make(3, 300)
     n = len(values)
@@ -234,7 +236,7 @@ def test_influence_values_predict_what_leaving_a_document_out_does(kind, make):
     assert whole - left_out == pytest.approx(influence[:20], abs=0.02 * np.abs(influence).max())
 
 
-@pytest.mark.parametrize(("kind", "make"), [("log-perplexity", pairs_of), ("bleu", counts_of)])
+@pytest.mark.parametrize(("kind", "make"), [("ratio", pairs_of), ("log-perplexity", pairs_of), ("bleu", counts_of)])
 def test_the_linearised_spread_is_that_of_a_bootstrap(kind, make):
     values = make(7, 120)
     n = len(values)
@@ -268,6 +270,7 @@ def test_members_that_weigh_equally():
 MAKERS = {
     "proportion": lambda seed: np.random.default_rng(seed).integers(0, 2, 40).astype(float),
     "mean": lambda seed: np.random.default_rng(seed).gamma(2, 1, 40),
+    "ratio": pairs_of,
     "log-perplexity": pairs_of,
     "bleu": lambda seed: counts_of(seed, 40),
 }

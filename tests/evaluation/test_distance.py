@@ -1,0 +1,277 @@
+"""How far from dense a pruned model is: the numbers themselves, what must not move them, and what they must not move.
+
+That they are those of two plain models, position by position: test_scoring.py and test_scopes.py.
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from dart_eval.config import config_from
+from dart_eval.evaluation import distance
+from dart_eval.evaluation.costs import Cost
+from dart_eval.evaluation.distance import Distance
+from dart_eval.evaluation.evaluate import _distances
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.logits import Answers
+from dart_eval.evaluation.requests import Request, Score, kept_answer
+from dart_eval.evaluation.scoring import scorer
+from dart_eval.executors.jobs import Silent
+from dart_eval.results import metrics
+from dart_eval.results.record import Metric
+from dart_eval.results.store import Store
+from dart_eval.scope_names import SCOPES
+from tests.helpers.commands import command, run_local
+from tests.helpers.distances import apart, assert_apart, dense_logits
+from tests.helpers.models import random_tokens, tiny
+from tests.helpers.requests import output_head_of, questions, words
+from tests.helpers.sessions import RESTLESS, open_session
+
+METHODS = [("random", {}), ("griffin", {}), ("dart", RESTLESS), ("dart-plus", {}), ("teal", {}), ("wanda", {})]
+
+
+def _scores(model, session, batch_size=4, scope="scored", share=True, distances=True, requests=None):
+    made = scorer(model, output_head_of(model, session), session, batch_size, scope, share, distances)
+    return made.score(requests or questions())
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.1, 3.0])
+def test_divergence_is_that_of_double_precision(spread):
+    """Over a vocabulary in whose sums fp32 loses four digits, and with words that are ruled out."""
+    torch.manual_seed(0)
+    dense = 3 * torch.randn(5, 65_537)
+    pruned = dense + spread * torch.randn_like(dense) + 7
+    dense[:, -3:] = pruned[:, -3:] = -math.inf
+    dense[1, 5] = -math.inf  # of no weight, whatever the other says
+    kl, _ = apart(dense[:, :-3].nan_to_num(neginf=-1e9), pruned[:, :-3])
+    assert distance.divergence(dense, pruned).tolist() == pytest.approx(kl.tolist(), rel=1e-5, abs=1e-6)
+    assert distance.divergence(dense, dense + 2).tolist() == pytest.approx([0] * 5, abs=1e-6)
+    pruned[2, 9] = -math.inf
+    assert distance.divergence(dense, pruned)[2] == math.inf
+
+
+@pytest.mark.parametrize("positions", [1, 7, 333, 20_001])
+def test_percentiles_are_within_their_bound(positions):
+    exact = np.random.default_rng(positions).lognormal(-3, 2.5, positions)
+    bins = Distance.of([(float(kl), True) for kl in exact]).bins
+    for share in (0.5, 0.95, 0.99, 1.0):
+        true = np.percentile(exact, 100 * share, method="inverted_cdf")
+        assert distance.percentile(bins, share) == pytest.approx(true, rel=0.0443)
+    assert len(bins) < 8 * 45
+
+
+def test_bins_by_hand():
+    found = [(0.0, True), (2.0**-21, True), (2.0**-20, False), (2.0**-19, True), (1.0, True), (1.001, False)]
+    made = Distance.of(found)
+    assert made.bins == {"-160": 3, "-152": 1, "0": 1, "1": 1}
+    assert (made.agreed, made.positions) == (4, 6)
+    assert [distance.percentile(made.bins, s) for s in (0.5, 0.6, 1)] == [0.0, 2 ** (-152.5 / 8), 2 ** (0.5 / 8)]
+    assert made + Distance() == made
+    assert (made + made).bins == {"-160": 6, "-152": 2, "0": 2, "1": 2}
+    assert Distance().pairs() == {}
+
+
+def test_a_position_counts_for_every_answer_that_it_is_of(monkeypatch):
+    """In parts of odd sizes, where some positions are dense's own."""
+    monkeypatch.setattr("dart_eval.evaluation.logits.LOGIT_BYTES", 11 * 4 * 50)
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(8, 50), torch.randn(19, 8)
+    dense = hidden + 0.1 * torch.randn_like(hidden)
+    with torch.no_grad():
+        answers = Answers(head, 50, distances=True)
+        root = answers.root()
+        long, short = answers.ask(root, range(19)), answers.ask(root, [0, 1, 7])
+        answers.give(long, hidden)
+        answers.compare(long[1:], dense[1:])
+        answers.run()
+        mixed = torch.cat([hidden[:1], dense[1:]])
+        assert_apart(answers.distance(long), head(mixed), head(hidden))
+        assert_apart(answers.distance(short), head(mixed[:3]), head(hidden[:3]))
+    assert short == long[:3]
+
+
+# -- what must not move them, and what they must not move --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("method", "params"), METHODS)
+def test_nothing_else_moves(method, params, scope):
+    """To the last bit, in single precision: scores, costs, re-masks, what the detector saw."""
+    model = tiny("llama", dtype=torch.float32)
+    runs = []
+    for distances in (False, True):
+        with open_session(model, method, **params) as session:
+            runs.append(_scores(model, session, scope=scope, distances=distances))
+    assert all(s.cost.distance == Distance() for s in runs[0])
+    for request, score in zip(questions(), runs[1], strict=True):
+        assert score.cost.distance.positions == len(request.continuation)
+    without = [dataclasses.replace(s, cost=dataclasses.replace(s.cost, distance=Distance())) for s in runs[1]]
+    assert without == runs[0]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_neither_batches_nor_shared_prefixes_move_them(family, scope):
+    model, found = tiny(family), []
+    stem = random_tokens(70, seed=9)  # long enough to be shared
+    requests = [*questions(), *(Request((*stem, *random_tokens(n, seed=n)), (5, 6, n)) for n in (1, 4, 30))]
+    for batch_size, share in ((1, False), (3, True), (16, True)):
+        with open_session(model, "dart", **RESTLESS) as session:
+            scores = _scores(model, session, batch_size, scope, share, requests=requests)
+        found.append([(s.cost.distance.kl, s.cost.distance.agreed) for s in scores])
+    assert any(kl > 0.01 for kl, _ in found[0]) == (scope != "decode")
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert a == pytest.approx(b, abs=2e-5)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_nothing_pruned_is_at_no_distance(llama, scope):
+    for method in ("griffin", "dart-plus"):
+        with open_session(llama, method, 0.0) as session:
+            for score in _scores(llama, session, scope=scope):
+                far = score.cost.distance
+                assert far.kl == pytest.approx(0, abs=1e-6)
+                assert far.agreed == far.positions == score.cost.tokens
+
+
+def test_an_oracle_is_held_against_dense_too(llama):
+    output_head_of(llama)
+    request = Request(random_tokens(20, seed=3), random_tokens(9, seed=4))
+    with open_session(llama, "oracle", 0.5) as session:
+        (score,) = _scores(llama, session, requests=[request])
+        masks = session.state.masks
+    assert score.cost.distance.positions == 9
+
+    def masked(layer):
+        return lambda _module, args: (torch.where(masks[layer][:, None], args[0], 0.0),)
+
+    # The context's tokens but the last ran dense: its keys and values are dense's.
+    with torch.no_grad():
+        out = llama(torch.tensor([request.context[:-1]]), use_cache=True)
+        handles = [x.mlp.down_proj.register_forward_pre_hook(masked(i)) for i, x in enumerate(llama.model.layers)]
+        rest = torch.tensor([[request.context[-1], *request.continuation[:-1]]])
+        pruned = llama(rest, past_key_values=out.past_key_values).logits[0]
+        for handle in handles:
+            handle.remove()
+    assert_apart(score.cost.distance, dense_logits(llama, request), pruned)
+
+
+def test_what_is_no_number_is_no_answer_and_a_journal_gives_back_what_it_took():
+    far = Distance.of([(0.25, True), (3.0, False)])
+    score = Score(-1.5, True, Cost(tokens=2, distance=far))
+    assert score.usable
+    assert kept_answer(json.loads(json.dumps(dataclasses.asdict(score))), Score) == score
+    for kl in (math.nan, math.inf):
+        assert not Score(-1.5, True, Cost(distance=Distance.of([(kl, True)]))).usable
+
+
+def test_a_perplexity_is_of_all_scored_tokens_of_all_chunks(llama, tokenizer):
+    """Chunks of odd sizes: each as a request of its own."""
+    lm = PrunedLM(llama, tokenizer, batch_size=2, chunk=33, distances=True)
+    tokens = random_tokens(75, seed=1)
+    chunks = [(1, *tokens[i : i + 32]) for i in (0, 32, 64)]
+    requests = [Request(c[:h], c[h:]) for c, h in ((c, (len(c) + 1) // 2) for c in chunks)]
+    with open_session(llama, "griffin", 0.6) as session:
+        lm.begin(session, {})
+        lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (words(tokens),), 0, ("t", 0, 1))])
+        wanted = sum((s.cost.distance for s in _scores(llama, session, 1, requests=requests)), Distance())
+    found = lm.costs["t", 0].distance
+    assert (found.positions, found.agreed) == (wanted.positions, wanted.agreed) == (16 + 16 + 6, wanted.agreed)
+    assert found.kl == pytest.approx(wanted.kl, rel=1e-5) and found.kl > 0.1
+
+
+# -- a cell ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, saved_llama):
+    """A folder of two pruners and dense on choices, a perplexity and texts."""
+    out = tmp_path_factory.mktemp("swept") / "out"
+    given = {
+        "model": saved_llama, "tasks": "smoke_questions,smoke_drift,smoke_summary", "method": "dense,random,griffin",
+        "sparsity": "0.6", "limit": 7, "gen_kwargs": "max_gen_toks=5", "output": str(out),
+    }  # fmt: skip
+    run_local(config_from(None, given), Silent())
+    return out
+
+
+def _cells(out):
+    store = Store(out)
+    found = {(r.inputs["task"], r.inputs["method"]): (r, store.samples(r)) for r in store.load()}
+    assert len(found) == 9
+    return found
+
+
+def test_a_document_and_a_record_say_how_far_they_are(swept):
+    for (task, method), (record, samples) in _cells(swept).items():
+        named = {m.metric: m for m in record.metrics}
+        asked = method != "dense" and task != "smoke_summary"
+        assert ("kl" in named, "kl_p95" in named, "kl" in samples[0]["metrics"]) == (asked,) * 3
+        assert all(("kl_bins" in s) == asked for s in samples)
+        assert metrics.main(m for m in record.metrics if metrics.of(m.metric).group == metrics.DISTANCE) == []
+        if not asked:
+            continue
+        for name, up in (("kl", False), ("top1", True)):
+            x, w = np.array([s["metrics"][name] for s in samples]).T
+            assert [s["tokens"] for s in samples] == w.tolist()
+            residuals = (x - x.sum() / w.sum() * w) / w.sum()
+            error = math.sqrt(len(x) / (len(x) - 1) * (residuals**2).sum())
+            found = named[name]
+            assert (found.value, found.stderr) == pytest.approx((x.sum() / w.sum(), error))
+            assert (found.n, found.higher_is_better) == (len(samples), up)
+        assert named["kl"].value > 1e-4
+        bins = sum((Distance(bins=s["kl_bins"]) for s in samples), Distance()).bins
+        assert sum(bins.values()) == record.tokens
+        assert named["kl_p99"].value == distance.percentile(bins, 0.99) >= named["kl_p95"].value
+
+
+def test_texts_have_their_tokens(swept, tokenizer):
+    for (task, _), (_, samples) in _cells(swept).items():
+        assert all(("token_ids" in s) == (task == "smoke_summary") for s in samples)
+        for s in samples if task == "smoke_summary" else ():
+            assert len(s["token_ids"]) == s["tokens"] > 0
+            assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
+
+
+def test_tables_show_it_and_compare_tests_it(swept):
+    shown = command("tables", swept, "--view", "long", "--format", "md").out
+    assert "Distance to dense" in shown
+    heads = next(line for line in shown.splitlines() if line.startswith("|") and "kl_p95" in line)
+    assert [c.strip() for c in heads.strip("|").split("|")][-4:] == ["kl", "kl_p95", "kl_p99", "top1"]
+    done = command("compare", swept, "--methods", "griffin,random", "--metric", "kl,top1", "--format", "json")
+    assert done.code == 0, done.err
+    rows = {(r["task"], r["metric"]): r for r in json.loads(done.out)["rows"]}
+    assert len(rows) == 4
+    cells = _cells(swept)
+    for (task, name), row in rows.items():
+        for side, method in (("value_a", "griffin"), ("value_b", "random")):
+            named = {m.metric: m.value for m in cells[task, method][0].metrics}
+            assert row[side] == pytest.approx(named[name])
+        assert (row["kind"], row["n"]) == ("ratio", len(cells[task, "griffin"][1]))
+        assert row["reason"] or row["low"] < row["difference"] < row["high"]
+    assert rows["smoke_questions", "kl"]["reason"] == ""
+    assert "kl_p95" not in done.out  # which no documents' values give: that is no news
+    refused = command("compare", swept, "--methods", "griffin,dense", "--metric", "kl")
+    assert refused.code == 2
+
+
+def test_a_group_is_all_positions_of_its_members():
+    far = [Distance.of([(kl, True)] * n) for kl, n in ((1.0, 3), (2.0, 5), (4.0, 1))]
+    costs = {("a", 0): Cost(distance=far[0]), ("a", 1): Cost(distance=far[1]), ("b", 0): Cost(distance=far[2]),
+             ("c", 0): Cost(tokens=3)}  # fmt: skip
+    found = [Metric("all", "acc", 0.5, 0.1, 4, True), Metric("some", "acc,x", 0.5, 0.1, 2, True, "all"),
+             Metric("a", "acc", 0.5, 0.1, 2, True, "some"), Metric("c", "acc", 0.5, 0.1, 1, True, "all")]  # fmt: skip
+    made = _distances(found, {"all": ["some", "b", "c"], "some": ["a"], "a": [], "b": []}, costs)
+    kls = {m.task: m for m in made if m.metric.startswith("kl") and "_" not in m.metric}
+    assert {t: (m.metric, m.value, m.n, m.part_of) for t, m in kls.items()} == {
+        "all": ("kl", 17 / 9, 3, None), "some": ("kl,x", 13 / 8, 2, "all"), "a": ("kl", 13 / 8, 2, "some"),
+    }  # fmt: skip
