@@ -34,7 +34,7 @@ def evaluate(
     output: str | Path = "out",
     force: bool = False,
     batch_size: int | str = 8,
-    share_prefix: bool = True,
+    share_prefix: bool = True, kl: bool = True,
     seed: int = 0,
     max_length: int | None = None,
     chunk: int = 2048,

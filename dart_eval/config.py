@@ -139,13 +139,12 @@ class RunConfig:
         ),
     ] = 8  # fmt: skip
     share_prefix: Annotated[Flag, _told("Run once what many contexts begin with, such as few-shot examples.")] = True
+    kl: Annotated[Flag, _told("Measure how far scored tokens are from dense's; scoring then takes longer.")] = True
     seed: Annotated[Whole, _told("Seed few-shot sampling, and methods that draw, with this number.", ge=0)] = 0
     max_length: Annotated[
         Whole | None, _told("Fit context and answer together into so many tokens.", "the model's", ge=1)
     ] = None
-    chunk: Annotated[
-        Whole, _told("Cut texts for perplexity into chunks of so many tokens; the second half of each is scored.")
-    ] = 2048
+    chunk: Annotated[Whole, _told("Cut perplexity texts into chunks of so many tokens, each second half scored.")] = 2048
     chat_template: Annotated[Flag, _told("Wrap prompts in the model's chat template.")] = False
     system_instruction: Annotated[
         Text | None, _told("Put this text before every prompt; in a chat template it is the system's message.")

@@ -149,6 +149,8 @@ GenKwargs = Annotated[Several, _option("gen_kwargs", TASKS, "K=V,...")]
 BatchSize = Annotated[str | None, _option("batch_size", TASKS, "N|auto", offers=("auto",))]
 SharePrefix = Annotated[bool | None, _flag("share_prefix", TASKS, hidden=True)]  # it is on
 NoSharePrefix = Annotated[bool, _off("share_prefix", TASKS)]
+Kl = Annotated[bool | None, _flag("kl", TASKS, hidden=True)]  # it is on
+NoKl = Annotated[bool, _off("kl", TASKS)]
 Seed = Annotated[int | None, _option("seed", TASKS, "N")]
 MaxLength = Annotated[int | None, _option("max_length", TASKS, "N")]
 Chunk = Annotated[int | None, _option("chunk", TASKS, "N")]

@@ -81,7 +81,7 @@ class Worker:
             share_prefix=config.share_prefix,
             enable_thinking=config.enable_thinking,
             think_end_token=config.think_end_token,
-            distances=True,
+            distances=config.kl,
         )
 
     def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[Outcome, Record]:

@@ -159,8 +159,9 @@ def _block(
     for row in [*own, *others]:
         found = beside.get(row.keys, ())
         nats = [one.lost.times(-1) for one in found if one.measure.name == metrics.GOLD and one.measure.task in needed]
-        flips, kl = ([one.sides[0] for one in found if one.measure.name == name and one.measure.task in within]
-                     for name in ("flips", "kl"))  # fmt: skip
+        # Of pruners on rounded weights the divergence is from these: no other row's.
+        flips, kl = ([one.sides[0] for one in found if one.measure.name == name and one.measure.task in within
+                      and not (name == "kl" and one.a.inputs.get("ffn_bits"))] for name in ("flips", "kl"))  # fmt: skip
         quality = qualities(row.values, found, tasks)
         rows.append(replace(row, quality=quality, nats=mean(nats), flips=mean(flips), kl=mean(kl)))
     ours = {(one.measure.task, one.measure.name): one for some in beside.values() for one in some}

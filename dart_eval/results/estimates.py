@@ -86,7 +86,8 @@ def mean(estimates: Iterable[Estimate]) -> Estimate | None:
 def share(part: Estimate, whole: Estimate) -> Share | None:
     """part / whole; None where the whole is not above 0 by more than noise, for then no interval has two ends.
 
-    The p of the test behind the interval is that of Student's t over the units.
+    The test behind the interval is Student's t over the units. To the variance of part - r whole comes that of one unit
+    that differs by 1, so that a few documents on which both are alike do not make an interval without width.
     """
     names = sorted(part.units.keys() | whole.units.keys())
     slopes = np.array([[side.units.get(unit, 0.0) for unit in names] for side in (part, whole)])
@@ -94,6 +95,7 @@ def share(part: Estimate, whole: Estimate) -> Share | None:
         return None
     values = np.array([part.value, whole.value])
     products = np.outer(values, values) - _squares(len(names)) * (slopes @ slopes.T)
+    products[0, 0] -= _squares(len(names)) / len(names) ** 2
     if whole.value <= 0 or products[1, 1] <= 0:
         return None
     middle = products[0, 1] / products[1, 1]

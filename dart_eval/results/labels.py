@@ -67,7 +67,8 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
         model = r.inputs["model"]
         which = [f"model={str(model.get('weights') or model.get('revision'))[:8]}"]
         told = which if len(models) > len({name for name, _ in models}) else []
-        told += [_told(s, r) for s in apart if s != "code" and r.inputs.get(s) is not None and matters(s, r.inputs)]
+        told += [_told(s, r) for s in apart if s != "code" and matters(s, r.inputs)
+                 and not (FIELDS[s].any and r.inputs.get(s) is None)]  # fmt: skip
         bits = f" on {said(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
         found[r.key] = methods[r.key] + bits, told
     for rs in _grouped(records, lambda r: (found[r.key][0], *found[r.key][1])).values():

@@ -135,7 +135,7 @@ def test_equal_folders_give_equal_bytes(tmp_path):
 def test_boards_of_several_models_share_a_legend(tmp_path):
     html = build(PARTS["several models"](tmp_path)).html
     assert re.findall("<h3>(.)</h3>", html)[:2] == ["x", "y"] and html.count('<table class="board sortable">') == 2
-    assert html.count("Value ± standard error.") == 1
+    assert html.count("[95 % interval, Fieller]") == 1
 
 
 # -- missing parts -------------------------------------------------------------------------------------------------

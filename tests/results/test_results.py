@@ -306,21 +306,6 @@ def test_cells_that_differ_in_scope_or_execution_are_told_apart(name, first, sec
     ]  # fmt: skip
 
 
-def test_cells_that_differ_in_versions_are_told_apart_by_what_differs():
-    old, new = {"torch": "2.1", "lm_eval": "0.4"}, {"torch": "2.2", "lm_eval": "0.4"}
-    assert told_apart({"versions": old}, {"versions": new}) == ["dart (torch=2.1)", "dart (torch=2.2)"]
-    assert told_apart({"versions": None}, {"versions": new}) == ["dart (lm_eval=none)", "dart (lm_eval=0.4)"]
-    assert told_apart({"versions": old}, {"versions": dict(reversed(old.items()))}) == ["dart"] * 2
-
-
-def test_no_more_packages_are_named_than_it_takes():
-    made = [{"torch": "2.1", "lm_eval": "0.4", "datasets": "3"}, {"torch": "2.2", "lm_eval": "0.5", "datasets": "3"},
-            {"torch": "2.2", "lm_eval": "0.5", "datasets": "4"}]  # fmt: skip
-    assert told_apart(*({"versions": v} for v in made)) == [
-        "dart (datasets=3 lm_eval=0.4)", "dart (datasets=3 lm_eval=0.5)", "dart (datasets=4 lm_eval=0.5)",
-    ]  # fmt: skip
-
-
 def test_a_setting_that_follows_from_the_task_can_be_left_out():
     cells = [{"limit": 100}, {"limit": 64, "task": "xsum"}]
     assert told_apart(*cells) == ["dart (limit=100)", "dart (limit=64)"]

@@ -174,7 +174,7 @@ def test_a_report_has_a_board_of_each_which_is_held_against_its_own_dense(tmp_pa
     html = build(Store(both(tmp_path))).html
     boards = re.findall(r"<h3>(model@\w+)</h3>.*?</table>", html, re.DOTALL)
     assert boards[:2] == ["model@aaaa1111", "model@cccc3333"]
-    assert html.count('<td class="n">100 % [100, 100]</td>') == 2  # griffin is as good as its own dense
+    assert html.count('<td class="n">100 % [') == 2  # griffin is as good as its own dense
     assert "Pruning evaluation of model@aaaa1111 and model@cccc3333" in html
 
 
