@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dart_eval.results import documents
 from dart_eval.results import frame as comparisons
 from dart_eval.results.labels import labels
-from dart_eval.results.rows import typed
+from dart_eval.results.rows import metrics_frame, typed
 from dart_eval.results.store import Store
 
 if TYPE_CHECKING:
@@ -36,10 +36,8 @@ def records(folder: str | Path, subtasks: bool = False) -> pd.DataFrame:
     Raises:
         UserError: there are no results in the folder.
     """
-    import pandas as pd
-
     store = Store(folder)
-    return typed(pd.DataFrame(comparisons.lines(store, store.load(), subtasks), dtype=object))
+    return metrics_frame(comparisons.lines(store, store.load(), subtasks))
 
 
 def samples(folder: str | Path, task: str | None = None) -> pd.DataFrame:

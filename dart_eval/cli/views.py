@@ -55,7 +55,7 @@ class Shown:
         """The tables of the view but for the board."""
         view, found = self.view, list[Table]()
         if view in ("long", ALL):
-            found += tables.quality(self.records, self.subtasks)
+            found += tables.quality(self.records, frame.lines(self.store, self.records, self.subtasks))
         if view in ("flops", ALL):
             found.append(tables.flops(self.records))
         if view in ("memory", ALL):

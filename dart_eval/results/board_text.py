@@ -60,7 +60,7 @@ def columns_of(block: Block) -> list[Column]:
     if any(row.flips for row in rows):
         found.append(Column("flips", ("flips", ""), lambda r: percent(r.flips.value) if r.flips else "-", _flips))
     if any(row.kl for row in rows if row.kind != CONTROL):
-        found.append(Column("kl", ("KL", "nats"), lambda r: f"{r.kl.value:.3g}" if r.kl else "-", _kl))
+        found.append(Column("kl", ("KL", "nats"), _far, _kl))
     found += [
         Column("memory", ("memory", "beside"), lambda r: _beside(r, size(r.memory)), lambda r: r.memory),
         Column("work", ("work", ""), lambda r: _beside(r, _more(r.overhead)), lambda r: r.overhead),
@@ -72,6 +72,10 @@ def columns_of(block: Block) -> list[Column]:
 
 def _flips(row: Row) -> float | None:
     return row.flips.value if row.flips else None
+
+
+def _far(row: Row) -> str:
+    return "0" if row.kind == CONTROL else f"{row.kl.value:.3g}" if row.kl else "-"
 
 
 def _kl(row: Row) -> float | None:

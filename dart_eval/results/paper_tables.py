@@ -20,7 +20,7 @@ from dart_eval.results.format import number, share, short
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import identity, model_of
 from dart_eval.results.record import Record
-from dart_eval.results.rows import cells_frame, metrics_frame
+from dart_eval.results.rows import cells_frame, metrics_frame, rows
 from dart_eval.results.store import Store
 from dart_eval.results.tables import cut_prompts, flops_ratio
 from dart_eval.results.writers import Table, csv_text
@@ -130,7 +130,7 @@ class Paper:
         self.missing, self.command = missing, command
         self._records = {r.key: r for r in records}
         self._usual = records[0].inputs  # what all cells were asked
-        self._metrics, self._cells = metrics_frame(records), cells_frame(records).set_index("key")
+        self._metrics, self._cells = metrics_frame(rows(records)), cells_frame(records).set_index("key")
         self._metrics["better"] = self._metrics["higher_is_better"].map({True: 1, False: -1}).fillna(0)
         self._samples = {r.key: outcomes.cell_of(store, r) for r in records}
 

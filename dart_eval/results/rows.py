@@ -56,11 +56,11 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
     return sorted(found, key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
 
 
-def metrics_frame(records: Sequence[Record], subtasks: bool = False) -> pd.DataFrame:
-    """`rows` as a data frame."""
+def metrics_frame(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Rows, or those of `frame.lines`, as a data frame."""
     import pandas as pd
 
-    return typed(pd.DataFrame(rows(records, subtasks), dtype=object))
+    return typed(pd.DataFrame(lines, dtype=object))
 
 
 def cells_frame(records: Sequence[Record]) -> pd.DataFrame:

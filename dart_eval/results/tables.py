@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dart_eval.results import metrics, writers
 from dart_eval.results.format import NO_NUMBER, count, number, share, size, small_share, sparsity, with_error
 from dart_eval.results.record import Record
-from dart_eval.results.rows import cells_frame, in_order, metrics_frame
+from dart_eval.results.rows import cells_frame, in_order, metrics_frame, rows
 from dart_eval.results.writers import Column, Table
 
 if TYPE_CHECKING:
@@ -52,12 +52,16 @@ MEMORY_NOTE = (
 
 def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
     """All long tables but those of the detector: every metric, FLOPs and memory."""
-    return [*quality(records, subtasks), flops(records), memory(records)]
+    return [*quality(records, rows(records, subtasks)), flops(records), memory(records)]
 
 
-def quality(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
-    """Every metric of every cell: accuracy, summaries, perplexity and others, those that have rows."""
-    data = metrics_frame(records, subtasks)
+def quality(records: Sequence[Record], lines: Sequence[dict[str, Any]]) -> list[Table]:
+    """Every metric of every cell: accuracy, summaries, perplexity, distances and others, those that have rows.
+
+    Args:
+        records: of a folder. lines: a row a metric of each (`rows`, or `frame.lines`, which know distances to dense).
+    """
+    data = metrics_frame(lines)
     if data.empty:
         return []
     data["text"] = [with_error(*m) for m in zip(data["metric"], data["value"], data["stderr"], strict=True)]

@@ -14,7 +14,7 @@ from dart_eval.results.check import check, junit, table, workflow_commands
 from dart_eval.results.compare import compare_folders, compare_within
 from dart_eval.results.labels import labels, specs
 from dart_eval.results.report import build
-from dart_eval.results.rows import metrics_frame
+from dart_eval.results.rows import metrics_frame, rows
 from dart_eval.results.store import Store
 from dart_eval.results.tables import tables
 from dart_eval.results.thresholds import Thresholds
@@ -53,8 +53,8 @@ def test_every_table_says_it_also_where_a_method_has_one_setting(out):
 
 def test_data_keeps_method_and_parameters_beside_the_label(out):
     records = Store(out).load()
-    for rows in (json.loads(render(records, "json")), list(csv.DictReader(io.StringIO(render(records, "csv"))))):
-        (row,) = (r for r in rows if r["method"] == "dart")
+    for lines in (json.loads(render(records, "json")), list(csv.DictReader(io.StringIO(render(records, "csv"))))):
+        (row,) = (r for r in lines if r["method"] == "dart")
         assert row["label"] == UNIFORM
         params = row["params"] if isinstance(row["params"], dict) else json.loads(row["params"])
         assert params == {"allocation": "uniform"}
@@ -145,7 +145,7 @@ def test_a_name_that_is_no_unicode_stands_in_tables_and_frames():
     odd = "dart:allocation=table:\udcff.json"  # as a file's name may be
     records = [of("dense"), of(odd)]
     assert [[row[1] for row in t.body] for t in tables(records)] == [["dense", odd]] * 3
-    frame = metrics_frame(records)
+    frame = metrics_frame(rows(records))
     assert list(frame["label"]) == ["dense", odd]
     assert frame["value"].dtype == float and frame["n"].dtype == int
 

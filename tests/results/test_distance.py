@@ -1,0 +1,85 @@
+"""How far answers are from dense's: flips, texts and divergence, in the frame, on the board and in `compare`."""
+
+import numpy as np
+import pytest
+
+from dart_eval.results import board_text, frame
+from dart_eval.results.board import boards
+from dart_eval.results.compare import compare_within
+from dart_eval.results.record import Metric
+from dart_eval.results.store import Store
+from tests.helpers.commands import command
+from tests.helpers.records import answered, choosing, save
+
+
+def chosen(method, answers, **more):
+    """A cell that chooses these of four answers, of which the first is right."""
+    values = [{"acc": float(a == 0)} for a in answers]
+    made = choosing(answered("arc", values, method, 0.0 if method == "dense" else 0.5, **more))
+    for s, a in zip(made.samples, answers, strict=True):
+        s["responses"] = [[-0.5 if i == a else -1.0, False] for i in range(4)]
+    return made
+
+
+def wrote(method, texts):
+    values = [{"rougeL": 0.2}] * len(texts)
+    made = answered("xsum", values, method, 0.0 if method == "dense" else 0.5)
+    for s, (text, ids) in zip(made.samples, texts, strict=True):
+        s.update(responses=[text], token_ids=ids)
+    return made
+
+
+def lines_of(tmp_path, *records):
+    store = Store(save(tmp_path, *records))
+    return {(line["method"], line["metric"]): line for line in frame.lines(store, store.load())}
+
+
+def test_a_flip_is_another_answer_right_or_wrong(tmp_path):
+    """Two wrong answers that differ leave the accuracy alone, and are a flip."""
+    dense, pruned = [0, 0, 1, 2, 3, 0, 1, 1], [0, 1, 0, 3, 3, 0, 1, 1]
+    found = lines_of(tmp_path, chosen("dense", dense), chosen("griffin", pruned))
+    line = found["griffin", "flips"]
+    assert (line["value"], line["n"], line["dense"], line["higher_is_better"]) == (3 / 8, 8, 0.0, False)
+    assert line["stderr"] == pytest.approx(np.std([0, 1, 1, 1, 0, 0, 0, 0], ddof=1) / 8**0.5)
+    assert found["dense", "flips"]["value"] == 0.0
+    assert ("griffin", "flips") not in lines_of(tmp_path / "alone", chosen("griffin", pruned))
+
+
+def test_texts_are_held_against_denses_own(tmp_path):
+    dense = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two three four", [5, 6]), ("the same", [7])]
+    pruned = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two six seven", [5, 9]), ("nothing at all", [8, 7])]
+    found = lines_of(tmp_path, wrote("dense", dense), wrote("griffin", pruned))
+    assert found["griffin", "dense_rougeL"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert found["griffin", "dense_tokens"]["value"] == pytest.approx((4 + 1 + 0) / 3)
+
+
+def diverging(method, far, n=40):
+    """A perplexity whose positions are so far from dense, with the likeliest token the same at two of three."""
+    generator = np.random.default_rng(3)
+    values = [{"word_perplexity": [-30.0 - generator.random(), 10.0]} for _ in range(n)]
+    for v in values if method != "dense" else ():
+        positions = int(generator.integers(5, 15))
+        v |= {"kl": [far * positions * (0.9 + 0.2 * generator.random()), positions], "top1": [positions - 2, positions]}
+    measures = [Metric("wiki", "word_perplexity", float(np.exp(-sum(v["word_perplexity"][0] for v in values) / 10 / n)),
+                       0.1, n, False)]  # fmt: skip
+    for name in ("kl", "top1") if method != "dense" else ():
+        value = sum(v[name][0] for v in values) / sum(v[name][1] for v in values)
+        measures.append(Metric("wiki", name, value, 0.01, n, name == "top1"))
+    return answered("wiki", values, method, 0.0 if method == "dense" else 0.5, metrics=measures)
+
+
+def test_the_board_shows_the_divergence_and_compare_tests_it(tmp_path):
+    records = [diverging("dense", 0.0), diverging("griffin", 0.3), diverging("dart", 0.5)]
+    folder = save(tmp_path, *records)
+    (board,) = boards(Store(folder), Store(folder).load())
+    far = {row.label: row.kl.value for row in board.rows if row.kl}
+    assert 0.27 < far["griffin"] < 0.33 < 0.45 < far["dart"] < 0.55
+    text = "\n".join(board_text.lines(board, 100, explain=True))
+    assert "KL" in text and "mean divergence of dense's next-token distribution" in text
+    (row,) = compare_within("method", "griffin", "dart", [folder], ["kl"]).rows
+    assert row.result.difference == pytest.approx(far["griffin"] - far["dart"]) and row.better == "A"
+    (row,) = compare_within("method", "dart", "dense", [folder], ["top1"]).rows
+    assert row.result.value_b == 1.0 and row.better == "B"
+    done = command("tables", folder, "--sort", "kl")
+    names = [line[11:].split()[0] for line in done.out.splitlines() if line[:5].strip() == "50 %"]
+    assert names == ["dense", "griffin", "dart"]
