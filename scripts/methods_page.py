@@ -79,7 +79,8 @@ The label is first rounded to whole neurons, as everywhere, and then counts are 
 matrix a token therefore reads no more than the label and half a neuron. The rows that it takes can have more exponents
 outside the plane than the mean row has, and of the largest exponents of down's rows only a share is counted. On the
 demo model 40 tokens at .70 read .3003 of the bytes on average and .3004 at most.
-`planes` is the control: it reads the first bits of all weights in that layout, and chooses nothing.
+`planes` is the control: it reads the first bits of all weights in that layout, takes the middle of what they leave
+open, and chooses nothing.
 
 **Candidates are read to be ranked.** At sparsity 0.7 a token of `pop` reads gate and up for 32.5 % of the neurons: the
 22.5 % that are sure, and 10 % as candidates. It reads down for 25 %, so that (2 * .325 + .25) / 3 = .30.

@@ -111,6 +111,19 @@ def exponents(weight: Tensor, code_bits: int, mantissa_bits: int = 0) -> Tensor:
     return torch.copysign(shares[places.long()] * scale, weight.float())
 
 
+def middles(weight: Tensor, code_bits: int, mantissa_bits: int = 0) -> Tensor:
+    """The first plane with each weight in the middle of what its bits leave open. Arguments as of `exponents`.
+
+    The escape leaves open all that is small, down to 0, and has its mean magnitude.
+
+    Returns:
+        [F, D] in the dtype of the weight.
+    """
+    distances, _ = _distances(weight)
+    small = exponents(weight, code_bits, mantissa_bits).to(weight.dtype)
+    return torch.where(distances >= 2**code_bits - 1, small, truncated(weight, mantissa_bits))
+
+
 def means(weight: Tensor, code_bits: int, mantissa_bits: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """What the first plane tells of each weight, and what it then counts. Arguments as of `exponents`.
 

@@ -10,9 +10,9 @@ wina   a token keeps the k inputs with the largest magnitude; of gate's (a plain
 wanda  of each row of a matrix the k weights with the largest |W_ij| * sqrt(sum over the text of x_j^2) are kept; with
        2:4 two of every four neighbours.
 planes of every weight, as a bfloat16, the first bits are read: sign, distance d of the exponent below the row's largest
-       (3 bits: 7 stands for 7 and more), mantissa. Up to 7 bits: the mean magnitude, in units of the row's power of
-       two, of all weights with these bits (one mean for d >= 7). More: the exponent and bits - 4 of the mantissa, in
-       the middle of what they leave open; 8 bits more for each d >= 7. All bits: the weight. 8 bits a row for 2^e.
+       (3 bits: 7 stands for 7 and more), bits - 4 of the mantissa. The weight is in the middle of what they leave open.
+       Up to 7 bits: those with d >= 7 have their mean magnitude, in units of the row's power of two. More: their
+       exponents are read, 8 bits for each. All bits: the weight. 8 bits a row for 2^e.
 rounding of every weight what `--ffn-bits` would round it to is read: prompts run on the weights as they are.
 
 Read is what is kept of the three matrices, all alike in size; 2:4 has 2 bits more for each weight that is kept.
@@ -177,14 +177,11 @@ def first_bits(weight, count):
     read = ((count or 11) + escaped + 8 / numbers.shape[1]) / 16
     if count == 0:
         return weight, read
-    if count > 7:
-        steps = 2 ** (count - 4)
-        value = (np.floor((2 * m - 1) * steps) / steps + 1 + 0.5 / steps) / 2 * 2.0**e
-    else:
-        shown = 2 ** max(0, count - 4)
-        code = np.where(d == 7, -1, d * shown + np.floor((2 * m - 1) * shown))
+    steps = 2 ** (count - 4)
+    value = (np.floor((2 * m - 1) * steps) / steps + 1 + 0.5 / steps) / 2 * 2.0**e
+    if count <= 7 and (d == 7).any():
         own = np.abs(weight.detach().double().numpy()) / unit
-        value = unit * sum(np.where(code == c, own[code == c].mean(), 0) for c in np.unique(code))
+        value = np.where(d == 7, unit * own[d == 7].mean(), value)
     return torch.from_numpy(np.sign(numbers) * value).float(), read
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dart_eval.bits import Rounding
-from dart_eval.pruning.planes import escapes, exponents, high_bits, join, split, truncated
+from dart_eval.pruning.planes import escapes, exponents, high_bits, join, middles, split, truncated
 from dart_eval.rounding import rounded
 
 
@@ -70,6 +70,12 @@ def test_truncated_weights_keep_their_first_bits():
     assert torch.equal(truncated(drawn, 7), drawn)
     error = ((truncated(drawn.float(), 4) - drawn.float()) / drawn.float()).abs()
     assert 0 < float(error.max()) <= 2**-5
+
+
+def test_the_control_is_in_the_middle_of_what_a_plane_leaves_open():
+    weight = torch.tensor([[8.0, -5.0, 3.5, 0.5, -0.25, 0.0]])  # the last three are escapes of 2 bits, mean .25
+    assert middles(weight, 2).tolist() == [[12.0, -6.0, 3.0, 0.25, -0.25, 0.25]]
+    assert middles(weight, 2, 1).tolist() == [[10.0, -5.0, 3.5, 0.25, -0.25, 0.25]]
 
 
 def test_the_first_bits_of_the_mantissa_make_a_finer_image():

@@ -234,8 +234,9 @@ class FirstBits(FewerBits):
     """Every token reads the first bits of every weight, from the planes that `images.Plane` takes its image from.
 
     A control: what the layout saves without any choice. All bits are the weights themselves and read about .7 of them,
-    since an exponent takes 3 bits, and only the small ones 8 more. Up to 7 bits are the plane alone: each of its codes
-    stands for the mean magnitude of its weights. This project's own.
+    since an exponent takes 3 bits, and only the small ones 8 more. A weight of which less is read is in the middle of
+    what its bits leave open. Up to 7 bits are the plane alone, where small weights, whose exponents are not read, have
+    their mean magnitude. This project's own.
     """
 
     name = "planes"
@@ -253,11 +254,11 @@ class FirstBits(FewerBits):
         return (shown + LARGEST / weight.shape[1]) / OWN_BITS
 
     def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
-        from dart_eval.pruning.planes import truncated
+        from dart_eval.pruning.planes import middles, truncated
 
         mantissa = Plane().mantissa(self.bits)
         if self.bits and self.bits <= MOST_IN_PLANE:
-            return Plane(bits=self.bits).values(_served(weight)).to(weight.dtype)
+            return middles(weight, *Plane(bits=self.bits).parts())
         return weight if mantissa is None else truncated(weight, mantissa)
 
 

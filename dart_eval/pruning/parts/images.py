@@ -214,16 +214,16 @@ class Plane(Image):
         """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision."""
         from dart_eval.pruning.planes import MANTISSA, escapes
 
-        code_bits, shown = self._parts()
+        code_bits, shown = self.parts()
         kept = self.mantissa(precision)
         return max(0, (MANTISSA if kept is None else kept) - shown) + escapes(matrix.weight, code_bits)
 
     def mantissa(self, precision: int) -> int | None:
-        code_bits, shown = self._parts()
+        code_bits, shown = self.parts()
         kept = max(shown, precision - 1 - code_bits)
         return None if not precision or kept >= 7 else kept
 
-    def _parts(self) -> tuple[int, int]:
+    def parts(self) -> tuple[int, int]:
         """Bits of the exponent's code and of the mantissa in the plane of a 16-bit weight, beside the sign."""
         rest = self.top(OWN_BITS) - 1
         return min(rest, CODE_BITS), max(0, rest - CODE_BITS)
@@ -232,7 +232,7 @@ class Plane(Image):
         from dart_eval.pruning.planes import exponents, high_bits
 
         if matrix.packed is None:
-            return exponents(matrix.weight, *self._parts())
+            return exponents(matrix.weight, *self.parts())
         return high_bits(matrix.packed, self.top(matrix.packed.rounding.bits))
 
 
