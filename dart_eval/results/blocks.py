@@ -144,7 +144,7 @@ class Board:
         return [row for block in self.blocks for row in block.rows]
 
 
-def split(rows: Sequence[Row]) -> list[tuple[Tasks, list[Row]]]:
+def split(rows: Sequence[Row], wanted: str | None = None) -> list[tuple[Tasks, list[Row]]]:
     """Rows in blocks that have tasks in common: metric -> tasks, and the rows of each block.
 
     A block is of the tasks of one metric that most rows have, counted in rows x tasks; a row that lacks one of them
@@ -154,7 +154,7 @@ def split(rows: Sequence[Row]) -> list[tuple[Tasks, list[Row]]]:
     blocks: list[tuple[Tasks, list[Row]]] = []
     while left:
         sets = [_tasks_of(row) for row in left]
-        first = min((m for own in sets for m in own), key=metrics.order, default="")
+        first = min((m for own in sets for m in own), key=lambda m: (m != wanted, metrics.order(m)), default="")
         candidates = {own[first] for own in sets if first in own}
         chosen = max(candidates, key=lambda c: (_covered(c, first, sets) * len(c), sorted(c)), default=frozenset())
         inside = [i for i, own in enumerate(sets) if chosen <= own.get(first, frozenset())]

@@ -89,7 +89,7 @@ def _board(
     blocks = [
         _block(drafts, rows_of, scope, some)
         for scope in sorted(scopes or {USUAL}, key=lambda s: (s != usual, s))
-        for some in split([r for r in drafts if (r.scope or usual) == scope and r.kind != CONTROL] or drafts)
+        for some in split([r for r in drafts if (r.scope or usual) == scope and r.kind != CONTROL] or drafts, metric)
     ]
     columns = {task: m.metric for row in drafts for task, m in row.values.items()}
     return Board(model, about(records), columns, tuple(blocks), (*notes, *_versions(records), *problems))
@@ -173,7 +173,7 @@ def _block(
         levels[0] += _guessing(choice)
     rounded = [row for row in rows if row.kind == ROUNDING]
     judged = tuple(Level(*verdict.judged(level, rounded, first or "")) for level in levels)
-    return Block(tasks, scope, judged, tuple(at_chance))
+    return Block(tasks, scope, judged, tuple(sorted(at_chance)))
 
 
 def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:

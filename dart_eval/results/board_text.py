@@ -98,7 +98,7 @@ def _of_metric(metric: str, first: bool, block: Block) -> list[Column]:
             lambda r: _times(r, metric, False),
         )  # fmt: skip
         return [value, times] if first else [times]
-    if not first or not any(r.quality[metric].share for r in block.rows if metric in r.quality):
+    if not first or not any(r.quality[metric].share for r in block.rows if metric in r.quality and r.keys):
         return [value]
     name, head = ("above", ("above", "guessing")) if metrics.of(metric).chance else ("of dense", ("of", "dense"))
     part = Column(
