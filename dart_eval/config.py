@@ -144,9 +144,7 @@ class RunConfig:
     max_length: Annotated[
         Whole | None, _told("Fit context and answer together into so many tokens.", "the model's", ge=1)
     ] = None
-    chunk: Annotated[Whole, _told("Cut perplexity texts into chunks of so many tokens; their second halves count.")] = (
-        2048
-    )
+    chunk: Annotated[Whole, _told("Cut perplexity texts into chunks of so many tokens; the later halves count.")] = 2048
     chat_template: Annotated[Flag, _told("Wrap prompts in the model's chat template.")] = False
     system_instruction: Annotated[
         Text | None, _told("Put this text before every prompt; in a chat template it is the system's message.")

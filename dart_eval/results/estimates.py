@@ -48,8 +48,10 @@ class Estimate:
 
     @cached_property
     def tested(self) -> stats.Studentised | None:
-        """The studentised bootstrap over units; None where the units are too few, or all the same."""
+        """The studentised bootstrap over units; None where the units are too few or all the same, or no numbers."""
         slopes = np.array([self.units[unit] for unit in sorted(self.units)])
+        if not np.isfinite([self.value, *slopes]).all():
+            return None
         return stats.bootstrap_t(slopes, self.value) if len(slopes) >= stats.MIN_CLUSTERS and slopes.any() else None
 
     @property

@@ -8,6 +8,7 @@ in its place; where tests favour each of two, no row is best.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,9 +27,10 @@ BEHIND, LEVEL, AHEAD, SPLIT = "behind", "level", "ahead", "split"
 def place(row: Row, first: str | None) -> tuple[bool, float]:
     """What rows of a level are sorted by: the best first, those without the first metric last."""
     quality = row.quality.get(first or "")
-    if quality is None:
-        return True, 0.0
-    return False, -(quality.better.value if quality.better else quality.value * _sign(row, first))
+    value = math.nan
+    if quality is not None:
+        value = quality.better.value if quality.better else quality.value * _sign(row, first)
+    return (True, 0.0) if math.isnan(value) else (False, -value)
 
 
 def _sign(row: Row, first: str | None) -> float:

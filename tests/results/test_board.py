@@ -120,6 +120,20 @@ def test_no_mean_goes_over_an_accuracy_and_a_perplexity(tmp_path):
     assert times == pytest.approx(np.exp(-2 * ll / words)) and least < times < most
 
 
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_what_is_no_number_is_worst_and_told_apart_from_nothing(tmp_path, lost):
+    values = [v["word_perplexity"] for v in perplexities(1.0, 40, seed=1)]
+    records = [answered("wiki", [{"word_perplexity": list(v)} for v in values], m, 0.7 * (m != "dense"), up=False)
+               for m in ("dense", "griffin")]  # fmt: skip
+    broken = [{"word_perplexity": [-lost, v[1]]} for v in values]
+    metric = dataclasses.replace(records[0].metrics[0], value=lost)
+    records.append(answered("wiki", broken, "dart", 0.7, up=False, metrics=[metric]))
+    made = board_of(tmp_path, *records)
+    assert places(made)[1] == [("griffin", ""), ("dart", "")]
+    (row,) = [line for line in board_text.lines(made, 100) if "dart" in line and "%" in line[:6]]
+    assert row.count("no number") == 2
+
+
 def test_rows_that_ran_on_other_tasks_stand_in_a_block_of_their_own(tmp_path):
     """Beside dense and griffin on the same tasks; no mean is over other tasks than its block's."""
     records = [choices(0.8, task, "dense") for task in ("arc", "boolq")]
