@@ -207,4 +207,4 @@ def over(rows: Iterable[Compared]) -> Share | None:
     if not known or any(one.chance is None or not one.measure.higher_is_better for one in known):
         return None
     parts, wholes = (mean(sides) for sides in zip(*(one.sides for one in known), strict=True))
-    return None if parts is None or wholes is None else share(parts, wholes)
+    return None if parts is None or wholes is None else share(parts, wholes, sum(len(one.pairs.a) for one in known))

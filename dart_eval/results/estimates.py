@@ -85,11 +85,14 @@ def mean(estimates: Iterable[Estimate]) -> Estimate | None:
     return sum(found[1:], found[0]).times(1 / len(found)) if found else None
 
 
-def share(part: Estimate, whole: Estimate) -> Share | None:
+def share(part: Estimate, whole: Estimate, documents: int = 0) -> Share | None:
     """part / whole; None where the whole is not above 0 by more than noise, for then no interval has two ends.
 
-    The test behind the interval is Student's t over the units. To the variance of part - r whole comes that of one unit
-    that differs by 1, so that a few documents on which both are alike do not make an interval without width.
+    The test behind the interval is Student's t over the units. To the variance of part - r whole comes that of one
+    document that differs by 1, so that a few on which both are alike do not make an interval without width.
+
+    Args:
+        part: the numerator. whole: the denominator. documents: of both; as many as there are units, without it.
     """
     names = sorted(part.units.keys() | whole.units.keys())
     slopes = np.array([[side.units.get(unit, 0.0) for unit in names] for side in (part, whole)])
@@ -97,7 +100,7 @@ def share(part: Estimate, whole: Estimate) -> Share | None:
         return None
     values = np.array([part.value, whole.value])
     products = np.outer(values, values) - _squares(len(names)) * (slopes @ slopes.T)
-    products[0, 0] -= _squares(len(names)) / len(names) ** 2
+    products[0, 0] -= _squares(len(names)) / (documents or len(names)) ** 2
     if whole.value <= 0 or products[1, 1] <= 0:
         return None
     middle = products[0, 1] / products[1, 1]

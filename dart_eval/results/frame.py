@@ -80,7 +80,7 @@ class Compared:
         if self.measure.kind in ("log-perplexity", "bits") or self.measure.name == metrics.GOLD:
             low, high = self.lost.interval or (self.lost.value, self.lost.value)
             return Share(stats.exp(-self.lost.value), (stats.exp(-high), stats.exp(-low)))
-        return share(*self.sides) if self.measure.higher_is_better else share(*reversed(self.sides))
+        return share(*(self.sides if self.measure.higher_is_better else self.sides[::-1]), len(self.pairs.a))
 
 
 def compared(found: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:

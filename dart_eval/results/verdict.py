@@ -54,7 +54,7 @@ def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tup
     said = [_quality(leader, stands)]
     wins = False
     for control in [leader_of(fitting)[0]] if fitting else []:
-        (stand,) = stand_of(leader, [control], 1.0)
+        (stand,) = stand_of(leader, [control], float(len(fitting)))
         wins = stand.word == AHEAD
         said.append(f"Rounding ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}.")
     words = {stand.word for stand in stands}
