@@ -197,7 +197,7 @@ def qualities(values: Mapping[str, Metric], found: Sequence[Compared], tasks: Ta
         value, n = sum(m.value for m in own) / len(own), sum(m.n for m in own)
         pairs = [beside[m.task, m.metric] for m in own if (m.task, m.metric) in beside]
         better = mean(one.lost.times(-1) for one in pairs) if len(pairs) == len(own) else None
-        made[metric] = Quality(value, stderr, n, len(own), better, over(pairs) if better else None)
+        made[metric] = Quality(value, stderr, n, len(own), better, None if better is None else over(pairs))
     return made
 
 
@@ -207,4 +207,5 @@ def over(rows: Iterable[Compared]) -> Share | None:
     if not known or any(one.chance is None or not one.measure.higher_is_better for one in known):
         return None
     parts, wholes = (mean(sides) for sides in zip(*(one.sides for one in known), strict=True))
-    return None if parts is None or wholes is None else share(parts, wholes, sum(len(one.pairs.a) for one in known))
+    step = max(one.step for one in known) / len(known)
+    return None if parts is None or wholes is None else share(parts, wholes, step)

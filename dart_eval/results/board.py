@@ -2,7 +2,7 @@
 
 Rows of one block have run on the same tasks; rows that lack some of them stand in a block of their own. No mean goes
 over two metrics. The first row of a level is tested against every other one on the same documents; it was chosen by the
-values that are then tested, so each p counts for all pairs that could have been chosen (`verdict.contest`).
+values that are then tested, so each p counts for all pairs that could have been chosen (`verdict.stand_of`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dart_eval.results.blocks import (
     qualities,
     split,
 )
-from dart_eval.results.estimates import Share, above_zero, mean
+from dart_eval.results.estimates import Estimate, Share, above_zero, mean
 from dart_eval.results.format import sparsity
 from dart_eval.results.frame import Compared
 from dart_eval.results.inputs import DENSE
@@ -40,7 +40,6 @@ from dart_eval.results.record import Metric, Record
 from dart_eval.results.store import Store
 
 NOTHING = Share(0.0, (0.0, 0.0))  # of what dense has above guessing: guessing, by definition
-REFERENCE = "griffin"  # the plain method, which stands beside rows that lack tasks
 
 
 def boards(
@@ -57,7 +56,7 @@ def boards(
     for r in kept:
         by_model.setdefault(inputs.model_of(r.inputs["model"]), []).append(r)
     same_name = len({r.inputs["model"]["name"] for r in kept}) < len(by_model)
-    notes = [f"Left out, of older runs: {older} cells. The last run of each counts."] if older else []
+    notes = [f"Left out: {older} older run{'s' * (older > 1)} of cells. The last run of each counts."] if older else []
     return [
         _board(store, model if same_name else found[0].inputs["model"]["name"], found, speeds, notes, metric)
         for model, found in sorted(by_model.items())
@@ -108,7 +107,7 @@ def _versions(records: Sequence[Record]) -> list[str]:
     """A remark where cells were made by several versions of the code."""
     codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
     each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
-    return [f"The cells are of {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
+    return [f"The cells come from {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
 
 
 def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
@@ -145,25 +144,26 @@ def _block(
     drafts: Sequence[Row], beside: Mapping[tuple[str, ...], Sequence[Compared]], scope: str,
     block: tuple[Tasks, Sequence[Row]],
 ) -> Block:  # fmt: skip
-    """The rows of a block with their quality on its tasks, beside dense and the plain method on the same tasks."""
+    """The rows of a block with their quality on its tasks, beside all others that have run these tasks at their reads.
+
+    Args:
+        drafts: all rows of the board. beside: keys of a row -> its metrics beside dense's. scope: of the block.
+        block: its tasks, and the rows that have no other block.
+    """
     tasks, own = block
-    first = next(iter(tasks), None)
-    needed = set(tasks[first]) if first else set()
+    first = next(iter(tasks), "")
+    needed = set(tasks.get(first, ()))
+    reads = [row.read for row in own]
     others = [
         row for row in drafts
-        if row not in own and needed <= row.values.keys()
-        and (row.kind == CONTROL or (row.label.split(" (")[0] == REFERENCE and row.scope == scope))
+        if row not in own and needed and needed <= row.values.keys() and row.scope in (None, scope)
+        and (row.kind in (CONTROL, ROUNDING) or any(abs(row.read - read) <= WIDTH_OF_LEVEL for read in reads))
     ]  # fmt: skip
-    within = {task for some in tasks.values() for task in some}
-    rows = []
-    for row in [*own, *others]:
-        found = beside.get(row.keys, ())
-        nats = [one.lost.times(-1) for one in found if one.measure.name == metrics.GOLD and one.measure.task in needed]
-        # Of pruners on rounded weights the divergence is from these: no other row's.
-        flips, kl = ([one.sides[0] for one in found if one.measure.name == name and one.measure.task in within
-                      and not (name == "kl" and one.a.inputs.get("ffn_bits"))] for name in ("flips", "kl"))  # fmt: skip
-        quality = qualities(row.values, found, tasks)
-        rows.append(replace(row, quality=quality, nats=mean(nats), flips=mean(flips), kl=mean(kl)))
+    found = {row.keys: beside.get(row.keys, ()) for row in [*own, *others]}
+    rows = [replace(row, quality=qualities(row.values, found[row.keys], tasks)) for row in [*own, *others]]
+    means = [_means(found, name, tasks if name == "kl" else {first: tasks.get(first, ())})
+             for name in (metrics.GOLD, "flips", "kl")]  # fmt: skip
+    rows = [replace(row, nats=means[0][row.keys], flips=means[1][row.keys], kl=means[2][row.keys]) for row in rows]
     ours = {(one.measure.task, one.measure.name): one for some in beside.values() for one in some}
     choice = {m: [ours[t, m] for t in tasks[m] if (t, m) in ours] for m in tasks if metrics.of(m).chance}
     at_chance = [one.measure.task for some in choice.values() for one in some
@@ -172,8 +172,26 @@ def _block(
     if levels and levels[0][0].kind == CONTROL:
         levels[0] += _guessing(choice)
     rounded = [row for row in rows if row.kind == ROUNDING]
-    judged = tuple(Level(*verdict.judged(level, rounded, first or "")) for level in levels)
+    judged = tuple(Level(*verdict.judged(level, rounded, first)) for level in levels)
     return Block(tasks, scope, judged, tuple(sorted(at_chance)))
+
+
+def _means(
+    found: Mapping[tuple[str, ...], Sequence[Compared]], name: str, tasks: Tasks
+) -> dict[tuple[str, ...], Estimate | None]:
+    """The mean of a metric over tasks, by the keys of a row; None of rows that lack a task which another one has.
+
+    Of log-likelihoods it is what they are above dense's. Pruners on rounded weights diverge from these: not shown.
+    """
+    within = {task for some in tasks.values() for task in some}
+    own = {
+        keys: [one.lost.times(-1) if name == metrics.GOLD else one.sides[0] for one in some
+               if one.measure.name == name and one.measure.task in within
+               and not (name == "kl" and one.a.inputs.get("ffn_bits"))]
+        for keys, some in found.items()
+    }  # fmt: skip
+    most = max(map(len, own.values()), default=0)
+    return {keys: mean(some) if len(some) == most else None for keys, some in own.items()}
 
 
 def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:
@@ -201,7 +219,7 @@ def _levels(rows: Sequence[Row], first: str | None) -> list[list[Row]]:
     while left:
         counts = Counter(round(row.read, 2) for row in left)
         anchor = max(counts, key=lambda read: (counts[read], read))
-        found.append([row for row in left if abs(row.read - anchor) <= WIDTH_OF_LEVEL])
+        found.append([row for row in left if round(abs(row.read - anchor), 4) <= WIDTH_OF_LEVEL])
         left = [row for row in left if row not in found[-1]]
     order = {CONTROL: 0, UPPER_BOUND: 1}
     sorted_ones = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dart_eval.results import metrics
-from dart_eval.results.blocks import CONTROL, GUESSING, UPPER_BOUND, USUAL, Block, Board, Level, Quality, Row
+from dart_eval.results.blocks import CONTROL, GUESSING, PRUNED, UPPER_BOUND, USUAL, Block, Board, Level, Quality, Row
 from dart_eval.results.format import multiple, percent, short, size, small_share, sparsity
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
 from dart_eval.results.writers import Table
@@ -19,17 +19,18 @@ NARROWEST, WIDEST = 16, 30  # characters of a method's name, before it goes over
 NAMED_TASKS = 3  # that the line above a block names; of more it says how many
 EXPLAINED = (
     "FFN bytes read: bytes of FFN weights that a decoded token reads / those of dense; previews and copies count.",
-    "above guessing: (quality - guessing) / (dense - guessing), summed over the choice tasks [95 % interval, Fieller]. "
-    "0 % is an answerer that guesses; a row that is worse has less.",
+    "above guessing: (accuracy - guessing) / (dense - guessing), one ratio of sums over the choice tasks [95 % "
+    "interval, Fieller]. 100 % is dense, 0 % is guessing, below 0 % is worse than guessing.",
     "of dense: quality / dense's, of a metric that no guess can score in.",
     "x dense: perplexity / dense's on the same documents, geometric mean over texts.",
-    "flips: share of items whose chosen answer is not dense's, right or wrong.",
-    "KL: mean divergence of dense's next-token distribution to the row's over scored tokens, nats.",
+    "flips: share of items whose likeliest answer is not dense's, right or wrong.",
+    "KL: KL(dense || row) of the next token, mean over scored positions, in nats; not of rows on rounded weights.",
     "memory: bytes kept beside the model. work: FLOPs that the method adds to a decoded token / those of dense.",
     "speed today: of decoding, over dense, as `dart-eval bench decode` measured it; none yet: no kernel makes the "
     "bytes into time.",
-    "Value ± standard error. * best pruned row of its level, ~ not told apart from it: paired tests on the same "
-    "documents in every metric, Holm-adjusted over rows and metrics, p < .05.",
+    "Value ± its own standard error: rows share documents, so the paired tests compare them. * best pruned row of its "
+    "level, ~ not told apart from it: paired tests of the first metric, perplexity and the log-likelihood of right "
+    "answers, Holm-adjusted over rows and metrics, p < .05.",
     "Rounding rounds every token's weights, the prompt's too; pruning leaves the prompt dense. The method `rounding` "
     "rounds decoded tokens alone.",
 )  # fmt: skip
@@ -120,11 +121,10 @@ def _share(row: Row, metric: str, ends: bool) -> str:
     quality = row.quality.get(metric)
     if quality is None or quality.share is None:
         return "-"
-    text = percent(quality.share.value)
-    if not ends or row.kind in (CONTROL, GUESSING):
+    text, interval = percent(quality.share.value), quality.share.interval
+    if not ends or interval is None or row.kind in (CONTROL, GUESSING):
         return text
-    low, high = quality.share.interval
-    return f"{text} [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{text} [{', '.join(percent(end)[:-2] for end in interval)}]"
 
 
 def _times(row: Row, metric: str, ends: bool) -> str:
@@ -132,9 +132,7 @@ def _times(row: Row, metric: str, ends: bool) -> str:
     if quality is None or quality.times is None:
         return "-"
     value, interval = quality.times
-    if not ends or interval is None or row.kind == CONTROL:
-        return multiple(value)
-    return f"{multiple(value)} [{', '.join(multiple(end)[:-1] for end in interval)}]"
+    return multiple(value, *((interval or ()) if ends and row.kind != CONTROL else ()))
 
 
 def _beside(row: Row, text: str) -> str:
@@ -165,26 +163,34 @@ def lines(
         board: of one model. width: of the terminal. explain: say what each column is.
         sort: order the rows of a level by this column. level: show only rows of this read, and dense.
     """
-    text = [line for sentence in wins(board) for line in textwrap.wrap(sentence, width)]
+    text: list[str] = []
     for i, block in enumerate(board.blocks):
-        head = "Rows that ran on other tasks:" if i else f"{board.model}, {board.about}"
-        text += [*([""] if i else []), *_head(head, sizes(board, block), width)]
+        other = block.scope != board.blocks[0].scope
+        head = f"Scope {block.scope}:" if other else "On these tasks alone:" if i else f"{board.model}, {board.about}"
+        text += [*([""] if i else []), *_head(head, sizes(board, block), width), *_wrapped(wins(block, level), width)]
         if block.at_chance:
-            text += textwrap.wrap(f"! dense is no better than guessing on {', '.join(block.at_chance)}", width)
+            text += _wrapped(f"! dense is no better than guessing on {', '.join(block.at_chance)}", width)
         text += _table(block, width, sort, level)
         for one in shown(block, level):
             for said in one.said:
-                text += textwrap.wrap(said, width, initial_indent=" ", subsequent_indent="   ", break_on_hyphens=False)
+                text += _wrapped(said, width, " ", "   ")
     for note in [*notes(board), *(EXPLAINED if explain else ())]:
-        text += textwrap.wrap(note, width, break_on_hyphens=False)
+        text += _wrapped(note, width)
     return [printable(line).rstrip() for line in text]
+
+
+def _wrapped(text: str, width: int, first: str = "", then: str = "") -> list[str]:
+    """A text in lines, in which a number stays with its per cent."""
+    tied = text.replace(" %", "\u00a0%").replace("p < ", "p\u00a0<\u00a0")
+    found = textwrap.wrap(tied, width, initial_indent=first, subsequent_indent=then, break_on_hyphens=False)
+    return [line.replace("\u00a0", " ") for line in found]
 
 
 def _head(left: str, right: str, width: int) -> list[str]:
     """The model and the documents: in one line where there is room."""
     if len(left) + len(right) + 3 <= width:
         return [f"{left}   {right}"]
-    return [line for part in (left, right) for line in textwrap.wrap(part, width, break_on_hyphens=False)]
+    return [line for part in (left, right) for line in _wrapped(part, width)]
 
 
 def sizes(board: Board, block: Block) -> str:
@@ -197,8 +203,8 @@ def sizes(board: Board, block: Block) -> str:
         noun = "choice task" if kind.chance else "text" if kind.group == metrics.PERPLEXITY else "task"
         named = ", ".join(tasks) if len(tasks) <= NAMED_TASKS else f"{len(tasks)} {noun}s"
         parts.append(f"{named} x {n}")
-    scope = f"scope {block.scope}: " if block.scope != USUAL else ""
-    return scope + ", ".join(parts)
+    scope = f"scope {block.scope}: " if block.scope != USUAL and block is board.blocks[0] else ""
+    return scope + "; ".join(parts)
 
 
 def shown(block: Block, level: float | None) -> list[Level]:
@@ -228,9 +234,11 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
     def total() -> int:
         return 11 + max(name, 6) + sum(2 + max(map(len, (*c.head, *texts[c.name]))) for c in columns)
 
-    for dropped in ("memory", "work", *(metrics.said(m) for m in first)):
-        if total() > width:
-            columns = [c for c in columns if c.name != dropped]
+    dropped: list[str] = []
+    for out in ("memory", "work", *(metrics.said(m) for m in first)):
+        if total() > width and any(c.name == out for c in columns):
+            columns = [c for c in columns if c.name != out]
+            dropped.append(out)
     for column in columns:
         if total() > width and column.narrow:
             texts[column.name] = [column.narrow(r) for r in rows]
@@ -250,7 +258,7 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
             cells = [f"  {texts[c.name][at[id(row)]]:<{w}}" for c, w in zip(columns, widths, strict=True)]
             made.append(f"{read:<9}{MARKS.get(row.mark, ' ')} {label:<{name}}{''.join(cells)}")
             made += [f"{'':<11}{part}" for part in more]
-    return made
+    return [*made, *([f" (no room for {', '.join(dropped)}: --format md has all columns)"] if dropped else [])]
 
 
 def name_of(row: Row, name: str | None = None) -> str:
@@ -264,10 +272,11 @@ def read_of(row: Row) -> str:
     return "" if row.kind == GUESSING else percent(row.read)
 
 
-def wins(board: Board) -> list[str]:
-    """The first line, where rounding beats every pruned row of a level; else none."""
-    reads = [percent(one.rows[0].read) for block in board.blocks for one in block.levels if one.rounding_wins]
-    return [f"At {', '.join(dict.fromkeys(reads))} rounding keeps more than any pruned row."] if reads else []
+def wins(block: Block, level: float | None = None) -> str:
+    """That rounding beats every pruned row of a level, where it does; else nothing."""
+    won = [one for one in shown(block, level) if one.rounding_wins]
+    reads = [percent(row.read) for one in won for row in [r for r in one.rows if r.kind == PRUNED][:1]]
+    return f"Rounding is better than every pruned row at {', '.join(reads)}." if reads else ""
 
 
 def notes(board: Board) -> list[str]:
@@ -308,6 +317,6 @@ def table(board: Board, sort: str | None = None, level: float | None = None) -> 
         last = [*notes(board), *EXPLAINED] if block is board.blocks[-1] else []
         title = f"Board of {board.model}: {sizes(board, block)}" if i == 0 else sizes(board, block)
         heads = ["FFN bytes read", "method", "sparsity", *(c.title for c in columns), ""]
-        note = " ".join([*(wins(board) if i == 0 else ()), *chance, *said, *last])
+        note = " ".join([*filter(None, [wins(block, level)]), *chance, *said, *last])
         made.append(Table(title, heads, body, note, rules=frozenset(rules)))
     return made

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.errors import UserError, nearest
-from dart_eval.results import stats, writers
+from dart_eval.results import metrics, stats, writers
 from dart_eval.results.baseline import rounded
 from dart_eval.results.compare import ColumnOf, names, table_of
 from dart_eval.results.format import chance, number, ratio, signed
@@ -175,10 +175,17 @@ def _row(name: str, measure: Measure, found: Pair, dense: Compared | None) -> Ro
 
 
 def _recovery(one: Compared) -> float | None:
-    """Of accuracies of choices the share above guessing, of all else `recovery`."""
-    if one.chance or one.chance is None:
-        return one.recovery.value if one.recovery else None
-    return recovery(one.measure, one.test.value_a, one.test.value_b)
+    """Of accuracies of choices the share above guessing, of all else `recovery`; None of how far dense is.
+
+    Where the quality then was not above guessing by more than noise it is None too, and the test decides alone.
+    """
+    now, then = one.test.value_a, one.test.value_b
+    if metrics.of(one.measure.name).group == metrics.DISTANCE:
+        return None
+    if not one.chance:
+        return recovery(one.measure, now, then)
+    known = one.recovery is not None or one.test.p is None
+    return (now - one.chance) / (then - one.chance) if known and then > one.chance else None
 
 
 def recovery(measure: Measure, now: float, then: float) -> float | None:

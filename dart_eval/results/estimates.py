@@ -62,21 +62,29 @@ class Estimate:
 
     @property
     def p(self) -> float | None:
-        """Two-sided p of the value 0; None where nothing can be tested."""
-        return None if self.tested is None else self.tested.p
+        """Two-sided p of the value 0; None where nothing can be tested.
+
+        Resamples cannot give less than 1 / (1 + their number), which many rows together would never pass: beyond all of
+        them it is that of Student's t.
+        """
+        made = self.tested
+        if made is None or made.p is None or made.p > 1 / (1 + stats.RESAMPLES) or not self.stderr:
+            return None if made is None else made.p
+        from scipy.special import stdtr  # slow to import
+
+        return min(made.p, 2 * float(stdtr(len(self.units) - 1, -abs(self.value) / self.stderr)))
 
 
 @dataclass(frozen=True)
 class Share:
-    """A ratio of two estimates, with Fieller's interval (1954).
+    """A ratio of two estimates.
 
     Attributes:
-        value: numerator / denominator.
-        interval: 95 %: the ratios r for which numerator - r denominator is not told apart from 0.
+        value: numerator / denominator. interval: 95 %; None where there is none.
     """
 
     value: float
-    interval: Interval
+    interval: Interval | None
 
 
 def mean(estimates: Iterable[Estimate]) -> Estimate | None:
@@ -85,32 +93,34 @@ def mean(estimates: Iterable[Estimate]) -> Estimate | None:
     return sum(found[1:], found[0]).times(1 / len(found)) if found else None
 
 
-def share(part: Estimate, whole: Estimate, documents: int = 0) -> Share | None:
-    """part / whole; None where the whole is not above 0 by more than noise, for then no interval has two ends.
+def share(part: Estimate, whole: Estimate, step: float = 0.0) -> Share | None:
+    """part / whole with Fieller's interval (1954); None where the whole is not above 0 by more than noise.
 
-    The test behind the interval is Student's t over the units. To the variance of part - r whole comes that of one
-    document that differs by 1, so that a few on which both are alike do not make an interval without width.
+    The interval holds the ratios r for which part - r whole is not told apart from 0 by Student's t over the units. To
+    its variance comes step^2, so that a few answers that are all alike do not make an interval without width.
 
     Args:
-        part: the numerator. whole: the denominator. documents: of both; as many as there are units, without it.
+        part: the numerator. whole: the denominator. step: what one answer that differs moves the part by.
     """
     names = sorted(part.units.keys() | whole.units.keys())
     slopes = np.array([[side.units.get(unit, 0.0) for unit in names] for side in (part, whole)])
-    if len(names) < stats.MIN_CLUSTERS or not np.isfinite(slopes).all() or not math.isfinite(part.value):
+    if not above_zero(whole) or not np.isfinite(slopes).all() or not math.isfinite(part.value):
         return None
-    values = np.array([part.value, whole.value])
-    products = np.outer(values, values) - _squares(len(names)) * (slopes @ slopes.T)
-    products[0, 0] -= _squares(len(names)) / (documents or len(names)) ** 2
-    if whole.value <= 0 or products[1, 1] <= 0:
+    ((parts, both), (_, wholes)) = _squares(len(names)) * (slopes @ slopes.T)
+    # The roots of a r^2 - 2 b r + c.
+    a, b = whole.value**2 - wholes, part.value * whole.value - both
+    c = part.value**2 - parts - _squares(len(names)) * (len(names) - 1) / len(names) * step**2
+    if a <= 0:
         return None
-    middle = products[0, 1] / products[1, 1]
-    half = math.sqrt(max(0.0, middle**2 - products[0, 0] / products[1, 1]))
-    return Share(part.value / whole.value, (middle - half, middle + half))
+    half = math.sqrt(max(0.0, b * b - a * c)) / a
+    return Share(part.value / whole.value, (b / a - half, b / a + half))
 
 
 def above_zero(found: Estimate) -> bool:
-    """Whether an estimate lies above 0 by more than noise: the condition of `share`."""
-    return share(found, found) is not None
+    """Whether an estimate lies above 0 by more than noise, by Student's t."""
+    slopes = np.array(list(found.units.values()))
+    enough = len(slopes) >= stats.MIN_CLUSTERS and found.value > 0
+    return bool(enough and found.value**2 > _squares(len(slopes)) * (slopes @ slopes))
 
 
 def _squares(count: int) -> float:

@@ -78,14 +78,16 @@ def sparsity(value: float) -> str:
 
 def percent(value: float) -> str:
     """A share of 1 in whole per cent: `30 %`."""
-    return f"{100 * value:.0f} %"
+    return f"{round(100 * value) + 0} %"
 
 
-def multiple(value: float) -> str:
-    """How many times something is: `1.08x`, `29.8x`, `298x`, `2.1e7x`."""
-    if not math.isfinite(value) or value >= 1e4:
-        return f"{_power(value)}x" if math.isfinite(value) else NO_NUMBER
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}x"
+def multiple(value: float, *ends: float) -> str:
+    """How many times something is, with the ends of its interval: `1.08x [1.07, 1.10]`, `29.8x`, `2.1e7x`."""
+    if not math.isfinite(value):
+        return NO_NUMBER
+    digits = 3 if abs(value - 1) < 0.0495 else 2 if value < 10 else 1 if value < 100 else 0
+    said = [f"{x:.{digits}f}" if x < 1e4 else _power(x) for x in (value, *ends)]
+    return f"{said[0]}x" + (f" [{', '.join(said[1:])}]" if ends else "")
 
 
 def share(value: float, digits: int = 2) -> str:

@@ -66,21 +66,31 @@ class Compared:
     @cached_property
     def lost(self) -> Estimate:
         """How much A is worse than B: below 0 where it is better. Of perplexities in nats a word."""
-        a, b = self.sides
+        a, b = (self.estimate(values, above_chance=False) for values in (self.pairs.a, self.pairs.b))
         return b - a if self.measure.higher_is_better else a - b
+
+    @property
+    def step(self) -> float:
+        """What one answer that differs moves the value by; 0 where answers are not right or wrong."""
+        values, weights = (self.pairs.a, self.pairs.b), self.pairs.weights
+        if self.a is self.b or self.measure.kind != "mean" or not all(np.isin(v, (0, 1)).all() for v in values):
+            return 0.0
+        return 1 / len(values[0]) if weights is None else float(weights.max() / weights.sum())
 
     @cached_property
     def recovery(self) -> Share | None:
         """The share of B's quality that A has, above chance; None where B has none by more than noise.
 
-        Of perplexities it is that of B over that of A, of log-likelihoods the likelihood: exp of a difference.
+        Of perplexities it is that of B over that of A, of log-likelihoods the likelihood: exp of a difference. Metrics
+        that say how far A is from dense have none.
         """
-        if self.measure.higher_is_better is None or self.chance is None:
+        of = self.measure
+        if of.higher_is_better is None or self.chance is None or metrics.of(of.name).group == metrics.DISTANCE:
             return None
-        if self.measure.kind in ("log-perplexity", "bits") or self.measure.name == metrics.GOLD:
-            low, high = self.lost.interval or (self.lost.value, self.lost.value)
-            return Share(stats.exp(-self.lost.value), (stats.exp(-high), stats.exp(-low)))
-        return share(*(self.sides if self.measure.higher_is_better else self.sides[::-1]), len(self.pairs.a))
+        if of.kind in ("log-perplexity", "bits") or of.name == metrics.GOLD:
+            ends = self.lost.interval
+            return Share(stats.exp(-self.lost.value), ends and (stats.exp(-ends[1]), stats.exp(-ends[0])))
+        return share(*(self.sides if of.higher_is_better else self.sides[::-1]), self.step)
 
 
 def compared(found: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
@@ -138,7 +148,7 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
         row = tests.get((line["key"], line["task"], line["metric"]))
         if row is None:
             continue
-        ends = row.recovery.interval if row.recovery else (None, None)
+        ends = (row.recovery and row.recovery.interval) or (None, None)
         line.update(
             dense=row.test.value_b, chance=row.chance, recovery=row.recovery.value if row.recovery else None,
             recovery_low=ends[0], recovery_high=ends[1], difference=row.test.difference, low=row.test.low,

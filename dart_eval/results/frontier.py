@@ -39,7 +39,7 @@ def curves(block: Block) -> dict[str, list[Row]]:
 def reach(points: Sequence[Point], holds: Sequence[bool]) -> str:
     """The least read at which a method still keeps something, as far as measured points say.
 
-    Between two measured points the quality is not known, so the read is that of a point: `50 % to 30 %` is a read
+    Between two measured points the quality is not known, so the read is that of a point: `30 % to 50 %` is a read
     between the last point that holds and the next one, which does not.
 
     Args:
@@ -66,11 +66,11 @@ def tables(boards: Sequence[Board]) -> list[Table]:
                 body.append([label, ", ".join(said), *cells])
             if body:
                 heads = [f"{multiple(k)} or less" for k in TIMES] if down else [f"{percent(k)} or more" for k in KEPT]
-                what = "perplexity x dense" if down else "share of dense's quality"
+                what = "perplexity x dense" if down else "share of what dense has above guessing"
                 tasks = ", ".join(task for some in list(block.tasks.values())[:1] for task in some)
                 note = (
                     f"{what} at each measured read, on {tasks}. Columns: the FFN bytes read at which the method still "
-                    "has that; between two measured points it is not known where. These are single values: the board "
+                    "has that; between two measured points it is not known where. These are point estimates: the board "
                     "shows their intervals."
                 )
                 made.append(Table(f"Frontier of {board.model}", ["method", "measured", *heads], body, note))

@@ -190,6 +190,8 @@ def _without_responses(documents: pd.DataFrame) -> pd.DataFrame:
     """The documents with the number of choices of each, the one that was chosen, or the text, in place of responses."""
     responses = documents.pop("responses") if "responses" in documents else [None] * len(documents)
     scores = [_scores(found) for found in responses]
+    if "acc_mutual_info" in documents:  # each choice was scored without its context, too, after all others
+        scores = [found[: len(found) // 2] for found in scores]
     return documents.assign(
         choices=[len(found) for found in scores],
         chosen=[max(range(len(found)), key=found.__getitem__) if found else None for found in scores],
@@ -306,8 +308,6 @@ def _chance(measure: Measure, rows: pd.DataFrame, *values: np.ndarray) -> np.nda
     if not metrics.of(measure.name).chance or "choices" not in rows:
         return np.zeros(len(rows))
     choices = rows["choices"].to_numpy(float)
-    if "acc_mutual_info" in rows:  # each choice was scored without its context, too
-        choices = choices / 2
     guess = np.where(choices > 1, 1 / np.maximum(choices, 1), 0.0)
     return guess if all(np.isin(v, (0, 1)).all() for v in values) else np.where(choices > 1, np.nan, 0.0)
 

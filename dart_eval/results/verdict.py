@@ -21,7 +21,7 @@ BEST, LEVEL_WITH_BEST = "best", "not told apart"
 LIKELIHOOD = "log-likelihood"  # of right answers
 MOST_NAMED = 3  # rows that a sentence names
 PERPLEXITY = "perplexity"
-BEHIND, LEVEL, AHEAD, SPLIT = "behind", "level", "ahead", "split"
+BEHIND, LEVEL, AHEAD, SPLIT, UNTESTED = "behind", "level", "ahead", "split", "untested"
 
 
 def place(row: Row, first: str | None) -> tuple[bool, float]:
@@ -51,12 +51,14 @@ def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tup
     if len(rivals) + len(fitting) < 2 or not rivals or all(r.read >= 1 for r in rivals):
         return tuple(rows), (), False
     leader, stands = leader_of(rivals)
-    said = [_quality(leader, stands)]
+    said = [_quality(leader, stands, rivals[0])]
     wins = False
     for control in [leader_of(fitting)[0]] if fitting else []:
-        (stand,) = stand_of(leader, [control], float(len(fitting)))
+        (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
         wins = stand.word == AHEAD
-        said.append(f"Rounding ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}.")
+        said.append(
+            f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}."
+        )
     words = {stand.word for stand in stands}
     named = BEHIND in words and not words & {AHEAD, SPLIT}
     marks = {stand.row.keys: LEVEL_WITH_BEST for stand in stands if named and stand.word == LEVEL}
@@ -72,27 +74,29 @@ class Stand:
     row: Row
     better: dict[str, float]
     worse: dict[str, float]
+    tested: bool = False
 
     @property
     def word(self) -> str:
         if self.worse:
             return SPLIT if self.better else AHEAD
-        return BEHIND if self.better else LEVEL
+        return BEHIND if self.better else LEVEL if self.tested else UNTESTED
 
 
 def leader_of(rows: Sequence[Row]) -> tuple[Row, list[Stand]]:
-    """The row that is better than most and worse than none, with where the others stand to it.
+    """The first row that no test says is behind another, with where the others stand to it; else the first row.
 
     Args:
-        rows: the one with the best value of the first metric first: it leads unless tests favour another one.
+        rows: by the first metric, the best first.
     """
+    found = None
     for row in rows:
         stands = stand_of(row, [r for r in rows if r is not row], len(rows) / 2)
-        if row is rows[0]:
-            first = stands
+        found = found or (row, stands)
         if all(stand.word not in (AHEAD, SPLIT) for stand in stands):
             return row, stands
-    return rows[0], first
+    assert found is not None
+    return found
 
 
 def stand_of(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
@@ -104,7 +108,8 @@ def stand_of(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
     """
     tests = [(row, metric, d) for row in others for metric, d in _differences(leader, row)]
     counted = [None if d.p is None else min(1.0, chosen * d.p) for _, _, d in tests]
-    stands = {row.keys: Stand(row, {}, {}) for row in others}
+    able = {row.keys for row, _, d in tests if d.p is not None}
+    stands = {row.keys: Stand(row, {}, {}, row.keys in able) for row in others}
     for (row, metric, difference), p in zip(tests, stats.holm(counted), strict=True):
         if p is not None and p < stats.ALPHA:
             stand = stands[row.keys]
@@ -113,8 +118,10 @@ def stand_of(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
 
 
 def _differences(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
-    """A - B in every metric that both have; above 0 where A is better."""
-    for metric, quality in a.quality.items():
+    """A - B in the block's first metric, in perplexities and log-likelihoods; above 0 where A is better."""
+    for i, (metric, quality) in enumerate(a.quality.items()):
+        if i and metrics.of(metric).group != metrics.PERPLEXITY:
+            continue  # the family of tests is not to depend on what else a folder holds
         other = b.quality.get(metric)
         if quality.better is not None and other is not None and other.better is not None:
             yield metrics.said(metric), quality.better - other.better
@@ -122,22 +129,23 @@ def _differences(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
         yield LIKELIHOOD, a.nats - b.nats
 
 
-def _quality(leader: Row, stands: Sequence[Stand]) -> str:
-    """`At 30 % dart-plus is best: 100 % above guessing [83, 117], perplexity 1.08x; better than ...`"""
-    behind, level = ([s for s in stands if s.word == word] for word in (BEHIND, LEVEL))
+def _quality(leader: Row, stands: Sequence[Stand], first: Row) -> str:
+    """`At 30 % dart-plus is best: 100 % of what dense has above guessing [83, 117]; better than every other row ...`"""
+    behind, level, untested = ([s for s in stands if s.word == word] for word in (BEHIND, LEVEL, UNTESTED))
     against = [s for s in stands if s.word in (AHEAD, SPLIT)]
     at, amount = f"At {percent(leader.read)}", _amounts(leader, ends=True)
     if against:
         return f"{at} no row is best: {leader.name} is first, and {_names(against)} {_beside(*against)}."
-    if not stands:
-        return f"{at} {leader.name} has {amount}."
     if not behind:
-        return f"{at} no row is told apart from another; {leader.name} has {amount}."
+        said = f"no row is told apart from another; {leader.name}" if stands else leader.name
+        return f"{at} {said} has {amount}."
     than = "every other row" if len(behind) == len(stands) > 1 else _names(behind)
     bound = next(limit for limit in (1e-3, 0.01, stats.ALPHA) if max(min(s.better.values()) for s in behind) < limit)
     text = f"{at} {leader.name} is best: {amount}; better than {than}{_by(s.better for s in behind)}"
     text += f" (paired, Holm p < {bound:g})"
-    return f"{text}, not told apart from {_names(level)}." if level else f"{text}."
+    text += f", not told apart from {_names(level)}" if level else ""
+    text += f", not tested against {_names(untested)}" if untested else ""
+    return f"{text}. What {first.name} has more may be noise." if first is not leader else f"{text}."
 
 
 def _beside(*stands: Stand) -> str:
@@ -166,27 +174,29 @@ def _amounts(row: Row, ends: bool = False) -> str:
 
 
 def _amount(row: Row, metric: str, ends: bool = False) -> str:
-    """`100 % above guessing [83, 117]`, or `perplexity 1.08x [1.06, 1.10]`, times dense's."""
+    """`100 % of what dense has above guessing [83, 117]`, or `perplexity 1.08x [1.06, 1.10]`, times dense's."""
     quality = row.quality[metric]
     if metrics.of(metric).group == metrics.PERPLEXITY and quality.times:
         value, interval = quality.times
-        said = f"{PERPLEXITY} {multiple(value)}"
-        return f"{said} [{', '.join(multiple(end)[:-1] for end in interval)}]" if ends and interval else said
+        return f"{PERPLEXITY} {multiple(value, *((interval or ()) if ends else ()))}"
     if quality.share is None:
         return f"{metrics.said(metric)} {short(metric, quality.value, quality.stderr)}"
-    said = f"{100 * quality.share.value:.0f} % {'above guessing' if metrics.of(metric).chance else 'of dense'}"
-    return f"{said} [{', '.join(f'{100 * end:.0f}' for end in quality.share.interval)}]" if ends else said
+    said = percent(quality.share.value)
+    if ends:
+        said += f" of what dense has{' above guessing' * metrics.of(metric).chance}"
+        said += f" [{', '.join(percent(end)[:-2] for end in quality.share.interval)}]" if quality.share.interval else ""
+    return said
 
 
 def _cost(leader: Row, others: Sequence[Row]) -> list[str]:
-    """How fast the leader decodes today, and which rows are faster than dense; nothing where no speed was measured."""
+    """How fast the leader decodes here, and which rows are faster than dense; nothing where no speed was measured."""
     faster = [
         f"{row.name} ({row.speed.speedup.median:.2f}x; {_amounts(row)})"
         for row in others if row.speed and row.speed.speedup and row.speed.speedup.low > 1
     ]  # fmt: skip
     ratio = leader.speed and leader.speed.speedup
-    own = [] if leader.speed is None else [f"{leader.name} is not faster than dense on any device yet."]
-    if ratio and ratio.low > 1:
+    own = [] if leader.speed is None else [f"No kernel here makes {leader.name} faster than dense yet."]
+    if ratio:
         own = [f"{leader.name} decodes {ratio.median:.2f}x as fast as dense."]
     said = [*own, *([f"Faster today: {_listed(faster)}."] if faster else [])]
     return [" ".join(said)] if said else []

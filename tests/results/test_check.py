@@ -8,10 +8,10 @@ from scipy import stats as scipy_stats
 
 from dart_eval.errors import UserError
 from dart_eval.results import outcomes
-from dart_eval.results.check import check, recovery, workflow_commands
+from dart_eval.results.check import FELL, check, recovery, workflow_commands
 from dart_eval.results.outcomes import Cell, Measure
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
-from tests.helpers.records import N, answered, perplexities, right, samples
+from tests.helpers.records import N, answered, choosing, perplexities, right, samples
 
 
 def cell(record):
@@ -214,6 +214,13 @@ def test_wrong_thresholds_are_refused(tmp_path, text, words):
     file.write_text(text)
     with pytest.raises(UserError, match=words):
         thresholds_from(file)
+
+
+def test_a_loss_on_few_choices_falls_by_the_threshold_alone():
+    """Of five items no test says anything, and all of them were lost."""
+    then, now = ([choosing(answered("arc", [{"acc": v}] * 5))] for v in (1.0, 0.0))
+    (row, *_) = checked(now, then, Thresholds()).rows
+    assert (row.verdict, row.recovery) == (FELL, pytest.approx(-1 / 3))
 
 
 def test_thresholds_of_an_unknown_task_are_refused():

@@ -75,7 +75,7 @@ def test_the_board_shows_the_divergence_and_compare_tests_it(tmp_path):
     far = {row.label: row.kl.value for row in board.rows if row.kl}
     assert 0.27 < far["griffin"] < 0.33 < 0.45 < far["dart"] < 0.55
     text = "\n".join(board_text.lines(board, 100, explain=True))
-    assert "KL" in text and "mean divergence of dense's next-token distribution" in text
+    assert "KL" in text and "KL: KL(dense || row) of the next token" in text
     (row,) = compare_within("method", "griffin", "dart", [folder], ["kl"]).rows
     assert row.result.difference == pytest.approx(far["griffin"] - far["dart"]) and row.better == "A"
     (row,) = compare_within("method", "dart", "dense", [folder], ["top1"]).rows

@@ -61,10 +61,22 @@ def test_the_ends_are_those_ratios_that_a_t_test_does_not_refuse():
 
 
 def test_a_few_documents_on_which_both_are_alike_say_little():
-    """Eight right of ten under both: one more that differed would be a tenth."""
+    """Eight right of ten under both: one more that differed would be a tenth. Dense itself is what it is."""
     same = Estimate(0.55, {str(i): v / 10 for i, v in enumerate([0.2] * 8 + [-0.8] * 2)})
-    low, high = share(same, same).interval
+    low, high = share(same, same, 0.1).interval
     assert low == pytest.approx(2 - high) and low < 0.7
+    assert share(same, same).interval == pytest.approx((1, 1))
+
+
+@pytest.mark.parametrize(("weights", "values", "step"), [
+    (None, [0, 1, 1, 0], 1 / 4), ([1, 1, 1, 3], [0, 1, 1, 0], 1 / 2), (None, [0.1, 0.4, 0.2, 0.3], 0.0),
+])  # fmt: skip
+def test_one_answer_moves_a_share_by_its_own_weight(weights, values, step):
+    measure = outcomes.Measure("t", "acc", True, ("t",))
+    values = np.array(values, float)
+    made = outcomes.Pairs(measure, values, values, list("abcd"), weights and np.array(weights, float), np.zeros(4))
+    assert frame.Compared("a", "b", made).step == step
+    assert frame.Compared("a", "a", made).step == 0.0
 
 
 def beside(tmp_path, *records):
@@ -97,7 +109,17 @@ def test_chance_follows_from_the_number_of_choices(tmp_path, change, chance):
         change(s)
     for cell in cells:
         cell.metrics[0] = type(cell.metrics[0])("arc", "acc", cell.samples[0]["metrics"]["acc"], 0.01, 20, True)
-    assert beside(tmp_path, *cells)["griffin", "acc"]["chance"] == chance
+    found = beside(tmp_path, *cells)
+    assert found["griffin", "acc"]["chance"] == chance
+    assert found["griffin", "acc"]["difference"] == 0.0  # known without chance, too
+
+
+def test_a_flip_is_of_answers_and_not_of_what_they_were_without_their_context(tmp_path):
+    cells = [choosing(answered("arc", [{"acc": 1.0, "acc_mutual_info": 1.0}] * 20, m, 0.7 * (m != "dense")), 8)
+             for m in ("dense", "griffin")]  # fmt: skip
+    for s in cells[1].samples:
+        s["responses"][6] = [-0.1, False]  # the likeliest of all, but a score without the context
+    assert beside(tmp_path, *cells)["griffin", "flips"]["value"] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["acc", "word_perplexity", "bits_per_byte"])

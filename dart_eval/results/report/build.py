@@ -96,7 +96,7 @@ def _model(board: Board, known: Mapping[str, int], chance: Mapping[str, float]) 
     """What the page shows of one model."""
     return {
         "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
-        "wins": board_text.wins(board), "notes": board_text.notes(board),
+        "notes": board_text.notes(board),
         "charts": quality.charts(board, known, chance), "reach": frontier.tables([board]),
         "speeds": quality.speeds(board),
     }  # fmt: skip
@@ -115,7 +115,7 @@ def _block(board: Board, block: Block) -> dict[str, Any]:
         )
         for row in block.rows
     ]
-    said = [sentence for level in block.levels for sentence in level.said]
+    said = [*filter(None, [board_text.wins(block)]), *(text for level in block.levels for text in level.said)]
     if block.at_chance:
         said.append(f"Dense is no better than guessing on {', '.join(block.at_chance)}.")
     heads = [*(c.title for c in leading), "FFN bytes read", *(c.title for c in rest)]

@@ -94,7 +94,8 @@ def points(block: Block) -> dict[str, list[Point]]:
         for row in rows:
             quality = row.quality[first]
             if quality.share is not None:
-                ends = (quality.share.value, *quality.share.interval)
+                value = quality.share.value
+                ends = (value, *(quality.share.interval or (value, value)))
                 found.setdefault(label, []).append(Point(row.read, *(100 * x for x in ends)))
             elif quality.times is not None:
                 value, interval = quality.times
