@@ -56,8 +56,10 @@ def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tup
     for control in [leader_of(fitting)[0]] if fitting else []:
         (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
         wins = stand.word == AHEAD
+        more = place(control, first) < place(leader, first) and stand.word == BEHIND
         said.append(
-            f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}."
+            f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}"
+            + ("; what it has more may be noise." if more else ".")
         )
     words = {stand.word for stand in stands}
     named = BEHIND in words and not words & {AHEAD, SPLIT}
