@@ -18,6 +18,7 @@ from dart_eval.errors import UserError
 from dart_eval.results import metrics, outcomes, pairing, stats
 from dart_eval.results.format import number, share, short
 from dart_eval.results.format import sparsity as percent
+from dart_eval.results.frame import compared
 from dart_eval.results.inputs import identity, model_of
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame, metrics_frame, rows
@@ -225,8 +226,8 @@ class Paper:
         tasks = []
         for task, ours, theirs in zip(a["task"], a["key"], b["key"], strict=True):
             found = pairing.pair(self._samples[ours], self._samples[theirs])
-            measures = [m for m in found.x.measures if (m.task, m.metric) == (task, a["metric"])]
-            tasks += [values for m in measures[:1] if (values := found.values(m)) is not None]
+            asked = [m for m in found.x.measures if (m.task, m.metric) == (task, a["metric"])]
+            tasks += [one.pairs for one in compared(found, asked[:1])]
         joined = outcomes.mean_of(tasks, a["share"]) if len(tasks) == len(a["task"]) else None
         return None if joined is None else joined.test().p
 
