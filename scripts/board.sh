@@ -31,7 +31,7 @@ for tasks in "$drift 32" "$choice 100" "$summaries 40" "wikitext 8"; do
   # shellcheck disable=SC2086
   set -- $tasks
   cells "$1" "$2" --method dense,griffin,dart-plus --sparsity 0.7
-  cells "$1" "$2" --method dense --ffn-bits 4,3,2
+  cells "$1" "$2" --method dense --ffn-bits q4_k,4,3,2
   cells "$1" "$2" --method dart-plus --ffn-bits 4 --sparsity 0.442,0.218,0.644
   cells "$1" "$2" --method griffin,dart-plus --sparsity 0.5
   cells "$1" "$2" --method dense --ffn-bits 6,5

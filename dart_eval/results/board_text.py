@@ -235,7 +235,9 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
         return 11 + max(name, 6) + sum(2 + max(map(len, (*c.head, *texts[c.name]))) for c in columns)
 
     dropped: list[str] = []
-    for out in ("memory", "work", *(metrics.said(m) for m in first)):
+    far = [c.name for c in columns if c.name in ("flips", "kl")]
+    beside = sorted(far, key=lambda n: -texts[n].count("-"))[: len(far) - 1]  # of two, the one that fewer rows have
+    for out in ("memory", "work", *(metrics.said(m) for m in first), *beside):
         if total() > width and any(c.name == out for c in columns):
             columns = [c for c in columns if c.name != out]
             dropped.append(out)
