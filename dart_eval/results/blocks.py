@@ -24,15 +24,13 @@ class Quality:
     """One metric of a row, as the mean over the tasks of its block.
 
     Attributes:
-        value: the mean, as records give it. stderr: of it. n: documents. tasks: how many.
+        value: the mean, as records give it. stderr: of it.
         better: the quality less dense's, higher is better; of perplexities -log(quality / dense), mean over tasks.
         share: quality above chance, summed over tasks / that of dense; None where dense has none by more than noise.
     """
 
     value: float
     stderr: float | None
-    n: int
-    tasks: int
     better: Estimate | None = None
     share: Share | None = None
 
@@ -194,10 +192,10 @@ def qualities(values: Mapping[str, Metric], found: Sequence[Compared], tasks: Ta
             continue
         errors = [m.stderr for m in own if m.stderr is not None]
         stderr = sum(e * e for e in errors) ** 0.5 / len(own) if len(errors) == len(own) else None
-        value, n = sum(m.value for m in own) / len(own), sum(m.n for m in own)
+        value = sum(m.value for m in own) / len(own)
         pairs = [beside[m.task, m.metric] for m in own if (m.task, m.metric) in beside]
         better = mean(one.lost.times(-1) for one in pairs) if len(pairs) == len(own) else None
-        made[metric] = Quality(value, stderr, n, len(own), better, None if better is None else over(pairs))
+        made[metric] = Quality(value, stderr, better, None if better is None else over(pairs))
     return made
 
 

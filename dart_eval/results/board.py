@@ -204,8 +204,7 @@ def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:
     for metric, rows in choice.items():
         chances = [one.chance for one in rows if one.chance is not None]
         if len(chances) == len(rows) and any(chances):
-            value = sum(chances) / len(chances)
-            quality[metric] = Quality(value, None, sum(len(one.pairs.b) for one in rows), len(rows), None, NOTHING)
+            quality[metric] = Quality(sum(chances) / len(chances), None, None, NOTHING)
     return [Row(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality)] if quality else []
 
 

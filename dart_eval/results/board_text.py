@@ -59,9 +59,10 @@ def columns_of(block: Block) -> list[Column]:
         found += _of_metric(metric, i == 0, block)
     rows = block.rows
     if any(row.flips for row in rows):
-        found.append(Column("flips", ("flips", ""), lambda r: percent(r.flips.value) if r.flips else "-", _flips))
+        found.append(Column("flips", ("flips", ""), lambda r: percent(r.flips.value) if r.flips else "-",
+                            lambda r: r.flips.value if r.flips else None))  # fmt: skip
     if any(row.kl for row in rows if row.kind != CONTROL):
-        found.append(Column("kl", ("KL", "nats"), _far, _kl))
+        found.append(Column("kl", ("KL", "nats"), _far, lambda r: r.kl.value if r.kl else None))
     found += [
         Column("memory", ("memory", "beside"), lambda r: _beside(r, size(r.memory)), lambda r: r.memory),
         Column("work", ("work", ""), lambda r: _beside(r, _more(r.overhead)), lambda r: r.overhead),
@@ -71,16 +72,8 @@ def columns_of(block: Block) -> list[Column]:
     return found
 
 
-def _flips(row: Row) -> float | None:
-    return row.flips.value if row.flips else None
-
-
 def _far(row: Row) -> str:
     return "0" if row.kind == CONTROL else f"{row.kl.value:.3g}" if row.kl else "-"
-
-
-def _kl(row: Row) -> float | None:
-    return row.kl.value if row.kl else None
 
 
 def _of_metric(metric: str, first: bool, block: Block) -> list[Column]:

@@ -95,8 +95,8 @@ class Compared:
 
 def compared(found: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
     """The rows of a pair of cells; a measure that does not follow from the documents of both is left out."""
-    made = [(measure, found.values(measure)) for measure in wanted]
-    return [Compared(found.a, found.b, pairs) for _, pairs in made if pairs is not None]
+    values = (found.values(measure) for measure in wanted)
+    return [Compared(found.a, found.b, pairs) for pairs in values if pairs is not None]
 
 
 def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, list[Compared]], list[str]]:
@@ -169,7 +169,7 @@ def _distances(lines: Sequence[dict[str, Any]], tests: Mapping[tuple[str, str, s
         lines: of the records. tests: key, task and metric -> the row.
     """
     known = {(line["key"], line["task"], line["metric"]) for line in lines}
-    like = {place[:2]: line for line in reversed(lines) if (place := (line["key"], line["task"], ""))}
+    like = {(line["key"], line["task"]): line for line in reversed(lines)}
     made = []
     for (key, task, metric), row in tests.items():
         if metrics.of(metric).group == metrics.DISTANCE and (key, task, metric) not in known and (key, task) in like:

@@ -1,9 +1,9 @@
 """Which row of a level is best, and what it costs: one sentence of each, with what the paired tests allow to be said.
 
-The leader has the highest quality in the block's first metric. It is held against every other row in each metric that
-both have, and in the log-likelihood of right answers, which tells rows apart with fewer documents than an accuracy. A
-row is behind where a test favours the leader and none favours the row. A row that is ahead so of the first leader leads
-in its place; where tests favour each of two, no row is best.
+Rows are held against each other in the block's first metric, in perplexities, and in the log-likelihood of right
+answers, which tells rows apart with fewer documents than an accuracy. A row is behind another one where a test favours
+that one and none favours the row. The first row by the first metric leads that no test puts behind another; where tests
+favour each of two, no row is best.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tup
     leader, stands = leader_of(rivals)
     said = [_quality(leader, stands, rivals[0])]
     wins = False
-    for control in [leader_of(fitting)[0]] if fitting else []:
+    if fitting:
+        control, _ = leader_of(fitting)
         (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
         wins = stand.word == AHEAD
         more = place(control, first) < place(leader, first) and stand.word == BEHIND
