@@ -226,6 +226,8 @@ def chosen_counts(
     kept, unit = round((1.0 - sparsity) * everything), prices.written  # what follows counts columns of down
     if kept == everything:
         return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
+    if image is not None:
+        _check_most(image, matrices, sparsity, title)
     across = prices.across / unit
     budget, whole, middle = matrices * kept / unit - across * everything, prices.whole / unit, prices.taken / unit
     if ratio is None:
@@ -281,6 +283,7 @@ def graded_counts(
         return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
     if budget < 0:
         raise _too_much(title, before / matrices, sparsity)
+    _check_most(prices, matrices, sparsity, title)
     exact = prices.taken + prices.written
     wanted = []
     for density, n in zip(densities, sizes, strict=True):
@@ -295,6 +298,21 @@ def graded_counts(
         [w - t for w, t in zip(writing, taken, strict=True)], more, min(sum(more), math.floor(rest / coarse))
     )
     return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], prices.whole)
+
+
+def _check_most(prices: Prices, matrices: int, sparsity: float, title: str) -> None:
+    """Refuse a sparsity at which all that there is to read is less than is to be read: weights are served in few bits.
+
+    Raises:
+        UserError: with the lowest sparsity.
+    """
+    most = (prices.whole + prices.across + prices.taken + prices.written) / matrices
+    if 1 - sparsity > most + 1e-9:
+        raise UserError(
+            f"{title} reads FFN weights in few bits, {most:.3g} of their bytes if it reads all, and sparsity "
+            f"{sparsity:g} asks for {1 - sparsity:.3g}",
+            f"use a sparsity from {math.ceil(100 * (1 - most)) / 100:g}, or 0 for the model as it is",
+        )
 
 
 def _too_much(title: str, share: float, sparsity: float, said: str | None = None, other: str = "") -> UserError:

@@ -59,7 +59,7 @@ class Rounding:
             of = K_QUANTS[self.bits]
             scales = -(-width // of.group) * of.group_bits + -(-width // BLOCK) * of.factors * SCALE_BITS
             return Stored(self.bits, scales / width)
-        return Stored(self.bits, SCALE_BITS / (min(self.group, width) or width))
+        return Stored(self.bits, SCALE_BITS * -(-width // (self.group or width)) / width)
 
 
 def said(text: str) -> str:

@@ -7,6 +7,7 @@ and codes that do not belong to the weights are noticed.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from dart_eval.bits import Rounding
 from dart_eval.errors import UserError
 
 CHUNK = 1 << 22  # weights at a time
+PART = 1 << 18  # weights that are decoded at a time: so many stay in a core's cache
 NEAR = 2**-7  # of a group's largest weight, as far as one may lie from its grid: weights are kept in 16 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A matrix as codes and scales.
 
@@ -32,37 +34,86 @@ class Packed:
         scales: [out, groups] fp16 or fp32; that of a group may be negative.
         rounding: the bits of a code, and the weights that share a scale.
         offsets: [out, groups] fp32, what the code 0 stands for; None: 0.
+        groups: [in], the group of each column, where neighbours are in others; None.
     """
 
     codes: Tensor
     scales: Tensor
     rounding: Rounding
     offsets: Tensor | None = None
-
-    @property
-    def spread(self) -> Tensor:
-        """[out, in] fp32, the scale of each weight."""
-        return self._over(self.scales)
+    groups: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
         """[out, in] fp32, what the codes stand for."""
-        return self.standing(self.codes)
+        return self.decoded(torch.float32)
 
-    def standing(self, codes: Tensor) -> Tensor:
-        """[out, in] fp32, what other codes of this matrix would stand for. codes: [out, in], perhaps fractions."""
-        found = self.spread * codes
-        return found if self.offsets is None else found + self._over(self.offsets)
+    @torch.no_grad()
+    def decoded(self, dtype: torch.dtype, first: int | None = None) -> Tensor:
+        """[out, in], what the codes stand for, or their first bits alone.
+
+        First bits leave some codes open, and stand for the mean of the matrix's codes that begin so.
+
+        Args:
+            first: bits of each code that are read; None: all.
+        """
+        low = 0 if first is None else max(0, self.rounding.bits - first)
+        means = self._means(low) if low else None
+        (rows, width), made = self.codes.shape, self.codes.new_empty(self.codes.shape, dtype=dtype)
+        group = self._together
+        for start in range(0, rows, some := max(1, PART // width)):
+            part = slice(start, start + some)
+            codes = self.codes[part]
+            values = (
+                codes.float() if means is None else means.index_select(0, self._begin(codes, low)).view(codes.shape)
+            )
+            groups = values.view(len(codes), -1, group)
+            groups *= self._each(self.scales[part], group)
+            if self.offsets is not None:
+                groups += self._each(self.offsets[part], group)
+            made[part] = values
+        return made
+
+    @functools.cached_property
+    def _known(self) -> dict[int, Tensor]:
+        return {}
+
+    def _begin(self, codes: Tensor, low: int) -> Tensor:
+        """[n] int32, the first bits of codes, counted from 0. low: last bits that are not read."""
+        return ((codes >> low).flatten().int()) + (2 ** (self.rounding.bits - 1) >> low)
+
+    def _means(self, low: int) -> Tensor:
+        """fp32, the mean code of each value of first bits; 0 of those that do not come up. low: as of `_begin`."""
+        if low not in self._known:
+            count = 2**self.rounding.bits >> low
+            sums, number = torch.zeros(2, count, dtype=torch.float64, device=self.codes.device)
+            for some in self.codes.split(max(1, CHUNK // self.codes.shape[1])):
+                begin = self._begin(some, low)
+                sums.index_add_(0, begin, some.flatten().double())
+                number += torch.bincount(begin, minlength=count)
+            self._known[low] = (sums / number.clamp_min(1)).float()
+        return self._known[low]
+
+    @property
+    def _together(self) -> int:
+        """Neighbours that are in one group throughout a row; 1 where scales must be spread out first."""
+        width = self.codes.shape[1]
+        group = min(self.rounding.group or width, width)
+        return group if self.groups is None and width % group == 0 else 1
+
+    def _each(self, shared: Tensor, group: int) -> Tensor:
+        """[n, groups, 1] fp32 of what groups share, [n, groups]; a group of 1 has the number of its own weight."""
+        if self.groups is not None:
+            shared = shared[:, self.groups]
+        elif group == 1:
+            shared = shared.repeat_interleave(self.rounding.group or 1, dim=1)[:, : self.codes.shape[1]]
+        return shared.float()[..., None]
 
     def chunk(self, parts: int) -> list[Packed]:
         """The matrices that lie below each other in this one."""
         offsets = [None] * parts if self.offsets is None else self.offsets.chunk(parts)
         pieces = zip(self.codes.chunk(parts), self.scales.chunk(parts), offsets, strict=True)
-        return [Packed(codes, scales, self.rounding, offset) for codes, scales, offset in pieces]
-
-    def _over(self, values: Tensor) -> Tensor:
-        group = self.rounding.group or self.codes.shape[1]
-        return values.float().repeat_interleave(group, dim=1)[:, : self.codes.shape[1]]
+        return [Packed(codes, scales, self.rounding, offset, self.groups) for codes, scales, offset in pieces]
 
 
 @torch.no_grad()

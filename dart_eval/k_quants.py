@@ -43,10 +43,15 @@ def _fitted(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         code = ((groups - low) * ((top + step) / span)).round_().clamp_(0, top)
         codes, squares = code.sum(-1, keepdim=True), code.square().sum(-1, keepdim=True)
         products = (groups * code).sum(-1, keepdim=True)
-        apart = (size * squares - codes.square()).clamp_min(1e-12)
+        apart = size * squares - codes.square()
         scale = (size * products - total * codes) / apart
         shift = (squares * total - codes * products) / apart
-        shift, scale = shift.clamp_max(0), torch.where(shift > 0, products / squares.clamp_min(1e-12), scale)
+        same = apart <= 1e-6 * size * squares  # codes that are all the same do not tell scale and minimum apart
+        shift, alone = torch.where(same & (squares == 0), total / size, shift), same | (shift > 0)
+        shift, scale = (
+            torch.where(alone & (squares > 0), 0.0, shift.clamp_max(0)),
+            torch.where(alone, products / squares.clamp_min(1e-12), scale),
+        )
         error = (scale * code + shift - groups).square().sum(-1, keepdim=True)
         better = error < least
         best = torch.where(better, scale, best[0]), torch.where(better, shift, best[1])

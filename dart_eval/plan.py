@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dart_eval.bits import Rounding
+from dart_eval.bits import OWN_BITS, Rounding
 from dart_eval.bits import parse as parse_bits
 from dart_eval.config import DEFAULTS, RAY_OPTIONS, RunConfig, command_line
 from dart_eval.hashes import PACKAGE, code_hash, source_hash
@@ -114,6 +114,7 @@ def plan(
         sparsities = dict.fromkeys(config.sparsity) if method.sized else (0.0,)
         for sparsity, bits in itertools.product(sparsities, config.ffn_bits):
             rounding = parse_bits(bits)
+            calibrates = method.at(1 - sparsity, OWN_BITS if rounding is None else rounding.bits).calibrates
             inputs = {
                 "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
                 "method": method.name, "params": method.params(), "sparsity": sparsity,
@@ -124,10 +125,10 @@ def plan(
                 "chat_template": config.chat_template, "cue": config.cue,
                 "batch_size": config.batch_size if moves or task in drawn else None,
                 "share_prefix": config.share_prefix if moves else None,
-                "calibration": text if method.calibrates else None, "code": code_hash(tasks_dir()),
+                "calibration": text if calibrates else None, "code": code_hash(tasks_dir()),
                 "method_code": _method_code(method),
                 "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
-                **(passages if method.calibrates else {}),
+                **(passages if calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
                 **{name: value for name in WHEN_GIVEN if (value := getattr(config, name)) is not None},
             }  # fmt: skip

@@ -7,6 +7,7 @@ counted.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +31,20 @@ CHUNK = 1 << 22  # weights that are rounded at a time
 
 
 @torch.no_grad()
-def rounded(weight: Tensor, rounding: Rounding) -> Packed:
+def rounded(weight: Tensor, rounding: Rounding, order: Tensor | None = None) -> Packed:
     """Round a matrix [out, in] so that the squared error of each group is small.
 
     The group's largest weight sets the first scale, with the sign that lets it take the code -2^(bits - 1), which has
     no counterpart above. Of `FACTORS` times that scale, each then fitted to its codes by least squares, the best is
     taken.
+
+    Args:
+        order: [in], the columns in the order in which neighbours share a scale; None: their own.
     """
+    if order is not None:
+        made, place = rounded(weight[:, order], rounding), order.argsort()
+        group = rounding.group or weight.shape[1]
+        return dataclasses.replace(made, codes=made.codes[:, place].contiguous(), groups=place // group)
     rows, width = weight.shape
     group = min(rounding.group, width) or width
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
@@ -84,6 +92,7 @@ def _best_scale(groups: Tensor, bits: int) -> Tensor:
     return best
 
 
+ROUNDS = (_group_codes, _codes, _best_scale)  # what `rounded` is made of
 AS_THEY_ARE = Stored(OWN_BITS)
 
 
@@ -104,6 +113,11 @@ class Served:
         """Of a weight, with its part of a scale."""
         return self.stored.total
 
+    @property
+    def values(self) -> Tensor:
+        """[out, in] fp32, what tokens multiply, in the dtype of the weights."""
+        return self.weight.float() if self.packed is None else self.packed.decoded(self.weight.dtype).float()
+
 
 # -- on a model ------------------------------------------------------------------------------------------------------
 
@@ -118,8 +132,18 @@ def coded(linear: nn.Module) -> Packed | None:
     return found if found is not None and stored_of(linear).code == found.rounding.bits else None
 
 
+def serve(linear: nn.Module, packed: Packed | None) -> None:
+    """From here on a projection has these codes, whatever its parameter holds; None: its own."""
+    if packed is None:
+        _PACKED.pop(linear, None)
+    else:
+        _PACKED[linear] = packed
+
+
 def on_grid(linear: Any) -> bool:
     """Whether a projection has codes; where it has shapes alone, whether its checkpoint may have them."""
+    if linear in _PACKED:
+        return True
     held = linear.held if isinstance(linear, Step) else next(itertools.chain(linear.parameters(), linear.buffers()))
     return expected(linear) if held.is_meta else coded(linear) is not None
 
@@ -231,7 +255,7 @@ class Rounded:
         for module in (m for f in find_ffns(model) for m in f.projections):
             matrix = plain_matrix(module)
             held, parameter = rounded(matrix, rounding), parameter_of(module)
-            self._held.append((module, parameter, parameter.data, _as_held(module, held, matrix.dtype), held))
+            self._held.append((module, parameter, parameter.data, as_held(module, held.decoded(matrix.dtype)), held))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -239,11 +263,11 @@ class Rounded:
         try:
             for module, parameter, _, values, held in self._held:
                 parameter.data = values
-                _PACKED[module] = held
+                serve(module, held)
             yield
         finally:
             for module, parameter, own, _, _ in self._held:
-                _PACKED.pop(module, None)
+                serve(module, None)
                 parameter.data = own
 
 
@@ -264,9 +288,8 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
     return module.held
 
 
-def _as_held(module: nn.Module, held: Packed, dtype: torch.dtype) -> Tensor:
-    """The values of a matrix [out, in] as the parameter of its projection holds them."""
-    values = held.values.to(dtype)
+def as_held(module: nn.Module, values: Tensor) -> Tensor:
+    """A matrix [out, in] as the parameter of its projection holds it."""
     if isinstance(module, Step):
         return module.stored(values)
     return values.T.contiguous() if is_conv1d(module) else values

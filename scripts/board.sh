@@ -26,29 +26,27 @@ everywhere() { # OPTIONS: on all tasks
   cells $summaries 40 "$@"
 }
 
-# What the goals ask for: 16-bit weights at .30 of the bytes, rounding alone, and pruning on 4-bit weights at .157.
+# What the goals ask for: .30 of the bytes, rounding alone, and .157 and .10 of the bytes.
 for tasks in "$drift 32" "$choice 100" "$summaries 40" "wikitext 8"; do
   # shellcheck disable=SC2086
   set -- $tasks
   cells "$1" "$2" --method dense,griffin,dart-plus --sparsity 0.7
   cells "$1" "$2" --method dense --ffn-bits q4_k,4,3,2
-  cells "$1" "$2" --method dart-plus --ffn-bits 4 --sparsity 0.442,0.218,0.644
+  cells "$1" "$2" --method dart-plus --sparsity 0.843,0.9
   cells "$1" "$2" --method griffin,dart-plus --sparsity 0.5
   cells "$1" "$2" --method dense --ffn-bits 6,5
   cells "$1" "$2" --method griffin --ffn-bits 4 --sparsity 0.442
   cells "$1" "$2" --method dart-plus --sparsity 0.719
-  cells "$1" "$2" --method dart-plus --ffn-bits 5 --sparsity 0.128,0.36
-  cells "$1" "$2" --method dart-plus --ffn-bits 6 --sparsity 0.262,0.46
-  cells "$1" "$2" --method planes,planes:entries.bits=5,planes:entries.bits=8
+  cells "$1" "$2" --method rounding,rounding:entries.bits=5
 done
 # The rivals, those first that change something for each token.
 everywhere --method dart-choice,dart,oracle-token --sparsity 0.7
 everywhere --method preview,preview:image=copy --sparsity 0.7
 everywhere --method cats,m-countdown,prox,pop,dart-choice,dart --sparsity 0.5
 everywhere --method prox,pop,flap --sparsity 0.7
-everywhere --method dart-plus,griffin --ffn-bits 4 --sparsity 0.5
+everywhere --method griffin --ffn-bits 4 --sparsity 0.5
 everywhere --method griffin,pop --ffn-bits 4 --sparsity 0.644
-everywhere --method griffin,dart-plus,cats,prox --sparsity 0.3
+everywhere --method griffin,cats,prox --sparsity 0.3
 everywhere --method wanda-sp,static,glass,coreinfer,probe --sparsity 0.7,0.5
 everywhere --method teal,wina --sparsity 0.7,0.5
 everywhere --method wanda,wanda:entries.pattern=2:4 --sparsity 0.5
@@ -61,14 +59,13 @@ speeds() { # OPTIONS
   one bench decode --model "$model" --dtype bfloat16 --output "$output" --steps 12 --rounds 3 "$@"
 }
 speeds --sparsity 0.7 --method griffin,prox,pop,flap,dart-plus,dart,dart-choice,static,wanda-sp,glass,coreinfer,oracle-token
-speeds --sparsity 0.7 --method preview,preview:image=copy,probe,magnitude,mag-sp,planes,planes:entries.bits=5
-speeds --sparsity 0.3 --method griffin,prox,dart-plus
+speeds --sparsity 0.7 --method preview,preview:image=copy,probe,magnitude,mag-sp
+speeds --sparsity 0.3 --method griffin,prox
 speeds --sparsity 0.719 --method dart-plus
+speeds --sparsity 0.843 --method dart-plus
+speeds --sparsity 0.9 --method dart-plus
 # On rounded weights torch's packed product takes dense on 4 bits, and all else is counted. What these lines time again on
 # 16-bit weights takes the place of what was timed before.
-for bits_and_sparsity in "4 0.442" "4 0.644" "4 0.218" "5 0.128" "5 0.36" "6 0.262" "6 0.46"; do
-  # shellcheck disable=SC2086
-  set -- $bits_and_sparsity
-  speeds --sparsity "$2" --method griffin,dart-plus --ffn-bits "$1"
-done
+speeds --sparsity 0.442 --method griffin --ffn-bits 4
+speeds --sparsity 0.644 --method griffin --ffn-bits 4
 speeds --sparsity 0.5 --method griffin,prox,pop,cats,m-countdown,dart-plus,teal,wina,wanda,oracle-token --ffn-bits 8,4,3,2

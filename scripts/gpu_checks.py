@@ -42,7 +42,6 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning import gather, image_kernels
 from dart_eval.pruning.dense import DenseSession
-from dart_eval.pruning.planes import exponents
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 
@@ -123,24 +122,10 @@ def kernels(dry: bool) -> dict[str, Any]:
                 ):
                     if count:
                         worst = max(worst, apart(ours.double(), theirs))
-        worst = max(worst, *_images(weight, x))
+        held = dart_rounding.rounded(weight, Rounding(4, 64))
+        worst = max(worst, apart(image_kernels.CopyCodes.of(held).show(x).double(), held.values.double() @ x.double()))
     require(worst, 1e-5, "kernels and torch in float64 (they sum in float32)")
     return {"worst": worst, "said": f"{worst:.1g} from float64"}
-
-
-def _images(weight: torch.Tensor, x: torch.Tensor) -> list[float]:
-    """How far products with images, and with exact rows out of planes, are from float64. weight: bfloat16, as x is."""
-    held, planes = dart_rounding.rounded(weight, Rounding(4, 64)), image_kernels.PlaneCodes(weight, 1)
-    rows, exact = torch.arange(0, len(weight), 3, device=x.device), x.double()
-    shown = planes.show(x)
-    return [
-        apart(ours.double(), theirs)
-        for ours, theirs in (
-            (image_kernels.CopyCodes.of(held).show(x), held.values.double() @ exact),
-            (shown, exponents(weight, 3, 1).double() @ exact),
-            (planes.read(rows, x), weight.double()[rows] @ exact),
-        )
-    ]
 
 
 def flash(dry: bool) -> dict[str, Any]:

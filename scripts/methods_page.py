@@ -67,20 +67,43 @@ a sparsity that leaves less than that is refused. Only `top-p` has no sparsity: 
 token, and is measured. With `choice.threshold=calibrated` a token takes all neurons above a number, which each layer
 has from the calibration text for that sparsity: what is read then varies around the label, and is measured too.
 
-An **image** is what a token reads of gate and up before it chooses: the top bits of the served weights
-(`image=plane`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits; where x is thinned to
-its largest entries (`choice.thin`), only with those of their columns, and with the scales of all groups. `dart-plus`
-with the plane of 16-bit weights reads 5 bits of every weight of gate and up in half of their columns, those of the
-largest entries of x. Of the neurons where an exact value would mend most it also reads the other columns, 3 more bits,
-the exponents that the plane leaves open, and the first 8 bits of their columns of down. As many others write as the
-preview has them: of these it reads 5 bits of their columns of down. What a value mends is measured on what the neuron
-writes, |h| times the norm of its column of down. So the more a neuron matters to a token, the more of it is read.
-The label is first rounded to whole neurons, as everywhere, and then counts are rounded down. By the mean bits of each
-matrix a token therefore reads no more than the label and half a neuron. The rows that it takes can have more exponents
-outside the plane than the mean row has, and of the largest exponents of down's rows only a share is counted. On the
-demo model 40 tokens at .70 read .3003 of the bytes on average and .3004 at most.
-`planes` is the control: it reads the first bits of all weights in that layout, takes the middle of what they leave
-open, and chooses nothing.
+**`dart-plus` in five sentences.** FFN weights are served as whole numbers with a scale for 128 weights. Every token
+reads the first bits of gate and up, as one stream: the preview. It then reads the other bits, and a whole column of
+down, for the neurons that the preview leaves most open. As many other neurons write what the preview shows, through
+the first bits of their columns of down. So the more a neuron matters to a token, the more bits of it are read.
+
+```
+                gate, up (rows)            down (columns)
+neuron          first bits   other bits    first bits   other bits
+most open       read         read          read         read
+next            read                       read
+all others      read
+```
+
+| read | weights as | first bits | columns of gate and up that a preview reads |
+|---|---|---|---|
+| .36 to .51 | 8 bits | 4 | all |
+| .25 to .36 | 6 bits | 4 | all |
+| .19 to .25 | 6 bits | 3 | all |
+| .13 to .19 | 5 bits | 3 | a fifth in 3 bits, three fifths in 2 |
+| below .13 | 4 bits | 3 | a fifth in 3 bits, three tenths in 2 |
+
+The share that is read settles the rest ([setting](../results/setting.md) says how the table was chosen). In the last
+two rows columns are skipped in tiles of 64: those in which x has the smallest norm. Columns lie in the order of their
+mean square on the calibration text there. `image.code`, `image.group`, `image.bits`, `choice.fine`, `choice.rough` and
+`choice.tile` set all this by hand.
+
+Prompts multiply the whole numbers, too, so the model needs no other weights: doubts and norms of 16 bits a row are all
+that is kept beside them. KL from dense is not told under `dart-plus`: dense would need contexts of its own. More than
+all of the whole numbers cannot be read, so sparsities between 0 and about .49 are refused. Weights that `--ffn-bits`
+has rounded, or that a checkpoint stores as whole numbers (GGUF, GPTQ, AWQ, torchao), stay as they are, and the preview
+reads half of their bits. What a value mends is measured on what the neuron writes, |h| times the norm of its column of
+down. Bytes count with all scales, doubts and norms, and the label is met to less than a neuron.
+
+An **image** is what a token reads of gate and up before it chooses: the first bits of the weights
+(`image=first-bits`, nothing is stored twice) or a coarse copy (`image=copy`). It counts with its bits. Where x is
+thinned to its largest entries (`choice.thin` of `prox`), an image counts with those columns alone, and with the scales
+of all groups.
 
 **Candidates are read to be ranked.** At sparsity 0.7 a token of `pop` reads gate and up for 32.5 % of the neurons: the
 22.5 % that are sure, and 10 % as candidates. It reads down for 25 %, so that (2 * .325 + .25) / 3 = .30.

@@ -20,8 +20,10 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.moments import Moments
 from dart_eval.pruning.prepared import prepare
 from dart_eval.pruning.sequence import nbytes
+from dart_eval.pruning.serving import serving
 from dart_eval.pruning.state import SequenceState
 from dart_eval.pruning.vocabulary import Projection
+from dart_eval.rounding import served_bits
 
 MEGABYTE = 10**6
 CHUNK = 64  # prompt tokens fed at a time
@@ -63,6 +65,7 @@ def measure(
     """
     if not method.prunes:
         raise UserError(f"{method.name} keeps and computes nothing", "choose a method that prunes")
+    spec, method = method.spec, method.at(1 - sparsity)
     model = shapes.without_weights(shape)
     ffns = describe(model)
     sizes = cost.shape_of(model, ffns)
@@ -73,7 +76,7 @@ def measure(
     for length in sorted(prompts):
         state[length], parts = _state(method, ffns, sparsity, length)
     return Overhead(
-        method.spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
+        spec, shape, sparsity, state, parts, added.decode_step / dense, added.prefill / context / dense,
         added.remask / dense, method.mask.remask.every,
         added.remask_read,
     )  # fmt: skip
@@ -82,7 +85,12 @@ def measure(
 @torch.no_grad()
 def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
     """Bytes in all and by part, after a prompt of random activations."""
-    prepared = prepare(method, ffns, sparsity, Shapes(ffns))
+    numbers, unit = serving(method, ffns, sparsity, None), served_bits(ffns)
+    numbers.begin()
+    try:
+        prepared = prepare(method, ffns, sparsity, Shapes(ffns), unit)
+    finally:
+        numbers.end()
     state = SequenceState(prepared, 1, torch.device("cpu"))
     width = ffns[0].width
     for start in range(0, tokens, CHUNK):

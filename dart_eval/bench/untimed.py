@@ -77,7 +77,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
         tokenizer: of the model, for methods that calibrate on a text; None where it has none.
     """
     ffns = find_ffns(model)
-    if method.calibrates and tokenizer is None:
+    if method.at(1 - sparsity, served_bits(ffns)).calibrates and tokenizer is None:
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
         fits.check(method, ffns, sparsity, Stored.of(served_bits(ffns)))

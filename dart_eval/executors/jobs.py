@@ -156,7 +156,8 @@ def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
 
 def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
     """Say which tasks ask documents of the data set on which methods calibrate."""
-    if config.calibration is None or not any(method.calibrates for method in methods_of(config)):
+    settled = [method.at(1 - sparsity) for method in methods_of(config) for sparsity in config.sparsity]
+    if config.calibration is None or not any(method.calibrates for method in settled):
         return
     data_set = calibration_text(config.calibration, config.data_dir).data_set
     shared = [task for name in names for task in sharing(tasks.load(name), data_set)] if data_set else []

@@ -96,7 +96,7 @@ class Worker:
             peak = stack.enter_context(peak_memory(self.lm.device.type))
             session = self._attach(stack, cell)
             ffns = find_ffns(self.model)
-            share, inputs = rounding.share(ffns), rounding.share_of_inputs(ffns)
+            share, inputs = session.share or rounding.share(ffns), rounding.share_of_inputs(ffns)
             outcome = self._smaller(
                 lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal), shrink
             )

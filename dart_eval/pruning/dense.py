@@ -18,12 +18,13 @@ class DenseSession:
     """Stands in for a `Session` where nothing is pruned: the model keeps its forwards, and every token reads all.
 
     Attributes:
-        prunes, looks_ahead, state, state_bytes, remasks, events: see `Session`.
+        prunes, looks_ahead, share, state, state_bytes, remasks, events: see `Session`.
         steps: one per decoding forward since the last context.
     """
 
     prunes = False
     looks_ahead = False
+    share: float | None = None
     state = None
     state_bytes = 0
 

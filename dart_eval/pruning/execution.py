@@ -17,9 +17,9 @@ from torch import nn
 from dart_eval.errors import UserError, nearest
 from dart_eval.ffn import FFN
 from dart_eval.pruning import kernels
+from dart_eval.pruning.finer import Fine
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.permuted import REORDERED, PermutedFFNs, quantised, shared
-from dart_eval.pruning.previews import Fine
 from dart_eval.pruning.state import SequenceState
 from dart_eval.pruning.steps import Step
 

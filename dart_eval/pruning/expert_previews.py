@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dart_eval.expert_pool import input_biases
 from dart_eval.experts import Routed
-from dart_eval.pruning.previews import Preview, thinned
+from dart_eval.pruning.previews import Preview
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ExpertPreview(Preview):
 
     Attributes:
         weights, biases, doubts: as of `Preview`, of all experts: [pool, D], [pool], [pool].
-        down: of down, [E, D, I]; None. columns: then [pool] fp32.
+        down: of down, what gives [E D, I]; None. columns: then [pool] fp32.
         of: the experts, under the routing of the forward under way.
     """
 
@@ -35,15 +35,19 @@ class ExpertPreview(Preview):
         assert found is not None
         return found
 
-    def look(self, x: Tensor, thin: float = 1.0) -> tuple[Tensor, Tensor]:
+    def look(self, x: Tensor, rough: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Preview.look`; up counts as what is made of it (`Routed.rest`), and h with the router's weight.
 
         Args:
-            x: [..., D], the last tokens of the forward under way. thin: as there.
+            x: [..., D], of the last tokens of the forward under way. rough: as there.
         """
         routed, shape = self.routed, (*x.shape[:-1], self.routed.size)
-        x = thinned(x, thin).reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
         seen, off = self._seen(x)
+        if rough is not None and isinstance(self.rougher, ExpertPreview):
+            more, beside = self.rougher._seen(rough.reshape(x.shape))
+            seen = [a + b for a, b in zip(seen, more, strict=True)]
+            off = [torch.hypot(a, b) for a, b in zip(off, beside, strict=True)]
         weight = routed.weights[-len(x) :, :, None]
         first = seen[0].float()
         expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
@@ -61,11 +65,12 @@ class ExpertPreview(Preview):
         shape = len(x), routed.count, routed.inner
         seen = [x.new_zeros(shape) for _ in self.weights]
         off = [torch.zeros(shape, device=x.device) for _ in self.weights]
+        matrices = [weight() for weight in self.weights]
         for expert, tokens, places in routed.each(routed.index[-len(x) :]):
             some = slice(expert * routed.inner, (expert + 1) * routed.inner)
-            for i, (weight, bias, doubt) in enumerate(zip(self.weights, self.biases, self.doubts, strict=True)):
+            for i, (matrix, bias, doubt) in enumerate(zip(matrices, self.biases, self.doubts, strict=True)):
                 seen[i][tokens, places] = nn.functional.linear(
-                    x[tokens], weight[some], None if bias is None else bias[some]
+                    x[tokens], matrix[some], None if bias is None else bias[some]
                 )
                 off[i][tokens, places] = size[tokens] * doubt[some]
         if routed.inward is not None:
@@ -77,19 +82,20 @@ class ExpertPreview(Preview):
         """[..., F] of the last tokens -> [..., D], what h adds through the images of their experts' down."""
         assert self.down is not None
         routed, each = self.routed, h.reshape(-1, self.routed.count, self.routed.inner)
-        out = h.new_zeros(len(each), routed.width)
+        out, down = h.new_zeros(len(each), routed.width), self.down().view(-1, routed.width, routed.inner)
         for expert, tokens, places in routed.each(routed.index[-len(each) :]):
-            out.index_add_(0, tokens, nn.functional.linear(each[tokens, places], self.down[expert]))
+            out.index_add_(0, tokens, nn.functional.linear(each[tokens, places], down[expert]))
         return out.view(*h.shape[:-1], routed.width)
 
 
 def of_experts(
-    routed: Routed, inputs: Sequence[Tensor], doubts: Sequence[Tensor], down: Tensor | None, exact: Tensor | None
-) -> ExpertPreview:
+    routed: Routed, inputs: Sequence[Callable[[], Tensor]], doubts: Sequence[Tensor],
+    down: Callable[[], Tensor] | None, exact: Tensor | None,
+) -> ExpertPreview:  # fmt: skip
     """The preview of a layer's experts.
 
     Args:
-        inputs: what images say of the matrices that make h, [pool, D] each. doubts: of these, [pool] each.
+        inputs: what gives the images of the matrices that make h, [pool, D] each. doubts: of these, [pool] each.
         down: the same of down, the experts' rows below each other, [E D, I]; None. exact: then its own weights.
     """
     shape = routed.all, routed.width, routed.inner
@@ -97,10 +103,7 @@ def of_experts(
     experts = routed.experts
     of = weakref.ref(routed)
     act = functools.partial(_act, of) if experts.has_gate else experts.act_fn
-    return ExpertPreview(
-        tuple(inputs), input_biases(routed), tuple(doubts), act, None if down is None else down.view(shape), columns,
-        of=of,
-    )  # fmt: skip
+    return ExpertPreview(tuple(inputs), input_biases(routed), tuple(doubts), act, down, columns, of=of)
 
 
 def _act(of: weakref.ref[Routed], gate: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from dart_eval.bits import Stored
 from dart_eval.ffn import FFN, is_conv1d, plain_matrix, weight_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.parts.entries import Entries, Inputs
-from dart_eval.pruning.previews import Fine
 from dart_eval.pruning.thresholds import Distribution
 from dart_eval.rounding import served_bits, stored_inputs, stored_of
 
@@ -137,6 +136,30 @@ class Finer:
         return torch.compiler.disable(hook)
 
 
+class Fine:
+    """FFN weights of which decoding forwards read a part alone; prompts have all of them.
+
+    Attributes:
+        held: the projections' parameters, each with its own weights and what is left of them.
+    """
+
+    def __init__(self, held: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+        self.held = held
+        self.in_place = False
+
+    def begin(self) -> None:
+        """Decoding forwards from here on."""
+        self.in_place = True
+        for parameter, _, fine in self.held:
+            parameter.data = fine
+
+    def end(self) -> None:
+        """The weights are whole again, to the bit."""
+        for parameter, own, _ in self.held:
+            parameter.data = own
+        self.in_place = False
+
+
 @torch.no_grad()
 def _seen(
     part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration: Calibration | None
@@ -147,7 +170,7 @@ def _seen(
     if part.by_token:
         least = calibration.once(f"quantiles of inputs, {[*kept]} read", lambda: [_quantiles(ffns, kept, calibration)])
         return [[float(of_x), float(of_h)] for of_x, of_h in least[0]], [[None, None] for _ in ffns]
-    squares = calibration.once("squares of inputs", lambda: _squares(ffns, calibration))
+    squares = _squares_once(ffns, calibration)
     return [[None, None] for _ in ffns], [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
 
 
@@ -167,6 +190,15 @@ def _quantiles(ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration
         ],
         dtype=torch.float64,
     )
+
+
+def squares_of_inputs(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
+    """Per layer [D] fp32: the sums over the text of the squares of x."""
+    return _squares_once(ffns, calibration)[::2]
+
+
+def _squares_once(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
+    return calibration.once("squares of inputs", lambda: _squares(ffns, calibration))
 
 
 def _squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:

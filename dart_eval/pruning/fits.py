@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from dart_eval.bits import OWN_BITS, Stored
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.base import Part
-from dart_eval.pruning.parts.images import LowRank, Plane
+from dart_eval.pruning.parts.images import FirstBits, LowRank
 from dart_eval.rounding import on_grid, parameter_of, stored_of
 
 
@@ -59,26 +57,20 @@ def check_weights(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
         UserError: with the reason.
     """
     image, part = method.choice.image, method.entries
-    precision = method.choice.precision if sparsity else 0
-    cut = image is not None and image.mantissa(precision) is not None
     replaced = part.finer and not part.by_token  # other weights stand in the place of all
     for f in ffns:
         for module in f.projections:
             part.check(stored_of(module))
-            if isinstance(image, Plane) and (module is not f.down or precision):
-                _check_plane(image, module)
-            if replaced or (cut and not on_grid(module)):
+            shown = module is not f.down or method.choice.grades
+            served = isinstance(image, FirstBits) and shown and not on_grid(module)
+            if served and (bits := stored_of(module).total) != OWN_BITS:
+                raise UserError(
+                    f"choice={method.choice.name} needs FFN weights of 16 bits, or codes on an even grid: those of "
+                    f"this model have {bits:.3g} bits, and no such codes were found",
+                    "use a method that chooses in another way, give image=copy, or load the model unquantised",
+                )
+            if replaced or (served and sparsity):
                 parameter_of(module)
-
-
-def _check_plane(image: Plane, module: nn.Module) -> None:
-    bits = stored_of(module).total
-    if bits != OWN_BITS and not on_grid(module):
-        raise UserError(
-            f"{image.title} is the top bits of 16-bit weights, or of codes on an even grid: FFN weights of this model "
-            f"have {bits:.3g} bits, and no such codes were found",
-            "use a method that chooses in another way, give image=copy, or load the model unquantised",
-        )
 
 
 def _refuse(part: str | None, what: str) -> None:

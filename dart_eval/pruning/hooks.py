@@ -22,6 +22,7 @@ from dart_eval.ffn import FFN
 from dart_eval.pruning.finer import Finer
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.rerouted import Rerouted
+from dart_eval.pruning.serving import Serving
 from dart_eval.pruning.state import SequenceState
 
 Phase = Literal["off", "context", "decode"]
@@ -67,10 +68,11 @@ class Hooks:
     """Installs and removes the hooks that a method needs: they hand what layers compute to the forward's state."""
 
     def __init__(
-        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward,
+        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving,
         entries: Finer | Rerouted | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.ffns, self.method, self.forward, self.entries = model, ffns, method, forward, entries
+        self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
+        self.serving, self.entries = serving, entries
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
@@ -89,6 +91,8 @@ class Hooks:
         add(self.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
         add(self.decoder.register_forward_pre_hook(_eager(begin), with_kwargs=True))
         add(self.decoder.register_forward_hook(_eager(end)))
+        for handle in self.serving.watch():
+            add(handle)
         for ffn in ffns:
             if method.mask.remask.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))

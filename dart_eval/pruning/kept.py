@@ -1,6 +1,6 @@
-"""Statistics of calibrations, kept in the cache folder, so that a model is not run again on a text that it has read.
+"""What takes time to make of a model, kept in the cache folder: statistics of calibrations, weights as whole numbers.
 
-One small file for each statistic, named by a hash of all that it depends on: model, weights as they are served, text,
+One file for each, named by a hash of all that it depends on: model, weights as they are served, text,
 passages, code. A file holds a digest of its tensors; one that does not agree is made anew. All may be deleted at will.
 """
 
@@ -25,19 +25,21 @@ log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where they are: beside the demo model."""
+    """Where statistics are: beside the demo model."""
     return cache_dir() / "calibration"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Those of one model. about: all that tells it from others, as plain data."""
+    """Those of one model. about: all that tells it from others, as plain data. kind: of what, if no statistics."""
 
     about: Mapping[str, Any]
+    kind: str | None = None
 
     def _path(self, of: Mapping[str, Any]) -> Path:
         key = json.dumps([dict(self.about), dict(of)], sort_keys=True)
-        return folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+        place = folder() if self.kind is None else folder().with_name(self.kind)
+        return place / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def get(self, of: Mapping[str, Any]) -> list[Tensor] | None:
         """The tensors that were kept; None where there are none, or they are damaged. of: which statistic of what."""

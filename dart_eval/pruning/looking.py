@@ -38,7 +38,7 @@ def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: T
         token = replace(token, threshold=prepared.thresholds[layer])
     if prepared.previews is not None and x is not None:
         images = prepared.previews[layer]
-        preview, expected = map(ffn.by_row, images.look(x, choice.thin))
+        preview, expected = map(ffn.by_row, images.look(*choice.shown(x, images.order)))
         columns = None if images.columns is None else ffn.of_token(ffn.by_row(images.columns)[None], len(x))
         token = replace(token, preview=preview, expected=expected, columns=columns)
     score = state.method.mask.score
@@ -73,7 +73,7 @@ def shown(state: SequenceState, layer: int, rough: Tensor, token: Token) -> Tens
     """[B, T, D], what neurons add that write as the image shows them. rough: which ones, [B, T, F] bool."""
     previews = state.prepared.previews
     assert previews is not None and token.preview is not None
-    return previews[layer].write(state.ffns[layer].by_neuron(token.preview * rough))
+    return previews[layer].write(state.ffns[layer].by_neuron(token.preview * rough.view(torch.uint8)))
 
 
 def alone(score: Score, h: Tensor, factor: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.allocation import Prices
-from dart_eval.bits import Stored
+from dart_eval.bits import OWN_BITS, Stored
 from dart_eval.errors import UserError, naming, nearest
 from dart_eval.pruning.parts.allocations import Allocation, Uniform
 from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
@@ -167,15 +167,27 @@ class Pruner:
         """
         if not self.reads_most:
             return
-        image = None
-        if self.choice.image is not None:
-            image_of = self.choice.image
-            doubt, norm = self.choice.doubt_bits(width), self.choice.norm_bits(width)
-            read = sum(size * (image_of.read(bits, size, width, self.choice.thin) + doubt) for size in sizes)
-            across = max(image_of.across(bits, width, size, self.choice.grades) for size in sizes)
-            whole = ((matrices - 1) * read / sum(sizes) + norm + across) / bits.total
-            image = Prices(whole, matrices - 1.0, 1.0, 1.0)
-        self.choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, image)
+        choice, prices = self.at(1 - sparsity, bits.total).choice, None
+        if (image := choice.image) is not None:
+            unit, served = bits.total, image.served
+            if served is not None and bits.code == OWN_BITS:
+                bits = served.stored(width)
+            doubt, norm, columns = choice.doubt_bits(width), choice.norm_bits(width), choice.columns(width)
+            read = sum(size * (image.read(bits, size, width, columns) + doubt) for size in sizes)
+            across = max(image.across(bits, width, size, choice.grades) for size in sizes)
+            whole = ((matrices - 1) * read / sum(sizes) + norm + across) / unit
+            rest = (matrices - 1) * image.rest(bits, sizes[0], width, columns) / unit
+            prices = Prices(whole, rest, bits.code / unit, image.coarse(bits, width, sizes[0]) / unit)
+        choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, prices)
+
+    def at(self, read: float, bits: float = OWN_BITS) -> Pruner:
+        """The method where so large a share of the weight bytes is read: what goes by that is settled.
+
+        Args:
+            bits: of a weight as it is served. Nothing is to be settled where there are fewer than 16.
+        """
+        choice = self.choice.at(read) if bits == OWN_BITS else self.choice
+        return self if choice is self.choice else dataclasses.replace(self, choice=choice, base=self.base or self)
 
     def parts(self) -> list[Part]:
         """All parts of the method, the inner ones too."""

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from dart_eval import rounding
 from dart_eval.allocation import Counts, Prices, exact_counts, in_steps
+from dart_eval.bits import OWN_BITS
 from dart_eval.errors import UserError
 from dart_eval.ffn import FFN, device_of
 from dart_eval.pruning import finer, fits, thresholds
 from dart_eval.pruning.calibration import Calibration, means
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import ChangeState
-from dart_eval.pruning.previews import Fine, Preview, mean_prices, previews, prices, stored
+from dart_eval.pruning.previews import Preview, mean_prices, previews, prices, stored
 from dart_eval.pruning.rerouted import Rerouted
 from dart_eval.pruning.sequence import Sums, nbytes
 from dart_eval.pruning.standins import constant, floating
@@ -37,37 +38,36 @@ class Prepared:
         thresholds: per layer, of the choice; None where it counts.
         entries: what leaves out something else than neurons, or whole experts; None.
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
-        fine: the weights as decoding forwards have them, where these read the first bits alone; else None.
+        fine: the weights as decoding forwards have them, where these have lost some; else None.
         whole: matrices of which a token reads the rows of the whole mask before it chooses; of images their share.
         paid: [L, 4] fp64, what is read of a neuron, see `_paid`. each: `prices` per layer.
-        share: FFN weight bytes as they are served / those of the model's own dtype.
+        orders: per layer, of the columns of gate and up, see `Preview`.
+        unit: bits of an FFN weight, on average, of which sparsity leaves out a share.
+        share: the same / those of the model's own dtype.
     """
 
     method: Pruner
     ffns: Sequence[FFN]
     sparsity: float
+    unit: float
     masks: list[Tensor] | None = None
     factors: list[Tensor] | None = None
     means: list[Tensor] | None = None
     constants: list[Tensor] | None = None
     thresholds: list[float] | None = None
     entries: finer.Finer | Rerouted | None = None
+    orders: Sequence[Tensor | None] = ()
 
     def __post_init__(self) -> None:
         self.method.allocation.check(self.sparsity, len(self.ffns))
         choice, sizes = self.method.choice, [f.size for f in self.ffns]
-        image = choice.image
         self._dense = Counts(sizes, sizes, sizes, 0)
-        self.share = rounding.share(self.ffns)
-        precision = choice.precision if self.sparsity else 0
-        self.each = None if image is None else prices(choice, precision, self.ffns, self.method.mask.whole)
+        self.share = self.unit / OWN_BITS
+        self.fine: finer.Fine | None = None
+        whole_mask = self.method.mask.whole
+        self.each = None if choice.image is None else prices(choice, self.ffns, whole_mask, self.unit)
         self.prices = None if self.each is None else mean_prices(self.each, self.ffns)
         self.stored = stored(choice, self.ffns)
-        self.fine = None
-        if image is not None and self.sparsity:
-            self.fine = Fine.of(self.ffns, image.mantissa(choice.precision))
-        if self.fine is not None:
-            _ = self.previews  # made now, while the weights have all their bits
         # Refused now where the sparsity cannot be met at all.
         allocation = self.method.allocation
         varies = allocation.needs_change or allocation.needs_scores
@@ -80,8 +80,7 @@ class Prepared:
     @functools.cached_property
     def previews(self) -> list[Preview] | None:
         """Per layer the images as matrices, made when masks first ask for them; None where nothing is previewed."""
-        choice = self.method.choice
-        return None if choice.image is None else previews(choice.image, self.ffns, choice.grades)
+        return None if self.method.choice.image is None else previews(self.method.choice, self.ffns, self.orders)
 
     def counts(
         self, change: ChangeState | None, rows: slice, has_context: bool, scores: Sequence[Tensor] | None = None
@@ -142,7 +141,7 @@ class Prepared:
             return [(matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0)] * len(self.ffns)
         if self.each is not None and self.sparsity:
             return [self._paid_through_images(prices) for prices in self.each]
-        mean, found = rounding.served_bits(self.ffns), []
+        mean, found = self.unit, []
         whole = 0.0 if not self.sparsity else self.whole  # at sparsity 0 no image is looked at
         for into, down, scales in map(rounding.rows, self.ffns):
             across = 0.0 if self.method.routing.reroutes else scales / mean  # experts are left out whole
@@ -225,15 +224,24 @@ def _of_experts(counts: Counts, ffns: Sequence[FFN]) -> Counts:
     return Counts(mask, taken, written, counts.whole)
 
 
-def prepare(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Prepared:
+def prepare(
+    method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None, unit: float | None = None,
+    orders: Sequence[Tensor | None] | None = None,
+) -> Prepared:  # fmt: skip
     """Make what can be made before any prompt.
+
+    Args:
+        orders: per layer, of the columns of gate and up, see `Preview`.
+        unit: bits of an FFN weight, on average, of which sparsity leaves out a share; None: of those served now.
+        orders: per layer, of the columns of gate and up as they are served, see `Preview`; None: their own.
 
     Raises:
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
     fits.check(method, ffns, sparsity)
     fits.check_weights(method, ffns, sparsity)
-    made, mask = Prepared(method, ffns, sparsity), method.mask
+    made, mask = Prepared(method, ffns, sparsity, unit or rounding.served_bits(ffns)), method.mask
+    made.orders = orders or [None] * len(ffns)
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):
         raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")

@@ -2,8 +2,8 @@
 
 For one token of one sequence, and without a mask: the image of gate and up says what h^2 is to be expected of every
 neuron, as under `masked` execution; the rows of gate and up of the largest are read exactly; those with the largest |h|
-are summed from down's rows. On a CPU the image is a copy of 4 bits, multiplied by torch's packed product; on a GPU it
-is such a copy or the plane of bfloat16 weights (`image_kernels`).
+are summed from down's rows. The image is a copy of 4 bits, multiplied on a CPU by torch's packed product and on a GPU
+by a kernel (`image_kernels`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from dart_eval.bits import OWN_BITS, Rounding
+from dart_eval.bits import Rounding
 from dart_eval.ffn import FFN, device_of
 from dart_eval.pruning import gather
-from dart_eval.pruning.image_kernels import CODE_BITS, CopyCodes, PlaneCodes
+from dart_eval.pruning.image_kernels import CopyCodes
+from dart_eval.pruning.made import LastMade
 from dart_eval.pruning.parts.choices import Choice, Token
-from dart_eval.pruning.parts.images import Copy, Image, Plane
-from dart_eval.pruning.previews import LastMade, Preview, biases, doubt
+from dart_eval.pruning.parts.images import Copy, Image
+from dart_eval.pruning.previews import Preview, biases, doubt
 from dart_eval.pruning.products import grouped, grouping, product
 from dart_eval.pruning.slices import Down, GatheredFFN, best
 from dart_eval.rounding import Served, rounded, served_inputs
@@ -37,16 +38,10 @@ def lacking(choice: Choice, ffn: FFN) -> str | None:
     """Why nothing here multiplies the image of a choice as codes, or None. ffn: gated, with plain weights."""
     image, kernels = choice.image, gather.missing(device_of(ffn)) is None
     assert image is not None
-    served = served_inputs(ffn)
-    dtypes = {m.weight.dtype for m in served}
+    dtypes, possible = {m.weight.dtype for m in served_inputs(ffn)}, False
     if isinstance(image, Copy):
         grouped = kernels or grouping(Rounding(image.bits, image.group), ffn.width) is not None
         possible = image.bits == 4 and grouped and dtypes <= DTYPES
-    else:
-        own = all(m.packed is None for m in served) and dtypes == {torch.bfloat16}
-        possible = (
-            isinstance(image, Plane) and kernels and own and not choice.precision and image.top(OWN_BITS) > CODE_BITS
-        )
     return None if possible else f"nothing here multiplies {image.title} of {' and '.join(map(str, dtypes))}"
 
 
@@ -56,11 +51,9 @@ class CodedPreview(Preview):
 
     Attributes:
         products: of gate and up, x -> [..., F].
-        readers: of the same, (rows, x [D]) -> [rows] fp32, where exact rows are read beside the image.
     """
 
     products: tuple[Callable[[Tensor], Tensor], ...] = ()
-    readers: tuple[Callable[[Tensor, Tensor], Tensor] | None, ...] = ()
 
     def seen(self, x: Tensor) -> list[Tensor]:
         return [multiply(x) for multiply in self.products]
@@ -80,23 +73,19 @@ def coded(image: Image, ffn: FFN) -> CodedPreview:
     def make() -> CodedPreview:
         own = biases(ffn)
         made = [_coded(image, m, b, kernels) for m, b in zip(matrices, own, strict=True)]
-        products, readers, doubts = zip(*made, strict=True)
-        return CodedPreview((), own, doubts, ffn.act, lift=ffn.lift, products=products, readers=readers)
+        products, doubts = zip(*made, strict=True)
+        return CodedPreview((), own, doubts, ffn.act, lift=ffn.lift, products=products)
 
     return _MADE.get(ffn.up, [m.weight for m in matrices], (image, kernels), make)
 
 
-def _coded(image: Image, matrix: Served, bias: Tensor | None, kernels: bool) -> tuple[Any, Any, Tensor]:
-    """The product with an image of one matrix, what reads its exact rows, and what the image leaves out of each row."""
+def _coded(image: Image, matrix: Served, bias: Tensor | None, kernels: bool) -> tuple[Any, Tensor]:
+    """The product with an image of one matrix, and what the image leaves out of each row."""
     weight = matrix.weight
-    if isinstance(image, Plane):
-        planes = PlaneCodes(weight, image.top(OWN_BITS) - 1 - CODE_BITS)
-        values = image.values(matrix)
-        return functools.partial(_shown, planes.show, bias), planes.read, doubt(matrix, values.to(weight.dtype))
     assert isinstance(image, Copy)
     held = rounded(weight, Rounding(image.bits, image.group))
     multiply = functools.partial(_shown, CopyCodes.of(held).show, bias) if kernels else None
-    return multiply or product(grouped(held), bias, weight.dtype), None, doubt(matrix, held.values.to(weight.dtype))
+    return multiply or product(grouped(held), bias, weight.dtype), doubt(matrix, held.values.to(weight.dtype))
 
 
 def _shown(multiply: Callable[[Tensor], Tensor], bias: Tensor | None, x: Tensor) -> Tensor:
@@ -121,8 +110,7 @@ class PreviewedFFN(GatheredFFN):
     def read(self) -> tuple[float, float, float]:
         size, width, image, rows = self.ffn.size, self.ffn.width, self.image, self.ffn.size if self._all else self.taken
         gate, up = (
-            (image.bits_of(m.stored, size, width) * size + image.left(m) * rows) / m.bits
-            for m in served_inputs(self.ffn)
+            (image.bits_of(m.stored, size, width) * size + m.bits * rows) / m.bits for m in served_inputs(self.ffn)
         )
         return gate, up, self.written
 
@@ -132,7 +120,7 @@ class PreviewedFFN(GatheredFFN):
         return not self.kernels and self.taken > WHOLE * self.ffn.size
 
     def _choose(self, x: Tensor) -> Tensor:
-        shown, expected = self.preview.look(x, self.choice.thin)
+        shown, expected = self.preview.look(*self.choice.shown(x, None))
         token = Token(shown, shown, shown, None, preview=shown, expected=expected)
         self._taken = best(self.choice.importance(token).flatten(), self.taken)
         return self._exactly(0, x)
@@ -145,10 +133,10 @@ class PreviewedFFN(GatheredFFN):
 
     def _exactly(self, matrix: int, x: Tensor) -> Tensor:
         """[..., taken], the product with the rows taken. matrix: 0 for gate, 1 for up."""
-        module, reader = self._modules[matrix], self.preview.readers[matrix]
+        module = self._modules[matrix]
         weight, bias, flat, rows = module.weight, module.bias, x.reshape(1, -1), self._taken
         if self.kernels:
-            out = gather.read_rows(weight, rows, flat[0]) if reader is None else reader(rows, flat[0])
+            out = gather.read_rows(weight, rows, flat[0])
             out = (out if bias is None else out + bias[rows].float()).to(x.dtype)
         elif self._all:
             out = linear(flat, weight, bias)[:, rows]

@@ -49,6 +49,11 @@ class Readings(ABC):
         return self.method.looks_ahead
 
     @property
+    def share(self) -> float:
+        """FFN weight bytes of which the sparsity is a share / those of the model's own dtype."""
+        return self.prepared.share
+
+    @property
     def execution(self) -> str:
         """How the sequences under way are decoded: `masked` or `permuted`."""
         return self.executing.name

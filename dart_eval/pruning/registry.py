@@ -20,7 +20,7 @@ from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
 from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.parts.draws import DRAWS
-from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, FirstBits, RoundedEntries, WandaEntries
+from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, RoundedEntries, WandaEntries
 from dart_eval.pruning.parts.images import IMAGES
 from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
@@ -111,7 +111,7 @@ BUILT_IN = (
         choice=ByUp(),
     ),
     Pruner(
-        name="preview", summary="lets each token choose the largest |h|, as the top bits of gate and up show them",
+        name="preview", summary="lets each token choose the largest |h|, as the first bits of gate and up show them",
         choice=ByPreview(),
     ),
     Pruner(
@@ -137,10 +137,6 @@ BUILT_IN = (
     Pruner(
         name="wanda", summary="leaves out single weights that matter least on a calibration text, not neurons",
         entries=WandaEntries(),
-    ),
-    Pruner(
-        name="planes", summary="reads the first bits of every weight, or all: the layout of dart-plus alone (control)",
-        entries=FirstBits(),
     ),
     Pruner(
         name="rounding", summary="rounds the weights that decoded tokens read, and not those of prompts (control)",

@@ -37,9 +37,11 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.padding import real_tokens
 from dart_eval.pruning.prepared import Prepared, prepare
 from dart_eval.pruning.readings import Readings
+from dart_eval.pruning.serving import serving
 from dart_eval.pruning.state import SequenceState
 from dart_eval.pruning.steps import Step
 from dart_eval.pruning.tally import Tally
+from dart_eval.rounding import served_bits
 
 
 class Session(Readings):
@@ -53,11 +55,17 @@ class Session(Readings):
         self, model: nn.Module, method: Pruner, sparsity: float, calibration: Calibration | None = None,
         execution: Wanted = "auto", shared_mask: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.method, self.shared_mask = model, method, shared_mask
         self.sparsity = sparsity if method.sized else 0.0
-        self.ffns = find_ffns(model)
+        self.model, self.shared_mask, self.ffns = model, shared_mask, find_ffns(model)
+        self.method = method = method.at(1 - self.sparsity, served_bits(self.ffns))
         self.executing = Execution(model, self.ffns, method, execution, shared_mask)
-        self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration)
+        unit, self.serving = served_bits(self.ffns), serving(method, self.ffns, self.sparsity, calibration)
+        try:
+            self.serving.begin()
+            self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, self.serving.orders)
+        except BaseException:
+            self.serving.end()
+            raise
         self.executing.fine = self.prepared.fine
         self.log, self.forward = Log(), Forward()
         self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
@@ -69,7 +77,7 @@ class Session(Readings):
         self._tally = Tally()
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls = Calls(model)
-        self._hooks = Hooks(model, self.ffns, method, self.forward, self.prepared.entries)
+        self._hooks = Hooks(model, self.ffns, method, self.forward, self.serving, self.prepared.entries)
 
     def __repr__(self) -> str:
         execution = self.execution if self.state is not None else self.executing.wanted
@@ -345,4 +353,5 @@ class Session(Readings):
             self._calls.release()
             self._cache.leave()
         finally:
+            self.serving.end()
             self.executing.restore()

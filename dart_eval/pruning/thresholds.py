@@ -87,7 +87,7 @@ def _measured(
     def see(layer: int, x: Tensor, _h: Tensor) -> None:
         gate, up = ffns[layer].parts(x[None])
         h = gate if up is None else gate * up
-        preview = None if previews is None else previews[layer].look(x[None], choice.thin)[0]
+        preview = None if previews is None else previews[layer].look(*choice.shown(x[None], previews[layer].order))[0]
         importance = choice.importance(Token(h, gate, h if up is None else up, None, preview=preview))[0]
         if choice.pools:
             pooled[layer].add(importance)

@@ -37,7 +37,9 @@ def largest(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:
     """
     scores = scores.float()
     if scores.device.type != "cpu" or not bool(among.all()):  # to ask a GPU would be to wait for it
-        scores = scores.masked_fill(~among, -1.0)
+        # -1 where one may not be taken, as `masked_fill` has it, which takes a CPU ten times as long.
+        most = among.view(torch.uint8) * torch.finfo(torch.float32).max - 1
+        scores = torch.minimum(scores.nan_to_num(nan=torch.inf), most)
     return top_k_mask(scores, keep[:, None].expand(scores.shape[:2]))
 
 

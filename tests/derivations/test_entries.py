@@ -9,16 +9,11 @@ wina   a token keeps the k inputs with the largest magnitude; of gate's (a plain
        the L2 norm of column i. `weigh=all`: of all three.
 wanda  of each row of a matrix the k weights with the largest |W_ij| * sqrt(sum over the text of x_j^2) are kept; with
        2:4 two of every four neighbours.
-planes of every weight, as a bfloat16, the first bits are read: sign, distance d of the exponent below the row's largest
-       (3 bits: 7 stands for 7 and more), bits - 4 of the mantissa. The weight is in the middle of what they leave open.
-       Up to 7 bits: those with d >= 7 have their mean magnitude, in units of the row's power of two. More: their
-       exponents are read, 8 bits for each. All bits: the weight. 8 bits a row for 2^e.
 rounding of every weight what `--ffn-bits` would round it to is read: prompts run on the weights as they are.
 
 Read is what is kept of the three matrices, all alike in size; 2:4 has 2 bits more for each weight that is kept.
 """
 
-import numpy as np
 import pytest
 import torch
 
@@ -166,38 +161,6 @@ def test_wanda_leaves_out_the_least_weights_of_each_row(family, sparsity, patter
     check(model, "wanda", sparsity, kept_of, read, **{"entries.pattern": pattern})
 
 
-def first_bits(weight, count):
-    """A matrix as its first bits have it, and what is read of it; see above."""
-    numbers = weight.detach().bfloat16().double().numpy()
-    m, e = np.frexp(np.abs(numbers))  # m in [.5, 1)
-    e = np.where(numbers == 0, -999, e)
-    unit = 2.0 ** e.max(1, keepdims=True)
-    d = np.minimum(e.max(1, keepdims=True) - e, 7)
-    escaped = 8 * (d == 7).mean() if count == 0 or count > 7 else 0.0
-    read = ((count or 11) + escaped + 8 / numbers.shape[1]) / 16
-    if count == 0:
-        return weight, read
-    steps = 2 ** (count - 4)
-    value = (np.floor((2 * m - 1) * steps) / steps + 1 + 0.5 / steps) / 2 * 2.0**e
-    if count <= 7 and (d == 7).any():
-        own = np.abs(weight.detach().double().numpy()) / unit
-        value = np.where(d == 7, unit * own[d == 7].mean(), value)
-    return torch.from_numpy(np.sign(numbers) * value).float(), read
-
-
-@pytest.mark.parametrize("count", [0, 4, 5, 8])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_planes_read_the_first_bits_of_every_weight(family, count):
-    model = biased(family)
-    made = {w.data_ptr(): first_bits(w, count) for _, parts in ffns_of(model) for w, _ in parts}
-    read = sum(share for _, share in made.values()) / len(made)
-
-    def kept_of(_i, _k, weight, _x):
-        return torch.where(weight == 0, 0, made[weight.data_ptr()][0] / weight)
-
-    check(model, "planes", 0.0, kept_of, read, atol=1e-6, **{"entries.bits": count})  # means are in fp32
-
-
 @pytest.mark.parametrize(
     ("text", "bits"), [("4", 4 + 16 / 32), ("q4_k", 4 + (12 + 32) / 32), ("q3_k", 3 + (12 + 16) / 32)]
 )
@@ -218,13 +181,13 @@ def test_rounding_is_that_of_decoded_tokens_alone(text, bits):
     check(model, "rounding", 0.0, kept_of, sum(of[n] for n in matrices) / len(matrices) / 16, **{"entries.bits": text})
 
 
-def test_planes_are_those_of_weights_that_are_not_rounded():
+def test_weights_that_are_rounded_already_are_not_rounded_again():
     model = biased("llama")
     with (
         dart_eval.rounded_ffns(model, 4),
         pytest.raises(dart_eval.UserError, match=r"these have 4\.5 bits; leave --ffn-bits out"),
     ):
-        prepare(make("planes"), find_ffns(model), 0.0, None)
+        prepare(make("rounding"), find_ffns(model), 0.0, None)
 
 
 @pytest.mark.parametrize("method", ["teal", "wina", "wanda"])

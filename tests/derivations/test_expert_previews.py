@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from dart_eval.bits import parse
 from dart_eval.ffn import find_ffns
-from dart_eval.pruning.parts.images import Copy, Plane
-from dart_eval.pruning.planes import truncated
-from dart_eval.rounding import Served
+from dart_eval.pruning.parts.images import Copy, FirstBits
+from dart_eval.rounding import Served, rounded
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
 
@@ -55,25 +55,23 @@ class Layer:
         return slice(expert * self.width, (expert + 1) * self.width)
 
 
-def by_hand(layer, image, fine, x, index, weights, counts, thin=0.5, known=0.2):
+def by_hand(layer, image, serve, x, index, weights, counts, known=0.2):
     """What one token's experts write: exact neurons, those that write as the preview has them, and biases."""
-    images = [image.values(Served(m)) for m in layer.inputs]
-    doubts = [(m - i).square().mean(1).sqrt().half().float() for m, i in zip(layer.inputs, images, strict=True)]
-    few = torch.zeros_like(x)
-    best = x.abs().topk(int(thin * len(x))).indices
-    few[best] = x[best]
+    served, down = [serve(m) for m in layer.inputs], serve(layer.down)
+    images = [image.values(m) for m in served]
+    doubts = [(m.values - i).square().mean(1).sqrt().half().float() for m, i in zip(served, images, strict=True)]
     found = []  # of each neuron: what it mends, what it matters, its exact and its previewed part of the answer
     for expert, weight in zip(index.tolist(), weights, strict=True):
-        rows, own, coarse = layer.rows(expert), fine(layer.down), image.values(Served(layer.down))
-        g, u = (i[rows] @ few + b[rows] for i, b in zip(images, layer.biases, strict=True))
-        off = [few.norm() * d[rows] for d in doubts]
+        rows, own, coarse = layer.rows(expert), down.values, image.values(down)
+        g, u = (i[rows] @ x + b[rows] for i, b in zip(images, layer.biases, strict=True))
+        off = [x.norm() * d[rows] for d in doubts]
         preview = act(g, layer.name) * rest(u, layer.name) * weight
         expected = (act(g + off[0], layer.name).square() + act(g - off[0], layer.name).square()) / 2
         expected = expected * (rest(u + off[1], layer.name).square() + rest(u - off[1], layer.name).square()) / 2
         expected = expected * weight**2
-        exact = [fine(m)[rows] @ x + b[rows] for m, b in zip(layer.inputs, layer.biases, strict=True)]
+        exact = [m.values[rows] @ x + b[rows] for m, b in zip(served, layer.biases, strict=True)]
         h = act(exact[0], layer.name) * rest(exact[1], layer.name) * weight
-        norms = layer.down[layer.columns(expert)].norm(dim=0).half().float().square()
+        norms = own[layer.columns(expert)].norm(dim=0).half().float().square()
         for j in range(layer.inner):
             mends = max(0.0, float(expected[j] - (1 - known) * preview[j] ** 2)) * float(norms[j])
             parts = (h[j] * own[layer.columns(expert), j], preview[j] * coarse[layer.columns(expert), j])
@@ -85,15 +83,15 @@ def by_hand(layer, image, fine, x, index, weights, counts, thin=0.5, known=0.2):
 
 
 IMAGES = {
-    "copy": ({"image": "copy", "image.bits": 4}, Copy(bits=4), lambda m: m),
-    "plane": ({}, Plane(), lambda m: truncated(m, 4)),  # 8 bits of a weight: a sign, 3 of the exponent, 4 below it
+    "copy": ({"image": "copy", "image.bits": 4}, Copy(bits=4), Served),
+    "first bits": ({}, FirstBits(bits=4), lambda m: Served(m, packed=rounded(m, parse("8:128")))),
 }
 
 
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_token_reads_more_bits_of_what_matters_more_of_its_experts(name, image):
-    given, part, fine = IMAGES[image]
+    given, part, serve = IMAGES[image]
     model, prompt = tiny(name), prompts_of(2, 12)
     layer, before, seen = Layer(model, name), bits(model), {}
     experts = model.model.layers[LAYER].mlp.experts
@@ -110,7 +108,7 @@ def test_a_token_reads_more_bits_of_what_matters_more_of_its_experts(name, image
     assert bool((reads <= label + 1e-9).all()) and bool((reads > label - 0.02).all())
     assert 0 < counts[0] < counts[1] <= find_ffns(model)[LAYER].size
     for row in range(2):
-        wanted = by_hand(layer, part, fine, seen["x"][row], seen["at"][row], seen["w"][row], counts)
+        wanted = by_hand(layer, part, serve, seen["x"][row], seen["at"][row], seen["w"][row], counts)
         assert torch.allclose(seen["out"][row], wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 

@@ -150,7 +150,7 @@ def test_depth_goes_by_what_all_experts_of_a_layer_add(name):
     assert float(change) == pytest.approx(sum(moved), rel=1e-3)
 
 
-NOT_MADE = {"flap", "pop", "teal", "wina", "wanda", "planes", "rounding"}  # said in one line: `prepared._check_experts`
+NOT_MADE = {"flap", "pop", "teal", "wina", "wanda", "rounding"}  # said in one line: `prepared._check_experts`
 EVERY_METHOD = [m for m in BUILT_IN if m.prunes and not m.looks_ahead and m.name not in NOT_MADE]
 
 
@@ -164,12 +164,14 @@ def test_every_method_runs_on_experts(method):
     if method.sized:
         with open_session(model, method, 0.0, "masked"):
             assert torch.equal(generate(model, prompts, 5).sequences, dense.sequences)
-    with open_session(model, method, 0.4, "masked") as session:
+    sparsity = 0.5 if method.choice.image is not None else 0.4  # weights as whole numbers of 8 bits are half of all
+    with open_session(model, method, sparsity, "masked") as session:
         together = generate(model, prompts, 5)
         reads = torch.stack([step.read for step in session.steps])
     if method.sized:
-        assert bool((reads <= round(0.6 * 128) / 128 + 1e-9).all()) and bool((reads >= 0.5).all())
-    with open_session(model, method, 0.4, "masked"):
+        most = round((1 - sparsity) * 128) / 128
+        assert bool((reads <= most + 1e-9).all()) and bool((reads >= 0.45).all())
+    with open_session(model, method, sparsity, "masked"):
         alone = generate(model, prompts[1:], 5)
     logits = [torch.stack([step[row] for step in run.logits]) for run, row in ((together, 1), (alone, 0))]
     assert torch.allclose(*logits, rtol=1e-3, atol=1e-3)

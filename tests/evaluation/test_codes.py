@@ -18,7 +18,8 @@ from dart_eval.bits import Rounding
 from dart_eval.ffn import find_ffns
 from dart_eval.gguf_codes import GRIDS, UNIT, codes_of
 from dart_eval.models import ModelSpec, resolve
-from dart_eval.pruning.parts.images import Plane
+from dart_eval.pruning.parts.images import Columns, FirstBits
+from dart_eval.pruning.serving import Serving
 from dart_eval.rounding import coded, served_inputs, served_output
 from tests.helpers import stored
 from tests.helpers.gguf_files import LAYERS, SIZE, WIDTH, write
@@ -155,7 +156,7 @@ def model(tmp_path, monkeypatch):
     return resolve(ModelSpec(str(write(tmp_path / "tiny.gguf")), dtype="bfloat16")).load()[0]
 
 
-def test_an_image_is_the_high_bits_of_the_files_codes(model, tmp_path):
+def test_an_image_is_the_first_bits_of_the_files_codes(model, tmp_path):
     """Q4_0 by its bytes: a block has a 16-bit scale and 16 bytes, whose low halves are the first 16 codes."""
     raw = {t.name: t.data for t in GGUFReader(tmp_path / "tiny.gguf").tensors}["blk.0.ffn_gate.weight"]
     blocks = np.array(raw).reshape(SIZE, WIDTH // 32, 18)
@@ -166,19 +167,22 @@ def test_an_image_is_the_high_bits_of_the_files_codes(model, tmp_path):
     wanted = (scale * mean[high]).reshape(SIZE, WIDTH)
     matrix = served_inputs(find_ffns(model)[0])[0]
     assert np.array_equal(matrix.packed.codes.numpy(), (code - 8).reshape(SIZE, WIDTH))
-    assert np.allclose(Plane().values(matrix).numpy(), wanted, atol=2**-7 * np.abs(wanted).max())  # bfloat16
+    assert np.allclose(FirstBits().values(matrix).numpy(), wanted, atol=2**-7 * np.abs(wanted).max())  # bfloat16
 
 
-def test_a_plane_of_codes_is_counted_by_their_bits(model):
+def test_first_bits_are_counted(model):
     """Q4_0: 2 of 4 bits and the scale of 32 (.5 bits); of a chosen row the other 2; Q8_0: 4 of 8 and its scale."""
-    ffn, image = find_ffns(model)[0], Plane()
+    ffn, image = find_ffns(model)[0], FirstBits()
     gate, down = served_inputs(ffn)[0], served_output(ffn)
-    assert image.bits_of(gate.stored, SIZE, WIDTH) == 2.5 and image.left(gate) == image.left(gate, 3) == 2
-    assert image.coarse(down.stored, WIDTH, SIZE) == 4 and image.column(down, 6) == 8
+    assert image.bits_of(gate.stored, SIZE, WIDTH) == 2.5 and image.coarse(down.stored, WIDTH, SIZE) == 4
+    assert image.rest(gate.stored, SIZE, WIDTH, Columns()) == 2
+    some = Columns(0.5, 0.25)  # half of the columns in 2 bits, a quarter in one
+    assert image.read(gate.stored, SIZE, WIDTH, some) == 1.25 + 0.5
+    assert image.rest(gate.stored, SIZE, WIDTH, some) == 4 - 1.25
     assert image.across(down.stored, WIDTH, SIZE, graded=True) == 0.5  # scales stand for parts of rows, not of columns
 
 
-@pytest.mark.parametrize("method", ["dart-plus", "preview:image=plane"])
+@pytest.mark.parametrize("method", ["dart-plus", "preview"])
 def test_a_file_of_few_bits_is_pruned_through_its_own_bits(model, method):
     share = (2 * 4.5 + 8.5) / 3 / 16
     with dart_eval.prune(model, method, 0.3) as session:
@@ -187,8 +191,8 @@ def test_a_file_of_few_bits_is_pruned_through_its_own_bits(model, method):
     assert 0.97 * 0.7 * share < session.weights_read <= 0.7 * share
     neurons = LAYERS * SIZE
     doubt = 2 * 16 / WIDTH  # of gate and of up, one number a neuron
-    if method == "dart-plus":  # half of the columns of planes of 2 bits, all scales, the norm of each column of down
-        fixed, rows, column, rough = 2 * (2 / 2 + 0.5) + doubt + 16 / WIDTH + 0.5, 2 * (2 + 1), 8, 4
+    if method == "dart-plus":  # the first 2 bits, all scales, the norm of each column of down
+        fixed, rows, column, rough = 2 * (2 + 0.5) + doubt + 16 / WIDTH + 0.5, 2 * 2, 8, 4
         bits = fixed * neurons + (rows + column) * taken + rough * (written - taken)
     else:
         bits = (2 * (2 + 0.5) + doubt + 0.5) * neurons + 2 * 2 * taken + 8 * written
@@ -213,15 +217,17 @@ def test_a_model_whose_codes_were_found_is_freed(tmp_path, monkeypatch):
     assert down() is None
 
 
-def test_layers_of_16_bits_among_others_lose_their_last_bits_alone(tmp_path, monkeypatch):
-    """`dart-plus` reads 8 bits of 16-bit weights: they run without the others, and codes run whole."""
+def test_layers_of_16_bits_among_others_are_served_as_whole_numbers_alone(tmp_path, monkeypatch):
+    """Codes of the file stay what they are; beside them `dart-plus` rounds what has none."""
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(gguf_codes.GRIDS, "Q8_0", None)
     monkeypatch.delitem(gguf_codes.GRIDS, "Q8_0")
     model = resolve(ModelSpec(str(write(tmp_path / "tiny.gguf")), dtype="bfloat16")).load()[0]
     ffn = find_ffns(model)[0]
-    assert coded(ffn.gate) is not None and coded(ffn.down) is None
-    from dart_eval.pruning.previews import Fine
-
-    fine = Fine.of([ffn], 4)
-    assert [parameter is ffn.down.weight for parameter, _, _ in fine.held] == [True]
+    held = coded(ffn.gate)
+    assert held is not None and coded(ffn.down) is None
+    served = Serving([ffn], Rounding(6, 32), [None])
+    served.begin()
+    assert coded(ffn.gate) is held and coded(ffn.down).rounding == Rounding(6, 32)
+    served.end()
+    assert coded(ffn.down) is None

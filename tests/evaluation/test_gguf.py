@@ -143,7 +143,10 @@ def test_what_needs_codes_is_left_out_of_experts_before_the_first_cell(file, tmp
     watch = Watch()
     jobs, _ = plan_all([config_from(None, given)], watch, skip_missing=False)
     assert [job.cell.method.name for job in jobs.values()] == ["dense", "griffin", "dart"]
-    assert any("dart-plus at sparsity 0.5 is left out: image=plane is the top bits" in note for note in watch.notes)
+    assert any(
+        "dart-plus at sparsity 0.5 is left out: choice=graded needs FFN weights of 16 bits" in note
+        for note in watch.notes
+    )
     jobs, _ = plan_all([config_from(None, given | {"ffn_bits": "4", "method": "dart-plus"})], watch, skip_missing=False)
     assert len(jobs) == 1  # rounded weights are codes
 

@@ -143,9 +143,7 @@ def test_what_needs_codes_or_plain_weights_is_left_out_before_the_first_cell(che
         return [job.cell.method.name for job in jobs.values()], [note for note in watch.notes if "left out" in note]
 
     library, _, bits = kind.partition("-")
-    plane = (
-        "image=plane is the top bits of 16-bit weights, or of codes on an even grid: FFN weights of this model have "
-    )
+    needs = "choice=graded needs FFN weights of 16 bits, or codes on an even grid: those of this model have "
     fixed = rf"--ffn-bits 4{{}} the weights of Linear are quantised \({library}\): others cannot stand in their place; "
     fixed += "leave --ffn-bits out, or load the model unquantised"
     methods, notes = planned()
@@ -153,12 +151,12 @@ def test_what_needs_codes_or_plain_weights_is_left_out_before_the_first_cell(che
         assert methods == ["dense", "griffin", "dart", "dart-plus"] and not notes
     else:
         assert methods == ["dense", "griffin", "dart"]
-        assert [n.startswith(f"dart-plus at sparsity 0.5 is left out: {plane}{bits} bits") for n in notes] == [True]
+        assert [n.startswith(f"dart-plus at sparsity 0.5 is left out: {needs}{bits} bits") for n in notes] == [True]
         with pytest.raises(
-            UserError, match=rf"dart-plus at sparsity 0\.5: {plane}{bits} bits, and no such codes were "
+            UserError, match=rf"dart-plus at sparsity 0\.5: {needs}{bits} bits, and no such codes were "
         ):
             planned(method="dart-plus")
-    for method in ("wanda", "planes"):
+    for method in ("wanda", "rounding"):
         with pytest.raises(UserError, match=f"^{method} at sparsity .*load the model unquantised"):
             planned(method=method)
     with pytest.raises(UserError, match=f"^{fixed.format(':')}$"):

@@ -130,7 +130,12 @@ SETTINGS = {
     "oracle-token": Setting("oracle-token", 0.62, families=TWO),
     "top-p": Setting("top-p:choice.p=0.8", families=TWO),
     "preview by a copy": Setting("preview:image=copy:image.bits=3", 0.4, decodes=False, families=TWO),
-    "graded, all of x": Setting("dart-plus:choice.thin=1", 0.6, decodes=False, families=TWO),
+    "graded columns": Setting(
+        "dart-plus:image.code=5:image.bits=3:choice.fine=0.2:choice.rough=0.4:choice.tile=8",
+        0.75,
+        decodes=False,
+        families=TWO,
+    ),
     "dart-plus": Setting("dart-plus", 0.6, decodes=False, families=TWO),
     "griffin, gate's choice, re-masks": Setting("griffin:remask=every:remask.tokens=6:choice=gate", 0.4, families=TWO),
 }

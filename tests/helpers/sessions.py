@@ -52,8 +52,10 @@ def makes_new_masks(params):
 
 
 def fitting(method, family, sparsity):
-    """The sparsity, or the largest whole percentage that a method allows: some read a matrix whole."""
+    """The sparsity, or the nearest that a method allows: some read a matrix whole, some serve all in 8 bits."""
     most = 50 if family in PLAIN else 66
+    if method in ("preview", "dart-plus"):
+        return max(sparsity, 0.5)
     return min(sparsity, most / 100) if method in ("cats", "m-countdown") else sparsity
 
 

@@ -18,8 +18,8 @@ from dart_eval.pruning.parts.base import kind_of
 from dart_eval.pruning.parts.candidates import Candidates
 from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByUp, GateUp, TopP
 from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
-from dart_eval.pruning.parts.entries import Above, ByNorms, FirstBits, RoundedEntries, WandaEntries
-from dart_eval.pruning.parts.images import Copy, Plane
+from dart_eval.pruning.parts.entries import Above, ByNorms, RoundedEntries, WandaEntries
+from dart_eval.pruning.parts.images import Copy, FirstBits
 from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.parts.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
@@ -142,15 +142,23 @@ def test_the_built_in_methods_are_these_compositions():
         ),
         "cats": Pruner(choice=ByGate(threshold="none")),
         "m-countdown": Pruner(choice=ByUp(threshold="none")),
-        "preview": Pruner(choice=ByPreview(image=Plane(bits=0), write_share=0.7, precision=0)),
+        "preview": Pruner(choice=ByPreview(image=FirstBits(code=0, group=128, bits=0), write_share=0.7)),
         "prox": Pruner(choice=Shown(image=Copy(bits=4, group=0), thin=0.5, threshold="none")),
-        "dart-plus": Pruner(choice=Graded(image=Plane(bits=0), thin=0.5, precision=8, known=0.2, coarse=1.0)),
+        "dart-plus": Pruner(
+            choice=Graded(
+                image=FirstBits(code=0, group=128, bits=0),
+                fine=0.0,
+                rough=0.0,
+                tile=64,
+                known=0.2,
+                coarse=1.0,
+            )
+        ),
         "top-p": Pruner(choice=TopP(p=0.9)),
         "oracle-token": Pruner(choice=ByHidden()),
         "teal": Pruner(entries=Above()),
         "wina": Pruner(entries=ByNorms(weigh="gate")),
         "wanda": Pruner(entries=WandaEntries(pattern="none")),
-        "planes": Pruner(entries=FirstBits(bits=0)),
         "rounding": Pruner(entries=RoundedEntries(bits="q4_k")),
         "fewer-experts": Pruner(routing=Fewer(weights="own")),
         "drop-experts": Pruner(routing=Without(share=0.5)),
@@ -169,7 +177,7 @@ def test_what_a_composition_is_follows_from_its_parts():
     choosing = {"cats", "m-countdown", "preview", "prox", "dart-plus", "top-p", "oracle-token"}
     prompted = {"griffin", "dart", "dart-code", "dart-choice", "coreinfer", "glass", "probe", "pop"}
     assert those("prunes") == set(METHODS) - {"dense"}
-    assert those("sized") == set(METHODS) - {"dense", "top-p", "planes", "rounding", "drop-experts"}
+    assert those("sized") == set(METHODS) - {"dense", "top-p", "rounding", "drop-experts"}
     assert {m.name for m in BUILT_IN if m.choice.chooses} == {*choosing, "dart-choice", "pop"}
     assert all(m.spec == m.name for m in BUILT_IN)
     assert those("looks_ahead") == {"oracle"}

@@ -203,7 +203,7 @@ def test_nothing_pruned_is_the_dense_model():
     ("preview:image=copy", torch.float64, "choice=preview with image=copy"),
     ("prox:choice.threshold=calibrated", torch.float32, "choice=shown with image=copy"),
     ("griffin:choice=preview:image=copy", torch.float32, "choice=preview with image=copy"),
-    ("preview", torch.float32, "choice=preview with image=plane"),
+    ("preview", torch.float32, "choice=preview with image=first-bits"),
     ("dart-plus:image=copy", torch.float32, "choice=graded with image=copy"),
 ])  # fmt: skip
 def test_which_previews_have_kernels(spelled, dtype, why):

@@ -236,12 +236,12 @@ def test_no_row_is_best_where_tests_favour_each_of_two(tmp_path):
 )  # fmt: skip
 def test_rounding_stands_in_its_level_and_is_tested_against_the_best(tmp_path, share, wins, said):
     rounded = choices(share, method="dense", read=0.281, ffn_bits="4")
-    planes = choices(0.2, method="planes", read=0.29)
-    planes.settings["granularity"] = "last bits"
-    made = board_of(tmp_path, choices(0.8, method="dense"), choices(0.6), rounded, planes)
+    first = choices(0.2, method="rounding", read=0.29)
+    first.settings["granularity"] = "last bits"
+    made = board_of(tmp_path, choices(0.8, method="dense"), choices(0.6), rounded, first)
     last = made.blocks[0].levels[-1]
     kinds = {r.label: r.kind for r in last.rows}
-    assert kinds == {"griffin": "pruned", "dense on 4 bits": "rounding", "planes": "rounding"}
+    assert kinds == {"griffin": "pruned", "dense on 4 bits": "rounding", "rounding": "rounding"}
     assert last.rounding_wins == wins and "The best rounding here (dense on 4 bits, 28 %: " in last.said[0]
     assert last.said[0].endswith(said)
     assert ("Rounding is better than every pruned row at 30 %." in text_of(made)) == wins

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from dart_eval.allocation import Counts, Prices, chosen_counts, keep_counts
 from dart_eval.bits import SCALE_BITS
 from dart_eval.pruning.parts.base import Part, option
-from dart_eval.pruning.parts.images import Image
+from dart_eval.pruning.parts.images import Columns, Image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,10 +69,9 @@ class Choice(Part):
         write_share: of the neurons that it takes, the share whose columns of down are read.
         mask_ratio: neurons in the mask, as a multiple of the weights read, where the mask is not of everything.
         image: what every token reads of gate and up for the whole mask before it chooses; None: matrices whole.
-        precision: how many bits of a weight are read at most, where there is an image; 0: all.
-        thin: share of the entries of x, its largest, that is multiplied with the image.
         doubts: whether it goes by what the image leaves out of each row, too.
         grades: whether neurons that are not taken may write as the image shows them. Then it goes by `Token.columns`.
+        fewer: bits that a second, rougher image of gate and up lacks, where there is one.
         ranks: whether it goes by the mask's score of the token alone, beside a core of the mask that is always taken.
         gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`, `previewed`).
     """
@@ -88,10 +87,9 @@ class Choice(Part):
     write_share: ClassVar[float] = 1.0
     mask_ratio: ClassVar[float] = 1.0
     image: ClassVar[Image | None] = None
-    precision: ClassVar[int] = 0
-    thin: ClassVar[float] = 1.0
     doubts: ClassVar[bool] = True
     grades: ClassVar[bool] = False
+    fewer: ClassVar[int] = 0
     ranks: ClassVar[bool] = False
     gathers: ClassVar[bool] = False
 
@@ -100,13 +98,31 @@ class Choice(Part):
         """Whether every token takes as many neurons; if not, the number differs and is measured."""
         return self.threshold == "none"
 
+    def at(self, read: float) -> Choice:
+        """The choice where so large a share of 16-bit weights' bytes is read: what goes by that is settled."""
+        return self
+
+    def columns(self, width: int) -> Columns:
+        """Which share of the columns of gate and up a preview reads. width: how many there are."""
+        return Columns()
+
+    def shown(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The parts of x by which a preview goes in all of its bits, and in one bit fewer; None: no such part.
+
+        Args:
+            x: [..., D]. order: [D], where columns of gate and up lie elsewhere than their entries: these, in order.
+        """
+        return x, None
+
     def importance(self, token: Token) -> Tensor:
         """How much each neuron matters to each token: [B, T, F], not negative, in any dtype."""
         raise NotImplementedError
 
     def doubt_bits(self, width: int) -> float:
-        """Bits of a neuron's doubt, for each of so many weights of its row; none where the image leaves nothing out."""
-        return 0.0 if self.image is None or self.image.exact or not self.doubts else SCALE_BITS / width
+        """Bits of a neuron's doubts for each weight of its row; none where the image leaves nothing out."""
+        if self.image is None or self.image.exact or not self.doubts:
+            return 0.0
+        return SCALE_BITS * (1 + self.fewer) / width
 
     def norm_bits(self, width: int) -> float:
         """Bits of the norm of a neuron's column of down, for each of its weights; none where nothing goes by it."""

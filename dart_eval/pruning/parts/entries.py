@@ -1,8 +1,8 @@
 """Entries: which weights inside the matrices a token reads, where that is no matter of whole neurons.
 
 A part here leaves out columns of a matrix, by the inputs of a token, or single weights, for all tokens alike. Its rows
-are another granularity than neurons: a kernel must gather columns or skip single weights. `planes` leaves out the last
-bits of every weight, which is rounding.
+are another granularity than neurons: a kernel must gather columns or skip single weights. `rounded` leaves out the last
+bits of every weight.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 from dart_eval.bits import LAST_BITS, OWN_BITS, Rounding, parse
 from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
-from dart_eval.pruning.parts.images import Plane
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.bits import Stored
     from dart_eval.cost import ModelShape
-    from dart_eval.rounding import Served
 
-# Bits in planes: of a 16-bit weight without escapes, of it in the first plane at most, of a row's largest exponent.
-ALL_BITS, MOST_IN_PLANE, LARGEST = 11, 7, 8
 NEURONS = "neurons"
 Share = TypeVar("Share", float, "Tensor")
 
@@ -211,59 +207,7 @@ class WandaEntries(Entries):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewerBits(Entries):
-    """Base of what reads fewer bits of every 16-bit weight: controls, without any choice."""
-
-    granularity = LAST_BITS
-    made_for: ClassVar[str]
-
-    @property
-    def sized(self) -> bool:  # type: ignore[override]
-        return False
-
-    def check(self, bits: Stored) -> None:
-        if bits.code != OWN_BITS:
-            raise UserError(
-                f"{self.made_for} 16-bit weights, and these have {bits.total:.3g} bits",
-                "leave --ffn-bits out, or load the model unquantised",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FirstBits(FewerBits):
-    """Every token reads the first bits of every weight, from the planes that `images.Plane` takes its image from.
-
-    A control: what the layout saves without any choice. All bits are the weights themselves and read about .7 of them,
-    since an exponent takes 3 bits, and only the small ones 8 more. A weight of which less is read is in the middle of
-    what its bits leave open. Up to 7 bits are the plane alone, where small weights, whose exponents are not read, have
-    their mean magnitude. This project's own.
-    """
-
-    name = "planes"
-    summary = "reads the first bits of every weight, from the planes of image=plane: rounding, without a choice"
-    made_for = "planes are those of"
-    bits: int = option(
-        0, "bits of a 16-bit weight that are read, its sign and a 3-bit exponent first; 0: all", least=0, most=10
-    )
-
-    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        self.check(bits)
-        shown: float = self.bits or ALL_BITS
-        if shown > MOST_IN_PLANE:
-            shown = Plane().column(_served(weight), self.bits or ALL_BITS)
-        return (shown + LARGEST / weight.shape[1]) / OWN_BITS
-
-    def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
-        from dart_eval.pruning.planes import middles, truncated
-
-        mantissa = Plane().mantissa(self.bits)
-        if self.bits and self.bits <= MOST_IN_PLANE:
-            return middles(weight, *Plane(bits=self.bits).parts())
-        return weight if mantissa is None else truncated(weight, mantissa)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundedEntries(FewerBits):
+class RoundedEntries(Entries):
     """Decoded tokens read weights that are rounded, and prompts the weights as they are.
 
     A control that is like a pruner in this: with `--ffn-bits` prompts run on rounded weights, too.
@@ -271,16 +215,27 @@ class RoundedEntries(FewerBits):
 
     name = "rounded"
     summary = "reads rounded weights while it decodes, and for prompts the weights as they are"
-    made_for = "what is rounded are"
+    granularity = LAST_BITS
     bits: Literal["3", "4", "5", "6", "8", "q3_k", "q4_k", "q5_k"] = option(
         "q4_k", "what they are rounded to, as `--ffn-bits` takes it"
     )
+
+    @property
+    def sized(self) -> bool:  # type: ignore[override]
+        return False
 
     @property
     def _rounding(self) -> Rounding:
         found = parse(self.bits)
         assert found is not None
         return found
+
+    def check(self, bits: Stored) -> None:
+        if bits.code != OWN_BITS:
+            raise UserError(
+                f"what is rounded are 16-bit weights, and these have {bits.total:.3g} bits",
+                "leave --ffn-bits out, or load the model unquantised",
+            )
 
     def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
         self.check(bits)
@@ -292,10 +247,4 @@ class RoundedEntries(FewerBits):
         return rounded(weight, self._rounding).values.to(weight.dtype)
 
 
-def _served(weight: Tensor) -> Served:
-    from dart_eval.rounding import Served
-
-    return Served(weight)
-
-
-ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, FirstBits, RoundedEntries)
+ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, RoundedEntries)

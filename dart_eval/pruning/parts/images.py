@@ -1,25 +1,61 @@
 """Images: what a token reads of gate and up before it chooses, coarser and cheaper than the weights themselves.
 
-An image is a copy of its own beside the model (`copy`, `low-rank`), or a part of the served weights (`plane`): of a row
-that is then chosen only the rest has to be read, and nothing is stored twice.
+An image is a copy of its own beside the model (`copy`, `low-rank`), or a part of the served weights (`first-bits`): of
+a row that is then chosen only the rest has to be read, and nothing is stored twice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from dart_eval.bits import OWN_BITS, Rounding
+from dart_eval.errors import UserError
 from dart_eval.pruning.parts.base import Part, option
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from dart_eval.bits import Stored
     from dart_eval.rounding import Served
 
 
-CODE_BITS = 3  # of an exponent's code; a plane of more bits has the first ones of the mantissa
+class Columns(NamedTuple):
+    """Shares of the columns of gate and up that a preview reads: in all of its bits, and in one bit fewer."""
+
+    fine: float = 1.0
+    rough: float = 0.0
+
+
+class Level(NamedTuple):
+    """What 16-bit weights are served as, and what a preview reads of them, by the share of the bytes that is read.
+
+    Attributes:
+        least: share of the bytes from which on it holds. code: bits of a whole number.
+        bits: first bits of it that a preview reads. columns: shares of the columns of gate and up, see `Columns`.
+    """
+
+    least: float
+    code: int
+    bits: int
+    columns: Columns
+
+
+LEVELS = (
+    Level(0.36, 8, 4, Columns()),
+    Level(0.25, 6, 4, Columns()),
+    Level(0.19, 6, 3, Columns()),
+    Level(0.13, 5, 3, Columns(0.2, 0.6)),
+    Level(0.0, 4, 3, Columns(0.2, 0.3)),
+)
+
+
+def level_of(read: float) -> Level:
+    """The level of a share of the bytes that is read. How they were chosen: results/setting.md."""
+    return next(level for level in LEVELS if read >= level.least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +65,13 @@ class Image(Part):
     Attributes:
         stored: it is kept beside the model.
         exact: it leaves nothing out.
+        served: what weights of 16 bits are served as while it is in use; None: as they are.
     """
 
     slot = "image"
     stored: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    served: ClassVar[Rounding | None] = None
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
         """Bits of the image for each weight of the matrix.
@@ -43,29 +81,13 @@ class Image(Part):
         """
         raise NotImplementedError
 
-    def read(self, served: Stored, rows: int, width: int, thin: float) -> float:
-        """Bits of the image that are read for each weight of the matrix. thin: share of the columns that are read."""
-        return self.bits_of(served, rows, width) if thin == 1 else self._read(served, rows, width, columns(width, thin))
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        """Bits of the image that are read for each weight of the matrix; all that stands for several weights is."""
+        return self.bits_of(served, rows, width) * columns.fine
 
-    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
-        """The same where so many columns are read, and no others."""
-        return self.bits_of(served, rows, width) * columns / width
-
-    def unseen(self, served: Stored, rows: int, width: int, thin: float) -> float:
-        """Bits of each weight of a chosen row that belong to an image which is no copy, and were not read with it."""
-        return 0.0 if self.stored else self.bits_of(served, rows, width) - self.read(served, rows, width, thin)
-
-    def left(self, matrix: Served, precision: int = 0) -> float:
-        """Bits that are still to be read of each weight of a row that was chosen.
-
-        Args:
-            precision: bits of a weight that are read at most, where it is kept in planes; 0: all.
-        """
-        return matrix.bits
-
-    def column(self, matrix: Served, precision: int = 0) -> float:
-        """Bits that are read of each weight of a column of down. Arguments as of `left`; `matrix` is down."""
-        return matrix.stored.code
+    def rest(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        """Bits that are still to be read of each weight of a row that was chosen. Arguments as of `read`."""
+        return served.total - (0.0 if self.stored else self.read(served, rows, width, columns))
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
         """Bits that are read of each weight of a column of the image of down. Arguments as of `bits_of`."""
@@ -79,13 +101,18 @@ class Image(Part):
         """
         return served.scale
 
-    def mantissa(self, precision: int) -> int | None:
-        """Bits of the mantissa of a 16-bit weight that are read at that precision; None: all."""
-        return None
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+        """[F, D] fp32, what the image says the weights are.
 
-    def values(self, matrix: Served) -> Tensor:
-        """[F, D] fp32, what the image says the weights are."""
+        Args:
+            fewer: bits less of each weight, where the image is made of bits.
+        """
         raise NotImplementedError
+
+    def decoded(self, matrix: Served, fewer: int = 0) -> Callable[[], Tensor]:
+        """The same in the dtype of the weights, for every forward that asks."""
+        values = self.values(matrix, fewer).to(matrix.weight.dtype)
+        return lambda: values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +126,13 @@ class Weights(Image):
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return served.total
 
-    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
-        return served.total - served.code * (1 - columns / width)  # every scale is needed
-
-    def left(self, matrix: Served, precision: int = 0) -> float:
-        return 0.0
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        return served.scale + served.code * columns.fine
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
         return served.code
 
-    def values(self, matrix: Served) -> Tensor:
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
         return matrix.weight.float()
 
 
@@ -125,8 +149,8 @@ class Copy(Image):
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return Rounding(self.bits, self.group).weight_bits(width)
 
-    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
-        return self.bits_of(served, rows, width) - self.bits * (1 - columns / width)  # every group's scale is needed
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        return self.bits_of(served, rows, width) - self.bits * (1 - columns.fine)
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
         return self.bits
@@ -134,7 +158,7 @@ class Copy(Image):
     def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
         return served.scale + (self.bits_of(served, rows, width) - self.bits) * graded
 
-    def values(self, matrix: Served) -> Tensor:
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
         from dart_eval.rounding import rounded
 
         return rounded(matrix.weight, Rounding(self.bits, self.group)).values
@@ -150,10 +174,10 @@ class LowRank(Image):
     rank: int = option(64, "rank of the approximation", least=1)
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
-        return OWN_BITS * min(self.rank, rows, width) * (rows + width) / (rows * width)
+        return self.read(served, rows, width, Columns())
 
-    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
-        return OWN_BITS * min(self.rank, rows, width) * (rows + columns) / (rows * width)
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        return OWN_BITS * min(self.rank, rows, width) * (rows + columns.fine * width) / (rows * width)
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
         return OWN_BITS * min(self.rank, rows, width) / rows
@@ -161,7 +185,7 @@ class LowRank(Image):
     def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
         return served.scale + OWN_BITS * min(self.rank, rows, width) / width * graded
 
-    def values(self, matrix: Served) -> Tensor:
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
         import torch
 
         u, s, v = torch.linalg.svd(matrix.weight.float(), full_matrices=False)
@@ -169,76 +193,61 @@ class LowRank(Image):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plane(Image):
-    """The top bits of the served weights, read as a plane of their own.
+class FirstBits(Image):
+    """The first bits of the whole numbers that FFN weights are served as: nothing is stored twice.
 
-    Of 16-bit weights: the sign, a short code of the exponent, counted down from the row's largest, and perhaps the
-    first bits of the mantissa; the last code stands for all smaller exponents, which are then kept with the rest of
-    the mantissas (`planes`). Of weights that `--ffn-bits` rounds, and of quantised checkpoints whose weights are codes
-    on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors): the high bits of the codes. This project's own.
+    Weights of 16 bits are served as whole numbers inside a session, prompts too (`serving`). Those that `--ffn-bits`
+    rounds, and those of checkpoints on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors), are such numbers
+    already. First bits stand for the mean of a matrix's numbers that begin so. This project's own.
     """
 
-    name = "plane"
-    summary = "is the top bits of the served weights: nothing is stored twice, and a chosen row reads only its rest"
-    bits: int = option(0, "bits of a weight in it; 0: 5 of a 16-bit weight, half of those of a code", least=0, most=7)
+    name = "first-bits"
+    summary = "is the first bits of the weights as whole numbers: nothing is stored twice"
+    code: int = option(0, "bits of the whole numbers of 16-bit weights; 0: by what is read", least=0, most=8)
+    group: int = option(128, "16-bit weights that share a scale; 0: a row", least=0)
+    bits: int = option(0, "first bits of a weight that a preview reads; 0: half of them", least=0, most=7)
 
-    def top(self, code_bits: float) -> int:
-        """Bits of the plane. code_bits: of a weight without scales."""
-        return self.bits or (5 if code_bits >= 9 else int(code_bits + 1) // 2)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.code == 1:
+            raise UserError("image.code is 1", "whole numbers have 2 to 8 bits")
+
+    @property
+    def served(self) -> Rounding | None:  # type: ignore[override]
+        return Rounding(self.code, self.group) if self.code else None
+
+    def at(self, level: Level) -> FirstBits:
+        """The same where what is settled by the share of the bytes that is read is that of a level."""
+        return self if self.code else dataclasses.replace(self, code=level.code, bits=self.bits or level.bits)
+
+    def first(self, code_bits: float) -> float:
+        """Bits that a preview reads of a code of so many."""
+        return min(self.bits or int(code_bits + 1) // 2, code_bits)
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
-        if served.code == OWN_BITS:
-            return self.top(OWN_BITS) + 8 / width  # the row's largest exponent
-        return min(self.top(served.code), served.code) + served.scale
+        return self.first(served.code) + served.scale
 
-    def _read(self, served: Stored, rows: int, width: int, columns: int) -> float:
-        bits = min(self.top(served.code), served.code)
-        return self.bits_of(served, rows, width) - bits * (1 - columns / width)  # every scale and exponent is needed
-
-    def left(self, matrix: Served, precision: int = 0) -> float:
-        if matrix.packed is None:
-            return self._beyond(matrix, precision)
-        code_bits = matrix.packed.rounding.bits  # all are read, whatever the precision
-        return max(0, code_bits - self.top(code_bits))
-
-    def column(self, matrix: Served, precision: int = 0) -> float:
-        if matrix.packed is None:  # down is in planes where they save bytes
-            return self.top(matrix.bits) + self._beyond(matrix, precision) if precision else matrix.stored.code
-        return matrix.packed.rounding.bits
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        first = self.first(served.code)
+        return served.scale + first * columns.fine + (first - 1) * columns.rough
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
-        # Of the largest exponents of down's rows, a byte for all neurons, the share of the columns is counted.
-        return self.bits_of(served, rows, width) - served.scale
+        return self.first(served.code)  # scales stand for several columns: `across`
 
-    def _beyond(self, matrix: Served, precision: int) -> float:
-        """Bits of a 16-bit weight outside the plane: escaped exponents, and mantissa up to the precision."""
-        from dart_eval.pruning.planes import MANTISSA, escapes
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+        import torch
 
-        code_bits, shown = self.parts()
-        kept = self.mantissa(precision)
-        return max(0, (MANTISSA if kept is None else kept) - shown) + escapes(matrix.weight, code_bits)
+        if matrix.packed is None:  # at sparsity 0
+            return matrix.weight.float()
+        return matrix.packed.decoded(torch.float32, int(self.first(matrix.packed.rounding.bits)) - fewer)
 
-    def mantissa(self, precision: int) -> int | None:
-        code_bits, shown = self.parts()
-        kept = max(shown, precision - 1 - code_bits)
-        return None if not precision or kept >= 7 else kept
-
-    def parts(self) -> tuple[int, int]:
-        """Bits of the exponent's code and of the mantissa in the plane of a 16-bit weight, beside the sign."""
-        rest = self.top(OWN_BITS) - 1
-        return min(rest, CODE_BITS), max(0, rest - CODE_BITS)
-
-    def values(self, matrix: Served) -> Tensor:
-        from dart_eval.pruning.planes import exponents, high_bits
+    def decoded(self, matrix: Served, fewer: int = 0) -> Callable[[], Tensor]:
+        from dart_eval.pruning.serving import Decoded
 
         if matrix.packed is None:
-            return exponents(matrix.weight, *self.parts())
-        return high_bits(matrix.packed, self.top(matrix.packed.rounding.bits))
+            return super().decoded(matrix)
+        first = int(self.first(matrix.packed.rounding.bits)) - fewer
+        return Decoded(matrix.packed, matrix.weight.dtype, first)
 
 
-def columns(width: int, thin: float) -> int:
-    """How many entries of x a preview goes by, at least one."""
-    return max(1, int(thin * width + 1e-9))
-
-
-IMAGES = (Plane, Copy, LowRank, Weights)
+IMAGES = (FirstBits, Copy, LowRank, Weights)
