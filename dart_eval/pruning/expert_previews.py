@@ -43,11 +43,7 @@ class ExpertPreview(Preview):
         """
         routed, shape = self.routed, (*x.shape[:-1], self.routed.size)
         x = x.reshape(-1, x.shape[-1])
-        seen, off = self._seen(x)
-        if rough is not None and isinstance(self.rougher, ExpertPreview):
-            more, beside = self.rougher._seen(rough.reshape(x.shape))
-            seen = [a + b for a, b in zip(seen, more, strict=True)]
-            off = [torch.hypot(a, b) for a, b in zip(off, beside, strict=True)]
+        seen, off = self._both(x, None if rough is None else rough.reshape(x.shape))
         weight = routed.weights[-len(x) :, :, None]
         first = seen[0].float()
         expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2

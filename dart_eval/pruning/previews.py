@@ -55,16 +55,27 @@ class Preview:
         Returns:
             [..., F] h by the images, and [..., F] fp32 the expected square of h.
         """
-        seen, off = self.seen(x), _off(x, self.doubts)
-        if rough is not None and self.rougher is not None:
-            seen = [a + b for a, b in zip(seen, self.rougher.seen(rough), strict=True)]
-            off = [torch.hypot(a, b) for a, b in zip(off, _off(rough, self.rougher.doubts), strict=True)]
+        seen, off = self._both(x, rough)
         first = seen[0].float()
         expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
         if len(seen) == 1:
             return self.act(seen[0]), expected
         up = seen[1] if self.lift is None else self.lift(seen[1])
         return self.act(seen[0]) * up, expected * (up.float().square() + off[1].square())
+
+    def _both(self, x: Tensor, rough: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """What the images make of both parts of x together, and how far that may be off. Arguments as of `look`."""
+        seen, off = self._seen(x)
+        if rough is not None and self.rougher is not None:
+            more, beside = self.rougher._seen(rough)
+            seen = [a + b for a, b in zip(seen, more, strict=True)]
+            off = [torch.hypot(a, b) for a, b in zip(off, beside, strict=True)]
+        return seen, off
+
+    def _seen(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What the images make of x: [..., F] for each, and fp32 how far that may be off. x: [..., D]."""
+        size = x.float().norm(dim=-1, keepdim=True)
+        return self.seen(x), [size * doubt for doubt in self.doubts]
 
     def seen(self, x: Tensor) -> list[Tensor]:
         """What the images make of x: [..., F] for each. x: [..., D]."""
@@ -74,12 +85,6 @@ class Preview:
         """[..., F] -> [..., D], what h adds through the image of down."""
         assert self.down is not None
         return nn.functional.linear(h, self.down())
-
-
-def _off(x: Tensor, doubts: Sequence[Tensor]) -> list[Tensor]:
-    """[..., F] fp32 for each image, how far a product with x may be off. x: [..., D]. doubts: [F] each."""
-    size = x.float().norm(dim=-1, keepdim=True)
-    return [size * doubt for doubt in doubts]
 
 
 def prices(choice: Choice, ffns: Sequence[FFN], everything: bool, unit: float) -> list[Prices]:

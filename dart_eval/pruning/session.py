@@ -57,9 +57,10 @@ class Session(Readings):
     ) -> None:  # fmt: skip
         self.sparsity = sparsity if method.sized else 0.0
         self.model, self.shared_mask, self.ffns = model, shared_mask, find_ffns(model)
-        self.method = method = method.at(1 - self.sparsity, served_bits(self.ffns))
+        unit = served_bits(self.ffns)
+        self.method = method = method.at(1 - self.sparsity, unit)
         self.executing = Execution(model, self.ffns, method, execution, shared_mask)
-        unit, self.serving = served_bits(self.ffns), serving(method, self.ffns, self.sparsity, calibration)
+        self.serving = serving(method, self.ffns, self.sparsity, calibration)
         try:
             self.serving.begin()
             self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, self.serving.orders)
