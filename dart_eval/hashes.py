@@ -1,29 +1,21 @@
-"""Hashes of the code and the task that make a cell's numbers. They change with what code does, not with its layout.
+"""A hash of the code that makes a cell's numbers. It changes with what code does, not with its layout.
 
-Those of code are taken over Python's tokens. Comments, docstrings, blank lines, the width of indentations and where a
-line inside brackets breaks do not count. All else does: names, numbers, operators, texts (f-strings too), and what
-belongs to which block. So does a trailing comma that a formatter adds, which changes a tuple elsewhere.
+It is taken over Python's tokens. Comments, docstrings, blank lines, the width of indentations and where a line inside
+brackets breaks do not count. Nor do the names of files and folders, and the places from which code imports what is
+this package's own. All else does: names, numbers, operators, texts (f-strings too), and what belongs to which block.
+So does a trailing comma that a formatter adds, which changes a tuple elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import io
-import json
 import re
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from token import tok_name
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lm_eval.api.group import Group
-    from lm_eval.api.task import Task
-
-    from dart_eval.evaluation.evaluate import EvalSettings
 
 PACKAGE = Path(__file__).parent
 # Files and folders that `dart-eval run` executes and that have a say in a number. Left out is what hands on what it was
@@ -54,19 +46,15 @@ def code_hash(tasks: Path) -> str:
 
 
 def hash_of(package: Path, tasks: Path) -> str:
-    """sha256 over names and tokens of the numeric code.
+    """sha256 over the tokens of the numeric code. A file that is moved or renamed does not change it.
 
     Args:
         package: the folder in which `NUMERIC_CODE` lies.
         tasks: the folder of tasks. Their YAML files count as they are.
     """
-    digest = hashlib.sha256()
-    for file in numeric_files(package):
-        digest.update(f"{file.relative_to(package).as_posix()} {source_hash(_text(file))}\n".encode())
-    for file in sorted(f for f in tasks.rglob("*") if f.suffix in (".py", ".yaml")):
-        said = source_hash(_text(file)) if file.suffix == ".py" else hashlib.sha256(file.read_bytes()).hexdigest()
-        digest.update(f"tasks/{file.relative_to(tasks).as_posix()} {said}\n".encode())
-    return digest.hexdigest()
+    files = [*numeric_files(package), *(f for f in tasks.rglob("*") if f.suffix in (".py", ".yaml"))]
+    contents = [source_hash(_text(f)) if f.suffix == ".py" else _sha256(f.read_bytes()) for f in files]
+    return _sha256("\n".join(sorted(contents)).encode())
 
 
 def numeric_files(package: Path) -> list[Path]:
@@ -79,29 +67,6 @@ def numeric_files(package: Path) -> list[Path]:
     return sorted(found - {package / name for name in NOT_RUN})
 
 
-def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
-    """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
-    from dart_eval.evaluation.local_data import number_asked
-    from dart_eval.evaluation.tasks import leaves
-
-    digest = hashlib.sha256()
-    for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
-        config = task.dump_config() if hasattr(task, "dump_config") else {}
-        config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
-        (config.get("metadata") or {}).pop("config_source", None)
-        digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
-        for script in getattr(task, "own_metrics", ()):
-            digest.update(script.read_bytes())
-        docs = task.eval_docs
-        for i in range(number_asked(task, settings.limit)):
-            digest.update(json.dumps(docs[i], sort_keys=True, default=str).encode())
-        if settings.num_fewshot or config.get("num_fewshot"):
-            pool = task.fewshot_docs()
-            for doc in pool if pool is not None else []:
-                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
 def source_hash(source: str) -> str:
     """sha256 over the tokens of Python source; over the text where that is none, such as half a call around a lambda.
 
@@ -112,26 +77,20 @@ def source_hash(source: str) -> str:
         said = "\0".join(_said(source))
     except (tokenize.TokenError, SyntaxError):
         said = source
-    return hashlib.sha256(said.encode()).hexdigest()
+    return _sha256(said.encode())
 
 
-def _sourced(value: Any) -> Any:
-    """Functions replaced by hashes of their source: it tells them apart, addresses would differ in every process."""
-    if isinstance(value, dict):
-        return {str(k): _sourced(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_sourced(v) for v in value]
-    if callable(value):
-        try:
-            return source_hash(inspect.getsource(inspect.unwrap(value)))
-        except (OSError, TypeError):
-            return getattr(value, "__qualname__", type(value).__qualname__)
-    return value
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _said(source: str) -> list[str]:
-    """Tokens without comments, docstrings and what only wraps a line; a block's begin and end by their names."""
+    """Tokens without comments, docstrings and what only wraps a line; a block's begin and end by their names.
+
+    Names that are imported from this package come last, sorted, without the modules that have them.
+    """
     kept: list[str] = []
+    imported: list[str] = []
     statement: list[str] = []
     defines, first = False, True  # the last statement begins a class or function; this is the first one of a body
     for kind, text in _tokens(source):
@@ -141,11 +100,14 @@ def _said(source: str) -> list[str]:
         elif kind != "NEWLINE":
             statement.append(text)
         else:
-            if not (first and all(PLAIN_TEXT.match(t) for t in statement)):
+            if statement[:2] == ["from", PACKAGE.name]:
+                names = " ".join(t for t in statement[statement.index("import") + 1 :] if t not in "()")
+                imported += names.removesuffix(" ,").split(" , ")
+            elif not (first and all(PLAIN_TEXT.match(t) for t in statement)):
                 kept += [*statement, kind]
             defines, first = _defines(statement), False
             statement = []
-    return kept
+    return [*kept, *sorted(imported)]
 
 
 def _defines(statement: list[str]) -> bool:

@@ -13,7 +13,7 @@ from dart_eval.config import RunConfig, config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.hashes import task_hash
+from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.models import Identity, ModelSpec, Resolved, resolve
 from dart_eval.plan import command, methods_of, plan
 from dart_eval.pruning import registry

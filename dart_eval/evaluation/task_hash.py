@@ -1,0 +1,51 @@
+"""A hash of what a task asks: its configuration and its documents."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+
+from dart_eval.evaluation.evaluate import EvalSettings
+from dart_eval.evaluation.local_data import number_asked
+from dart_eval.evaluation.tasks import leaves
+from dart_eval.hashes import source_hash
+
+
+def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
+    """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
+    digest = hashlib.sha256()
+    for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
+        config = task.dump_config() if hasattr(task, "dump_config") else {}
+        config.pop("dataset_kwargs", None)  # paths of this machine; the documents themselves are hashed below
+        (config.get("metadata") or {}).pop("config_source", None)
+        digest.update(json.dumps(_sourced(config), sort_keys=True, default=str).encode())
+        for script in getattr(task, "own_metrics", ()):
+            digest.update(script.read_bytes())
+        docs = task.eval_docs
+        for i in range(number_asked(task, settings.limit)):
+            digest.update(json.dumps(docs[i], sort_keys=True, default=str).encode())
+        if settings.num_fewshot or config.get("num_fewshot"):
+            pool = task.fewshot_docs()
+            for doc in pool if pool is not None else []:
+                digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _sourced(value: Any) -> Any:
+    """Functions replaced by hashes of their source: it tells them apart, addresses would differ in every process."""
+    if isinstance(value, dict):
+        return {str(k): _sourced(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_sourced(v) for v in value]
+    if callable(value):
+        try:
+            return source_hash(inspect.getsource(inspect.unwrap(value)))
+        except (OSError, TypeError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    return value
