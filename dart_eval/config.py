@@ -239,7 +239,7 @@ class RunConfig:
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
         if self.fewshot_as_multiturn and not self.chat_template:
             raise UserError("--fewshot-as-multiturn needs turns", "give --chat-template, or leave it out")
-        thinking.check(self)
+        thinking.check(self.enable_thinking, self.think_end_token, self.chat_template)
         for folder in self.include_path:
             check_name(folder, "--include-path")
             if not Path(folder).is_dir():

@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dart_eval.errors import UserError
 from dart_eval.expert_forms import View, form_of
+from dart_eval.projection import Step
 
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
@@ -207,7 +208,7 @@ class Routed:
         return getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
 
 
-class Step(nn.Module):
+class _Step(Step):
     """One of the two steps: a module, so that hooks can watch it; its parameters are those of the experts."""
 
     def __init__(self, routed: Routed) -> None:
@@ -218,21 +219,8 @@ class Step(nn.Module):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.routed.experts.parameters(recurse)
 
-    @property
-    def held(self) -> Any:
-        """The experts' parameter that it multiplies with."""
-        raise NotImplementedError
 
-    def matrix(self) -> Tensor:
-        """The same of all experts as [out, in], their rows below each other; perhaps a copy."""
-        raise NotImplementedError
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix of that kind as the parameter holds it: a copy."""
-        raise NotImplementedError
-
-
-class _Up(Step):
+class _Up(_Step):
     """[N, D] of the last N tokens -> gate x and up x of each one's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
 
     @property
@@ -264,7 +252,7 @@ class _Up(Step):
         return torch.cat([gate.reshape(*shape, -1), rest.reshape(*shape, -1)], -1)
 
 
-class _Down(Step):
+class _Down(_Step):
     """h of each token's experts [N, F] -> what they write [N, D]."""
 
     def __init__(self, routed: Routed) -> None:

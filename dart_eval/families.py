@@ -6,6 +6,7 @@ through the model and refuses one whose FFN does not compute what its descriptio
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -202,3 +203,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     owner = decoder(model)
     found = next((m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None), None)
     return nn.ModuleList(layer for path in STACKS for layer in get(owner, path)) if found is None else found
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of forward's KV cache argument: transformers 5 renames `past_key_values` to `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -180,7 +180,7 @@ def note_bits(source: str, model: Any) -> list[str]:
     if not kept.is_file():
         return notes
     from dart_eval import codes, quantised
-    from dart_eval.ffn import describe
+    from dart_eval.find import describe
 
     found, unknown = json.loads(kept.read_text(encoding="utf-8")), 0
     for ffn in describe(model):
@@ -210,7 +210,7 @@ def _codes(module: Any, file: Path, keys: Sequence[str], kind: str) -> Packed | 
 
     from dart_eval import codes
     from dart_eval.bits import Rounding
-    from dart_eval.ffn import weight_matrix
+    from dart_eval.projection import weight_matrix
 
     with safe_open(file, framework="pt") as opened:
         held = torch.cat([opened.get_tensor(key) for key in keys])

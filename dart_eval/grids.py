@@ -13,8 +13,8 @@ from dart_eval import codes
 from dart_eval.bits import LEAST, MOST, Rounding
 from dart_eval.codes import Packed
 from dart_eval.errors import UserError
-from dart_eval.experts import Step
-from dart_eval.ffn import describe, features, weight_matrix
+from dart_eval.find import describe
+from dart_eval.projection import Step, features, weight_matrix
 from dart_eval.quantised import width_of
 from dart_eval.stored import Files, method_of, told_of
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from dart_eval import quantised
 from dart_eval.checkpoint import check_tokenizer
 from dart_eval.errors import UserError
-from dart_eval.hashes import source_hash
+from dart_eval.guard import refuse_second
 from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.pruning.calls import refuse_second
+from dart_eval.util.source import source_hash
 
 PASSING = ("_name_or_path", "transformers_version")  # of a configuration: where it came from
 OF_A_CALL = ("padding", "truncation")  # of a tokenizer: what its last call left behind

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from dart_eval.bits import OWN_BITS, Rounding
 from dart_eval.bits import parse as parse_bits
 from dart_eval.config import DEFAULTS, RAY_OPTIONS, RunConfig, command_line
-from dart_eval.hashes import PACKAGE, code_hash, source_hash
+from dart_eval.hashes import code_hash
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.format import sparsity as percent
 from dart_eval.task_names import tasks_dir
+from dart_eval.util.source import PACKAGE, source_hash
 
 if TYPE_CHECKING:
     from dart_eval.models import Resolved
@@ -179,7 +180,7 @@ def environment() -> dict[str, str]:
 
 def _method_code(method: Pruner) -> str | None:
     """Hash of the modules of parts from other packages; ours are part of `code_hash`."""
-    modules = [inspect.getmodule(type(p)) for p in method.parts() if type(p).__module__.split(".")[0] != PACKAGE.name]
+    modules = [inspect.getmodule(type(p)) for p in method.parts() if type(p).__module__.split(".")[0] != PACKAGE]
     try:
         sources = sorted({source_hash(inspect.getsource(module)) for module in modules if module is not None})
     except OSError:

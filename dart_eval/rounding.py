@@ -22,8 +22,9 @@ from dart_eval import k_quants, quantised
 from dart_eval.bits import OWN_BITS, Rounding, Stored, parse
 from dart_eval.codes import Packed, expected, noted
 from dart_eval.errors import UserError
-from dart_eval.experts import Step
-from dart_eval.ffn import FFN, encoded, find_ffns, is_conv1d, plain_matrix, stored_bits
+from dart_eval.ffn import FFN
+from dart_eval.find import find_ffns
+from dart_eval.projection import Step, encoded, is_conv1d, plain_matrix, stored_bits
 
 # Scales that are tried: factors on the one that just reaches a group's largest weight.
 FACTORS = (1.14, 1.07, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)

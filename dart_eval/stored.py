@@ -22,8 +22,9 @@ from dart_eval import quantised
 from dart_eval.bits import OWN_BITS
 from dart_eval.checkpoint import weight_files
 from dart_eval.errors import UserError
-from dart_eval.experts import Step
-from dart_eval.ffn import FFN, describe, features
+from dart_eval.ffn import FFN
+from dart_eval.find import describe
+from dart_eval.projection import Step, features
 
 KEPT = ("torchao", "bitsandbytes")  # what stays as it is stored, and is counted there
 # What stands beside weights in a file, and is no part of what a product reads of them. GPTQ's g_idx, one number for a

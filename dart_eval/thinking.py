@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dart_eval.errors import UserError
 
-if TYPE_CHECKING:
-    from dart_eval.config import RunConfig
 
-
-def check(config: RunConfig) -> None:
+def check(thinks: bool | None, end_token: str | int | None, chat_template: bool) -> None:
     """Refuse what lm-eval refuses, and what would do nothing.
+
+    Args:
+        thinks: `--enable-thinking`. end_token: `--think-end-token`. chat_template: `--chat-template`.
 
     Raises:
         UserError: with the remedy.
     """
-    thinks = config.enable_thinking
-    if thinks is not None and not config.chat_template:
+    if thinks is not None and not chat_template:
         raise UserError(
             f"--{'' if thinks else 'no-'}enable-thinking is for the chat template", "give --chat-template, too"
         )
-    if thinks and config.think_end_token is None:
+    if thinks and end_token is None:
         raise UserError(
             "--enable-thinking needs the token that ends the thoughts", "give --think-end-token, such as </think>"
         )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dart_eval.errors import UserError
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.ffn import cache_argument
+from dart_eval.families import cache_argument
 from dart_eval.finite import refuse_not_finite
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.method import Pruner

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from dart_eval import experts
 from dart_eval.errors import UserError, out_of_memory, summary
 from dart_eval.families import COMPARED, STREAMS
+from dart_eval.ffn import FFN
 from dart_eval.finite import refuse_not_finite
 from dart_eval.quantised import input_device
-
-if TYPE_CHECKING:
-    from dart_eval.ffn import FFN
 
 TOKENS = 3
 TOLERANCE = 0.02  # of the largest value: models compute in bfloat16, or on quantised weights

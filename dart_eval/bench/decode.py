@@ -25,16 +25,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from dart_eval import cost
 from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.twin import own_bytes, twin
 from dart_eval.errors import UserError
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
 from dart_eval.machine import foreign_cpu, peak_memory, wait
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.session import Session
+from dart_eval.shape import shape_of
 
 CHANGED = 0.2  # share of the kept neurons that the re-mask replaces whose moves are timed
 # Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of
@@ -141,7 +142,7 @@ def measure(
             FFN weights of the dense side.
     """
     check(method)
-    shape = cost.shape_of(model, find_ffns(model))
+    shape = shape_of(model, find_ffns(model))
     before = _weight_bytes(model)
     bench = Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
     times = Times()

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dart_eval import cost, shapes
 from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, describe
+from dart_eval.ffn import FFN
+from dart_eval.find import describe
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.moments import Moments
 from dart_eval.pruning.prepared import prepare
@@ -24,6 +25,7 @@ from dart_eval.pruning.serving import serving
 from dart_eval.pruning.state import SequenceState
 from dart_eval.pruning.vocabulary import Projection
 from dart_eval.rounding import served_bits
+from dart_eval.shape import shape_of
 
 MEGABYTE = 10**6
 CHUNK = 64  # prompt tokens fed at a time
@@ -68,7 +70,7 @@ def measure(
     spec, method = method.spec, method.at(1 - sparsity)
     model = shapes.without_weights(shape)
     ffns = describe(model)
-    sizes = cost.shape_of(model, ffns)
+    sizes = shape_of(model, ffns)
     dense = sizes.decode(context + 1)
     added = cost.overhead(method, sizes, context, 1 - sparsity)
     state: dict[int, int] = {}

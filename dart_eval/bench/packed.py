@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dart_eval import cost
 from dart_eval.bench.decode import Bench, Times
 from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.twin import own_bytes, twin
 from dart_eval.bits import OWN_BITS, Rounding
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns, plain_matrix
+from dart_eval.find import find_ffns
 from dart_eval.machine import foreign_cpu
+from dart_eval.projection import plain_matrix
 from dart_eval.pruning import products
 from dart_eval.rounding import refuse_fixed, rounded, rounded_bits
+from dart_eval.shape import shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +117,7 @@ def measure(
         UserError: see `packed_ffns`.
     """
     ffns = find_ffns(model)
-    shape = cost.shape_of(model, ffns)
+    shape = shape_of(model, ffns)
     bench, times = Bench(model, twin(model), seed, None, prompt_tokens + steps), Times()
     with foreign_cpu() as foreign, packed_ffns(model, rounding):
         for _ in range(1 + rounds):

@@ -20,7 +20,7 @@ from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.bench.untimed import BytesOnly
 from dart_eval.bits import Rounding
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.models import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.plan import environment
 from dart_eval.pruning.kernels import lacking

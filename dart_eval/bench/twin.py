@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from dart_eval.errors import UserError, out_of_memory
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dart_eval import cost
 from dart_eval.bench import packed
 from dart_eval.bench.decode import Bench, check, row
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.bits import Rounding, Stored
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import fits
 from dart_eval.pruning.kernels import lacking
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.rounding import served_bits, share
+from dart_eval.shape import shape_of
 
 BYTES_ONLY = "bytes only"  # what stands in place of times
 ALL_WEIGHTS = "torch's packed products read all weights of a matrix"
@@ -109,7 +109,7 @@ def measure(
         why = lacking(method, ffns, model) or "it was run by masks"
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
-    shape, bench = cost.shape_of(model, ffns), Bench(model, model, seed)
+    shape, bench = shape_of(model, ffns), Bench(model, model, seed)
     with prune(model, method, sparsity, tokenizer=tokenizer, execution="masked") as run:
         cache = bench.cache("pruned")
         bench.step(model, bench.tokens(prompt_tokens), cache)
@@ -124,5 +124,5 @@ def measure(
 def alone(model: PreTrainedModel, rounding: Rounding, why: str) -> BytesOnly:
     """What the dense model reads on rounded FFN weights that no product takes. why: see `packed.lacking`."""
     read = packed.share(model, rounding)
-    ceiling = 1 / (1 - cost.shape_of(model, find_ffns(model)).ffn_share * (1 - read))
+    ceiling = 1 / (1 - shape_of(model, find_ffns(model)).ffn_share * (1 - read))
     return BytesOnly("dense", 0.0, read, ceiling, 0, why, rounding.text)

@@ -153,8 +153,7 @@ def plan_table(sizes: list[CellSize], workers: int) -> Table:
 def show_results(result: RunResult, output: str) -> None:
     """The board of a run, where its results are, and what may be typed next."""
     if result.records:
-        from dart_eval.cli.tables import BOARD
-        from dart_eval.cli.views import Shown, print_view
+        from dart_eval.cli.views import BOARD, Shown, print_view
         from dart_eval.results.board import newest
         from dart_eval.results.pairing import with_dense
         from dart_eval.results.store import Store

@@ -10,12 +10,13 @@ import typer
 
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, save_text
+from dart_eval.cli.views import ALL, BOARD, FRONTIER
 from dart_eval.files import check_target, format_of
 from dart_eval.results.rows import of_tasks
 from dart_eval.results.store import Store
 from dart_eval.results.tables import FORMATS
+from dart_eval.task_names import ALIASES
 
-BOARD, FRONTIER, ALL = "board", "frontier", "all"
 VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
 PICTURES = (".png", ".svg", ".pdf")
 FORMAT_HELP = (
@@ -85,7 +86,7 @@ def tables(
     if save is not None:
         check_target(save)
         format = None if picture else format_of(save, format, FORMATS)
-    records = of_tasks(store.load(), tasks)
+    records = of_tasks(store.load(), tasks, ALIASES)
     shown = Shown(view, store, records, subtasks, metric, level, sort, explain)
     if picture and save is not None:
         draw_frontier(shown, save)

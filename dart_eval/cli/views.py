@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 from dart_eval.bench import kept
-from dart_eval.cli.tables import ALL, BOARD, FRONTIER
 from dart_eval.cli.view import say, show
 from dart_eval.errors import UserError, nearest
 from dart_eval.files import write
@@ -22,6 +21,8 @@ from dart_eval.results.store import Store
 from dart_eval.results.writers import Table
 
 PLAIN_WIDTH = 100  # characters of a board where there is no terminal
+
+BOARD, FRONTIER, ALL = "board", "frontier", "all"
 
 
 @dataclass(frozen=True)

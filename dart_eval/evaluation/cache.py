@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dart_eval.families import base_of
-from dart_eval.ffn import cache_argument
+from dart_eval.families import base_of, cache_argument
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 

@@ -15,8 +15,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation.cache import bytes_of_a_token, can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.families import base_of
-from dart_eval.ffn import cache_argument
+from dart_eval.families import base_of, cache_argument
 from dart_eval.finite import refuse_not_finite
 from dart_eval.pruning.cache_watch import cache_in
 from dart_eval.trial import telling

@@ -14,7 +14,7 @@ from lm_eval.api.task import Task
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.tasks import leaves
-from dart_eval.hashes import source_hash
+from dart_eval.util.source import source_hash
 
 
 def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:

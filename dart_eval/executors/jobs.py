@@ -20,7 +20,7 @@ from dart_eval.evaluation.evaluate import check_answers
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves
-from dart_eval.ffn import describe
+from dart_eval.find import describe
 from dart_eval.models import Resolved, choose_device, resolve
 from dart_eval.plan import Cell, methods_of, plan
 from dart_eval.pruning import fits

@@ -22,7 +22,7 @@ from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.part import Part, Pilot
 from dart_eval.executors.jobs import Job
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.hashes import code_hash
 from dart_eval.machine import hardware, peak_memory
 from dart_eval.models import Resolved
@@ -35,6 +35,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.rounding import Rounded
+from dart_eval.shape import shape_of
 from dart_eval.task_names import tasks_dir
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Worker:
             raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
         status("looking at the model's layers")
         self.halved = 0  # how often memory ran out in the last cell
-        self.shape = cost.shape_of(self.model, find_ffns(self.model))
+        self.shape = shape_of(self.model, find_ffns(self.model))
         self._config, self._identity = config, resolved.identity.to_json()
         self.calibration = self._calibrated(None)
         self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for

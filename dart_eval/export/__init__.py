@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dart_eval.export.teller import Teller
 
 if TYPE_CHECKING:
     from dart_eval.results.store import Store
@@ -16,22 +17,6 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "eval-results": ("page",),
     "lm-eval": (),
 }
-RELATIONSHIPS = ("first_party", "third_party", "collaborative", "other")
-
-
-@dataclass(frozen=True)
-class Teller:
-    """Who publishes the results.
-
-    Attributes:
-        organisation: its name.
-        relationship: what it is to the model's developer: one of `RELATIONSHIPS`.
-        page: the address of a page about the results, or None.
-    """
-
-    organisation: str = "unknown"
-    relationship: str = "other"
-    page: str | None = None
 
 
 def export(

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from dart_eval.errors import remark
-from dart_eval.export import Teller
 from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
+from dart_eval.export.teller import Teller
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
 from dart_eval.results.format import finite
 from dart_eval.results.metrics import of

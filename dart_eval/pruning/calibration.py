@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from dart_eval import experts
 from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, find_ffns
+from dart_eval.ffn import FFN
 from dart_eval.files import read_text
-from dart_eval.hashes import PACKAGE, source_hash
+from dart_eval.find import find_ffns
 from dart_eval.pruning.kept import Kept
 from dart_eval.pruning.moments import Moments, Running
 from dart_eval.pruning.vocabulary import Projection, project
 from dart_eval.quantised import input_device
 from dart_eval.trial import evaluating
+from dart_eval.util.source import PACKAGE, source_hash
 
 Observe = Callable[[Tensor, Tensor | None, Tensor], Tensor | None]
 See = Callable[[int, Tensor, Tensor], None]
@@ -247,7 +248,7 @@ def named(does: Callable[..., Any]) -> str | None:
     if part is None or module is None:
         return None
     said = f"{type(part).__module__}.{type(part).__qualname__} {part!r}{' and a count' if counting else ''}"
-    if type(part).__module__.split(".")[0] == PACKAGE.name:
+    if type(part).__module__.split(".")[0] == PACKAGE:
         return said
     try:
         return f"{said} {source_hash(inspect.getsource(module))}"

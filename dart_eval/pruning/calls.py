@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
+from dart_eval.guard import GUARD, refuse_second
 
-GUARD = "_under_prune"
 ABSENT = object()
 CONTINUOUS = ("generate_batch", "init_continuous_batching")
 
@@ -98,21 +98,6 @@ class Calls:
             return generate(*args, **kwargs)
         finally:
             self.prompt, self.ends = before
-
-
-def refuse_second(model: nn.Module) -> None:
-    """Refuse a model that a session is at work on, or on a part of it: two masks would compound; and what is no model.
-
-    Raises:
-        UserError: one is, or it is none.
-    """
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"prune() needs a loaded model, and {model!r} is a {type(model).__name__}",
-            "load it first, with transformers.AutoModelForCausalLM",
-        )
-    if any(GUARD in module.__dict__ for module in model.modules()):
-        raise UserError("this model is under another prune()", "leave that one first")
 
 
 def _ids(given: Any) -> list[int]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dart_eval.allocation import keep_counts
 from dart_eval.bits import Stored
-from dart_eval.ffn import FFN, is_conv1d, plain_matrix, weight_matrix
+from dart_eval.ffn import FFN
+from dart_eval.projection import is_conv1d, plain_matrix, weight_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.parts.entries import Entries, Inputs
 from dart_eval.pruning.thresholds import Distribution

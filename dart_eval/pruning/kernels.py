@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from dart_eval.ffn import FFN, device_of, is_conv1d
+from dart_eval.ffn import FFN, device_of
+from dart_eval.projection import is_conv1d
 from dart_eval.pruning import gather, previewed
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.base import Part

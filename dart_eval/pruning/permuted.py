@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import FFN, encoded, is_conv1d
+from dart_eval.ffn import FFN
+from dart_eval.projection import encoded, is_conv1d
 from dart_eval.pruning.inplace import Step, Work, involutions, swap, transpose
 from dart_eval.pruning.slices import Down, GatheredFFN, slots
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from dart_eval.allocation import check_sparsity
 from dart_eval.errors import UserError
+from dart_eval.guard import refuse_second
 from dart_eval.pruning.calibration import Calibration, TextCalibration
-from dart_eval.pruning.calls import refuse_second
 from dart_eval.pruning.execution import Wanted
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.parts.allocations import Allocation

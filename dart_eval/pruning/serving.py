@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dart_eval import k_quants, rounding
 from dart_eval.bits import Rounding
 from dart_eval.codes import Packed
-from dart_eval.ffn import FFN, encoded, plain_matrix
+from dart_eval.ffn import FFN
+from dart_eval.projection import encoded, plain_matrix
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.finer import squares_of_inputs
 from dart_eval.pruning.kept import Kept

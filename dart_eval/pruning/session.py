@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns, unchanged
+from dart_eval.find import find_ffns, unchanged
 from dart_eval.pruning.cache_watch import CacheWatch, check_cache
 from dart_eval.pruning.calibration import Calibration
 from dart_eval.pruning.calls import Calls

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear
 
-from dart_eval.ffn import FFN, is_conv1d
+from dart_eval.ffn import FFN
+from dart_eval.projection import is_conv1d
 from dart_eval.pruning import gather
 from dart_eval.pruning.top import top_k_mask
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dart_eval.errors import UserError
 from dart_eval.families import final_norm
-from dart_eval.ffn import FFN, weight_matrix
+from dart_eval.ffn import FFN
+from dart_eval.projection import weight_matrix
 
 CHUNK_BYTES = 256 << 20  # of the projection onto the vocabulary held at a time
 

@@ -6,14 +6,13 @@ Every table, file of numbers and `dart_eval.records` is made of these.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dart_eval.errors import UserError, nearest
 from dart_eval.results.inputs import COLUMNS
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Metric, Record
-from dart_eval.task_names import ALIASES
 from dart_eval.text import items_of
 
 if TYPE_CHECKING:
@@ -22,11 +21,13 @@ if TYPE_CHECKING:
 ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
 
 
-def of_tasks(records: Sequence[Record], names: Sequence[str] | None) -> list[Record]:
+def of_tasks(
+    records: Sequence[Record], names: Sequence[str] | None, aliases: Mapping[str, Sequence[str]]
+) -> list[Record]:
     """The records of some tasks.
 
     Args:
-        records: of a folder. names: as typed, those that stand for several tasks too; None: all.
+        records: of a folder. names: as typed; None: all. aliases: names that stand for several tasks.
 
     Raises:
         UserError: the folder has no cell of one of them.
@@ -36,7 +37,7 @@ def of_tasks(records: Sequence[Record], names: Sequence[str] | None) -> list[Rec
     had = {str(r.inputs["task"]) for r in records}
     wanted: set[str] = set()
     for name in items_of(names):
-        found = had & {name, *ALIASES.get(name, ())}
+        found = had & {name, *aliases.get(name, ())}
         if not found:
             raise UserError(f"the folder has no cell of task {name!r}", nearest(name, had) or ", ".join(sorted(had)))
         wanted |= found

@@ -18,7 +18,8 @@ from dart_eval.bench import decode, kept
 from dart_eval.bench.ratio import paired
 from dart_eval.bench.twin import twin
 from dart_eval.errors import UserError
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
 from dart_eval.machine import foreign_cpu, hardware
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.permuted import PermutedFFNs

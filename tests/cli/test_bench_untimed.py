@@ -8,7 +8,7 @@ import torch
 from dart_eval import cost
 from dart_eval.bench import kept, untimed
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning.kernels import lacking
 from dart_eval.pruning.registry import make, parse
 from tests.helpers.commands import command

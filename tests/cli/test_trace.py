@@ -8,7 +8,7 @@ import torch
 from dart_eval import cost, shapes, tracing
 from dart_eval.bench.overhead import measure
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.trace_plot import draw
 from tests.helpers.commands import command

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from dart_eval.bits import parse
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.rounding import rounded
 from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import RandomCalibration, generate, open_session

@@ -19,7 +19,7 @@ import torch
 
 import dart_eval
 from dart_eval.bits import parse
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning.prepared import prepare
 from dart_eval.pruning.registry import make
 from tests.derivations import ours

@@ -7,7 +7,8 @@ import torch
 
 from dart_eval.errors import UserError
 from dart_eval.experts import ROUTED
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
 from dart_eval.pruning.registry import make
 from dart_eval.pruning.rerouted import saliency
 from tests.helpers.models import random_tokens

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from dart_eval import adapters
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.models import ModelSpec, resolve
 from tests.helpers.commands import Watch, command, run_local
 from tests.helpers.models import random_tokens

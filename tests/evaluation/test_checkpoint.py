@@ -16,7 +16,7 @@ import dart_eval
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.ffn import describe
+from dart_eval.find import describe
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.commands import Watch, command, run_local

@@ -15,7 +15,7 @@ from torch import nn
 import dart_eval
 from dart_eval import codes, gguf_codes, grids
 from dart_eval.bits import Rounding
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.gguf_codes import GRIDS, UNIT, codes_of
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.pruning.parts.images import Columns, FirstBits

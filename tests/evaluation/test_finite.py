@@ -14,7 +14,7 @@ from dart_eval.errors import UserError
 from dart_eval.evaluation import generation, unusable
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning.dense import DenseSession
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make

@@ -16,7 +16,7 @@ from dart_eval import gguf
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.executors.jobs import plan_all
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.models import ModelSpec, resolve
 from dart_eval.rounding import coded, served_bits_of
 from tests.helpers.commands import Watch, run_local

@@ -11,17 +11,19 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
 import dart_eval
-from dart_eval import cost, quantised
+from dart_eval import quantised
 from dart_eval.bench import untimed
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
 from dart_eval.executors.jobs import plan_all
-from dart_eval.ffn import find_ffns, weight_matrix
+from dart_eval.find import find_ffns
 from dart_eval.models import ModelSpec, resolve
+from dart_eval.projection import weight_matrix
 from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
 from dart_eval.rounding import coded, served_bits, served_bits_of
+from dart_eval.shape import shape_of
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB
 
@@ -126,7 +128,7 @@ def test_memory_is_what_lies_there(checkpoints, kind):
 def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     model = _loaded(checkpoints[kind])
     found = untimed.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
-    phi = cost.shape_of(model, find_ffns(model)).ffn_share
+    phi = shape_of(model, find_ffns(model)).ffn_share
     into, down = BITS[kind]
     read = (into + down // 1 / 2 + down % 1) / (2 * into + down)  # half of all but the scales of down
     assert found.ceiling == pytest.approx(1 / (1 - phi * (1 - read)))

@@ -9,7 +9,7 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.ffn import cache_argument
+from dart_eval.families import cache_argument
 from dart_eval.pruning.dense import DenseSession
 from tests.helpers.distances import assert_apart, dense_logits
 from tests.helpers.matrices import on_families

@@ -14,8 +14,9 @@ import dart_eval
 from dart_eval.bits import Rounding
 from dart_eval.config import config_from
 from dart_eval.errors import UserError
-from dart_eval.ffn import describe, find_ffns, weight_matrix
+from dart_eval.find import describe, find_ffns
 from dart_eval.models import ModelSpec, resolve
+from dart_eval.projection import weight_matrix
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
 from dart_eval.rounding import coded, served_bits, served_bits_of, served_inputs

@@ -14,10 +14,10 @@ import dart_eval
 from dart_eval.config import RunConfig, config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import EvalSettings
+from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
 from dart_eval.executors import cluster
-from dart_eval.evaluation.task_hash import task_hash
 from tests.helpers.commands import command
 
 METRIC = """

@@ -8,7 +8,8 @@ import pytest
 
 from dart_eval.config import config_from
 from dart_eval.evaluation.tasks import tasks_dir
-from dart_eval.hashes import NOT_RUN, PACKAGE, hash_of, numeric_files, source_hash
+from dart_eval.hashes import NOT_RUN, PACKAGE, hash_of, numeric_files
+from dart_eval.util.source import source_hash
 from tests.helpers.commands import Watch, run_local
 
 CODE = '''\
@@ -174,6 +175,8 @@ WITHOUT_NUMBERS = {
     "demo_model.py": "makes a model, whose files are hashed",
     "errors.py": "messages",
     "executors/jobs.py": "says what is to be run",
+    "guard.py": "refuses",
+    "util/source.py": "hashes",
     "files.py": "reads and writes files as they are",
     "finite.py": "refuses",
     "hashes.py": "hashes",

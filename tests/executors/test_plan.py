@@ -12,8 +12,8 @@ from dart_eval import plan as plan_module
 from dart_eval.config import RunConfig, config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import EvalSettings
-from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.task_hash import task_hash
+from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models import Identity, ModelSpec, Resolved, resolve
 from dart_eval.plan import command, methods_of, plan
 from dart_eval.pruning import registry

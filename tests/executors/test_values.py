@@ -9,8 +9,8 @@ from dart_eval.cli import app, run
 from dart_eval.config import DEFAULTS, RunConfig, checked, config_from
 from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import count_requests
-from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.task_hash import task_hash
+from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models import Identity, ModelSpec, Resolved
 from dart_eval.plan import command, plan
 from tests.helpers.commands import Watch, run_local

@@ -3,7 +3,8 @@
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.prepared import prepare
 from dart_eval.pruning.prune import prune

@@ -15,7 +15,8 @@ from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import tasks_dir
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
 from dart_eval.pruning.calibration import DEFAULT_TEXT
 from dart_eval.pruning.drift import DriftDetector
 from dart_eval.pruning.parts.remasks import OnDrift

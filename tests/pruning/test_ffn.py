@@ -14,7 +14,7 @@ from transformers import (
 
 from dart_eval import expert_forms
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from tests.helpers.models import SMALL, tiny
 from tests.matrix.types import tiny as tiny_of
 

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import gather
 from dart_eval.pruning.permuted import PermutedFFNs
 from dart_eval.pruning.slices import GatheredFFN

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from dart_eval.guard import GUARD
 from dart_eval.pruning import cache_watch, calls, hooks, inplace, permuted, session, slices
 from tests.helpers.models import biased, random_tokens, shallow
 from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session, same
@@ -55,7 +56,7 @@ class Interrupt:
 
 def untouched(model, before):
     """The bits of the weights, no hook, no method of another."""
-    left = any(vars(m).keys() & {"forward", "generate", "_apply", calls.GUARD} for m in model.modules())
+    left = any(vars(m).keys() & {"forward", "generate", "_apply", GUARD} for m in model.modules())
     return same(model, before) and not left and not hooked(model)
 
 

@@ -12,7 +12,7 @@ from dart_eval.bench.subject import Setting, Subject
 from dart_eval.bits import parse
 from dart_eval.cli.bench import _measured
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import products
 from dart_eval.pruning.registry import make
 from dart_eval.rounding import rounded, rounded_ffns, share

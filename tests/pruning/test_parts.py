@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dart_eval.cli.describe import alternatives, part_rows, tree
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import parts as folder
 from dart_eval.pruning.method import Pruner, changed, plain_fields, slot_names, slots, text_of
 from dart_eval.pruning.parts.allocations import DepthAware, Global, Table, Uniform

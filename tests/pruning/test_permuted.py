@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning.inplace import Work, involutions, transpose
 from dart_eval.pruning.permuted import PermutedFFNs
 from tests.helpers.matrices import product

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dart_eval
 from dart_eval.bits import Rounding
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import serving
 from dart_eval.pruning.parts.images import Copy, FirstBits, LowRank, Weights
 from dart_eval.pruning.parts.shown import ByPreview

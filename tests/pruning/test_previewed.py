@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from dart_eval.bench import decode
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import previewed
 from dart_eval.pruning.kernels import gatherer, lacking
 from dart_eval.pruning.permuted import PermutedFFNs

@@ -8,7 +8,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn.functional import linear
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import cache_argument, find_ffns, stored_bits
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
+from dart_eval.projection import stored_bits
 from dart_eval.pruning.permuted import quantised
 from dart_eval.quantised import nbytes, values
 from dart_eval.rounding import rounded_ffns, rows, served_bits, served_bits_of, share

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
 from dart_eval.pruning.parts.remasks import OnDrift
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.top import top_k_mask

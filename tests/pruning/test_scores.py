@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from dart_eval.families import final_norm
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.parts.remasks import OnDrift
 from dart_eval.pruning.parts.scores import Activation, Random, Weights, activations, decayed

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import dart_eval
 from dart_eval.bits import Rounding
 from dart_eval.errors import UserError
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import kept, serving
 from dart_eval.pruning.parts.images import LEVELS, level_of
 from dart_eval.pruning.registry import make

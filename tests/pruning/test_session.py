@@ -6,7 +6,8 @@ import torch
 import dart_eval
 from dart_eval import rounded_ffns
 from dart_eval.errors import UserError
-from dart_eval.ffn import cache_argument, find_ffns
+from dart_eval.families import cache_argument
+from dart_eval.find import find_ffns
 from dart_eval.pruning.calibration import TextCalibration
 from dart_eval.pruning.parts.scores import Wanda
 from dart_eval.pruning.prune import prune

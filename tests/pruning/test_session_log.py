@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from dart_eval.errors import UserError
-from dart_eval.ffn import cache_argument
+from dart_eval.families import cache_argument
 from tests.helpers.models import SMALL, made, random_tokens
 from tests.helpers.sessions import RESTLESS, cache_of, decoded, generate, open_session, prompts_of
 

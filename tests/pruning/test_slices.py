@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning import slices
 from tests.helpers.models import SMALL, biased, random_tokens
 from tests.helpers.sessions import RESTLESS, VARIED, bits, decoded, open_session, same

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.ffn import find_ffns
+from dart_eval.find import find_ffns
 from dart_eval.pruning.remask import Due
 from dart_eval.pruning.ring import RingBuffer
 from dart_eval.pruning.top import top_k_mask

@@ -18,8 +18,8 @@ from dart_eval.pruning.sequence import PerSequence
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.cost import ModelShape
     from dart_eval.ffn import FFN
+    from dart_eval.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from dart_eval.errors import UserError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.cost import ModelShape
+    from dart_eval.shape import ModelShape
 
 WORDS = {
     "true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False,

@@ -15,7 +15,7 @@ from dart_eval.pruning.parts.choices import Choice, Token
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.cost import ModelShape
+    from dart_eval.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from dart_eval.pruning.parts.images import Columns, Image
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.cost import ModelShape
+    from dart_eval.shape import ModelShape
 
 
 @dataclass(frozen=True)

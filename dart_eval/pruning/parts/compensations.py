@@ -10,7 +10,7 @@ from dart_eval.pruning.parts.base import Part, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.cost import ModelShape
+    from dart_eval.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

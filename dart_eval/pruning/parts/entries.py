@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.bits import Stored
-    from dart_eval.cost import ModelShape
+    from dart_eval.shape import ModelShape
 
 NEURONS = "neurons"
 Share = TypeVar("Share", float, "Tensor")

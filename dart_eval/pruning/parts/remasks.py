@@ -12,9 +12,9 @@ from dart_eval.pruning.parts.base import Part, option
 if TYPE_CHECKING:
     import torch
 
-    from dart_eval.cost import ModelShape
     from dart_eval.ffn import FFN
     from dart_eval.pruning.remask import RemaskState
+    from dart_eval.shape import ModelShape
 
 RING = "keep so many recent FFN inputs in each layer; a new mask is made from them"
 OLD = "the old scores in a new mask: those of the prompt, or of the mask in force"

@@ -16,7 +16,7 @@ from dart_eval.pruning.parts.images import Columns, Copy, FirstBits, Image, leve
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.cost import ModelShape
+    from dart_eval.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
