@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dart_eval.api import evaluate
-from dart_eval.errors import UserError
+from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
-    from dart_eval.frames import records, samples
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.prune import prune
     from dart_eval.pruning.registry import methods
-    from dart_eval.rounding import rounded_ffns
+    from dart_eval.results.frames import records, samples
+    from dart_eval.weights.rounding import rounded_ffns
 
 __version__ = "0.1.0"
 __all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune", "records", "rounded_ffns", "samples"]
@@ -26,9 +26,9 @@ _LAZY = {
     "Pruner": "dart_eval.pruning.method",
     "methods": "dart_eval.pruning.registry",
     "prune": "dart_eval.pruning.prune",
-    "records": "dart_eval.frames",
-    "rounded_ffns": "dart_eval.rounding",
-    "samples": "dart_eval.frames",
+    "records": "dart_eval.results.frames",
+    "rounded_ffns": "dart_eval.weights.rounding",
+    "samples": "dart_eval.results.frames",
 }
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dart_eval.errors import UserError
+from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dart_eval.config import RunConfig
-    from dart_eval.loaded import Loaded
+    from dart_eval.models.loaded import Loaded
+    from dart_eval.sweep.config import RunConfig
 
 DEFAULT_METHODS = ("dense", "griffin", "dart", "dart-plus")  # of `RunConfig`, which needs pydantic: a test compares
 OF_LOADING = ("revision", "dtype", "device", "device_map", "peft", "trust_remote_code")  # of a model to be loaded
@@ -82,12 +82,12 @@ def evaluate(
 
 def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
     """Run what was given to `evaluate`."""
-    from dart_eval import executors
-    from dart_eval.config import config_from
-    from dart_eval.executors.jobs import Silent
-    from dart_eval.executors.tracking import tracked
-    from dart_eval.quiet import without_remarks
+    from dart_eval.cluster import run
     from dart_eval.results.rows import rows
+    from dart_eval.sweep.config import config_from
+    from dart_eval.sweep.jobs import Silent
+    from dart_eval.sweep.tracking import tracked
+    from dart_eval.util.quiet import without_remarks
 
     model, tokenizer = given.pop("model", None), given.pop("tokenizer", None)
     if model is None or isinstance(model, (str, Path, bytes)):
@@ -100,10 +100,10 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
         ready = _ready(model, tokenizer)
     with without_remarks(), tracked(Silent(), config.log, config.log_project, config) as view:
         if ready is None:
-            result = executors.run_all([config], view)
+            result = run.run_all([config], view)
         else:
             with ready.lent():
-                result = executors.run_all([config], view, model=ready)
+                result = run.run_all([config], view, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     if result.lost:
@@ -113,7 +113,7 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _ready(model: Any, tokenizer: Any) -> Loaded:
     """The loaded model, as an executor takes it."""
-    from dart_eval.loaded import loaded
+    from dart_eval.models.loaded import loaded
 
     return loaded(model, tokenizer)
 

@@ -33,17 +33,17 @@ from gpu_models import (
 )
 from transformers import PreTrainedModel
 
-from dart_eval import rounding as dart_rounding
-from dart_eval import shapes
 from dart_eval.bench import decode
-from dart_eval.bits import Rounding
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning import gather, image_kernels
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.kernels import gather, image_kernels
+from dart_eval.models import shapes
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.util.bits import Rounding
+from dart_eval.weights import rounding as dart_rounding
 
 __all__ = ["Skip", "card"]
 GOAL = 1.9  # times the compiled dense model, at 70 %

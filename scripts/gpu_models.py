@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
 
-from dart_eval.families import cache_argument
-from dart_eval.pruning import gather
+from dart_eval.kernels import gather
+from dart_eval.layers.families import cache_argument
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 

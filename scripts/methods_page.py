@@ -43,7 +43,7 @@ method:
 
 ```python
 from dart_eval import prune
-from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.masks.remasks import OnDrift
 
 with prune(model, "griffin", sparsity=0.7, remask=OnDrift(window=8)) as session:
     model.generate(**inputs)

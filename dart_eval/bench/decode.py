@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.twin import own_bytes, twin
-from dart_eval.errors import UserError
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
-from dart_eval.machine import foreign_cpu, peak_memory, wait
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
+from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
-from dart_eval.pruning.remask import Due
-from dart_eval.pruning.session import Session
-from dart_eval.shape import shape_of
+from dart_eval.pruning.session.session import Session
+from dart_eval.results.ratio import Ratio, paired
+from dart_eval.util.errors import UserError
+from dart_eval.util.machine import foreign_cpu, peak_memory, wait
 
 CHANGED = 0.2  # share of the kept neurons that the re-mask replaces whose moves are timed
 # Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.scoring import build
-from dart_eval.errors import UserError
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks, leaves
-from dart_eval.machine import wait
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
+from dart_eval.results.ratio import Ratio, paired
+from dart_eval.util.errors import UserError
+from dart_eval.util.machine import wait
 
 
 @dataclass(frozen=True)

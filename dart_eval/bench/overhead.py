@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_eval import cost, shapes
-from dart_eval.errors import UserError
-from dart_eval.ffn import FFN
-from dart_eval.find import describe
+from dart_eval.layers.ffn import FFN
+from dart_eval.layers.find import describe
+from dart_eval.layers.shape import shape_of
+from dart_eval.models import shapes
+from dart_eval.pruning import cost
+from dart_eval.pruning.calibration.moments import Moments
+from dart_eval.pruning.calibration.vocabulary import Projection
+from dart_eval.pruning.choices.serving import serving
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.moments import Moments
-from dart_eval.pruning.prepared import prepare
-from dart_eval.pruning.sequence import nbytes
-from dart_eval.pruning.serving import serving
-from dart_eval.pruning.state import SequenceState
-from dart_eval.pruning.vocabulary import Projection
-from dart_eval.rounding import served_bits
-from dart_eval.shape import shape_of
+from dart_eval.pruning.session.prepared import prepare
+from dart_eval.pruning.session.sequence import nbytes
+from dart_eval.pruning.session.state import SequenceState
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import served_bits
 
 MEGABYTE = 10**6
 CHUNK = 64  # prompt tokens fed at a time

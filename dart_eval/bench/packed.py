@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from dart_eval.bench.decode import Bench, Times
-from dart_eval.bench.ratio import Ratio, paired
 from dart_eval.bench.twin import own_bytes, twin
-from dart_eval.bits import OWN_BITS, Rounding
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.machine import foreign_cpu
-from dart_eval.projection import plain_matrix
-from dart_eval.pruning import products
-from dart_eval.rounding import refuse_fixed, rounded, rounded_bits
-from dart_eval.shape import shape_of
+from dart_eval.kernels import products
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.projection import plain_matrix
+from dart_eval.layers.shape import shape_of
+from dart_eval.results.ratio import Ratio, paired
+from dart_eval.util.bits import OWN_BITS, Rounding
+from dart_eval.util.errors import UserError
+from dart_eval.util.machine import foreign_cpu
+from dart_eval.weights.rounding import refuse_fixed, rounded, rounded_bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

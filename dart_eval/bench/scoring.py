@@ -30,15 +30,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.batching import AUTO, CPU_TOKENS, budget, shared_prefixes
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import LOGIT_BYTES, Answers
 from dart_eval.evaluation.requests import Request, Score
 from dart_eval.evaluation.tasks import Tasks, leaves
-from dart_eval.families import decoder
-from dart_eval.machine import foreign_cpu, wait
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.layers.families import decoder
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.util.errors import UserError
+from dart_eval.util.machine import foreign_cpu, wait
 
 METRICS = ("acc", "acc_norm")  # per document, where a task has them
 

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from dart_eval import shapes
 from dart_eval.bench import decode, packed, untimed
 from dart_eval.bench.decode import DecodeSpeed
-from dart_eval.bench.kept import Speed
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.bench.untimed import BytesOnly
-from dart_eval.bits import Rounding
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.models import DTYPES, ModelSpec, choose_device, resolve
-from dart_eval.plan import environment
-from dart_eval.pruning.kernels import lacking
+from dart_eval.layers.find import find_ffns
+from dart_eval.models import shapes
+from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.session.kernels import lacking
+from dart_eval.results.speeds import Speed
+from dart_eval.sweep.plan import environment
+from dart_eval.util.bits import Rounding
+from dart_eval.util.errors import UserError
 
 FIELDS = (
     "method",

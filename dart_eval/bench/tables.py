@@ -9,10 +9,10 @@ from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.methods import MethodSpeed
 from dart_eval.bench.overhead import Overhead
 from dart_eval.bench.packed import RoundedSpeed
-from dart_eval.bench.ratio import Ratio
 from dart_eval.bench.scoring import TaskSpeed
 from dart_eval.bench.untimed import BYTES_ONLY, BytesOnly
 from dart_eval.results.format import sparsity as said
+from dart_eval.results.ratio import Ratio
 from dart_eval.results.writers import Table
 
 PARTS = ("scores", "masks", "compensation", "recent inputs", "detector", "images")

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from dart_eval.errors import UserError, out_of_memory
-from dart_eval.find import find_ffns
+from dart_eval.layers.find import find_ffns
+from dart_eval.util.errors import UserError, out_of_memory
 
 M = TypeVar("M", bound=nn.Module)
 

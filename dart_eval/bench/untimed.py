@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 from dart_eval.bench import packed
 from dart_eval.bench.decode import Bench, check, row
 from dart_eval.bench.packed import RoundedSpeed
-from dart_eval.bits import Rounding, Stored
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
 from dart_eval.pruning import fits
-from dart_eval.pruning.kernels import lacking
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
-from dart_eval.rounding import served_bits, share
-from dart_eval.shape import shape_of
+from dart_eval.pruning.session.kernels import lacking
+from dart_eval.util.bits import Rounding, Stored
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import served_bits, share
 
 BYTES_ONLY = "bytes only"  # what stands in place of times
 ALL_WEIGHTS = "torch's packed products read all weights of a matrix"

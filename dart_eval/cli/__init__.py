@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from dart_eval.cli import bench, check, compare, export, ls, options, paper, report, run, tables, trace, view
-from dart_eval.errors import RenamedWarning, UserError, nearest, out_of_memory, remark
+from dart_eval.util.errors import RenamedWarning, UserError, nearest, out_of_memory, remark
 
 app = typer.Typer(
     name="dart-eval",

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from dart_eval import task_names
-from dart_eval.bits import parse
 from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
-from dart_eval.errors import UserError
-from dart_eval.files import check_target, write
-from dart_eval.plan import methods_of
+from dart_eval.evaluation import task_names
 from dart_eval.pruning.registry import make
+from dart_eval.sweep.plan import methods_of
+from dart_eval.util.bits import parse
+from dart_eval.util.errors import UserError
+from dart_eval.util.files import check_target, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from dart_eval.bench.packed import RoundedSpeed
     from dart_eval.bench.subject import Setting, Subject
     from dart_eval.bench.untimed import BytesOnly
-    from dart_eval.config import RunConfig
     from dart_eval.pruning.method import Pruner
+    from dart_eval.sweep.config import RunConfig
 
 T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 FLAGS = {"--scoring": "scoring", "--overhead": "overhead"}  # of version 0.1, in place of verbs
@@ -130,14 +130,14 @@ def decode(
 
 def _check_options(ffn_bits: tuple[str, ...], compiled: str | None, profile: Path | None, output: str | None) -> None:
     """Refuse what does not go together, or could not be written, before a model is loaded."""
-    from dart_eval.bench import kept
+    from dart_eval.results import speeds
 
     if compiled is not None and any(map(parse, ffn_bits)):
         raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
     if profile is not None:
         check_target(profile)
     if output is not None:
-        kept.check(output)
+        speeds.check(output)
 
 
 def _possible(subject: Subject, methods: list[Pruner], sparsity: float, where: str = "") -> list[Pruner]:
@@ -173,14 +173,14 @@ def _measured(
     output: str | None,
 ) -> tuple[list[DecodeSpeed | BytesOnly], list[RoundedSpeed | BytesOnly], list[Path]]:  # fmt: skip
     """The speeds of methods, those on rounded weights, and the files they are kept in, each as soon as it is there."""
-    from dart_eval.bench import kept
-    from dart_eval.rounding import Rounded
+    from dart_eval.results import speeds
+    from dart_eval.weights.rounding import Rounded
 
     files: list[Path] = []
 
     def keep(one: T, method: Pruner) -> T:
         if output is not None:
-            files.append(kept.keep(output, subject.speed(one, method, setting)))
+            files.append(speeds.keep(output, subject.speed(one, method, setting)))
         return one
 
     found = [keep(subject.measure(one, sparsity, setting), one) for one in methods]
@@ -233,7 +233,7 @@ def scoring(
     from dart_eval.bench import scoring as dense
     from dart_eval.bench import tables
     from dart_eval.evaluation.tasks import Tasks
-    from dart_eval.models import resolve
+    from dart_eval.models.loading import resolve
 
     shelf, resolved = Tasks(data_dir), resolve(asked.model_spec)
     names = shelf.expand([*asked.tasks])

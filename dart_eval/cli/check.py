@@ -12,8 +12,8 @@ import typer
 
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, say, show
-from dart_eval.errors import UserError
-from dart_eval.files import check_name, check_own, check_target, write
+from dart_eval.util.errors import UserError
+from dart_eval.util.files import check_name, check_own, check_target, write
 
 FORMATS = ("md", "json")
 OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline

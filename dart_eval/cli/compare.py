@@ -14,9 +14,9 @@ import typer
 from dart_eval.cli import complete
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, save_text, show
-from dart_eval.errors import UserError
-from dart_eval.files import check_target, format_of
-from dart_eval.text import items_of
+from dart_eval.util.errors import UserError
+from dart_eval.util.files import check_target, format_of
+from dart_eval.util.text import items_of
 
 FORMATS = ("md", "csv", "json")
 OUT = Path("out")

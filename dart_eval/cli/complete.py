@@ -46,6 +46,6 @@ def slots() -> Iterable[str]:
 
 def tasks(begun: str) -> Iterable[str]:
     """Names of tasks: before anything is typed the common ones, then lm-eval's thousands too."""
-    from dart_eval.task_names import ALIASES, COMMON, names
+    from dart_eval.evaluation.task_names import ALIASES, COMMON, names
 
     return {*ALIASES, *COMMON, *(names() if begun else ())}

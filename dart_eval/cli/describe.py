@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dart_eval.pruning.method import Pruner, plain_fields, slot_names, slots, text_of
-from dart_eval.pruning.parts.base import Part, kind_of
+from dart_eval.pruning.part import Part, kind_of
 from dart_eval.pruning.registry import parts
 
 

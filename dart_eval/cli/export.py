@@ -9,10 +9,10 @@ import typer
 
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import say
-from dart_eval.errors import UserError, nearest
 from dart_eval.export import FORMATS
 from dart_eval.export import export as write_all
 from dart_eval.export.teller import RELATIONSHIPS, Teller
+from dart_eval.util.errors import UserError, nearest
 
 Folder = Annotated[Path, typer.Argument(help="Folder that `dart-eval run --output` wrote.")]
 To = Annotated[str, own("every-eval-ever, eval-results or lm-eval.", None, "FORMAT", offers=FORMATS)]

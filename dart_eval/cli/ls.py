@@ -8,7 +8,7 @@ import typer
 
 from dart_eval.cli import complete, options
 from dart_eval.cli.view import listed, say
-from dart_eval.errors import UserError, nearest
+from dart_eval.util.errors import UserError, nearest
 
 app = typer.Typer(help="List methods, the parts that they are made of, or tasks.", no_args_is_help=True)
 
@@ -88,9 +88,9 @@ def tasks(
     dart-eval ls tasks arc
     dart-eval ls tasks mine --include-path DIR
     """
-    from dart_eval.config import checked
-    from dart_eval.task_names import ALIASES, COMMON
-    from dart_eval.task_names import names as known
+    from dart_eval.evaluation.task_names import ALIASES, COMMON
+    from dart_eval.evaluation.task_names import names as known
+    from dart_eval.sweep.config import checked
 
     rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
     listed([row for row in rows if pattern in row[0]], least=16)

@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from dart_eval.cli import complete
-from dart_eval.config import RunConfig, choices_of, default_of, help_of, made
-from dart_eval.errors import UserError, nearest
-from dart_eval.lm_evals import LM_EVALS
+from dart_eval.sweep.config import RunConfig, choices_of, default_of, help_of, made
+from dart_eval.sweep.lm_evals import LM_EVALS
+from dart_eval.util.errors import UserError, nearest
 
 # Panels of the help.
 MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"
 PROMPT, TIMING = "Prompt", "Timing"
-SHAPES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `dart_eval.shapes`, which imports torch
+SHAPES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `dart_eval.models.shapes`, which imports torch
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

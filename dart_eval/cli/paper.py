@@ -10,9 +10,9 @@ from dart_eval.cli.run import finish, hush, load_libraries
 from dart_eval.cli.view import TerminalView, say, show
 
 if TYPE_CHECKING:
-    from dart_eval.paper import PaperSpec
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.writers import Table
+    from dart_eval.sweep.paper import PaperSpec
 
 
 def paper(
@@ -50,16 +50,16 @@ def paper(
     """
     given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
     hush(verbose)
-    from dart_eval.config import RAY_OPTIONS, command_line, config_from
-    from dart_eval.paper import load
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.store import Store
+    from dart_eval.sweep.config import RAY_OPTIONS, command_line, config_from
+    from dart_eval.sweep.paper import load
 
     base = config_from(None, {**given, "method": "dense", "sparsity": "0"})
     spec = load(name, base)
     with TerminalView() as view:
         load_libraries(view, verbose)
-        from dart_eval.executors import run_all
+        from dart_eval.cluster.run import run_all
 
         result = run_all(spec.configs, view, skip_missing=True)
         if result.lost or not result.records:
@@ -76,9 +76,9 @@ def paper(
 
 def _write(spec: PaperSpec, filled: Paper, folder: Path) -> list[Table]:
     """Write the tables, each in three forms and all in one file; returns them."""
-    from dart_eval.files import write
     from dart_eval.results.paper_tables import to_csv
     from dart_eval.results.writers import latex, markdown
+    from dart_eval.util.files import write
 
     made = [(layout, *filled.table(layout)) for layout in spec.layouts]
     remedy = "make room or choose another --output; what is finished is kept"

@@ -16,10 +16,10 @@ from dart_eval.results.writers import Table
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dart_eval.config import RunConfig
-    from dart_eval.executors.jobs import RunResult
-    from dart_eval.executors.sizing import CellSize
     from dart_eval.results.record import Record
+    from dart_eval.sweep.config import RunConfig
+    from dart_eval.sweep.jobs import RunResult
+    from dart_eval.sweep.sizing import CellSize
 
 # Loggers that tell much of little.
 NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
@@ -95,9 +95,9 @@ def run_cells(settings: RunConfig, verbose: bool) -> None:
     """
     with TerminalView() as terminal:
         load_libraries(terminal, verbose)
-        from dart_eval.executors import run_all
-        from dart_eval.executors.sizing import held_against
-        from dart_eval.executors.tracking import tracked
+        from dart_eval.cluster.run import run_all
+        from dart_eval.sweep.sizing import held_against
+        from dart_eval.sweep.tracking import tracked
 
         with tracked(terminal, settings.log, settings.log_project, settings) as view:
             result = run_all([settings], view)
@@ -115,8 +115,8 @@ def show_plan(settings: RunConfig, verbose: bool) -> None:
     """
     with TerminalView() as view:
         load_libraries(view, verbose)
-        from dart_eval.executors import estimate_all
-        from dart_eval.executors.sizing import keep
+        from dart_eval.cluster.run import estimate_all
+        from dart_eval.sweep.sizing import keep
 
         sizes, workers = estimate_all([settings], view)
     show(plan_table(sizes, workers))
@@ -125,7 +125,7 @@ def show_plan(settings: RunConfig, verbose: bool) -> None:
 
 def plan_table(sizes: list[CellSize], workers: int) -> Table:
     """What a sweep will take: cells, and their sum."""
-    from dart_eval.executors.sizing import duration
+    from dart_eval.sweep.sizing import duration
 
     def line(name: str, those: Sequence[CellSize], time: str) -> list[str]:
         flops = sum(s.flops for s in those) / 1e12
@@ -187,9 +187,9 @@ def understood(file: Path | None, given: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: the input is wrong.
     """
-    from dart_eval import task_names
-    from dart_eval.config import config_from
-    from dart_eval.plan import methods_of
+    from dart_eval.evaluation import task_names
+    from dart_eval.sweep.config import config_from
+    from dart_eval.sweep.plan import methods_of
 
     told = {name: value for name, value in given.items() if not name.startswith("no_")}
     told |= {name[3:]: False for name, value in given.items() if name.startswith("no_") and value}
@@ -203,7 +203,7 @@ def load_libraries(view: TerminalView, verbose: bool) -> None:
     """Import what takes seconds, and say so; what can be refused without it has been."""
     view.status("loading torch and lm-eval")
     quieten(verbose)
-    from dart_eval.executors import jobs  # noqa: F401
+    from dart_eval.sweep import jobs  # noqa: F401
 
 
 def finish(result: RunResult, output: str) -> None:
@@ -225,7 +225,7 @@ def hush(verbose: bool) -> None:
         for noisy in NOISY:
             logging.getLogger(noisy).setLevel(logging.INFO)
     else:
-        from dart_eval.quiet import hush_warnings
+        from dart_eval.util.quiet import hush_warnings
 
         hush_warnings()
 
@@ -234,6 +234,6 @@ def quieten(verbose: bool) -> None:
     """Silence the libraries underneath, or let them speak. It imports them."""
     hush(verbose)
     if not verbose:
-        from dart_eval.quiet import silence
+        from dart_eval.util.quiet import silence
 
         silence()

@@ -11,11 +11,11 @@ import typer
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, save_text
 from dart_eval.cli.views import ALL, BOARD, FRONTIER
-from dart_eval.files import check_target, format_of
+from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.results.rows import of_tasks
 from dart_eval.results.store import Store
 from dart_eval.results.tables import FORMATS
-from dart_eval.task_names import ALIASES
+from dart_eval.util.files import check_target, format_of
 
 VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
 PICTURES = (".png", ".svg", ".pdf")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dart_eval.allocation import write_table
 from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.tables import PICTURES
 from dart_eval.cli.view import print_note, say
-from dart_eval.errors import UserError
-from dart_eval.files import check_target, is_stream, read_text, write
+from dart_eval.pruning.masks.counts import write_table
 from dart_eval.pruning.registry import make, parse
-from dart_eval.text import json_text
+from dart_eval.util.errors import UserError
+from dart_eval.util.files import check_target, is_stream, read_text, write
+from dart_eval.util.text import json_text
 
 
 def trace(
@@ -53,8 +53,8 @@ def trace(
     picture = _picture(output, plot, save_allocation)
     prompt, following = _prompt(text, file, then)
     quieten(False)  # it imports torch, and all before it does not
-    from dart_eval import tracing
-    from dart_eval.models import resolve
+    from dart_eval.bench import tracing
+    from dart_eval.models.loading import resolve
 
     passage = tracing.smoke_passage(smoke) if prompt is None else tracing.Passage(prompt, following)
     loaded, tokenizer = resolve(chosen.model_spec).load(print_note)

@@ -26,12 +26,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dart_eval import files
 from dart_eval.results import metrics
 from dart_eval.results.format import with_error
 from dart_eval.results.record import Metric, Record
 from dart_eval.results.writers import Table, finite, markdown, pieces
-from dart_eval.text import PLAIN, folded, json_text, printable
+from dart_eval.util import files
+from dart_eval.util.text import PLAIN, folded, json_text, printable
 
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line

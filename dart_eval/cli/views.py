@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dart_eval.bench import kept
 from dart_eval.cli.view import say, show
-from dart_eval.errors import UserError, nearest
-from dart_eval.files import write
-from dart_eval.results import board_text, detector, frame, frontier, generated, tables, writers
+from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
 from dart_eval.results.blocks import Board
 from dart_eval.results.board import boards
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table
+from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.files import write
 
 PLAIN_WIDTH = 100  # characters of a board where there is no terminal
 
@@ -49,7 +48,7 @@ class Shown:
             known = {m.metric.partition(",")[0] for r in self.records for m in r.metrics}
             if self.metric not in known:
                 raise UserError(f"no cell has metric {self.metric!r}", nearest(self.metric, known))
-        return boards(self.store, self.records, kept.read(self.store.folder), self.metric)
+        return boards(self.store, self.records, speeds.read(self.store.folder), self.metric)
 
     @property
     def long(self) -> list[Table]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dart_eval.families import base_of, cache_argument
+from dart_eval.layers.families import base_of, cache_argument
 
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 

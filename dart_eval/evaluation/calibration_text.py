@@ -11,12 +11,12 @@ from pathlib import Path
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
-from dart_eval.errors import UserError, summary
 from dart_eval.evaluation.local_data import rows_of
 from dart_eval.evaluation.tasks import leaves
-from dart_eval.files import read_regular, read_text, reason
-from dart_eval.hub import work_offline_if_unreachable
-from dart_eval.pruning.calibration import DEFAULT_TEXT
+from dart_eval.models.hub import work_offline_if_unreachable
+from dart_eval.pruning.calibration.calibration import DEFAULT_TEXT
+from dart_eval.util.errors import UserError, summary
+from dart_eval.util.files import read_regular, read_text, reason
 
 MOST = 4_000_000  # characters of a data set, from its beginning
 REMEDY = "give a text file or a data set, see docs/data.md"

@@ -18,7 +18,6 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from sacrebleu.metrics import BLEU
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
@@ -26,10 +25,11 @@ from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.part import Part, PartDone, Pilot
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
-from dart_eval.pruning.dense import AnySession
 from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.session.dense import AnySession
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Metric
+from dart_eval.util.errors import UserError
 
 BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.requests import Request
+from dart_eval.util.errors import UserError
 
 
 def fit(lm: Any, request: Instance, budget: int, field: str | None) -> tuple[str, bool]:

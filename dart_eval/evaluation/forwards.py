@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.cache import bytes_of_a_token, can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.families import base_of, cache_argument
-from dart_eval.finite import refuse_not_finite
-from dart_eval.pruning.cache_watch import cache_in
-from dart_eval.trial import telling
+from dart_eval.layers.families import base_of, cache_argument
+from dart_eval.layers.finite import refuse_not_finite
+from dart_eval.layers.trial import telling
+from dart_eval.pruning.session.cache_watch import cache_in
+from dart_eval.util.errors import UserError
 
 # Models that compute several tokens after a cached context wrongly, and one token rightly: Jamba's state space begins
 # anew. `output_head` finds out.

@@ -19,7 +19,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import LogitsProcessorList
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import can_pad
@@ -28,9 +27,10 @@ from dart_eval.evaluation.fitting import fit
 from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.unusable import LogitsWatch
-from dart_eval.families import decoder
-from dart_eval.pruning.dense import AnySession
-from dart_eval.pruning.steps import Step
+from dart_eval.layers.families import decoder
+from dart_eval.pruning.session.dense import AnySession
+from dart_eval.pruning.session.steps import Step
+from dart_eval.util.errors import UserError
 
 
 @dataclass(frozen=True)

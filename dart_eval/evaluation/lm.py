@@ -31,7 +31,7 @@ from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, hold
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.unusable import Unusable
-from dart_eval.pruning.dense import AnySession, DenseSession
+from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored

@@ -13,8 +13,8 @@ import datasets
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.evaluator_utils import get_sample_size
 
-from dart_eval.errors import UserError, summary
-from dart_eval.files import read_regular, reason
+from dart_eval.util.errors import UserError, summary
+from dart_eval.util.files import read_regular, reason
 
 WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
 

@@ -22,7 +22,7 @@ import numpy as np
 import tqdm.std
 from lm_eval.api.task import Task
 
-from dart_eval.errors import UserError
+from dart_eval.util.errors import UserError
 
 SEED = 42  # RULER's own, wherever it has one
 Make = Callable[..., Any]

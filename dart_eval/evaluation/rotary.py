@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dart_eval.errors import UserError
+from dart_eval.util.errors import UserError
 
 
 class Angles:

@@ -40,9 +40,9 @@ from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
-from dart_eval.pruning.dense import AnySession, DenseSession
-from dart_eval.pruning.session import Session
-from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.session.dense import AnySession, DenseSession
+from dart_eval.pruning.session.session import Session
+from dart_eval.pruning.session.state import SequenceState
 
 # An output head beyond a processor's caches is read from memory once a run: small batches wait for each other until so
 # many tokens have been computed, some seconds' work on a CPU. It is what a stopped run may lose.

@@ -23,11 +23,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from dart_eval import task_needs
-from dart_eval.errors import UserError
+from dart_eval.evaluation import task_needs
 from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
 from dart_eval.evaluation.made_data import seeded, without_other_lengths
+from dart_eval.evaluation.task_names import ALIASES, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
     check_task,
     check_yaml,
@@ -36,9 +36,9 @@ from dart_eval.evaluation.unsafe import (
     own_metrics,
     sandbox_templates,
 )
-from dart_eval.files import check_name
-from dart_eval.hub import work_offline_if_unreachable
-from dart_eval.task_names import ALIASES, none_given, own, tasks_dir, unknown
+from dart_eval.models.hub import work_offline_if_unreachable
+from dart_eval.util.errors import UserError
+from dart_eval.util.files import check_name
 
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 

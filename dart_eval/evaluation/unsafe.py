@@ -20,7 +20,7 @@ import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval.api.task import Task
 
-from dart_eval.errors import UserError
+from dart_eval.util.errors import UserError
 
 REMEDY = "start dart-eval in another folder, or give --confirm-run-unsafe-code"
 LOADERS = {

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.requests import Score, Text
-from dart_eval.finite import REMEDY
+from dart_eval.layers.finite import REMEDY
+from dart_eval.util.errors import UserError
 
 HOPELESS = 64  # answers, none of them usable, after which the rest is not asked
 

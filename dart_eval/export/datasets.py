@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.errors import UserError
-from dart_eval.task_names import config_of
+from dart_eval.evaluation.task_names import config_of
+from dart_eval.util.errors import UserError
 
 DEFAULT = "default"  # the task within a benchmark that has one alone
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dart_eval.errors import remark
 from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
 from dart_eval.export.teller import Teller
@@ -23,6 +22,7 @@ from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
 from dart_eval.results.format import finite
 from dart_eval.results.metrics import of
 from dart_eval.results.record import Metric
+from dart_eval.util.errors import remark
 
 SCHEMA = "0.3.0"
 COLLECTION = "dart-eval"

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from dart_eval.errors import UserError
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import ASKED, HOW, PRUNING, names
 from dart_eval.results.labels import specs
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.util.errors import UserError
 
 # How a cell was asked and computed, beside its model, task and method: these travel under their own names.
 TRAVELLING = [n for n in (*names(ASKED), *names(HOW)) if n not in ("model", "task", *PRUNING)]

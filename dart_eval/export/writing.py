@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dart_eval.errors import UserError, remark
-from dart_eval.files import check_name, write
+from dart_eval.util.errors import UserError, remark
+from dart_eval.util.files import check_name, write
 
 LONGEST = 100  # bytes of a part of a path: file systems take 255, and endings are added
 # Names that Windows keeps for its devices, whatever their ending.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dart_eval.bits import OWN_BITS, Stored
-from dart_eval.errors import UserError
-from dart_eval.ffn import FFN
+from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.choices.images import FirstBits, LowRank
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.parts.base import Part
-from dart_eval.pruning.parts.images import FirstBits, LowRank
-from dart_eval.rounding import on_grid, parameter_of, stored_of
+from dart_eval.pruning.part import Part
+from dart_eval.util.bits import OWN_BITS, Stored
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import on_grid, parameter_of, stored_of
 
 
 def anywhere(method: Pruner) -> bool:

@@ -14,16 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.allocation import Prices
-from dart_eval.bits import OWN_BITS, Stored
-from dart_eval.errors import UserError, naming, nearest
-from dart_eval.pruning.parts.allocations import Allocation, Uniform
-from dart_eval.pruning.parts.base import Part, cast, kind_of, slot_of
-from dart_eval.pruning.parts.choices import All, Choice
-from dart_eval.pruning.parts.compensations import Compensation, Nothing
-from dart_eval.pruning.parts.entries import AllEntries, Entries
-from dart_eval.pruning.parts.masks import Everything, Mask
-from dart_eval.pruning.parts.routings import Own, Routing
+from dart_eval.pruning.choices.choices import All, Choice
+from dart_eval.pruning.experts.routings import Own, Routing
+from dart_eval.pruning.inputs.entries import AllEntries, Entries
+from dart_eval.pruning.masks.allocations import Allocation, Uniform
+from dart_eval.pruning.masks.compensations import Compensation, Nothing
+from dart_eval.pruning.masks.counts import Prices
+from dart_eval.pruning.masks.mask import Everything, Mask
+from dart_eval.pruning.part import Part, cast, kind_of, slot_of
+from dart_eval.util.bits import OWN_BITS, Stored
+from dart_eval.util.errors import UserError, naming, nearest
 
 OWNERS = {
     "score": "mask",

@@ -9,23 +9,23 @@ from typing import Any
 
 from torch import nn
 
-from dart_eval.allocation import check_sparsity
-from dart_eval.errors import UserError
-from dart_eval.guard import refuse_second
-from dart_eval.pruning.calibration import Calibration, TextCalibration
-from dart_eval.pruning.execution import Wanted
+from dart_eval.models.guard import refuse_second
+from dart_eval.pruning.calibration.calibration import Calibration, TextCalibration
+from dart_eval.pruning.choices.choices import Choice
+from dart_eval.pruning.experts.routings import Routing
+from dart_eval.pruning.inputs.entries import Entries
+from dart_eval.pruning.masks.allocations import Allocation
+from dart_eval.pruning.masks.compensations import Compensation
+from dart_eval.pruning.masks.counts import check_sparsity
+from dart_eval.pruning.masks.mask import Mask
+from dart_eval.pruning.masks.remasks import Remask
+from dart_eval.pruning.masks.scores import Score
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.parts.allocations import Allocation
-from dart_eval.pruning.parts.base import Part
-from dart_eval.pruning.parts.choices import Choice
-from dart_eval.pruning.parts.compensations import Compensation
-from dart_eval.pruning.parts.entries import Entries
-from dart_eval.pruning.parts.masks import Mask
-from dart_eval.pruning.parts.remasks import Remask
-from dart_eval.pruning.parts.routings import Routing
-from dart_eval.pruning.parts.scores import Score
+from dart_eval.pruning.part import Part
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.session import Session
+from dart_eval.pruning.session.execution import Wanted
+from dart_eval.pruning.session.session import Session
+from dart_eval.util.errors import UserError
 
 Named = str | Mapping[str, Any]  # a part by its name, or its fields and under `part` its name
 

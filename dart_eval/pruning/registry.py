@@ -12,23 +12,23 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from dart_eval.errors import UserError, nearest
+from dart_eval.pruning.choices.candidates import Candidates
+from dart_eval.pruning.choices.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.choices.images import IMAGES
+from dart_eval.pruning.choices.shown import SHOWN, ByPreview, Graded, Shown
+from dart_eval.pruning.experts.routings import ROUTINGS, Fewer, Without
+from dart_eval.pruning.inputs.entries import ENTRIES, Above, ByNorms, RoundedEntries, WandaEntries
+from dart_eval.pruning.masks.allocations import ALLOCATIONS, DepthAware, Global
+from dart_eval.pruning.masks.compensations import COMPENSATIONS, MeanOutput
+from dart_eval.pruning.masks.draws import DRAWS
+from dart_eval.pruning.masks.mask import MASKS, Ahead, FromPrompt, Static
+from dart_eval.pruning.masks.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
+from dart_eval.pruning.masks.remasks import REMASKS, OnDrift
+from dart_eval.pruning.masks.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.method import Pruner, changed, flattened, text_of
-from dart_eval.pruning.parts.allocations import ALLOCATIONS, DepthAware, Global
-from dart_eval.pruning.parts.base import Part
-from dart_eval.pruning.parts.candidates import Candidates
-from dart_eval.pruning.parts.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
-from dart_eval.pruning.parts.compensations import COMPENSATIONS, MeanOutput
-from dart_eval.pruning.parts.draws import DRAWS
-from dart_eval.pruning.parts.entries import ENTRIES, Above, ByNorms, RoundedEntries, WandaEntries
-from dart_eval.pruning.parts.images import IMAGES
-from dart_eval.pruning.parts.masks import MASKS, Ahead, FromPrompt, Static
-from dart_eval.pruning.parts.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
-from dart_eval.pruning.parts.remasks import REMASKS, OnDrift
-from dart_eval.pruning.parts.routings import ROUTINGS, Fewer, Without
-from dart_eval.pruning.parts.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.parts.shown import SHOWN, ByPreview, Graded, Shown
+from dart_eval.pruning.part import Part
 from dart_eval.pruning.renamed import new_names
+from dart_eval.util.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 

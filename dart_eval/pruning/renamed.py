@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from dart_eval.errors import RenamedWarning, UserError
 from dart_eval.pruning.method import Known, Pruner, plain_fields
-from dart_eval.pruning.parts.base import cast
+from dart_eval.pruning.part import cast
+from dart_eval.util.errors import RenamedWarning, UserError
 
 RENAMED = {
     "normalise": "score.norm", "aggregate": "score.average", "decay": "score.decay", "skip_first": "score.skip_first",

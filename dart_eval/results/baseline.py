@@ -16,13 +16,13 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
-from dart_eval.errors import UserError, remark
-from dart_eval.files import read_text
-from dart_eval.files import write as write_file
 from dart_eval.results import layout, metrics
 from dart_eval.results.documents import INDEX, TOLD, frame
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity
 from dart_eval.results.outcomes import Cell, Measure, Outcome, cells, describe, rows_of
+from dart_eval.util.errors import UserError, remark
+from dart_eval.util.files import read_text
+from dart_eval.util.files import write as write_file
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves

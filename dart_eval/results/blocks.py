@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dart_eval.bench.kept import Speed
 from dart_eval.results import metrics, stats
 from dart_eval.results.estimates import Estimate, Interval, Share, mean, share
 from dart_eval.results.frame import Compared
 from dart_eval.results.record import Metric
+from dart_eval.results.speeds import Speed
 
 Tasks = Mapping[str, tuple[str, ...]]  # metric -> the tasks of which a block shows it
 

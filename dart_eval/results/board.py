@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from dart_eval.bench.kept import Speed, of_cell
-from dart_eval.bits import LAST_BITS
 from dart_eval.results import frame, inputs, metrics, outcomes, verdict
 from dart_eval.results.blocks import (
     CONTROL,
@@ -37,7 +35,9 @@ from dart_eval.results.frame import Compared
 from dart_eval.results.inputs import DENSE
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Metric, Record
+from dart_eval.results.speeds import Speed, of_cell
 from dart_eval.results.store import Store
+from dart_eval.util.bits import LAST_BITS
 
 NOTHING = Share(0.0, (0.0, 0.0))  # of what dense has above guessing: guessing, by definition
 

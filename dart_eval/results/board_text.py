@@ -11,7 +11,7 @@ from dart_eval.results.blocks import CONTROL, GUESSING, PRUNED, UPPER_BOUND, USU
 from dart_eval.results.format import multiple, percent, short, size, small_share, sparsity
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
 from dart_eval.results.writers import Table
-from dart_eval.text import folded, printable
+from dart_eval.util.text import folded, printable
 
 MARKS = {BEST: "*", LEVEL_WITH_BEST: "~"}
 ABSTRACTS = frozenset({"glass", "pop", "prox"})  # methods that are built from their papers' abstracts alone

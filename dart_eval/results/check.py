@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.errors import UserError, nearest
 from dart_eval.results import metrics, stats, writers
 from dart_eval.results.baseline import rounded
 from dart_eval.results.compare import ColumnOf, names, table_of
@@ -30,7 +29,8 @@ from dart_eval.results.pairing import (
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table, finite
-from dart_eval.text import json_text, printable
+from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import json_text, printable
 
 CHANGED = 1e-3  # a document counts as changed where its value moved by more: less is arithmetic
 OK, FELL, MISSING = "ok", "FELL", "missing"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.errors import UserError, nearest, remark
 from dart_eval.results import metrics as known_metrics
 from dart_eval.results import stats, writers
 from dart_eval.results.distance import beside_dense
@@ -21,7 +20,8 @@ from dart_eval.results.outcomes import Cell, Measure, cells, describe, newest, o
 from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.writers import Column, Table, finite
-from dart_eval.text import json_text
+from dart_eval.util.errors import UserError, nearest, remark
+from dart_eval.util.text import json_text
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from dart_eval.errors import UserError
 from dart_eval.results.format import number, sparsity
 from dart_eval.results.inputs import question
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Column, Table, from_frame
+from dart_eval.util.errors import UserError
 
 CONTROL = "_same"
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)  # margins, in standard deviations of the prompt's windows

@@ -8,9 +8,9 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dart_eval.errors import UserError
 from dart_eval.results.outcomes import Cell, Measure, Outcome, check_paired
 from dart_eval.results.pairing import dense_cells, dense_of
+from dart_eval.util.errors import UserError
 
 
 def beside_dense(found: Sequence[Cell], texts: bool = True) -> list[Cell]:

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from dart_eval.errors import UserError
 from dart_eval.results import distance, metrics, outcomes, pairing, stats
 from dart_eval.results.estimates import Estimate, Share, share
 from dart_eval.results.outcomes import Cell, Measure, Pairs
 from dart_eval.results.record import Record
 from dart_eval.results.rows import rows as rows_of
 from dart_eval.results.store import Store
+from dart_eval.util.errors import UserError
 
 
 @dataclass(frozen=True)

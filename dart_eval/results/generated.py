@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dart_eval.errors import UserError
 from dart_eval.results.format import number, share, sparsity
 from dart_eval.results.record import Record
 from dart_eval.results.rows import cells_frame
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Column, Table, from_frame
+from dart_eval.util.errors import UserError
 
 THREE = partial(share, digits=3)
 COLUMNS = (

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from dart_eval.errors import StoreError
-from dart_eval.files import read_regular
 from dart_eval.results import layout
+from dart_eval.util.errors import StoreError
+from dart_eval.util.files import read_regular
 
 # answers, state_bytes, seconds
 BATCH = TypeAdapter(tuple[dict[str, Any], layout.Count, Annotated[layout.Finite, Field(ge=0)]])

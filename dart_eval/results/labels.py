@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from dart_eval.bits import said
 from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
+from dart_eval.util.bits import said
 
 
 class Named(Protocol):

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dart_eval.errors import UserError
 from dart_eval.results import metrics, stats
 from dart_eval.results.documents import frame
 from dart_eval.results.format import sparsity
@@ -25,6 +24,7 @@ from dart_eval.results.inputs import names as fields_of
 from dart_eval.results.labels import values
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
+from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

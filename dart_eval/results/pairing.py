@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dart_eval.errors import UserError
 from dart_eval.results.inputs import ASKED, DENSE, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
 from dart_eval.results.labels import Named
 from dart_eval.results.outcomes import Cell, Measure, Outcome, Pairs, check_paired, describe, own_distance, pairs
+from dart_eval.util.errors import UserError
 
 N = TypeVar("N", bound=Named)
 

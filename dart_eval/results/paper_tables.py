@@ -1,6 +1,6 @@
 """Tables of a paper: rows and columns are data; the best of a column is bold only where the paired test says so.
 
-What a table looks like is a `Layout` (`dart_eval.paper` reads them from a file); the numbers come from the records and
+What a table looks like is a `Layout` (`sweep.paper` reads them from a file); the numbers come from the records and
 samples of a results folder.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 
-from dart_eval.errors import UserError
 from dart_eval.results import metrics, outcomes, pairing, stats
 from dart_eval.results.format import number, share, short
 from dart_eval.results.format import sparsity as percent
@@ -25,6 +24,7 @@ from dart_eval.results.rows import cells_frame, metrics_frame, rows
 from dart_eval.results.store import Store
 from dart_eval.results.tables import cut_prompts, flops_ratio
 from dart_eval.results.writers import Table, csv_text
+from dart_eval.util.errors import UserError
 
 # Costs that a column may show: of the frame of cells, and with how many digits.
 FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int]] = {

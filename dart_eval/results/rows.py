@@ -9,11 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dart_eval.errors import UserError, nearest
 from dart_eval.results.inputs import COLUMNS
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Metric, Record
-from dart_eval.text import items_of
+from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import items_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -28,12 +28,12 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from dart_eval.errors import StoreError, UserError, remark
-from dart_eval.files import check_name, read_regular, reason, write_atomically
 from dart_eval.results import layout
 from dart_eval.results.format import sparsity
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
+from dart_eval.util.errors import StoreError, UserError, remark
+from dart_eval.util.files import check_name, read_regular, reason, write_atomically
 
 SAMPLE, DOCUMENT = TypeAdapter(layout.Sample), TypeAdapter(layout.Document)
 T = TypeVar("T")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dart_eval.errors import UserError, nearest
-from dart_eval.yamls import read_mapping
+from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.yamls import read_mapping
 
 
 @dataclass(frozen=True)

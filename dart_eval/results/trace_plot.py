@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dart_eval.files import write
+from dart_eval.util.files import write
 
 SIGNAL, ALARM, STEADY, LIMIT = "#1f5fa8", "#c0392b", "#8a8f98", "#555b63"
 

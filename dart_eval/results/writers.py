@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dart_eval.text import json_text, printable
+from dart_eval.util.text import json_text, printable
 
 if TYPE_CHECKING:
     import pandas as pd

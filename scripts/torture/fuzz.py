@@ -123,7 +123,7 @@ def _begin(pipe: Connection, environment: dict[str, str], *given: Any) -> None:
 
 def _work(pipe: Connection, folder: str, place: str, seed: int, kind: str, of: Of, numbers: Sequence[int]) -> None:
     """In the guarded process: case by case, told to the other end of the pipe."""
-    from dart_eval.errors import UserError
+    from dart_eval.util.errors import UserError
 
     os.chdir(place)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -68,7 +68,7 @@ output: out
 """
 
     def case(self, random: Random) -> str:
-        from dart_eval.config import DEFAULTS, config_from
+        from dart_eval.sweep.config import DEFAULTS, config_from
 
         if random.random() < 0.6:
             data = yaml.safe_load(self.TEXT)

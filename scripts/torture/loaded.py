@@ -140,7 +140,7 @@ class ModelFolder(Kind):
     def case(self, random: Random) -> str:
         import torch
 
-        from dart_eval.models import ModelSpec, resolve
+        from dart_eval.models.loading import ModelSpec, resolve
 
         data = json.loads(self.text)
         if random.random() < 0.75:
@@ -195,7 +195,7 @@ class Gguf(Kind):
         self.data = write(place / "whole.gguf").read_bytes()
 
     def case(self, random: Random) -> str:
-        from dart_eval.models import ModelSpec, resolve
+        from dart_eval.models.loading import ModelSpec, resolve
 
         file = self.put("case.gguf", self.data)
         self.told = self.damaged(random, file)

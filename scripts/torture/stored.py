@@ -144,8 +144,8 @@ class Journals(Kind):
 
     def __init__(self, folder: Path, place: Path) -> None:
         super().__init__(folder, place)
-        from dart_eval.config import config_from
         from dart_eval.results.journal import Journal
+        from dart_eval.sweep.config import config_from
 
         given = dict(zip((word.strip("-").replace("-", "_") for word in RUN[1::2]), RUN[2::2], strict=True))
         given |= {"model": str(folder / "model"), "method": "dart:remask.window=3:remask.min_windows=1:remask.ring=5"}

@@ -13,17 +13,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from dart_eval import cost, shapes
-from dart_eval.bench import decode, kept
-from dart_eval.bench.ratio import paired
+from dart_eval.bench import decode
 from dart_eval.bench.twin import twin
-from dart_eval.errors import UserError
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
-from dart_eval.machine import foreign_cpu, hardware
-from dart_eval.models import ModelSpec, resolve
-from dart_eval.pruning.permuted import PermutedFFNs
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.models import shapes
+from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.pruning import cost
 from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.session.permuted import PermutedFFNs
+from dart_eval.results import speeds
+from dart_eval.results.ratio import paired
+from dart_eval.util.errors import UserError
+from dart_eval.util.machine import foreign_cpu, hardware
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
 from tests.helpers.sessions import RESTLESS
@@ -274,9 +276,9 @@ def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     spec = "griffin:remask=drift:remask.window=4"
     done = command("bench", "decode", *few, "--method", f"{spec},top-p", "--format", "json", "--output", tmp_path)
     assert done.code == 0, done.err
-    pruned, top = sorted(kept.read(tmp_path), key=lambda s: s.method)
+    pruned, top = sorted(speeds.read(tmp_path), key=lambda s: s.method)
     rows = json.loads(done.out)  # what was written is said elsewhere
-    assert sorted(done.err.splitlines()) == sorted(f"wrote {kept.path_of(tmp_path, s)}" for s in (pruned, top))
+    assert sorted(done.err.splitlines()) == sorted(f"wrote {speeds.path_of(tmp_path, s)}" for s in (pruned, top))
     assert (pruned.method, pruned.sparsity, pruned.dtype, pruned.device) == (spec, 0.7, "float32", "cpu")
     assert (pruned.params["remask.window"], pruned.compiled, pruned.prompt_tokens) == (4, None, 16)
     assert pruned.hardware.startswith(f"{torch.get_num_threads()} thread")

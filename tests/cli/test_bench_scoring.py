@@ -8,15 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dart_eval import machine
 from dart_eval.bench import scoring, tables
 from dart_eval.bench.scoring import Computed, counted, measure, needed_for
 from dart_eval.cli import app
-from dart_eval.errors import UserError
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.machine import foreign_cpu
 from dart_eval.results.writers import markdown
+from dart_eval.util import machine
+from dart_eval.util.errors import UserError
+from dart_eval.util.machine import foreign_cpu
 from tests.helpers.models import random_tokens, tiny
 
 

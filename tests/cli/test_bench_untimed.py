@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from dart_eval import cost
-from dart_eval.bench import kept, untimed
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.pruning.kernels import lacking
+from dart_eval.bench import untimed
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning import cost
 from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.session.kernels import lacking
+from dart_eval.results import speeds
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
 from tests.matrix import types
@@ -31,10 +32,10 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
         assert 0.2 < row["weights_read"] < 0.75 and row["ceiling"] > 1 and row["why"]
     assert others[2]["weights_read"] == pytest.approx(0.5, abs=0.01)
     assert others[0]["ceiling"] == pytest.approx(griffin["ceiling"], rel=0.02)  # bytes that are nearly as many
-    speeds = {s.method: s for s in kept.read(tmp_path)}
-    assert (speeds["cats"].speedup, speeds["cats"].times) == (None, "bytes only")
-    assert (speeds["griffin"].speedup.median, speeds["griffin"].times) == (griffin["speedup"], "measured")
-    assert speeds["teal"].more["why"] == "entries=threshold has no kernels here"
+    found = {s.method: s for s in speeds.read(tmp_path)}
+    assert (found["cats"].speedup, found["cats"].times) == (None, "bytes only")
+    assert (found["griffin"].speedup.median, found["griffin"].times) == (griffin["speedup"], "measured")
+    assert found["teal"].more["why"] == "entries=threshold has no kernels here"
     table = command(*words, "--format", "md").out
     assert table.count("| bytes only ") == 4 and "choice=gate takes" in table
     (costs,) = [part for part in table.split("###") if "What a method takes beside" in part]

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dart_eval import demo_model
+from dart_eval.models import demo_model
 from tests.helpers.commands import command
 from tests.matrix.types import tiny
 
@@ -148,7 +148,7 @@ def test_a_hub_that_cannot_be_reached_is_said(refused, monkeypatch):
     def unreachable(name, **_):
         raise OSError("We couldn't connect to the hub to load the files, and\ncouldn't find them in the cached files.")
 
-    monkeypatch.setattr("dart_eval.models.PretrainedConfig.get_config_dict", unreachable)
+    monkeypatch.setattr("dart_eval.models.loading.PretrainedConfig.get_config_dict", unreachable)
     message = refused("run", "--tasks", "arc", "--model", "org/none")
     assert message.startswith("model 'org/none' is no local folder, and the hub cannot be reached;")
     assert "local folder" in message.partition(";")[2]
@@ -159,7 +159,7 @@ def test_a_model_that_the_hub_does_not_have_is_said(refused, monkeypatch):
     def absent(name, **_):
         raise OSError(f"{name} is not a local folder and is not a valid model identifier listed on the hub")
 
-    monkeypatch.setattr("dart_eval.models.PretrainedConfig.get_config_dict", absent)
+    monkeypatch.setattr("dart_eval.models.loading.PretrainedConfig.get_config_dict", absent)
     message = refused("run", "--tasks", "arc", "--model", "org/none")
     assert "'org/none' was found neither as a folder nor on the hub; check the name" in message
 
@@ -318,8 +318,8 @@ def test_a_truncated_weights_file_is_refused(refused, llama_folder, tmp_path):
     RuntimeError("unable to mmap 5 bytes from file <x>: Cannot allocate memory (12)"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("place", "said"), [
-    ("dart_eval.models.feed", "memory ran out; free some"),  # the hash of the weights
-    ("dart_eval.models.AutoTokenizer.from_pretrained", "memory ran out while model '"),
+    ("dart_eval.models.loading.feed", "memory ran out; free some"),  # the hash of the weights
+    ("dart_eval.models.loading.AutoTokenizer.from_pretrained", "memory ran out while model '"),
 ])  # fmt: skip
 def test_a_lack_of_memory_is_said(refused, llama_folder, monkeypatch, error, place, said):
     def full(*_args, **_more):

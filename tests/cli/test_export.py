@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dart_eval import task_names
-from dart_eval.errors import UserError
+from dart_eval.evaluation import task_names
 from dart_eval.export import datasets, writing
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.pages import HOSTILE, choice, texts
 from tests.helpers.pages import folder as everything

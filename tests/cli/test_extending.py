@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.config import RunConfig
-from dart_eval.errors import UserError
-from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import plan
+from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.registry import make, offered
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.plan import plan
+from dart_eval.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "extending.md"

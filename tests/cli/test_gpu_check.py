@@ -29,7 +29,7 @@ try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:
     status = stop.code
-import dart_eval, dart_eval.pruning.prune, dart_eval.bench.decode, dart_eval.shapes
+import dart_eval, dart_eval.pruning.prune, dart_eval.bench.decode, dart_eval.models.shapes
 import dart_eval.evaluation.scoring, dart_eval.evaluation.forwards
 print("core:", dart_eval.prune, *dart_eval.methods())
 sys.exit(status)
@@ -148,7 +148,7 @@ def test_a_wrong_product_is_seen(script, monkeypatch):
     """Down without two of its rows: the executions are told apart."""
     import gpu_checks
 
-    from dart_eval.pruning import slices
+    from dart_eval.pruning.session import slices
 
     product = slices.weighted_rows
     monkeypatch.setattr(

@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dart_eval
-from dart_eval import UserError, demo_model
-from dart_eval.config import RunConfig
-from dart_eval.loaded import loaded
-from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval import UserError
+from dart_eval.models import demo_model
+from dart_eval.models.loaded import loaded
+from dart_eval.pruning.masks.remasks import OnDrift
+from dart_eval.sweep.config import RunConfig
 from tests.helpers.models import tiny
 from tests.helpers.sessions import generate, open_session, prompts_of
 

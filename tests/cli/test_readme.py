@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.config import config_from
+from dart_eval.sweep.config import config_from
 from tests.helpers.commands import program
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -170,7 +170,7 @@ def test_the_docs_have_commands():
 
 
 def test_the_paper_of_the_docs_is_understood(tmp_path):
-    from dart_eval.paper import load
+    from dart_eval.sweep.paper import load
 
     (block,) = re.findall(
         r"```yaml\n(.*?)```", (README.parent / "docs" / "paper.md").read_text(encoding="utf-8"), flags=re.S

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.errors import UserError
+from dart_eval.util.errors import UserError
 from scripts.torture import __main__, fuzz
 from scripts.torture.kinds import Kind
 from scripts.torture.ledger import Result, Unit

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from dart_eval import cost, shapes, tracing
+from dart_eval.bench import tracing
 from dart_eval.bench.overhead import measure
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
+from dart_eval.layers.find import find_ffns
+from dart_eval.models import shapes
+from dart_eval.pruning import cost
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.trace_plot import draw
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of

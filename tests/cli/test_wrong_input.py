@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dart_eval
-from dart_eval.config import DEFAULTS, checked, config_from
-from dart_eval.errors import UserError
 from dart_eval.pruning.prune import check_sparsity, prune
+from dart_eval.sweep.config import DEFAULTS, checked, config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import tiny
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from dart_eval.cost import overhead
-from dart_eval.errors import UserError
-from dart_eval.pruning.parts.candidates import Candidates
+from dart_eval.layers.shape import ModelShape
+from dart_eval.pruning.choices.candidates import Candidates
+from dart_eval.pruning.cost import overhead
 from dart_eval.pruning.registry import make
-from dart_eval.shape import ModelShape
+from dart_eval.util.errors import UserError
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.models import biased, random_tokens

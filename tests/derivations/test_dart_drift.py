@@ -32,8 +32,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
-from dart_eval.pruning.drift import DriftDetector
-from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.masks.drift import DriftDetector
+from dart_eval.pruning.masks.remasks import OnDrift
 from tests.derivations import ours
 from tests.derivations.plain import Plain, largest
 from tests.helpers.models import biased, random_tokens

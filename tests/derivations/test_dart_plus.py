@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from dart_eval.bits import parse
-from dart_eval.find import find_ffns
-from dart_eval.rounding import rounded
+from dart_eval.layers.find import find_ffns
+from dart_eval.util.bits import parse
+from dart_eval.weights.rounding import rounded
 from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import RandomCalibration, generate, open_session
 

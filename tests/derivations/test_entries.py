@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import dart_eval
-from dart_eval.bits import parse
-from dart_eval.find import find_ffns
-from dart_eval.pruning.prepared import prepare
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session.prepared import prepare
+from dart_eval.util.bits import parse
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.derivations.test_thresholds import TEXT, quantile, text

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dart_eval.bits import parse
-from dart_eval.find import find_ffns
-from dart_eval.pruning.parts.images import Copy, FirstBits
-from dart_eval.rounding import Served, rounded
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.choices.images import Copy, FirstBits
+from dart_eval.util.bits import parse
+from dart_eval.weights.rounding import Served, rounded
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dart_eval.find import find_ffns
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import BUILT_IN, make
 from tests.helpers.sessions import RESTLESS, bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import dart_eval
-from dart_eval.bits import Rounding, parse
-from dart_eval.find import find_ffns
-from dart_eval.rounding import coded, rounded, share
+from dart_eval.layers.find import find_ffns
+from dart_eval.util.bits import Rounding, parse
+from dart_eval.weights.rounding import coded, rounded, share
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
 

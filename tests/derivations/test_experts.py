@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dart_eval.find import find_ffns
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make, parse
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session, prompts_of

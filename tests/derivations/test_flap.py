@@ -21,15 +21,15 @@ import pytest
 import torch
 
 from dart_eval.bench.overhead import measure
-from dart_eval.cost import overhead
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.parts.allocations import Global
-from dart_eval.pruning.parts.scores import Fluctuation, Wanda
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
+from dart_eval.pruning.calibration.calibration import TextCalibration
+from dart_eval.pruning.cost import overhead
+from dart_eval.pruning.masks.allocations import Global
+from dart_eval.pruning.masks.scores import Fluctuation, Wanda
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
-from dart_eval.shape import shape_of
+from dart_eval.util.errors import UserError
 from tests.derivations import ours
 from tests.derivations.plain import Plain
 from tests.derivations.test_static import rows_and_column

@@ -16,8 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from dart_eval.find import find_ffns
-from dart_eval.shape import shape_of
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
 from tests.derivations.plain import cache_name
 from tests.helpers.models import CONFIGS, FAMILIES, STREAMS, random_model, random_tokens, tiny
 

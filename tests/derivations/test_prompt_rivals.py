@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 import torch
 
-from dart_eval.errors import UserError
-from dart_eval.pruning.parts.draws import Sample
-from dart_eval.pruning.parts.masks import FromPrompt, Static
-from dart_eval.pruning.parts.prompt_scores import Votes
-from dart_eval.pruning.parts.scores import Activation
+from dart_eval.pruning.masks.draws import Sample
+from dart_eval.pruning.masks.mask import FromPrompt, Static
+from dart_eval.pruning.masks.prompt_scores import Votes
+from dart_eval.pruning.masks.scores import Activation
+from dart_eval.util.errors import UserError
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText

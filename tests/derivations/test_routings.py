@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from dart_eval.errors import UserError
-from dart_eval.experts import ROUTED
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
+from dart_eval.layers.experts import ROUTED
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.experts.rerouted import saliency
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.rerouted import saliency
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import RandomCalibration, bits, cache_of, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny

@@ -16,9 +16,9 @@ import math
 import pytest
 import torch
 
-from dart_eval.bits import Rounding
-from dart_eval.pruning import thresholds
-from dart_eval.rounding import rounded
+from dart_eval.pruning.choices import thresholds
+from dart_eval.util.bits import Rounding
+from dart_eval.weights.rounding import rounded
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.derivations.test_choices import budget

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dart_eval import adapters
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.models import ModelSpec, resolve
+from dart_eval.layers.find import find_ffns
+from dart_eval.models import adapters
+from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, command, run_local
 from tests.helpers.models import random_tokens
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import dart_eval
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.find import describe
-from dart_eval.models import ModelSpec, resolve
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.layers.find import describe
+from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, command, run_local
 from tests.helpers.models import FAMILIES, tiny
 from tests.helpers.requests import TextRequest
@@ -199,7 +199,7 @@ def test_a_model_that_is_loaded_in_another_dtype_than_was_planned_is_refused(fol
     def insist(*args, dtype, **kwargs):
         return stock(*args, dtype=torch.float16, **kwargs)
 
-    monkeypatch.setattr("dart_eval.models.AutoModelForCausalLM.from_pretrained", insist)
+    monkeypatch.setattr("dart_eval.models.loading.AutoModelForCausalLM.from_pretrained", insist)
     with pytest.raises(dart_eval.UserError, match="was loaded in float16, not in float32; give --dtype float16"):
         resolve(ModelSpec(str(folder), device="cpu")).load()
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dart_eval
-from dart_eval import codes, gguf_codes, grids
-from dart_eval.bits import Rounding
-from dart_eval.find import find_ffns
-from dart_eval.gguf_codes import GRIDS, UNIT, codes_of
-from dart_eval.models import ModelSpec, resolve
-from dart_eval.pruning.parts.images import Columns, FirstBits
-from dart_eval.pruning.serving import Serving
-from dart_eval.rounding import coded, served_inputs, served_output
+from dart_eval.layers.find import find_ffns
+from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.pruning.choices.images import Columns, FirstBits
+from dart_eval.pruning.choices.serving import Serving
+from dart_eval.util.bits import Rounding
+from dart_eval.weights import codes, gguf_codes, grids
+from dart_eval.weights.gguf_codes import GRIDS, UNIT, codes_of
+from dart_eval.weights.rounding import coded, served_inputs, served_output
 from tests.helpers import stored
 from tests.helpers.gguf_files import LAYERS, SIZE, WIDTH, write
 

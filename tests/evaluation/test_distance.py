@@ -12,7 +12,6 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from dart_eval.config import config_from
 from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.distance import Distance
@@ -21,11 +20,12 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request, Score, kept_answer
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.executors.jobs import Silent
 from dart_eval.results import metrics
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
-from dart_eval.scope_names import SCOPES
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.jobs import Silent
+from dart_eval.sweep.scope_names import SCOPES
 from tests.helpers.commands import command, run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
 from tests.helpers.models import random_tokens, tiny

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dart_eval import tracing
-from dart_eval.errors import UserError
+from dart_eval.bench import tracing
 from dart_eval.evaluation import generation, unusable
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.find import find_ffns
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.report.build import build
 from dart_eval.results.store import Store
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.models import VOCAB, random_tokens, tiny
 from tests.helpers.records import render

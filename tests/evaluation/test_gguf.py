@@ -12,13 +12,13 @@ from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dart_eval import gguf
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors.jobs import plan_all
-from dart_eval.find import find_ffns
-from dart_eval.models import ModelSpec, resolve
-from dart_eval.rounding import coded, served_bits_of
+from dart_eval.layers.find import find_ffns
+from dart_eval.models.loading import ModelSpec, resolve
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.jobs import plan_all
+from dart_eval.util.errors import UserError
+from dart_eval.weights import gguf
+from dart_eval.weights.rounding import coded, served_bits_of
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.gguf_damage import damaged, differing
 from tests.helpers.gguf_files import INNER, INNER_SHARED, LAYERS, write

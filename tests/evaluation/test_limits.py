@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation import forwards
 from dart_eval.evaluation.batching import batches
 from dart_eval.evaluation.cache import can_pad, can_share_prefix, fork, new_cache
 from dart_eval.evaluation.forwards import Forwards, output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import open_session
 from tests.matrix.types import VOCABULARY, WORDS, tiny

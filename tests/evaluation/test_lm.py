@@ -16,7 +16,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.generation import GenerationLog, Generator
@@ -24,8 +23,9 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.journal import Journal
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import RESTLESS, open_session

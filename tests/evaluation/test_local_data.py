@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.local_data import first_fault
 from dart_eval.evaluation.tasks import Tasks
+from dart_eval.util.errors import UserError
 
 
 def row(i=0, **changes):

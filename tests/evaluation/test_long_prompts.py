@@ -11,7 +11,7 @@ from dart_eval.evaluation.generation import Prompt, Prompts
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.session.dense import DenseSession
 from tests.helpers.models import SMALL, VOCAB, random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import open_session

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.made_data import seeded, without_other_lengths
+from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.evaluation.tasks import Tasks, leaves
-from dart_eval.task_names import tasks_dir
+from dart_eval.util.errors import UserError
 from tests.helpers.models import word_tokenizer
 
 MODULE = """

@@ -11,19 +11,19 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
 import dart_eval
-from dart_eval import quantised
 from dart_eval.bench import untimed
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors.jobs import plan_all
-from dart_eval.find import find_ffns
-from dart_eval.models import ModelSpec, resolve
-from dart_eval.projection import weight_matrix
+from dart_eval.layers import quantised
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.projection import weight_matrix
+from dart_eval.layers.shape import shape_of
+from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.pruning.registry import make
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
-from dart_eval.rounding import coded, served_bits, served_bits_of
-from dart_eval.shape import shape_of
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.jobs import plan_all
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import coded, served_bits, served_bits_of
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB
 

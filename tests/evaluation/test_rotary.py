@@ -7,13 +7,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaConfig, Phi3Config
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import SMALL, made, random_tokens, tiny
 from tests.helpers.requests import TextRequest, words

@@ -5,13 +5,13 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import DbrxConfig, LlamaConfig, MixtralConfig
 
-from dart_eval.config import RunConfig
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import plan
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.models.loading import Identity, ModelSpec, Resolved
+from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.journal import Journal
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.plan import plan
 from tests.helpers.models import random_tokens, tiny
 
 KWARGS = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}

@@ -6,18 +6,18 @@ What they mean: tests/derivations/test_scored.py.
 import pytest
 import torch
 
-from dart_eval.allocation import write_table
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
 from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.executors.jobs import Silent
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.masks.counts import write_table
 from dart_eval.pruning.prune import prune
-from dart_eval.rounding import rounded_ffns
-from dart_eval.scope_names import SCOPES
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.jobs import Silent
+from dart_eval.sweep.scope_names import SCOPES
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import rounded_ffns
 from tests.helpers.commands import run_local
 from tests.helpers.distances import assert_apart, dense_logits
 from tests.helpers.matrices import on_families

@@ -9,8 +9,8 @@ from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.families import cache_argument
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.layers.families import cache_argument
+from dart_eval.pruning.session.dense import DenseSession
 from tests.helpers.distances import assert_apart, dense_logits
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, SMALL, random_tokens, tiny
@@ -222,7 +222,7 @@ def test_softcapped_and_scaled_heads_are_understood():
 
 
 def test_a_head_that_does_more_is_refused():
-    from dart_eval.errors import UserError
+    from dart_eval.util.errors import UserError
 
     model = tiny("llama")
     forward = model.forward

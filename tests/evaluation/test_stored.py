@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Phi3Config, Qwen2MoeConfig, Qwen3MoeConfig
 
 import dart_eval
-from dart_eval.bits import Rounding
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.find import describe, find_ffns
-from dart_eval.models import ModelSpec, resolve
-from dart_eval.projection import weight_matrix
+from dart_eval.layers.find import describe, find_ffns
+from dart_eval.layers.projection import weight_matrix
+from dart_eval.models.loading import ModelSpec, resolve
 from dart_eval.results.board import boards
 from dart_eval.results.store import Store
-from dart_eval.rounding import coded, served_bits, served_bits_of, served_inputs
-from dart_eval.stored import Files, _bits
+from dart_eval.sweep.config import config_from
+from dart_eval.util.bits import Rounding
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import coded, served_bits, served_bits_of, served_inputs
+from dart_eval.weights.stored import Files, _bits
 from tests.helpers import stored
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.models import VOCAB

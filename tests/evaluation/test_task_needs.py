@@ -7,8 +7,8 @@ import lm_eval.tasks
 import nltk
 import pytest
 
-from dart_eval import task_names, task_needs
-from dart_eval.errors import UserError
+from dart_eval.evaluation import task_names, task_needs
+from dart_eval.util.errors import UserError
 
 FOLDER = Path(lm_eval.tasks.__file__).parent
 PACKAGES = {"math_verify": "math-verify", "antlr4": "antlr4-python3-runtime"}

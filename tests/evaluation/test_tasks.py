@@ -11,8 +11,8 @@ import pytest
 
 import dart_eval
 from dart_eval.evaluation import tasks as tasks_module
+from dart_eval.evaluation.task_names import ALIASES, COMMON, tasks_dir
 from dart_eval.evaluation.tasks import Tasks, documents, leaves
-from dart_eval.task_names import ALIASES, COMMON, tasks_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,14 +7,14 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 import dart_eval
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
 from dart_eval.evaluation.generation import Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.rotary import Angles
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.store import Store
-from dart_eval.thinking import check_kind
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.thinking import check_kind
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, save_tiny, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import open_session

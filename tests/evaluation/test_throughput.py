@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation import batching, scoring
 from dart_eval.evaluation.batching import Budget, batches, budget, common_prefix, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, new_cache
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.families import decoder
-from dart_eval.pruning.dense import DenseSession
-from dart_eval.values import check_batch_size
+from dart_eval.layers.families import decoder
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.sweep.values import check_batch_size
+from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import CONFIGS, FAMILIES, random_tokens, tiny
 from tests.helpers.requests import output_head_of

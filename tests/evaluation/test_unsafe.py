@@ -11,13 +11,13 @@ import pytest
 from datasets import load_dataset
 
 import dart_eval
-from dart_eval.config import RunConfig, config_from
-from dart_eval.errors import UserError
+from dart_eval.cluster import cluster
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.evaluation.unsafe import nothing_of_this_folder
-from dart_eval.executors import cluster
+from dart_eval.sweep.config import RunConfig, config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 
 METRIC = """
@@ -64,7 +64,7 @@ def test_a_task_that_runs_generated_code_is_refused_by_name_before_anything_of_i
     task, indexed, marker, data, monkeypatch
 ):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    monkeypatch.setattr("dart_eval.executors.jobs.resolve", lambda spec: None)
+    monkeypatch.setattr("dart_eval.sweep.jobs.resolve", lambda spec: None)
     done = command("run", "--tasks", task, "--data-dir", data, "--model", "m")
     assert done.code == 2
     assert f"error: task {task} runs code that the model writes; give --confirm-run-unsafe-code" in done.err

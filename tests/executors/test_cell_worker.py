@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
+from dart_eval.cluster import cell_worker
 from dart_eval.evaluation.part import WHOLE, Part
-from dart_eval.executors import cell_worker, jobs
+from dart_eval.sweep import jobs
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 
 SWEEP = {"tasks": "smoke_questions", "sparsity": "0.5", "limit": 6, "batch_size": 2, "executor": "ray"}
 

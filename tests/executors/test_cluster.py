@@ -7,9 +7,11 @@ import signal
 import pytest
 import torch
 
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors import cluster, jobs, run_all
+from dart_eval.cluster import cluster
+from dart_eval.cluster.run import run_all
+from dart_eval.sweep import jobs
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, results, run_local
 from tests.helpers.nursery import LOCAL
 

@@ -3,11 +3,11 @@
 import psutil
 import pytest
 
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors import cluster
-from dart_eval.executors.jobs import Silent
-from dart_eval.executors.pool import Pool
+from dart_eval.cluster import cluster
+from dart_eval.cluster.pool import Pool
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.jobs import Silent
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import program
 from tests.helpers.nursery import LOCAL
 from tests.helpers.pools import Handler, Worker, task_of

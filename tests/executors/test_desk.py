@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors import cluster
+from dart_eval.cluster import cluster
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch
 
 ray = pytest.importorskip("ray")

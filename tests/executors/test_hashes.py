@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.config import config_from
 from dart_eval.evaluation.tasks import tasks_dir
-from dart_eval.hashes import NOT_RUN, PACKAGE, hash_of, numeric_files
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.hashes import NO_NUMBER, NOT_RUN, PACKAGE, hash_of, numeric_files
 from dart_eval.util.source import source_hash
 from tests.helpers.commands import Watch, run_local
 
@@ -17,7 +17,7 @@ CODE = '''\
 
 import torch
 
-from dart_eval.ffn import FFN, find_ffns as found
+from dart_eval.layers.ffn import FFN, find_ffns as found
 
 SCALE = 0.5  # of everything
 
@@ -51,10 +51,10 @@ HARMLESS = {
     "a line wrapped by a backslash": ("h = h * 2", "h = \\\n  h * 2"),
     "blanks": ("h = h * 2", "h  =  h*2"),
     "a wider block": (f"{' ' * 12}h = h * 2\n{' ' * 12}h = h + 1", f"{' ' * 16}h = h * 2\n{' ' * 16}h = h + 1"),
-    "where a file lies": ("dart_eval.ffn import", "dart_eval.layers.ffn import"),
+    "where a file lies": ("dart_eval.layers.ffn import", "dart_eval.layers.ffn import"),
     "the order of imports": ("FFN, find_ffns as found", "find_ffns as found, FFN"),
     "a wrapped import": ("import FFN, find_ffns as found", "import (\n    FFN,\n    find_ffns as found,\n)"),
-    "imports in two lines": ("import FFN, ", "import FFN\nfrom dart_eval.trial import "),
+    "imports in two lines": ("import FFN, ", "import FFN\nfrom dart_eval.layers.trial import "),
     "empty lines": ("class Score:", "\n\n\nclass Score:"),
 }
 HARMFUL = {
@@ -116,9 +116,10 @@ def folders(tmp_path):
     """A package and its tasks."""
     package, tasks = tmp_path / "package", tmp_path / "tasks"
     texts = {
-        "allocation.py": "a = 1", "plan.py": "a = 1", "pruning/session.py": "a = 1", "pruning/execution.py": "a = 1",
-        "pruning/methods/mine.py": "a = 1", "pruning/permuted.py": "a = 1", "pruning/gather.py": "a = 1",
-        "evaluation/lm.py": "a = 1", "executors/worker.py": "a = 1", "executors/local.py": "a = 1",
+        "weights/codes.py": "a = 1", "sweep/plan.py": "a = 1", "pruning/session/session.py": "a = 1",
+        "pruning/session/execution.py": "a = 1", "evaluation/task_names.py": "a = 1",
+        "pruning/methods/mine.py": "a = 1", "pruning/session/permuted.py": "a = 1", "kernels/gather.py": "a = 1",
+        "evaluation/lm.py": "a = 1", "sweep/worker.py": "a = 1", "sweep/local.py": "a = 1",
     }  # fmt: skip
     for name, text in texts.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
@@ -130,9 +131,10 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "moves"), [
-    ("allocation.py", True), ("pruning/session.py", True), ("pruning/execution.py", True), ("evaluation/lm.py", True),
-    ("pruning/methods/mine.py", True), ("executors/worker.py", True), ("plan.py", False),
-    ("executors/local.py", False), ("pruning/permuted.py", False), ("pruning/gather.py", False),
+    ("weights/codes.py", True), ("pruning/session/session.py", True), ("pruning/session/execution.py", True),
+    ("evaluation/lm.py", True), ("evaluation/task_names.py", False),
+    ("pruning/methods/mine.py", True), ("sweep/worker.py", True), ("sweep/plan.py", False),
+    ("sweep/local.py", False), ("pruning/session/permuted.py", False), ("kernels/gather.py", False),
 ])  # fmt: skip
 def test_only_a_change_of_numeric_code_that_is_run_moves_the_hash(folders, name, moves):
     before = hash_of(*folders)
@@ -147,7 +149,7 @@ def test_a_new_file_moves_the_hash_and_a_moved_one_does_not(folders):
     method = package / "pruning" / "methods" / "mine.py"
     before = hash_of(package, tasks)
     method.rename(package / "evaluation" / "yours.py")
-    (package / "allocation.py").rename(package / "pruning" / "methods" / "allocation.py")
+    (package / "weights" / "codes.py").rename(package / "pruning" / "methods" / "codes.py")
     (tasks / "own" / "own.yaml").rename(tasks / "other.yaml")
     assert hash_of(package, tasks) == before
     method.write_text("a = 1")
@@ -170,30 +172,21 @@ def test_code_of_tasks_counts_by_its_tokens_and_their_yaml_as_it_is(folders):
 
 # What a worker or a task imports and no number comes of. A new module must be put here or into `NUMERIC_CODE`.
 WITHOUT_NUMBERS = {
-    "checkpoint.py": "refuses models; the dtype that it reads is part of a key",
-    "config.py": "reads options, which are part of a key",
-    "demo_model.py": "makes a model, whose files are hashed",
-    "errors.py": "messages",
-    "executors/jobs.py": "says what is to be run",
-    "guard.py": "refuses",
-    "util/source.py": "hashes",
-    "files.py": "reads and writes files as they are",
-    "finite.py": "refuses",
-    "hashes.py": "hashes",
-    "hub.py": "asks whether the hub is there",
-    "quiet.py": "keeps libraries from talking",
-    "lm_evals.py": "reads options, which are part of a key",
-    "machine.py": "describes the machine",
-    "plan.py": "makes keys: all that it decides is in them",
-    "scope_names.py": "names of scopes, which are part of a key",
-    "pruning/gather.py": "is not run",
-    "pruning/image_kernels.py": "is not run",
-    "pruning/inplace.py": "puts back what `permuted.py` moved",
-    "pruning/kernels.py": "is not run",
-    "pruning/permuted.py": "is not run",
-    "pruning/slices.py": "is not run",
-    "pruning/previewed.py": "is not run",
-    "pruning/products.py": "is not run",
+    "evaluation/task_hash.py": "hashes",
+    "evaluation/task_names.py": "names",
+    "evaluation/task_needs.py": "refuses",
+    "kernels/gather.py": "is not run",
+    "kernels/image_kernels.py": "is not run",
+    "kernels/products.py": "is not run",
+    "layers/finite.py": "refuses",
+    "models/demo_model.py": "makes a model, whose files are hashed",
+    "models/guard.py": "refuses",
+    "models/hub.py": "asks whether the hub is there",
+    "pruning/choices/previewed.py": "is not run",
+    "pruning/session/inplace.py": "puts back what `permuted.py` moved",
+    "pruning/session/kernels.py": "is not run",
+    "pruning/session/permuted.py": "is not run",
+    "pruning/session/slices.py": "is not run",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
     "results/journal.py": "hands back what it was given",
@@ -201,12 +194,22 @@ WITHOUT_NUMBERS = {
     "results/metrics.py": "describes metrics",
     "results/record.py": "holds what it was given",
     "results/store.py": "keeps records",
-    "task_names.py": "names",
-    "task_needs.py": "refuses",
-    "text.py": "messages",
-    "thinking.py": "refuses",
-    "values.py": "reads options, which are part of a key",
-    "yamls.py": "reads options, which are part of a key",
+    "sweep/config.py": "reads options, which are part of a key",
+    "sweep/hashes.py": "hashes",
+    "sweep/jobs.py": "says what is to be run",
+    "sweep/lm_evals.py": "reads options, which are part of a key",
+    "sweep/plan.py": "makes keys: all that it decides is in them",
+    "sweep/scope_names.py": "names of scopes, which are part of a key",
+    "sweep/thinking.py": "refuses",
+    "sweep/values.py": "reads options, which are part of a key",
+    "util/errors.py": "messages",
+    "util/files.py": "reads and writes files as they are",
+    "util/machine.py": "describes the machine",
+    "util/quiet.py": "keeps libraries from talking",
+    "util/source.py": "hashes",
+    "util/text.py": "messages",
+    "util/yamls.py": "reads options, which are part of a key",
+    "weights/checkpoint.py": "refuses models; the dtype that it reads is part of a key",
 }
 
 
@@ -231,11 +234,11 @@ def reached(files):
 
 
 def test_what_a_worker_imports_counts_or_computes_no_number():
-    files = reached([PACKAGE / "executors" / "worker.py", *tasks_dir().rglob("*.py")])
+    files = reached([PACKAGE / "sweep" / "worker.py", *tasks_dir().rglob("*.py")])
     ours = {f.relative_to(PACKAGE).as_posix() for f in files if f.is_relative_to(PACKAGE)}
     numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files(PACKAGE)}
     assert ours - numeric == {*WITHOUT_NUMBERS}
-    assert {*NOT_RUN} <= {*WITHOUT_NUMBERS}
+    assert {*NOT_RUN, *NO_NUMBER} <= {*WITHOUT_NUMBERS}
 
 
 @pytest.mark.slow
@@ -254,6 +257,6 @@ def test_what_cells_execute_is_known(saved_llama, tmp_path):
     assert len(result.records) == 9
     ours = {Path(f).relative_to(PACKAGE).as_posix() for f in executed if Path(f).is_relative_to(PACKAGE)}
     numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files(PACKAGE)}
-    assert {"pruning/state.py", "evaluation/lm.py", "executors/worker.py", "results/journal.py"} <= ours
-    assert not ours & {*NOT_RUN} - {"pruning/inplace.py"}  # it also brings a session's end to its end
-    assert ours - numeric <= {*WITHOUT_NUMBERS, "executors/local.py"}  # which hands cells to the worker
+    assert {"pruning/session/state.py", "evaluation/lm.py", "sweep/worker.py", "results/journal.py"} <= ours
+    assert not ours & {*NOT_RUN} - {"pruning/session/inplace.py"}  # it also brings a session's end to its end
+    assert ours - numeric <= {*WITHOUT_NUMBERS, "sweep/local.py"}  # which hands cells to the worker

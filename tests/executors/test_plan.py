@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval import plan as plan_module
-from dart_eval.config import RunConfig, config_from
-from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.models import Identity, ModelSpec, Resolved, resolve
-from dart_eval.plan import command, methods_of, plan
+from dart_eval.models.loading import Identity, ModelSpec, Resolved, resolve
 from dart_eval.pruning import registry
+from dart_eval.pruning.masks.allocations import Uniform
+from dart_eval.pruning.masks.mask import FromPrompt
+from dart_eval.pruning.masks.remasks import OnDrift
+from dart_eval.pruning.masks.scores import Activation
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.parts.allocations import Uniform
-from dart_eval.pruning.parts.base import option
-from dart_eval.pruning.parts.masks import FromPrompt
-from dart_eval.pruning.parts.remasks import OnDrift
-from dart_eval.pruning.parts.scores import Activation
+from dart_eval.pruning.part import option
 from dart_eval.pruning.registry import make, parse
+from dart_eval.sweep import plan as plan_module
+from dart_eval.sweep.config import RunConfig, config_from
+from dart_eval.sweep.plan import command, methods_of, plan
+from dart_eval.util.errors import UserError
 
 MODEL = Identity("tiny", None, "f00d")
 

@@ -8,10 +8,10 @@ from collections import Counter
 
 import pytest
 
-from dart_eval.errors import UserError
-from dart_eval.executors import pool as pool_module
-from dart_eval.executors.actor import Actor, Stopped
-from dart_eval.executors.pool import TRIES, Pool
+from dart_eval.cluster import pool as pool_module
+from dart_eval.cluster.actor import Actor, Stopped
+from dart_eval.cluster.pool import TRIES, Pool
+from dart_eval.util.errors import UserError
 from tests.helpers.nursery import LOCAL
 from tests.helpers.pools import Handler, Worker, task_of
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.config import config_from
-from dart_eval.errors import StoreError
 from dart_eval.results.journal import Journal
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import StoreError
 from tests.helpers.commands import CONTEXT, STOPS, Watch, program, results, run_local, start, started, until
 
 SWEEP = {

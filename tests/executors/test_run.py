@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import dart_eval
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors import worker
+from dart_eval.sweep import worker
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 
 SWEEP = {"method": "dense,random,dart", "sparsity": "0.5,0.7", "tasks": "smoke_questions,smoke_summary", "limit": 3}

@@ -4,13 +4,13 @@ import re
 
 import pytest
 
-from dart_eval.config import config_from
 from dart_eval.evaluation.part import WHOLE, Call, Part, Pilot
-from dart_eval.executors import jobs, sizing
-from dart_eval.executors.sizing import CellSize, duration, held_against, keep
-from dart_eval.executors.worker import Worker
-from dart_eval.models import resolve
+from dart_eval.models.loading import resolve
 from dart_eval.results.journal import Journal
+from dart_eval.sweep import jobs, sizing
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.sizing import CellSize, duration, held_against, keep
+from dart_eval.sweep.worker import Worker
 from tests.helpers.commands import command, run_local
 
 

@@ -5,12 +5,12 @@ import types
 
 import pytest
 
-from dart_eval.config import RunConfig
-from dart_eval.errors import UserError
-from dart_eval.executors.tracking import MAX_FAILURES, tracked
-from dart_eval.plan import Cell
 from dart_eval.pruning.registry import make
 from dart_eval.results.record import Metric, Record
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.plan import Cell
+from dart_eval.sweep.tracking import MAX_FAILURES, tracked
+from dart_eval.util.errors import UserError
 
 CONFIG = RunConfig(output="some/folder/sweep")
 

@@ -6,13 +6,13 @@ import pytest
 import typer
 
 from dart_eval.cli import app, run
-from dart_eval.config import DEFAULTS, RunConfig, checked, config_from
-from dart_eval.errors import UserError
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import command, plan
+from dart_eval.models.loading import Identity, ModelSpec, Resolved
+from dart_eval.sweep.config import DEFAULTS, RunConfig, checked, config_from
+from dart_eval.sweep.plan import command, plan
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.helpers.commands import command as run_command
 

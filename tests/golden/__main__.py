@@ -2,7 +2,7 @@
 
 import sys
 
-from dart_eval.quiet import silence
+from dart_eval.util.quiet import silence
 from tests.golden import file
 from tests.golden.measure import CASES
 

@@ -4,17 +4,17 @@ import functools
 import itertools
 from contextlib import contextmanager, nullcontext
 
-from dart_eval.cost import describe
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.find import find_ffns
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
+from dart_eval.pruning.cost import describe
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.record import RENAMED
-from dart_eval.shape import shape_of
 from tests.golden.cases import CALIBRATION
 from tests.helpers.models import word_tokenizer
 from tests.helpers.requests import TextRequest

@@ -27,7 +27,7 @@ import pytest
 
 from dart_eval import cli
 from dart_eval.cli import view
-from dart_eval.executors import jobs, local
+from dart_eval.sweep import jobs, local
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -5,7 +5,8 @@ import os
 import sys
 import traceback
 
-from dart_eval.pruning import gather, image_kernels, previewed
+from dart_eval.kernels import gather, image_kernels
+from dart_eval.pruning.choices import previewed
 from tests.helpers.commands import start
 
 

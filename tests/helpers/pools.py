@@ -4,8 +4,8 @@ import os
 import signal
 import time
 
-from dart_eval.errors import UserError
-from dart_eval.executors.pool import Task
+from dart_eval.cluster.pool import Task
+from dart_eval.util.errors import UserError
 
 
 class Worker:

@@ -3,13 +3,13 @@
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
-from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.prepared import prepare
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.calibration.calibration import TextCalibration
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.state import SequenceState
+from dart_eval.pruning.session.prepared import prepare
+from dart_eval.pruning.session.state import SequenceState
 from tests.helpers.models import random_tokens
 
 # A detector that sees drift in every window, so that masks do change

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.experts import routes
-from dart_eval.find import describe, find_ffns
-from dart_eval.projection import weight_matrix
-from dart_eval.pruning.dense import DenseSession
+from dart_eval.layers.experts import routes
+from dart_eval.layers.find import describe, find_ffns
+from dart_eval.layers.projection import weight_matrix
+from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.registry import make, parse
-from dart_eval.shape import shape_of
+from dart_eval.pruning.session.dense import DenseSession
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import RESTLESS, decoded, generate, open_session
 from tests.matrix.types import tiny

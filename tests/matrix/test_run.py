@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local
 from tests.matrix.types import tiny
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dart_eval.acts import Act, Lift, swish
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns, unchanged
+from dart_eval.layers.acts import Act, Lift, swish
+from dart_eval.layers.find import find_ffns, unchanged
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session
 from tests.matrix.types import tiny

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dart_eval.allocation import EPS, depth_aware, in_steps, keep_counts, normalise_sensitivity
+from dart_eval.pruning.masks.counts import EPS, depth_aware, in_steps, keep_counts, normalise_sensitivity
 
 # Normalised sensitivities of Llama-3.1-8B, and the keep ratios that DART's scripts ship for it at 70 %.
 LLAMA_8B = [

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dart_eval.pruning import kept
-from dart_eval.pruning.calibration import Passages, TextCalibration, means
-from dart_eval.pruning.kept import Kept
-from dart_eval.pruning.parts.scores import Activation, Wanda
+from dart_eval.pruning.calibration import kept
+from dart_eval.pruning.calibration.calibration import Passages, TextCalibration, means
+from dart_eval.pruning.calibration.kept import Kept
+from dart_eval.pruning.masks.scores import Activation, Wanda
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from tests.helpers.models import CONFIGS, random_tokens, tiny
@@ -185,6 +185,6 @@ def test_a_kept_file_that_is_damaged_is_made_anew(damage, caplog):
 
 def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("dart_eval.pruning.kept.folder", lambda: tmp_path / "file" / "folder")
+    monkeypatch.setattr("dart_eval.pruning.calibration.kept.folder", lambda: tmp_path / "file" / "folder")
     calibration, _ = counted(tiny("llama"), Kept({"model": "unkept"}))
     assert len(calibration.sums(Wanda().observe)) == 3

@@ -8,11 +8,11 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
-from dart_eval import ffn
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors import jobs, local
-from dart_eval.models import ModelSpec, Resolved, resolve
+from dart_eval.layers import ffn
+from dart_eval.models.loading import ModelSpec, Resolved, resolve
+from dart_eval.sweep import jobs, local
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.cards import Cards, OnCard
 from tests.helpers.commands import Watch
 from tests.helpers.matrices import product

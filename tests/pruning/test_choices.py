@@ -8,26 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.allocation import Counts, chosen_counts, depth_aware, keep_counts, normalise_sensitivity
-from dart_eval.cost import overhead
-from dart_eval.errors import UserError
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
+from dart_eval.pruning.choices.choices import CHOICES, All, ByGate, ByHidden, ByUp, Choice, GateUp, Token, TopP
+from dart_eval.pruning.choices.shown import SHOWN, ByPreview, Shown
+from dart_eval.pruning.cost import overhead
+from dart_eval.pruning.masks.counts import Counts, chosen_counts, depth_aware, keep_counts, normalise_sensitivity
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.parts.choices import (
-    CHOICES,
-    All,
-    ByGate,
-    ByHidden,
-    ByUp,
-    Choice,
-    GateUp,
-    Token,
-    TopP,
-)
-from dart_eval.pruning.parts.shown import SHOWN, ByPreview, Shown
 from dart_eval.pruning.registry import make
-from dart_eval.shape import shape_of
+from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
 from tests.helpers.sessions import (

@@ -6,10 +6,10 @@ FLOPs: tests/derivations/test_flops.py.
 import pytest
 from torch import nn
 
-from dart_eval.cost import describe, overhead
-from dart_eval.find import find_ffns
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
+from dart_eval.pruning.cost import describe, overhead
 from dart_eval.pruning.registry import make
-from dart_eval.shape import shape_of
 from tests.matrix.types import tiny as typed
 
 

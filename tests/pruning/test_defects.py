@@ -15,11 +15,11 @@ from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.tasks import tasks_dir
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
-from dart_eval.pruning.calibration import DEFAULT_TEXT
-from dart_eval.pruning.drift import DriftDetector
-from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.calibration.calibration import DEFAULT_TEXT
+from dart_eval.pruning.masks.drift import DriftDetector
+from dart_eval.pruning.masks.remasks import OnDrift
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from tests.helpers.models import SMALL, random_tokens, tiny
@@ -130,7 +130,7 @@ def test_d7_a_new_prompt_clears_everything_and_chunks_clear_nothing(llama):
 
 
 def test_d7_a_cache_that_went_back_is_refused(llama):
-    from dart_eval.errors import UserError
+    from dart_eval.util.errors import UserError
 
     with open_session(llama, "dart", 0.5):
         out = llama(prompt(20), use_cache=True)
@@ -142,7 +142,7 @@ def test_d7_a_cache_that_went_back_is_refused(llama):
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "itself"}])
 def test_d7_assisted_decoding_is_refused(llama, options):
-    from dart_eval.errors import UserError
+    from dart_eval.util.errors import UserError
 
     if "assistant_model" in options:
         options = {"assistant_model": tiny("llama", seed=1)}
@@ -217,7 +217,7 @@ def test_d18_the_projection_is_made_only_where_a_score_wants_it(llama, monkeypat
     def fail(*_):
         raise AssertionError("not asked for")
 
-    monkeypatch.setattr("dart_eval.pruning.calibration.project", fail)
+    monkeypatch.setattr("dart_eval.pruning.calibration.calibration.project", fail)
     for method in ("dart", "dart-code", "dart-choice", "griffin"):
         with open_session(llama, method, 0.5):
             pass

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dart_eval.pruning.drift import MAX_REFERENCE_WINDOWS, DriftDetector
-from dart_eval.pruning.parts.remasks import OnDrift
+from dart_eval.pruning.masks.drift import MAX_REFERENCE_WINDOWS, DriftDetector
+from dart_eval.pruning.masks.remasks import OnDrift
 
 D = 6
 CPU = torch.device("cpu")

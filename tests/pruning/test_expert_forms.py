@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dart_eval import experts
-from dart_eval.errors import UserError
-from dart_eval.expert_forms import FORMS, View, form_of
-from dart_eval.find import find_ffns
-from dart_eval.rounding import rounded_ffns
+from dart_eval.layers import experts
+from dart_eval.layers.expert_forms import FORMS, View, form_of
+from dart_eval.layers.find import find_ffns
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import rounded_ffns
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session
 from tests.matrix.types import tiny

@@ -12,9 +12,9 @@ from transformers import (
     PhiConfig,
 )
 
-from dart_eval import expert_forms
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
+from dart_eval.layers import expert_forms
+from dart_eval.layers.find import find_ffns
+from dart_eval.util.errors import UserError
 from tests.helpers.models import SMALL, tiny
 from tests.matrix.types import tiny as tiny_of
 

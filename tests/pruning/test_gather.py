@@ -6,10 +6,10 @@ import importlib.util
 import pytest
 import torch
 
-from dart_eval.find import find_ffns
-from dart_eval.pruning import gather
-from dart_eval.pruning.permuted import PermutedFFNs
-from dart_eval.pruning.slices import GatheredFFN
+from dart_eval.kernels import gather
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.session.permuted import PermutedFFNs
+from dart_eval.pruning.session.slices import GatheredFFN
 from tests.helpers.interpreted import interpreted
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import RESTLESS, bits, decoded, interrupted_anywhere, open_session, same

@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 import torch
 
-from dart_eval.bits import Rounding
-from dart_eval.pruning import image_kernels
+from dart_eval.kernels import image_kernels
 from dart_eval.pruning.registry import parse
-from dart_eval.rounding import rounded
+from dart_eval.util.bits import Rounding
+from dart_eval.weights.rounding import rounded
 from tests.helpers.interpreted import interpreted
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import bits, decoded, open_session, same

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from dart_eval.guard import GUARD
-from dart_eval.pruning import cache_watch, calls, hooks, inplace, permuted, session, slices
+from dart_eval.models.guard import GUARD
+from dart_eval.pruning.session import cache_watch, calls, hooks, inplace, permuted, session, slices
 from tests.helpers.models import biased, random_tokens, shallow
 from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session, same
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dart_eval.bench import kept, packed, untimed
+from dart_eval.bench import packed, untimed
 from dart_eval.bench.subject import Setting, Subject
-from dart_eval.bits import parse
 from dart_eval.cli.bench import _measured
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.pruning import products
+from dart_eval.kernels import products
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make
-from dart_eval.rounding import rounded, rounded_ffns, share
+from dart_eval.results import speeds
+from dart_eval.util.bits import parse
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import rounded, rounded_ffns, share
 from tests.helpers.commands import command
 from tests.helpers.models import made, random_tokens, tiny
 from tests.helpers.sessions import bits, same
@@ -69,8 +70,8 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
     griffin, dense, _ = json.loads(out.out)
     assert griffin["method"] == "griffin" and dense["bits"] == "4" and dense["read"] == pytest.approx(4.5 / 16)
     assert dense["speedup"] > 0 and dense["ceiling"] > 1 and dense["speedup_n"] == 2
-    speeds = {(s.method, s.ffn_bits): s for s in kept.read(tmp_path / "out")}
-    alone, own, on_four = (speeds[key] for key in (("dense", "4"), ("griffin", None), ("griffin", "4")))
+    found = {(s.method, s.ffn_bits): s for s in speeds.read(tmp_path / "out")}
+    alone, own, on_four = (found[key] for key in (("dense", "4"), ("griffin", None), ("griffin", "4")))
     inputs = {"model": dict(alone.model), "dtype": "bfloat16", "params": alone.params, "sparsity": 0.0}
     assert alone.is_of({**inputs, "ffn_bits": "4"}) and not alone.is_of(inputs)
     pruned = {**inputs, "params": own.params, "sparsity": 0.7}

@@ -9,25 +9,25 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.cli.describe import alternatives, part_rows, tree
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning import parts as folder
+from dart_eval.pruning.choices.candidates import Candidates
+from dart_eval.pruning.choices.choices import All, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.choices.images import Copy, FirstBits
+from dart_eval.pruning.choices.shown import ByPreview, Graded, Shown
+from dart_eval.pruning.experts.routings import Fewer, Without
+from dart_eval.pruning.inputs.entries import Above, ByNorms, RoundedEntries, WandaEntries
+from dart_eval.pruning.masks.allocations import DepthAware, Global, Table, Uniform
+from dart_eval.pruning.masks.compensations import MeanOutput, Nothing
+from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
+from dart_eval.pruning.masks.prompt_scores import Probe, Ranks, Votes
+from dart_eval.pruning.masks.remasks import EveryN, Never, OnDrift
+from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.method import Pruner, changed, plain_fields, slot_names, slots, text_of
-from dart_eval.pruning.parts.allocations import DepthAware, Global, Table, Uniform
-from dart_eval.pruning.parts.base import kind_of
-from dart_eval.pruning.parts.candidates import Candidates
-from dart_eval.pruning.parts.choices import All, ByGate, ByHidden, ByUp, GateUp, TopP
-from dart_eval.pruning.parts.compensations import MeanOutput, Nothing
-from dart_eval.pruning.parts.entries import Above, ByNorms, RoundedEntries, WandaEntries
-from dart_eval.pruning.parts.images import Copy, FirstBits
-from dart_eval.pruning.parts.masks import Ahead, Everything, FromPrompt, Static
-from dart_eval.pruning.parts.prompt_scores import Probe, Ranks, Votes
-from dart_eval.pruning.parts.remasks import EveryN, Never, OnDrift
-from dart_eval.pruning.parts.routings import Fewer, Without
-from dart_eval.pruning.parts.scores import Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.parts.shown import ByPreview, Graded, Shown
+from dart_eval.pruning.part import kind_of
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
-from dart_eval.pruning.sequence import PerSequence
+from dart_eval.pruning.session.sequence import PerSequence
+from dart_eval.util.errors import UserError
 from tests.helpers.models import tiny
 from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
 

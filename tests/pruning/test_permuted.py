@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.pruning.inplace import Work, involutions, transpose
-from dart_eval.pruning.permuted import PermutedFFNs
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.session.inplace import Work, involutions, transpose
+from dart_eval.pruning.session.permuted import PermutedFFNs
+from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, SMALL, biased, random_tokens
 from tests.helpers.sessions import (

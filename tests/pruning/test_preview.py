@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dart_eval
-from dart_eval.bits import Rounding
-from dart_eval.find import find_ffns
-from dart_eval.pruning import serving
-from dart_eval.pruning.parts.images import Copy, FirstBits, LowRank, Weights
-from dart_eval.pruning.parts.shown import ByPreview
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.choices import serving
+from dart_eval.pruning.choices.images import Copy, FirstBits, LowRank, Weights
+from dart_eval.pruning.choices.shown import ByPreview
 from dart_eval.pruning.registry import make
-from dart_eval.rounding import served_bits, served_inputs, served_output
+from dart_eval.util.bits import Rounding
+from dart_eval.weights.rounding import served_bits, served_inputs, served_output
 from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
 from tests.helpers.sessions import PLAIN, generate, open_session, state_of
 

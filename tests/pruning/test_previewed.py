@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen2Config
 
 from dart_eval.bench import decode
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.pruning import previewed
-from dart_eval.pruning.kernels import gatherer, lacking
-from dart_eval.pruning.permuted import PermutedFFNs
-from dart_eval.pruning.prepared import prepare
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.choices import previewed
 from dart_eval.pruning.registry import make, parse
-from dart_eval.pruning.slices import Down, best
+from dart_eval.pruning.session.kernels import gatherer, lacking
+from dart_eval.pruning.session.permuted import PermutedFFNs
+from dart_eval.pruning.session.prepared import prepare
+from dart_eval.pruning.session.slices import Down, best
+from dart_eval.util.errors import UserError
 from tests.helpers.models import SMALL, made, random_tokens, tiny
 from tests.helpers.sessions import bits, decoded, generate, interrupted_anywhere, open_session, same
 from tests.matrix.types import tiny as typed

@@ -7,13 +7,13 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn.functional import linear
 
-from dart_eval.errors import UserError
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
-from dart_eval.projection import stored_bits
-from dart_eval.pruning.permuted import quantised
-from dart_eval.quantised import nbytes, values
-from dart_eval.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.projection import stored_bits
+from dart_eval.layers.quantised import nbytes, values
+from dart_eval.pruning.session.permuted import quantised
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
 from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import cache_of, generate, open_session
 

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 
-from dart_eval.errors import UserError
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.renamed import OLD, RENAMED
+from dart_eval.util.errors import UserError
 
 # Every old name on its own: what was typed, what is to be typed.
 ALONE = {

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 import dart_eval
-from dart_eval import quantised
-from dart_eval.bits import Rounding, Stored, parse
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.projection import weight_matrix
-from dart_eval.rounding import coded, rounded, served_bits, served_inputs, share
+from dart_eval.layers import quantised
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.projection import weight_matrix
+from dart_eval.util.bits import Rounding, Stored, parse
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import coded, rounded, served_bits, served_inputs, share
 from tests.helpers.models import FAMILIES, SMALL, made, phi3, random_tokens, tiny
 from tests.helpers.sessions import generate, open_session
 

@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from dart_eval.families import final_norm
-from dart_eval.find import find_ffns
-from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.parts.remasks import OnDrift
-from dart_eval.pruning.parts.scores import Activation, Random, Weights, activations, decayed
+from dart_eval.layers.families import final_norm
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.calibration.calibration import TextCalibration
+from dart_eval.pruning.calibration.vocabulary import gain, project
+from dart_eval.pruning.masks.remasks import OnDrift
+from dart_eval.pruning.masks.scores import Activation, Random, Weights, activations, decayed
 from dart_eval.pruning.registry import make
-from dart_eval.pruning.vocabulary import gain, project
 from tests.helpers.models import SMALL, tiny
 from tests.helpers.sessions import state_of
 
@@ -122,7 +122,7 @@ def test_without_a_norm_the_gain_is_one():
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_the_projection_is_that_of_the_output_head(monkeypatch, chunk):
     """Untied, with a norm after the FFN and a final norm: Phi by explicit matrices."""
-    monkeypatch.setattr("dart_eval.pruning.vocabulary.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("dart_eval.pruning.calibration.vocabulary.CHUNK_BYTES", chunk)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8, tie_word_embeddings=False)).eval()
     with torch.no_grad():

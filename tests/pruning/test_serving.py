@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dart_eval
-from dart_eval.bits import Rounding
-from dart_eval.errors import UserError
-from dart_eval.find import find_ffns
-from dart_eval.pruning import kept, serving
-from dart_eval.pruning.parts.images import LEVELS, level_of
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.calibration import kept
+from dart_eval.pruning.choices import serving
+from dart_eval.pruning.choices.images import LEVELS, level_of
 from dart_eval.pruning.registry import make
-from dart_eval.rounding import rounded
+from dart_eval.util.bits import Rounding
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import rounded
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 
@@ -103,7 +104,7 @@ def test_what_is_read_settles_what_weights_are_served_as():
 
 
 def test_numbers_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("dart_eval.pruning.kept.folder", lambda: tmp_path / "calibration")
+    monkeypatch.setattr("dart_eval.pruning.calibration.kept.folder", lambda: tmp_path / "calibration")
     monkeypatch.setattr(serving, "LARGE", 100)
     made = []
     monkeypatch.setattr(serving, "rounded", lambda *a: made.append(a[0].shape) or rounded(*a))

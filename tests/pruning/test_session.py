@@ -5,13 +5,13 @@ import torch
 
 import dart_eval
 from dart_eval import rounded_ffns
-from dart_eval.errors import UserError
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
-from dart_eval.pruning.calibration import TextCalibration
-from dart_eval.pruning.parts.scores import Wanda
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.calibration.calibration import TextCalibration
+from dart_eval.pruning.masks.scores import Wanda
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import BUILT_IN
+from dart_eval.util.errors import UserError
 from tests.helpers.matrices import on_families
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import (

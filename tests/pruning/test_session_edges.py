@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, OpenAIGPTConfig
 
-from dart_eval.errors import UserError
-from dart_eval.families import cache_argument
-from dart_eval.find import find_ffns
+from dart_eval.layers.families import cache_argument
+from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
+from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session
 
@@ -379,7 +379,7 @@ def test_another_activation_is_found_though_it_is_a_plain_function(llama):
 def test_a_prompt_describes_no_layer_anew(llama, monkeypatch):
     """That took a tenth of a short prompt's time; layers are held against what they were made of."""
     with open_session(llama, "griffin", 0.5, execution="masked"):
-        monkeypatch.setattr("dart_eval.find.describe", lambda _model: pytest.fail("described anew"))
+        monkeypatch.setattr("dart_eval.layers.find.describe", lambda _model: pytest.fail("described anew"))
         generate(llama, prompt(), 4)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dart_eval.errors import UserError
-from dart_eval.families import cache_argument
+from dart_eval.layers.families import cache_argument
+from dart_eval.util.errors import UserError
 from tests.helpers.models import SMALL, made, random_tokens
 from tests.helpers.sessions import RESTLESS, cache_of, decoded, generate, open_session, prompts_of
 

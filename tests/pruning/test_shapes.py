@@ -2,8 +2,8 @@
 
 import pytest
 
-from dart_eval import shapes
-from dart_eval.errors import UserError
+from dart_eval.models import shapes
+from dart_eval.util.errors import UserError
 
 
 def test_shapes_have_the_sizes_of_their_models():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dart_eval.find import find_ffns
-from dart_eval.pruning import slices
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.session import slices
 from tests.helpers.models import SMALL, biased, random_tokens
 from tests.helpers.sessions import RESTLESS, VARIED, bits, decoded, open_session, same
 
@@ -68,7 +68,7 @@ def test_float16_has_no_product_on_a_turned_weight(monkeypatch):
         layouts.append(weight.is_contiguous() or weight.shape[1] == 1)
         return product(x, weight, *rest)
 
-    monkeypatch.setattr("dart_eval.pruning.slices.linear", spy)
+    monkeypatch.setattr("dart_eval.pruning.session.slices.linear", spy)
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     with open_session(model, "dart", 0.5, execution="permuted", **RESTLESS) as session:
         decoded(model, session, [random_tokens(20)], steps=5)

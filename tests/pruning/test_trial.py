@@ -11,12 +11,12 @@ from transformers import (
     Gemma4TextConfig,
 )
 
-from dart_eval import experts, trial
-from dart_eval.allocation import depth_aware, normalise_sensitivity
-from dart_eval.errors import UserError
 from dart_eval.evaluation.forwards import output_head
-from dart_eval.families import cache_argument, decoder_layers
-from dart_eval.find import find_ffns
+from dart_eval.layers import experts, trial
+from dart_eval.layers.families import cache_argument, decoder_layers
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.masks.counts import depth_aware, normalise_sensitivity
+from dart_eval.util.errors import UserError
 from tests.helpers.models import GEMMA4, SMALL, STREAMS, random_model, random_tokens, tiny
 from tests.helpers.sessions import cache_of, open_session
 from tests.matrix.types import tiny as matrix_model

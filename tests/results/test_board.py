@@ -7,16 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dart_eval.bench import kept
-from dart_eval.bench.ratio import Ratio
 from dart_eval.cli.run import show_results
-from dart_eval.executors.jobs import RunResult
-from dart_eval.results import board_text, frontier, verdict
+from dart_eval.results import board_text, frontier, speeds, verdict
 from dart_eval.results.blocks import GUESSING
 from dart_eval.results.board import boards
 from dart_eval.results.labels import exact
+from dart_eval.results.ratio import Ratio
 from dart_eval.results.store import Store
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
+from dart_eval.sweep.jobs import RunResult
 from tests.helpers.commands import command
 from tests.helpers.records import answered, choosing, perplexities, right, save
 
@@ -418,7 +417,7 @@ def test_cells_of_several_versions_keep_their_names_and_are_counted(tmp_path):
 def test_measured_speed_stands_beside_its_row(tmp_path):
     pruned = choices(0.5)
     ratio = Ratio(1.523, 1.5, 1.6, 30)
-    speed = kept.Speed(
+    speed = speeds.Speed(
         "griffin", pruned.inputs["params"], 0.7, pruned.inputs["model"], "float32", "cpu", "2 threads", None, 128, 0.3,
         ratio, ratio, 1.8, "2026-01-01",
     )  # fmt: skip

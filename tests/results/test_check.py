@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dart_eval.errors import UserError
 from dart_eval.results import outcomes
 from dart_eval.results.check import FELL, check, recovery, workflow_commands
 from dart_eval.results.outcomes import Cell, Measure
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
+from dart_eval.util.errors import UserError
 from tests.helpers.records import N, answered, choosing, perplexities, right, samples
 
 

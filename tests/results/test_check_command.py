@@ -13,13 +13,13 @@ import yaml
 from typer.testing import CliRunner
 
 from dart_eval.cli import check as command
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.executors import jobs
-from dart_eval.pruning.parts.scores import Activation
+from dart_eval.pruning.masks.scores import Activation
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check
 from dart_eval.results.thresholds import Limits, Thresholds, thresholds_from
+from dart_eval.sweep import jobs
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import run_local
 from tests.helpers.models import tiny
 from tests.helpers.records import N, answered, digest, perplexities, right, save

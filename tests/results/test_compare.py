@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from dart_eval.cli import compare as command
 from dart_eval.cli import view
-from dart_eval.errors import UserError
 from dart_eval.results import documents, outcomes
 from dart_eval.results.compare import compare_folders, compare_within, render
 from dart_eval.results.record import Metric
+from dart_eval.util.errors import UserError
 from tests.helpers.records import N, answered, digest, metric_of, perplexities, right, samples, save
 
 # -- two folders ---------------------------------------------------------------------------------------------------

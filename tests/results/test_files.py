@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval import files
-from dart_eval.config import config_from
-from dart_eval.errors import StoreError, UserError
 from dart_eval.results import baseline
 from dart_eval.results.store import Store
 from dart_eval.results.thresholds import thresholds_from
+from dart_eval.sweep.config import config_from
+from dart_eval.util import files
+from dart_eval.util.errors import StoreError, UserError
 from tests.helpers.commands import command, program
 from tests.helpers.records import answered, record, samples, save
 
@@ -118,7 +118,7 @@ def test_a_device_is_written_into_and_stays_a_device(tmp_path):
 @pytest.mark.parametrize("append", [True, False])
 def test_standard_output_by_its_name_comes_after_what_was_said_before(tmp_path, append):
     """Also where it is a file: a second opening of it would begin at its start, a rename would lose it."""
-    code = "from dart_eval.files import write; print('first'); write('own', 'second\\n'); "
+    code = "from dart_eval.util.files import write; print('first'); write('own', 'second\\n'); "
     code += "write('/dev/fd/1', b'third\\n'); print('fourth')"
     (tmp_path / "own").symlink_to("/proc/self/fd/1")  # what /dev/stdout is, and no harm is done if it is replaced
     target = tmp_path / "shown"

@@ -9,12 +9,12 @@ import zlib
 
 import pytest
 
-from dart_eval.errors import UserError
-from dart_eval.executors.sizing import held_against
 from dart_eval.results import layout
 from dart_eval.results.journal import Journal
 from dart_eval.results.store import Store
 from dart_eval.results.thresholds import thresholds_from
+from dart_eval.sweep.sizing import held_against
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.records import FLOPS, answered, right, save, sealed
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dart_eval.config import RunConfig
-from dart_eval.models import Identity, ModelSpec, Resolved
-from dart_eval.plan import plan
+from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.results import inputs, metrics
 from dart_eval.results.record import Metric
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.plan import plan
 from tests.helpers.records import answered, right
 
 ROOT = Path(__file__).resolve().parents[2]

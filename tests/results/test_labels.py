@@ -8,7 +8,7 @@ import json
 import pytest
 
 from dart_eval.cli import view
-from dart_eval.models import Identity
+from dart_eval.models.loading import Identity
 from dart_eval.results import baseline, outcomes
 from dart_eval.results.check import check, junit, table, workflow_commands
 from dart_eval.results.compare import compare_folders, compare_within
@@ -19,7 +19,7 @@ from dart_eval.results.store import Store
 from dart_eval.results.tables import tables
 from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table
-from dart_eval.text import folded
+from dart_eval.util.text import folded
 from tests.helpers.records import FLOPS, answered, record, render, right, save
 
 UNIFORM = "dart:allocation=uniform"

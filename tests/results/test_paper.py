@@ -10,14 +10,14 @@ import subprocess
 import pytest
 import yaml
 
-from dart_eval.config import config_from
-from dart_eval.errors import UserError
-from dart_eval.paper import SHIPPED, load
 from dart_eval.results import stats
 from dart_eval.results.paper_tables import Column, Layout, Paper, Reported, Row, to_csv
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, latex, markdown
+from dart_eval.sweep.config import config_from
+from dart_eval.sweep.paper import SHIPPED, load
+from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
 from tests.helpers.records import record, table_body
 

@@ -7,14 +7,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dart_eval.bench import kept
-from dart_eval.bench.ratio import Ratio
 from dart_eval.cli.report import report
-from dart_eval.errors import UserError
-from dart_eval.files import read_regular
+from dart_eval.results import speeds
 from dart_eval.results import store as reading
+from dart_eval.results.ratio import Ratio
 from dart_eval.results.report import build
 from dart_eval.results.store import Store
+from dart_eval.util.errors import UserError
+from dart_eval.util.files import read_regular
 from tests.helpers.pages import DRIFT, FEW, HOSTILE, PARTS, Checked, folder, only, texts
 from tests.helpers.records import cell, written
 
@@ -77,7 +77,7 @@ def test_speed_is_what_was_measured(tmp_path, page):
     store = folder(tmp_path, methods=FEW)
     inputs = next(r.inputs for r in store.load() if r.inputs["method"] == "dart")
     ratio, same = Ratio(1.523, 1.5, 1.6, 30), Ratio(1.0, 0.99, 1.01, 30)
-    kept.keep(tmp_path, kept.Speed(
+    speeds.keep(tmp_path, speeds.Speed(
         "dart", inputs["params"], 0.5, inputs["model"], "float32", "cpu", "2 threads", None, 128, 0.5, ratio, same,
         1.8, "2026-01-01",
     ))  # fmt: skip
@@ -85,8 +85,8 @@ def test_speed_is_what_was_measured(tmp_path, page):
     for shown in ("1.52x [1.50, 1.60]", "1.00x", "1.80x", "cpu, 2 threads, after 128 tokens"):
         assert f">{shown}</td>" in html
     assert "No speed was measured" not in html
-    first = kept.read(tmp_path)[0]
-    kept.keep(tmp_path, dataclasses.replace(first, speedup=None, control=None, times="bytes only"))
+    first = speeds.read(tmp_path)[0]
+    speeds.keep(tmp_path, dataclasses.replace(first, speedup=None, control=None, times="bytes only"))
     html = build(store).html
     assert ">none yet</td>" in html and ">1.80x</td>" in html and "1.52x" not in html
 

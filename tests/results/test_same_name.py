@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from dart_eval.errors import UserError
 from dart_eval.results import detector, inputs, outcomes
 from dart_eval.results.check import FELL, MISSING, check, junit
 from dart_eval.results.compare import compare_folders, compare_within
@@ -16,6 +15,7 @@ from dart_eval.results.report import build
 from dart_eval.results.store import Store
 from dart_eval.results.tables import tables
 from dart_eval.results.thresholds import Limits, Thresholds
+from dart_eval.util.errors import UserError
 from tests.helpers.records import FLOPS, answered, right, save
 
 OLD, NEW = "aaaa1111bbbb2222", "cccc3333dddd4444"

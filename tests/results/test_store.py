@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dart_eval.errors import StoreError, UserError
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import SCHEMA
 from dart_eval.results.store import Store, write_atomically
+from dart_eval.util.errors import StoreError, UserError
 from tests.helpers.commands import start
 from tests.helpers.records import SCHEMA_1, record
 

@@ -16,12 +16,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.cli import view
-from dart_eval.errors import UserError, summary
 from dart_eval.results import check, compare, stats, tables, writers
 from dart_eval.results.report import build
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, csv_text
-from dart_eval.text import json_text, printable
+from dart_eval.util.errors import UserError, summary
+from dart_eval.util.text import json_text, printable
 from tests.helpers.commands import command
 from tests.helpers.records import answered, record, render, save
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.bench import kept
-from dart_eval.results import board_text, detector, frontier, generated, tables
+from dart_eval.results import board_text, detector, frontier, generated, speeds, tables
 from dart_eval.results.blocks import Block, Board
 from dart_eval.results.board import boards
 from dart_eval.results.report import charts, head, page, quality
@@ -47,7 +46,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     found.tell()
     leaves = {t for r in found.records for t in (r.by_task or [r.inputs["task"]])}
     reader = Reader(store.folder, min(wanted, max(1, MOST // len(leaves))))
-    made = boards(reader, found.records, kept.read(store.folder))
+    made = boards(reader, found.records, speeds.read(store.folder))
     cells = cells_of(made, found.records)
     records, known = [c.record for c in cells], looks(cells)
     looked, texts, untold = _read(reader, cells)

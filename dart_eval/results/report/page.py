@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from dart_eval.text import printable
+from dart_eval.util.text import printable
 
 # Only the page's own script runs, whatever a name or a text may hold; nothing is loaded and nothing is sent.
 POLICY = (

@@ -1,0 +1,49 @@
+"""Executors: run the cells of a plan. `local` is one process on this machine, `cluster` is Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dart_eval.models.loaded import Loaded
+    from dart_eval.sweep.config import RunConfig
+    from dart_eval.sweep.jobs import RunResult, View
+    from dart_eval.sweep.sizing import CellSize
+
+
+def run_all(
+    configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None
+) -> RunResult:
+    """Run several sweeps of one model into one folder, with the executor that the first one names.
+
+    Args:
+        configs: they differ in methods, sparsities, tasks, few-shot and limit only.
+        skip_missing: go on without tasks whose data cannot be had, and report them.
+        model: a loaded one, which the executor `local` takes in place of that of the configurations.
+
+    Raises:
+        UserError: the input is wrong. Nothing has been written.
+    """
+    if configs[0].executor == "ray":
+        from dart_eval.cluster import cluster
+
+        return cluster.run_all(configs, view, skip_missing)
+    from dart_eval.sweep import local
+
+    return local.run_all(configs, view, skip_missing, model)
+
+
+def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
+    """The size of every cell, and how many workers would share them.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    if configs[0].executor == "ray":
+        from dart_eval.cluster import cluster
+
+        return cluster.estimate_all(configs, view)
+    from dart_eval.sweep import sizing
+
+    return sizing.estimate(configs, view), 1

@@ -1,0 +1,243 @@
+"""Names of tasks: this project's own, and those of lm-eval's YAML files.
+
+Nothing here imports lm-eval, which takes seconds, as does its index of all tasks: it parses every file. Here only the
+lines are read that name a task, a group or a tag. So a name that does not exist is refused at once. A test holds the
+names against lm-eval's own index.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dart_eval.evaluation import task_needs
+from dart_eval.util.errors import UserError, nearest
+
+# What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "arc": ("arc_easy", "arc_challenge"),
+    "drift": ("drift_smoke", "drift_smoke_same"),
+    "longbench_subset": (
+        "longbench_qasper", "longbench_hotpotqa", "longbench_gov_report", "longbench_trec",
+        "longbench_passage_retrieval_en", "longbench_lcc",
+    ),
+    "gpqa": ("gpqa_main_n_shot", "gpqa_diamond_n_shot", "gpqa_extended_n_shot"),
+    "smoke": ("smoke_questions", "smoke_stories", "smoke_summary", "smoke_highlights", "smoke_drift"),
+}  # fmt: skip
+
+# The tasks people ask for most, for `dart-eval ls tasks`.
+COMMON: dict[str, str] = {
+    "hellaswag": "which ending follows (4 choices)",
+    "boolq": "yes/no questions on a passage",
+    "rte": "does the premise entail the hypothesis",
+    "winogrande": "which of two the pronoun means",
+    "openbookqa": "elementary science (4 choices)",
+    "piqa": "which of two solutions works",
+    "mmlu": "57 subjects (4 choices); 5-shot in the papers: --num-fewshot 5",
+    "medmcqa": "medical entrance questions (4 choices); 5-shot in the papers",
+    "gsm8k": "grade-school mathematics, 5 examples; gsm8k_cot_zeroshot with a chat template",
+    "mmlu_pro": "14 subjects (10 choices), the answer is generated after thinking, 5 examples",
+    "ifeval": "instructions that a program can check; needs the extra [tasks] and a chat template",
+    "humaneval": "Python functions, run against tests: --confirm-run-unsafe-code; humaneval_instruct in a chat",
+    "mbpp": "short Python programs, run against tests: --confirm-run-unsafe-code; mbpp_instruct in a chat",
+    "ruler_4k": "13 tests of finding things in 4096 tokens; also ruler_8k, ruler_16k, ruler_32k; extra [tasks]",
+    "longbench": "20 tasks on long texts; longbench_subset has one of each kind in English; extra [tasks]",
+    "wikitext": "perplexity of WikiText-2 articles, second half of each chunk",
+    "cnn_dailymail": "news highlights, ROUGE-1/2/L",
+    "xsum": "one-sentence news summaries, ROUGE-1/2/L",
+    "smoke_questions": "shipped: 128 science and commonsense questions (4 choices)",
+    "smoke_stories": "shipped: 64 story endings (4 choices)",
+    "smoke_summary": "shipped: 30 articles, one-sentence summaries",
+    "smoke_highlights": "shipped: 30 articles, three-sentence summaries",
+    "smoke_drift": "shipped: 40 two-topic documents, perplexity after the switch",
+    "drift_smoke": "shipped: perplexity of an article after another one",
+    "drift_smoke_same": "shipped: its control, the second half of an article after the first",
+    "drift_xsum": "the same from XSum's articles; control drift_xsum_same",
+    "drift_cnn_dailymail": "the same from CNN/DailyMail's; control drift_cnn_dailymail_same",
+}
+
+PASSED_OVER = ("__pycache__", ".ipynb_checkpoints")  # folders, as in lm-eval's index
+KEYS = ("task", "group", "tag", "class", "include")
+# A line of a mapping's top level, and what stands below it: deeper, or the items of a list.
+LINE = re.compile(
+    rb"""^(["']?)(task|group|tag|class|include)\1 *:(?=\s)[ \t]*([^\r\n]*)((?:\r?\n(?:[ \t#-][^\r\n]*)?)*)""", re.M
+)
+PLAIN = re.compile(rb"[A-Za-z0-9_./][\w./+\- ()&]*")  # means itself in YAML, but for these words
+WORDS = (b"null", b"true", b"false", b"yes", b"no", b"on", b"off")
+FUNCTION = re.compile(rb"!function [\w.]+")
+ITEM = re.compile(rb"-[ ]+(.+)")
+
+
+def tasks_dir() -> Path:
+    """The project's own task YAMLs: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "tasks"
+    return inside if inside.is_dir() else package.parent / "tasks"
+
+
+def names(folders: Sequence[str] = ()) -> set[str]:
+    """Every task, group and tag: this project's, lm-eval's, and those of more folders.
+
+    Args:
+        folders: of `--include-path`.
+    """
+    return {*own(), *lm_evals(), *(name for folder in folders for name in _named_in(Path(folder)))}
+
+
+def own() -> dict[str, str]:
+    """The project's own tasks, each with the path of its YAML file."""
+    return _named_in(tasks_dir())
+
+
+def lm_evals() -> dict[str, str]:
+    """lm-eval's tasks, groups and tags, each with the path of a YAML file: of a tag one task's."""
+    spec = find_spec("lm_eval")
+    places = (spec.submodule_search_locations if spec else None) or []
+    return {name: path for place in places for name, path in _named_in(Path(place) / "tasks").items()}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """What a task's YAML file says, with those that it includes; this project's tasks before lm-eval's.
+
+    Args:
+        name: of a task; one that nobody knows says nothing, as does a file that cannot be read.
+    """
+    path = own().get(name) or lm_evals().get(name)
+    try:
+        return _with_included(path) if path else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def check(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
+    """Refuse names of tasks that nobody knows.
+
+    Args:
+        asked: as a user types them. folders: of `--include-path`.
+
+    Raises:
+        UserError: with the nearest names, or where the names are listed; or what a task needs is not installed.
+    """
+    wanted = [*asked]
+    if not wanted:
+        raise none_given()
+    if not {*wanted} <= {*ALIASES, *own()}:
+        known = {*names(folders), *ALIASES}
+        for name in wanted:
+            if name not in known:
+                raise unknown(name, known)
+    for name in wanted:
+        if path := own().get(name) or (lm_evals().get(name) if name not in ALIASES else None):
+            task_needs.check(name, path)
+
+
+def unknown(name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is none of the known ones."""
+    return UserError(f"unknown task {name!r}", nearest(name, known) or "`dart-eval ls tasks` lists them")
+
+
+def none_given() -> UserError:
+    """The error for no name at all."""
+    return UserError("no task given", "for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them")
+
+
+@functools.cache  # a process sees the files that there were when it first looked
+def _named_in(folder: Path) -> dict[str, str]:
+    """Every name in a folder's YAML files, with the path of one that says it; that of a task itself before others."""
+    found: dict[str, str] = {}
+    tagged: dict[str, str] = {}
+    for path in _yaml_files(str(folder)):
+        try:
+            name, *tags = _names_of(path) or [""]
+        except (OSError, ValueError, RecursionError):  # lm-eval passes over what it cannot read, too
+            continue
+        found |= {name: path} if name else {}
+        tagged |= dict.fromkeys(tags, path)
+    return {**tagged, **found}
+
+
+def _yaml_files(folder: str) -> Iterator[str]:
+    """The paths of a folder's YAML files, and of those below it."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(".yaml"):
+                    yield entry.path
+                elif entry.name not in PASSED_OVER and entry.is_dir():
+                    yield from _yaml_files(entry.path)
+    except OSError:  # no such folder, or one that this user may not read
+        return
+
+
+def _names_of(path: str) -> list[str]:
+    """What a file names: a group, or a task and its tags."""
+    said = _said(path)
+    if "group" in said and "class" not in said:
+        return [text for text in [said["group"]] if isinstance(text, str)]
+    task, tags = said.get("task"), said.get("tag") or []
+    if not isinstance(task, str):
+        return []
+    return [task, *([tags] if isinstance(tags, str) else (t for t in tags if isinstance(t, str)))]
+
+
+@functools.cache  # many files include one
+def _said(path: str) -> dict[str, Any]:
+    """The values of the keys in `KEYS`, those of included files too."""
+    with open(path, "rb") as file:
+        text = file.read()
+    lines = {key.decode(): (value, below) for _, key, value, below in LINE.findall(text)}
+    if "group" in lines and "class" not in lines:
+        lines.pop("task", None)  # its members
+    found: dict[str, Any] = {key: _value(*line) for key, line in lines.items()}
+    if not found or None in found.values():
+        found = {key: value for key, value in _parsed(text).items() if key in KEYS}
+    return _on_included(path, found, _said)
+
+
+def _on_included(path: str, found: dict[str, Any], read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What a file says on top of what is read of the files that it includes."""
+    include = found.pop("include", [])
+    base: dict[str, Any] = {}
+    for name in [include] if isinstance(include, str) else include:
+        base |= read(os.path.join(os.path.dirname(path), name))
+    return {**base, **found}
+
+
+def _with_included(path: str) -> dict[str, Any]:
+    """All of a file and of those that it includes."""
+    return _on_included(path, _parsed(Path(path).read_bytes()), _with_included)
+
+
+def _value(text: bytes, below: bytes) -> str | list[str] | None:
+    """A text or a list of texts; None where it takes a YAML parser to tell."""
+    text = text.partition(b" #")[0].strip()
+    if text[:1] in (b'"', b"'") and text[-1:] == text[:1] and len(text) > 1 and b"\\" not in text:
+        inside = text[1:-1]
+        return None if text[:1] in inside else inside.decode()
+    if text and not text.startswith(b"#"):
+        simple = (PLAIN.fullmatch(text) and text.lower() not in WORDS) or FUNCTION.fullmatch(text)
+        return text.decode() if simple and not below.strip() else None
+    lines = [line.strip() for line in below.splitlines() if line.strip() and not line.strip().startswith(b"#")]
+    items = [ITEM.fullmatch(line) for line in lines]
+    read = [_value(item[1], b"") if item else None for item in items]
+    return [r for r in read if isinstance(r, str)] if read and all(isinstance(r, str) for r in read) else None
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """All keys and values, by a YAML parser; functions in it stay texts."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+    try:
+        loaded = yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    return loaded if isinstance(loaded, dict) else {}

@@ -1,0 +1,85 @@
+"""Copies of 4 bits as a GPU reads them: a Triton kernel for the product of one token with such a copy.
+
+A copy has two codes in a byte, and its scales. Like those of `gather` the kernel needs a CUDA GPU, or Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dart_eval.kernels.gather import COLUMNS, ROWS
+from dart_eval.weights.codes import Packed
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # optional
+    triton = None
+
+if triton is not None:
+
+    @triton.jit
+    def _show_copy(
+        codes, scales, x, out, count, width, group, groups, pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        """out[n] = sum over d of scale[n, d // group] * (code[n, d] - 8) * x[d]"""
+        n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = n.to(tl.int64)[:, None]
+        total = tl.zeros((ROWS,), dtype=tl.float32)
+        for start in range(0, width, COLUMNS):
+            d = start + tl.arange(0, COLUMNS)
+            inside = (n < count)[:, None] & (d < width)[None, :]
+            pair = tl.load(codes + row * pairs + (d // 2)[None, :], mask=inside, other=0).to(tl.int32)
+            code = ((pair >> ((d % 2) * 4)[None, :]) & 15) - 8
+            scale = tl.load(scales + row * groups + (d // group)[None, :], mask=inside, other=0.0).to(tl.float32)
+            part = tl.load(x + d, mask=d < width, other=0.0).to(tl.float32)
+            total += tl.sum(code.to(tl.float32) * scale * part[None, :], axis=1)
+        tl.store(out + n, total, mask=n < count)
+
+
+def _grid(count: int) -> Any:
+    return (-(-count // ROWS),)
+
+
+def _packed(values: Tensor) -> Tensor:
+    """[F, ceil(D / 2)] uint8: two numbers of 4 bits in a byte, the first one low. values: [F, D]."""
+    wide = pad(values.to(torch.uint8), (0, values.shape[1] % 2)).unflatten(1, (-1, 2))
+    return wide[..., 0] | wide[..., 1] << 4
+
+
+@dataclass(frozen=True)
+class CopyCodes:
+    """A copy of 4 bits, [F, D].
+
+    Attributes:
+        codes: [F, ceil(D / 2)] uint8, two codes in a byte, 8 more than what they stand for.
+        scales: [F, groups] fp16. group: weights that share one. width: D.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group: int
+    width: int
+
+    @classmethod
+    def of(cls, held: Packed) -> CopyCodes:
+        """Of a matrix that was rounded to 4 bits."""
+        width = held.codes.shape[1]
+        codes = _packed(held.codes + 8)
+        return cls(codes, held.scales.contiguous(), min(held.rounding.group, width) or width, width)
+
+    def show(self, x: Tensor) -> Tensor:
+        """[F] fp32, the product with the image. x: [D]."""
+        count, pairs = self.codes.shape
+        out = torch.empty(count, dtype=torch.float32, device=x.device)
+        _show_copy[_grid(count)](
+            self.codes, self.scales, x.contiguous(), out, count, self.width, self.group, self.scales.shape[1], pairs,
+            ROWS, COLUMNS,
+        )  # fmt: skip
+        return out

@@ -1,0 +1,1 @@
+"""The FFN of a layer, whatever the family, and the sizes of a model."""

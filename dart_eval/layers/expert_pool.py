@@ -1,0 +1,58 @@
+"""What is asked of routed experts beside a forward: of tokens that came before, and of all experts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dart_eval.layers.experts import Routed
+
+
+def routing(routed: Routed, batch: int) -> Tensor:
+    """[B, T, 2 count] fp32, which experts each token of the forward under way has, and what they count."""
+    counts = routed.weights if routed.inward is None else routed.inward
+    return torch.cat([routed.index.float(), counts.float()], -1).view(batch, -1, 2 * routed.count)
+
+
+@contextmanager
+def under(routed: Routed, routing: Tensor) -> Iterator[None]:
+    """Inside, tokens are those with this routing: [..., 2 count]."""
+    before = routed.index, routed.weights, routed.inward
+    index, counts = routing.reshape(-1, 2 * routed.count).chunk(2, -1)
+    routed.index, routed.weights = index.long(), counts
+    if routed.inward is not None:
+        routed.weights, routed.inward = torch.ones_like(counts), counts
+    try:
+        yield
+    finally:
+        routed.index, routed.weights, routed.inward = before
+
+
+def present(routed: Routed, h: Tensor, some: slice, tokens: int) -> Tensor:
+    """1 for every neuron that a token has, else 0: like h [B, t, F].
+
+    Args:
+        some: which of the last `tokens` of the forward under way these are.
+    """
+    index = routed.index[len(routed.index) - len(h) * tokens :].view(len(h), tokens, routed.count)[:, some]
+    return (index >= 0).float().repeat_interleave(routed.inner, -1)
+
+
+def input_biases(routed: Routed) -> tuple[Tensor | None, ...]:
+    """Those of gate and up (or of up alone) of all experts, [pool] each, or None."""
+    experts = routed.experts
+    if not experts.has_bias:
+        return (None,) * (2 if experts.has_gate else 1)
+    if not experts.has_gate:
+        return (experts.up_proj_bias.reshape(-1),)
+    gate, up = routed.halves(experts.gate_up_proj_bias)
+    return gate.reshape(-1), up.reshape(-1)
+
+
+def write_all(routed: Routed, h: Tensor) -> Tensor:
+    """[b, pool] -> [b, D], what the neurons of all experts write together, without a bias."""
+    each = h.view(len(h), -1, routed.inner)
+    return torch.stack([routed.times(each[:, e], "down_proj", e) for e in range(routed.all)]).sum(0)

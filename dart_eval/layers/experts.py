@@ -1,0 +1,385 @@
+"""Mixtures of experts: the routed experts of a layer as one FFN, of whose neurons a token has those of its experts.
+
+transformers hands all calls of experts to a function that can be registered (`ALL_EXPERTS_FUNCTIONS`). Ours computes
+what stock code does, in two steps that look like modules: what experts make of x, and what they write of h. So whatever
+watches or changes the h of an FFN does it here, too. The router's weight is a part of h: neurons of different experts
+can be held against each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from dart_eval.layers.expert_forms import View, form_of
+from dart_eval.layers.projection import Step
+from dart_eval.util.errors import UserError
+
+NAME = "dart_eval"  # of the function, in `config._experts_implementation`
+ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
+
+
+class Routed:
+    """The experts of one layer under the routing of the forward under way.
+
+    Attributes:
+        up, down: the two steps, as modules with inputs and outputs to be watched.
+        count: experts of a token. inner: neurons of an expert. size: neurons of a token's experts. width: D.
+        silent: leave out biases of down.
+        settle: what makes other experts of those that the router chose; None: nothing does.
+        index, weights: [N, count], which experts N tokens have (-1: none), and how much each counts.
+        inward: [N, count], what x is multiplied by for each expert (Llama 4: all that counts); None for nothing.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        # The module is the key by which this is known.
+        self._experts = (lambda: experts) if isinstance(experts, View) else weakref.ref(experts)
+        self.count = _routed(experts.config)
+        rows, columns = experts.down_proj.shape[1:]
+        self.inner, self.width = (rows, columns) if experts.is_transposed else (columns, rows)
+        self.size = self.count * self.inner
+        self.up, self.down = _Up(self), _Down(self)
+        self.index: Tensor = torch.empty(0, self.count, dtype=torch.long)
+        self.weights: Tensor = torch.empty(0, self.count)
+        self.inward: Tensor | None = None
+        self.made: Tensor | None = None
+        self.silent = False
+        self.settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def experts(self) -> Any:
+        """transformers' module."""
+        return self._experts()
+
+    @property
+    def title(self) -> str:
+        """The class of the module, for people."""
+        return self.experts.title if isinstance(self.experts, View) else type(self.experts).__name__
+
+    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """[N, D] -> [N, D], as stock experts."""
+        self.index, self.weights = (index, weights) if self.settle is None else self.settle(index, weights)
+        if isinstance(self.experts, View) and self.experts.weighs_input:
+            self.inward, self.weights = self.weights, torch.ones_like(self.weights)
+        self.up(x)
+        made, self.made = self.made, None
+        assert made is not None
+        h = self.hidden(made) * self.weights[..., None].to(made.dtype)
+        return self.down(h.reshape(len(x), -1))
+
+    def hidden(self, made: Tensor) -> Tensor:
+        """[N, count, I], h without the router's weight. made: what the experts' first matrix made of x."""
+        return self.experts._apply_gate(made) if self.experts.has_gate else self.experts.act_fn(made)
+
+    def act(self, gate: Tensor) -> Tensor:
+        """What the gate contributes to h, elementwise: h where up is 1. Of a plain FFN the activation."""
+        if self.experts.has_gate:
+            return self.gated(gate, torch.ones_like(gate))
+        h = self.experts.act_fn(gate).reshape(-1, self.count, self.inner)
+        return (h * self.weights[-len(h) :, :, None].to(h.dtype)).reshape(gate.shape)
+
+    def rest(self, up: Tensor) -> Tensor:
+        """What up contributes, elementwise: h where the gate is 1, beside h where both are (gpt-oss adds 1 to up)."""
+        one = torch.ones_like(up)
+        return self.gated(one, up) / self.gated(one, one)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """h of gate x and up x, [..., I] each, without the router's weight."""
+        pair = torch.cat([gate, up], -1) if self.experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
+        return self.experts._apply_gate(pair)
+
+    def halves(self, made: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate x and up x of what the first matrix made."""
+        if self.experts.is_concatenated:
+            gate, up = made.chunk(2, -1)
+            return gate, up
+        return made[..., ::2], made[..., 1::2]
+
+    # -- masks of all experts' neurons -----------------------------------------------------------------------------
+
+    @property
+    def all(self) -> int:
+        """How many experts there are."""
+        return len(self.experts.down_proj)
+
+    @property
+    def pool(self) -> int:
+        """Neurons of all experts together."""
+        return self.inner * self.all
+
+    def _index(self, batch: int, tokens: int | None = None) -> Tensor:
+        """[B, T, count], the experts of each token; of its last ones where there are fewer tokens."""
+        count = len(self.index) if tokens is None else batch * tokens
+        return self.index[len(self.index) - count :].view(batch, -1, self.count).clamp_min(0)
+
+    def gather(self, mask: Tensor, batch: int) -> Tensor:
+        """[B or 1, pool] -> [B, T, F], of each token of the forward under way the neurons of its experts."""
+        mask, width = mask.expand(batch, -1), self.count * self.inner
+        index = self._index(batch)
+        found = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
+        return found.view(batch, -1, width)
+
+    def spread(self, h: Tensor, some: slice, tokens: int | None) -> Tensor:
+        """See `ffn.FFN.spread`."""
+        batch, length = h.shape[:2]
+        index = self._index(batch, length if tokens is None else tokens)
+        index = index[:, some, :, None].expand(-1, -1, -1, self.inner)
+        out = h.new_zeros(batch, length, self.pool // self.inner, self.inner)
+        return out.scatter_add_(2, index, h.view(batch, length, self.count, self.inner)).flatten(2)
+
+    def take(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
+        """See `ffn.FFN.take`. An expert that no token has had is ranked by the norms of its columns of down."""
+        each = scores.view(len(scores), -1, self.inner)
+        unseen = (each == 0).all(-1, keepdim=True)
+        if bool(unseen.any()):
+            norms = self.output_weight().float().norm(dim=0).view(1, -1, self.inner)
+            each = torch.where(unseen, norms.to(each.device, each.dtype), each)
+        counts = (keep // self.count).repeat_interleave(each.shape[1])
+        return take(each.reshape(-1, self.inner), counts).view(scores.shape)
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def input_weights(self) -> list[Tensor]:
+        """Gate and up (or up alone) of all experts, [pool, D] each: copies."""
+        made = self.experts.gate_up_proj if self.experts.has_gate else self.experts.up_proj
+        made = made.mT if not self.experts.is_transposed else made  # [E, D, rows]
+        parts = self.halves(made) if self.experts.has_gate else (made,)
+        return [part.transpose(1, 2).reshape(self.pool, self.width) for part in parts]
+
+    def output_weight(self) -> Tensor:
+        """Down of all experts, [D, pool]: a copy."""
+        down = self.experts.down_proj if self.experts.is_transposed else self.experts.down_proj.mT  # [E, I, D]
+        return down.reshape(self.pool, self.width).T
+
+    def stored_inputs(self, parts: Sequence[Tensor]) -> Tensor:
+        """What `input_weights` gives, as the parameter holds it: a copy, [E, D, rows] or [E, rows, D]."""
+        each = [part.view(self.all, self.inner, self.width).transpose(1, 2) for part in parts]
+        if len(each) == 1 or self.experts.is_concatenated:
+            made = torch.cat(each, -1)
+        else:
+            made = torch.stack(each, -1).flatten(-2)
+        return (made if self.experts.is_transposed else made.mT).contiguous()
+
+    # -- the two steps ---------------------------------------------------------------------------------------------
+
+    def each(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The experts that some token has: expert, the tokens, and their places among the experts of each."""
+        for expert in index.unique().tolist():
+            if 0 <= expert < self.all:
+                tokens, places = (index == expert).nonzero(as_tuple=True)
+                yield expert, tokens, places
+
+    def times(self, x: Tensor, name: str, expert: int) -> Tensor:
+        """The product with one of an expert's matrices."""
+        weight = getattr(self.experts, name)[expert]
+        return x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
+
+    def write(self, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What each expert writes of its h, with its bias: its place among the experts of [n] tokens, these, [n, D].
+
+        Args:
+            h: [N, count, I] of the last N tokens, with the router's weight.
+        """
+        index, weights = self.index[-len(h) :], self.weights[-len(h) :]
+        for expert, tokens, places in self.each(index):
+            written = self.times(h[tokens, places], "down_proj", expert)
+            bias = self.bias("down_proj", expert)
+            if bias is not None and not self.silent:
+                written = written + bias * weights[tokens, places, None].to(bias.dtype)
+            yield places, tokens, written
+
+    def written(self, h: Tensor) -> Tensor:
+        """[N, F] -> [N, count] fp32, the norm of what each expert of the last N tokens writes."""
+        norms = torch.zeros(len(h), self.count, device=h.device)
+        h = h.to(self.experts.down_proj.dtype).view(len(h), self.count, self.inner)
+        for places, tokens, written in self.write(h):
+            norms[tokens, places] = written.float().norm(dim=-1)
+        return norms
+
+    def bias(self, name: str, expert: int) -> Tensor | None:
+        """That of an expert's matrix; None."""
+        return getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
+
+
+class _Step(Step):
+    """One of the two steps: a module, so that hooks can watch it; its parameters are those of the experts."""
+
+    def __init__(self, routed: Routed) -> None:
+        super().__init__()
+        self.routed = routed
+        self.in_features, self.out_features = routed.width, routed.size
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.routed.experts.parameters(recurse)
+
+
+class _Up(_Step):
+    """[N, D] of the last N tokens -> gate x and up x of each one's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
+
+    @property
+    def held(self) -> Any:
+        return self.routed.experts.gate_up_proj if self.routed.experts.has_gate else self.routed.experts.up_proj
+
+    def matrix(self) -> Tensor:
+        return torch.cat(self.routed.input_weights())
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        return self.routed.stored_inputs(matrix.chunk(2 if self.routed.experts.has_gate else 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed, shape = self.routed, x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])
+        name = "gate_up_proj" if routed.experts.has_gate else "up_proj"
+        made = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
+        for expert, tokens, places in routed.each(routed.index[-len(x) :]):
+            out = routed.times(x[tokens], name, expert)
+            bias = routed.bias(name, expert)
+            made[tokens, places] = out if bias is None else out + bias
+        if routed.inward is not None:
+            made = made * routed.inward[-len(x) :, :, None].to(made.dtype)
+        routed.made = made
+        if not routed.experts.has_gate:
+            return made.reshape(*shape, -1)
+        gate, up = routed.halves(made)
+        rest = routed.rest(up) * routed.weights[-len(x) :, :, None].to(up.dtype)  # the router's weight is a part of h
+        return torch.cat([gate.reshape(*shape, -1), rest.reshape(*shape, -1)], -1)
+
+
+class _Down(_Step):
+    """h of each token's experts [N, F] -> what they write [N, D]."""
+
+    def __init__(self, routed: Routed) -> None:
+        super().__init__(routed)
+        self.in_features, self.out_features = routed.size, routed.width
+
+    @property
+    def held(self) -> Any:
+        return self.routed.experts.down_proj
+
+    def matrix(self) -> Tensor:
+        down = self.routed.experts.down_proj
+        return (down.mT if self.routed.experts.is_transposed else down).reshape(-1, self.routed.inner)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        each = matrix.view(self.routed.all, self.routed.width, -1)
+        return (each.mT if self.routed.experts.is_transposed else each).contiguous()
+
+    def forward(self, h: Tensor) -> Tensor:
+        routed, shape = self.routed, h.shape[:-1]
+        h = h.reshape(-1, routed.count, routed.inner)
+        out = h.new_zeros(len(h), routed.width)
+        for _, tokens, written in routed.write(h):
+            out.index_add_(0, tokens, written.to(out.dtype))
+        return out.reshape(*shape, -1)
+
+
+def _routed(config: Any) -> int:
+    found = next((getattr(config, name) for name in ROUTED if isinstance(getattr(config, name, None), int)), None)
+    if found is None:
+        raise UserError(
+            f"how many experts a token of {config.model_type} has is not known",
+            "add the name of its setting to ROUTED in dart_eval/experts.py",
+        )
+    return found
+
+
+def routes(settings: Mapping[str, Any]) -> bool:
+    """Whether a model has routed experts, by the settings of its configuration and of those inside it."""
+    inner = (value for value in settings.values() if isinstance(value, dict))
+    return any(settings.get(name) for name in ROUTED) or any(map(routes, inner))
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary()
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether a module is experts that transformers hands to a registered function, or of a form that is known."""
+    interface = hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
+    return interface or form_of(module) is not None
+
+
+def routed(experts: Any) -> Routed:
+    """The experts of a layer as one FFN, made once.
+
+    Raises:
+        UserError: something stands between what an expert writes and the router's weight.
+    """
+    form = form_of(experts)
+    if form is None and experts.has_post_expert_norm:
+        raise UserError(f"{type(experts).__name__} has a norm behind each expert", "such experts are not supported")
+    if experts not in _KNOWN:
+        _KNOWN[experts] = Routed(experts if form is None else View(experts, form))
+    return _KNOWN[experts]
+
+
+def _forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    return routed(experts)(hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+
+
+def ours(experts: Any) -> Callable[..., Any]:
+    """What computes a module of experts in our two steps, with the arguments of its forward."""
+    form = form_of(experts)
+    return (
+        functools.partial(_forward, experts) if form is None else functools.partial(form.run, experts, routed(experts))
+    )
+
+
+def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Let our function compute the model's experts. What it returns gives them back (`give_back`)."""
+    before = _hand_to(model, NAME)
+    for module in model.modules():
+        if form_of(module) is not None:
+            before.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = ours(module)
+    return before
+
+
+def _hand_to(model: nn.Module, name: str) -> list[tuple[Any, Any]]:
+    """Let a function of transformers' table compute the experts that it hands on. Returns what undoes it."""
+    before = []
+    configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and form_of(m) is None]
+    for config in {id(c): c for c in configs}.values():
+        before.append((config, config._experts_implementation_internal))
+        config._experts_implementation_internal = name
+    return before
+
+
+def give_back(before: list[tuple[Any, Any]]) -> None:
+    """Undo `take_over`."""
+    for owner, was in before:
+        if not isinstance(owner, nn.Module):
+            owner._experts_implementation_internal = was
+        elif was is None:
+            owner.__dict__.pop("forward", None)
+        else:
+            owner.__dict__["forward"] = was
+
+
+@contextmanager
+def taken_over(model: nn.Module) -> Iterator[None]:
+    """Our function computes the model's experts inside."""
+    before = take_over(model)
+    try:
+        yield
+    finally:
+        give_back(before)
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """The modules' own code computes the model's experts inside, in any dtype."""
+    before = _hand_to(model, "eager")
+    try:
+        yield
+    finally:
+        give_back(before)

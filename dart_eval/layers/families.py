@@ -1,0 +1,210 @@
+"""Where the parts of a decoder layer lie in each model family: the one table.
+
+A family is described by attribute paths inside a decoder layer. Nothing is guessed: `ffn.find_ffns` runs some tokens
+through the model and refuses one whose FFN does not compute what its description says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dart_eval.util.errors import UserError
+
+# The last two: Llama 4, whose base model is not told by its name.
+LAYER_LISTS = (
+    "layers", "h", "decoder.layers", "language_model.layers", "blocks", "model.layers", "language_model.model.layers",
+)  # fmt: skip
+# Of several stacks that run by turns: HRM's.
+STACKS = ("L_module.layers", "H_module.layers")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Attribute paths inside a decoder layer.
+
+    Attributes:
+        block: module whose first input is the FFN's.
+        up, down, gate: the projections. gate is None for plain FFNs; `fused` halves of up hold gate, up.
+        act: the activation: the first of these paths that there is, or a function.
+        factors, lifts: what gate x is multiplied by before the activation, and up x before it is multiplied.
+        limit: the number that gate x is bounded by before the activation, and the absolute value of up x.
+        alpha: in place of act: of x sigmoid(alpha x), where the other factor is up x + 1.
+        norm: between h and down.
+        Most families have none of these four.
+    """
+
+    block: str
+    up: str
+    down: str
+    act: tuple[str | Callable[[Tensor], Tensor], ...]
+    gate: str | None = None
+    fused: bool = False
+    factors: tuple[str, ...] = ()
+    lifts: tuple[str, ...] = ()
+    limit: str | None = None
+    alpha: str | None = None
+    norm: str | None = None
+
+
+# Experts of every token, beside those that it is routed to.
+SHARED = (
+    "mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp", "feed_forward.shared_expert", "mixer.shared_experts",
+)  # fmt: skip
+
+
+def _shared(block: str) -> tuple[Layout, ...]:
+    """Experts of every token: gated, in one projection (MiniMax M3), plain."""
+    up, down, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "gate_proj"))
+    acts = (f"{block}.act_fn", f"{block}.activation_fn")
+    gated = Layout(block, up, down, acts, gate=gate, limit=f"{block}.limit")
+    return gated, _bounded(block), Layout(block, up, down, acts)
+
+
+def _bounded(block: str) -> Layout:
+    """gpt-oss's gate, outside of experts (MiniMax M3)."""
+    up, down, limit, alpha = (f"{block}.{n}" for n in ("gate_up_proj", "down_proj", "swiglu_limit", "swiglu_alpha"))
+    return Layout(block, up, down, (), fused=True, limit=limit, alpha=alpha)
+
+
+def _gated(block: str) -> Layout:
+    up, down, act, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "act_fn", "gate_proj"))
+    return Layout(block, up, down, (act,), gate=gate)
+
+
+LAYOUTS = (
+    # Llama, Mistral, Qwen2/3/3.5, Gemma 1-4, OLMo, SmolLM, Granite, Cohere, StableLM; BitNet's norm, Dory's factors
+    Layout(
+        "mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn", "mlp.activation_fn"), gate="mlp.gate_proj",
+        factors=("mlp.suv_gate", "mlp.suv_scale"), lifts=("mlp.suv_up", "mlp.suv_scale"), norm="mlp.ffn_sub_norm",
+    ),
+    # Phi-3, GLM-4
+    Layout("mlp", "mlp.gate_up_proj", "mlp.down_proj", ("mlp.activation_fn", "mlp.act_fn"), fused=True),
+    _bounded("mlp"),
+    Layout("mlp", "mlp.up_proj", "mlp.down_proj", ("mlp.act_fn",)),  # Nemotron, Arcee, Apertus, Jais 2
+    Layout("mlp", "mlp.c_fc", "mlp.c_proj", ("mlp.act",)),  # GPT-2, GPT-Neo, GPT-BigCode, StarCoder2
+    # GPT-NeoX, Falcon; BLOOM
+    Layout("mlp", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ("mlp.act", "mlp.gelu_impl")),
+    Layout("mlp", "mlp.fc1", "mlp.fc2", ("mlp.activation_fn", "mlp.act")),  # Phi
+    Layout("mlp", "mlp.fc_in", "mlp.fc_out", ("mlp.act",)),  # GPT-J
+    Layout("mlp", "mlp.Wi", "mlp.Wo", ("mlp.act",), fused=True),  # ModernBERT's decoder
+    Layout("fc1", "fc1", "fc2", ("activation_fn",)),  # OPT
+    # Bamba, Falcon-H1, Llama 4
+    Layout(
+        "feed_forward", "feed_forward.up_proj", "feed_forward.down_proj",
+        ("feed_forward.act_fn", "feed_forward.activation_fn"), gate="feed_forward.gate_proj",
+        factors=("feed_forward.gate_multiplier",),
+    ),
+    *(_gated(block) for block in ("mlps.0", "mlps.1", "shared_transf.feed_forward")),  # LongCat; Zamba
+    # LFM2, LFM3
+    Layout("feed_forward", "feed_forward.w3", "feed_forward.w2", (nn.functional.silu,), gate="feed_forward.w1"),
+    # Granite 4.0
+    Layout("shared_mlp", "shared_mlp.input_linear", "shared_mlp.output_linear", ("shared_mlp.activation",), fused=True),
+    # RecurrentGemma
+    Layout(
+        "mlp_block", "mlp_block.up_proj", "mlp_block.down_proj", ("mlp_block.act_fn",), gate="mlp_block.gate_proj",
+    ),
+    Layout("mixer", "mixer.up_proj", "mixer.down_proj", ("mixer.act_fn",)),  # Nemotron-H
+    Layout("ffn", "ffn.up_proj", "ffn.down_proj", ("ffn.act",)),  # MPT
+    Layout("ffn", "ffn.0", "ffn.2", ("ffn.1",)),  # CTRL
+    *(layout for block in SHARED for layout in _shared(block)),
+)  # fmt: skip
+
+# The norm whose input is the residual stream that enters the FFN, most specific first.
+RESIDUAL_NORMS = (
+    "pre_mlp_layernorm", "pre_feedforward_layernorm", "pre_ff_layernorm", "feedforward_layernorm", "ffn_norm",
+    "mlp_norm", "channel_pre_norm", "ln_2", "norm_2", "layernorm2", "ln_mlp", "final_layer_norm",
+    "post_attention_layernorm", "input_layernorm", "ln_1", "norm",
+)  # fmt: skip
+# A norm between the FFN and the residual stream (Gemma 2/3, OLMo 2; GLM-4; HyperCLOVA X; LFM3): the FFN's effect leaves
+# it.
+OUTPUT_NORMS = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2", "post_ffn_norm")
+EMBEDDED = "per_layer_input_gate"  # where the token's own embedding joins the stream, behind the FFN (Gemma 4 E2B)
+# Of the FFN's output: Granite, HyperCLOVA X; MiniCPM3; Falcon-H1; Inkling.
+SCALES = ("residual_multiplier", "residual_scale", "feed_forward.down_multiplier", "mlp.global_scale")
+ATTENTION_OUTPUTS = (
+    "self_attn.o_proj.linear",  # Inkling 2: behind a gate
+    "self_attn.o_proj", "self_attn.o_b_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj", "attn.out_proj",
+    "attn.Wo",
+    "attn.attention.out_proj", "attention.dense", "self_attention.dense", "multi_head_attention.dense",
+    "temporal_block.o_proj", "mixer.o_proj", "self_attn.1.o_proj", "norm_attn_norm.attn.out_proj",
+    "shared_transf.self_attn.o_proj", "self_attention",
+)  # fmt: skip
+# In place of attention: state spaces, linear attention, short convolutions. They keep no keys and values of tokens.
+RECURRENT_OUTPUTS = (
+    "linear_attn.out_proj", "linear_attn.o_proj", "mamba.out_proj", "conv.out_proj", "temporal_block.linear_out",
+    "mixer.out_proj",
+)  # fmt: skip
+
+# Parts of a layer that hold matrices and are no FFN, whatever ran beside one: norms with a gate (A.X K2), what spreads
+# the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), adds what a token's own
+# embedding says, convolutions of a few tokens behind attention and FFN (Inkling), a router beside experts (Gemma 4).
+# Zamba adds what its FFN makes to the input of a state space; Inkling 2's loops gate what they hand on.
+STREAMS = (
+    "input_layernorm", "post_attention_layernorm", "attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection",
+    "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
+    "router", "mamba_decoder", "linear", "q_message_gate", "k_message_gate", "v_message_gate", "mlp_message_gate",
+)  # fmt: skip
+# Of an FFN's block, where it is not 0: the gate of a neuron counts by how it compares with those of all others (Gemma
+# 3n), so that none can be left out without a change of the rest.
+COMPARED = ("activation_sparsity",)
+
+
+def get(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def first(layer: nn.Module, paths: Sequence[str]) -> Any:
+    return next((m for p in paths if (m := get(layer, p)) is not None), None)
+
+
+def base_of(model: Any) -> Any:
+    """What runs up to the last hidden states: the base model, or the decoder where that is the model itself."""
+    base = getattr(model, "base_model", model)
+    return decoder(model) if base is model else base
+
+
+FINAL_NORMS = (
+    "norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm", "final_norm", "layernorm",
+)  # fmt: skip
+
+
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm between the last layer and the output head, if the model has one."""
+    return first(decoder(model), FINAL_NORMS)
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
+    base = getattr(model, "base_model", model)
+    for path in LAYER_LISTS:
+        layers = get(base, path)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            owner, _, _ = path.rpartition(".")
+            return get(base, owner) if owner else base
+    if all(get(base, path) is not None for path in STACKS):
+        return base
+    raise UserError(
+        f"the decoder layers of {type(model).__name__} were not found",
+        "add the family to dart_eval/families.py (docs/architecture.md, 'a model family')",
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face causal language model."""
+    owner = decoder(model)
+    found = next((m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None), None)
+    return nn.ModuleList(layer for path in STACKS for layer in get(owner, path)) if found is None else found
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name of forward's KV cache argument: transformers 5 renames `past_key_values` to `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,0 +1,165 @@
+"""The FFN of a layer, whatever the family: what it computes, and the modules that it is made of."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.layers import experts, quantised
+from dart_eval.layers.projection import encoded, weight_matrix
+
+
+@dataclass(eq=False)
+class FFN:
+    """One layer's FFN, whatever the family. F neurons, model width D.
+
+    Its neurons may stand in another order than they were loaded in (`pruning.permuted`): what the projections give and
+    take is then in the order of their rows; `by_neuron` and `by_row` translate.
+
+    Attributes:
+        layer: its index among the FFNs. number: of the decoder layer, for people. holder: that layer.
+        block: module whose first input is the FFN's input x, [B, T, D].
+        gate, up, down: the projections (gate None for a plain FFN; `fused`: up holds gate and up).
+        act: the activation. lift: what is done to up x before it is multiplied; None. norm: between h and down; None.
+        residual: module whose first input is the residual stream y that enters the FFN, [B, T, D].
+        output: module whose output is what the FFN adds to the stream, [B, T, D].
+        attention: the output projection of the attention, or of what stands in for it, in the same layer or before.
+        size, width: F, D. dtype: of x, as the trial forward saw it.
+        scale: factor on the output before it is added (Granite).
+        after: module whose first input is the stream that leaves the FFN; None: the layer's output is that.
+        adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, if side by side), as the
+            trial forward saw it. joint: its layer has others, too; all of them add to that stream then.
+        runs: how often it runs for a token.
+        routed: the experts whose neurons these are, others for every token; None.
+        order: [F] int32, the neuron at each row, or None: as loaded.
+    """
+
+    layer: int
+    number: int
+    holder: nn.Module
+    block: nn.Module
+    gate: nn.Module | None
+    up: nn.Module
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+    fused: bool
+    residual: nn.Module
+    output: nn.Module
+    attention: nn.Module
+    size: int
+    width: int
+    scale: float = 1.0
+    after: nn.Module | None = None
+    adds: bool = True
+    joint: bool = False
+    lift: Callable[[Tensor], Tensor] | None = None
+    norm: nn.Module | None = None
+    runs: int = 1
+    routed: experts.Routed | None = None
+    dtype: torch.dtype | None = None
+    order: Tensor | None = None
+
+    def by_neuron(self, x: Tensor) -> Tensor:
+        """[..., F] in the order of the rows -> in the order of the neurons."""
+        return x if self.order is None else torch.empty_like(x).index_copy_(-1, self.order.long(), x)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """[..., F] in the order of the neurons -> in the order of the rows."""
+        return x if self.order is None else x.index_select(-1, self.order)
+
+    @property
+    def into(self) -> nn.Module:
+        """Module whose first input is h."""
+        return self.down if self.norm is None else self.norm
+
+    @property
+    def pool(self) -> int:
+        """Neurons that it has: more than a token's where experts are routed."""
+        return self.routed.pool if self.routed else self.size
+
+    def of_token(self, mask: Tensor, batch: int) -> Tensor:
+        """A mask [B or 1, pool], by row, as each token of the forward under way has it: [B or 1, T or 1, F]."""
+        return self.routed.gather(mask, batch) if self.routed else mask[:, None]
+
+    def spread(self, h: Tensor, some: slice = slice(None), tokens: int | None = None) -> Tensor:
+        """[B, t, F] of each token's experts -> [B, t, pool] with 0 for the others; else as it is.
+
+        Args:
+            some: which of the `tokens` of the forward under way these are; without them its last ones.
+        """
+        return self.routed.spread(h, some, tokens) if self.routed else h
+
+    def take(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
+        """A mask of the best neurons, [B, pool] bool: equally many of each expert.
+
+        Args:
+            take: makes a mask of scores [n, ...] and counts [n]. scores: [B, pool]. keep: [B], of a token's neurons.
+        """
+        return self.routed.take(take, scores, keep) if self.routed else take(scores, keep)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """a = act(gate x) and u = up x, each [..., F], by row; of a plain FFN act(up x) and None."""
+        if self.gate is not None:
+            return self.act(self.gate(x)), self.lifted(self.up(x))
+        if self.fused:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return self.act(gate), self.lifted(up)
+        return self.act(self.up(x)), None
+
+    def lifted(self, up: Tensor) -> Tensor:
+        """[..., F], what act(gate x) is multiplied by. up: up x."""
+        return up if self.lift is None else self.lift(up)
+
+    def intermediate(self, x: Tensor) -> Tensor:
+        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F], by row."""
+        a, u = self.parts(x)
+        return a if u is None else a * u
+
+    def input_weights(self) -> list[Tensor]:
+        """The matrices that make h, each [F, D], by row (gate and up, or up alone)."""
+        if self.routed:
+            return self.routed.input_weights()
+        if self.gate is not None:
+            return [self.matrix(self.gate), self.matrix(self.up)]
+        return list(self.matrix(self.up).chunk(2)) if self.fused else [self.matrix(self.up)]
+
+    def output_weight(self) -> Tensor:
+        """The down projection, [D, F], by row."""
+        return self.routed.output_weight() if self.routed else self.matrix(self.down)
+
+    def matrix(self, projection: nn.Module) -> Tensor:
+        """The weight of one of its projections, [out, in], in the dtype that it computes in."""
+        weight = weight_matrix(projection)
+        return weight.to(self.dtype) if self.dtype is not None and encoded(projection) else weight
+
+    def write(self, h: Tensor) -> Tensor:
+        """The down projection of h ([..., F], by row) without its bias: [..., D] fp32."""
+        bias = quantised.bias_of(self.down)
+        added = self.down(h).float()
+        return added if bias is None else added - bias.float()
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        """Gate, where there is one, up and down."""
+        return [m for m in (self.gate, self.up, self.down) if m is not None]
+
+    @property
+    def matrices(self) -> int:
+        """How many F x D matrices a token multiplies: 3 for gated FFNs, 2 for plain ones."""
+        return 3 if self.gated else 2
+
+    @property
+    def gated(self) -> bool:
+        """Whether h is a product of act(gate x) and up x."""
+        return self.gate is not None or self.fused
+
+
+def device_of(ffn: FFN) -> torch.device:
+    """Where an FFN's weights are, as parameters or, of some libraries, as buffers; torch packs them for CPUs alone."""
+    quantised.refuse_offloaded(ffn.down)
+    held = itertools.chain(ffn.down.parameters(), ffn.down.buffers())
+    return next((tensor.device for tensor in held), torch.device("cpu"))

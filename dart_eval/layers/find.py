@@ -1,0 +1,174 @@
+"""The FFNs of a model: described by the table of families, then checked by running some tokens."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from dart_eval.layers import experts, quantised, trial
+from dart_eval.layers.acts import Act, activation, lift
+from dart_eval.layers.families import (
+    ATTENTION_OUTPUTS,
+    EMBEDDED,
+    LAYOUTS,
+    OUTPUT_NORMS,
+    RECURRENT_OUTPUTS,
+    RESIDUAL_NORMS,
+    SCALES,
+    Layout,
+    decoder_layers,
+    first,
+    get,
+)
+from dart_eval.layers.ffn import FFN
+from dart_eval.layers.projection import encoded, features, stored_bits
+from dart_eval.util.errors import UserError
+
+
+def _described(layer: nn.Module, number: int, index: int, before: Any) -> list[FFN]:
+    """The FFNs of a layer by the tables alone; none where no entry fits. More than one where there are experts.
+
+    Args:
+        number: of the layer. index: of the first FFN. before: the attention's output projection, here or in the layers
+            before.
+    """
+    found: list[FFN] = []
+    for layout in LAYOUTS:
+        ffn = _laid_out(layer, layout, number, index + len(found), before)
+        if ffn is not None and all(ffn.down is not f.down for f in found):
+            found.append(ffn)
+    for module in layer.modules():
+        if before is not None and experts.is_routed(module):
+            found.append(_routed(layer, module, number, index + len(found), before))
+    for ffn in found:
+        ffn.joint = len(found) > 1
+    return found
+
+
+def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attention: Any) -> FFN | None:
+    """The FFN of a layer where a layout fits, else None. Arguments as of `_described`."""
+    block, up, down = (get(layer, p) for p in (layout.block, layout.up, layout.down))
+    gate = get(layer, layout.gate) if layout.gate else None
+    act = activation(layer, layout)
+    modules = [block, up, down, attention, *([gate] if layout.gate else [])]
+    if act is None or not all(isinstance(m, nn.Module) for m in modules):
+        return None
+    post_norm = first(layer, OUTPUT_NORMS)
+    residual, after = _residual(layer, block), get(layer, EMBEDDED)
+    if getattr(layer, "do_layer_norm_before", True) is False:  # OPT-350m: the norm comes after the sum
+        residual, after = block, get(layer, "final_layer_norm")
+    size, width = features(down)
+    scale = first(layer, SCALES)
+    return FFN(
+        layer=index, number=number, holder=layer, block=block, gate=gate, up=up, down=down, act=act,
+        fused=layout.fused, residual=residual, output=post_norm if post_norm is not None else down,
+        attention=attention, size=size, width=width, scale=1.0 if scale is None else float(scale), after=after,
+        lift=lift(layer, layout), norm=get(layer, layout.norm) if layout.norm else None,
+    )  # fmt: skip
+
+
+def _routed(layer: nn.Module, module: Any, number: int, index: int, attention: Any) -> FFN:
+    """The routed experts of a layer, of whose neurons a token has those of its experts. See `_described`."""
+    routed = experts.routed(module)
+    return FFN(
+        layer=index, number=number, holder=layer, block=routed.up, gate=None, up=routed.up, down=routed.down,
+        act=routed.act, fused=routed.experts.has_gate, residual=_residual(layer, routed.up), attention=attention,
+        output=first(layer, OUTPUT_NORMS) or routed.down, size=routed.size, width=routed.width, routed=routed,
+        after=get(layer, EMBEDDED),
+    )  # fmt: skip
+
+
+def _residual(layer: nn.Module, block: nn.Module) -> Any:
+    """The module that the stream enters on its way to the FFN."""
+    residual = first(layer, RESIDUAL_NORMS)
+    if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:
+        return block  # OLMo 2: without a norm
+    return block if residual is None else residual
+
+
+def _has_none(layer: nn.Module) -> bool:
+    """Whether a layer is attention, or what stands in for it, and nothing else (Nemotron-H)."""
+    parts = [m for m in layer.children() if any(p.dim() > 1 for p in m.parameters())]
+    return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
+
+
+# Of a model: its FFNs, and what its layers were made of when they were found.
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[list[FFN], list[int]]] = weakref.WeakKeyDictionary()
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """The FFN of every layer, checked by running some tokens through the model.
+
+    Raises:
+        UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
+    """
+    known = _FOUND.get(model)
+    if known is not None and unchanged(model, known[0]):
+        return known[0]
+    ffns = describe(model)
+    for module in (m for f in ffns for m in f.projections if encoded(m)):
+        quantised.note(module, stored_bits(module))
+    trial.check(model, ffns)
+    _FOUND[model] = ffns, _made_of(model)
+    return ffns
+
+
+def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
+    """Whether these are still the FFNs of the model: adapters, dropped layers and quantisation make others.
+
+    It is asked at every prompt: layers are described anew only where something in them is not what it was.
+    """
+    found, made_of = _FOUND.get(model, (None, None))
+    now = _made_of(model)
+    if found is ffns and made_of == now:
+        return True
+    try:
+        same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
+    except UserError:
+        return False
+    if same and found is ffns:
+        _FOUND[model] = found, now
+    return same
+
+
+def _made_of(model: nn.Module) -> list[int]:
+    """All that layers are made of, by identity: modules, parameters, functions (but for a module's own methods)."""
+    modules = [m for layer in decoder_layers(model) for m in layer.modules()]
+    parameters = (p for m in modules for p in m._parameters.values())
+    functions = (v for m in modules for k, v in vars(m).items() if callable(v) and not hasattr(nn.Module, k))
+    return [id(x) for x in itertools.chain(modules, parameters, functions)]
+
+
+def _parts(ffn: FFN) -> list[int]:
+    """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
+    modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
+    modules += [ffn.norm, ffn.routed or (ffn.act.act if isinstance(ffn.act, Act) else ffn.act)]
+    projections = ffn.projections
+    return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
+
+
+def describe(model: nn.Module) -> list[FFN]:
+    """The FFN of every layer by the table alone: for a model that cannot run, since it has no weights.
+
+    Raises:
+        UserError: the family is unknown.
+    """
+    ffns: list[FFN] = []
+    attention = None
+    for number, layer in enumerate(decoder_layers(model)):
+        attention = first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) or attention
+        found = _described(layer, number, len(ffns), attention)
+        if not found and not _has_none(layer):
+            raise UserError(
+                f"the FFN of {type(layer).__name__} (layer {number} of {type(model).__name__}) is not understood "
+                f"(its parts: {', '.join(n for n, _ in layer.named_children())})",
+                "dense gated or plain FFNs are supported, and experts that transformers keeps in one module",
+            )
+        ffns += found
+    if not ffns:
+        raise UserError(f"{type(model).__name__} has no FFN in any layer", "there is nothing to prune")
+    return ffns

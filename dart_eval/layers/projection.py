@@ -1,0 +1,99 @@
+"""One projection of a model, whatever holds its weight: its matrix, its sizes, the bits of a weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from dart_eval.layers import quantised
+from dart_eval.util.errors import UserError
+
+
+class Step(nn.Module):
+    """A projection of the experts of a layer, whose parameters are those of a module that has them all.
+
+    Attributes:
+        routed: the experts. in_features, out_features: D and F, or F and D.
+    """
+
+    routed: Any
+    in_features: int
+    out_features: int
+
+    @property
+    def held(self) -> Any:
+        """The experts' parameter that it multiplies with."""
+        raise NotImplementedError
+
+    def matrix(self) -> Tensor:
+        """The same of all experts as [out, in], their rows below each other; perhaps a copy."""
+        raise NotImplementedError
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix of that kind as the parameter holds it: a copy."""
+        raise NotImplementedError
+
+
+def weight_matrix(linear: nn.Module) -> Tensor:
+    """A projection's weight as [out, in], to be read: GPT-2's Conv1D stores it transposed, and quantised ones are made
+    anew (`quantised.values`)."""
+    if encoded(linear) and not isinstance(linear, Step):
+        return quantised.values(linear, features(linear)[0])
+    return plain_matrix(linear)
+
+
+def plain_matrix(linear: nn.Module) -> Tensor:
+    """The same where the weight itself is to be changed, or put elsewhere.
+
+    Raises:
+        UserError: the weight is no matrix of plain numbers.
+    """
+    if reason := encoded(linear):
+        raise UserError(
+            f"the weights of {type(linear).__name__} {reason}: others cannot stand in their place",
+            "load the model unquantised, or use a method that leaves weights as they are",
+        )
+    if isinstance(linear, Step):
+        return linear.matrix()
+    quantised.refuse_offloaded(linear)
+    weight: Any = linear.weight
+    return weight.T if is_conv1d(linear) else weight
+
+
+PLAIN = (Tensor, nn.Parameter)  # what holds its numbers as they are
+
+
+def encoded(linear: nn.Module) -> str | None:
+    """Why a projection's weight is no matrix of plain numbers (`are ...`), or None."""
+    if (form := quantised.form(linear)) is not None:
+        return form
+    step = isinstance(linear, Step)
+    weight = linear.held if isinstance(linear, Step) else getattr(linear, "weight", None)
+    if weight is None or quantised.is_packed(linear):
+        return "are kept in a form of their own"
+    if type(weight) not in PLAIN:  # a library's own tensor, whatever dtype it claims to have
+        return f"are quantised or wrapped ({type(weight).__name__})"
+    if not weight.is_floating_point() or weight.element_size() < 2 or weight.dim() != 2 + step:
+        return f"are quantised ({str(weight.dtype).removeprefix('torch.')})"
+    return None
+
+
+def stored_bits(linear: nn.Module) -> float:
+    """Bits of a weight of a quantised projection, or of experts, as it is held now."""
+    if isinstance(linear, Step):
+        return quantised.bits([linear.held], math.prod(linear.held.shape))
+    return quantised.bits(quantised.held(linear), math.prod(features(linear)))
+
+
+def is_conv1d(linear: Any) -> bool:
+    """Whether this is GPT-2's projection, whose weight is stored [in, out]."""
+    return type(linear).__name__ == "Conv1D"
+
+
+def features(linear: Any) -> tuple[int, int]:
+    """(in, out) features of a projection, without touching its (perhaps quantised) weight."""
+    if is_conv1d(linear):
+        return int(linear.nx), int(linear.nf)
+    return int(linear.in_features), int(linear.out_features)

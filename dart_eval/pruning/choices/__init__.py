@@ -1,0 +1,1 @@
+"""What a token computes of a mask."""

@@ -1,0 +1,253 @@
+"""Images: what a token reads of gate and up before it chooses, coarser and cheaper than the weights themselves.
+
+An image is a copy of its own beside the model (`copy`, `low-rank`), or a part of the served weights (`first-bits`): of
+a row that is then chosen only the rest has to be read, and nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from dart_eval.pruning.part import Part, option
+from dart_eval.util.bits import OWN_BITS, Rounding
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from dart_eval.util.bits import Stored
+    from dart_eval.weights.rounding import Served
+
+
+class Columns(NamedTuple):
+    """Shares of the columns of gate and up that a preview reads: in all of its bits, and in one bit fewer."""
+
+    fine: float = 1.0
+    rough: float = 0.0
+
+
+class Level(NamedTuple):
+    """What 16-bit weights are served as, and what a preview reads of them, by the share of the bytes that is read.
+
+    Attributes:
+        least: share of the bytes from which on it holds. code: bits of a whole number.
+        bits: first bits of it that a preview reads. columns: shares of the columns of gate and up, see `Columns`.
+    """
+
+    least: float
+    code: int
+    bits: int
+    columns: Columns
+
+
+LEVELS = (
+    Level(0.36, 8, 4, Columns()),
+    Level(0.25, 6, 4, Columns()),
+    Level(0.19, 6, 3, Columns()),
+    Level(0.13, 5, 3, Columns(0.2, 0.6)),
+    Level(0.0, 4, 3, Columns(0.2, 0.3)),
+)
+
+
+def level_of(read: float) -> Level:
+    """The level of a share of the bytes that is read. How they were chosen: results/setting.md."""
+    return next(level for level in LEVELS if read >= level.least)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image(Part):
+    """Base of all images of a matrix [F, D], whose rows are those of neurons.
+
+    Attributes:
+        stored: it is kept beside the model.
+        exact: it leaves nothing out.
+        served: what weights of 16 bits are served as while it is in use; None: as they are.
+    """
+
+    slot = "image"
+    stored: ClassVar[bool] = False
+    exact: ClassVar[bool] = False
+    served: ClassVar[Rounding | None] = None
+
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
+        """Bits of the image for each weight of the matrix.
+
+        Args:
+            served: bits of a weight. rows, width: of the matrix.
+        """
+        raise NotImplementedError
+
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        """Bits of the image that are read for each weight of the matrix; all that stands for several weights is."""
+        return self.bits_of(served, rows, width) * columns.fine
+
+    def rest(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        """Bits that are still to be read of each weight of a row that was chosen. Arguments as of `read`."""
+        return served.total - (0.0 if self.stored else self.read(served, rows, width, columns))
+
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
+        """Bits that are read of each weight of a column of the image of down. Arguments as of `bits_of`."""
+        return self.bits_of(served, rows, width)
+
+    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+        """Bits for each weight of down that are read whichever of its columns are: scales stand for parts of rows.
+
+        Args:
+            graded: columns of the image are read, too. The others as of `bits_of`.
+        """
+        return served.scale
+
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+        """[F, D] fp32, what the image says the weights are.
+
+        Args:
+            fewer: bits less of each weight, where the image is made of bits.
+        """
+        raise NotImplementedError
+
+    def decoded(self, matrix: Served, fewer: int = 0) -> Callable[[], Tensor]:
+        """The same in the dtype of the weights, for every forward that asks."""
+        values = self.values(matrix, fewer).to(matrix.weight.dtype)
+        return lambda: values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Image):
+    """The weights themselves: gate and up are read whole, and only down is chosen."""
+
+    name = "weights"
+    summary = "is the weights themselves: gate and up are read whole"
+    exact = True
+
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
+        return served.total
+
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        return served.scale + served.code * columns.fine
+
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
+        return served.code
+
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+        return matrix.weight.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy(Image):
+    """A copy that is rounded to few bits, as Prox (arXiv 2607.27591) keeps one of 4 bits."""
+
+    name = "copy"
+    summary = "is a copy beside the model, rounded to few bits"
+    stored = True
+    bits: int = option(4, "bits of a weight", least=2, most=8)
+    group: int = option(32, "weights that share a scale; 0: a row", least=0)
+
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
+        return Rounding(self.bits, self.group).weight_bits(width)
+
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        return self.bits_of(served, rows, width) - self.bits * (1 - columns.fine)
+
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
+        return self.bits
+
+    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+        return served.scale + (self.bits_of(served, rows, width) - self.bits) * graded
+
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+        from dart_eval.weights.rounding import rounded
+
+        return rounded(matrix.weight, Rounding(self.bits, self.group)).values
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Image):
+    """The best approximation of a low rank, by singular values."""
+
+    name = "low-rank"
+    summary = "is a copy of low rank beside the model"
+    stored = True
+    rank: int = option(64, "rank of the approximation", least=1)
+
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
+        return self.read(served, rows, width, Columns())
+
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        return OWN_BITS * min(self.rank, rows, width) * (rows + columns.fine * width) / (rows * width)
+
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
+        return OWN_BITS * min(self.rank, rows, width) / rows
+
+    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+        return served.scale + OWN_BITS * min(self.rank, rows, width) / width * graded
+
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+        import torch
+
+        u, s, v = torch.linalg.svd(matrix.weight.float(), full_matrices=False)
+        return (u[:, : self.rank] * s[: self.rank]) @ v[: self.rank]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstBits(Image):
+    """The first bits of the whole numbers that FFN weights are served as: nothing is stored twice.
+
+    Weights of 16 bits are served as whole numbers inside a session, prompts too (`serving`). Those that `--ffn-bits`
+    rounds, and those of checkpoints on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors), are such numbers
+    already. First bits stand for the mean of a matrix's numbers that begin so. This project's own.
+    """
+
+    name = "first-bits"
+    summary = "is the first bits of the weights as whole numbers: nothing is stored twice"
+    code: int = option(0, "bits of the whole numbers of 16-bit weights; 0: by what is read", least=0, most=8)
+    group: int = option(128, "16-bit weights that share a scale; 0: a row", least=0)
+    bits: int = option(0, "first bits of a weight that a preview reads; 0: half of them", least=0, most=7)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.code == 1:
+            raise UserError("image.code is 1", "whole numbers have 2 to 8 bits")
+
+    @property
+    def served(self) -> Rounding | None:  # type: ignore[override]
+        return Rounding(self.code, self.group) if self.code else None
+
+    def at(self, level: Level) -> FirstBits:
+        """The same where what is settled by the share of the bytes that is read is that of a level."""
+        return self if self.code else dataclasses.replace(self, code=level.code, bits=self.bits or level.bits)
+
+    def first(self, code_bits: float) -> float:
+        """Bits that a preview reads of a code of so many."""
+        return min(self.bits or int(code_bits + 1) // 2, code_bits)
+
+    def bits_of(self, served: Stored, rows: int, width: int) -> float:
+        return self.first(served.code) + served.scale
+
+    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        first = self.first(served.code)
+        return served.scale + first * columns.fine + (first - 1) * columns.rough
+
+    def coarse(self, served: Stored, rows: int, width: int) -> float:
+        return self.first(served.code)  # scales stand for several columns: `across`
+
+    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+        import torch
+
+        if matrix.packed is None:  # at sparsity 0
+            return matrix.weight.float()
+        return matrix.packed.decoded(torch.float32, int(self.first(matrix.packed.rounding.bits)) - fewer)
+
+    def decoded(self, matrix: Served, fewer: int = 0) -> Callable[[], Tensor]:
+        from dart_eval.pruning.choices.serving import Decoded
+
+        if matrix.packed is None:
+            return super().decoded(matrix)
+        first = int(self.first(matrix.packed.rounding.bits)) - fewer
+        return Decoded(matrix.packed, matrix.weight.dtype, first)
+
+
+IMAGES = (FirstBits, Copy, LowRank, Weights)

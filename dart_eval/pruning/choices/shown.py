@@ -1,0 +1,208 @@
+"""Choices by what tokens see of h through an image of gate and up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dart_eval.pruning.choices.choices import Choice, Inside, Thresholded, Token
+from dart_eval.pruning.choices.images import Columns, Copy, FirstBits, Image, level_of
+from dart_eval.pruning.masks.counts import Counts, Prices, graded_counts
+from dart_eval.pruning.part import option
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.layers.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown(Thresholded):
+    """The k neurons with the largest |h| as an image of gate and up and a thinned x show it, after Prox.
+
+    Prox (arXiv 2607.27591, known here from digests only; no code found) takes those with |act(g)_j u_j| above a
+    threshold a layer (`threshold=calibrated`: here the quantile over all neurons and tokens of the calibration text).
+    g and u come from copies of gate and up in 4 bits (symmetric, a scale a row) and the largest entries of x; all three
+    matrices of what is taken are then read exactly. As far as the digests say, it runs all tokens pruned where answers
+    are scored, and counts a third of 16 bits for a weight of the copies, as measured; here 4 bits and the scales count.
+    Our rounding fits each scale by least squares. Exact counts are ours.
+    """
+
+    name = "shown"
+    summary = "takes the largest |h| that a coarse image of gate and up and the largest entries of x show"
+    doubts = False
+    gathers = True
+    image: Image = option(Copy(bits=4, group=0), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
+    thin: float = option(0.5, "share of the entries of x, the largest, that the preview goes by", above=0, most=1)
+
+    def columns(self, width: int) -> Columns:
+        return Columns(max(1, int(self.thin * width + 1e-9)) / width)
+
+    def shown(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        from dart_eval.pruning.masks.top import top_k_mask
+
+        if self.thin == 1:
+            return x, None
+        count = round(self.columns(x.shape[-1]).fine * x.shape[-1])
+        return x * top_k_mask(x.abs(), torch.full(x.shape[:-1], count)), None
+
+    def importance(self, token: Token) -> Tensor:
+        assert token.preview is not None
+        return token.preview.abs()
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        # the preview itself, and choosing by it
+        return 2 * mask * self.thin * shape.width * (shape.ffn_matrices - 1) + 3 * mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByPreview(Inside):
+    """Exactly k neurons by what an image of gate and up lets one expect of h^2 (`Preview.look`).
+
+    Their rows are read exactly; then those with the largest |h| write.
+
+    Prox (arXiv 2607.27591, `Shown`) previews by a copy of 4 bits; first bits of the served weights, exact
+    counts and the expectation are ours.
+    """
+
+    name = "preview"
+    summary = "takes the largest |h| that a coarse image of gate and up shows; then writes the largest exact |h|"
+    image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
+    write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
+    gathers = True
+
+    def at(self, read: float) -> ByPreview:
+        image = self.image
+        return dataclasses.replace(self, image=image.at(level_of(read))) if isinstance(image, FirstBits) else self
+
+    def importance(self, token: Token) -> Tensor:
+        assert token.expected is not None
+        return token.expected
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 14 * mask  # the preview itself, and choosing by it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graded(Choice):
+    """The neurons that a preview leaves most open are read exactly; the next ones write as it has them.
+
+    Every token reads the first bits of gate and up, which lets it expect h^2 of each neuron (`Preview.look`). Of some
+    it reads also the rest of their rows, and their columns of down; of the next ones the first bits of their columns
+    alone: their h is the preview's. Those are read exactly for which
+
+        (E[h^2] - preview^2 + known * preview^2) * norm^2
+
+    is largest, with the norm of the neuron's column of down: the preview leaves E[h^2] - preview^2 open, and the first
+    bits of down spoil a share of what is known (`known`). Of the others those with the largest E[h^2] * norm^2 write.
+
+    Where bytes are short, a preview skips columns of gate and up, too, in tiles: it reads those in which x has the
+    largest norm in all of its bits (`fine`), and the next ones in one bit fewer (`rough`). Columns lie in the order of
+    their mean x^2 on the calibration text, so that tiles differ. This project's own.
+    """
+
+    name = "graded"
+    summary = "reads exactly where a preview leaves most open, and lets the next neurons write as the preview has them"
+    grades = True
+    image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
+    fine: float = option(
+        0.0, "share of the columns that a preview reads in all of its bits; 0: by what is read", least=0, most=1
+    )
+    rough: float = option(0.0, "share of the columns, the next ones, that it reads in one bit fewer", least=0, most=1)
+    tile: int = option(64, "columns that are read or skipped together", least=1)
+    known: float = option(
+        0.2,
+        "how much the previewed h^2 counts beside what is left open, where neurons are read exactly",
+        least=0,
+        most=1,
+    )
+    coarse: float = option(
+        1.0, "neurons that write as the preview has them, as a multiple of those read exactly", least=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rough and not isinstance(self.image, FirstBits):
+            raise UserError(f"choice.rough is {self.rough:g}, and {self.image.title} has no fewer bits", "leave it out")
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return 0 < self.fine < 1
+
+    @property
+    def fewer(self) -> int:  # type: ignore[override]
+        return int(self.rough > 0)
+
+    def at(self, read: float) -> Graded:
+        image, level = self.image, level_of(read)
+        if not isinstance(image, FirstBits) or image.code:
+            return self
+        columns = Columns(self.fine, self.rough) if self.fine else level.columns
+        return dataclasses.replace(self, image=image.at(level), fine=columns.fine, rough=columns.rough)
+
+    def _tiles(self, width: int) -> tuple[int, int, int]:
+        """How many tiles there are, are read in all bits of a preview, and in one bit fewer."""
+        tiles = -(-width // self.tile)
+        fine = min(tiles, max(1, round((self.fine or 1) * tiles)))
+        return tiles, fine, min(tiles - fine, round(self.rough * tiles))
+
+    def columns(self, width: int) -> Columns:
+        tiles, fine, rough = self._tiles(width)
+        if fine + rough == tiles:
+            return Columns(1 - rough * self.tile / width, rough * self.tile / width)
+        return Columns(fine * self.tile / width, rough * self.tile / width)
+
+    def shown(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        import torch
+
+        from dart_eval.pruning.masks.top import largest
+
+        tiles, fine, rough = self._tiles(x.shape[-1])
+        if fine == tiles:
+            return x, None
+        squares = x.float().square() if order is None else x.float().square()[..., order]
+        squares = torch.nn.functional.pad(squares, (0, -x.shape[-1] % self.tile)).unflatten(-1, (tiles, self.tile))
+        sizes, every = squares.sum(-1), torch.ones(1, 1, tiles, dtype=torch.bool, device=x.device)
+        first = largest(sizes, every, torch.full((len(x),), fine))
+        both = largest(sizes, every, torch.full((len(x),), fine + rough))
+        place = torch.arange(x.shape[-1], device=x.device) // self.tile
+        if order is not None:
+            place = torch.empty_like(place).index_copy_(0, order, place)
+        return x * first[..., place], (x * (both & ~first)[..., place]) if rough else None
+
+    def counts(
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
+        image: Prices | None = None,
+    ) -> Counts:  # fmt: skip
+        assert image is not None
+        return graded_counts(densities, sizes, sparsity, matrices, image, self.coarse, self.title)
+
+    def importance(self, token: Token) -> Tensor:
+        assert token.expected is not None and token.columns is not None
+        return token.expected * token.columns
+
+    def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+        from dart_eval.pruning.masks.top import largest
+
+        assert token.expected is not None and token.columns is not None and token.preview is not None
+        known = (1 - self.known) * token.preview.float().square()
+        return largest((token.expected - known).clamp(min=0) * token.columns, allowed, counts[0])
+
+    def roughly(self, token: Token, allowed: Tensor, taken: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+        """The neurons that write as the image shows them: [B, T, F] bool, none of those taken. See `take`."""
+        from dart_eval.pruning.masks.top import largest
+
+        return largest(self.importance(token), allowed & ~taken, counts[1] - counts[0])
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        # The previews of gate and up, choosing by them, and the image of down for what writes so, at most of all.
+        seen = sum(self.columns(shape.width)) * (shape.ffn_matrices - 1)
+        return 2 * mask * shape.width * (seen + 1) + 19 * mask
+
+
+SHOWN = (ByPreview, Graded, Shown)

@@ -1,0 +1,94 @@
+"""The work that a method adds, in FLOPs and bytes, counted from the shapes of the loaded model (`shape.ModelShape`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dart_eval.layers.shape import ModelShape
+from dart_eval.pruning.method import Pruner
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """The work that a method adds.
+
+    Attributes:
+        prefill: FLOPs of observing the prompt's tokens, by all parts (an upper bound: five operations per neuron and
+            token, which token normalisation needs). Sorting scores takes comparisons, which are not counted.
+        decode_step: FLOPs per decoded token: the detector, and choosing neurons where tokens do.
+        remask: FLOPs of one re-mask. A re-mask from the ring computes gate and up densely on the ring's inputs and
+            observes them; where something stands in for the pruned neurons, it also multiplies their columns of down
+            once. A re-mask from dense tokens observes these; what each computes more than a pruned token counts too.
+        remask_read: FFN weights that a re-mask reads / all FFN weights. The ring reads each once, however many inputs
+            it has; of dense tokens counts what each reads more than a pruned one.
+    """
+
+    prefill: int
+    decode_step: float
+    remask: int
+    remask_read: float
+
+
+def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float) -> Overhead:
+    """The work that a method adds: the sum over its parts, with one FLOP for each element and operation.
+
+    Args:
+        method: the method.
+        shape: sizes of the model.
+        tokens: how many the prompt has.
+        weights_read: the share of the FFN weights that a pruned token multiplies.
+    """
+    neurons, remask = sum(shape.ffn_sizes), method.mask.remask
+    mask = 1.0 if method.mask.whole else method.choice.mask_share(weights_read, shape.ffn_matrices)
+    observing = neurons * sum(part.flops_per_neuron() for part in method.observers)
+    # Down's columns of the pruned neurons, once.
+    at_once = method.compensation.adds and not (method.mask.fixed and method.compensation.calibrates)
+    constants = round(2 * shape.width * (neurons - mask * neurons)) if at_once else 0
+    parts = method.parts()
+    prefill = tokens * (observing + sum(part.flops_per_token(shape) for part in parts)) + constants
+    step = sum(part.flops_per_step(shape, mask * neurons) for part in parts)
+    flops, read = 0, 0.0
+    if remask.needs_ring:
+        read = (shape.ffn_matrices - 1) / shape.ffn_matrices
+        flops = remask.ring * (round(2 * shape.ffn_weights * read) + observing)
+    elif remask.alarms_remask and remask.dense_tokens:
+        read = remask.dense_tokens * (1 - weights_read)
+        flops = remask.dense_tokens * observing + round(2 * shape.ffn_weights * read)
+    if flops:
+        flops += 3 * neurons + constants  # old and recent scores blended
+        read += (1 - mask) / shape.ffn_matrices if constants else 0.0
+    return Overhead(round(prefill), step, flops, read)
+
+
+def describe(
+    method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
+) -> dict[str, Any]:
+    """The costs that a record holds, in FLOPs.
+
+    `overhead_decode_step` includes the re-masks that were seen, spread over the tokens. `remask_reads` is the share of
+    the FFN weights that these re-masks read, again for each decoded token.
+
+    Args:
+        method: the method.
+        shape: sizes of the model.
+        context: mean length of the contexts that were run.
+        weights_read: the share of the FFN weights that tokens which ran pruned multiplied.
+        remasks_per_token: how many re-masks were seen for each token.
+    """
+    tokens = max(1, round(context))
+    added = overhead(method, shape, tokens, weights_read)
+    dense = shape.decode(tokens + 1)
+    per_token = added.decode_step + added.remask * remasks_per_token
+    return {
+        "context_tokens": tokens,
+        "prefill": shape.prefill(tokens),
+        "decode_step_dense": dense,
+        "decode_step_pruned": shape.decode(tokens + 1, weights_read),
+        "overhead_prefill": added.prefill,
+        "overhead_decode_step": per_token,
+        "overhead_share": per_token / dense,
+        "remask": added.remask,
+        "remask_reads": added.remask_read * remasks_per_token,
+        "ffn_share": shape.ffn_share,
+    }

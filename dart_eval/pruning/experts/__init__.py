@@ -1,0 +1,1 @@
+"""Routed experts under a method."""

@@ -1,0 +1,109 @@
+"""What h looks like through images of experts' matrices: of each token those of its own experts, by the router's
+weight."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.layers.expert_pool import input_biases
+from dart_eval.layers.experts import Routed
+from dart_eval.pruning.choices.previews import Preview
+
+
+@dataclass(frozen=True)
+class ExpertPreview(Preview):
+    """The images of the experts of one layer. F neurons of a token's experts, `pool` of all, in their order.
+
+    Attributes:
+        weights, biases, doubts: as of `Preview`, of all experts: [pool, D], [pool], [pool].
+        down: of down, what gives [E D, I]; None. columns: then [pool] fp32.
+        of: the experts, under the routing of the forward under way.
+    """
+
+    of: weakref.ref[Routed] = field(kw_only=True)
+
+    @property
+    def routed(self) -> Routed:
+        """The experts."""
+        found = self.of()
+        assert found is not None
+        return found
+
+    def look(self, x: Tensor, rough: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Preview.look`; up counts as what is made of it (`Routed.rest`), and h with the router's weight.
+
+        Args:
+            x: [..., D], of the last tokens of the forward under way. rough: as there.
+        """
+        routed, shape = self.routed, (*x.shape[:-1], self.routed.size)
+        x = x.reshape(-1, x.shape[-1])
+        seen, off = self._both(x, None if rough is None else rough.reshape(x.shape))
+        weight = routed.weights[-len(x) :, :, None]
+        first = seen[0].float()
+        expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
+        if len(seen) == 1:
+            h = self.act(seen[0])
+        else:
+            h, up = routed.gated(*seen), seen[1].float()
+            expected = expected * (routed.rest(up + off[1]).square() + routed.rest(up - off[1]).square()) / 2
+        h, expected = h * weight.to(h.dtype), expected * weight.float().square()
+        return h.reshape(shape), expected.reshape(shape)
+
+    def _seen(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What the images make of x [N, D], and how far that may be off (fp32): [N, count, I] for each matrix."""
+        routed, size = self.routed, x.float().norm(dim=-1, keepdim=True)
+        shape = len(x), routed.count, routed.inner
+        seen = [x.new_zeros(shape) for _ in self.weights]
+        off = [torch.zeros(shape, device=x.device) for _ in self.weights]
+        matrices = [weight() for weight in self.weights]
+        for expert, tokens, places in routed.each(routed.index[-len(x) :]):
+            some = slice(expert * routed.inner, (expert + 1) * routed.inner)
+            for i, (matrix, bias, doubt) in enumerate(zip(matrices, self.biases, self.doubts, strict=True)):
+                seen[i][tokens, places] = nn.functional.linear(
+                    x[tokens], matrix[some], None if bias is None else bias[some]
+                )
+                off[i][tokens, places] = size[tokens] * doubt[some]
+        if routed.inward is not None:
+            factor = routed.inward[-len(x) :, :, None]
+            seen, off = [s * factor.to(s.dtype) for s in seen], [o * factor.float().abs() for o in off]
+        return seen, off
+
+    def write(self, h: Tensor) -> Tensor:
+        """[..., F] of the last tokens -> [..., D], what h adds through the images of their experts' down."""
+        assert self.down is not None
+        routed, each = self.routed, h.reshape(-1, self.routed.count, self.routed.inner)
+        out, down = h.new_zeros(len(each), routed.width), self.down().view(-1, routed.width, routed.inner)
+        for expert, tokens, places in routed.each(routed.index[-len(each) :]):
+            out.index_add_(0, tokens, nn.functional.linear(each[tokens, places], down[expert]))
+        return out.view(*h.shape[:-1], routed.width)
+
+
+def of_experts(
+    routed: Routed, inputs: Sequence[Callable[[], Tensor]], doubts: Sequence[Tensor],
+    down: Callable[[], Tensor] | None, exact: Tensor | None,
+) -> ExpertPreview:  # fmt: skip
+    """The preview of a layer's experts.
+
+    Args:
+        inputs: what gives the images of the matrices that make h, [pool, D] each. doubts: of these, [pool] each.
+        down: the same of down, the experts' rows below each other, [E D, I]; None. exact: then its own weights.
+    """
+    shape = routed.all, routed.width, routed.inner
+    columns = None if exact is None else exact.view(shape).float().norm(dim=1).half().float().square().flatten()
+    experts = routed.experts
+    of = weakref.ref(routed)
+    act = functools.partial(_act, of) if experts.has_gate else experts.act_fn
+    return ExpertPreview(tuple(inputs), input_biases(routed), tuple(doubts), act, down, columns, of=of)
+
+
+def _act(of: weakref.ref[Routed], gate: Tensor) -> Tensor:
+    """What the gate contributes to h, elementwise (`Routed.act`)."""
+    routed = of()
+    assert routed is not None
+    return routed.act(gate)

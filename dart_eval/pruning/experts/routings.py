@@ -1,0 +1,167 @@
+"""Routings: which of its experts a token has, where experts are left out whole. Only mixtures of experts have a router.
+
+Two controls for whatever leaves out neurons of experts: fewer experts for each token, and fewer experts for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dart_eval.pruning.part import Part, option
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from dart_eval.layers.experts import Routed
+    from dart_eval.layers.ffn import FFN
+
+
+def chosen(ffn: FFN) -> Routed | None:
+    """The experts of an FFN that a router chooses among; None where every token has all that there are."""
+    routed = ffn.routed
+    return None if routed is None or routed.count >= routed.all else routed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing(Part):
+    """Base of all routings.
+
+    Attributes:
+        reroutes: whether experts are left out.
+        sized: whether the sparsity decides how many.
+        granularity: of what is left out, where the read says nothing of it.
+    """
+
+    slot = "routing"
+    reroutes: ClassVar[bool] = False
+    sized: ClassVar[bool] = False
+    granularity: ClassVar[str] = ""
+
+    def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
+        """Refuse a model without experts, and a sparsity that cannot be met.
+
+        Raises:
+            UserError: with the highest sparsity that can be met, where there is one.
+        """
+        if self.reroutes and not any(chosen(f) for f in ffns):
+            raise UserError(
+                f"{self.title} leaves out experts, and this model has none",
+                "take a mixture of experts, or leave it out",
+            )
+
+    def counts(self, sparsity: float, ffns: Sequence[FFN]) -> list[int]:
+        """[L] experts of a token in each layer; 0 where there are none.
+
+        Args:
+            sparsity: share of the bytes of all FFNs that a token is not to read.
+        """
+        return [r.count if (r := chosen(f)) else 0 for f in ffns]
+
+    def left(self, experts: int) -> int:
+        """How many of a layer's experts the router may choose."""
+        return experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Routing):
+    """A token has the experts that the model's router chooses for it."""
+
+    name = "own"
+    summary = "gives each token the experts that the model's router chooses"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fewer(Routing):
+    """A token has the best of its routed experts alone: what a model reads whose `num_experts_per_tok` is smaller.
+
+    The router itself is asked for fewer (`weights=own`): it chooses and weighs them as the type's own code does for
+    that number, and so makes their weights sum to 1 again where it does so for all of them (Qwen3 MoE, Mixtral,
+    gpt-oss), and leaves them as they are elsewhere (OLMoE). With `weights=all` they keep the weights that they have
+    among all of a token's experts. Biases of experts that are left out are left out, too.
+
+    The sparsity is met in whole experts. What it leaves is spread evenly over the layers, some of which have one expert
+    more than others, and is never exceeded; every layer has one expert at least. FFNs that every token has (shared
+    experts, dense layers) are read whole, so the routed experts bear all of it. This project's own control.
+    """
+
+    name = "fewer"
+    summary = "gives each token the best of its experts alone, whole ones"
+    reroutes = True
+    sized = True
+    weights: Literal["own", "all"] = option(
+        "own", "the router's weights as it gives them to so many experts, or as to all of a token's"
+    )
+
+    def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
+        super().check(sparsity, ffns)
+        routed, everything = [r for f in ffns if (r := chosen(f))], sum(f.size for f in ffns)
+        if min(self._budget(sparsity, ffns) / sum(r.size for r in routed) * r.count for r in routed) < 1 - 1e-9:
+            fixed = sum(f.size for f in ffns if not chosen(f))
+            least = fixed + max(1 / r.count for r in routed) * sum(r.size for r in routed)
+            raise UserError(
+                f"{self.title} leaves each token an expert in every layer, and sparsity {sparsity:g} leaves less",
+                f"use a sparsity up to {math.floor(100 * (1 - least / everything) + 1e-9) / 100:g}",
+            )
+
+    def counts(self, sparsity: float, ffns: Sequence[FFN]) -> list[int]:
+        self.check(sparsity, ffns)
+        share = self._budget(sparsity, ffns) / sum(f.size for f in ffns if chosen(f))
+        left, found = 0.0, []  # neurons
+        for ffn in ffns:
+            routed = chosen(ffn)
+            if routed is None:
+                found.append(0)
+                continue
+            left += share * ffn.size
+            found.append(min(routed.count, math.floor(left / routed.inner + 1e-9)))
+            left -= found[-1] * routed.inner
+        return found
+
+    @staticmethod
+    def _budget(sparsity: float, ffns: Sequence[FFN]) -> int:
+        """How many neurons of routed experts a token may read, over all layers."""
+        everything = sum(f.size for f in ffns)
+        return round((1 - sparsity) * everything) - sum(f.size for f in ffns if not chosen(f))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Without(Routing):
+    """Experts are taken out of the router's choice for all tokens, after REAP (Router-weighted Expert Activation
+    Pruning, arXiv 2510.13999).
+
+    Those go whose saliency is least: the mean, over the tokens of the calibration text that have the expert, of its
+    router weight times the norm of what it writes, g_j(x) * ||f_j(x)||. An expert that no token had has none. Every
+    layer loses the same share of its experts, rounded down.
+
+    What is left behaves as if the others had never been there: the router's softmax and its choice go over those
+    alone, so a token has as many experts as before, and reads as many bytes. The method saves memory and no reads. It
+    has no sparsity: `share` is that of the routed experts' memory, the read is 1.00, and the board shows it in a level
+    of its own, against which no method that reads less is tested. Here as everywhere prompts run dense; there they run
+    without these experts, too.
+    """
+
+    name = "without"
+    summary = "takes experts out of the router's choice that matter least on a calibration text (memory, not reads)"
+    reroutes = True
+    calibrates = True
+    granularity = "experts"
+    share: float = option(0.5, "share of each layer's experts that are taken out", above=0, most=1)
+
+    def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
+        super().check(sparsity, ffns)
+        for routed in (r for f in ffns if (r := chosen(f))):
+            if self.left(routed.all) < routed.count:
+                most = math.floor(100 * (1 - routed.count / routed.all)) / 100
+                raise UserError(
+                    f"{self.title} leaves {self.left(routed.all)} of {routed.all} experts, and a token has "
+                    f"{routed.count}",
+                    f"use a routing.share up to {most:g}",
+                )
+
+    def left(self, experts: int) -> int:
+        return experts - math.floor(self.share * experts + 1e-9)
+
+
+ROUTINGS = (Own, Fewer, Without)

@@ -1,0 +1,1 @@
+"""Inputs and single weights that a token leaves out."""

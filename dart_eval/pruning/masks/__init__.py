@@ -1,0 +1,1 @@
+"""Masks of neurons: scores, re-masks, allocations, compensations."""

@@ -1,0 +1,86 @@
+"""Compensation: what stands in for the neurons that were left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dart_eval.pruning.part import Part, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.layers.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compensation(Part):
+    """Base of all compensations.
+
+    Attributes:
+        adds: it adds a constant per sequence and layer to the FFN's output: the mean of what it observes, for the
+            neurons outside the mask, through down.
+        fills: each neuron that a token leaves out counts with the mean of what is observed of it. By kernels that is a
+            constant per sequence and layer, and down's columns of what is taken on the difference to the mean.
+    """
+
+    slot = "compensation"
+    adds: ClassVar[bool] = False
+    fills: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Compensation):
+    """Nothing stands in for what was left out."""
+
+    name = "none"
+    summary = "puts nothing in place of what is left out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanOutput(Compensation):
+    """A constant is added: what the neurons outside the mask added on average, W_down[:, pruned] mean(h)[pruned].
+
+    Over a calibration text it is the bias of FLAP (arXiv 2312.11983). Where the mask is fixed too, it is made once,
+    before any prompt.
+    """
+
+    name = "mean"
+    summary = "adds a constant: what the neurons outside the mask added to the context's tokens on average"
+    adds = True
+    over: Literal["context", "calibration"] = option(
+        "context", "take means over the context's tokens, or over those of the calibration text"
+    )
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.over == "context"
+
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        return self.over == "calibration"
+
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+        return (weight[:, None] @ h).squeeze(1)
+
+    def flops_per_neuron(self) -> int:
+        return 2  # a factor and a sum
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return shape.layers * shape.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanHidden(MeanOutput):
+    """Each neuron that a token leaves out, in the mask or not, counts with its mean over the context's tokens."""
+
+    name = "mean-token"
+    summary = "gives each neuron that a token leaves out its mean over the context's tokens"
+    adds = False
+    fills = True
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return shape.layers * shape.width + mask
+
+
+COMPENSATIONS = (Nothing, MeanOutput, MeanHidden)

@@ -1,0 +1,76 @@
+"""Draws: how a mask is taken from the scores of a layer's neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dart_eval.pruning.part import Part, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.pruning.masks.scores import Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw(Part):
+    """Base of all draws."""
+
+    slot = "draw"
+
+    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+        """What decides in the place of the scores, [B, F]: the largest are taken.
+
+        Args:
+            scores: [B, F], as `score` combines them. keep: [B], how many neurons are taken, on the CPU.
+        """
+        raise NotImplementedError
+
+    def take(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+        """The mask: [B, F] bool with exactly keep[b] neurons of each sequence. Arguments as of `keys`."""
+        from dart_eval.pruning.masks.top import top_k_mask
+
+        return top_k_mask(self.keys(scores, keep, layer, score), keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best(Draw):
+    """The neurons with the highest scores are taken."""
+
+    name = "best"
+    summary = "takes the neurons with the highest scores"
+
+    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+        return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Draw):
+    """Neurons are drawn without replacement, each with a chance in proportion to its score.
+
+    They are those with the largest log score_j - log e_j, e_j being drawn from the exponential distribution. With
+    best=0 that is `sample`, with best=0.5 (the best floor(k / 2) are taken, and the rest is drawn from the others)
+    `topk_sample` of GRIFFIN's code (arXiv 2404.01365, commit d1d3d6e). There each prompt draws anew; here a layer has
+    the same e for every text, so that neither batches nor restarts change a mask, and a re-mask changes little.
+    """
+
+    name = "sample"
+    summary = "draws neurons in proportion to their scores, without replacement"
+    best: float = option(0.0, "share of the mask that is not drawn: the highest scores", least=0, most=1)
+    seed: int = option(0, "seed of the draw; where it is not given, --seed", least=0, most=2**32 - 1)
+
+    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+        import torch
+
+        from dart_eval.pruning.masks.top import top_k_mask
+
+        # Drawn on the CPU, so that a seed means the same neurons on every device.
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)
+        waits = torch.empty(scores.shape[-1]).exponential_(generator=generator).to(scores.device)
+        keys = score.proportional(scores).float().log() - waits.log()
+        best = (keep.double() * self.best + 1e-9).floor().long()
+        return keys.masked_fill(top_k_mask(scores, best), torch.inf)
+
+
+DRAWS = (Best, Sample)

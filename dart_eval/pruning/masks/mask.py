@@ -1,0 +1,102 @@
+"""Masks: which neurons a sequence may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dart_eval.pruning.masks.draws import Best, Draw
+from dart_eval.pruning.masks.remasks import Never, Remask
+from dart_eval.pruning.masks.scores import Activation, Score, Wanda
+from dart_eval.pruning.part import Part, option
+from dart_eval.util.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask(Part):
+    """Base of all masks.
+
+    Attributes:
+        fixed: whether it is made before any prompt is seen, and is the same for every sequence.
+        whole: whether it holds every neuron.
+        looks_ahead: whether it is made from the very tokens that it is used on. It is then an upper bound, and no
+            method to use.
+        score: the score that it is made by; None for a mask of everything.
+        draw: how it is taken from the scores.
+        remask: when it is made anew.
+    """
+
+    slot = "mask"
+    fixed: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
+    score: ClassVar[Score | None] = None
+    draw: ClassVar[Draw] = Best()
+    remask: ClassVar[Remask] = Never()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything(Mask):
+    """The mask holds every neuron of every layer."""
+
+    name = "everything"
+    summary = "leaves every neuron in: what is pruned is each token's choice"
+    fixed = True
+    whole = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(Mask):
+    """One mask for all sequences is made before any prompt is seen, from the weights or from a calibration text."""
+
+    name = "static"
+    summary = "makes one mask for all texts, from the weights or a calibration text"
+    fixed = True
+    score: Score = option(Wanda(), "what it is made by")  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score.weighs_tokens:
+            raise UserError(
+                "score.average=ema, score.skip_first and a score.share below 1 weigh the tokens of a context, "
+                "and mask=static has none",
+                "leave them out, or use mask=prompt",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTokens(Mask):
+    """Base of masks that are made for each sequence from its own tokens."""
+
+    needs_context = True
+    score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.score.observes:
+            raise UserError(
+                f"{self.title} is made from tokens, and {self.score.title} reads none",
+                "use mask=static, or another score",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromPrompt(OfTokens):
+    """Each sequence gets a mask of its own, from the tokens of its context."""
+
+    name = "prompt"
+    summary = "makes a mask for each sequence, from the tokens of its context"
+    draw: Draw = option(Best(), "how it is taken from the scores")  # type: ignore[misc]
+    remask: Remask = option(Never(), "when it is made anew")  # type: ignore[misc]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead(OfTokens):
+    """Each sequence gets a mask from the very tokens that are then scored under it: an upper bound."""
+
+    name = "ahead"
+    summary = "makes a mask from the very tokens that then run under it (an upper bound)"
+    looks_ahead = True
+
+
+MASKS = (Everything, Static, FromPrompt, Ahead)

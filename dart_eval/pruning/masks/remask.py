@@ -1,0 +1,154 @@
+"""What a re-mask keeps for each sequence: recent FFN inputs, the drift detector, counters; and when it is due."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dart_eval.layers.expert_pool import routing
+from dart_eval.layers.ffn import device_of
+from dart_eval.pruning.masks.drift import DriftDetector
+from dart_eval.pruning.masks.ring import RingBuffer
+from dart_eval.pruning.session.sequence import PerSequence, Sums
+
+if TYPE_CHECKING:
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.pruning.masks.remasks import Remask
+
+
+@dataclass(frozen=True)
+class Due:
+    """New masks that are due. rows: [B] bool, the sequences; cause: `alarm` or `steady`.
+
+    dense: the recent scores are those of the tokens that ran dense; else those of the ring.
+    """
+
+    rows: Tensor
+    cause: str
+    dense: bool = False
+
+
+class RemaskState(PerSequence):
+    """State of B sequences under a part `remask`.
+
+    Attributes:
+        detector, ring: where the part has them. The ring has FFN inputs, and behind them which experts tokens had.
+        alarms: [B] bool, raised by the last forward.
+        since: decoded tokens since the last steady re-mask; the same for all, since they decode together.
+        dense_left: [B] long, tokens still to run dense after an alarm. fresh: sums of their scores so far, of
+            `fresh_tokens` [B] tokens.
+    """
+
+    def __init__(self, part: Remask, ffns: Sequence[FFN], batch: int, device: torch.device) -> None:
+        self.part, self.device, self.ffns = part, device, tuple(ffns)
+        self.detector = DriftDetector(part, batch, ffns[-1].width, device) if part.watches else None  # type: ignore[arg-type]
+        self.ring = RingBuffer(part.ring, len(ffns) * (1 + any(f.routed for f in ffns))) if part.needs_ring else None
+        self.alarms = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.since = 0
+        self.dense_left = torch.zeros(batch, dtype=torch.long, device=device)
+        self.fresh_tokens = torch.zeros(batch, device=device)
+        self.fresh = Sums(len(ffns))
+        if part.dense_tokens and part.alarms_remask:
+            self.fresh.layers = [torch.zeros(batch, f.pool, device=device_of(f)) for f in ffns]
+
+    @property
+    def dense_now(self) -> Tensor:
+        """[B] bool: sequences that run dense because they gather scores after an alarm."""
+        return self.dense_left > 0
+
+    def observe_input(self, layer: int, x: Tensor, valid: Tensor) -> None:
+        """Keep a forward's FFN inputs. x: [B, T, D]; valid: [B, T] bool."""
+        if self.ring is not None:
+            self.ring.write(layer, x, valid)
+            if (routed := self.ffns[layer].routed) is not None:
+                self.ring.write(self.routing(layer), routing(routed, len(x)), valid)
+
+    def routing(self, layer: int) -> int:
+        """The place in the ring of which experts a layer's tokens had."""
+        return len(self.ffns) + layer
+
+    def observe_attention(self, a: Tensor, valid: Tensor, before: Tensor) -> None:
+        """Feed the detector the context. a: [B, T, D]; before: [B], tokens of the context that came earlier."""
+        if self.detector is None:
+            return
+        if self.part.skip_first:
+            valid = valid & (valid.long().cumsum(1) + before.long()[:, None] > 1)
+        self.detector.observe(a.to(self.device), valid)
+
+    def finish(self, valid: Tensor) -> None:
+        """Close a context forward whose real tokens were `valid` ([B, T] bool)."""
+        if self.ring is not None:
+            self.ring.advance(valid)
+        if self.detector is not None:
+            self.detector.set_reference()
+        self.since = 0
+        self.dense_left = torch.zeros_like(self.dense_left)
+
+    def room(self) -> int | None:
+        """Tokens that may run in one forward before a mask may change; None for any number."""
+        limits = [self.detector.room()] if self.detector is not None else []
+        if self.part.every:
+            limits.append(self.part.every - self.since)
+        if bool(self.dense_now.any()):
+            limits.append(int(self.dense_left[self.dense_now].min()))
+        return min(limits, default=None)
+
+    def decoded(self, attention: Tensor | None, valid: Tensor, shared: bool) -> list[Due]:
+        """Close a decoding forward: ask the detector which new masks are due.
+
+        Args:
+            attention: [B, T, D] attention output of the last layer, where there is a detector. valid: [B, T] bool.
+            shared: all sequences have one mask, and are re-masked together.
+        """
+        none = torch.zeros_like(self.alarms)
+        if self.ring is not None:
+            self.ring.advance(valid)
+        alarms = none
+        if self.detector is not None and attention is not None:
+            self.alarms = self.detector.update(attention.to(self.device), valid, self.dense_now)
+            if shared:
+                self.alarms = self.alarms.any().expand_as(self.alarms)
+            alarms = self.alarms if self.part.alarms_remask else none
+        ended = none
+        if self.part.dense_tokens:
+            ended = self._dense_ended(valid, shared)
+            self._begin_dense(alarms)
+            alarms = none
+        due = none
+        if self.part.every:
+            self.since += valid.shape[1]
+            if self.since >= self.part.every:
+                # All are re-masked together, or those alone that have not ended.
+                self.since, due = 0, ~alarms if shared else valid[:, -1] & ~alarms
+        found = [Due(alarms, "alarm"), Due(due, "steady"), Due(ended, "alarm", dense=True)]
+        return [d for d in found if bool(d.rows.any())]
+
+    def _dense_ended(self, valid: Tensor, shared: bool) -> Tensor:
+        """[B] bool, the sequences of which the last token ran that was to run dense."""
+        dense = self.dense_now
+        if not bool(dense.any()):
+            return torch.zeros_like(dense)
+        self.fresh_tokens = self.fresh_tokens + torch.where(dense, valid.sum(1), 0)
+        ran = valid.shape[1] if shared else valid.sum(1)  # together, ended or not
+        left = (self.dense_left - ran).clamp_min(0)
+        self.dense_left = torch.where(dense, left, self.dense_left)
+        return dense & (left == 0)
+
+    def _begin_dense(self, alarms: Tensor) -> None:
+        if not bool(alarms.any()):
+            return
+        self.dense_left = self.dense_left.masked_fill(alarms, self.part.dense_tokens)
+        self.fresh_tokens = self.fresh_tokens.masked_fill(alarms, 0.0)
+        self.fresh.layers = [self._cleared(i, alarms) for i in range(len(self.fresh.layers))]
+
+    def _cleared(self, layer: int, rows: Tensor) -> Tensor:
+        return self.fresh[layer].masked_fill(rows.to(self.fresh[layer].device)[:, None], 0.0)
+
+    def moved(self, due: Due) -> None:
+        """New masks have been made after an alarm: the reference may move to the recent windows."""
+        if self.detector is not None and due.cause == "alarm" and self.part.moves_reference:
+            self.detector.rebase(due.rows)

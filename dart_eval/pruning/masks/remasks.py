@@ -1,0 +1,174 @@
+"""Re-masks: when a mask is made anew while a sequence is decoded, and from what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dart_eval.pruning.part import Part, option
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.layers.shape import ModelShape
+    from dart_eval.pruning.masks.remask import RemaskState
+
+RING = "keep so many recent FFN inputs in each layer; a new mask is made from them"
+OLD = "the old scores in a new mask: those of the prompt, or of the mask in force"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remask(Part):
+    """Base of all re-masks. How many neurons a layer keeps stays as the prompt set it.
+
+    The recent scores are those of the last `ring` FFN inputs, which exist for pruned neurons too, or those of
+    `dense_tokens` that run dense after an alarm. Scores are blended per token: weight * old + (1 - weight) * recent.
+
+    Attributes:
+        remasks: whether a mask may be made anew.
+        watches: whether a drift detector watches.
+    """
+
+    slot = "remask"
+    remasks: ClassVar[bool] = False
+    watches: ClassVar[bool] = False
+    ring: ClassVar[int] = 0
+    dense_tokens: ClassVar[int] = 0
+    every: ClassVar[int] = 0
+    old: ClassVar[str] = "prompt"
+    skip_first: ClassVar[bool] = False
+    moves_reference: ClassVar[bool] = False
+
+    @property
+    def needs_ring(self) -> bool:
+        """Whether recent FFN inputs must be kept."""
+        return False
+
+    @property
+    def alarms_remask(self) -> bool:
+        """Whether an alarm leads to a new mask."""
+        return False
+
+    def blend_of(self, cause: str) -> float:
+        """The weight of the old scores in a re-mask.
+
+        Args:
+            cause: `alarm`, or `steady` for a re-mask after every so many tokens.
+        """
+        return 0.0
+
+    def start(self, ffns: Sequence[FFN], batch: int, device: torch.device) -> RemaskState | None:
+        """The state of new sequences; None where none is needed."""
+        from dart_eval.pruning.masks.remask import RemaskState
+
+        return RemaskState(self, ffns, batch, device) if self.remasks or self.watches else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Never(Remask):
+    """The mask of the prompt stays."""
+
+    name = "never"
+    summary = "keeps the mask of the prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryN(Remask):
+    """A new mask is made each time so many tokens have been decoded."""
+
+    name = "every"
+    summary = "makes a new mask after every so many decoded tokens"
+    remasks = True
+    tokens: int = option(16, "decoded tokens between two masks", least=1)
+    ring: int = option(24, RING, least=1)  # type: ignore[misc]
+    blend: float = option(0.8, "weight of the old scores in a new mask", least=0, most=1)
+    old: Literal["prompt", "running"] = option("prompt", OLD)  # type: ignore[misc]
+
+    @property
+    def every(self) -> int:  # type: ignore[override]
+        return self.tokens
+
+    @property
+    def needs_ring(self) -> bool:
+        return True
+
+    def blend_of(self, cause: str) -> float:
+        return self.blend
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDrift(Remask):
+    """A new mask is made when the text has drifted away from what the mask was made for (arXiv 2601.22632).
+
+    The detector compares the last layer's attention output, averaged over windows of decoded tokens, with its mean over
+    the prompt (`pruning.drift`). The floor, the cool-down and the ring are this project's.
+    """
+
+    name = "drift"
+    summary = "makes a new mask when a detector sees that the context has drifted"
+    watches = True
+    window: int = option(10, "tokens in a window of the detector", least=1)
+    sigma: float = option(0.5, "margin of the detector, in standard deviations of the prompt's windows")
+    floor: float = option(0.1, "the least margin of the detector, in cosine")
+    patience: int = option(2, "raise an alarm when flagged windows outnumber the others by so many", least=1)
+    cooldown: int = option(2, "flag nothing in so many windows after an alarm", least=0)
+    min_windows: int = option(4, "take `floor` as the margin where the prompt has fewer windows", least=0)
+    skip_first: bool = option(  # type: ignore[misc]
+        True, "leave the prompt's first token out of the detector's reference"
+    )
+    act: bool = option(True, "make a new mask after an alarm (off: the detector only watches)")
+    ring: int = option(24, RING, least=1)  # type: ignore[misc]
+    dense_tokens: int = option(  # type: ignore[misc]
+        0, "run so many tokens dense after an alarm, and score these instead of the ring (0: the ring)", least=0
+    )
+    blend: float = option(0.25, "weight of the old scores in a new mask after an alarm", least=0, most=1)
+    old: Literal["prompt", "running"] = option("prompt", OLD)  # type: ignore[misc]
+    reference: Literal["moved", "kept"] = option(
+        "moved", "whether the detector's reference moves to the new text after an alarm"
+    )
+    every: int = option(0, "also make a new mask after every so many decoded tokens (0: only after alarms)", least=0)  # type: ignore[misc]
+    every_blend: float = option(0.8, "weight of the old scores in those masks", least=0, most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every and self.dense_tokens:
+            raise UserError(
+                f"{self.title}: `every` makes masks from the ring, and dense_tokens does without it",
+                "set one of them to 0",
+            )
+
+    @property
+    def remasks(self) -> bool:  # type: ignore[override]
+        return self.act or self.every > 0
+
+    @property
+    def needs_ring(self) -> bool:
+        return (self.act and not self.dense_tokens) or self.every > 0
+
+    @property
+    def alarms_remask(self) -> bool:
+        return self.act
+
+    @property
+    def moves_reference(self) -> bool:  # type: ignore[override]
+        return self.reference == "moved"
+
+    @property
+    def recent(self) -> int:
+        """How many windows make the new reference after a re-mask."""
+        return max(1, (self.dense_tokens or self.ring) // self.window)
+
+    def blend_of(self, cause: str) -> float:
+        return self.blend if cause == "alarm" else self.every_blend
+
+    def flops_per_token(self, shape: ModelShape) -> float:
+        return 2 * shape.width
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return shape.width + (2 + 6 * shape.width) / self.window  # a sum per token, a cosine per window
+
+
+REMASKS = (Never, EveryN, OnDrift)

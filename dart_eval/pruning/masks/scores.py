@@ -1,0 +1,282 @@
+"""Scores: how much a neuron matters, from the tokens of a context, a calibration text, or its weights."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dart_eval.pruning.part import Part, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.pruning.calibration.calibration import Calibration
+
+FIRST_TOKEN = 1e-12  # what a token that is left out weighs: nothing beside others, all where it is alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Part):
+    """Base of all scores: made of sums over tokens (`observe`), of factors that no token changes, or of both.
+
+    Attributes:
+        per_token: whether `combine` needs the mean over tokens; if not, the sum or any multiple will do.
+    """
+
+    slot = "score"
+    observes = True
+    per_token: ClassVar[bool] = False
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether some tokens of a context count more than others."""
+        return False
+
+    def factors(self, calibration: Calibration) -> list[Tensor] | None:
+        """What no token changes in a score: for each layer [F] fp32, or several such rows; None for nothing."""
+        return None
+
+    def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
+        """The score: [B, F], higher is kept; only the order within a layer counts.
+
+        Args:
+            sums: [B, F] of the tokens, or their mean; None for a score of weights alone.
+            factor: [F] of this layer from `factors`, or None.
+        """
+        assert sums is not None
+        return sums if factor is None else sums * factor.to(sums.device)
+
+    def proportional(self, score: Tensor) -> Tensor:
+        """The score itself, where `combine` gives another number of the same order, its square say."""
+        return score
+
+    def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        """How much the tokens of a context forward weigh in all sums, and by how much earlier sums shrink.
+
+        Args:
+            valid: [B, T] bool, False for padding.
+            before: [B] fp32, tokens of the context that came in earlier forwards.
+        """
+        return valid.float(), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation(Score):
+    """score_j = sum over tokens of (|h_tj| / ||h_t||)^2, with the norm and a factor of choice.
+
+    Of arXiv 2404.01365 (GRIFFIN: norm l2) and arXiv 2601.22632 (DART: norm none, and the factors of its code). The sum
+    of squares is kept, since its order is that of its root.
+    """
+
+    name = "activation"
+    summary = "ranks neurons by how large their activations are on the tokens of the context"
+    needs_context = True
+    norm: Literal["none", "l1", "l2"] = option("none", "divide each token's activations by this norm of theirs")
+    average: Literal["l2", "ema"] = option(
+        "l2", "add up tokens as the root of the sum of squares, or as a moving average of magnitudes"
+    )
+    decay: float = option(
+        0.98, "how much a token counts beside the one after it (only average=ema uses it)", above=0, most=1
+    )
+    skip_first: bool = option(False, "leave out the first token, whose activations are outliers")
+    vocabulary: Literal["none", "max", "mean", "combined", "product"] = option(
+        "none", "weigh a neuron by the largest logit that it writes, the mean, their sum or their product"
+    )
+    down_norm: bool = option(False, "weigh a neuron by the norm of its column of down")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.average == "ema" or self.skip_first
+
+    @property
+    def _power(self) -> int:
+        return 1 if self.average == "ema" else 2
+
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+        return activations(h, weight, self.norm, self._power)
+
+    def factors(self, calibration: Calibration) -> list[Tensor] | None:
+        found: list[Tensor] | None = None  # on a norm, squared
+        if self.vocabulary != "none":
+            found = [p.factor(self.vocabulary).square() for p in calibration.projection()]
+        if self.down_norm:
+            norms = down_norms(calibration.ffns)
+            found = norms if found is None else [f * n.to(f.device) for f, n in zip(found, norms, strict=True)]
+        if found is not None and self._power == 1:  # its sums are of magnitudes, not of squares
+            found = [f.sqrt() for f in found]
+        return found
+
+    def proportional(self, score: Tensor) -> Tensor:
+        return score.sqrt() if self._power == 2 else score
+
+    def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, shrink = valid.float(), None
+        if self.average == "ema":
+            weight, shrink = decayed(weight, self.decay)
+        if self.skip_first:
+            import torch
+
+            first = valid & (valid.long().cumsum(1) + before.long()[:, None] == 1)
+            weight = torch.where(first, weight * FIRST_TOKEN, weight)
+        return weight, shrink
+
+    def flops_per_neuron(self) -> int:
+        return 5  # a square and a sum for the norm; a square, a division and a sum for the score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(Score):
+    """score_j = mean_i |W_down[i, j]| * ||h_j||, the norm taken over the tokens.
+
+    Wanda's weight times activation (arXiv 2306.11695), structured to whole neurons as FLAP (arXiv 2312.11983) and
+    Probe Pruning (arXiv 2502.15618) use it. FLAP's code (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`) divides the sum
+    of squares by the number of sequences, which leaves the order; it keeps all neurons that tie, and its layers see
+    what the pruned layers before them give. Here exactly k are kept, and every layer sees dense inputs.
+    """
+
+    name = "wanda"
+    summary = "ranks neurons by the mean weight of their column of down times the norm of their activations"
+    needs_context = True
+
+    def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor:
+        return activations(h, weight)
+
+    def factors(self, calibration: Calibration) -> list[Tensor] | None:
+        return [ffn.output_weight().float().abs().mean(0) for ffn in calibration.ffns]
+
+    def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
+        assert sums is not None and factor is not None
+        return factor * sums.sqrt().to(factor.device)
+
+    def flops_per_neuron(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightScore(Score):
+    """Base of scores that no prompt changes: they follow from the weights, a calibration text, or nothing at all."""
+
+    observes = False
+
+    @abstractmethod
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        """The score of each layer: [F]."""
+
+    def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
+        assert factor is not None
+        return factor[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(WeightScore):
+    """score_j = the product of the L2 norms of neuron j's rows in gate and up (up alone in a plain FFN).
+
+    The static baseline of GRIFFIN's paper (arXiv 2404.01365). With `of=down` it is the L2 norm of the neuron's column
+    of down: `mag-sp` of FLAP (arXiv 2312.11983; CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`), which keeps equally many
+    neurons in every layer as here, and prunes attention heads too, which is left out here.
+    """
+
+    name = "weights"
+    summary = "ranks neurons by the norms of their rows of gate and up, or of their columns of down"
+    of: Literal["gate-up", "down"] = option(
+        "gate-up", "rank by the product of the norms of the rows of gate and up, or by the norm of the column of down"
+    )
+
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        if self.of == "down":
+            return [norm.sqrt() for norm in down_norms(calibration.ffns)]
+        return [
+            math.prod((w.float().norm(dim=1) for w in ffn.input_weights()), start=1.0)  # type: ignore[misc]
+            for ffn in calibration.ffns
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fluctuation(WeightScore):
+    """score_j = the variance of h_j over the calibration text's tokens, times ||W_down[:, j]||^2: FLAP's WIFV.
+
+    Of arXiv 2312.11983. A neuron that hardly varies can be replaced by its mean, however large it is, which is what
+    `compensation=mean:compensation.over=calibration` does. The score does not move where a constant is added to h.
+
+    The authors' code (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`, `lib/layerwrapper.py`) has another quantity in place
+    of the variance: `variance=code` gives it (`moments.Running`), with our segments as its sequences. It calibrates on
+    2048 sequences of 128 tokens of WikiText-2's train split, and prunes attention heads in the same ranking, which is
+    left out here.
+    """
+
+    name = "fluctuation"
+    summary = "ranks neurons by the variance of their activations on the calibration text times their column of down"
+    calibrates = True
+    variance: Literal["true", "code"] = option(
+        "true", "the variance over tokens, or what FLAP's code computes in its place"
+    )
+
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        found = calibration.moments()
+        spread = [m.variance if self.variance == "true" else m.code_variance for m in found]
+        return [v.to(norm.device) * norm for v, norm in zip(spread, down_norms(calibration.ffns), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(WeightScore):
+    """The neurons of every layer stand in a random order."""
+
+    name = "random"
+    summary = "ranks neurons at random, in the same way for every text"
+    seed: int = option(0, "seed of the draw; where it is not given, --seed", least=0, most=2**32 - 1)
+
+    def factors(self, calibration: Calibration) -> list[Tensor]:
+        import torch
+
+        scores = []
+        for ffn in calibration.ffns:
+            # Drawn on the CPU, so that a seed means the same neurons on every device.
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + ffn.layer)
+            scores.append(torch.rand(ffn.pool, generator=generator))
+        return scores
+
+
+SCORES = (Activation, Wanda, Fluctuation, Weights, Random)
+
+
+def activations(h: Tensor, weight: Tensor, norm: str = "none", power: int = 2) -> Tensor:
+    """sum_t weight_t (|h_tj| / ||h_t||)^power.
+
+    Args:
+        h: [B, T, F] fp32. weight: [B, T] fp32, 0 for padding.
+        norm: what a token is divided by: none, l1 or l2.
+        power: 2 (the score is its root, whose order is the same) or 1.
+
+    Returns:
+        [B, F] fp32.
+    """
+    values = h.square() if power == 2 else h.abs()
+    if norm == "l2":
+        size = values.sum(-1) if power == 2 else h.square().sum(-1).sqrt()
+    elif norm == "l1":
+        size = h.abs().sum(-1).pow(power)
+    else:
+        return (weight[:, None] @ values).squeeze(1)
+    return ((weight / size.clamp_min(1e-30))[:, None] @ values).squeeze(1)
+
+
+def decayed(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Weights of an exponential average: decay^(n - 1 - t) for the t-th of n tokens.
+
+    Args:
+        valid: [B, T] fp32, 0 for padding, which does not count as a step.
+
+    Returns:
+        [B, T] weights, and [B] decay^n, by which earlier sums shrink.
+    """
+    after = valid.flip(1).cumsum(1).flip(1) - valid  # tokens that follow
+    return valid * decay**after, decay ** valid.sum(1)
+
+
+def down_norms(ffns: Sequence[FFN]) -> list[Tensor]:
+    """Per layer [F] fp32: the squared norm of each neuron's column of down."""
+    return [ffn.output_weight().float().square().sum(0) for ffn in ffns]

@@ -1,0 +1,1 @@
+"""What attaches a method to a model while a block runs."""

@@ -1,0 +1,129 @@
+"""What a model's own methods do while a session lasts.
+
+`generate` says where its prompt ends and which tokens end a sequence; no forward says so. Methods that would change the
+weights under the session, or run the model in a way that it cannot follow, are refused at the call. All of it stands in
+the modules' `__dict__`, and a copy of a module would take it along, and the hooks with it: so copying is refused too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.models.guard import GUARD, refuse_second
+from dart_eval.util.errors import UserError
+
+ABSENT = object()
+CONTINUOUS = ("generate_batch", "init_continuous_batching")
+
+
+class _Replaced:
+    """A method of a module while a session lasts."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+    def __deepcopy__(self, _memo: Any) -> Any:
+        raise UserError(
+            "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
+        )
+
+
+class Calls:
+    """The methods of one model that a session has replaced.
+
+    Attributes:
+        prompt: tokens of the prompt that `generate` is at work on, those in its cache included; 0 outside of it.
+        ends: ids of the tokens that end a sequence of it, and that it pads ended ones with.
+        turn: calls of `generate` so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.prompt = 0
+        self.ends: frozenset[int] = frozenset()
+        self.turn = 0
+        self._before: list[tuple[nn.Module, str, Any]] = []  # what stood in a module's `__dict__`
+
+    def watch(self) -> None:
+        """Replace them.
+
+        Raises:
+            UserError: another session is at work on this model.
+        """
+        refuse_second(self.model)
+        generate = getattr(self.model, "generate", None)
+        for module in self.model.modules():
+            self._put(module, GUARD, self)
+            # `_apply` is what `to`, `half`, `cuda` and the like end in.
+            self._put(module, "_apply", _Replaced(functools.partial(_leaves_alone, module)))
+            self._put(module, "load_state_dict", _Replaced(_refuse_weights))
+        for name in CONTINUOUS:
+            if hasattr(self.model, name):
+                self._put(self.model, name, _Replaced(_refuse_continuous_batching))
+        if callable(generate):
+            self._put(self.model, "generate", _Replaced(functools.partial(self._generate, generate)))
+
+    def _put(self, module: nn.Module, name: str, value: Any) -> None:
+        self._before.append((module, name, module.__dict__.get(name, ABSENT)))
+        module.__dict__[name] = value
+
+    def release(self) -> None:
+        """Put them back."""
+        while self._before:
+            module, name, before = self._before[-1]
+            if before is ABSENT:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before
+            self._before.pop()
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.prompt, self.ends
+        self.turn += 1
+        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
+        self.prompt = max((int(t.shape[1]) for t in given if t is not None), default=0)
+        config = kwargs.get("generation_config") or next((a for a in args[1:2] if a is not None), None)
+        config = config or getattr(self.model, "generation_config", None)
+        named = [kwargs.get(n, getattr(config, n, None)) for n in ("eos_token_id", "pad_token_id")]
+        self.ends = frozenset(i for ids in named for i in _ids(ids))
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self.prompt, self.ends = before
+
+
+def _ids(given: Any) -> list[int]:
+    """Token ids as `generate` takes them: none, one, several, or a tensor of them."""
+    if given is None:
+        return []
+    return torch.as_tensor(given).flatten().tolist()
+
+
+def _leaves_alone(module: nn.Module, change: Callable[[Tensor], Tensor], *_args: Any, **_kwargs: Any) -> nn.Module:
+    """Instead of `module._apply(change)`: nothing, where the weights have the dtype and place already."""
+    for dtype, device in {(t.dtype, t.device) for t in [*module.parameters(), *module.buffers()]}:
+        changed = change(torch.empty(0, dtype=dtype, device=device))
+        if (changed.dtype, changed.device) != (dtype, device):
+            _refuse_weights()
+    return module
+
+
+def _refuse_weights(*_args: Any, **_kwargs: Any) -> Any:
+    raise UserError(
+        "the weights of a model under prune() must stay as they are", "move, cast or load them before the block"
+    )
+
+
+def _refuse_continuous_batching(*_args: Any, **_kwargs: Any) -> Any:
+    raise UserError(
+        "continuous batching runs prompts and decoded tokens in one forward, which prune() cannot follow",
+        "use generate()",
+    )

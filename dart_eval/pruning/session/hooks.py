@@ -1,0 +1,335 @@
+"""The hooks of a session on its model: they hand what layers compute to the sequences' state, and prune.
+
+They come and go with the session, and those that look inside FFNs also with the forwards that need them. A compiler
+sees through the others, whose tensors keep their addresses; the rest it leaves alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.layers import experts, trial
+from dart_eval.layers.families import decoder
+from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.choices.serving import Serving
+from dart_eval.pruning.experts.rerouted import Rerouted
+from dart_eval.pruning.inputs.finer import Finer
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.session.state import SequenceState
+from dart_eval.util.errors import UserError
+
+Phase = Literal["off", "context", "decode"]
+
+
+@dataclass
+class Forward:
+    """The forward under way.
+
+    Attributes:
+        phase: `off` between forwards. last: that of the forward before. turn: the call of `generate` that it is of.
+        state: of the sequences that it runs; None where they run dense.
+        valid: [B, T] bool, False for padding.
+        kept: it was given a KV cache.
+        sliced: it multiplies the kept neurons alone. frozen: nothing is observed.
+        looking: h is looked at in every layer. seen: layers whose h has come.
+        attention: [B, T, D] attention output of the last layer, once it has run.
+        residual, input, gate, up: of the layer under way: the stream that enters it, its x, act(gate x) and up x.
+    """
+
+    phase: Phase = "off"
+    last: Phase = "off"
+    turn: int = 0
+    state: SequenceState | None = None
+    valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
+    kept: bool = True
+    sliced: bool = False
+    frozen: bool = False
+    looking: bool = False
+    seen: set[int] = field(default_factory=set)
+    attention: Tensor | None = None
+    residual: Tensor | None = None
+    input: Tensor | None = None
+    gate: Tensor | None = None
+    up: Tensor | None = None
+
+    def in_batch(self, x: Tensor) -> Tensor:
+        """[B, T, ...] of what a layer may hand on as [B * T, ...] (OPT)."""
+        return x if x.dim() == 3 else x.view(*self.valid.shape, x.shape[-1])
+
+
+class Hooks:
+    """Installs and removes the hooks that a method needs: they hand what layers compute to the forward's state."""
+
+    def __init__(
+        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving,
+        entries: Finer | Rerouted | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
+        self.serving, self.entries = serving, entries
+        self.decoder = decoder(model)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._inside: list[torch.utils.hooks.RemovableHandle] = []
+        self._experts: list[tuple[Any, Any]] = []
+
+    @property
+    def installed(self) -> bool:
+        """Whether the model is being watched."""
+        return bool(self._handles)
+
+    def install(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
+        """Watch the model. begin, end: run before and after each forward of its decoder."""
+        _guard_hooks()
+        self._experts = experts.take_over(self.model)
+        add, ffns, method = self._handles.append, self.ffns, self.method
+        add(self.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
+        add(self.decoder.register_forward_pre_hook(_eager(begin), with_kwargs=True))
+        add(self.decoder.register_forward_hook(_eager(end)))
+        for handle in self.serving.watch():
+            add(handle)
+        for ffn in ffns:
+            if method.mask.remask.needs_ring:
+                add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
+            if method.compensation.adds or method.choice.grades:
+                add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
+        if method.mask.remask.watches:
+            add(ffns[-1].attention.register_forward_hook(self._on_attention))
+        self.look_inside(True)
+
+    def look_inside(self, wanted: bool) -> None:
+        """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
+        if wanted == bool(self._inside):
+            return
+        _drop(self._inside)
+        if not wanted:
+            return
+        add, method = self._inside.append, self.method
+        if self.entries is not None:
+            self.entries.watch(add, self.forward)
+        for ffn in self.ffns:
+            add(ffn.into.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
+            if method.allocation.needs_change:
+                self._watch_change(ffn)
+            if method.choice.image is not None:
+                add(ffn.block.register_forward_pre_hook(_eager(self._on_looked_at)))
+            if method.choice.chooses:  # a plain FFN's h tells what its gate would
+                if ffn.gate is not None:
+                    add(ffn.up.register_forward_hook(_eager(self._on_up(ffn))))
+                elif ffn.fused:
+                    add(ffn.up.register_forward_hook(_eager(self._on_both(ffn))))
+                if ffn.gated and isinstance(ffn.act, nn.Module):
+                    add(ffn.act.register_forward_hook(_eager(self._on_act)))
+                elif ffn.gate is not None:
+                    add(ffn.gate.register_forward_hook(_eager(self._on_gate(ffn))))
+
+    def _watch_change(self, ffn: FFN) -> None:
+        """Install the hooks on what enters an FFN and what it adds; of several in one layer, what they add together."""
+        add = self._inside.append
+        if not ffn.joint:
+            add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
+            add(ffn.output.register_forward_hook(_eager(self._on_output(ffn.layer))))
+            return
+        together = [f for f in self.ffns if f.holder is ffn.holder]
+        if ffn is together[0]:
+            add(ffn.residual.register_forward_pre_hook(_eager(self._on_copied_residual)))
+            left, layer = self._on_left([f.layer for f in together]), ffn.holder
+            if ffn.after is None:
+                add(layer.register_forward_hook(_eager(lambda _m, _args, out: left(trial.unscaled(layer, out)))))
+            else:
+                add(ffn.after.register_forward_pre_hook(_eager(lambda _module, args: left(args[0]))))
+
+    def remove(self) -> None:
+        """Leave the model alone."""
+        _guard_hooks()
+        self.look_inside(False)
+        _drop(self._handles)
+        experts.give_back(self._experts)
+        self._experts = []
+
+    def check_ran(self) -> None:
+        """Whether every layer's FFN ran where it was found.
+
+        Raises:
+            UserError: one did not.
+        """
+        missing = [f.layer for f in self.ffns if f.layer not in self.forward.seen]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(self.ffns)} FFNs of {type(self.model).__name__} did not run where prune() "
+                f"found them (the first in layer {missing[0]})",
+                "change layers, adapters or quantisation before the block begins",
+            )
+
+    # -- what they do ----------------------------------------------------------------------------------------
+
+    def _on_hidden(self, layer: int) -> Callable[..., Any]:
+        forward = self.forward
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if forward.phase == "off":  # the state's own use of the projection
+                return None
+            h, state = forward.in_batch(args[0]), forward.state
+            forward.seen.add(layer)
+            gate, up, forward.gate, forward.up = forward.gate, forward.up, None, None
+            if state is None:
+                return None
+            if forward.phase == "context":
+                state.observe(layer, h, forward.valid, up)
+                return None
+            x, forward.input = forward.input, None
+            masked = state.apply(layer, h, forward.valid, gate, up, forward.sliced, x)
+            return None if masked is h else (masked.view(args[0].shape), *args[1:])
+
+        return hook
+
+    def _on_down(self, layer: int) -> Callable[..., Tensor | None]:
+        forward = self.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if forward.phase != "decode" or forward.state is None:
+                return None
+            added = forward.state.added(layer)
+            if added is None:
+                return None
+            return (forward.in_batch(output) + added.to(output.device, output.dtype)).view(output.shape)
+
+        return hook
+
+    def _on_input(self, layer: int) -> Callable[..., None]:
+        forward = self.forward
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            state = forward.state
+            if forward.phase != "off" and state is not None and state.remasking is not None and not forward.frozen:
+                state.remasking.observe_input(layer, forward.in_batch(args[0]), forward.valid)
+
+        return hook
+
+    def _on_looked_at(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        forward = self.forward
+        if forward.phase == "decode":
+            forward.input = forward.in_batch(args[0])
+
+    def _on_output(self, layer: int) -> Callable[..., None]:
+        forward = self.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            residual, forward.residual = forward.residual, None
+            if forward.phase == "context" and forward.state is not None and residual is not None:
+                added = forward.in_batch(output) * self.ffns[layer].scale
+                forward.state.observe_change(layer, residual, added, forward.valid)
+
+        return hook
+
+    def _on_left(self, layers: Sequence[int]) -> Callable[[Tensor], None]:
+        """Of the stream that leaves a decoder layer with these FFNs."""
+        forward = self.forward
+
+        def left(stream: Tensor) -> None:
+            before, forward.residual = forward.residual, None
+            if forward.phase == "context" and forward.state is not None and before is not None:
+                added = forward.in_batch(stream) - before
+                for layer in layers:
+                    forward.state.observe_change(layer, before, added, forward.valid)
+
+        return left
+
+    def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        forward = self.forward
+        if forward.phase == "context":
+            forward.residual = forward.in_batch(args[0])
+
+    def _on_copied_residual(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.forward.phase == "context":
+            self._on_residual(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
+
+    def _on_act(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        forward = self.forward
+        if forward.phase != "off":
+            forward.gate = forward.in_batch(output)
+
+    def _on_gate(self, ffn: FFN) -> Callable[..., None]:
+        """Of an activation that is a function, and so has no hooks: it runs a second time."""
+        forward = self.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            if forward.phase != "off":
+                forward.gate = ffn.act(forward.in_batch(output))
+
+        return hook
+
+    def _on_up(self, ffn: FFN) -> Callable[..., None]:
+        forward = self.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            if forward.phase != "off":
+                forward.up = ffn.lifted(forward.in_batch(output))
+
+        return hook
+
+    def _on_both(self, ffn: FFN) -> Callable[..., None]:
+        forward = self.forward
+
+        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+            if forward.phase != "off":
+                gate, up = forward.in_batch(output).chunk(2, dim=-1)
+                forward.up = ffn.lifted(up)
+                if not isinstance(ffn.act, nn.Module):
+                    forward.gate = ffn.act(gate)
+
+        return hook
+
+    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        forward, output = self.forward, output[0] if isinstance(output, tuple) else output
+        state = forward.state
+        if state is None:
+            return
+        if forward.phase == "context":
+            state.observe_attention(output, forward.valid)
+        else:
+            forward.attention = output
+
+
+def _drop(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    """Remove these hooks. A handle is forgotten after its hook: an interrupt between the two leaves none behind."""
+    while handles:
+        handles[-1].remove()
+        handles.pop()
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by their names, however they are given."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+
+
+def _no_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A loss of a forward would be that of a dense prompt, whatever the method."""
+    if named_arguments(module, args, kwargs).get("labels") is not None:
+        raise UserError(
+            "a forward with labels is a prompt, which prune() runs dense: its loss would be the dense model's",
+            "measure perplexity with `dart-eval run`, or score tokens one by one through the KV cache",
+        )
+
+
+def _guard_hooks() -> None:
+    """Let compiled code notice hooks.
+
+    By default torch's compiler does not: a model that was compiled before `prune()` would run on without its hooks,
+    dense, and one compiled inside would keep them afterwards. Where a compiler is in use, what it has made is dropped,
+    once, and from then on it looks.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that a compiler leaves alone: what it does changes from forward to forward."""
+    return torch.compiler.disable(hook)

@@ -1,0 +1,66 @@
+"""Which methods have kernels that make bytes into time, on which models, and why others have none."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from torch import nn
+
+from dart_eval.kernels import gather
+from dart_eval.layers.ffn import FFN, device_of
+from dart_eval.layers.projection import is_conv1d
+from dart_eval.pruning.choices import previewed
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.part import Part
+from dart_eval.pruning.session.permuted import Gather, quantised, shared
+from dart_eval.pruning.session.slices import GatheredFFN
+
+
+def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
+    """The part of a method whose work no kernel does, so that it runs by masks alone; None where there is none."""
+    if method.compensation.fills:  # what a token leaves out is still multiplied
+        return method.compensation
+    if method.entries.finer:
+        return method.entries
+    if method.routing.reroutes:
+        return method.routing
+    return method.choice if method.choice.image is not None and gatherer(method, ffns) is None else None
+
+
+def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gather | None:
+    """What reads the rows alone that a token chooses: of gated FFNs, on a CPU or by Triton's kernels; None if nothing.
+
+    Where the choice looks at an image, every token chooses among all neurons, exactly as many.
+    """
+    choice = method.choice
+    possible = (
+        choice.gathers
+        and not method.mask.remask.dense_tokens
+        and all(f.gate is not None and not is_conv1d(f.down) for f in ffns)
+        and all(device_of(f).type == "cpu" or gather.missing(device_of(f)) is None for f in ffns)
+    )
+    if not possible or choice.image is None:
+        return GatheredFFN if possible else None
+    if not method.mask.whole or not choice.exact or quantised(ffns):
+        return None
+    if any(previewed.lacking(choice, f) for f in ffns):
+        return None
+    return functools.partial(previewed.PreviewedFFN, choice=choice)
+
+
+def lacking(method: Pruner, ffns: Sequence[FFN], model: nn.Module) -> str | None:
+    """Why one sequence decodes no faster under a method, though it reads less; None where it can be faster.
+
+    Args:
+        method: one that prunes. ffns: of the model.
+    """
+    if reason := quantised(ffns) or shared(ffns, model):
+        return reason
+    image = method.choice.image
+    if part := unmade(method, ffns):
+        how = "" if part is not method.choice or image is None else f" with {image.title}"
+        return f"{part.title}{how} has no kernels here"
+    if method.mask.whole and gatherer(method, ffns) is None:
+        return f"no kernel here reads only the rows that {method.choice.title} takes"
+    return None

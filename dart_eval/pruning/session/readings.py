@@ -1,0 +1,117 @@
+"""What a user and the evaluation read of a session: what its tokens read, what it keeps, what it noted."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dart_eval.util.bits import unread
+
+if TYPE_CHECKING:
+    from dart_eval.pruning.method import Pruner
+    from dart_eval.pruning.session.execution import Execution
+    from dart_eval.pruning.session.log import Log
+    from dart_eval.pruning.session.permuted import PermutedFFNs
+    from dart_eval.pruning.session.prepared import Prepared
+    from dart_eval.pruning.session.state import SequenceState
+    from dart_eval.pruning.session.steps import Step
+    from dart_eval.pruning.session.tally import Tally
+
+
+class Readings(ABC):
+    """The side of a `Session` that changes nothing. For its attributes see there."""
+
+    method: Pruner
+    prepared: Prepared
+    executing: Execution
+    log: Log
+    _tally: Tally
+
+    @property
+    @abstractmethod
+    def state(self) -> SequenceState | None:
+        """The state of the sequences under way."""
+
+    @abstractmethod
+    def shares(self, batch: int) -> Step:
+        """What a decoding forward would use now."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is ever left out."""
+        return self.method.prunes
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether masks are made from the tokens that they are used on (an oracle)."""
+        return self.method.looks_ahead
+
+    @property
+    def share(self) -> float:
+        """FFN weight bytes of which the sparsity is a share / those of the model's own dtype."""
+        return self.prepared.share
+
+    @property
+    def execution(self) -> str:
+        """How the sequences under way are decoded: `masked` or `permuted`."""
+        return self.executing.name
+
+    @property
+    def permuted(self) -> PermutedFFNs | None:
+        """The FFNs while their neurons are reordered, else None."""
+        return self.executing.permuted
+
+    @property
+    def effective_sparsity(self) -> float:
+        """Share of the FFN weight bytes (of the model's own dtype) that tokens generated so far did not read.
+
+        The first token of each context is made densely, and counts. What follows a sequence's end does not.
+        """
+        return unread(self._tally.share, self.prepared.share)
+
+    @property
+    def mask_sparsity(self) -> float:
+        """Neurons outside the masks in force, mean over sequences."""
+        return float(1 - self.shares(1).mask.mean())
+
+    @property
+    def weights_read(self) -> float:
+        """FFN weight bytes that a decoded token reads / those of the model's own dtype, mean over sequences."""
+        measured = self.steps if not self.method.exact else []
+        reads = [step.read for step in measured] or [self.shares(1).read]
+        return self.prepared.share * float(torch.stack(reads).mean())
+
+    def computed(self, read: float) -> float:
+        """Share of the FFN weights that a pruned token multiplies, where it reads this share of them."""
+        return self.prepared.computed(read)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
+        return self.kept(1)
+
+    def kept(self, sequences: int) -> int:
+        """The same for one of so many sequences side by side: what is kept once for all of them counts whole."""
+        return self.prepared.nbytes() + (self.state.nbytes() // sequences if self.state else 0)
+
+    @property
+    def remasks(self) -> list[int]:
+        """Re-masks so far, per sequence of the current batch."""
+        return self.state.remasks.tolist() if self.state else []
+
+    @property
+    def steps(self) -> list[Step]:
+        """What each decoding forward used since the last new context."""
+        return self.log.steps
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Re-masks since the last new context: step, token, sequence, cause, overlap."""
+        return self.log.events
+
+    def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
+        """What the detector saw of one sequence since its context: see `Log.trace`."""
+        remasking = self.state.remasking if self.state else None
+        return self.log.trace(remasking.detector if remasking else None, row, tokens)

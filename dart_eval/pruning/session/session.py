@@ -1,0 +1,358 @@
+"""A method at work on a model. The life of one forward:
+
+    begin (pre-hook of the decoder)  which phase is this, which tokens are real
+    each layer                       context: observe h and the stream;  decode: prune h
+    end (hook of the decoder)        context: make masks;  decode: ask the detector, make new masks
+
+Masks change only in `end`, never inside a forward. How pruned forwards are computed is the affair of `execution`.
+
+Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding. Tokens of
+the prompt of `generate`, and those of forwards inside `prompt()`, extend the context (chunked prefill, a further turn):
+they run dense, are observed, and the masks are made anew. Other forwards of several tokens on a filled cache are
+refused, since nothing tells whether they are prompt. A cache that lost tokens since the last forward (assisted
+decoding, a turn rolled back) is refused, too, as what was observed cannot be taken back; where masks are made from the
+prompt, so is one that was filled before the session began. The evaluation sets phases itself with `context()` and
+`decode()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_eval.layers.find import find_ffns, unchanged
+from dart_eval.pruning.calibration.calibration import Calibration
+from dart_eval.pruning.choices.serving import serving
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.session.cache_watch import CacheWatch, check_cache
+from dart_eval.pruning.session.calls import Calls
+from dart_eval.pruning.session.execution import Execution, Wanted
+from dart_eval.pruning.session.hooks import Forward, Hooks, Phase, named_arguments
+from dart_eval.pruning.session.inplace import to_the_end
+from dart_eval.pruning.session.log import Log
+from dart_eval.pruning.session.padding import real_tokens
+from dart_eval.pruning.session.prepared import Prepared, prepare
+from dart_eval.pruning.session.readings import Readings
+from dart_eval.pruning.session.state import SequenceState
+from dart_eval.pruning.session.steps import Step
+from dart_eval.pruning.session.tally import Tally
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import served_bits
+
+
+class Session(Readings):
+    """One method at work on one model. `prune` makes it.
+
+    Attributes:
+        log: what was noted since the last new context.
+    """
+
+    def __init__(
+        self, model: nn.Module, method: Pruner, sparsity: float, calibration: Calibration | None = None,
+        execution: Wanted = "auto", shared_mask: bool = False,
+    ) -> None:  # fmt: skip
+        self.sparsity = sparsity if method.sized else 0.0
+        self.model, self.shared_mask, self.ffns = model, shared_mask, find_ffns(model)
+        unit = served_bits(self.ffns)
+        self.method = method = method.at(1 - self.sparsity, unit)
+        self.executing = Execution(model, self.ffns, method, execution, shared_mask)
+        self.serving = serving(method, self.ffns, self.sparsity, calibration)
+        try:
+            self.serving.begin()
+            self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, self.serving.orders)
+        except BaseException:
+            self.serving.end()
+            raise
+        self.executing.fine = self.prepared.fine
+        self.log, self.forward = Log(), Forward()
+        self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
+        self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens look at h, sliced or not
+        self._forced: Phase | None = None
+        self._prompting = False
+        self._given_valid: Tensor | None = None
+        self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the forward under way
+        self._tally = Tally()
+        self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
+        self._calls = Calls(model)
+        self._hooks = Hooks(model, self.ffns, method, self.forward, self.serving, self.prepared.entries)
+
+    def __repr__(self) -> str:
+        execution = self.execution if self.state is not None else self.executing.wanted
+        return f"<{self.method.spec} at sparsity {self.sparsity:g} on {len(self.ffns)} layers, execution {execution}>"
+
+    @property
+    def state(self) -> SequenceState | None:
+        """The state of the sequences under way."""
+        return self.forward.state
+
+    @state.setter
+    def state(self, state: SequenceState | None) -> None:
+        self.forward.state = state
+
+    def shares(self, batch: int) -> Step:
+        """What a decoding forward would use now."""
+        if self.state is not None:
+            return self.state.step()
+        return self._without_context(batch, torch.device("cpu")).step()
+
+    @contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Forwards inside are prompt, on a filled cache too (a chunk, a further turn): dense, and masks follow them."""
+        self._prompting = True
+        try:
+            yield
+        finally:
+            self._prompting = False
+
+    # -- what the evaluation calls ---------------------------------------------------------------------------
+
+    @contextmanager
+    def context(self, valid: Tensor) -> Iterator[None]:
+        """The forward inside is the dense context of new sequences. valid: [B, T] bool, False for padding."""
+        self.state = None
+        with self._force("context", valid):
+            yield
+
+    @contextmanager
+    def extend(self, new: Tensor) -> Iterator[None]:
+        """The forward inside goes on with the dense contexts of the sequences in `state` (see `fork`).
+
+        new: [B, T] bool, the tokens that the state has not seen; the forward may compute others again.
+        """
+        with self._force("context", new):
+            yield
+
+    @contextmanager
+    def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
+        """The forward inside runs pruned under the masks in force. valid: [B, T] bool.
+
+        T <= `room()`, unless the masks are `frozen`: then nothing is observed and no mask is made anew.
+        """
+        self.forward.frozen = frozen
+        try:
+            with self._force("decode", valid):
+                yield
+        finally:
+            self.forward.frozen = False
+
+    @contextmanager
+    def foresee(self, valid: Tensor) -> Iterator[None]:
+        """The forward inside is a dense rehearsal: the masks are made from its tokens alone. valid: [B, T] bool."""
+        if self.state is not None:
+            self.state.forget()
+        with self._force("context", valid):
+            yield
+
+    def no_context(self, batch: int, device: torch.device) -> None:
+        """Begin new sequences that have no context: where masks need one they run dense."""
+        self._step = None
+        self.state = self._without_context(batch, device)
+
+    def _without_context(self, batch: int, device: torch.device) -> SequenceState:
+        state = SequenceState(self.prepared, batch, device, self.shared_mask)
+        state.skip_context()
+        return state
+
+    def room(self) -> int | None:
+        """Tokens that may run in one decoding forward before the masks may change; None for any number."""
+        return self.state.room() if self.state else None
+
+    def fork(self, state: SequenceState | None, rows: Tensor) -> None:
+        """Continue from `state` (earlier `session.state`) with its sequences `rows`, repeats allowed."""
+        self._step = None
+        self.state = state.select(rows) if state is not None else None
+        self.log = Log()
+
+    @contextmanager
+    def _force(self, phase: Phase, valid: Tensor) -> Iterator[None]:
+        self._forced, self._given_valid = phase, valid
+        try:
+            yield
+        finally:
+            self._forced, self._given_valid = None, None
+
+    # -- one forward -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward, named = self.forward, named_arguments(module, args, kwargs)
+        tokens = next(t for t in map(named.get, ("input_ids", "inputs_embeds")) if t is not None)
+        batch, length = tokens.shape[:2]
+        cache = named.get("cache", named.get("past_key_values"))
+        self._check(module, cache, named)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        forward.kept = cache is not None
+        self._set_phase(cache, past, length)
+        mask, valid = named.get("attention_mask"), self._given_valid
+        forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device) if valid is None else valid
+        chunk = bool(past) and forward.last == "context" and forward.turn == self._calls.turn
+        forward.turn = self._calls.turn
+        if not past:
+            self.log = Log()
+        self.executing.whole()  # an exception may have left it sliced
+        self._begin_sequences(batch, tokens.device, past)
+        if forward.phase == "decode":
+            self._begin_decode(tokens, batch, length)
+        else:
+            self._step = None
+            if self._forced is None:
+                self._tally.context(batch, chunk)
+        forward.seen.clear()
+        forward.sliced = self.executing.sliced
+        forward.looking = not forward.sliced or (self._choosy and not self.executing.gathers)
+        self._hooks.look_inside(forward.looking)
+        if forward.phase == "context" and kwargs.get("logits_to_keep"):
+            # Layers that share keys and values would compute the last tokens alone (Gemma 4): masks are made from all.
+            return args, {**kwargs, "logits_to_keep": 0}
+        return None
+
+    def _begin_sequences(self, batch: int, device: torch.device, past: int) -> None:
+        """The execution and the state of the sequences of a forward."""
+        by_hand = self._forced is None
+        if not past and by_hand and not unchanged(self.model, self.ffns):
+            raise UserError(
+                f"layers of {type(self.model).__name__} have changed inside prune()",
+                "inject adapters, drop layers or quantise before the block begins",
+            )
+        if not past or not by_hand or self.state is None:
+            self.executing.choose(batch, by_hand)
+        if self.state is not None and self.state.batch != batch and not self.method.keeps_state:
+            self.state = None  # nothing in it is one sequence's own
+        if self.state is not None and self.state.batch != batch:
+            raise UserError(
+                f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
+                "masks are per sequence: use greedy search or sampling (num_beams=1), with one cache per batch",
+            )
+        if self.state is not None:
+            return
+        if past and by_hand and self.method.needs_context:
+            raise UserError(
+                f"the KV cache holds {past} tokens that prune() has not seen, and masks are made from the whole prompt",
+                "run all of it inside the block",
+            )
+        if self.forward.phase == "decode":
+            self.state = self._without_context(batch, device)
+            self.executing.move(self.state)
+        else:
+            self.state = SequenceState(self.prepared, batch, device, self.shared_mask)
+
+    def _check(self, module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse forwards that a session cannot follow."""
+        if module is not self._hooks.decoder:
+            raise UserError("this is a copy of a model under prune()", "make copies before the block, or after it")
+        check_cache(cache, kwargs.get("use_cache"))
+        if self._forced is None and self.looks_ahead:
+            raise UserError(
+                f"{self.method.name} looks ahead at the text to be scored, which a forward called by hand lacks",
+                "use it with `dart-eval run` on tasks that score answers",
+            )
+
+    def _set_phase(self, cache: Any, past: int, length: int) -> None:
+        if self._forced is not None:
+            self.forward.phase = self._forced
+            return
+        self._cache.check(cache, past, self.state is not None and self.method.keeps_state)
+        decodes = past >= max(self._calls.prompt, 1) and not self._prompting
+        if decodes and length > 1:
+            raise UserError(
+                f"a forward of {length} tokens after {past} cached ones does not tell prune() whether they are prompt, "
+                "which runs dense",
+                "decode tokens one by one (no assistant model, no prompt lookup); run a prompt's chunks and turns "
+                "through generate(), or inside `with session.prompt():`",
+            )
+        self._cache.follow(cache, past + length)
+        self.forward.phase = "decode" if decodes else "context"
+        if not past:
+            self.state = None
+
+    def _begin_decode(self, tokens: Tensor, batch: int, length: int) -> None:
+        assert self.state is not None
+        if self._step is None:
+            self._step = self.state.step()
+        self.log.steps.append(self._step)
+        self.log.decoded += length
+        self._ended = None
+        if self._forced is None and batch > 1 and self._calls.ends and not tokens.is_floating_point():
+            self._ended = torch.isin(tokens[:, -1], torch.tensor(sorted(self._calls.ends), device=tokens.device))
+        self.executing.slice(self._step)
+
+    def _follow_beams(self, beams: Tensor) -> None:
+        if self._hooks.installed and self.state is not None:
+            self._step = None
+            self.state = self.state.select(beams.to(self.state.device))
+
+    @torch.no_grad()
+    def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        forward = self.forward
+        attention, forward.attention = forward.attention, None
+        # What runs from here on, a re-mask's own projections too, is no forward.
+        phase, forward.phase = forward.phase, "off"
+        forward.last = phase
+        self.executing.whole()
+        forward.sliced = False
+        if not forward.kept:
+            self._cache.take(output, type(self.model).__name__)
+        if forward.looking and (self.state is not None or phase == "decode"):
+            self._hooks.check_ran()
+        state = self.state
+        if state is None:
+            return
+        if phase == "context":
+            state.finish_context(forward.valid)
+            self.executing.move(state)
+            return
+        measured = state.measured(forward.valid)
+        if measured is not None:
+            self.log.steps[-1] = measured
+        self._tally.decode(self.log.steps[-1].read, forward.valid.shape[1], self._ended)
+        if state.masks is not None and not forward.frozen:
+            self._finish_decode(state, attention)
+
+    def _finish_decode(self, state: SequenceState, attention: Tensor | None) -> None:
+        """Ask the detector, and make the new masks that are due."""
+        detector = state.remasking.detector if state.remasking is not None else None
+        watching = detector is not None and attention is not None
+        changes = state.finish_decode(attention if watching else None, self.forward.valid)
+        if watching and detector is not None and state.remasking is not None:
+            self.log.watched(detector, state.remasking.alarms)
+        if changes or self.method.mask.remask.dense_tokens:
+            self._step = None
+        if changes:
+            self.executing.move(state)
+        for change in changes:
+            self.log.changed(change)
+
+    def attach(self) -> None:
+        """Install the hooks that the method needs."""
+        if self.prunes:
+            self._calls.watch()
+            self._hooks.install(self._begin, self._end)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards inside are the model's own: dense, unobserved, without a hook."""
+        self._hooks.remove()
+        try:
+            yield
+        finally:
+            self._hooks.install(self._begin, self._end)
+
+    def detach(self) -> None:
+        """Remove every hook, and put every neuron back; an interrupt meanwhile is raised at the end."""
+        try:
+            to_the_end(self._leave)
+        finally:
+            to_the_end(self._leave)
+
+    def _leave(self) -> None:
+        try:
+            self._hooks.remove()
+            self._calls.release()
+            self._cache.leave()
+        finally:
+            self.serving.end()
+            self.executing.restore()

@@ -1,0 +1,170 @@
+"""Measured speeds, kept beside the results of a run: `FOLDER/bench/decode-*.json`.
+
+There is one file for a method at a sparsity, on one model in one dtype, on one device, compiled or not, after a prompt
+of one length. Measuring the same again replaces it. Neither torch nor a model is needed to read the files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
+
+from dart_eval.results import layout
+from dart_eval.results.inputs import Model, Share, of_any_version
+from dart_eval.results.ratio import Ratio
+from dart_eval.util.errors import UserError, remark
+from dart_eval.util.files import check_name, check_target, read_regular, reason, write
+from dart_eval.util.text import json_text
+
+SCHEMA = 1
+FOLDER = "bench"  # below the folder of results
+REMEDY = "choose another --output"
+# What a measurement is of. Two that agree in it are the same one, and the later takes the place of the earlier.
+OF = ("model", "dtype", "device", "hardware", "compiled", "prompt_tokens", "params", "sparsity")
+GIVEN = ("ffn_bits",)  # of `OF` as well, where it is given
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one method decodes on one model.
+
+    Attributes:
+        method: as a user types it, `griffin:remask=drift`.
+        params: every part of the method and every field, as in the inputs of a cell.
+        sparsity: share of the FFN weights that a token does not read; 0 where the method has none.
+        model: its name, revision and hash of weights, as in the inputs of a cell.
+        dtype: of the weights, `bfloat16`.
+        device: its type, `cpu` or `cuda`.
+        hardware: the GPU's name, or the number of threads.
+        compiled: mode of `torch.compile`; None where nothing was compiled.
+        prompt_tokens: length of the prompts, which the decoded tokens attend to.
+        read: share of the FFN weights that a decoded token reads.
+        speedup: dense step / pruned step; None where no kernel makes the bytes into time.
+        control: dense step / dense step; what is told apart from 1 here is noise. None as above.
+        ceiling: the largest speed-up that the bytes of this model allow.
+        created: UTC, ISO 8601.
+        more: all else that was measured, by the names of `decode.DecodeSpeed`.
+        environment: versions.
+        ffn_bits: what the FFN weights were rounded to; None: nothing.
+        times: `bytes only` where there are none.
+    """
+
+    method: str
+    params: Mapping[str, Any]
+    sparsity: Share
+    model: Annotated[Mapping[str, Any], layout.Holds(Model)]
+    dtype: str
+    device: str
+    hardware: str
+    compiled: str | None
+    prompt_tokens: int
+    read: layout.Number
+    speedup: Ratio | None
+    control: Ratio | None
+    ceiling: layout.Number
+    created: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ffn_bits: str | None = None
+    times: str = "measured"
+
+    def is_of(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether this is the speed of a cell's method at its sparsity, on its model in its dtype.
+
+        Quality does not depend on the device that a speed is measured on, so the device may be another.
+
+        Args:
+            inputs: of the cell, as in its record.
+        """
+        same = all(getattr(self, name) == inputs.get(name) for name in ("dtype", "sparsity", "ffn_bits"))
+        of = _which(self.model), of_any_version(self.params)
+        return same and of == (_which(inputs["model"]), of_any_version(inputs["params"]))
+
+    @property
+    def key(self) -> str:
+        """sha256 over what was measured, without what came out."""
+        given = {name: value for name in GIVEN if (value := getattr(self, name)) is not None}
+        asked = {name: getattr(self, name) for name in OF} | given
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class _Schema(TypedDict):
+    """Which layout a file has."""
+
+    schema: Literal[1]
+
+
+_SCHEMA, _SPEED = TypeAdapter(_Schema), TypeAdapter(Speed)
+
+
+def of_cell(speeds: Sequence[Speed], inputs: Mapping[str, Any]) -> Speed | None:
+    """The speed of a cell's method: the one measured last, or else what stands in place of times; None: none is kept.
+
+    Args:
+        speeds: oldest first. inputs: of the cell, as in its record.
+    """
+    own = [speed for speed in reversed(speeds) if speed.is_of(inputs)]
+    return next((speed for speed in own if speed.speedup is not None), own[0] if own else None)
+
+
+def _which(model: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a model from others: the hash of its weights, or else its name and revision."""
+    weights = model.get("weights")
+    which = (weights,) if weights else (model["name"], model.get("revision"))
+    return (*which, bool(model.get("remote_code")))
+
+
+def path_of(folder: str | Path, speed: Speed) -> Path:
+    """Where a speed is kept; its name is for people, the key decides."""
+    name = re.sub(r"[^\w.-]", "_", speed.method.partition(":")[0])
+    if speed.ffn_bits is not None:
+        name += f"-{speed.ffn_bits.replace(':', '-')}bit"
+    return Path(folder) / FOLDER / f"decode-{name}-{speed.sparsity:g}-{speed.key[:16]}.json"
+
+
+def check(folder: str | Path) -> None:
+    """Refuse a folder in which nothing could be kept, before anything is measured.
+
+    Raises:
+        UserError: with the reason.
+    """
+    check_name(folder, "--output")
+    check_target(Path(folder) / FOLDER / "decode.json", REMEDY)
+
+
+def keep(folder: str | Path, speed: Speed) -> Path:
+    """Write a speed; the file is there whole, or not at all. Returns its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = path_of(folder, speed)
+    data = {"schema": SCHEMA, **dataclasses.asdict(speed)}
+    write(path, json_text(data, sort_keys=True) + "\n", REMEDY)
+    return path
+
+
+def read(folder: str | Path) -> list[Speed]:
+    """All speeds that are kept in a folder of results, oldest first; none where nothing was measured.
+
+    A file that cannot be read is named on stderr and left out.
+    """
+    found = []
+    for path in sorted((Path(folder) / FOLDER).glob("decode-*.json")):
+        try:
+            text = read_regular(path)
+            layout.read(text, _SCHEMA, "file")
+            found.append(layout.read(text, _SPEED, "speed"))
+        except (OSError, ValueError) as error:
+            said = UserError(f"{path} cannot be read ({reason(error)})", "measure it again, or remove the file")
+            remark(f"left out: {said}")
+    return sorted(found, key=lambda speed: (speed.created, speed.key))

@@ -1,0 +1,291 @@
+"""What an executor runs: cells with all that it takes, and what it tells meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+
+from dart_eval.evaluation.calibration_text import calibration_text, sharing
+from dart_eval.evaluation.evaluate import check_answers
+from dart_eval.evaluation.sampling import task_draws
+from dart_eval.evaluation.task_hash import task_hash
+from dart_eval.evaluation.tasks import Tasks, leaves
+from dart_eval.layers.find import describe
+from dart_eval.models.loading import Resolved, choose_device, resolve
+from dart_eval.pruning import fits
+from dart_eval.results.journal import Journal
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.plan import Cell, methods_of, plan
+from dart_eval.sweep.thinking import check_kind
+from dart_eval.sweep.values import pairs
+from dart_eval.util.bits import OWN_BITS, Stored, said
+from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import refuse_fixed
+
+POLL = 2.0  # seconds between looks at cells that another process is at work on
+
+
+class View(Protocol):
+    """What a person sees of a run."""
+
+    def planned(self, cells: int, finished: int) -> None: ...
+    def status(self, text: str) -> None: ...
+    def started(self, cell: Cell, requests: int) -> None: ...
+    def advanced(self, cell: Cell, requests: int) -> None: ...
+    def finished(self, cell: Cell, record: Record) -> None: ...
+    def failed(self, cell: Cell, error: str, where: Path) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        records: of all finished cells, in the plan's order.
+        failed: cells that failed.
+        missing: task -> why it could not be loaded (only where that was allowed).
+        lost: finished cells whose files have been taken away since, and those files.
+    """
+
+    records: list[Record]
+    failed: list[Cell]
+    missing: dict[str, str]
+    lost: list[tuple[Cell, list[Path]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with what it takes to run it."""
+
+    cell: Cell
+    config: RunConfig
+    tasks: Tasks
+
+
+def plan_all(
+    configs: Sequence[RunConfig],
+    view: View,
+    skip_missing: bool,
+    device: str | None = None,
+    model: Resolved | None = None,
+) -> tuple[dict[str, Job], dict[str, str]]:
+    """Jobs by key, in order, and the tasks that are missing.
+
+    Args:
+        device: type of the device that cells will run on, where that is another machine's.
+        model: from an earlier call, or loaded already; None: it is to be found.
+
+    Raises:
+        UserError: the input is wrong. Nothing has been written.
+    """
+    for config in configs:
+        config.check()
+        methods_of(config)  # cheap checks first
+
+    def tokenizer() -> Any:
+        return model and model.load_tokenizer()
+
+    # lm-eval writes the number of shots into a task, and some make as many documents as are asked: one for each.
+    shelves: dict[Any, Tasks] = {}
+    jobs: dict[str, Job] = {}
+    missing: dict[str, str] = {}
+    for config in configs:
+        view.status("looking up tasks")
+        shelf = (config.data_dir, config.cue, config.num_fewshot, config.limit)
+        if shelf not in shelves:
+            shelves[shelf] = _tasks(config, tokenizer)
+        tasks = shelves[shelf]
+        names = tasks.expand(list(config.tasks))
+        if model is None:
+            view.status("finding the model")
+            spec = config.model_spec
+            model = resolve(spec if device is None else dataclasses.replace(spec, device="cpu"))
+        hashes, drawn = {}, set()
+        for name in names:
+            view.status(f"loading task {name}")
+            try:
+                tasks.check(name, config.limit, config.num_fewshot)
+                hashes[name] = task_hash(tasks.load(name), config.eval_settings)
+            except UserError as error:
+                if not skip_missing:
+                    raise
+                missing[name] = error.problem
+                continue
+            if _draws(tasks.load(name), config):
+                drawn.add(name)
+        kind = device or choose_device("auto" if config.device_map else config.device).type
+        _warn_of_one_text(config, tasks, list(hashes), view)
+        for cell in within_reach(plan(config, model, list(hashes), hashes, kind, drawn), model, view):
+            jobs.setdefault(cell.key, Job(cell, config, tasks))
+    if not jobs:
+        raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
+    return jobs, missing
+
+
+def _tasks(config: RunConfig, tokenizer: Callable[[], Any]) -> Tasks:
+    """What a configuration finds tasks with. tokenizer: gives the model's, once that is found."""
+    return Tasks(
+        config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
+        pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit,
+    )  # fmt: skip
+
+
+def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
+    """Whether a task draws its answers.
+
+    Raises:
+        UserError: its answers cannot be had as the configuration asks for them.
+    """
+    found = leaves(list(items))
+    for task in found:
+        check_kind(task.task_name, task.OUTPUT_TYPE, config.enable_thinking)
+    for method in methods_of(config):
+        check_answers(items, config.scope, method)
+    return task_draws(found)
+
+
+def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
+    """Say which tasks ask documents of the data set on which methods calibrate."""
+    settled = [method.at(1 - sparsity) for method in methods_of(config) for sparsity in config.sparsity]
+    if config.calibration is None or not any(method.calibrates for method in settled):
+        return
+    data_set = calibration_text(config.calibration, config.data_dir).data_set
+    shared = [task for name in names for task in sharing(tasks.load(name), data_set)] if data_set else []
+    if shared:
+        view.note(
+            f"{', '.join(shared)}: methods calibrate on the same data set, {data_set}, so other texts would be a "
+            "fairer test (docs/footguns.md)"
+        )
+
+
+def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
+    """The cells whose method fits this model and its weights, and whose sparsity can be met on it.
+
+    The others are named to the view.
+
+    It goes by the model's modules alone: what shows when it runs (a layer that runs several times for a token, or does
+    more than add its FFN's output) fails a cell.
+
+    Raises:
+        UserError: there are cells, and none of them can run.
+    """
+    if all(fits.anywhere(cell.method) and cell.rounding is None for cell in cells):
+        return list(cells)
+    view.status("looking at the model's layers")
+    ffns = describe(model.outline())
+    fixed: UserError | None = None  # why no weights can be rounded
+    try:
+        if any(cell.rounding for cell in cells):
+            refuse_fixed(ffns)
+    except UserError as error:
+        fixed = error
+    kept: list[Cell] = []
+    reasons: dict[str, UserError] = {}
+    for cell in cells:
+        if cell.rounding is not None and fixed is not None:
+            reasons[f"--ffn-bits {cell.rounding.text}"] = fixed
+            continue
+        try:
+            if cell.rounding is None:
+                fits.check_weights(cell.method, ffns, cell.sparsity)
+            bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
+            fits.check(cell.method, ffns, cell.sparsity, bits)
+            kept.append(cell)
+        except UserError as error:
+            on = "" if cell.rounding is None else f" on {said(cell.rounding.text)}"
+            reasons[f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}"] = error
+    if not kept:
+        title, reason = next(iter(reasons.items()))
+        raise UserError(f"{title}: {reason.problem}", reason.remedy)
+    for title, reason in reasons.items():
+        view.note(f"{title} is left out: {reason}")
+    return kept
+
+
+@dataclass
+class Sweep:
+    """Planned cells, and what has become of them.
+
+    Attributes:
+        jobs: by key, in the plan's order. missing: task -> why it could not be loaded.
+        done: records by key. failed: cells.
+    """
+
+    jobs: dict[str, Job]
+    missing: dict[str, str]
+    store: Store
+    view: View
+    done: dict[str, Record]
+    failed: list[Cell] = field(default_factory=list)
+
+    @property
+    def todo(self) -> list[Job]:
+        """Jobs without a record that have not failed."""
+        over = {cell.key for cell in self.failed}
+        return [job for key, job in self.jobs.items() if key not in self.done and key not in over]
+
+    def work_through(self, work: Callable[[list[Job]], None]) -> RunResult:
+        """Let `work` make records or failures of the jobs it is given, as far as no other process has claimed them.
+
+        Those it leaves are waited for: the other process finishes them, or ends and leaves them to this one.
+        """
+        while todo := self.todo:
+            work(todo)
+            if len(self.todo) == len(todo):
+                names = ", ".join(job.cell.name for job in todo)
+                self.view.status(f"waiting for another process at work on {names}")
+                time.sleep(POLL)
+        finished = [(job.cell, self.done[key]) for key, job in self.jobs.items() if key in self.done]
+        lost = [(cell, files) for cell, record in finished if (files := self.store.missing(cell.name, record))]
+        return RunResult([record for _, record in finished], self.failed, self.missing, lost)
+
+
+def begin_sweep(
+    configs: Sequence[RunConfig],
+    view: View,
+    skip_missing: bool,
+    device: str | None = None,
+    model: Resolved | None = None,
+) -> Sweep:
+    """Plan (see `plan_all`), and look up what is finished already."""
+    configs[0].check_output()
+    jobs, missing = plan_all(configs, view, skip_missing, device, model)
+    store = Store(configs[0].output)
+    done: dict[str, Record] = {}
+    if not configs[0].force:
+        done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
+    view.planned(len(jobs), len(done))
+    return Sweep(jobs, missing, store, view, done)
+
+
+def open_cell(store: Store, job: Job, view: View) -> Record | Journal:
+    """For a claimed cell: the record that another process has made meanwhile, or the journal to go on with."""
+    cell, force = job.cell, job.config.force
+    if not force:
+        if (made := store.get(cell.name, cell.key)) is not None:
+            return made
+        for path in store.set_aside(cell.name, cell.key):
+            view.note(f"{cell.name} was damaged: set aside as {path}, and run again")
+    journal = store.journal(cell.name, cell.key)
+    if force:
+        journal.remove()
+    if journal:
+        view.note(f"{cell.name} goes on after {len(journal)} answers of an earlier run")
+    return journal
+
+
+class Silent:
+    """A view that shows nothing."""
+
+    def __getattr__(self, _name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: None

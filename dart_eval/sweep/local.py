@@ -1,0 +1,82 @@
+"""Run all cells of a configuration in this process, one after the other.
+
+What can be told of the input beforehand (names, data, folders, parameters, the model) is refused before the first cell
+runs, and nothing is written before. What shows only inside a cell fails that cell alone. A stopped run goes on where it
+was: finished cells are skipped, and a cell under way goes on after its last finished batch. Several processes may work
+on one output folder: each cell is claimed by one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dart_eval.evaluation.evaluate import count_requests
+from dart_eval.models.loading import resolve
+from dart_eval.results.record import Record
+from dart_eval.results.store import Store
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.jobs import Job, RunResult, View, begin_sweep, open_cell
+from dart_eval.sweep.worker import Worker
+from dart_eval.util.errors import StoreError, summary
+
+if TYPE_CHECKING:
+    from dart_eval.models.loaded import Loaded
+
+log = logging.getLogger(__name__)
+
+
+def run_all(
+    configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None
+) -> RunResult:
+    """See `executors.run_all`; the model is loaded once, and a cell of several sweeps runs once."""
+    sweep = begin_sweep(configs, view, skip_missing, model.device if model else None, model)
+    running: Job | None = None
+    if sweep.todo:
+        worker = Worker(
+            configs[0],
+            model or resolve(configs[0].model_spec),
+            view.status,
+            lambda n: view.advanced(running.cell, n) if running else None,
+            view.note,
+        )
+
+    def work(todo: list[Job]) -> None:
+        nonlocal running
+        for job in todo:
+            cell = job.cell
+            with sweep.store.claim(cell.name, cell.key) as mine:
+                if not mine:
+                    continue
+                try:
+                    running = job
+                    sweep.done[cell.key] = _finish(job, worker, sweep.store, view)
+                except StoreError:
+                    raise  # the next cell could not be kept either
+                except Exception as error:
+                    text = "".join(traceback.format_exception(error))
+                    log.debug("cell %s failed:\n%s", cell.name, text)
+                    view.failed(cell, summary(error), sweep.store.failed(cell.name, cell.key, text))
+                    sweep.failed.append(cell)
+
+    return sweep.work_through(work)
+
+
+def _finish(job: Job, worker: Worker, store: Store, view: View) -> Record:
+    """The record of a cell that this process has claimed."""
+    cell = job.cell
+    journal = open_cell(store, job, view)
+    if isinstance(journal, Record):
+        view.finished(cell, journal)
+        return journal
+    try:
+        view.started(cell, count_requests(job.tasks.load(cell.task), job.config.limit))
+        outcome, record = worker.run(job, journal)
+        record = store.save(cell.name, record, outcome.texts)
+        journal.remove()
+    finally:
+        journal.close()
+    view.finished(cell, record)
+    return record

@@ -1,0 +1,201 @@
+"""From a configuration to cells: what will be run, each with a key that tells its numbers apart from all others."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import platform
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dart_eval.evaluation.task_names import tasks_dir
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.registry import make, parse
+from dart_eval.results.format import sparsity as percent
+from dart_eval.sweep.config import DEFAULTS, RAY_OPTIONS, RunConfig, command_line
+from dart_eval.sweep.hashes import code_hash
+from dart_eval.util.bits import OWN_BITS, Rounding
+from dart_eval.util.bits import parse as parse_bits
+from dart_eval.util.source import PACKAGE, source_hash
+
+if TYPE_CHECKING:
+    from dart_eval.models.loading import Resolved
+
+# Part of a cell's key only where they are given, so that cells from before there were such options are found.
+WHEN_GIVEN = ("system_instruction", "fewshot_as_multiturn", "enable_thinking", "think_end_token", "gen_kwargs")
+# What `command` says in another way, or has no need to say.
+NO_OPTION_OF_A_CELL = (
+    "method", "allocation", "sparsity", "ffn_bits", "tasks", "output", "force", "log", "log_project", "executor",
+    *RAY_OPTIONS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (model, method, sparsity, task ...) combination: the unit of running and skipping.
+
+    `inputs` is everything that can change a number, as recorded; `key` its hash, whatever the method was called: two
+    spellings of one composition are one cell. `rounding` is of the FFN weights, None: as they are. `name` is for
+    people.
+    """
+
+    method: Pruner
+    sparsity: float
+    task: str
+    inputs: dict[str, Any] = field(compare=False)
+    rounding: Rounding | None = None
+
+    @property
+    def key(self) -> str:
+        asked = {name: value for name, value in self.inputs.items() if name != "method"}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def title(self) -> str:
+        """For people: task, method with the parameters that are not its defaults, sparsity."""
+        sparsity = f" {percent(self.sparsity)}" if self.method.sized else ""
+        bits = f" on {self.rounding.text}{'' if self.rounding.k else '-bit'} weights" if self.rounding else ""
+        return f"{self.task} {self.method.spec}{sparsity}{bits}"
+
+    @property
+    def name(self) -> str:
+        sparsity = f"-{self.sparsity:g}" if self.method.sized else ""
+        bits = f"-{self.rounding.text.replace(':', '-')}{'' if self.rounding.k else 'bit'}" if self.rounding else ""
+        return f"{self.task}-{self.method.name}{sparsity}{bits}"
+
+
+def methods_of(config: RunConfig) -> list[Pruner]:
+    """The methods to run, each checked; the run's seed and allocation go to those that have one and were given none.
+
+    Raises:
+        UserError: unknown method or parameter.
+    """
+    made: list[Pruner] = []
+    for spec in config.method:
+        name, params = parse(spec)
+        method = make(name, params)
+        given = {path.partition(".")[0] for path in params}
+        ours: dict[str, Any] = {}
+        if config.allocation is not None and "allocation" not in given and not method.mask.fixed:
+            ours["allocation"] = config.allocation
+        for path in ("score.seed", "draw.seed"):
+            if path in method.params() and not {"seed", path, f"mask.{path}"} & set(params):
+                ours[path] = config.seed
+        if ours:
+            method = make(name, {**params, **ours})
+        for sparsity in config.sparsity if method.sized else ():
+            method.allocation.check(sparsity)
+        if method not in made:
+            made.append(method)
+    return made
+
+
+def plan(
+    config: RunConfig, model: Resolved, tasks: Sequence[str], hashes: Mapping[str, str], device: str,
+    drawn: Collection[str] = (),
+) -> list[Cell]:  # fmt: skip
+    """All cells, task by task; a method that does not prune comes once, whatever the sparsities.
+
+    Args:
+        model: found, not loaded. tasks: expanded names. hashes: task -> hash of its configuration and documents.
+        device: type of device (cpu, cuda): kernels differ in their last bits.
+        drawn: those of the tasks that draw their answers.
+    """
+    cells = []
+    text, passages = _calibration(config)
+    for task, method in itertools.product(tasks, methods_of(config)):
+        # The shape of a batch moves last digits. They show in half precision, and where a token chooses its neurons
+        # or inputs, or a router its experts: near a tie it takes others. A batch also shares its random numbers.
+        moves = model.dtype != "float32" or method.by_token or model.routes
+        sparsities = dict.fromkeys(config.sparsity) if method.sized else (0.0,)
+        for sparsity, bits in itertools.product(sparsities, config.ffn_bits):
+            rounding = parse_bits(bits)
+            calibrates = method.at(1 - sparsity, OWN_BITS if rounding is None else rounding.bits).calibrates
+            inputs = {
+                "model": model.identity.to_json(), "dtype": model.dtype, "device": device,
+                "method": method.name, "params": method.params(), "sparsity": sparsity,
+                "scope": config.scope if method.prunes else DEFAULTS["scope"],  # which matters to what prunes
+                "execution": "masked", "task": task, "task_hash": hashes[task],
+                "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
+                "max_length": config.max_length, "chunk": config.chunk,
+                "chat_template": config.chat_template, "cue": config.cue,
+                "batch_size": config.batch_size if moves or task in drawn else None,
+                "share_prefix": config.share_prefix if moves else None,
+                "calibration": text if calibrates else None, "code": code_hash(tasks_dir()),
+                "method_code": _method_code(method),
+                "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
+                **(passages if calibrates else {}),
+                **({} if rounding is None else {"ffn_bits": rounding.text}),
+                **{name: value for name in WHEN_GIVEN if (value := getattr(config, name)) is not None},
+            }  # fmt: skip
+            cells.append(Cell(method, sparsity, task, inputs, rounding))
+    return cells
+
+
+def command(config: RunConfig, cell: Cell) -> str:
+    """The line that makes this one cell, for a shell: options that differ from their defaults, its own method.
+
+    Of a model that was handed over in Python it is a line of Python.
+    """
+    words = ["dart-eval", "run", "--tasks", cell.task, "--method", cell.method.spec]
+    if cell.method.sized:
+        words += ["--sparsity", f"{cell.sparsity:g}"]
+    if cell.rounding is not None:
+        words += ["--ffn-bits", cell.rounding.text]
+    options = {k: getattr(config, k) for k in DEFAULTS if k not in NO_OPTION_OF_A_CELL}
+    told = {k: v for k, v in options.items() if v != DEFAULTS[k]}
+    if cell.inputs["model"].get("loaded"):
+        return _call(cell, told)
+    return command_line(words, told)
+
+
+def _call(cell: Cell, options: Mapping[str, Any]) -> str:
+    """The line of Python that makes a cell of a loaded model, which no command can name."""
+    said: dict[str, Any] = {"tasks": cell.task, "method": cell.method.spec}
+    if cell.method.sized:
+        said["sparsity"] = cell.sparsity
+    if cell.rounding is not None:
+        said["ffn_bits"] = cell.rounding.text
+    words = ", ".join(f"{name}={value!r}" for name, value in {**said, **options}.items())
+    return f"dart_eval.evaluate(model, tokenizer, {words})"
+
+
+def versions() -> dict[str, str]:
+    """Versions that numbers depend on."""
+    return {
+        name: version(name)
+        for name in ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "rouge-score", "sacrebleu")
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions, as recorded beside the numbers."""
+    return {**versions(), "dart-eval": version("dart-eval"), "python": platform.python_version()}
+
+
+def _method_code(method: Pruner) -> str | None:
+    """Hash of the modules of parts from other packages; ours are part of `code_hash`."""
+    modules = [inspect.getmodule(type(p)) for p in method.parts() if type(p).__module__.split(".")[0] != PACKAGE]
+    try:
+        sources = sorted({source_hash(inspect.getsource(module)) for module in modules if module is not None})
+    except OSError:
+        return None
+    return " ".join(sources) or None
+
+
+def _calibration(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """Hash of the calibration text, and what is read of it where that is not all."""
+    from dart_eval.evaluation.calibration_text import calibration_text
+
+    size = config.calibration_size
+    drawn = {} if size is None else {"calibration_tokens": size, "calibration_seed": config.calibration_seed or 0}
+    return calibration_text(config.calibration, config.data_dir).digest, drawn
+
+
+def _file_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

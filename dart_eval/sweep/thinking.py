@@ -1,0 +1,41 @@
+"""Models that think before they answer: what the options ask of a run. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dart_eval.util.errors import UserError
+
+
+def check(thinks: bool | None, end_token: str | int | None, chat_template: bool) -> None:
+    """Refuse what lm-eval refuses, and what would do nothing.
+
+    Args:
+        thinks: `--enable-thinking`. end_token: `--think-end-token`. chat_template: `--chat-template`.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if thinks is not None and not chat_template:
+        raise UserError(
+            f"--{'' if thinks else 'no-'}enable-thinking is for the chat template", "give --chat-template, too"
+        )
+    if thinks and end_token is None:
+        raise UserError(
+            "--enable-thinking needs the token that ends the thoughts", "give --think-end-token, such as </think>"
+        )
+
+
+def check_kind(task: str, output_type: str, enable_thinking: bool | None) -> None:
+    """Refuse a task that scores given answers of a model that thinks first.
+
+    Args:
+        task: its name.
+        output_type: as lm-eval has it.
+
+    Raises:
+        UserError: with the remedy.
+    """
+    if enable_thinking and output_type in ("loglikelihood", "multiple_choice"):
+        raise UserError(
+            f"task {task} scores given answers, and a model that thinks gives none at once",
+            "leave --enable-thinking or the task out",
+        )

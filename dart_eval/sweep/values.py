@@ -1,0 +1,284 @@
+"""The values of a run's configuration that are more than one number or word: read as typed, or refused.
+
+Each of these is called by pydantic (see `config`), which collects ValueErrors alone: `Refused` carries ours through it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import math
+import re
+import typing
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationInfo
+
+from dart_eval.pruning.masks.counts import check_sparsity
+from dart_eval.pruning.registry import spelled
+from dart_eval.util.bits import OWN_BITS
+from dart_eval.util.bits import parse as parse_bits
+from dart_eval.util.errors import UserError
+from dart_eval.util.text import items_of
+from dart_eval.util.yamls import shown
+
+MOST = 2**32  # no count of anything is as large
+AUTO = "auto"  # as a batch size: as many as fit
+STEPS = 100  # sparsities of a range, at most
+DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # as --calibration takes it
+TEXT_FILES = (".txt", ".md", ".json", ".jsonl")  # no data set is called so
+DATA_SET_TOKENS = 16384  # that a calibration reads of one
+DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
+
+
+class Refused(ValueError):
+    """A UserError on its way through pydantic."""
+
+    def __init__(self, told: UserError) -> None:
+        super().__init__(str(told))
+        self.told = told
+
+
+def _refusing(read: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with its UserErrors as pydantic takes them."""
+
+    @functools.wraps(read)
+    def reading(*args: Any) -> Any:
+        try:
+            return read(*args)
+        except UserError as error:
+            raise Refused(error) from None
+
+    return reading
+
+
+def plain(value: Any) -> Any:
+    """A value as Python has it: numpy's numbers and arrays become plain, a path its text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return str(value) if isinstance(value, Path) else value
+
+
+def words(hint: Any) -> tuple[str, ...]:
+    """The words of a `Literal`; none of any other type."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
+@_refusing
+def text(value: Any, info: ValidationInfo) -> str | None:
+    """A text that is not empty (a cue may be)."""
+    if value is None:
+        return None
+    name = str(info.field_name)
+    value = _text(name, value)
+    if not value and name != "cue":
+        raise UserError(f"{name} is empty", "give a value, or leave the key out")
+    return value
+
+
+@_refusing
+def device(value: str) -> str:
+    """A device as torch spells it; whether there is one of that name is known later."""
+    if not DEVICE.fullmatch(value):
+        raise UserError(f"unknown device {value!r}", "auto, cpu, cuda, cuda:1, mps")
+    return value
+
+
+@_refusing
+def texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """A list of texts."""
+    return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in items_of(value))
+
+
+@_refusing
+def methods(value: Any) -> tuple[str, ...]:
+    """Methods as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
+    items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else items_of(value)
+    return tuple(_method(item) for item in items)
+
+
+@_refusing
+def sparsities(value: Any) -> tuple[float, ...]:
+    """Numbers in [0, 1), ranges of them in full."""
+    if isinstance(value, dict):
+        raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
+    return tuple(check_sparsity(s) for item in items_of(value) for s in _sparsity(item))
+
+
+@_refusing
+def ffn_bits(value: Any) -> tuple[str, ...]:
+    """Bits of an FFN weight, each as it is written in full: `16`, `4`, `4:64`."""
+    made = [parse_bits(str(item)) for item in items_of(value)]
+    return tuple(dict.fromkeys(str(OWN_BITS) if bits is None else bits.text for bits in made))
+
+
+@_refusing
+def limit(value: Any) -> float | None:
+    """A number of documents, or a share of them below 1."""
+    if value is None or (isinstance(value, float) and 0 < value < 1):
+        return value
+    if type(value) is not int:
+        raise UserError(
+            f"limit must be a whole number, or a share of the documents below 1, not {shown(value)}",
+            "for example 100 or 0.1",
+        )
+    if value < 1:
+        raise UserError(f"--limit {shown(value)} must be at least 1, or a share of the documents such as 0.1")
+    if value >= MOST:
+        raise UserError("limit is too large", "give a number below 2^32")
+    return value
+
+
+@_refusing
+def generation(value: Any, info: ValidationInfo) -> str | None:
+    """Settings of generation in one spelling, `do_sample=true,temperature=0.5`."""
+    if value is None:
+        return None
+    found = pairs(str(info.field_name), value)
+    for name, item in found.items():
+        if not _finite(item):
+            raise UserError(f"{name} {shown(item)} in {info.field_name} is no number", "give a finite one")
+    return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
+
+
+def _finite(item: Any) -> bool:
+    """Whether a value, or all in it, is no NaN and no infinity."""
+    inside = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
+    return all(map(_finite, inside)) and not (isinstance(item, float) and not math.isfinite(item))
+
+
+def pairs(name: str, value: Any) -> dict[str, Any]:
+    """`a=1,b=[2, 3]` as lm-eval reads it, in one text or several; a mapping is one already.
+
+    Args:
+        name: of the option, for people.
+
+    Raises:
+        UserError: it is neither.
+    """
+    example = f"write {name.replace('_', '-')} as KEY=VALUE,KEY=VALUE"
+    if isinstance(value, dict):
+        return {_text(f"a key of {name}", key): item for key, item in value.items()}
+    found: dict[str, Any] = {}
+    for item in _apart(",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))):
+        key, equals, said = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{name} {item!r} has no key and value", example)
+        if key.strip() in found:
+            raise UserError(f"{key.strip()} stands twice in {name}", "leave one of them out")
+        found[key.strip()] = _guessed(said.strip())
+    return found
+
+
+@_refusing
+def batch_size(value: Any) -> int | str:
+    """See `check_batch_size`."""
+    return check_batch_size(value)
+
+
+def check_batch_size(value: Any) -> int | str:
+    """A batch size as given, if it is one.
+
+    Raises:
+        UserError: it is neither a positive whole number nor `auto`.
+    """
+    if isinstance(value, str) and value.strip().lower() == AUTO:
+        return AUTO
+    try:
+        if not isinstance(value, (int, str)) or isinstance(value, bool) or not 1 <= int(value) < MOST:
+            raise ValueError
+        return int(value)
+    except ValueError:
+        said = value if isinstance(value, str) else shown(value)
+        raise UserError(f"--batch-size {said} is no batch size", "give a whole number from 1, or auto") from None
+
+
+def no_text(name: str, value: Any, wanted: str = "text") -> UserError:
+    """The error for a value that is no text."""
+    return UserError(f"{name} must be {wanted}, not {shown(value)}", "put quotes around it if it is meant so")
+
+
+def _text(name: str, value: Any, wanted: str = "text") -> str:
+    if not isinstance(value, (str, Path)):
+        raise no_text(name, value, wanted)
+    if "\0" in str(value):
+        raise UserError(f"{name} holds a NUL character", "leave it out")
+    return str(value)
+
+
+def _method(item: Any) -> str:
+    if not isinstance(item, dict):
+        return _text("method", item, "text or a list of texts")
+    if len(item) != 1:
+        raise UserError(f"method {shown(item)} has several names", "put a dash before each method")
+    ((name, parts),) = item.items()
+    if parts is not None and not isinstance(parts, dict):
+        raise UserError(f"method {name} takes keys and values, not {shown(parts)}", "as in griffin: {remask: drift}")
+    return spelled(str(name), parts or {})
+
+
+def _sparsity(item: Any) -> list[float]:
+    """A number, or those of a range."""
+    if isinstance(item, str) and ":" in item:
+        return _range(item)
+    try:
+        if isinstance(item, (bool, type(None))):
+            raise TypeError
+        return [float(item)]
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"sparsity {shown(item)} is not a number or a list of numbers", "for example 0.5,0.7") from None
+
+
+def _apart(text: str) -> list[str]:
+    """Pieces between commas that are not inside of brackets or quotes."""
+    pieces, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote or letter in "\"'":
+            quote = "" if letter == quote else quote or letter
+        depth += (letter in "[({") - (letter in "])}") if not quote else 0
+        if letter == "," and not quote and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+    return [piece for piece in pieces if piece.strip()]
+
+
+def _guessed(said: str) -> Any:
+    """A value in the kind that it looks like, as lm-eval guesses it."""
+    if said.lower() in ("true", "false"):
+        return said.lower() == "true"
+    for read in (int, float, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            return read(said)
+    return said
+
+
+def _literal(value: Any) -> str:
+    """How a value is typed, so that `_guessed` has it again."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and _guessed(value) == value and _apart(value) == [value] and value.strip() == value:
+        return value
+    return repr(value)
+
+
+def _range(item: str) -> list[float]:
+    """`0.5:0.9:0.1` -> [0.5, 0.6, 0.7, 0.8, 0.9], each as it would be typed."""
+    example = "write FIRST:LAST:STEP, for example 0.5:0.9:0.1"
+    try:
+        first, last, step = (Decimal(part.strip()) for part in item.split(":"))
+        if not (first <= last and step > 0 and (last - first) / step < STEPS):
+            raise ValueError
+    except (InvalidOperation, ValueError):
+        raise UserError(f"sparsity {shown(item)} is no range", example) from None
+    if (last - first) % step:
+        raise UserError(f"sparsity {item} does not end at {last}", "choose a step that does: both ends are included")
+    return [float(first + i * step) for i in range(int((last - first) / step) + 1)]
+
+
+def may_be_text(name: str) -> bool:
+    """Whether a calibration text may be there: a file is, or the name is that of a data set."""
+    return Path(name).is_file() or (DATA_SET.fullmatch(name) is not None and Path(name).suffix not in TEXT_FILES)

@@ -1,0 +1,237 @@
+"""A loaded model that evaluates cells, or parts of them. It knows no folder of results."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+import torch
+
+from dart_eval.evaluation.calibration_text import calibration_text
+from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
+from dart_eval.evaluation.lm import PrunedLM
+from dart_eval.evaluation.part import Part, Pilot
+from dart_eval.evaluation.task_names import tasks_dir
+from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
+from dart_eval.models.loading import Resolved
+from dart_eval.pruning import cost
+from dart_eval.pruning.calibration.calibration import Passages, TextCalibration
+from dart_eval.pruning.calibration.kept import Kept
+from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.prune import prune
+from dart_eval.pruning.session.dense import AnySession, DenseSession
+from dart_eval.results.journal import Journal
+from dart_eval.results.record import Record
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.hashes import code_hash
+from dart_eval.sweep.jobs import Job
+from dart_eval.sweep.plan import Cell, command, environment, versions
+from dart_eval.util.bits import Rounding, said, unread
+from dart_eval.util.errors import UserError, out_of_memory
+from dart_eval.util.machine import hardware, peak_memory
+from dart_eval.weights import rounding
+from dart_eval.weights.rounding import Rounded
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Worker:
+    """A loaded model; evaluates cells.
+
+    Args:
+        status, advanced, note: told what it loads or makes, the number of requests just answered, and what is odd about
+            the model.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        resolved: Resolved,
+        status: Callable[[str], None] = lambda text: None,
+        advanced: Callable[[int], None] = lambda n: None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._status = status
+        status(f"loading {resolved.identity.name}")
+        self.notes: list[str] = []
+        self.model, self.tokenizer = resolved.load(self.notes.append)
+        for text in self.notes:
+            note(text)
+        if config.chat_template and not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(f"model {resolved.identity.name} has no chat template", "leave --chat-template out")
+        status("looking at the model's layers")
+        self.halved = 0  # how often memory ran out in the last cell
+        self.shape = shape_of(self.model, find_ffns(self.model))
+        self._config, self._identity = config, resolved.identity.to_json()
+        self.calibration = self._calibrated(None)
+        self._rounded: tuple[Rounding, Rounded] | None = None  # the last that a cell asked for
+        self.lm = PrunedLM(
+            self.model,
+            self.tokenizer,
+            config.batch_size,
+            config.max_length,
+            config.chunk,
+            on_progress=advanced,
+            share_prefix=config.share_prefix,
+            enable_thinking=config.enable_thinking,
+            think_end_token=config.think_end_token,
+            distances=config.kl,
+        )
+
+    def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[Outcome, Record]:
+        """Evaluate one cell.
+
+        Args:
+            shrink: how often batches are halved from the start.
+        """
+        cell, settings = job.cell, job.config.eval_settings
+        start, earlier = time.monotonic(), journal.seconds
+        with contextlib.ExitStack() as stack:
+            peak = stack.enter_context(peak_memory(self.lm.device.type))
+            session = self._attach(stack, cell)
+            ffns = find_ffns(self.model)
+            share, inputs = session.share or rounding.share(ffns), rounding.share_of_inputs(ffns)
+            outcome = self._smaller(
+                lambda: evaluate_task(self.lm, session, job.tasks, cell.task, settings, journal), shrink
+            )
+            state = max(outcome.state_bytes, session.state_bytes if session.state is None else 0)
+            computed = session.computed(outcome.cost.read)
+        measured = {
+            "seconds": earlier + time.monotonic() - start,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "peak": peak(),
+        }
+        return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
+
+    def answer(self, job: Job, journal: Journal, part: Part | Pilot, shrink: int = 0) -> None:
+        """Answer a part of one cell into the journal; `shrink` as in `run`."""
+        with contextlib.ExitStack() as stack:
+            session = self._attach(stack, job.cell)
+            cell, settings = job.cell, job.config.eval_settings
+            self._smaller(lambda: answer_part(self.lm, session, job.tasks, cell.task, settings, journal, part), shrink)
+
+    def _attach(self, stack: contextlib.ExitStack, cell: Cell) -> AnySession:
+        if cell.rounding is not None:
+            stack.enter_context(self._round(cell.rounding))
+        session: AnySession = DenseSession()
+        if cell.method.prunes:
+            self._status(_made_for(cell.method))
+            pruned = prune(self.model, cell.method, cell.sparsity, calibration=self.calibration, execution="masked")
+            session = stack.enter_context(pruned)
+        self._status(f"running {cell.title}")
+        return session
+
+    def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
+        """The model with rounded FFN weights; the last are kept, since cell after cell asks for them."""
+        if self._rounded is None or self._rounded[0] != wanted:
+            self._status(f"rounding the FFN weights to {said(wanted.text)}")
+            self._rounded = None  # before the next: there need not be room for both
+            self._rounded = wanted, Rounded(self.model, wanted)
+            self.calibration = self._calibrated(wanted)
+        return self._rounded[1].in_place()
+
+    def _calibrated(self, rounding: Rounding | None) -> TextCalibration:
+        """What methods may know before any prompt, of the model with so rounded weights."""
+        config = self._config
+        about = {
+            "model": self._identity, "dtype": str(self.model.dtype), "device": self.model.device.type,
+            "bits": rounding and rounding.text, "code": code_hash(tasks_dir()), "versions": versions(),
+        }  # fmt: skip
+        return TextCalibration(
+            self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,
+            Passages(config.calibration_size, config.calibration_seed or 0), Kept(about),
+        )  # fmt: skip
+
+    def _smaller(self, work: Callable[[], T], shrink: int) -> T:
+        """Do the work; where memory runs out, in forwards of half the size, down to one row.
+
+        What was answered before is in the journal, and the rest is asked again.
+        """
+        whole, self.halved = self.lm.budget, 0
+        try:
+            while self.halved < shrink and self.lm.budget.can_shrink:
+                self.lm.budget = self.lm.budget.halved()
+                self.halved += 1
+            while True:
+                try:
+                    return work()
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error) or not self.lm.budget.can_shrink:
+                        raise
+                self.lm.budget = self.lm.budget.halved()
+                self.halved += 1
+                log.warning("out of memory: on with batches of %d", self.lm.budget.rows)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        finally:
+            self.lm.budget = whole
+
+    def _record(
+        self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any], share: float, inputs: float,
+        computed: float,
+    ) -> Record:  # fmt: skip
+        """The record of a cell.
+
+        Args:
+            share: FFN weight bytes as they were served / those of the model's own dtype.
+            inputs: the same of gate and up alone, which re-masks read.
+            computed: share of the FFN weights that a pruned token multiplied.
+        """
+        cell, config = job.cell, job.config
+        used = outcome.cost
+        per_token = used.remasks / used.tokens if used.tokens else 0.0
+        flops = cost.describe(cell.method, self.shape, used.mean_context, computed, per_token)
+        return Record(
+            key=cell.key,
+            inputs=cell.inputs,
+            metrics=outcome.metrics,
+            mask_sparsity=used.mask_sparsity,
+            effective_sparsity=unread(used.effective_sparsity, share),
+            weights_read=used.read * share,
+            tokens=used.tokens,
+            remasks=used.remasks,
+            by_task={
+                task: {
+                    "tokens": own.tokens,
+                    "remasks": own.remasks,
+                    "mask_sparsity": own.mask_sparsity,
+                    "effective_sparsity": unread(own.effective_sparsity, share),
+                    **outcome.prompts[task],
+                }
+                for task, own in outcome.by_task.items()
+            },
+            flops={**flops, "remask_bytes": flops["remask_reads"] * inputs},
+            memory={"weights": self.shape.weight_bytes, "state": state},
+            settings={
+                "batch_size": config.batch_size,
+                "share_prefix": config.share_prefix,
+                "method": cell.method.spec,
+                "command": command(config, cell),
+                **({"upper_bound": True} if cell.method.upper_bound else {}),
+                **({"granularity": cell.method.granularity} if cell.method.granularity else {}),
+                **({"halved": self.halved} if self.halved else {}),
+                **({"notes": self.notes} if self.notes else {}),
+            },
+            environment={**environment(), **hardware({p.device for p in self.model.parameters()})},
+            measured=measured,
+            cut=sum(p["cut"] for p in outcome.prompts.values()),
+            samples=[{**s, "effective_sparsity": unread(s["effective_sparsity"], share)} for s in outcome.samples],
+        )
+
+
+def _made_for(method: Pruner) -> str:
+    """What takes its time before a method can run."""
+    if method.calibrates:
+        return f"calibrating {method.spec}"
+    if method.choice.image is not None:
+        return f"making the preview of the FFN weights for {method.spec}"
+    return f"preparing {method.spec}"

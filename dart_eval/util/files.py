@@ -1,0 +1,245 @@
+"""Files that a user names: read and written in one way by every verb.
+
+A regular file is old or new, never half. What is none (a pipe, /dev/stdout, /dev/null) is written into and never
+replaced; of a symbolic link the target is written. All text is UTF-8, whatever the locale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dart_eval.util.errors import UserError
+
+LINKS = 40  # as many as Linux follows
+HEAD = 4096  # bytes, which tell whose file it is
+WRITER_COMES = 2.0  # seconds, at most, until somebody writes into a pipe that is read
+
+
+def feed(digest: Any, file: Path) -> None:
+    """Give the bytes of a file to a digest of hashlib, a part at a time."""
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+
+
+def write(path: str | Path, data: str | bytes, remedy: str = "choose another file") -> None:
+    """Write a file that the user named.
+
+    Raises:
+        UserError: it cannot be written. BrokenPipeError: nobody reads the pipe any more.
+    """
+    content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+    try:
+        number = _own_stream(path)
+        if number is not None:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            with open(number, "wb", closefd=False) as own:
+                own.write(content)
+            return
+        target = _target(path)
+        if is_stream(target):
+            with open(target, "wb") as opened:
+                opened.write(content)
+        else:
+            write_atomically(target, content)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written ({reason(error)})", remedy) from None
+
+
+def check_target(path: str | Path, remedy: str = "choose another file") -> None:
+    """Refuse what `write` would refuse, before anything is computed for it.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        if _own_stream(path) is not None:
+            return
+        target = _target(path)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        place = target if is_stream(target) else target.parent
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not is_stream(target) and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with contextlib.suppress(FileNotFoundError):  # a name too long shows only here
+            os.stat(target)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written ({reason(error)})", remedy) from None
+
+
+def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
+    """Refuse to replace a file that somebody else has written. An empty one may be.
+
+    Args:
+        begins: found in the first bytes of every file of ours. what: such a file is.
+
+    Raises:
+        UserError: what is there is none.
+    """
+    if is_stream(path):
+        return
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(HEAD)
+    except (OSError, ValueError):  # nothing is there, or `check_target` has refused it
+        return
+    if head and not begins.search(head):
+        raise UserError(f"{path} is no {what}, and would be lost", "choose another file, or give --force")
+
+
+def check_name(path: str | Path, what: str) -> None:
+    """Refuse a path that no file or folder can have, whether or not something is there.
+
+    Args:
+        what: whose path it is, e.g. `--output`.
+
+    Raises:
+        UserError: it is empty, too long, holds a NUL, or its links lead nowhere.
+    """
+    if not str(path):
+        raise UserError(f"{what} is empty", "name a file or folder")
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(path)
+    except (OSError, ValueError) as error:
+        shown = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
+        raise UserError(f"{what} {shown} cannot be a path ({reason(error)})", "give another path") from None
+
+
+def read_text(path: str | Path, what: str, remedy: str) -> str:
+    """The text of a file, or pipe, that the user named.
+
+    Args:
+        what: what the file is, e.g. `config`.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return _bytes(path).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        why = f"not UTF-8 text: byte {error.object[error.start]:#04x} in line {line}"
+        raise UserError(f"{what} {path} cannot be read ({why})", remedy) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} {path} cannot be read ({reason(error)})", remedy) from None
+
+
+def _bytes(path: str | Path) -> bytes:
+    """All of a file, or of a pipe that somebody writes into."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISCHR(mode):
+        raise OSError(errno.EINVAL, "it is a device")
+    if not stat.S_ISFIFO(mode):
+        return Path(path).read_bytes()
+    end = time.monotonic() + WRITER_COMES
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
+        while (begun := pipe.read()) == b"":  # nobody has it open; None: somebody has, and has written nothing yet
+            if time.monotonic() > end:
+                raise OSError(errno.EPIPE, "a pipe that nobody writes into")
+            time.sleep(0.02)
+        os.set_blocking(pipe.fileno(), True)
+        return (begun or b"") + pipe.read()
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of a file of our own folders; what is no regular file would never end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return Path(path).read_bytes()
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether something is there that takes what is written and keeps no name: a pipe, a terminal, a device."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return _own_stream(path) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def format_of(path: Path, format: str | None, known: Sequence[str]) -> str | None:
+    """The format of a file: as told, else by its ending; None for a stream, which has no ending.
+
+    Raises:
+        UserError: the ending stands for none of the `known` formats, and none is told.
+    """
+    if format is not None or is_stream(path):
+        return format
+    if path.suffix[1:] not in known:
+        endings = ", ".join(f".{f}" for f in known)
+        raise UserError(f"{path} has no ending that tells its format", f"one of {endings}, or give --format")
+    return path.suffix[1:]
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or written, in a few words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def write_atomically(path: Path, data: str | bytes, owner: str | None = None) -> None:
+    """Write a file that is either old or new, never half, whatever happens meanwhile.
+
+    Args:
+        owner: the temporary file is named `.{owner}.*`; the beginning of the file's own stem, if None.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{owner or path.stem[:40]}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data.encode("utf-8") if isinstance(data, str) else data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _target(path: str | Path) -> Path:
+    """What a path stands for once its links are followed; it need not exist."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
+
+
+def _own_stream(path: str | Path) -> int | None:
+    """The number of this process's own open file that a path means (/dev/stdout, /dev/fd/3); None for any other.
+
+    Such a file is no second opening of what lies behind it: what is written must come after what was written before.
+    """
+    place = os.path.abspath(path)
+    for _ in range(LINKS):
+        place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
+        if found := re.fullmatch(rf"(?:/proc/{os.getpid()}(?:/task/\d+)?|/dev)/fd/(\d+)", place):
+            return int(found[1])
+        if not os.path.islink(place):
+            return None
+        place = os.path.join(os.path.dirname(place), os.readlink(place))
+    return None

@@ -1,0 +1,192 @@
+"""What stands in a checkpoint's files, and whether a loaded model was made of all that it needs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils.hub import cached_file
+
+from dart_eval.util.errors import UserError
+
+SHOWN = 3  # names in a message
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # as configurations call their number
+MOST_LAYERS = 4096  # more than any model has; building a model of 10^8 would not end
+SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def weights_dtype(source: str, revision: str | None) -> str:
+    """The dtype that transformers' `auto` takes where a configuration names none: of the first floating-point weight.
+
+    Raises:
+        UserError: no file of weights can be read.
+    """
+    problem = "has no weights"
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if not (files := weight_files(source, name, revision)):
+            continue
+        file = files[0]
+        try:
+            if file.suffix == ".bin":
+                weights = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+                found = [str(w.dtype).removeprefix("torch.") for w in weights.values()]
+            else:
+                with safe_open(file, framework="pt") as opened:
+                    kinds = [opened.get_slice(key).get_dtype() for key in opened.keys()]  # noqa: SIM118 - no mapping
+                found = [SAFETENSORS.get(kind, "") for kind in kinds]
+            return next(dtype for dtype in found if dtype in SAFETENSORS.values())
+        except StopIteration:
+            problem = f"has no floating-point weights in {file.name}"
+        except pickle.UnpicklingError as error:
+            raise no_tensors(Path(source).name, error) from None
+        except Exception as error:  # of safetensors, of the file system
+            problem = f"has weights that cannot be read ({file.name}: {' '.join(str(error).split())[:200]})"
+    raise UserError(f"model {Path(source).name} names no dtype, and {problem}", "give --dtype, or complete weights")
+
+
+def no_tensors(name: str, error: pickle.UnpicklingError) -> UserError:
+    """What a user is told of weights that torch refuses to unpickle; its own text explains how to switch that off."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    return UserError(
+        f"the weights of model {name} are no plain tensors" + (f": their file calls {asked[1]}" if asked else ""),
+        "such a file may run any code when it is loaded: take the weights as safetensors",
+    )
+
+
+def check_layers(name: str, told: Mapping[str, Any]) -> None:
+    """Refuse a number of layers that no model can have. told: what stands in config.json.
+
+    Raises:
+        UserError: with the key and the number.
+    """
+    for key, value in _entries(told):
+        if key.rpartition(".")[2] not in LAYERS or not isinstance(value, int):
+            continue
+        of_text = "." not in key.removeprefix("text_config.")  # other parts may have none
+        if value > MOST_LAYERS or (of_text and value < 1):
+            raise UserError(
+                f"config.json of model {name} says {key} {value}", f"a model has 1 to {MOST_LAYERS} layers: correct it"
+            )
+
+
+def unknown_word(told: Mapping[str, Any], word: Any) -> str | None:
+    """Where in config.json a word stands that transformers does not know: `hidden_act 'nosuch'`; None."""
+    return next((f"{key} {value!r}" for key, value in _entries(told) if isinstance(value, str) and value == word), None)
+
+
+def _entries(told: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys and values of a configuration, those inside others as `text_config.hidden_act`."""
+    for key, value in told.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def own_code(source: str, config: Any, revision: str | None) -> str | None:
+    """What would run of a model that brings code of its own (a file's name, for people); None: it brings none."""
+    attention = str(getattr(config, "_attn_implementation", None) or "")
+    if "/" in attention:
+        return f"the attention {attention} of the hub"
+    if getattr(config, "auto_map", None):
+        return "auto_map in config.json"
+    if get_tokenizer_config(source, revision=revision).get("auto_map"):
+        return "auto_map in tokenizer_config.json"
+    return "custom_generate" if model_file(source, "custom_generate/generate.py", revision) is not None else None
+
+
+def weight_files(source: str, name: str, revision: str | None) -> list[Path]:
+    """The files of a checkpoint's weights, in the order of their names: one, or its shards; none where it has neither.
+
+    Args:
+        name: of the one file, `model.safetensors`.
+    """
+    whole = model_file(source, name, revision)
+    index = None if whole else model_file(source, f"{name}.index.json", revision)
+    if index is None:
+        return [] if whole is None else [whole]
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [file for shard in shards if (file := model_file(source, shard, revision)) is not None]
+
+
+def model_file(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a model, fetched from the hub where it must be; None where the model has no such."""
+    try:
+        found = cached_file(source, name, revision=revision or "main")
+    except OSError:
+        return None
+    return None if found is None else Path(found)
+
+
+def load_whole(loader: Any, name: str, source: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """A model that transformers has made of all the weights that it needs, and what is to be told of them.
+
+    Every loader goes through here: transformers itself fills up what is missing with random numbers.
+
+    Args:
+        loader: a class with `from_pretrained`. name: of the model, for people.
+        source, kwargs: of `from_pretrained`.
+
+    Raises:
+        UserError: weights are missing, or have another shape.
+    """
+    # An adapter that lies in the folder is merged by us: transformers would then only tell of the adapter's weights.
+    kwargs["adapter_kwargs"] = {"subfolder": "none"}
+    model, info = loader.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    return model, _check_weights(name, info)
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> list[str]:
+    """See `load_whole`. info: in which tied weights and the like do not stand."""
+    missing, unused = info["missing_keys"], info["unexpected_keys"]
+    if wrong := info["mismatched_keys"]:
+        key, theirs, ours = min(wrong)
+        raise UserError(
+            f"{len(wrong)} weights of model {name} have another shape than its config.json says: {key} is "
+            f"{list(theirs)}, not {list(ours)}",
+            "give the weights their own config.json",
+        )
+    if missing:
+        instead = f", and has {len(unused)} that the model does not know ({_few(unused)})" if unused else ""
+        raise UserError(
+            f"model {name} lacks {len(missing)} weights ({_few(missing)}){instead}",
+            "save the whole model itself, not a wrapper of it, with save_pretrained; config.json must fit it",
+        )
+    if unused:
+        return [f"model {name}: {len(unused)} weights of the checkpoint are not used ({_few(unused)})"]
+    return []
+
+
+def _few(names: Collection[str]) -> str:
+    return ", ".join([*sorted(names)[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
+
+
+def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer that the model has no embeddings for, or that knows neither a beginning nor an end.
+
+    Special tokens that no plain text has (of images, for example) may lie beyond the embedding.
+
+    Raises:
+        UserError: with both sizes, or what is missing.
+    """
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of model {name} has neither a BOS nor an EOS token",
+            "name one in its tokenizer_config.json (bos_token, eos_token): answers without a context begin with it",
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    largest = max(i for i in tokenizer.get_vocab().values() if i not in special)
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer of model {name} has token ids up to {largest}, and the model {rows} embeddings",
+            "give the model its own tokenizer, or save it after resize_token_embeddings",
+        )

@@ -1,0 +1,78 @@
+"""Matrices rounded as llama.cpp's K-quants are: Q3_K, Q4_K and Q5_K (`ggml-quants.c`), without its importance weights.
+
+A group of 16 or 32 neighbours in a row shares a scale of 6 bits, in Q4_K and Q5_K also a minimum of 6 bits. Eight or
+sixteen groups, 256 weights, share factors of 16 bits for these. So a format with minima costs what a scale of 16 bits
+for 32 weights does, and fits weights that lie around no middle.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dart_eval.util.bits import BLOCK, K_QUANTS
+
+MOST = 63  # of a scale or a minimum, in units of its factor
+MOST_SIGNED = 31
+STEPS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)  # the codes that are tried over a group's span, less all
+
+
+def with_minima(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and offsets of groups whose weights are about scale * code - minimum, with a code from 0.
+
+    Args:
+        groups: [R, G, group] fp32. bits: of a code, 4 or 5.
+
+    Returns:
+        [R, G, group] whole numbers from -2^(bits - 1), [R, G, 1] fp32 scales, and [R, G, 1] fp32 what the code 0 means.
+    """
+    scale, low = _fitted(groups, bits)
+    scale, low = _of_factors(scale, bits), -_of_factors(-low, bits)
+    half = 2 ** (bits - 1)
+    code = ((groups - low) / torch.where(scale == 0, 1.0, scale)).round_().clamp_(0, 2 * half - 1)
+    return code - half, scale, low + half * scale
+
+
+def _fitted(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """[R, G, 1] each, the scale and the least value of each group that fit it best, by least squares."""
+    size, top = groups.shape[-1], 2**bits - 1
+    low = groups.amin(-1, keepdim=True).clamp_max(0)
+    span = (groups.amax(-1, keepdim=True) - low).clamp_min(1e-12)
+    total, best, least = groups.sum(-1, keepdim=True), (span / top, low), torch.full_like(low, torch.inf)
+    for step in STEPS:
+        code = ((groups - low) * ((top + step) / span)).round_().clamp_(0, top)
+        codes, squares = code.sum(-1, keepdim=True), code.square().sum(-1, keepdim=True)
+        products = (groups * code).sum(-1, keepdim=True)
+        apart = size * squares - codes.square()
+        scale = (size * products - total * codes) / apart
+        shift = (squares * total - codes * products) / apart
+        same = apart <= 1e-6 * size * squares  # codes that are all the same do not tell scale and minimum apart
+        shift, alone = torch.where(same & (squares == 0), total / size, shift), same | (shift > 0)
+        shift, scale = (
+            torch.where(alone & (squares > 0), 0.0, shift.clamp_max(0)),
+            torch.where(alone, products / squares.clamp_min(1e-12), scale),
+        )
+        error = (scale * code + shift - groups).square().sum(-1, keepdim=True)
+        better = error < least
+        best = torch.where(better, scale, best[0]), torch.where(better, shift, best[1])
+        least = torch.where(better, error, least)
+    return best
+
+
+def signed(scale: Tensor, bits: int) -> Tensor:
+    """Scales of Q3_K, which have a sign, as whole multiples of their factors. scale: [R, G, 1] fp32."""
+    return _multiples(scale, bits, MOST_SIGNED)
+
+
+def _of_factors(values: Tensor, bits: int) -> Tensor:
+    """Scales or minima, not negative, as whole multiples of their factors. values: [R, G, 1] fp32."""
+    return _multiples(values.clamp_min(0), bits, MOST)
+
+
+def _multiples(values: Tensor, bits: int, most: int) -> Tensor:
+    rows, groups, _ = values.shape
+    each = BLOCK // K_QUANTS[bits].group
+    blocks = torch.nn.functional.pad(values.squeeze(-1), (0, -groups % each)).view(rows, -1, each)
+    factor = (blocks.abs().amax(-1, keepdim=True) / most).half().float()
+    found = (blocks / torch.where(factor == 0, 1.0, factor)).round_().clamp_(-most, most) * factor
+    return found.view(rows, -1)[:, :groups, None]
