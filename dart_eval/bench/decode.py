@@ -52,18 +52,17 @@ class DecodeSpeed:
         ceiling: from the bytes of this model, at the FFN weights that a token reads. ceiling_executed: at those that
             this execution multiplies (a token's choice inside its mask saves reads only where a kernel skips them).
         achieved_over_ceiling: speedup / ceiling.
-        first_token: prompt's time with scoring, masks and the first reordering / dense prompt's time.
+        first_token: prompt's time with scoring, masks and the first copies / dense prompt's time.
         remask_masks_dense_steps: the first half of a re-mask, in dense steps: new scores and masks are made from the
             inputs in the ring. None where the method keeps no ring.
         remask_moves_dense_steps: the second half, in dense steps: in every layer a fifth of the kept neurons gives way
-            to others, which are moved to the front in memory.
-        begin_dense_steps, end_dense_steps: once per `prune()`, in dense steps: taking the weights over (down is turned
-            in its own memory), and putting every neuron back.
+            to others, whose weights are copied.
+        begin_dense_steps: once for the first prompt of a `prune()`, in dense steps: copying the kept neurons' weights.
         overhead: what hooks, detector and ring buffer add to a pruned step, as a share of it.
         dense_tokens_per_second, tokens_per_second: for orientation; they hold for this machine at this moment.
-        extra_weight_bytes: memory of weights beyond the model's own. state_bytes: of the method. order_bytes: of the
-            neurons' order. twin_bytes: of the FFN weights that the dense side has once more; the benchmark's alone, in
-            no other number. peak_bytes: of the GPU, or of the process, without them.
+        extra_weight_bytes: of the copies of the kept neurons' weights. state_bytes: of the method. twin_bytes: of the
+            FFN weights that the dense side has once more; the benchmark's alone, in no other number. peak_bytes: of the
+            GPU, or of the process, without them.
         foreign_cores: processors that other processes kept busy meanwhile, on average (None: not known here).
     """
 
@@ -80,13 +79,11 @@ class DecodeSpeed:
     remask_masks_dense_steps: Ratio | None
     remask_moves_dense_steps: Ratio
     begin_dense_steps: Ratio
-    end_dense_steps: Ratio
     overhead: Ratio
     dense_tokens_per_second: float
     tokens_per_second: float
     extra_weight_bytes: int
     state_bytes: int
-    order_bytes: int
     twin_bytes: int
     peak_bytes: int
     foreign_cores: float | None
@@ -138,36 +135,33 @@ def measure(
             dense model too, with KV caches of a fixed size.
 
     Raises:
-        UserError: a method that does not prune or looks ahead, weights that cannot be reordered, or no memory for the
-            FFN weights of the dense side.
+        UserError: a method that does not prune or looks ahead, weights of which no rows can be copied, or no memory
+            for the FFN weights of the dense side.
     """
     check(method)
     shape = shape_of(model, find_ffns(model))
-    before = _weight_bytes(model)
     bench = Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
     times = Times()
     with (
         _many_variants(compiled is not None),
         peak_memory(bench.device.type) as peak,
         foreign_cpu() as foreign,
-        prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted") as run,
+        prune(model, method, sparsity, tokenizer=tokenizer, execution="copied") as run,
     ):
         _time_rounds(bench, run, times, prompt_tokens, steps, rounds)
         _time_remasks(bench, run, times, max(3, rounds), method.mask.remask.needs_ring)
         share = run.shares(1)
-        assert run.permuted is not None
-        read, executed = float(share.read[0]), run.permuted.executed()
+        read, executed = float(share.read[0]), _executed(run)
         for _ in range(max(3, rounds)):
-            bench.begin_and_end(run, times.once)
-        extra, state = _weight_bytes(model) - before, run.state_bytes
-        order = sum(f.order.numel() * f.order.element_size() for f in run.ffns if f.order is not None)
+            bench.begin(run, times.once)
+        extra, state = run.executing.nbytes, run.state_bytes
     ceilings = [1 / (1 - shape.ffn_share * (1 - r)) for r in (read, executed)]
     speeds = _speeds(times)
     return DecodeSpeed(
         method=method.spec, sparsity=sparsity, weights_read=read, weights_executed=executed, **speeds,
         ceiling=ceilings[0], ceiling_executed=ceilings[1],
         achieved_over_ceiling=speeds["speedup"].median / ceilings[0],
-        extra_weight_bytes=extra, state_bytes=state, order_bytes=order, twin_bytes=own_bytes(model),
+        extra_weight_bytes=extra, state_bytes=state, twin_bytes=own_bytes(model),
         peak_bytes=max(0, peak() - own_bytes(model)), foreign_cores=foreign(),
     )  # fmt: skip
 
@@ -179,8 +173,8 @@ class Times:
         steps: of a decoded token.
         prompts: of a prompt.
         masks: of new scores and masks; without entries where the method keeps no ring to make them from.
-        moves: of moving kept neurons.
-        once: of the begin and the end of `prune()`.
+        moves: of copying rows that changed.
+        once: of copying all kept rows.
     """
 
     def __init__(self) -> None:
@@ -188,7 +182,7 @@ class Times:
         self.prompts: dict[str, list[float]] = {"dense": [], "pruned": []}
         self.masks: dict[str, list[float]] = {"dense": [], "remask": []}
         self.moves: dict[str, list[float]] = {"dense": [], "remask": []}
-        self.once: dict[str, list[float]] = {"dense": [], "begin": [], "end": []}
+        self.once: dict[str, list[float]] = {"dense": [], "begin": []}
 
 
 def _speeds(times: Times) -> dict[str, Any]:
@@ -201,7 +195,6 @@ def _speeds(times: Times) -> dict[str, Any]:
         "remask_masks_dense_steps": paired(masks["remask"], masks["dense"]) if masks["dense"] else None,
         "remask_moves_dense_steps": paired(moves["remask"], moves["dense"]),
         "begin_dense_steps": paired(once["begin"], once["dense"]),
-        "end_dense_steps": paired(once["end"], once["dense"]),
         "overhead": paired(steps["pruned"], steps["bare"], 1.0),
         "dense_tokens_per_second": 1 / statistics.median(steps["dense"]),
         "tokens_per_second": 1 / statistics.median(steps["pruned"]),
@@ -301,22 +294,24 @@ class Bench:
 
     def move(self, run: Session, times: dict[str, list[float]]) -> None:
         """The second half of a re-mask: a fifth of every layer's kept neurons gives way to others."""
-        permuted = run.permuted
-        assert permuted is not None
+        copies, state = run.copies, run.state
+        assert copies is not None and state is not None
         masks = []
-        for ffn, kept in zip(run.ffns, permuted.kept, strict=True):
-            moved = min(round(CHANGED * kept), ffn.size - kept)
-            front = torch.arange(ffn.size) < kept
-            front[torch.randperm(kept, generator=self.generator)[:moved]] = False
-            front[kept + torch.randperm(ffn.size - kept, generator=self.generator)[:moved]] = True
-            masks.append(ffn.by_neuron(front.to(self.device)))
+        for layer, kept in enumerate(copies):
+            mask = state.mask(layer)[0].clone()
+            inside, outside = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+            moved = min(round(CHANGED * kept.count), len(outside))
+            mask[inside[torch.randperm(len(inside), generator=self.generator)[:moved]]] = False
+            mask[outside[torch.randperm(len(outside), generator=self.generator)[:moved]]] = True
+            masks.append(mask)
         times["dense"].append(self._dense())
-        times["remask"].append(
-            self.timed(lambda: [permuted.select(layer, mask) for layer, mask in enumerate(masks)])[0]
-        )
+        changed = self.timed(lambda: [kept.select(mask) for kept, mask in zip(copies, masks, strict=True)])
+        times["remask"].append(changed[0])
+        for layer, kept in enumerate(copies):
+            kept.select(state.mask(layer)[0])
 
     def remask(self, run: Session, times: dict[str, list[float]]) -> None:
-        """The first half of a re-mask: new scores and masks from the ring; no neuron is moved."""
+        """The first half of a re-mask: new scores and masks from the ring; no weights are copied."""
         state = run.state
         assert state is not None
         everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
@@ -324,15 +319,18 @@ class Bench:
         copied = state.select(torch.arange(state.batch, device=state.device))
         times["remask"].append(self.timed(lambda: copied.remask(Due(everyone, "alarm")))[0])
 
-    def begin_and_end(self, run: Session, times: dict[str, list[float]]) -> None:
-        """Put every neuron back, take the weights over again, and move the kept neurons to the front."""
-        permuted, state = run.permuted, run.state
-        assert permuted is not None and state is not None
+    def begin(self, run: Session, times: dict[str, list[float]]) -> None:
+        """Copy the kept neurons' weights anew."""
+        state = run.state
+        assert state is not None
         times["dense"].append(self._dense())
-        times["end"].append(self.timed(permuted.restore)[0])
-        times["begin"].append(self.timed(permuted.begin)[0])
-        for layer in range(len(run.ffns)):
-            permuted.select(layer, state.mask(layer)[0])
+        run.executing.copies = None
+
+        def copy() -> None:
+            run.executing.choose(1, True)
+            run.executing.move(state)
+
+        times["begin"].append(self.timed(copy)[0])
 
     def cache(self, name: str) -> Any:
         """An empty cache. Those of a fixed size are kept: a compiled model knows them by their addresses."""
@@ -348,8 +346,8 @@ def _time_rounds(bench: Bench, run: Session, times: Times, prompt: int, steps: i
     """Time prompts and their decoding; the first round warms up and is forgotten."""
     for _ in range(1 + rounds):
         bench.round(run, prompt, steps, times.steps, times.prompts)
-        if run.permuted is None:
-            raise UserError("this model's weights cannot be reordered: no time to save", "load it unquantised")
+        if run.copies is None:
+            raise UserError("rows of this model's weights cannot be copied: no time to save", "load it unquantised")
     for values in (*times.steps.values(), *times.prompts.values()):
         del values[: len(values) // (1 + rounds)]
 
@@ -362,12 +360,11 @@ def _time_remasks(bench: Bench, run: Session, times: Times, count: int, ring: bo
             bench.remask(run, times.masks)
 
 
-def _weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the distinct memory behind the model's parameters and buffers."""
-    stores = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
-    }
-    return sum(stores.values())
+def _executed(run: Session) -> float:
+    """FFN weights that a forward on copies multiplies / all FFN weights."""
+    assert run.copies is not None
+    total = sum(f.size * f.matrices for f in run.ffns)
+    return sum(sum(kept.read) for kept in run.copies) / total
 
 
 @torch.no_grad()
@@ -385,7 +382,7 @@ def profile(
     activities = [torch.profiler.ProfilerActivity.CPU]
     if bench.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with prune(model, method, sparsity, tokenizer=tokenizer, execution="permuted"):
+    with prune(model, method, sparsity, tokenizer=tokenizer, execution="copied"):
         cache = DynamicCache(config=model.config)
         bench.step(model, bench.tokens(prompt_tokens), cache)
         bench.step(model, bench.tokens(1), cache)

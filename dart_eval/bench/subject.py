@@ -89,7 +89,7 @@ class Subject:
 
     def timed(self, method: Pruner) -> bool:
         """Whether some kernel makes the bytes that a method leaves out into time."""
-        return lacking(method, find_ffns(self.model), self.model) is None
+        return lacking(method, find_ffns(self.model)) is None
 
     def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
         """Time one method (`decode.measure`), or count what it reads where nothing is to be timed."""

@@ -103,7 +103,7 @@ def speeds(found: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
 
 def costs(found: list[DecodeSpeed]) -> Table:
     """What the methods take beside a decoded token's own work, for people."""
-    columns = ["method", "tokens/s", "prompt", "masks", "moves", "attach", "detach", "overhead", "extra MB"]
+    columns = ["method", "tokens/s", "prompt", "masks", "changes", "copies", "overhead", "extra MB"]
     body = [
         [
             f.method,
@@ -112,19 +112,17 @@ def costs(found: list[DecodeSpeed]) -> Table:
             f"{f.remask_masks_dense_steps.median:.2f}" if f.remask_masks_dense_steps else "-",
             f"{f.remask_moves_dense_steps.median:.2f}",
             f"{f.begin_dense_steps.median:.1f}",
-            f"{f.end_dense_steps.median:.1f}",
             f"{100 * f.overhead.median:.1f} %",
-            f"{(f.extra_weight_bytes + f.state_bytes + f.order_bytes) / 10**6:.2f}",
+            f"{(f.extra_weight_bytes + f.state_bytes) / 10**6:.2f}",
         ]
         for f in found
     ]
     note = (
-        "Tokens/s are for orientation, those of dense in brackets. Prompt: with its scores, masks and the first moves "
-        "of neurons, over a dense prompt. The next four columns are in dense steps. A re-mask makes new masks from "
-        "recent tokens (- where the method keeps none), and moves neurons in memory, here a fifth of those that are "
-        "kept. Once per prune() the weights are taken over (attach), and at its end every neuron is put back "
-        "(detach). Overhead: what the method's hooks add to a pruned step. Extra: copies of weights, the method's "
-        "state and the order of the neurons."
+        "Tokens/s are for orientation, those of dense in brackets. Prompt: with its scores, masks and copies of the "
+        "kept neurons' weights, over a dense prompt. The next three columns are in dense steps. A re-mask makes new "
+        "masks from recent tokens (- where the method keeps none) and copies the weights that changed, here those of "
+        "a fifth of the kept neurons. Copies: of all of them, once for the first prompt. Overhead: what the method's "
+        "hooks add to a pruned step. Extra: copies of weights, and the method's state."
     )
     return Table("What a method takes beside", columns, body, note)
 

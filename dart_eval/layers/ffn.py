@@ -17,9 +17,6 @@ from dart_eval.layers.projection import encoded, weight_matrix
 class FFN:
     """One layer's FFN, whatever the family. F neurons, model width D.
 
-    Its neurons may stand in another order than they were loaded in (`pruning.permuted`): what the projections give and
-    take is then in the order of their rows; `by_neuron` and `by_row` translate.
-
     Attributes:
         layer: its index among the FFNs. number: of the decoder layer, for people. holder: that layer.
         block: module whose first input is the FFN's input x, [B, T, D].
@@ -35,7 +32,6 @@ class FFN:
             trial forward saw it. joint: its layer has others, too; all of them add to that stream then.
         runs: how often it runs for a token.
         routed: the experts whose neurons these are, others for every token; None.
-        order: [F] int32, the neuron at each row, or None: as loaded.
     """
 
     layer: int
@@ -61,15 +57,6 @@ class FFN:
     runs: int = 1
     routed: experts.Routed | None = None
     dtype: torch.dtype | None = None
-    order: Tensor | None = None
-
-    def by_neuron(self, x: Tensor) -> Tensor:
-        """[..., F] in the order of the rows -> in the order of the neurons."""
-        return x if self.order is None else torch.empty_like(x).index_copy_(-1, self.order.long(), x)
-
-    def by_row(self, x: Tensor) -> Tensor:
-        """[..., F] in the order of the neurons -> in the order of the rows."""
-        return x if self.order is None else x.index_select(-1, self.order)
 
     @property
     def into(self) -> nn.Module:
@@ -82,7 +69,7 @@ class FFN:
         return self.routed.pool if self.routed else self.size
 
     def of_token(self, mask: Tensor, batch: int) -> Tensor:
-        """A mask [B or 1, pool], by row, as each token of the forward under way has it: [B or 1, T or 1, F]."""
+        """A mask [B or 1, pool], as each token of the forward under way has it: [B or 1, T or 1, F]."""
         return self.routed.gather(mask, batch) if self.routed else mask[:, None]
 
     def spread(self, h: Tensor, some: slice = slice(None), tokens: int | None = None) -> Tensor:
@@ -102,7 +89,7 @@ class FFN:
         return self.routed.take(take, scores, keep) if self.routed else take(scores, keep)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """a = act(gate x) and u = up x, each [..., F], by row; of a plain FFN act(up x) and None."""
+        """a = act(gate x) and u = up x, each [..., F]; of a plain FFN act(up x) and None."""
         if self.gate is not None:
             return self.act(self.gate(x)), self.lifted(self.up(x))
         if self.fused:
@@ -115,12 +102,12 @@ class FFN:
         return up if self.lift is None else self.lift(up)
 
     def intermediate(self, x: Tensor) -> Tensor:
-        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F], by row."""
+        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
         a, u = self.parts(x)
         return a if u is None else a * u
 
     def input_weights(self) -> list[Tensor]:
-        """The matrices that make h, each [F, D], by row (gate and up, or up alone)."""
+        """The matrices that make h, each [F, D], (gate and up, or up alone)."""
         if self.routed:
             return self.routed.input_weights()
         if self.gate is not None:
@@ -128,7 +115,7 @@ class FFN:
         return list(self.matrix(self.up).chunk(2)) if self.fused else [self.matrix(self.up)]
 
     def output_weight(self) -> Tensor:
-        """The down projection, [D, F], by row."""
+        """The down projection, [D, F]."""
         return self.routed.output_weight() if self.routed else self.matrix(self.down)
 
     def matrix(self, projection: nn.Module) -> Tensor:
@@ -137,7 +124,7 @@ class FFN:
         return weight.to(self.dtype) if self.dtype is not None and encoded(projection) else weight
 
     def write(self, h: Tensor) -> Tensor:
-        """The down projection of h ([..., F], by row) without its bias: [..., D] fp32."""
+        """The down projection of h ([..., F]) without its bias: [..., D] fp32."""
         bias = quantised.bias_of(self.down)
         added = self.down(h).float()
         return added if bias is None else added - bias.float()

@@ -18,18 +18,15 @@ PACKAGE = Path(__file__).parents[1]
 # given (plan, jobs, files, journal, record), what refuses (errors, finite, checkpoint), and what finds or converts a
 # model, whose weights are hashed themselves. A test holds this against what a run executes.
 NUMERIC_CODE = (
-    "layers", "weights", "pruning", "evaluation", "util/bits.py", "models/adapters.py", "models/loading.py",
-    "sweep/worker.py",
+    "layers", "weights", "pruning", "evaluation", "kernels/top.py", "util/bits.py", "models/adapters.py",
+    "models/loading.py", "sweep/worker.py",
 )  # fmt: skip
 NO_NUMBER = (
     "layers/finite.py", "weights/checkpoint.py", "evaluation/task_hash.py", "evaluation/task_names.py",
     "evaluation/task_needs.py",
 )  # fmt: skip
 # Ways to decode faster with the same masks: `run` always multiplies by masks (`"execution": "masked"` in `plan.plan`).
-NOT_RUN = (
-    "pruning/session/permuted.py", "pruning/session/slices.py", "pruning/session/inplace.py",
-    "pruning/session/kernels.py", "pruning/choices/previewed.py",
-)  # fmt: skip
+NOT_RUN = ("pruning/session/kernels.py", "pruning/choices/previewed.py")
 
 
 @functools.cache  # a process runs the code that it has loaded, whatever becomes of the files

@@ -74,7 +74,7 @@ def test_dry_in_a_plain_image(plain):
     )
     rows = found["decode_eager"]["numbers"]["rows"]
     assert [row["method"] for row in rows] == ["griffin", "dart", "dart-choice"]
-    assert all(row["extra_weight_bytes"] == 0 for row in rows)
+    assert all(row["extra_weight_bytes"] < row["twin_bytes"] / 2 for row in rows)
     assert "passed" in said and "griffin" in said
 
 
@@ -145,16 +145,20 @@ def test_a_check_that_fails_stands_alone(script, tmp_path, capfd):
 
 
 def test_a_wrong_product_is_seen(script, monkeypatch):
-    """Down without two of its rows: the executions are told apart."""
+    """Down without two of its columns: the executions are told apart."""
     import gpu_checks
 
-    from dart_eval.pruning.session import slices
+    from dart_eval.kernels import kept
 
-    product = slices.weighted_rows
-    monkeypatch.setattr(
-        slices, "weighted_rows", lambda rows, index, weights: product(rows, index[:, :-2], weights[:, :-2])
-    )
-    with pytest.raises(AssertionError, match="griffin float32, permuted and masked"):
+    copy = kept.Slot.copy
+
+    def short(slot, neurons):
+        copy(slot, neurons)
+        if slot.dim == 1:
+            slot.part.data[:, -2:] = 0
+
+    monkeypatch.setattr(kept.Slot, "copy", short)
+    with pytest.raises(AssertionError, match="griffin float32, copied and masked"):
         gpu_checks.executions(dry=True)
 
 

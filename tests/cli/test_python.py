@@ -47,7 +47,7 @@ def test_the_page_runs_as_printed(saved_llama, tmp_path, monkeypatch, capsys):
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     said = capsys.readouterr().out
-    assert "<dart at sparsity 0.7 on 3 layers, execution permuted>\n" in said
+    assert "<dart at sparsity 0.7 on 3 layers, execution copied>\n" in said
     assert said.count("\ngriffin:remask=drift:remask.window=8") == 3
     assert "\ngriffin 0.7 acc " in said and "unknown method 'grifin'; did you mean griffin?" in said
     assert names["rows"][0]["method"] == "griffin"
@@ -99,7 +99,7 @@ def test_a_session_says_what_it_is(llama):
     with open_session(llama, "griffin") as session:
         assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, execution auto>"
         generate(llama, prompts_of(1, 8), 2)
-        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, execution permuted>"
+        assert repr(session) == "<griffin at sparsity 0.5 on 3 layers, execution copied>"
     with open_session(llama, "griffin", execution="masked", allocation="depth") as session:
         assert repr(session) == "<griffin:allocation=depth at sparsity 0.5 on 3 layers, execution masked>"
 

@@ -58,8 +58,8 @@ def pop(model, prompt, decoded, sparsity, width):
 
 
 @pytest.mark.parametrize(("family", "sparsity", "width", "execution"), [
-    ("llama", 0.5, 0.1, "masked"), ("gemma3", 0.63, 0.1, "permuted"), ("phi3", 0.7, 0.25, "permuted"),
-    ("gpt2", 0.5, 0.3, "permuted"), ("opt", 0.4, 0.1, "masked"), ("llama", 0.3, 1.0, "permuted"),
+    ("llama", 0.5, 0.1, "masked"), ("gemma3", 0.63, 0.1, "copied"), ("phi3", 0.7, 0.25, "copied"),
+    ("gpt2", 0.5, 0.3, "copied"), ("opt", 0.4, 0.1, "masked"), ("llama", 0.3, 1.0, "copied"),
 ])  # fmt: skip
 def test_pop_is_its_formula(family, sparsity, width, execution):
     model, prompt, decoded = biased(family), random_tokens(21, seed=1), random_tokens(6, seed=2)

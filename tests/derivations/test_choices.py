@@ -67,8 +67,8 @@ def chosen(model, prompt, decoded, sparsity, by, ratio=None):
 
 @pytest.mark.parametrize("method", ["cats", "m-countdown", "oracle-token"])
 @pytest.mark.parametrize(("family", "seed", "sparsity", "execution"), [
-    ("llama", 0, 0.5, "masked"), ("llama", 1, 0.63, "permuted"), ("qwen2", 2, 0.3, "masked"),
-    ("gemma3", 3, 0.47, "permuted"), ("phi3", 4, 0.6, "masked"), ("gpt2", 5, 0.5, "masked"), ("opt", 6, 0.37, "auto"),
+    ("llama", 0, 0.5, "masked"), ("llama", 1, 0.63, "copied"), ("qwen2", 2, 0.3, "masked"),
+    ("gemma3", 3, 0.47, "copied"), ("phi3", 4, 0.6, "masked"), ("gpt2", 5, 0.5, "masked"), ("opt", 6, 0.37, "auto"),
 ])  # fmt: skip
 def test_a_token_computes_what_it_needs_most(method, family, seed, sparsity, execution):
     model, prompt, decoded = biased(family), random_tokens(12, seed), random_tokens(6, seed + 10)
@@ -82,8 +82,8 @@ def test_a_token_computes_what_it_needs_most(method, family, seed, sparsity, exe
 
 @pytest.mark.parametrize("choice", ["gate", "up", "hidden"])
 @pytest.mark.parametrize(("family", "seed", "sparsity", "ratio", "execution"), [
-    ("llama", 0, 0.5, 1.5, "masked"), ("llama", 1, 0.7, 1.6, "permuted"), ("gemma3", 2, 0.63, 1.3, "permuted"),
-    ("phi3", 3, 0.9, 2.0, "masked"), ("gpt2", 4, 0.63, 1.6, "permuted"), ("opt", 5, 0.8, 1.2, "masked"),
+    ("llama", 0, 0.5, 1.5, "masked"), ("llama", 1, 0.7, 1.6, "copied"), ("gemma3", 2, 0.63, 1.3, "copied"),
+    ("phi3", 3, 0.9, 2.0, "masked"), ("gpt2", 4, 0.63, 1.6, "copied"), ("opt", 5, 0.8, 1.2, "masked"),
 ])  # fmt: skip
 def test_inside_a_mask_it_computes_what_it_needs_most_of_that(choice, family, seed, sparsity, ratio, execution):
     model, prompt, decoded = biased(family), random_tokens(15, seed), random_tokens(6, seed + 10)

@@ -89,10 +89,10 @@ ALARMS = {**RESTLESS, "remask.ring": 8}  # every window of three tokens raises t
 
 
 @pytest.mark.parametrize(("family", "seed", "execution", "sparsity", "wide", "down", "compensate", "remask"), [
-    ("llama", 0, "permuted", 0.5, 1.6, 0.6, False, STEADY), ("llama", 1, "masked", 0.63, 1.4, 0.5, True, ALARMS),
-    ("llama", 2, "permuted", 0.6, 1.6, 1.0, False, ALARMS), ("gemma3", 3, "permuted", 0.7, 1.6, 0.6, True, ALARMS),
-    ("phi3", 4, "masked", 0.5, 1.6, 0.6, False, STEADY), ("gpt2", 5, "permuted", 0.63, 1.6, 0.6, True, ALARMS),
-    ("opt", 6, "masked", 0.5, 1.6, 0.6, False, STEADY), ("opt", 7, "permuted", 0.7, 1.3, 0.6, True, STEADY),
+    ("llama", 0, "copied", 0.5, 1.6, 0.6, False, STEADY), ("llama", 1, "masked", 0.63, 1.4, 0.5, True, ALARMS),
+    ("llama", 2, "copied", 0.6, 1.6, 1.0, False, ALARMS), ("gemma3", 3, "copied", 0.7, 1.6, 0.6, True, ALARMS),
+    ("phi3", 4, "masked", 0.5, 1.6, 0.6, False, STEADY), ("gpt2", 5, "copied", 0.63, 1.6, 0.6, True, ALARMS),
+    ("opt", 6, "masked", 0.5, 1.6, 0.6, False, STEADY), ("opt", 7, "copied", 0.7, 1.3, 0.6, True, STEADY),
 ])  # fmt: skip
 def test_dart_choice_is_its_formula(family, seed, execution, sparsity, wide, down, compensate, remask):
     model, prompt, decoded = biased(family), random_tokens(19, seed), random_tokens(13, seed + 10)

@@ -126,7 +126,7 @@ CASES = [(f, n) for f in ("llama", "opt") for n in range(len(SETTINGS))] + [("ge
 def test_alarms_masks_and_probabilities_are_the_definition(family, number):
     model, chosen = biased(family), SETTINGS[number]
     prompt, decoded = random_tokens(17, seed=number), random_tokens(33, seed=number + 10)
-    execution = "permuted" if family == "llama" else "masked"
+    execution = "copied" if family == "llama" else "masked"
     fields = {f"remask.{name}": value for name, value in chosen.items()}
     found = ours.run(model, "dart", prompt, decoded, execution=execution, **fields)
     keep = [int(m.sum()) for m in found.masks[0]]  # test_dart_allocation derives these

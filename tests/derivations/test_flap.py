@@ -189,7 +189,7 @@ def test_a_mean_for_each_neuron_that_a_token_leaves_out_runs_by_masks_alone():
     )
     assert torch.equal(masked, auto)
     with pytest.raises(UserError, match="compensation=mean-token has no kernels yet"):
-        ours.run(model, "griffin", PROMPT, DECODED, execution="permuted", compensation="mean-token")
+        ours.run(model, "griffin", PROMPT, DECODED, execution="copied", compensation="mean-token")
 
 
 @pytest.mark.parametrize("method", ["flap", "wanda-sp"])

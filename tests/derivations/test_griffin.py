@@ -31,7 +31,7 @@ def griffin(model, prompt, decoded, sparsity):
 
 
 @pytest.mark.parametrize(
-    ("seed", "sparsity", "execution"), [(0, 0.5, "masked"), (1, 0.63, "permuted"), (2, 0.7, "masked")]
+    ("seed", "sparsity", "execution"), [(0, 0.5, "masked"), (1, 0.63, "copied"), (2, 0.7, "masked")]
 )
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "opt", "gpt2", "phi3"])
 def test_griffin_is_its_formula(family, seed, sparsity, execution):

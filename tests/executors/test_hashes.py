@@ -118,7 +118,7 @@ def folders(tmp_path):
     texts = {
         "weights/codes.py": "a = 1", "sweep/plan.py": "a = 1", "pruning/session/session.py": "a = 1",
         "pruning/session/execution.py": "a = 1", "evaluation/task_names.py": "a = 1",
-        "pruning/methods/mine.py": "a = 1", "pruning/session/permuted.py": "a = 1", "kernels/gather.py": "a = 1",
+        "pruning/methods/mine.py": "a = 1", "pruning/session/kernels.py": "a = 1", "kernels/gather.py": "a = 1",
         "evaluation/lm.py": "a = 1", "sweep/worker.py": "a = 1", "sweep/local.py": "a = 1",
     }  # fmt: skip
     for name, text in texts.items():
@@ -134,7 +134,7 @@ def folders(tmp_path):
     ("weights/codes.py", True), ("pruning/session/session.py", True), ("pruning/session/execution.py", True),
     ("evaluation/lm.py", True), ("evaluation/task_names.py", False),
     ("pruning/methods/mine.py", True), ("sweep/worker.py", True), ("sweep/plan.py", False),
-    ("sweep/local.py", False), ("pruning/session/permuted.py", False), ("kernels/gather.py", False),
+    ("sweep/local.py", False), ("pruning/session/kernels.py", False), ("kernels/gather.py", False),
 ])  # fmt: skip
 def test_only_a_change_of_numeric_code_that_is_run_moves_the_hash(folders, name, moves):
     before = hash_of(*folders)
@@ -175,18 +175,17 @@ WITHOUT_NUMBERS = {
     "evaluation/task_hash.py": "hashes",
     "evaluation/task_names.py": "names",
     "evaluation/task_needs.py": "refuses",
+    "kernels/chosen.py": "is not run",
     "kernels/gather.py": "is not run",
     "kernels/image_kernels.py": "is not run",
+    "kernels/kept.py": "is not run",
     "kernels/products.py": "is not run",
     "layers/finite.py": "refuses",
     "models/demo_model.py": "makes a model, whose files are hashed",
     "models/guard.py": "refuses",
     "models/hub.py": "asks whether the hub is there",
     "pruning/choices/previewed.py": "is not run",
-    "pruning/session/inplace.py": "puts back what `permuted.py` moved",
     "pruning/session/kernels.py": "is not run",
-    "pruning/session/permuted.py": "is not run",
-    "pruning/session/slices.py": "is not run",
     "results/format.py": "messages",
     "results/inputs.py": "describes what it was given",
     "results/journal.py": "hands back what it was given",
@@ -258,5 +257,5 @@ def test_what_cells_execute_is_known(saved_llama, tmp_path):
     ours = {Path(f).relative_to(PACKAGE).as_posix() for f in executed if Path(f).is_relative_to(PACKAGE)}
     numeric = {f.relative_to(PACKAGE).as_posix() for f in numeric_files(PACKAGE)}
     assert {"pruning/session/state.py", "evaluation/lm.py", "sweep/worker.py", "results/journal.py"} <= ours
-    assert not ours & {*NOT_RUN} - {"pruning/session/inplace.py"}  # it also brings a session's end to its end
+    assert not ours & {*NOT_RUN}
     assert ours - numeric <= {*WITHOUT_NUMBERS, "sweep/local.py"}  # which hands cells to the worker

@@ -17,8 +17,8 @@ def rewrite():
     for case, measure in CASES.items():
         found = measure()
         if apart := file.moved(found, found):
-            sys.exit(f"{case}: masks and permuted weights disagree, nothing is written\n{file.told(apart)}")
-        found.pop("permuted", None)
+            sys.exit(f"{case}: masks and copied weights disagree, nothing is written\n{file.told(apart)}")
+        found.pop("copied", None)
         moved = file.moved(before[case], found) if case in before else None
         now[case] = before[case] if moved == {} else found
         if moved != {}:

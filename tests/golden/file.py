@@ -66,9 +66,9 @@ class Moved:
 
 
 def moved(before, now):
-    """Field -> what moved of it, for fields in which something did. `permuted` must equal the first of `sequences`."""
-    if "permuted" in now:
-        before = {**before, "permuted": before["sequences"][: len(now["permuted"])]}
+    """Field -> what moved of it, for fields in which something did. `copied` must equal the first of `sequences`."""
+    if "copied" in now:
+        before = {**before, "copied": before["sequences"][: len(now["copied"])]}
     fields = {}
     _compare(before, now, (), fields)
     return {field: found for field, found in fields.items() if found.count}

@@ -14,16 +14,16 @@ def measure(family, name):
     """The numbers of a setting on a family's model.
 
     Returns:
-        `sequences`, of each prompt in a padded batch by masks; `permuted`, the same of the first prompt alone (of all
-        where they have one mask) by permuted weights, which must equal it; `batch` and `alone`, what those two runs
-        tell of all their sequences; `scores`, the answers in every scope; `cost`.
+        `sequences`, of each prompt in a padded batch by masks; `copied`, the same of the first prompt alone (of all
+        where they have one mask) on copies of the kept rows, which must equal it; `batch` and `alone`, what those two
+        runs tell of all their sequences; `scores`, the answers in every scope; `cost`.
     """
     setting, tiny = SETTINGS[name], model(family)
     found = {}
     if setting.decodes:
         found["sequences"], found["batch"] = _decode(tiny, setting, "masked", PROMPTS)
         alone = PROMPTS if setting.shared_mask else PROMPTS[:1]
-        found["permuted"], found["alone"] = _decode(tiny, setting, "permuted", alone)
+        found["copied"], found["alone"] = _decode(tiny, setting, "copied", alone)
     found["scores"] = surface.scores(tiny, setting, QUESTIONS)
     found["cost"] = surface.costs(tiny, setting, context=len(PROMPTS[0]))
     return found

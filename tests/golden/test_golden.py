@@ -42,7 +42,7 @@ BEFORE = {
         ({"cost": {"flops": 100, "share": 0.5 + 1e-8}}, "cost, share: 1 of 1 moved, by up to 1e-08"),
         ({"cost": {"flops": 100}}, "cost, share: 1 of 1 moved"),
         ({"detector": {"signal": [0.5]}}, "detector: 1 of 1 moved"),
-        ({"permuted": [{**BEFORE["sequences"][0], "text": [4, 5, 7]}]}, "permuted, text: 1 of 3 moved, by up to 1"),
+        ({"copied": [{**BEFORE["sequences"][0], "text": [4, 5, 7]}]}, "copied, text: 1 of 3 moved, by up to 1"),
     ],
 )  # fmt: skip
 def test_what_moved_is_named_and_counted(change, said):
@@ -52,7 +52,7 @@ def test_what_moved_is_named_and_counted(change, said):
 
 def test_last_digits_of_sums_in_single_precision_may_move():
     near = {**BEFORE["sequences"][0], "logits": np.array([[1.0, 2.0 + 9e-6]])}
-    assert not file.moved(BEFORE, {**BEFORE, "sequences": [near], "permuted": [near]})
+    assert not file.moved(BEFORE, {**BEFORE, "sequences": [near], "copied": [near]})
     assert file.moved(BEFORE, {**BEFORE, "sequences": [{**near, "logits": np.array([[np.nan, 2.0]])}]})
 
 

@@ -128,30 +128,6 @@ def hooked(model):
     return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
-def interrupted_anywhere(begin, work, after, model, before):
-    """Interrupt `work` at every torch operation, one a time; each time the model must come back. How many there are.
-
-    Args:
-        begin: makes what is worked on; it runs undisturbed, and its `restore` in the end.
-        work: called with that.
-        after: at -> whether the interrupt comes after the operation instead of before it.
-        before: the model's `bits`.
-    """
-    at, interrupted = 0, True
-    while interrupted:
-        at += 1
-        made = begin()
-        try:
-            with Interrupt(at, after(at)):
-                work(made)
-            interrupted = False
-        except KeyboardInterrupt:
-            pass
-        made.restore()
-        assert same(model, before), at
-    return at
-
-
 class Interrupt(TorchFunctionMode):
     """Ctrl-C before or after the n-th torch operation."""
 

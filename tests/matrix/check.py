@@ -21,7 +21,7 @@ from tests.helpers.models import random_tokens
 from tests.helpers.sessions import RESTLESS, decoded, generate, open_session
 from tests.matrix.types import tiny
 
-CLAIMS = ("masked", "generation", "scoring", "choices", "previews", "dart", "permuted")
+CLAIMS = ("masked", "generation", "scoring", "choices", "previews", "dart", "copied")
 PROMPT, STEPS = 16, 6
 # Whose tokens choose in fast executions of their own: the first among neurons of a mask, the others by an image.
 CHOOSING = ("griffin:choice=gate-up", "prox", "preview:image=copy")
@@ -195,9 +195,9 @@ def dart(model):
         assert len(session.ffns) == 1 or max(kept) > min(kept)
 
 
-def permuted(model):
+def copied(model):
     """The neurons that are kept, side by side in memory, give what masks give; so do rows that a token chooses."""
-    ours, theirs = _by_both(model, "griffin", "permuted")
+    ours, theirs = _by_both(model, "griffin", "copied")
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     for method in CHOOSING if find_ffns(model)[0].gated else ():
         ours, theirs = _by_both(model, method, "auto")
@@ -213,12 +213,12 @@ def _by_both(model, method, execution):
             warnings.simplefilter("always")
             with open_session(model, make(*parse(method)), 0.5, each) as session:
                 found.append(decoded(model, session, [random_tokens(PROMPT)], STEPS)[0])
-                if each == "permuted" != session.execution:
+                if each == "copied" != session.execution:
                     raise UserError(str(warned[0].message))
     return found
 
 
 CHECKS = {
     "masked": masked, "generation": generation, "scoring": scoring, "choices": choices, "previews": previews,
-    "dart": dart, "permuted": permuted,
+    "dart": dart, "copied": copied,
 }  # fmt: skip

@@ -17,7 +17,7 @@ it generates what the model does, and at 50 % every decoded token reads half of 
 with padding and a shared context score as each one alone does, and as plain forwards do. **choices**: tokens choose
 their neurons, by |h| exactly the largest. **previews**: they choose by the first bits of the weights. **dart**: the
 sparsity is spread by depth (of several FFNs in one layer by what they add together), and new masks come while it
-decodes. **permuted**: the neurons that are kept lie side by side in memory, and give the same numbers; so do kernels
+decodes. **copied**: copies of the kept neurons' weights are multiplied, and give the same numbers; so do kernels
 that read the rows alone which a token chooses.
 
 Of mixtures of experts the sparsity is the share of the routed neurons, those of a token's experts, that it does not
@@ -28,7 +28,7 @@ norms of their columns of down. Experts that every token has are ordinary FFNs.
 
 {right} of {all} types pass the first four checks, and {good} all seven.
 
-| type | FFN | masked | generation | scoring | choices | previews | dart | permuted |
+| type | FFN | masked | generation | scoring | choices | previews | dart | copied |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 REFUSED = """

@@ -22,7 +22,7 @@ def test_a_compiled_model_stays_compiled(method, params):
     compiled = torch.compile(model, backend=graphs)
     found, counts = [], []
     for forward in (model, compiled):
-        with open_session(model, method, 0.5, execution="permuted", **params) as session:
+        with open_session(model, method, 0.5, execution="copied", **params) as session:
             cache = StaticCache(config=model.config, max_cache_len=64)
             logits = [model(torch.tensor([random_tokens(20)]), use_cache=True, past_key_values=cache).logits[:, -1]]
             for _ in range(16):
@@ -36,7 +36,7 @@ def test_a_compiled_model_stays_compiled(method, params):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("execution", ["masked", "permuted"])
+@pytest.mark.parametrize("execution", ["masked", "copied"])
 def test_a_model_compiled_before_is_pruned_and_dense_again_after(execution):
     """By default compiled code does not notice hooks: it would run on without them."""
     dynamo.reset()

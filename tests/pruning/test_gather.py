@@ -1,18 +1,14 @@
 """The kernels that read what a token chooses, in Triton's interpreter: a process of its own, told before the import."""
 
-import functools
 import importlib.util
 
 import pytest
 import torch
 
 from dart_eval.kernels import gather
-from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.session.permuted import PermutedFFNs
-from dart_eval.pruning.session.slices import GatheredFFN
 from tests.helpers.interpreted import interpreted
 from tests.helpers.models import biased, random_tokens
-from tests.helpers.sessions import RESTLESS, bits, decoded, interrupted_anywhere, open_session, same
+from tests.helpers.sessions import RESTLESS, bits, decoded, open_session, same
 
 pytestmark = [
     pytest.mark.process,
@@ -43,11 +39,11 @@ def gathering_equals_masks():
         model = biased(family)
         before = bits(model)
         results = []
-        for execution in ("masked", "permuted"):
+        for execution in ("masked", "copied"):
             with open_session(model, "dart-choice", 0.5, execution=execution, **params) as session:
                 results.append([decoded(model, session, [random_tokens(20, seed)], steps=8) for seed in (3, 4)])
-                if execution == "permuted":
-                    assert session.permuted.gathered and session.execution == "permuted"
+                if execution == "copied":
+                    assert session.executing.gathers and session.execution == "copied"
                     assert session.remasks[0] > 1
             assert same(model, before)
         for (ours, *_), (theirs, *_) in zip(*results, strict=True):
@@ -55,32 +51,17 @@ def gathering_equals_masks():
 
 
 def a_batch_after_one_sequence():
-    """With one mask it is computed in slices, and down is as it was."""
+    """With one mask it is computed on copies of its rows."""
     model = biased("llama")
     before = bits(model)
     with open_session(model, "dart-choice", 0.5, shared_mask=True, **RESTLESS) as session:
         decoded(model, session, [random_tokens(20)], steps=3)
-        assert session.permuted.gathered
+        assert session.executing.gathers
         decoded(model, session, [random_tokens(20), random_tokens(20, 1)], steps=3)
-        assert session.execution == "permuted" and not session.permuted.gathered
+        assert session.execution == "copied" and not session.executing.gathers
     assert same(model, before)
 
 
-def interrupts():
-    """Ctrl-C at every operation of turning, moving and putting back."""
-    model = biased("llama")
-    before, ffns = bits(model), find_ffns(model)[:1]
-    mask = torch.rand(40, generator=torch.Generator().manual_seed(0)) < 0.4
-
-    def work(permuted):
-        permuted.begin()
-        permuted.select(0, mask)
-        permuted.restore()
-
-    begin = functools.partial(PermutedFFNs, ffns, model, gather=GatheredFFN)
-    assert interrupted_anywhere(begin, work, lambda at: bool(at % 2), model, before) > 20
-
-
-@pytest.mark.parametrize("check", [kernels, gathering_equals_masks, a_batch_after_one_sequence, interrupts])
+@pytest.mark.parametrize("check", [kernels, gathering_equals_masks, a_batch_after_one_sequence])
 def test_in_the_interpreter(check, tmp_path):
     interpreted(check, tmp_path)

@@ -39,12 +39,12 @@ def a_token_says_what_masks_say():
         model = llama(dtype, scale=1)
         before, found = bits(model), []
         name, params = parse(spelled)
-        for execution in ("masked", "permuted"):
+        for execution in ("masked", "copied"):
             with open_session(model, name, 0.5, execution=execution, **params) as session:
                 found.append(decoded(model, session, [random_tokens(20)], steps=3)[0].float())
                 assert session.execution == execution
-                if execution == "permuted":
-                    assert all(g.kernels for g in session.permuted.gathered)
+                if execution == "copied":
+                    assert all(g.kernels for g in session.copies)
         assert same(model, before)
         apart = (found[0] - found[1]).norm() / found[0].norm()
         assert apart < most, (spelled, apart)

@@ -5,13 +5,14 @@ import sys
 import pytest
 import torch
 
+from dart_eval.kernels import kept
 from dart_eval.models.guard import GUARD
-from dart_eval.pruning.session import cache_watch, calls, hooks, inplace, permuted, session, slices
+from dart_eval.pruning.session import cache_watch, calls, execution, hooks, session
 from tests.helpers.models import biased, random_tokens, shallow
 from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session, same
 
-FILES = {m.__file__ for m in (session, cache_watch, calls, hooks, permuted, slices, inplace, torch.utils.hooks)}
-# What leads there, instruction by instruction; where a matrix is moved, every seventh line; none of what only counts.
+FILES = {m.__file__ for m in (session, cache_watch, calls, hooks, execution, kept, torch.utils.hooks)}
+# What leads there, instruction by instruction; all else every seventh line.
 CLOSELY = {
     "prune",
     "detach",
@@ -22,11 +23,9 @@ CLOSELY = {
     "leave",
     "_drop",
     "look_inside",
-    "_restore",
     "restore",
-    "_finish",
+    "whole",
 }
-COUNTING = {"involutions"}
 STRIDE = 7
 
 
@@ -42,7 +41,7 @@ class Interrupt:
 
     def __call__(self, frame, event, _arg):
         code = frame.f_code
-        if code.co_filename not in FILES or code.co_name in COUNTING:
+        if code.co_filename not in FILES:
             return None
         closely = code.co_name in CLOSELY
         frame.f_trace_opcodes = closely
@@ -74,9 +73,9 @@ def test_an_interrupt_anywhere_on_the_way_out(method, error, every):
         at += every
         interrupt, raised = Interrupt(at, error), None
         try:
-            with open_session(model, method, 0.5, execution="permuted", **RESTLESS) as run:
+            with open_session(model, method, 0.5, execution="copied", **RESTLESS) as run:
                 decoded(model, run, [random_tokens(4)], steps=1)
-                assert run.permuted is not None and not same(model, before)
+                assert run.copies is not None
                 sys.settrace(interrupt)
         except BaseException as found:
             raised = found
@@ -92,21 +91,21 @@ def test_an_interrupt_anywhere_on_the_way_out(method, error, every):
 
 
 def test_an_impatient_user_loses_nothing(monkeypatch):
-    """Ctrl-C over and over while neurons are put back: the first one is raised, at the end."""
+    """Ctrl-C over and over on the way out: the first one is raised, at the end."""
     model = shallow(biased("llama"))
     before = bits(model)
     stops = [KeyboardInterrupt(i) for i in range(5)]
-    finish = inplace.Work.finish
+    restore = execution.Execution.restore
 
     def stopped(self):
         if stops[1:]:
             raise stops.pop(1)
-        finish(self)
+        restore(self)
 
     def leave():
-        with open_session(model, "dart", 0.5, execution="permuted", **RESTLESS) as run:
+        with open_session(model, "dart", 0.5, execution="copied", **RESTLESS) as run:
             decoded(model, run, [random_tokens(4)], steps=1)
-            monkeypatch.setattr(inplace.Work, "finish", stopped)
+            monkeypatch.setattr(execution.Execution, "restore", stopped)
 
     with pytest.raises(KeyboardInterrupt) as raised:
         leave()

@@ -1,7 +1,5 @@
 """A choice by a preview that saves time: the same numbers as masks, of the rows taken alone, and every bit back."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,16 +7,15 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen2Config
 
 from dart_eval.bench import decode
+from dart_eval.kernels.chosen import best
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.choices import previewed
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.kernels import gatherer, lacking
-from dart_eval.pruning.session.permuted import PermutedFFNs
 from dart_eval.pruning.session.prepared import prepare
-from dart_eval.pruning.session.slices import Down, best
 from dart_eval.util.errors import UserError
 from tests.helpers.models import SMALL, made, random_tokens, tiny
-from tests.helpers.sessions import bits, decoded, generate, interrupted_anywhere, open_session, same
+from tests.helpers.sessions import bits, decoded, generate, open_session, same
 from tests.matrix.types import tiny as typed
 
 WIDE = {**SMALL, "hidden_size": 64, "intermediate_size": 88}  # packed products take rows by 16: 88 are none
@@ -51,13 +48,13 @@ def test_it_says_what_masks_say(family, spelled):
     model = family()
     before, found, texts = bits(model), [], []
     name, params = parse(spelled)
-    for execution in ("masked", "permuted", "auto"):
+    for execution in ("masked", "copied", "auto"):
         with open_session(model, name, 0.5, execution=execution, **params) as session:
             found.append([decoded(model, session, [random_tokens(20, seed)], steps=10) for seed in (3, 4)])
             texts.append(generate(model, torch.tensor([random_tokens(20, 5)]), 12).sequences)
-            assert session.execution == ("masked" if execution == "masked" else "permuted")
+            assert session.execution == ("masked" if execution == "masked" else "copied")
             if execution != "masked":
-                read = [g.read for g in session.permuted.gathered]
+                read = [kept.read for kept in session.copies]
                 assert len(read) == 3 and all(taken < 88 and written < 44 for _, taken, written in read)
         assert same(model, before)
     for others in found[1:]:
@@ -89,7 +86,7 @@ def test_in_16_bits_it_differs_by_their_rounding(dtype):
     """Where no neuron is near the cut: all rows taken are those of masks, and logits agree within 2 %."""
     model = llama(dtype, scale=1)
     found = []
-    for execution in ("masked", "permuted"):
+    for execution in ("masked", "copied"):
         with open_session(model, "preview", 0.5, execution=execution, **COPY) as session:
             found.append(decoded(model, session, [random_tokens(20)], steps=1)[0].float())
     apart = (found[0] - found[1]).norm() / found[0].norm()
@@ -100,7 +97,7 @@ def gathered(model, spelled="preview:image=copy", layer=0):
     """One FFN of a model as it gathers, and what it is made of."""
     ffn = find_ffns(model)[layer]
     method = make(*parse(spelled))
-    return ffn, previewed.PreviewedFFN(ffn, Down(ffn), method.choice)
+    return ffn, previewed.PreviewedRows(ffn, method.choice)
 
 
 @pytest.mark.parametrize("spelled", ["preview:image=copy", "prox", "preview:image=copy:image.group=64"])
@@ -129,13 +126,13 @@ def test_other_rows_are_not_read():
     for module in (ffn.gate, ffn.up):
         module.weight.data[others] = torch.nan
     rows = torch.empty(88, 64).normal_()
-    found.down.rows = rows.clone()
+    found.rows = rows.clone()
     h = ffn.act(found._gate(x)) * found._up(x)
     assert h.shape == (1, 1, 20)
     torch.testing.assert_close(h[0, 0], whole[0, 0, found._taken], rtol=1e-5, atol=1e-5)
     written = h.abs().flatten().topk(9).indices
     unread = torch.ones(88, dtype=torch.bool).index_fill(0, found._taken[written], False)
-    found.down.rows[unread] = torch.nan
+    found.rows[unread] = torch.nan
     out = found._down(h)
     torch.testing.assert_close(
         out[0, 0], h.flatten()[written] @ rows[found._taken[written]] + ffn.down.bias, rtol=1e-4, atol=1e-4
@@ -173,7 +170,7 @@ def test_a_batch_runs_by_masks():
     before, prompts = bits(model), [random_tokens(20, seed) for seed in (3, 4)]
     with open_session(model, "preview", 0.5, **COPY) as session:
         alone = [decoded(model, session, [p], steps=4)[0] for p in prompts]
-        assert session.execution == "permuted"
+        assert session.execution == "copied"
         both = decoded(model, session, prompts, steps=4)[0]
         assert session.execution == "masked" and same(model, before)
         again = decoded(model, session, prompts[:1], steps=4)[0]
@@ -182,7 +179,7 @@ def test_a_batch_runs_by_masks():
     assert torch.equal(again, alone[0])
     with (
         pytest.raises(UserError, match="looks at image=copy for one sequence, and this batch has 2"),
-        open_session(model, "preview", 0.5, execution="permuted", **COPY) as session,
+        open_session(model, "preview", 0.5, execution="copied", **COPY) as session,
     ):
         decoded(model, session, prompts, steps=1)
     assert same(model, before)
@@ -192,7 +189,7 @@ def test_nothing_pruned_is_the_dense_model():
     model = llama()
     tokens = torch.tensor([random_tokens(20)])
     dense = model.generate(tokens, max_new_tokens=6, do_sample=False)
-    with open_session(model, "preview", 0.0, execution="permuted", **COPY):
+    with open_session(model, "preview", 0.0, execution="copied", **COPY):
         assert torch.equal(generate(model, tokens, 6).sequences, dense)
 
 
@@ -208,11 +205,11 @@ def test_nothing_pruned_is_the_dense_model():
 ])  # fmt: skip
 def test_which_previews_have_kernels(spelled, dtype, why):
     model, method = llama(dtype), make(*parse(spelled))
-    found = lacking(method, find_ffns(model), model)
+    found = lacking(method, find_ffns(model))
     assert found is None if why is None else found == f"{why} has no kernels here"
     if why is not None:
         with pytest.raises(UserError, match="has no kernels yet"):
-            open_session(model, method, 0.5, execution="permuted").__enter__()
+            open_session(model, method, 0.5, execution="copied").__enter__()
 
 
 def test_plain_and_fused_ffns_run_by_masks():
@@ -221,31 +218,13 @@ def test_plain_and_fused_ffns_run_by_masks():
         assert gatherer(make("preview", COPY), find_ffns(model)) is None
 
 
-def test_an_interrupt_anywhere_leaves_the_model_as_it_was():
-    model = made(lambda: LlamaConfig(**{**WIDE, "num_hidden_layers": 1}), dtype=torch.float32)
-    before, ffns = bits(model), find_ffns(model)
-    method = make("preview", COPY)
-    x = torch.randn(1, 1, 64)
-
-    def work(permuted):
-        permuted.begin()
-        permuted.gathered[0].prepare(torch.empty(0), 20, 9)
-        permuted.slice()
-        ffns[0].block(x)
-        permuted.whole()
-        permuted.restore()
-
-    begin = functools.partial(PermutedFFNs, ffns, model, gatherer(method, ffns))
-    assert interrupted_anywhere(begin, work, lambda at: bool(at % 2), model, before) > 20
-
-
 def test_what_is_multiplied_is_what_is_read():
     """By hand: two images of 4.5 bits of 16, rows of gate and up, columns of down; doubts are no product."""
     model = qwen(torch.bfloat16)
     found = decode.measure(model, make(*parse("preview:image=copy")), 0.5, prompt_tokens=8, steps=2, rounds=1)
     doubts = 2 * (16 / 64) / 16 / 3
     assert found.weights_executed == pytest.approx(found.weights_read - doubts, abs=1e-9)
-    assert found.weights_read <= 0.5 and found.extra_weight_bytes == 0
+    assert found.weights_read <= 0.5 and found.extra_weight_bytes == 3 * 88 * 64 * 2  # down, by neurons
     assert found.state_bytes >= 3 * 2 * 88 * 64 * 4.5 / 8
 
 

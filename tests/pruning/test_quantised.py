@@ -7,11 +7,11 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn.functional import linear
 
+from dart_eval.kernels.kept import unlike_plain
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import stored_bits
 from dart_eval.layers.quantised import nbytes, values
-from dart_eval.pruning.session.permuted import quantised
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
 from tests.helpers.models import biased, random_tokens, tiny
@@ -201,17 +201,17 @@ def test_weights_that_torch_packs_are_counted_and_read_as_they_are_packed():
 def test_a_model_that_accelerate_spreads_is_still_reordered():
     """Its hooks replace the forward of every module, and keep the class's own."""
     model = tiny("llama")
-    before, _ = _decoded(model, "permuted")
+    before, _ = _decoded(model, "copied")
     for module in _projections(model):
         add_hook_to_module(module, AlignDevicesHook("cpu"))
-    assert quantised(find_ffns(model)) is None
+    assert unlike_plain(find_ffns(model)) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found, execution = _decoded(model, "permuted")
-    assert execution == "permuted"
+        found, execution = _decoded(model, "copied")
+    assert execution == "copied"
     assert torch.equal(found, before)
     wrapped = tiny("llama")
     for module in _projections(wrapped):
         _round_inputs(module)
         add_hook_to_module(module, AlignDevicesHook("cpu"))
-    assert "forward of its own" in quantised(find_ffns(wrapped))
+    assert "forward of its own" in unlike_plain(find_ffns(wrapped))

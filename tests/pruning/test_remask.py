@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dart_eval.kernels.top import top_k_mask
 from dart_eval.pruning.masks.remask import Due
-from dart_eval.pruning.masks.top import top_k_mask
 from tests.helpers.sessions import state_of
 
 # New masks at fixed distances, or a detector that flags every window of two tokens.

@@ -6,11 +6,11 @@ The formulas: tests/derivations/test_dart_drift.py.
 import pytest
 import torch
 
+from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.masks.remasks import OnDrift
-from dart_eval.pruning.masks.top import top_k_mask
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, generate, open_session, prompts_of, state_of

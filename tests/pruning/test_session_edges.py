@@ -168,7 +168,7 @@ def test_the_name_of_a_model_is_none():
 
 
 @pytest.mark.parametrize("inner", ["masked", "auto"])
-@pytest.mark.parametrize("outer", ["masked", "permuted"])
+@pytest.mark.parametrize("outer", ["masked", "copied"])
 def test_a_second_prune_of_one_model_is_refused(llama, outer, inner):
     before = llama(prompt()).logits
     with open_session(llama, "griffin", 0.5, execution=outer) as session:
@@ -210,7 +210,7 @@ def test_beams_of_a_copied_cache_change_places_in_the_copy_alone(llama):
     pickle.loads(pickle.dumps(copied))
 
 
-@pytest.mark.parametrize("execution", ["masked", "permuted"])
+@pytest.mark.parametrize("execution", ["masked", "copied"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -232,7 +232,7 @@ def test_weights_are_not_cast_moved_or_loaded_inside_the_block(llama, execution,
     assert llama.__dict__.keys() == tiny("llama").__dict__.keys()
 
 
-@pytest.mark.parametrize("execution", ["masked", "permuted"])
+@pytest.mark.parametrize("execution", ["masked", "copied"])
 def test_a_move_to_where_the_weights_are_is_none(llama, execution):
     with open_session(llama, "griffin", 0.5, execution=execution):
         wanted = generate(llama, prompt(), 3).sequences
@@ -242,7 +242,7 @@ def test_a_move_to_where_the_weights_are_is_none(llama, execution):
 
 def test_weights_that_were_replaced_by_hand_are_put_back(llama):
     before = {k: v.clone() for k, v in llama.state_dict().items()}
-    with open_session(llama, "griffin", 0.5, execution="permuted"):
+    with open_session(llama, "griffin", 0.5, execution="copied"):
         generate(llama, prompt(), 3)
         for parameter in llama.model.layers.parameters():
             if parameter.dim() == 2 and 40 in parameter.shape:

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.masks.ring import RingBuffer
-from dart_eval.pruning.masks.top import top_k_mask
 from tests.helpers.sessions import state_of
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from dart_eval.kernels.top import largest
 from dart_eval.pruning.masks.counts import Counts, chosen_counts
-from dart_eval.pruning.masks.top import largest
 
 
 @settings(deadline=None)

@@ -27,7 +27,7 @@ class Token:
     """What a layer has computed for the tokens of a decoding forward.
 
     Attributes:
-        h: [B, T, F] (or the mask's neurons alone, by row), the input of the down projection.
+        h: [B, T, F] (or the mask's neurons alone), the input of the down projection.
         gate: the same of act(gate x); of a plain FFN h itself.
         up: the same of up x; of a plain FFN h itself.
         usual: [B, 1, F] fp32, the root of what `observe` kept of the context's tokens, up to a factor per sequence;
@@ -73,7 +73,7 @@ class Choice(Part):
         grades: whether neurons that are not taken may write as the image shows them. Then it goes by `Token.columns`.
         fewer: bits that a second, rougher image of gate and up lacks, where there is one.
         ranks: whether it goes by the mask's score of the token alone, beside a core of the mask that is always taken.
-        gathers: whether `permuted` execution can read the chosen rows alone (`slices.GatheredFFN`, `previewed`).
+        gathers: whether `copied` execution can read the chosen rows alone (`kernels.chosen`, `previewed`).
     """
 
     slot = "choice"
@@ -163,7 +163,7 @@ class Choice(Part):
             allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask.
             counts: how many of them each sequence's tokens take and write, [B] each.
         """
-        from dart_eval.pruning.masks.top import largest
+        from dart_eval.kernels.top import largest
 
         taken, written = counts
         if token.threshold is not None:

@@ -27,32 +27,40 @@ class Cores(Sums):
             self.put(layer, rows.to(core.device), core)
 
 
-def looked(state: SequenceState, layer: int, token: Token, allowed: Tensor, x: Tensor | None) -> Token:
+def looked(
+    state: SequenceState, layer: int, token: Token, allowed: Tensor, x: Tensor | None, rows: Tensor | None = None
+) -> Token:
     """The token with what its choice looks at beside what the layer has computed.
 
     Args:
         allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask. x: [B, T, D], the FFN's input.
+        rows: [K], the neurons that the token has, where they are not all.
     """
     prepared, ffn, choice = state.prepared, state.ffns[layer], state.method.choice
     if prepared.thresholds is not None:
         token = replace(token, threshold=prepared.thresholds[layer])
     if prepared.previews is not None and x is not None:
         images = prepared.previews[layer]
-        preview, expected = map(ffn.by_row, images.look(*choice.shown(x, images.order)))
-        columns = None if images.columns is None else ffn.of_token(ffn.by_row(images.columns)[None], len(x))
+        preview, expected = (_of(seen, rows) for seen in images.look(*choice.shown(x, images.order)))
+        columns = None if images.columns is None else ffn.of_token(_of(images.columns, rows)[None], len(x))
         token = replace(token, preview=preview, expected=expected, columns=columns)
     score = state.method.mask.score
     if choice.ranks and score is not None:
-        count, factor = token.h.shape[-1], prepared.factor(layer)
+        factor = prepared.factor(layer)
         if factor is not None:
-            factor = ffn.by_row(factor.to(token.h.device))[..., :count]
-        core = ffn.by_row(state.cores[layer])[:, None, :count].to(token.h.device)
+            factor = _of(factor.to(token.h.device), rows)
+        core = _of(state.cores[layer].to(token.h.device), rows)[:, None]
         token = replace(token, core=core, score=alone(score, token.h * allowed, factor))
     return token
 
 
-def usual(state: SequenceState, layer: int, count: int) -> Tensor | None:
-    """[B, T or 1, count] fp32, root of what the choice observed, by row, up to a factor per sequence; None: nothing.
+def _of(x: Tensor, rows: Tensor | None) -> Tensor:
+    """[..., F] -> [..., K], of these neurons."""
+    return x if rows is None else x.index_select(-1, rows)
+
+
+def usual(state: SequenceState, layer: int, rows: Tensor | None) -> Tensor | None:
+    """[B, T or 1, F or K] fp32, root of what the choice observed, up to a factor per sequence; None: nothing.
 
     Of an expert the mean over the tokens that had it; where none had, as of the others' neurons on average.
     """
@@ -66,14 +74,14 @@ def usual(state: SequenceState, layer: int, count: int) -> Tensor | None:
         seen = (had > 0).sum(-1, keepdim=True)
         average = torch.where(seen > 0, found.sum(-1, keepdim=True) / seen.clamp_min(1), 1)
         found = torch.where(had > 0, found, average)
-    return ffn.of_token(ffn.by_row(found), state.batch)[..., :count].sqrt()
+    return _of(ffn.of_token(found, state.batch), rows).sqrt()
 
 
 def shown(state: SequenceState, layer: int, rough: Tensor, token: Token) -> Tensor:
     """[B, T, D], what neurons add that write as the image shows them. rough: which ones, [B, T, F] bool."""
     previews = state.prepared.previews
     assert previews is not None and token.preview is not None
-    return previews[layer].write(state.ffns[layer].by_neuron(token.preview * rough.view(torch.uint8)))
+    return previews[layer].write(token.preview * rough.view(torch.uint8))
 
 
 def alone(score: Score, h: Tensor, factor: Tensor | None) -> Tensor:

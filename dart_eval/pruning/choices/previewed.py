@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from dart_eval.kernels import gather
+from dart_eval.kernels.chosen import ChosenRows, best
 from dart_eval.kernels.image_kernels import CopyCodes
 from dart_eval.kernels.products import grouped, grouping, product
 from dart_eval.layers.ffn import FFN, device_of
@@ -25,7 +26,6 @@ from dart_eval.pruning.calibration.made import LastMade
 from dart_eval.pruning.choices.choices import Choice, Token
 from dart_eval.pruning.choices.images import Copy, Image
 from dart_eval.pruning.choices.previews import Preview, biases, doubt
-from dart_eval.pruning.session.slices import Down, GatheredFFN, best
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.rounding import Served, rounded, served_inputs
 
@@ -94,20 +94,26 @@ def _shown(multiply: Callable[[Tensor], Tensor], bias: Tensor | None, x: Tensor)
     return (out if bias is None else out + bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-class PreviewedFFN(GatheredFFN):
+class PreviewedRows(ChosenRows):
     """One FFN of which a token reads an image, and then the weights of the neurons alone that it takes by it.
 
-    While narrow, gate and up give the neurons taken, in the order of their rows, and no others; so h has these alone.
+    All neurons are kept; of down alone there is a copy, by neurons. Gate and up give the neurons taken, in the order of
+    their rows, and no others; so h has these alone.
     """
 
-    def __init__(self, ffn: FFN, down: Down, choice: Choice) -> None:
-        super().__init__(ffn, down)
+    def __init__(self, ffn: FFN, choice: Choice) -> None:
+        super().__init__(ffn)
         assert choice.image is not None
+        self._slots = []
+        self.rows = self._down_rows.contiguous()
         self.choice, self.image = choice, choice.image
         self.preview = coded(choice.image, ffn)
 
+    def select(self, mask: Tensor) -> int:
+        return 0
+
     @property
-    def read(self) -> tuple[float, float, float]:
+    def read(self) -> tuple[float, ...]:
         size, width, image, rows = self.ffn.size, self.ffn.width, self.image, self.ffn.size if self._all else self.taken
         gate, up = (
             (image.bits_of(m.stored, size, width) * size + m.bits * rows) / m.bits for m in served_inputs(self.ffn)

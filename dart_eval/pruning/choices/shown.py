@@ -44,7 +44,7 @@ class Shown(Thresholded):
     def shown(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        from dart_eval.pruning.masks.top import top_k_mask
+        from dart_eval.kernels.top import top_k_mask
 
         if self.thin == 1:
             return x, None
@@ -160,7 +160,7 @@ class Graded(Choice):
     def shown(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
         import torch
 
-        from dart_eval.pruning.masks.top import largest
+        from dart_eval.kernels.top import largest
 
         tiles, fine, rough = self._tiles(x.shape[-1])
         if fine == tiles:
@@ -187,7 +187,7 @@ class Graded(Choice):
         return token.expected * token.columns
 
     def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
-        from dart_eval.pruning.masks.top import largest
+        from dart_eval.kernels.top import largest
 
         assert token.expected is not None and token.columns is not None and token.preview is not None
         known = (1 - self.known) * token.preview.float().square()
@@ -195,7 +195,7 @@ class Graded(Choice):
 
     def roughly(self, token: Token, allowed: Tensor, taken: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
         """The neurons that write as the image shows them: [B, T, F] bool, none of those taken. See `take`."""
-        from dart_eval.pruning.masks.top import largest
+        from dart_eval.kernels.top import largest
 
         return largest(self.importance(token), allowed & ~taken, counts[1] - counts[0])
 

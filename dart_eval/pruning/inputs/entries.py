@@ -156,7 +156,7 @@ class ByNorms(Entries):
     def kept(self, x: Tensor, inputs: Inputs) -> Tensor:
         import torch
 
-        from dart_eval.pruning.masks.top import top_k_mask
+        from dart_eval.kernels.top import top_k_mask
 
         score = x.abs() if inputs.norms is None else x.abs().float() * inputs.norms.to(x.device)
         return top_k_mask(score, torch.full(x.shape[:-1], inputs.count))
@@ -195,7 +195,7 @@ class WandaEntries(Entries):
     def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch
 
-        from dart_eval.pruning.masks.top import top_k_mask
+        from dart_eval.kernels.top import top_k_mask
 
         assert inputs.sizes is not None
         score = weight.float().abs() * inputs.sizes.to(weight.device)

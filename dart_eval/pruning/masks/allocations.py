@@ -161,7 +161,7 @@ class Global(Allocation):
     ) -> list[float]:  # fmt: skip
         import torch
 
-        from dart_eval.pruning.masks.top import top_k_mask
+        from dart_eval.kernels.top import top_k_mask
 
         assert scores is not None
         sizes = [len(s) for s in scores]

@@ -29,7 +29,7 @@ class Draw(Part):
 
     def take(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
         """The mask: [B, F] bool with exactly keep[b] neurons of each sequence. Arguments as of `keys`."""
-        from dart_eval.pruning.masks.top import top_k_mask
+        from dart_eval.kernels.top import top_k_mask
 
         return top_k_mask(self.keys(scores, keep, layer, score), keep)
 
@@ -63,7 +63,7 @@ class Sample(Draw):
     def keys(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
         import torch
 
-        from dart_eval.pruning.masks.top import top_k_mask
+        from dart_eval.kernels.top import top_k_mask
 
         # Drawn on the CPU, so that a seed means the same neurons on every device.
         generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)

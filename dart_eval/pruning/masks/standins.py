@@ -21,7 +21,7 @@ def constant(ffn: FFN, mean: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor
     left_out = torch.where(mask, 0.0, mean.to(mask.device))
     if ffn.routed:
         return write_all(ffn.routed, left_out.to(dtype)).float()
-    return ffn.write(ffn.by_row(left_out).to(dtype))
+    return ffn.write(left_out.to(dtype))
 
 
 def means(fixed: list[Tensor] | None, sums: Sums | None, weight: Tensor, layer: int) -> Tensor | None:

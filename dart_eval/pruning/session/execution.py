@@ -1,8 +1,8 @@
 """How decoding forwards are computed under masks.
 
 `masked`: factors of 0 and 1 on the input of the down projection, so any batch runs, every sequence with its own mask;
-no time is saved. `permuted`: the kept neurons are moved to the front of the weights and nothing else is multiplied
-(`permuted.py`), for one mask at a time. Outside of decoding forwards the weights are whole.
+no time is saved. `copied`: copies of the kept neurons' weights are multiplied, and nothing else (`kernels.kept`), for
+one mask at a time. Outside of decoding forwards the projections have their own weights.
 """
 
 from __future__ import annotations
@@ -12,147 +12,140 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
-from torch import nn
+from torch import Tensor
 
+from dart_eval.kernels.chosen import ChosenRows
+from dart_eval.kernels.kept import KeptRows, unlike_plain
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.inputs.finer import Fine
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session import kernels
-from dart_eval.pruning.session.permuted import REORDERED, PermutedFFNs, quantised, shared
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.pruning.session.steps import Step
 from dart_eval.util.errors import UserError, nearest
 
-Wanted = Literal["auto", "masked", "permuted"]
-EXECUTIONS = ("auto", "masked", "permuted")
+Wanted = Literal["auto", "masked", "copied"]
+EXECUTIONS = ("auto", "masked", "copied")
 
 
 class Execution:
     """The execution of one session.
 
     Args:
-        wanted: `masked`, `permuted`, or `auto`: permuted where one mask is in force.
+        wanted: `masked`, `copied`, or `auto`: copied where one mask is in force.
         shared_mask: all sequences of a batch have one mask.
 
     Attributes:
-        wanted: as above; `masked` where the weights cannot be reordered.
-        permuted: the FFNs while their neurons are in an order of ours, else None.
-        sliced: the forward under way multiplies the kept neurons alone.
+        wanted: as above; `masked` where rows of the weights cannot be copied.
+        copies: per layer, the weights of the kept neurons; None where masks are multiplied.
+        sliced: per layer, the neurons whose copies the forward under way multiplies, [K]; None: all.
 
     Raises:
-        UserError: no such execution, or weights that cannot be reordered because other modules use them too.
+        UserError: no such execution.
     """
 
-    def __init__(
-        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, wanted: Wanted, shared_mask: bool
-    ) -> None:
+    def __init__(self, ffns: Sequence[FFN], method: Pruner, wanted: Wanted, shared_mask: bool) -> None:
         if wanted not in EXECUTIONS:
             raise UserError(f"unknown execution {wanted!r}", nearest(wanted, EXECUTIONS))
-        self.model, self.ffns, self.method, self.shared_mask = model, ffns, method, shared_mask
-        self.permuted: PermutedFFNs | None = None
+        self.ffns, self.method, self.shared_mask = ffns, method, shared_mask
+        self.copies: list[KeptRows] | None = None
         self.fine: Fine | None = None  # set once they have been made
-        self.sliced = False
+        self.sliced: list[Tensor | None] | None = None
         self.wanted = self._possible(wanted)
 
     @property
     def name(self) -> str:
-        """How the sequences under way are decoded: `masked` or `permuted`."""
-        return "masked" if self.permuted is None else "permuted"
+        """How the sequences under way are decoded: `masked` or `copied`."""
+        return "masked" if self.copies is None else "copied"
 
     @property
     def gathers(self) -> bool:
         """Whether the one token reads only the rows that it chooses."""
-        return self.permuted is not None and bool(self.permuted.gathered)
+        return self.copies is not None and isinstance(self.copies[0], ChosenRows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(kept.nbytes for kept in self.copies or ())
 
     def _possible(self, wanted: Wanted) -> Wanted:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
         if part := kernels.unmade(self.method, self.ffns):
-            if wanted == "permuted":
+            if wanted == "copied":
                 raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
             return "masked"
-        reason = quantised(self.ffns)
-        if reason is None and (reason := shared(self.ffns, self.model)) and wanted == "permuted":
-            raise UserError(reason, "use execution='masked'")
-        if reason is not None:
+        if reason := unlike_plain(self.ffns):
             warnings.warn(f"{reason}: pruning by masks, which saves no time", stacklevel=5)
             return "masked"
         return wanted
 
     def choose(self, batch: int, by_hand: bool) -> None:
-        """For new sequences: reorder the neurons, or put them back.
+        """For new sequences: copy what they keep, or not.
 
         Args:
             by_hand: forwards are called by a user, and each continues the one before; else any sequence may be taken up
                 again, with another mask.
         """
-        if self.permuted is None and any(f.order is not None for f in self.ffns):
-            raise UserError(REORDERED, "leave that one first")
         image = self.method.choice.image
         one = batch == 1 or (image is None and (self.shared_mask or self.method.mask.fixed))
-        if self.wanted == "permuted" and not one and image is not None:
+        if self.wanted == "copied" and not one and image is not None:
             raise UserError(
-                f"permuted execution looks at {image.title} for one sequence, and this batch has {batch}",
+                f"copied execution looks at {image.title} for one sequence, and this batch has {batch}",
                 "use execution='masked', or one sequence",
             )
-        if self.wanted == "permuted" and not one:
+        if self.wanted == "copied" and not one:
             raise UserError(
-                f"permuted execution runs one mask at a time, and this batch has {batch} sequences",
+                f"copied execution runs one mask at a time, and this batch has {batch} sequences",
                 "use shared_mask=True (one mask for all of them), execution='masked', or one sequence",
             )
-        if self.wanted == "masked" or not one or not by_hand:
+        if self.wanted == "masked" or not one or not by_hand or (self.gathers and batch > 1):
             self.restore()
-            return
-        if self.gathers and batch > 1:
-            self.restore()  # which is for one sequence
-        if self.permuted is None:
+        if self.copies is None and self.wanted != "masked" and one and by_hand:
             gather = kernels.gatherer(self.method, self.ffns) if batch == 1 else None
-            self.permuted = PermutedFFNs(self.ffns, self.model, gather)
-            self.permuted.begin()  # from here on `restore` undoes it
+            self.copies = [(gather or KeptRows)(f) for f in self.ffns]
 
     def move(self, state: SequenceState) -> None:
-        """Kept neurons to the front, if they are not there. state: of sequences that have one mask."""
-        permuted = self.permuted
-        if permuted is None or not state.prunes:
+        """Copy the weights of the kept neurons that are not there. state: of sequences that have one mask."""
+        if self.copies is None or not state.prunes:
             return
-        for layer in range(len(self.ffns)):
-            permuted.select(layer, state.mask(layer)[0])
-        for layer, gathered in enumerate(permuted.gathered):
-            gathered.prepare(*state.taken_by_one(layer, permuted.kept[layer]))
+        for layer, kept in enumerate(self.copies):
+            kept.select(state.mask(layer)[0])
+            if isinstance(kept, ChosenRows):
+                kept.prepare(*state.taken_by_one(layer, kept.neurons))
 
     def slice(self, step: Step) -> None:
         """The next forward decodes: it multiplies the kept neurons alone, where every sequence has a mask."""
         if self.fine is not None:
             self.fine.begin()
         share = step.read if self.gathers else step.mask
-        if self.permuted is not None and bool((share < 1).all()):
-            self.permuted.slice()
-            self.sliced = True
+        if self.copies is not None and bool((share < 1).all()) and all(kept.runs for kept in self.copies):
+            self.sliced = [kept.neurons for kept in self.copies]
+            for kept in self.copies:
+                kept.begin()
 
     def whole(self) -> None:
         """Forwards multiply all neurons, with all their bits; also after an exception in one that did not."""
         if self.fine is not None and self.fine.in_place:
             self.fine.end()
-        if self.permuted is not None:
-            self.permuted.whole()
-        self.sliced = False
+        if self.sliced is not None:
+            for kept in self.copies or ():
+                kept.end()
+        self.sliced = None
 
     def restore(self) -> None:
-        """Every neuron back to its place, and all bits of its weights."""
-        if self.fine is not None and self.fine.in_place:
-            self.fine.end()
-        permuted = self.permuted
-        if permuted is not None:
-            permuted.restore()
-            self.permuted = None
+        """The projections have their own weights, with all their bits, and the copies are gone."""
+        self.whole()
+        self.copies = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Forwards inside multiply the kept neurons of the permuted weights, whatever they are."""
-        assert self.permuted is not None
-        self.permuted.slice()
+        """Forwards inside multiply the copies, whatever they are of."""
+        for kept in self.copies or ():
+            kept.begin()
         try:
             yield
         finally:
-            self.permuted.whole()
+            for kept in self.copies or ():
+                kept.end()

@@ -37,7 +37,7 @@ class Forward:
         state: of the sequences that it runs; None where they run dense.
         valid: [B, T] bool, False for padding.
         kept: it was given a KV cache.
-        sliced: it multiplies the kept neurons alone. frozen: nothing is observed.
+        sliced: per layer, the neurons that it multiplies alone, [K]; None: all. frozen: nothing is observed.
         looking: h is looked at in every layer. seen: layers whose h has come.
         attention: [B, T, D] attention output of the last layer, once it has run.
         residual, input, gate, up: of the layer under way: the stream that enters it, its x, act(gate x) and up x.
@@ -49,7 +49,7 @@ class Forward:
     state: SequenceState | None = None
     valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
     kept: bool = True
-    sliced: bool = False
+    sliced: list[Tensor | None] | None = None
     frozen: bool = False
     looking: bool = False
     seen: set[int] = field(default_factory=set)
@@ -183,7 +183,8 @@ class Hooks:
                 state.observe(layer, h, forward.valid, up)
                 return None
             x, forward.input = forward.input, None
-            masked = state.apply(layer, h, forward.valid, gate, up, forward.sliced, x)
+            rows = None if forward.sliced is None else forward.sliced[layer]
+            masked = state.apply(layer, h, forward.valid, gate, up, rows, x)
             return None if masked is h else (masked.view(args[0].shape), *args[1:])
 
         return hook

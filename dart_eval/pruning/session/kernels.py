@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-
-from torch import nn
+from collections.abc import Callable, Sequence
 
 from dart_eval.kernels import gather
+from dart_eval.kernels.chosen import ChosenRows
+from dart_eval.kernels.kept import unlike_plain
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.layers.projection import is_conv1d
 from dart_eval.pruning.choices import previewed
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
-from dart_eval.pruning.session.permuted import Gather, quantised, shared
-from dart_eval.pruning.session.slices import GatheredFFN
 
 
 def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
@@ -28,7 +26,7 @@ def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
     return method.choice if method.choice.image is not None and gatherer(method, ffns) is None else None
 
 
-def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gather | None:
+def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows] | None:
     """What reads the rows alone that a token chooses: of gated FFNs, on a CPU or by Triton's kernels; None if nothing.
 
     Where the choice looks at an image, every token chooses among all neurons, exactly as many.
@@ -41,21 +39,21 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Gather | None:
         and all(device_of(f).type == "cpu" or gather.missing(device_of(f)) is None for f in ffns)
     )
     if not possible or choice.image is None:
-        return GatheredFFN if possible else None
-    if not method.mask.whole or not choice.exact or quantised(ffns):
+        return ChosenRows if possible else None
+    if not method.mask.whole or not choice.exact or unlike_plain(ffns):
         return None
     if any(previewed.lacking(choice, f) for f in ffns):
         return None
-    return functools.partial(previewed.PreviewedFFN, choice=choice)
+    return functools.partial(previewed.PreviewedRows, choice=choice)
 
 
-def lacking(method: Pruner, ffns: Sequence[FFN], model: nn.Module) -> str | None:
+def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     """Why one sequence decodes no faster under a method, though it reads less; None where it can be faster.
 
     Args:
         method: one that prunes. ffns: of the model.
     """
-    if reason := quantised(ffns) or shared(ffns, model):
+    if reason := unlike_plain(ffns):
         return reason
     image = method.choice.image
     if part := unmade(method, ffns):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import fits
 from dart_eval.pruning.calibration.calibration import Calibration, means
@@ -19,7 +20,6 @@ from dart_eval.pruning.inputs import finer
 from dart_eval.pruning.masks.allocations import ChangeState
 from dart_eval.pruning.masks.counts import Counts, Prices, exact_counts, in_steps
 from dart_eval.pruning.masks.standins import constant, floating
-from dart_eval.pruning.masks.top import top_k_mask
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.sequence import Sums, nbytes
 from dart_eval.util.bits import OWN_BITS

@@ -10,10 +10,10 @@ import torch
 from dart_eval.util.bits import unread
 
 if TYPE_CHECKING:
+    from dart_eval.kernels.kept import KeptRows
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.session.execution import Execution
     from dart_eval.pruning.session.log import Log
-    from dart_eval.pruning.session.permuted import PermutedFFNs
     from dart_eval.pruning.session.prepared import Prepared
     from dart_eval.pruning.session.state import SequenceState
     from dart_eval.pruning.session.steps import Step
@@ -55,13 +55,13 @@ class Readings(ABC):
 
     @property
     def execution(self) -> str:
-        """How the sequences under way are decoded: `masked` or `permuted`."""
+        """How the sequences under way are decoded: `masked` or `copied`."""
         return self.executing.name
 
     @property
-    def permuted(self) -> PermutedFFNs | None:
-        """The FFNs while their neurons are reordered, else None."""
-        return self.executing.permuted
+    def copies(self) -> list[KeptRows] | None:
+        """Per layer, the copies of the kept neurons' weights that decoded tokens multiply; None: masks are."""
+        return self.executing.copies
 
     @property
     def effective_sparsity(self) -> float:

@@ -17,7 +17,7 @@ prompt, so is one that was filled before the session began. The evaluation sets 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,6 @@ from dart_eval.pruning.session.cache_watch import CacheWatch, check_cache
 from dart_eval.pruning.session.calls import Calls
 from dart_eval.pruning.session.execution import Execution, Wanted
 from dart_eval.pruning.session.hooks import Forward, Hooks, Phase, named_arguments
-from dart_eval.pruning.session.inplace import to_the_end
 from dart_eval.pruning.session.log import Log
 from dart_eval.pruning.session.padding import real_tokens
 from dart_eval.pruning.session.prepared import Prepared, prepare
@@ -59,7 +58,7 @@ class Session(Readings):
         self.model, self.shared_mask, self.ffns = model, shared_mask, find_ffns(model)
         unit = served_bits(self.ffns)
         self.method = method = method.at(1 - self.sparsity, unit)
-        self.executing = Execution(model, self.ffns, method, execution, shared_mask)
+        self.executing = Execution(self.ffns, method, execution, shared_mask)
         self.serving = serving(method, self.ffns, self.sparsity, calibration)
         try:
             self.serving.begin()
@@ -203,7 +202,7 @@ class Session(Readings):
                 self._tally.context(batch, chunk)
         forward.seen.clear()
         forward.sliced = self.executing.sliced
-        forward.looking = not forward.sliced or (self._choosy and not self.executing.gathers)
+        forward.looking = forward.sliced is None or (self._choosy and not self.executing.gathers)
         self._hooks.look_inside(forward.looking)
         if forward.phase == "context" and kwargs.get("logits_to_keep"):
             # Layers that share keys and values would compute the last tokens alone (Gemma 4): masks are made from all.
@@ -293,7 +292,7 @@ class Session(Readings):
         phase, forward.phase = forward.phase, "off"
         forward.last = phase
         self.executing.whole()
-        forward.sliced = False
+        forward.sliced = None
         if not forward.kept:
             self._cache.take(output, type(self.model).__name__)
         if forward.looking and (self.state is not None or phase == "decode"):
@@ -342,7 +341,7 @@ class Session(Readings):
             self._hooks.install(self._begin, self._end)
 
     def detach(self) -> None:
-        """Remove every hook, and put every neuron back; an interrupt meanwhile is raised at the end."""
+        """Remove every hook, and give projections their own weights; an interrupt meanwhile is raised at the end."""
         try:
             to_the_end(self._leave)
         finally:
@@ -356,3 +355,23 @@ class Session(Readings):
         finally:
             self.serving.end()
             self.executing.restore()
+
+
+def to_the_end(work: Callable[[], None]) -> None:
+    """Do `work`, and again where an interrupt breaks it (Ctrl-C, or what a signal's handler raises), until it is done.
+
+    Then the first interrupt is raised. `work` must be such that doing it again, from wherever it stopped, completes it.
+    An interrupt that comes before or after the loop is raised at once: whoever must have the work done calls this
+    twice, the second time in `finally`.
+    """
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            work()
+            break
+        except Exception:
+            raise
+        except BaseException as error:
+            interrupt = interrupt or error
+    if interrupt is not None:
+        raise interrupt

@@ -116,7 +116,7 @@ class SequenceState(PerSequence):
             for part in self.method.observers:
                 sums = part.observe(hidden, up_x, weight[:, some]) if part.slot in into else None
                 if sums is not None:
-                    into[part.slot].add(layer, ffn.by_neuron(sums))
+                    into[part.slot].add(layer, sums)
 
     @torch.no_grad()
     def observe_change(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
@@ -252,30 +252,30 @@ class SequenceState(PerSequence):
 
     @torch.no_grad()
     def apply(
-        self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None, up: Tensor | None, sliced: bool = False,
-        x: Tensor | None = None,
+        self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None, up: Tensor | None,
+        rows: Tensor | None = None, x: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The intermediate state h without the neurons that are pruned.
 
         Args:
             h: [B, T, F], the input of the down projection. valid: [B, T] bool.
             gate, up: the same of act(gate x) and up x, where tokens choose; None for a plain FFN.
-            sliced: all of them have the mask's neurons alone, by row.
+            rows: [K], the neurons that all of them have, where these are the mask's alone; None: all.
             x: [B, T, D], the FFN's input, where there is an image to look at it through.
         """
         choice, dense = self.method.choice, self.dense_now
-        if not self.prunes or (sliced and not choice.chooses and dense is None):
+        if not self.prunes or (rows is not None and not choice.chooses and dense is None):
             return h
         if dense is not None and bool(dense.any()):
             self._keep_fresh(layer, h, valid, dense)
             if bool(dense.all()):
                 return h
-        if sliced:
+        if rows is not None:
             kept = h.new_ones(1, 1, h.shape[-1], dtype=torch.bool)
         else:
-            kept = self.ffns[layer].of_token(self.ffns[layer].by_row(self.mask(layer)).to(h.device), len(h))
+            kept = self.ffns[layer].of_token(self.mask(layer).to(h.device), len(h))
         if choice.chooses:
-            kept = self._take(layer, h, gate, up, kept, x)
+            kept = self._take(layer, h, gate, up, kept, x, rows)
         if dense is not None:
             kept = kept | dense.to(h.device)[:, None, None]
         mean = self.mean(layer, h)
@@ -283,9 +283,9 @@ class SequenceState(PerSequence):
         return h * kept.view(torch.uint8) if mean is None else torch.where(kept, h, mean)
 
     def mean(self, layer: int, h: Tensor) -> Tensor | None:
-        """[B, 1, F], by row, what each neuron counts that a token leaves out; None: nothing."""
+        """[B, 1, F], what each neuron counts that a token leaves out; None: nothing."""
         mean = self._means(layer) if self.method.compensation.fills else None
-        return None if mean is None else self.ffns[layer].by_row(mean)[:, None].to(h.device, h.dtype)
+        return None if mean is None else mean[:, None].to(h.device, h.dtype)
 
     def _keep_fresh(self, layer: int, h: Tensor, valid: Tensor, dense: Tensor) -> None:
         """Score the tokens of the sequences that run dense after an alarm."""
@@ -294,13 +294,20 @@ class SequenceState(PerSequence):
         self.add({"score": self.remasking.fresh}, layer, h, counted, None, counted.float())
 
     def _take(
-        self, layer: int, h: Tensor, gate: Tensor | None, up: Tensor | None, allowed: Tensor, x: Tensor | None
+        self,
+        layer: int,
+        h: Tensor,
+        gate: Tensor | None,
+        up: Tensor | None,
+        allowed: Tensor,
+        x: Tensor | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The neurons of the mask that each token computes: [B, T, F] bool."""
         choice = self.method.choice
         assert self.taken is not None and self.written is not None
-        token = Token(h, h if gate is None else gate, h if up is None else up, self.usual(layer, h.shape[-1]))
-        token = looked(self, layer, token, allowed, x)
+        token = Token(h, h if gate is None else gate, h if up is None else up, self.usual(layer, rows))
+        token = looked(self, layer, token, allowed, x, rows)
         counts = self.taken[:, layer], self.written[:, layer]
         kept = choice.take(token, allowed, counts)
         if isinstance(choice, Graded):
@@ -316,16 +323,20 @@ class SequenceState(PerSequence):
         mean = self.constant(layer)
         return rough if mean is None else mean if rough is None else rough + mean
 
-    def usual(self, layer: int, count: int) -> Tensor | None:
-        """[B, 1, count] fp32, root of what the choice observed, by row, up to a factor per sequence; None: nothing."""
-        return usual(self, layer, count)
+    def usual(self, layer: int, rows: Tensor | None = None) -> Tensor | None:
+        """[B, 1, F] fp32, root of what the choice observed, up to a factor per sequence; None: nothing.
 
-    def taken_by_one(self, layer: int, kept: int) -> tuple[Tensor, int, int]:
-        """Of the one sequence: what is usual of the kept neurons [kept], by row; how many a token takes and writes."""
+        rows: [K], the neurons that are asked for.
+        """
+        return usual(self, layer, rows)
+
+    def taken_by_one(self, layer: int, rows: Tensor | None) -> tuple[Tensor, int, int]:
+        """Of the one sequence: what is usual of the kept neurons [K]; how many a token takes and writes."""
+        ffn = self.ffns[layer]
         assert self.batch == 1 and self.taken is not None and self.written is not None
-        usual = self.usual(layer, kept)
+        usual = self.usual(layer, rows)
         if usual is None:  # no context came before
-            usual = torch.ones(1, 1, kept, device=device_of(self.ffns[layer]))
+            usual = torch.ones(1, 1, ffn.size if rows is None else len(rows), device=device_of(ffn))
         return usual[0, 0], int(self.taken[0, layer]), int(self.written[0, layer])
 
     def constant(self, layer: int) -> Tensor | None:

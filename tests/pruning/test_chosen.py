@@ -1,0 +1,56 @@
+"""Products with the kept neurons alone: of every number of them, none too; as sums of rows."""
+
+import pytest
+import torch
+
+from dart_eval.kernels import chosen
+from tests.helpers.models import biased, random_tokens
+from tests.helpers.sessions import RESTLESS, VARIED, bits, decoded, open_session, same
+
+
+@pytest.mark.parametrize(
+    ("method", "params"), [*VARIED[:2], ("magnitude", {}), ("dart-choice", {**RESTLESS, "remask.every": 4})]
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+def test_layers_that_keep_no_neuron(family, method, params):
+    """Of 120 neurons one stays: at least two layers have none."""
+    found = []
+    for execution in ("masked", "copied"):
+        model = biased(family)
+        before = bits(model)
+        with open_session(model, method, 0.99, execution=execution, **params) as session:
+            found.append(decoded(model, session, [random_tokens(20, 3)], steps=9)[0])
+            assert session.copies is None or 0 in [kept.count for kept in session.copies]
+        assert same(model, before)
+    assert torch.allclose(*found, rtol=1e-8, atol=1e-8)
+
+
+def test_a_table_that_empties_a_layer(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text('{"keep": [0.7, 0.0, 0.5]}')
+    found = []
+    for execution in ("masked", "copied"):
+        model = biased("llama")
+        params = {"allocation": "table", "allocation.file": str(table), **RESTLESS}
+        with open_session(model, "dart", 0.6, execution=execution, **params) as session:
+            found.append(decoded(model, session, [random_tokens(20, 3)], steps=9)[0])
+            assert session.copies is None or session.copies[1].count == 0
+    assert torch.allclose(*found, rtol=1e-8, atol=1e-8)
+
+
+def test_sums_of_rows_are_made_by_several_threads(monkeypatch):
+    """`embedding_bag` gives a bag to one thread; how many bags there are says the number of neurons alone. Of few rows
+    there is one: parts would cost more than they save."""
+    bags, original = [], chosen.embedding_bag
+
+    def spy(index, rows, offsets=None, **kwargs):
+        bags.append(len(index if offsets is None else offsets))
+        return original(index, rows, offsets, **kwargs)
+
+    monkeypatch.setattr(chosen, "embedding_bag", spy)
+    rows = torch.randn(6000, 8)
+    for count in (10, 1024, 1025, 2048, 6000):
+        weights = torch.randn(2, count)
+        sums = chosen.weighted_rows(rows, torch.arange(count).expand(2, count), weights)
+        assert torch.allclose(sums, weights @ rows[:count], atol=1e-4)
+    assert bags == [2 * parts for parts in (1, 1, 5, 8, 16)]
