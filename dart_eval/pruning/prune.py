@@ -86,8 +86,8 @@ def prune(
             `dart:remask.window=8`; or a `Pruner`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
         tokenizer: for a calibration on a text (`wanda-sp`). calibration: another text file, or a ready `Calibration`.
-        execution: `masked` multiplies by masks and saves no time; `permuted` moves the neurons of the one mask in force
-            to the front, and computes no others; `auto` takes it where all have one mask. shared_mask: a batch has one.
+        execution: `masked` multiplies by masks and saves no time; `copied` multiplies copies of the weights of the one
+            mask in force; `auto` takes it where all have one mask. shared_mask: a batch has one.
         mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
             object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
