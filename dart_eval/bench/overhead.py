@@ -88,7 +88,7 @@ def measure(
 @torch.no_grad()
 def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
     """Bytes in all and by part, after a prompt of random activations."""
-    numbers, unit = serving(method, ffns, sparsity, None), served_bits(ffns)
+    numbers, unit = serving(method.choice, ffns, sparsity, None), served_bits(ffns)
     numbers.begin()
     try:
         prepared = prepare(method, ffns, sparsity, Shapes(ffns), unit)

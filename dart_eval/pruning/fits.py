@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.choices.images import FirstBits, LowRank
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
-from dart_eval.util.bits import OWN_BITS, Stored
+from dart_eval.util.bits import Stored
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import on_grid, parameter_of, stored_of
+from dart_eval.weights.rounding import parameter_of, stored_of
 
 
 def anywhere(method: Pruner) -> bool:
@@ -56,21 +55,12 @@ def check_weights(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
     Raises:
         UserError: with the reason.
     """
-    image, part = method.choice.image, method.entries
-    replaced = part.finer and not part.by_token  # other weights stand in the place of all
-    for f in ffns:
-        for module in f.projections:
-            part.check(stored_of(module))
-            shown = module is not f.down or method.choice.grades
-            served = isinstance(image, FirstBits) and shown and not on_grid(module)
-            if served and (bits := stored_of(module).total) != OWN_BITS:
-                raise UserError(
-                    f"choice={method.choice.name} needs FFN weights of 16 bits, or codes on an even grid: those of "
-                    f"this model have {bits:.3g} bits, and no such codes were found",
-                    "use a method that chooses in another way, give image=copy, or load the model unquantised",
-                )
-            if replaced or (served and sparsity):
-                parameter_of(module)
+    part = method.entries
+    for module in (m for f in ffns for m in f.projections):
+        part.check(stored_of(module))
+        if part.finer and not part.by_token:  # other weights stand in the place of all
+            parameter_of(module)
+    method.choice.check_weights(ffns, sparsity)
 
 
 def _refuse(part: str | None, what: str) -> None:
@@ -80,19 +70,13 @@ def _refuse(part: str | None, what: str) -> None:
 
 def _not_for_experts(method: Pruner) -> Part | None:
     """The part that is not made for experts, of which each token has others."""
-    image = method.choice.image
-    wanted: list[tuple[Part | None, bool]] = [
-        (method.compensation, method.compensation.fills), (method.choice, method.choice.ranks),
-        (image, isinstance(image, LowRank)), (method.entries, method.entries.finer),
-        (method.allocation, method.allocation.needs_scores),
-    ]  # fmt: skip
-    return next((part for part, needed in wanted if needed), None)
+    return next((part for part in method.parts() if not part.fits_experts), None)
 
 
 def _needs_own_part(method: Pruner) -> str | None:
     """The part that needs a neuron's own part of what an FFN adds, which is not there behind a norm of all neurons."""
     wanted = [
-        (method.compensation, method.compensation.adds), (method.choice, method.choice.grades),
+        (method.compensation, method.compensation.adds), (method.choice, method.choice.adds),
         (method.entries, method.entries.finer),
     ]  # fmt: skip
     return next((part.title for part, needed in wanted if needed), None)

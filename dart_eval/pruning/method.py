@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dart_eval.pruning.choices.choices import All, Choice
+from dart_eval.pruning.choices.choice import All, Choice
 from dart_eval.pruning.experts.routings import Own, Routing
 from dart_eval.pruning.inputs.entries import AllEntries, Entries
 from dart_eval.pruning.masks.allocations import Allocation, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Prices
 from dart_eval.pruning.masks.mask import Everything, Mask
 from dart_eval.pruning.part import Part, cast, kind_of, slot_of
 from dart_eval.util.bits import OWN_BITS, Stored
@@ -68,7 +67,7 @@ class Pruner:
             raise UserError(
                 f"{self.allocation.title} goes by scores, and {self.mask.title} has none", "use allocation=uniform"
             )
-        if self.choice.threshold != "none" and (not self.mask.whole or self.allocation.needs_context):
+        if not self.choice.exact and self.choice.calibrates and (not self.mask.whole or self.allocation.needs_context):
             raise UserError(
                 f"{self.choice.title} with a calibrated threshold chooses among all neurons, as many for every prompt",
                 "use mask=everything and allocation=uniform, or choice.threshold=none",
@@ -152,7 +151,7 @@ class Pruner:
     @property
     def reads_most(self) -> bool:
         """Whether a high sparsity may be out of reach: whole matrices are read before anything is chosen."""
-        whole = self.mask.whole and bool(self.choice.reads_whole or self.choice.image is not None)
+        whole = self.mask.whole and bool(self.choice.reads_whole or self.choice.previews)
         return whole or self.choice.ranks
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
@@ -167,17 +166,8 @@ class Pruner:
         """
         if not self.reads_most:
             return
-        choice, prices = self.at(1 - sparsity, bits.total).choice, None
-        if (image := choice.image) is not None:
-            unit, served = bits.total, image.served
-            if served is not None and bits.code == OWN_BITS:
-                bits = served.stored(width)
-            doubt, norm, columns = choice.doubt_bits(width), choice.norm_bits(width), choice.columns(width)
-            read = sum(size * (image.read(bits, size, width, columns) + doubt) for size in sizes)
-            across = max(image.across(bits, width, size, choice.grades) for size in sizes)
-            whole = ((matrices - 1) * read / sum(sizes) + norm + across) / unit
-            rest = (matrices - 1) * image.rest(bits, sizes[0], width, columns) / unit
-            prices = Prices(whole, rest, bits.code / unit, image.coarse(bits, width, sizes[0]) / unit)
+        choice = self.at(1 - sparsity, bits.total).choice
+        prices = choice.prices_of(sizes, width, matrices, bits)
         choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, prices)
 
     def at(self, read: float, bits: float = OWN_BITS) -> Pruner:

@@ -52,6 +52,7 @@ class Part:
         needs_context: whether it can do nothing before tokens of a context have been seen. A sequence without a
             context then runs dense.
         calibrates: whether it asks for a calibration text, wherever it stands.
+        fits_experts: whether it is made for routed experts, too, of which each token has others.
     """
 
     slot: ClassVar[str]
@@ -60,6 +61,7 @@ class Part:
     observes: ClassVar[bool] = False
     needs_context: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
+    fits_experts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

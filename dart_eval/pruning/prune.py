@@ -11,7 +11,7 @@ from torch import nn
 
 from dart_eval.models.guard import refuse_second
 from dart_eval.pruning.calibration.calibration import Calibration, TextCalibration
-from dart_eval.pruning.choices.choices import Choice
+from dart_eval.pruning.choices.choice import Choice
 from dart_eval.pruning.experts.routings import Routing
 from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.masks.allocations import Allocation

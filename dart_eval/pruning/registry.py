@@ -12,10 +12,16 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from dart_eval.pruning.choices.candidates import Candidates
-from dart_eval.pruning.choices.choices import CHOICES, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.choices.cats import ByGate
+from dart_eval.pruning.choices.choice import All
+from dart_eval.pruning.choices.countdown import ByUp
+from dart_eval.pruning.choices.dart_plus import Graded
+from dart_eval.pruning.choices.gate_up import GateUp
 from dart_eval.pruning.choices.images import IMAGES
-from dart_eval.pruning.choices.shown import SHOWN, ByPreview, Graded, Shown
+from dart_eval.pruning.choices.oracle import ByHidden, TopP
+from dart_eval.pruning.choices.pop import Candidates
+from dart_eval.pruning.choices.preview import ByPreview
+from dart_eval.pruning.choices.prox import Shown
 from dart_eval.pruning.experts.routings import ROUTINGS, Fewer, Without
 from dart_eval.pruning.inputs.entries import ENTRIES, Above, ByNorms, RoundedEntries, WandaEntries
 from dart_eval.pruning.masks.allocations import ALLOCATIONS, DepthAware, Global
@@ -155,8 +161,9 @@ BUILT_IN = (
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
+CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, Graded, Shown, Candidates)
 PARTS: tuple[type[Part], ...] = (
-    *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *SHOWN, Candidates, *IMAGES, *ALLOCATIONS,
+    *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,
     *COMPENSATIONS, *ENTRIES, *ROUTINGS,
 )  # fmt: skip
 

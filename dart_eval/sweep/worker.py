@@ -232,6 +232,6 @@ def _made_for(method: Pruner) -> str:
     """What takes its time before a method can run."""
     if method.calibrates:
         return f"calibrating {method.spec}"
-    if method.choice.image is not None:
+    if method.choice.previews:
         return f"making the preview of the FFN weights for {method.spec}"
     return f"preparing {method.spec}"

@@ -12,13 +12,6 @@ PACKAGE = Path(dart_eval.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 FOLDERS = re.findall(r"^\| `([\w./]+)` \|", PAGE.split("## What lives where")[1].split("\n## ")[0], re.MULTILINE)
 LOOSE = {"__init__.py", "__main__.py", "api.py"}
-# Files that still import each other: a session's state, and what is made from it.
-LEFT = {
-    "pruning/choices/choices.py", "pruning/choices/images.py", "pruning/choices/looking.py",
-    "pruning/choices/previews.py", "pruning/choices/serving.py", "pruning/choices/thresholds.py",
-    "pruning/experts/expert_previews.py", "pruning/inputs/finer.py", "pruning/masks/recent.py",
-    "pruning/masks/remask.py", "pruning/masks/remasks.py", "pruning/method.py", "pruning/session/state.py",
-}  # fmt: skip
 
 
 def name_of(file):
@@ -68,5 +61,4 @@ def test_imports_go_down():
 
 
 def test_no_files_import_each_other_in_a_circle():
-    edges = {f: {g for g in others if not {f, g} <= LEFT} for f, others in graph().items()}
-    graphlib.TopologicalSorter(edges).prepare()  # raises a CycleError that names the files
+    graphlib.TopologicalSorter(graph()).prepare()  # raises a CycleError that names the files

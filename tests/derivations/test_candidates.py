@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dart_eval.layers.shape import ModelShape
-from dart_eval.pruning.choices.candidates import Candidates
+from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.cost import overhead
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError

@@ -123,7 +123,7 @@ def test_an_expert_that_the_context_lacked_is_usual_as_the_others_are():
         assert missing and len(missing) < 4
         routed = find_ffns(model)[LAYER].routed
         routed.index = torch.tensor([[missing[0], next(e for e in range(4) if e not in missing)]])
-        usual = state.usual(LAYER, 32)[0, 0].view(2, -1)
+        usual = state.usual(LAYER)[0, 0].view(2, -1)
     others = squares[had > 0] / had[had > 0]
     assert torch.allclose(usual[0].square(), others.mean().expand(16), rtol=1e-4)
     seen = int(routed.index[0, 1])
@@ -164,7 +164,7 @@ def test_every_method_runs_on_experts(method):
     if method.sized:
         with open_session(model, method, 0.0, "masked"):
             assert torch.equal(generate(model, prompts, 5).sequences, dense.sequences)
-    sparsity = 0.5 if method.choice.image is not None else 0.4  # weights as whole numbers of 8 bits are half of all
+    sparsity = 0.5 if method.choice.previews else 0.4  # weights as whole numbers of 8 bits are half of all
     with open_session(model, method, sparsity, "masked") as session:
         together = generate(model, prompts, 5)
         reads = torch.stack([step.read for step in session.steps])

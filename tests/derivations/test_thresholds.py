@@ -148,7 +148,7 @@ def test_prox_reads_exactly_what_thinned_copies_show(family, sparsity, share, th
 @pytest.mark.parametrize(("threshold", "takes"), [(-1e-30, 1.0), (1e9, 0.0)])
 def test_a_threshold_below_zero_is_dense(method, threshold, takes, monkeypatch):
     """Every neuron is taken, those that are 0 too, whatever the sparsity; above all of them none is."""
-    monkeypatch.setattr(thresholds, "of_choice", lambda choice, ffns, *given: [threshold] * len(ffns))
+    monkeypatch.setattr(thresholds.Thresholded, "_thresholds", lambda self, layers, *given: [threshold] * len(layers))
     model, prompt, decoded = biased("opt"), random_tokens(12, 5), random_tokens(6, 6)  # half of its h are 0
     dense = Plain(model)
     wanted = torch.cat([dense.run(prompt), *[dense.run([token]) for token in decoded]])

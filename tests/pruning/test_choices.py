@@ -3,6 +3,8 @@
 What a whole model says under them: tests/derivations/test_choices.py.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,12 +13,17 @@ from hypothesis import strategies as st
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning.choices.choices import CHOICES, All, ByGate, ByHidden, ByUp, Choice, GateUp, Token, TopP
-from dart_eval.pruning.choices.shown import SHOWN, ByPreview, Shown
+from dart_eval.pruning.choices.cats import ByGate
+from dart_eval.pruning.choices.choice import All, Choice, Token
+from dart_eval.pruning.choices.countdown import ByUp
+from dart_eval.pruning.choices.gate_up import GateUp
+from dart_eval.pruning.choices.oracle import ByHidden, TopP
+from dart_eval.pruning.choices.preview import ByPreview
+from dart_eval.pruning.choices.prox import Shown
 from dart_eval.pruning.cost import overhead
 from dart_eval.pruning.masks.counts import Counts, chosen_counts, depth_aware, keep_counts, normalise_sensitivity
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.registry import make
+from dart_eval.pruning.registry import CHOICES, make
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
 from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
@@ -31,7 +38,7 @@ from tests.helpers.sessions import (
     state_of,
 )
 
-EXACT = [cls for cls in (*CHOICES, *SHOWN) if cls.chooses and cls().exact and not cls.grades]
+EXACT = [cls for cls in CHOICES if cls.chooses and cls().exact and not cls.adds and not cls.ranks]
 LOOKS = {
     ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected", Shown: "preview",
 }  # fmt: skip
@@ -48,7 +55,18 @@ def tokens_of(seed, size, tokens, ties, usual=False):
     gate, up = numbers(2, tokens, size), numbers(2, tokens, size)
     mask = torch.rand(2, 1, size, generator=generator) < 0.7
     usual = numbers(2, 1, size).abs() if usual else None
-    return Token(gate * up, gate, up, usual, numbers(2, tokens, size), numbers(2, tokens, size).abs()), mask
+    preview, expected = numbers(2, tokens, size), numbers(2, tokens, size).abs()
+    return Token(gate * up, gate, up, usual, preview=preview, expected=expected, allowed=mask), mask
+
+
+def take(choice, token, taken=None, written=None):
+    """What it takes of neurons of which all are allowed, if the token does not say which."""
+    allowed = torch.ones_like(token.h, dtype=torch.bool)[:, :1] if token.allowed is None else token.allowed
+    return choice.take(dataclasses.replace(token, allowed=allowed, taken=taken, written=written))
+
+
+def seen(h, expected=None):
+    return Token(h, h, h, preview=h, expected=h if expected is None else expected)
 
 
 def best(scores, among, count):
@@ -75,7 +93,7 @@ def test_each_token_takes_exactly_its_count_inside_the_mask_and_the_most_importa
     looked = getattr(token, LOOKS[cls]).abs()
     looked = looked * token.usual if token.usual is not None else looked
     for less in (taken, written):
-        kept = choice.take(token, mask, (taken, less))
+        kept = take(choice, token, taken, less)
         assert kept.dtype == torch.bool and kept.shape == token.h.shape
         assert kept.sum(-1).tolist() == [[int(n)] * tokens for n in less]
         for row in range(2):
@@ -88,9 +106,10 @@ def test_each_token_takes_exactly_its_count_inside_the_mask_and_the_most_importa
 def test_of_equal_neurons_the_first_are_taken(cls):
     ones = torch.ones(1, 1, 9)
     mask = torch.tensor([[[False, True, True, False, True, True, True, True, False]]])
-    kept = cls().take(Token(ones, ones, ones, None, ones, ones), mask, (torch.tensor([4]), torch.tensor([2])))
+    token = dataclasses.replace(seen(ones), allowed=mask)
+    kept = take(cls(), token, torch.tensor([4]), torch.tensor([2]))
     assert kept.nonzero()[:, 2].tolist() == [1, 2]
-    kept = cls().take(Token(ones, ones, ones, None, ones, ones), mask, (torch.tensor([4]), torch.tensor([4])))
+    kept = take(cls(), token, torch.tensor([4]), torch.tensor([4]))
     assert kept.nonzero()[:, 2].tolist() == [1, 2, 4, 5]
 
 
@@ -98,9 +117,7 @@ def test_of_equal_neurons_the_first_are_taken(cls):
 @pytest.mark.parametrize("cls", [*EXACT, TopP])
 def test_a_choice_takes_activations_of_any_dtype_and_sign(cls, dtype):
     h = torch.tensor([[[-4.0, 1.0, -2.0, 0.0, 3.5]]]).to(dtype)
-    kept = cls().take(
-        Token(h, h, h, None, h, h.float().square()), torch.ones(1, 1, 5, dtype=torch.bool), (torch.tensor([3]),) * 2
-    )
+    kept = take(cls(), seen(h, h.float().square()), torch.tensor([3]), torch.tensor([3]))
     assert kept.nonzero()[:, 2].tolist() == [0, 2, 4]  # the share 0.9 of a sum of 10.5 needs three, too
 
 
@@ -120,7 +137,7 @@ def test_what_is_usual_of_up_weighs_the_gate():
 @given(st.integers(0, 10_000), st.integers(1, 20), st.floats(0.01, 1.0), st.booleans())
 def test_top_p_takes_the_smallest_set_with_its_share(seed, size, p, ties):
     token, mask = tokens_of(seed, size, 3, ties)
-    kept = TopP(p=p).take(token, mask, None)
+    kept = take(TopP(p=p), token)
     assert not (kept & ~mask).any()
     for row in range(2):
         for t in range(3):
@@ -136,12 +153,9 @@ def test_top_p_takes_the_smallest_set_with_its_share(seed, size, p, ties):
 
 
 def test_top_p_stops_where_its_share_is_met_exactly():
-    token, everything = (
-        Token(*[torch.tensor([[[2.0, 4.0, 1.0, 3.0]]])] * 3, None),
-        torch.ones(1, 1, 4, dtype=torch.bool),
-    )
-    assert TopP(p=0.9).take(token, everything, None).tolist() == [[[True, True, False, True]]]
-    assert TopP(p=1.0).take(token, everything, None).all()
+    token = seen(torch.tensor([[[2.0, 4.0, 1.0, 3.0]]]))
+    assert take(TopP(p=0.9), token).tolist() == [[[True, True, False, True]]]
+    assert take(TopP(p=1.0), token).all()
 
 
 def test_what_top_p_reads_is_measured(llama):
@@ -197,7 +211,7 @@ def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write
 
 
 @pytest.mark.parametrize("matrices", [2, 3])
-@pytest.mark.parametrize("cls", CHOICES)  # those of SHOWN count bits: test_preview
+@pytest.mark.parametrize("cls", [c for c in CHOICES if not c.previews and not c.ranks])  # test_preview counts bits
 def test_a_choice_counts_what_it_says_that_it_reads(cls, matrices):
     choice, half = cls(), ([0.5, 0.5], [100, 100], 0.5, matrices)
     alone, everything, inside = [50, 50], [100, 100], [80, 80]

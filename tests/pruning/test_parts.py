@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 
 from dart_eval.cli.describe import alternatives, part_rows, tree
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning import parts as folder
-from dart_eval.pruning.choices.candidates import Candidates
-from dart_eval.pruning.choices.choices import All, ByGate, ByHidden, ByUp, GateUp, TopP
+from dart_eval.pruning.choices.cats import ByGate
+from dart_eval.pruning.choices.choice import All
+from dart_eval.pruning.choices.countdown import ByUp
+from dart_eval.pruning.choices.dart_plus import Graded
+from dart_eval.pruning.choices.gate_up import GateUp
 from dart_eval.pruning.choices.images import Copy, FirstBits
-from dart_eval.pruning.choices.shown import ByPreview, Graded, Shown
+from dart_eval.pruning.choices.oracle import ByHidden, TopP
+from dart_eval.pruning.choices.pop import Candidates
+from dart_eval.pruning.choices.preview import ByPreview
+from dart_eval.pruning.choices.prox import Shown
 from dart_eval.pruning.experts.routings import Fewer, Without
 from dart_eval.pruning.inputs.entries import Above, ByNorms, RoundedEntries, WandaEntries
 from dart_eval.pruning.masks.allocations import DepthAware, Global, Table, Uniform
@@ -54,7 +59,6 @@ def test_every_part_says_what_it_is_and_every_field_what_it_means():
             assert field.metadata["help"], (cls, field.name)
             assert "\n" not in field.metadata["help"]
     assert len({(cls.slot, cls.name) for cls in PARTS}) == len(PARTS)
-    assert folder.__doc__
 
 
 def _field(cls, name, value):

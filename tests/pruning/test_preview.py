@@ -13,7 +13,7 @@ import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.choices import serving
 from dart_eval.pruning.choices.images import Copy, FirstBits, LowRank, Weights
-from dart_eval.pruning.choices.shown import ByPreview
+from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.registry import make
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.rounding import served_bits, served_inputs, served_output
@@ -83,21 +83,21 @@ def check_bytes(session, code, scale_of, unit):
     total, written = sum(f.size for f in ffns), int(state.written.sum())
     into, out = (scale_of(n) for n in (ffns[0].width, ffns[0].size))
     doubt = 0 if choice.image.exact else 16 / ffns[0].width  # one number a row
-    norm = 16 / ffns[0].width if choice.grades else 0  # one number a column of down
+    norm = 16 / ffns[0].width if choice.adds else 0  # one number a column of down
     by_hand = 0.0
     for i, ffn in enumerate(ffns):
         rough, beside, _ = image_of(choice.image, code, out, *served_output(ffn).weight.shape)
-        across = out + (beside if choice.grades and choice.image.stored else 0)  # whatever the columns
+        across = out + (beside if choice.adds and choice.image.stored else 0)  # whatever the columns
         looked = [image_of(choice.image, code, into, *m.weight.shape) for m in served_inputs(ffn)]
         taken, writing = int(state.taken[0, i]), int(state.written[0, i])
         by_hand += (sum(first + beside + doubt for first, beside, _ in looked) + norm + across) * ffn.size
         by_hand += sum(lacks for *_, lacks in looked) * taken
-        by_hand += code * taken + rough * (writing - taken) if choice.grades else code * writing
+        by_hand += code * taken + rough * (writing - taken) if choice.adds else code * writing
     by_hand /= ffns[0].matrices * total * unit
     read = float(state.step().read[0])
     assert read == pytest.approx(by_hand) and read <= 1 - session.sparsity + 1e-9
     assert read > 1 - session.sparsity - 2.5 / total or written == total, "bytes were left over"
-    matrices = [m for f in ffns for m in (*served_inputs(f), *([served_output(f)] if choice.grades else []))]
+    matrices = [m for f in ffns for m in (*served_inputs(f), *([served_output(f)] if choice.adds else []))]
     kept = sum(choice.image.bits_of(m.stored, *m.weight.shape) * m.weight.numel() for m in matrices)
     kept = kept * choice.image.stored + doubt * sum(m.weight.numel() for f in ffns for m in served_inputs(f))
     kept += norm * sum(served_output(f).weight.numel() for f in ffns)

@@ -107,8 +107,8 @@ def test_its_preview_is_that_of_the_image_as_a_matrix(spelled):
     _, found = gathered(model, spelled)
     method = make(*parse(spelled))
     x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1))
-    whole = prepare(method, find_ffns(model), 0.5, None).previews[0]
-    for ours, theirs in zip(found.preview.look(x, 0.5), whole.look(x, 0.5), strict=True):
+    whole = prepare(method, find_ffns(model), 0.5, None).choosers[0].preview
+    for ours, theirs in zip(found.preview.look(x), whole.look(x), strict=True):
         assert ours.shape == (1, 1, 88)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -178,7 +178,7 @@ def test_a_batch_runs_by_masks():
         torch.testing.assert_close(both[:, row], alone[row][:, 0], rtol=1e-4, atol=1e-4)
     assert torch.equal(again, alone[0])
     with (
-        pytest.raises(UserError, match="looks at image=copy for one sequence, and this batch has 2"),
+        pytest.raises(UserError, match="runs choice=preview for one sequence, and this batch has 2"),
         open_session(model, "preview", 0.5, execution="copied", **COPY) as session,
     ):
         decoded(model, session, prompts, steps=1)

@@ -57,7 +57,7 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
             for row in range(len(masks[0])):
                 assert sum(int(m[row].sum()) for m in masks) == round((1 - sparsity) * neurons)
             assert session.mask_sparsity == pytest.approx(exact)
-        if session.method.choice.image is not None:  # rows count in fractions: never beyond the label
+        if session.method.choice.previews:  # rows count in fractions: never beyond the label
             assert session.weights_read <= 1 - exact + 1e-9
             exact = 1 - session.weights_read
         if session.method.entries.finer:  # to a column where it counts them; thresholds meet it on their text

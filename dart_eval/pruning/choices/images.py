@@ -170,6 +170,7 @@ class LowRank(Image):
 
     name = "low-rank"
     summary = "is a copy of low rank beside the model"
+    fits_experts = False
     stored = True
     rank: int = option(64, "rank of the approximation", least=1)
 

@@ -23,9 +23,11 @@ from dart_eval.kernels.image_kernels import CopyCodes
 from dart_eval.kernels.products import grouped, grouping, product
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning.calibration.made import LastMade
-from dart_eval.pruning.choices.choices import Choice, Token
+from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.choices.images import Copy, Image
-from dart_eval.pruning.choices.previews import Preview, biases, doubt
+from dart_eval.pruning.choices.look import Preview
+from dart_eval.pruning.choices.preview import Previewing
+from dart_eval.pruning.choices.previews import biases, doubt
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.rounding import Served, rounded, served_inputs
 
@@ -34,10 +36,9 @@ PART_BYTES = 1 << 19  # of rows that a CPU copies side by side before it multipl
 WHOLE = 0.45  # of the rows: from here on a CPU multiplies all in less time, since rows that it copies take twice theirs
 
 
-def lacking(choice: Choice, ffn: FFN) -> str | None:
+def lacking(choice: Previewing, ffn: FFN) -> str | None:
     """Why nothing here multiplies the image of a choice as codes, or None. ffn: gated, with plain weights."""
     image, kernels = choice.image, gather.missing(device_of(ffn)) is None
-    assert image is not None
     dtypes, possible = {m.weight.dtype for m in served_inputs(ffn)}, False
     if isinstance(image, Copy):
         grouped = kernels or grouping(Rounding(image.bits, image.group), ffn.width) is not None
@@ -101,9 +102,8 @@ class PreviewedRows(ChosenRows):
     their rows, and no others; so h has these alone.
     """
 
-    def __init__(self, ffn: FFN, choice: Choice) -> None:
+    def __init__(self, ffn: FFN, choice: Previewing) -> None:
         super().__init__(ffn)
-        assert choice.image is not None
         self._slots = []
         self.rows = self._down_rows.contiguous()
         self.choice, self.image = choice, choice.image
@@ -126,7 +126,7 @@ class PreviewedRows(ChosenRows):
         return not self.kernels and self.taken > WHOLE * self.ffn.size
 
     def _choose(self, x: Tensor) -> Tensor:
-        shown, expected = self.preview.look(*self.choice.shown(x, None))
+        shown, expected = self.preview.look(*self.choice.parts_of(x, None))
         token = Token(shown, shown, shown, None, preview=shown, expected=expected)
         self._taken = best(self.choice.importance(token).flatten(), self.taken)
         return self._exactly(0, x)

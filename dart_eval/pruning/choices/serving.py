@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, plain_matrix
 from dart_eval.pruning.calibration.calibration import Calibration
+from dart_eval.pruning.calibration.inputs import squares_of_inputs
 from dart_eval.pruning.calibration.kept import Kept
 from dart_eval.pruning.calibration.made import LastMade
-from dart_eval.pruning.inputs.finer import squares_of_inputs
-from dart_eval.pruning.method import Pruner
+from dart_eval.pruning.choices.choice import Choice
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import k_quants, rounding
 from dart_eval.weights.codes import Packed
@@ -123,14 +123,13 @@ class Serving:
             parameter.data = own
 
 
-def serving(method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving:
-    """What a method serves the weights as; nothing else than they are where it has no such wish, or prunes nothing."""
-    image = method.choice.image
+def serving(choice: Choice, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving:
+    """What a choice serves the weights as; nothing else than they are where it has no such wish, or prunes nothing."""
     orders: list[Tensor | None] = [None] * len(ffns)
-    wanted = None if image is None or not sparsity else image.served
+    wanted = choice.served if sparsity else None
     if wanted is None:
         return Serving([], Rounding(8), orders)
-    if method.choice.calibrates and calibration is not None:
+    if choice.calibrates and calibration is not None:
         orders = [s.argsort(descending=True, stable=True) for s in squares_of_inputs(ffns, calibration)]
     return Serving(ffns, wanted, orders)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dart_eval.layers.expert_pool import input_biases
 from dart_eval.layers.experts import Routed
-from dart_eval.pruning.choices.previews import Preview
+from dart_eval.pruning.choices.look import Preview
 
 
 @dataclass(frozen=True)

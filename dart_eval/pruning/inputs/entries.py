@@ -121,6 +121,7 @@ class Above(Entries):
     name = "threshold"
     summary = "reads columns of inputs above a number a layer, from the calibration text (what it reads varies)"
     granularity = "input channels"
+    fits_experts = False
     by_token = True
     calibrates = True
 
@@ -145,6 +146,7 @@ class ByNorms(Entries):
     name = "norms"
     summary = "reads columns with the largest inputs times norms, equally many for every token"
     granularity = "input channels"
+    fits_experts = False
     by_token = True
     weigh: Literal["gate", "all"] = option(
         "gate", "matrices whose norms count: gate, as in the released code, or all, as in the paper"
@@ -180,6 +182,7 @@ class WandaEntries(Entries):
     name = "wanda"
     summary = "leaves out the least weights times activations on a calibration text, the same for every text"
     granularity = "single weights"
+    fits_experts = False
     calibrates = True
     pattern: Literal["none", "2:4"] = option(
         "none", "leave out any weights of an output, or two of every four (the sparsity then says nothing)"
@@ -216,6 +219,7 @@ class RoundedEntries(Entries):
     name = "rounded"
     summary = "reads rounded weights while it decodes, and for prompts the weights as they are"
     granularity = LAST_BITS
+    fits_experts = False
     bits: Literal["3", "4", "5", "6", "8", "q3_k", "q4_k", "q5_k"] = option(
         "q4_k", "what they are rounded to, as `--ffn-bits` takes it"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import is_conv1d, plain_matrix, weight_matrix
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.choices.thresholds import Distribution
+from dart_eval.pruning.calibration.inputs import Distribution, all_squares
 from dart_eval.pruning.inputs.entries import Entries, Inputs
 from dart_eval.pruning.masks.counts import keep_counts
 from dart_eval.util.bits import Stored
@@ -171,7 +171,7 @@ def _seen(
     if part.by_token:
         least = calibration.once(f"quantiles of inputs, {[*kept]} read", lambda: [_quantiles(ffns, kept, calibration)])
         return [[float(of_x), float(of_h)] for of_x, of_h in least[0]], [[None, None] for _ in ffns]
-    squares = _squares_once(ffns, calibration)
+    squares = all_squares(ffns, calibration)
     return [[None, None] for _ in ffns], [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
 
 
@@ -191,24 +191,3 @@ def _quantiles(ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration
         ],
         dtype=torch.float64,
     )
-
-
-def squares_of_inputs(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    """Per layer [D] fp32: the sums over the text of the squares of x."""
-    return _squares_once(ffns, calibration)[::2]
-
-
-def _squares_once(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    return calibration.once("squares of inputs", lambda: _squares(ffns, calibration))
-
-
-def _squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    """Layer by layer [D] and [F] fp32: the sums over the text of the squares of x and of h."""
-    squares = [[torch.zeros(f.width), torch.zeros(f.size)] for f in ffns]
-
-    def see(layer: int, x: Tensor, h: Tensor) -> None:
-        for total, values in zip(squares[layer], (x, h), strict=True):
-            total += values.float().square().sum(0).cpu()
-
-    calibration.visit(see)
-    return [total for both in squares for total in both]

@@ -153,6 +153,7 @@ class Global(Allocation):
 
     name = "global"
     summary = "ranks all neurons together, by how far each one's score is above its layer's mean"
+    fits_experts = False
     needs_scores = True
 
     def densities(

@@ -78,6 +78,7 @@ class MeanHidden(MeanOutput):
     summary = "gives each neuron that a token leaves out its mean over the context's tokens"
     adds = False
     fills = True
+    fits_experts = False
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         return shape.layers * shape.width + mask

@@ -7,6 +7,7 @@ step 9 (rounding) is `keep_counts`, which, unlike the published code, meets the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import numbers
@@ -179,6 +180,13 @@ class Prices:
     written: float = 1.0
     coarse: float | None = None
     across: float = 0.0
+
+
+def mean_prices(each: Sequence[Prices], weights: Sequence[int]) -> Prices:
+    """The mean over the neurons of all layers. weights: [L], of a matrix of each."""
+    parts = [n / sum(weights) for n in weights]
+    fields = zip(*(dataclasses.astuple(prices) for prices in each), strict=True)
+    return Prices(*(sum(p * x for p, x in zip(parts, values, strict=True)) for values in fields))
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dart_eval.layers.expert_pool import routing
-from dart_eval.layers.ffn import device_of
+from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning.masks.drift import DriftDetector
+from dart_eval.pruning.masks.remasks import Remask
 from dart_eval.pruning.masks.ring import RingBuffer
 from dart_eval.pruning.session.sequence import PerSequence, Sums
-
-if TYPE_CHECKING:
-    from dart_eval.layers.ffn import FFN
-    from dart_eval.pruning.masks.remasks import Remask
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,11 +9,7 @@ from dart_eval.pruning.part import Part, option
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
-    from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
-    from dart_eval.pruning.masks.remask import RemaskState
 
 RING = "keep so many recent FFN inputs in each layer; a new mask is made from them"
 OLD = "the old scores in a new mask: those of the prompt, or of the mask in force"
@@ -59,12 +54,6 @@ class Remask(Part):
             cause: `alarm`, or `steady` for a re-mask after every so many tokens.
         """
         return 0.0
-
-    def start(self, ffns: Sequence[FFN], batch: int, device: torch.device) -> RemaskState | None:
-        """The state of new sequences; None where none is needed."""
-        from dart_eval.pruning.masks.remask import RemaskState
-
-        return RemaskState(self, ffns, batch, device) if self.remasks or self.watches else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -280,3 +280,17 @@ def decayed(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
 def down_norms(ffns: Sequence[FFN]) -> list[Tensor]:
     """Per layer [F] fp32: the squared norm of each neuron's column of down."""
     return [ffn.output_weight().float().square().sum(0) for ffn in ffns]
+
+
+def alone(score: Score, h: Tensor, factor: Tensor | None) -> Tensor:
+    """The score that a mask from this token alone would have: [B, T, F] fp32.
+
+    Args:
+        h: [B, T, F]. factor: what no token changes in the score, in the order of h.
+    """
+    import torch
+
+    tokens = h.float().reshape(-1, 1, h.shape[-1])
+    sums = score.observe(tokens, None, torch.ones(tokens.shape[:2], device=h.device))
+    assert sums is not None
+    return score.combine(sums, factor).view(h.shape)

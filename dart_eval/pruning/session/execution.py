@@ -88,11 +88,11 @@ class Execution:
             by_hand: forwards are called by a user, and each continues the one before; else any sequence may be taken up
                 again, with another mask.
         """
-        image = self.method.choice.image
-        one = batch == 1 or (image is None and (self.shared_mask or self.method.mask.fixed))
-        if self.wanted == "copied" and not one and image is not None:
+        choice = self.method.choice
+        one = batch == 1 or (not choice.previews and (self.shared_mask or self.method.mask.fixed))
+        if self.wanted == "copied" and not one and choice.previews:
             raise UserError(
-                f"copied execution looks at {image.title} for one sequence, and this batch has {batch}",
+                f"copied execution runs {choice.title} for one sequence, and this batch has {batch}",
                 "use execution='masked', or one sequence",
             )
         if self.wanted == "copied" and not one:

@@ -96,7 +96,7 @@ class Hooks:
         for ffn in ffns:
             if method.mask.remask.needs_ring:
                 add(ffn.block.register_forward_pre_hook(self._on_input(ffn.layer)))
-            if method.compensation.adds or method.choice.grades:
+            if method.compensation.adds or method.choice.adds:
                 add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
         if method.mask.remask.watches:
             add(ffns[-1].attention.register_forward_hook(self._on_attention))
@@ -116,7 +116,7 @@ class Hooks:
             add(ffn.into.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
             if method.allocation.needs_change:
                 self._watch_change(ffn)
-            if method.choice.image is not None:
+            if method.choice.previews:
                 add(ffn.block.register_forward_pre_hook(_eager(self._on_looked_at)))
             if method.choice.chooses:  # a plain FFN's h tells what its gate would
                 if ffn.gate is not None:

@@ -11,6 +11,7 @@ from dart_eval.kernels.kept import unlike_plain
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.layers.projection import is_conv1d
 from dart_eval.pruning.choices import previewed
+from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 
@@ -23,7 +24,7 @@ def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
         return method.entries
     if method.routing.reroutes:
         return method.routing
-    return method.choice if method.choice.image is not None and gatherer(method, ffns) is None else None
+    return method.choice if method.choice.previews and gatherer(method, ffns) is None else None
 
 
 def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows] | None:
@@ -38,7 +39,7 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows]
         and all(f.gate is not None and not is_conv1d(f.down) for f in ffns)
         and all(device_of(f).type == "cpu" or gather.missing(device_of(f)) is None for f in ffns)
     )
-    if not possible or choice.image is None:
+    if not possible or not isinstance(choice, Previewing):
         return ChosenRows if possible else None
     if not method.mask.whole or not choice.exact or unlike_plain(ffns):
         return None
@@ -55,9 +56,8 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     """
     if reason := unlike_plain(ffns):
         return reason
-    image = method.choice.image
     if part := unmade(method, ffns):
-        how = "" if part is not method.choice or image is None else f" with {image.title}"
+        how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
         return f"{part.title}{how} has no kernels here"
     if method.mask.whole and gatherer(method, ffns) is None:
         return f"no kernel here reads only the rows that {method.choice.title} takes"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +13,11 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import fits
 from dart_eval.pruning.calibration.calibration import Calibration, means
-from dart_eval.pruning.choices import thresholds
-from dart_eval.pruning.choices.previews import Preview, mean_prices, previews, prices, stored
+from dart_eval.pruning.choices.choice import ChoiceLayer
 from dart_eval.pruning.experts.rerouted import Rerouted
 from dart_eval.pruning.inputs import finer
 from dart_eval.pruning.masks.allocations import ChangeState
-from dart_eval.pruning.masks.counts import Counts, Prices, exact_counts, in_steps
+from dart_eval.pruning.masks.counts import Counts, exact_counts, in_steps, mean_prices
 from dart_eval.pruning.masks.standins import constant, floating
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.sequence import Sums, nbytes
@@ -37,13 +36,12 @@ class Prepared:
         means: per layer [F] fp32, of each neuron on the calibration text, where these stand in for it; else None.
         constants: per layer [1, D] fp32, what stands in for the neurons outside fixed masks; None where nothing does,
             or another constant for each sequence.
-        thresholds: per layer, of the choice; None where it counts.
+        choosers: per layer, the choice at work.
         entries: what leaves out something else than neurons, or whole experts; None.
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
         fine: the weights as decoding forwards have them, where these have lost some; else None.
-        whole: matrices of which a token reads the rows of the whole mask before it chooses; of images their share.
+        whole: matrices of which a token reads the rows of the whole mask before it chooses; of previews their share.
         paid: [L, 4] fp64, what is read of a neuron, see `_paid`. each: `prices` per layer.
-        orders: per layer, of the columns of gate and up, see `Preview`.
         unit: bits of an FFN weight, on average, of which sparsity leaves out a share.
         share: the same / those of the model's own dtype.
     """
@@ -56,9 +54,8 @@ class Prepared:
     factors: list[Tensor] | None = None
     means: list[Tensor] | None = None
     constants: list[Tensor] | None = None
-    thresholds: list[float] | None = None
+    choosers: list[ChoiceLayer] = dataclasses.field(default_factory=list)
     entries: finer.Finer | Rerouted | None = None
-    orders: Sequence[Tensor | None] = ()
 
     def __post_init__(self) -> None:
         self.method.allocation.check(self.sparsity, len(self.ffns))
@@ -67,9 +64,9 @@ class Prepared:
         self.share = self.unit / OWN_BITS
         self.fine: finer.Fine | None = None
         whole_mask = self.method.mask.whole
-        self.each = None if choice.image is None else prices(choice, self.ffns, whole_mask, self.unit)
-        self.prices = None if self.each is None else mean_prices(self.each, self.ffns)
-        self.stored = stored(choice, self.ffns)
+        self.each = choice.prices(self.ffns, whole_mask, self.unit)
+        self.prices = None if self.each is None else mean_prices(self.each, [f.size * f.width for f in self.ffns])
+        self.stored = choice.stored(self.ffns)
         # Refused now where the sparsity cannot be met at all.
         allocation = self.method.allocation
         varies = allocation.needs_change or allocation.needs_scores
@@ -78,11 +75,6 @@ class Prepared:
         self.whole = usual.whole
         self.paid = torch.tensor(self._paid(), dtype=torch.float64)
         self._computed = self._products(usual)
-
-    @functools.cached_property
-    def previews(self) -> list[Preview] | None:
-        """Per layer the images as matrices, made when masks first ask for them; None where nothing is previewed."""
-        return None if self.method.choice.image is None else previews(self.method.choice, self.ffns, self.orders)
 
     def counts(
         self, change: ChangeState | None, rows: slice, has_context: bool, scores: Sequence[Tensor] | None = None
@@ -142,19 +134,13 @@ class Prepared:
         if (kept := self.inputs_kept()) is not None:
             return [(matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0)] * len(self.ffns)
         if self.each is not None and self.sparsity:
-            return [self._paid_through_images(prices) for prices in self.each]
+            return [self.method.choice.paid(prices) for prices in self.each]
         mean, found = self.unit, []
         whole = 0.0 if not self.sparsity else self.whole  # at sparsity 0 no image is looked at
         for into, down, scales in map(rounding.rows, self.ffns):
             across = 0.0 if self.method.routing.reroutes else scales / mean  # experts are left out whole
             found.append((across, into / mean * whole, into / mean * (matrices - 1 - whole), down / mean - across))
         return found
-
-    def _paid_through_images(self, prices: Prices) -> tuple[float, float, float, float]:
-        if not self.method.choice.grades or prices.coarse is None:
-            return prices.across, prices.whole, prices.taken, prices.written
-        exact = prices.taken + prices.written - prices.coarse  # those taken are written too
-        return prices.across, prices.whole, exact, prices.coarse
 
     def _products(self, counts: Counts) -> float:
         matrices = self.ffns[0].matrices
@@ -243,7 +229,6 @@ def prepare(
     fits.check(method, ffns, sparsity)
     fits.check_weights(method, ffns, sparsity)
     made, mask = Prepared(method, ffns, sparsity, unit or rounding.served_bits(ffns)), method.mask
-    made.orders = orders or [None] * len(ffns)
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):
         raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
@@ -252,11 +237,11 @@ def prepare(
         made.fine = made.entries.fine
     if method.routing.reroutes:
         made.entries = Rerouted(method.routing, ffns, method.routing.counts(sparsity, ffns), calibration)
+    counted = method.choice.exact or not method.choice.calibrates
+    taken = [] if counted else made.counts(None, slice(None), True).taken
+    made.choosers = method.choice.attach(ffns, orders or [None] * len(ffns), taken, calibration)
     if calibration is None:
         return made
-    if method.choice.threshold != "none":
-        taken = made.counts(None, slice(None), True).taken
-        made.thresholds = thresholds.of_choice(method.choice, ffns, taken, made.previews, calibration)
     if mask.score is not None:
         made.factors = mask.score.factors(calibration)
     if fixed:

@@ -61,6 +61,17 @@ class Sums(PerSequence):
         return sums
 
 
+class Cores(Sums):
+    """For each layer the neurons of each sequence's mask that no token leaves out, [B, F] bool by neuron."""
+
+    def keep(self, layer: int, rows: Tensor, core: Tensor) -> None:
+        """Replace those of some sequences; at first there are all of them. rows: [b] indices; core: [b, F]."""
+        if self.layers[layer] is None:
+            self.add(layer, core)
+        else:
+            self.put(layer, rows.to(core.device), core)
+
+
 def _select(value: Any, rows: Tensor) -> Any:
     from torch import Tensor
 

@@ -59,7 +59,7 @@ class Session(Readings):
         unit = served_bits(self.ffns)
         self.method = method = method.at(1 - self.sparsity, unit)
         self.executing = Execution(self.ffns, method, execution, shared_mask)
-        self.serving = serving(method, self.ffns, self.sparsity, calibration)
+        self.serving = serving(method.choice, self.ffns, self.sparsity, calibration)
         try:
             self.serving.begin()
             self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, self.serving.orders)

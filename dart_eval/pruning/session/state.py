@@ -1,32 +1,24 @@
-"""The state of each sequence of a batch: what the parts have observed of it, its masks, its re-masks.
-
-The parts of the method (`parts`) say what is observed and what follows from it; here it is put together. All of it is
-by neuron, whatever order the weights are in. Padding is left out of every sum.
-"""
+"""The state of each sequence of a batch: what the parts have observed of it, its masks, its re-masks."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-from dart_eval.layers.expert_pool import present
-from dart_eval.layers.ffn import FFN, device_of
-from dart_eval.pruning.choices.choices import Token
-from dart_eval.pruning.choices.looking import Cores, looked, shown, usual
-from dart_eval.pruning.choices.shown import Graded
-from dart_eval.pruning.masks.allocations import ChangeState
-from dart_eval.pruning.masks.recent import means as means_of
+from dart_eval.layers.ffn import device_of
+from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.masks.remask import Due
-from dart_eval.pruning.masks.scores import FIRST_TOKEN
+from dart_eval.pruning.masks.scores import FIRST_TOKEN, alone
 from dart_eval.pruning.masks.standins import constant, means
+from dart_eval.pruning.session.observed import Observed
 from dart_eval.pruning.session.prepared import Prepared
-from dart_eval.pruning.session.sequence import PerSequence, Sums
+from dart_eval.pruning.session.sequence import Cores
 from dart_eval.pruning.session.steps import Change, Step
 
-CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
 
-
-class SequenceState(PerSequence):
+class SequenceState(Observed):
     """The state of B sequences under a method.
 
     Life: `observe` and `observe_change` during the context's dense forward(s), `finish_context` makes the masks; then
@@ -37,9 +29,6 @@ class SequenceState(PerSequence):
         shared: all sequences have one mask, from all of them, and make it anew together.
 
     Attributes:
-        sums: of each kind of part that observes, what it keeps (`score`, `choice`, `compensation`); beside a choice the
-            tokens that `had` each neuron, where experts are routed.
-        tokens: [B] context tokens seen. weight: [B] the sum of what they weigh.
         kept, taken, written: [B, L] long, on the CPU: neurons of the mask, those of them that a token takes, those of
             these that it writes; None before the context is over.
         masks: per layer [B, F] bool; None where no sequence is pruned, and where masks are fixed.
@@ -47,95 +36,16 @@ class SequenceState(PerSequence):
     """
 
     def __init__(self, prepared: Prepared, batch: int, device: torch.device, shared: bool = False) -> None:
-        self.prepared, self.method, self.shared = prepared, prepared.method, shared
-        self.ffns: tuple[FFN, ...] = tuple(prepared.ffns)
-        self.batch, self.device = batch, device
-        self.dtype = torch.float32  # of the model's activations, once seen
-        layers = len(self.ffns)
-        self.sums = {part.slot: Sums(layers) for part in self.method.observers}
-        if "choice" in self.sums and any(f.routed for f in self.ffns):
-            self.sums["had"] = Sums(layers)
-        self.tokens = torch.zeros(batch, device=device)
-        self.weight = torch.zeros(batch, device=device)
-        self.change: ChangeState | None = self.method.allocation.start(batch, self.ffns)
+        super().__init__(prepared, batch, device)
+        self.shared = shared
         self.kept: Tensor | None = None
         self.taken: Tensor | None = None
         self.written: Tensor | None = None
         self.masks: list[Tensor] | None = None
         self.constants: list[Tensor] | None = None
-        self.cores = Cores(layers)  # neurons of the masks that every token takes, where choices rank the others
+        self.cores = Cores(len(self.ffns))  # neurons of the masks that every token takes, where choices rank the others
         self.remasks = torch.zeros(batch, dtype=torch.long)
-        self.remasking = self.method.mask.remask.start(self.ffns, batch, device)
-        self._rough: Tensor | None = None  # [B, T, D] what neurons of the layer under way write through an image
         self.spent: Tensor | None = None  # [B, T] neurons that tokens under way took, where these are not set
-
-    # -- context -------------------------------------------------------------------------------------------
-
-    def _token_weights(self, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the tokens of a context forward weigh [B, T] fp32, and by how much earlier sums shrink [B]."""
-        mask = self.method.mask
-        if mask.fixed or mask.score is None:
-            return valid.float(), None
-        return mask.score.token_weights(valid, self.tokens)
-
-    @torch.no_grad()
-    def observe(self, layer: int, h: Tensor, valid: Tensor, up: Tensor | None = None) -> None:
-        """Take in context tokens.
-
-        Args:
-            h: [B, T, F], the input of the down projection. valid: [B, T] bool.
-            up: [B, T, F], up x of a gated FFN, where a part wants it.
-        """
-        self.dtype = h.dtype
-        if not self.sums:
-            return
-        up = up if self.method.choice.needs_up else None
-        weight, shrink = self._token_weights(valid)
-        if shrink is not None:
-            for sums in self.sums.values():
-                sums.shrink(layer, shrink)
-        self.add(self.sums, layer, h, valid, up, weight)
-
-    def add(
-        self, into: dict[str, Sums], layer: int, h: Tensor, valid: Tensor, up: Tensor | None, weight: Tensor
-    ) -> None:
-        """Add what each part observes of these tokens to its sums, a few tokens at a time."""
-        valid, weight = valid.to(h.device), weight.to(h.device)
-        if not bool(valid.all()):  # padding may hold anything, NaN too
-            h = h.masked_fill(~valid[..., None], 0)
-            up = None if up is None else up.masked_fill(~valid[..., None], 0)
-        ffn = self.ffns[layer]
-        step = max(1, CHUNK_BYTES // (4 * h.shape[0] * ffn.pool))
-        for start in range(0, h.shape[1], step):
-            some = slice(start, start + step)
-            hidden = ffn.spread(h[:, some].float(), some, h.shape[1])
-            if ffn.routed and "had" in into:
-                had = ffn.spread(present(ffn.routed, h[:, some], some, h.shape[1]), some, h.shape[1])
-                into["had"].add(layer, (weight[:, None, some] @ had).squeeze(1))
-            up_x = None if up is None else ffn.spread(up[:, some].float(), some, up.shape[1])
-            for part in self.method.observers:
-                sums = part.observe(hidden, up_x, weight[:, some]) if part.slot in into else None
-                if sums is not None:
-                    into[part.slot].add(layer, sums)
-
-    @torch.no_grad()
-    def observe_change(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
-        """Take in what an FFN adds to the stream. y: the stream that enters it; both [B, T, D]."""
-        if self.change is not None:
-            self.change.observe(layer, y, added, valid)
-
-    @torch.no_grad()
-    def observe_attention(self, a: Tensor, valid: Tensor) -> None:
-        """Take in the last layer's attention output of context tokens, [B, T, D]."""
-        if self.remasking is not None:
-            self.remasking.observe_attention(a, valid, self.tokens)
-
-    def forget(self) -> None:
-        """Forget what was observed so far, so that no mask is made from it."""
-        for sums in self.sums.values():
-            sums.forget()
-        self.change = self.method.allocation.start(self.batch, self.ffns)
-        self.tokens, self.weight = torch.zeros_like(self.tokens), torch.zeros_like(self.weight)
 
     def skip_context(self) -> None:
         """Begin sequences without a context. Where masks need one, they run dense and are counted as dense."""
@@ -306,12 +216,18 @@ class SequenceState(PerSequence):
         """The neurons of the mask that each token computes: [B, T, F] bool."""
         choice = self.method.choice
         assert self.taken is not None and self.written is not None
-        token = Token(h, h if gate is None else gate, h if up is None else up, self.usual(layer, rows))
-        token = looked(self, layer, token, allowed, x, rows)
-        counts = self.taken[:, layer], self.written[:, layer]
-        kept = choice.take(token, allowed, counts)
-        if isinstance(choice, Graded):
-            self._rough = shown(self, layer, choice.roughly(token, allowed, kept, counts), token)
+        token = Token(
+            h, h if gate is None else gate, h if up is None else up, self.usual(layer, rows), x=x, rows=rows,
+            allowed=allowed, taken=self.taken[:, layer], written=self.written[:, layer],
+        )  # fmt: skip
+        score = self.method.mask.score
+        if choice.ranks and score is not None:
+            core, factor = self.cores[layer].to(h.device), self.prepared.factor(layer)
+            token.core = (core if rows is None else core.index_select(-1, rows))[:, None]
+            if factor is not None:
+                factor = factor.to(h.device) if rows is None else factor.to(h.device).index_select(-1, rows)
+            token.alone = functools.partial(alone, score, h * allowed, factor)
+        kept = self.prepared.choosers[layer].take(token)
         if not choice.exact:
             taken = self.prepared.spent(kept.sum(-1, dtype=torch.float64).cpu(), layer)
             self.spent = taken if self.spent is None else self.spent + taken
@@ -319,16 +235,30 @@ class SequenceState(PerSequence):
 
     def added(self, layer: int) -> Tensor | None:
         """[B, T or 1, D], to be added to the FFN's pruned output: constants, and what was written through images."""
-        rough, self._rough = self._rough, None
+        rough = self.prepared.choosers[layer].extra() if self.method.choice.adds else None
         mean = self.constant(layer)
         return rough if mean is None else mean if rough is None else rough + mean
 
     def usual(self, layer: int, rows: Tensor | None = None) -> Tensor | None:
         """[B, 1, F] fp32, root of what the choice observed, up to a factor per sequence; None: nothing.
 
-        rows: [K], the neurons that are asked for.
+        Of an expert the mean over the tokens that had it; where none had, as of the others' neurons on average.
+
+        Args:
+            rows: [K], the neurons that are asked for; None: all.
         """
-        return usual(self, layer, rows)
+        sums, ffn = self.sums.get("choice"), self.ffns[layer]
+        if sums is None or sums.layers[layer] is None:
+            return None
+        found = sums[layer]
+        if ffn.routed:
+            had = self.sums["had"][layer]
+            found = torch.where(had > 0, found / had.clamp_min(FIRST_TOKEN), 0)
+            seen = (had > 0).sum(-1, keepdim=True)
+            average = torch.where(seen > 0, found.sum(-1, keepdim=True) / seen.clamp_min(1), 1)
+            found = torch.where(had > 0, found, average)
+        found = ffn.of_token(found, self.batch)
+        return (found if rows is None else found.index_select(-1, rows)).sqrt()
 
     def taken_by_one(self, layer: int, rows: Tensor | None) -> tuple[Tensor, int, int]:
         """Of the one sequence: what is usual of the kept neurons [K]; how many a token takes and writes."""
@@ -369,7 +299,7 @@ class SequenceState(PerSequence):
         old_weight = self.weight[chosen].clamp_min(FIRST_TOKEN)[:, None]
         for i in range(len(self.ffns)):
             at, weight = (t.to(self.masks[i].device) for t in (chosen, old_weight))
-            recent = means_of(self, i, chosen, due.dense)
+            recent = self.recent(i, chosen, due.dense)
             scores = w * self.sums["score"][i][at] / weight + (1 - w) * recent.pop("score")
             new, old = self._mask(i, scores, chosen), self.masks[i][at]
             overlaps.append(((old & new).sum(1) / old.sum(1).clamp_min(1)).tolist())

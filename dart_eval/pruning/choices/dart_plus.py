@@ -1,4 +1,4 @@
-"""Choices by what tokens see of h through an image of gate and up."""
+"""dart-plus: each token reads more bits of the neurons that a preview leaves most open."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dart_eval.pruning.choices.choices import Choice, Inside, Thresholded, Token
-from dart_eval.pruning.choices.images import Columns, Copy, FirstBits, Image, level_of
+from dart_eval.pruning.choices.choice import Token
+from dart_eval.pruning.choices.images import Columns, FirstBits, Image, level_of
+from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.masks.counts import Counts, Prices, graded_counts
 from dart_eval.pruning.part import option
 from dart_eval.util.errors import UserError
@@ -20,76 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Thresholded):
-    """The k neurons with the largest |h| as an image of gate and up and a thinned x show it, after Prox.
-
-    Prox (arXiv 2607.27591, known here from digests only; no code found) takes those with |act(g)_j u_j| above a
-    threshold a layer (`threshold=calibrated`: here the quantile over all neurons and tokens of the calibration text).
-    g and u come from copies of gate and up in 4 bits (symmetric, a scale a row) and the largest entries of x; all three
-    matrices of what is taken are then read exactly. As far as the digests say, it runs all tokens pruned where answers
-    are scored, and counts a third of 16 bits for a weight of the copies, as measured; here 4 bits and the scales count.
-    Our rounding fits each scale by least squares. Exact counts are ours.
-    """
-
-    name = "shown"
-    summary = "takes the largest |h| that a coarse image of gate and up and the largest entries of x show"
-    doubts = False
-    gathers = True
-    image: Image = option(Copy(bits=4, group=0), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
-    thin: float = option(0.5, "share of the entries of x, the largest, that the preview goes by", above=0, most=1)
-
-    def columns(self, width: int) -> Columns:
-        return Columns(max(1, int(self.thin * width + 1e-9)) / width)
-
-    def shown(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        import torch
-
-        from dart_eval.kernels.top import top_k_mask
-
-        if self.thin == 1:
-            return x, None
-        count = round(self.columns(x.shape[-1]).fine * x.shape[-1])
-        return x * top_k_mask(x.abs(), torch.full(x.shape[:-1], count)), None
-
-    def importance(self, token: Token) -> Tensor:
-        assert token.preview is not None
-        return token.preview.abs()
-
-    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        # the preview itself, and choosing by it
-        return 2 * mask * self.thin * shape.width * (shape.ffn_matrices - 1) + 3 * mask
-
-
-@dataclass(frozen=True, kw_only=True)
-class ByPreview(Inside):
-    """Exactly k neurons by what an image of gate and up lets one expect of h^2 (`Preview.look`).
-
-    Their rows are read exactly; then those with the largest |h| write.
-
-    Prox (arXiv 2607.27591, `Shown`) previews by a copy of 4 bits; first bits of the served weights, exact
-    counts and the expectation are ours.
-    """
-
-    name = "preview"
-    summary = "takes the largest |h| that a coarse image of gate and up shows; then writes the largest exact |h|"
-    image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
-    write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
-    gathers = True
-
-    def at(self, read: float) -> ByPreview:
-        image = self.image
-        return dataclasses.replace(self, image=image.at(level_of(read))) if isinstance(image, FirstBits) else self
-
-    def importance(self, token: Token) -> Tensor:
-        assert token.expected is not None
-        return token.expected
-
-    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 14 * mask  # the preview itself, and choosing by it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Graded(Choice):
+class Graded(Previewing):
     """The neurons that a preview leaves most open are read exactly; the next ones write as it has them.
 
     Every token reads the first bits of gate and up, which lets it expect h^2 of each neuron (`Preview.look`). Of some
@@ -108,7 +40,7 @@ class Graded(Choice):
 
     name = "graded"
     summary = "reads exactly where a preview leaves most open, and lets the next neurons write as the preview has them"
-    grades = True
+    adds = True
     image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     fine: float = option(
         0.0, "share of the columns that a preview reads in all of its bits; 0: by what is read", least=0, most=1
@@ -157,7 +89,7 @@ class Graded(Choice):
             return Columns(1 - rough * self.tile / width, rough * self.tile / width)
         return Columns(fine * self.tile / width, rough * self.tile / width)
 
-    def shown(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def parts_of(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
         import torch
 
         from dart_eval.kernels.top import largest
@@ -177,32 +109,35 @@ class Graded(Choice):
 
     def counts(
         self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        image: Prices | None = None,
+        prices: Prices | None = None,
     ) -> Counts:  # fmt: skip
-        assert image is not None
-        return graded_counts(densities, sizes, sparsity, matrices, image, self.coarse, self.title)
+        assert prices is not None
+        return graded_counts(densities, sizes, sparsity, matrices, prices, self.coarse, self.title)
+
+    def paid(self, prices: Prices) -> tuple[float, float, float, float]:
+        assert prices.coarse is not None
+        exact = prices.taken + prices.written - prices.coarse  # those taken are written too
+        return prices.across, prices.whole, exact, prices.coarse
 
     def importance(self, token: Token) -> Tensor:
         assert token.expected is not None and token.columns is not None
         return token.expected * token.columns
 
-    def take(self, token: Token, allowed: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
+    def take(self, token: Token) -> Tensor:
         from dart_eval.kernels.top import largest
 
         assert token.expected is not None and token.columns is not None and token.preview is not None
+        assert token.allowed is not None and token.taken is not None
         known = (1 - self.known) * token.preview.float().square()
-        return largest((token.expected - known).clamp(min=0) * token.columns, allowed, counts[0])
+        return largest((token.expected - known).clamp(min=0) * token.columns, token.allowed, token.taken)
 
-    def roughly(self, token: Token, allowed: Tensor, taken: Tensor, counts: tuple[Tensor, Tensor]) -> Tensor:
-        """The neurons that write as the image shows them: [B, T, F] bool, none of those taken. See `take`."""
+    def roughly(self, token: Token, kept: Tensor) -> Tensor:
         from dart_eval.kernels.top import largest
 
-        return largest(self.importance(token), allowed & ~taken, counts[1] - counts[0])
+        assert token.allowed is not None and token.taken is not None and token.written is not None
+        return largest(self.importance(token), token.allowed & ~kept, token.written - token.taken)
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         # The previews of gate and up, choosing by them, and the image of down for what writes so, at most of all.
         seen = sum(self.columns(shape.width)) * (shape.ffn_matrices - 1)
         return 2 * mask * shape.width * (seen + 1) + 19 * mask
-
-
-SHOWN = (ByPreview, Graded, Shown)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dart_eval.pruning.choices.choices import Choice, Token
+from dart_eval.pruning.choices.choice import Choice, Token
 from dart_eval.pruning.masks.counts import Counts, Prices, exact_counts
 from dart_eval.pruning.part import option
 from dart_eval.util.errors import UserError
@@ -40,6 +40,7 @@ class Candidates(Choice):
     name = "candidates"
     summary = "computes the core of the mask, and of its candidates those with the highest scores of this token"
     ranks = True
+    fits_experts = False
     reads_whole = ("gate", "up")
     width: float = option(0.1, "share of the neurons that are candidates", least=0, most=1)
 
@@ -58,7 +59,7 @@ class Candidates(Choice):
 
     def counts(
         self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        image: Prices | None = None,
+        prices: Prices | None = None,
     ) -> Counts:  # fmt: skip
         everything, whole = sum(sizes), matrices - 1
         kept = round((1 - sparsity) * everything)
@@ -82,8 +83,8 @@ class Candidates(Choice):
         return Counts(mask, taken, taken, whole)
 
     def importance(self, token: Token) -> Tensor:
-        assert token.score is not None and token.core is not None
-        return token.score.masked_fill(token.core, math.inf)
+        assert token.alone is not None and token.core is not None
+        return token.alone().masked_fill(token.core, math.inf)
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         return 3 * self.width * sum(shape.ffn_sizes)  # a candidate's square, its factor, a comparison with the core's

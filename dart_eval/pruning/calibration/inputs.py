@@ -1,0 +1,94 @@
+"""What a calibration text says of the inputs of matrices: quantiles, sums of squares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.calibration.calibration import Calibration
+
+BELOW_ALL = -1.0  # magnitudes are never negative: none lies below it
+LOW_BITS = 13  # of a float32, left out of a bin: 10 bits of the mantissa stay, and a bin is .1 % wide
+BINS = 1 << (31 - LOW_BITS)
+
+
+class Distribution:
+    """How often magnitudes of every size came up, in bins by the leading bits of a float32.
+
+    The bit patterns of positive numbers are in the order of the numbers, so no range has to be known beforehand.
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(BINS, dtype=torch.int64)
+
+    def add(self, values: Tensor) -> None:
+        """Count these numbers, any shape."""
+        patterns = values.float().abs().reshape(-1).view(torch.int32) >> LOW_BITS
+        self.counts += torch.bincount(patterns, minlength=BINS).cpu()
+
+    def quantile(self, share: float) -> float:
+        """The lower edge of the bin in which this share of the numbers is reached: no more of them lie below it."""
+        if share <= 0:
+            return BELOW_ALL
+        reached = self.counts.cumsum(0) >= math.ceil(share * int(self.counts.sum()) - 1e-6)  # .6 * 5 is 3
+        edge = reached.int().argmax().to(torch.int32) << LOW_BITS
+        return float(edge.view(torch.float32))
+
+
+class Quantile:
+    """The number that as many magnitudes of all tokens are above as the tokens are to take."""
+
+    def __init__(self) -> None:
+        self.distribution, self.share = Distribution(), 0.0
+
+    def add(self, values: Tensor, k: int) -> None:
+        """Count tokens, [T, F], that are to take k neurons each."""
+        self.distribution.add(values)
+        self.share = 1 - k / values.shape[-1]
+
+    @property
+    def threshold(self) -> float:
+        """The quantile."""
+        return self.distribution.quantile(self.share)
+
+
+class MeanLeast:
+    """The mean over tokens of each token's k-th largest magnitude."""
+
+    def __init__(self) -> None:
+        self.sum, self.tokens = 0.0, 0
+
+    def add(self, values: Tensor, k: int) -> None:
+        """Count tokens, [T, F], that are to take k neurons each."""
+        self.sum += float(values.float().abs().topk(k).values[:, -1].sum(dtype=torch.float64)) if k else torch.inf
+        self.tokens += len(values)
+
+    @property
+    def threshold(self) -> float:
+        """The mean."""
+        return self.sum / max(1, self.tokens)
+
+
+def squares_of_inputs(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
+    """Per layer [D] fp32: the sums over the text of the squares of x."""
+    return all_squares(ffns, calibration)[::2]
+
+
+def all_squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
+    """Layer by layer [D] and [F] fp32: the sums over the text of the squares of x and of h."""
+    return calibration.once("squares of inputs", lambda: _squares(ffns, calibration))
+
+
+def _squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
+    squares = [[torch.zeros(f.width), torch.zeros(f.size)] for f in ffns]
+
+    def see(layer: int, x: Tensor, h: Tensor) -> None:
+        for total, values in zip(squares[layer], (x, h), strict=True):
+            total += values.float().square().sum(0).cpu()
+
+    calibration.visit(see)
+    return [total for both in squares for total in both]

@@ -1,0 +1,60 @@
+"""Choices that know h before it has been read: upper bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dart_eval.pruning.choices.choice import Choice, Inside, Token
+from dart_eval.pruning.masks.counts import Counts, Prices, keep_counts
+from dart_eval.pruning.part import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByHidden(Inside):
+    """A token takes exactly k neurons, by |h|, as if h were known before anything is read.
+
+    No choice can be better informed.
+    """
+
+    name = "hidden"
+    summary = "takes the largest |h|, as if it were known beforehand (an upper bound)"
+    upper_bound = True
+
+    def importance(self, token: Token) -> Tensor:
+        return token.h.abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopP(Choice):
+    """A token takes the fewest neurons with the share p of its sum of |h|, as if h were known beforehand.
+
+    Their number differs from token to token and from layer to layer, so what is read is measured and not set.
+    """
+
+    name = "top-p"
+    summary = "takes the fewest neurons with the share p of the sum of |h| (an upper bound; what it reads varies)"
+    sized = False
+    exact = False
+    upper_bound = True
+    p: float = option(0.9, "share of a token's sum of |h| that is kept", above=0, most=1)
+
+    def counts(
+        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
+        prices: Prices | None = None,
+    ) -> Counts:  # fmt: skip
+        counts = list(sizes) if whole_mask else keep_counts(densities, sizes, sparsity)
+        return Counts(counts, counts, counts, 0)
+
+    def take(self, token: Token) -> Tensor:
+        import torch
+
+        assert token.allowed is not None
+        mass, order = token.h.float().abs().masked_fill(~token.allowed, 0).sort(dim=-1, descending=True, stable=True)
+        total = mass.cumsum(-1, dtype=torch.float64)
+        needed = total - mass < self.p * total[..., -1:]  # what is larger has less than the share
+        return torch.zeros_like(needed).scatter_(-1, order, needed)

@@ -1,0 +1,152 @@
+"""Choices by a preview: what a token reads of all gate and up weights, coarser and cheaper, before it chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from dart_eval.pruning.choices.choice import Choice, ChoiceLayer, Inside, Token
+from dart_eval.pruning.choices.images import Columns, FirstBits, Image, level_of
+from dart_eval.pruning.masks.counts import Prices
+from dart_eval.pruning.part import option
+from dart_eval.util.bits import OWN_BITS, SCALE_BITS, Rounding
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.layers.shape import ModelShape
+    from dart_eval.pruning.calibration.calibration import Calibration
+    from dart_eval.util.bits import Stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Previewing(Choice):
+    """Base of choices by a preview. What it reads of a weight is the image's affair (`images`).
+
+    Attributes:
+        image: what every token reads of gate and up for the whole mask.
+        doubts: whether it goes by what the image leaves out of each row, too.
+        fewer: bits that a second, rougher image of gate and up lacks; 0: there is none.
+    """
+
+    previews = True
+    image: ClassVar[Image]
+    doubts: ClassVar[bool] = True
+    fewer: ClassVar[int] = 0
+
+    @property
+    def served(self) -> Rounding | None:  # type: ignore[override]
+        return self.image.served
+
+    def attach(
+        self, ffns: Sequence[FFN], orders: Sequence[Tensor | None], taken: Sequence[int],
+        calibration: Calibration | None,
+    ) -> list[ChoiceLayer]:  # fmt: skip
+        from dart_eval.pruning.choices.previews import PreviewLayer
+
+        return [PreviewLayer(self, f, self.image, order, self.fewer) for f, order in zip(ffns, orders, strict=True)]
+
+    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        from dart_eval.weights.rounding import on_grid, parameter_of, stored_of
+
+        if not isinstance(self.image, FirstBits):
+            return
+        for module in (m for f in ffns for m in f.projections if m is not f.down or self.adds):
+            if on_grid(module):
+                continue
+            if (bits := stored_of(module).total) != OWN_BITS:
+                raise UserError(
+                    f"choice={self.name} needs FFN weights of 16 bits, or codes on an even grid: those of this model "
+                    f"have {bits:.3g} bits, and no such codes were found",
+                    "use a method that chooses in another way, give image=copy, or load the model unquantised",
+                )
+            if sparsity:
+                parameter_of(module)
+
+    # -- what it looks at ------------------------------------------------------------------------------------
+
+    def columns(self, width: int) -> Columns:
+        """Which share of the columns of gate and up a preview reads. width: how many there are."""
+        return Columns()
+
+    # -- what it reads ---------------------------------------------------------------------------------------
+
+    def _doubt_bits(self, width: int) -> float:
+        """Bits of a neuron's doubts for each weight of its row; none where the image leaves nothing out."""
+        return 0.0 if self.image.exact or not self.doubts else SCALE_BITS * (1 + self.fewer) / width
+
+    def _norm_bits(self, width: int) -> float:
+        """Bits of the norm of a neuron's column of down, for each of its weights; none where nothing goes by it."""
+        return SCALE_BITS / width if self.adds else 0.0
+
+    def prices(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[Prices]:
+        return [self._price(ffn, everything, unit) for ffn in ffns]
+
+    def _price(self, ffn: FFN, everything: bool, unit: float) -> Prices:
+        from dart_eval.weights.rounding import served_inputs, served_output
+
+        image, columns = self.image, self.columns(ffn.width)
+        whole = taken = 0.0
+        for matrix in served_inputs(ffn):
+            bits, (rows, width) = matrix.stored, matrix.weight.shape
+            whole += image.read(bits, rows, width, columns) + self._doubt_bits(ffn.width)
+            taken += image.rest(bits, rows, width, columns)
+        down = served_output(ffn)
+        rows, width = down.weight.shape
+        across = image.across(down.stored, rows, width, self.adds) / unit
+        whole = (whole + self._norm_bits(ffn.width)) / unit + across * everything
+        coarse = image.coarse(down.stored, rows, width) / unit
+        return Prices(whole, taken / unit, down.stored.code / unit, coarse, across * (not everything))
+
+    def prices_of(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> Prices:
+        image, unit, columns = self.image, bits.total, self.columns(width)
+        if image.served is not None and bits.code == OWN_BITS:
+            bits = image.served.stored(width)
+        read = sum(size * (image.read(bits, size, width, columns) + self._doubt_bits(width)) for size in sizes)
+        across = max(image.across(bits, width, size, self.adds) for size in sizes)
+        whole = ((matrices - 1) * read / sum(sizes) + self._norm_bits(width) + across) / unit
+        rest = (matrices - 1) * image.rest(bits, sizes[0], width, columns) / unit
+        return Prices(whole, rest, bits.code / unit, image.coarse(bits, width, sizes[0]) / unit)
+
+    def stored(self, ffns: Sequence[FFN]) -> int:
+        from dart_eval.weights.rounding import served_inputs, served_output
+
+        inputs = [(f, m) for f in ffns for m in served_inputs(f)]
+        bits = sum(m.weight.numel() * self._doubt_bits(f.width) for f, m in inputs)
+        bits += sum(f.pool * f.width * self._norm_bits(f.width) for f in ffns)
+        if self.image.stored:
+            matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if self.adds else [])
+            bits += sum(m.weight.numel() * self.image.bits_of(m.stored, *m.weight.shape) for m in matrices)
+        return round(bits / 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByPreview(Inside, Previewing):
+    """Exactly k neurons by what an image of gate and up lets one expect of h^2 (`Preview.look`).
+
+    Their rows are read exactly; then those with the largest |h| write.
+
+    Prox (arXiv 2607.27591, `Shown`) previews by a copy of 4 bits; first bits of the served weights, exact
+    counts and the expectation are ours.
+    """
+
+    name = "preview"
+    summary = "takes the largest |h| that a coarse image of gate and up shows; then writes the largest exact |h|"
+    image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
+    write_share: float = option(0.7, "of the neurons taken, the share whose columns of down are read", above=0, most=1)  # type: ignore[misc]
+    gathers = True
+
+    def at(self, read: float) -> ByPreview:
+        image = self.image
+        return dataclasses.replace(self, image=image.at(level_of(read))) if isinstance(image, FirstBits) else self
+
+    def importance(self, token: Token) -> Tensor:
+        assert token.expected is not None
+        return token.expected
+
+    def flops_per_step(self, shape: ModelShape, mask: float) -> float:
+        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 14 * mask  # the preview itself, and choosing by it
