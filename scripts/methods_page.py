@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from dart_eval.cli.describe import part_rows
@@ -145,13 +146,12 @@ def page() -> str:
     """The text of docs/methods.md."""
     lines = [HEAD, "## Methods\n", "| name | what it does | its parts |", "| --- | --- | --- |"]
     for method in BUILT_IN:
-        parts = [method.mask, method.choice, method.allocation, method.compensation, method.entries, method.routing]
-        spelled = Pruner(*parts).spec  # type: ignore[arg-type]
+        spelled = dataclasses.replace(method, name=Pruner.name).spec
         named = ", ".join(f"`{part}`" for part in spelled.split(":")[1:]) or "only those below"
         lines.append(f"| `{method.name}` | {_cell(method.summary)} | {_cell(named)} |")
     lines.append(
-        "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform`, `compensation=none`, "
-        "`entries=all`, `routing=own`.\n"
+        "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform` and "
+        "`compensation=none`; a method with `entries` or a `routing` has none of the others but an allocation.\n"
     )
     for slot, what in SLOTS.items():
         lines.append(f"## {slot}: {what}\n")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dart_eval.pruning.method import Pruner, plain_fields, slot_names, slots, text_of
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part, kind_of
 from dart_eval.pruning.registry import parts
+from dart_eval.pruning.spelling import plain_fields, slot_names, slots, text_of
 
 
 def tree(method: Pruner) -> list[tuple[str, str]]:

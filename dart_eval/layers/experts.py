@@ -285,7 +285,7 @@ def _routed(config: Any) -> int:
     if found is None:
         raise UserError(
             f"how many experts a token of {config.model_type} has is not known",
-            "add the name of its setting to ROUTED in dart_eval/experts.py",
+            "add the name of its setting to ROUTED in dart_eval/layers/experts.py",
         )
     return found
 

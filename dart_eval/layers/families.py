@@ -194,7 +194,7 @@ def decoder(model: nn.Module) -> nn.Module:
         return base
     raise UserError(
         f"the decoder layers of {type(model).__name__} were not found",
-        "add the family to dart_eval/families.py (docs/architecture.md, 'a model family')",
+        "add the family to dart_eval/layers/families.py (docs/architecture.md, 'a model family')",
     )
 
 

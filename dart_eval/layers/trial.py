@@ -131,7 +131,7 @@ def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     if not _alike(ours, theirs):
         raise UserError(
             f"{type(module).__name__} computes something else than the experts that would be pruned",
-            "add how it holds and calls its experts to dart_eval/expert_forms.py",
+            "add how it holds and calls its experts to dart_eval/layers/expert_forms.py",
         )
 
 
@@ -245,7 +245,7 @@ def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
             )
         raise UserError(
             f"the FFN of layer {f.number} of {name} does more than act(gate x) * (up x)",
-            "this family needs an entry of its own in dart_eval/families.py",
+            "this family needs an entry of its own in dart_eval/layers/families.py",
         )
 
 

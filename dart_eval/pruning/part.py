@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -67,6 +68,7 @@ class Part:
         for field in dataclasses.fields(self):
             if not slot_of(type(self), field.name):
                 _check(self, field)
+        check_slots(self, self.title)
 
     @property
     def title(self) -> str:
@@ -113,9 +115,38 @@ class Part:
 
 
 def slot_of(cls: Any, name: str) -> type[Part] | None:
-    """The kind of part that a field takes, or None where it takes a plain value."""
+    """The kind of part that a field takes, the first of several, or None where it takes a plain value."""
+    return next(iter(takes(cls, name)), None)
+
+
+def takes(cls: Any, name: str) -> tuple[type[Part], ...]:
+    """The kinds of parts that a field takes; none where it takes a plain value."""
     hint = _hints(cls).get(name)
-    return hint if isinstance(hint, type) and issubclass(hint, Part) else None
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return kinds if all(isinstance(kind, type) and issubclass(kind, Part) for kind in kinds) else ()
+
+
+def check_slots(owner: Any, title: str) -> None:
+    """Refuse parts in slots that take others.
+
+    Args:
+        owner: a method or a part. title: what messages call it.
+
+    Raises:
+        UserError: with the names of those that it takes.
+    """
+    cls: Any = type(owner)
+    for name in _hints(cls):
+        allowed, value = takes(cls, name), getattr(owner, name, None)
+        if allowed and isinstance(value, Part) and not isinstance(value, allowed):
+            names = sorted({cls.name for kind in allowed for cls in _named(kind)})
+            raise UserError(f"{value.title} does not go with {title}", f"give one of {', '.join(names)}")
+
+
+def _named(kind: type[Part]) -> list[type[Part]]:
+    """All parts of a kind that have a name, those of other packages too."""
+    own = [kind] if "name" in vars(kind) else []
+    return own + [cls for below in kind.__subclasses__() for cls in _named(below)]
 
 
 def kind_of(cls: Any, name: str) -> Any:

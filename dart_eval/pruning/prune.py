@@ -11,7 +11,7 @@ from torch import nn
 
 from dart_eval.models.guard import refuse_second
 from dart_eval.pruning.calibration.calibration import Calibration, TextCalibration
-from dart_eval.pruning.choices.choice import Choice
+from dart_eval.pruning.choices.choice import AnyChoice
 from dart_eval.pruning.experts.routings import Routing
 from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.masks.allocations import Allocation
@@ -19,7 +19,7 @@ from dart_eval.pruning.masks.compensations import Compensation
 from dart_eval.pruning.masks.counts import check_sparsity
 from dart_eval.pruning.masks.mask import Mask
 from dart_eval.pruning.masks.remasks import Remask
-from dart_eval.pruning.masks.scores import Score
+from dart_eval.pruning.masks.scores import AnyScore
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.registry import make, parse
@@ -64,9 +64,9 @@ def prune(
     execution: Wanted = "auto",
     shared_mask: bool = False,
     mask: Mask | Named | None = None,
-    score: Score | Named | None = None,
+    score: AnyScore | Named | None = None,
     remask: Remask | Named | None = None,
-    choice: Choice | Named | None = None,
+    choice: AnyChoice | Named | None = None,
     allocation: Allocation | Named | None = None,
     compensation: Compensation | Named | None = None,
     entries: Entries | Named | None = None,

@@ -31,132 +31,133 @@ from dart_eval.pruning.masks.mask import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.masks.remasks import REMASKS, OnDrift
 from dart_eval.pruning.masks.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.method import Pruner, changed, flattened, text_of
+from dart_eval.pruning.method import ExpertChoice, InputSparsity, NeuronMask, Pruner, StaticMask, TokenChoice, kind_with
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.renamed import new_names
+from dart_eval.pruning.spelling import changed, flattened, text_of
 from dart_eval.util.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 
 GRIFFIN = Activation(norm="l2")
-BUILT_IN = (
-    Pruner(name="dense", summary="prunes nothing: the model as it is (control)"),
-    Pruner(
+BUILT_IN: tuple[Pruner, ...] = (
+    TokenChoice(name="dense", summary="prunes nothing: the model as it is (control)"),
+    StaticMask(
         name="random", summary="keeps a random set of neurons in each layer, the same for every text",
         mask=Static(score=Random()),
     ),
-    Pruner(
+    StaticMask(
         name="magnitude", summary="keeps the neurons with the largest rows of gate and up, the same for every text",
         mask=Static(score=Weights()),
     ),
-    Pruner(
+    StaticMask(
         name="mag-sp", summary="keeps the neurons with the largest columns of down, the same for every text",
         mask=Static(score=Weights(of="down")),
     ),
-    Pruner(
+    StaticMask(
         name="static", summary="keeps the neurons that were most active on a calibration text, as griffin scores them",
         mask=Static(score=GRIFFIN),
     ),
-    Pruner(
+    StaticMask(
         name="wanda-sp", summary="keeps neurons with the largest columns of down and activations on a calibration text",
         mask=Static(score=Wanda()),
     ),
-    Pruner(
+    StaticMask(
         name="flap", summary="keeps neurons that vary most on a calibration text, and adds the mean of the others",
         mask=Static(score=Fluctuation()), allocation=Global(), compensation=MeanOutput(over="calibration"),
     ),
-    Pruner(
+    NeuronMask(
         name="griffin", summary="keeps the neurons that were most active in the prompt, equally many in every layer",
         mask=FromPrompt(score=GRIFFIN),
     ),
-    Pruner(
+    NeuronMask(
         name="dart", summary="keeps the neurons most active in the prompt, more in some layers, and re-masks on drift",
         mask=FromPrompt(remask=OnDrift()), allocation=DepthAware(),
     ),
     # The public code's settings. Its defects stay out: there a mask of MASKING_STEP 0 was never made anew, and half of
     # the layers of the forward with the alarm ran under the old one. Densities stay the prompt's here; the code
     # computed them anew.
-    Pruner(
+    NeuronMask(
         name="dart-code", summary="is dart as its public code sets it: eager detector, re-masks from 30 dense tokens",
         mask=FromPrompt(remask=OnDrift(
             window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
         )), allocation=DepthAware(),
     ),
-    Pruner(
+    NeuronMask(
         name="coreinfer", summary="keeps the neurons that were most often among the largest of the prompt's tokens",
         mask=FromPrompt(score=Votes()),
     ),
-    Pruner(
+    NeuronMask(
         name="glass", summary="keeps the neurons that rank high in the prompt and on a text (after the abstract)",
         mask=FromPrompt(score=Ranks()),
     ),
-    Pruner(
+    NeuronMask(
         name="probe", summary="keeps neurons by activations in the prompt and on a text, and columns of down",
         mask=FromPrompt(score=Probe()),
     ),
-    Pruner(
+    NeuronMask(
         name="pop", summary="keeps a core from the prompt, and lets each token choose among candidates around the cut",
         mask=FromPrompt(score=Wanda()), choice=Candidates(),
     ),
     # These two are ours. The setting of dart-plus was chosen on the shipped texts (results/setting.md).
-    Pruner(
+    TokenChoice(
         name="dart-plus", summary="lets each token read more bits of the neurons that matter more to it",
         choice=Graded(),
     ),
-    Pruner(
+    NeuronMask(
         name="dart-choice", summary="lets tokens choose in a wide mask, re-masks on drift, adds the mean of the rest",
         mask=FromPrompt(score=GRIFFIN, remask=OnDrift(floor=0.05, ring=8, blend=0.8, old="running")),
         choice=GateUp(mask_ratio=1.6, write_share=0.6), compensation=MeanOutput(),
     ),
-    Pruner(
+    TokenChoice(
         name="cats", summary="lets each token choose the largest |act(gate x)|, after reading all of gate",
         choice=ByGate(),
     ),
-    Pruner(
+    TokenChoice(
         name="m-countdown", summary="lets each token choose the largest |up x|, after reading all of up",
         choice=ByUp(),
     ),
-    Pruner(
+    TokenChoice(
         name="preview", summary="lets each token choose the largest |h|, as the first bits of gate and up show them",
         choice=ByPreview(),
     ),
-    Pruner(
+    TokenChoice(
         name="prox", summary="lets each token choose the largest |h|, as 4-bit copies and half of x show them",
         choice=Shown(),
     ),
-    Pruner(
+    TokenChoice(
         name="top-p", summary="lets each token choose the fewest neurons with a share of the sum of |h| (upper bound)",
         choice=TopP(),
     ),
-    Pruner(
+    TokenChoice(
         name="oracle-token", summary="lets each token choose the largest |h|, known beforehand (upper bound)",
         choice=ByHidden(),
     ),
-    Pruner(
+    InputSparsity(
         name="teal", summary="leaves out columns of small inputs of each matrix, not neurons",
         entries=Above(),
     ),
-    Pruner(
+    InputSparsity(
         name="wina", summary="leaves out columns with small inputs times norms, not neurons",
         entries=ByNorms(),
     ),
-    Pruner(
+    InputSparsity(
         name="wanda", summary="leaves out single weights that matter least on a calibration text, not neurons",
         entries=WandaEntries(),
     ),
-    Pruner(
+    InputSparsity(
         name="rounding", summary="rounds the weights that decoded tokens read, and not those of prompts (control)",
         entries=RoundedEntries(),
     ),
-    Pruner(
+    ExpertChoice(
         name="fewer-experts", summary="gives each token fewer of its routed experts, whole ones (a control)",
         routing=Fewer(),
     ),
-    Pruner(
+    ExpertChoice(
         name="drop-experts", summary="takes half of the experts out, after REAP: memory is saved, and no reads",
         routing=Without(),
     ),
-    Pruner(
+    NeuronMask(
         name="oracle", summary="makes one mask from the very tokens that then run under it (upper bound)",
         mask=Ahead(score=GRIFFIN),
     ),
@@ -227,7 +228,7 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
     if name not in known:
         raise UserError(f"unknown method {name!r}", nearest(name, known) or "`dart-eval ls methods` lists them")
     every = parts()
-    return changed(known[name], new_names(known[name], params or {}, every), every)
+    return changed(known[name], new_names(known[name], params or {}, every), every, kind_with)
 
 
 def spelled(name: str, given: Mapping[str, Any]) -> str:

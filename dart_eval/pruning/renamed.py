@@ -9,8 +9,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from dart_eval.pruning.method import Known, Pruner, plain_fields
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import cast
+from dart_eval.pruning.spelling import Known, plain_fields
 from dart_eval.util.errors import RenamedWarning, UserError
 
 RENAMED = {

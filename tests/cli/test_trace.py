@@ -8,8 +8,8 @@ import torch
 from dart_eval.bench import tracing
 from dart_eval.bench.overhead import measure
 from dart_eval.layers.find import find_ffns
+from dart_eval.layers.shape import shape_of
 from dart_eval.models import shapes
-from dart_eval.pruning import cost
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.trace_plot import draw
 from dart_eval.util.errors import UserError
@@ -165,7 +165,7 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
     assert (found.remask_tokens > 0) == (name != "griffin")
     if name == "dart-code":  # 30 dense tokens, each for what a pruned one saves
         model = tiny("llama")
-        sizes = cost.shape_of(model, find_ffns(model))
+        sizes = shape_of(model, find_ffns(model))
         saved = 1 - sizes.decode(1025, 0.5) / sizes.decode(1025)
         scoring = (30 * 5 + 3) * neurons / sizes.decode(1025)
         assert found.remask_tokens == pytest.approx(30 * saved + scoring)

@@ -185,8 +185,8 @@ def test_parameters_reach_the_method_with_their_types():
     ("dart:allocation=dept", "dart: there is no allocation=dept; did you mean depth"),
     ("dart:remask.window=0", "dart: remask.window is 0; it must be at least 1"),
     ("dart:remask.blend=1.5", "dart: remask.blend is 1.5; it must be at most 1"),
-    ("dart:score=weights", "dart: mask=prompt is made from tokens, and score=weights reads none; use mask=static"),
-    ("magnitude:allocation=depth", "allocation=depth looks at the prompt, and mask=static is made before it"),
+    ("dart:score=weights", "dart: score=weights does not go with mask=prompt; give one of activation, "),
+    ("magnitude:allocation=depth", "magnitude: allocation=depth does not go with mask=static; give one of ends, "),
     ("dart:window", "'dart:window' is not a method; write NAME or NAME:key=value"),
     ("dart:=8", "'dart:=8' is not a method"),
 ])  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from accelerate import dispatch_model
 from transformers import AutoModelForCausalLM
 
-from dart_eval.layers import ffn
+from dart_eval.layers import projection
 from dart_eval.models.loading import ModelSpec, Resolved, resolve
 from dart_eval.sweep import jobs, local
 from dart_eval.sweep.config import config_from
@@ -34,7 +34,7 @@ CELLS = (
 
 @pytest.fixture(autouse=True)
 def _cards_hold_plain_numbers(monkeypatch):
-    monkeypatch.setattr(ffn, "PLAIN", (*ffn.PLAIN, OnCard))
+    monkeypatch.setattr(projection, "PLAIN", (*projection.PLAIN, OnCard))
 
 
 def spread(model):

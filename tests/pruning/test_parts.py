@@ -28,10 +28,11 @@ from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.masks.remasks import EveryN, Never, OnDrift
 from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.method import Pruner, changed, plain_fields, slot_names, slots, text_of
+from dart_eval.pruning.method import Pruner, kind_with
 from dart_eval.pruning.part import kind_of
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.session.sequence import PerSequence
+from dart_eval.pruning.spelling import changed, plain_fields, slot_names, slots, text_of
 from dart_eval.util.errors import UserError
 from tests.helpers.models import tiny
 from tests.helpers.sessions import VARIED, open_session, prompts_of, state_of
@@ -202,11 +203,16 @@ def test_what_a_composition_is_follows_from_its_parts():
 
 
 @pytest.mark.parametrize(("spec", "words"), [
-    ("magnitude:allocation=depth", "allocation=depth looks at the prompt, and mask=static is made before it"),
-    ("griffin:score=weights", "mask=prompt is made from tokens, and score=weights reads none; use mask=static"),
-    ("oracle:score=random", "mask=ahead is made from tokens"),
-    ("cats:choice=candidates", "choice=candidates ranks neurons by the mask's score .* mask=everything"),
-    ("random:choice=candidates", "and mask=static has none; use mask=prompt, or another choice"),
+    ("magnitude:allocation=depth", "allocation=depth does not go with mask=static; give one of ends, global, table"),
+    ("griffin:score=weights", "score=weights does not go with mask=prompt; give one of activation, "),
+    ("oracle:score=random", "score=random does not go with mask=ahead"),
+    ("cats:allocation=global", "allocation=global does not go with mask=everything"),
+    ("teal:mask=prompt", "inputs or weights are left out, and mask=prompt leaves out neurons; .*dense:mask=prompt"),
+    ("griffin:entries=norms", "neurons are left out, and entries=norms leaves out inputs or weights"),
+    ("cats:routing=fewer", "neurons are left out, and routing=fewer leaves out experts"),
+    ("teal:allocation=depth", "allocation=depth does not go with entries=threshold"),
+    ("cats:choice=candidates", "choice=candidates does not go with mask=everything; give one of gate, "),
+    ("random:choice=candidates", "choice=candidates does not go with mask=static"),
     ("dart:remask.every=4:remask.dense_tokens=3", "`every` makes masks from the ring, and dense_tokens does without"),
     ("dart:allocation=table", "allocation=table needs a file"),
     ("dart:allocation=table:allocation.file=nowhere.json", "nowhere.json is not a file; .*save-allocation"),
@@ -264,9 +270,9 @@ def test_a_slot_that_is_named_again_keeps_what_the_method_has_in_it():
 
 def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     first = make("griffin", {"remask": "drift"})
-    second = changed(first, {"remask.window": 8}, parts())
+    second = changed(first, {"remask.window": 8}, parts(), kind_with)
     assert second.spec == "griffin:remask=drift:remask.window=8" and second.base == make("griffin")
-    assert changed(second, {"remask": "never"}, parts()).spec == "griffin"
+    assert changed(second, {"remask": "never"}, parts(), kind_with).spec == "griffin"
 
 
 @pytest.mark.parametrize(("name", "given", "words"), [
@@ -354,7 +360,8 @@ def test_what_is_written_of_a_method_makes_it_again(drawn):
     again = made(found.spec)
     assert again == found and again.spec == found.spec and again.params() == found.params()
     as_text = {path: text_of(value) for path, value in found.params().items()}
-    for base in ("dense", found.name, "dart-choice"):  # all parts and fields, whatever the method that they go into
+    neurons = ["dart-choice"] if found.leaves_out == "neurons" else []
+    for base in ("dense", found.name, *neurons):  # all parts and fields, whatever the method that they go into
         assert make(base, found.params()) == make(base, as_text) == found
     parents = [path for path, _ in slots(found)]
     assert parents == [slot for slot in SLOTS if slot in found.params()]

@@ -69,7 +69,7 @@ class ChoiceLayer:
         threshold: the number that a neuron's importance must be above; None where the choice counts.
     """
 
-    def __init__(self, choice: Choice, ffn: FFN) -> None:
+    def __init__(self, choice: AnyChoice, ffn: FFN) -> None:
         self.choice, self.ffn = choice, ffn
         self.threshold: float | None = None
 
@@ -88,7 +88,7 @@ class ChoiceLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice(Part):
+class AnyChoice(Part):
     """Base of all choices.
 
     Attributes:
@@ -123,7 +123,7 @@ class Choice(Part):
     gathers: ClassVar[bool] = False
     served: ClassVar[Rounding | None] = None
 
-    def at(self, read: float) -> Choice:
+    def at(self, read: float) -> AnyChoice:
         """The choice where so large a share of 16-bit weights' bytes is read: what goes by that is settled."""
         return self
 
@@ -227,6 +227,11 @@ class Choice(Part):
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
         return 3 * mask if self.chooses else 0.0  # a score, its factor, and |h| of what is taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(AnyChoice):
+    """Base of choices that go with every mask: they need no ranking of a sequence's neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)

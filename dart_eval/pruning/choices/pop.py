@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dart_eval.pruning.choices.choice import Choice, Token
+from dart_eval.pruning.choices.choice import AnyChoice, Token
 from dart_eval.pruning.masks.counts import Counts, Prices, exact_counts
 from dart_eval.pruning.part import option
 from dart_eval.util.errors import UserError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidates(Choice):
+class Candidates(AnyChoice):
     """Each token computes the core of its mask, and of the candidates those with the largest score of this very token.
 
     A token computes k of F neurons. Of the mask's ranking the first k - width * k are the core (R), the next width * F

@@ -11,7 +11,7 @@ from torch import Tensor
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.made import LastMade
-from dart_eval.pruning.choices.choice import Choice, ChoiceLayer, Token
+from dart_eval.pruning.choices.choice import AnyChoice, ChoiceLayer, Token
 from dart_eval.pruning.choices.images import Image
 from dart_eval.pruning.choices.look import Preview
 from dart_eval.pruning.experts.expert_previews import of_experts
@@ -26,7 +26,7 @@ class PreviewLayer(ChoiceLayer):
         fewer: bits that a second, rougher image lacks; 0: there is none.
     """
 
-    def __init__(self, choice: Choice, ffn: FFN, image: Image, order: Tensor | None, fewer: int = 0) -> None:
+    def __init__(self, choice: AnyChoice, ffn: FFN, image: Image, order: Tensor | None, fewer: int = 0) -> None:
         super().__init__(choice, ffn)
         self.image, self.order, self.fewer = image, order, fewer
         self._extra: Tensor | None = None  # what neurons write through an image for the tokens that chose last

@@ -23,7 +23,7 @@ from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import squares_of_inputs
 from dart_eval.pruning.calibration.kept import Kept
 from dart_eval.pruning.calibration.made import LastMade
-from dart_eval.pruning.choices.choice import Choice
+from dart_eval.pruning.choices.choice import AnyChoice
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import k_quants, rounding
 from dart_eval.weights.codes import Packed
@@ -123,7 +123,7 @@ class Serving:
             parameter.data = own
 
 
-def serving(choice: Choice, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving:
+def serving(choice: AnyChoice, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving:
     """What a choice serves the weights as; nothing else than they are where it has no such wish, or prunes nothing."""
     orders: list[Tensor | None] = [None] * len(ffns)
     wanted = choice.served if sparsity else None

@@ -164,4 +164,4 @@ class Without(Routing):
         return experts - math.floor(self.share * experts + 1e-9)
 
 
-ROUTINGS = (Own, Fewer, Without)
+ROUTINGS = (Fewer, Without)

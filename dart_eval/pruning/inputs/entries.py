@@ -251,4 +251,4 @@ class RoundedEntries(Entries):
         return rounded(weight, self._rounding).values.to(weight.dtype)
 
 
-ENTRIES = (AllEntries, Above, ByNorms, WandaEntries, RoundedEntries)
+ENTRIES = (Above, ByNorms, WandaEntries, RoundedEntries)

@@ -56,7 +56,12 @@ class Allocation(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uniform(Allocation):
+class ByShares(Allocation):
+    """Base of allocations that follow from the sparsity and the number of layers alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(ByShares):
     """Every layer has the same density."""
 
     name = "uniform"
@@ -107,7 +112,7 @@ class DepthAware(Allocation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ends(Allocation):
+class Ends(ByShares):
     """The first and the last layers stay dense, and the others share the sparsity evenly.
 
     With first=6 and last=5 on 32 layers it is that of CoreInfer's code (arXiv 2410.18311, commit 38de332: layers 6 to
@@ -186,7 +191,7 @@ def _standardised(score: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table(Allocation):
+class Table(ByShares):
     """The densities stand in a file."""
 
     name = "table"

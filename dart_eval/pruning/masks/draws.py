@@ -10,7 +10,7 @@ from dart_eval.pruning.part import Part, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dart_eval.pruning.masks.scores import Score
+    from dart_eval.pruning.masks.scores import AnyScore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Draw(Part):
 
     slot = "draw"
 
-    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
         """What decides in the place of the scores, [B, F]: the largest are taken.
 
         Args:
@@ -27,7 +27,7 @@ class Draw(Part):
         """
         raise NotImplementedError
 
-    def take(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+    def take(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
         """The mask: [B, F] bool with exactly keep[b] neurons of each sequence. Arguments as of `keys`."""
         from dart_eval.kernels.top import top_k_mask
 
@@ -41,7 +41,7 @@ class Best(Draw):
     name = "best"
     summary = "takes the neurons with the highest scores"
 
-    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
         return scores
 
 
@@ -60,7 +60,7 @@ class Sample(Draw):
     best: float = option(0.0, "share of the mask that is not drawn: the highest scores", least=0, most=1)
     seed: int = option(0, "seed of the draw; where it is not given, --seed", least=0, most=2**32 - 1)
 
-    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: Score) -> Tensor:
+    def keys(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
         import torch
 
         from dart_eval.kernels.top import top_k_mask

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from dart_eval.pruning.masks.draws import Best, Draw
 from dart_eval.pruning.masks.remasks import Never, Remask
-from dart_eval.pruning.masks.scores import Activation, Score, Wanda
+from dart_eval.pruning.masks.scores import Activation, AnyScore, Score, Wanda
 from dart_eval.pruning.part import Part, option
 from dart_eval.util.errors import UserError
 
@@ -30,7 +30,7 @@ class Mask(Part):
     fixed: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
-    score: ClassVar[Score | None] = None
+    score: ClassVar[AnyScore | None] = None
     draw: ClassVar[Draw] = Best()
     remask: ClassVar[Remask] = Never()
 
@@ -52,7 +52,7 @@ class Static(Mask):
     name = "static"
     summary = "makes one mask for all texts, from the weights or a calibration text"
     fixed = True
-    score: Score = option(Wanda(), "what it is made by")  # type: ignore[misc]
+    score: AnyScore = option(Wanda(), "what it is made by")  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,14 +70,6 @@ class OfTokens(Mask):
 
     needs_context = True
     score: Score = option(Activation(), "what it is made by")  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.score.observes:
-            raise UserError(
-                f"{self.title} is made from tokens, and {self.score.title} reads none",
-                "use mask=static, or another score",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

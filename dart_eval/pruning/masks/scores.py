@@ -20,7 +20,7 @@ FIRST_TOKEN = 1e-12  # what a token that is left out weighs: nothing beside othe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Part):
+class AnyScore(Part):
     """Base of all scores: made of sums over tokens (`observe`), of factors that no token changes, or of both.
 
     Attributes:
@@ -62,6 +62,11 @@ class Score(Part):
             before: [B] fp32, tokens of the context that came in earlier forwards.
         """
         return valid.float(), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(AnyScore):
+    """Base of scores that are made from tokens: of a context, or of a calibration text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,7 @@ class Wanda(Score):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightScore(Score):
+class WeightScore(AnyScore):
     """Base of scores that no prompt changes: they follow from the weights, a calibration text, or nothing at all."""
 
     observes = False
@@ -282,7 +287,7 @@ def down_norms(ffns: Sequence[FFN]) -> list[Tensor]:
     return [ffn.output_weight().float().square().sum(0) for ffn in ffns]
 
 
-def alone(score: Score, h: Tensor, factor: Tensor | None) -> Tensor:
+def alone(score: AnyScore, h: Tensor, factor: Tensor | None) -> Tensor:
     """The score that a mask from this token alone would have: [B, T, F] fp32.
 
     Args:
