@@ -9,12 +9,11 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.util.bits import Stored
 from dart_eval.util.errors import UserError
-from dart_eval.weights.rounding import parameter_of, stored_of
 
 
 def anywhere(method: Pruner) -> bool:
     """Whether a method fits all FFNs that run once for a token, whatever they are, at any sparsity."""
-    if method.reads_most or method.routing.reroutes:
+    if method.reads_most or method.leaves_out == "experts":
         return False
     return not method.prunes or (_not_for_experts(method) is None and _needs_own_part(method) is None)
 
@@ -29,7 +28,7 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | N
     Raises:
         UserError: with the part, and what it does not fit.
     """
-    method.routing.check(sparsity, ffns)
+    method.check(ffns, sparsity)
     if not method.prunes:
         return
     if any(f.routed for f in ffns) and (part := _not_for_experts(method)) is not None:
@@ -45,22 +44,8 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | N
     if any(f.runs > 1 for f in ffns):
         _refuse(_counts_runs(method, len(ffns), sparsity), "layers that run several times for a token")
     if bits is not None:
-        method.entries.check(bits)
+        method.check_bits(bits)
         method.check_reach(sparsity, [f.size for f in ffns], ffns[0].width, ffns[0].matrices, bits)
-
-
-def check_weights(method: Pruner, ffns: Sequence[FFN], sparsity: float) -> None:
-    """Refuse a method that does not fit a model's weights as they are, quantised or not.
-
-    Raises:
-        UserError: with the reason.
-    """
-    part = method.entries
-    for module in (m for f in ffns for m in f.projections):
-        part.check(stored_of(module))
-        if part.finer and not part.by_token:  # other weights stand in the place of all
-            parameter_of(module)
-    method.choice.check_weights(ffns, sparsity)
 
 
 def _refuse(part: str | None, what: str) -> None:
@@ -77,7 +62,7 @@ def _needs_own_part(method: Pruner) -> str | None:
     """The part that needs a neuron's own part of what an FFN adds, which is not there behind a norm of all neurons."""
     wanted = [
         (method.compensation, method.compensation.adds), (method.choice, method.choice.adds),
-        (method.entries, method.entries.finer),
+        (method.parts()[-1], method.leaves_out == "inputs or weights"),
     ]  # fmt: skip
     return next((part.title for part, needed in wanted if needed), None)
 
@@ -89,7 +74,7 @@ def _counts_runs(method: Pruner, layers: int, sparsity: float) -> str | None:
     varies = allocation.needs_change or allocation.needs_scores
     wanted = [
         (method.compensation, method.compensation.adds or method.compensation.fills),
-        (remask, remask.watches or remask.needs_ring), (method.entries, method.entries.finer),
+        (remask, remask.watches or remask.needs_ring), (method.parts()[-1], method.leaves_out == "inputs or weights"),
         (method.choice, not method.exact),
         (allocation, varies or len(set(allocation.densities(sparsity, layers, None, slice(None)))) > 1),
     ]  # fmt: skip

@@ -15,18 +15,26 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dart_eval.pruning.choices.choice import All, AnyChoice, Choice
-from dart_eval.pruning.experts.routings import Fewer, Own, Routing
-from dart_eval.pruning.inputs.entries import Above, AllEntries, Entries
+from dart_eval.pruning.experts.routings import Fewer, Routing
+from dart_eval.pruning.inputs.entries import Above, Entries
 from dart_eval.pruning.masks.allocations import Allocation, ByShares, DepthAware, Global, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
+from dart_eval.pruning.masks.counts import Counts, Prices
 from dart_eval.pruning.masks.mask import Everything, FromPrompt, Mask, OfTokens, Static
 from dart_eval.pruning.part import Part, check_slots
 from dart_eval.pruning.spelling import plain_fields, slots, text_of, told
 from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.pruning.beside import Beside
+    from dart_eval.pruning.calibration.calibration import Calibration
+
+Paid = tuple[float, float, float, float]  # what is read of each neuron, and besides if masked, taken, written
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,7 @@ class Pruner:
         choice: which of them a token computes.
         allocation: how the sparsity is spread over layers.
         compensation: what stands in for what is left out.
-        entries: which weights inside the matrices a token reads.
-        routing: which of its experts a token has.
-        leaves_out: what a method of its kind leaves out.
+        leaves_out: what a method of its kind leaves out. granularity: the same, where it stands apart from neurons.
         name: what a user types, and tables show. summary: one line for `dart-eval ls methods`. base: the
             method that this one was changed from. None of these counts when two methods are compared.
     """
@@ -49,9 +55,8 @@ class Pruner:
     choice: ClassVar[AnyChoice] = All()
     allocation: ClassVar[Allocation] = Uniform()
     compensation: ClassVar[Compensation] = Nothing()
-    entries: ClassVar[Entries] = AllEntries()
-    routing: ClassVar[Routing] = Own()
     leaves_out: ClassVar[str] = "neurons"
+    granularity: ClassVar[str] = ""
     name: str = dataclasses.field(default="custom", compare=False, kw_only=True)
     summary: str = dataclasses.field(default="", compare=False, kw_only=True)
     base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False, kw_only=True)
@@ -72,34 +77,27 @@ class Pruner:
     @property
     def _title(self) -> str:
         """What messages call it, by the part that says of which kind it is."""
-        return self.entries.title if self.entries.finer else self.mask.title
+        return self.mask.title
 
     @property
     def prunes(self) -> bool:
         """Whether anything is ever left out. Nothing is if the mask holds everything and tokens compute all of it."""
-        return not self.mask.whole or self.choice.chooses or self.entries.finer or self.routing.reroutes
+        return not self.mask.whole or self.choice.chooses
 
     @property
     def sized(self) -> bool:
         """Whether the sparsity decides how much is left out."""
-        if self.routing.reroutes:
-            return self.routing.sized
-        return self.prunes and self.entries.sized and (self.choice.sized or not self.mask.whole)
+        return self.prunes and (self.choice.sized or not self.mask.whole)
 
     @property
     def exact(self) -> bool:
         """Whether the sparsity decides what every token reads; if not, it is measured."""
-        return self.choice.exact and not self.entries.by_token
+        return self.choice.exact
 
     @property
     def by_token(self) -> bool:
         """Whether each token decides what it reads: a last digit then decides near-ties."""
-        return self.choice.chooses or self.entries.by_token
-
-    @property
-    def granularity(self) -> str:
-        """What is left out, where it stands apart from neurons; else nothing."""
-        return self.entries.granularity if self.entries.finer else self.routing.granularity
+        return self.choice.chooses
 
     @property
     def looks_ahead(self) -> bool:
@@ -154,6 +152,58 @@ class Pruner:
         choice = self.at(1 - sparsity, bits.total).choice
         prices = choice.prices_of(sizes, width, matrices, bits)
         choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, prices)
+
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+        """Neurons of each layer in the mask, those that a token takes, and those that it writes.
+
+        Args:
+            densities: [L] share of each layer's weights that is read. prices: what is read of a neuron, where there is
+                a preview.
+        """
+        sizes, whole = [f.size for f in ffns], self.mask.whole
+        counts = self.choice.counts(densities, sizes, sparsity, ffns[0].matrices, whole, prices)
+        if whole or not any(f.routed for f in ffns):
+            return counts
+        return counts.in_steps(sizes, [f.routed.count if f.routed else 1 for f in ffns])
+
+    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
+        """Per layer what is read of each neuron, and besides of each in the mask, taken and written.
+
+        In rows of a mean matrix.
+
+        Args:
+            unit: bits of an FFN weight, on average. whole: matrices of which a token reads the rows of the whole mask
+                before it chooses.
+        """
+        from dart_eval.weights import rounding
+
+        matrices, whole, found = ffns[0].matrices, whole if sparsity else 0.0, []
+        for into, down, scales in map(rounding.rows, ffns):
+            into, down, scales = into / unit, down / unit, scales / unit
+            found.append((scales, into * whole, into * (matrices - 1 - whole), down - scales))
+        return found
+
+    def check(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        """Refuse FFNs and a sparsity that methods of its kind do not fit.
+
+        Raises:
+            UserError: with the reason.
+        """
+
+    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        """Refuse weights that it is not made for.
+
+        Raises:
+            UserError: with the reason.
+        """
+        self.choice.check_weights(ffns, sparsity)
+
+    def check_bits(self, bits: Stored) -> None:
+        """The same from the bits of a weight, as it is served, before a model is there."""
+
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
+        """What leaves out something else than neurons, at work on a model; None: nothing does."""
+        return None
 
     def at(self, read: float, bits: float = OWN_BITS) -> Pruner:
         """The method where so large a share of the weight bytes is read: what goes by that is settled.
@@ -224,8 +274,66 @@ class InputSparsity(Pruner):
     """Tokens do not read some inputs of each matrix, or nobody reads some of its weights."""
 
     leaves_out = "inputs or weights"
+    prunes = True
     allocation: ByShares = Uniform()  # type: ignore[misc]
-    entries: Entries = Above()  # type: ignore[misc]
+    entries: Entries = Above()
+
+    @property
+    def _title(self) -> str:
+        return self.entries.title
+
+    @property
+    def granularity(self) -> str:  # type: ignore[override]
+        return self.entries.granularity
+
+    @property
+    def sized(self) -> bool:
+        return self.entries.sized
+
+    @property
+    def exact(self) -> bool:
+        return not self.entries.by_token
+
+    @property
+    def by_token(self) -> bool:
+        return self.entries.by_token
+
+    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        from dart_eval.weights.rounding import parameter_of, stored_of
+
+        for module in (m for f in ffns for m in f.projections):
+            self.entries.check(stored_of(module))
+            if not self.entries.by_token:  # other weights stand in the place of all
+                parameter_of(module)
+
+    def check_bits(self, bits: Stored) -> None:
+        self.entries.check(bits)
+
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+        sizes = [f.size for f in ffns]
+        return Counts(sizes, sizes, sizes, 0)
+
+    def _kept(self, ffns: Sequence[FFN], sparsity: float) -> list[tuple[int, int]]:
+        """Per layer, how many inputs of x and of h are read."""
+        from dart_eval.pruning.inputs import finer
+
+        densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
+        return finer.counts(ffns, densities, sparsity)
+
+    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
+        from dart_eval.pruning.inputs import finer
+
+        if self.sized and not sparsity:
+            return super().paid(ffns, sparsity, unit, whole)
+        read = finer.read(self.entries, ffns, self._kept(ffns, sparsity))
+        return [(ffns[0].matrices * read, 0.0, 0.0, 0.0)] * len(ffns)
+
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
+        from dart_eval.pruning.inputs.finer import Finer
+
+        if self.sized and not sparsity:
+            return None
+        return Finer(self.entries, ffns, self._kept(ffns, sparsity), calibration)
 
 
 @dataclass(frozen=True)
@@ -233,7 +341,37 @@ class ExpertChoice(Pruner):
     """Tokens do not have some of the routed experts."""
 
     leaves_out = "experts"
-    routing: Routing = Fewer()  # type: ignore[misc]
+    prunes = True
+    routing: Routing = Fewer()
+
+    @property
+    def _title(self) -> str:
+        return self.routing.title
+
+    @property
+    def granularity(self) -> str:  # type: ignore[override]
+        return self.routing.granularity
+
+    @property
+    def sized(self) -> bool:
+        return self.routing.sized
+
+    def check(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        self.routing.check(sparsity, ffns)
+
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+        experts = self.routing.counts(sparsity, ffns)
+        some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, ffns, strict=True)]
+        return Counts(some, some, some, 0)
+
+    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
+        found = super().paid(ffns, sparsity, unit, whole)  # whole experts, with their scales
+        return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in found]
+
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
+        from dart_eval.pruning.experts.rerouted import Rerouted
+
+        return Rerouted(self.routing, ffns, self.routing.counts(sparsity, ffns), calibration)
 
 
 KINDS: dict[type[Part], type[Pruner]] = {

@@ -177,7 +177,7 @@ def told(owner: Any, usual: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The settings to be typed to turn the part `usual` into `owner`; None is a part with its defaults."""
     for name, field in _fields(type(owner)).items():
         value, where = getattr(owner, name), _below(path, name)
-        before: Any = field.default if usual is None else getattr(usual, name, field.default)
+        before: Any = field.default if usual is None else getattr(usual, name, None)
         if slot_of(type(owner), name) is None:
             if isinstance(owner, Part) and value != before:
                 yield where, value

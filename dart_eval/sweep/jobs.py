@@ -197,7 +197,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
             continue
         try:
             if cell.rounding is None:
-                fits.check_weights(cell.method, ffns, cell.sparsity)
+                cell.method.check_weights(ffns, cell.sparsity)
             bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
             fits.check(cell.method, ffns, cell.sparsity, bits)
             kept.append(cell)

@@ -28,9 +28,9 @@ from tests.helpers.sessions import (
     same,
 )
 
-PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead and not m.routing.reroutes]
+PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead and m.leaves_out != "experts"]
 SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they read follows from the sparsity
-MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses and not m.entries.finer]
+MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses and m.leaves_out == "neurons"]
 QUIET = {name: {"remask": "never"} for name in ("dart", "dart-code")} | {"flap": {"compensation": "none"}}
 
 
@@ -60,7 +60,7 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
         if session.method.choice.previews:  # rows count in fractions: never beyond the label
             assert session.weights_read <= 1 - exact + 1e-9
             exact = 1 - session.weights_read
-        if session.method.entries.finer:  # to a column where it counts them; thresholds meet it on their text
+        if session.method.leaves_out != "neurons":  # to a column where it counts them; thresholds meet it on their text
             assert abs(session.weights_read - (1 - exact)) < (0.2 if session.method.entries.calibrates else 0.02)
             exact = 1 - session.weights_read
         assert session.weights_read == pytest.approx(1 - exact)

@@ -29,13 +29,11 @@ class Routing(Part):
     """Base of all routings.
 
     Attributes:
-        reroutes: whether experts are left out.
         sized: whether the sparsity decides how many.
         granularity: of what is left out, where the read says nothing of it.
     """
 
     slot = "routing"
-    reroutes: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     granularity: ClassVar[str] = ""
 
@@ -45,7 +43,7 @@ class Routing(Part):
         Raises:
             UserError: with the highest sparsity that can be met, where there is one.
         """
-        if self.reroutes and not any(chosen(f) for f in ffns):
+        if not any(chosen(f) for f in ffns):
             raise UserError(
                 f"{self.title} leaves out experts, and this model has none",
                 "take a mixture of experts, or leave it out",
@@ -65,14 +63,6 @@ class Routing(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Own(Routing):
-    """A token has the experts that the model's router chooses for it."""
-
-    name = "own"
-    summary = "gives each token the experts that the model's router chooses"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Fewer(Routing):
     """A token has the best of its routed experts alone: what a model reads whose `num_experts_per_tok` is smaller.
 
@@ -88,7 +78,6 @@ class Fewer(Routing):
 
     name = "fewer"
     summary = "gives each token the best of its experts alone, whole ones"
-    reroutes = True
     sized = True
     weights: Literal["own", "all"] = option(
         "own", "the router's weights as it gives them to so many experts, or as to all of a token's"
@@ -144,7 +133,6 @@ class Without(Routing):
 
     name = "without"
     summary = "takes experts out of the router's choice that matter least on a calibration text (memory, not reads)"
-    reroutes = True
     calibrates = True
     granularity = "experts"
     share: float = option(0.5, "share of each layer's experts that are taken out", above=0, most=1)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dart_eval.layers.shape import ModelShape
     from dart_eval.util.bits import Stored
 
-NEURONS = "neurons"
 Share = TypeVar("Share", float, "Tensor")
 
 
@@ -52,14 +51,10 @@ class Entries(Part):
     """
 
     slot = "entries"
-    granularity: ClassVar[str] = NEURONS
+    granularity: ClassVar[str]
+    fits_experts = False
     by_token: ClassVar[bool] = False
     sized: ClassVar[bool] = True
-
-    @property
-    def finer(self) -> bool:
-        """Whether anything else than neurons is left out."""
-        return self.granularity != NEURONS
 
     def check(self, bits: Stored) -> None:
         """Refuse weights that it is not made for. bits: of a weight as it is served.
@@ -100,14 +95,6 @@ class Entries(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllEntries(Entries):
-    """The matrices are read whole, as far as neurons are."""
-
-    name = "all"
-    summary = "leaves out no weight of what is read of a neuron"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Above(Entries):
     """A token reads the columns of the inputs with |x_i| > t, a threshold for each layer and kind of input, after TEAL
     (arXiv 2408.14690; TEAL at 5baaec8, `utils/utils.py`).
@@ -121,7 +108,6 @@ class Above(Entries):
     name = "threshold"
     summary = "reads columns of inputs above a number a layer, from the calibration text (what it reads varies)"
     granularity = "input channels"
-    fits_experts = False
     by_token = True
     calibrates = True
 
@@ -146,7 +132,6 @@ class ByNorms(Entries):
     name = "norms"
     summary = "reads columns with the largest inputs times norms, equally many for every token"
     granularity = "input channels"
-    fits_experts = False
     by_token = True
     weigh: Literal["gate", "all"] = option(
         "gate", "matrices whose norms count: gate, as in the released code, or all, as in the paper"
@@ -182,7 +167,6 @@ class WandaEntries(Entries):
     name = "wanda"
     summary = "leaves out the least weights times activations on a calibration text, the same for every text"
     granularity = "single weights"
-    fits_experts = False
     calibrates = True
     pattern: Literal["none", "2:4"] = option(
         "none", "leave out any weights of an output, or two of every four (the sparsity then says nothing)"
@@ -219,7 +203,6 @@ class RoundedEntries(Entries):
     name = "rounded"
     summary = "reads rounded weights while it decodes, and for prompts the weights as they are"
     granularity = LAST_BITS
-    fits_experts = False
     bits: Literal["3", "4", "5", "6", "8", "q3_k", "q4_k", "q5_k"] = option(
         "q4_k", "what they are rounded to, as `--ffn-bits` takes it"
     )

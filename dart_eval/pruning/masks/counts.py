@@ -205,6 +205,13 @@ class Counts:
     written: list[int]
     whole: float
 
+    def in_steps(self, most: Sequence[int], steps: Sequence[int]) -> Counts:
+        """Counts that fit masks in whole steps, such as equally many neurons of each expert: no more than these."""
+        mask = in_steps(self.mask, most, steps)
+        taken = exact_counts(self.taken, mask, min(sum(self.taken), sum(mask)))
+        written = exact_counts(self.written, taken, min(sum(self.written), sum(taken)))
+        return Counts(mask, taken, written, self.whole)
+
 
 def chosen_counts(
     densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole: float,

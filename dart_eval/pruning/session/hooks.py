@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from dart_eval.layers import experts, trial
 from dart_eval.layers.families import decoder
 from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.beside import Beside
 from dart_eval.pruning.choices.serving import Serving
-from dart_eval.pruning.experts.rerouted import Rerouted
-from dart_eval.pruning.inputs.finer import Finer
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
@@ -69,10 +68,10 @@ class Hooks:
 
     def __init__(
         self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving,
-        entries: Finer | Rerouted | None = None,
+        beside: Beside | None = None,
     ) -> None:  # fmt: skip
         self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
-        self.serving, self.entries = serving, entries
+        self.serving, self.beside = serving, beside
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
@@ -110,8 +109,8 @@ class Hooks:
         if not wanted:
             return
         add, method = self._inside.append, self.method
-        if self.entries is not None:
-            self.entries.watch(add, self.forward)
+        if self.beside is not None:
+            self.beside.watch(add, self.forward)
         for ffn in self.ffns:
             add(ffn.into.register_forward_pre_hook(_eager(self._on_hidden(ffn.layer))))
             if method.allocation.needs_change:

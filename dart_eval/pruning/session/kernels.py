@@ -20,10 +20,8 @@ def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
     """The part of a method whose work no kernel does, so that it runs by masks alone; None where there is none."""
     if method.compensation.fills:  # what a token leaves out is still multiplied
         return method.compensation
-    if method.entries.finer:
-        return method.entries
-    if method.routing.reroutes:
-        return method.routing
+    if method.leaves_out != "neurons":
+        return method.parts()[-1]
     return method.choice if method.choice.previews and gatherer(method, ffns) is None else None
 
 

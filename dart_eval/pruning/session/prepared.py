@@ -12,12 +12,11 @@ from torch import Tensor
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import fits
+from dart_eval.pruning.beside import Beside
 from dart_eval.pruning.calibration.calibration import Calibration, means
 from dart_eval.pruning.choices.choice import ChoiceLayer
-from dart_eval.pruning.experts.rerouted import Rerouted
-from dart_eval.pruning.inputs import finer
 from dart_eval.pruning.masks.allocations import ChangeState
-from dart_eval.pruning.masks.counts import Counts, exact_counts, in_steps, mean_prices
+from dart_eval.pruning.masks.counts import Counts, mean_prices
 from dart_eval.pruning.masks.standins import constant, floating
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.sequence import Sums, nbytes
@@ -37,11 +36,9 @@ class Prepared:
         constants: per layer [1, D] fp32, what stands in for the neurons outside fixed masks; None where nothing does,
             or another constant for each sequence.
         choosers: per layer, the choice at work.
-        entries: what leaves out something else than neurons, or whole experts; None.
+        beside: what leaves out something else than neurons; None.
         prices: what these make tokens read; None. stored: bytes that they take beside the model.
-        fine: the weights as decoding forwards have them, where these have lost some; else None.
-        whole: matrices of which a token reads the rows of the whole mask before it chooses; of previews their share.
-        paid: [L, 4] fp64, what is read of a neuron, see `_paid`. each: `prices` per layer.
+        paid: [L, 4] fp64, what is read of a neuron, see `Pruner.paid`. each: `prices` per layer.
         unit: bits of an FFN weight, on average, of which sparsity leaves out a share.
         share: the same / those of the model's own dtype.
     """
@@ -55,14 +52,13 @@ class Prepared:
     means: list[Tensor] | None = None
     constants: list[Tensor] | None = None
     choosers: list[ChoiceLayer] = dataclasses.field(default_factory=list)
-    entries: finer.Finer | Rerouted | None = None
+    beside: Beside | None = None
 
     def __post_init__(self) -> None:
         self.method.allocation.check(self.sparsity, len(self.ffns))
         choice, sizes = self.method.choice, [f.size for f in self.ffns]
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = self.unit / OWN_BITS
-        self.fine: finer.Fine | None = None
         whole_mask = self.method.mask.whole
         self.each = choice.prices(self.ffns, whole_mask, self.unit)
         self.prices = None if self.each is None else mean_prices(self.each, [f.size * f.width for f in self.ffns])
@@ -72,8 +68,10 @@ class Prepared:
         varies = allocation.needs_change or allocation.needs_scores
         self._usual = None if varies else self._counts(None, slice(None))
         usual = self._counts_at([1 - self.sparsity] * len(sizes))
-        self.whole = usual.whole
-        self.paid = torch.tensor(self._paid(), dtype=torch.float64)
+        paid = self.method.paid(self.ffns, self.sparsity, self.unit, usual.whole)
+        if self.each is not None and self.sparsity:
+            paid = [choice.paid(prices) for prices in self.each]
+        self.paid = torch.tensor(paid, dtype=torch.float64)
         self._computed = self._products(usual)
 
     def counts(
@@ -103,44 +101,8 @@ class Prepared:
     def _counts(self, change: ChangeState | None, rows: slice, scores: Sequence[Tensor] | None = None) -> Counts:
         return self._counts_at(self.method.allocation.densities(self.sparsity, len(self.ffns), change, rows, scores))
 
-    def inputs_kept(self) -> list[tuple[int, int]] | None:
-        """Per layer, how many inputs of x and of h are read, where that is what is left out; else None."""
-        part = self.method.entries
-        if not part.finer or (part.sized and not self.sparsity):
-            return None
-        densities = self.method.allocation.densities(self.sparsity, len(self.ffns), None, slice(None))
-        return finer.counts(self.ffns, densities, self.sparsity)
-
     def _counts_at(self, densities: Sequence[float]) -> Counts:
-        if self.method.entries.finer:
-            return self._dense
-        if self.method.routing.reroutes:
-            experts = self.method.routing.counts(self.sparsity, self.ffns)
-            some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, self.ffns, strict=True)]
-            return Counts(some, some, some, 0)
-        sizes, whole_mask = [f.size for f in self.ffns], self.method.mask.whole
-        matrices = self.ffns[0].matrices
-        counts = self.method.choice.counts(densities, sizes, self.sparsity, matrices, whole_mask, self.prices)
-        if whole_mask or not any(f.routed for f in self.ffns):
-            return counts
-        return _of_experts(counts, self.ffns)
-
-    def _paid(self) -> list[tuple[float, float, float, float]]:
-        """Per layer what is read of each neuron, and besides of each in the mask, taken and written.
-
-        In rows of a mean matrix.
-        """
-        matrices = self.ffns[0].matrices
-        if (kept := self.inputs_kept()) is not None:
-            return [(matrices * finer.read(self.method.entries, self.ffns, kept), 0.0, 0.0, 0.0)] * len(self.ffns)
-        if self.each is not None and self.sparsity:
-            return [self.method.choice.paid(prices) for prices in self.each]
-        mean, found = self.unit, []
-        whole = 0.0 if not self.sparsity else self.whole  # at sparsity 0 no image is looked at
-        for into, down, scales in map(rounding.rows, self.ffns):
-            across = 0.0 if self.method.routing.reroutes else scales / mean  # experts are left out whole
-            found.append((across, into / mean * whole, into / mean * (matrices - 1 - whole), down / mean - across))
-        return found
+        return self.method.counts(densities, self.ffns, self.sparsity, self.prices)
 
     def _products(self, counts: Counts) -> float:
         matrices = self.ffns[0].matrices
@@ -173,7 +135,7 @@ class Prepared:
 
     def nbytes(self) -> int:
         """Bytes of what is kept for all sequences; images count as they would be stored."""
-        beside = self.stored + (0 if self.entries is None else self.entries.nbytes())
+        beside = self.stored + (0 if self.beside is None else self.beside.nbytes())
         return beside + nbytes([self.masks, self.factors, self.means, self.constants])
 
     def fix(self, calibration: Calibration) -> None:
@@ -204,14 +166,6 @@ class Prepared:
         ]
 
 
-def _of_experts(counts: Counts, ffns: Sequence[FFN]) -> Counts:
-    """Counts that fit masks with equally many neurons of each expert of a layer: no more than these in all."""
-    mask = in_steps(counts.mask, [f.size for f in ffns], [f.routed.count if f.routed else 1 for f in ffns])
-    taken = exact_counts(counts.taken, mask, min(sum(counts.taken), sum(mask)))
-    written = exact_counts(counts.written, taken, min(sum(counts.written), sum(taken)))
-    return Counts(mask, taken, written, counts.whole)
-
-
 def prepare(
     method: Pruner, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None, unit: float | None = None,
     orders: Sequence[Tensor | None] | None = None,
@@ -227,16 +181,12 @@ def prepare(
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
     fits.check(method, ffns, sparsity)
-    fits.check_weights(method, ffns, sparsity)
+    method.check_weights(ffns, sparsity)
     made, mask = Prepared(method, ffns, sparsity, unit or rounding.served_bits(ffns)), method.mask
     fixed = mask.fixed and mask.score is not None
     if calibration is None and (fixed or method.calibrates):
         raise UserError(f"method {method.name} needs a calibration", "pass tokenizer= to prune()")
-    if (kept := made.inputs_kept()) is not None:
-        made.entries = finer.Finer(method.entries, ffns, kept, calibration)
-        made.fine = made.entries.fine
-    if method.routing.reroutes:
-        made.entries = Rerouted(method.routing, ffns, method.routing.counts(sparsity, ffns), calibration)
+    made.beside = method.beside(ffns, sparsity, calibration)
     counted = method.choice.exact or not method.choice.calibrates
     taken = [] if counted else made.counts(None, slice(None), True).taken
     made.choosers = method.choice.attach(ffns, orders or [None] * len(ffns), taken, calibration)

@@ -66,7 +66,7 @@ class Session(Readings):
         except BaseException:
             self.serving.end()
             raise
-        self.executing.fine = self.prepared.fine
+        self.executing.fine = self.prepared.beside.fine if self.prepared.beside else None
         self.log, self.forward = Log(), Forward()
         self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
         self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens look at h, sliced or not
@@ -77,7 +77,7 @@ class Session(Readings):
         self._tally = Tally()
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls = Calls(model)
-        self._hooks = Hooks(model, self.ffns, method, self.forward, self.serving, self.prepared.entries)
+        self._hooks = Hooks(model, self.ffns, method, self.forward, self.serving, self.prepared.beside)
 
     def __repr__(self) -> str:
         execution = self.execution if self.state is not None else self.executing.wanted
