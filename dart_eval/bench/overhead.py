@@ -20,7 +20,6 @@ from dart_eval.models import shapes
 from dart_eval.pruning import cost
 from dart_eval.pruning.calibration.moments import Moments
 from dart_eval.pruning.calibration.vocabulary import Projection
-from dart_eval.pruning.choices.serving import serving
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.prepared import prepare
 from dart_eval.pruning.session.sequence import nbytes
@@ -88,12 +87,13 @@ def measure(
 @torch.no_grad()
 def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
     """Bytes in all and by part, after a prompt of random activations."""
-    numbers, unit = serving(method.choice, ffns, sparsity, None), served_bits(ffns)
-    numbers.begin()
+    numbers, unit = method.choice.serving(ffns, sparsity, None), served_bits(ffns)
     try:
-        prepared = prepare(method, ffns, sparsity, Shapes(ffns), unit)
+        orders = None if numbers is None else numbers.begin()
+        prepared = prepare(method, ffns, sparsity, Shapes(ffns), unit, orders)
     finally:
-        numbers.end()
+        if numbers is not None:
+            numbers.end()
     state = SequenceState(prepared, 1, torch.device("cpu"))
     width = ffns[0].width
     for start in range(0, tokens, CHUNK):

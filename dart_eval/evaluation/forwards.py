@@ -17,7 +17,7 @@ from dart_eval.evaluation.rotary import Angles
 from dart_eval.layers.families import base_of, cache_argument
 from dart_eval.layers.finite import refuse_not_finite
 from dart_eval.layers.trial import telling
-from dart_eval.pruning.session.cache_watch import cache_in
+from dart_eval.pruning.session.cache import cache_in
 from dart_eval.util.errors import UserError
 
 # Models that compute several tokens after a cached context wrongly, and one token rightly: Jamba's state space begins

@@ -29,7 +29,7 @@ from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.unusable import LogitsWatch
 from dart_eval.layers.families import decoder
 from dart_eval.pruning.session.dense import AnySession
-from dart_eval.pruning.session.steps import Step
+from dart_eval.pruning.session.log import Step
 from dart_eval.util.errors import UserError
 
 

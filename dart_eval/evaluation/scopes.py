@@ -27,8 +27,8 @@ from dart_eval.evaluation.cache import fork, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
+from dart_eval.pruning.session.log import Step
 from dart_eval.pruning.session.session import Session
-from dart_eval.pruning.session.steps import Step
 from dart_eval.util.errors import UserError
 
 SHARES = {"last-50": 50, "last-99": 99, "all": 100}  # per cent of the inputs that run pruned

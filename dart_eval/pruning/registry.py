@@ -227,6 +227,8 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
     known = methods()
     if name not in known:
         raise UserError(f"unknown method {name!r}", nearest(name, known) or "`dart-eval ls methods` lists them")
+    if not params:
+        return known[name]
     every = parts()
     return changed(known[name], new_names(known[name], params or {}, every), every, kind_with)
 

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.masking_utils import create_masks_for_generate
 
 from dart_eval.pruning.masks.remask import Due
-from dart_eval.pruning.session.padding import real_tokens
+from dart_eval.pruning.session.cache import real_tokens
 from dart_eval.util.errors import UserError
 from tests.helpers.models import SMALL, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, open_session

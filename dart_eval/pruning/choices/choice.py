@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dart_eval.pruning.masks.counts import Counts, Prices, chosen_counts, keep_counts
 from dart_eval.pruning.part import Part, option
-from dart_eval.util.bits import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
     from dart_eval.pruning.calibration.calibration import Calibration
+    from dart_eval.pruning.choices.serving import Serving
     from dart_eval.util.bits import Stored
 
 
@@ -105,7 +105,6 @@ class AnyChoice(Part):
         write_share: of the neurons that it takes, the share whose columns of down are read.
         mask_ratio: neurons in the mask, as a multiple of the weights read, where the mask is not of everything.
         gathers: whether `copied` execution can read the chosen rows alone (`kernels.chosen`, `previewed`).
-        served: what weights of 16 bits are served as inside a session; None: as they are.
     """
 
     slot = "choice"
@@ -121,11 +120,14 @@ class AnyChoice(Part):
     write_share: ClassVar[float] = 1.0
     mask_ratio: ClassVar[float] = 1.0
     gathers: ClassVar[bool] = False
-    served: ClassVar[Rounding | None] = None
 
     def at(self, read: float) -> AnyChoice:
         """The choice where so large a share of 16-bit weights' bytes is read: what goes by that is settled."""
         return self
+
+    def serving(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving | None:
+        """What stands in for weights of 16 bits inside a session; None: they stay as they are."""
+        return None
 
     def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
         """Refuse weights that it is not made for.

@@ -11,7 +11,7 @@ from dart_eval.pruning.choices.choice import Choice, ChoiceLayer, Inside, Token
 from dart_eval.pruning.choices.images import Columns, FirstBits, Image, level_of
 from dart_eval.pruning.masks.counts import Prices
 from dart_eval.pruning.part import option
-from dart_eval.util.bits import OWN_BITS, SCALE_BITS, Rounding
+from dart_eval.util.bits import OWN_BITS, SCALE_BITS
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.layers.shape import ModelShape
     from dart_eval.pruning.calibration.calibration import Calibration
+    from dart_eval.pruning.choices.serving import Serving
     from dart_eval.util.bits import Stored
 
 
@@ -38,9 +39,11 @@ class Previewing(Choice):
     doubts: ClassVar[bool] = True
     fewer: ClassVar[int] = 0
 
-    @property
-    def served(self) -> Rounding | None:  # type: ignore[override]
-        return self.image.served
+    def serving(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving | None:
+        from dart_eval.pruning.choices.serving import serving
+
+        wanted = self.image.served if sparsity else None
+        return None if wanted is None else serving(wanted, self.calibrates, ffns, calibration)
 
     def attach(
         self, ffns: Sequence[FFN], orders: Sequence[Tensor | None], taken: Sequence[int],

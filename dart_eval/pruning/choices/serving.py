@@ -23,7 +23,6 @@ from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import squares_of_inputs
 from dart_eval.pruning.calibration.kept import Kept
 from dart_eval.pruning.calibration.made import LastMade
-from dart_eval.pruning.choices.choice import AnyChoice
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import k_quants, rounding
 from dart_eval.weights.codes import Packed
@@ -105,10 +104,11 @@ class Serving:
         """Whether any weights are served so."""
         return bool(self._held)
 
-    def begin(self) -> None:
-        """From here on projections have codes."""
+    def begin(self) -> Sequence[Tensor | None]:
+        """From here on projections have codes. Returns `orders`."""
         for module, _, _, packed, _ in self._held:
             rounding.serve(module, packed)
+        return self.orders
 
     def watch(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Install the hooks that put values in the place of weights while a projection runs."""
@@ -123,13 +123,15 @@ class Serving:
             parameter.data = own
 
 
-def serving(choice: AnyChoice, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving:
-    """What a choice serves the weights as; nothing else than they are where it has no such wish, or prunes nothing."""
+def serving(wanted: Rounding, ordered: bool, ffns: Sequence[FFN], calibration: Calibration | None) -> Serving:
+    """The FFN weights of a model as whole numbers.
+
+    Args:
+        wanted: what weights of 16 bits are rounded to. ordered: columns of gate and up in the order of their mean x^2
+            on the calibration text.
+    """
     orders: list[Tensor | None] = [None] * len(ffns)
-    wanted = choice.served if sparsity else None
-    if wanted is None:
-        return Serving([], Rounding(8), orders)
-    if choice.calibrates and calibration is not None:
+    if ordered and calibration is not None:
         orders = [s.argsort(descending=True, stable=True) for s in squares_of_inputs(ffns, calibration)]
     return Serving(ffns, wanted, orders)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_eval.pruning.session.log import Step
 from dart_eval.pruning.session.session import Session
 from dart_eval.pruning.session.state import SequenceState
-from dart_eval.pruning.session.steps import Step
 
 
 class DenseSession:

@@ -20,8 +20,8 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.beside import Fine
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session import kernels
+from dart_eval.pruning.session.log import Step
 from dart_eval.pruning.session.state import SequenceState
-from dart_eval.pruning.session.steps import Step
 from dart_eval.util.errors import UserError, nearest
 
 Wanted = Literal["auto", "masked", "copied"]

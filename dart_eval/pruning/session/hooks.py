@@ -67,7 +67,7 @@ class Hooks:
     """Installs and removes the hooks that a method needs: they hand what layers compute to the forward's state."""
 
     def __init__(
-        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving,
+        self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving | None,
         beside: Beside | None = None,
     ) -> None:  # fmt: skip
         self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
@@ -85,12 +85,12 @@ class Hooks:
     def install(self, begin: Callable[..., None], end: Callable[..., None]) -> None:
         """Watch the model. begin, end: run before and after each forward of its decoder."""
         _guard_hooks()
-        self._experts = experts.take_over(self.model)
+        self._experts = experts.take_over(self.model) if any(f.routed for f in self.ffns) else []
         add, ffns, method = self._handles.append, self.ffns, self.method
         add(self.model.register_forward_pre_hook(_no_labels, with_kwargs=True))
         add(self.decoder.register_forward_pre_hook(_eager(begin), with_kwargs=True))
         add(self.decoder.register_forward_hook(_eager(end)))
-        for handle in self.serving.watch():
+        for handle in () if self.serving is None else self.serving.watch():
             add(handle)
         for ffn in ffns:
             if method.mask.remask.needs_ring:
@@ -148,8 +148,9 @@ class Hooks:
         _guard_hooks()
         self.look_inside(False)
         _drop(self._handles)
-        experts.give_back(self._experts)
-        self._experts = []
+        if self._experts:
+            experts.give_back(self._experts)
+            self._experts = []
 
     def check_ran(self) -> None:
         """Whether every layer's FFN ran where it was found.

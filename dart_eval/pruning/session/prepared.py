@@ -189,7 +189,8 @@ def prepare(
     made.beside = method.beside(ffns, sparsity, calibration)
     counted = method.choice.exact or not method.choice.calibrates
     taken = [] if counted else made.counts(None, slice(None), True).taken
-    made.choosers = method.choice.attach(ffns, orders or [None] * len(ffns), taken, calibration)
+    if method.choice.chooses:
+        made.choosers = method.choice.attach(ffns, orders or [None] * len(ffns), taken, calibration)
     if calibration is None:
         return made
     if mask.score is not None:

@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from dart_eval.kernels.kept import KeptRows
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.session.execution import Execution
-    from dart_eval.pruning.session.log import Log
+    from dart_eval.pruning.session.log import Log, Step, Tally
     from dart_eval.pruning.session.prepared import Prepared
     from dart_eval.pruning.session.state import SequenceState
-    from dart_eval.pruning.session.steps import Step
-    from dart_eval.pruning.session.tally import Tally
 
 
 class Readings(ABC):

@@ -26,19 +26,15 @@ from torch import Tensor, nn
 
 from dart_eval.layers.find import find_ffns, unchanged
 from dart_eval.pruning.calibration.calibration import Calibration
-from dart_eval.pruning.choices.serving import serving
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.cache_watch import CacheWatch, check_cache
+from dart_eval.pruning.session.cache import CacheWatch, check_cache, real_tokens
 from dart_eval.pruning.session.calls import Calls
 from dart_eval.pruning.session.execution import Execution, Wanted
 from dart_eval.pruning.session.hooks import Forward, Hooks, Phase, named_arguments
-from dart_eval.pruning.session.log import Log
-from dart_eval.pruning.session.padding import real_tokens
+from dart_eval.pruning.session.log import Log, Step, Tally
 from dart_eval.pruning.session.prepared import Prepared, prepare
 from dart_eval.pruning.session.readings import Readings
 from dart_eval.pruning.session.state import SequenceState
-from dart_eval.pruning.session.steps import Step
-from dart_eval.pruning.session.tally import Tally
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits
 
@@ -59,12 +55,12 @@ class Session(Readings):
         unit = served_bits(self.ffns)
         self.method = method = method.at(1 - self.sparsity, unit)
         self.executing = Execution(self.ffns, method, execution, shared_mask)
-        self.serving = serving(method.choice, self.ffns, self.sparsity, calibration)
+        self.serving = method.choice.serving(self.ffns, self.sparsity, calibration)
         try:
-            self.serving.begin()
-            self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, self.serving.orders)
+            orders = None if self.serving is None else self.serving.begin()
+            self.prepared: Prepared = prepare(method, self.ffns, self.sparsity, calibration, unit, orders)
         except BaseException:
-            self.serving.end()
+            self._unserve()
             raise
         self.executing.fine = self.prepared.beside.fine if self.prepared.beside else None
         self.log, self.forward = Log(), Forward()
@@ -347,13 +343,17 @@ class Session(Readings):
         finally:
             to_the_end(self._leave)
 
+    def _unserve(self) -> None:
+        if self.serving is not None:
+            self.serving.end()
+
     def _leave(self) -> None:
         try:
             self._hooks.remove()
             self._calls.release()
             self._cache.leave()
         finally:
-            self.serving.end()
+            self._unserve()
             self.executing.restore()
 
 

@@ -12,10 +12,10 @@ from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.masks.scores import FIRST_TOKEN, alone
 from dart_eval.pruning.masks.standins import constant, means
+from dart_eval.pruning.session.log import Change, Step
 from dart_eval.pruning.session.observed import Observed
 from dart_eval.pruning.session.prepared import Prepared
 from dart_eval.pruning.session.sequence import Cores
-from dart_eval.pruning.session.steps import Change, Step
 
 
 class SequenceState(Observed):
