@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dart_eval.pruning.choices.choice import All, AnyChoice, Choice
 from dart_eval.pruning.experts.routings import Fewer, Routing
-from dart_eval.pruning.inputs.entries import Above, Entries
-from dart_eval.pruning.masks.allocations import Allocation, ByShares, DepthAware, Global, Uniform
+from dart_eval.pruning.inputs.entries import Entries
+from dart_eval.pruning.inputs.teal import Above
+from dart_eval.pruning.masks.allocations import Allocation, ByShares, Global, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
 from dart_eval.pruning.masks.counts import Counts, Prices
+from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Everything, FromPrompt, Mask, OfTokens, Static
 from dart_eval.pruning.part import Part, check_slots
 from dart_eval.pruning.spelling import plain_fields, slots, text_of, told
@@ -156,9 +158,7 @@ class Pruner:
     def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
         """Neurons of each layer in the mask, those that a token takes, and those that it writes.
 
-        Args:
-            densities: [L] share of each layer's weights that is read. prices: what is read of a neuron, where there is
-                a preview.
+        densities: [L] share of each layer's weights that is read. prices: of a neuron, where there is a preview.
         """
         sizes, whole = [f.size for f in ffns], self.mask.whole
         counts = self.choice.counts(densities, sizes, sparsity, ffns[0].matrices, whole, prices)

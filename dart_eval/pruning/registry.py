@@ -23,9 +23,13 @@ from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Shown
 from dart_eval.pruning.experts.routings import ROUTINGS, Fewer, Without
-from dart_eval.pruning.inputs.entries import ENTRIES, Above, ByNorms, RoundedEntries, WandaEntries
-from dart_eval.pruning.masks.allocations import ALLOCATIONS, DepthAware, Global
+from dart_eval.pruning.inputs.rounded import RoundedEntries
+from dart_eval.pruning.inputs.teal import Above
+from dart_eval.pruning.inputs.wanda import WandaEntries
+from dart_eval.pruning.inputs.wina import ByNorms
+from dart_eval.pruning.masks.allocations import Ends, Global, Table, Uniform
 from dart_eval.pruning.masks.compensations import COMPENSATIONS, MeanOutput
+from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.draws import DRAWS
 from dart_eval.pruning.masks.mask import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
@@ -163,6 +167,8 @@ BUILT_IN: tuple[Pruner, ...] = (
     ),
 )  # fmt: skip
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, Graded, Shown, Candidates)
+ALLOCATIONS = (Uniform, DepthAware, Ends, Global, Table)
+ENTRIES = (Above, ByNorms, WandaEntries, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,
     *COMPENSATIONS, *ENTRIES, *ROUTINGS,

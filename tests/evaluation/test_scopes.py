@@ -10,7 +10,7 @@ from dart_eval.evaluation.cache import new_cache
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
-from dart_eval.pruning.masks.counts import write_table
+from dart_eval.pruning.masks.allocations import write_table
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.sweep.config import config_from

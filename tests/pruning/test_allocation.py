@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dart_eval.pruning.masks.counts import EPS, depth_aware, in_steps, keep_counts, normalise_sensitivity
+from dart_eval.pruning.masks.counts import in_steps, keep_counts
+from dart_eval.pruning.masks.depth import EPS, depth_aware, normalise_sensitivity
 
 # Normalised sensitivities of Llama-3.1-8B, and the keep ratios that DART's scripts ship for it at 70 %.
 LLAMA_8B = [

@@ -21,7 +21,8 @@ from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Shown
 from dart_eval.pruning.cost import overhead
-from dart_eval.pruning.masks.counts import Counts, chosen_counts, depth_aware, keep_counts, normalise_sensitivity
+from dart_eval.pruning.masks.counts import Counts, chosen_counts, keep_counts
+from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import CHOICES, make
 from dart_eval.util.errors import UserError

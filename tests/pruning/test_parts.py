@@ -21,9 +21,13 @@ from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Shown
 from dart_eval.pruning.experts.routings import Fewer, Without
-from dart_eval.pruning.inputs.entries import Above, ByNorms, RoundedEntries, WandaEntries
-from dart_eval.pruning.masks.allocations import DepthAware, Global, Table, Uniform
+from dart_eval.pruning.inputs.rounded import RoundedEntries
+from dart_eval.pruning.inputs.teal import Above
+from dart_eval.pruning.inputs.wanda import WandaEntries
+from dart_eval.pruning.inputs.wina import ByNorms
+from dart_eval.pruning.masks.allocations import Global, Table, Uniform
 from dart_eval.pruning.masks.compensations import MeanOutput, Nothing
+from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.masks.remasks import EveryN, Never, OnDrift

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from dart_eval.pruning.masks.counts import check_table, depth_aware, normalise_sensitivity, read_table
 from dart_eval.pruning.part import Part, option
-from dart_eval.pruning.session.sequence import PerSequence
 from dart_eval.util.errors import UserError
-from dart_eval.util.files import check_name
+from dart_eval.util.files import check_name, read_text, write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dart_eval.layers.ffn import FFN
-    from dart_eval.layers.shape import ModelShape
+    from dart_eval.pruning.masks.change import ChangeState
+
+TABLE_TOLERANCE = 0.005  # of the mean density: published tables are rounded to four digits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,43 +73,6 @@ class Uniform(ByShares):
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
         return [1 - sparsity] * layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class DepthAware(Allocation):
-    """Layers that change the stream most keep most; early and late ones are spared (arXiv 2601.22632)."""
-
-    name = "depth"
-    summary = "keeps most in the layers that change the stream most, and spares early and late ones"
-    needs_context = True
-    needs_change = True
-    sensitivity: Literal["ffn", "residual"] = option(
-        "ffn", "judge a layer by what its FFN adds to the stream, or by the stream after it"
-    )
-    protect: bool = option(True, "spare early and late layers (off: the paper's ablation)")
-    magnitude: bool = option(
-        True, "weigh a layer's turn of the stream by the size of the change (off: the paper's ablation)"
-    )
-
-    def densities(
-        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
-        scores: Sequence[Tensor] | None = None,
-    ) -> list[float]:  # fmt: skip
-        assert change is not None
-        found = dict(zip(change.numbers, change.sensitivity(rows, self.magnitude), strict=True))
-        sizes = dict.fromkeys(found, 0)  # FFNs of one layer change the stream together, and have one density
-        for number, size in zip(change.numbers, change.sizes, strict=True):
-            sizes[number] += size
-        normalised = normalise_sensitivity([*found.values()])
-        densities = depth_aware(normalised, sparsity, self.protect, [*sizes.values()])
-        of_layer = dict(zip(found, densities, strict=True))
-        return [of_layer[number] for number in change.numbers]
-
-    def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
-        return ChangeState(batch, ffns, self.sensitivity == "residual")
-
-    def flops_per_token(self, shape: ModelShape) -> float:
-        return shape.layers * 8 * shape.width  # two norms, a difference, its norm, a dot product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,47 +191,44 @@ class Table(ByShares):
         check_table(self.table, sparsity, layers)
 
 
-ALLOCATIONS = (Uniform, DepthAware, Ends, Global, Table)
+def read_table(path: str | Path) -> list[float]:
+    """The densities of a saved allocation (`write_table`), [L].
 
-
-class ChangeState(PerSequence):
-    """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences.
-
-    Attributes:
-        numbers, sizes: of each FFN its decoder layer, and its neurons.
+    Raises:
+        UserError: the file cannot be read, or holds no ratios.
     """
+    remedy = "write one with `dart-eval trace --save-allocation FILE`"
+    try:
+        data = json.loads(read_text(path, "allocation table", remedy))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"allocation table {path} cannot be read ({error})", remedy) from None
+    ratios = data.get("keep") if isinstance(data, dict) else None
+    if (
+        not isinstance(ratios, list)
+        or not ratios
+        or not all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios)
+    ):
+        raise UserError(f"{path} is no allocation table: it needs `keep`, a list of ratios in [0, 1]", remedy)
+    return [float(r) for r in ratios]
 
-    def __init__(self, batch: int, ffns: Sequence[FFN], residual: bool) -> None:
-        import torch
 
-        layers, self.residual = len(ffns), residual
-        self.numbers, self.sizes = tuple(f.number for f in ffns), tuple(f.size for f in ffns)
-        self.tokens = torch.zeros(batch)
-        self.cosine = torch.zeros(batch, layers)  # sum over tokens of cos(y, z), on the CPU
-        self.change = torch.zeros(batch, layers)  # sum over tokens of ||z - y|| / ||y||
+def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
+    """Save densities, with what made them, for `allocation=table:allocation.file=FILE`."""
+    text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
+    write(path, text)
 
-    def observe(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
-        """Count a layer's tokens. y: the stream that enters the FFN, added: what the FFN adds, both [B, T, D]."""
-        import torch
-        from torch.nn.functional import cosine_similarity
 
-        y, z, valid = y.float(), added.float(), valid.to(y.device)
-        if self.residual:
-            z = y + z
-        cosine = cosine_similarity(y, z, dim=-1)
-        change = (z - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-12)
-        self.cosine[:, layer] += torch.where(valid, cosine, 0).sum(1).cpu()
-        self.change[:, layer] += torch.where(valid, change, 0).sum(1).cpu()
+def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:
+    """Refuse a table that was made for another sparsity, or for another model where its `layers` are known.
 
-    def finish(self, valid: Tensor) -> None:
-        """Close a context forward whose real tokens were `valid` ([B, T] bool)."""
-        self.tokens += valid.sum(1).cpu()
-
-    def sensitivity(self, rows: slice, magnitude: bool = True) -> list[float]:
-        """S_l = (1 - mean cos(y, z)) * mean(||z - y|| / ||y||) of every layer, over the tokens of these sequences.
-
-        Without `magnitude` the first factor alone.
-        """
-        n = max(float(self.tokens[rows].sum()), 1.0)
-        turn = 1 - self.cosine[rows].sum(0) / n
-        return (turn * (self.change[rows].sum(0) / n) if magnitude else turn).tolist()
+    Raises:
+        UserError: it has another number of layers, or another mean.
+    """
+    if layers is not None and len(ratios) != layers:
+        raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")
+    mean = sum(ratios) / len(ratios)
+    if abs(mean - (1 - sparsity)) > TABLE_TOLERANCE:
+        raise UserError(
+            f"the allocation table keeps {mean:.3f} of the neurons, sparsity {sparsity:g} keeps {1 - sparsity:.3f}",
+            f"run it at --sparsity {1 - mean:.3g}, or make a table for {sparsity:g}",
+        )

@@ -1,30 +1,14 @@
-"""How a sparsity is spread over layers: first the density of each layer, then exact counts of neurons.
-
-The depth-aware rule is DART's (arXiv 2601.22632, layer-wise allocation), nine steps from a layer's
-sensitivity to its prune ratio. Steps 3 to 8 are `depth_aware`; step 2 is `normalise_sensitivity`;
-step 9 (rounding) is `keep_counts`, which, unlike the published code, meets the budget exactly.
-"""
+"""From densities of layers to exact counts of neurons: a sparsity is met to the neuron."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from dart_eval.util.errors import UserError
-from dart_eval.util.files import read_text, write
-
-TABLE_TOLERANCE = 0.005  # of the mean density: published tables are rounded to four digits
-
-EARLY_SHARE, LATE_SHARE = 0.30, 0.15  # w_e, w_l: shares of the depth that count as early and late
-EARLY_FACTOR, LATE_FACTOR = 0.25, 0.35  # alpha, beta: how far the first and the last layer are protected
-MIN_PRUNE, MAX_PRUNE = 0.10, 0.90  # p_min, p_max
-ROUNDS = 10  # of redistribution after clipping
-EPS = 1e-6
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -41,70 +25,6 @@ def check_sparsity(sparsity: float) -> float:
             "it is the share of the FFN weights that a token does not read: write 0.7 for 70 %",
         )
     return sparsity
-
-
-def normalise_sensitivity(sensitivity: Sequence[float]) -> list[float]:
-    """Min-max normalisation over layers (step 2): 0 for the least sensitive layer, 1 for the most."""
-    low, high = min(sensitivity), max(sensitivity)
-    return [(s - low) / (high - low + EPS) for s in sensitivity]
-
-
-def depth_aware(
-    normalised_sensitivity: Sequence[float], sparsity: float, protect: bool = True,
-    sizes: Sequence[int] | None = None,
-) -> list[float]:  # fmt: skip
-    """The density of every layer by DART's depth-aware rule.
-
-    Args:
-        normalised_sensitivity: [L], 0 (the FFN changes the stream least) to 1 (most).
-        sparsity: in [0, 1), over all layers; the mean of the returned densities is 1 - sparsity.
-        protect: spare early and late layers (step 4). False is the paper's ablation: a depth factor of 1 everywhere.
-        sizes: [L] neurons of every layer, where these differ: the mean is over neurons then (the paper's models have
-            layers of one size).
-
-    Returns:
-        [L] densities. What is pruned of a layer is kept between 0.1 and 0.9, unless the sparsity itself lies outside
-        these bounds (sparsity 0 keeps everything).
-    """
-    layers = len(normalised_sensitivity)
-    low, high = min(MIN_PRUNE, sparsity), max(MAX_PRUNE, sparsity)
-    weight = [
-        max(0.0, 1.0 - s) * (_depth_factor(i / (layers - 1) if layers > 1 else 0.5) if protect else 1.0)
-        for i, s in enumerate(normalised_sensitivity)
-    ]
-    part = [1.0] * layers if sizes is None else [n * layers / sum(sizes) for n in sizes]
-    budget = sparsity * layers
-    total = sum(w * n for w, n in zip(weight, part, strict=True))
-    prune = [budget * w / total if total > EPS else sparsity for w in weight]
-    prune = [min(max(p, low), high) for p in prune]
-    for _ in range(ROUNDS):
-        missing = budget - sum(p * n for p, n in zip(prune, part, strict=True))
-        if abs(missing) < EPS:
-            break
-        free = [i for i, p in enumerate(prune) if (p < high if missing > 0 else p > low)]
-        if not free:
-            break
-        free_weight, free_part = sum(weight[i] * part[i] for i in free), sum(part[i] for i in free)
-        for i in free:
-            share = weight[i] / free_weight if free_weight > EPS else 1 / free_part
-            prune[i] = min(max(prune[i] + missing * share, low), high)
-    return [1.0 - p for p in prune]
-
-
-def _depth_factor(x: float) -> float:
-    """The protection of early and late layers (step 4).
-
-    Args:
-        x: the depth of the layer, in [0, 1].
-
-    Returns:
-        A factor on what is pruned; 1 protects nothing.
-    """
-    if x < EARLY_SHARE:
-        return EARLY_FACTOR + (1 - EARLY_FACTOR) * x / EARLY_SHARE
-    if x > 1 - LATE_SHARE:
-        return LATE_FACTOR + (1 - LATE_FACTOR) * (1 - x) / LATE_SHARE
-    return 1.0
 
 
 def keep_counts(ratios: Sequence[float], sizes: Sequence[int], sparsity: float) -> list[int]:
@@ -242,14 +162,14 @@ def chosen_counts(
     if kept == everything:
         return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
     if image is not None:
-        _check_most(image, matrices, sparsity, title)
+        check_most(image, matrices, sparsity, title)
     across = prices.across / unit
     budget, whole, middle = matrices * kept / unit - across * everything, prices.whole / unit, prices.taken / unit
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
         if whole * everything > budget:
             said = None if image is not None else f"{whole:.4g} of the FFN's {matrices} matrices whole"
-            raise _too_much(title, prices.whole / matrices, sparsity, said, ", or a mask that is not everything")
+            raise too_much(title, prices.whole / matrices, sparsity, said, ", or a mask that is not everything")
     else:
         wanted, mask = _mask_counts(densities, sizes, kept, matrices, prices, ratio, middle == 1 and write_share == 1)
     masked = sum(mask)
@@ -269,53 +189,7 @@ def chosen_counts(
     return Counts(mask, taken, written, prices.whole)
 
 
-def graded_counts(
-    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, prices: Prices, ratio: float,
-    title: str = "the choice",
-) -> Counts:  # fmt: skip
-    """How many neurons of every layer are taken exactly, and how many write, some of them as an image shows them.
-
-    matrices * read = whole * all + (taken + written) * taken neurons + coarse * other neurons that write. It is never
-    exceeded, and by less than a neuron not met.
-
-    Args:
-        densities: [L] weights read of every layer, mean 1 - sparsity. sizes: [L] neurons of every layer.
-        matrices: 3 for gated FFNs and 2 for plain ones. prices: what is read of a neuron.
-        ratio: neurons that write as an image shows them, as a multiple of those that are taken.
-        title: what the choice is called in an error.
-
-    Returns:
-        `written` counts all that write: those taken too.
-
-    Raises:
-        UserError: the image takes more than the sparsity leaves.
-    """
-    everything, coarse = sum(sizes), prices.coarse
-    assert coarse is not None
-    before = prices.whole + prices.across  # of each neuron
-    budget = matrices * round((1.0 - sparsity) * everything) - before * everything
-    if sparsity == 0:
-        return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
-    if budget < 0:
-        raise _too_much(title, before / matrices, sparsity)
-    _check_most(prices, matrices, sparsity, title)
-    exact = prices.taken + prices.written
-    wanted = []
-    for density, n in zip(densities, sizes, strict=True):
-        left = max(0.0, (matrices * density - before) * n)
-        few = left / (exact + ratio * coarse)
-        wanted.append(few if few * (1 + ratio) <= n else min(float(n), (left - coarse * n) / (exact - coarse)))
-    taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(budget / exact)))
-    rest = budget - exact * sum(taken)
-    writing = [min(float(n), t + ratio * w) for n, t, w in zip(sizes, taken, wanted, strict=True)]
-    more = [n - t for n, t in zip(sizes, taken, strict=True)]
-    others = exact_counts(
-        [w - t for w, t in zip(writing, taken, strict=True)], more, min(sum(more), math.floor(rest / coarse))
-    )
-    return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], prices.whole)
-
-
-def _check_most(prices: Prices, matrices: int, sparsity: float, title: str) -> None:
+def check_most(prices: Prices, matrices: int, sparsity: float, title: str) -> None:
     """Refuse a sparsity at which all that there is to read is less than is to be read: weights are served in few bits.
 
     Raises:
@@ -330,7 +204,7 @@ def _check_most(prices: Prices, matrices: int, sparsity: float, title: str) -> N
         )
 
 
-def _too_much(title: str, share: float, sparsity: float, said: str | None = None, other: str = "") -> UserError:
+def too_much(title: str, share: float, sparsity: float, said: str | None = None, other: str = "") -> UserError:
     """What is read before anything is chosen is more than the sparsity leaves.
 
     Args:
@@ -361,46 +235,3 @@ def _mask_counts(
     if even:
         masked = max(kept, masked - round(whole * masked - budget) % 2)
     return wanted, exact_counts(wanted, sizes, masked)
-
-
-def read_table(path: str | Path) -> list[float]:
-    """The densities of a saved allocation (`write_table`), [L].
-
-    Raises:
-        UserError: the file cannot be read, or holds no ratios.
-    """
-    remedy = "write one with `dart-eval trace --save-allocation FILE`"
-    try:
-        data = json.loads(read_text(path, "allocation table", remedy))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"allocation table {path} cannot be read ({error})", remedy) from None
-    ratios = data.get("keep") if isinstance(data, dict) else None
-    if (
-        not isinstance(ratios, list)
-        or not ratios
-        or not all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios)
-    ):
-        raise UserError(f"{path} is no allocation table: it needs `keep`, a list of ratios in [0, 1]", remedy)
-    return [float(r) for r in ratios]
-
-
-def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
-    """Save densities, with what made them, for `allocation=table:allocation.file=FILE`."""
-    text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
-    write(path, text)
-
-
-def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:
-    """Refuse a table that was made for another sparsity, or for another model where its `layers` are known.
-
-    Raises:
-        UserError: it has another number of layers, or another mean.
-    """
-    if layers is not None and len(ratios) != layers:
-        raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")
-    mean = sum(ratios) / len(ratios)
-    if abs(mean - (1 - sparsity)) > TABLE_TOLERANCE:
-        raise UserError(
-            f"the allocation table keeps {mean:.3f} of the neurons, sparsity {sparsity:g} keeps {1 - sparsity:.3f}",
-            f"run it at --sparsity {1 - mean:.3g}, or make a table for {sparsity:g}",
-        )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dart_eval.layers.expert_pool import present, under
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.masks.allocations import ChangeState
+from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.remask import RemaskState
 from dart_eval.pruning.masks.scores import FIRST_TOKEN
 from dart_eval.pruning.session.prepared import Prepared

@@ -15,7 +15,7 @@ from dart_eval.pruning import fits
 from dart_eval.pruning.beside import Beside
 from dart_eval.pruning.calibration.calibration import Calibration, means
 from dart_eval.pruning.choices.choice import ChoiceLayer
-from dart_eval.pruning.masks.allocations import ChangeState
+from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_prices
 from dart_eval.pruning.masks.standins import constant, floating
 from dart_eval.pruning.method import Pruner

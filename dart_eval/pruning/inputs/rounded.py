@@ -1,0 +1,57 @@
+"""Rounded weights for decoded tokens alone: a control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dart_eval.pruning.inputs.entries import Entries, Inputs
+from dart_eval.pruning.part import option
+from dart_eval.util.bits import LAST_BITS, OWN_BITS, Rounding, parse
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.util.bits import Stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedEntries(Entries):
+    """Decoded tokens read weights that are rounded, and prompts the weights as they are.
+
+    A control that is like a pruner in this: with `--ffn-bits` prompts run on rounded weights, too.
+    """
+
+    name = "rounded"
+    summary = "reads rounded weights while it decodes, and for prompts the weights as they are"
+    granularity = LAST_BITS
+    bits: Literal["3", "4", "5", "6", "8", "q3_k", "q4_k", "q5_k"] = option(
+        "q4_k", "what they are rounded to, as `--ffn-bits` takes it"
+    )
+
+    @property
+    def sized(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def _rounding(self) -> Rounding:
+        found = parse(self.bits)
+        assert found is not None
+        return found
+
+    def check(self, bits: Stored) -> None:
+        if bits.code != OWN_BITS:
+            raise UserError(
+                f"what is rounded are 16-bit weights, and these have {bits.total:.3g} bits",
+                "leave --ffn-bits out, or load the model unquantised",
+            )
+
+    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        self.check(bits)
+        return self._rounding.weight_bits(weight.shape[1]) / OWN_BITS
+
+    def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        from dart_eval.weights.rounding import rounded
+
+        return rounded(weight, self._rounding).values.to(weight.dtype)

@@ -1,0 +1,54 @@
+"""Single weights that matter least, after Wanda."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dart_eval.pruning.inputs.entries import Entries, Inputs
+from dart_eval.pruning.part import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.util.bits import Stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandaEntries(Entries):
+    """Of each output's weights the least |W_ij| * ||x_j|| are 0, after Wanda (arXiv 2306.11695; wanda at 8e8fc87,
+    `lib/prune.py`, `lib/layerwrapper.py`); 2:4 leaves two of every four neighbours.
+
+    Read counts the weights that are left, and for 2:4 also 2 bits for the place of each. Without a pattern the places
+    would take bits too; they are not counted, which favours the method. There activations come from C4, layer after
+    layer of the pruned model, attention is pruned too, and prompts run pruned; here from the calibration text on the
+    dense model.
+    """
+
+    name = "wanda"
+    summary = "leaves out the least weights times activations on a calibration text, the same for every text"
+    granularity = "single weights"
+    calibrates = True
+    pattern: Literal["none", "2:4"] = option(
+        "none", "leave out any weights of an output, or two of every four (the sparsity then says nothing)"
+    )
+
+    @property
+    def sized(self) -> bool:  # type: ignore[override]
+        return self.pattern == "none"
+
+    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        return self.share(densities, bits) if self.sized else self.share(0.5, bits) + 1 / bits.total
+
+    def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        import torch
+
+        from dart_eval.kernels.top import top_k_mask
+
+        assert inputs.sizes is not None
+        score = weight.float().abs() * inputs.sizes.to(weight.device)
+        if self.sized:
+            return top_k_mask(score, torch.full((len(score),), inputs.count))
+        width = score.shape[1]
+        fours = torch.nn.functional.pad(score, (0, -width % 4), value=-1.0).reshape(-1, 4)
+        return top_k_mask(fours, torch.full((len(fours),), 2)).view(len(score), -1)[:, :width]

@@ -1,0 +1,128 @@
+"""DART's allocation (arXiv 2601.22632): nine steps from how much a layer changes the stream to its prune ratio.
+
+Step 1 is `ChangeState.sensitivity`, step 2 `normalise_sensitivity`, steps 3 to 8 are `depth_aware`; step 9 (rounding)
+is `counts.keep_counts`, which, unlike the published code, meets the budget exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dart_eval.pruning.masks.allocations import Allocation
+from dart_eval.pruning.masks.change import ChangeState
+from dart_eval.pruning.part import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.layers.shape import ModelShape
+
+EARLY_SHARE, LATE_SHARE = 0.30, 0.15  # w_e, w_l: shares of the depth that count as early and late
+EARLY_FACTOR, LATE_FACTOR = 0.25, 0.35  # alpha, beta: how far the first and the last layer are protected
+MIN_PRUNE, MAX_PRUNE = 0.10, 0.90  # p_min, p_max
+ROUNDS = 10  # of redistribution after clipping
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthAware(Allocation):
+    """Layers that change the stream most keep most; early and late ones are spared (arXiv 2601.22632)."""
+
+    name = "depth"
+    summary = "keeps most in the layers that change the stream most, and spares early and late ones"
+    needs_context = True
+    needs_change = True
+    sensitivity: Literal["ffn", "residual"] = option(
+        "ffn", "judge a layer by what its FFN adds to the stream, or by the stream after it"
+    )
+    protect: bool = option(True, "spare early and late layers (off: the paper's ablation)")
+    magnitude: bool = option(
+        True, "weigh a layer's turn of the stream by the size of the change (off: the paper's ablation)"
+    )
+
+    def densities(
+        self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[float]:  # fmt: skip
+        assert change is not None
+        found = dict(zip(change.numbers, change.sensitivity(rows, self.magnitude), strict=True))
+        sizes = dict.fromkeys(found, 0)  # FFNs of one layer change the stream together, and have one density
+        for number, size in zip(change.numbers, change.sizes, strict=True):
+            sizes[number] += size
+        normalised = normalise_sensitivity([*found.values()])
+        densities = depth_aware(normalised, sparsity, self.protect, [*sizes.values()])
+        of_layer = dict(zip(found, densities, strict=True))
+        return [of_layer[number] for number in change.numbers]
+
+    def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
+        return ChangeState(batch, ffns, self.sensitivity == "residual")
+
+    def flops_per_token(self, shape: ModelShape) -> float:
+        return shape.layers * 8 * shape.width  # two norms, a difference, its norm, a dot product
+
+
+def normalise_sensitivity(sensitivity: Sequence[float]) -> list[float]:
+    """Min-max normalisation over layers (step 2): 0 for the least sensitive layer, 1 for the most."""
+    low, high = min(sensitivity), max(sensitivity)
+    return [(s - low) / (high - low + EPS) for s in sensitivity]
+
+
+def depth_aware(
+    normalised_sensitivity: Sequence[float], sparsity: float, protect: bool = True,
+    sizes: Sequence[int] | None = None,
+) -> list[float]:  # fmt: skip
+    """The density of every layer by DART's depth-aware rule.
+
+    Args:
+        normalised_sensitivity: [L], 0 (the FFN changes the stream least) to 1 (most).
+        sparsity: in [0, 1), over all layers; the mean of the returned densities is 1 - sparsity.
+        protect: spare early and late layers (step 4). False is the paper's ablation: a depth factor of 1 everywhere.
+        sizes: [L] neurons of every layer, where these differ: the mean is over neurons then (the paper's models have
+            layers of one size).
+
+    Returns:
+        [L] densities. What is pruned of a layer is kept between 0.1 and 0.9, unless the sparsity itself lies outside
+        these bounds (sparsity 0 keeps everything).
+    """
+    layers = len(normalised_sensitivity)
+    low, high = min(MIN_PRUNE, sparsity), max(MAX_PRUNE, sparsity)
+    weight = [
+        max(0.0, 1.0 - s) * (_depth_factor(i / (layers - 1) if layers > 1 else 0.5) if protect else 1.0)
+        for i, s in enumerate(normalised_sensitivity)
+    ]
+    part = [1.0] * layers if sizes is None else [n * layers / sum(sizes) for n in sizes]
+    budget = sparsity * layers
+    total = sum(w * n for w, n in zip(weight, part, strict=True))
+    prune = [budget * w / total if total > EPS else sparsity for w in weight]
+    prune = [min(max(p, low), high) for p in prune]
+    for _ in range(ROUNDS):
+        missing = budget - sum(p * n for p, n in zip(prune, part, strict=True))
+        if abs(missing) < EPS:
+            break
+        free = [i for i, p in enumerate(prune) if (p < high if missing > 0 else p > low)]
+        if not free:
+            break
+        free_weight, free_part = sum(weight[i] * part[i] for i in free), sum(part[i] for i in free)
+        for i in free:
+            share = weight[i] / free_weight if free_weight > EPS else 1 / free_part
+            prune[i] = min(max(prune[i] + missing * share, low), high)
+    return [1.0 - p for p in prune]
+
+
+def _depth_factor(x: float) -> float:
+    """The protection of early and late layers (step 4).
+
+    Args:
+        x: the depth of the layer, in [0, 1].
+
+    Returns:
+        A factor on what is pruned; 1 protects nothing.
+    """
+    if x < EARLY_SHARE:
+        return EARLY_FACTOR + (1 - EARLY_FACTOR) * x / EARLY_SHARE
+    if x > 1 - LATE_SHARE:
+        return LATE_FACTOR + (1 - LATE_FACTOR) * (1 - x) / LATE_SHARE
+    return 1.0
