@@ -11,7 +11,6 @@ import itertools
 import os
 import signal
 import sys
-import warnings
 from typing import Annotated, Any
 
 # Before anything imports them: no progress bars and no telemetry of the libraries underneath, only our own view.
@@ -23,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from dart_eval.cli import bench, check, compare, export, ls, options, paper, report, run, tables, trace, view
-from dart_eval.util.errors import RenamedWarning, UserError, nearest, out_of_memory, remark
+from dart_eval.util.errors import UserError, nearest, out_of_memory
 
 app = typer.Typer(
     name="dart-eval",
@@ -85,17 +84,6 @@ def _stop_behind(error: BaseException | None) -> _Stopped | None:
     return error
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """A warning that is meant for people in one line; others as Python has them."""
-    if issubclass(category, RenamedWarning):
-        remark(str(message))
-    else:
-        _PYTHONS(message, category, *place)
-
-
-_PYTHONS = warnings.showwarning
-
-
 def main() -> None:
     """Entry point: wrong input becomes one line and status 2, a signal 128 and its number."""
     try:
@@ -116,7 +104,6 @@ def _end(number: int, _frame: object) -> None:
 
 
 def _run() -> None:
-    warnings.showwarning = _show_warning  # type: ignore[assignment]  # it is called by position
     view.settle_streams()
     for name in STOPS:
         number = getattr(signal, name, None)  # Windows has no SIGHUP

@@ -37,13 +37,13 @@ from dart_eval.pruning.masks.remasks import REMASKS, OnDrift
 from dart_eval.pruning.masks.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
 from dart_eval.pruning.method import ExpertChoice, InputSparsity, NeuronMask, Pruner, StaticMask, TokenChoice, kind_with
 from dart_eval.pruning.part import Part
-from dart_eval.pruning.renamed import new_names
 from dart_eval.pruning.spelling import changed, flattened, text_of
 from dart_eval.util.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 
 GRIFFIN = Activation(norm="l2")
+TABLE = "table:"  # and a file: `allocation=table:FILE`
 BUILT_IN: tuple[Pruner, ...] = (
     TokenChoice(name="dense", summary="prunes nothing: the model as it is (control)"),
     StaticMask(
@@ -235,8 +235,10 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
         raise UserError(f"unknown method {name!r}", nearest(name, known) or "`dart-eval ls methods` lists them")
     if not params:
         return known[name]
-    every = parts()
-    return changed(known[name], new_names(known[name], params or {}, every), every, kind_with)
+    given = dict(params)
+    if str(table := given.get("allocation", "")).startswith(TABLE):
+        given |= {"allocation": "table", "allocation.file": str(table).removeprefix(TABLE)}
+    return changed(known[name], given, parts(), kind_with)
 
 
 def spelled(name: str, given: Mapping[str, Any]) -> str:

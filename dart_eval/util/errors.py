@@ -23,10 +23,6 @@ class UserError(Exception):
         super().__init__(f"{self.problem}; {self.remedy}" if self.remedy else self.problem)
 
 
-class RenamedWarning(FutureWarning):
-    """An old name was used, which still works. Printed as one line by the command."""
-
-
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
     """Put where it is wrong before what is wrong, in every error of the block."""

@@ -8,13 +8,10 @@ import os
 import warnings
 from collections.abc import Iterator
 
-from dart_eval.util.errors import RenamedWarning
-
 
 def hush_warnings() -> None:
     """Errors of lm-eval and the hub come as exceptions too; their warnings are not for our users."""
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("once", category=RenamedWarning)
     for name in ("lm_eval", "huggingface_hub", "datasets", "torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

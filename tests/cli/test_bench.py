@@ -289,13 +289,3 @@ def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     identity = resolve(ModelSpec(saved_llama)).identity.to_json()
     inputs = {"model": identity, "dtype": "float32", "params": make(*parse(spec)).params(), "sparsity": 0.7}
     assert pruned.is_of(inputs) and not top.is_of(inputs)
-
-
-@pytest.mark.parametrize(("words", "line"), [
-    (["--scoring", "--tasks", "arc"], "dart-eval bench scoring --tasks arc"),
-    (["--shape", "llama-3.1-8b", "--overhead"], "dart-eval bench overhead --shape llama-3.1-8b"),
-    (["--method", "griffin,dart"], "dart-eval bench decode --method griffin,dart"),
-])  # fmt: skip
-def test_options_in_place_of_a_verb_are_answered_with_the_line_to_write(words, line):
-    done = command("bench", *words)
-    assert (done.code, done.err) == (2, f"error: bench takes a verb before {words[0]}; write: {line}\n")

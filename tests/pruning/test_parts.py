@@ -315,6 +315,15 @@ def test_a_spec_that_is_none_is_refused():
             parse(spec)
 
 
+def test_a_table_may_stand_beside_its_allocation(tmp_path):
+    """`allocation=table:FILE` is as short as can be."""
+    file = tmp_path / "a b:c.json"
+    file.write_text('{"keep": [0.7, 0.3, 0.5]}')
+    found = made(f"dart:allocation=table:{file}")
+    assert found.allocation.table == [0.7, 0.3, 0.5] and found.files() == [str(file)]
+    assert found == make("dart", {"allocation": "table", "allocation.file": str(file)})
+
+
 # -- every composition comes back from what is written of it ---------------------------------------------------------
 
 
