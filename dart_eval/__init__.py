@@ -23,7 +23,7 @@ __all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune",
 
 # These import torch, transformers or pandas, so they wait until somebody asks for them (`--help` does not).
 _LAZY = {
-    "Pruner": "dart_eval.pruning.method",
+    "Pruner": "dart_eval.pruning.registry",
     "methods": "dart_eval.pruning.registry",
     "prune": "dart_eval.pruning.prune",
     "records": "dart_eval.results.frames",

@@ -1,13 +1,4 @@
-"""Pruning methods: what each kind is made of. A combination that makes no sense cannot be written down.
-
-| kind | made of |
-| --- | --- |
-| `NeuronMask` | a mask for each sequence (score, draw, re-mask) x allocation x compensation x choice |
-| `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation x choice |
-| `TokenChoice` | a choice among all neurons x an allocation that needs no scores x compensation |
-| `InputSparsity` | inputs or single weights that tokens do not read x an allocation that needs no prompt |
-| `ExpertChoice` | routed experts that tokens do not have |
-"""
+"""A pruning method: its parts, and what follows from them. The kinds of methods stand in `kinds.py`."""
 
 from __future__ import annotations
 
@@ -17,15 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dart_eval.pruning.choices.choice import All, AnyChoice, Choice
-from dart_eval.pruning.experts.routings import Fewer, Routing
-from dart_eval.pruning.inputs.entries import Entries
-from dart_eval.pruning.inputs.teal import Above
-from dart_eval.pruning.masks.allocations import Allocation, ByShares, Global, Uniform
+from dart_eval.pruning.choices.choice import All, AnyChoice
+from dart_eval.pruning.masks.allocations import Allocation, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Counts, Prices
-from dart_eval.pruning.masks.depth import DepthAware
-from dart_eval.pruning.masks.mask import Everything, FromPrompt, Mask, OfTokens, Static
+from dart_eval.pruning.masks.counts import Budget, Counts, Prices
+from dart_eval.pruning.masks.mask import Everything, Mask
 from dart_eval.pruning.part import Part, check_slots
 from dart_eval.pruning.spelling import plain_fields, slots, text_of, told
 from dart_eval.util.bits import OWN_BITS, Stored
@@ -33,10 +20,14 @@ from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
-    from dart_eval.pruning.beside import Beside
     from dart_eval.pruning.calibration.calibration import Calibration
+    from dart_eval.pruning.experts.rerouted import Rerouted
+    from dart_eval.pruning.inputs.finer import Finer
 
 Paid = tuple[float, float, float, float]  # what is read of each neuron, and besides if masked, taken, written
+
+
+KINDS: dict[type[Part], type[Pruner]] = {}  # a part -> the kind of methods that it makes, see `kinds`
 
 
 @dataclass(frozen=True)
@@ -62,6 +53,11 @@ class Pruner:
     name: str = dataclasses.field(default="custom", compare=False, kw_only=True)
     summary: str = dataclasses.field(default="", compare=False, kw_only=True)
     base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False, kw_only=True)
+
+    def __init_subclass__(cls, of: type[Part] | None = None) -> None:
+        """Of a kind that parts of this class make."""
+        if of is not None:
+            KINDS[of] = cls
 
     def __new__(cls, *parts: Part, **slots: Any) -> Any:
         """Of the kind that the parts are of. Its own `__init__` then takes the arguments."""
@@ -153,7 +149,7 @@ class Pruner:
             return
         choice = self.at(1 - sparsity, bits.total).choice
         prices = choice.prices_of(sizes, width, matrices, bits)
-        choice.counts([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, prices)
+        choice.counts(Budget([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, prices))
 
     def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
         """Neurons of each layer in the mask, those that a token takes, and those that it writes.
@@ -161,7 +157,7 @@ class Pruner:
         densities: [L] share of each layer's weights that is read. prices: of a neuron, where there is a preview.
         """
         sizes, whole = [f.size for f in ffns], self.mask.whole
-        counts = self.choice.counts(densities, sizes, sparsity, ffns[0].matrices, whole, prices)
+        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, whole, prices))
         if whole or not any(f.routed for f in ffns):
             return counts
         return counts.in_steps(sizes, [f.routed.count if f.routed else 1 for f in ffns])
@@ -201,7 +197,7 @@ class Pruner:
     def check_bits(self, bits: Stored) -> None:
         """The same from the bits of a weight, as it is served, before a model is there."""
 
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Finer | Rerouted | None:
         """What leaves out something else than neurons, at work on a model; None: nothing does."""
         return None
 
@@ -225,8 +221,7 @@ class Pruner:
     @property
     def spec(self) -> str:
         """What a user types to get it: the name, and every setting in which it differs from the method of that name."""
-        unnamed = self.name == Pruner.name
-        base = self.base or (TokenChoice() if unnamed else self)
+        base = self.base or (Pruner() if self.name == Pruner.name else self)
         return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in told(self, base))])
 
     def params(self) -> dict[str, Any]:
@@ -239,162 +234,7 @@ class Pruner:
         return found
 
 
-@dataclass(frozen=True)
-class NeuronMask(Pruner):
-    """Each sequence has a mask of its own; every combination of its parts works."""
-
-    mask: OfTokens = FromPrompt()  # type: ignore[misc]
-    choice: AnyChoice = All()  # type: ignore[misc]
-    allocation: Allocation = Uniform()  # type: ignore[misc]
-    compensation: Compensation = Nothing()  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class StaticMask(Pruner):
-    """All sequences have one mask, which is made before any prompt is seen."""
-
-    mask: Static = Static()  # type: ignore[misc]
-    choice: Choice = All()  # type: ignore[misc]
-    allocation: ByShares | Global = Uniform()  # type: ignore[misc]
-    compensation: Compensation = Nothing()  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class TokenChoice(Pruner):
-    """Each token chooses among all neurons; without a choice nothing is pruned."""
-
-    mask: Everything = Everything()  # type: ignore[misc]
-    choice: Choice = All()  # type: ignore[misc]
-    allocation: ByShares | DepthAware = Uniform()  # type: ignore[misc]
-    compensation: Compensation = Nothing()  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class InputSparsity(Pruner):
-    """Tokens do not read some inputs of each matrix, or nobody reads some of its weights."""
-
-    leaves_out = "inputs or weights"
-    prunes = True
-    allocation: ByShares = Uniform()  # type: ignore[misc]
-    entries: Entries = Above()
-
-    @property
-    def _title(self) -> str:
-        return self.entries.title
-
-    @property
-    def granularity(self) -> str:  # type: ignore[override]
-        return self.entries.granularity
-
-    @property
-    def sized(self) -> bool:
-        return self.entries.sized
-
-    @property
-    def exact(self) -> bool:
-        return not self.entries.by_token
-
-    @property
-    def by_token(self) -> bool:
-        return self.entries.by_token
-
-    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        from dart_eval.weights.rounding import parameter_of, stored_of
-
-        for module in (m for f in ffns for m in f.projections):
-            self.entries.check(stored_of(module))
-            if not self.entries.by_token:  # other weights stand in the place of all
-                parameter_of(module)
-
-    def check_bits(self, bits: Stored) -> None:
-        self.entries.check(bits)
-
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
-        sizes = [f.size for f in ffns]
-        return Counts(sizes, sizes, sizes, 0)
-
-    def _kept(self, ffns: Sequence[FFN], sparsity: float) -> list[tuple[int, int]]:
-        """Per layer, how many inputs of x and of h are read."""
-        from dart_eval.pruning.inputs import finer
-
-        densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
-        return finer.counts(ffns, densities, sparsity)
-
-    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
-        from dart_eval.pruning.inputs import finer
-
-        if self.sized and not sparsity:
-            return super().paid(ffns, sparsity, unit, whole)
-        read = finer.read(self.entries, ffns, self._kept(ffns, sparsity))
-        return [(ffns[0].matrices * read, 0.0, 0.0, 0.0)] * len(ffns)
-
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
-        from dart_eval.pruning.inputs.finer import Finer
-
-        if self.sized and not sparsity:
-            return None
-        return Finer(self.entries, ffns, self._kept(ffns, sparsity), calibration)
-
-
-@dataclass(frozen=True)
-class ExpertChoice(Pruner):
-    """Tokens do not have some of the routed experts."""
-
-    leaves_out = "experts"
-    prunes = True
-    routing: Routing = Fewer()
-
-    @property
-    def _title(self) -> str:
-        return self.routing.title
-
-    @property
-    def granularity(self) -> str:  # type: ignore[override]
-        return self.routing.granularity
-
-    @property
-    def sized(self) -> bool:
-        return self.routing.sized
-
-    def check(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        self.routing.check(sparsity, ffns)
-
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
-        experts = self.routing.counts(sparsity, ffns)
-        some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, ffns, strict=True)]
-        return Counts(some, some, some, 0)
-
-    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
-        found = super().paid(ffns, sparsity, unit, whole)  # whole experts, with their scales
-        return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in found]
-
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Beside | None:
-        from dart_eval.pruning.experts.rerouted import Rerouted
-
-        return Rerouted(self.routing, ffns, self.routing.counts(sparsity, ffns), calibration)
-
-
-KINDS: dict[type[Part], type[Pruner]] = {
-    Everything: TokenChoice, Static: StaticMask, OfTokens: NeuronMask, Entries: InputSparsity, Routing: ExpertChoice,
-}  # fmt: skip
-
-
-def kind_of_parts(parts: Sequence[type[Part]], usual: type[Pruner] = TokenChoice) -> type[Pruner]:
-    """The kind of method that these parts make. usual: where none of them says."""
-    return next((kind for part in parts for of, kind in KINDS.items() if issubclass(part, of)), usual)
-
-
-def kind_with(method: Pruner, parts: Sequence[type[Part]]) -> type[Pruner]:
-    """The kind of a method with these parts in its slots.
-
-    Raises:
-        UserError: the method leaves out something else than these parts do.
-    """
-    kind, masks = kind_of_parts(parts, type(method)), (NeuronMask, StaticMask, TokenChoice)
-    if isinstance(method, kind) or not method.prunes or (issubclass(kind, masks) and isinstance(method, masks)):
-        return kind
-    part = next(p for p in parts if kind_of_parts([p], type(method)) is kind)
-    raise UserError(
-        f"{method.leaves_out} are left out, and {part.slot}={part.name} leaves out {kind.leaves_out}",
-        f"begin from a method that leaves out nothing: dense:{part.slot}={part.name}",
-    )
+def kind_of_parts(parts: Sequence[type[Part]], usual: type[Pruner] | None = None) -> type[Pruner]:
+    """The kind of method that these parts make. usual: where none of them says; None: a choice among all neurons."""
+    found = (kind for part in parts for of, kind in KINDS.items() if issubclass(part, of))
+    return next(found, usual or KINDS[Everything])

@@ -27,6 +27,7 @@ from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
+from dart_eval.pruning.kinds import ExpertChoice, InputSparsity, NeuronMask, StaticMask, TokenChoice, kind_with
 from dart_eval.pruning.masks.allocations import Ends, Global, Table, Uniform
 from dart_eval.pruning.masks.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.masks.depth import DepthAware
@@ -35,7 +36,7 @@ from dart_eval.pruning.masks.mask import MASKS, Ahead, FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import PROMPT_SCORES, Probe, Ranks, Votes
 from dart_eval.pruning.masks.remasks import REMASKS, OnDrift
 from dart_eval.pruning.masks.scores import SCORES, Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.method import ExpertChoice, InputSparsity, NeuronMask, Pruner, StaticMask, TokenChoice, kind_with
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.spelling import changed, flattened, text_of
 from dart_eval.util.errors import UserError, nearest

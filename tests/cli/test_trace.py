@@ -171,7 +171,9 @@ def test_overhead_is_that_of_the_real_state(small_shape, name):
         assert found.remask_tokens == pytest.approx(30 * saved + scoring)
     reads = {"dart": 2 / 3, "dart-choice": (2 + 0.2) / 3, "dart-code": 30 * 0.5}  # down's columns of the pruned fifth
     assert found.remask_read == pytest.approx(reads.get(name, 0))
-    assert measure(make(name, {"remask.every": 16}), small_shape, 0.5, prompts=(9,)).remask_every == 16 if ring else True
+    assert (
+        measure(make(name, {"remask.every": 16}), small_shape, 0.5, prompts=(9,)).remask_every == 16 if ring else True
+    )
 
 
 @pytest.mark.parametrize("name", ["dart", "dart-code", "dart-choice"])

@@ -21,7 +21,7 @@ from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.choices.prox import Shown
 from dart_eval.pruning.cost import overhead
-from dart_eval.pruning.masks.counts import Counts, chosen_counts, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts, keep_counts
 from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import CHOICES, make
@@ -170,7 +170,7 @@ def test_what_top_p_reads_is_measured(llama):
 
 def test_counts_of_few_neurons_fit():
     """What is taken and not written must leave rows for what is: of few neurons that is soon none."""
-    counts = chosen_counts([0.4375, 0.1, 0.2125], [1, 1, 1], 0.75, 3, 0, None, 0.5)
+    counts = chosen_counts(Budget([0.4375, 0.1, 0.2125], [1, 1, 1], 0.75, 3), 0, None, 0.5)
     assert 2 * sum(counts.taken) + sum(counts.written) == 3 * round(0.25 * 3)
 
 
@@ -197,9 +197,9 @@ def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write
     kept = round((1 - sparsity) * sum(sizes))
     if ratio is None and whole * sum(sizes) > matrices * kept:
         with pytest.raises(UserError, match=f"reads {whole} of the FFN's {matrices} matrices whole"):
-            chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, write_share)
+            chosen_counts(Budget(densities, sizes, sparsity, matrices), whole, ratio, write_share)
         return
-    found = chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, write_share)
+    found = chosen_counts(Budget(densities, sizes, sparsity, matrices), whole, ratio, write_share)
     read = whole * sum(found.mask) + (matrices - 1 - whole) * sum(found.taken) + sum(found.written)
     assert read == matrices * kept and found.whole == whole
     for written, taken, mask, size in zip(found.written, found.taken, found.mask, sizes, strict=True):
@@ -217,28 +217,30 @@ def test_a_choice_counts_what_it_says_that_it_reads(cls, matrices):
     choice, half = cls(), ([0.5, 0.5], [100, 100], 0.5, matrices)
     alone, everything, inside = [50, 50], [100, 100], [80, 80]
     if cls is All:
-        assert choice.counts(*half, True) == choice.counts(*half, False) == Counts(alone, alone, alone, 0)
+        assert (
+            choice.counts(Budget(*half, True)) == choice.counts(Budget(*half, False)) == Counts(alone, alone, alone, 0)
+        )
     elif cls is TopP:
-        assert choice.counts(*half, True) == Counts(everything, everything, everything, 0)
-        assert choice.counts(*half, False) == Counts(alone, alone, alone, 0)
+        assert choice.counts(Budget(*half, True)) == Counts(everything, everything, everything, 0)
+        assert choice.counts(Budget(*half, False)) == Counts(alone, alone, alone, 0)
     elif cls is ByHidden:
-        assert choice.counts(*half, True) == Counts(everything, alone, alone, 0)
-        assert choice.counts(*half, False) == Counts(inside, alone, alone, 0)
+        assert choice.counts(Budget(*half, True)) == Counts(everything, alone, alone, 0)
+        assert choice.counts(Budget(*half, False)) == Counts(inside, alone, alone, 0)
     elif matrices == 3:
-        assert choice.counts(*half, True) == Counts(everything, [25, 25], [25, 25], 1)
-        assert choice.counts(*half, False) == Counts(inside, [35, 35], [35, 35], 1)
+        assert choice.counts(Budget(*half, True)) == Counts(everything, [25, 25], [25, 25], 1)
+        assert choice.counts(Budget(*half, False)) == Counts(inside, [35, 35], [35, 35], 1)
     else:  # up tells h: it is read whole, whatever the choice looks at
-        assert choice.counts(*half, True) == Counts(everything, [0, 0], [0, 0], 1)
-        assert choice.counts(*half, False) == Counts(inside, [20, 20], [20, 20], 1)
+        assert choice.counts(Budget(*half, True)) == Counts(everything, [0, 0], [0, 0], 1)
+        assert choice.counts(Budget(*half, False)) == Counts(inside, [20, 20], [20, 20], 1)
 
 
 def test_uniform_counts_of_a_mask_alone_are_those_without_a_choice():
     densities, sizes = [0.3, 0.45, 0.15], [40, 40, 40]
     for ratio in (1.0, 1.6):
-        found = chosen_counts(densities, sizes, 0.7, 3, 1, ratio, 1.0)
+        found = chosen_counts(Budget(densities, sizes, 0.7, 3), 1, ratio, 1.0)
         assert sum(found.mask) == round(ratio * 36)  # 58 leave 50 rows, for up and down alike
-    assert sum(chosen_counts(densities, sizes, 0.7, 3, 1, 1.58, 1.0).mask) == 56  # 57 would leave 51
-    assert All().counts(densities, sizes, 0.7, 3, False).mask == keep_counts(densities, sizes, 0.7)
+    assert sum(chosen_counts(Budget(densities, sizes, 0.7, 3), 1, 1.58, 1.0).mask) == 56  # 57 would leave 51
+    assert All().counts(Budget(densities, sizes, 0.7, 3, False)).mask == keep_counts(densities, sizes, 0.7)
 
 
 @pytest.mark.parametrize("method", ["cats", "m-countdown"])

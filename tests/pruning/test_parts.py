@@ -25,6 +25,7 @@ from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
+from dart_eval.pruning.kinds import kind_with
 from dart_eval.pruning.masks.allocations import Global, Table, Uniform
 from dart_eval.pruning.masks.compensations import MeanOutput, Nothing
 from dart_eval.pruning.masks.depth import DepthAware
@@ -32,7 +33,7 @@ from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.masks.remasks import EveryN, Never, OnDrift
 from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.method import Pruner, kind_with
+from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import kind_of
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.session.sequence import PerSequence

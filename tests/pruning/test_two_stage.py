@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.kernels.top import largest
-from dart_eval.pruning.masks.counts import Counts, chosen_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts
 
 
 @settings(deadline=None)
@@ -25,7 +25,7 @@ def test_counts_meet_the_weights_read_exactly(layers, sparsity, spread, matrices
     ratios = [min(1.0, r * scale) for _, r in layers]
     spent = max(r * scale for _, r in layers) <= 1  # else the ratios are fewer neurons than the sparsity leaves
     for share in (down, 1.0):
-        found = chosen_counts(ratios, sizes, sparsity, matrices, 1, spread, share)
+        found = chosen_counts(Budget(ratios, sizes, sparsity, matrices), 1, spread, share)
         mask, taken, written = found.mask, found.taken, found.written
         read = sum(mask) + sum(taken) + (sum(written) if matrices == 3 else 0)
         assert read == matrices * round((1 - sparsity) * sum(sizes))
@@ -40,19 +40,19 @@ def test_counts_meet_the_weights_read_exactly(layers, sparsity, spread, matrices
 def test_counts_by_hand():
     """Half of the weights of 2 x 100 neurons, mask 1.3 times that: 65 gates, and (150 - 65) / 2 rows of up and down."""
     half = [0.5, 0.5], [100, 100], 0.5
-    assert chosen_counts(*half, 3, 1, 1.3, 1) == Counts([65, 65], [43, 42], [43, 42], 1)
-    assert chosen_counts([1.0, 1.0], [100, 100], 0.0, 3, 1, 1.3, 1) == Counts(*[[100, 100]] * 3, 1)
-    assert chosen_counts(*half, 3, 1, 9.0, 1) == Counts([100, 100], [25, 25], [25, 25], 1)  # the gate dense
+    assert chosen_counts(Budget(*half, 3), 1, 1.3, 1) == Counts([65, 65], [43, 42], [43, 42], 1)
+    assert chosen_counts(Budget([1.0, 1.0], [100, 100], 0.0, 3), 1, 1.3, 1) == Counts(*[[100, 100]] * 3, 1)
+    assert chosen_counts(Budget(*half, 3), 1, 9.0, 1) == Counts([100, 100], [25, 25], [25, 25], 1)  # the gate dense
     # Gate, up and down, 150 rows a layer: 80 gates, then 70 rows of which down has 0.6 times as many as up.
-    assert chosen_counts(*half, 3, 1, 1.6, 0.6) == Counts([80, 80], [44, 44], [26, 26], 1)
-    assert chosen_counts(*half, 3, 1, 1.0, 0.6) == Counts([50, 50], [50, 50], [50, 50], 1)  # a mask alone
-    assert chosen_counts(*half, 2, 1, 1.6, 0.6) == Counts([80, 80], [20, 20], [20, 20], 1)  # no gate
+    assert chosen_counts(Budget(*half, 3), 1, 1.6, 0.6) == Counts([80, 80], [44, 44], [26, 26], 1)
+    assert chosen_counts(Budget(*half, 3), 1, 1.0, 0.6) == Counts([50, 50], [50, 50], [50, 50], 1)  # a mask alone
+    assert chosen_counts(Budget(*half, 2), 1, 1.6, 0.6) == Counts([80, 80], [20, 20], [20, 20], 1)  # no gate
     # A mask of everything: 200 of the 300 rows' budget for the gate whole, a quarter of up and down each.
-    assert chosen_counts(*half, 3, 1, None, 1) == Counts([100, 100], [25, 25], [25, 25], 1)
+    assert chosen_counts(Budget(*half, 3), 1, None, 1) == Counts([100, 100], [25, 25], [25, 25], 1)
     # Nothing is read whole: the mask is wider, and what is taken is what a mask alone would keep.
-    assert chosen_counts(*half, 3, 0, None, 1) == Counts([100, 100], [50, 50], [50, 50], 0)
-    assert chosen_counts(*half, 3, 0, 1.6, 1) == Counts([80, 80], [50, 50], [50, 50], 0)
-    assert chosen_counts(*half, 3, 0, 1.6, 0.5) == Counts([80, 80], [60, 60], [30, 30], 0)
+    assert chosen_counts(Budget(*half, 3), 0, None, 1) == Counts([100, 100], [50, 50], [50, 50], 0)
+    assert chosen_counts(Budget(*half, 3), 0, 1.6, 1) == Counts([80, 80], [50, 50], [50, 50], 0)
+    assert chosen_counts(Budget(*half, 3), 0, 1.6, 0.5) == Counts([80, 80], [60, 60], [30, 30], 0)
 
 
 @settings(deadline=None)
@@ -70,7 +70,7 @@ def test_every_layer_reads_its_share(shares, sparsity, spread, read_whole, down)
     ratios = [r * scale for r in shares]
     assume(max(ratios) <= 1)
     for share in (down, 1.0):
-        found = chosen_counts(ratios, [size] * len(ratios), sparsity, matrices, whole, spread, share)
+        found = chosen_counts(Budget(ratios, [size] * len(ratios), sparsity, matrices), whole, spread, share)
         for ratio, mask, taken, written in zip(ratios, found.mask, found.taken, found.written, strict=True):
             read = whole * mask + (matrices - 1 - whole) * taken + written
             assert abs(read - matrices * ratio * size) <= 6

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dart_eval.pruning.masks.counts import Counts, Prices, chosen_counts, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, Prices, chosen_counts, keep_counts
 from dart_eval.pruning.part import Part, option
 
 if TYPE_CHECKING:
@@ -173,25 +173,16 @@ class AnyChoice(Part):
         """The share of the neurons in the mask. read: share of the weights that a token reads."""
         return min(1.0, self.mask_ratio * read)
 
-    def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        prices: Prices | None = None,
-    ) -> Counts:  # fmt: skip
+    def counts(self, budget: Budget) -> Counts:
         """How many neurons of each layer are in the mask, are taken by a token, and are written by it.
-
-        Args:
-            densities: [L] share of the weights of each layer that is read, mean 1 - sparsity.
-            sizes: [L] neurons of every layer. matrices: 3 for gated FFNs and 2 for plain ones.
-            whole_mask: the mask is of everything.
-            prices: what is read of a neuron, where there is a preview.
 
         Raises:
             UserError: what it reads whole is more than the sparsity leaves.
         """
-        whole = min(len(self.reads_whole), matrices - 1)
-        ratio = None if whole_mask else self.mask_ratio
+        whole = min(len(self.reads_whole), budget.matrices - 1)
+        ratio = None if budget.whole_mask else self.mask_ratio
         share = self.write_share if self.exact else 1.0  # what is above a threshold is written
-        return chosen_counts(densities, sizes, sparsity, matrices, whole, ratio, share, self.title, prices)
+        return chosen_counts(budget, whole, ratio, share, self.title)
 
     # -- what it takes ---------------------------------------------------------------------------------------
 
@@ -244,11 +235,8 @@ class All(Choice):
     summary = "has every token compute all of the mask"
     chooses = False
 
-    def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        prices: Prices | None = None,
-    ) -> Counts:  # fmt: skip
-        counts = keep_counts(densities, sizes, sparsity)
+    def counts(self, budget: Budget) -> Counts:
+        counts = keep_counts(budget.densities, budget.sizes, budget.sparsity)
         return Counts(counts, counts, counts, 0)
 
 

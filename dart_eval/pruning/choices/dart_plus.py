@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.choices.images import Columns, FirstBits, Image, level_of
 from dart_eval.pruning.choices.preview import Previewing
-from dart_eval.pruning.masks.counts import Counts, Prices, check_most, exact_counts, too_much
+from dart_eval.pruning.masks.counts import Budget, Counts, Prices, check_most, exact_counts, too_much
 from dart_eval.pruning.part import option
 from dart_eval.util.errors import UserError
 
@@ -108,12 +107,8 @@ class Graded(Previewing):
             place = torch.empty_like(place).index_copy_(0, order, place)
         return x * first[..., place], (x * (both & ~first)[..., place]) if rough else None
 
-    def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        prices: Prices | None = None,
-    ) -> Counts:  # fmt: skip
-        assert prices is not None
-        return graded_counts(densities, sizes, sparsity, matrices, prices, self.coarse, self.title)
+    def counts(self, budget: Budget) -> Counts:
+        return graded_counts(budget, self.coarse, self.title)
 
     def paid(self, prices: Prices) -> tuple[float, float, float, float]:
         assert prices.coarse is not None
@@ -144,18 +139,13 @@ class Graded(Previewing):
         return 2 * mask * shape.width * (seen + 1) + 19 * mask
 
 
-def graded_counts(
-    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, prices: Prices, ratio: float,
-    title: str = "the choice",
-) -> Counts:  # fmt: skip
+def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Counts:
     """How many neurons of every layer are taken exactly, and how many write, some of them as an image shows them.
 
     matrices * read = whole * all + (taken + written) * taken neurons + coarse * other neurons that write. It is never
     exceeded, and by less than a neuron not met.
 
     Args:
-        densities: [L] weights read of every layer, mean 1 - sparsity. sizes: [L] neurons of every layer.
-        matrices: 3 for gated FFNs and 2 for plain ones. prices: what is read of a neuron.
         ratio: neurons that write as an image shows them, as a multiple of those that are taken.
         title: what the choice is called in an error.
 
@@ -165,13 +155,16 @@ def graded_counts(
     Raises:
         UserError: the image takes more than the sparsity leaves.
     """
+    densities, sizes, sparsity, matrices, prices = (
+        budget.densities, budget.sizes, budget.sparsity, budget.matrices, budget.prices,
+    )  # fmt: skip
+    assert prices is not None and prices.coarse is not None
     everything, coarse = sum(sizes), prices.coarse
-    assert coarse is not None
     before = prices.whole + prices.across  # of each neuron
-    budget = matrices * round((1.0 - sparsity) * everything) - before * everything
+    most = matrices * round((1.0 - sparsity) * everything) - before * everything
     if sparsity == 0:
         return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
-    if budget < 0:
+    if most < 0:
         raise too_much(title, before / matrices, sparsity)
     check_most(prices, matrices, sparsity, title)
     exact = prices.taken + prices.written
@@ -180,8 +173,8 @@ def graded_counts(
         left = max(0.0, (matrices * density - before) * n)
         few = left / (exact + ratio * coarse)
         wanted.append(few if few * (1 + ratio) <= n else min(float(n), (left - coarse * n) / (exact - coarse)))
-    taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(budget / exact)))
-    rest = budget - exact * sum(taken)
+    taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(most / exact)))
+    rest = most - exact * sum(taken)
     writing = [min(float(n), t + ratio * w) for n, t, w in zip(sizes, taken, wanted, strict=True)]
     more = [n - t for n, t in zip(sizes, taken, strict=True)]
     others = exact_counts(

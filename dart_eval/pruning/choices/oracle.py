@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dart_eval.pruning.choices.choice import Choice, Inside, Token
-from dart_eval.pruning.masks.counts import Counts, Prices, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, keep_counts
 from dart_eval.pruning.part import option
 
 if TYPE_CHECKING:
@@ -43,11 +42,10 @@ class TopP(Choice):
     upper_bound = True
     p: float = option(0.9, "share of a token's sum of |h| that is kept", above=0, most=1)
 
-    def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        prices: Prices | None = None,
-    ) -> Counts:  # fmt: skip
-        counts = list(sizes) if whole_mask else keep_counts(densities, sizes, sparsity)
+    def counts(self, budget: Budget) -> Counts:
+        counts = [*budget.sizes]
+        if not budget.whole_mask:
+            counts = keep_counts(budget.densities, budget.sizes, budget.sparsity)
         return Counts(counts, counts, counts, 0)
 
     def take(self, token: Token) -> Tensor:

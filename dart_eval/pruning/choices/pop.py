@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dart_eval.pruning.choices.choice import AnyChoice, Token
-from dart_eval.pruning.masks.counts import Counts, Prices, exact_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, exact_counts
 from dart_eval.pruning.part import option
 from dart_eval.util.errors import UserError
 
@@ -57,16 +56,14 @@ class Candidates(AnyChoice):
         taken = self._taken(read, matrices)
         return min(1.0, taken + self.width * (1 - taken))
 
-    def counts(
-        self, densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole_mask: bool,
-        prices: Prices | None = None,
-    ) -> Counts:  # fmt: skip
+    def counts(self, budget: Budget) -> Counts:
+        densities, sizes, sparsity, matrices = budget.densities, budget.sizes, budget.sparsity, budget.matrices
         everything, whole = sum(sizes), matrices - 1
         kept = round((1 - sparsity) * everything)
         if kept == everything:
             return Counts(list(sizes), list(sizes), list(sizes), whole)
-        budget = matrices * kept
-        if budget < whole * self.width * everything:
+        rows = matrices * kept
+        if rows < whole * self.width * everything:
             most = 1 - whole * self.width / matrices
             raise UserError(
                 f"{self.title} ranks {self.width:g} of the neurons by {whole} of the FFN's {matrices} matrices, and to "
@@ -77,9 +74,9 @@ class Candidates(AnyChoice):
         # A layer with less than its candidates would take has fewer of them.
         wide = [min(k + self.width * (1 - k), matrices * r / whole, 1.0) for k, r in zip(share, densities, strict=True)]
         wanted = [w * n for w, n in zip(wide, sizes, strict=True)]
-        masked = max(kept, min(everything, budget // whole, round(sum(wanted))))
+        masked = max(kept, min(everything, rows // whole, round(sum(wanted))))
         mask = exact_counts(wanted, sizes, masked)
-        taken = exact_counts([k * n for k, n in zip(share, sizes, strict=True)], mask, budget - whole * masked)
+        taken = exact_counts([k * n for k, n in zip(share, sizes, strict=True)], mask, rows - whole * masked)
         return Counts(mask, taken, taken, whole)
 
     def importance(self, token: Token) -> Tensor:

@@ -102,6 +102,24 @@ class Prices:
     across: float = 0.0
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What tokens may read.
+
+    Attributes:
+        densities: [L] share of each layer's weights that is read, mean 1 - sparsity. sizes: [L] neurons of every layer.
+        matrices: 3 for gated FFNs and 2 for plain ones. whole_mask: the mask is of everything.
+        prices: what is read of a neuron, where there is a preview.
+    """
+
+    densities: Sequence[float]
+    sizes: Sequence[int]
+    sparsity: float
+    matrices: int
+    whole_mask: bool = True
+    prices: Prices | None = None
+
+
 def mean_prices(each: Sequence[Prices], weights: Sequence[int]) -> Prices:
     """The mean over the neurons of all layers. weights: [L], of a matrix of each."""
     parts = [n / sum(weights) for n in weights]
@@ -134,9 +152,8 @@ class Counts:
 
 
 def chosen_counts(
-    densities: Sequence[float], sizes: Sequence[int], sparsity: float, matrices: int, whole: float,
-    ratio: float | None, write_share: float, title: str = "the choice", image: Prices | None = None,
-) -> Counts:  # fmt: skip
+    allowed: Budget, whole: float, ratio: float | None, write_share: float, title: str = "the choice"
+) -> Counts:
     """How many neurons of every layer a token's choice keeps, at weights read = 1 - sparsity.
 
     Of a gated FFN whose gate is read whole, a token reads (mask + taken + written) / 3; of a plain one, whose up is
@@ -146,17 +163,17 @@ def chosen_counts(
     neurons of its layer, the tokens take more of them instead.
 
     Args:
-        densities: [L] weights read of every layer, mean 1 - sparsity.
-        matrices: 3 for gated FFNs and 2 for plain ones. whole: of these, those read for the whole mask; of images of
-            them the bytes as a share of a matrix.
+        whole: matrices that are read for the whole mask; where there is a preview, its prices count in their place.
         ratio: neurons of the mask as a multiple of the weights read (1 is a mask alone); None: all neurons.
         write_share: written / taken of a gated FFN, as far as the mask has enough neurons to take.
         title: what the choice is called in an error.
-        image: what is read through one; `whole` then counts for nothing.
 
     Raises:
         UserError: what is read whole is more than the sparsity leaves.
     """
+    densities, sizes, sparsity, matrices, image = (
+        allowed.densities, allowed.sizes, allowed.sparsity, allowed.matrices, allowed.prices,
+    )  # fmt: skip
     everything, prices = sum(sizes), image or Prices(whole, matrices - 1 - whole)
     kept, unit = round((1.0 - sparsity) * everything), prices.written  # what follows counts columns of down
     if kept == everything:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dart_eval.kernels.chosen import ChosenRows
 from dart_eval.kernels.kept import KeptRows, unlike_plain
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.beside import Fine
+from dart_eval.pruning.inputs.finer import Fine
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session import kernels
 from dart_eval.pruning.session.log import Step

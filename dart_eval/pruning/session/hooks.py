@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from dart_eval.layers import experts, trial
 from dart_eval.layers.families import decoder
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.beside import Beside
 from dart_eval.pruning.choices.serving import Serving
+from dart_eval.pruning.experts.rerouted import Rerouted
+from dart_eval.pruning.inputs.finer import Finer
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
@@ -68,7 +69,7 @@ class Hooks:
 
     def __init__(
         self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving | None,
-        beside: Beside | None = None,
+        beside: Finer | Rerouted | None = None,
     ) -> None:  # fmt: skip
         self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
         self.serving, self.beside = serving, beside

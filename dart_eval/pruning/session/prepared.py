@@ -12,9 +12,10 @@ from torch import Tensor
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import fits
-from dart_eval.pruning.beside import Beside
 from dart_eval.pruning.calibration.calibration import Calibration, means
 from dart_eval.pruning.choices.choice import ChoiceLayer
+from dart_eval.pruning.experts.rerouted import Rerouted
+from dart_eval.pruning.inputs.finer import Finer
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_prices
 from dart_eval.pruning.masks.standins import constant, floating
@@ -52,7 +53,7 @@ class Prepared:
     means: list[Tensor] | None = None
     constants: list[Tensor] | None = None
     choosers: list[ChoiceLayer] = dataclasses.field(default_factory=list)
-    beside: Beside | None = None
+    beside: Finer | Rerouted | None = None
 
     def __post_init__(self) -> None:
         self.method.allocation.check(self.sparsity, len(self.ffns))

@@ -1,0 +1,187 @@
+"""Pruning methods: what each kind is made of. A combination that makes no sense cannot be written down.
+
+| kind | made of |
+| --- | --- |
+| `NeuronMask` | a mask for each sequence (score, draw, re-mask) x allocation x compensation x choice |
+| `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation x choice |
+| `TokenChoice` | a choice among all neurons x an allocation that needs no scores x compensation |
+| `InputSparsity` | inputs or single weights that tokens do not read x an allocation that needs no prompt |
+| `ExpertChoice` | routed experts that tokens do not have |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dart_eval.pruning.choices.choice import All, AnyChoice, Choice
+from dart_eval.pruning.experts.routings import Fewer, Routing
+from dart_eval.pruning.inputs.entries import Entries
+from dart_eval.pruning.inputs.teal import Above
+from dart_eval.pruning.masks.allocations import Allocation, ByShares, Global, Uniform
+from dart_eval.pruning.masks.compensations import Compensation, Nothing
+from dart_eval.pruning.masks.counts import Counts, Prices
+from dart_eval.pruning.masks.depth import DepthAware
+from dart_eval.pruning.masks.mask import Everything, FromPrompt, OfTokens, Static
+from dart_eval.pruning.method import Paid, Pruner, kind_of_parts
+from dart_eval.pruning.part import Part
+from dart_eval.util.bits import Stored
+from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from dart_eval.layers.ffn import FFN
+    from dart_eval.pruning.calibration.calibration import Calibration
+    from dart_eval.pruning.experts.rerouted import Rerouted
+    from dart_eval.pruning.inputs.finer import Finer
+
+
+@dataclass(frozen=True)
+class NeuronMask(Pruner, of=OfTokens):
+    """Each sequence has a mask of its own; every combination of its parts works."""
+
+    mask: OfTokens = FromPrompt()  # type: ignore[misc]
+    choice: AnyChoice = All()  # type: ignore[misc]
+    allocation: Allocation = Uniform()  # type: ignore[misc]
+    compensation: Compensation = Nothing()  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class StaticMask(Pruner, of=Static):
+    """All sequences have one mask, which is made before any prompt is seen."""
+
+    mask: Static = Static()  # type: ignore[misc]
+    choice: Choice = All()  # type: ignore[misc]
+    allocation: ByShares | Global = Uniform()  # type: ignore[misc]
+    compensation: Compensation = Nothing()  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class TokenChoice(Pruner, of=Everything):
+    """Each token chooses among all neurons; without a choice nothing is pruned."""
+
+    mask: Everything = Everything()  # type: ignore[misc]
+    choice: Choice = All()  # type: ignore[misc]
+    allocation: ByShares | DepthAware = Uniform()  # type: ignore[misc]
+    compensation: Compensation = Nothing()  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class InputSparsity(Pruner, of=Entries):
+    """Tokens do not read some inputs of each matrix, or nobody reads some of its weights."""
+
+    leaves_out = "inputs or weights"
+    prunes = True
+    allocation: ByShares = Uniform()  # type: ignore[misc]
+    entries: Entries = Above()
+
+    @property
+    def _title(self) -> str:
+        return self.entries.title
+
+    @property
+    def granularity(self) -> str:  # type: ignore[override]
+        return self.entries.granularity
+
+    @property
+    def sized(self) -> bool:
+        return self.entries.sized
+
+    @property
+    def exact(self) -> bool:
+        return not self.entries.by_token
+
+    @property
+    def by_token(self) -> bool:
+        return self.entries.by_token
+
+    def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        from dart_eval.weights.rounding import parameter_of, stored_of
+
+        for module in (m for f in ffns for m in f.projections):
+            self.entries.check(stored_of(module))
+            if not self.entries.by_token:  # other weights stand in the place of all
+                parameter_of(module)
+
+    def check_bits(self, bits: Stored) -> None:
+        self.entries.check(bits)
+
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+        sizes = [f.size for f in ffns]
+        return Counts(sizes, sizes, sizes, 0)
+
+    def _kept(self, ffns: Sequence[FFN], sparsity: float) -> list[tuple[int, int]]:
+        """Per layer, how many inputs of x and of h are read."""
+        from dart_eval.pruning.inputs import finer
+
+        densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
+        return finer.counts(ffns, densities, sparsity)
+
+    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
+        from dart_eval.pruning.inputs import finer
+
+        if self.sized and not sparsity:
+            return super().paid(ffns, sparsity, unit, whole)
+        read = finer.read(self.entries, ffns, self._kept(ffns, sparsity))
+        return [(ffns[0].matrices * read, 0.0, 0.0, 0.0)] * len(ffns)
+
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Finer | Rerouted | None:
+        from dart_eval.pruning.inputs.finer import Finer
+
+        if self.sized and not sparsity:
+            return None
+        return Finer(self.entries, ffns, self._kept(ffns, sparsity), calibration)
+
+
+@dataclass(frozen=True)
+class ExpertChoice(Pruner, of=Routing):
+    """Tokens do not have some of the routed experts."""
+
+    leaves_out = "experts"
+    prunes = True
+    routing: Routing = Fewer()
+
+    @property
+    def _title(self) -> str:
+        return self.routing.title
+
+    @property
+    def granularity(self) -> str:  # type: ignore[override]
+        return self.routing.granularity
+
+    @property
+    def sized(self) -> bool:
+        return self.routing.sized
+
+    def check(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        self.routing.check(sparsity, ffns)
+
+    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+        experts = self.routing.counts(sparsity, ffns)
+        some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, ffns, strict=True)]
+        return Counts(some, some, some, 0)
+
+    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
+        found = super().paid(ffns, sparsity, unit, whole)  # whole experts, with their scales
+        return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in found]
+
+    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Finer | Rerouted | None:
+        from dart_eval.pruning.experts.rerouted import Rerouted
+
+        return Rerouted(self.routing, ffns, self.routing.counts(sparsity, ffns), calibration)
+
+
+def kind_with(method: Pruner, parts: Sequence[type[Part]]) -> type[Pruner]:
+    """The kind of a method with these parts in its slots.
+
+    Raises:
+        UserError: the method leaves out something else than these parts do.
+    """
+    kind, masks = kind_of_parts(parts, type(method)), (NeuronMask, StaticMask, TokenChoice)
+    if isinstance(method, kind) or not method.prunes or (issubclass(kind, masks) and isinstance(method, masks)):
+        return kind
+    part = next(p for p in parts if kind_of_parts([p], type(method)) is kind)
+    raise UserError(
+        f"{method.leaves_out} are left out, and {part.slot}={part.name} leaves out {kind.leaves_out}",
+        f"begin from a method that leaves out nothing: dense:{part.slot}={part.name}",
+    )
