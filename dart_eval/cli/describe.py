@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.part import Part, kind_of
+from dart_eval.pruning.part import Part, kind_of, takes
 from dart_eval.pruning.registry import parts
 from dart_eval.pruning.spelling import plain_fields, slot_names, slots, text_of
 
@@ -44,9 +44,14 @@ def part_rows(cls: type[Part]) -> list[tuple[str, str]]:
 
 
 def alternatives(method: Pruner) -> dict[str, list[str]]:
-    """Slot -> the names of the parts that it takes."""
-    present = [part.slot for _, part in slots(method)]
-    return {slot: [*listed] for slot, listed in parts().items() if slot in present}
+    """Slot -> the names of the parts that it takes; another mask may ask for other parts beside it."""
+    found = {}
+    for owner in (method, *method.parts()):
+        for name in slot_names(type(owner)):
+            slot = getattr(owner, name).slot
+            fitting = Part if slot == "mask" else takes(type(owner), name)
+            found[slot] = [known for known, cls in parts()[slot].items() if issubclass(cls, fitting)]
+    return {slot: found[slot] for slot in parts() if slot in found}
 
 
 def _help(cls: type[Part], field: Any) -> str:
