@@ -107,12 +107,13 @@ class ChosenRows(KeptRows):
     def read(self) -> tuple[float, ...]:
         return self.count, self.taken if self.kernels else self.count, self.written
 
-    @torch.no_grad()
-    def select(self, mask: Tensor) -> int:
-        copied = super().select(mask)
-        assert self.neurons is not None
-        self.rows = self._down_rows.index_select(0, self.neurons)
-        return copied
+    def _copy(self, neurons: Tensor) -> None:
+        super()._copy(neurons)
+        self.rows = self._down_rows.index_select(0, neurons)
+
+    def _change(self, rows: Tensor, neurons: Tensor) -> None:
+        super()._change(rows, neurons)
+        self.rows.index_copy_(0, rows, self._down_rows.index_select(0, neurons))
 
     def prepare(self, norm: Tensor, taken: int, written: int) -> None:
         """norm: [K] fp32, root of the mean square of up x of the kept neurons, by row."""

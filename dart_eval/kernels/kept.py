@@ -114,15 +114,21 @@ class KeptRows:
         wanted = mask.nonzero().flatten()
         if self.neurons is None or len(wanted) != len(self.neurons):
             self.neurons = wanted
-            for slot in self._slots:
-                slot.copy(wanted)
+            self._copy(wanted)
             return len(wanted)
         rows = (~mask[self.neurons]).nonzero().flatten()
         new = mask.index_fill(0, self.neurons, False).nonzero().flatten()
         self.neurons = self.neurons.index_copy(0, rows, new)
-        for slot in self._slots:
-            slot.change(rows, new)
+        self._change(rows, new)
         return len(new)
+
+    def _copy(self, neurons: Tensor) -> None:
+        for slot in self._slots:
+            slot.copy(neurons)
+
+    def _change(self, rows: Tensor, neurons: Tensor) -> None:
+        for slot in self._slots:
+            slot.change(rows, neurons)
 
     def begin(self) -> None:
         """The projections multiply the kept neurons."""

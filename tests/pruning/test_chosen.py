@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dart_eval.kernels import chosen
+from dart_eval.layers.find import find_ffns
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import RESTLESS, VARIED, bits, decoded, open_session, same
 
@@ -54,3 +55,16 @@ def test_sums_of_rows_are_made_by_several_threads(monkeypatch):
         sums = chosen.weighted_rows(rows, torch.arange(count).expand(2, count), weights)
         assert torch.allclose(sums, weights @ rows[:count], atol=1e-4)
     assert bags == [2 * parts for parts in (1, 1, 5, 8, 16)]
+
+
+def test_a_new_mask_copies_the_rows_of_down_that_changed(monkeypatch):
+    """Of as many neurons: what stays is not copied again, and the rows stay where they are in memory."""
+    ffn = find_ffns(biased("llama"))[0]
+    kept = chosen.ChosenRows(ffn)
+    masks = torch.arange(40) < 12, (torch.arange(40) >= 3) & (torch.arange(40) < 15)
+    kept.select(masks[0])
+    rows, read, select = kept.rows, [], torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda x, dim, i: read.append(len(i)) or select(x, dim, i))
+    assert kept.select(masks[1]) == 3 and max(read) == 3
+    assert kept.rows is rows and torch.equal(rows, ffn.down.weight.t()[kept.neurons])
+    assert sorted(kept.neurons.tolist()) == list(range(3, 15))
