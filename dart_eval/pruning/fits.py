@@ -58,24 +58,22 @@ def _not_for_experts(method: Pruner) -> Part | None:
     return next((part for part in method.parts() if not part.fits_experts), None)
 
 
+def _inner_first(method: Pruner) -> list[Part]:
+    """The parts in the order in which messages name them."""
+    return [method.compensation, method.mask.remask, *method.parts()]
+
+
 def _needs_own_part(method: Pruner) -> str | None:
     """The part that needs a neuron's own part of what an FFN adds, which is not there behind a norm of all neurons."""
-    wanted = [
-        (method.compensation, method.compensation.adds), (method.choice, method.choice.adds),
-        (method.parts()[-1], method.leaves_out == "inputs or weights"),
-    ]  # fmt: skip
-    return next((part.title for part, needed in wanted if needed), None)
+    return next((part.title for part in _inner_first(method) if not part.fits_norms), None)
 
 
 def _counts_runs(method: Pruner, layers: int, sparsity: float) -> str | None:
     """The part that would count a token once for each run of a layer, or gives layers that run more often the weight
     of others."""
-    remask, allocation = method.mask.remask, method.allocation
+    allocation = method.allocation
     varies = allocation.needs_change or allocation.needs_scores
-    wanted = [
-        (method.compensation, method.compensation.adds or method.compensation.fills),
-        (remask, remask.watches or remask.needs_ring), (method.parts()[-1], method.leaves_out == "inputs or weights"),
-        (method.choice, not method.exact),
-        (allocation, varies or len(set(allocation.densities(sparsity, layers, None, slice(None)))) > 1),
-    ]  # fmt: skip
-    return next((part.title for part, needed in wanted if needed), None)
+    if part := next((part for part in _inner_first(method) if not part.fits_repeats), None):
+        return part.title
+    uneven = varies or len(set(allocation.densities(sparsity, layers, None, slice(None)))) > 1
+    return allocation.title if uneven else None

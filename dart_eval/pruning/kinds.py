@@ -76,8 +76,8 @@ class InputSparsity(Pruner, of=Entries):
     entries: Entries = Above()
 
     @property
-    def _title(self) -> str:
-        return self.entries.title
+    def other(self) -> Part:
+        return self.entries
 
     @property
     def granularity(self) -> str:  # type: ignore[override]
@@ -142,8 +142,8 @@ class ExpertChoice(Pruner, of=Routing):
     routing: Routing = Fewer()
 
     @property
-    def _title(self) -> str:
-        return self.routing.title
+    def other(self) -> Part:
+        return self.routing
 
     @property
     def granularity(self) -> str:  # type: ignore[override]

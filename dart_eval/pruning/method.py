@@ -73,9 +73,14 @@ class Pruner:
             )
 
     @property
+    def other(self) -> Part | None:
+        """The part that leaves out something else than neurons; None: no part does."""
+        return None
+
+    @property
     def _title(self) -> str:
         """What messages call it, by the part that says of which kind it is."""
-        return self.mask.title
+        return (self.other or self.mask).title
 
     @property
     def prunes(self) -> bool:

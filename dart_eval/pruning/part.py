@@ -54,6 +54,9 @@ class Part:
             context then runs dense.
         calibrates: whether it asks for a calibration text, wherever it stands.
         fits_experts: whether it is made for routed experts, too, of which each token has others.
+        fits_norms: whether it does without a neuron's own part of what an FFN adds, which is not there behind a norm of
+            all neurons.
+        fits_repeats: whether it counts a token once where a layer runs several times for it.
     """
 
     slot: ClassVar[str]
@@ -63,6 +66,8 @@ class Part:
     needs_context: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     fits_experts: ClassVar[bool] = True
+    fits_norms: ClassVar[bool] = True
+    fits_repeats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -133,7 +138,7 @@ def check_slots(owner: Any, title: str) -> None:
         owner: a method or a part. title: what messages call it.
 
     Raises:
-        UserError: with the names of those that it takes.
+        UserError: with the names of our own that it takes.
     """
     cls: Any = type(owner)
     for name in _hints(cls):
@@ -144,8 +149,8 @@ def check_slots(owner: Any, title: str) -> None:
 
 
 def _named(kind: type[Part]) -> list[type[Part]]:
-    """All parts of a kind that have a name, those of other packages too."""
-    own = [kind] if "name" in vars(kind) else []
+    """Our own parts of a kind that have a name: not each class that a program defines is one that it offers."""
+    own = [kind] if "name" in vars(kind) and kind.__module__.startswith("dart_eval.") else []
     return own + [cls for below in kind.__subclasses__() for cls in _named(below)]
 
 

@@ -62,6 +62,11 @@ class Token:
     threshold: float | None = None
 
 
+def of_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """[..., F] -> [..., K], of these neurons; as it is where all are asked for."""
+    return x if rows is None else x.index_select(-1, rows)
+
+
 class ChoiceLayer:
     """A choice at work on one FFN.
 
@@ -120,6 +125,10 @@ class AnyChoice(Part):
     write_share: ClassVar[float] = 1.0
     mask_ratio: ClassVar[float] = 1.0
     gathers: ClassVar[bool] = False
+
+    @property
+    def fits_repeats(self) -> bool:  # type: ignore[override]
+        return self.exact
 
     def at(self, read: float) -> AnyChoice:
         """The choice where so large a share of 16-bit weights' bytes is read: what goes by that is settled."""

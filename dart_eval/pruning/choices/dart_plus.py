@@ -41,6 +41,7 @@ class Graded(Previewing):
     name = "graded"
     summary = "reads exactly where a preview leaves most open, and lets the next neurons write as the preview has them"
     adds = True
+    fits_norms = False
     image: Image = option(FirstBits(), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     fine: float = option(
         0.0, "share of the columns that a preview reads in all of its bits; 0: by what is read", least=0, most=1

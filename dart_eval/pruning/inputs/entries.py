@@ -50,6 +50,8 @@ class Entries(Part):
     slot = "entries"
     granularity: ClassVar[str]
     fits_experts = False
+    fits_norms = False
+    fits_repeats = False
     by_token: ClassVar[bool] = False
     sized: ClassVar[bool] = True
 

@@ -48,6 +48,8 @@ class MeanOutput(Compensation):
     name = "mean"
     summary = "adds a constant: what the neurons outside the mask added to the context's tokens on average"
     adds = True
+    fits_norms = False
+    fits_repeats = False
     over: Literal["context", "calibration"] = option(
         "context", "take means over the context's tokens, or over those of the calibration text"
     )
@@ -78,6 +80,7 @@ class MeanHidden(MeanOutput):
     summary = "gives each neuron that a token leaves out its mean over the context's tokens"
     adds = False
     fills = True
+    fits_norms = True
     fits_experts = False
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:

@@ -38,6 +38,10 @@ class Remask(Part):
     moves_reference: ClassVar[bool] = False
 
     @property
+    def fits_repeats(self) -> bool:  # type: ignore[override]
+        return not (self.watches or self.needs_ring)
+
+    @property
     def needs_ring(self) -> bool:
         """Whether recent FFN inputs must be kept."""
         return False

@@ -20,8 +20,8 @@ def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
     """The part of a method whose work no kernel does, so that it runs by masks alone; None where there is none."""
     if method.compensation.fills:  # what a token leaves out is still multiplied
         return method.compensation
-    if method.leaves_out != "neurons":
-        return method.parts()[-1]
+    if method.other is not None:
+        return method.other
     return method.choice if method.choice.previews and gatherer(method, ffns) is None else None
 
 
