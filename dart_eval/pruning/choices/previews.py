@@ -11,7 +11,7 @@ from torch import Tensor
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.made import LastMade
-from dart_eval.pruning.choices.choice import AnyChoice, ChoiceLayer, Token
+from dart_eval.pruning.choices.choice import AnyChoice, ChoiceLayer, Token, of_rows
 from dart_eval.pruning.choices.images import Image
 from dart_eval.pruning.choices.look import Preview
 from dart_eval.pruning.experts.expert_previews import of_experts
@@ -44,9 +44,9 @@ class PreviewLayer(ChoiceLayer):
     def look(self, token: Token) -> Token:
         assert token.x is not None
         seen = self.preview.look(*self.choice.parts_of(token.x, self.order))
-        token.preview, token.expected = (_of(part, token.rows) for part in seen)
+        token.preview, token.expected = (of_rows(part, token.rows) for part in seen)
         if (columns := self.preview.columns) is not None:
-            token.columns = self.ffn.of_token(_of(columns, token.rows)[None], len(token.x))
+            token.columns = self.ffn.of_token(of_rows(columns, token.rows)[None], len(token.x))
         return super().look(token)
 
     def take(self, token: Token) -> Tensor:
@@ -60,11 +60,6 @@ class PreviewLayer(ChoiceLayer):
     def extra(self) -> Tensor | None:
         found, self._extra = self._extra, None
         return found
-
-
-def _of(x: Tensor, rows: Tensor | None) -> Tensor:
-    """[..., F] -> [..., K], of these neurons."""
-    return x if rows is None else x.index_select(-1, rows)
 
 
 _MADE: LastMade[Preview] = LastMade()

@@ -51,6 +51,7 @@ class Execution:
         self.copies: list[KeptRows] | None = None
         self.fine: Fine | None = None  # set once they have been made
         self.sliced: list[Tensor | None] | None = None
+        self._runs = False  # projections take as many neurons as are kept
         self.wanted = self._possible(wanted)
 
     @property
@@ -114,13 +115,14 @@ class Execution:
             kept.select(state.mask(layer)[0])
             if isinstance(kept, ChosenRows):
                 kept.prepare(*state.taken_by_one(layer, kept.neurons))
+        self._runs = all(kept.runs for kept in self.copies)
 
     def slice(self, step: Step) -> None:
         """The next forward decodes: it multiplies the kept neurons alone, where every sequence has a mask."""
         if self.fine is not None:
             self.fine.begin()
         share = step.read if self.gathers else step.mask
-        if self.copies is not None and bool((share < 1).all()) and all(kept.runs for kept in self.copies):
+        if self.copies is not None and self._runs and bool((share < 1).all()):
             self.sliced = [kept.neurons for kept in self.copies]
             for kept in self.copies:
                 kept.begin()

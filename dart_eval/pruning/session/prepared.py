@@ -38,8 +38,8 @@ class Prepared:
             or another constant for each sequence.
         choosers: per layer, the choice at work.
         beside: what leaves out something else than neurons; None.
-        prices: what these make tokens read; None. stored: bytes that they take beside the model.
-        paid: [L, 4] fp64, what is read of a neuron, see `Pruner.paid`. each: `prices` per layer.
+        prices: what is read of a neuron where there are previews, on average; None. stored: bytes that they take beside
+            the model. paid: [L, 4] fp64, what is read of a neuron, see `Pruner.paid`.
         unit: bits of an FFN weight, on average, of which sparsity leaves out a share.
         share: the same / those of the model's own dtype.
     """
@@ -61,17 +61,18 @@ class Prepared:
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = self.unit / OWN_BITS
         whole_mask = self.method.mask.whole
-        self.each = choice.prices(self.ffns, whole_mask, self.unit)
-        self.prices = None if self.each is None else mean_prices(self.each, [f.size * f.width for f in self.ffns])
+        each = choice.prices(self.ffns, whole_mask, self.unit)
+        self.prices = None if each is None else mean_prices(each, [f.size * f.width for f in self.ffns])
         self.stored = choice.stored(self.ffns)
         # Refused now where the sparsity cannot be met at all.
         allocation = self.method.allocation
         varies = allocation.needs_change or allocation.needs_scores
         self._usual = None if varies else self._counts(None, slice(None))
         usual = self._counts_at([1 - self.sparsity] * len(sizes))
-        paid = self.method.paid(self.ffns, self.sparsity, self.unit, usual.whole)
-        if self.each is not None and self.sparsity:
-            paid = [choice.paid(prices) for prices in self.each]
+        if each is not None and self.sparsity:
+            paid = [choice.paid(prices) for prices in each]
+        else:
+            paid = self.method.paid(self.ffns, self.sparsity, self.unit, usual.whole)
         self.paid = torch.tensor(paid, dtype=torch.float64)
         self._computed = self._products(usual)
 
@@ -174,7 +175,6 @@ def prepare(
     """Make what can be made before any prompt.
 
     Args:
-        orders: per layer, of the columns of gate and up, see `Preview`.
         unit: bits of an FFN weight, on average, of which sparsity leaves out a share; None: of those served now.
         orders: per layer, of the columns of gate and up as they are served, see `Preview`; None: their own.
 

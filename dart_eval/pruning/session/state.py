@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dart_eval.layers.ffn import device_of
-from dart_eval.pruning.choices.choice import Token
+from dart_eval.pruning.choices.choice import Token, of_rows
 from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.masks.scores import FIRST_TOKEN, alone
 from dart_eval.pruning.masks.standins import constant, means
@@ -223,9 +223,9 @@ class SequenceState(Observed):
         score = self.method.mask.score
         if choice.ranks and score is not None:
             core, factor = self.cores[layer].to(h.device), self.prepared.factor(layer)
-            token.core = (core if rows is None else core.index_select(-1, rows))[:, None]
+            token.core = of_rows(core, rows)[:, None]
             if factor is not None:
-                factor = factor.to(h.device) if rows is None else factor.to(h.device).index_select(-1, rows)
+                factor = of_rows(factor.to(h.device), rows)
             token.alone = functools.partial(alone, score, h * allowed, factor)
         kept = self.prepared.choosers[layer].take(token)
         if not choice.exact:
@@ -257,8 +257,7 @@ class SequenceState(Observed):
             seen = (had > 0).sum(-1, keepdim=True)
             average = torch.where(seen > 0, found.sum(-1, keepdim=True) / seen.clamp_min(1), 1)
             found = torch.where(had > 0, found, average)
-        found = ffn.of_token(found, self.batch)
-        return (found if rows is None else found.index_select(-1, rows)).sqrt()
+        return of_rows(ffn.of_token(found, self.batch), rows).sqrt()
 
     def taken_by_one(self, layer: int, rows: Tensor | None) -> tuple[Tensor, int, int]:
         """Of the one sequence: what is usual of the kept neurons [K]; how many a token takes and writes."""
