@@ -33,8 +33,8 @@ from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import Probe, Ranks, Votes
 from dart_eval.pruning.masks.remasks import EveryN, Never, OnDrift
 from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wanda, Weights
-from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.part import kind_of
+from dart_eval.pruning.method import KINDS, Pruner
+from dart_eval.pruning.part import kind_of, takes
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.session.sequence import PerSequence
 from dart_eval.pruning.spelling import changed, plain_fields, slot_names, slots, text_of
@@ -493,3 +493,19 @@ def test_what_fits_into_a_slot_is_what_its_kind_takes():
     assert "candidates" in alternatives(make("griffin"))["choice"]
     assert "candidates" not in alternatives(make("flap"))["choice"]
     assert "weights" in alternatives(make("flap"))["score"] and "weights" not in alternatives(make("griffin"))["score"]
+
+
+def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path):
+    """docs/architecture.md says how many there are."""
+    table = tmp_path / "table.json"
+    table.write_text('{"keep": [0.5, 0.5]}')
+    made = 0
+    for kind in KINDS.values():
+        slots_of_it = slot_names(kind)
+        fitting = [[cls for cls in PARTS if issubclass(cls, takes(kind, slot))] for slot in slots_of_it]
+        for classes in itertools.product(*fitting):
+            parts_of_it = [cls(file=str(table)) if cls is Table else cls() for cls in classes]
+            method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
+            assert type(method) is kind
+            made += 1
+    assert made == 530
