@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.mutation.listed import Mutant
+    from tests.mutation.operators import Mutant
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ def report(found: Found) -> str:
     lines = [
         "# Mutants of the numeric core",
         "",
-        f"Made by `make mutations`. {noticed} of {len(found)} mutants ({noticed / len(found):.1%}) are noticed by the",
-        "fast lane of the tests. `tests/mutation/*.yaml` says what each changes. Seconds are a processor's, without",
-        "the imports that all share.",
+        f"Made by `make mutations`. The fast lane of the tests notices {noticed} of {len(found)} mutants "
+        f"({noticed / len(found):.1%}).",
+        "`tests/mutation/operators.py` makes them. Seconds are a processor's, without the imports that all share.",
         "",
         "## Survivors",
         "",
