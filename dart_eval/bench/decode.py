@@ -298,7 +298,7 @@ class Bench:
         assert copies is not None and state is not None
         masks = []
         for layer, kept in enumerate(copies):
-            mask = state.mask(layer)[0].clone()
+            mask = state.layers[layer].mask[0].clone()
             inside, outside = mask.nonzero().flatten(), (~mask).nonzero().flatten()
             moved = min(round(CHANGED * kept.count), len(outside))
             mask[inside[torch.randperm(len(inside), generator=self.generator)[:moved]]] = False
@@ -308,7 +308,7 @@ class Bench:
         changed = self.timed(lambda: [kept.select(mask) for kept, mask in zip(copies, masks, strict=True)])
         times["remask"].append(changed[0])
         for layer, kept in enumerate(copies):
-            kept.select(state.mask(layer)[0])
+            kept.select(state.layers[layer].mask[0])
 
     def remask(self, run: Session, times: dict[str, list[float]]) -> None:
         """The first half of a re-mask: new scores and masks from the ring; no weights are copied."""

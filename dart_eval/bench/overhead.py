@@ -108,12 +108,13 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
             state.observe_change(ffn.layer, stream, stream.flip(-1), valid)
         state.observe_attention(stream, valid)
         state.finish_context(valid)
-    remasking = state.remasking
-    factors = nbytes(prepared.factors)
+    remasking, layers = state.remasking, state.layers
     parts = {
-        "scores": nbytes([state.sums[slot] for slot in ("score", "choice") if slot in state.sums]) + factors,
-        "masks": nbytes([prepared.masks, state.masks]),
-        "compensation": nbytes([state.sums.get("compensation"), state.constants, prepared.means, prepared.constants]),
+        "scores": nbytes([[la.sums.get("score"), la.sums.get("choice"), la.fitted.factor] for la in layers]),
+        "masks": nbytes([[la.fitted.mask, la.own] for la in layers]),
+        "compensation": nbytes(
+            [[la.sums.get("compensation"), la.constant, la.fitted.mean, la.fitted.constant] for la in layers]
+        ),
         "recent inputs": nbytes(remasking.ring if remasking else None),
         "detector": nbytes(remasking.detector if remasking else None),
         "images": prepared.stored,

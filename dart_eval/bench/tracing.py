@@ -91,7 +91,7 @@ def trace(
     with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer), execution="masked") as session:
         decoded, logprobs = _decode(model, prompt, given, count)
         state = session.state
-        assert state is not None and state.kept is not None
+        assert state is not None
         detector = session.trace(0)
         if detector is not None:
             del detector["remasks"]

@@ -72,7 +72,7 @@ def test_a_new_mask_is_made_from_recent_tokens_under_their_own_experts(name, par
         seen.clear()  # the trial forwards
         generate(model, prompts, steps + 1)
         assert session.remasks == [1, 1]
-        masks = session.state.mask(LAYER)
+        masks = session.state.layers[LAYER].mask
         assert torch.equal(find_ffns(model)[LAYER].routed.index, seen[-1][1])  # of the forward before it
         first = [event["overlap"][LAYER] for event in session.events]
     assert same(model, before)
@@ -101,7 +101,7 @@ def test_the_mean_of_pruned_neurons_is_a_constant_of_all_experts(name):
     with watching(model) as seen, open_session(model, "griffin", 0.5, "masked", compensation="mean") as session:
         seen.clear()
         generate(model, prompt, 2)
-        mask = session.state.mask(LAYER)[0]
+        mask = session.state.layers[LAYER].mask[0]
     (x, at, w, _), (new, index, weights, out) = seen
     mean = sum(of_token(experts, *token) for token in zip(x, at, w, strict=True)) / 11
     mask, down = mask.view_as(mean), columns(experts)
@@ -117,13 +117,13 @@ def test_an_expert_that_the_context_lacked_is_usual_as_the_others_are():
     with open_session(model, "griffin", 0.3, "masked", choice="gate-up") as session:
         generate(model, prompts_of(1, 2), 2)
         state = session.state
-        had = state.sums["had"][LAYER].view(4, -1)
-        squares = state.sums["choice"][LAYER].view(4, -1)
+        had = state.layers[LAYER].sums["had"].view(4, -1)
+        squares = state.layers[LAYER].sums["choice"].view(4, -1)
         missing = [e for e in range(4) if float(had[e].sum()) == 0]
         assert missing and len(missing) < 4
         routed = find_ffns(model)[LAYER].routed
         routed.index = torch.tensor([[missing[0], next(e for e in range(4) if e not in missing)]])
-        usual = state.usual(LAYER)[0, 0].view(2, -1)
+        usual = state.layers[LAYER].usual()[0, 0].view(2, -1)
     others = squares[had > 0] / had[had > 0]
     assert torch.allclose(usual[0].square(), others.mean().expand(16), rtol=1e-4)
     seen = int(routed.index[0, 1])

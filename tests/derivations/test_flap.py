@@ -106,7 +106,7 @@ def test_its_bytes_and_flops_are_those_of_masks_and_constants():
         counters = session.state.nbytes()
         assert session.prepared.nbytes() == layers * (size + 4 * width)  # a byte a neuron, fp32 constants
         assert before == session.prepared.nbytes() + counters
-        assert session.state.constants is None and not session.state.sums
+        assert all(layer.constant is None and not layer.sums for layer in session.state.layers)
     added = overhead(make("flap"), shape_of(model, find_ffns(model)), 100, 0.5)
     assert (added.prefill, added.decode_step, added.remask) == (0, layers * width, 0)
 
@@ -137,12 +137,12 @@ def test_a_constant_on_h_moves_wandas_score_and_not_flaps(score):
 def test_its_constant_is_nothing_where_nothing_is_pruned_and_lowers_the_error_on_the_text():
     model = tiny("llama")
     with prune(model, "flap", 0.0, tokenizer=OneText()) as session:
-        assert all(bool((c == 0).all()) for c in session.prepared.constants)
+        assert all(bool((layer.constant == 0).all()) for layer in session.prepared.layers)
     text = passages(model)
     for layer, found in enumerate(text):
         h = torch.from_numpy(np.concatenate(found))
         with prune(model, "flap", 0.6, tokenizer=OneText()) as session:
-            mask, added = session.prepared.masks[layer][0], session.prepared.constants[layer]
+            mask, added = session.prepared.layers[layer].mask[0], session.prepared.layers[layer].constant
         down = torch.from_numpy(rows_and_column(model, layer)[1].copy())
         missing = (h * ~mask) @ down
         assert (missing - added).square().sum() < missing.square().sum()

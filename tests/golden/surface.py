@@ -41,9 +41,9 @@ def session_of(model, setting, execution="masked"):
 
 def masks(session, row):
     """Per layer [F] bool, the mask in force of one sequence; None without any."""
-    if session.state is None or session.state.kept is None:
+    if session.state is None or not session.state.counted:
         return None
-    found = [session.state.mask(layer) for layer in range(len(session.ffns))]
+    found = [session.state.layers[layer].mask for layer in range(len(session.ffns))]
     return [mask[row if len(mask) > 1 else 0].numpy() for mask in found]
 
 

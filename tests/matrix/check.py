@@ -74,7 +74,7 @@ def masked(model):
     prompt = torch.tensor([random_tokens(PROMPT)])
     with open_session(model, "magnitude", 0.5, execution="masked") as session:
         ours = generate(model, prompt, 2)
-        masks = [mask.clone() for mask in session.state.prepared.masks]
+        masks = [layer.mask.clone() for layer in session.state.layers]
     less = copy.deepcopy(model)
 
     def once_decoding(_model, _args, kwargs):

@@ -42,7 +42,7 @@ def test_a_mask_comes_before_the_norm():
     prompt = torch.tensor([random_tokens(12)])
     with open_session(model, "magnitude", 0.5, execution="masked") as session:
         ours = generate(model, prompt, 2).logits[1]
-        masks = [m.clone() for m in session.state.prepared.masks]
+        masks = [m.clone() for m in [layer.mask for layer in session.state.layers]]
     ffns = find_ffns(model)
     down = [f.norm.register_forward_hook(_times(m)) for f, m in zip(ffns, masks, strict=True)]  # of what it makes
     with torch.no_grad():

@@ -392,7 +392,7 @@ def test_tokens_that_run_dense_are_measured_as_dense(llama):
     state.finish_context(valid)
     state.remasking.dense_left = torch.tensor([2, 0])
     for layer in range(3):
-        state.apply(layer, h[:, :1], valid[:, :1], h[:, :1], h[:, :1])
+        state.prune(layer, h[:, :1], valid[:, :1], h[:, :1], h[:, :1])
     read = state.measured(valid[:, :1]).read.tolist()
     assert read[0] == 1 and 0 < read[1] < 0.6
 
@@ -403,7 +403,7 @@ def test_a_blocks_measure_is_the_mean_over_its_real_tokens(llama):
     h = torch.zeros(2, 3, 40)
     h[..., 0], h[0, 0], h[1, 2] = 1, 1.0, 1.0  # one neuron has it all, or half of all have 0.49
     for layer in range(3):
-        state.apply(layer, h, one, h, h)
+        state.prune(layer, h, one, h, h)
     valid = torch.tensor([[True, True, True], [True, True, False]])
     step = state.measured(valid)
     assert step.read.tolist() == pytest.approx([(20 + 1 + 1) / 3 / 40, 1 / 40])

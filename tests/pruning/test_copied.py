@@ -124,7 +124,7 @@ def test_a_further_turn_and_chunked_prefill():
                 out = model(torch.tensor([[token]]), use_cache=True, past_key_values=cache_of(out))
             with session.prompt():
                 out = model(second, use_cache=True, past_key_values=cache_of(out))
-            sums = [e.clone() for e in session.state.sums["score"].layers]
+            sums = [layer.sums["score"].clone() for layer in session.state.layers]
             last = model(torch.tensor([[9]]), use_cache=True, past_key_values=cache_of(out)).logits
             found[execution] = sums, last
     for ours, theirs in zip(*(f[0] for f in found.values()), strict=True):

@@ -161,11 +161,11 @@ def test_d8_sums_are_kept_in_fp32(llama, dtype):
         state.observe(0, h, valid, h)
         token = float(h[0, 0, 0])
         wanted = token**power if power else (1 / 40) ** 2
-        assert state.sums["score"][0].dtype == torch.float32
-        assert float(state.sums["score"][0][0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
-        assert (params is chosen) == ("choice" in state.sums)
+        assert state.layers[0].sums["score"].dtype == torch.float32
+        assert float(state.layers[0].sums["score"][0, 0]) == pytest.approx(3000 * wanted, rel=1e-2)
+        assert (params is chosen) == ("choice" in state.layers[0].sums)
         if params is chosen:
-            assert float(state.sums["choice"][0][0, 0]) == pytest.approx(3000 * token**2, rel=1e-2)
+            assert float(state.layers[0].sums["choice"][0, 0]) == pytest.approx(3000 * token**2, rel=1e-2)
 
 
 def test_d9_no_calibration_for_prompt_methods_and_no_test_item_in_the_calibration_text(llama):

@@ -151,7 +151,7 @@ def test_tokens_take_what_the_image_shows(image):
     ffn = find_ffns(model)[1]
     x = torch.randn(1, 3, ffn.width, generator=torch.Generator().manual_seed(0))
     gate, up = ffn.parts(x)
-    kept = state.apply(1, gate * up, torch.ones(1, 3, dtype=torch.bool), gate, up, x=x) != 0
+    kept = state.prune(1, gate * up, torch.ones(1, 3, dtype=torch.bool), gate, up, x=x) != 0
     seen = promise(ffn, image, x)[0]
     taken, written = int(state.taken[0, 1]), int(state.written[0, 1])
     for t in range(3):

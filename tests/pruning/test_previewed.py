@@ -107,7 +107,7 @@ def test_its_preview_is_that_of_the_image_as_a_matrix(spelled):
     _, found = gathered(model, spelled)
     method = make(*parse(spelled))
     x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1))
-    whole = prepare(method, find_ffns(model), 0.5, None).choosers[0].preview
+    whole = prepare(method, find_ffns(model), 0.5, None).layers[0].chooser.preview
     for ours, theirs in zip(found.preview.look(x), whole.look(x), strict=True):
         assert ours.shape == (1, 1, 88)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

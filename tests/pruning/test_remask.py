@@ -47,7 +47,7 @@ class Observed:
         for i, ffn in enumerate(self.ffns):
             self.remasking.observe_input(i, torch.randn(2, tokens, ffn.width), valid)
             taken.append(torch.randn(2, tokens, ffn.size))
-            self.state.apply(i, taken[i], valid, None, None)
+            self.state.prune(i, taken[i], valid)
         attention = torch.randn(2, tokens, 32) if attention is None else attention
         return taken, self.state.finish_decode(attention if self.remasking.detector else None, valid)
 
@@ -76,7 +76,7 @@ def test_a_running_memory_is_on_the_scale_of_sums(llama):
     recent = [f.intermediate(x[0]).square().mean(0) for f, x in zip(seen.ffns, seen.x, strict=True)]
     for i in range(3):
         score = 0.25 * seen.h[i][0].square().mean(0) + 0.75 * recent[i]
-        assert torch.allclose(seen.state.sums["score"][i][0] / 6, score, rtol=1e-4)
+        assert torch.allclose(seen.state.layers[i].sums["score"][0] / 6, score, rtol=1e-4)
 
 
 def test_a_shared_mask_is_made_from_the_mean_of_all_sequences_whatever_their_length(llama):

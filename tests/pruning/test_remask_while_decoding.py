@@ -153,9 +153,9 @@ def test_a_further_turn_after_remasks_counts_all_its_tokens(llama):
 
     turn(1.0)
     state.remask(Due(torch.tensor([True]), "steady"))
-    mean = state.sums["score"][0] / state.weight
+    mean = state.layers[0].sums["score"] / state.weight
     turn(3.0)
-    assert torch.allclose(state.sums["score"][0] / state.weight, (mean + 9.0) / 2)
+    assert torch.allclose(state.layers[0].sums["score"] / state.weight, (mean + 9.0) / 2)
 
 
 @pytest.mark.parametrize("method", ["dart", "dart-code", "dart-choice", "griffin"])
@@ -198,7 +198,7 @@ def test_padding_in_the_ring_may_hold_anything(llama, choice):
         state.finish_context(valid)
         state.remask(Due(torch.tensor([True]), "steady"))
         masks.append(state.masks)
-        made.append(state.constants)
+        made.append([layer.constant for layer in state.layers])
     assert _equal(*masks) and _equal(*made)
 
 
@@ -232,7 +232,7 @@ def test_sequences_of_a_batch_are_remasked_on_their_own(llama):
         block = valid[:, : a.shape[1]]
         for layer, ffn in enumerate(state.ffns):
             h = torch.randn(2, a.shape[1], ffn.size)
-            kept = state.apply(layer, h, block, None, None) != 0
+            kept = state.prune(layer, h, block) != 0
             assert int(kept[1, 0].sum()) == ffn.size // 2
             assert int(kept[0, 0].sum()) == (ffn.size if dense else ffn.size // 2)
         return state.finish_decode(a, block)

@@ -56,7 +56,7 @@ def test_an_exponential_average_does_not_see_chunks_or_padding(pad, first, secon
 def _seen(model, params, h, split=None):
     """The state's score of every neuron of layer 0 after a context with these activations."""
     state = _state_after(model, params, h, split)
-    return state.sums["score"][0][0] / state.weight[0]
+    return state.layers[0].sums["score"][0] / state.weight[0]
 
 
 def _state_after(model, params, h, split=None):
@@ -88,9 +88,9 @@ def test_the_mean_that_makes_up_for_the_pruned_weighs_tokens_as_the_scores_do(ll
     params = {"score.average": average, "score.decay": 0.9, "compensation": "mean"}
     state = _state_after(llama.float(), params, h, split)
     wanted = (weight[:, None] * h[0]).sum(0) / weight.sum()
-    assert torch.allclose(state.sums["compensation"][0][0] / state.weight[0], wanted, atol=1e-6)
+    assert torch.allclose(state.layers[0].sums["compensation"][0] / state.weight[0], wanted, atol=1e-6)
     outside = wanted * ~state.masks[0][0]
-    assert torch.allclose(state.constants[0][0], find_ffns(llama)[0].output_weight().float() @ outside, atol=1e-5)
+    assert torch.allclose(state.layers[0].constant[0], find_ffns(llama)[0].output_weight().float() @ outside, atol=1e-5)
 
 
 @pytest.mark.parametrize("split", [None, 1, 4])

@@ -53,7 +53,7 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
         neurons = sum(f.size for f in find_ffns(model))
         exact = 1 - round((1 - sparsity) * neurons) / neurons
         if method in MASKS:
-            masks = session.prepared.masks or session.state.masks
+            masks = [layer.mask for layer in session.state.layers]
             for row in range(len(masks[0])):
                 assert sum(int(m[row].sum()) for m in masks) == round((1 - sparsity) * neurons)
             assert session.mask_sparsity == pytest.approx(exact)
@@ -73,7 +73,7 @@ def test_a_mask_does_what_removing_the_neurons_would(model, method):
     ids = prompts_of(1, 20)
     with open_session(model, method, 0.5, **QUIET.get(method, {})) as session:
         pruned = generate(model, ids, tokens=6)
-        masks = session.prepared.masks or session.state.masks
+        masks = [layer.mask for layer in session.state.layers]
     prefill = model(ids, use_cache=True)
     cache = {cache_argument(model): cache_of(prefill)}
     with torch.no_grad():

@@ -80,7 +80,7 @@ def test_scores_equal_the_formula_and_ignore_padding(llama, method):
         for t in range(first, 9):
             token = h[row, t].double()
             total += (token / token.norm()) ** 2 if method == "griffin" else token**2
-        assert torch.allclose(state.sums["score"][0][row].double(), total, rtol=1e-5)
+        assert torch.allclose(state.layers[0].sums["score"][row].double(), total, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -90,7 +90,7 @@ def test_sums_of_squares_are_kept_in_fp32(llama, dtype):
     h = torch.full((1, 4000, find_ffns(llama)[0].size), 1e-4, dtype=dtype)
     h[..., 1] = 300.0
     state.observe(0, h, torch.ones(1, 4000, dtype=torch.bool))
-    energy = state.sums["score"][0][0]
+    energy = state.layers[0].sums["score"][0]
     assert energy.dtype == torch.float32
     assert float(energy[0]) == pytest.approx(4000 * float(h[0, 0, 0]) ** 2, rel=1e-3)
     assert float(energy[1]) == pytest.approx(4000 * 300.0**2, rel=1e-3)
@@ -163,8 +163,8 @@ def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
         state.observe_change(ffn.layer, torch.randn(2, 6, 32), torch.randn(2, 6, 32), valid)
     state.observe_attention(torch.randn(2, 6, 32), valid)
     state.finish_context(valid)
-    before, means = [m.clone() for m in state.masks], [m / 6 for m in state.sums["compensation"].layers]
-    constants = [c.clone() for c in state.constants]
+    before, means = [m.clone() for m in state.masks], [layer.sums["compensation"] / 6 for layer in state.layers]
+    constants = [layer.constant.clone() for layer in state.layers]
     recent = [torch.randn(2, 3, 32) for _ in ffns]
     last_of_prompt = [slots.clone() for slots in ring.slots]
     new = torch.ones(2, 3, dtype=torch.bool)
@@ -176,13 +176,13 @@ def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
         # the ring of four: the prompt's last input and the three new ones
         x = torch.cat([last_of_prompt[i][0][[int(ring.next[0]) % 4]], recent[i][0]])
         h = ffn.intermediate(x)
-        score = 0.25 * state.sums["score"][i][0] / 6 + 0.75 * h.square().sum(0) / 4
+        score = 0.25 * state.layers[i].sums["score"][0] / 6 + 0.75 * h.square().sum(0) / 4
         wanted = top_k_mask(score[None], state.kept[:1, i])[0]
         assert torch.equal(state.masks[i][0], wanted)
         mean = 0.25 * means[i][0] + 0.75 * h.mean(0)
-        assert torch.allclose(state.sums["compensation"][i][0] / 6, mean, atol=1e-6)
-        assert torch.allclose(state.constants[i][0], ffn.down(mean * ~wanted), atol=1e-6)
-        assert torch.equal(state.constants[i][1], constants[i][1])
+        assert torch.allclose(state.layers[i].sums["compensation"][0] / 6, mean, atol=1e-6)
+        assert torch.allclose(state.layers[i].constant[0], ffn.down(mean * ~wanted), atol=1e-6)
+        assert torch.equal(state.layers[i].constant[1], constants[i][1])
         assert torch.equal(state.masks[i][1], before[i][1])
         assert int(state.masks[i][0].sum()) == int(before[i][0].sum())
     assert state.remasks.tolist() == [1, 0]

@@ -107,7 +107,8 @@ class Finer:
         share = kept.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
         bits = self.bits[ffn.layer][matrix]
         spent = self.part.share(share, bits) * bits.total / self.mean * ffn.size / ffn.matrices
-        state.spent = spent if state.spent is None else state.spent + spent
+        layer = state.layers[ffn.layer]
+        layer.spent = spent if layer.spent is None else layer.spent + spent
         return x * kept
 
     def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., Any]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dart_eval.layers.expert_pool import routing
-from dart_eval.layers.ffn import FFN, device_of
+from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.masks.drift import DriftDetector
 from dart_eval.pruning.masks.remasks import Remask
 from dart_eval.pruning.masks.ring import RingBuffer
-from dart_eval.pruning.session.sequence import PerSequence, Sums
+from dart_eval.pruning.session.sequence import PerSequence
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class RemaskState(PerSequence):
         detector, ring: where the part has them. The ring has FFN inputs, and behind them which experts tokens had.
         alarms: [B] bool, raised by the last forward.
         since: decoded tokens since the last steady re-mask; the same for all, since they decode together.
-        dense_left: [B] long, tokens still to run dense after an alarm. fresh: sums of their scores so far, of
-            `fresh_tokens` [B] tokens.
+        dense_left: [B] long, tokens still to run dense after an alarm. fresh_tokens: [B], those that did so far.
     """
 
     def __init__(self, part: Remask, ffns: Sequence[FFN], batch: int, device: torch.device) -> None:
@@ -47,14 +46,16 @@ class RemaskState(PerSequence):
         self.since = 0
         self.dense_left = torch.zeros(batch, dtype=torch.long, device=device)
         self.fresh_tokens = torch.zeros(batch, device=device)
-        self.fresh = Sums(len(ffns))
-        if part.dense_tokens and part.alarms_remask:
-            self.fresh.layers = [torch.zeros(batch, f.pool, device=device_of(f)) for f in ffns]
 
     @property
     def dense_now(self) -> Tensor:
         """[B] bool: sequences that run dense because they gather scores after an alarm."""
         return self.dense_left > 0
+
+    @property
+    def to_be_dense(self) -> Tensor:
+        """[B] bool: those of them of which no token has run dense yet."""
+        return (self.dense_left > 0) & (self.dense_left == self.part.dense_tokens)
 
     def observe_input(self, layer: int, x: Tensor, valid: Tensor) -> None:
         """Keep a forward's FFN inputs. x: [B, T, D]; valid: [B, T] bool."""
@@ -66,6 +67,19 @@ class RemaskState(PerSequence):
     def routing(self, layer: int) -> int:
         """The place in the ring of which experts a layer's tokens had."""
         return len(self.ffns) + layer
+
+    def inputs(self, ffn: FFN, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The recent inputs of an FFN, [b, R, D] and [b, R] bool, and which experts they had.
+
+        Args:
+            rows: [b] indices of sequences.
+        """
+        ring = self.ring
+        assert ring is not None and ring.valid is not None
+        x = ring[ffn.layer]
+        at = rows.to(x.device)
+        had = ring[self.routing(ffn.layer)][at] if ffn.routed else None
+        return x[at], ring.valid[rows].to(x.device), had
 
     def observe_attention(self, a: Tensor, valid: Tensor, before: Tensor) -> None:
         """Feed the detector the context. a: [B, T, D]; before: [B], tokens of the context that came earlier."""
@@ -112,7 +126,8 @@ class RemaskState(PerSequence):
         ended = none
         if self.part.dense_tokens:
             ended = self._dense_ended(valid, shared)
-            self._begin_dense(alarms)
+            self.dense_left = self.dense_left.masked_fill(alarms, self.part.dense_tokens)
+            self.fresh_tokens = self.fresh_tokens.masked_fill(alarms, 0.0)
             alarms = none
         due = none
         if self.part.every:
@@ -133,16 +148,6 @@ class RemaskState(PerSequence):
         left = (self.dense_left - ran).clamp_min(0)
         self.dense_left = torch.where(dense, left, self.dense_left)
         return dense & (left == 0)
-
-    def _begin_dense(self, alarms: Tensor) -> None:
-        if not bool(alarms.any()):
-            return
-        self.dense_left = self.dense_left.masked_fill(alarms, self.part.dense_tokens)
-        self.fresh_tokens = self.fresh_tokens.masked_fill(alarms, 0.0)
-        self.fresh.layers = [self._cleared(i, alarms) for i in range(len(self.fresh.layers))]
-
-    def _cleared(self, layer: int, rows: Tensor) -> Tensor:
-        return self.fresh[layer].masked_fill(rows.to(self.fresh[layer].device)[:, None], 0.0)
 
     def moved(self, due: Due) -> None:
         """New masks have been made after an alarm: the reference may move to the recent windows."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from dart_eval.kernels.chosen import ChosenRows
@@ -111,10 +112,12 @@ class Execution:
         """Copy the weights of the kept neurons that are not there. state: of sequences that have one mask."""
         if self.copies is None or not state.prunes:
             return
-        for layer, kept in enumerate(self.copies):
-            kept.select(state.mask(layer)[0])
+        for layer, kept in zip(state.layers, self.copies, strict=True):
+            kept.select(layer.mask[0])
             if isinstance(kept, ChosenRows):
-                kept.prepare(*state.taken_by_one(layer, kept.neurons))
+                usual = layer.usual(kept.neurons)
+                norm = torch.ones(kept.count, device=layer.mask.device) if usual is None else usual[0, 0]
+                kept.prepare(norm, int(layer.taken[0]), int(layer.written[0]))
         self._runs = all(kept.runs for kept in self.copies)
 
     def slice(self, step: Step) -> None:

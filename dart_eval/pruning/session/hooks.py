@@ -185,7 +185,7 @@ class Hooks:
                 return None
             x, forward.input = forward.input, None
             rows = None if forward.sliced is None else forward.sliced[layer]
-            masked = state.apply(layer, h, forward.valid, gate, up, rows, x)
+            masked = state.prune(layer, h, forward.valid, gate, up, x, rows)
             return None if masked is h else (masked.view(args[0].shape), *args[1:])
 
         return hook
@@ -196,7 +196,7 @@ class Hooks:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
-            added = forward.state.added(layer)
+            added = forward.state.layers[layer].extra(forward.state.dense_now)
             if added is None:
                 return None
             return (forward.in_batch(output) + added.to(output.device, output.dtype)).view(output.shape)

@@ -1,9 +1,8 @@
-"""What a method makes of a model before any prompt: fixed masks, factors on scores, counts of neurons."""
+"""A method on a model before any prompt: what it makes of each layer, and how many neurons these keep."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +12,12 @@ from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning import fits
 from dart_eval.pruning.calibration.calibration import Calibration, means
-from dart_eval.pruning.choices.choice import ChoiceLayer
 from dart_eval.pruning.experts.rerouted import Rerouted
 from dart_eval.pruning.inputs.finer import Finer
 from dart_eval.pruning.masks.change import ChangeState
 from dart_eval.pruning.masks.counts import Counts, mean_prices
-from dart_eval.pruning.masks.standins import constant, floating
 from dart_eval.pruning.method import Pruner
-from dart_eval.pruning.session.sequence import Sums, nbytes
+from dart_eval.pruning.session.layer import Fitted
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 from dart_eval.weights import rounding
@@ -31,49 +28,37 @@ class Prepared:
     """A method on the layers of one model, at one sparsity.
 
     Attributes:
-        masks: per layer [1, F] bool, where masks are the same for all sequences.
-        factors: per layer [F] fp32, what no token changes in a score; None for nothing.
-        means: per layer [F] fp32, of each neuron on the calibration text, where these stand in for it; else None.
-        constants: per layer [1, D] fp32, what stands in for the neurons outside fixed masks; None where nothing does,
-            or another constant for each sequence.
-        choosers: per layer, the choice at work.
-        beside: what leaves out something else than neurons; None.
+        unit: bits of an FFN weight, on average, of which sparsity leaves out a share. share: the same / those of the
+            model's own dtype.
+        layers: of each FFN. beside: what leaves out something else than neurons; None.
         prices: what is read of a neuron where there are previews, on average; None. stored: bytes that they take beside
-            the model. paid: [L, 4] fp64, what is read of a neuron, see `Pruner.paid`.
-        unit: bits of an FFN weight, on average, of which sparsity leaves out a share.
-        share: the same / those of the model's own dtype.
+            the model.
     """
 
     method: Pruner
     ffns: Sequence[FFN]
     sparsity: float
     unit: float
-    masks: list[Tensor] | None = None
-    factors: list[Tensor] | None = None
-    means: list[Tensor] | None = None
-    constants: list[Tensor] | None = None
-    choosers: list[ChoiceLayer] = dataclasses.field(default_factory=list)
     beside: Finer | Rerouted | None = None
 
     def __post_init__(self) -> None:
-        self.method.allocation.check(self.sparsity, len(self.ffns))
-        choice, sizes = self.method.choice, [f.size for f in self.ffns]
+        method, sizes = self.method, [f.size for f in self.ffns]
+        allocation, choice = method.allocation, method.choice
+        allocation.check(self.sparsity, len(self.ffns))
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = self.unit / OWN_BITS
-        whole_mask = self.method.mask.whole
-        each = choice.prices(self.ffns, whole_mask, self.unit)
+        each = choice.prices(self.ffns, method.mask.whole, self.unit)
         self.prices = None if each is None else mean_prices(each, [f.size * f.width for f in self.ffns])
         self.stored = choice.stored(self.ffns)
         # Refused now where the sparsity cannot be met at all.
-        allocation = self.method.allocation
         varies = allocation.needs_change or allocation.needs_scores
         self._usual = None if varies else self._counts(None, slice(None))
         usual = self._counts_at([1 - self.sparsity] * len(sizes))
         if each is not None and self.sparsity:
             paid = [choice.paid(prices) for prices in each]
         else:
-            paid = self.method.paid(self.ffns, self.sparsity, self.unit, usual.whole)
-        self.paid = torch.tensor(paid, dtype=torch.float64)
+            paid = method.paid(self.ffns, self.sparsity, self.unit, usual.whole)
+        self.layers = [Fitted(method, ffn, of_layer) for ffn, of_layer in zip(self.ffns, paid, strict=True)]
         self._computed = self._products(usual)
 
     def counts(
@@ -87,18 +72,6 @@ class Prepared:
         if self.method.needs_context and not has_context:
             return self._dense  # nothing can be chosen: they run dense
         return self._counts(change, rows, scores) if self._usual is None else self._usual
-
-    def scores(self, sums: Sums | None, rows: slice, per_token: Callable[[Tensor], Tensor]) -> list[Tensor] | None:
-        """Per layer [F], the scores of the sequences `rows` together; None where the allocation does not go by them.
-
-        Args:
-            sums: what the score keeps of them. per_token: of sums, where sequences are compared.
-        """
-        score = self.method.mask.score
-        if not self.method.allocation.needs_scores or score is None or sums is None or sums.layers[0] is None:
-            return None
-        means = [per_token(sums[i])[rows].mean(0, keepdim=True) for i in range(len(self.ffns))]
-        return [score.combine(mean, self.factor(i))[0] for i, mean in enumerate(means)]
 
     def _counts(self, change: ChangeState | None, rows: slice, scores: Sequence[Tensor] | None = None) -> Counts:
         return self._counts_at(self.method.allocation.densities(self.sparsity, len(self.ffns), change, rows, scores))
@@ -119,53 +92,41 @@ class Prepared:
         """
         return read if self.prices is None else self._computed
 
-    def mask(self, layer: int) -> Tensor:
-        """[1, F] bool, where masks are the same for all sequences."""
-        ffn = self.ffns[layer]
-        if self.masks is None:  # of everything, which nothing has to be kept for
-            return torch.ones(1, ffn.pool, dtype=torch.bool, device=device_of(ffn))
-        return self.masks[layer]
-
-    def factor(self, layer: int) -> Tensor | None:
-        """The factor of a layer's scores, or None."""
-        return None if self.factors is None else self.factors[layer]
-
-    def spent(self, taken: Tensor, layer: int) -> Tensor:
-        """What tokens read of a layer that take so many neurons of it and write them, counted in neurons."""
-        every, whole, rest, write = self.paid[layer].tolist()
-        return ((every + whole) * self.ffns[layer].size + (rest + write) * taken) / self.ffns[layer].matrices
-
     def nbytes(self) -> int:
-        """Bytes of what is kept for all sequences; images count as they would be stored."""
+        """Bytes of what is kept for all sequences; previews count as they would be stored."""
         beside = self.stored + (0 if self.beside is None else self.beside.nbytes())
-        return beside + nbytes([self.masks, self.factors, self.means, self.constants])
+        return beside + sum(layer.nbytes() for layer in self.layers)
 
     def fix(self, calibration: Calibration) -> None:
         """Make the masks that all sequences have."""
-        score = self.method.mask.score
+        score, sums = self.method.mask.score, None
         assert score is not None
-        sums = None
         if score.observes:
             sums = means(calibration, score.observe) if score.per_token else calibration.sums(score.observe)
-        scores = [score.combine(None if sums is None else sums[i][None], self.factor(i)) for i in range(len(self.ffns))]
-        self._usual = self._counts(None, slice(None), [s[0] for s in scores])
-        self.masks = [
-            ffn.take(top_k_mask, s, torch.tensor([count])).to(device_of(ffn))
-            for ffn, s, count in zip(self.ffns, scores, self._usual.mask, strict=True)
+        scores = [
+            score.combine(None if sums is None else sums[i][None], layer.factor) for i, layer in enumerate(self.layers)
         ]
-        self.factors = None  # they are in the masks
+        self._usual = self._counts(None, slice(None), [s[0] for s in scores])
+        for layer, some, count in zip(self.layers, scores, self._usual.mask, strict=True):
+            layer.mask = layer.ffn.take(top_k_mask, some, torch.tensor([count])).to(device_of(layer.ffn))
+            layer.factor = None  # it is in the mask
 
     @torch.no_grad()
     def stand_in(self, calibration: Calibration) -> None:
         """Keep the means that stand in for neurons, or the constants that follow from them where masks are fixed."""
-        means = [m.mean for m in calibration.moments()]
-        if not (self.method.mask.fixed and self.method.compensation.adds):
-            self.means = means
-            return
-        self.constants = [
-            constant(ffn, mean[None], self.mask(i), floating(ffn))
-            for i, (ffn, mean) in enumerate(zip(self.ffns, means, strict=True))
-        ]
+        at_once = self.method.mask.fixed and self.method.compensation.adds
+        for layer, moments in zip(self.layers, calibration.moments(), strict=True):
+            if at_once:
+                layer.constant = layer.stand_in(moments.mean[None], layer.masked, floating(layer.ffn))
+            else:
+                layer.mean = moments.mean
+
+
+def floating(ffn: FFN) -> torch.dtype:
+    """The dtype of the layer's activations before any has been seen: that of down, or of what is not quantised."""
+    modules = (ffn.down, ffn.residual, ffn.attention)
+    found = (p.dtype for module in modules for p in module.parameters() if p.is_floating_point())
+    return next(found, torch.float32)
 
 
 def prepare(
@@ -191,11 +152,14 @@ def prepare(
     counted = method.choice.exact or not method.choice.calibrates
     taken = [] if counted else made.counts(None, slice(None), True).taken
     if method.choice.chooses:
-        made.choosers = method.choice.attach(ffns, orders or [None] * len(ffns), taken, calibration)
+        choosers = method.choice.attach(ffns, orders or [None] * len(ffns), taken, calibration)
+        for layer, chooser in zip(made.layers, choosers, strict=True):
+            layer.chooser = chooser
     if calibration is None:
         return made
     if mask.score is not None:
-        made.factors = mask.score.factors(calibration)
+        for layer, factor in zip(made.layers, mask.score.factors(calibration) or (), strict=False):
+            layer.factor = factor
     if fixed:
         made.fix(calibration)
     if method.compensation.calibrates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -30,48 +31,6 @@ class PerSequence:
         return nbytes(vars(self))
 
 
-class Sums(PerSequence):
-    """For each layer a weighted sum over the tokens seen so far, [B, F] fp32 by neuron; None before the first.
-
-    Tensors are replaced and never written to: copies may share them.
-    """
-
-    def __init__(self, layers: int) -> None:
-        self.layers: list[Tensor | None] = [None] * layers
-
-    def add(self, layer: int, sums: Tensor) -> None:
-        before = self.layers[layer]
-        self.layers[layer] = sums if before is None else before + sums
-
-    def shrink(self, layer: int, factor: Tensor) -> None:
-        """Multiply what is there. factor: [B]."""
-        before = self.layers[layer]
-        self.layers[layer] = None if before is None else before * factor.to(before.device)[:, None]
-
-    def put(self, layer: int, rows: Tensor, sums: Tensor) -> None:
-        """Replace the sums of some sequences. rows: [b] indices, on the layer's device; sums: [b, F]."""
-        self.layers[layer] = self[layer].index_copy(0, rows, sums)
-
-    def forget(self) -> None:
-        self.layers = [None] * len(self.layers)
-
-    def __getitem__(self, layer: int) -> Tensor:
-        sums = self.layers[layer]
-        assert sums is not None
-        return sums
-
-
-class Cores(Sums):
-    """For each layer the neurons of each sequence's mask that no token leaves out, [B, F] bool by neuron."""
-
-    def keep(self, layer: int, rows: Tensor, core: Tensor) -> None:
-        """Replace those of some sequences; at first there are all of them. rows: [b] indices; core: [b, F]."""
-        if self.layers[layer] is None:
-            self.add(layer, core)
-        else:
-            self.put(layer, rows.to(core.device), core)
-
-
 def _select(value: Any, rows: Tensor) -> Any:
     from torch import Tensor
 
@@ -87,13 +46,17 @@ def _select(value: Any, rows: Tensor) -> Any:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of tensors and of states, in lists or mappings too."""
+    """Bytes of tensors and of states, in lists or mappings too; of a tensor that stands in several places once."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(value)}.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     from torch import Tensor
 
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, PerSequence):
-        return value.nbytes()
-    if isinstance(value, (list, dict)):
-        return sum(nbytes(v) for v in (value.values() if isinstance(value, dict) else value))
-    return 0
+        yield value
+    elif isinstance(value, PerSequence):
+        yield from _tensors(vars(value))
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
