@@ -108,14 +108,14 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     for r in records:
         control = by_place.get(_place(r, r.inputs["task"] + CONTROL))
         params = r.inputs["params"]
-        patience = params.get("remask.patience", params.get("patience"))  # the second of version 0.1
+        patience = params.get("remask.patience")
         if control is None or not isinstance(patience, int):
             continue
         try:
             switched, same = store.traces(r), store.traces(control)
         except UserError:
             continue  # damaged samples: `report` and `compare` say so
-        remasks = bool(params.get("remask.act", params.get("renew", True)))
+        remasks = bool(params.get("remask.act", True))
         for name, margin, unit in MARGINS if switched and same else ():
             rate = judged(switched, same, margin, unit, patience, remasks)
             said = {"detected": f"{rate.detected} of {rate.documents}", "false": rate.false_per_1000}

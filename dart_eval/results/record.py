@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, TypeAdapter
+from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results import layout
@@ -16,11 +16,6 @@ from dart_eval.results.inputs import CellInputs
 from dart_eval.results.layout import OPEN, FileName, Holds, Number
 
 SCHEMA = 2
-# Names in `flops` that older versions wrote, and what they are called now.
-RENAMED = {
-    "tracing_prefill": "overhead_prefill", "tracing_decode_step": "overhead_decode_step",
-    "tracing_share": "overhead_share", "renewals_read": "remask_reads",
-}  # fmt: skip
 
 
 class NewerSchema(ValueError):
@@ -72,10 +67,6 @@ class File(TypedDict):
     sha256: str
 
 
-def _renamed(flops: dict[str, Any]) -> dict[str, Any]:
-    return {RENAMED.get(name, name): value for name, value in flops.items()}
-
-
 @dataclass(frozen=True)
 class Metric:
     """One number of a cell, with its uncertainty."""
@@ -104,12 +95,11 @@ class Record:
     tokens: Annotated[int, "scored or generated tokens"]
     remasks: Annotated[int, "new masks that were made while tokens were decoded"]
     flops: Annotated[
-        dict[str, Any], Holds(dict[str, Number]), AfterValidator(_renamed),
+        dict[str, Any], Holds(dict[str, Number]),
         "at `context_tokens` (the mean context): `prefill`, `decode_step_dense`, `decode_step_pruned`, "
         "`overhead_prefill`, `overhead_decode_step` (re-masks included), `overhead_share` (of a dense step), `remask`, "
         "`remask_reads` (FFN weights that re-masks read per decoded token / all FFN weights), `remask_bytes` (the same "
-        "in bytes, of the model's own dtype), `ffn_share`. Older records say `tracing_` for `overhead_` and "
-        "`renewals_read` for `remask_reads`, and lack `remask_bytes`",
+        "in bytes, of the model's own dtype), `ffn_share`",
     ]  # fmt: skip
     memory: Annotated[
         dict[str, int], Holds(dict[str, Number]),
@@ -152,7 +142,7 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Any) -> Record:
-        """The record that `to_json` wrote, of this version or an older one.
+        """The record that `to_json` wrote.
 
         Raises:
             NewerSchema: written by a newer version.
@@ -161,14 +151,12 @@ class Record:
         if not isinstance(data, dict):
             raise ValueError("not a record")
         schema = data.get("schema")
-        if type(schema) is not int or schema < 1:
+        if type(schema) is int and schema > SCHEMA:
+            raise NewerSchema(f"record schema {schema} is not known here: this version reads {SCHEMA}")
+        if schema != SCHEMA:
             raise ValueError(f"record schema {schema} is not known")
-        if schema > SCHEMA:
-            raise NewerSchema(f"record schema {schema} is not known here: this version reads 1 to {SCHEMA}")
         data = dict(data)
-        if schema == 1:
-            data = _from_schema_1(data)
-        elif (digest := data.pop("digest", None)) != _digest(data):
+        if (digest := data.pop("digest", None)) != _digest(data):
             raise ValueError("its digest does not fit" if digest else "not a record ('digest')")
         try:
             return layout.read(json.dumps(data), _RECORD, "record")
@@ -181,13 +169,3 @@ _RECORD = TypeAdapter(Record)
 
 def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 1 kept times and the peak among the rest, and said nothing of the cell's other files."""
-    try:
-        memory = dict(data["memory"])
-        measured = {"seconds": data["seconds"], "created": data["created"], "peak": memory.pop("peak")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a record ({error})") from None
-    return {**data, "memory": memory, "measured": measured, "schema": SCHEMA}

@@ -304,9 +304,8 @@ class Store:
         known = record.files.get(kind)
         if known is None and kind == "texts":
             return b""
-        if known is None:  # schema 1: no digest, but a name that follows from the record's
-            (path,) = (self.folder / kind).glob(f"*-{record.key[:16]}.jsonl")
-            return read_regular(path)
+        if known is None:
+            raise ValueError(f"it has no {kind}")
         data = read_regular(self.folder / kind / known["name"])
         if hashlib.sha256(data).hexdigest() != known["sha256"]:
             raise ValueError("its digest does not fit")

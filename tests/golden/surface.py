@@ -14,7 +14,6 @@ from dart_eval.pruning.cost import describe
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make, parse
 from dart_eval.pruning.session.dense import DenseSession
-from dart_eval.results.record import RENAMED
 from tests.golden.cases import CALIBRATION
 from tests.helpers.models import word_tokenizer
 from tests.helpers.requests import TextRequest
@@ -87,9 +86,7 @@ def scores(model, setting, questions):
 
 def costs(model, setting, context):
     """FLOPs and reads, counted at a context of that length."""
-    found = describe(method_of(setting), shape(model), context, 1 - setting.sparsity, remasks_per_token=0.1)
-    names = {new: old for old, new in RENAMED.items()}  # the file keeps the names that it began with
-    return {names.get(name, name): value for name, value in found.items()}
+    return describe(method_of(setting), shape(model), context, 1 - setting.sparsity, remasks_per_token=0.1)
 
 
 @functools.cache

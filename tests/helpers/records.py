@@ -22,17 +22,6 @@ FLOPS = {
 }  # fmt: skip
 
 
-# As version 0.1.0 wrote it
-SCHEMA_1 = """
-{"schema": 1, "key": "k1", "inputs": {"model": {"name": "tiny", "revision": null, "weights": "f00d"}, "method": "dense",
-"params": {}, "sparsity": 0.0, "scope": "scored", "task": "arc_easy"}, "metrics": [{"task": "arc_easy", "metric": "acc",
-"value": 0.5, "stderr": 0.1, "n": 25, "higher_is_better": true, "part_of": null}], "mask_sparsity": 0.0,
-"effective_sparsity": 0.0, "weights_read": 1.0, "tokens": 25, "remasks": 0, "flops": {}, "memory": {"weights": 1024,
-"state": 0, "peak": 4096}, "settings": {"batch_size": 8}, "environment": {}, "seconds": 9.5, "created": "2026-09-01",
-"by_task": {}}
-"""
-
-
 def record(method="dart", sparsity=0.5, params=None, metrics=ARC, key="k1", model="tiny", created="2026-01-01"):
     """A record for tests of storing and showing: its numbers are told apart at sight, and its key is given."""
     inputs = {

@@ -32,7 +32,9 @@ def choices(share, task="arc", method="griffin", sparsity=0.7, read=None, **more
 
 
 def board_of(tmp_path, *records, speeds=()):
-    (made,) = boards(Store(save(tmp_path, *records)), records, speeds)
+    store = Store(save(tmp_path, *records))
+    saved = {r.key: r for r in store.load()}
+    (made,) = boards(store, [saved[r.key] for r in records], speeds)
     return made
 
 

@@ -48,7 +48,7 @@ def test_a_task_goes_with_its_control_and_nothing_else(tmp_path):
     store = Store(tmp_path)
 
     def save(task, signal, limit=None, patience=2, **changes):
-        record = cell("dart", 0.5, task, params={"patience": patience}, limit=limit, **changes)
+        record = cell("dart", 0.5, task, params={"remask.patience": patience}, limit=limit, **changes)
         samples = [written(i, "", task, drift=trace(signal)) for i in range(3)]
         store.save(f"{task}{patience}", dataclasses.replace(record, samples=samples))
 

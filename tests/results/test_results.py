@@ -15,7 +15,7 @@ from dart_eval.results.labels import labels
 from dart_eval.results.record import SCHEMA, Metric, Record
 from dart_eval.results.rows import rows
 from dart_eval.results.tables import tables
-from tests.helpers.records import SCHEMA_1, record, render, sealed, table_body
+from tests.helpers.records import record, render, sealed, table_body
 
 ROW_KEYS = {
     "model", "method", "params", "sparsity", "scope", "task", "metric", "value", "stderr", "n", "effective_sparsity",
@@ -58,37 +58,6 @@ def test_a_record_without_a_field_is_refused(missing):
 def test_a_record_that_was_edited_is_refused(field, value):
     with pytest.raises(ValueError, match="digest does not fit"):
         Record.from_json({**record().to_json(), field: value})
-
-
-def test_a_record_of_schema_1_is_read():
-    old = json.loads(SCHEMA_1)
-    read = Record.from_json(old)
-    assert (read.schema, read.seconds, read.created, read.measured["peak"]) == (SCHEMA, 9.5, "2026-09-01", 4096)
-    assert read.memory == {"weights": 1024, "state": 0}
-    assert read.metrics == [Metric("arc_easy", "acc", 0.5, 0.1, 25, True)]
-    assert read.files == {}
-    assert Record.from_json(read.to_json()) == read  # and written again in today's layout
-
-
-OLD_NAMES = {
-    "prefill": 4_000_000, "tracing_prefill": 900, "tracing_decode_step": 12.5, "tracing_share": 0.0125, "remask": 700,
-    "renewals_read": 0.01,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("old", [
-    sealed({**record().to_json(), "flops": OLD_NAMES}), {**json.loads(SCHEMA_1), "flops": OLD_NAMES},
-], ids=["schema 2", "schema 1"])  # fmt: skip
-def test_old_names_of_costs_are_read(old):
-    read = Record.from_json(old)
-    assert read.flops == {
-        "prefill": 4_000_000, "overhead_prefill": 900, "overhead_decode_step": 12.5, "overhead_share": 0.0125,
-        "remask": 700, "remask_reads": 0.01,
-    }  # fmt: skip
-    flops = tables([read])[1]
-    shown = dict(zip(flops.columns, flops.body[0], strict=True))
-    assert (shown["in prefill"], shown["overhead"], shown["re-mask reads"]) == ("900", "1.2 %", "1 %")
-    assert Record.from_json(read.to_json()) == read  # and written again by the names of today
 
 
 # -- tables --------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
     drift = {"signal": [0.9, 0.5], "window": 10, "mean": 0.9, "deviation": 0.1, "alarms": [], "remasks": []}
 
     def traced(task, weights):
-        made = of(weights, "dart", 0.9, params={"patience": 2})
+        made = of(weights, "dart", 0.9, params={"remask.patience": 2})
         made.inputs["task"] = task
         for s in made.samples:
             s["drift"] = drift

@@ -17,7 +17,7 @@ from dart_eval.results.record import SCHEMA
 from dart_eval.results.store import Store, write_atomically
 from dart_eval.util.errors import StoreError, UserError
 from tests.helpers.commands import start
-from tests.helpers.records import SCHEMA_1, record
+from tests.helpers.records import record
 
 TEXTS = [{"task": "arc_easy", "doc_id": 0, "prompt": "Why?", "choices": ["a", "b"], "target": 1}]
 
@@ -68,15 +68,6 @@ def test_a_cell_with_damaged_texts_is_not_finished_and_makes_them_whole_again(tm
     store.save("cell", record(), TEXTS)
     assert store.get("cell", "k1") is not None
     assert store.texts(saved) == {("arc_easy", 0): TEXTS[0]}
-
-
-def test_samples_of_schema_1_have_no_digest(tmp_path):
-    store = Store(tmp_path)
-    store.save("cell", record())
-    old = json.loads(SCHEMA_1)
-    store.path("cell", "k1").write_text(json.dumps(old))
-    (read,) = store.load()
-    assert store.samples(read) == record().samples
 
 
 @pytest.mark.parametrize("damage", ["lost", "cut", "changed"])
