@@ -53,7 +53,7 @@ def evaluate(
     peft: str | None = None,
     trust_remote_code: bool = False,
     confirm_run_unsafe_code: bool = False,
-    executor: str = "local",
+    workers: int = 1, executor: str = "local",
     ray_address: str | None = None,
     gpus_per_cell: float | None = None, cpus_per_cell: float | None = None,
     shards: int | None = None,
@@ -127,5 +127,7 @@ def _check(config: RunConfig) -> None:
     for name in OF_LOADING:
         if getattr(config, name) != getattr(type(config)(), name):
             raise UserError(f"{name} is for a model that is to be loaded", "leave it out, or give the model's name")
+    if config.workers > 1:
+        raise UserError(f"{config.workers} workers cannot share a loaded model", "save it, and give its folder")
     if config.executor != "local":
         raise UserError(f"executor {config.executor} cannot take a loaded model", "save it, and give its folder")

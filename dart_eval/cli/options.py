@@ -182,6 +182,7 @@ Plan = Annotated[
 ]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]
 
+Workers = Annotated[int | None, _option("workers", CLUSTER, "N")]
 Executor = Annotated[str | None, _option("executor", CLUSTER)]
 RayAddress = Annotated[str | None, _option("ray_address", CLUSTER, "ADDRESS")]
 GpusPerCell = Annotated[float | None, _option("gpus_per_cell", CLUSTER, "N")]

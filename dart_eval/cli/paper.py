@@ -29,6 +29,7 @@ def paper(
     batch_size: options.BatchSize = None,
     seed: options.Seed = None,
     output: options.PaperOutput = "paper",
+    workers: options.Workers = None,
     executor: options.Executor = None,
     ray_address: options.RayAddress = None,
     gpus_per_cell: options.GpusPerCell = None,
@@ -64,7 +65,7 @@ def paper(
         result = run_all(spec.configs, view, skip_missing=True)
         if result.lost or not result.records:
             finish(result, output)
-    no_matter = ("output", "executor", *RAY_OPTIONS)  # to the numbers
+    no_matter = ("output", "executor", "workers", *RAY_OPTIONS)  # to the numbers
     line = command_line(["dart-eval", "paper", name], {k: v for k, v in given.items() if k not in no_matter})
     filled = Paper(Store(output), result.records, result.missing, line)
     folder = Path(output) / "tables"

@@ -64,7 +64,7 @@ def run(
     config: options.Config = None,
     log: options.Log = None, log_project: options.LogProject = None,
     force: options.Force = None,
-    executor: options.Executor = None,
+    workers: options.Workers = None, executor: options.Executor = None,
     ray_address: options.RayAddress = None, shards: options.Shards = None,
     gpus_per_cell: options.GpusPerCell = None, cpus_per_cell: options.CpusPerCell = None,
     plan: options.Plan = False,

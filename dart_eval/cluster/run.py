@@ -1,4 +1,4 @@
-"""Executors: run the cells of a plan. `local` is one process on this machine, `cluster` is Ray."""
+"""Executors: run the cells of a plan. `local` is one process, `workers` several on this machine, `cluster` is Ray."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def run_all(
         from dart_eval.cluster import cluster
 
         return cluster.run_all(configs, view, skip_missing)
-    from dart_eval.sweep import local
+    from dart_eval.sweep import local, workers
 
+    if configs[0].workers > 1:
+        return workers.run_all(configs, view, skip_missing)
     return local.run_all(configs, view, skip_missing, model)
 
 
@@ -46,4 +48,4 @@ def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSiz
         return cluster.estimate_all(configs, view)
     from dart_eval.sweep import sizing
 
-    return sizing.estimate(configs, view), 1
+    return sizing.estimate(configs, view), configs[0].workers

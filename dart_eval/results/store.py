@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
@@ -81,6 +81,13 @@ class Store:
     def samples_path(self, name: str, key: str) -> Path:
         """Where its samples live."""
         return self._file("samples", name, key, "jsonl")
+
+    def written_since(self, kind: Literal["cells", "failed"], name: str, key: str, time: float) -> bool:
+        """Whether a cell has a record, or has failed, since then (seconds since the epoch)."""
+        try:
+            return self._file(kind, name, key, "json" if kind == "cells" else "txt").stat().st_mtime >= time
+        except OSError:
+            return False
 
     def _file(self, kind: str, name: str, key: str, ending: str) -> Path:
         return self.folder / kind / f"{name}-{key[:16]}.{ending}"

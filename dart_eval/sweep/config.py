@@ -187,6 +187,10 @@ class RunConfig:
     executor: Annotated[
         Literal["local", "ray"], _told("Run cells in this process (local), or in many, on GPUs or machines (ray).")
     ] = "local"
+    workers: Annotated[
+        Whole,
+        _told("Share the cells among so many processes on this machine, one a GPU where there are any.", ge=1),
+    ] = 1
     ray_address: Annotated[
         Text | None,
         _told("Use the running Ray cluster at this address, for example auto.", "one is started on this machine"),
@@ -247,6 +251,10 @@ class RunConfig:
         given = [n for n in RAY_OPTIONS if getattr(self, n) is not None]
         if given and self.executor != "ray":
             raise UserError(f"{_option(given[0])} is for Ray", "give --executor ray, or leave it out")
+        if self.workers > 1 and self.executor == "ray":
+            raise UserError(f"--workers {self.workers} is for one machine without Ray", "leave --executor ray out")
+        if self.workers > 1 and self.device_map is not None:
+            raise UserError("--device-map gives one process all GPUs", "leave it out, or --workers")
         if self.gpus_per_cell is not None and self.gpus_per_cell > 1 and self.gpus_per_cell % 1:
             raise UserError(f"--gpus-per-cell {self.gpus_per_cell:g} must be whole", "only one GPU can be shared")
         if self.executor == "ray" and self.device not in RAY_DEVICES:

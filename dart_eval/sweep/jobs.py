@@ -268,9 +268,14 @@ def begin_sweep(
     return Sweep(jobs, missing, store, view, done)
 
 
-def open_cell(store: Store, job: Job, view: View) -> Record | Journal:
-    """For a claimed cell: the record that another process has made meanwhile, or the journal to go on with."""
-    cell, force = job.cell, job.config.force
+def open_cell(store: Store, job: Job, view: View, since: float | None = None) -> Record | Journal:
+    """For a claimed cell: the record that another process has made meanwhile, or the journal to go on with.
+
+    Args:
+        since: a record that is newer counts under `--force`, too (seconds since the epoch).
+    """
+    cell = job.cell
+    force = job.config.force and (since is None or not store.written_since("cells", cell.name, cell.key, since))
     if not force:
         if (made := store.get(cell.name, cell.key)) is not None:
             return made

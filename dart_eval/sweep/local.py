@@ -29,9 +29,15 @@ log = logging.getLogger(__name__)
 
 
 def run_all(
-    configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None
-) -> RunResult:
-    """See `executors.run_all`; the model is loaded once, and a cell of several sweeps runs once."""
+    configs: Sequence[RunConfig], view: View, skip_missing: bool = False, model: Loaded | None = None,
+    since: float | None = None,
+) -> RunResult:  # fmt: skip
+    """See `cluster.run.run_all`; the model is loaded once, and a cell of several sweeps runs once.
+
+    Args:
+        since: when the workers began that share this run (seconds since the epoch): what one of them has made or failed
+            at, no other one tries.
+    """
     sweep = begin_sweep(configs, view, skip_missing, model.device if model else None, model)
     running: Job | None = None
     if sweep.todo:
@@ -50,9 +56,12 @@ def run_all(
             with sweep.store.claim(cell.name, cell.key) as mine:
                 if not mine:
                     continue
+                if since is not None and sweep.store.written_since("failed", cell.name, cell.key, since):
+                    sweep.failed.append(cell)
+                    continue
                 try:
                     running = job
-                    sweep.done[cell.key] = _finish(job, worker, sweep.store, view)
+                    sweep.done[cell.key] = _finish(job, worker, sweep.store, view, since)
                 except StoreError:
                     raise  # the next cell could not be kept either
                 except Exception as error:
@@ -64,10 +73,10 @@ def run_all(
     return sweep.work_through(work)
 
 
-def _finish(job: Job, worker: Worker, store: Store, view: View) -> Record:
+def _finish(job: Job, worker: Worker, store: Store, view: View, since: float | None) -> Record:
     """The record of a cell that this process has claimed."""
     cell = job.cell
-    journal = open_cell(store, job, view)
+    journal = open_cell(store, job, view, since)
     if isinstance(journal, Record):
         view.finished(cell, journal)
         return journal

@@ -31,7 +31,7 @@ WHEN_GIVEN = ("system_instruction", "fewshot_as_multiturn", "enable_thinking", "
 # What `command` says in another way, or has no need to say.
 NO_OPTION_OF_A_CELL = (
     "method", "allocation", "sparsity", "ffn_bits", "tasks", "output", "force", "log", "log_project", "executor",
-    *RAY_OPTIONS,
+    "workers", *RAY_OPTIONS,
 )  # fmt: skip
 
 

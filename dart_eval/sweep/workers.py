@@ -1,0 +1,209 @@
+"""Several processes on this machine share the cells of a run: `--workers N`.
+
+Each is a run of its own (`local`) that claims one cell after another and keeps the model loaded, on a GPU of its own or
+on its share of the processors. It reports what it does to this process, which alone shows it. A worker that dies leaves
+its cell to the next one, with every batch that was finished. A cell at which workers died `TRIES` times has failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dart_eval.results.record import Record
+from dart_eval.sweep.config import RunConfig
+from dart_eval.sweep.jobs import Job, RunResult, Sweep, View, begin_sweep
+from dart_eval.sweep.plan import Cell
+from dart_eval.util.errors import UserError
+
+TRIES = 3
+# An empty entry of the path is the working directory, which nothing is imported from.
+BEGIN = "import sys; sys.path[:] = filter(None, sys.path); from dart_eval.sweep.workers import serve; serve()"
+
+
+@dataclass
+class _Worker:
+    """A process: its number, and the cell that it is at."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    at: Cell | None = None
+
+
+def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False) -> RunResult:
+    """See `cluster.run.run_all`.
+
+    Raises:
+        UserError: the input is wrong, or workers die before they begin a cell.
+    """
+    sweep = begin_sweep(configs, view, skip_missing)
+    with _Workers(sweep, configs, skip_missing) as workers:
+        return sweep.work_through(workers.run)
+
+
+class _Workers:
+    """The workers of a run, and what they report."""
+
+    def __init__(self, sweep: Sweep, configs: Sequence[RunConfig], skip_missing: bool) -> None:
+        self.sweep, self.asked = sweep, (configs, skip_missing, time.time())
+        self.heard: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
+        self.workers: dict[int, _Worker] = {}
+        self.deaths: Counter[str] = Counter()
+        self.numbers = itertools.count(1)
+        self.count, self.cards = configs[0].workers, _cards(configs[0])
+        self.notes: set[str] = set()
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.process.terminate()
+        for worker in self.workers.values():
+            worker.process.wait()
+
+    def run(self, todo: list[Job]) -> None:
+        """Work until no worker is left: each ends where there is no cell for it any more."""
+        for place in range(min(self.count, len(todo))):
+            self._begin(place)
+        while self.workers:
+            worker, message = self.heard.get()
+            if message is None:
+                self._ended(worker)
+            else:
+                self._take(worker, *message)
+
+    def _begin(self, place: int) -> None:
+        """Start the worker of a place, which decides its GPU."""
+        log = self._log(place)
+        threads = max(1, len(os.sched_getaffinity(0)) // self.count) if hasattr(os, "sched_getaffinity") else 1
+        card = {"CUDA_VISIBLE_DEVICES": self.cards[place % len(self.cards)]} if self.cards else {}
+        settings = {} if self.cards else {"OMP_NUM_THREADS": str(threads)}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
+                env={**os.environ, **card, **settings},
+            )  # fmt: skip
+        worker = self.workers[place] = _Worker(next(self.numbers), process)
+        assert process.stdin is not None
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        try:
+            pickle.dump(self.asked, process.stdin)
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died; the thread that listens says so
+
+    def _log(self, place: int) -> Path:
+        return self.sweep.store.folder / "logs" / f"worker-{place + 1}.log"
+
+    def _listen(self, worker: _Worker) -> None:
+        """In a thread: hand on what a worker reports; None once it has ended."""
+        assert worker.process.stdout is not None
+        while True:
+            try:
+                self.heard.put((worker, pickle.load(worker.process.stdout)))
+            except (EOFError, pickle.UnpicklingError):  # killed, perhaps within a message
+                self.heard.put((worker, None))
+                return
+
+    def _take(self, worker: _Worker, what: str, arguments: tuple[Any, ...]) -> None:
+        """Show what a worker reports, and keep what it has finished."""
+        if what == "refused":
+            raise UserError(*arguments)
+        view, sweep = self.sweep.view, self.sweep
+        if what == "started":
+            worker.at = arguments[0]
+        elif what == "finished":
+            cell, worker.at = arguments[0], None
+            record = sweep.store.get(cell.name, cell.key)
+            if record is None or cell.key in sweep.done:
+                return
+            sweep.done[cell.key] = record
+            arguments = cell, record
+        elif what == "note":
+            if arguments[0] in self.notes:
+                return
+            self.notes.add(arguments[0])
+        elif what == "failed":
+            sweep.failed.append(arguments[0])
+            worker.at = None
+        getattr(view, what)(*arguments)
+
+    def _ended(self, worker: _Worker) -> None:
+        """Start another one in the place of a worker that died, where there are cells left."""
+        place = next(place for place, one in self.workers.items() if one is worker)
+        del self.workers[place]
+        status, cell = worker.process.wait(), worker.at
+        if not status:
+            return
+        log = self._log(place)
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        at = f" at {cell.title}" if cell else ""
+        self.sweep.view.note(f"worker {place + 1} died{at} ({how}); see {log}")
+        name = cell.key if cell else ""
+        self.deaths[name] += 1
+        if self.deaths[name] >= TRIES:
+            problem = f"the process at work on it died {TRIES} times ({how})"
+            if cell is None:
+                raise UserError(f"workers die before they begin a cell ({how})", f"see {log}")
+            self.sweep.failed.append(cell)
+            self.sweep.view.failed(cell, problem, self.sweep.store.failed(cell.name, cell.key, problem))
+        if self.sweep.todo:
+            self._begin(place)
+
+
+def _cards(config: RunConfig) -> list[str]:
+    """The GPUs that workers may use, as `CUDA_VISIBLE_DEVICES` names them; none on a CPU."""
+    from dart_eval.models.loading import choose_device
+
+    if choose_device("auto" if config.device_map else config.device).type != "cuda":
+        return []
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def serve() -> None:
+    """In a worker: run what stands on stdin, and report on stdout."""
+    from dart_eval.sweep import local
+    from dart_eval.util.quiet import silence
+
+    out, sys.stdout = sys.stdout.buffer, sys.stderr  # what libraries print goes into the log
+    silence()
+    configs, skip_missing, begun = pickle.load(sys.stdin.buffer)
+    try:
+        local.run_all(configs, _Report(out), skip_missing, since=begun)
+    except UserError as error:
+        _Report(out).refused(error.problem, error.remedy)
+
+
+class _Report:
+    """A view that hands on what it is shown: `started`, `advanced`, `finished` ... with their arguments."""
+
+    def __init__(self, out: Any) -> None:
+        self._out, self._lock, self._begun = out, threading.Lock(), False
+
+    def __getattr__(self, what: str) -> Callable[..., None]:
+        def report(*arguments: Any) -> None:
+            self._begun = self._begun or what == "started"
+            if what in ("planned", "status") or (what == "note" and not self._begun):  # of the plan, which stands
+                return
+            sent = tuple(a for a in arguments if not isinstance(a, Record))  # the folder has it
+            with self._lock:
+                pickle.dump((what, sent), self._out)
+                self._out.flush()
+
+        return report

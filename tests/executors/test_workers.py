@@ -1,0 +1,124 @@
+"""`--workers N`: processes on one machine share the cells of a run, whatever becomes of them."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from dart_eval.cluster.run import run_all
+from dart_eval.sweep import workers
+from dart_eval.sweep.config import config_from
+from dart_eval.util.errors import UserError
+from tests.helpers.commands import Watch, results, run_local
+
+SWEEP = {"method": "dense,griffin,dart", "sparsity": "0.5", "limit": 6, "batch_size": 2, "tasks": "smoke_questions"}
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/data.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_target: 0
+doc_to_choice: [" a", " b"]
+process_results: !function {name}.judge
+metric_list: [{{metric: acc}}]
+"""
+CODE = """
+import os
+def judge(doc, results):
+    {what}
+    return {{"acc": 1.0}}
+"""
+
+
+def config(model, output, **changes):
+    return config_from(None, {**SWEEP, "model": model, "output": str(output), **changes})
+
+
+def broken_task(folder, name, what):
+    """A task whose answers cannot be judged."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder))
+    (folder / f"{name}.py").write_text(CODE.format(what=what))
+    (folder / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    return {"include_path": str(folder), "confirm_run_unsafe_code": True}
+
+
+@pytest.mark.process
+def test_the_files_are_those_of_one_process_and_each_cell_is_made_once(saved_llama, tmp_path):
+    run_local(config(saved_llama, tmp_path / "one"), Watch())
+    view = Watch()
+    found = run_all([config(saved_llama, tmp_path / "two", workers=2)], view)
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+    assert sorted(view.begun) == sorted(view.done) and len(view.done) == 3
+    assert [r.inputs["method"] for r in found.records] == ["dense", "griffin", "dart"]  # in the plan's order
+    again = Watch()
+    assert len(run_all([config(saved_llama, tmp_path / "two", workers=2)], again).records) == 3
+    assert again.begun == []
+    forced = Watch()
+    run_all([config(saved_llama, tmp_path / "two", workers=2, force=True)], forced)
+    assert len(forced.done) == 3
+
+
+@pytest.mark.process
+def test_a_killed_worker_is_replaced_and_nothing_is_lost(saved_llama, tmp_path, monkeypatch):
+    """The first process that begins a cell is killed in it."""
+    killed = []
+
+    class View(Watch):
+        def started(self, cell, requests):
+            super().started(cell, requests)
+            if not killed:
+                (worker,) = (w for w in held[0].workers.values() if w.at is not None)
+                killed.append(worker.process.pid)
+                os.kill(worker.process.pid, signal.SIGKILL)
+
+    held, stock = [], workers._Workers.__enter__
+    monkeypatch.setattr(workers._Workers, "__enter__", lambda self: held.append(self) or stock(self))
+    view = View()
+    found = run_all([config(saved_llama, tmp_path / "out", workers=2)], view)
+    assert killed and len(found.records) == 3 and not found.failed
+    assert any("died at smoke_questions" in note and "signal 9" in note for note in view.notes)
+
+
+@pytest.mark.process
+def test_a_cell_that_kills_its_processes_fails_and_so_does_a_faulty_one_once(saved_llama, tmp_path):
+    settings = broken_task(tmp_path / "tasks", "poison", "os.kill(os.getpid(), 9)")
+    broken_task(tmp_path / "tasks", "faulty", "raise ValueError('no judge')")
+    view, tasks = Watch(), "poison,faulty,smoke_questions"
+    asked = config(saved_llama, tmp_path / "out", workers=2, tasks=tasks, method="dense", **settings)
+    found = run_all([asked], view)
+    assert {cell.task for cell in found.failed} == {"poison", "faulty"}
+    problems = sorted((problem, where.read_text()) for _, problem, where in view.broken)
+    assert len(problems) == 2 and "no judge" in problems[0][0] and "Traceback" in problems[0][1]
+    assert problems[1][0] == problems[1][1] == "the process at work on it died 3 times (signal 9)"
+    assert [r.inputs["task"] for r in found.records] == ["smoke_questions"]
+
+
+@pytest.mark.process
+def test_an_interrupted_run_leaves_no_worker(saved_llama, tmp_path):
+    class Interrupted(Watch):
+        def started(self, cell, requests):
+            raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        run_all([config(saved_llama, tmp_path / "out", workers=2)], Interrupted())
+    end = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not set(threading.enumerate()) - before  # a thread ends with the process that it listens to
+    assert len(run_all([config(saved_llama, tmp_path / "out", workers=2)], Watch()).records) == 3
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"workers": 0}, "--workers 0 must be at least 1"),
+    ({"workers": 2, "executor": "ray"}, "--workers 2 is for one machine without Ray"),
+    ({"workers": 2, "device_map": "auto"}, "--device-map gives one process all GPUs"),
+])  # fmt: skip
+def test_what_contradicts_it_is_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        config("tiny", tmp_path / "out", **options)
