@@ -37,24 +37,24 @@ class Count:
         self.began = self.began or time.perf_counter()
         return task.name
 
-    def told(self, task: Task, message: Any) -> bool:
+    def on_message(self, task: Task, message: Any) -> bool:
         assert message == task.name
         return True
 
-    def done(self, task: Task, result: Any) -> Iterable[Task]:
+    def on_done(self, task: Task, result: Any) -> Iterable[Task]:
         self.done_cells[result] += 1
         return []
 
-    def failed(self, task: Task, problem: str, text: str) -> None:
+    def on_failed(self, task: Task, problem: str, text: str) -> None:
         raise RuntimeError(text)
 
-    def lost(self, number: int, task: Task | None, problem: str) -> None:
+    def on_death(self, number: int, task: Task | None, problem: str) -> None:
         pass
 
-    def stopping(self) -> None:
+    def on_stopping(self) -> None:
         pass
 
-    def unstaffed(self, seconds: float) -> None:
+    def on_no_actors(self, seconds: float) -> None:
         pass
 
     def log(self, number: int, text: str) -> None:

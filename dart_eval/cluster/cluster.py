@@ -1,7 +1,7 @@
 """Run all cells of a configuration on Ray: one machine, several GPUs, a Slurm allocation, a cluster.
 
-Actors (`pool`) keep the model loaded and evaluate cells, or parts of large ones (`cell_worker`). They hold no files:
-every finished batch travels to this process, the driver, which alone writes journals, records and logs (`desk`). So
+Actors (`pool`) keep the model loaded and evaluate cells, or parts of large ones (`worker`). They hold no files: every
+finished batch travels to this process, the driver, which alone writes journals, records and logs (`driver`). So
 nothing has to be shared, and a run goes on where it was, whatever was killed: an actor, a node, the driver. Keys,
 records and folders are those of the local executor, and either goes on with what the other began.
 """
@@ -19,10 +19,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dart_eval.cluster.actor import POLL
-from dart_eval.cluster.cell_worker import CellWorker, settle
-from dart_eval.cluster.desk import Desk
+from dart_eval.cluster.driver import Driver
 from dart_eval.cluster.pool import Pool
+from dart_eval.cluster.worker import POLL, CellWorker, settle
 from dart_eval.evaluation.unsafe import away_from_this_folder
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import RunConfig
@@ -47,12 +46,12 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
     view.status("connecting to Ray")
     with _connected(common):
         size, options = _room(common)
-        view.note(_staff(size, options))
+        view.note(_describe(size, options))
         placed = _placed(common, options)
         sweep = begin_sweep(configs, view, skip_missing, placed.device)
         make = functools.partial(CellWorker, placed, _threads(options), os.getcwd())
-        with Desk(sweep, size, common.shards) as desk, Pool(make, size, options) as pool:
-            return sweep.work_through(lambda todo: pool.run(desk.tasks(todo), desk))
+        with Driver(sweep, size, common.shards) as driver, Pool(make, size, options) as pool:
+            return sweep.work_through(lambda todo: pool.run(driver.tasks(todo), driver))
 
 
 @contextlib.contextmanager
@@ -69,7 +68,7 @@ def _connected(config: RunConfig) -> Iterator[None]:
     try:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if config.ray_address is not None:
-            _knock(config.ray_address)
+            _check_address(config.ray_address)
         own = {"address": "local", "include_dashboard": False, "num_cpus": _processors()}
         with away_from_this_folder():
             ray.init(**(own if config.ray_address is None else {"address": config.ray_address}), **quiet)
@@ -85,7 +84,7 @@ def _connected(config: RunConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
+def _check_address(address: str) -> None:
     """Raise OSError where nobody listens: Ray itself would try for minutes."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "/" not in host:
@@ -132,7 +131,7 @@ def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
     return fitting, {"num_cpus": cpus, "num_gpus": gpus}
 
 
-def _staff(size: int, options: dict[str, float]) -> str:
+def _describe(size: int, options: dict[str, float]) -> str:
     """Who will work, for people."""
     each = f"{options['num_cpus']:g} CPU{'s' if options['num_cpus'] != 1 else ''}"
     if gpus := options["num_gpus"]:

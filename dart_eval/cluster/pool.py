@@ -1,25 +1,24 @@
 """A pool of Ray actors that work through tasks, whatever becomes of the actors. It knows no cells.
 
-Each actor has one worker, made where the actor lives, and works on one task at a time in a thread of its own; the
-driver asks every actor again and again what is new (`Actor.poll`). So a task's messages reach the driver one by one, an
-actor can be told to stop between two of them, and one that died shows at the next question.
+An actor works on one task at a time and streams its messages (`worker.Actor`). Ray places actors; actors that find no
+room wait. A task whose actor died, or that failed, goes to the end of the queue, up to `TRIES` tries that brought
+nothing new. The last of them, and any after memory ran out, runs alone: no other actor holds memory. Where the system
+killed its process for memory, or its process was lost a second time (the kernel kills without a reason), it runs at a
+smaller size, `Task.shrink`. An actor in which a task has failed is replaced: the state of its process is not known.
 
-Placement is Ray's: actors that find no room wait in its queue, and get tasks once they have begun. A task whose actor
-died, or that failed, goes to the end of the queue, up to `TRIES` tries that brought nothing new. The last of them, and
-any after memory ran out, runs alone: with no other actor that holds memory. Where the system killed its process for
-memory, or its process was lost a second time (the kernel kills without a reason), it runs at a smaller size,
-`Task.shrink`. An actor in which a task has failed is replaced: what the failure left in its process is not known.
+Ray would restart an actor by itself (`max_restarts`), but then it does not say whether memory was the reason.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dart_eval.cluster.actor import POLL, Actor, Worker
+from dart_eval.cluster.worker import POLL, Actor, Worker
 from dart_eval.util.errors import UserError, summary
 
 TRIES = 3
@@ -33,11 +32,11 @@ class Task:
 
     Attributes:
         name: for people.
-        alone: no other actor may be there while it runs.
+        alone: no other actor may hold a model while it runs.
         tries: how often it was begun since it last brought something new.
         lost: how often its process died since then.
-        shrink: how often what it needs at a time is to be halved; the handler's payload says so to the worker.
-        follows: it ends what has been begun, and goes before what has not.
+        shrink: how often batches are to be halved from the start.
+        follows: it ends a cell that has begun, and goes before cells that have not.
     """
 
     name: str
@@ -49,44 +48,49 @@ class Task:
 
 
 class Handler(Protocol):
-    """What the driver makes of a pool's work."""
+    """What a pool reports to."""
 
     def begin(self, task: Any) -> Any:
         """The payload of a task that is about to start; None: there is nothing to do any more."""
 
-    def told(self, task: Any, message: Any) -> bool:
-        """A message from a task under way; returns whether another try would begin after what it brought."""
+    def on_message(self, task: Any, message: Any) -> bool:
+        """A message of a running task; returns whether another try would begin after what it brought."""
 
-    def done(self, task: Any, result: Any) -> Iterable[Any]:
+    def on_done(self, task: Any, result: Any) -> Iterable[Any]:
         """A task has ended; returns tasks that can begin now."""
 
-    def failed(self, task: Any, problem: str, text: str) -> None:
-        """A task has failed for good. problem: one line; text: the traceback, or what is known."""
+    def on_failed(self, task: Any, problem: str, text: str) -> None:
+        """A task has failed for good. problem: one line. text: the traceback, or Ray's report."""
 
-    def lost(self, number: int, task: Any, problem: str) -> None:
-        """An actor is no more, with the task it was at (None: it had none), which may begin again."""
+    def on_death(self, number: int, task: Any, problem: str) -> None:
+        """An actor's process has ended, and its task (None: it had none) may begin again."""
 
-    def stopping(self) -> None:
-        """The run is to end; actors finish the batch that they are at."""
+    def on_stopping(self) -> None:
+        """The run is to end; actors finish their batch."""
 
-    def unstaffed(self, seconds: float) -> None:
-        """There has been no actor for so long, and nothing else will be heard until there is one."""
+    def on_no_actors(self, seconds: float) -> None:
+        """No actor has been alive for `seconds`; the run waits until one starts."""
 
     def log(self, number: int, text: str) -> None:
         """A line of an actor's log."""
 
 
 @dataclass
-class _Hand:
-    """An actor as the driver knows it."""
+class _Handle:
+    """An actor as the pool knows it.
+
+    Attributes:
+        number: counted over the pool. known: its node and process stand in its log.
+        pending: what it was asked last: a ping, or the stream of its task; None.
+        ready: it has just answered a ping, and has no task.
+    """
 
     number: int
     actor: Any
-    asked: Any  # reference to what it was asked last, while it has not answered
-    introduced: bool = False  # where it runs is in its log
-    present: bool = False  # it has just answered, and waits for a task
+    pending: Any = None
+    known: bool = False
+    ready: bool = False
     task: Any = None
-    news: deque[tuple[str, Any]] = field(default_factory=deque)  # heard, and not yet taken in
 
 
 class Pool:
@@ -96,21 +100,25 @@ class Pool:
         make: makes a worker, on the node of its actor.
         size: actors at once.
         options: what each needs, as Ray's actor options (`num_cpus`, `num_gpus`).
+
+    Attributes:
+        deaths: processes that ended without being asked to.
     """
 
     def __init__(self, make: Callable[[], Worker], size: int, options: dict[str, Any]) -> None:
-        self.make, self.size, self.options = make, size, options
-        self.deaths = 0
-        self._stillborn = 0  # actors that died without a task, since one was begun
-        self._hands: list[_Hand] = []
-        self._started = 0
+        self.make, self.size, self.options, self.deaths = make, size, options, 0
+        self._early_deaths = 0  # since a task was begun
+        self._actors: list[_Handle] = []
+        self._numbers = itertools.count(1)
+        self._waiting: deque[Task] = deque()
+        self._alone: deque[Task] = deque()
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hand in list(self._hands):
-            self._dismiss(hand)
+        for handle in [*self._actors]:
+            self._dismiss(handle)
 
     def run(self, tasks: Iterable[Task], handler: Handler) -> None:
         """Work through all tasks; the actors stay. On an exception (Ctrl-C, a full disk) they finish their batches.
@@ -118,195 +126,172 @@ class Pool:
         Raises:
             UserError: there will be no actors any more.
         """
-        import ray
-
-        waiting: deque[Task] = deque(tasks)
-        alone: deque[Task] = deque()
+        self._waiting, self._alone = deque(tasks), deque()
         heard, told = time.monotonic(), False
         try:
             while True:
-                self._deal(waiting, alone, handler)
-                if not (waiting or alone or any(h.task for h in self._hands)):
+                self._dispatch(handler)
+                if not (self._waiting or self._alone or self._busy()):
                     return
-                asked = {h.asked: h for h in self._hands if h.asked is not None}
-                ray.wait(list(asked), timeout=10 * POLL)  # for one of them
-                ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
-                if ready:
+                if ready := _ready([h for h in self._actors if h.pending is not None], 10 * POLL):
                     heard, told = time.monotonic(), False
                 else:
                     _check_node()
-                    silent = time.monotonic() - heard
-                    if silent > PATIENCE and not told and not any(h.task for h in self._hands):
+                    if (silent := time.monotonic() - heard) > PATIENCE and not (told or self._busy()):
                         told = True
-                        handler.unstaffed(silent)
-                for ref in ready:
-                    for task in self._hear(asked[ref], handler):
-                        if task.alone:
-                            alone.append(task)
-                        elif task.follows:
-                            waiting.appendleft(task)
-                        else:
-                            waiting.append(task)
+                        handler.on_no_actors(silent)
+                for handle in ready:
+                    for task in self._receive(handle, handler):
+                        queue = self._alone if task.alone else self._waiting
+                        (queue.appendleft if task.follows else queue.append)(task)
         except BaseException:
             self._drain(handler)
             raise
 
-    def _dismiss(self, hand: _Hand) -> None:
+    def _busy(self) -> list[_Handle]:
+        return [h for h in self._actors if h.task is not None]
+
+    def _dispatch(self, handler: Handler) -> None:
+        """Give tasks to actors that are ready, and ping or start actors for the others."""
+        for handle in [h for h in self._actors if h.ready]:
+            if any(h.task.alone for h in self._busy()) or (found := self._next(handler)) is None:
+                break
+            (handle.task, payload), handle.ready = found, False
+            handle.task.tries, self._early_deaths = handle.task.tries + 1, 0
+            handler.log(handle.number, f"{handle.task.name} begins")
+            for other in [h for h in self._actors if handle.task.alone and h is not handle]:
+                self._dismiss(other)  # it holds a model
+            handle.pending = handle.actor.run.options(num_returns="streaming").remote(payload)
+        busy = self._busy()
+        tasks = 0 if any(h.task.alone for h in busy) else len(self._waiting) or int(bool(self._alone and not busy))
+        for handle in [h for h in self._actors if h.task is None]:
+            handle.ready = False  # it may end at any time: a task goes to an actor that has just answered
+            if tasks and handle.pending is None:
+                handle.pending = handle.actor.where.remote()
+        while len(self._actors) < min(self.size, len(busy) + tasks):
+            self._start(handler)
+
+    def _next(self, handler: Handler) -> tuple[Task, Any] | None:
+        """The next task that may begin, and its payload."""
+        while self._waiting or (self._alone and not self._busy()):
+            task = (self._waiting or self._alone).popleft()
+            if (payload := handler.begin(task)) is not None:
+                return task, payload
+        return None
+
+    def _start(self, handler: Handler) -> None:
         import ray
 
-        self._hands.remove(hand)
-        ray.kill(hand.actor)
+        options: Any = {**self.options, "max_concurrency": 2}  # `stop` runs beside a task
+        actor: Any = ray.remote(Actor).options(**options).remote(self.make)
+        self._actors.append(_Handle(next(self._numbers), actor, actor.where.remote()))
+        handler.log(self._actors[-1].number, "asked for")
 
-    def _deal(self, waiting: deque[Task], alone: deque[Task], handler: Handler) -> None:
-        """Give tasks to actors that have none, and make actors where there are tasks for them."""
-        busy = [h for h in self._hands if h.task is not None]
-        if any(h.task.alone for h in busy):
-            return
-        for source in (waiting, alone):
-            while source and not (source is alone and (busy or waiting)):
-                hand = next((h for h in self._hands if h.present), None)
-                if hand is None:
-                    break
-                task = source.popleft()
-                payload = handler.begin(task)
-                if payload is None:
-                    continue
-                task.tries += 1
-                self._stillborn = 0
-                hand.task, hand.present = task, False
-                busy.append(hand)
-                if task.alone:
-                    for other in [h for h in self._hands if h is not hand]:  # they hold memory
-                        self._dismiss(other)
-                handler.log(hand.number, f"{task.name} begins")
-                hand.asked = hand.actor.start.remote(payload)
-                if task.alone:
-                    return
-        self._call(len(waiting) or int(bool(alone and not busy)), len(busy), handler)
-
-    def _call(self, tasks: int, busy: int, handler: Handler) -> None:
-        """Ask idle actors whether they are there: one may have died meanwhile, and no task is to try it out."""
-        for hand in [h for h in self._hands if h.task is None]:
-            hand.present = False
-            if tasks:
-                hand.asked = hand.asked or hand.actor.where.remote()
-        while len(self._hands) < min(self.size, busy + tasks):
-            self._hire(handler)
-
-    def _hire(self, handler: Handler) -> None:
+    def _dismiss(self, handle: _Handle) -> None:
         import ray
 
-        self._started += 1
-        actor: Any = ray.remote(Actor).options(**self.options).remote(self.make)
-        self._hands.append(_Hand(self._started, actor, actor.where.remote()))
-        handler.log(self._started, "asked for")
+        self._actors.remove(handle)
+        ray.kill(handle.actor)
 
-    def _hear(self, hand: _Hand, handler: Handler) -> list[Task]:
+    def _receive(self, handle: _Handle, handler: Handler) -> list[Task]:
         """Take in what an actor says; returns tasks that can begin, some of them again."""
         import ray
 
         try:
-            news = ray.get(hand.asked)
-        except ray.exceptions.RayError as error:  # the actor is no more, or could not begin
-            return self._buried(hand, error, handler)
-        hand.asked = None  # an idle actor is not asked: it would begin its next task the later
-        if hand.task is None:
-            hand.present = True
-            if not hand.introduced:
-                handler.log(hand.number, f"runs on {news}")
-            hand.introduced = True
-            return []
-        more: list[Task] = []
-        hand.news.extend(news)
-        while hand.news:
-            kind, what = hand.news.popleft()
-            task = hand.task
-            if kind == "log":
-                handler.log(hand.number, what)
-            elif kind == "told":
-                if handler.told(task, what):
-                    task.tries, task.lost = 1, 0
-            elif kind == "done":
-                hand.task = None
-                handler.log(hand.number, f"{task.name} is done")
-                more += handler.done(task, what)
-            elif kind == "stopped":
-                hand.task = None
-            elif kind == "failed":
-                hand.task = None
-                problem, text, final, elsewhere, memory = what
-                handler.log(hand.number, f"{task.name} failed: {text}")
-                task.alone = task.alone or memory
-                more += self._again(task, problem, text, handler, final, elsewhere)
-                if not final:
-                    self._dismiss(hand)
-        if hand.task is not None:
-            hand.asked = hand.actor.poll.remote()
-        return more
+            if handle.task is None:
+                process, handle.pending = ray.get(handle.pending), None
+                if not handle.known:
+                    handler.log(handle.number, f"runs on {process}")
+                handle.known = handle.ready = True
+                return []
+            kind, what = ray.get(next(handle.pending))
+        except ray.exceptions.RayError as error:
+            return self._died(handle, error, handler)
+        task = handle.task
+        if kind == "log":
+            handler.log(handle.number, what)
+        elif kind == "message":
+            if handler.on_message(task, what):
+                task.tries, task.lost = 1, 0
+        else:
+            handle.task = handle.pending = None
+        if kind == "done":
+            handler.log(handle.number, f"{task.name} is done")
+            return list(handler.on_done(task, what))
+        if kind == "failed":
+            problem, text, final, elsewhere, memory = what
+            handler.log(handle.number, f"{task.name} failed: {text}")
+            task.alone = task.alone or memory
+            if not final:
+                self._dismiss(handle)
+            return self._retry(task, problem, text, handler, final, elsewhere)
+        return []
 
-    def _buried(self, hand: _Hand, error: Exception, handler: Handler) -> list[Task]:
+    def _died(self, handle: _Handle, error: Exception, handler: Handler) -> list[Task]:
+        """An actor's process has ended, at its task or before it had one."""
         import ray
 
-        self._dismiss(hand)  # it may live, and only its news cannot be had
+        self._dismiss(handle)  # it may live, and only its messages cannot be had
         self.deaths += 1
-        handler.log(hand.number, f"is lost: {error}")
-        task = hand.task
-        why = _why(error)
-        handler.lost(hand.number, task, why)
-        if task is not None and isinstance(error, ray.exceptions.RayTaskError):  # it could not take the task in
-            return self._again(task, summary(error), str(error), handler)
+        task, why = handle.task, _why(error)
+        handler.log(handle.number, f"is lost: {error}")
+        handler.on_death(handle.number, task, why)
         if task is None:
-            self._stillborn += 1
-            if self._stillborn > TRIES * self.size:
+            self._early_deaths += 1
+            if self._early_deaths > TRIES * self.size:
                 raise UserError(f"actors die before they begin ({why})", "see the logs of Ray")
             return []
+        if isinstance(error, ray.exceptions.RayTaskError):  # it could not take the task in
+            return self._retry(task, summary(error), str(error), handler)
         task.lost += 1
         memory = isinstance(error, ray.exceptions.OutOfMemoryError)
         task.alone = task.alone or memory
         task.shrink += memory or task.lost > 1
-        return self._again(task, f"the process at work on it was lost ({why})", str(error), handler)
+        return self._retry(task, f"the process at work on it was lost ({why})", str(error), handler)
 
-    def _again(
+    def _retry(
         self, task: Task, problem: str, text: str, handler: Handler, final: bool = False, elsewhere: bool = False
     ) -> list[Task]:
         if final or task.tries >= TRIES:
-            handler.failed(task, f"{problem} (tried {task.tries} times)" if task.tries > 1 else problem, text)
+            handler.on_failed(task, f"{problem} (tried {task.tries} times)" if task.tries > 1 else problem, text)
             return []
         task.alone = task.alone or (task.tries == TRIES - 1 and not elsewhere)
         return [task]
 
     def _drain(self, handler: Handler) -> None:
-        """Let actors finish the batch that they are at, and take in what they made."""
+        """Let actors finish their batch, and take in what they made."""
         import ray
 
-        busy = [h for h in self._hands if h.task is not None]
-        if busy:
-            handler.stopping()
-        for hand in busy:
-            hand.actor.stop.remote()
+        if self._busy():
+            handler.on_stopping()
+        for handle in self._busy():
+            handle.actor.stop.remote()
         end = time.monotonic() + DRAIN
-        while busy and time.monotonic() < end:
-            for hand in busy:
-                while hand.news:
-                    kind, what = hand.news.popleft()
-                    if kind == "told":
-                        handler.told(hand.task, what)
-                    elif kind in ("done", "stopped", "failed"):
-                        hand.task = None
-            busy = [h for h in busy if h.task is not None]
-            for hand in busy:
-                hand.asked = hand.asked or hand.actor.poll.remote()
-            ready, _ = ray.wait([h.asked for h in busy], timeout=POLL) if busy else ([], [])
-            for hand in [h for h in busy if h.asked in ready]:
+        while (busy := self._busy()) and time.monotonic() < end:
+            for handle in _ready(busy, POLL):
                 try:
-                    hand.news.extend(ray.get(hand.asked))
+                    kind, what = ray.get(next(handle.pending))
                 except ray.exceptions.RayError:
-                    hand.task = None
-                hand.asked = None
+                    kind, what = "lost", None
+                if kind == "message":
+                    handler.on_message(handle.task, what)
+                elif kind != "log":
+                    handle.task = None
+
+
+def _ready(handles: list[_Handle], seconds: float) -> list[_Handle]:
+    """The actors that have something to say; waits for one of them at most so long."""
+    import ray
+
+    pending = [h.pending for h in handles]
+    if not pending or not ray.wait(pending, timeout=seconds)[0]:
+        return []
+    ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
+    return [h for h in handles if any(h.pending is r for r in ready)]
 
 
 def _why(error: Exception) -> str:
-    """What Ray says of the end of an actor in one line, without its numbers for it and without guesses."""
+    """Ray's report of a death in one line, without its numbers and guesses."""
     text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
     return f"{type(error).__name__}: {text.partition(' Some common causes')[0][:300]}"
 

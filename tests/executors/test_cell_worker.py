@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dart_eval.cluster import cell_worker
+from dart_eval.cluster import worker as cell_worker
 from dart_eval.evaluation.part import WHOLE, Part
 from dart_eval.sweep import jobs
 from dart_eval.sweep.config import config_from

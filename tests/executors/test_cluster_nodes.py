@@ -34,8 +34,8 @@ def test_a_lost_node_is_made_up_for(nodes, tmp_path):
     class Losing(Handler):
         lost_at = None
 
-        def told(self, task, message):
-            super().told(task, message)
+        def on_message(self, task, message):
+            super().on_message(task, message)
             if self.lost_at is None and len({n for n, text in self.lines if "runs on" in text}) == 2:
                 self.lost_at = len(self.results)
                 nodes.remove_node(second, allow_graceful=False)
@@ -55,9 +55,9 @@ def test_the_loss_of_the_own_node_ends_the_run(tmp_path):
     (raylet,) = [p for p in psutil.Process().children() if p not in earlier and p.name() == "raylet"]
 
     class Losing(Handler):
-        def told(self, task, message):
+        def on_message(self, task, message):
             raylet.kill()
-            return super().told(task, message)
+            return super().on_message(task, message)
 
     handler = Losing(tmp_path)
     try:

@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from dart_eval.cluster import pool as pool_module
-from dart_eval.cluster.actor import Actor, Stopped
 from dart_eval.cluster.pool import TRIES, Pool
+from dart_eval.cluster.worker import Actor, Stopped
 from dart_eval.util.errors import UserError
 from tests.helpers.nursery import LOCAL
 from tests.helpers.pools import Handler, Worker, task_of
@@ -106,8 +106,8 @@ def test_an_actor_that_dies_while_it_waits_costs_no_task_a_try(tmp_path):
     followers = [task_of("sleep", "b"), task_of("sleep", "c")]
 
     class Kills(Handler):
-        def done(self, task, result):
-            super().done(task, result)
+        def on_done(self, task, result):
+            super().on_done(task, result)
             if task.name != "a":
                 return []
             ((at, _),) = [line for line in self.lines if line[1] == "a begins"]
@@ -127,8 +127,8 @@ def test_an_actor_that_dies_while_it_waits_costs_no_task_a_try(tmp_path):
 
 def test_no_room_for_an_actor_is_told_once(tmp_path, monkeypatch):
     class Stops(Handler):
-        def unstaffed(self, seconds):
-            super().unstaffed(seconds)
+        def on_no_actors(self, seconds):
+            super().on_no_actors(seconds)
             threading.Timer(2.5, holder.kill).start()
 
     monkeypatch.setattr(pool_module, "PATIENCE", 0.5)
@@ -187,8 +187,8 @@ def test_where_memory_ran_out_a_task_is_tried_with_nothing_beside_it(tmp_path):
 
 def test_an_interrupt_lets_workers_finish_what_they_tell_next(tmp_path):
     class Interrupted(Handler):
-        def told(self, task, message):
-            super().told(task, message)
+        def on_message(self, task, message):
+            super().on_message(task, message)
             if message == ("step", 2) and not self.results:
                 self.results.append("interrupted")
                 raise KeyboardInterrupt
@@ -230,11 +230,9 @@ def test_an_actor_that_stops_raises_where_it_tells():
                     raise
 
     actor = Actor(Talker)
-    news = actor.start(None)
-    while not news:
-        news = actor.poll()
+    messages = actor.run(None)
+    news = [next(messages)]
     actor.stop()
-    while news[-1][0] != "stopped":
-        news += actor.poll()
-    assert news[:-1] == [("told", i) for i in range(len(news) - 1)]
+    news += messages
+    assert news[:-1] == [("message", i) for i in range(len(news) - 1)] and news[-1][0] == "stopped"
     assert raised == [len(news) - 2]

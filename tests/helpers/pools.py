@@ -50,24 +50,24 @@ class Handler:
         self.begun.append((task.name, task.alone, task.shrink))
         return None if task.what == "nothing" else (task.what, str(self.marks), task.name)
 
-    def told(self, task, message):
+    def on_message(self, task, message):
         self.messages.append((task.name, *message))
         return message[0] == "new"
 
-    def done(self, task, result):
+    def on_done(self, task, result):
         self.results.append(result)
         return [task_of("sleep", f"{task.name}-next")] if task.what == "two" else []
 
-    def failed(self, task, problem, text):
+    def on_failed(self, task, problem, text):
         self.given_up[task.name] = (problem, text)
 
-    def lost(self, number, task, problem):
+    def on_death(self, number, task, problem):
         self.deaths.append((number, task and task.name, problem))
 
-    def stopping(self):
+    def on_stopping(self):
         self.lines.append((0, "stopping"))
 
-    def unstaffed(self, seconds):
+    def on_no_actors(self, seconds):
         self.lines.append((0, f"nobody for {seconds:.0f} s"))
 
     def log(self, number, text):

@@ -35,7 +35,7 @@ class Here:
     def run(self, tasks, handler):
         for task in tasks:
             worker, payload = self.make(), handler.begin(task)
-            handler.done(task, worker.run(payload, lambda message, task=task: handler.told(task, message)))
+            handler.on_done(task, worker.run(payload, lambda message, task=task: handler.on_message(task, message)))
 
 
 def test_what_is_odd_about_a_checkpoint_is_said_once_whichever_worker_loaded_it(

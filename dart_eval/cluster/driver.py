@@ -1,4 +1,4 @@
-"""The driver's work on a sweep beside its pool: it claims cells, and alone writes journals, records and logs.
+"""The driver of a sweep beside its pool: it claims cells, and alone writes journals, records and logs.
 
 A large cell is split by its batches: part i of n runs every n-th one. A batch is the same whatever runs beside it, so
 the parts' answers together are those of the whole cell; the last step makes the record of them and asks nothing more.
@@ -14,8 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dart_eval.cluster.cell_worker import Payload
 from dart_eval.cluster.pool import Task
+from dart_eval.cluster.worker import Payload
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.part import WHOLE, Part
 from dart_eval.results.journal import Journal
@@ -40,14 +40,14 @@ class _Open:
 
     claim: contextlib.ExitStack
     journal: Journal
-    left: int  # parts that are not done
+    remaining: int  # parts that are not done
     shrink: int = 0  # how often a part's batches had to be halved from the start
     seconds: float = 0.0  # of the actors, since it was opened
     halved: int = 0  # how often memory ran out in parts
 
 
-class Desk:
-    """The driver's work on a sweep: claims, journals, records, logs.
+class Driver:
+    """Claims cells, and writes journals, records and logs.
 
     Args:
         sweep: what is to be done, and what has been.
@@ -64,7 +64,7 @@ class Desk:
         self._files: dict[Path, Any] = {}
         self._notes: set[str] = set()  # of workers, each shown once
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> Driver:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,7 +119,7 @@ class Desk:
         self.view.started(cell, count_requests(job.tasks.load(cell.task), job.config.limit))
         return True
 
-    def told(self, task: CellTask, message: Any) -> bool:
+    def on_message(self, task: CellTask, message: Any) -> bool:
         opened = self._open.get(task.job.cell.key)
         if opened is None:  # another part has failed
             return False
@@ -129,15 +129,15 @@ class Desk:
         self.view.advanced(task.job.cell, len(answers))
         return bool(answers)
 
-    def done(self, task: CellTask, result: Any) -> list[CellTask]:
+    def on_done(self, task: CellTask, result: Any) -> list[CellTask]:
         cell = task.job.cell
         opened = self._open.get(cell.key)
         if opened is None:
             return []
         if not task.part.whole:
-            opened.left, opened.halved = opened.left - 1, opened.halved + result
+            opened.remaining, opened.halved = opened.remaining - 1, opened.halved + result
             opened.shrink = max(opened.shrink, task.shrink)
-            if opened.left:
+            if opened.remaining:
                 return []
             name, small = f"{cell.title}, the whole", opened.shrink
             return [CellTask(name, alone=small > 0, shrink=small, follows=True, job=task.job)]
@@ -156,7 +156,7 @@ class Desk:
                 self.view.note(text)
         return []
 
-    def failed(self, task: CellTask, problem: str, text: str) -> None:
+    def on_failed(self, task: CellTask, problem: str, text: str) -> None:
         cell = task.job.cell
         if cell.key not in self._open:
             return
@@ -165,14 +165,14 @@ class Desk:
         self.sweep.failed.append(cell)
         self.view.failed(cell, problem, self.store.failed(cell.name, cell.key, text))
 
-    def lost(self, number: int, task: CellTask | None, problem: str) -> None:
+    def on_death(self, number: int, task: CellTask | None, problem: str) -> None:
         at = f" at {task.name}" if task else ""
         self.view.note(f"worker {number} was lost{at} ({problem}); see {self.logs / f'worker-{number}.log'}")
 
-    def stopping(self) -> None:
+    def on_stopping(self) -> None:
         self.view.note("stopping: workers finish the batch that they are at")
 
-    def unstaffed(self, seconds: float) -> None:
+    def on_no_actors(self, seconds: float) -> None:
         self.view.note(
             f"no worker for {seconds:.0f} s: the cluster has no room or no node for one; waiting (`ray status`)"
         )
