@@ -2,10 +2,10 @@
 
 Everything that is compared runs in turn, step by step, in one process: the dense model, the dense model once more (a
 control, which should be as fast as itself), the method, and the method's slices without its overhead. Dense is a second
-model, which `prune()` never touches: it has the FFN weights once more, bit for bit, and shares all others (`twin`).
-Each has a KV cache of its own, of the same length. Ratios are medians over steps of times that lie next to each other,
-so that what else the machine does hits both; weights that take turns drive each other out of the processor's cache
-alike.
+model, which `prune()` never touches: it has the FFN weights once more, bit for bit, and shares all others
+(`dense_copy`). Each has a KV cache of its own, of the same length. Ratios are medians over steps of times that lie next
+to each other, so that what else the machine does hits both; weights that take turns drive each other out of the
+processor's cache alike.
 
 The ceiling: a decoded token reads every weight once, so a model whose FFNs are the share phi of the weights it reads
 cannot decode faster than 1 / (1 - phi (1 - r)) times the dense one, r being the FFN weights read.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from dart_eval.bench.twin import own_bytes, twin
+from dart_eval.bench.dense_copy import own_bytes, twin
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
@@ -100,7 +100,7 @@ def row(found: Any) -> dict[str, Any]:
     return made
 
 
-def check(method: Pruner) -> None:
+def check_timeable(method: Pruner) -> None:
     """Refuse a method that cannot be timed.
 
     Raises:
@@ -138,7 +138,7 @@ def measure(
         UserError: a method that does not prune or looks ahead, weights of which no rows can be copied, or no memory
             for the FFN weights of the dense side.
     """
-    check(method)
+    check_timeable(method)
     shape = shape_of(model, find_ffns(model))
     bench = Bench(model, twin(model), seed, compiled, prompt_tokens + steps)
     times = Times()
@@ -364,7 +364,7 @@ def _executed(run: Session) -> float:
     """FFN weights that a forward on copies multiplies / all FFN weights."""
     assert run.copies is not None
     total = sum(f.size * f.matrices for f in run.ffns)
-    return sum(sum(kept.read) for kept in run.copies) / total
+    return sum(sum(kept.rows_read) for kept in run.copies) / total
 
 
 @torch.no_grad()

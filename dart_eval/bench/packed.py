@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dart_eval.bench.decode import Bench, Times
-from dart_eval.bench.twin import own_bytes, twin
+from dart_eval.bench.dense_copy import own_bytes, twin
 from dart_eval.kernels import products
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import plain_matrix
@@ -54,7 +54,7 @@ class RoundedSpeed:
     twin_bytes: int
 
 
-def check(model: nn.Module) -> None:
+def check_roundable(model: nn.Module) -> None:
     """Refuse a model whose FFN weights cannot be rounded, before anything is measured.
 
     Raises:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from dart_eval.bench import decode, packed, untimed
+from dart_eval.bench import bytes_only, decode, packed
+from dart_eval.bench.bytes_only import BytesOnly
 from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.packed import RoundedSpeed
-from dart_eval.bench.untimed import BytesOnly
 from dart_eval.layers.find import find_ffns
 from dart_eval.models import shapes
 from dart_eval.models.loading import DTYPES, ModelSpec, choose_device, resolve
@@ -85,7 +85,7 @@ class Subject:
 
     def refused(self, method: Pruner, sparsity: float) -> UserError | None:
         """Why a method cannot run here at this sparsity; None where it can."""
-        return untimed.refused(self.model, method, sparsity, self.tokenizer)
+        return bytes_only.refused(self.model, method, sparsity, self.tokenizer)
 
     def timed(self, method: Pruner) -> bool:
         """Whether some kernel makes the bytes that a method leaves out into time."""
@@ -99,8 +99,8 @@ class Subject:
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **given)
 
     def count(self, method: Pruner, sparsity: float, setting: Setting, rounding: Rounding | None = None) -> BytesOnly:
-        """Count what one method reads, see `untimed.measure`."""
-        return untimed.measure(
+        """Count what one method reads, see `bytes_only.measure`."""
+        return bytes_only.measure(
             self.model, method, sparsity, tokenizer=self.tokenizer, prompt_tokens=setting.prompt_tokens,
             steps=setting.steps, rounding=rounding,
         )  # fmt: skip
@@ -108,7 +108,7 @@ class Subject:
     def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed | BytesOnly:
         """Time the dense model on rounded FFN weights (`packed.measure`), or count what it reads of them."""
         if why := packed.lacking(self.model, rounding):
-            return untimed.alone(self.model, rounding, why)
+            return bytes_only.alone(self.model, rounding, why)
         given = dataclasses.asdict(setting)
         del given["compiled"]  # refused before
         return packed.measure(self.model, rounding, **given)
@@ -131,7 +131,7 @@ class Subject:
         else:
             sparsity, read = found.sparsity if method.sized else 0.0, found.weights_read
             bits = found.bits if isinstance(found, BytesOnly) else None
-        times: dict[str, Any] = {"speedup": None, "control": None, "times": untimed.BYTES_ONLY}
+        times: dict[str, Any] = {"speedup": None, "control": None, "times": bytes_only.BYTES_ONLY}
         if not isinstance(found, BytesOnly):
             times = {"speedup": found.speedup, "control": found.control}
         return Speed(

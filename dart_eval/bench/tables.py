@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from dart_eval.bench.bytes_only import BYTES_ONLY, BytesOnly
 from dart_eval.bench.decode import DecodeSpeed
 from dart_eval.bench.methods import MethodSpeed
 from dart_eval.bench.overhead import Overhead
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.bench.scoring import TaskSpeed
-from dart_eval.bench.untimed import BYTES_ONLY, BytesOnly
 from dart_eval.results.format import sparsity as said
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.writers import Table

@@ -21,10 +21,10 @@ from dart_eval.util.files import check_target, write
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dart_eval.bench.bytes_only import BytesOnly
     from dart_eval.bench.decode import DecodeSpeed
     from dart_eval.bench.packed import RoundedSpeed
     from dart_eval.bench.subject import Setting, Subject
-    from dart_eval.bench.untimed import BytesOnly
     from dart_eval.pruning.method import Pruner
     from dart_eval.sweep.config import RunConfig
 
@@ -94,15 +94,15 @@ def decode(
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import decode as bench
     from dart_eval.bench import packed, tables
+    from dart_eval.bench.bytes_only import rows
     from dart_eval.bench.subject import Setting, subject
-    from dart_eval.bench.untimed import rows
 
     for one in methods:
-        bench.check(one)
+        bench.check_timeable(one)
     timed = subject(asked.model_spec, shape, layers, print_note)
     setting = Setting(compile, prompt, steps, rounds)
     if any(map(parse, asked.ffn_bits)):
-        packed.check(timed.model)
+        packed.check_roundable(timed.model)
     methods = _possible(timed, methods, sparsity)
     found, rounded, files = _measured(timed, setting, methods, sparsity, asked.ffn_bits, output)
     if profile is not None:
@@ -122,7 +122,7 @@ def _check_options(ffn_bits: tuple[str, ...], compiled: str | None, profile: Pat
     if profile is not None:
         check_target(profile)
     if output is not None:
-        speeds.check(output)
+        speeds.check_folder(output)
 
 
 def _possible(subject: Subject, methods: list[Pruner], sparsity: float, where: str = "") -> list[Pruner]:
@@ -211,7 +211,7 @@ def scoring(
         tasks=tasks or options.TASKS_SCORED, limit=limit, num_fewshot=num_fewshot, method=method, sparsity=sparsity,
         model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    task_names.check(asked.tasks)
+    task_names.check_names(asked.tasks)
     methods = _methods(asked, "griffin,cats") if method is not None else []
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import methods as pruned

@@ -70,7 +70,7 @@ def check(
     from dart_eval.results.thresholds import thresholds_from
 
     limits = thresholds_from(thresholds)
-    then = file.read(baseline)
+    then = file.load_baseline(baseline)
     report = checking.check(cells(results), then, limits, str(baseline))
     if junit is not None:
         write(junit, checking.junit(report))

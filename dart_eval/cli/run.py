@@ -195,7 +195,7 @@ def understood(file: Path | None, given: dict[str, Any]) -> RunConfig:
     told |= {name[3:]: False for name, value in given.items() if name.startswith("no_") and value}
     settings = config_from(file, told)
     methods_of(settings)
-    task_names.check(settings.tasks, settings.include_path)
+    task_names.check_names(settings.tasks, settings.include_path)
     return settings
 
 

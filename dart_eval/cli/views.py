@@ -48,7 +48,7 @@ class Shown:
             known = {m.metric.partition(",")[0] for r in self.records for m in r.metrics}
             if self.metric not in known:
                 raise UserError(f"no cell has metric {self.metric!r}", nearest(self.metric, known))
-        return boards(self.store, self.records, speeds.read(self.store.folder), self.metric)
+        return boards(self.store, self.records, speeds.load_speeds(self.store.folder), self.metric)
 
     @property
     def long(self) -> list[Table]:

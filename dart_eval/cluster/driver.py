@@ -17,7 +17,7 @@ from typing import Any
 from dart_eval.cluster.pool import Task
 from dart_eval.cluster.worker import Payload
 from dart_eval.evaluation.evaluate import count_requests
-from dart_eval.evaluation.part import WHOLE, Part
+from dart_eval.evaluation.shard import WHOLE, Shard
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.sweep.jobs import Job, Sweep, open_cell
@@ -31,7 +31,7 @@ class CellTask(Task):
     """A cell or a part of it, as a task of the pool."""
 
     job: Job = field(kw_only=True)
-    part: Part = WHOLE
+    part: Shard = WHOLE
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Driver:
             count = self._parts[job.cell.key] = self._count(job)
             for index in range(count):
                 name = job.cell.title + (f" part {index + 1} of {count}" if count > 1 else "")
-                made.append(CellTask(name, job=job, part=Part(index, count)))
+                made.append(CellTask(name, job=job, part=Shard(index, count)))
         return made
 
     def _count(self, job: Job) -> int:
@@ -134,7 +134,7 @@ class Driver:
         opened = self._open.get(cell.key)
         if opened is None:
             return []
-        if not task.part.whole:
+        if not task.part.unsharded:
             opened.remaining, opened.halved = opened.remaining - 1, opened.halved + result
             opened.shrink = max(opened.shrink, task.shrink)
             if opened.remaining:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dart_eval.evaluation.part import Part
+from dart_eval.evaluation.shard import Shard
 from dart_eval.results.journal import Journal
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, Silent, plan_all
@@ -114,7 +114,7 @@ class Payload:
 
     key: str
     config: RunConfig
-    part: Part
+    part: Shard
     answers: dict[str, Any]
     state_bytes: int
     seconds: float
@@ -156,7 +156,7 @@ class CellWorker:
                 "install the same versions and give every node the same model and --data-dir",
             )
         journal = _SentJournal(payload, send)
-        if not payload.part.whole:
+        if not payload.part.unsharded:
             self.worker.answer(job, journal, payload.part, payload.shrink)
             return self.worker.halved
         outcome, record = self.worker.run(job, journal, payload.shrink)

@@ -22,9 +22,9 @@ from dart_eval.evaluation import distance
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.local_data import number_asked
-from dart_eval.evaluation.part import Part, PartDone, Pilot
+from dart_eval.evaluation.shard import PartDone, Pilot, Shard
 from dart_eval.evaluation.tasks import Tasks, cluster, documents, leaves, whole_tokens
-from dart_eval.evaluation.unsafe import nothing_of_this_folder
+from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.dense import AnySession
 from dart_eval.results.journal import Journal
@@ -142,7 +142,7 @@ def evaluate_task(
 
 def answer_part(
     lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal,
-    part: Part | Pilot,
+    part: Shard | Pilot,
 ) -> None:  # fmt: skip
     """Answer one of several parts of what `evaluate_task` would ask: the answers go into the journal.
 
@@ -158,7 +158,7 @@ def answer_part(
 def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Any:
     first = leaves(list(items))[0].task_name
     turns = settings.fewshot_as_multiturn
-    with _quiet(), nothing_of_this_folder(first, tasks.unsafe_code):
+    with _quiet(), block_local_code(first, tasks.unsafe_code):
         return lm_eval.simple_evaluate(
             model=lm,
             tasks=list(items),

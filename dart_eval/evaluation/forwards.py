@@ -16,7 +16,7 @@ from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.layers.families import base_of, cache_argument
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.layers.trial import telling
+from dart_eval.layers.verify import telling
 from dart_eval.pruning.session.cache import cache_in
 from dart_eval.util.errors import UserError
 

@@ -23,9 +23,9 @@ from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import can_pad
 from dart_eval.evaluation.costs import Cost
-from dart_eval.evaluation.fitting import fit
 from dart_eval.evaluation.requests import Text
 from dart_eval.evaluation.rotary import Angles
+from dart_eval.evaluation.truncation import fit
 from dart_eval.evaluation.unusable import LogitsWatch
 from dart_eval.layers.families import decoder
 from dart_eval.pruning.session.dense import AnySession
@@ -161,7 +161,7 @@ class Generator:
                 context=ids.to(lm.device), attention_mask=attention.to(lm.device), stop=unit.stop,
                 max_length=ids.shape[1] + unit.new_tokens, logits_processor=LogitsProcessorList([watch]), **unit.kwargs,
             )[:, ids.shape[1] :]  # fmt: skip
-        self.state_bytes = max(self.state_bytes, self.session.kept(len(prompts)))
+        self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(len(prompts)))
         texts = []
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, budget
 from dart_eval.evaluation.costs import Cost
-from dart_eval.evaluation.fitting import truncated
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generation import Generator
-from dart_eval.evaluation.part import WHOLE, Call, Part, PartDone, Pilot
 from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, holds, kept_answer
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
+from dart_eval.evaluation.shard import WHOLE, Call, PartDone, Pilot, Shard
+from dart_eval.evaluation.truncation import truncated
 from dart_eval.evaluation.unusable import Unusable
 from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
@@ -99,7 +99,7 @@ class PrunedLM(HFLM):
         documents: Mapping[str, str],
         journal: Journal | None = None,
         scope: str = "scored",
-        part: Part | Pilot = WHOLE,
+        part: Shard | Pilot = WHOLE,
         kinds: int = 0,
         whole_tokens: bool = False,
     ) -> None:
@@ -124,7 +124,7 @@ class PrunedLM(HFLM):
         self._clock = time.monotonic()
 
     def _asked_once(self) -> None:
-        if not self.part.whole and len(self.calls) == self._kinds:
+        if not self.part.unsharded and len(self.calls) == self._kinds:
             raise PartDone
 
     def _ask(
@@ -168,7 +168,7 @@ class PrunedLM(HFLM):
                 self._keep(unusable.sift(answers), answering.state_bytes)
                 self.on_progress(len(answers))
             call.seconds[place] = time.monotonic() - start
-        unusable.check(over=True)
+        unusable.check_usable(over=True)
 
     def _keep(self, answers: Mapping[str, Score | Text], state_bytes: int) -> None:
         """Write a finished batch into the journal, with the time since the last one."""

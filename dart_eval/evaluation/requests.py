@@ -112,7 +112,7 @@ class Scoring(ABC):
 
     def _note_state(self, sequences: int) -> None:
         """The contexts of so many sequences have run."""
-        self.state_bytes = max(self.state_bytes, self.session.kept(sequences))
+        self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(sequences))
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """One score per request, in order."""

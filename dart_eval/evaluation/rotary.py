@@ -44,7 +44,7 @@ class Angles:
                 "use the model's class from transformers: only its rotary modules can be given a length",
             )
 
-    def of(self, length: int) -> int:
+    def least_length(self, length: int) -> int:
         """The least length with the angles of a row of `length` tokens; 0 for those of the shortest."""
         if self._grows and length > self._from:
             return length
@@ -58,8 +58,8 @@ class Angles:
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (first, last) in enumerate(spans):
-            same = self.of(first) == self.of(last)
-            groups.setdefault((self.of(first), -1 if same else i), []).append(i)
+            same = self.least_length(first) == self.least_length(last)
+            groups.setdefault((self.least_length(first), -1 if same else i), []).append(i)
         return list(groups.values())
 
     @contextmanager

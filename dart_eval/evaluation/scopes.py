@@ -104,7 +104,7 @@ class WholeInputs(Scoring):
 
         def alike(row: tuple[tuple[int, ...], int]) -> tuple[int, bool]:
             """Rows of a forward: with the same angles, and none without a dense part beside some that have one."""
-            return self.forwards.angles.of(len(row[0])), len(row[0]) > pruned_inputs(self.scope, len(row[0]))
+            return self.forwards.angles.least_length(len(row[0])), len(row[0]) > pruned_inputs(self.scope, len(row[0]))
 
         for (angles, _), found in itertools.groupby(order, key=alike):
             group = list(found)

@@ -171,7 +171,7 @@ class Scorer(Scoring):
         """Every context once for each kind of angles that its answers' lengths give it."""
         by_angles: dict[int, dict[tuple[int, ...], list[int]]] = {}
         for i, request in enumerate(requests):
-            angles = self.forwards.angles.of(len(request.context) + len(request.continuation) - 1)
+            angles = self.forwards.angles.least_length(len(request.context) + len(request.continuation) - 1)
             by_angles.setdefault(angles, {}).setdefault(request.context, []).append(i)
         for angles in sorted(by_angles, reverse=True):
             by_context = by_angles[angles]

@@ -114,7 +114,7 @@ def config_of(name: str) -> dict[str, Any]:
         return {}
 
 
-def check(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
+def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
     """Refuse names of tasks that nobody knows.
 
     Args:
@@ -133,7 +133,7 @@ def check(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
                 raise unknown(name, known)
     for name in wanted:
         if path := own().get(name) or (lm_evals().get(name) if name not in ALIASES else None):
-            task_needs.check(name, path)
+            task_needs.check_needs(name, path)
 
 
 def unknown(name: str, known: Iterable[str]) -> UserError:

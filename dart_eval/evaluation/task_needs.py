@@ -26,7 +26,7 @@ NO_SENTENCES = ("niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "
 PUNKT = "punkt_tab"
 
 
-def check(task: str, path: str) -> None:
+def check_needs(task: str, path: str) -> None:
     """Refuse a task whose code could not be imported, or would fail after all answers were made.
 
     Args:

@@ -29,10 +29,10 @@ from dart_eval.evaluation.local_data import asked_at, check_documents, check_sho
 from dart_eval.evaluation.made_data import seeded, without_other_lengths
 from dart_eval.evaluation.task_names import ALIASES, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
+    block_local_code,
     check_task,
     check_yaml,
     is_unsafe,
-    nothing_of_this_folder,
     own_metrics,
     sandbox_templates,
 )
@@ -75,7 +75,7 @@ class _Factory(TaskFactory):
             raw = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
             check_task(entry.name, bool({**raw, **(overrides or {})}.get("unsafe_code")), self.unsafe_code)
         if entry.yaml_path:
-            task_needs.check(entry.name, str(entry.yaml_path))
+            task_needs.check_needs(entry.name, str(entry.yaml_path))
         config = super()._load_full_config(entry, overrides)
         metadata = config.get("metadata") or {}
         if self.cue is not None and "cue" in metadata:
@@ -207,7 +207,7 @@ class Tasks:
                 if self.folders and name not in own():  # a group of another folder may have any task as a member
                     self.names()
                 _forget_modules()
-                with nothing_of_this_folder(name, self.unsafe_code):
+                with block_local_code(name, self.unsafe_code):
                     loaded = self.manager._load_spec(name)
             except UserError:
                 raise
@@ -229,7 +229,7 @@ class Tasks:
             self._local[name] = self._factory.local
         return self._loaded[name]
 
-    def check(self, name: str, limit: float | None, num_fewshot: int | None = None) -> None:
+    def check_task(self, name: str, limit: float | None, num_fewshot: int | None = None) -> None:
         """Refuse documents that cannot be asked (see `check_documents`), and more examples than there are.
 
         Raises:

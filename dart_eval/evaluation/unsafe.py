@@ -120,7 +120,7 @@ def is_unsafe(task: Task) -> bool:
 
 
 @contextmanager
-def nothing_of_this_folder(name: str, confirmed: bool) -> Iterator[None]:
+def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
     """While the block runs, metrics and data sets by a bare name are the libraries' own, never the working directory's.
 
     Args:

@@ -33,10 +33,10 @@ class Unusable:
         usable = {name: answer for name, answer in answers.items() if answer.usable}
         self.seen += len(answers)
         self.wrong += len(answers) - len(usable)
-        self.check(over=False)
+        self.check_usable(over=False)
         return usable
 
-    def check(self, over: bool) -> None:
+    def check_usable(self, over: bool) -> None:
         """Let the cell fail if it must: at the call's end, or before it where nothing has been usable for long.
 
         Raises:

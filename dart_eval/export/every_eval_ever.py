@@ -20,7 +20,7 @@ from dart_eval.export.facts import Facts
 from dart_eval.export.teller import Teller
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
 from dart_eval.results.format import finite
-from dart_eval.results.metrics import of
+from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import remark
 
@@ -209,7 +209,7 @@ def _rows(cell: Facts) -> Iterator[dict[str, Any]]:
 
 def _score(name: str, value: Any) -> float | None:
     """A document's part in a metric; None where it has no number of its own (BLEU counts over all documents)."""
-    kind = of(name).kind
+    kind = kind_of(name).kind
     if (
         kind in ("log-perplexity", "bits")
         and isinstance(value, list)

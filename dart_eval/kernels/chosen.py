@@ -104,7 +104,7 @@ class ChosenRows(KeptRows):
         return super().nbytes + (self.rows.nbytes if self.rows is not self._down_rows else 0)
 
     @property
-    def read(self) -> tuple[float, ...]:
+    def rows_read(self) -> tuple[float, ...]:
         return self.count, self.taken if self.kernels else self.count, self.written
 
     def _copy(self, neurons: Tensor) -> None:

@@ -103,7 +103,7 @@ class KeptRows:
         return sum(slot.part.nbytes for slot in self._slots if slot.part is not slot.own)
 
     @property
-    def read(self) -> tuple[float, ...]:
+    def rows_read(self) -> tuple[float, ...]:
         """Neurons of which each matrix is read."""
         return (self.count,) * self.ffn.matrices
 

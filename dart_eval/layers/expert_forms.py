@@ -1,7 +1,7 @@
 """Experts that transformers does not hand to a function: how their modules hold weights, and how they are called.
 
 A form says where the matrices are, and does what the module does around two steps that are ours (`experts.Routed`).
-The trial forward compares each with the module's own answer before it is believed (`trial`).
+The trial forward compares each with the module's own answer before it is believed (`verify`).
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ class Routed:
         out = h.new_zeros(batch, length, self.pool // self.inner, self.inner)
         return out.scatter_add_(2, index, h.view(batch, length, self.count, self.inner)).flatten(2)
 
-    def take(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
-        """See `ffn.FFN.take`. An expert that no token has had is ranked by the norms of its columns of down."""
+    def mask_of(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
+        """See `ffn.FFN.mask_of`. An expert that no token has had is ranked by the norms of its columns of down."""
         each = scores.view(len(scores), -1, self.inner)
         unseen = (each == 0).all(-1, keepdim=True)
         if bool(unseen.any()):

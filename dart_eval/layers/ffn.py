@@ -80,13 +80,13 @@ class FFN:
         """
         return self.routed.spread(h, some, tokens) if self.routed else h
 
-    def take(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
+    def mask_of(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
         """A mask of the best neurons, [B, pool] bool: equally many of each expert.
 
         Args:
             take: makes a mask of scores [n, ...] and counts [n]. scores: [B, pool]. keep: [B], of a token's neurons.
         """
-        return self.routed.take(take, scores, keep) if self.routed else take(scores, keep)
+        return self.routed.mask_of(take, scores, keep) if self.routed else take(scores, keep)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """a = act(gate x) and u = up x, each [..., F]; of a plain FFN act(up x) and None."""

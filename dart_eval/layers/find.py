@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from dart_eval.layers import experts, quantised, trial
-from dart_eval.layers.acts import Act, activation, lift
+from dart_eval.layers import experts, quantised, verify
+from dart_eval.layers.activations import Act, activation, lift
 from dart_eval.layers.families import (
     ATTENTION_OUTPUTS,
     EMBEDDED,
@@ -112,7 +112,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     ffns = describe(model)
     for module in (m for f in ffns for m in f.projections if encoded(m)):
         quantised.note(module, stored_bits(module))
-    trial.check(model, ffns)
+    verify.verify(model, ffns)
     _FOUND[model] = ffns, _made_of(model)
     return ffns
 

@@ -40,7 +40,7 @@ def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float
         weights_read: the share of the FFN weights that a pruned token multiplies.
     """
     neurons, remask = sum(shape.ffn_sizes), method.mask.remask
-    mask = 1.0 if method.mask.whole else method.choice.mask_share(weights_read, shape.ffn_matrices)
+    mask = 1.0 if method.mask.holds_all else method.choice.mask_share(weights_read, shape.ffn_matrices)
     observing = neurons * sum(part.flops_per_neuron() for part in method.observers)
     # Down's columns of the pruned neurons, once.
     at_once = method.compensation.adds and not (method.mask.fixed and method.compensation.calibrates)

@@ -21,7 +21,7 @@ from dart_eval.pruning.inputs.entries import Entries
 from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.masks.allocations import Allocation, ByShares, Global, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Counts, Prices
+from dart_eval.pruning.masks.counts import Counts, ReadCost
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Everything, FromPrompt, OfTokens, Static
 from dart_eval.pruning.method import Paid, Pruner, kind_of_parts
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
     from dart_eval.pruning.experts.rerouted import Rerouted
-    from dart_eval.pruning.inputs.finer import Finer
+    from dart_eval.pruning.inputs.attached import AttachedInputs
 
 
 @dataclass(frozen=True)
@@ -99,38 +99,42 @@ class InputSparsity(Pruner, of=Entries):
         from dart_eval.weights.rounding import parameter_of, stored_of
 
         for module in (m for f in ffns for m in f.projections):
-            self.entries.check(stored_of(module))
+            self.entries.check_bits(stored_of(module))
             if not self.entries.by_token:  # other weights stand in the place of all
                 parameter_of(module)
 
     def check_bits(self, bits: Stored) -> None:
-        self.entries.check(bits)
+        self.entries.check_bits(bits)
 
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+    def counts(
+        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: ReadCost | None
+    ) -> Counts:
         sizes = [f.size for f in ffns]
         return Counts(sizes, sizes, sizes, 0)
 
     def _kept(self, ffns: Sequence[FFN], sparsity: float) -> list[tuple[int, int]]:
         """Per layer, how many inputs of x and of h are read."""
-        from dart_eval.pruning.inputs import finer
+        from dart_eval.pruning.inputs import attached
 
         densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
-        return finer.counts(ffns, densities, sparsity)
+        return attached.counts(ffns, densities, sparsity)
 
     def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
-        from dart_eval.pruning.inputs import finer
+        from dart_eval.pruning.inputs import attached
 
         if self.sized and not sparsity:
             return super().paid(ffns, sparsity, unit, whole)
-        read = finer.read(self.entries, ffns, self._kept(ffns, sparsity))
-        return [(ffns[0].matrices * read, 0.0, 0.0, 0.0)] * len(ffns)
+        share_read = attached.share_read(self.entries, ffns, self._kept(ffns, sparsity))
+        return [(ffns[0].matrices * share_read, 0.0, 0.0, 0.0)] * len(ffns)
 
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Finer | Rerouted | None:
-        from dart_eval.pruning.inputs.finer import Finer
+    def beside(
+        self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
+    ) -> AttachedInputs | Rerouted | None:
+        from dart_eval.pruning.inputs.attached import AttachedInputs
 
         if self.sized and not sparsity:
             return None
-        return Finer(self.entries, ffns, self._kept(ffns, sparsity), calibration)
+        return AttachedInputs(self.entries, ffns, self._kept(ffns, sparsity), calibration)
 
 
 @dataclass(frozen=True)
@@ -153,10 +157,12 @@ class ExpertChoice(Pruner, of=Routing):
     def sized(self) -> bool:
         return self.routing.sized
 
-    def check(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        self.routing.check(sparsity, ffns)
+    def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
+        self.routing.check_experts(sparsity, ffns)
 
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+    def counts(
+        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: ReadCost | None
+    ) -> Counts:
         experts = self.routing.counts(sparsity, ffns)
         some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, ffns, strict=True)]
         return Counts(some, some, some, 0)
@@ -165,7 +171,9 @@ class ExpertChoice(Pruner, of=Routing):
         found = super().paid(ffns, sparsity, unit, whole)  # whole experts, with their scales
         return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in found]
 
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Finer | Rerouted | None:
+    def beside(
+        self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
+    ) -> AttachedInputs | Rerouted | None:
         from dart_eval.pruning.experts.rerouted import Rerouted
 
         return Rerouted(self.routing, ffns, self.routing.counts(sparsity, ffns), calibration)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dart_eval.pruning.choices.choice import All, AnyChoice
 from dart_eval.pruning.masks.allocations import Allocation, Uniform
 from dart_eval.pruning.masks.compensations import Compensation, Nothing
-from dart_eval.pruning.masks.counts import Budget, Counts, Prices
+from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost
 from dart_eval.pruning.masks.mask import Everything, Mask
 from dart_eval.pruning.part import Part, check_slots
 from dart_eval.pruning.spelling import plain_fields, slots, text_of, told
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
     from dart_eval.pruning.experts.rerouted import Rerouted
-    from dart_eval.pruning.inputs.finer import Finer
+    from dart_eval.pruning.inputs.attached import AttachedInputs
 
 Paid = tuple[float, float, float, float]  # what is read of each neuron, and besides if masked, taken, written
 
@@ -66,7 +66,11 @@ class Pruner:
 
     def __post_init__(self) -> None:
         check_slots(self, self._title)
-        if self.choice.calibrates and not self.choice.exact and (not self.mask.whole or self.allocation.needs_context):
+        if (
+            self.choice.calibrates
+            and not self.choice.exact
+            and (not self.mask.holds_all or self.allocation.needs_context)
+        ):
             raise UserError(
                 f"{self.choice.title} with a calibrated threshold chooses among all neurons, as many for every prompt",
                 "use mask=everything and allocation=uniform, or choice.threshold=none",
@@ -85,12 +89,12 @@ class Pruner:
     @property
     def prunes(self) -> bool:
         """Whether anything is ever left out. Nothing is if the mask holds everything and tokens compute all of it."""
-        return not self.mask.whole or self.choice.chooses
+        return not self.mask.holds_all or self.choice.chooses
 
     @property
     def sized(self) -> bool:
         """Whether the sparsity decides how much is left out."""
-        return self.prunes and (self.choice.sized or not self.mask.whole)
+        return self.prunes and (self.choice.sized or not self.mask.holds_all)
 
     @property
     def exact(self) -> bool:
@@ -137,8 +141,8 @@ class Pruner:
     @property
     def reads_most(self) -> bool:
         """Whether a high sparsity may be out of reach: whole matrices are read before anything is chosen."""
-        whole = self.mask.whole and bool(self.choice.reads_whole or self.choice.previews)
-        return whole or self.choice.ranks
+        holds_all = self.mask.holds_all and bool(self.choice.reads_whole or self.choice.previews)
+        return holds_all or self.choice.ranks
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
         """Refuse a sparsity that leaves fewer bytes than are read before anything is chosen.
@@ -156,14 +160,16 @@ class Pruner:
         prices = choice.prices_of(sizes, width, matrices, bits)
         choice.counts(Budget([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, prices))
 
-    def counts(self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: Prices | None) -> Counts:
+    def counts(
+        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: ReadCost | None
+    ) -> Counts:
         """Neurons of each layer in the mask, those that a token takes, and those that it writes.
 
         densities: [L] share of each layer's weights that is read. prices: of a neuron, where there is a preview.
         """
-        sizes, whole = [f.size for f in ffns], self.mask.whole
-        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, whole, prices))
-        if whole or not any(f.routed for f in ffns):
+        sizes, holds_all = [f.size for f in ffns], self.mask.holds_all
+        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, holds_all, prices))
+        if holds_all or not any(f.routed for f in ffns):
             return counts
         return counts.in_steps(sizes, [f.routed.count if f.routed else 1 for f in ffns])
 
@@ -184,7 +190,7 @@ class Pruner:
             found.append((scales, into * whole, into * (matrices - 1 - whole), down - scales))
         return found
 
-    def check(self, ffns: Sequence[FFN], sparsity: float) -> None:
+    def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
         """Refuse FFNs and a sparsity that methods of its kind do not fit.
 
         Raises:
@@ -202,7 +208,9 @@ class Pruner:
     def check_bits(self, bits: Stored) -> None:
         """The same from the bits of a weight, as it is served, before a model is there."""
 
-    def beside(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Finer | Rerouted | None:
+    def beside(
+        self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
+    ) -> AttachedInputs | Rerouted | None:
         """What leaves out something else than neurons, at work on a model; None: nothing does."""
         return None
 

@@ -15,13 +15,13 @@ from typing import Any
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
-from dart_eval.pruning.choices.dart_plus import Graded
+from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.gate_up import GateUp
 from dart_eval.pruning.choices.images import IMAGES
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
-from dart_eval.pruning.choices.prox import Shown
+from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.experts.routings import ROUTINGS, Fewer, Without
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
@@ -107,7 +107,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     # These two are ours. The setting of dart-plus was chosen on the shipped texts (results/setting.md).
     TokenChoice(
         name="dart-plus", summary="lets each token read more bits of the neurons that matter more to it",
-        choice=Graded(),
+        choice=DartPlus(),
     ),
     NeuronMask(
         name="dart-choice", summary="lets tokens choose in a wide mask, re-masks on drift, adds the mean of the rest",
@@ -128,7 +128,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     ),
     TokenChoice(
         name="prox", summary="lets each token choose the largest |h|, as 4-bit copies and half of x show them",
-        choice=Shown(),
+        choice=Prox(),
     ),
     TokenChoice(
         name="top-p", summary="lets each token choose the fewest neurons with a share of the sum of |h| (upper bound)",
@@ -167,7 +167,7 @@ BUILT_IN: tuple[Pruner, ...] = (
         mask=Ahead(score=GRIFFIN),
     ),
 )  # fmt: skip
-CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, Graded, Shown, Candidates)
+CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
 ALLOCATIONS = (Uniform, DepthAware, Ends, Global, Table)
 ENTRIES = (Above, ByNorms, WandaEntries, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (

@@ -128,7 +128,7 @@ def _lines(rows: Sequence[Any]) -> str:
     return "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False, sort_keys=True) for r in rows) + "\n]"
 
 
-def read(path: Path) -> list[Cell]:
+def load_baseline(path: Path) -> list[Cell]:
     """The cells of a baseline file, or of a results folder.
 
     Raises:

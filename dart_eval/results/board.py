@@ -165,7 +165,7 @@ def _block(
              for name in (metrics.GOLD, "flips", "kl")]  # fmt: skip
     rows = [replace(row, nats=means[0][row.keys], flips=means[1][row.keys], kl=means[2][row.keys]) for row in rows]
     ours = {(one.measure.task, one.measure.name): one for some in beside.values() for one in some}
-    choice = {m: [ours[t, m] for t in tasks[m] if (t, m) in ours] for m in tasks if metrics.of(m).chance}
+    choice = {m: [ours[t, m] for t in tasks[m] if (t, m) in ours] for m in tasks if metrics.kind_of(m).chance}
     at_chance = [one.measure.task for some in choice.values() for one in some
                  if one.chance and not above_zero(one.sides[1])]  # fmt: skip
     levels = _levels(rows, first)

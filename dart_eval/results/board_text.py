@@ -79,7 +79,7 @@ def _far(row: Row) -> str:
 def _of_metric(metric: str, first: bool, block: Block) -> list[Column]:
     """The columns of one metric: its value, and what that is beside dense's."""
     many = len(block.tasks[metric]) > 1
-    perplexity = metrics.of(metric).group == metrics.PERPLEXITY
+    perplexity = metrics.kind_of(metric).group == metrics.PERPLEXITY
     value = Column(
         "value" if perplexity else metrics.said(metric), (metrics.said(metric), "(mean)" if many else ""),
         lambda r: _text(r, metric, lambda q: short(metric, q.value, q.stderr)),
@@ -94,7 +94,7 @@ def _of_metric(metric: str, first: bool, block: Block) -> list[Column]:
         return [value, times] if first else [times]
     if not first or not any(r.quality[metric].share for r in block.rows if metric in r.quality and r.keys):
         return [value]
-    name, head = ("above", ("above", "guessing")) if metrics.of(metric).chance else ("of dense", ("of", "dense"))
+    name, head = ("above", ("above", "guessing")) if metrics.kind_of(metric).chance else ("of dense", ("of", "dense"))
     part = Column(
         name, head, lambda r: _share(r, metric, True),
         lambda r: _key(r, metric, lambda q: -q.share.value if q.share else None), lambda r: _share(r, metric, False),
@@ -192,7 +192,7 @@ def sizes(board: Board, block: Block) -> str:
     for metric, tasks in block.tasks.items():
         counts = sorted({row.values[t].n for row in block.rows for t in tasks if t in row.values})
         n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        kind = metrics.of(metric)
+        kind = metrics.kind_of(metric)
         noun = "choice task" if kind.chance else "text" if kind.group == metrics.PERPLEXITY else "task"
         named = ", ".join(tasks) if len(tasks) <= NAMED_TASKS else f"{len(tasks)} {noun}s"
         parts.append(f"{named} x {n}")
@@ -220,7 +220,7 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
     levels = shown(block, level)
     rows = [row for one in levels for row in one.rows]
     columns = columns_of(block)
-    first = {metric for metric in list(block.tasks)[1:] if metrics.of(metric).group != metrics.PERPLEXITY}
+    first = {metric for metric in list(block.tasks)[1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY}
     texts = {c.name: [c.text(r) for r in rows] for c in columns}
     name = min(WIDEST, max(len(name_of(r)) for r in rows))
 

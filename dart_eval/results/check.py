@@ -118,7 +118,7 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
             continue
         made.append(found)
         reference = dense_of(found.a, dense)
-        if reference is None and any(thresholds.of(m.task).of_dense is not None for m in measures):
+        if reference is None and any(thresholds.limits_of(m.task).of_dense is not None for m in measures):
             raise UserError(
                 f"thresholds set of_dense, and the results hold no dense cell for {old.inputs['task']}",
                 "run with --method dense too, or leave of_dense out",
@@ -180,7 +180,7 @@ def _recovery(one: Compared) -> float | None:
     Where the quality then was not above guessing by more than noise it is None too, and the test decides alone.
     """
     now, then = one.test.value_a, one.test.value_b
-    if metrics.of(one.measure.name).group == metrics.DISTANCE:
+    if metrics.kind_of(one.measure.name).group == metrics.DISTANCE:
         return None
     if not one.chance:
         return recovery(one.measure, now, then)
@@ -205,7 +205,7 @@ def _judged(row: Row, thresholds: Thresholds) -> Row:
     """The row with its verdict: too much lost, and that beyond noise where it can be told."""
     if row.result is None:
         return row
-    limits, why = thresholds.of(row.task), []
+    limits, why = thresholds.limits_of(row.task), []
     tested = row.p_holm is not None
     lost = row.recovery is not None and not row.recovery >= limits.recovery  # NaN is lost, too
     beyond_noise = tested and row.p_holm is not None and row.p_holm < thresholds.alpha

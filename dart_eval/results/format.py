@@ -23,7 +23,7 @@ def with_error(metric: str, value: float, stderr: float | None) -> str:
     """A value and its standard error, with equally many digits."""
     if not math.isfinite(value):
         return NO_NUMBER
-    known = metrics.of(metric).digits
+    known = metrics.kind_of(metric).digits
     digits = _digits(value) if known is None else known
     text = number(value, digits)
     return text if stderr is None or math.isnan(stderr) else f"{text} ± {number(stderr, digits)}"
@@ -36,7 +36,7 @@ def short(metric: str, value: float, stderr: float | None) -> str:
     """
     if not math.isfinite(value):
         return NO_NUMBER
-    scale = 100.0 if metrics.of(metric).percent else 1.0
+    scale = 100.0 if metrics.kind_of(metric).percent else 1.0
     digits = 1 if scale > 1 or abs(value) >= 10 else 2
 
     def text(x: float) -> str:

@@ -85,7 +85,7 @@ class Compared:
         that say how far A is from dense have none.
         """
         of = self.measure
-        if of.higher_is_better is None or self.chance is None or metrics.of(of.name).group == metrics.DISTANCE:
+        if of.higher_is_better is None or self.chance is None or metrics.kind_of(of.name).group == metrics.DISTANCE:
             return None
         if of.kind in ("log-perplexity", "bits") or of.name == metrics.GOLD:
             ends = self.lost.interval
@@ -95,8 +95,8 @@ class Compared:
 
 def compared(found: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
     """The rows of a pair of cells; a measure that does not follow from the documents of both is left out."""
-    values = (found.values(measure) for measure in wanted)
-    return [Compared(found.a, found.b, pairs) for pairs in values if pairs is not None]
+    measured = (found.measured(measure) for measure in wanted)
+    return [Compared(found.a, found.b, pairs) for pairs in measured if pairs is not None]
 
 
 def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, list[Compared]], list[str]]:
@@ -172,7 +172,11 @@ def _distances(lines: Sequence[dict[str, Any]], tests: Mapping[tuple[str, str, s
     like = {(line["key"], line["task"]): line for line in reversed(lines)}
     made = []
     for (key, task, metric), row in tests.items():
-        if metrics.of(metric).group == metrics.DISTANCE and (key, task, metric) not in known and (key, task) in like:
+        if (
+            metrics.kind_of(metric).group == metrics.DISTANCE
+            and (key, task, metric) not in known
+            and (key, task) in like
+        ):
             stderr = row.sides[0].stderr
             number = {"metric": metric, "value": row.test.value_a, "stderr": stderr, "n": row.test.n}
             made.append({**like[key, task], **number, "higher_is_better": row.measure.higher_is_better})

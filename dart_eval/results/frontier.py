@@ -24,7 +24,7 @@ def quality(block: Block, row: Row) -> float | None:
 
 def by_times(block: Block) -> bool:
     """Whether the block's first metric is a perplexity."""
-    return metrics.of(next(iter(block.tasks), "")).group == metrics.PERPLEXITY
+    return metrics.kind_of(next(iter(block.tasks), "")).group == metrics.PERPLEXITY
 
 
 def curves(block: Block) -> dict[str, list[Row]]:

@@ -167,11 +167,11 @@ def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, A
         fields = ["name", "revision", "weights", *(["remote_code"] if model.get("remote_code") else [])]
         found["model"] = {k: model.get(k) for k in fields}
     if found.get("params"):
-        found["params"] = of_any_version(inputs["params"])
+        found["params"] = without_legacy_defaults(inputs["params"])
     return found
 
 
-def of_any_version(params: Mapping[str, Any]) -> dict[str, Any]:
+def without_legacy_defaults(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parts and fields of a method without those that older versions did not tell, where they do as these did."""
     return {k: v for k, v in params.items() if UNSAID.get(k) != v}
 

@@ -60,7 +60,7 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
     by_task: settings only where cells of one task differ in them (each task may have a limit of its own).
     """
     groups = list(_grouped(records, lambda r: r.inputs["task"] if by_task else "").values())
-    apart = [s for s in NAMED if any(len(values(s, group)) > 1 for group in groups)]
+    apart = [s for s in NAMED if any(len(values_of(s, group)) > 1 for group in groups)]
     models = {(r.inputs["model"]["name"], json.dumps(r.inputs["model"], sort_keys=True)) for r in records}
     methods, found = specs(records), {}
     for r in records:
@@ -73,14 +73,14 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
         found[r.key] = methods[r.key] + bits, told
     for rs in _grouped(records, lambda r: (found[r.key][0], *found[r.key][1])).values():
         if (
-            len(rs) > len({_place(r) for r in rs}) and len(values("code", rs)) > 1
+            len(rs) > len({_place(r) for r in rs}) and len(values_of("code", rs)) > 1
         ):  # nothing else tells two cells of one place apart
             for r in rs:
                 found[r.key][1].append(_told("code", r))
     return {key: f"{name} ({' '.join(told)})" if told else name for key, (name, told) in found.items()}
 
 
-def values(setting: str, cells: Iterable[Named]) -> list[str]:
+def values_of(setting: str, cells: Iterable[Named]) -> list[str]:
     """The values that a setting has in these cells, as text; without those that go with any."""
     found = {json.dumps(c.inputs.get(setting)) for c in cells if matters(setting, c.inputs)}
     return sorted(found - {"null"} if setting in FIELDS and FIELDS[setting].any else found)

@@ -71,7 +71,7 @@ METRICS = {
 UNKNOWN = Kind()
 
 
-def of(metric: str) -> Kind:
+def kind_of(metric: str) -> Kind:
     """What is known of a metric; its filter (`exact_match,strict`) does not count."""
     return METRICS.get(metric.partition(",")[0], UNKNOWN)
 
@@ -116,7 +116,11 @@ def main(found: Iterable[N]) -> list[N]:
     chosen: dict[str, N] = {}
     everything = list(found)
     last = len(METRICS)
-    for m in sorted(everything, key=lambda m: last if (rank := of(m.metric).rank) is None else rank):
-        if m.higher_is_better is not None and m.metric.partition(",")[0] != GOLD and of(m.metric).group != DISTANCE:
+    for m in sorted(everything, key=lambda m: last if (rank := kind_of(m.metric).rank) is None else rank):
+        if (
+            m.higher_is_better is not None
+            and m.metric.partition(",")[0] != GOLD
+            and kind_of(m.metric).group != DISTANCE
+        ):
             chosen.setdefault(m.task, m)
     return [m for m in everything if chosen.get(m.task) is m]

@@ -21,7 +21,7 @@ from dart_eval.results.documents import frame
 from dart_eval.results.format import sparsity
 from dart_eval.results.inputs import HASH_DIGITS, HOW, identity, model_of
 from dart_eval.results.inputs import names as fields_of
-from dart_eval.results.labels import values
+from dart_eval.results.labels import values_of
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
@@ -56,7 +56,7 @@ class Measure:
 
     @property
     def kind(self) -> str:
-        return metrics.of(self.name).kind
+        return metrics.kind_of(self.name).kind
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def newest(found: Sequence[Cell]) -> list[Cell]:
     for group in groups.values():
         last = max(group, key=lambda c: (c.created, c.key))
         for name in fields_of(HOW):
-            if len(several := values(name, group)) > 1:
+            if len(several := values_of(name, group)) > 1:
                 raise UserError(
                     f"{describe(group[0])} in {group[0].source} is there several times, with {name} "
                     f"{' and '.join(several)}", "keep them in folders of their own",
@@ -170,7 +170,7 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
             children.setdefault(m.part_of, set()).add(m.task)
     measures: list[Measure] = []
     left_out = []
-    for m in (m for m in record.metrics if m.part_of is None and metrics.of(m.metric).kind):
+    for m in (m for m in record.metrics if m.part_of is None and metrics.kind_of(m.metric).kind):
         members = tuple(sorted(_ends(m.task, children) & tasks))
         for equal in (False, True):
             measure = Measure(m.task, m.metric, m.higher_is_better, members, equal)
@@ -237,7 +237,7 @@ def _values(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
     raw = list(rows[measure.name]) if len(rows) else []
     if measure.name == "perplexity":  # of lm-eval: every document weighs the same
         raw = [[v, 1] for v in raw]
-    width = metrics.of(measure.name).width
+    width = metrics.kind_of(measure.name).width
     for v in raw:
         parts = v if width > 1 and isinstance(v, list) else [v]
         if len(parts) != width or not all(isinstance(p, (int, float)) for p in parts):
@@ -305,7 +305,7 @@ def _chance(measure: Measure, rows: pd.DataFrame, *values: np.ndarray) -> np.nda
 
     A share of the probability, as of TruthfulQA's mc2, has a chance that does not follow from the number of choices.
     """
-    if not metrics.of(measure.name).chance or "choices" not in rows:
+    if not metrics.kind_of(measure.name).chance or "choices" not in rows:
         return np.zeros(len(rows))
     choices = rows["choices"].to_numpy(float)
     guess = np.where(choices > 1, 1 / np.maximum(choices, 1), 0.0)

@@ -29,7 +29,7 @@ class Pair:
     x: Outcome
     y: Outcome
 
-    def values(self, measure: Measure) -> Pairs | None:
+    def measured(self, measure: Measure) -> Pairs | None:
         """The values of a measure under both; None where one lacks it, or where they do not pair.
 
         A dense cell does not store how far it is from itself.

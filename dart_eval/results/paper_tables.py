@@ -240,7 +240,7 @@ class Paper:
                 "Value ± standard error.",
                 "Bold: better than every other pruned row of its sparsity by the paired test, Holm-adjusted p < .05.",
             ]
-        if any(metrics.of(name).percent for name in numbers["metric"]):
+        if any(metrics.kind_of(name).percent for name in numbers["metric"]):
             parts.append("Accuracies and similarities are in per cent.")
         if layout.mean:
             parts.append("mean: over the columns, each weighs the same.")

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results import layout
-from dart_eval.results.inputs import Model, Share, of_any_version
+from dart_eval.results.inputs import Model, Share, without_legacy_defaults
 from dart_eval.results.ratio import Ratio
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, check_target, read_regular, reason, write
@@ -86,8 +86,8 @@ class Speed:
             inputs: of the cell, as in its record.
         """
         same = all(getattr(self, name) == inputs.get(name) for name in ("dtype", "sparsity", "ffn_bits"))
-        of = _which(self.model), of_any_version(self.params)
-        return same and of == (_which(inputs["model"]), of_any_version(inputs["params"]))
+        of = _which(self.model), without_legacy_defaults(self.params)
+        return same and of == (_which(inputs["model"]), without_legacy_defaults(inputs["params"]))
 
     @property
     def key(self) -> str:
@@ -131,7 +131,7 @@ def path_of(folder: str | Path, speed: Speed) -> Path:
     return Path(folder) / FOLDER / f"decode-{name}-{speed.sparsity:g}-{speed.key[:16]}.json"
 
 
-def check(folder: str | Path) -> None:
+def check_folder(folder: str | Path) -> None:
     """Refuse a folder in which nothing could be kept, before anything is measured.
 
     Raises:
@@ -153,7 +153,7 @@ def keep(folder: str | Path, speed: Speed) -> Path:
     return path
 
 
-def read(folder: str | Path) -> list[Speed]:
+def load_speeds(folder: str | Path) -> list[Speed]:
     """All speeds that are kept in a folder of results, oldest first; none where nothing was measured.
 
     A file that cannot be read is named on stderr and left out.

@@ -255,7 +255,7 @@ class Store:
             UnreadSamples: their file is missing, or not as it was written, or answers in it are no numbers (an older
                 version kept those), so that no accuracy over them is one.
         """
-        found = self._told(record, "samples", SAMPLE)
+        found = self._read_file(record, "samples", SAMPLE)
         if wrong := sum(not _numbers(line.get("responses") or []) for line in found):
             inputs = record.inputs
             raise UnreadSamples(
@@ -279,9 +279,9 @@ class Store:
         Raises:
             UnreadSamples: their file is missing, or not as it was written.
         """
-        return {(line["task"], line["doc_id"]): line for line in self._told(record, "texts", DOCUMENT)}
+        return {(line["task"], line["doc_id"]): line for line in self._read_file(record, "texts", DOCUMENT)}
 
-    def _told(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[dict[str, Any]]:
+    def _read_file(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[dict[str, Any]]:
         try:
             return self._lines(record, kind, type_)
         except (OSError, ValueError) as error:

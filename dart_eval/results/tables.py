@@ -65,7 +65,7 @@ def quality(records: Sequence[Record], lines: Sequence[dict[str, Any]]) -> list[
     if data.empty:
         return []
     data["text"] = [with_error(*m) for m in zip(data["metric"], data["value"], data["stderr"], strict=True)]
-    groups = data["metric"].map(lambda name: metrics.of(name).group)
+    groups = data["metric"].map(lambda name: metrics.kind_of(name).group)
     return [_quality(group, data[groups == group], records) for group in metrics.GROUPS if (groups == group).any()]
 
 

@@ -28,7 +28,7 @@ class Thresholds:
     alpha: float = 0.05
     tasks: dict[str, Limits] = field(default_factory=dict)
 
-    def of(self, task: str) -> Limits:
+    def limits_of(self, task: str) -> Limits:
         return self.tasks.get(task, self.limits)
 
 

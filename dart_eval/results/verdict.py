@@ -123,7 +123,7 @@ def stand_of(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
 def _differences(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
     """A - B in the block's first metric, in perplexities and log-likelihoods; above 0 where A is better."""
     for i, (metric, quality) in enumerate(a.quality.items()):
-        if i and metrics.of(metric).group != metrics.PERPLEXITY:
+        if i and metrics.kind_of(metric).group != metrics.PERPLEXITY:
             continue  # the family of tests is not to depend on what else a folder holds
         other = b.quality.get(metric)
         if quality.better is not None and other is not None and other.better is not None:
@@ -179,14 +179,14 @@ def _amounts(row: Row, ends: bool = False) -> str:
 def _amount(row: Row, metric: str, ends: bool = False) -> str:
     """`100 % of what dense has above guessing [83, 117]`, or `perplexity 1.08x [1.06, 1.10]`, times dense's."""
     quality = row.quality[metric]
-    if metrics.of(metric).group == metrics.PERPLEXITY and quality.times:
+    if metrics.kind_of(metric).group == metrics.PERPLEXITY and quality.times:
         value, interval = quality.times
         return f"{PERPLEXITY} {multiple(value, *((interval or ()) if ends else ()))}"
     if quality.share is None:
         return f"{metrics.said(metric)} {short(metric, quality.value, quality.stderr)}"
     said = percent(quality.share.value)
     if ends:
-        said += f" of what dense has{' above guessing' * metrics.of(metric).chance}"
+        said += f" of what dense has{' above guessing' * metrics.kind_of(metric).chance}"
         said += f" [{', '.join(percent(end)[:-2] for end in quality.share.interval)}]" if quality.share.interval else ""
     return said
 

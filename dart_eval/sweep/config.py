@@ -34,7 +34,7 @@ RAY_OPTIONS = ("ray_address", "gpus_per_cell", "cpus_per_cell", "shards")
 TYPES = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 
 
-def _told(help: str, none: str = "", **bounds: Any) -> Any:
+def _help(help: str, none: str = "", **bounds: Any) -> Any:
     """What an option means.
 
     Args:
@@ -55,55 +55,56 @@ class RunConfig:
     """Everything `dart-eval run` can be told; the keys of run.yaml are these names."""
 
     model: Annotated[
-        Text | None, _told("Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model")
+        Text | None, _help("Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model")
     ] = None
-    revision: Annotated[Text | None, _told("Take this branch, tag or commit of the model on the hub.")] = None
+    revision: Annotated[Text | None, _help("Take this branch, tag or commit of the model on the hub.")] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        _told("Load the weights in this number format; auto is the checkpoint's own."),
+        _help("Load the weights in this number format; auto is the checkpoint's own."),
     ] = "auto"
     device: Annotated[
-        Text, AfterValidator(values.device), _told("Run the model here: auto, cpu, cuda, cuda:1 or mps.")
+        Text, AfterValidator(values.device), _help("Run the model here: auto, cpu, cuda, cuda:1 or mps.")
     ] = "auto"
-    device_map: Annotated[Text | None, _told("Spread the model over several GPUs, for example auto.")] = None
+    device_map: Annotated[Text | None, _help("Spread the model over several GPUs, for example auto.")] = None
     peft: Annotated[
-        Text | None, _told("Merge this adapter of PEFT (LoRA and its like) into the model: a local folder or a hub id.")
+        Text | None,
+        _help("Merge this adapter of PEFT (LoRA and its like) into the model: a local folder or a hub id."),
     ] = None
     trust_remote_code: Annotated[
-        Flag, _told("Run Python code that comes with the model. Without this option none is run.")
+        Flag, _help("Run Python code that comes with the model. Without this option none is run.")
     ] = False
     confirm_run_unsafe_code: Annotated[
         Flag,
-        _told(
+        _help(
             "Let tasks run code: what the model writes (humaneval, mbpp), Python files that tasks of --include-path "
             "name, and metrics that stand in the working directory."
         ),
     ] = False
     method: Annotated[
         tuple[str, ...], BeforeValidator(values.methods),
-        _told(
+        _help(
             "Run these methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift. "
             "`dart-eval ls methods` shows all of them."
         ),
     ] = ("dense", "griffin", "dart", "dart-plus")  # fmt: skip
     sparsity: Annotated[
         tuple[float, ...], BeforeValidator(values.sparsities),
-        _told(
+        _help(
             "Run at these sparsities, comma-separated, from 0 to below 1: shares of the FFN weights that a token does "
             "not read. 0.5:0.9:0.1 is 0.5 to 0.9 in steps of 0.1, both ends included."
         ),
     ] = (0.5,)  # fmt: skip
     ffn_bits: Annotated[
         tuple[str, ...], BeforeValidator(values.ffn_bits),
-        _told(
+        _help(
             "Round the FFN weights to so many bits first, comma-separated: 4, or 4:64 for groups of 64 weights (32 if "
             "not given); q3_k, q4_k and q5_k are llama.cpp's formats; 16 leaves them as they are."
         ),
     ] = ("16",)  # fmt: skip
-    scope: Annotated[Scope, _told(scope_names.HELP)] = "scored"
+    scope: Annotated[Scope, _help(scope_names.HELP)] = "scored"
     allocation: Annotated[
         Text | None,
-        _told(
+        _help(
             "Spread the sparsity over layers in this way, in methods that make masks from the prompt: uniform, depth, "
             "ends, global or table:FILE.",
             "each method's own",
@@ -111,13 +112,13 @@ class RunConfig:
     ] = None
     tasks: Annotated[
         tuple[str, ...], BeforeValidator(values.texts),
-        _told("Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any of lm-eval's names."),
+        _help("Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any of lm-eval's names."),
     ] = ()  # fmt: skip
-    num_fewshot: Annotated[Whole | None, _told("Put so many examples before each item.", "the task's own", ge=0)] = None
+    num_fewshot: Annotated[Whole | None, _help("Put so many examples before each item.", "the task's own", ge=0)] = None
     limit: Annotated[
         int | float | None,
         BeforeValidator(values.limit),
-        _told(
+        _help(
             "Ask only the first N items of each task (of each member of a group); below 1 a share of them, such as "
             "0.1.",
             "all",
@@ -126,48 +127,49 @@ class RunConfig:
     include_path: Annotated[
         tuple[str, ...],
         BeforeValidator(values.texts),
-        _told(
+        _help(
             "Also know the tasks of these folders, comma-separated: YAML files as lm-eval has them. "
             "Python code that they name is not run unless --confirm-run-unsafe-code is given."
         ),
     ] = ()
     batch_size: Annotated[
         int | str, BeforeValidator(values.batch_size),
-        _told(
+        _help(
             "Run so many contexts in a forward, or with auto as many as fit. In float32 this moves last digits only, "
             "except where tokens choose what they read (dart-plus, cats, teal, routed experts) or answers are sampled."
         ),
     ] = 8  # fmt: skip
-    share_prefix: Annotated[Flag, _told("Run once what many contexts begin with, such as few-shot examples.")] = True
-    kl: Annotated[Flag, _told("Measure how far scored tokens are from dense's; scoring then takes longer.")] = True
-    seed: Annotated[Whole, _told("Seed few-shot sampling, and methods that draw, with this number.", ge=0)] = 0
+    share_prefix: Annotated[Flag, _help("Run once what many contexts begin with, such as few-shot examples.")] = True
+    kl: Annotated[Flag, _help("Measure how far scored tokens are from dense's; scoring then takes longer.")] = True
+    seed: Annotated[Whole, _help("Seed few-shot sampling, and methods that draw, with this number.", ge=0)] = 0
     max_length: Annotated[
-        Whole | None, _told("Fit context and answer together into so many tokens.", "the model's", ge=1)
+        Whole | None, _help("Fit context and answer together into so many tokens.", "the model's", ge=1)
     ] = None
-    chunk: Annotated[Whole, _told("Cut perplexity texts into chunks of so many tokens; the later halves count.")] = 2048
-    chat_template: Annotated[Flag, _told("Wrap prompts in the model's chat template.")] = False
+    chunk: Annotated[Whole, _help("Cut perplexity texts into chunks of so many tokens; the later halves count.")] = 2048
+    chat_template: Annotated[Flag, _help("Wrap prompts in the model's chat template.")] = False
     system_instruction: Annotated[
-        Text | None, _told("Put this text before every prompt; in a chat template it is the system's message.")
+        Text | None, _help("Put this text before every prompt; in a chat template it is the system's message.")
     ] = None
-    fewshot_as_multiturn: Annotated[Flag | None, _told("Make the examples turns of the chat template.")] = None
+    fewshot_as_multiturn: Annotated[Flag | None, _help("Make the examples turns of the chat template.")] = None
     enable_thinking: Annotated[
-        Flag | None, _told("Tell the chat template to let the model think before it answers, or not to.")
+        Flag | None, _help("Tell the chat template to let the model think before it answers, or not to.")
     ] = None
     think_end_token: Annotated[
-        Text | None, _told("Score what an answer says after this token alone: its text, such as </think>, or its id.")
+        Text | None,
+        _help("Score what an answer says after this token alone: its text, such as </think>, or its id."),
     ] = None
     gen_kwargs: Annotated[
         str | None,
         BeforeValidator(values.generation),
-        _told("Generate with these settings, which stand before each task's own: temperature=0.7,do_sample=true."),
+        _help("Generate with these settings, which stand before each task's own: temperature=0.7,do_sample=true."),
     ] = None
     cue: Annotated[
-        Text | None, _told("Put this text after the document in summarisation prompts.", "the task's own, TL;DR:")
+        Text | None, _help("Put this text after the document in summarisation prompts.", "the task's own, TL;DR:")
     ] = None
-    data_dir: Annotated[Text | None, _told("Read local data instead of the hub's, see docs/data.md.")] = None
+    data_dir: Annotated[Text | None, _help("Read local data instead of the hub's, see docs/data.md.")] = None
     calibration: Annotated[
         Text | None,
-        _told(
+        _help(
             "Calibrate methods such as flap on this text file, or on the train split of this data set: NAME or "
             "NAME:CONFIGURATION, local or on the hub as those of tasks.",
             "the project's own text",
@@ -175,40 +177,40 @@ class RunConfig:
     ] = None
     calibration_tokens: Annotated[
         Whole | None,
-        _told(
+        _help(
             "Read at most so many tokens of it, in passages of 512 that are drawn.",
             f"all of a text file, {values.DATA_SET_TOKENS} of a data set",
             ge=1,
         ),
     ] = None
-    calibration_seed: Annotated[Whole | None, _told("Draw the passages with this seed.", "0", ge=0)] = None
-    output: Annotated[Text, _told("Write results to this folder; what is finished in it is not run again.")] = "out"
-    force: Annotated[Flag, _told("Run finished cells again.")] = False
+    calibration_seed: Annotated[Whole | None, _help("Draw the passages with this seed.", "0", ge=0)] = None
+    output: Annotated[Text, _help("Write results to this folder; what is finished in it is not run again.")] = "out"
+    force: Annotated[Flag, _help("Run finished cells again.")] = False
     executor: Annotated[
-        Literal["local", "ray"], _told("Run cells in this process (local), or in many, on GPUs or machines (ray).")
+        Literal["local", "ray"], _help("Run cells in this process (local), or in many, on GPUs or machines (ray).")
     ] = "local"
     workers: Annotated[
         Whole,
-        _told("Share the cells among so many processes on this machine, one a GPU where there are any.", ge=1),
+        _help("Share the cells among so many processes on this machine, one a GPU where there are any.", ge=1),
     ] = 1
     ray_address: Annotated[
         Text | None,
-        _told("Use the running Ray cluster at this address, for example auto.", "one is started on this machine"),
+        _help("Use the running Ray cluster at this address, for example auto.", "one is started on this machine"),
     ] = None
-    gpus_per_cell: Annotated[Number | None, _told("Give each Ray worker so many GPUs.", "1 if there are any", ge=0)] = (
+    gpus_per_cell: Annotated[Number | None, _help("Give each Ray worker so many GPUs.", "1 if there are any", ge=0)] = (
         None
     )
-    cpus_per_cell: Annotated[Number | None, _told("Give each Ray worker so many CPUs.", "1", gt=0)] = None
+    cpus_per_cell: Annotated[Number | None, _help("Give each Ray worker so many CPUs.", "1", gt=0)] = None
     shards: Annotated[
         Whole | None,
-        _told(
+        _help(
             "Split every cell into so many shards, one for a Ray worker at a time.",
             "as many as there are workers, if each gets 512 requests",
             ge=1,
         ),
     ] = None
-    log: Annotated[Text | None, _told("Also log finished cells with wandb or trackio.")] = None
-    log_project: Annotated[Text, _told("Log under this project.")] = "dart-eval"
+    log: Annotated[Text | None, _help("Also log finished cells with wandb or trackio.")] = None
+    log_project: Annotated[Text, _help("Log under this project.")] = "dart-eval"
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -243,7 +245,7 @@ class RunConfig:
             raise UserError(f"--chunk {self.chunk} is too short for perplexity", "use some hundred tokens or more")
         if self.fewshot_as_multiturn and not self.chat_template:
             raise UserError("--fewshot-as-multiturn needs turns", "give --chat-template, or leave it out")
-        thinking.check(self.enable_thinking, self.think_end_token, self.chat_template)
+        thinking.check_thinking(self.enable_thinking, self.think_end_token, self.chat_template)
         for folder in self.include_path:
             check_name(folder, "--include-path")
             if not Path(folder).is_dir():

@@ -19,7 +19,7 @@ from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.layers.find import describe
 from dart_eval.models.loading import Resolved, choose_device, resolve
-from dart_eval.pruning import fits
+from dart_eval.pruning import compatibility
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
@@ -114,7 +114,7 @@ def plan_all(
         for name in names:
             view.status(f"loading task {name}")
             try:
-                tasks.check(name, config.limit, config.num_fewshot)
+                tasks.check_task(name, config.limit, config.num_fewshot)
                 hashes[name] = task_hash(tasks.load(name), config.eval_settings)
             except UserError as error:
                 if not skip_missing:
@@ -124,8 +124,8 @@ def plan_all(
             if _draws(tasks.load(name), config):
                 drawn.add(name)
         kind = device or choose_device("auto" if config.device_map else config.device).type
-        _warn_of_one_text(config, tasks, list(hashes), view)
-        for cell in within_reach(plan(config, model, list(hashes), hashes, kind, drawn), model, view):
+        _warn_shared_data(config, tasks, list(hashes), view)
+        for cell in drop_infeasible(plan(config, model, list(hashes), hashes, kind, drawn), model, view):
             jobs.setdefault(cell.key, Job(cell, config, tasks))
     if not jobs:
         raise UserError(f"none of the tasks could be loaded: {'; '.join(missing.values())[:300]}", "see --data-dir")
@@ -154,7 +154,7 @@ def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
     return task_draws(found)
 
 
-def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
+def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
     """Say which tasks ask documents of the data set on which methods calibrate."""
     settled = [method.at(1 - sparsity) for method in methods_of(config) for sparsity in config.sparsity]
     if config.calibration is None or not any(method.calibrates for method in settled):
@@ -168,7 +168,7 @@ def _warn_of_one_text(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
         )
 
 
-def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
+def drop_infeasible(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
     """The cells whose method fits this model and its weights, and whose sparsity can be met on it.
 
     The others are named to the view.
@@ -179,7 +179,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
     Raises:
         UserError: there are cells, and none of them can run.
     """
-    if all(fits.anywhere(cell.method) and cell.rounding is None for cell in cells):
+    if all(compatibility.anywhere(cell.method) and cell.rounding is None for cell in cells):
         return list(cells)
     view.status("looking at the model's layers")
     ffns = describe(model.outline())
@@ -199,7 +199,7 @@ def within_reach(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cel
             if cell.rounding is None:
                 cell.method.check_weights(ffns, cell.sparsity)
             bits = Stored(OWN_BITS) if cell.rounding is None else cell.rounding.stored(ffns[0].width)
-            fits.check(cell.method, ffns, cell.sparsity, bits)
+            compatibility.check_fit(cell.method, ffns, cell.sparsity, bits)
             kept.append(cell)
         except UserError as error:
             on = "" if cell.rounding is None else f" on {said(cell.rounding.text)}"

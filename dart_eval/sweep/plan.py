@@ -89,7 +89,7 @@ def methods_of(config: RunConfig) -> list[Pruner]:
         if ours:
             method = make(name, {**params, **ours})
         for sparsity in config.sparsity if method.sized else ():
-            method.allocation.check(sparsity)
+            method.allocation.check_sparsity(sparsity)
         if method not in made:
             made.append(method)
     return made

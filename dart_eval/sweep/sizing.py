@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.evaluation.forwards import Forwards, output_head
-from dart_eval.evaluation.part import Call, Pilot
+from dart_eval.evaluation.shard import Call, Pilot
 from dart_eval.models.loading import resolve
 from dart_eval.pruning.registry import make
 from dart_eval.results import layout

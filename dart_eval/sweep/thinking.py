@@ -5,7 +5,7 @@ from __future__ import annotations
 from dart_eval.util.errors import UserError
 
 
-def check(thinks: bool | None, end_token: str | int | None, chat_template: bool) -> None:
+def check_thinking(thinks: bool | None, end_token: str | int | None, chat_template: bool) -> None:
     """Refuse what lm-eval refuses, and what would do nothing.
 
     Args:

@@ -16,14 +16,14 @@ import torch
 from dart_eval.evaluation.calibration_text import calibration_text
 from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
-from dart_eval.evaluation.part import Part, Pilot
+from dart_eval.evaluation.shard import Pilot, Shard
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.models.loading import Resolved
 from dart_eval.pruning import cost
 from dart_eval.pruning.calibration.calibration import Passages, TextCalibration
-from dart_eval.pruning.calibration.kept import Kept
+from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import AnySession, DenseSession
@@ -111,7 +111,7 @@ class Worker:
         }
         return outcome, self._record(job, outcome, state, measured, share, inputs, computed)
 
-    def answer(self, job: Job, journal: Journal, part: Part | Pilot, shrink: int = 0) -> None:
+    def answer(self, job: Job, journal: Journal, part: Shard | Pilot, shrink: int = 0) -> None:
         """Answer a part of one cell into the journal; `shrink` as in `run`."""
         with contextlib.ExitStack() as stack:
             session = self._attach(stack, job.cell)
@@ -147,7 +147,7 @@ class Worker:
         }  # fmt: skip
         return TextCalibration(
             self.model, self.tokenizer, lambda: calibration_text(config.calibration, config.data_dir).text,
-            Passages(config.calibration_size, config.calibration_seed or 0), Kept(about),
+            Passages(config.calibration_size, config.calibration_seed or 0), StatsCache(about),
         )  # fmt: skip
 
     def _smaller(self, work: Callable[[], T], shrink: int) -> T:

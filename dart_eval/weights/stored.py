@@ -114,12 +114,12 @@ def _bits(ffn: FFN, module: nn.Module, names: Mapping[int, str], files: Files) -
     """Bits of a weight of one projection in the files; 0: they do not say."""
     if not isinstance(module, Step):
         weights = math.prod(features(module))
-        return files.bits(files.of(names[id(module)]), weights) / weights if id(module) in names else 0.0
+        return files.bits(files.tensors_of(names[id(module)]), weights) / weights if id(module) in names else 0.0
     # Experts may be one tensor, or a module each, under names that the library changes: all of a layer are counted.
     steps = [m for m in ffn.projections if isinstance(m, Step)]
     weights = sum(math.prod(s.held.shape) for s in steps if isinstance(s.held, Tensor))
     name = names.get(id(module.routed.experts), "")
-    found = (files.of(name) if name else []) or files.experts(ffn.number)
+    found = (files.tensors_of(name) if name else []) or files.experts(ffn.number)
     return files.bits(found, weights) / weights if weights else 0.0
 
 
@@ -145,7 +145,7 @@ class Files:
                     found[key] = file, math.prod(part.get_shape()), part.get_dtype()
         return found
 
-    def of(self, name: str) -> list[str]:
+    def tensors_of(self, name: str) -> list[str]:
         """The tensors of a module: under its very name, else under what follows the number of its layer there.
 
         The text part of a model of several may have another root in its file than in memory. None are found where
@@ -180,7 +180,7 @@ class Files:
 
     def tensor(self, name: str, part: str) -> Tensor | None:
         """A tensor of a module by the last part of its name; None where there is none."""
-        for key in self.of(name):
+        for key in self.tensors_of(name):
             if key.endswith(f".{part}"):
                 with safe_open(self._held[key][0], framework="pt") as opened:
                     return opened.get_tensor(key)

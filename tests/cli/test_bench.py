@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval.bench import decode
-from dart_eval.bench.twin import twin
+from dart_eval.bench.dense_copy import twin
 from dart_eval.kernels.kept import KeptRows
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
@@ -117,7 +117,7 @@ def test_no_memory_for_a_twin_is_told(monkeypatch):
 
     model = tiny("llama", torch.float32)
     find_ffns(model)
-    monkeypatch.setattr("dart_eval.bench.twin.copy.deepcopy", deepcopy)
+    monkeypatch.setattr("dart_eval.bench.dense_copy.copy.deepcopy", deepcopy)
     with pytest.raises(UserError, match="second copy of the FFN weights"):
         twin(model)
 
@@ -276,7 +276,7 @@ def test_what_was_measured_is_kept_beside_results(tmp_path, saved_llama):
     spec = "griffin:remask=drift:remask.window=4"
     done = command("bench", "decode", *few, "--method", f"{spec},top-p", "--format", "json", "--output", tmp_path)
     assert done.code == 0, done.err
-    pruned, top = sorted(speeds.read(tmp_path), key=lambda s: s.method)
+    pruned, top = sorted(speeds.load_speeds(tmp_path), key=lambda s: s.method)
     rows = json.loads(done.out)  # what was written is said elsewhere
     assert sorted(done.err.splitlines()) == sorted(f"wrote {speeds.path_of(tmp_path, s)}" for s in (pruned, top))
     assert (pruned.method, pruned.sparsity, pruned.dtype, pruned.device) == (spec, 0.7, "float32", "cpu")

@@ -25,24 +25,24 @@ def speed(**changes):
 
 
 def test_what_was_kept_is_read_back_oldest_first(tmp_path):
-    assert speeds.read(tmp_path) == speeds.read(tmp_path / "none") == []
+    assert speeds.load_speeds(tmp_path) == speeds.load_speeds(tmp_path / "none") == []
     earlier = speed(sparsity=0.5, created="2026-01-01T00:00:00+00:00", method="a/b:c=d")
     untimed = speed(speedup=None, control=None, times="bytes only", created="2026-02-01", sparsity=0.4)
     for one in (SPEED, untimed, earlier):
         path = speeds.keep(tmp_path, one)
         assert path.parent == tmp_path / "bench"
     assert path.name.startswith("decode-a_b-0.5-")
-    assert speeds.read(tmp_path) == [earlier, SPEED, untimed]
+    assert speeds.load_speeds(tmp_path) == [earlier, SPEED, untimed]
 
 
 def test_measured_again_it_replaces_what_was_there(tmp_path):
     speeds.keep(tmp_path, SPEED)
     again = speed(speedup=Ratio(1.5, 1.4, 1.6, 75), created="2026-01-03", environment={"torch": "3.0"})
     speeds.keep(tmp_path, again)
-    assert speeds.read(tmp_path) == [again]
+    assert speeds.load_speeds(tmp_path) == [again]
     for change in ({"hardware": "4 threads"}, {"compiled": "default"}, {"prompt_tokens": 1024}, {"dtype": "float32"}):
         speeds.keep(tmp_path, speed(**change))
-    assert len(speeds.read(tmp_path)) == 5
+    assert len(speeds.load_speeds(tmp_path)) == 5
 
 
 @pytest.mark.parametrize(("change", "fits"), [
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
         (json.dumps({k: v for k, v in data.items() if k != "ceiling"}), "lacks 'ceiling'"),
     ):  # fmt: skip
         other.write_text(text)
-        assert speeds.read(tmp_path) == [SPEED]
+        assert speeds.load_speeds(tmp_path) == [SPEED]
         said = capsys.readouterr().err
         assert said.startswith(f"note: left out: {other} cannot be read (") and why in said
 
@@ -89,5 +89,7 @@ def test_a_folder_that_takes_no_file_is_refused_beforehand(tmp_path):
 
 @pytest.mark.process
 def test_reading_needs_no_torch():
-    code = "import sys; from dart_eval.results import speeds; speeds.read('none'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from dart_eval.results import speeds; speeds.load_speeds('none'); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dart_eval.bench import untimed
+from dart_eval.bench import bytes_only
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
 from dart_eval.pruning.registry import make, parse
@@ -32,7 +32,7 @@ def test_rows_without_times_stand_among_those_with(saved_llama, tmp_path):
         assert 0.2 < row["weights_read"] < 0.75 and row["ceiling"] > 1 and row["why"]
     assert others[2]["weights_read"] == pytest.approx(0.5, abs=0.01)
     assert others[0]["ceiling"] == pytest.approx(griffin["ceiling"], rel=0.02)  # bytes that are nearly as many
-    found = {s.method: s for s in speeds.read(tmp_path)}
+    found = {s.method: s for s in speeds.load_speeds(tmp_path)}
     assert (found["cats"].speedup, found["cats"].times) == (None, "bytes only")
     assert (found["griffin"].speedup.median, found["griffin"].times) == (griffin["speedup"], "measured")
     assert found["teal"].more["why"] == "entries=threshold has no kernels here"
@@ -66,16 +66,18 @@ def test_a_sparsity_out_of_reach_leaves_one_method_out(saved_llama):
 
 def test_a_text_that_nothing_can_read_leaves_one_method_out():
     model = tiny("llama", torch.float32)
-    assert "no tokenizer" in str(untimed.refused(model, make("teal"), 0.5, None))
-    assert untimed.refused(model, make("teal"), 0.5, object()) is untimed.refused(model, make("preview"), 0.5, None)
+    assert "no tokenizer" in str(bytes_only.refused(model, make("teal"), 0.5, None))
+    assert bytes_only.refused(model, make("teal"), 0.5, object()) is bytes_only.refused(
+        model, make("preview"), 0.5, None
+    )
 
 
 def test_what_does_not_fit_a_model_is_left_out_too():
-    depth = untimed.refused(types.tiny("deepseek_v4"), make("dart"), 0.5, object())
+    depth = bytes_only.refused(types.tiny("deepseek_v4"), make("dart"), 0.5, object())
     assert "allocation=depth does not fit this model" in str(depth)
     model = types.tiny("qwen3_moe")
-    assert "choice=candidates is not made for experts" in str(untimed.refused(model, make("pop"), 0.5, object()))
-    assert untimed.refused(model, make("dart-plus"), 0.5, object()) is None
+    assert "choice=candidates is not made for experts" in str(bytes_only.refused(model, make("pop"), 0.5, object()))
+    assert bytes_only.refused(model, make("dart-plus"), 0.5, object()) is None
 
 
 @pytest.mark.parametrize(("method", "why"), [
@@ -93,20 +95,20 @@ def test_weights_that_cannot_be_copied_are_counted_and_not_timed():
     model = tiny("llama", torch.float32)
     model.model.layers[2].mlp = model.model.layers[0].mlp
     assert "have one FFN" in lacking(make("griffin"), find_ffns(model))
-    found = untimed.measure(model, make("griffin"), 0.7, prompt_tokens=8)
+    found = bytes_only.measure(model, make("griffin"), 0.7, prompt_tokens=8)
     assert found.weights_read == pytest.approx(0.3, abs=0.01) and "have one FFN" in found.why
 
 
 def test_what_varies_is_the_mean_over_decoded_tokens():
     """All neurons of a plain sum of |h|: `p` of 1 reads everything, whatever the sparsity."""
     model = tiny("llama", torch.float32)
-    found = untimed.measure(model, make("top-p", {"choice.p": 1.0}), 0.5, prompt_tokens=8, steps=3)
+    found = bytes_only.measure(model, make("top-p", {"choice.p": 1.0}), 0.5, prompt_tokens=8, steps=3)
     assert (found.weights_read, found.ceiling) == (1.0, 1.0)
-    some = untimed.measure(model, make("top-p", {"choice.p": 0.5}), 0.5, prompt_tokens=8, steps=3)
+    some = bytes_only.measure(model, make("top-p", {"choice.p": 0.5}), 0.5, prompt_tokens=8, steps=3)
     share = shape_of(model, find_ffns(model)).ffn_share
     assert some.weights_read < 0.7 and some.ceiling == pytest.approx(1 / (1 - share * (1 - some.weights_read)))
 
 
 def test_what_neither_prunes_nor_knows_only_the_past_is_refused():
     with pytest.raises(UserError, match="oracle cannot be timed"):
-        untimed.measure(tiny("llama", torch.float32), make("oracle"), 0.5)
+        bytes_only.measure(tiny("llama", torch.float32), make("oracle"), 0.5)

@@ -93,7 +93,7 @@ def test_with_all_neurons_as_candidates_each_token_chooses_from_everything():
 def test_a_tokens_flops_and_reads_by_hand():
     """1000 neurons in each of 2 layers at 70 %: k = (.9 - .2) / 2.8 = .25, M = .25 + .1 * .75 = .325."""
     found = Candidates().counts(Budget([0.3, 0.3], [1000, 1000], 0.7, 3, False))
-    assert (found.mask, found.taken, found.written, found.whole) == ([325, 325], [250, 250], [250, 250], 2)
+    assert (found.mask, found.taken, found.written, found.full_matrices) == ([325, 325], [250, 250], [250, 250], 2)
     assert Candidates().core(torch.tensor([250])).tolist() == [225]  # and 100 candidates: 225 + 100 = 325
     assert Candidates().mask_share(0.3, 3) == pytest.approx(0.325)
     shape = ModelShape(2, 64, (1000, 1000), 3, 0, 0, (0, 0), (None, None), 0)

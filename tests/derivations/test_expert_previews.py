@@ -58,11 +58,11 @@ class Layer:
 def by_hand(layer, image, serve, x, index, weights, counts, known=0.2):
     """What one token's experts write: exact neurons, those that write as the preview has them, and biases."""
     served, down = [serve(m) for m in layer.inputs], serve(layer.down)
-    images = [image.values(m) for m in served]
+    images = [image.approximate(m) for m in served]
     doubts = [(m.values - i).square().mean(1).sqrt().half().float() for m, i in zip(served, images, strict=True)]
     found = []  # of each neuron: what it mends, what it matters, its exact and its previewed part of the answer
     for expert, weight in zip(index.tolist(), weights, strict=True):
-        rows, own, coarse = layer.rows(expert), down.values, image.values(down)
+        rows, own, coarse = layer.rows(expert), down.values, image.approximate(down)
         g, u = (i[rows] @ x + b[rows] for i, b in zip(images, layer.biases, strict=True))
         off = [x.norm() * d[rows] for d in doubts]
         preview = act(g, layer.name) * rest(u, layer.name) * weight

@@ -123,7 +123,7 @@ def test_an_expert_that_the_context_lacked_is_usual_as_the_others_are():
         assert missing and len(missing) < 4
         routed = find_ffns(model)[LAYER].routed
         routed.index = torch.tensor([[missing[0], next(e for e in range(4) if e not in missing)]])
-        usual = state.layers[LAYER].usual()[0, 0].view(2, -1)
+        usual = state.layers[LAYER].context_rms()[0, 0].view(2, -1)
     others = squares[had > 0] / had[had > 0]
     assert torch.allclose(usual[0].square(), others.mean().expand(16), rtol=1e-4)
     seen = int(routed.index[0, 1])

@@ -194,5 +194,5 @@ def test_griffin_draws_in_proportion_to_the_root_of_its_sums(best):
 def test_a_neuron_is_drawn_as_often_as_its_score_says():
     """One of three neurons with scores 1, 2, 5: drawn with chances of 1/8, 2/8 and 5/8."""
     sums, keep, score = torch.tensor([[1.0, 4.0, 25.0]]), torch.tensor([1]), Activation()
-    found = sum(Sample(seed=seed).take(sums, keep, 0, score)[0].float() for seed in range(4000)) / 4000
+    found = sum(Sample(seed=seed).draw(sums, keep, 0, score)[0].float() for seed in range(4000)) / 4000
     assert found.tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.03)

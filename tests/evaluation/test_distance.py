@@ -218,7 +218,7 @@ def test_a_document_and_a_record_say_how_far_they_are(swept):
         asked = method != "dense" and task != "smoke_summary"
         assert ("kl" in named, "kl_p95" in named, "kl" in samples[0]["metrics"]) == (asked,) * 3
         assert all(("kl_bins" in s) == asked for s in samples)
-        assert metrics.main(m for m in record.metrics if metrics.of(m.metric).group == metrics.DISTANCE) == []
+        assert metrics.main(m for m in record.metrics if metrics.kind_of(m.metric).group == metrics.DISTANCE) == []
         if not asked:
             continue
         for name, up in (("kl", False), ("top1", True)):

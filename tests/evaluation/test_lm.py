@@ -17,12 +17,12 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from dart_eval.evaluation.costs import Cost
-from dart_eval.evaluation.fitting import fit, truncated
 from dart_eval.evaluation.generation import GenerationLog, Generator
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.tasks import Tasks, whole_tokens
+from dart_eval.evaluation.truncation import fit, truncated
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.results.journal import Journal
 from dart_eval.util.errors import UserError

@@ -103,7 +103,7 @@ def _beside(tmp_path, monkeypatch, indexed):
 def test_a_task_whose_data_cannot_be_read_names_the_line(tmp_path, kind, words):
     data_dir(tmp_path / "data", FAULTS[kind][0])
     with pytest.raises(UserError) as said:
-        Tasks(tmp_path / "data").check("hellaswag", None)
+        Tasks(tmp_path / "data").check_task("hellaswag", None)
     assert str(said.value).startswith("task hellaswag: ") and words in str(said.value)
     assert "DatasetGenerationError" not in str(said.value)
 
@@ -118,9 +118,9 @@ def test_a_task_whose_data_cannot_be_read_names_the_line(tmp_path, kind, words):
 def test_a_right_answer_outside_the_choices_is_told_with_its_document(tmp_path, changes, words):
     data_dir(tmp_path / "data", GOOD + lines(row(5, **changes)))
     shelf = Tasks(tmp_path / "data")
-    shelf.check("hellaswag", 4)
+    shelf.check_task("hellaswag", 4)
     with pytest.raises(UserError, match=words):
-        shelf.check("hellaswag", None)
+        shelf.check_task("hellaswag", None)
 
 
 def question(i=0, **changes):
@@ -165,7 +165,7 @@ def test_a_row_that_cannot_be_asked_is_told_with_its_line(arc, kind, first):
     rows = [question(9, **changes), question(1), question(2)]
     shelf = arc(*rows if first else rows[::-1])
     with pytest.raises(UserError) as said:
-        shelf.check("arc_easy", None)
+        shelf.check_task("arc_easy", None)
     number = 3 if not first else 2 if kind == "number" else 1  # of two kinds the later one is the odd one
     assert f"test.jsonl, line {number}" in said.value.problem
     if not first:
@@ -175,12 +175,12 @@ def test_a_row_that_cannot_be_asked_is_told_with_its_line(arc, kind, first):
 @pytest.mark.slow  # the index of all tasks
 def test_examples_that_there_are_not_are_refused(arc):
     shelf = arc(question(5), question(6))
-    shelf.check("arc_easy", None, 4)
+    shelf.check_task("arc_easy", None, 4)
     for shots in (5, 4_000_000_000):
         with pytest.raises(
             UserError, match=rf"arc_easy is to show {shots} examples, and has 4; give --num-fewshot 4 or"
         ):
-            shelf.check("arc_easy", None, shots)
+            shelf.check_task("arc_easy", None, shots)
 
 
 @pytest.mark.slow  # the index of all tasks

@@ -11,7 +11,7 @@ from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
 import dart_eval
-from dart_eval.bench import untimed
+from dart_eval.bench import bytes_only
 from dart_eval.layers import quantised
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import weight_matrix
@@ -127,7 +127,7 @@ def test_memory_is_what_lies_there(checkpoints, kind):
 @pytest.mark.parametrize("kind", ["torchao-4", "bitsandbytes-4"])
 def test_a_ceiling_is_held_against_the_model_itself(checkpoints, kind):
     model = _loaded(checkpoints[kind])
-    found = untimed.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
+    found = bytes_only.measure(model, make("griffin"), 0.5, prompt_tokens=8, steps=1)
     phi = shape_of(model, find_ffns(model)).ffn_share
     into, down = BITS[kind]
     read = (into + down // 1 / 2 + down % 1) / (2 * into + down)  # half of all but the scales of down

@@ -26,10 +26,10 @@ def installed(monkeypatch):
     ("task", "module"), [("ifeval", "langdetect"), ("ruler_4k", "wonderwords"), ("longbench_lcc", "rouge")]
 )
 def test_a_missing_package_is_named_with_its_remedy(task, module, installed, monkeypatch):
-    task_names.check([task])
+    task_names.check_names([task])
     monkeypatch.setattr(task_needs, "find_spec", lambda name: None if name == module else name)
     with pytest.raises(UserError) as refused:
-        task_names.check([task])
+        task_names.check_names([task])
     assert str(refused.value.problem) == f"task {task} needs the package {module}"
     assert refused.value.remedy == "pip install 'dart-eval[tasks]'"
 
@@ -45,12 +45,12 @@ def test_data_of_nltk_are_downloaded_or_named(installed, monkeypatch):
 
     monkeypatch.setattr(nltk.data, "find", lacks)
     monkeypatch.setattr(nltk, "download", lambda name, **_: name == "punkt_tab")
-    task_names.check(["ifeval"])
+    task_names.check_names(["ifeval"])
     monkeypatch.setattr(nltk, "download", lambda name, **_: False)
-    task_names.check(["niah_single_1", "ruler_vt"])  # these cut no sentences
+    task_names.check_names(["niah_single_1", "ruler_vt"])  # these cut no sentences
     for task in ("ifeval", "ruler_8k", "niah_single_2", "niah_multikey_1"):
         with pytest.raises(UserError, match=f"task {task} needs NLTK's data punkt_tab, which could not be downloaded"):
-            task_names.check([task])
+            task_names.check_names([task])
 
 
 def test_the_extra_has_what_they_need():

@@ -15,7 +15,7 @@ from dart_eval.cluster import cluster
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
-from dart_eval.evaluation.unsafe import nothing_of_this_folder
+from dart_eval.evaluation.unsafe import block_local_code
 from dart_eval.sweep.config import RunConfig, config_from
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import command
@@ -103,7 +103,7 @@ def test_a_metric_of_the_working_directory_that_may_run_belongs_to_the_tasks_has
 @pytest.mark.parametrize("swallowed", [True, False])
 def test_other_metrics_of_the_working_directory_are_refused_by_name(marker, swallowed):
     def load():
-        with nothing_of_this_folder("french", False):
+        with block_local_code("french", False):
             try:
                 evaluate.load("code_eval")
             except UserError:  # as several tasks do: they say that a package is missing
@@ -120,9 +120,9 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_the_hubs(tmp_path, monkey
     (tmp_path / "org" / "set" / "test.jsonl").write_text('{"a": 1}\n')
     monkeypatch.chdir(tmp_path)
     words = r"task some would load \./org/set of the working directory; start dart-eval in"
-    with pytest.raises(UserError, match=words), nothing_of_this_folder("some", False):
+    with pytest.raises(UserError, match=words), block_local_code("some", False):
         load_dataset("org/set")
-    with nothing_of_this_folder("some", False):  # local data by a full path are meant
+    with block_local_code("some", False):  # local data by a full path are meant
         assert load_dataset(str(tmp_path / "org" / "set"))["test"]["a"] == [1]
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dart_eval.cluster import worker as cell_worker
-from dart_eval.evaluation.part import WHOLE, Part
+from dart_eval.evaluation.shard import WHOLE, Shard
 from dart_eval.sweep import jobs
 from dart_eval.sweep.config import config_from
 from dart_eval.util.errors import UserError
@@ -67,7 +67,7 @@ def test_an_actor_evaluates_cells_of_several_sweeps(make, tmp_path):
     # Parts cover the cell, also where memory ran out in one of them.
     (key,) = jobs.plan_all([configs[1]], jobs.Silent(), False, "cpu")[0]
     for index, shrink in ((0, 1), (1, 0)):
-        assert worker.run(_payload(key, configs[1], Part(index, 2), shrink=shrink), told.append) == shrink
+        assert worker.run(_payload(key, configs[1], Shard(index, 2), shrink=shrink), told.append) == shrink
     answers = {name: answer for message in told for name, answer in message[0].items()}
     told.clear()
     worker.run(_payload(key, configs[1], answers=answers), told.append)

@@ -54,7 +54,7 @@ HARMLESS = {
     "where a file lies": ("dart_eval.layers.ffn import", "dart_eval.layers.ffn import"),
     "the order of imports": ("FFN, find_ffns as found", "find_ffns as found, FFN"),
     "a wrapped import": ("import FFN, find_ffns as found", "import (\n    FFN,\n    find_ffns as found,\n)"),
-    "imports in two lines": ("import FFN, ", "import FFN\nfrom dart_eval.layers.trial import "),
+    "imports in two lines": ("import FFN, ", "import FFN\nfrom dart_eval.layers.verify import "),
     "empty lines": ("class Score:", "\n\n\nclass Score:"),
 }
 HARMFUL = {

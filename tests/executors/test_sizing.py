@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dart_eval.evaluation.part import WHOLE, Call, Part, Pilot
+from dart_eval.evaluation.shard import WHOLE, Call, Pilot, Shard
 from dart_eval.models.loading import resolve
 from dart_eval.results.journal import Journal
 from dart_eval.sweep import jobs, sizing
@@ -22,9 +22,9 @@ def _config(folder, output, **changes):
 def test_parts_cover_every_unit_once():
     for total in (0, 1, 5, 17):
         for count in (1, 2, 4, 30):
-            taken = [n for i in range(count) for n in range(total) if Part(i, count).takes(n, 0, 0)]
+            taken = [n for i in range(count) for n in range(total) if Shard(i, count).takes(n, 0, 0)]
             assert sorted(taken) == list(range(total))
-    assert WHOLE.whole and not Part(0, 2).whole and not Pilot().whole
+    assert WHOLE.whole and not Shard(0, 2).whole and not Pilot().whole
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_a_part_answers_its_share_and_all_parts_everything(saved_llama, tmp_path
     worker = Worker(config, resolve(config.model_spec))
     for job in found.values():
         journal, plain = Journal(), Journal()
-        worker.answer(job, journal, Part(0, 2))
+        worker.answer(job, journal, Shard(0, 2))
         half = len(journal)
-        worker.answer(job, journal, Part(1, 2))
+        worker.answer(job, journal, Shard(1, 2))
         assert 0 < half < len(journal) == sum(c.requests for c in worker.lm.calls)
         merged, _ = worker.run(job, journal)
         assert all(not c.seconds for c in worker.lm.calls)

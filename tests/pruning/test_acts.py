@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dart_eval.layers.acts import Act, Lift, swish
+from dart_eval.layers.activations import Act, Lift, swish
 from dart_eval.layers.find import find_ffns, unchanged
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens

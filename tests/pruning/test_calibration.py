@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dart_eval.pruning.calibration import kept
+from dart_eval.pruning.calibration import stats_cache
 from dart_eval.pruning.calibration.calibration import Passages, TextCalibration, means
-from dart_eval.pruning.calibration.kept import Kept
+from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.masks.scores import Activation, Wanda
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
@@ -90,16 +90,16 @@ def test_sums_are_made_in_fp32_over_every_segments_own_tokens(dtype):
 
 def test_passages_are_drawn_by_a_seed_until_there_are_so_many_tokens():
     ids = torch.arange(1200)
-    assert [len(p) for p in Passages().of(ids, 100)] == [100] * 12
+    assert [len(p) for p in Passages().cut(ids, 100)] == [100] * 12
     for tokens in (1, 99, 100, 450, 1199):
-        drawn = [Passages(tokens, seed).of(ids, 100) for seed in (0, 0, 1)]
+        drawn = [Passages(tokens, seed).cut(ids, 100) for seed in (0, 0, 1)]
         assert [[p.tolist() for p in some] for some in drawn[:1]] == [[p.tolist() for p in some] for some in drawn[1:2]]
         for passages in drawn:
             found = torch.cat(passages)
             assert len(found) == len(set(found.tolist())) == tokens
             assert all(int(p[0]) % 100 == 0 and p.tolist() == [*range(int(p[0]), int(p[0]) + len(p))] for p in passages)
         assert torch.cat(drawn[0]).tolist() != torch.cat(drawn[2]).tolist() or tokens == 1199
-    assert torch.equal(torch.cat(Passages(5000, 1).of(ids, 100)), ids)
+    assert torch.equal(torch.cat(Passages(5000, 1).cut(ids, 100)), ids)
 
 
 def counted(model, store=None, passages=Passages()):
@@ -145,7 +145,7 @@ def test_what_a_method_makes_of_the_text_is_kept(method, params):
     model, about = tiny("llama"), {"model": f"kept for {method}"}
     prompts, found = [list(range(1, 20))], []
     for sparsity, read in ((0.3, True), (0.3, False), (0.25, method in ("cats", "prox", "teal"))):
-        calibration, lengths = counted(model, Kept(about))
+        calibration, lengths = counted(model, StatsCache(about))
         with prune(model, make(method, params), sparsity, calibration=calibration) as session:
             assert bool(lengths) == read
             found.append(decoded(model, session, prompts)[0])
@@ -154,12 +154,16 @@ def test_what_a_method_makes_of_the_text_is_kept(method, params):
 
 def test_what_is_kept_is_found_by_a_later_run_of_the_same_and_of_nothing_else():
     model, about = tiny("llama"), {"model": "kept"}
-    first, lengths = counted(model, Kept(about))
+    first, lengths = counted(model, StatsCache(about))
     found = statistics(first)
     measured = sum(lengths)
-    again, lengths = counted(model, Kept(about))
+    again, lengths = counted(model, StatsCache(about))
     assert all(torch.equal(a, b) for a, b in zip(found, statistics(again), strict=True)) and not lengths
-    others = (Kept({"model": "other"}), Passages()), (Kept(about), Passages(700)), (Kept(about), Passages(700, 1))
+    others = (
+        (StatsCache({"model": "other"}), Passages()),
+        (StatsCache(about), Passages(700)),
+        (StatsCache(about), Passages(700, 1)),
+    )
     for store, passages in others:
         other, lengths = counted(model, store, passages)
         statistics(other)
@@ -172,19 +176,19 @@ def test_what_is_kept_is_found_by_a_later_run_of_the_same_and_of_nothing_else():
 )
 def test_a_kept_file_that_is_damaged_is_made_anew(damage, caplog):
     model, about = tiny("llama"), {"model": f"damaged {damage(bytes(50))}"}
-    before = {*kept.folder().glob("*")}
-    first, _ = counted(model, Kept(about))
+    before = {*stats_cache.folder().glob("*")}
+    first, _ = counted(model, StatsCache(about))
     found = first.sums(Wanda().observe)
-    (file,) = {*kept.folder().glob("*")} - before
+    (file,) = {*stats_cache.folder().glob("*")} - before
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
-    again, lengths = counted(model, Kept(about))
+    again, lengths = counted(model, StatsCache(about))
     assert all(torch.equal(a, b) for a, b in zip(found, again.sums(Wanda().observe), strict=True))
     assert lengths and "is damaged" in caplog.text and file.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("dart_eval.pruning.calibration.kept.folder", lambda: tmp_path / "file" / "folder")
-    calibration, _ = counted(tiny("llama"), Kept({"model": "unkept"}))
+    monkeypatch.setattr("dart_eval.pruning.calibration.stats_cache.folder", lambda: tmp_path / "file" / "folder")
+    calibration, _ = counted(tiny("llama"), StatsCache({"model": "unkept"}))
     assert len(calibration.sums(Wanda().observe)) == 3

@@ -19,7 +19,7 @@ from dart_eval.pruning.choices.countdown import ByUp
 from dart_eval.pruning.choices.gate_up import GateUp
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.preview import ByPreview
-from dart_eval.pruning.choices.prox import Shown
+from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.cost import overhead
 from dart_eval.pruning.masks.counts import Budget, Counts, chosen_counts, keep_counts
 from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
@@ -41,7 +41,7 @@ from tests.helpers.sessions import (
 
 EXACT = [cls for cls in CHOICES if cls.chooses and cls().exact and not cls.adds and not cls.ranks]
 LOOKS = {
-    ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected", Shown: "preview",
+    ByGate: "gate", ByUp: "up", ByHidden: "h", GateUp: "gate", ByPreview: "expected", Prox: "preview",
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def tokens_of(seed, size, tokens, ties, usual=False):
 def take(choice, token, taken=None, written=None):
     """What it takes of neurons of which all are allowed, if the token does not say which."""
     allowed = torch.ones_like(token.h, dtype=torch.bool)[:, :1] if token.allowed is None else token.allowed
-    return choice.take(dataclasses.replace(token, allowed=allowed, taken=taken, written=written))
+    return choice.choose(dataclasses.replace(token, allowed=allowed, taken=taken, written=written))
 
 
 def seen(h, expected=None):
@@ -92,7 +92,7 @@ def test_each_token_takes_exactly_its_count_inside_the_mask_and_the_most_importa
     taken = (mask.sum((1, 2)) * torch.rand(2, generator=generator)).round().long()
     written = (taken * torch.rand(2, generator=generator)).round().long()
     looked = getattr(token, LOOKS[cls]).abs()
-    looked = looked * token.usual if token.usual is not None else looked
+    looked = looked * token.context_rms if token.context_rms is not None else looked
     for less in (taken, written):
         kept = take(choice, token, taken, less)
         assert kept.dtype == torch.bool and kept.shape == token.h.shape
@@ -201,7 +201,7 @@ def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write
         return
     found = chosen_counts(Budget(densities, sizes, sparsity, matrices), whole, ratio, write_share)
     read = whole * sum(found.mask) + (matrices - 1 - whole) * sum(found.taken) + sum(found.written)
-    assert read == matrices * kept and found.whole == whole
+    assert read == matrices * kept and found.full_matrices == whole
     for written, taken, mask, size in zip(found.written, found.taken, found.mask, sizes, strict=True):
         assert 0 <= written <= taken <= mask <= size
     assert sum(found.mask) == sum(sizes) if ratio is None else sum(found.mask) >= kept
@@ -276,7 +276,7 @@ def test_bytes_read_are_the_label_to_the_neuron(family, method, params, allocati
     if method == "random":
         allocation = "uniform"  # it is made before any prompt
     model = tiny(family)
-    sparsity = 0.45 if make(method, params).mask.whole else 0.63
+    sparsity = 0.45 if make(method, params).mask.holds_all else 0.63
     with open_session(model, method, sparsity, execution="masked", **params, allocation=allocation) as session:
         out = model(prompts_of(2, 20), use_cache=True)
         counted = []

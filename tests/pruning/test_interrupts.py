@@ -22,7 +22,7 @@ CLOSELY = {
     "release",
     "leave",
     "_drop",
-    "look_inside",
+    "watch_ffns",
     "restore",
     "whole",
 }

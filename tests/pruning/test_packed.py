@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from dart_eval.bench import packed, untimed
+from dart_eval.bench import bytes_only, packed
 from dart_eval.bench.subject import Setting, Subject
 from dart_eval.cli.bench import _measured
 from dart_eval.kernels import products
@@ -70,7 +70,7 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
     griffin, dense, _ = json.loads(out.out)
     assert griffin["method"] == "griffin" and dense["bits"] == "4" and dense["read"] == pytest.approx(4.5 / 16)
     assert dense["speedup"] > 0 and dense["ceiling"] > 1 and dense["speedup_n"] == 2
-    found = {(s.method, s.ffn_bits): s for s in speeds.read(tmp_path / "out")}
+    found = {(s.method, s.ffn_bits): s for s in speeds.load_speeds(tmp_path / "out")}
     alone, own, on_four = (found[key] for key in (("dense", "4"), ("griffin", None), ("griffin", "4")))
     inputs = {"model": dict(alone.model), "dtype": "bfloat16", "params": alone.params, "sparsity": 0.0}
     assert alone.is_of({**inputs, "ffn_bits": "4"}) and not alone.is_of(inputs)
@@ -103,7 +103,7 @@ def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, to
             assert 1 - 1 / row["ceiling"] == pytest.approx(ffn * (1 - row["weights_read"]) / (1 - 4.5 / 16))
     assert found["dense", "3"]["why"] == "torch has no packed product for 3 bits in rows of 64 weights"
     assert found["griffin", "3"]["why"] == found["dense", "3"]["why"]
-    assert found["griffin", "4"]["why"] == untimed.ALL_WEIGHTS
+    assert found["griffin", "4"]["why"] == bytes_only.ALL_WEIGHTS
     table = command(*words, "--format", "md").out
     assert "Methods do not read 50 % of the rounded weights; read is a share of the bytes of 16-bit weights." in table
     assert table.count("| bytes only ") == 5 and "\n| griffin on 3 bits   | 0.11 | bytes only" in table
@@ -128,9 +128,9 @@ def test_what_cannot_be_rounded_is_refused_before_anything_is_timed(saved_llama,
     done = command(*words, "--model", saved_llama, "--compile", "default")
     assert (done.code, done.out) == (2, "") and "without a compiler; leave --compile or --ffn-bits out" in done.err
     with pytest.raises(UserError, match="are in no parameter of their own"):
-        packed.check(types.tiny("dbrx"))
+        packed.check_roundable(types.tiny("dbrx"))
     checked = []
-    monkeypatch.setattr(packed, "check", lambda model: checked.append(type(model).__name__))
+    monkeypatch.setattr(packed, "check_roundable", lambda model: checked.append(type(model).__name__))
     with pytest.raises(pytest.fail.Exception, match="timed"):
         command(*words, "--model", saved_llama)
     assert checked == ["LlamaForCausalLM"]

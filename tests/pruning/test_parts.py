@@ -13,13 +13,13 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
-from dart_eval.pruning.choices.dart_plus import Graded
+from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.gate_up import GateUp
 from dart_eval.pruning.choices.images import Copy, FirstBits
 from dart_eval.pruning.choices.oracle import ByHidden, TopP
 from dart_eval.pruning.choices.pop import Candidates
 from dart_eval.pruning.choices.preview import ByPreview
-from dart_eval.pruning.choices.prox import Shown
+from dart_eval.pruning.choices.prox import Prox
 from dart_eval.pruning.experts.routings import Fewer, Without
 from dart_eval.pruning.inputs.rounded import RoundedEntries
 from dart_eval.pruning.inputs.teal import Above
@@ -153,9 +153,9 @@ def test_the_built_in_methods_are_these_compositions():
         "cats": Pruner(choice=ByGate(threshold="none")),
         "m-countdown": Pruner(choice=ByUp(threshold="none")),
         "preview": Pruner(choice=ByPreview(image=FirstBits(code=0, group=128, bits=0), write_share=0.7)),
-        "prox": Pruner(choice=Shown(image=Copy(bits=4, group=0), thin=0.5, threshold="none")),
+        "prox": Pruner(choice=Prox(image=Copy(bits=4, group=0), thin=0.5, threshold="none")),
         "dart-plus": Pruner(
-            choice=Graded(
+            choice=DartPlus(
                 image=FirstBits(code=0, group=128, bits=0),
                 fine=0.0,
                 rough=0.0,

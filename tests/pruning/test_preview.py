@@ -132,9 +132,9 @@ def promise(ffn, image, x):
     """The expected square of h: what an image leaves out may raise or lower a product by ||x|| times its row's rms."""
     matrices = served_inputs(ffn)
     biases = [getattr(m, "bias", None) for m in (ffn.gate, ffn.up) if m is not None]
-    seen = [x @ image.values(m).T + (0 if b is None else b) for m, b in zip(matrices, biases, strict=True)]
+    seen = [x @ image.approximate(m).T + (0 if b is None else b) for m, b in zip(matrices, biases, strict=True)]
     off = [
-        x.norm(dim=-1, keepdim=True) * (m.weight - image.values(m)).square().mean(1).sqrt().half().float()
+        x.norm(dim=-1, keepdim=True) * (m.weight - image.approximate(m)).square().mean(1).sqrt().half().float()
         for m in matrices
     ]
     either = (ffn.act(seen[0] + off[0]).square() + ffn.act(seen[0] - off[0]).square()) / 2

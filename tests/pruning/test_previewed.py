@@ -54,7 +54,7 @@ def test_it_says_what_masks_say(family, spelled):
             texts.append(generate(model, torch.tensor([random_tokens(20, 5)]), 12).sequences)
             assert session.execution == ("masked" if execution == "masked" else "copied")
             if execution != "masked":
-                read = [kept.read for kept in session.copies]
+                read = [kept.rows_read for kept in session.copies]
                 assert len(read) == 3 and all(taken < 88 and written < 44 for _, taken, written in read)
         assert same(model, before)
     for others in found[1:]:
@@ -157,7 +157,7 @@ def test_where_most_rows_are_taken_all_are_multiplied():
     image, outputs = 88 * 4.5 / 16, []
     for taken, rows in ((39, 39), (40, 88)):
         found.prepare(torch.empty(0), taken, 9)
-        assert found.read == (image + rows, image + rows, 9)
+        assert found.rows_read == (image + rows, image + rows, 9)
         outputs.append((ffn.act(found._gate(x)) * found._up(x), found._taken))
     (fewer, few), (more, many) = outputs
     torch.testing.assert_close(more[..., torch.isin(many, few)], fewer, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import dart_eval
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.calibration import kept
+from dart_eval.pruning.calibration import stats_cache
 from dart_eval.pruning.choices import serving
 from dart_eval.pruning.choices.images import LEVELS, level_of
 from dart_eval.pruning.registry import make
@@ -104,7 +104,7 @@ def test_what_is_read_settles_what_weights_are_served_as():
 
 
 def test_numbers_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("dart_eval.pruning.calibration.kept.folder", lambda: tmp_path / "calibration")
+    monkeypatch.setattr("dart_eval.pruning.calibration.stats_cache.folder", lambda: tmp_path / "calibration")
     monkeypatch.setattr(serving, "LARGE", 100)
     made = []
     monkeypatch.setattr(serving, "rounded", lambda *a: made.append(a[0].shape) or rounded(*a))
@@ -127,4 +127,4 @@ def test_numbers_of_large_matrices_are_made_once_and_kept_by_their_weights(tmp_p
     for path in (tmp_path / "codes").iterdir():
         path.write_bytes(path.read_bytes()[:-9])
     assert torch.equal(run(tiny("llama")), first) and len(made) == 28
-    assert kept.folder() == tmp_path / "calibration"
+    assert stats_cache.folder() == tmp_path / "calibration"

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from dart_eval.evaluation.forwards import output_head
-from dart_eval.layers import experts, trial
+from dart_eval.layers import experts, verify
 from dart_eval.layers.families import cache_argument, decoder_layers
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
@@ -161,7 +161,7 @@ def test_a_scale_that_is_not_known_is_noticed(dtype):
     ffns = find_ffns(model)
     for ffn in ffns:
         ffn.scale = 0.4
-    trial.check(model, ffns)
+    verify.verify(model, ffns)
     assert not any(ffn.adds for ffn in ffns)
 
 

@@ -184,7 +184,7 @@ def test_a_text_that_is_not_utf8_is_told_with_its_line(tmp_path):
 
 
 READERS = {
-    "config": lambda path: config_from(path, {}), "thresholds": thresholds_from, "baseline": baseline.read,
+    "config": lambda path: config_from(path, {}), "thresholds": thresholds_from, "baseline": baseline.load_baseline,
     "text": lambda path: files.read_text(path, "text", "give another"),
 }  # fmt: skip
 

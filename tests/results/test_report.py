@@ -85,7 +85,7 @@ def test_speed_is_what_was_measured(tmp_path, page):
     for shown in ("1.52x [1.50, 1.60]", "1.00x", "1.80x", "cpu, 2 threads, after 128 tokens"):
         assert f">{shown}</td>" in html
     assert "No speed was measured" not in html
-    first = speeds.read(tmp_path)[0]
+    first = speeds.load_speeds(tmp_path)[0]
     speeds.keep(tmp_path, dataclasses.replace(first, speedup=None, control=None, times="bytes only"))
     html = build(store).html
     assert ">none yet</td>" in html and ">1.80x</td>" in html and "1.52x" not in html

@@ -1,6 +1,6 @@
 """What methods may know of a model before any prompt: activations on a text, projections onto the vocabulary.
 
-Computed once, when a method asks, and where a `Kept` is given never again for the same model and text.
+Computed once, when a method asks, and where a `StatsCache` is given never again for the same model and text.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dart_eval.layers import experts
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.quantised import input_device
-from dart_eval.layers.trial import evaluating
-from dart_eval.pruning.calibration.kept import Kept
+from dart_eval.layers.verify import evaluating
 from dart_eval.pruning.calibration.moments import Moments, Running
+from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.pruning.calibration.vocabulary import Projection, project
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_text
@@ -74,7 +74,7 @@ class Passages:
     tokens: int | None = None
     seed: int = 0
 
-    def of(self, ids: Tensor, length: int) -> list[Tensor]:
+    def cut(self, ids: Tensor, length: int) -> list[Tensor]:
         """The passages of a text's tokens, each at most so long; the last one drawn is cut short."""
         every = list(ids.split(length))
         if self.tokens is None or self.tokens >= len(ids):
@@ -99,7 +99,7 @@ class TextCalibration:
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, path: str | Path | Callable[[], str] | None = None,
-        passages: Passages = Passages(), kept: Kept | None = None,
+        passages: Passages = Passages(), kept: StatsCache | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.passages, self.kept = model, tokenizer, passages, kept
         self.path = DEFAULT_TEXT if path is None else path
@@ -211,7 +211,7 @@ class TextCalibration:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEGMENT + skip
         try:
             with evaluating(self.model), experts.taken_over(self.model):
-                for segment in self.passages.of(ids, max(1, min(SEGMENT, positions - skip))):
+                for segment in self.passages.cut(ids, max(1, min(SEGMENT, positions - skip))):
                     start = torch.tensor([bos] * skip, dtype=segment.dtype)
                     base(input_ids=torch.cat([start, segment])[None].to(device), use_cache=False)
         finally:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from dart_eval.pruning.masks.counts import Budget, Counts, Prices, chosen_counts, keep_counts
+from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost, chosen_counts, keep_counts
 from dart_eval.pruning.part import Part, option
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class Token:
         h: [B, T, F] (or the mask's neurons alone), the input of the down projection.
         gate: the same of act(gate x); of a plain FFN h itself.
         up: the same of up x; of a plain FFN h itself.
-        usual: [B, 1, F] fp32, the root of what `observe` kept of the context's tokens, up to a factor per sequence;
-            None where it keeps nothing.
+        context_rms: [B, 1, F] fp32, the root of what `observe` summed over the context's tokens, up to a factor per
+            sequence; None where it sums nothing.
         x: [B, T, D], the input of the FFN. rows: [K], the neurons that the others have, where they are not all.
         allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask.
         taken, written: [B] long, how many of them each sequence's tokens take and write.
@@ -48,7 +48,7 @@ class Token:
     h: Tensor
     gate: Tensor
     up: Tensor
-    usual: Tensor | None = None
+    context_rms: Tensor | None = None
     x: Tensor | None = None
     rows: Tensor | None = None
     allowed: Tensor | None = None
@@ -83,9 +83,9 @@ class ChoiceLayer:
         token.threshold = self.threshold
         return token
 
-    def take(self, token: Token) -> Tensor:
+    def choose(self, token: Token) -> Tensor:
         """The neurons that each token computes to the end: [B, T, F] bool."""
-        return self.choice.take(self.look(token))
+        return self.choice.choose(self.look(token))
 
     def extra(self) -> Tensor | None:
         """[B, T, D], to be added to the FFN's output for the tokens that chose last; None: nothing."""
@@ -158,7 +158,7 @@ class AnyChoice(Part):
 
     # -- what it reads ---------------------------------------------------------------------------------------
 
-    def prices(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[Prices] | None:
+    def prices(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[ReadCost] | None:
         """Per layer, what is read of a neuron, where that is not rows and columns of whole matrices; else None.
 
         Args:
@@ -166,13 +166,13 @@ class AnyChoice(Part):
         """
         return None
 
-    def prices_of(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> Prices | None:
+    def prices_of(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost | None:
         """The same from sizes alone, in the worst layer. bits: of a weight, as it is served."""
         return None
 
-    def paid(self, prices: Prices) -> tuple[float, float, float, float]:
+    def paid(self, prices: ReadCost) -> tuple[float, float, float, float]:
         """What is read of each neuron, and besides of each in the mask, taken and written."""
-        return prices.across, prices.whole, prices.taken, prices.written
+        return prices.always, prices.in_mask, prices.taken, prices.written
 
     def stored(self, ffns: Sequence[FFN]) -> int:
         """Bytes that it keeps beside the model."""
@@ -215,7 +215,7 @@ class AnyChoice(Part):
         """How many neurons of the mask every token takes, where it `ranks`. taken: how many it takes, any shape."""
         raise NotImplementedError
 
-    def take(self, token: Token) -> Tensor:
+    def choose(self, token: Token) -> Tensor:
         """The neurons that each token computes to the end: [B, T, F] bool."""
         from dart_eval.kernels.top import largest
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.choices.images import Columns, FirstBits, Image, level_of
 from dart_eval.pruning.choices.preview import Previewing
-from dart_eval.pruning.masks.counts import Budget, Counts, Prices, check_most, exact_counts, too_much
+from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost, check_most, exact_counts, too_much
 from dart_eval.pruning.part import option
 from dart_eval.util.errors import UserError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graded(Previewing):
+class DartPlus(Previewing):
     """The neurons that a preview leaves most open are read exactly; the next ones write as it has them.
 
     Every token reads the first bits of gate and up, which lets it expect h^2 of each neuron (`Preview.look`). Of some
@@ -71,7 +71,7 @@ class Graded(Previewing):
     def fewer(self) -> int:  # type: ignore[override]
         return int(self.rough > 0)
 
-    def at(self, read: float) -> Graded:
+    def at(self, read: float) -> DartPlus:
         image, level = self.image, level_of(read)
         if not isinstance(image, FirstBits) or image.code:
             return self
@@ -111,16 +111,16 @@ class Graded(Previewing):
     def counts(self, budget: Budget) -> Counts:
         return graded_counts(budget, self.coarse, self.title)
 
-    def paid(self, prices: Prices) -> tuple[float, float, float, float]:
-        assert prices.coarse is not None
-        exact = prices.taken + prices.written - prices.coarse  # those taken are written too
-        return prices.across, prices.whole, exact, prices.coarse
+    def paid(self, prices: ReadCost) -> tuple[float, float, float, float]:
+        assert prices.approximated is not None
+        exact = prices.taken + prices.written - prices.approximated  # those taken are written too
+        return prices.always, prices.in_mask, exact, prices.approximated
 
     def importance(self, token: Token) -> Tensor:
         assert token.expected is not None and token.columns is not None
         return token.expected * token.columns
 
-    def take(self, token: Token) -> Tensor:
+    def choose(self, token: Token) -> Tensor:
         from dart_eval.kernels.top import largest
 
         assert token.expected is not None and token.columns is not None and token.preview is not None
@@ -159,12 +159,12 @@ def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Co
     densities, sizes, sparsity, matrices, prices = (
         budget.densities, budget.sizes, budget.sparsity, budget.matrices, budget.prices,
     )  # fmt: skip
-    assert prices is not None and prices.coarse is not None
-    everything, coarse = sum(sizes), prices.coarse
-    before = prices.whole + prices.across  # of each neuron
+    assert prices is not None and prices.approximated is not None
+    everything, rough = sum(sizes), prices.approximated
+    before = prices.in_mask + prices.always  # of each neuron
     most = matrices * round((1.0 - sparsity) * everything) - before * everything
     if sparsity == 0:
-        return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
+        return Counts(list(sizes), list(sizes), list(sizes), prices.in_mask)
     if most < 0:
         raise too_much(title, before / matrices, sparsity)
     check_most(prices, matrices, sparsity, title)
@@ -172,13 +172,13 @@ def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Co
     wanted = []
     for density, n in zip(densities, sizes, strict=True):
         left = max(0.0, (matrices * density - before) * n)
-        few = left / (exact + ratio * coarse)
-        wanted.append(few if few * (1 + ratio) <= n else min(float(n), (left - coarse * n) / (exact - coarse)))
+        few = left / (exact + ratio * rough)
+        wanted.append(few if few * (1 + ratio) <= n else min(float(n), (left - rough * n) / (exact - rough)))
     taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(most / exact)))
     rest = most - exact * sum(taken)
     writing = [min(float(n), t + ratio * w) for n, t, w in zip(sizes, taken, wanted, strict=True)]
     more = [n - t for n, t in zip(sizes, taken, strict=True)]
     others = exact_counts(
-        [w - t for w, t in zip(writing, taken, strict=True)], more, min(sum(more), math.floor(rest / coarse))
+        [w - t for w, t in zip(writing, taken, strict=True)], more, min(sum(more), math.floor(rest / rough))
     )
-    return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], prices.whole)
+    return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], prices.in_mask)

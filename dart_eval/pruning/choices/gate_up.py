@@ -34,7 +34,7 @@ class GateUp(Choice):
 
     def importance(self, token: Token) -> Tensor:
         score = token.gate.float().abs()
-        return score if token.usual is None else score * token.usual
+        return score if token.context_rms is None else score * token.context_rms
 
     def flops_per_neuron(self) -> int:
         return 3  # a square, a factor and a sum

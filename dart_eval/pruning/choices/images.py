@@ -81,13 +81,13 @@ class Image(Part):
         """
         raise NotImplementedError
 
-    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+    def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         """Bits of the image that are read for each weight of the matrix; all that stands for several weights is."""
         return self.bits_of(served, rows, width) * columns.fine
 
     def rest(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         """Bits that are still to be read of each weight of a row that was chosen. Arguments as of `read`."""
-        return served.total - (0.0 if self.stored else self.read(served, rows, width, columns))
+        return served.total - (0.0 if self.stored else self.bits_read(served, rows, width, columns))
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
         """Bits that are read of each weight of a column of the image of down. Arguments as of `bits_of`."""
@@ -101,7 +101,7 @@ class Image(Part):
         """
         return served.scale
 
-    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+    def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
         """[F, D] fp32, what the image says the weights are.
 
         Args:
@@ -111,8 +111,8 @@ class Image(Part):
 
     def decoded(self, matrix: Served, fewer: int = 0) -> Callable[[], Tensor]:
         """The same in the dtype of the weights, for every forward that asks."""
-        values = self.values(matrix, fewer).to(matrix.weight.dtype)
-        return lambda: values
+        approximate = self.approximate(matrix, fewer).to(matrix.weight.dtype)
+        return lambda: approximate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +126,13 @@ class Weights(Image):
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return served.total
 
-    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+    def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         return served.scale + served.code * columns.fine
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
         return served.code
 
-    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+    def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
         return matrix.weight.float()
 
 
@@ -149,7 +149,7 @@ class Copy(Image):
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return Rounding(self.bits, self.group).weight_bits(width)
 
-    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+    def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         return self.bits_of(served, rows, width) - self.bits * (1 - columns.fine)
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
@@ -158,7 +158,7 @@ class Copy(Image):
     def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
         return served.scale + (self.bits_of(served, rows, width) - self.bits) * graded
 
-    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+    def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
         from dart_eval.weights.rounding import rounded
 
         return rounded(matrix.weight, Rounding(self.bits, self.group)).values
@@ -175,9 +175,9 @@ class LowRank(Image):
     rank: int = option(64, "rank of the approximation", least=1)
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
-        return self.read(served, rows, width, Columns())
+        return self.bits_read(served, rows, width, Columns())
 
-    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+    def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         return OWN_BITS * min(self.rank, rows, width) * (rows + columns.fine * width) / (rows * width)
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
@@ -186,7 +186,7 @@ class LowRank(Image):
     def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
         return served.scale + OWN_BITS * min(self.rank, rows, width) / width * graded
 
-    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+    def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
         import torch
 
         u, s, v = torch.linalg.svd(matrix.weight.float(), full_matrices=False)
@@ -228,14 +228,14 @@ class FirstBits(Image):
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
         return self.first(served.code) + served.scale
 
-    def read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+    def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         first = self.first(served.code)
         return served.scale + first * columns.fine + (first - 1) * columns.rough
 
     def coarse(self, served: Stored, rows: int, width: int) -> float:
         return self.first(served.code)  # scales stand for several columns: `across`
 
-    def values(self, matrix: Served, fewer: int = 0) -> Tensor:
+    def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
         import torch
 
         if matrix.packed is None:  # at sparsity 0

@@ -48,7 +48,7 @@ class TopP(Choice):
             counts = keep_counts(budget.densities, budget.sizes, budget.sparsity)
         return Counts(counts, counts, counts, 0)
 
-    def take(self, token: Token) -> Tensor:
+    def choose(self, token: Token) -> Tensor:
         import torch
 
         assert token.allowed is not None

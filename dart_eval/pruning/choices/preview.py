@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from dart_eval.pruning.choices.choice import Choice, ChoiceLayer, Inside, Token
 from dart_eval.pruning.choices.images import Columns, FirstBits, Image, level_of
-from dart_eval.pruning.masks.counts import Prices
+from dart_eval.pruning.masks.counts import ReadCost
 from dart_eval.pruning.part import option
 from dart_eval.util.bits import OWN_BITS, SCALE_BITS
 from dart_eval.util.errors import UserError
@@ -86,34 +86,36 @@ class Previewing(Choice):
         """Bits of the norm of a neuron's column of down, for each of its weights; none where nothing goes by it."""
         return SCALE_BITS / width if self.adds else 0.0
 
-    def prices(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[Prices]:
+    def prices(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[ReadCost]:
         return [self._price(ffn, everything, unit) for ffn in ffns]
 
-    def _price(self, ffn: FFN, everything: bool, unit: float) -> Prices:
+    def _price(self, ffn: FFN, everything: bool, unit: float) -> ReadCost:
         from dart_eval.weights.rounding import served_inputs, served_output
 
         image, columns = self.image, self.columns(ffn.width)
         whole = taken = 0.0
         for matrix in served_inputs(ffn):
             bits, (rows, width) = matrix.stored, matrix.weight.shape
-            whole += image.read(bits, rows, width, columns) + self._doubt_bits(ffn.width)
+            whole += image.bits_read(bits, rows, width, columns) + self._doubt_bits(ffn.width)
             taken += image.rest(bits, rows, width, columns)
         down = served_output(ffn)
         rows, width = down.weight.shape
         across = image.across(down.stored, rows, width, self.adds) / unit
         whole = (whole + self._norm_bits(ffn.width)) / unit + across * everything
         coarse = image.coarse(down.stored, rows, width) / unit
-        return Prices(whole, taken / unit, down.stored.code / unit, coarse, across * (not everything))
+        return ReadCost(whole, taken / unit, down.stored.code / unit, coarse, across * (not everything))
 
-    def prices_of(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> Prices:
+    def prices_of(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost:
         image, unit, columns = self.image, bits.total, self.columns(width)
         if image.served is not None and bits.code == OWN_BITS:
             bits = image.served.stored(width)
-        read = sum(size * (image.read(bits, size, width, columns) + self._doubt_bits(width)) for size in sizes)
+        bits_read = sum(
+            size * (image.bits_read(bits, size, width, columns) + self._doubt_bits(width)) for size in sizes
+        )
         across = max(image.across(bits, width, size, self.adds) for size in sizes)
-        whole = ((matrices - 1) * read / sum(sizes) + self._norm_bits(width) + across) / unit
+        whole = ((matrices - 1) * bits_read / sum(sizes) + self._norm_bits(width) + across) / unit
         rest = (matrices - 1) * image.rest(bits, sizes[0], width, columns) / unit
-        return Prices(whole, rest, bits.code / unit, image.coarse(bits, width, sizes[0]) / unit)
+        return ReadCost(whole, rest, bits.code / unit, image.coarse(bits, width, sizes[0]) / unit)
 
     def stored(self, ffns: Sequence[FFN]) -> int:
         from dart_eval.weights.rounding import served_inputs, served_output
@@ -133,7 +135,7 @@ class ByPreview(Inside, Previewing):
 
     Their rows are read exactly; then those with the largest |h| write.
 
-    Prox (arXiv 2607.27591, `Shown`) previews by a copy of 4 bits; first bits of the served weights, exact
+    Prox (arXiv 2607.27591, `Prox`) previews by a copy of 4 bits; first bits of the served weights, exact
     counts and the expectation are ours.
     """
 

@@ -113,7 +113,7 @@ class PreviewedRows(ChosenRows):
         return 0
 
     @property
-    def read(self) -> tuple[float, ...]:
+    def rows_read(self) -> tuple[float, ...]:
         size, width, image, rows = self.ffn.size, self.ffn.width, self.image, self.ffn.size if self._all else self.taken
         gate, up = (
             (image.bits_of(m.stored, size, width) * size + m.bits * rows) / m.bits for m in served_inputs(self.ffn)

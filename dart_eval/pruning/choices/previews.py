@@ -49,8 +49,8 @@ class PreviewLayer(ChoiceLayer):
             token.columns = self.ffn.of_token(of_rows(columns, token.rows)[None], len(token.x))
         return super().look(token)
 
-    def take(self, token: Token) -> Tensor:
-        kept = super().take(token)
+    def choose(self, token: Token) -> Tensor:
+        kept = super().choose(token)
         if self.choice.adds:
             assert token.preview is not None
             rough = self.choice.roughly(token, kept)

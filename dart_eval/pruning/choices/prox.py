@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown(Thresholded, Previewing):
+class Prox(Thresholded, Previewing):
     """The k neurons with the largest |h| as an image of gate and up and a thinned x show it, after Prox.
 
     Prox (arXiv 2607.27591, known here from digests only; no code found) takes those with |act(g)_j u_j| above a

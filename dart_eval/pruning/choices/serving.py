@@ -21,8 +21,8 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, plain_matrix
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import squares_of_inputs
-from dart_eval.pruning.calibration.kept import Kept
 from dart_eval.pruning.calibration.made import LastMade
+from dart_eval.pruning.calibration.stats_cache import StatsCache
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import k_quants, rounding
 from dart_eval.weights.codes import Packed
@@ -38,7 +38,7 @@ class Room:
     def __init__(self, size: int) -> None:
         self.left = size
 
-    def take(self, owner: object, size: int) -> bool:
+    def reserve(self, owner: object, size: int) -> bool:
         """Whether there is room for so many bytes, which are given back when the owner goes."""
         if size > self.left:
             return False
@@ -75,7 +75,7 @@ class Decoded:
         values = self.packed.decoded(self.dtype, self.first)
         if self._shape is not None:
             values = self._shape(values)
-        if _ROOM.take(self, values.nbytes):
+        if _ROOM.reserve(self, values.nbytes):
             self._values = values
         return values
 
@@ -180,7 +180,7 @@ def _codes(weight: Tensor, wanted: Rounding, order: Tensor | None) -> Packed:
         "dtype": str(weight.dtype), "shape": [*weight.shape], "made by": _made_by(),
         "order": None if order is None else order.tolist(),
     }  # fmt: skip
-    kept = Kept({}, "codes")
+    kept = StatsCache({}, "codes")
     found = kept.get(of)
     if found is None:
         made = rounded(weight, wanted, order)

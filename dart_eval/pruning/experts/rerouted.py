@@ -117,7 +117,7 @@ class Rerouted:
 
     Attributes:
         orders: layer -> what its router is to do.
-        fine: no weights are others (see `finer.Finer`).
+        fine: no weights are others (see `attached.AttachedInputs`).
     """
 
     fine = None
@@ -186,7 +186,7 @@ def _best(part: Routing, ffn: FFN, saliency: Tensor) -> Tensor | None:
         return None
     order = saliency.sort(descending=True, stable=True).indices
     left = torch.zeros(routed.all, dtype=torch.bool)
-    left[order[: part.left(routed.all)]] = True
+    left[order[: part.experts_left(routed.all)]] = True
     return left
 
 

@@ -37,7 +37,7 @@ class Routing(Part):
     sized: ClassVar[bool] = False
     granularity: ClassVar[str] = ""
 
-    def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
+    def check_experts(self, sparsity: float, ffns: Sequence[FFN]) -> None:
         """Refuse a model without experts, and a sparsity that cannot be met.
 
         Raises:
@@ -57,7 +57,7 @@ class Routing(Part):
         """
         return [r.count if (r := chosen(f)) else 0 for f in ffns]
 
-    def left(self, experts: int) -> int:
+    def experts_left(self, experts: int) -> int:
         """How many of a layer's experts the router may choose."""
         return experts
 
@@ -83,8 +83,8 @@ class Fewer(Routing):
         "own", "the router's weights as it gives them to so many experts, or as to all of a token's"
     )
 
-    def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
-        super().check(sparsity, ffns)
+    def check_experts(self, sparsity: float, ffns: Sequence[FFN]) -> None:
+        super().check_experts(sparsity, ffns)
         routed, everything = [r for f in ffns if (r := chosen(f))], sum(f.size for f in ffns)
         if min(self._budget(sparsity, ffns) / sum(r.size for r in routed) * r.count for r in routed) < 1 - 1e-9:
             fixed = sum(f.size for f in ffns if not chosen(f))
@@ -95,7 +95,7 @@ class Fewer(Routing):
             )
 
     def counts(self, sparsity: float, ffns: Sequence[FFN]) -> list[int]:
-        self.check(sparsity, ffns)
+        self.check_experts(sparsity, ffns)
         share = self._budget(sparsity, ffns) / sum(f.size for f in ffns if chosen(f))
         left, found = 0.0, []  # neurons
         for ffn in ffns:
@@ -137,18 +137,18 @@ class Without(Routing):
     granularity = "experts"
     share: float = option(0.5, "share of each layer's experts that are taken out", above=0, most=1)
 
-    def check(self, sparsity: float, ffns: Sequence[FFN]) -> None:
-        super().check(sparsity, ffns)
+    def check_experts(self, sparsity: float, ffns: Sequence[FFN]) -> None:
+        super().check_experts(sparsity, ffns)
         for routed in (r for f in ffns if (r := chosen(f))):
-            if self.left(routed.all) < routed.count:
+            if self.experts_left(routed.all) < routed.count:
                 most = math.floor(100 * (1 - routed.count / routed.all)) / 100
                 raise UserError(
-                    f"{self.title} leaves {self.left(routed.all)} of {routed.all} experts, and a token has "
+                    f"{self.title} leaves {self.experts_left(routed.all)} of {routed.all} experts, and a token has "
                     f"{routed.count}",
                     f"use a routing.share up to {most:g}",
                 )
 
-    def left(self, experts: int) -> int:
+    def experts_left(self, experts: int) -> int:
         return experts - math.floor(self.share * experts + 1e-9)
 
 

@@ -55,7 +55,7 @@ class Entries(Part):
     by_token: ClassVar[bool] = False
     sized: ClassVar[bool] = True
 
-    def check(self, bits: Stored) -> None:
+    def check_bits(self, bits: Stored) -> None:
         """Refuse weights that it is not made for. bits: of a weight as it is served.
 
         Raises:
@@ -66,7 +66,7 @@ class Entries(Part):
         """Whether it needs the norms of the columns of a matrix. matrix: 0 is gate (or the up of a plain FFN)."""
         return False
 
-    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
         """Bytes that a token reads of a matrix / all of it.
 
         Args:
@@ -84,10 +84,10 @@ class Entries(Part):
         """[..., n] bool, the columns that each token reads. x: [..., n], the inputs of the matrix."""
         raise NotImplementedError
 
-    def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """[out, n] bool, the weights that are read, by whatever token. weight: [out, n]."""
         raise NotImplementedError
 
-    def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """[out, n], what tokens read of a matrix, where it is the same for all of them. weight: [out, n]."""
-        return weight * self.left(weight, inputs)
+        return weight * self.weight_mask(weight, inputs)

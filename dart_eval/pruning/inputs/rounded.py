@@ -40,18 +40,18 @@ class RoundedEntries(Entries):
         assert found is not None
         return found
 
-    def check(self, bits: Stored) -> None:
+    def check_bits(self, bits: Stored) -> None:
         if bits.code != OWN_BITS:
             raise UserError(
                 f"what is rounded are 16-bit weights, and these have {bits.total:.3g} bits",
                 "leave --ffn-bits out, or load the model unquantised",
             )
 
-    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        self.check(bits)
+    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+        self.check_bits(bits)
         return self._rounding.weight_bits(weight.shape[1]) / OWN_BITS
 
-    def values(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
         from dart_eval.weights.rounding import rounded
 
         return rounded(weight, self._rounding).values.to(weight.dtype)

@@ -37,10 +37,10 @@ class WandaEntries(Entries):
     def sized(self) -> bool:  # type: ignore[override]
         return self.pattern == "none"
 
-    def read(self, densities: float, bits: Stored, weight: Tensor) -> float:
+    def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
         return self.share(densities, bits) if self.sized else self.share(0.5, bits) + 1 / bits.total
 
-    def left(self, weight: Tensor, inputs: Inputs) -> Tensor:
+    def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
         import torch
 
         from dart_eval.kernels.top import top_k_mask

@@ -52,7 +52,7 @@ class Allocation(Part):
         """The state of new sequences; None where none is needed."""
         return None
 
-    def check(self, sparsity: float, layers: int | None = None) -> None:
+    def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
         """Refuse a sparsity, or a model of so many layers, that it was not made for."""
 
 
@@ -94,12 +94,12 @@ class Ends(ByShares):
         self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
-        self.check(sparsity, layers)
+        self.check_sparsity(sparsity, layers)
         pruned = layers - self.first - self.last
         density = 1 - sparsity * layers / pruned if pruned > 0 else 1.0
         return [1.0] * min(self.first, layers) + [density] * pruned + [1.0] * min(self.last, layers - self.first)
 
-    def check(self, sparsity: float, layers: int | None = None) -> None:
+    def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
         if layers is None or not sparsity:
             return
         most = max(0, layers - self.first - self.last) / layers
@@ -184,10 +184,10 @@ class Table(ByShares):
         self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
-        self.check(sparsity, layers)
+        self.check_sparsity(sparsity, layers)
         return self.table
 
-    def check(self, sparsity: float, layers: int | None = None) -> None:
+    def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
         check_table(self.table, sparsity, layers)
 
 

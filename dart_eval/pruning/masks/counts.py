@@ -85,21 +85,21 @@ def in_steps(counts: Sequence[int], most: Sequence[int], steps: Sequence[int]) -
 
 
 @dataclass(frozen=True)
-class Prices:
-    """What is read of a neuron, in rows of a mean matrix as it is served (a column of down is one of its size).
+class ReadCost:
+    """The bytes that a token reads of a neuron, in rows of a mean matrix as it is served (a column of down is one).
 
     Attributes:
-        whole: of each one of the mask, before anything is chosen. taken: of each one that is taken, beside that.
-        written: of each one that writes, beside that.
-        coarse: of each one that writes what an image shows of it; None where nothing does.
-        across: of each one there is, in the mask or not, as far as `whole` lacks it.
+        always: of every neuron, in the mask or not, as far as `in_mask` lacks it.
+        in_mask: of each neuron of the mask, before anything is chosen. taken, written: of each one that is taken or
+            written, beside that.
+        approximated: of each one that writes what its preview has of it; None where none does.
     """
 
-    whole: float
+    in_mask: float
     taken: float
     written: float = 1.0
-    coarse: float | None = None
-    across: float = 0.0
+    approximated: float | None = None
+    always: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ class Budget:
     sparsity: float
     matrices: int
     whole_mask: bool = True
-    prices: Prices | None = None
+    prices: ReadCost | None = None
 
 
-def mean_prices(each: Sequence[Prices], weights: Sequence[int]) -> Prices:
+def mean_cost(each: Sequence[ReadCost], weights: Sequence[int]) -> ReadCost:
     """The mean over the neurons of all layers. weights: [L], of a matrix of each."""
     parts = [n / sum(weights) for n in weights]
     fields = zip(*(dataclasses.astuple(prices) for prices in each), strict=True)
-    return Prices(*(sum(p * x for p, x in zip(parts, values, strict=True)) for values in fields))
+    return ReadCost(*(sum(p * x for p, x in zip(parts, values, strict=True)) for values in fields))
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,20 @@ class Counts:
         mask: [L] neurons in the mask.
         taken: [L] those of the mask that a token takes. It reads their rows of every matrix that is not read whole.
         written: [L] those of the taken ones that a token writes. It reads their columns of down.
-        whole: how many matrices a token reads for the whole mask; a fraction where it reads an image of them.
+        full_matrices: how many matrices a token reads for the whole mask; a fraction where it reads a preview of them.
     """
 
     mask: list[int]
     taken: list[int]
     written: list[int]
-    whole: float
+    full_matrices: float
 
     def in_steps(self, most: Sequence[int], steps: Sequence[int]) -> Counts:
         """Counts that fit masks in whole steps, such as equally many neurons of each expert: no more than these."""
         mask = in_steps(self.mask, most, steps)
         taken = exact_counts(self.taken, mask, min(sum(self.taken), sum(mask)))
         written = exact_counts(self.written, taken, min(sum(self.written), sum(taken)))
-        return Counts(mask, taken, written, self.whole)
+        return Counts(mask, taken, written, self.full_matrices)
 
 
 def chosen_counts(
@@ -174,28 +174,28 @@ def chosen_counts(
     densities, sizes, sparsity, matrices, image = (
         allowed.densities, allowed.sizes, allowed.sparsity, allowed.matrices, allowed.prices,
     )  # fmt: skip
-    everything, prices = sum(sizes), image or Prices(whole, matrices - 1 - whole)
+    everything, prices = sum(sizes), image or ReadCost(whole, matrices - 1 - whole)
     kept, unit = round((1.0 - sparsity) * everything), prices.written  # what follows counts columns of down
     if kept == everything:
-        return Counts(list(sizes), list(sizes), list(sizes), prices.whole)
+        return Counts(list(sizes), list(sizes), list(sizes), prices.in_mask)
     if image is not None:
         check_most(image, matrices, sparsity, title)
-    across = prices.across / unit
-    budget, whole, middle = matrices * kept / unit - across * everything, prices.whole / unit, prices.taken / unit
+    always = prices.always / unit
+    budget, in_mask, middle = matrices * kept / unit - always * everything, prices.in_mask / unit, prices.taken / unit
     if ratio is None:
         wanted, mask = [float(n) for n in sizes], list(sizes)
-        if whole * everything > budget:
-            said = None if image is not None else f"{whole:.4g} of the FFN's {matrices} matrices whole"
-            raise too_much(title, prices.whole / matrices, sparsity, said, ", or a mask that is not everything")
+        if in_mask * everything > budget:
+            said = None if image is not None else f"{in_mask:.4g} of the FFN's {matrices} matrices whole"
+            raise too_much(title, prices.in_mask / matrices, sparsity, said, ", or a mask that is not everything")
     else:
         wanted, mask = _mask_counts(densities, sizes, kept, matrices, prices, ratio, middle == 1 and write_share == 1)
     masked = sum(mask)
     # At `matrices * density` nothing is left to take.
-    left = [(matrices / unit * r - across) * n - whole * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
-    rest = budget - whole * masked
+    left = [(matrices / unit * r - always) * n - in_mask * w for r, n, w in zip(densities, sizes, wanted, strict=True)]
+    rest = budget - in_mask * masked
     if middle == 0:
         taken = exact_counts(left, mask, min(masked, math.floor(rest)))
-        return Counts(mask, taken, taken, prices.whole)
+        return Counts(mask, taken, taken, prices.in_mask)
     share = [x / (middle + write_share) for x in left]
     missing = sum(max(0.0, s - m) for s, m in zip(share, mask, strict=True))  # where the mask has fewer to take
     some = max(math.ceil(rest / (middle + write_share) - missing), math.ceil(rest / (middle + 1)))
@@ -203,16 +203,16 @@ def chosen_counts(
     taken = exact_counts(share, mask, most_taken)
     unwritten = [x - middle * min(s, m) for x, s, m in zip(left, share, mask, strict=True)]
     written = exact_counts(unwritten, taken, min(most_taken, math.floor(rest - middle * most_taken)))
-    return Counts(mask, taken, written, prices.whole)
+    return Counts(mask, taken, written, prices.in_mask)
 
 
-def check_most(prices: Prices, matrices: int, sparsity: float, title: str) -> None:
+def check_most(prices: ReadCost, matrices: int, sparsity: float, title: str) -> None:
     """Refuse a sparsity at which all that there is to read is less than is to be read: weights are served in few bits.
 
     Raises:
         UserError: with the lowest sparsity.
     """
-    most = (prices.whole + prices.across + prices.taken + prices.written) / matrices
+    most = (prices.in_mask + prices.always + prices.taken + prices.written) / matrices
     if 1 - sparsity > most + 1e-9:
         raise UserError(
             f"{title} reads FFN weights in few bits, {most:.3g} of their bytes if it reads all, and sparsity "
@@ -235,20 +235,21 @@ def too_much(title: str, share: float, sparsity: float, said: str | None = None,
 
 
 def _mask_counts(
-    densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, prices: Prices, ratio: float, even: bool
-) -> tuple[list[float], list[int]]:
+    densities: Sequence[float], sizes: Sequence[int], kept: int, matrices: int, prices: ReadCost, ratio: float,
+    even: bool,
+) -> tuple[list[float], list[int]]:  # fmt: skip
     """The neurons of every layer's mask: as wanted, and in whole numbers.
 
     Args:
         even: whether what is left must divide among two matrices. See `chosen_counts` for the others.
     """
-    whole = prices.whole
-    most = matrices / whole if whole else math.inf
+    in_mask = prices.in_mask
+    most = matrices / in_mask if in_mask else math.inf
     wanted = [min(ratio * r, 1.0, most * r) * n for r, n in zip(densities, sizes, strict=True)]
     clipped = sum(ratio * r * n - w for r, n, w in zip(densities, sizes, wanted, strict=True))
-    budget = matrices * kept - prices.across * sum(sizes)
-    limit = min(sum(sizes), math.floor(budget / whole)) if whole else sum(sizes)
+    budget = matrices * kept - prices.always * sum(sizes)
+    limit = min(sum(sizes), math.floor(budget / in_mask)) if in_mask else sum(sizes)
     masked = max(kept, min(limit, round(ratio * kept - clipped)))
     if even:
-        masked = max(kept, masked - round(whole * masked - budget) % 2)
+        masked = max(kept, masked - round(in_mask * masked - budget) % 2)
     return wanted, exact_counts(wanted, sizes, masked)

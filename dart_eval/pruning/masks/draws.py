@@ -27,7 +27,7 @@ class Draw(Part):
         """
         raise NotImplementedError
 
-    def take(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
+    def draw(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
         """The mask: [B, F] bool with exactly keep[b] neurons of each sequence. Arguments as of `keys`."""
         from dart_eval.kernels.top import top_k_mask
 

@@ -18,7 +18,7 @@ class Mask(Part):
 
     Attributes:
         fixed: whether it is made before any prompt is seen, and is the same for every sequence.
-        whole: whether it holds every neuron.
+        holds_all: whether it holds every neuron.
         looks_ahead: whether it is made from the very tokens that it is used on. It is then an upper bound, and no
             method to use.
         score: the score that it is made by; None for a mask of everything.
@@ -28,7 +28,7 @@ class Mask(Part):
 
     slot = "mask"
     fixed: ClassVar[bool] = False
-    whole: ClassVar[bool] = False
+    holds_all: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     score: ClassVar[AnyScore | None] = None
     draw: ClassVar[Draw] = Best()
@@ -42,7 +42,7 @@ class Everything(Mask):
     name = "everything"
     summary = "leaves every neuron in: what is pruned is each token's choice"
     fixed = True
-    whole = True
+    holds_all = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ class CacheWatch:
         """The cache, or None."""
         return self._cache()
 
-    def check(self, cache: Any, past: int, has_masks: bool) -> None:
+    def check_tokens(self, cache: Any, past: int, has_masks: bool) -> None:
         """Refuse a cache that is not what the last forward left.
 
         Args:
@@ -131,7 +131,7 @@ class CacheWatch:
             cache.__class__ = _followed(cache.__class__)
             cache.__dict__[FOLLOWED] = weakref.ref(self)
 
-    def take(self, output: Any, model: str) -> None:
+    def adopt(self, output: Any, model: str) -> None:
         """Take over the cache that a forward has made itself. output: what came out; model: its class, for people.
 
         Raises:

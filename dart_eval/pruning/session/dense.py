@@ -48,7 +48,7 @@ class DenseSession:
         self.steps.append(Step(everything, everything))
         yield
 
-    def kept(self, sequences: int) -> int:
+    def state_bytes_each(self, sequences: int) -> int:
         """Bytes that are kept beside the model: none."""
         return 0
 

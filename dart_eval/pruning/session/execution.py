@@ -18,7 +18,7 @@ from torch import Tensor
 from dart_eval.kernels.chosen import ChosenRows
 from dart_eval.kernels.kept import KeptRows, unlike_plain
 from dart_eval.layers.ffn import FFN
-from dart_eval.pruning.inputs.finer import Fine
+from dart_eval.pruning.inputs.attached import SwappedWeights
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session import kernels
 from dart_eval.pruning.session.log import Step
@@ -50,7 +50,7 @@ class Execution:
             raise UserError(f"unknown execution {wanted!r}", nearest(wanted, EXECUTIONS))
         self.ffns, self.method, self.shared_mask = ffns, method, shared_mask
         self.copies: list[KeptRows] | None = None
-        self.fine: Fine | None = None  # set once they have been made
+        self.fine: SwappedWeights | None = None  # set once they have been made
         self.sliced: list[Tensor | None] | None = None
         self._runs = False  # projections take as many neurons as are kept
         self.wanted = self._possible(wanted)
@@ -115,8 +115,8 @@ class Execution:
         for layer, kept in zip(state.layers, self.copies, strict=True):
             kept.select(layer.mask[0])
             if isinstance(kept, ChosenRows):
-                usual = layer.usual(kept.neurons)
-                norm = torch.ones(kept.count, device=layer.mask.device) if usual is None else usual[0, 0]
+                context_rms = layer.context_rms(kept.neurons)
+                norm = torch.ones(kept.count, device=layer.mask.device) if context_rms is None else context_rms[0, 0]
                 kept.prepare(norm, int(layer.taken[0]), int(layer.written[0]))
         self._runs = all(kept.runs for kept in self.copies)
 
@@ -130,7 +130,7 @@ class Execution:
             for kept in self.copies:
                 kept.begin()
 
-    def whole(self) -> None:
+    def widen(self) -> None:
         """Forwards multiply all neurons, with all their bits; also after an exception in one that did not."""
         if self.fine is not None and self.fine.in_place:
             self.fine.end()
@@ -141,7 +141,7 @@ class Execution:
 
     def restore(self) -> None:
         """The projections have their own weights, with all their bits, and the copies are gone."""
-        self.whole()
+        self.widen()
         self.copies = None
 
     @contextmanager

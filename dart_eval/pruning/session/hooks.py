@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dart_eval.layers import experts, trial
+from dart_eval.layers import experts, verify
 from dart_eval.layers.families import decoder
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.choices.serving import Serving
 from dart_eval.pruning.experts.rerouted import Rerouted
-from dart_eval.pruning.inputs.finer import Finer
+from dart_eval.pruning.inputs.attached import AttachedInputs
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.state import SequenceState
 from dart_eval.util.errors import UserError
@@ -36,9 +36,9 @@ class Forward:
         phase: `off` between forwards. last: that of the forward before. turn: the call of `generate` that it is of.
         state: of the sequences that it runs; None where they run dense.
         valid: [B, T] bool, False for padding.
-        kept: it was given a KV cache.
+        has_cache: it was given a KV cache.
         sliced: per layer, the neurons that it multiplies alone, [K]; None: all. frozen: nothing is observed.
-        looking: h is looked at in every layer. seen: layers whose h has come.
+        watching: every layer's h is handed on. seen: layers whose h has come.
         attention: [B, T, D] attention output of the last layer, once it has run.
         residual, input, gate, up: of the layer under way: the stream that enters it, its x, act(gate x) and up x.
     """
@@ -48,10 +48,10 @@ class Forward:
     turn: int = 0
     state: SequenceState | None = None
     valid: Tensor = field(default_factory=lambda: torch.ones(0, 0, dtype=torch.bool))
-    kept: bool = True
+    has_cache: bool = True
     sliced: list[Tensor | None] | None = None
     frozen: bool = False
-    looking: bool = False
+    watching: bool = False
     seen: set[int] = field(default_factory=set)
     attention: Tensor | None = None
     residual: Tensor | None = None
@@ -69,7 +69,7 @@ class Hooks:
 
     def __init__(
         self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving | None,
-        beside: Finer | Rerouted | None = None,
+        beside: AttachedInputs | Rerouted | None = None,
     ) -> None:  # fmt: skip
         self.model, self.ffns, self.method, self.forward = model, ffns, method, forward
         self.serving, self.beside = serving, beside
@@ -100,9 +100,9 @@ class Hooks:
                 add(ffn.down.register_forward_hook(self._on_down(ffn.layer)))
         if method.mask.remask.watches:
             add(ffns[-1].attention.register_forward_hook(self._on_attention))
-        self.look_inside(True)
+        self.watch_ffns(True)
 
-    def look_inside(self, wanted: bool) -> None:
+    def watch_ffns(self, wanted: bool) -> None:
         """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
         if wanted == bool(self._inside):
             return
@@ -117,7 +117,7 @@ class Hooks:
             if method.allocation.needs_change:
                 self._watch_change(ffn)
             if method.choice.previews:
-                add(ffn.block.register_forward_pre_hook(_eager(self._on_looked_at)))
+                add(ffn.block.register_forward_pre_hook(_eager(self._on_ffn_input)))
             if method.choice.chooses:  # a plain FFN's h tells what its gate would
                 if ffn.gate is not None:
                     add(ffn.up.register_forward_hook(_eager(self._on_up(ffn))))
@@ -140,14 +140,14 @@ class Hooks:
             add(ffn.residual.register_forward_pre_hook(_eager(self._on_copied_residual)))
             left, layer = self._on_left([f.layer for f in together]), ffn.holder
             if ffn.after is None:
-                add(layer.register_forward_hook(_eager(lambda _m, _args, out: left(trial.unscaled(layer, out)))))
+                add(layer.register_forward_hook(_eager(lambda _m, _args, out: left(verify.unscaled(layer, out)))))
             else:
                 add(ffn.after.register_forward_pre_hook(_eager(lambda _module, args: left(args[0]))))
 
     def remove(self) -> None:
         """Leave the model alone."""
         _guard_hooks()
-        self.look_inside(False)
+        self.watch_ffns(False)
         _drop(self._handles)
         if self._experts:
             experts.give_back(self._experts)
@@ -213,7 +213,7 @@ class Hooks:
 
         return hook
 
-    def _on_looked_at(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_ffn_input(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         forward = self.forward
         if forward.phase == "decode":
             forward.input = forward.in_batch(args[0])

@@ -39,7 +39,7 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows]
     )
     if not possible or not isinstance(choice, Previewing):
         return ChosenRows if possible else None
-    if not method.mask.whole or not choice.exact or unlike_plain(ffns):
+    if not method.mask.holds_all or not choice.exact or unlike_plain(ffns):
         return None
     if any(previewed.lacking(choice, f) for f in ffns):
         return None
@@ -57,6 +57,6 @@ def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     if part := unmade(method, ffns):
         how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
         return f"{part.title}{how} has no kernels here"
-    if method.mask.whole and gatherer(method, ffns) is None:
+    if method.mask.holds_all and gatherer(method, ffns) is None:
         return f"no kernel here reads only the rows that {method.choice.title} takes"
     return None

@@ -197,9 +197,9 @@ class Layer(PerSequence):
             sums = sums.mean(0, keepdim=True).expand_as(sums)
         scores = score.combine(sums, self.fitted.factor)
         if choice.ranks:
-            core = draw.take(scores, choice.core(self.taken[at]), number, score)
+            core = draw.draw(scores, choice.core(self.taken[at]), number, score)
             self.core = core if self.core is None else self.core.index_copy(0, rows.to(core.device), core)
-        return self.ffn.take(lambda s, keep: draw.take(s, keep, number, score), scores, self.kept[at])
+        return self.ffn.mask_of(lambda s, keep: draw.draw(s, keep, number, score), scores, self.kept[at])
 
     @property
     def mask(self) -> Tensor:
@@ -256,7 +256,7 @@ class Layer(PerSequence):
         """The neurons of the mask that each token computes: [B, T, F] bool."""
         score = self.method.mask.score
         token = Token(
-            h, h if gate is None else gate, h if up is None else up, self.usual(rows), x=x, rows=rows,
+            h, h if gate is None else gate, h if up is None else up, self.context_rms(rows), x=x, rows=rows,
             allowed=allowed, taken=self.taken, written=self.written,
         )  # fmt: skip
         if self.core is not None and score is not None:
@@ -264,7 +264,7 @@ class Layer(PerSequence):
             token.core = of_rows(self.core.to(h.device), rows)[:, None]
             factor = None if factor is None else of_rows(factor.to(h.device), rows)
             token.alone = functools.partial(alone, score, h * allowed, factor)
-        kept = chooser.take(token)
+        kept = chooser.choose(token)
         if not self.method.choice.exact:
             self.spent = self.fitted.spent(kept.sum(-1, dtype=torch.float64).cpu())
         return kept
@@ -283,7 +283,7 @@ class Layer(PerSequence):
             constant = constant.masked_fill(dense.to(constant.device)[:, None], 0)
         return constant[:, None] if rough is None else rough + constant[:, None]
 
-    def usual(self, rows: Tensor | None = None) -> Tensor | None:
+    def context_rms(self, rows: Tensor | None = None) -> Tensor | None:
         """[B, 1, F] fp32, root of what the choice observed, up to a factor per sequence; None: nothing.
 
         Of an expert the mean over the tokens that had it; where none had, as of the others' neurons on average.

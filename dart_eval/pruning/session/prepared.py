@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN, device_of
-from dart_eval.pruning import fits
+from dart_eval.pruning import compatibility
 from dart_eval.pruning.calibration.calibration import Calibration, means
 from dart_eval.pruning.experts.rerouted import Rerouted
-from dart_eval.pruning.inputs.finer import Finer
+from dart_eval.pruning.inputs.attached import AttachedInputs
 from dart_eval.pruning.masks.change import ChangeState
-from dart_eval.pruning.masks.counts import Counts, mean_prices
+from dart_eval.pruning.masks.counts import Counts, mean_cost
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.session.layer import Fitted
 from dart_eval.util.bits import OWN_BITS
@@ -39,16 +39,16 @@ class Prepared:
     ffns: Sequence[FFN]
     sparsity: float
     unit: float
-    beside: Finer | Rerouted | None = None
+    beside: AttachedInputs | Rerouted | None = None
 
     def __post_init__(self) -> None:
         method, sizes = self.method, [f.size for f in self.ffns]
         allocation, choice = method.allocation, method.choice
-        allocation.check(self.sparsity, len(self.ffns))
+        allocation.check_sparsity(self.sparsity, len(self.ffns))
         self._dense = Counts(sizes, sizes, sizes, 0)
         self.share = self.unit / OWN_BITS
-        each = choice.prices(self.ffns, method.mask.whole, self.unit)
-        self.prices = None if each is None else mean_prices(each, [f.size * f.width for f in self.ffns])
+        each = choice.prices(self.ffns, method.mask.holds_all, self.unit)
+        self.prices = None if each is None else mean_cost(each, [f.size * f.width for f in self.ffns])
         self.stored = choice.stored(self.ffns)
         # Refused now where the sparsity cannot be met at all.
         varies = allocation.needs_change or allocation.needs_scores
@@ -57,7 +57,7 @@ class Prepared:
         if each is not None and self.sparsity:
             paid = [choice.paid(prices) for prices in each]
         else:
-            paid = method.paid(self.ffns, self.sparsity, self.unit, usual.whole)
+            paid = method.paid(self.ffns, self.sparsity, self.unit, usual.full_matrices)
         self.layers = [Fitted(method, ffn, of_layer) for ffn, of_layer in zip(self.ffns, paid, strict=True)]
         self._computed = self._products(usual)
 
@@ -108,7 +108,7 @@ class Prepared:
         ]
         self._usual = self._counts(None, slice(None), [s[0] for s in scores])
         for layer, some, count in zip(self.layers, scores, self._usual.mask, strict=True):
-            layer.mask = layer.ffn.take(top_k_mask, some, torch.tensor([count])).to(device_of(layer.ffn))
+            layer.mask = layer.ffn.mask_of(top_k_mask, some, torch.tensor([count])).to(device_of(layer.ffn))
             layer.factor = None  # it is in the mask
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ def prepare(
     Raises:
         UserError: the method needs a calibration and there is none, or the sparsity does not fit it.
     """
-    fits.check(method, ffns, sparsity)
+    compatibility.check_fit(method, ffns, sparsity)
     method.check_weights(ffns, sparsity)
     made, mask = Prepared(method, ffns, sparsity, unit or rounding.served_bits(ffns)), method.mask
     fixed = mask.fixed and mask.score is not None

@@ -33,13 +33,13 @@ from dart_eval.pruning.session.execution import Execution, Wanted
 from dart_eval.pruning.session.hooks import Forward, Hooks, Phase, named_arguments
 from dart_eval.pruning.session.log import Log, Step, Tally
 from dart_eval.pruning.session.prepared import Prepared, prepare
-from dart_eval.pruning.session.readings import Readings
 from dart_eval.pruning.session.state import SequenceState
+from dart_eval.pruning.session.stats import SessionStats
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits
 
 
-class Session(Readings):
+class Session(SessionStats):
     """One method at work on one model. `prune` makes it.
 
     Attributes:
@@ -180,7 +180,7 @@ class Session(Readings):
         cache = named.get("cache", named.get("past_key_values"))
         self._check(module, cache, named)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        forward.kept = cache is not None
+        forward.has_cache = cache is not None
         self._set_phase(cache, past, length)
         mask, valid = named.get("attention_mask"), self._given_valid
         forward.valid = real_tokens(mask, cache, past, batch, length, tokens.device) if valid is None else valid
@@ -188,7 +188,7 @@ class Session(Readings):
         forward.turn = self._calls.turn
         if not past:
             self.log = Log()
-        self.executing.whole()  # an exception may have left it sliced
+        self.executing.widen()  # an exception may have left it sliced
         self._begin_sequences(batch, tokens.device, past)
         if forward.phase == "decode":
             self._begin_decode(tokens, batch, length)
@@ -198,8 +198,8 @@ class Session(Readings):
                 self._tally.context(batch, chunk)
         forward.seen.clear()
         forward.sliced = self.executing.sliced
-        forward.looking = forward.sliced is None or (self._choosy and not self.executing.gathers)
-        self._hooks.look_inside(forward.looking)
+        forward.watching = forward.sliced is None or (self._choosy and not self.executing.gathers)
+        self._hooks.watch_ffns(forward.watching)
         if forward.phase == "context" and kwargs.get("logits_to_keep"):
             # Layers that share keys and values would compute the last tokens alone (Gemma 4): masks are made from all.
             return args, {**kwargs, "logits_to_keep": 0}
@@ -250,7 +250,7 @@ class Session(Readings):
         if self._forced is not None:
             self.forward.phase = self._forced
             return
-        self._cache.check(cache, past, self.state is not None and self.method.keeps_state)
+        self._cache.check_tokens(cache, past, self.state is not None and self.method.keeps_state)
         decodes = past >= max(self._calls.prompt, 1) and not self._prompting
         if decodes and length > 1:
             raise UserError(
@@ -287,11 +287,11 @@ class Session(Readings):
         # What runs from here on, a re-mask's own projections too, is no forward.
         phase, forward.phase = forward.phase, "off"
         forward.last = phase
-        self.executing.whole()
+        self.executing.widen()
         forward.sliced = None
-        if not forward.kept:
-            self._cache.take(output, type(self.model).__name__)
-        if forward.looking and (self.state is not None or phase == "decode"):
+        if not forward.has_cache:
+            self._cache.adopt(output, type(self.model).__name__)
+        if forward.watching and (self.state is not None or phase == "decode"):
             self._hooks.check_ran()
         state = self.state
         if state is None:

@@ -46,7 +46,7 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
     found.tell()
     leaves = {t for r in found.records for t in (r.by_task or [r.inputs["task"]])}
     reader = Reader(store.folder, min(wanted, max(1, MOST // len(leaves))))
-    made = boards(reader, found.records, speeds.read(store.folder))
+    made = boards(reader, found.records, speeds.load_speeds(store.folder))
     cells = cells_of(made, found.records)
     records, known = [c.record for c in cells], looks(cells)
     looked, texts, untold = _read(reader, cells)

@@ -223,7 +223,7 @@ def of_quality(block: Block) -> str:
     """What the vertical axis of `quality` is."""
     if by_times(block):
         return "perplexity, x dense (lower is better)"
-    chance = metrics.of(next(iter(block.tasks))).chance
+    chance = metrics.kind_of(next(iter(block.tasks))).chance
     return "% of dense above guessing" if chance else "% of dense"
 
 

@@ -35,7 +35,7 @@ def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
     rows = list({row.keys: row for row in board.rows}.values())
     for task, metric in board.columns.items():
         values = [(row, row.values[task]) for row in rows if task in row.values]
-        guess = chance.get(task) if metrics.of(metric).chance else None
+        guess = chance.get(task) if metrics.kind_of(metric).chance else None
         made += _chart(task, values, looks, guess)
     return made
 
@@ -58,7 +58,7 @@ def _chart(
         return []
     words += [f"guessing {number(chance)}"] if chance is not None else []
     ys, first = [m.value for _, m in drawn], drawn[0][1]
-    log = metrics.of(first.metric).group == metrics.PERPLEXITY and min(ys) > 0 and max(ys) > 10 * min(ys)
+    log = metrics.kind_of(first.metric).group == metrics.PERPLEXITY and min(ys) > 0 and max(ys) > 10 * min(ys)
     sizes = sorted({m.n for _, m in drawn})
     bare = sum(not finite(m.stderr) for _, m in drawn)
     note = [

@@ -30,7 +30,7 @@ def folder() -> Path:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StatsCache:
     """Those of one model. about: all that tells it from others, as plain data. kind: of what, if no statistics."""
 
     about: Mapping[str, Any]

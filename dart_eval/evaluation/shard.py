@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """Every `count`-th unit of a cell, from the `index`-th on: what one of several workers runs of it."""
 
     index: int = 0
     count: int = 1
 
     @property
-    def whole(self) -> bool:
+    def unsharded(self) -> bool:
         return self.count == 1
 
     def takes(self, number: int, place: int, total: int) -> bool:
@@ -34,7 +34,7 @@ class Pilot:
     """The first (largest) unit of each kind of request, and `more` of the others: to tell what all will take."""
 
     more: int = 2
-    whole: bool = False
+    unsharded: bool = False
 
     def takes(self, number: int, place: int, total: int) -> bool:
         """See `Part.takes`."""
@@ -61,7 +61,7 @@ class Call:
     cached: int = 0
 
 
-WHOLE = Part()
+WHOLE = Shard()
 
 
 class PartDone(BaseException):  # no error: it passes through lm-eval, which has nothing to do with half the answers

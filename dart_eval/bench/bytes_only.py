@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dart_eval.bench import packed
-from dart_eval.bench.decode import Bench, check, row
+from dart_eval.bench.decode import Bench, check_timeable, row
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
-from dart_eval.pruning import fits
+from dart_eval.pruning import compatibility
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.kernels import lacking
@@ -80,7 +80,7 @@ def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: 
     if method.at(1 - sparsity, served_bits(ffns)).calibrates and tokenizer is None:
         return UserError("it calibrates on a text, and random weights have no tokenizer", "give a model")
     try:
-        fits.check(method, ffns, sparsity, Stored.of(served_bits(ffns)))
+        compatibility.check_fit(method, ffns, sparsity, Stored.of(served_bits(ffns)))
     except UserError as error:
         return error
     return None
@@ -103,7 +103,7 @@ def measure(
     Raises:
         UserError: the method does not prune or looks ahead.
     """
-    check(method)
+    check_timeable(method)
     ffns = find_ffns(model)
     if rounding is None:
         why = lacking(method, ffns) or "it was run by masks"

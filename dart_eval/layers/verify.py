@@ -90,7 +90,7 @@ class _Seen:
         setattr(self, name, value.detach() if name in ("x", "h") else _rows(value))
 
 
-def check(model: nn.Module, ffns: Sequence[FFN]) -> None:
+def verify(model: nn.Module, ffns: Sequence[FFN]) -> None:
     """Compare each description with what the model really does.
 
     Raises:

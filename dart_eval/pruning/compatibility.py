@@ -18,7 +18,7 @@ def anywhere(method: Pruner) -> bool:
     return not method.prunes or (_not_for_experts(method) is None and _needs_own_part(method) is None)
 
 
-def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
+def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
     """Refuse a method that does not fit a model's FFNs, or a sparsity that cannot be met on them.
 
     Args:
@@ -28,7 +28,7 @@ def check(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | N
     Raises:
         UserError: with the part, and what it does not fit.
     """
-    method.check(ffns, sparsity)
+    method.check_ffns(ffns, sparsity)
     if not method.prunes:
         return
     if any(f.routed for f in ffns) and (part := _not_for_experts(method)) is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dart_eval.pruning.session.state import SequenceState
 
 
-class Readings(ABC):
+class SessionStats(ABC):
     """The side of a `Session` that changes nothing. For its attributes see there."""
 
     method: Pruner
@@ -88,9 +88,9 @@ class Readings(ABC):
     @property
     def state_bytes(self) -> int:
         """Bytes that the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
-        return self.kept(1)
+        return self.state_bytes_each(1)
 
-    def kept(self, sequences: int) -> int:
+    def state_bytes_each(self, sequences: int) -> int:
         """The same for one of so many sequences side by side: what is kept once for all of them counts whole."""
         return self.prepared.nbytes() + (self.state.nbytes() // sequences if self.state else 0)
 

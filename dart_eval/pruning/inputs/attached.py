@@ -24,14 +24,14 @@ def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> 
     return [*zip(of_x, keep_counts(densities, [f.size for f in ffns], sparsity), strict=True)]
 
 
-def read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]]) -> float:
+def share_read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]]) -> float:
     """Share of the FFN weight bytes that a token reads (on average, where it varies). kept: see `counts`."""
     found = everything = 0.0
     for ffn, (of_x, of_h) in zip(ffns, kept, strict=True):
         densities = [of_x / ffn.width] * (ffn.matrices - 1) + [of_h / ffn.size]
         weights = [*ffn.input_weights(), ffn.output_weight()]
         for bits, density, weight in zip(_bits(ffn), densities, weights, strict=True):
-            found += ffn.size * bits.total * part.read(density, bits, weight)
+            found += ffn.size * bits.total * part.bytes_read(density, bits, weight)
             everything += ffn.size * bits.total
     return found / everything
 
@@ -41,7 +41,7 @@ def _bits(ffn: FFN) -> list[Stored]:
     return [*stored_inputs(ffn), stored_of(ffn.down)]
 
 
-class Finer:
+class AttachedInputs:
     """What a part has made of a model before any prompt.
 
     Args:
@@ -69,14 +69,14 @@ class Finer:
                 side = i == len(weights) - 1
                 made.append(Inputs(of_h if side else of_x, least[side], norms, size[side]))
             self.inputs.append(made)
-        self.fine = None if part.by_token else Fine([held for f in ffns for held in self._held(f)])
+        self.fine = None if part.by_token else SwappedWeights([held for f in ffns for held in self._held(f)])
 
     def _held(self, ffn: FFN) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         modules: list[Any] = ffn.projections
         found = []
         for module in modules:
             matrix = plain_matrix(module)
-            kept = self.part.values(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
+            kept = self.part.as_read(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
             found.append((module.weight, module.weight.data, kept.T.contiguous() if is_conv1d(module) else kept))
         return found
 
@@ -138,7 +138,7 @@ class Finer:
         return torch.compiler.disable(hook)
 
 
-class Fine:
+class SwappedWeights:
     """FFN weights of which decoding forwards read a part alone; prompts have all of them.
 
     Attributes:
