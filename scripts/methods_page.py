@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from method_cards import card
+
 from dart_eval.cli.describe import part_rows
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import BUILT_IN, PARTS
@@ -153,6 +155,14 @@ def page() -> str:
         "\nParts that are not named are `mask=everything`, `choice=none`, `allocation=uniform` and "
         "`compensation=none`; a method with `entries` or a `routing` has none of the others but an allocation.\n"
     )
+    lines.append("## One by one\n")
+    lines.append(
+        "What every token reads before anything is chosen sets the lowest read (on the shape of Llama 3.1 8B). A\n"
+        "second program derives each method from its paper alone, and the package must agree with it. In the programs\n"
+        "a, u and h are act(gate x), up x and their product, and `Plain` is a model that is run by hand.\n"
+    )
+    for method in BUILT_IN:
+        lines += card(method)
     for slot, what in SLOTS.items():
         lines.append(f"## {slot}: {what}\n")
         for cls in PARTS:

@@ -42,6 +42,8 @@ def methods(
         return
     made = make(*parse(method))
     listed([(f"{made.spec}:", made.summary)])
+    if made.paper:
+        say(f"Paper: https://arxiv.org/abs/{made.paper}")
     say("")
     listed(tree(made))
     say("\nParts that fit into these slots (their fields: dart-eval ls parts remask):")

@@ -40,8 +40,9 @@ class Pruner:
         allocation: how the sparsity is spread over layers.
         compensation: what stands in for what is left out.
         leaves_out: what a method of its kind leaves out. granularity: the same, where it stands apart from neurons.
-        name: what a user types, and tables show. summary: one line for `dart-eval ls methods`. base: the
-            method that this one was changed from. None of these counts when two methods are compared.
+        name: what a user types, and tables show. summary: one line for `dart-eval ls methods`. paper: its
+            number on arXiv. base: the method that this one was changed from. None of these counts when two methods are
+            compared.
     """
 
     mask: ClassVar[Mask] = Everything()
@@ -52,6 +53,7 @@ class Pruner:
     granularity: ClassVar[str] = ""
     name: str = dataclasses.field(default="custom", compare=False, kw_only=True)
     summary: str = dataclasses.field(default="", compare=False, kw_only=True)
+    paper: str = dataclasses.field(default="", compare=False, kw_only=True)
     base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False, kw_only=True)
 
     def __init_subclass__(cls, of: type[Part] | None = None) -> None:

@@ -52,11 +52,13 @@ BUILT_IN: tuple[Pruner, ...] = (
         mask=Static(score=Random()),
     ),
     StaticMask(
-        name="magnitude", summary="keeps the neurons with the largest rows of gate and up, the same for every text",
+        name="magnitude", paper="2404.01365",
+        summary="keeps the neurons with the largest rows of gate and up, the same for every text",
         mask=Static(score=Weights()),
     ),
     StaticMask(
-        name="mag-sp", summary="keeps the neurons with the largest columns of down, the same for every text",
+        name="mag-sp", paper="2312.11983",
+        summary="keeps the neurons with the largest columns of down, the same for every text",
         mask=Static(score=Weights(of="down")),
     ),
     StaticMask(
@@ -64,44 +66,53 @@ BUILT_IN: tuple[Pruner, ...] = (
         mask=Static(score=GRIFFIN),
     ),
     StaticMask(
-        name="wanda-sp", summary="keeps neurons with the largest columns of down and activations on a calibration text",
+        name="wanda-sp", paper="2306.11695",
+        summary="keeps neurons with the largest columns of down and activations on a calibration text",
         mask=Static(score=Wanda()),
     ),
     StaticMask(
-        name="flap", summary="keeps neurons that vary most on a calibration text, and adds the mean of the others",
+        name="flap", paper="2312.11983",
+        summary="keeps neurons that vary most on a calibration text, and adds the mean of the others",
         mask=Static(score=Fluctuation()), allocation=Global(), compensation=MeanOutput(over="calibration"),
     ),
     NeuronMask(
-        name="griffin", summary="keeps the neurons that were most active in the prompt, equally many in every layer",
+        name="griffin", paper="2404.01365",
+        summary="keeps the neurons that were most active in the prompt, equally many in every layer",
         mask=FromPrompt(score=GRIFFIN),
     ),
     NeuronMask(
-        name="dart", summary="keeps the neurons most active in the prompt, more in some layers, and re-masks on drift",
+        name="dart", paper="2601.22632",
+        summary="keeps the neurons most active in the prompt, more in some layers, and re-masks on drift",
         mask=FromPrompt(remask=OnDrift()), allocation=DepthAware(),
     ),
     # The public code's settings. Its defects stay out: there a mask of MASKING_STEP 0 was never made anew, and half of
     # the layers of the forward with the alarm ran under the old one. Densities stay the prompt's here; the code
     # computed them anew.
     NeuronMask(
-        name="dart-code", summary="is dart as its public code sets it: eager detector, re-masks from 30 dense tokens",
+        name="dart-code", paper="2601.22632",
+        summary="is dart as its public code sets it: eager detector, re-masks from 30 dense tokens",
         mask=FromPrompt(remask=OnDrift(
             window=5, sigma=0.1, patience=1, cooldown=0, min_windows=2, skip_first=False, dense_tokens=30, blend=0.0,
         )), allocation=DepthAware(),
     ),
     NeuronMask(
-        name="coreinfer", summary="keeps the neurons that were most often among the largest of the prompt's tokens",
+        name="coreinfer", paper="2410.18311",
+        summary="keeps the neurons that were most often among the largest of the prompt's tokens",
         mask=FromPrompt(score=Votes()),
     ),
     NeuronMask(
-        name="glass", summary="keeps the neurons that rank high in the prompt and on a text (after the abstract)",
+        name="glass", paper="2508.14302",
+        summary="keeps the neurons that rank high in the prompt and on a text (after the abstract)",
         mask=FromPrompt(score=Ranks()),
     ),
     NeuronMask(
-        name="probe", summary="keeps neurons by activations in the prompt and on a text, and columns of down",
+        name="probe", paper="2502.15618",
+        summary="keeps neurons by activations in the prompt and on a text, and columns of down",
         mask=FromPrompt(score=Probe()),
     ),
     NeuronMask(
-        name="pop", summary="keeps a core from the prompt, and lets each token choose among candidates around the cut",
+        name="pop", paper="2602.06822",
+        summary="keeps a core from the prompt, and lets each token choose among candidates (after the abstract)",
         mask=FromPrompt(score=Wanda()), choice=Candidates(),
     ),
     # These two are ours. The setting of dart-plus was chosen on the shipped texts (results/setting.md).
@@ -115,11 +126,13 @@ BUILT_IN: tuple[Pruner, ...] = (
         choice=GateUp(mask_ratio=1.6, write_share=0.6), compensation=MeanOutput(),
     ),
     TokenChoice(
-        name="cats", summary="lets each token choose the largest |act(gate x)|, after reading all of gate",
+        name="cats", paper="2404.08763",
+        summary="lets each token choose the largest |act(gate x)|, after reading all of gate",
         choice=ByGate(),
     ),
     TokenChoice(
-        name="m-countdown", summary="lets each token choose the largest |up x|, after reading all of up",
+        name="m-countdown", paper="2505.17701",
+        summary="lets each token choose the largest |up x|, after reading all of up",
         choice=ByUp(),
     ),
     TokenChoice(
@@ -127,7 +140,8 @@ BUILT_IN: tuple[Pruner, ...] = (
         choice=ByPreview(),
     ),
     TokenChoice(
-        name="prox", summary="lets each token choose the largest |h|, as 4-bit copies and half of x show them",
+        name="prox", paper="2607.27591",
+        summary="lets tokens choose the largest |h|, by 4-bit copies and half of x (after the abstract)",
         choice=Prox(),
     ),
     TokenChoice(
@@ -139,15 +153,18 @@ BUILT_IN: tuple[Pruner, ...] = (
         choice=ByHidden(),
     ),
     InputSparsity(
-        name="teal", summary="leaves out columns of small inputs of each matrix, not neurons",
+        name="teal", paper="2408.14690",
+        summary="leaves out columns of small inputs of each matrix, not neurons",
         entries=Above(),
     ),
     InputSparsity(
-        name="wina", summary="leaves out columns with small inputs times norms, not neurons",
+        name="wina", paper="2505.19427",
+        summary="leaves out columns with small inputs times norms, not neurons",
         entries=ByNorms(),
     ),
     InputSparsity(
-        name="wanda", summary="leaves out single weights that matter least on a calibration text, not neurons",
+        name="wanda", paper="2306.11695",
+        summary="leaves out single weights that matter least on a calibration text, not neurons",
         entries=WandaEntries(),
     ),
     InputSparsity(
@@ -159,7 +176,8 @@ BUILT_IN: tuple[Pruner, ...] = (
         routing=Fewer(),
     ),
     ExpertChoice(
-        name="drop-experts", summary="takes half of the experts out, after REAP: memory is saved, and no reads",
+        name="drop-experts", paper="2510.13999",
+        summary="takes half of the experts out, after REAP: memory is saved, and no reads",
         routing=Without(),
     ),
     NeuronMask(

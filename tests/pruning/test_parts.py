@@ -38,6 +38,7 @@ from dart_eval.pruning.part import kind_of, takes
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
 from dart_eval.pruning.session.sequence import PerSequence
 from dart_eval.pruning.spelling import changed, plain_fields, slot_names, slots, text_of
+from dart_eval.results.board_text import ABSTRACTS
 from dart_eval.util.errors import UserError
 from tests.helpers.models import tiny
 from tests.helpers.sessions import VARIED, open_session, prompts_of
@@ -423,6 +424,12 @@ def test_a_part_is_listed_with_its_fields_words_and_bounds():
     assert rows["  remask.act=true"] and len(rows) == 1 + len(plain_fields(OnDrift))
     assert dict(part_rows(GateUp))["  choice.write_share=1.0"].endswith("(above 0, at most 1)")
     assert [*dict(part_rows(FromPrompt))] == ["mask=prompt", "  score=activation", "  draw=best", "  remask=never"]
+
+
+def test_methods_that_are_known_from_an_abstract_say_so_wherever_they_stand():
+    said = {m.name for m in BUILT_IN if "(after the abstract)" in m.summary}
+    assert said == ABSTRACTS  # which the board marks
+    assert all(m.paper for m in BUILT_IN if m.name in said)
 
 
 # -- what is kept of each sequence -----------------------------------------------------------------------------------
