@@ -82,8 +82,8 @@ def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
 def test_a_folder_that_takes_no_file_is_refused_beforehand(tmp_path):
     (tmp_path / "bench").write_text("a file")
     with pytest.raises(UserError, match="cannot be written"):
-        speeds.check(tmp_path)
-    speeds.check(tmp_path / "new")
+        speeds.check_folder(tmp_path)
+    speeds.check_folder(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -185,7 +185,7 @@ def test_the_regression_sweep_fits_its_baseline():
 
     root = README.parent
     config = config_from(root / "scripts" / "regression.yaml", {})
-    cells = baseline.read(root / "results" / "regression-baseline.json")
+    cells = baseline.load_baseline(root / "results" / "regression-baseline.json")
     asked = {(c.inputs["task"], c.inputs["method"], c.inputs["sparsity"], c.inputs["limit"]) for c in cells}
     assert asked == {
         (task, method, 0.0 if method == "dense" else s, config.limit)
