@@ -130,7 +130,7 @@ def test_held_angles_are_those_of_a_whole_input_of_that_length(kind):
         angles.reset()
         whole = rotary(x, torch.arange(length)[None])
         rotary(x, torch.arange(200)[None])  # what ran before
-        with angles.held(angles.of(length)):
+        with angles.held(angles.least_length(length)):
             first = rotary(x, torch.arange(5)[None])
             rest = rotary(x, position_ids=torch.arange(5, 11)[None])
         for part, a, b in zip(whole, first, rest, strict=True):
@@ -140,9 +140,9 @@ def test_held_angles_are_those_of_a_whole_input_of_that_length(kind):
 
 def test_rows_are_told_apart_by_their_angles():
     longrope, dynamic, plain = Angles(_model("longrope")), Angles(_model("dynamic")), Angles(tiny("llama"))
-    assert [longrope.of(n) for n in (1, 48, 49, 90)] == [0, 0, 49, 49]
-    assert [dynamic.of(n) for n in (1, 48, 49, 90)] == [0, 0, 49, 90]
-    assert [plain.of(n) for n in (1, 48, 49, 90)] == [0, 0, 0, 0]
+    assert [longrope.least_length(n) for n in (1, 48, 49, 90)] == [0, 0, 49, 49]
+    assert [dynamic.least_length(n) for n in (1, 48, 49, 90)] == [0, 0, 49, 90]
+    assert [plain.least_length(n) for n in (1, 48, 49, 90)] == [0, 0, 0, 0]
     spans = [(90, 95), (50, 52), (47, 50), (45, 49), (40, 48), (10, 12)]
     assert longrope.together(spans) == [[0, 1], [2], [3], [4, 5]]
     assert dynamic.together(spans) == [[0], [1], [2], [3], [4, 5]]

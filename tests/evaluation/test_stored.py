@@ -203,14 +203,14 @@ def test_a_layer_is_not_taken_for_another(tmp_path, shards):
     files = _files(tmp_path / "model", entries, shards)
     for i in (1, 11):
         name = f"model.layers.{i}.mlp.up_proj"  # as it is called in memory
-        assert files.of(name) == [f"model.language_model.layers.{i}.mlp.up_proj.weight"]
+        assert files.tensors_of(name) == [f"model.language_model.layers.{i}.mlp.up_proj.weight"]
         assert files.tensor(name, "weight").shape == (8, i + 1)
     assert files.tensor("model.layers.1.mlp.up_proj", "scales") is None
 
 
 def test_two_roots_that_fit_are_none(tmp_path):
     files = _files(tmp_path / "model", {f"{root}.layers.0.mlp.up_proj.weight": torch.zeros(2, 2) for root in "ab"})
-    assert files.of("model.layers.0.mlp.up_proj") == []
+    assert files.tensors_of("model.layers.0.mlp.up_proj") == []
 
 
 def test_experts_are_those_of_their_layer_under_any_name(tmp_path):
@@ -244,8 +244,8 @@ def test_experts_beside_shared_ones_have_the_bits_of_their_own_layer(tmp_path):
 def test_weights_of_32_bits_count_as_the_16_that_they_would_be_served_with(tmp_path):
     entries = {"m.weight": torch.zeros(4, 8), "m.bias": torch.zeros(4), "q.weight": torch.zeros(4, 8, dtype=torch.int8)}
     files = _files(tmp_path / "model", entries | {"q.weight_scale": torch.zeros(4, 1)})
-    assert files.bits(files.of("m"), 32) == 32 * 16
-    assert files.bits(files.of("q"), 32) == 32 * 8 + 4 * 32
+    assert files.bits(files.tensors_of("m"), 32) == 32 * 16
+    assert files.bits(files.tensors_of("q"), 32) == 32 * 8 + 4 * 32
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optimum") is not None, reason="the library is there")

@@ -24,7 +24,7 @@ def test_parts_cover_every_unit_once():
         for count in (1, 2, 4, 30):
             taken = [n for i in range(count) for n in range(total) if Shard(i, count).takes(n, 0, 0)]
             assert sorted(taken) == list(range(total))
-    assert WHOLE.whole and not Shard(0, 2).whole and not Pilot().whole
+    assert WHOLE.unsharded and not Shard(0, 2).unsharded and not Pilot().unsharded
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,8 @@ def test_thresholds_are_read(tmp_path):
         "recovery: 0.9\nalpha: 0.01\nof_dense: null\ntasks: {drift: {recovery: 0.5}, arc: {of_dense: 0.8}}\n"
     )
     found = thresholds_from(file)
-    assert (found.alpha, found.of("piqa")) == (0.01, Limits(0.9, None))
-    assert (found.of("drift"), found.of("arc")) == (Limits(0.5, None), Limits(0.9, 0.8))
+    assert (found.alpha, found.limits_of("piqa")) == (0.01, Limits(0.9, None))
+    assert (found.limits_of("drift"), found.limits_of("arc")) == (Limits(0.5, None), Limits(0.9, 0.8))
     file.write_text("")
     assert thresholds_from(file) == thresholds_from(None) == Thresholds()
 
