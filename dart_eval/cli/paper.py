@@ -53,8 +53,9 @@ def paper(
     hush(verbose)
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.store import Store
-    from dart_eval.sweep.config import RAY_OPTIONS, command_line, config_from
+    from dart_eval.sweep.config import RAY_OPTIONS, config_from
     from dart_eval.sweep.paper import load
+    from dart_eval.sweep.plan import command_line
 
     base = config_from(None, {**given, "method": "dense", "sparsity": "0"})
     spec = load(name, base)

@@ -7,8 +7,7 @@ values; `config_from` says in one line what it refuses. Nothing here imports tor
 from __future__ import annotations
 
 import os
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -252,7 +251,7 @@ class RunConfig:
                 raise UserError(f"include path {folder} is not a folder", "give one with task YAML files")
         given = [n for n in RAY_OPTIONS if getattr(self, n) is not None]
         if given and self.executor != "ray":
-            raise UserError(f"{_option(given[0])} is for Ray", "give --executor ray, or leave it out")
+            raise UserError(f"{option_of(given[0])} is for Ray", "give --executor ray, or leave it out")
         if self.workers > 1 and self.executor == "ray":
             raise UserError(f"--workers {self.workers} is for one machine without Ray", "leave --executor ray out")
         if self.workers > 1 and self.device_map is not None:
@@ -340,7 +339,7 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     config = made(told, dict.fromkeys(of_file, f"{file}: "), f" in {file}" if file is not None else "")
     for key in PATHS:
         if (path := getattr(config, key)) is not None:
-            check_name(path, _option(key))
+            check_name(path, option_of(key))
     config.check()
     config.check_output()
     return config
@@ -387,23 +386,13 @@ def _refused(error: Mapping[str, Any]) -> UserError:
     if kind == "less_than":
         return UserError(f"{name} is too large", "give a number below 2^32")
     if kind == "greater_than":
-        return UserError(f"{_option(name)} {value:g} must be more than {told['gt']:g}")
+        return UserError(f"{option_of(name)} {value:g} must be more than {told['gt']:g}")
     if kind == "greater_than_equal":
         least = f"at least {told['ge']:g}" if told["ge"] else ""
-        return UserError(f"{_option(name)} {shown(value)} must {f'be {least}' if least else 'not be negative'}")
+        return UserError(f"{option_of(name)} {shown(value)} must {f'be {least}' if least else 'not be negative'}")
     return UserError(f"{name} must be {TYPES.get(kind, 'a number')}, not {shown(value)}")
 
 
-def _option(name: str) -> str:
+def option_of(name: str) -> str:
+    """As it is typed: `batch_size` -> `--batch-size`."""
     return f"--{name.replace('_', '-')}"
-
-
-def command_line(words: Sequence[str], options: Mapping[str, Any]) -> str:
-    """A line for a shell: `words`, then the options that are not None, by the names of `RunConfig`."""
-    line = [*words]
-    for key, value in options.items():
-        if isinstance(value, bool):
-            line.append(_option(key) if value else f"--no-{key.replace('_', '-')}")
-        elif value is not None:
-            line += [_option(key), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(line)

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import json
 import platform
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.format import sparsity as percent
-from dart_eval.sweep.config import DEFAULTS, RAY_OPTIONS, RunConfig, command_line
+from dart_eval.sweep.config import DEFAULTS, RAY_OPTIONS, RunConfig, option_of
 from dart_eval.sweep.hashes import code_hash
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.bits import parse as parse_bits
@@ -199,3 +200,14 @@ def _calibration(config: RunConfig) -> tuple[str, dict[str, Any]]:
 
 def _file_hash(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def command_line(words: Sequence[str], options: Mapping[str, Any]) -> str:
+    """A line for a shell: `words`, then the options that are not None, by the names of `RunConfig`."""
+    line = [*words]
+    for key, value in options.items():
+        if isinstance(value, bool):
+            line.append(option_of(key) if value else f"--no-{key.replace('_', '-')}")
+        elif value is not None:
+            line += [option_of(key), ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(line)

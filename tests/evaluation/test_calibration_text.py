@@ -83,7 +83,7 @@ def test_a_run_says_so_where_a_method_calibrates(tmp_path):
     for method, count in (("griffin", 0), ("griffin,flap", 1), ("glass", 1)):
         notes = []
         config = RunConfig(method=method, calibration="Salesforce/wikitext", data_dir=folder)
-        jobs._warn_of_one_text(config, loaded, ["any"], SimpleNamespace(note=notes.append))
+        jobs._warn_shared_data(config, loaded, ["any"], SimpleNamespace(note=notes.append))
         assert len(notes) == count and all(
             n.startswith("wikitext, local: methods calibrate on the same") for n in notes
         )

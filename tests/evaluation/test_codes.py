@@ -177,7 +177,7 @@ def test_first_bits_are_counted(model):
     assert image.bits_of(gate.stored, SIZE, WIDTH) == 2.5 and image.coarse(down.stored, WIDTH, SIZE) == 4
     assert image.rest(gate.stored, SIZE, WIDTH, Columns()) == 2
     some = Columns(0.5, 0.25)  # half of the columns in 2 bits, a quarter in one
-    assert image.read(gate.stored, SIZE, WIDTH, some) == 1.25 + 0.5
+    assert image.bits_read(gate.stored, SIZE, WIDTH, some) == 1.25 + 0.5
     assert image.rest(gate.stored, SIZE, WIDTH, some) == 4 - 1.25
     assert image.across(down.stored, WIDTH, SIZE, graded=True) == 0.5  # scales stand for parts of rows, not of columns
 

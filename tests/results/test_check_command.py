@@ -117,7 +117,7 @@ def test_a_baseline_file_says_what_the_folder_says(results, tmp_path, cli):
     file = tmp_path / "b.json"
     cli(results, "--baseline", file, "--update")
     for reference in (file, results):
-        report = check(outcomes.cells(results), baseline.read(reference), Thresholds(), "b")
+        report = check(outcomes.cells(results), baseline.load_baseline(reference), Thresholds(), "b")
         assert {(r.metric, r.verdict, r.changed, r.recovery) for r in report.rows} == {
             ("acc", "ok", 0, 1.0), ("gold_ll", "ok", 0, 1.0), ("word_perplexity", "ok", 0, 1.0),
         }  # fmt: skip

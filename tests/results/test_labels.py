@@ -82,13 +82,15 @@ def test_a_check_says_it_and_its_baseline_keeps_it(out, tmp_path):
     baseline.write(file, outcomes.cells(out))
     assert [c.get("method") for c in json.loads(file.read_text())["cells"]].count(UNIFORM) == 1
     fallen = outcomes.cells(save(tmp_path / "now", of("dense"), of("griffin"), of(UNIFORM, 0.1)))
-    report = check(fallen, baseline.read(file), Thresholds(), "b.json")
+    report = check(fallen, baseline.load_baseline(file), Thresholds(), "b.json")
     (row,) = report.bad
     assert row.cell == f"{UNIFORM} 50 %"
     assert table(report).body[0][0] == f"{UNIFORM} 50 %"
     assert f'classname="{UNIFORM} 50 %"' in junit(report)
     assert f"{UNIFORM} 50 %25, arc acc" in workflow_commands(report)[0]
-    (missing,) = check(fallen[:2], [c for c in baseline.read(file) if "uniform" in c.key], Thresholds(), "b").rows
+    (missing,) = check(
+        fallen[:2], [c for c in baseline.load_baseline(file) if "uniform" in c.key], Thresholds(), "b"
+    ).rows
     assert missing.cell == f"{UNIFORM} 50 %"
 
 
@@ -97,7 +99,7 @@ def test_a_baseline_that_does_not_say_it_is_named_by_the_results(out, tmp_path):
     cells = outcomes.cells(out)
     baseline.write(file, [dataclasses.replace(c, settings={}) for c in cells])
     assert UNIFORM not in file.read_text()
-    report = check(cells, baseline.read(file), Thresholds(), "b.json")
+    report = check(cells, baseline.load_baseline(file), Thresholds(), "b.json")
     assert {r.cell for r in report.rows} == {"dense", "griffin 50 %", f"{UNIFORM} 50 %"}
 
 
