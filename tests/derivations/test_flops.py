@@ -16,8 +16,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from dart_eval.evaluation.batching import CACHED_TOKENS, token_bytes
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
+from dart_eval.pruning.choices.prox import Prox
 from tests.derivations.plain import cache_name
 from tests.helpers.models import CONFIGS, FAMILIES, STREAMS, random_model, random_tokens, tiny
 
@@ -71,6 +73,22 @@ def test_flops_of_families_that_project_beside_their_layers_or_whose_heads_diffe
     """OPT-350m projects into and out of its layers; Gemma 4 has larger heads in its full-attention layers."""
     model = random_model(STREAMS[family](), torch.float32)
     assert ours(model, 12) == counted(model, 12)
+
+
+def test_a_cache_has_keys_and_values_of_every_head_and_layer():
+    """A batch is as large as its memory allows: bytes of a token, by hand."""
+    model = tiny("llama", torch.float32)
+    c = model.config
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 4
+    assert token_bytes(model) == cache * (1 + CACHED_TOKENS) + 4 * (4 * c.intermediate_size + 8 * c.hidden_size)
+
+
+@pytest.mark.parametrize("thin", [1.0, 0.5])
+def test_a_preview_by_copies_multiplies_the_columns_that_are_left(thin):
+    """Gate and up, two operations a weight; three more a neuron to choose by."""
+    model = tiny("llama", torch.float32)
+    shape, neurons = shape_of(model, find_ffns(model)), 120
+    assert Prox(thin=thin).flops_per_step(shape, neurons) == 2 * neurons * thin * shape.width * 2 + 3 * neurons
 
 
 def test_latent_attention_compares_more_than_it_sums_up():

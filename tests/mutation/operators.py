@@ -23,7 +23,16 @@ CORE = (
 )  # fmt: skip
 RUN = 100  # of them
 # No test can notice these: function and change -> why.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    "_least: x.device.type == \"cpu\" and x.dtype in (torch.float32, tor... -> (x.device.type == \"cpu\")":
+        "another way to the same number, which is only faster",
+    "Order.settle: not self.own and self.count < index.shape[1] -> (not self.own)":
+        "the best k of k experts are all of them",
+    "Rerouted.__init__: part.calibrates and calibration is not None -> (part.calibrates)":
+        "a method that calibrates is refused without a calibration before",
+    "DriftDetector.observe: self.prompt_sum[row : row + 1] / size -> (self.prompt_sum[row : row + 1])":
+        "a cosine does not depend on the length of a window's mean",
+}  # fmt: skip
 KINDS = {
     "sign": "a sum for a difference, a comparison turned round",
     "off by one": "one too many, or one too few",

@@ -1,13 +1,16 @@
 """Allocation: the published tables, and budgets that are met exactly."""
 
+import json
 import random
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dart_eval.pruning.masks.allocations import read_table
 from dart_eval.pruning.masks.counts import in_steps, keep_counts
 from dart_eval.pruning.masks.depth import EPS, depth_aware, normalise_sensitivity
+from dart_eval.util.errors import UserError
 
 # Normalised sensitivities of Llama-3.1-8B, and the keep ratios that DART's scripts ship for it at 70 %.
 LLAMA_8B = [
@@ -145,3 +148,11 @@ def test_layers_of_many_sizes_meet_the_sparsity_of_their_neurons(layers, sparsit
 def test_layers_of_two_sizes_by_hand():
     """Of 400 neurons 200 are pruned: the first layer's most, 90, and 110 of the 300 of the layer that has no weight."""
     assert depth_aware([0, 1], 0.5, False, [100, 300]) == pytest.approx([0.1, 1 - 110 / 300])
+
+
+@pytest.mark.parametrize("ratios", [[0.5, 1.5], [-0.5, 0.5], ["0.5", 0.5], []])
+def test_a_table_of_no_ratios_is_refused(tmp_path, ratios):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"keep": ratios}))
+    with pytest.raises(UserError, match=r"is no allocation table: it needs `keep`, a list of ratios in \[0, 1\]"):
+        read_table(path)
