@@ -11,7 +11,7 @@ source to Python: no file is written. The child runs the test that noticed the m
 those about its module, then all of the fast lane, and stops at the first failure. A test that hangs counts as a
 failure. The whole list is run only where the fast lane passes without any mutant; after a sample the tests that failed
 are run without one.
-Exit status: 0; 1 (a mutant survives that is not said to); 2 (the tests fail without any mutant).
+Exit status: 0; 1 (more mutants survive than --least allows, those apart that no test can notice); 2 (the tests fail without any mutant).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.write_text(report(found), encoding="utf-8")
     missed = [m for m, result in found if not result.by and not m.survives]
     print(f"{sum(bool(r.by) for _, r in found)} of {len(found)} mutants are noticed; {len(missed)} are missed.")
-    return int(bool(missed))
+    return int(len(missed) > (1 - options.least) * len(found) + 1e-9)
 
 
 def _pass(tests: Sequence[str]) -> bool:
@@ -102,6 +102,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=0, help="draw so many instead of all")
     parser.add_argument("--every", action="store_true", help="of all that operators make, not of the hundred")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--least", type=float, default=1.0, help="fail where a smaller share than this is noticed")
     parser.add_argument("--only", default="", help="those whose file or description has this text")
     parser.add_argument("--near", action="store_true", help="leave out the tests of other modules: quick")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
