@@ -11,7 +11,8 @@ source to Python: no file is written. The child runs the test that noticed the m
 those about its module, then all of the fast lane, and stops at the first failure. A test that hangs counts as a
 failure. The whole list is run only where the fast lane passes without any mutant; after a sample the tests that failed
 are run without one.
-Exit status: 0; 1 (more mutants survive than --least allows, those apart that no test can notice); 2 (the tests fail without any mutant).
+Exit status: 0; 1 (more mutants survive than --least allows, not counting those that no test can notice); 2 (the tests
+fail without any mutant).
 """
 
 from __future__ import annotations
