@@ -1,6 +1,7 @@
 """Fewer experts, and experts dropped: held against stock models that have as many, and against sums by hand."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from dart_eval.layers.experts import ROUTED
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.experts.rerouted import saliency
+from dart_eval.pruning.experts.routings import Fewer
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
 from tests.helpers.models import random_tokens
@@ -185,6 +187,14 @@ def test_what_cannot_be_met_is_one_line(method, sparsity, words):
         open_session(wider("qwen3_moe"), name, sparsity, **dict([rest.split("=")] if rest else [])),
     ):
         pass
+
+
+def test_the_layer_with_the_fewest_experts_a_token_says_what_can_be_met():
+    """Four experts of 8 neurons in one layer, two in the other: one of each reads a quarter, and a half of them all."""
+    ffns = [SimpleNamespace(size=8 * n, routed=SimpleNamespace(count=n, all=9, inner=8, size=8 * n)) for n in (4, 2)]
+    Fewer().check_experts(0.5, ffns)
+    with pytest.raises(UserError, match=r"use a sparsity up to 0\.5$"):
+        Fewer().check_experts(0.6, ffns)
 
 
 @pytest.mark.parametrize("method", ["fewer-experts", "drop-experts"])
