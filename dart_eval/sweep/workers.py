@@ -7,7 +7,6 @@ its cell to the next one, with every batch that was finished. A cell at which wo
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import queue
@@ -34,9 +33,9 @@ BEGIN = "import sys; sys.path[:] = filter(None, sys.path); from dart_eval.sweep.
 
 @dataclass
 class _Worker:
-    """A process: its number, and the cell that it is at."""
+    """A process: its place among the workers, which decides its GPU, and the cell that it is at."""
 
-    number: int
+    place: int
     process: subprocess.Popen[bytes]
     at: Cell | None = None
 
@@ -60,7 +59,6 @@ class _Workers:
         self.heard: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
         self.workers: dict[int, _Worker] = {}
         self.deaths: Counter[str] = Counter()
-        self.numbers = itertools.count(1)
         self.count, self.cards = configs[0].workers, _cards(configs[0])
         self.notes: set[str] = set()
 
@@ -96,7 +94,7 @@ class _Workers:
                 [sys.executable, "-c", BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
                 env={**os.environ, **card, **settings},
             )  # fmt: skip
-        worker = self.workers[place] = _Worker(next(self.numbers), process)
+        worker = self.workers[place] = _Worker(place, process)
         assert process.stdin is not None
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
         try:
@@ -143,15 +141,14 @@ class _Workers:
 
     def _ended(self, worker: _Worker) -> None:
         """Start another one in the place of a worker that died, where there are cells left."""
-        place = next(place for place, one in self.workers.items() if one is worker)
-        del self.workers[place]
+        del self.workers[worker.place]
         status, cell = worker.process.wait(), worker.at
         if not status:
             return
-        log = self._log(place)
+        log = self._log(worker.place)
         how = f"signal {-status}" if status < 0 else f"status {status}"
         at = f" at {cell.title}" if cell else ""
-        self.sweep.view.note(f"worker {place + 1} died{at} ({how}); see {log}")
+        self.sweep.view.note(f"worker {worker.place + 1} died{at} ({how}); see {log}")
         name = cell.key if cell else ""
         self.deaths[name] += 1
         if self.deaths[name] >= TRIES:
@@ -161,7 +158,7 @@ class _Workers:
             self.sweep.failed.append(cell)
             self.sweep.view.failed(cell, problem, self.sweep.store.failed(cell.name, cell.key, problem))
         if self.sweep.todo:
-            self._begin(place)
+            self._begin(worker.place)
 
 
 def _cards(config: RunConfig) -> list[str]:
@@ -184,10 +181,11 @@ def serve() -> None:
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # what libraries print goes into the log
     silence()
     configs, skip_missing, begun = pickle.load(sys.stdin.buffer)
+    report = _Report(out)
     try:
-        local.run_all(configs, _Report(out), skip_missing, since=begun)
+        local.run_all(configs, report, skip_missing, since=begun)
     except UserError as error:
-        _Report(out).refused(error.problem, error.remedy)
+        report.refused(error.problem, error.remedy)
 
 
 class _Report:
