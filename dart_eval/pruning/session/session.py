@@ -304,7 +304,7 @@ class Session(SessionStats):
         if measured is not None:
             self.log.steps[-1] = measured
         self._tally.decode(self.log.steps[-1].read, forward.valid.shape[1], self._ended)
-        if state.masks is not None and not forward.frozen:
+        if state.masked and not forward.frozen:
             self._finish_decode(state, attention)
 
     def _finish_decode(self, state: SequenceState, attention: Tensor | None) -> None:

@@ -119,6 +119,11 @@ class SequenceState(PerSequence):
         return own or None
 
     @property
+    def masked(self) -> bool:
+        """Whether the sequences have masks of their own."""
+        return self.layers[0].own is not None
+
+    @property
     def kept(self) -> Tensor:
         """[B, L] long: neurons of each layer's mask."""
         return torch.stack([layer.kept for layer in self.layers], 1)
@@ -136,7 +141,7 @@ class SequenceState(PerSequence):
     @property
     def prunes(self) -> bool:
         """Whether decoding forwards run pruned: not before masks, where there are any, have been made."""
-        return self.counted and (self.layers[0].own is not None or self.method.mask.fixed)
+        return self.counted and (self.masked or self.method.mask.fixed)
 
     @property
     def dense_now(self) -> Tensor | None:
@@ -160,6 +165,8 @@ class SequenceState(PerSequence):
 
     def measured(self, valid: Tensor) -> Step | None:
         """What the forward just over used, where the sparsity does not set it: the mean over its tokens `valid`."""
+        if self.method.exact:
+            return None
         spent = [layer.spent for layer in self.layers if layer.spent is not None]
         for layer in self.layers:
             layer.spent = None
@@ -173,7 +180,7 @@ class SequenceState(PerSequence):
 
     def room(self) -> int | None:
         """Tokens that may run in one forward before a mask may change; None for any number."""
-        return self.remasking.room() if self.remasking is not None and self.masks is not None else None
+        return self.remasking.room() if self.remasking is not None and self.masked else None
 
     # -- decoded tokens --------------------------------------------------------------------------------------
 
