@@ -4,8 +4,6 @@
     python scripts/mutate.py --sample 10 --seed 202648    # as CI does
     python scripts/mutate.py --only drift.py --near       # those of a module, without the tests of others
 
-The script is ours: mutmut and cosmic-ray import torch and the models anew for every mutant, which takes a minute each.
-
 One process imports torch and the like and forks a child for each mutant, in which an import hook hands the changed
 source to Python: no file is written. The child runs the test that noticed the mutant last time (results/mutations.md),
 those about its module, then all of the fast lane, and stops at the first failure. A test that hangs counts as a

@@ -130,27 +130,23 @@ def _of_file(path: Path) -> Iterator[Mutant]:
         start, end = span(node)
         return text[start:end].decode()
 
-    for within, node in _nodes(ast.parse(text), ""):
+    for within, node in _nodes(ast.parse(text)):
         for kind, new in _changes(node, within, code):
             start, end = span(node)
             old = text[start:end].decode()
             yield Mutant(path.relative_to(ROOT).as_posix(), node.lineno, within, kind, old, new, start)  # type: ignore[attr-defined]
 
 
-def _nodes(tree: ast.AST, within: str) -> Iterator[tuple[str, ast.AST]]:
-    """What functions compute: no defaults, hints, assertions, errors and their texts."""
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-            for statement in child.body:
-                yield from _visit(statement, f"{within}.{child.name}".lstrip("."), isinstance(child, ast.FunctionDef))
-        elif not within:
-            continue
+def _nodes(node: ast.AST, within: str = "", inside: bool = False) -> Iterator[tuple[str, ast.AST]]:
+    """What functions compute: no defaults, hints, assertions, errors and their texts.
 
-
-def _visit(node: ast.AST, within: str, inside: bool) -> Iterator[tuple[str, ast.AST]]:
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    Args:
+        within: the function or class that the node stands in. inside: it is a function.
+    """
+    if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+        name = f"{within}.{getattr(node, 'name', '')}".strip(".")
         for statement in node.body:
-            yield from _visit(statement, f"{within}.{node.name}", isinstance(node, ast.FunctionDef))
+            yield from _nodes(statement, name, isinstance(node, ast.FunctionDef))
         return
     skipped = isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr)) or _is_error(node)
     if not inside or skipped or within.endswith(("__repr__", ".files", ".title")):
@@ -160,7 +156,7 @@ def _visit(node: ast.AST, within: str, inside: bool) -> Iterator[tuple[str, ast.
         if name not in ("annotation", "returns"):
             for one in child if isinstance(child, list) else [child]:
                 if isinstance(one, ast.AST):
-                    yield from _visit(one, within, inside)
+                    yield from _nodes(one, within, inside)
 
 
 def _is_error(node: ast.AST) -> bool:
