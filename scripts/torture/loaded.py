@@ -93,9 +93,9 @@ class DataRows(Kind):
             "out",
         ]
         self.words += ["--model", str(self.folder / "model")]
-        shelf = Tasks(self.place / "data")
-        shelf.check(name, None)
-        (task,) = leaves(shelf.load(name))
+        tasks = Tasks(self.place / "data")
+        tasks.check_task(name, None)
+        (task,) = leaves(tasks.load(name))
         given = [*_objects(data.decode())]
         if len(task.eval_docs) != len(given) or not all(_fits(row) for row in given):
             raise Wrong(f"{len(task.eval_docs)} documents of {len(given)} rows are asked: {self.told}")
