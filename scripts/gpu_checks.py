@@ -93,7 +93,7 @@ def executions(dry: bool) -> dict[str, Any]:
     low = copy.deepcopy(model)
     texts = []
     for execution in ("masked", "copied"):
-        with prune(low, make("dart", RESTLESS), SPARSITY, execution=execution):  # type: ignore[arg-type]
+        with prune(low, make("dart", RESTLESS), SPARSITY, execution=execution):
             texts.append(low.generate(tokens_for(low, PROMPT), max_new_tokens=STEPS, do_sample=False))
     if not torch.equal(*texts):
         raise AssertionError("generate says something else on copies than by masks")

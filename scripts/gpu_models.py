@@ -19,6 +19,7 @@ from dart_eval.kernels import gather
 from dart_eval.layers.families import cache_argument
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
+from dart_eval.pruning.session.execution import Wanted
 
 SPARSITY = 0.7
 # A detector that sees drift in every window, so that masks do change.
@@ -55,10 +56,9 @@ def small(dry: bool, layers: int = 4, attention: str = "sdpa") -> PreTrainedMode
     torch.manual_seed(0)
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     tiny = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(
-        **(tiny if dry else wide), vocab_size=320 if dry else 8192, num_hidden_layers=2 if dry else layers,
-        max_position_embeddings=1024, attn_implementation=attention,
-    )  # fmt: skip
+    sizes: Any = {**(tiny if dry else wide), "num_hidden_layers": 2 if dry else layers}
+    others: Any = {"max_position_embeddings": 1024, "attn_implementation": attention}
+    config = LlamaConfig(vocab_size=320 if dry else 8192, **sizes, **others)
     with torch.device("cpu" if dry else "cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -71,7 +71,8 @@ def small(dry: bool, layers: int = 4, attention: str = "sdpa") -> PreTrainedMode
 
 def rounded(model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The model in a dtype, and the same rounded weights in float32."""
-    low = copy.deepcopy(model).to(dtype)
+    low: Any = copy.deepcopy(model)
+    low = low.to(dtype)
     return low, copy.deepcopy(low).to(torch.float32)
 
 
@@ -118,7 +119,7 @@ def require(found: float, most: float, what: str) -> None:
         raise AssertionError(f"{what}: {found:.2g} apart, at most {most:.2g} is rounding")
 
 
-def pruned(model: PreTrainedModel, method: str, execution: str, **params: Any) -> tuple[Tensor, Any]:
+def pruned(model: PreTrainedModel, method: str, execution: Wanted, **params: Any) -> tuple[Tensor, Any]:
     """Logits under a method, and its session (left)."""
     with prune(model, make(method, params), SPARSITY, execution=execution) as session:
         return logits_of(model), session

@@ -6,8 +6,8 @@ import ast
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dart_eval.layers.ffn import FFN
@@ -133,9 +133,9 @@ def _kernel(method: Pruner) -> str:
 @functools.cache
 def _gated() -> list[FFN]:
     """The FFNs of a small model, on a CPU."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 32}
+    sizes: Any = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 32}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    return find_ffns(model.to(torch.bfloat16))
+    return find_ffns(model.bfloat16())
 
 
 def _source(file: str, name: str) -> str:

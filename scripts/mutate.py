@@ -30,7 +30,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +165,8 @@ def _rounds(mutant: Mutant, near: bool, before: dict[str, str]) -> Rounds:
 
 def _run(todo: Sequence[tuple[Mutant | None, Rounds]], jobs: int) -> Iterator[tuple[Mutant | None, Result]]:
     """Results as they come."""
-    waiting, running = list(todo), {}
+    waiting = list(todo)
+    running: dict[Any, Any] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             (mutant, rounds), folder = waiting.pop(0), Path(tempfile.mkdtemp(prefix="mutant-"))
@@ -222,27 +227,23 @@ def _fast() -> str:
     return found[1]
 
 
-class Broken:
+class Broken(MetaPathFinder):
     """An import hook that makes one module from the changed source."""
 
     def __init__(self, mutant: Mutant) -> None:
         self.name = mutant.file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         self.path, self.code = str(ROOT / mutant.file), mutant.source()
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != self.name:
             return None
-        from importlib.machinery import ModuleSpec, SourceFileLoader
-        from importlib.util import spec_from_file_location
-
         code = compile(self.code, self.path, "exec")
 
         class Loader(SourceFileLoader):
-            def get_code(self, fullname: str) -> object:
+            def get_code(self, fullname: str) -> CodeType:
                 return code
 
-        spec: ModuleSpec | None = spec_from_file_location(name, self.path, loader=Loader(name, self.path))
-        return spec
+        return spec_from_file_location(name, self.path, loader=Loader(name, self.path))
 
 
 class FirstFailure:

@@ -51,7 +51,10 @@ def main() -> None:
         model = with_random_weights(shape, layers)
     except UserError as error:
         sys.exit(str(error))
-    texts = [*files("dart_eval").joinpath("data").glob("*.txt"), *Path(__file__).parents[1].glob("tasks/smoke/*.jsonl")]
+    texts = [
+        *(path for path in files("dart_eval").joinpath("data").iterdir() if path.name.endswith(".txt")),
+        *Path(__file__).parents[1].glob("tasks/smoke/*.jsonl"),
+    ]
     made = tokenizer((path.read_text(encoding="utf-8") for path in texts), min(TOKENS, vocabulary))
     model.config.bos_token_id, model.config.eos_token_id = made.bos_token_id, None  # it must not stop by chance
     model.save_pretrained(folder)

@@ -33,8 +33,8 @@ PARTS, SHORT = 5, 12  # units of a kind; cases of a kind in the short version
 class Of(NamedTuple):
     """What there is of a kind: where its class stands, how many cases, and in how many once a new process reads it."""
 
-    cases: str
-    count: int
+    driver: str
+    cases: int
     every: int  # negative: not where that loads a model
 
 
@@ -58,7 +58,7 @@ class Late(BaseException):
 def units(folder: Path, seed: int, short: bool) -> Iterator[Unit]:
     """Some cases of a kind each."""
     for kind, of in KINDS.items():
-        numbers, size = (range(SHORT), SHORT) if short else (range(of.count), of.count // PARTS)
+        numbers, size = (range(SHORT), SHORT) if short else (range(of.cases), of.cases // PARTS)
         for part, first in enumerate(numbers[::size]):
             asked = [*numbers[first : first + size]]
             work = functools.partial(_cases, folder, seed, kind, asked, short)
@@ -67,7 +67,7 @@ def units(folder: Path, seed: int, short: bool) -> Iterator[Unit]:
 
 def _cases(folder: Path, seed: int, kind: str, numbers: Sequence[int], short: bool) -> Result:
     Whole(folder)
-    of = KINDS[kind]._replace(cases=f"scripts.torture.{KINDS[kind].cases}")
+    of = KINDS[kind]._replace(driver=f"scripts.torture.{KINDS[kind].driver}")
     return watched(folder, seed, kind, of._replace(every=-SHORT) if short else of, numbers)
 
 
@@ -130,7 +130,7 @@ def _work(pipe: Connection, folder: str, place: str, seed: int, kind: str, of: O
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     tempfile.tempdir = None  # that of the environment
-    module, _, name = of.cases.rpartition(".")
+    module, _, name = of.driver.rpartition(".")
     made = getattr(importlib.import_module(module), name)(Path(folder), Path(place))
     guard = Guard([place, os.environ["TMPDIR"], os.environ["DART_EVAL_CACHE"], os.environ["HF_DATASETS_CACHE"]])
     signal.signal(signal.SIGALRM, _late)

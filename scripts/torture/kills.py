@@ -102,7 +102,7 @@ def _killed(process: Any, place: Path, kill: Kill, result: Result) -> tuple[bool
         process.kill()
         return False, [f"no end {AFTER:.0f} s after its signal: {_errors(process, place)[:3000]}"]
     seconds, errors = time.monotonic() - sent, _errors(process, place)
-    if status == SIGNALS[kill.number] and "Traceback" not in errors and errors.count("\n") <= 1:
+    if status == SIGNALS[signal.Signals(kill.number)] and "Traceback" not in errors and errors.count("\n") <= 1:
         return False, []
     if status == -kill.number or "KeyboardInterrupt" in errors:  # Python's own ways: our handlers were not there yet
         result.count("before it began")

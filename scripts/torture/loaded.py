@@ -31,7 +31,7 @@ class DataRows(Kind):
         from dart_eval.evaluation.tasks import tasks_dir
 
         self.index = TaskManager(include_path=str(tasks_dir()))
-        self.rows = {
+        self.rows: dict[str, list[dict[str, Any]]] = {
             "hellaswag": [
                 {"ind": i, "activity_label": "Roof", "ctx_a": "A man", "ctx_b": "he", "ctx": "A man is here. he",
                  "endings": ["wraps", "rips", "holds", "starts"], "label": str(i % 4)} for i in range(5)
@@ -159,7 +159,7 @@ class ModelFolder(Kind):
             else _changes(self.text, changed)
         )
         model, _ = resolve(ModelSpec(str(self.place / "model"))).load()
-        tied = model.get_input_embeddings().weight
+        tied: Any = model.get_input_embeddings().weight
         for name, weight in model.state_dict().items():
             file = self.weights.get(name)
             if file is None and name == "lm_head.weight" and torch.equal(weight, tied):

@@ -59,7 +59,9 @@ def _work(answer: str, seed: int, name: str, family: str, rounds: int) -> None:
     """In a process: all rounds of a family, lap after lap over all settings."""
     model, result, moments = _model(family), Result(), drawn(seed, name)
     methods = [m for m in METHODS if family not in ("mixtral", "qwen3_moe") or m[0] not in DENSE]
-    settings = [Setting(*m, how, batch) for m, how, batch in itertools.product(methods, ("auto", "masked"), (1, 2))]
+    settings = [
+        Setting(m[0], m[1], how, batch) for m, how, batch in itertools.product(methods, ("auto", "masked"), (1, 2))
+    ]
     moments.shuffle(settings)
     if rounds < 2 * len(settings):
         settings = settings[: rounds // 4]

@@ -82,7 +82,7 @@ class Baselines(Shown):
 class Records(Shown):
     """`tables`, `compare`, `check`, `report` and `export` of a folder in which records are damaged or forged."""
 
-    files = ("cells",)
+    files: tuple[str, ...] = ("cells",)
 
     def case(self, random: Random) -> str:
         shutil.rmtree(self.place / "out", ignore_errors=True)
