@@ -56,11 +56,11 @@ def with_distances(found: Outcome, dense: Outcome, texts: bool = True) -> Outcom
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     firsts = {m.task: m for m in reversed(found.measures)}.values()
     documents = ours.assign(**columns)
-    have = {name: set(documents.index[[v is not None for v in values]].get_level_values("task"))
-            for name, values in columns.items()}  # fmt: skip
+    tasks = documents.index.get_level_values("task")
+    lacking = {name: set(tasks[[v is None for v in values]]) for name, values in columns.items()}
     made = [
         Measure(m.task, name if m.filter == "none" else f"{name},{m.filter}", name != "flips", m.members, m.equal)
-        for m in reversed(list(firsts)) for name in columns if have[name] & set(m.members)
+        for m in reversed(list(firsts)) for name in columns if not lacking[name] & set(m.members)
     ]  # fmt: skip
     return dataclasses.replace(found, measures=(*found.measures, *made), documents=documents)
 

@@ -45,6 +45,15 @@ def test_a_flip_is_another_answer_right_or_wrong(tmp_path):
     assert ("griffin", "flips") not in lines_of(tmp_path / "alone", chosen("griffin", pruned))
 
 
+def test_there_are_no_flips_where_a_document_has_no_answer(tmp_path):
+    """One item whose log-likelihoods are not there: no share over the others stands for all, and none is NaN."""
+    dense, pruned = chosen("dense", [0, 1, 2, 0]), chosen("griffin", [0, 1, 3, 0])
+    pruned.samples[2]["responses"] = ["?"]
+    assert ("griffin", "flips") not in lines_of(tmp_path, dense, pruned)
+    (board,) = boards(Store(tmp_path), Store(tmp_path).load())
+    assert all(row.flips is None or row.flips.value == 0 for row in board.rows)
+
+
 def test_texts_are_held_against_denses_own(tmp_path):
     dense = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two three four", [5, 6]), ("the same", [7])]
     pruned = [("a cat sat on a mat", [1, 2, 3, 4]), ("one two six seven", [5, 9]), ("nothing at all", [8, 7])]
