@@ -8,10 +8,10 @@ parts), `UserError` (what is raised where the input is wrong). docs/python.md sh
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dart_eval.api import evaluate
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
+    from dart_eval.api import evaluate
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.prune import prune
     from dart_eval.pruning.registry import methods
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = ["Pruner", "UserError", "__version__", "evaluate", "methods", "prune", "records", "rounded_ffns", "samples"]
 
-# These import torch, transformers or pandas, so they wait until somebody asks for them (`--help` does not).
+# These import pydantic, torch or pandas, so they wait until somebody asks for them (`--help` does not).
 _LAZY = {
     "Pruner": "dart_eval.pruning.registry",
+    "evaluate": "dart_eval.api",
     "methods": "dart_eval.pruning.registry",
     "prune": "dart_eval.pruning.prune",
     "records": "dart_eval.results.frames",

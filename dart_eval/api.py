@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dart_eval.sweep.options import DEFAULTS, HINTS
 from dart_eval.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from dart_eval.models.loaded import Loaded
     from dart_eval.sweep.config import RunConfig
 
-DEFAULT_METHODS = ("dense", "griffin", "dart", "dart-plus")  # of `RunConfig`, which needs pydantic: a test compares
 OF_LOADING = ("revision", "dtype", "device", "device_map", "peft", "trust_remote_code")  # of a model to be loaded
 
 
@@ -23,43 +24,8 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     tasks: str | Sequence[str],
-    method: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] = DEFAULT_METHODS,
-    sparsity: float | str | Sequence[float] = (0.5,),
-    ffn_bits: int | str | Sequence[int | str] = ("16",),
-    scope: str = "scored",
-    allocation: str | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    include_path: str | Sequence[str | Path] = (),
-    output: str | Path = "out",
-    force: bool = False,
-    batch_size: int | str = 8,
-    share_prefix: bool = True, kl: bool = True,
-    seed: int = 0,
-    max_length: int | None = None,
-    chunk: int = 2048,
-    chat_template: bool = False,
-    system_instruction: str | None = None, fewshot_as_multiturn: bool | None = None,
-    enable_thinking: bool | None = None, think_end_token: str | None = None,
-    gen_kwargs: str | Mapping[str, Any] | None = None,
-    cue: str | None = None,
-    data_dir: str | Path | None = None,
-    calibration: str | Path | None = None,
-    calibration_tokens: int | None = None, calibration_seed: int | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    peft: str | None = None,
-    trust_remote_code: bool = False,
-    confirm_run_unsafe_code: bool = False,
-    workers: int = 1, executor: str = "local",
-    ray_address: str | None = None,
-    gpus_per_cell: float | None = None, cpus_per_cell: float | None = None,
-    shards: int | None = None,
-    log: str | None = None,
-    log_project: str = "dart-eval",
-) -> list[dict[str, Any]]:  # fmt: skip
+    **options: Any,
+) -> list[dict[str, Any]]:
     """Run methods at sparsities on tasks, as `dart-eval run` does; finished cells are read, not run again.
 
         dart_eval.evaluate(tasks="smoke_questions", method=["dense", "dart"], sparsity=0.5, limit=20)
@@ -67,8 +33,7 @@ def evaluate(
     Args:
         model: a name or folder, or a loaded model; None is the demo model. tokenizer: of a loaded model.
         tasks: names, as a list or as text with commas; so are `method` and `sparsity`.
-
-    Every other parameter is the option of `dart-eval run` of that name.
+        options: those of `dart-eval run`, by the same names (docs/options.md).
 
     Returns:
         One row for each metric of each cell, as of `dart-eval tables --format json`.
@@ -77,11 +42,6 @@ def evaluate(
         UserError: the input is wrong.
         RuntimeError: cells failed, or files of finished ones were deleted meanwhile; all others are in `output`.
     """
-    return _run({name: value for name, value in locals().items() if value is not None})
-
-
-def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run what was given to `evaluate`."""
     from dart_eval.cluster import run
     from dart_eval.results.rows import rows
     from dart_eval.sweep.config import config_from
@@ -89,7 +49,7 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
     from dart_eval.sweep.tracking import tracked
     from dart_eval.util.quiet import without_remarks
 
-    model, tokenizer = given.pop("model", None), given.pop("tokenizer", None)
+    given = {name: value for name, value in {"tasks": tasks, **options}.items() if value is not None}
     if model is None or isinstance(model, (str, Path, bytes)):
         if tokenizer is not None:
             raise UserError("a tokenizer goes with a loaded model", "leave it out: a model by its name brings its own")
@@ -109,6 +69,17 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
     if result.lost:
         raise RuntimeError(f"files of finished cells have been deleted: {result.lost[0][1][0]}")
     return rows(result.records)
+
+
+_OWN = [p for p in signature(evaluate).parameters.values() if p.kind is not p.VAR_KEYWORD]
+_SHARED = [name for name in DEFAULTS if name not in ("model", "tasks")]
+# What a notebook shows of it: the options by name, from the list.
+evaluate.__signature__ = signature(evaluate).replace(  # type: ignore[attr-defined]
+    parameters=[
+        *_OWN,
+        *(Parameter(n, Parameter.KEYWORD_ONLY, default=DEFAULTS[n], annotation=HINTS[n]) for n in _SHARED),
+    ]
+)
 
 
 def _ready(model: Any, tokenizer: Any) -> Loaded:

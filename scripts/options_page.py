@@ -1,13 +1,11 @@
-"""Write docs/options.md from `RunConfig` and the help's panels. A test says when the page is out of date."""
+"""Write docs/options.md from the list of options. A test says when the page is out of date."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
-from dart_eval.cli import app, options
-from dart_eval.sweep.config import DEFAULTS, choices_of, default_of, help_of
+from dart_eval.cli import options
+from dart_eval.sweep.options import DEFAULTS, about, choices_of, default_of, help_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 HEAD = """# Options of a run
@@ -37,23 +35,16 @@ Who comes from lm-eval may write `--model_args pretrained=NAME,dtype=bfloat16`, 
 
 def page() -> str:
     """The text of docs/options.md."""
-    params = {p.name: p for p in typer.main.get_command(app).commands["run"].params}  # type: ignore[attr-defined]
     lines = [HEAD]
-    for panel in (options.TASKS, options.PRUNING, options.MODEL, options.OUTPUT, options.CLUSTER):
+    for panel in options.PANELS:
         lines += [f"## {panel}\n", "| option | what it means | default |", "| --- | --- | --- |"]
         for name in DEFAULTS:
-            if params[name].rich_help_panel == panel:
+            if about(name).panel == panel:
                 words = f" One of {', '.join(choices_of(name))}." if choices_of(name) else ""
-                lines.append(
-                    f"| `{name}` | {_cell(help_of(name) + words)} | {_cell(default_of(name) or _flag(name))} |"
-                )
+                default = default_of(name) or ("off" if DEFAULTS[name] is False else "")
+                lines.append(f"| `{name}` | {_cell(help_of(name) + words)} | {_cell(default)} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _flag(name: str) -> str:
-    """The default of what goes without saying in the help."""
-    return str(DEFAULTS[name]).lower() if isinstance(DEFAULTS[name], bool) else ""
 
 
 def _cell(text: str) -> str:

@@ -53,16 +53,13 @@ def _methods(asked: RunConfig, example: str = "dart,dart-choice") -> list[Pruner
 
 
 @app.command("decode")
+@options.takes("model", "dtype", "device", "trust_remote_code")
 def decode(
     method: options.Measured = None,
     sparsity: options.OneSparsity = 0.7,
     ffn_bits: options.Packed = None,
-    model: options.Model = None,
     shape: Annotated[str | None, options.SHAPE] = None,
     layers: options.Layers = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     prompt: options.PromptTokens = 128,
     steps: options.Steps = 30,
     rounds: options.Rounds = 3,
@@ -70,6 +67,7 @@ def decode(
     output: options.Kept = None,
     profile: options.Profile = None,
     format: options.Format = "table",
+    **given: Any,
 ) -> None:
     """Measure how fast methods decode one sequence, beside the dense model.
 
@@ -85,10 +83,7 @@ def decode(
     dart-eval bench decode --method dart --compile default --format json
     """
     hush(False)
-    asked = options.chosen(
-        method=method or options.METHODS_MEASURED, sparsity=sparsity, ffn_bits=ffn_bits, model=model, dtype=dtype,
-        device=device, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    asked = options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity, ffn_bits=ffn_bits, **given)
     methods = _methods(asked)
     _check_options(asked.ffn_bits, compile, profile, output)
     quieten(False)  # it imports torch, and all before it does not
@@ -179,20 +174,16 @@ def _measured(
 
 
 @app.command("scoring")
+@options.takes("model", "dtype", "device", "trust_remote_code", "num_fewshot", "data_dir")
 def scoring(
     tasks: options.Scored = None,
     limit: options.First = None,
-    num_fewshot: options.NumFewshot = None,
-    data_dir: options.DataDir = None,
     method: options.Compared = None,
     sparsity: options.OneSparsity = 0.7,
-    model: options.Model = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     batch_size: options.AtOnce = 8,
     rounds: options.Rounds = 3,
     format: options.Format = "table",
+    **given: Any,
 ) -> None:
     """Measure how fast answers are scored: dense beside lm-eval's HFLM, or under methods.
 
@@ -208,8 +199,7 @@ def scoring(
     """
     hush(False)
     asked = options.chosen(
-        tasks=tasks or options.TASKS_SCORED, limit=limit, num_fewshot=num_fewshot, method=method, sparsity=sparsity,
-        model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+        tasks=tasks or options.TASKS_SCORED, limit=limit, method=method, sparsity=sparsity, **given
     )  # fmt: skip
     task_names.check_names(asked.tasks)
     methods = _methods(asked, "griffin,cats") if method is not None else []
@@ -220,12 +210,12 @@ def scoring(
     from dart_eval.evaluation.tasks import Tasks
     from dart_eval.models.loading import resolve
 
-    shelf, resolved = Tasks(data_dir), resolve(asked.model_spec)
+    shelf, resolved = Tasks(asked.data_dir), resolve(asked.model_spec)
     names = shelf.expand([*asked.tasks])
     for name in names:  # what is missing shows before anything runs
         shelf.load(name)
     loaded, tokenizer = resolved.load(print_note)
-    sizes: Any = {"batch_size": batch_size, "rounds": rounds, "limit": limit, "num_fewshot": num_fewshot}
+    sizes: Any = {"batch_size": batch_size, "rounds": rounds, "limit": limit, "num_fewshot": asked.num_fewshot}
     title = resolved.identity.name
     if methods:
         rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,12 +75,13 @@ def parts(
 
 
 @app.command("tasks")
+@options.takes("include_path")
 def tasks(
     pattern: Annotated[str, typer.Argument(metavar="TEXT", help="Show only names that contain this text.")] = "",
     every: Annotated[
         bool, typer.Option("--all", metavar="", help="Show also the thousands of lm-eval's own names.")
     ] = False,
-    include_path: options.IncludePath = None,
+    **given: Any,
 ) -> None:
     """Show names of tasks: this project's, the common ones, and with --all every task and group of lm-eval.
 
@@ -97,7 +98,7 @@ def tasks(
     rows = [(name, ", ".join(members)) for name, members in ALIASES.items()] + [*COMMON.items()]
     listed([row for row in rows if pattern in row[0]], least=16)
     if every or pattern:
-        names = sorted(known(checked("include_path", include_path or ())))
+        names = sorted(known(checked("include_path", given["include_path"] or ())))
         if pattern and not any(pattern in name for name in (*names, *ALIASES)):
             raise UserError(f"no task has {pattern!r} in its name", nearest(pattern, names))
         shown = set(ALIASES) | set(COMMON)

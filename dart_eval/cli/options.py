@@ -1,43 +1,84 @@
-"""Options and arguments of the verbs, by name: those of a run, then those that other verbs add.
-
-What an option of a run means, and what happens without it, stands in `config.RunConfig`.
-"""
+"""Options of the verbs: those of a run, made from the list in `sweep.options`, then those that other verbs add."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
 from dart_eval.cli import complete
-from dart_eval.sweep.config import RunConfig, choices_of, default_of, help_of, made
-from dart_eval.sweep.lm_evals import LM_EVALS
+from dart_eval.sweep.config import RunConfig, made
+from dart_eval.sweep.habits import SYNONYMS
+from dart_eval.sweep.options import CLUSTER, MODEL, OUTPUT, PRUNING, TASKS, about, default_of, help_of, option_of, typed
 from dart_eval.util.errors import UserError, nearest
 
-# Panels of the help.
-MODEL, PRUNING, TASKS, OUTPUT, CLUSTER = "Model", "Pruning", "Tasks", "Output", "Cluster"
-PROMPT, TIMING = "Prompt", "Timing"
+PROMPT, TIMING = "Prompt", "Timing"  # panels of other verbs
+PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
+METHODS = complete.listed(complete.methods)
+NAMES = {"tasks": complete.listed(complete.tasks), "method": METHODS}  # what a shell looks up
 SHAPES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `dart_eval.models.shapes`, which imports torch
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
+Several = list[str] | None  # values with commas between them, or the option again: they add up (`text.items_of`)
+Verb = TypeVar("Verb", bound=Callable[..., None])
 
-def _option(name: str, panel: str, metavar: str | None = None, *names: str, offers: Any = (), **more: Any) -> Any:
-    """An option of a run.
+
+def takes(*names: str) -> Callable[[Verb], Verb]:
+    """Give a verb these options of a run; it gets their values by name, None for one that was not typed.
 
     Args:
-        name: of the field of `RunConfig`.
-        panel: of the help that it stands in.
-        metavar: what stands for its value, if not the words that it may be.
-        names: how it is typed, if not as its field.
-        offers: what a shell completes: words, or a function.
+        names: of options, see `sweep.options`.
     """
-    choices = choices_of(name)
-    text = f"{help_of(name)}  \\[default: {said}]" if (said := default_of(name)) else help_of(name)
-    shown = "|".join(choices) if metavar is None else metavar
-    return own(text, panel, shown, *names, offers=offers or choices, show_default=False, **more)
+    shared: dict[str, Any] = {}
+    for name in sorted(names, key=lambda name: PANELS.index(about(name).panel)):
+        shared |= _of_run(name)
+
+    def wrap(verb: Verb) -> Verb:
+        @functools.wraps(verb)
+        def called(**given: Any) -> None:
+            for off in [name for name in given if name.startswith("no_") and name in shared]:
+                if given.pop(off):
+                    given[off[3:]] = False
+            verb(**given)
+
+        own = inspect.signature(verb, eval_str=True)
+        parameters = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in shared.items()
+        ]
+        parameters += [p.replace(kind=p.KEYWORD_ONLY) for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return cast(Verb, called)
+
+    return wrap
+
+
+def _of_run(name: str) -> dict[str, Any]:
+    """The annotation of an option of a run; of a flag also that of what switches it off. The less useful is hidden."""
+    kind, known, default = typed(name), about(name), default_of(name)
+    text = f"{help_of(name)}  \\[default: {default}]" if default else help_of(name)
+    more: dict[str, Any] = {"parser": number} if name == "limit" else {}
+    if kind is bool:
+        on, off = option_of(name), f"--no-{option_of(name)[2:]}"
+        return {
+            name: Annotated[bool | None, own(text, known.panel, "", on, hidden=default == "on")],
+            f"no_{name}": Annotated[bool | None, own(known.off, known.panel, "", off, hidden=not known.off)],
+        }
+    field = own(
+        text,
+        known.panel,
+        known.metavar,
+        option_of(name),
+        offers=NAMES.get(name, known.offers),
+        show_default=False,
+        **more,
+    )
+    return {name: Annotated[list[str] | None if kind is list else kind | None, field]}
 
 
 def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: Any = (), **more: Any) -> Any:
@@ -52,17 +93,6 @@ def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: 
     """
     complete_with = offers if callable(offers) else complete.words(offers) if offers else None
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, autocompletion=complete_with, **more)
-
-
-def _flag(name: str, panel: str, **more: Any) -> Any:
-    """An option without a value."""
-    return _option(name, panel, "", f"--{name.replace('_', '-')}", **more)
-
-
-def _off(name: str, panel: str) -> Any:
-    """What switches off an option without a value."""
-    text = help_of(name)
-    return own(f"Do not {text[0].lower()}{text[1:]}", panel, "", f"--no-{name.replace('_', '-')}")
 
 
 def count(help: str, panel: str) -> Any:
@@ -103,7 +133,7 @@ def chosen(**given: Any) -> RunConfig:
 def spelled(name: str) -> str:
     """The name of an option as we have it: lm-eval writes underscores, and calls some otherwise."""
     field = name.replace("-", "_")
-    return LM_EVALS.get(field, field).replace("_", "-")
+    return SYNONYMS.get(field, field).replace("_", "-")
 
 
 def number(text: str) -> float | str:
@@ -114,80 +144,16 @@ def number(text: str) -> float | str:
     return text
 
 
-# -- of a run --------------------------------------------------------------------------------------------------
+# -- of several verbs --------------------------------------------------------------------------------------------
 
-METHODS = complete.listed(complete.methods)
-
-Several = list[str] | None  # values with commas between them, or the option again: they add up (`text.items_of`)
-SPREADS = ("uniform", "depth", "ends", "global", "table:")
-
-Model = Annotated[str | None, _option("model", MODEL, "NAME")]
-Revision = Annotated[str | None, _option("revision", MODEL, "NAME")]
-Dtype = Annotated[str | None, _option("dtype", MODEL, "TYPE")]
-Device = Annotated[str | None, _option("device", MODEL, "DEVICE", offers=("auto", "cpu", "cuda", "mps"))]
-DeviceMap = Annotated[str | None, _option("device_map", MODEL, "MAP", offers=("auto",))]
-Peft = Annotated[str | None, _option("peft", MODEL, "NAME")]
-TrustRemoteCode = Annotated[bool | None, _flag("trust_remote_code", MODEL)]
 ModelArgs = Annotated[
     Several,
     own("The model as lm-eval is told of it: pretrained=NAME, peft=ADAPTER, dtype and others.", MODEL, "K=V,..."),
 ]
-
-Tasks = Annotated[Several, _option("tasks", TASKS, "NAMES", offers=complete.listed(complete.tasks))]
-UnsafeCode = Annotated[bool | None, _flag("confirm_run_unsafe_code", TASKS)]
-DataDir = Annotated[str | None, _option("data_dir", TASKS, "DIR")]
-NumFewshot = Annotated[int | None, _option("num_fewshot", TASKS, "N")]
-Limit = Annotated[float | None, _option("limit", TASKS, "N", parser=number)]
-IncludePath = Annotated[Several, _option("include_path", TASKS, "DIRS")]
-SystemInstruction = Annotated[str | None, _option("system_instruction", TASKS, "TEXT")]
-FewshotAsMultiturn = Annotated[bool | None, _flag("fewshot_as_multiturn", TASKS, hidden=True)]  # it is on
-NoFewshotAsMultiturn = Annotated[bool, _off("fewshot_as_multiturn", TASKS)]
-EnableThinking = Annotated[bool | None, _flag("enable_thinking", TASKS)]
-NoEnableThinking = Annotated[bool, _off("enable_thinking", TASKS)]
-ThinkEndToken = Annotated[str | None, _option("think_end_token", TASKS, "TEXT|ID")]
-GenKwargs = Annotated[Several, _option("gen_kwargs", TASKS, "K=V,...")]
-BatchSize = Annotated[str | None, _option("batch_size", TASKS, "N|auto", offers=("auto",))]
-SharePrefix = Annotated[bool | None, _flag("share_prefix", TASKS, hidden=True)]  # it is on
-NoSharePrefix = Annotated[bool, _off("share_prefix", TASKS)]
-Kl = Annotated[bool | None, _flag("kl", TASKS, hidden=True)]  # it is on
-NoKl = Annotated[bool, _off("kl", TASKS)]
-Seed = Annotated[int | None, _option("seed", TASKS, "N")]
-MaxLength = Annotated[int | None, _option("max_length", TASKS, "N")]
-Chunk = Annotated[int | None, _option("chunk", TASKS, "N")]
-ChatTemplate = Annotated[bool | None, _flag("chat_template", TASKS)]
-Cue = Annotated[str | None, _option("cue", TASKS, "TEXT")]
-
-Method = Annotated[Several, _option("method", PRUNING, "NAMES", offers=METHODS)]
-Sparsity = Annotated[Several, _option("sparsity", PRUNING, "SHARES")]
-FfnBits = Annotated[Several, _option("ffn_bits", PRUNING, "BITS")]
-Scope = Annotated[str | None, _option("scope", PRUNING, "SCOPE")]
-Allocation = Annotated[str | None, _option("allocation", PRUNING, "NAME", offers=SPREADS)]
-Calibration = Annotated[str | None, _option("calibration", PRUNING, "FILE|DATASET")]
-CalibrationTokens = Annotated[int | None, _option("calibration_tokens", PRUNING, "N")]
-CalibrationSeed = Annotated[int | None, _option("calibration_seed", PRUNING, "N")]
-
-Output = Annotated[str | None, _option("output", OUTPUT, "DIR")]
 Config = Annotated[Path | None, own("YAML file with these options; the command line wins.", OUTPUT, "FILE")]
-Log = Annotated[str | None, _option("log", OUTPUT, "NAME", offers=("wandb", "trackio"))]
-LogProject = Annotated[str | None, _option("log_project", OUTPUT, "NAME")]
-Force = Annotated[bool | None, _flag("force", OUTPUT)]
-Plan = Annotated[
-    bool,
-    own(
-        "Time a few batches and say what the run will take: tokens, FLOPs, memory and time. Run no cell.",
-        OUTPUT,
-        "",
-        "--plan",
-    ),
-]
+PLAN = "Time a few batches and say what the run will take: tokens, FLOPs, memory and time. Run no cell."
+Plan = Annotated[bool, own(PLAN, OUTPUT, "", "--plan")]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]
-
-Workers = Annotated[int | None, _option("workers", CLUSTER, "N")]
-Executor = Annotated[str | None, _option("executor", CLUSTER)]
-RayAddress = Annotated[str | None, _option("ray_address", CLUSTER, "ADDRESS")]
-GpusPerCell = Annotated[float | None, _option("gpus_per_cell", CLUSTER, "N")]
-CpusPerCell = Annotated[float | None, _option("cpus_per_cell", CLUSTER, "N")]
-Shards = Annotated[int | None, _option("shards", CLUSTER, "N")]
 
 # -- bench -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dart_eval.cli import options
 from dart_eval.cli.run import finish, hush, load_libraries
 from dart_eval.cli.view import TerminalView, say, show
+from dart_eval.sweep.config import RAY_OPTIONS
 
 if TYPE_CHECKING:
     from dart_eval.results.paper_tables import Paper
@@ -15,28 +16,18 @@ if TYPE_CHECKING:
     from dart_eval.sweep.paper import PaperSpec
 
 
+SHARED = (
+    "model", "revision", "dtype", "device", "device_map", "trust_remote_code", "confirm_run_unsafe_code", "data_dir",
+    "batch_size", "seed", "workers", "executor", *RAY_OPTIONS,
+)  # fmt: skip
+
+
+@options.takes(*SHARED)
 def paper(
-    name: options.PaperName = "smoke",
-    model: options.Model = None,
-    revision: options.Revision = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None,
-    trust_remote_code: options.TrustRemoteCode = None,
-    confirm_run_unsafe_code: options.UnsafeCode = None,
-    data_dir: options.DataDir = None,
-    limit: options.PaperLimit = None,
-    batch_size: options.BatchSize = None,
-    seed: options.Seed = None,
-    output: options.PaperOutput = "paper",
-    workers: options.Workers = None,
-    executor: options.Executor = None,
-    ray_address: options.RayAddress = None,
-    gpus_per_cell: options.GpusPerCell = None,
-    cpus_per_cell: options.CpusPerCell = None,
-    shards: options.Shards = None,
+    name: options.PaperName = "smoke", limit: options.PaperLimit = None, output: options.PaperOutput = "paper",
     verbose: options.Verbose = False,
-) -> None:
+    **given: Any,
+) -> None:  # fmt: skip
     """Run what a paper's tables need, and write them as md, csv and LaTeX.
 
     Stopped, the same command goes on where it was. Tasks whose data cannot be had are left out and named.
@@ -49,11 +40,11 @@ def paper(
     dart-eval paper mine.yaml --data-dir DIR --output mine
     dart-eval paper ten --model meta-llama/Llama-3.1-8B --executor ray
     """
-    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("name", "verbose")}
+    given |= {"limit": limit, "output": output}
     hush(verbose)
     from dart_eval.results.paper_tables import Paper
     from dart_eval.results.store import Store
-    from dart_eval.sweep.config import RAY_OPTIONS, config_from
+    from dart_eval.sweep.config import config_from
     from dart_eval.sweep.paper import load
     from dart_eval.sweep.plan import command_line
 

@@ -12,6 +12,7 @@ import typer
 from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, say, show
 from dart_eval.results.writers import Table
+from dart_eval.sweep.options import DEFAULTS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,50 +26,11 @@ if TYPE_CHECKING:
 NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
 
 
+@options.takes(*DEFAULTS)
 def run(
-    tasks: options.Tasks = None,
-    method: options.Method = None,
-    sparsity: options.Sparsity = None,
-    ffn_bits: options.FfnBits = None,
-    scope: options.Scope = None,
-    allocation: options.Allocation = None,
-    model: options.Model = None,
-    revision: options.Revision = None,
-    model_args: options.ModelArgs = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    device_map: options.DeviceMap = None, peft: options.Peft = None,
-    trust_remote_code: options.TrustRemoteCode = None,
-    confirm_run_unsafe_code: options.UnsafeCode = None,
-    num_fewshot: options.NumFewshot = None,
-    limit: options.Limit = None,
-    include_path: options.IncludePath = None,
-    batch_size: options.BatchSize = None,
-    share_prefix: options.SharePrefix = None, no_share_prefix: options.NoSharePrefix = False,
-    kl: options.Kl = None, no_kl: options.NoKl = False,
-    seed: options.Seed = None,
-    max_length: options.MaxLength = None,
-    chunk: options.Chunk = None,
-    chat_template: options.ChatTemplate = None,
-    system_instruction: options.SystemInstruction = None,
-    fewshot_as_multiturn: options.FewshotAsMultiturn = None,
-    no_fewshot_as_multiturn: options.NoFewshotAsMultiturn = False,
-    enable_thinking: options.EnableThinking = None, no_enable_thinking: options.NoEnableThinking = False,
-    think_end_token: options.ThinkEndToken = None,
-    gen_kwargs: options.GenKwargs = None,
-    cue: options.Cue = None,
-    data_dir: options.DataDir = None,
-    calibration: options.Calibration = None,
-    calibration_tokens: options.CalibrationTokens = None, calibration_seed: options.CalibrationSeed = None,
-    output: options.Output = None,
-    config: options.Config = None,
-    log: options.Log = None, log_project: options.LogProject = None,
-    force: options.Force = None,
-    workers: options.Workers = None, executor: options.Executor = None,
-    ray_address: options.RayAddress = None, shards: options.Shards = None,
-    gpus_per_cell: options.GpusPerCell = None, cpus_per_cell: options.CpusPerCell = None,
-    plan: options.Plan = False,
-    verbose: options.Verbose = False,
+    model_args: options.ModelArgs = None, config: options.Config = None,
+    plan: options.Plan = False, verbose: options.Verbose = False,
+    **given: Any,
 ) -> None:  # fmt: skip
     """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end.
 
@@ -81,10 +43,9 @@ def run(
     dart-eval run --tasks hellaswag --data-dir DIR --limit 20
     dart-eval run --config run.yaml
     """
-    given: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("config", "plan", "verbose")}
     hush(verbose)
     begin = show_plan if plan else run_cells
-    begin(understood(config, given), verbose)
+    begin(understood(config, {"model_args": model_args, **given}), verbose)
 
 
 def run_cells(settings: RunConfig, verbose: bool) -> None:
@@ -191,9 +152,7 @@ def understood(file: Path | None, given: dict[str, Any]) -> RunConfig:
     from dart_eval.sweep.config import config_from
     from dart_eval.sweep.plan import methods_of
 
-    told = {name: value for name, value in given.items() if not name.startswith("no_")}
-    told |= {name[3:]: False for name, value in given.items() if name.startswith("no_") and value}
-    settings = config_from(file, told)
+    settings = config_from(file, given)
     methods_of(settings)
     task_names.check_names(settings.tasks, settings.include_path)
     return settings

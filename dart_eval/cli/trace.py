@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
@@ -15,6 +16,7 @@ from dart_eval.util.files import check_target, is_stream, read_text, write
 from dart_eval.util.text import json_text
 
 
+@options.takes("model", "dtype", "device", "trust_remote_code")
 def trace(
     text: options.TraceText = None,
     file: options.TraceFile = None,
@@ -23,13 +25,10 @@ def trace(
     method: options.TraceMethod = "dart",
     sparsity: options.OneSparsity = 0.5,
     tokens: options.TraceTokens = 200,
-    model: options.Model = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    trust_remote_code: options.TrustRemoteCode = None,
     output: options.TraceOutput = Path("trace.json"),
     plot: options.TracePlot = None,
     save_allocation: options.TraceSaveAllocation = None,
+    **given: Any,
 ) -> None:
     """Show what a method does with one prompt: the drift signal, alarms, new masks, neurons kept in each layer.
 
@@ -40,9 +39,7 @@ def trace(
     dart-eval trace --file prompt.txt --sparsity 0.7 --save-allocation layers.json
     """
     hush(False)
-    chosen = options.chosen(
-        sparsity=sparsity, model=model, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    chosen = options.chosen(sparsity=sparsity, **given)
     made = make(*parse(method))
     if save_allocation is not None and made.choice.chooses:
         raise UserError(
@@ -68,7 +65,7 @@ def trace(
         say(f"wrote {output} and {picture}", err=aside)
     if save_allocation is not None:
         ratios = [k / n for k, n in zip(found["layers"]["kept"], found["layers"]["sizes"], strict=True)]
-        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=model or "gemma-3-270m")
+        write_table(save_allocation, ratios, method=method, sparsity=sparsity, model=chosen.model or "gemma-3-270m")
         say(f"wrote {save_allocation}: --allocation table:{save_allocation}", err=aside)
 
 

@@ -121,7 +121,7 @@ def scorer(
     Args:
         head: see `forwards.output_head`.
         batch_size: contexts per forward, `auto`, or a budget. Moves last digits only.
-        scope: one of `scope_names.SCOPES`; it does not matter where nothing is pruned.
+        scope: one of `sweep.options.SCOPES`; it does not matter where nothing is pruned.
         share_prefix: run a long prefix of several contexts once (not where `scopes` cuts them). Moves last digits only.
         distances: run dense at the scored positions too, and say how far from it the pruned model lies. It moves no
             other number, and is of no use under a session that does not prune. Where a session serves weights as whole

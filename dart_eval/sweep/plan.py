@@ -18,22 +18,15 @@ from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.registry import make, parse
 from dart_eval.results.format import sparsity as percent
-from dart_eval.sweep.config import DEFAULTS, RAY_OPTIONS, RunConfig, option_of
+from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.hashes import code_hash
+from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, of_role, option_of
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.source import PACKAGE, source_hash
 
 if TYPE_CHECKING:
     from dart_eval.models.loading import Resolved
-
-# Part of a cell's key only where they are given, so that cells from before there were such options are found.
-WHEN_GIVEN = ("system_instruction", "fewshot_as_multiturn", "enable_thinking", "think_end_token", "gen_kwargs")
-# What `command` says in another way, or has no need to say.
-NO_OPTION_OF_A_CELL = (
-    "method", "allocation", "sparsity", "ffn_bits", "tasks", "output", "force", "log", "log_project", "executor",
-    "workers", *RAY_OPTIONS,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,9 +115,7 @@ def plan(
                 "method": method.name, "params": method.params(), "sparsity": sparsity,
                 "scope": config.scope if method.prunes else DEFAULTS["scope"],  # which matters to what prunes
                 "execution": "masked", "task": task, "task_hash": hashes[task],
-                "num_fewshot": config.num_fewshot, "limit": config.limit, "seed": config.seed,
-                "max_length": config.max_length, "chunk": config.chunk,
-                "chat_template": config.chat_template, "cue": config.cue,
+                **{name: getattr(config, name) for name in of_role(KEY)},
                 "batch_size": config.batch_size if moves or task in drawn else None,
                 "share_prefix": config.share_prefix if moves else None,
                 "calibration": text if calibrates else None, "code": code_hash(tasks_dir()),
@@ -132,7 +123,7 @@ def plan(
                 "method_files": [_file_hash(f) for f in method.files()], "versions": versions(),
                 **(passages if calibrates else {}),
                 **({} if rounding is None else {"ffn_bits": rounding.text}),
-                **{name: value for name in WHEN_GIVEN if (value := getattr(config, name)) is not None},
+                **{name: value for name in of_role(GIVEN) if (value := getattr(config, name)) is not None},
             }  # fmt: skip
             cells.append(Cell(method, sparsity, task, inputs, rounding))
     return cells
@@ -148,7 +139,7 @@ def command(config: RunConfig, cell: Cell) -> str:
         words += ["--sparsity", f"{cell.sparsity:g}"]
     if cell.rounding is not None:
         words += ["--ffn-bits", cell.rounding.text]
-    options = {k: getattr(config, k) for k in DEFAULTS if k not in NO_OPTION_OF_A_CELL}
+    options = {k: getattr(config, k) for k in of_role(KEY, GIVEN, DECIDES)}
     told = {k: v for k, v in options.items() if v != DEFAULTS[k]}
     if cell.inputs["model"].get("loaded"):
         return _call(cell, told)

@@ -17,7 +17,7 @@ import yaml
 from dart_eval import cli
 from dart_eval.cli import complete, options, view
 from dart_eval.evaluation import task_names
-from dart_eval.sweep.config import DEFAULTS, choices_of, help_of
+from dart_eval.sweep.options import DEFAULTS, choices_of, help_of
 from tests.helpers.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,9 +126,9 @@ def test_the_page_of_options_is_that_of_the_code():
 def test_words_that_an_option_may_be_are_those_of_the_code():
     from dart_eval.evaluation.lm import PERPLEXITY_CHUNK
     from dart_eval.models.loading import DTYPES
-    from dart_eval.sweep.scope_names import MEANINGS
+    from dart_eval.sweep.options import SCOPES
 
-    assert (choices_of("scope"), choices_of("dtype")) == (tuple(MEANINGS), tuple(DTYPES))
+    assert (choices_of("scope"), choices_of("dtype")) == (SCOPES, tuple(DTYPES))
     assert DEFAULTS["chunk"] == PERPLEXITY_CHUNK
 
 

@@ -27,7 +27,7 @@ from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import DenseSession
-from dart_eval.sweep.scope_names import SCOPES
+from dart_eval.sweep.options import SCOPES
 from tests.derivations.plain import Plain, counts, largest
 from tests.helpers.models import biased, random_tokens
 

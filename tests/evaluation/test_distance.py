@@ -25,7 +25,7 @@ from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import Silent
-from dart_eval.sweep.scope_names import SCOPES
+from dart_eval.sweep.options import SCOPES
 from tests.helpers.commands import command, run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
 from tests.helpers.models import random_tokens, tiny

@@ -15,7 +15,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.sweep.config import config_from
 from dart_eval.sweep.jobs import Silent
-from dart_eval.sweep.scope_names import SCOPES
+from dart_eval.sweep.options import SCOPES
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns
 from tests.helpers.commands import run_local

@@ -10,7 +10,8 @@ from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
-from dart_eval.sweep.config import DEFAULTS, RunConfig, checked, config_from
+from dart_eval.sweep.config import RunConfig, checked, config_from
+from dart_eval.sweep.options import DEFAULTS
 from dart_eval.sweep.plan import command, plan
 from dart_eval.util.errors import UserError
 from tests.helpers.commands import Watch, run_local

@@ -10,7 +10,7 @@ from dart_eval.sweep.values import shown
 from dart_eval.util.errors import UserError, nearest
 
 # What lm-eval calls otherwise: options, its `--model_args`, and its names for the models of transformers.
-LM_EVALS = {"apply_chat_template": "chat_template", "output_path": "output"}
+SYNONYMS = {"apply_chat_template": "chat_template", "output_path": "output"}
 MODEL_ARGS = {
     "pretrained": "model", "revision": "revision", "dtype": "dtype", "trust_remote_code": "trust_remote_code",
     "max_length": "max_length", "device": "device", "device_map": "device_map", "peft": "peft",
@@ -26,7 +26,7 @@ def translate(told: dict[str, Any]) -> None:
     Raises:
         UserError: it has no counterpart here, or both are given.
     """
-    found = {ours: told.pop(theirs) for theirs, ours in LM_EVALS.items() if theirs in told}
+    found = {ours: told.pop(theirs) for theirs, ours in SYNONYMS.items() if theirs in told}
     given = values.pairs("model_args", told.pop("model_args", {}))
     backend = told.get("model")
     if backend in BACKENDS and not Path(backend).exists():

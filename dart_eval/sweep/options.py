@@ -1,0 +1,227 @@
+"""The list of options of a run: name, type, default, meaning, place in the help, and role in a cell.
+
+The command line, run.yaml, `dart_eval.evaluate`, keys of cells, completion and docs/options.md are made from this list.
+pydantic checks the values. Nothing here imports torch, so wrong input is refused at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict
+from pydantic.dataclasses import dataclass
+
+from dart_eval.sweep import values
+from dart_eval.sweep.values import MOST
+
+# Panels of the help.
+TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", "Cluster"
+
+# What an option is to a cell: it tells cells apart; it stands in the key; it stands there if it is given (so that
+# cells from before there was such an option are found); it decides something that does; it is of the run alone.
+CELL, KEY, GIVEN, DECIDES, RUN = "cell", "key", "given", "decides", "run"
+
+
+class Option(NamedTuple):
+    """What is known of an option beside its type and default.
+
+    Attributes:
+        panel: of the help that it stands in.
+        metavar: what stands for its value in the help; empty for one without a value.
+        role: in a cell, see above.
+        none: what happens where it is not given, if the default does not say it.
+        off: of a flag, what `--no-` before its name means, where that is of use.
+        offers: words that a shell completes.
+    """
+
+    panel: str
+    metavar: str
+    role: str
+    none: str
+    off: str
+    offers: tuple[str, ...]
+
+
+def option(
+    panel: str, metavar: str, role: str, help: str, none: str = "", off: str = "", offers: tuple[str, ...] = (),
+    **bounds: Any,
+) -> Any:  # fmt: skip
+    """A field of `Options`: see `Option`; `help` is a sentence, `bounds` are pydantic's (ge, gt)."""
+    return Field(description=help, json_schema_extra={"": [panel, metavar, role, none, off, [*offers]]}, **bounds)
+
+
+# Which tokens run pruned when answers are scored: `evaluation.scoring` and `evaluation.scopes` say how.
+Scope = Literal["scored", "continuation", "all", "last", "last-50", "last-99", "decode"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+
+Text = Annotated[str, BeforeValidator(values.text)]
+Whole = Annotated[int, Strict(), Field(lt=MOST)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Options:
+    """All options of `dart-eval run`; the keys of run.yaml are these names."""
+
+    # fmt: off
+    model: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
+        "Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model")] = None
+    revision: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
+        "Take this branch, tag or commit of the model on the hub.")] = None
+    dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'], option(MODEL, "TYPE", DECIDES,
+        "Load the weights in this number format; auto is the checkpoint's own.")] = "auto"
+    device: Annotated[Text, AfterValidator(values.device), option(MODEL, "DEVICE", DECIDES,
+        "Run the model here: auto, cpu, cuda, cuda:1 or mps.", offers=("auto", "cpu", "cuda", "mps"))] = "auto"
+    device_map: Annotated[Text | None, option(MODEL, "MAP", DECIDES,
+        "Spread the model over several GPUs, for example auto.", offers=("auto",))] = None
+    peft: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
+        "Merge this adapter of PEFT (LoRA and its like) into the model: a local folder or a hub id.")] = None
+    trust_remote_code: Annotated[Flag, option(MODEL, "", DECIDES,
+        "Run Python code that comes with the model. Without this option none is run.")] = False
+    method: Annotated[tuple[str, ...], BeforeValidator(values.methods), option(PRUNING, "NAMES", CELL,
+        "Run these methods, comma-separated: a name, or a name with other parts, such as griffin:remask=drift. "
+        "`dart-eval ls methods` shows all of them.")] = ("dense", "griffin", "dart", "dart-plus")
+    sparsity: Annotated[tuple[float, ...], BeforeValidator(values.sparsities), option(PRUNING, "SHARES", CELL,
+        "Run at these sparsities, comma-separated, from 0 to below 1: shares of the FFN weights that a token does "
+        "not read. 0.5:0.9:0.1 is 0.5 to 0.9 in steps of 0.1, both ends included.")] = (0.5,)
+    ffn_bits: Annotated[tuple[str, ...], BeforeValidator(values.ffn_bits), option(PRUNING, "BITS", CELL,
+        "Round the FFN weights to so many bits first, comma-separated: 4, or 4:64 for groups of 64 weights (32 if "
+        "not given); q3_k, q4_k and q5_k are llama.cpp's formats; 16 leaves them as they are.")] = ("16",)
+    scope: Annotated[Scope, option(PRUNING, "SCOPE", DECIDES,
+        "Choose which tokens run pruned when an answer is scored. scored: the last prompt token and the answer. "
+        "continuation, all, last, last-50, last-99, decode: as in papers, see docs/concepts.md.")] = "scored"
+    allocation: Annotated[Text | None, option(PRUNING, "NAME", CELL,
+        "Spread the sparsity over layers in this way, in methods that make masks from the prompt: uniform, depth, "
+        "ends, global or table:FILE.",
+        "each method's own", offers=("uniform", "depth", "ends", "global", "table:"))] = None
+    tasks: Annotated[tuple[str, ...], BeforeValidator(values.texts), option(TASKS, "NAMES", CELL,
+        "Run these tasks, comma-separated: arc, hellaswag, mmlu, xsum, smoke, or any of lm-eval's names.")] = ()
+    num_fewshot: Annotated[Whole | None, option(TASKS, "N", KEY,
+        "Put so many examples before each item.", "the task's own", ge=0)] = None
+    limit: Annotated[int | float | None, BeforeValidator(values.limit), option(TASKS, "N", KEY,
+        "Ask only the first N items of each task (of each member of a group); below 1 a share of them, such as 0.1.",
+        "all")] = None
+    include_path: Annotated[tuple[str, ...], BeforeValidator(values.texts), option(TASKS, "DIRS", DECIDES,
+        "Also know the tasks of these folders, comma-separated: YAML files as lm-eval has them. Python code that "
+        "they name is not run unless --confirm-run-unsafe-code is given.")] = ()
+    batch_size: Annotated[int | str, BeforeValidator(values.batch_size), option(TASKS, "N|auto", DECIDES,
+        "Run so many contexts in a forward, or with auto as many as fit. In float32 this moves last digits only, "
+        "except where tokens choose what they read (dart-plus, cats, teal, routed experts) or answers are sampled.",
+        offers=("auto",))] = 8
+    share_prefix: Annotated[Flag, option(TASKS, "", DECIDES,
+        "Run once what many contexts begin with, such as few-shot examples.",
+        off="Run what many contexts begin with again for each of them.")] = True
+    kl: Annotated[Flag, option(TASKS, "", DECIDES,
+        "Measure how far scored tokens are from dense's.",
+        off="Do not measure how far scored tokens are from dense's: scoring takes less time.")] = True
+    seed: Annotated[Whole, option(TASKS, "N", KEY,
+        "Seed few-shot sampling, and methods that draw, with this number.", ge=0)] = 0
+    max_length: Annotated[Whole | None, option(TASKS, "N", KEY,
+        "Fit context and answer together into so many tokens.", "the model's", ge=1)] = None
+    chunk: Annotated[Whole, option(TASKS, "N", KEY,
+        "Cut perplexity texts into chunks of so many tokens; the later halves count.")] = 2048
+    chat_template: Annotated[Flag, option(TASKS, "", KEY, "Wrap prompts in the model's chat template.")] = False
+    system_instruction: Annotated[Text | None, option(TASKS, "TEXT", GIVEN,
+        "Put this text before every prompt; in a chat template it is the system's message.")] = None
+    fewshot_as_multiturn: Annotated[Flag | None, option(TASKS, "", GIVEN,
+        "Make the examples turns of the chat template.", "on",
+        off="Put the examples into the first turn of the chat template.")] = None
+    enable_thinking: Annotated[Flag | None, option(TASKS, "", GIVEN,
+        "Switch thinking on in the chat template. Without either option the template decides.",
+        off="Switch thinking off in the chat template.")] = None
+    think_end_token: Annotated[Text | None, option(TASKS, "TEXT|ID", GIVEN,
+        "Score what an answer says after this token alone: its text, such as </think>, or its id.")] = None
+    gen_kwargs: Annotated[str | None, BeforeValidator(values.generation), option(TASKS, "K=V,...", GIVEN,
+        "Generate with these settings, which stand before each task's own: temperature=0.7,do_sample=true.")] = None
+    cue: Annotated[Text | None, option(TASKS, "TEXT", KEY,
+        "Put this text after the document in summarisation prompts.", "the task's own, TL;DR:")] = None
+    confirm_run_unsafe_code: Annotated[Flag, option(TASKS, "", DECIDES,
+        "Let tasks run code: what the model writes (humaneval, mbpp), Python files that tasks of --include-path "
+        "name, and metrics that stand in the working directory.")] = False
+    data_dir: Annotated[Text | None, option(TASKS, "DIR", DECIDES,
+        "Read local data instead of the hub's, see docs/data.md.")] = None
+    calibration: Annotated[Text | None, option(PRUNING, "FILE|DATASET", DECIDES,
+        "Calibrate methods such as flap on this text file, or on the train split of this data set: NAME or "
+        "NAME:CONFIGURATION, local or on the hub as those of tasks.", "the project's own text")] = None
+    calibration_tokens: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
+        "Read at most so many tokens of it, in passages of 512 that are drawn.",
+        f'all of a text file, {values.DATA_SET_TOKENS} of a data set', ge=1)] = None
+    calibration_seed: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
+        "Draw the passages with this seed.", "0", ge=0)] = None
+    output: Annotated[Text, option(OUTPUT, "DIR", RUN,
+        "Write results to this folder; what is finished in it is not run again.")] = "out"
+    force: Annotated[Flag, option(OUTPUT, "", RUN, "Run finished cells again.")] = False
+    executor: Annotated[Literal['local', 'ray'], option(CLUSTER, "local|ray", RUN,
+        "Run cells in this process (local), or in many, on GPUs or machines (ray).")] = "local"
+    workers: Annotated[Whole, option(CLUSTER, "N", RUN,
+        "Share the cells among so many processes on this machine, one a GPU where there are any.", ge=1)] = 1
+    ray_address: Annotated[Text | None, option(CLUSTER, "ADDRESS", RUN,
+        "Use the running Ray cluster at this address, for example auto.", "one is started on this machine")] = None
+    gpus_per_cell: Annotated[Number | None, option(CLUSTER, "N", RUN,
+        "Give each Ray worker so many GPUs.", "1 if there are any", ge=0)] = None
+    cpus_per_cell: Annotated[Number | None, option(CLUSTER, "N", RUN,
+        "Give each Ray worker so many CPUs.", "1", gt=0)] = None
+    shards: Annotated[Whole | None, option(CLUSTER, "N", RUN,
+        "Split every cell into so many shards, one for a Ray worker at a time.",
+        "as many as there are workers, if each gets 512 requests", ge=1)] = None
+    log: Annotated[Text | None, option(OUTPUT, "NAME", RUN,
+        "Also log finished cells with wandb or trackio.", offers=("wandb", "trackio"))] = None
+    log_project: Annotated[Text, option(OUTPUT, "NAME", RUN, "Log under this project.")] = "dart-eval"
+    # fmt: on
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
+HINTS = get_type_hints(Options)
+
+
+def about(name: str) -> Option:
+    """What is known of an option."""
+    known = Option(*_field(name).json_schema_extra[""])
+    return known._replace(offers=tuple(known.offers) or choices_of(name))
+
+
+def of_role(*roles: str) -> Iterator[str]:
+    """Names of the options that have one of these roles."""
+    return (name for name in DEFAULTS if about(name).role in roles)
+
+
+def help_of(name: str) -> str:
+    """What an option means, in a sentence."""
+    return str(_field(name).description)
+
+
+def default_of(name: str) -> str:
+    """What happens where an option is not given, in words; empty where that goes without saying."""
+    default, none = DEFAULTS[name], about(name).none
+    if none or default in (None, ()):
+        return none
+    if isinstance(default, bool):
+        return "on" if default else ""
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """The words that an option may be; empty where it may be any."""
+    return values.words(_field(name).annotation)
+
+
+def typed(name: str) -> type:
+    """The type of what is typed on the command line for an option."""
+    hint = HINTS[name]
+    kinds = {get_origin(k) or k for k in (hint, *get_args(hint))}
+    if tuple in kinds or name == "gen_kwargs":
+        return list
+    kind = next((k for k in (bool, str, float, int) if k in kinds), str)
+    return str if Literal in kinds else kind
+
+
+def option_of(name: str) -> str:
+    """As it is typed: `batch_size` -> `--batch-size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _field(name: str) -> Any:
+    return Options.__pydantic_fields__[name]  # type: ignore[attr-defined]
