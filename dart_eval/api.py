@@ -16,12 +16,21 @@ if TYPE_CHECKING:
     from dart_eval.models.loaded import Loaded
     from dart_eval.sweep.config import RunConfig
 
-OF_LOADING = ("revision", "dtype", "device", "device_map", "peft", "trust_remote_code")  # of a model to be loaded
+OF_LOADING = (
+    "revision",
+    "dtype",
+    "device",
+    "device_map",
+    "peft",
+    "tokenizer",
+    "attn_implementation",
+    "trust_remote_code",
+)  # of a model to be loaded
 
 
 def evaluate(
     model: str | Path | PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     tasks: str | Sequence[str],
     **options: Any,
@@ -44,26 +53,27 @@ def evaluate(
     """
     from dart_eval.cluster import run
     from dart_eval.results.rows import rows
-    from dart_eval.sweep.config import config_from
+    from dart_eval.sweep.config import configs_from
     from dart_eval.sweep.jobs import Silent
     from dart_eval.sweep.tracking import tracked
     from dart_eval.util.quiet import without_remarks
 
     given = {name: value for name, value in {"tasks": tasks, **options}.items() if value is not None}
     if model is None or isinstance(model, (str, Path, bytes)):
-        if tokenizer is not None:
-            raise UserError("a tokenizer goes with a loaded model", "leave it out: a model by its name brings its own")
-        config, ready = config_from(None, {**given, "model": model}), None
+        if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+            raise UserError("a loaded tokenizer goes with a loaded model", "leave it out, or give its name")
+        configs = configs_from(None, {**given, "model": model, "tokenizer": tokenizer})
+        ready = None
     else:
-        config = config_from(None, given)
-        _check(config)
+        configs = configs_from(None, given)
+        _check(configs[0])
         ready = _ready(model, tokenizer)
-    with without_remarks(), tracked(Silent(), config.log, config.log_project, config) as view:
+    with without_remarks(), tracked(Silent(), configs[0].log, configs[0].log_project, configs[0]) as view:
         if ready is None:
-            result = run.run_all([config], view)
+            result = run.run_all(configs, view)
         else:
             with ready.lent():
-                result = run.run_all([config], view, model=ready)
+                result = run.run_all(configs, view, model=ready)
     if result.failed:
         raise RuntimeError(f"cells failed: {', '.join(cell.name for cell in result.failed)}")
     if result.lost:
@@ -72,7 +82,7 @@ def evaluate(
 
 
 _OWN = [p for p in signature(evaluate).parameters.values() if p.kind is not p.VAR_KEYWORD]
-_SHARED = [name for name in DEFAULTS if name not in ("model", "tasks")]
+_SHARED = [name for name in DEFAULTS if name not in ("model", "tokenizer", "tasks")]
 # What a notebook shows of it: the options by name, from the list.
 evaluate.__signature__ = signature(evaluate).replace(  # type: ignore[attr-defined]
     parameters=[

@@ -1,4 +1,4 @@
-"""The command line: one verb a file.
+"""The command line: one verb a file. Only the module of the verb that is typed is imported.
 
 Exit status 0 all well, 1 a cell failed or a check found a fall, 2 the input is wrong or memory ran out, 129, 130 or 143
 stopped by a signal.
@@ -7,6 +7,7 @@ stopped by a signal.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 import signal
@@ -21,27 +22,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 
-from dart_eval.cli import bench, check, compare, export, ls, options, paper, report, run, tables, trace, view
+from dart_eval.cli import view
+from dart_eval.sweep.habits import rewritten, spelled
 from dart_eval.util.errors import UserError, nearest, out_of_memory
 
-app = typer.Typer(
-    name="dart-eval",
-    help="Measure quality, speed and memory of pruning FFN neurons while a language model runs.",
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": options.spelled},
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-)
-app.command("run")(run.run)
-app.command("tables")(tables.tables)
-app.command("compare")(compare.compare)
-app.command("check")(check.check)
-app.command("report")(report.report)
-app.command("export")(export.export)
-app.command("paper")(paper.paper)
-app.command("trace")(trace.trace)
-app.add_typer(bench.app, name="bench")
-app.add_typer(ls.app, name="ls")
+VERBS = ("run", "tables", "compare", "check", "report", "export", "paper", "trace", "bench", "ls")
+
+
+def application(verb: str | None = None) -> typer.Typer:
+    """The command line.
+
+    Args:
+        verb: the only one that it needs; None: all of them.
+    """
+    made = typer.Typer(
+        name="dart-eval",
+        help="Measure quality, speed and memory of pruning FFN neurons while a language model runs.",
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": spelled},
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
+    made.callback()(_options)
+    for name in VERBS if verb is None else (verb,):
+        module = importlib.import_module(f"dart_eval.cli.{name}")
+        if hasattr(module, "app"):
+            made.add_typer(module.app, name=name)
+        else:
+            made.command(name)(getattr(module, name))
+    return made
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,7 +61,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool,
@@ -110,7 +118,8 @@ def _run() -> None:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     try:
-        status = app(prog_name="dart-eval", standalone_mode=False)
+        verb = next((word for word in sys.argv[1:] if word in VERBS), None)
+        status = application(verb)(rewritten(sys.argv[1:]), prog_name="dart-eval", standalone_mode=False)
     except UserError as error:
         view.problem(str(error))
         sys.exit(2)
@@ -153,10 +162,12 @@ def _misused(error: Any) -> UserError:
         return UserError(f"there is no option {name} of {command}", (there and nearest(name, there)) or remedy)
     said = error.format_message().rstrip(".")
     for option, word in itertools.pairwise(sys.argv) if "unexpected extra argument" in said else ():
-        name = f"--{options.spelled(option.lstrip('-'))}"
+        name = f"--{spelled(option.lstrip('-'))}"
         if not word.startswith("-") and any(name in p.opts and getattr(p, "is_flag", False) for p in known):
             own = ": the model's own template is used" if name == "--chat-template" else ""
             return UserError(f"{option} takes no value, not {word!r}", f"leave it out{own}")
+    if "unexpected extra argument" in said and command.endswith("run"):
+        return UserError(said[:1].lower() + said[1:], "give the model with --model, and tasks with --tasks")
     return UserError(said[:1].lower() + said[1:], "" if said.endswith("?") else remedy)
 
 

@@ -21,15 +21,11 @@ from dart_eval.util.text import items_of
 FORMATS = ("md", "csv", "json")
 OUT = Path("out")
 EXAMPLES = {
-    "methods": "dart,griffin", "sparsities": "0.5,0.7", "models": "model@1a2b3c4d,model@5e6f7a8b",
-    "rows": "'dart-plus 70 %,dense on 4 bits'",
+    "method": "dart,griffin", "sparsity": "0.5,0.7", "model": "model@1a2b3c4d,model@5e6f7a8b",
+    "row": "'dart-plus 70 %,dense on 4 bits'",
 }  # fmt: skip
-# Option -> what cells differ in.
-TRAITS = {"methods": "method", "sparsities": "sparsity", "models": "model", "rows": "row"}
-
-
 FOLDERS_HELP = (
-    "Two folders of results. With --methods, --sparsities, --models or --rows: the folder whose cells are "
+    "Two folders of results. With --method, --sparsity, --model or --row: the folder whose cells are "
     r"compared, or several that are taken together.  \[default: out]"
 )
 METHODS_HELP = "Compare the cells of method A with those of method B."
@@ -46,10 +42,10 @@ METHODS = complete.listed(complete.methods)
 
 def compare(
     folders: Annotated[list[Path] | None, typer.Argument(metavar="FOLDER", help=FOLDERS_HELP)] = None,
-    methods: Annotated[list[str] | None, own(METHODS_HELP, None, "A,B", offers=METHODS)] = None,
-    sparsities: Annotated[list[str] | None, own(SPARSITIES_HELP, None, "A,B")] = None,
-    models: Annotated[list[str] | None, own(MODELS_HELP, None, "A,B")] = None,
-    rows: Annotated[list[str] | None, own(ROWS_HELP, None, "A,B")] = None,
+    method: Annotated[list[str] | None, own(METHODS_HELP, None, "A,B", offers=METHODS)] = None,
+    sparsity: Annotated[list[str] | None, own(SPARSITIES_HELP, None, "A,B")] = None,
+    model: Annotated[list[str] | None, own(MODELS_HELP, None, "A,B")] = None,
+    row: Annotated[list[str] | None, own(ROWS_HELP, None, "A,B")] = None,
     metric: Annotated[list[str] | None, own(METRIC_HELP, None, "NAMES")] = None,
     format: Annotated[str | None, one_of(FORMATS, "format", FORMAT_HELP)] = None,
     save: Annotated[Path | None, own("Write to this file instead of the terminal.", None, "FILE")] = None,
@@ -64,17 +60,17 @@ def compare(
     \b
     [bold]Examples[/bold]
     dart-eval compare out-old out-new
-    dart-eval compare out --methods dart,griffin
-    dart-eval compare out --methods dart,dart:allocation=uniform --metric acc
-    dart-eval compare out --sparsities 0,0.5 --format json
-    dart-eval compare out --models model@1a2b3c4d,model@5e6f7a8b
-    dart-eval compare out --rows 'dart-plus 70 %,dense on 4 bits'
+    dart-eval compare out --method dart,griffin
+    dart-eval compare out --method dart,dart:allocation=uniform --metric acc
+    dart-eval compare out --sparsity 0,0.5 --format json
+    dart-eval compare out --model model@1a2b3c4d,model@5e6f7a8b
+    dart-eval compare out --row 'dart-plus 70 %,dense on 4 bits'
     """
     given = [Path(folder) for folder in folders or []]
     if save is not None:
         check_target(save)
         format = format_of(save, format, FORMATS)
-    trait = _trait({"methods": methods, "sparsities": sparsities, "models": models, "rows": rows}, given)
+    trait = _trait({"method": method, "sparsity": sparsity, "model": model, "row": row}, given)
     from dart_eval.results import compare as comparing  # after the options are settled: it takes its time
 
     metrics = items_of(metric or [])
@@ -109,12 +105,12 @@ def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tup
         named = items_of(text)
         if len(named) != 2:
             raise UserError(f"--{name} {','.join(text)!r} does not name two", f"for example --{name} {EXAMPLES[name]}")
-        return TRAITS[name], named[0], named[1]
+        return name, named[0], named[1]
     if len(folders) != 2:
         count = ("no folder is", "one folder is")[len(folders)] if len(folders) < 2 else f"{len(folders)} folders are"
         raise UserError(
             f"{count} given, and nothing that says what to compare",
-            f"give two folders, or for example --methods {EXAMPLES['methods']}",
+            f"give two folders, or for example --method {EXAMPLES['method']}",
         )
     if not any(os.path.exists(folder) for folder in folders):
         _refuse_methods([str(folder) for folder in folders])
@@ -127,5 +123,5 @@ def _refuse_methods(names: Sequence[str]) -> None:
 
     known = methods()
     if all(name.partition(":")[0] in known for name in names):
-        line = shlex.join(["dart-eval", "compare", str(OUT), "--methods", ",".join(names)])
+        line = shlex.join(["dart-eval", "compare", str(OUT), "--method", ",".join(names)])
         raise UserError(f"{' and '.join(names)} are methods, not folders", f"write: {line}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -12,8 +11,8 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 
 from dart_eval.cli import complete
+from dart_eval.sweep import values
 from dart_eval.sweep.config import RunConfig, made
-from dart_eval.sweep.habits import SYNONYMS
 from dart_eval.sweep.options import CLUSTER, MODEL, OUTPUT, PRUNING, TASKS, about, default_of, help_of, option_of, typed
 from dart_eval.util.errors import UserError, nearest
 
@@ -62,7 +61,7 @@ def _of_run(name: str) -> dict[str, Any]:
     """The annotation of an option of a run; of a flag also that of what switches it off. The less useful is hidden."""
     kind, known, default = typed(name), about(name), default_of(name)
     text = f"{help_of(name)}  \\[default: {default}]" if default else help_of(name)
-    more: dict[str, Any] = {"parser": number} if name == "limit" else {}
+    more: dict[str, Any] = {"parser": values.number} if name == "limit" else {}
     if kind is bool:
         on, off = option_of(name), f"--no-{option_of(name)[2:]}"
         return {
@@ -128,20 +127,6 @@ def one_of(known: Sequence[str], what: str, help: str, panel: str | None = None,
 def chosen(**given: Any) -> RunConfig:
     """What a verb is told that a run is told too; wrong words are refused before torch is imported."""
     return made({name: value for name, value in given.items() if value is not None})
-
-
-def spelled(name: str) -> str:
-    """The name of an option as we have it: lm-eval writes underscores, and calls some otherwise."""
-    field = name.replace("-", "_")
-    return SYNONYMS.get(field, field).replace("_", "-")
-
-
-def number(text: str) -> float | str:
-    """A whole number, another one, or the text, which is then refused with its option's name."""
-    for read in (int, float):
-        with contextlib.suppress(ValueError):
-            return read(text)
-    return text
 
 
 # -- of several verbs --------------------------------------------------------------------------------------------

@@ -48,27 +48,28 @@ def run(
     begin(understood(config, {"model_args": model_args, **given}), verbose)
 
 
-def run_cells(settings: RunConfig, verbose: bool) -> None:
+def run_cells(configs: list[RunConfig], verbose: bool) -> None:
     """Run what is not finished, and show the board.
 
     Raises:
         typer.Exit: cells failed.
     """
+    first = configs[0]
     with TerminalView() as terminal:
         load_libraries(terminal, verbose)
         from dart_eval.cluster.run import run_all
         from dart_eval.sweep.sizing import held_against
         from dart_eval.sweep.tracking import tracked
 
-        with tracked(terminal, settings.log, settings.log_project, settings) as view:
-            result = run_all([settings], view)
-            if line := held_against(settings.output, result.records):
+        with tracked(terminal, first.log, first.log_project, first) as view:
+            result = run_all(configs, view)
+            if line := held_against(first.output, result.records):
                 view.note(line)
-    show_results(result, settings.output)
-    finish(result, settings.output)
+    show_results(result, first.output)
+    finish(result, first.output)
 
 
-def show_plan(settings: RunConfig, verbose: bool) -> None:
+def show_plan(configs: list[RunConfig], verbose: bool) -> None:
     """Try a few units of every task, and print what all will take.
 
     Raises:
@@ -79,9 +80,9 @@ def show_plan(settings: RunConfig, verbose: bool) -> None:
         from dart_eval.cluster.run import estimate_all
         from dart_eval.sweep.sizing import keep
 
-        sizes, workers = estimate_all([settings], view)
+        sizes, workers = estimate_all(configs, view)
     show(plan_table(sizes, workers))
-    keep(settings.output, sizes, workers)
+    keep(configs[0].output, sizes, workers)
 
 
 def plan_table(sizes: list[CellSize], workers: int) -> Table:
@@ -139,23 +140,23 @@ def _next(records: Sequence[Record], everything: Sequence[Record], output: str) 
     line = f"Results: {output}   next: dart-eval report {folder}   dart-eval tables {folder} --view long"
     if len(pruned) < 2:
         return line
-    return f"{line}   dart-eval compare {folder} --methods {shlex.quote(','.join(pruned))}"
+    return f"{line}   dart-eval compare {folder} --method {shlex.quote(','.join(pruned))}"
 
 
-def understood(file: Path | None, given: dict[str, Any]) -> RunConfig:
-    """What to run, with names that exist. Wrong input is refused before torch and lm-eval are imported.
+def understood(file: Path | None, given: dict[str, Any]) -> list[RunConfig]:
+    """What to run, one of each seed, with names that exist: wrong input is refused before torch is imported.
 
     Raises:
         UserError: the input is wrong.
     """
     from dart_eval.evaluation import task_names
-    from dart_eval.sweep.config import config_from
+    from dart_eval.sweep.config import configs_from
     from dart_eval.sweep.plan import methods_of
 
-    settings = config_from(file, given)
-    methods_of(settings)
-    task_names.check_names(settings.tasks, settings.include_path)
-    return settings
+    found = configs_from(file, given)
+    methods_of(found[0])
+    task_names.check_names(found[0].tasks, found[0].include_path)
+    return found
 
 
 def load_libraries(view: TerminalView, verbose: bool) -> None:

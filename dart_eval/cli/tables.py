@@ -10,13 +10,11 @@ import typer
 
 from dart_eval.cli.options import one_of, own
 from dart_eval.cli.view import put, save_text
-from dart_eval.cli.views import ALL, BOARD, FRONTIER
 from dart_eval.evaluation.task_names import ALIASES
-from dart_eval.results.rows import of_tasks
-from dart_eval.results.store import Store
-from dart_eval.results.tables import FORMATS
 from dart_eval.util.files import check_target, format_of
 
+FORMATS = ("md", "csv", "tex", "json")
+BOARD, FRONTIER, ALL = "board", "frontier", "all"
 VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
 PICTURES = (".png", ".svg", ".pdf")
 FORMAT_HELP = (
@@ -80,6 +78,8 @@ def tables(
       dart-eval tables out --format tex --save tables.tex
     """
     from dart_eval.cli.views import Shown, as_data, draw_frontier, print_view, render  # statistics: not for `--help`
+    from dart_eval.results.rows import of_tasks
+    from dart_eval.results.store import Store
 
     store = Store(folder)
     picture = view == FRONTIER and save is not None and save.suffix in PICTURES

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from dart_eval.cli.tables import ALL, BOARD, FRONTIER
 from dart_eval.cli.view import say, show
 from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
 from dart_eval.results.blocks import Board
@@ -20,8 +21,6 @@ from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.files import write
 
 PLAIN_WIDTH = 100  # characters of a board where there is no terminal
-
-BOARD, FRONTIER, ALL = "board", "frontier", "all"
 
 
 @dataclass(frozen=True)

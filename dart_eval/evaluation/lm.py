@@ -56,6 +56,7 @@ class PrunedLM(HFLM):
         share_prefix: run a prefix that many contexts have in common once.
         enable_thinking: what the chat template is told of thinking; None: nothing.
         think_end_token: an answer is what a text says after it; its text, or its id in digits.
+        add_bos_token: whether prompts begin with the tokenizer's first token; None: as the tokenizer does.
         distances: how far the pruned model lies from dense at the scored positions, too (`scoring.scorer`).
 
     Attributes:
@@ -79,11 +80,12 @@ class PrunedLM(HFLM):
         enable_thinking: bool | None = None,
         think_end_token: str | None = None,
         distances: bool = False,
+        add_bos_token: bool | None = None,
     ) -> None:
         # HFLM's own batch size is never used, and its `auto` would try sizes out.
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length, enable_thinking=enable_thinking,
-            think_end_token=think_end_token,
+            think_end_token=think_end_token, **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
         )  # fmt: skip
         self.planned = self.budget = budget(batch_size, model)
         self.share_prefix, self.distances = share_prefix, distances

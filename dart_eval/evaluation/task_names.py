@@ -7,6 +7,7 @@ names against lm-eval's own index.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 import re
@@ -129,16 +130,22 @@ def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
     if not {*wanted} <= {*ALIASES, *own()}:
         known = {*names(folders), *ALIASES}
         for name in wanted:
-            if name not in known:
+            if name not in known and not (is_pattern(name) and fnmatch.filter(known, name)):
                 raise unknown(name, known)
     for name in wanted:
         if path := own().get(name) or (lm_evals().get(name) if name not in ALIASES else None):
             task_needs.check_needs(name, path)
 
 
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for all that it matches, as `mmlu_*`."""
+    return any(letter in name for letter in "*?[")
+
+
 def unknown(name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is none of the known ones."""
-    return UserError(f"unknown task {name!r}", nearest(name, known) or "`dart-eval ls tasks` lists them")
+    listed = "`dart-eval ls tasks` lists them"
+    return UserError(f"unknown task {name!r}", listed if name == "list" else nearest(name, known) or listed)
 
 
 def none_given() -> UserError:

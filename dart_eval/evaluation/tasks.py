@@ -6,6 +6,7 @@ data source of each task, group members included.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
 import random
@@ -27,7 +28,7 @@ from dart_eval.evaluation import task_needs
 from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
 from dart_eval.evaluation.made_data import seeded, without_other_lengths
-from dart_eval.evaluation.task_names import ALIASES, none_given, own, tasks_dir, unknown
+from dart_eval.evaluation.task_names import ALIASES, is_pattern, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
     block_local_code,
     check_task,
@@ -186,7 +187,8 @@ class Tasks:
         """
         expanded: dict[str, None] = {}
         for name in names:
-            for task in ALIASES.get(name, (name,)):
+            matching = fnmatch.filter(sorted(self.manager.all_tasks), name) if is_pattern(name) else ()
+            for task in matching or ALIASES.get(name, (name,)):
                 if task not in self.manager.all_tasks and task not in self.names():
                     raise unknown(name, {*self.names(), *ALIASES})
                 expanded.setdefault(task)

@@ -58,6 +58,8 @@ class ModelSpec:
         device_map: for accelerate (`auto`: spread over the GPUs); replaces `device`.
         trust_remote_code: run the code that a model brings along; without it none ever runs.
         peft: an adapter that is merged into its weights, a local folder or a hub id.
+        tokenizer: a folder or hub id whose tokenizer is taken; None: the model's.
+        attn_implementation: transformers' name of the code of attention; None: the model's.
     """
 
     name: str | None = None
@@ -67,6 +69,8 @@ class ModelSpec:
     device_map: str | None = None
     trust_remote_code: bool = False
     peft: str | None = None
+    tokenizer: str | None = None
+    attn_implementation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ class Resolved:
             UserError: it cannot be loaded, or its weights or its tokenizer are not what it needs.
         """
         spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
+        if spec.attn_implementation is not None:
+            kwargs["attn_implementation"] = spec.attn_implementation
         tokenizer = self.load_tokenizer()
         try:
             with muted():
@@ -149,11 +155,11 @@ class Resolved:
         Raises:
             UserError: it cannot be loaded.
         """
-        kwargs = self._kwargs()
+        kwargs = self._kwargs() if self.spec.tokenizer is None else {"trust_remote_code": self.spec.trust_remote_code}
         try:
-            return AutoTokenizer.from_pretrained(self.source, **kwargs)
+            return AutoTokenizer.from_pretrained(self.spec.tokenizer or self.source, **kwargs)
         except Exception as error:  # as in `load`
-            raise _explain(self.identity.name, error) from error
+            raise _explain(self.spec.tokenizer or self.identity.name, error) from error
 
     def _kwargs(self) -> dict[str, Any]:
         """What transformers' loaders are told beside the source."""

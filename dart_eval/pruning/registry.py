@@ -276,6 +276,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     Values may hold colons (`allocation=table:FILE`): one separates parameters only where a name and "=" follow.
     """
     name, colon, rest = spec.strip().partition(":")
+    name = name if name.strip() in methods() else name.lower().replace("_", "-")  # GRIFFIN, dart_plus
     params = {}
     for pair in re.split(r":(?=\s*[\w.]*\s*=)", rest) if colon else []:
         key, sep, value = pair.partition("=")

@@ -99,6 +99,11 @@ class CellInputs(TypedDict):
         Annotated[bool, _asked("the chat template was told to let the model think, or not to, where that was said")]
     ]
     think_end_token: NotRequired[Annotated[str, _asked("what an answer says after it was scored, where given")]]
+    tokenizer: NotRequired[Annotated[str, _asked("whose tokenizer it was, where not the model's")]]
+    attn_implementation: NotRequired[
+        Annotated[str, Role(HOW, "the code of attention, where it was given", named=True, any=True)]
+    ]
+    add_bos_token: NotRequired[Annotated[bool, _asked("whether prompts began with the first token, where given")]]
     gen_kwargs: NotRequired[Annotated[str, _asked("settings of generation before the task's own, where given")]]
     batch_size: NotRequired[
         Annotated[int | str | None, Role(HOW, "contexts per forward, where it can move a number", True, True, any=True)]

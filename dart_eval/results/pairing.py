@@ -95,7 +95,7 @@ def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell
                     f"{_named(beside)} in {theirs[0].source}",
                     "keep each checkpoint's results in a folder of its own, or compare two of them: "
                     f"dart-eval compare {' '.join(dict.fromkeys((ours[0].source, theirs[0].source)))} "
-                    f"--models {model_of(alone[0])},{model_of(beside[0])}",
+                    f"--model {model_of(alone[0])},{model_of(beside[0])}",
                 )
             partners[json.dumps(alone[0], sort_keys=True)] = beside[0]
     known = {identity(c.inputs): c for c in theirs}

@@ -15,7 +15,7 @@ from dart_eval.results.writers import Column, Table
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMATS = ("md", "csv", "tex", "json")
+
 THREE = partial(share, digits=3)
 QUALITY = (
     Column("n"), Column("effective", "effective_sparsity", THREE),

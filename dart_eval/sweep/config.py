@@ -120,29 +120,40 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     """Defaults, then the YAML file, then what was given on the command line (None: not given).
 
     Raises:
-        UserError: the file cannot be read, or a key or value in it is wrong.
+        UserError: the file cannot be read, or a key or value in it is wrong, or there are several seeds.
     """
-    told: dict[str, Any] = {}
+    config, *more = configs_from(file, given)
+    if more:
+        raise UserError("several seeds are given", "give one")
+    return config
+
+
+def configs_from(file: str | Path | None, given: Mapping[str, Any]) -> list[RunConfig]:
+    """See `config_from`: one for each seed."""
+    merged: dict[str, Any] = {}
     if file is not None:
         for key, value in read_mapping(file, "config", "tasks: [arc, hellaswag]").items():
             name = str(key).replace("-", "_")
-            if name in told:
+            if name in merged:
                 raise UserError(f"{name} stands twice in {file}", "leave one of them out")
             if value is not None:
-                told[name] = value
-    of_file = {*told} if file is not None else set()
+                merged[name] = value
+    of_file = {*merged} if file is not None else set()
     for name, value in given.items():
         if value is not None:
-            told[name] = value
+            merged[name] = value
             of_file.discard(name)
-    translate(told)
-    config = made(told, dict.fromkeys(of_file, f"{file}: "), f" in {file}" if file is not None else "")
+    translate(merged)
+    places = dict.fromkeys(of_file, f"{file}: ")
+    with naming(places.get("seed", "")):
+        seeds = values.seeds(merged.pop("seed", DEFAULTS["seed"]))
+    found = [made({**merged, "seed": seed}, places, f" in {file}" if file is not None else "") for seed in seeds]
     for key in PATHS:
-        if (path := getattr(config, key)) is not None:
+        if (path := getattr(found[0], key)) is not None:
             check_name(path, option_of(key))
-    config.check()
-    config.check_output()
-    return config
+    found[0].check()
+    found[0].check_output()
+    return found
 
 
 def made(given: Mapping[str, Any], where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:

@@ -1,46 +1,171 @@
-"""Options as lm-eval calls them, and what they are called here. Nothing here imports torch."""
+"""What people type who come from lm-eval or from other tools, and what it is called here. Nothing here imports torch.
+
+`rewritten` works on words of the command line, `translate` on options by name, as of run.yaml and `evaluate`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dart_eval.sweep import values
+from dart_eval.sweep.options import DEFAULTS, option_of, typed
 from dart_eval.sweep.values import shown
 from dart_eval.util.errors import UserError, nearest
 
-# What lm-eval calls otherwise: options, its `--model_args`, and its names for the models of transformers.
-SYNONYMS = {"apply_chat_template": "chat_template", "output_path": "output"}
+# Another name of an option, without a word.
+SYNONYMS = {
+    "apply_chat_template": "chat_template", "output_path": "output", "overwrite": "force", "rerun": "force",
+    "dry_run": "plan", "methods": "method", "sparsities": "sparsity", "models": "model", "rows": "row",
+    "prompt_length": "prompt", "prompt_tokens": "prompt", "max_new_tokens": "tokens",
+}  # fmt: skip
+SHORT = {
+    "-t": "--tasks", "-M": "--model", "-m": "--model", "-a": "--model-args", "-b": "--batch-size", "-o": "--output",
+    "-f": "--num-fewshot", "-L": "--limit", "-C": "--config", "-v": "--verbosity", "-s": "--log-samples",
+    "-c": "--use-cache", "-w": "--write-out", "-x": "--predict-only", "-E": "--samples", "-q": "--quiet",
+}  # fmt: skip
+# Always so here. True: a value follows.
+NEEDLESS = {"--log-samples": False, "--resume": False, "--check-integrity": False, "--cache-requests": True}
+ANSWERS = {
+    "--use-cache": "finished work is always kept in --output: leave it out",
+    "--predict-only": "every run scores; generated texts are in --output: `dart_eval.samples` reads them",
+    "--write-out": "prompts and answers are in --output: `dart-eval report` shows them",
+    "--show-config": "every record in --output has its configuration",
+    "--samples": "give --limit N: the first N items",
+    "--max-batch-size": "--batch-size auto takes what fits",
+    "--hf-hub-log-args": "`dart-eval export` writes results for the hub",
+    "--metadata": "a task's YAML file in a folder of --include-path can say it",
+    "--wandb-config-args": "write --log wandb --log-project NAME",
+    "--quiet": "progress goes to stderr: add 2>/dev/null",
+}
+LOGGERS = {"--wandb-args": "wandb", "--trackio-args": "trackio"}
+FORMATS = {"--json": "json", "--csv": "csv", "--markdown": "md", "--latex": "tex"}
+FORMAT_WORDS = {"latex": "tex", "markdown": "md"}
+
 MODEL_ARGS = {
     "pretrained": "model", "revision": "revision", "dtype": "dtype", "trust_remote_code": "trust_remote_code",
     "max_length": "max_length", "device": "device", "device_map": "device_map", "peft": "peft",
-    "enable_thinking": "enable_thinking", "think_end_token": "think_end_token",
+    "enable_thinking": "enable_thinking", "think_end_token": "think_end_token", "tokenizer": "tokenizer",
+    "attn_implementation": "attn_implementation", "add_bos_token": "add_bos_token",
 }  # fmt: skip
-OF_OTHER_TYPES = ("trust_remote_code", "max_length", "enable_thinking")  # than text
-BACKENDS = ("hf", "hf-auto", "huggingface")
+OF_OTHER_TYPES = ("trust_remote_code", "max_length", "enable_thinking", "add_bos_token")  # than text
+FEW_BITS = ("load_in_4bit", "load_in_8bit", "autogptq", "gptqmodel", "gguf_file")
+OF_FEW_BITS = "give a checkpoint that is stored in few bits, or round the FFN weights with --ffn-bits 4"
+BACKENDS = ("hf", "hf-auto", "huggingface")  # lm-eval's names for the models of transformers
+OTHER_BACKENDS = (
+    "vllm", "sglang", "sglang-generate", "gguf", "ggml", "local-completions", "local-chat-completions", "nemo_lm",
+    "openai-completions", "openai-chat-completions", "anthropic", "hf-multimodal", "vllm-vlm", "mamba_ssm", "dummy",
+)  # fmt: skip
 
 
-def translate(told: dict[str, Any]) -> None:
-    """Replace what lm-eval calls otherwise.
+def spelled(name: str) -> str:
+    """The name of an option as we have it: lm-eval writes underscores, and calls some otherwise."""
+    field = name.replace("-", "_")
+    return SYNONYMS.get(field, field).replace("_", "-")
+
+
+def rewritten(words: Sequence[str]) -> list[str]:
+    """The words of a command line as its parser knows them.
+
+    `run -t arc hellaswag --wandb_args project=p --json` -> `run --tasks arc,hellaswag --log wandb --log-project p
+    --format json`.
+
+    Raises:
+        UserError: lm-eval has such an option, and we do not; with what stands for it here.
+    """
+    if not words or words[0] not in ("run", "paper", "bench", "tables", "compare", "trace", "ls"):
+        return [*words]
+    made, rest = [words[0]], [*words[1:]]
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        name = SHORT.get(name, name) if words[0] == "run" else name
+        option = option_of(spelled(name[2:]).replace("-", "_")) if name.startswith("--") else name
+        if words[0] == "run" and option in NEEDLESS:
+            if NEEDLESS[option] and not equals and rest and not rest[0].startswith("-"):
+                rest.pop(0)
+        elif words[0] == "run" and option in ANSWERS:
+            raise UserError(f"there is no {name} here", ANSWERS[option])
+        elif words[0] == "run" and option in LOGGERS:
+            made += _logger(LOGGERS[option], value if equals else rest.pop(0) if rest else "")
+        elif option == "--verbosity":
+            level = value if equals else rest.pop(0) if rest else ""
+            made += ["--verbose"] if level.upper() == "DEBUG" else []
+        elif option in FORMATS:
+            made += ["--format", FORMATS[option]]
+        elif option == "--format" and (value or (rest and rest[0])) in FORMAT_WORDS:
+            made += ["--format", FORMAT_WORDS[value or rest.pop(0)]]
+        else:
+            made.append(f"{option}={value}" if equals else option)
+            if words[0] in ("run", "bench") and not equals and _is_list(option):
+                made += _joined(rest)
+    return made
+
+
+def _is_list(option: str) -> bool:
+    name = option[2:].replace("-", "_")
+    return option.startswith("--") and (name == "model_args" or (name in DEFAULTS and typed(name) is list))
+
+
+def _joined(rest: list[str]) -> Iterator[str]:
+    """The values of a list that stand behind its option, taken from the words that are left: one text with commas."""
+    items = []
+    while rest and not (rest[0].startswith("-") and len(rest[0]) > 1 and not rest[0][1:2].isdigit()):
+        items.append(rest.pop(0))
+    if items:
+        yield ",".join(item.strip(",") for item in items) if len(items) > 1 else items[0]
+
+
+def _logger(name: str, given: str) -> list[str]:
+    """Options for what lm-eval's options of a logger say.
+
+    Raises:
+        UserError: they say more than the project.
+    """
+    found = values.pairs(f"{name}_args", given) if given else {}
+    project = found.pop("project", None)
+    if found:
+        raise UserError(f"{name}_args {next(iter(found))} is not known here", f"write --log {name} --log-project NAME")
+    return ["--log", name, *(["--log-project", str(project)] if project is not None else [])]
+
+
+def translate(given: dict[str, Any]) -> None:
+    """Replace what lm-eval calls otherwise, in options by name.
 
     Raises:
         UserError: it has no counterpart here, or both are given.
     """
-    found = {ours: told.pop(theirs) for theirs, ours in SYNONYMS.items() if theirs in told}
-    given = values.pairs("model_args", told.pop("model_args", {}))
-    backend = told.get("model")
-    if backend in BACKENDS and not Path(backend).exists():
-        if not given:
+    found = {ours: given.pop(theirs) for theirs, ours in SYNONYMS.items() if theirs in given and ours in DEFAULTS}
+    model_args = _model_args(given.pop("model_args", {}))
+    backend = given.get("model")
+    if backend in OTHER_BACKENDS and not Path(str(backend)).exists():
+        name = model_args.get("pretrained", "NAME")
+        raise UserError(f"{backend} runs no models here: transformers does", f"write --model {name}")
+    if backend in BACKENDS and not Path(str(backend)).exists():
+        if not model_args:
             raise UserError(f"--model {backend} names no model", "give its hub id or folder")
-        del told["model"]
-    for name, value in given.items():
+        del given["model"]
+    for name, value in model_args.items():
         if name == "parallelize" and isinstance(value, bool):
             found |= {"device_map": "auto"} if value else {}
         elif name not in MODEL_ARGS:
-            raise UserError(f"model_args {name} is not known here", nearest(name, MODEL_ARGS))
+            remedy = OF_FEW_BITS if name in FEW_BITS else nearest(name, MODEL_ARGS)
+            raise UserError(f"model_args {name} is not known here", remedy)
         else:
             own = MODEL_ARGS[name]
             found[own] = value if own in OF_OTHER_TYPES else str(value)
     for name, value in found.items():
-        if told.setdefault(name, value) != value:
-            raise UserError(f"{name} is given twice: {shown(told[name])} and {shown(value)}", "leave one of them out")
+        if given.setdefault(name, value) != value:
+            raise UserError(f"{name} is given twice: {shown(given[name])} and {shown(value)}", "leave one of them out")
+
+
+def _model_args(given: Any) -> dict[str, Any]:
+    """`--model-args` as keys and values: `pretrained=NAME,dtype=bfloat16`, or JSON."""
+    text = ",".join(given) if isinstance(given, list) and all(isinstance(item, str) for item in given) else given
+    if isinstance(text, str) and text.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            given = json.loads(text)
+    return values.pairs("model_args", given)

@@ -54,6 +54,7 @@ def option(
 
 # Which tokens run pruned when answers are scored: `evaluation.scoring` and `evaluation.scopes` say how.
 Scope = Literal["scored", "continuation", "all", "last", "last-50", "last-99", "decode"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 
 Text = Annotated[str, BeforeValidator(values.text)]
@@ -71,7 +72,7 @@ class Options:
         "Prune this model: a hub id, a local folder, or gemma-3-270m.", "the demo model")] = None
     revision: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
         "Take this branch, tag or commit of the model on the hub.")] = None
-    dtype: Annotated[Literal['auto', 'float32', 'bfloat16', 'float16'], option(MODEL, "TYPE", DECIDES,
+    dtype: Annotated[Dtype, BeforeValidator(values.dtype), option(MODEL, "TYPE", DECIDES,
         "Load the weights in this number format; auto is the checkpoint's own.")] = "auto"
     device: Annotated[Text, AfterValidator(values.device), option(MODEL, "DEVICE", DECIDES,
         "Run the model here: auto, cpu, cuda, cuda:1 or mps.", offers=("auto", "cpu", "cuda", "mps"))] = "auto"
@@ -79,6 +80,14 @@ class Options:
         "Spread the model over several GPUs, for example auto.", offers=("auto",))] = None
     peft: Annotated[Text | None, option(MODEL, "NAME", DECIDES,
         "Merge this adapter of PEFT (LoRA and its like) into the model: a local folder or a hub id.")] = None
+    tokenizer: Annotated[Text | None, option(MODEL, "NAME", GIVEN,
+        "Take the tokenizer of this hub id or folder.", "the model's")] = None
+    attn_implementation: Annotated[Text | None, option(MODEL, "NAME", GIVEN,
+        "Compute attention with this code of transformers: eager, sdpa, flash_attention_2.", "the model's",
+        offers=("eager", "sdpa", "flash_attention_2"))] = None
+    add_bos_token: Annotated[Flag | None, option(MODEL, "", GIVEN,
+        "Begin every prompt with the tokenizer's first token.", "as the tokenizer does",
+        off="Do not begin prompts with the tokenizer's first token.")] = None
     trust_remote_code: Annotated[Flag, option(MODEL, "", DECIDES,
         "Run Python code that comes with the model. Without this option none is run.")] = False
     method: Annotated[tuple[str, ...], BeforeValidator(values.methods), option(PRUNING, "NAMES", CELL,
@@ -118,7 +127,7 @@ class Options:
         "Measure how far scored tokens are from dense's.",
         off="Do not measure how far scored tokens are from dense's: scoring takes less time.")] = True
     seed: Annotated[Whole, option(TASKS, "N", KEY,
-        "Seed few-shot sampling, and methods that draw, with this number.", ge=0)] = 0
+        "Seed few-shot sampling, and methods that draw, with this number; several make a cell each.", ge=0)] = 0
     max_length: Annotated[Whole | None, option(TASKS, "N", KEY,
         "Fit context and answer together into so many tokens.", "the model's", ge=1)] = None
     chunk: Annotated[Whole, option(TASKS, "N", KEY,
@@ -148,13 +157,13 @@ class Options:
         "NAME:CONFIGURATION, local or on the hub as those of tasks.", "the project's own text")] = None
     calibration_tokens: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
         "Read at most so many tokens of it, in passages of 512 that are drawn.",
-        f'all of a text file, {values.DATA_SET_TOKENS} of a data set', ge=1)] = None
+        f"all of a text file, {values.DATA_SET_TOKENS} of a data set", ge=1)] = None
     calibration_seed: Annotated[Whole | None, option(PRUNING, "N", DECIDES,
         "Draw the passages with this seed.", "0", ge=0)] = None
     output: Annotated[Text, option(OUTPUT, "DIR", RUN,
         "Write results to this folder; what is finished in it is not run again.")] = "out"
     force: Annotated[Flag, option(OUTPUT, "", RUN, "Run finished cells again.")] = False
-    executor: Annotated[Literal['local', 'ray'], option(CLUSTER, "local|ray", RUN,
+    executor: Annotated[Literal["local", "ray"], option(CLUSTER, "local|ray", RUN,
         "Run cells in this process (local), or in many, on GPUs or machines (ray).")] = "local"
     workers: Annotated[Whole, option(CLUSTER, "N", RUN,
         "Share the cells among so many processes on this machine, one a GPU where there are any.", ge=1)] = 1
@@ -212,7 +221,7 @@ def typed(name: str) -> type:
     """The type of what is typed on the command line for an option."""
     hint = HINTS[name]
     kinds = {get_origin(k) or k for k in (hint, *get_args(hint))}
-    if tuple in kinds or name == "gen_kwargs":
+    if tuple in kinds or name in ("gen_kwargs", "seed"):
         return list
     kind = next((k for k in (bool, str, float, int) if k in kinds), str)
     return str if Literal in kinds else kind

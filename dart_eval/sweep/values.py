@@ -26,12 +26,17 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.text import items_of
 from dart_eval.util.yamls import shown
 
+FIELDS = "griffin:remask=drift:remask.window=8"  # an example
 MOST = 2**32  # no count of anything is as large
 AUTO = "auto"  # as a batch size: as many as fit
 STEPS = 100  # sparsities of a range, at most
 DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # as --calibration takes it
 TEXT_FILES = (".txt", ".md", ".json", ".jsonl")  # no data set is called so
 DATA_SET_TOKENS = 16384  # that a calibration reads of one
+DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32", "float": "float32",
+    "f32": "float32", "full": "float32",
+}  # fmt: skip
 DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d+)?")
 
 
@@ -77,6 +82,11 @@ def text(value: Any, info: ValidationInfo) -> str | None:
     if not value and name != "cue":
         raise UserError(f"{name} is empty", "give a value, or leave the key out")
     return value
+
+
+def dtype(value: Any) -> Any:
+    """A number format by its usual short name, too: bf16, fp16, half, fp32."""
+    return DTYPES.get(value.lower(), value) if isinstance(value, str) else value
 
 
 @_refusing
@@ -173,6 +183,27 @@ def pairs(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
+def seeds(value: Any) -> list[Any]:
+    """One seed or several, each once.
+
+    Of the four that lm-eval takes (Python, numpy, torch, few-shot), as in 0,1234,1234,1234, the first is meant.
+    """
+    items = [number(item) if isinstance(item, str) else item for item in items_of(value)]
+    if not all(isinstance(item, (int, float, str)) for item in items):
+        return [value]  # is refused with its own words
+    if len(items) == 4 and len(set(items[1:])) == 1:
+        return items[:1]
+    return list(dict.fromkeys(items)) or [value]
+
+
+def number(text: str) -> float | str:
+    """A whole number, another one, or the text, which is then refused with its option's name."""
+    for read in (int, float):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text
+
+
 @_refusing
 def batch_size(value: Any) -> int | str:
     """See `check_batch_size`."""
@@ -211,7 +242,12 @@ def _text(name: str, value: Any, wanted: str = "text") -> str:
 
 def _method(item: Any) -> str:
     if not isinstance(item, dict):
-        return _text("method", item, "text or a list of texts")
+        text = _text("method", item, "text or a list of texts")
+        if text.lower() == "all":
+            raise UserError("a run takes the methods by name", "`dart-eval ls methods` lists them")
+        if "=" in text and "=" in text.partition(":")[0]:
+            raise UserError(f"method {text!r} has no name", "join a method's fields with colons, as in " + FIELDS)
+        return text
     if len(item) != 1:
         raise UserError(f"method {shown(item)} has several names", "put a dash before each method")
     ((name, parts),) = item.items()

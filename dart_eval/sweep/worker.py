@@ -83,6 +83,7 @@ class Worker:
             share_prefix=config.share_prefix,
             enable_thinking=config.enable_thinking,
             think_end_token=config.think_end_token,
+            add_bos_token=config.add_bos_token,
             distances=config.kl,
         )
 

@@ -14,6 +14,9 @@ from dart_eval.util.text import printable
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
 
 
+LIKE = 0.65  # below this likeness a suggestion misleads
+
+
 class UserError(Exception):
     """The input is wrong. Printed as one line (problem; remedy); the command exits with status 2."""
 
@@ -62,7 +65,7 @@ def summary(error: BaseException) -> str:
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """`did you mean a, b?` for the known names closest to `name`, or the whole list where it is short."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=n, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=n, cutoff=LIKE)
     if close:
         return f"did you mean {', '.join(close)}?"
     return f"known: {', '.join(known)}" if len(known) <= 20 else ""

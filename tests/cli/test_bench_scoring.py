@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dart_eval.bench import scoring, tables
 from dart_eval.bench.scoring import Computed, counted, measure, needed_for
-from dart_eval.cli import app
+from dart_eval.cli import application
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.results.writers import markdown
@@ -112,13 +112,13 @@ def test_a_task_without_answers_is_refused(tokenizer):
     (["--format", "csv"], "unknown format"), (["--tasks", "nothing_such"], "nothing_such"),
 ])  # fmt: skip
 def test_wrong_input_is_refused(indexed, words, message):
-    done = CliRunner().invoke(app, ["bench", "scoring", *words])
+    done = CliRunner().invoke(application(), ["bench", "scoring", *words])
     assert isinstance(done.exception, UserError) and message in str(done.exception)
 
 
 def test_the_command_prints_json(saved_llama):
     words = ["--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", saved_llama]
-    done = CliRunner().invoke(app, ["bench", "scoring", *words, "--format", "json"])
+    done = CliRunner().invoke(application(), ["bench", "scoring", *words, "--format", "json"])
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)
     assert (found["task"], found["items"], found["batch_size"]) == ("smoke_stories", 3, 8)

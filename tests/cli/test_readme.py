@@ -156,9 +156,9 @@ COMMANDS_OF_DOCS = [(p.name, c) for p in DOCS for c in _commands(p.read_text(enc
 def test_commands_of_the_docs_have_their_options(page, command):
     import typer
 
-    from dart_eval.cli import app
+    from dart_eval.cli import application
 
-    found, words = typer.main.get_command(app), shlex.split(command)[1:]
+    found, words = typer.main.get_command(application()), shlex.split(command)[1:]
     while hasattr(found, "commands"):
         found = found.commands[words.pop(0)]
     known = {option for p in found.params for option in p.opts}

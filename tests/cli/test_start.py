@@ -57,7 +57,7 @@ def test_help_lists_and_wrong_names_import_nothing_heavy():
 @pytest.mark.parametrize(("words", "said"), [
     (["rnu"], "no such command 'rnu'. Did you mean 'run'?"),
     (["run", "--seed"], "option '--seed' requires an argument; see dart-eval -h"),
-    (["run", "smoke"], "got unexpected extra argument(s) (smoke); see dart-eval run -h"),
+    (["run", "smoke"], "got unexpected extra argument(s) (smoke); give the model with --model, and tasks with --tasks"),
     (["run", "--tasks", "smoke", "--apply-chat-template", "chatml"],
      "--apply-chat-template takes no value, not 'chatml'; leave it out: the model's own template is used"),
     (["run", "--force", "smoke"], "--force takes no value, not 'smoke'; leave it out"),
@@ -98,7 +98,7 @@ def _verbs(command, path=()):
 
 
 def test_the_help_of_every_verb_fits_80_columns_and_cuts_no_example(monkeypatch):
-    verbs = dict(_verbs(typer.main.get_command(cli.app)))
+    verbs = dict(_verbs(typer.main.get_command(cli.application())))
     assert {("run",), ("ls", "tasks"), ("bench", "decode")} <= {*verbs}
     for words, text in verbs.items():
         lines = [line.strip(" │") for line in _shown(monkeypatch, *words, "-h").splitlines()]
@@ -108,7 +108,7 @@ def test_the_help_of_every_verb_fits_80_columns_and_cuts_no_example(monkeypatch)
 
 
 def test_every_option_of_a_run_is_in_its_help_and_says_what_it_means():
-    found = {p.name: p for p in typer.main.get_command(cli.app).commands["run"].params}
+    found = {p.name: p for p in typer.main.get_command(cli.application()).commands["run"].params}
     assert {*DEFAULTS} <= {*found}
     for name in DEFAULTS:
         assert help_of(name)[-1] == "." and help_of(name) in found[name].help

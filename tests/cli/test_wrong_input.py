@@ -184,7 +184,7 @@ PLACES = {
     "tables": ("tables", "{}"),
     "tables --save": ("tables", "out", "--save", "{}"),
     "compare": ("compare", "{}", "out"),
-    "compare --methods": ("compare", "{}", "--methods", "a,b"),
+    "compare --method": ("compare", "{}", "--method", "a,b"),
     "compare --save": ("compare", "a", "b", "--save", "{}"),
     "check": ("check", "{}", "--baseline", "none"),
     "check --baseline": ("check", "out", "--baseline", "{}"),

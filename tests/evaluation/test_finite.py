@@ -160,7 +160,7 @@ def test_records_of_such_answers_from_before_are_named_and_not_compared(forgetfu
         assert _run(*run, "--method", "dense,griffin", "--no-kl")[0] == 0
     words = "of 6 answers of smoke_questions under dense at 0 % in .* are NaN or infinite; run the cell again"
     for line in (
-        ["compare", out, "--methods", "dense,griffin"],
+        ["compare", out, "--method", "dense,griffin"],
         ["check", out, "--baseline", tmp_path / "base.json", "--update"],
     ):
         done = command(*line)

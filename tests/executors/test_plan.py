@@ -487,7 +487,7 @@ def test_the_command_of_a_cell_can_be_given_again():
     assert words[-4:] == ["--batch-size", "auto", "--no-share-prefix", "--chat-template"]
     from typer.testing import CliRunner
 
-    from dart_eval.cli import app
+    from dart_eval.cli import application
 
-    done = CliRunner().invoke(app, [*words[1:], "--data-dir", "no/such/folder", "--limit", "0"])
+    done = CliRunner().invoke(application(), [*words[1:], "--data-dir", "no/such/folder", "--limit", "0"])
     assert "--limit 0 must be at least 1" in str(done.exception) + done.output  # all others were understood

@@ -5,7 +5,7 @@ import json
 import pytest
 import typer
 
-from dart_eval.cli import app, run
+from dart_eval.cli import application, run
 from dart_eval.evaluation.evaluate import count_requests
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
@@ -59,7 +59,7 @@ TWICE = {
 @pytest.mark.parametrize("option", list(TWICE))
 def test_values_of_an_option_that_is_given_again_add_up(option, tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(run, "run_cells", lambda settings, verbose: ran.append(settings))
+    monkeypatch.setattr(run, "run_cells", lambda configs, verbose: ran.extend(configs))
     typed, meant = TWICE[option]
     others = [] if option == "tasks" else ["--tasks", "arc_easy"]
     words = [word for value in typed for word in (f"--{option}", value)]
@@ -68,16 +68,16 @@ def test_values_of_an_option_that_is_given_again_add_up(option, tmp_path, monkey
 
 
 def test_every_option_that_takes_a_list_may_be_given_again():
-    commands = typer.main.get_command(app).commands
+    commands = typer.main.get_command(application()).commands
     many = {p.name for p in commands["run"].params if p.multiple}
     assert many == {name for name, default in DEFAULTS.items() if isinstance(default, tuple)} | {
-        "gen_kwargs", "model_args"
+        "gen_kwargs", "model_args", "seed"
     }  # fmt: skip
     others = [*commands["bench"].commands.items(), *((name, commands[name]) for name in ("tables", "compare"))]
     assert {(name, p.name) for name, one in others for p in one.params if getattr(p, "multiple", False)} == {
         ("decode", "method"), ("decode", "ffn_bits"), ("scoring", "tasks"), ("scoring", "method"),
         ("overhead", "method"), ("tables", "tasks"),
-        *(("compare", name) for name in ("methods", "sparsities", "models", "rows", "metric")),
+        *(("compare", name) for name in ("method", "sparsity", "model", "row", "metric")),
     }  # fmt: skip
 
 

@@ -387,9 +387,9 @@ def test_the_board_of_a_run_has_the_folders_dense_cells_and_what_it_suggests_nex
     shown = capsys.readouterr().out
     assert "  dense  " in shown and "There is no dense cell for piqa: run" in " ".join(shown.split())
     suggested = shlex.split(shown.splitlines()[-1].rpartition("dart-eval ")[2])
-    assert suggested == ["compare", "out", "--methods", "griffin:draw=seed,flap"]
+    assert suggested == ["compare", "out", "--method", "griffin:draw=seed,flap"]
     assert command(*suggested).code == 0
-    refused = command("compare", "out", "--methods", "griffin,flap").err
+    refused = command("compare", "out", "--method", "griffin,flap").err
     assert "griffin stands for several cells: " in refused
     assert refused.endswith("; say which: griffin:draw=best or griffin:draw=seed\n")
 

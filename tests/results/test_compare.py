@@ -342,7 +342,7 @@ def cli():
 
 
 def test_the_command_prints_and_saves(cli, sweep, tmp_path):
-    args = (sweep, "--methods", "griffin,dart:allocation=depth")
+    args = (sweep, "--method", "griffin,dart:allocation=depth")
     printed = cli(*args)
     assert printed.exit_code == 0, printed.output
     assert printed.stdout.startswith("### A: griffin   B: dart:allocation=depth")
@@ -355,10 +355,10 @@ def test_the_command_prints_and_saves(cli, sweep, tmp_path):
 def test_the_cells_of_a_folder_differ_in_what_is_said(cli, sweep):
     found = {
         option: json.loads(cli(sweep, option, sides, "--format", "json").stdout)
-        for option, sides in (("--methods", "dense,griffin"), ("--sparsities", "0,0.5"))
+        for option, sides in (("--method", "dense,griffin"), ("--sparsity", "0,0.5"))
     }
-    assert (found["--methods"]["a"], found["--methods"]["b"]) == ("dense", "griffin")
-    assert all("dense vs " in row["contrast"] for row in found["--sparsities"]["rows"])
+    assert (found["--method"]["a"], found["--method"]["b"]) == ("dense", "griffin")
+    assert all("dense vs " in row["contrast"] for row in found["--sparsity"]["rows"])
 
 
 def test_two_folders_at_the_command_line(cli, sweep):
@@ -369,12 +369,12 @@ def test_two_folders_at_the_command_line(cli, sweep):
 @pytest.mark.parametrize(("args", "words"), [
     (("a",), "one folder is given, and nothing that says what to compare; give two folders, or for example"),
     ((), "no folder is given"),
-    (("a", "--methods", "dart"), "--methods 'dart' does not name two; for example --methods dart,griffin"),
-    (("a", "--methods", "dart,dense", "--models", "x,y"), "--methods and --models are given"),
+    (("a", "--method", "dart"), "--method 'dart' does not name two; for example --method dart,griffin"),
+    (("a", "--method", "dart,dense", "--model", "x,y"), "--method and --model are given"),
     (("a", "b", "--format", "tex"), "unknown format 'tex'"),
     (("no-a", "no-b"), "no results in no-a"),
-    (("dart", "griffin:allocation=depth"), "compare out --methods dart,griffin:allocation=depth"),
-    (("--methods", "dart,dense"), "no results in out"),
+    (("dart", "griffin:allocation=depth"), "compare out --method dart,griffin:allocation=depth"),
+    (("--method", "dart,dense"), "no results in out"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(cli, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,7 @@ def verbs(folder, target):
     """The commands that write a file which the user names."""
     return {
         "tables": ("tables", folder.parent / "out", "--save", target, "--format", "md"),
-        "compare": ("compare", folder, "--methods", "dart,griffin", "--save", target, "--format", "csv"),
+        "compare": ("compare", folder, "--method", "dart,griffin", "--save", target, "--format", "csv"),
         "check": ("check", folder, "--baseline", folder, "--junit", target),
         "baseline": ("check", folder, "--baseline", target, "--update"),
         "report": ("report", folder.parent / "out", "--output", target),

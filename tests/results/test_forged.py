@@ -103,7 +103,7 @@ def _file(results, method):
 QUICK = {
     "tables": ("tables", "out"),
     "compare": ("compare", "out", "out"),
-    "methods": ("compare", "out", "--methods", "dense,griffin"),
+    "methods": ("compare", "out", "--method", "dense,griffin"),
 }
 VERBS = {**QUICK, "report": ("report", "out")}
 
@@ -264,7 +264,7 @@ def test_forged_samples_are_named_and_the_others_compared(tmp_path, shown, line)
     assert "griffin 50 %" in out
     assert "dart 50 %" not in out
     assert "left out: the samples of arc under dart at 50 % in out cannot be read (" in errors
-    assert shown("compare", "out", "--methods", "griffin,dart")[0] == 2
+    assert shown("compare", "out", "--method", "griffin,dart")[0] == 2
     assert shown("tables", "out")[0] == 0
     assert shown("report", "out")[0] == 0
     shown("check", "out", "--baseline", "b.json", "--update")

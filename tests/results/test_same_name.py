@@ -104,7 +104,7 @@ def test_where_several_could_be_meant_none_is_taken(tmp_path):
         UserError, match=r"model@eeee5555 in .*a, model@aaaa1111, model@cccc3333 in .*b; keep each"
     ) as e:
         compare_folders(a, both(tmp_path / "b"))
-    assert e.value.remedy.endswith(f"dart-eval compare {a} {tmp_path / 'b'} --models model@eeee5555,model@aaaa1111")
+    assert e.value.remedy.endswith(f"dart-eval compare {a} {tmp_path / 'b'} --model model@eeee5555,model@aaaa1111")
 
 
 def test_one_model_that_each_side_has_alone_goes_with_the_other(tmp_path):
