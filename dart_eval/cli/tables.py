@@ -8,13 +8,12 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import one_of, own
+from dart_eval.cli.options import ALL, BOARD, FRONTIER, one_of, own
 from dart_eval.cli.view import put, save_text
 from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.util.files import check_target, format_of
 
 FORMATS = ("md", "csv", "tex", "json")
-BOARD, FRONTIER, ALL = "board", "frontier", "all"
 VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
 PICTURES = (".png", ".svg", ".pdf")
 FORMAT_HELP = (

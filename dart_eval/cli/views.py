@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dart_eval.cli.tables import ALL, BOARD, FRONTIER
+from dart_eval.cli.options import ALL, BOARD, FRONTIER
 from dart_eval.cli.view import say, show
 from dart_eval.results import board_text, detector, frame, frontier, generated, speeds, tables, writers
 from dart_eval.results.blocks import Board

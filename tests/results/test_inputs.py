@@ -26,6 +26,9 @@ def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
         "gen_kwargs": "n=1",
         "enable_thinking": True,
         "think_end_token": "</think>",
+        "tokenizer": "t",
+        "attn_implementation": "eager",
+        "add_bos_token": True,
     }
     (cell,) = plan(
         RunConfig(method=("flap",), tasks=("arc",), ffn_bits=("4",), **said), model, ("arc",), {"arc": "h"}, "cpu"

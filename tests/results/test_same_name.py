@@ -192,7 +192,7 @@ def test_the_control_of_a_drift_task_is_of_the_same_model(tmp_path):
         made.inputs["task"] = task
         for s in made.samples:
             s["drift"] = drift
-        return dataclasses.replace(made, key=inputs.identity(made.inputs)[-40:].encode().hex())
+        return dataclasses.replace(made, key=inputs.identity(made.inputs)[-90:].encode().hex())
 
     def drawn(folder, *weights):
         store = Store(folder)
