@@ -1,7 +1,7 @@
 # make demo          the main job on the demo model and the shipped tasks (sets everything up first)
 # make test          all tests (sets everything up first)
 # make test-fast     those of what is computed, on tiny models, in a minute
-# make golden        measure tests/golden/golden.json anew, the numbers that test-fast compares with, and say what moved
+# make golden        measure tests/golden/golden.json anew, the numbers that tests compare with, and say what moved
 # make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
 # make torture       kills, thousands of rounds, and a fuzz of all that is read: ARGS="--short" for a little of it
 # make format        format the code, and mend what lint can mend by itself

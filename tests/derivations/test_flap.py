@@ -34,6 +34,7 @@ from tests.derivations import ours
 from tests.derivations.plain import Plain
 from tests.derivations.test_static import rows_and_column
 from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens, tiny
 
 PROMPT, DECODED = random_tokens(8, seed=1), random_tokens(4, seed=2)
@@ -72,8 +73,7 @@ def ranked(scores, sparsity):
     return [torch.tensor([j in some for j in range(len(layer))]) for some, layer in zip(kept, z, strict=True)]
 
 
-@pytest.mark.parametrize("variance", ["true", "code"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(("family", "variance"), in_turn(["llama", "gemma3", "opt", "gpt2", "phi3"], ["true", "code"]))
 def test_flap_is_its_formula(family, variance):
     model, sparsity, scores, constants = biased(family), 0.63, [], []
     text = passages(model)

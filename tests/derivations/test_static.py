@@ -20,6 +20,7 @@ import torch
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
 
@@ -59,8 +60,9 @@ def static(model, layer):
     return np.sqrt(total)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "mag-sp", "static"])
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "name"), in_turn(["llama", "opt", "gpt2", "phi3"], ["magnitude", "mag-sp", "static"])
+)
 def test_one_mask_for_all_texts_is_its_formula(family, name):
     model, sparsity = biased(family), 0.63
     score = {"magnitude": magnitude, "mag-sp": mag_sp, "static": static}[name]

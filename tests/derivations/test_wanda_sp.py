@@ -17,6 +17,7 @@ import torch
 
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
 TEXT, BOS, POSITIONS = random_tokens(600, seed=3), 1, 256  # positions of the tiny models
@@ -47,8 +48,7 @@ class OneText:
         return {"input_ids": [BOS, *TEXT]}
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.63])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(("family", "sparsity"), in_turn(["llama", "gemma3", "opt", "gpt2", "phi3"], [0.5, 0.63]))
 def test_wanda_sp_is_its_formula(family, sparsity):
     model = biased(family)
     masks, prompt, decoded = wanda_sp(model, sparsity), random_tokens(8, seed=1), random_tokens(4, seed=2)

@@ -28,6 +28,7 @@ from dart_eval.sweep.jobs import Silent
 from dart_eval.sweep.scope_names import SCOPES
 from tests.helpers.commands import command, run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions, words
 from tests.helpers.sessions import RESTLESS, open_session
@@ -101,8 +102,7 @@ def test_a_position_counts_for_every_answer_that_it_is_of(monkeypatch):
 # -- what must not move them, and what they must not move --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("method", "params"), METHODS)
+@pytest.mark.parametrize(("method", "params", "scope"), in_turn(METHODS, SCOPES))
 def test_nothing_else_moves(method, params, scope):
     """To the last bit, in single precision: scores, costs, re-masks, what the detector saw."""
     model = tiny("llama", dtype=torch.float32)
@@ -118,8 +118,7 @@ def test_nothing_else_moves(method, params, scope):
     assert without == runs[0]
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize(("family", "scope"), in_turn(["llama", "gpt2", "gemma3"], SCOPES))
 def test_neither_batches_nor_shared_prefixes_move_them(family, scope):
     model, found = tiny(family), []
     stem = random_tokens(70, seed=9)  # long enough to be shared

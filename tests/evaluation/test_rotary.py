@@ -14,7 +14,7 @@ from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.util.errors import UserError
-from tests.helpers.matrices import product
+from tests.helpers.matrices import in_turn, product
 from tests.helpers.models import SMALL, made, random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import RESTLESS, hooked, open_session
@@ -104,9 +104,10 @@ def test_results_do_not_depend_on_the_batch_size_the_order_or_what_ran_before(ki
     assert _scores(model, method, 3, requests[::-1], scope)[::-1] == pytest.approx(found, abs=1e-6)
 
 
-@KINDS
-@pytest.mark.parametrize("method", METHODS[:3])
-@pytest.mark.parametrize("last", [0, 7])  # the last seven share a prefix: no other batch comes between their two kinds
+# The last seven share a prefix: no other batch comes between their two kinds.
+@pytest.mark.parametrize(
+    ("kind", "method", "last"), in_turn([*CONFIGS], [(m, last) for last in (7, 0) for m in METHODS[:3]])
+)
 def test_a_shared_prefix_has_the_angles_of_the_rows_that_share_it(kind, method, last):
     model, requests = _model(kind), _requests()[-last:]
     tokens = []

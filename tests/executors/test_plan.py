@@ -13,13 +13,12 @@ from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks
 from dart_eval.models.loading import Identity, ModelSpec, Resolved, resolve
 from dart_eval.pruning import registry
-from dart_eval.pruning.masks.allocations import Uniform
 from dart_eval.pruning.masks.mask import FromPrompt
 from dart_eval.pruning.masks.remasks import OnDrift
 from dart_eval.pruning.masks.scores import Activation
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import option
-from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.registry import make
 from dart_eval.sweep import plan as plan_module
 from dart_eval.sweep.config import RunConfig, config_from
 from dart_eval.sweep.plan import command, methods_of, plan
@@ -157,48 +156,6 @@ def test_wrong_nesting_is_refused(tmp_path, text, message):
 
 
 # -- methods -------------------------------------------------------------------------------------------------------
-
-
-def test_a_method_spec_holds_name_and_parameters():
-    given = {"allocation": "uniform", "remask.window": "8"}
-    assert parse(" dart:allocation=uniform:remask.window = 8 ") == ("dart", given)
-
-
-def test_parameters_reach_the_method_with_their_types():
-    (method,) = methods_of(
-        RunConfig(method=("dart:allocation=uniform:remask.window=8:remask.sigma=0.25:remask.act=off",))
-    )
-    assert method == Pruner(FromPrompt(remask=OnDrift(window=8, sigma=0.25, act=False)), allocation=Uniform())
-
-
-@pytest.mark.parametrize(("spec", "message"), [
-    ("grifin", "unknown method 'grifin'; did you mean griffin"),
-    ("xyzzy", "unknown method 'xyzzy'; .dart-eval ls methods. lists them"),
-    ("dart:remask.windw=8", "dart: there is no 'remask.windw'; did you mean remask.window"),
-    ("dart:remsk=drift", "dart: there is no 'remsk'; did you mean remask"),
-    ("griffin:remask.window=8", "griffin: remask=never has no field 'window'; remask=drift has it"),
-    ("griffin:compensation.p=1", "griffin: compensation=none has no field 'p'; it has none"),
-    ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
-    ("dart:remask.window=2.5", "dart: remask.window is '2.5'; it must be a whole number"),
-    ("dart:remask.sigma=big", "dart: remask.sigma is 'big'; it must be a number"),
-    ("dart:remask.act=maybe", "dart: remask.act is 'maybe'; it must be on or off"),
-    ("dart:allocation=dept", "dart: there is no allocation=dept; did you mean depth"),
-    ("dart:remask.window=0", "dart: remask.window is 0; it must be at least 1"),
-    ("dart:remask.blend=1.5", "dart: remask.blend is 1.5; it must be at most 1"),
-    ("dart:score=weights", "dart: score=weights does not go with mask=prompt; give one of activation, "),
-    ("magnitude:allocation=depth", "magnitude: allocation=depth does not go with mask=static; give one of ends, "),
-    ("dart:window", "'dart:window' is not a method; write NAME or NAME:key=value"),
-    ("dart:=8", "'dart:=8' is not a method"),
-])  # fmt: skip
-def test_a_wrong_method_spec_is_refused_with_the_remedy(spec, message):
-    with pytest.raises(UserError, match=message):
-        methods_of(RunConfig(method=(spec,)))
-
-
-def test_a_fraction_is_not_cut_to_an_integer_parameter():
-    with pytest.raises(UserError, match=r"remask\.window is 2\.5; it must be a whole number"):
-        make("dart", {"remask.window": 2.5})
-    assert make("dart", {"remask.window": 2.0}).mask.remask.window == 2
 
 
 def test_a_method_given_twice_runs_once():

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.layers.families import cache_argument
@@ -103,17 +103,6 @@ def test_each_token_takes_exactly_its_count_inside_the_mask_and_the_most_importa
                 assert torch.equal(kept[row, t], best(token.h[row, t].abs(), first, int(less[row])))
 
 
-@pytest.mark.parametrize("cls", EXACT)
-def test_of_equal_neurons_the_first_are_taken(cls):
-    ones = torch.ones(1, 1, 9)
-    mask = torch.tensor([[[False, True, True, False, True, True, True, True, False]]])
-    token = dataclasses.replace(seen(ones), allowed=mask)
-    kept = take(cls(), token, torch.tensor([4]), torch.tensor([2]))
-    assert kept.nonzero()[:, 2].tolist() == [1, 2]
-    kept = take(cls(), token, torch.tensor([4]), torch.tensor([4]))
-    assert kept.nonzero()[:, 2].tolist() == [1, 2, 4, 5]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("cls", [*EXACT, TopP])
 def test_a_choice_takes_activations_of_any_dtype_and_sign(cls, dtype):
@@ -159,15 +148,6 @@ def test_top_p_stops_where_its_share_is_met_exactly():
     assert take(TopP(p=1.0), token).all()
 
 
-def test_what_top_p_reads_is_measured(llama):
-    with open_session(llama, "top-p", **{"choice.p": 0.6}) as session:
-        decoded(llama, session, prompts_of(2, 20), steps=6)
-        reads = torch.stack([step.read for step in session.steps])
-        assert 0 < session.weights_read < 1
-        assert session.weights_read == pytest.approx(float(reads.mean()))
-        assert session.sparsity == 0  # it follows none
-
-
 def test_counts_of_few_neurons_fit():
     """What is taken and not written must leave rows for what is: of few neurons that is soon none."""
     counts = chosen_counts(Budget([0.4375, 0.1, 0.2125], [1, 1, 1], 0.75, 3), 0, None, 0.5)
@@ -209,6 +189,45 @@ def test_what_is_read_is_the_label_exactly(layers, matrices, whole, ratio, write
         # What the masks have enough of is for all alike, but for a row that does not divide.
         spare = all(t < m for t, m in zip(found.taken, found.mask, strict=True))
         assert not spare or sum(found.taken) - sum(found.written) in (0, 1, 2)
+
+
+def test_counts_by_hand():
+    """Half of the weights of 2 x 100 neurons, mask 1.3 times that: 65 gates, and (150 - 65) / 2 rows of up and down."""
+    half = [0.5, 0.5], [100, 100], 0.5
+    assert chosen_counts(Budget(*half, 3), 1, 1.3, 1) == Counts([65, 65], [43, 42], [43, 42], 1)
+    assert chosen_counts(Budget([1.0, 1.0], [100, 100], 0.0, 3), 1, 1.3, 1) == Counts(*[[100, 100]] * 3, 1)
+    assert chosen_counts(Budget(*half, 3), 1, 9.0, 1) == Counts([100, 100], [25, 25], [25, 25], 1)  # the gate dense
+    # Gate, up and down, 150 rows a layer: 80 gates, then 70 rows of which down has 0.6 times as many as up.
+    assert chosen_counts(Budget(*half, 3), 1, 1.6, 0.6) == Counts([80, 80], [44, 44], [26, 26], 1)
+    assert chosen_counts(Budget(*half, 3), 1, 1.0, 0.6) == Counts([50, 50], [50, 50], [50, 50], 1)  # a mask alone
+    assert chosen_counts(Budget(*half, 2), 1, 1.6, 0.6) == Counts([80, 80], [20, 20], [20, 20], 1)  # no gate
+    # A mask of everything: 200 of the 300 rows' budget for the gate whole, a quarter of up and down each.
+    assert chosen_counts(Budget(*half, 3), 1, None, 1) == Counts([100, 100], [25, 25], [25, 25], 1)
+    # Nothing is read whole: the mask is wider, and what is taken is what a mask alone would keep.
+    assert chosen_counts(Budget(*half, 3), 0, None, 1) == Counts([100, 100], [50, 50], [50, 50], 0)
+    assert chosen_counts(Budget(*half, 3), 0, 1.6, 1) == Counts([80, 80], [50, 50], [50, 50], 0)
+    assert chosen_counts(Budget(*half, 3), 0, 1.6, 0.5) == Counts([80, 80], [60, 60], [30, 30], 0)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0.05, 1.0), min_size=1, max_size=8),
+    st.floats(0.05, 0.9),
+    st.floats(1.0, 4.0),
+    st.sampled_from([(2, 1), (2, 0), (3, 1), (3, 0), (3, 2)]),
+    st.floats(0.05, 1.0),
+)
+def test_every_layer_reads_its_share(shares, sparsity, spread, read_whole, down):
+    """Also where a layer's mask ends at all its neurons: no other layer pays for it. Off by rounding alone."""
+    matrices, whole = read_whole
+    size, scale = 1000, (1 - sparsity) * len(shares) / sum(shares)
+    ratios = [r * scale for r in shares]
+    assume(max(ratios) <= 1)
+    for share in (down, 1.0):
+        found = chosen_counts(Budget(ratios, [size] * len(ratios), sparsity, matrices), whole, spread, share)
+        for ratio, mask, taken, written in zip(ratios, found.mask, found.taken, found.written, strict=True):
+            read = whole * mask + (matrices - 1 - whole) * taken + written
+            assert abs(read - matrices * ratio * size) <= 6
 
 
 @pytest.mark.parametrize("matrices", [2, 3])
@@ -270,11 +289,9 @@ INSIDE = [(name, {}) for name in ("cats", "m-countdown", "oracle-token")] + [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "depth"])
-@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, INSIDE, every=4))
-def test_bytes_read_are_the_label_to_the_neuron(family, method, params, allocation):
-    if method == "random":
-        allocation = "uniform"  # it is made before any prompt
+@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, INSIDE, every=2))
+def test_bytes_read_are_the_label_to_the_neuron(family, method, params):
+    allocation = "uniform" if method == "random" else "depth"  # it is made before any prompt
     model = tiny(family)
     sparsity = 0.45 if make(method, params).mask.holds_all else 0.63
     with open_session(model, method, sparsity, execution="masked", **params, allocation=allocation) as session:
@@ -322,8 +339,9 @@ def test_a_session_that_begins_on_a_filled_cache_chooses_from_its_first_token(ll
         assert reads == [0.5] * 3 if make(method, params).sized and method != "magnitude" else 0 < max(reads) < 1
 
 
-@pytest.mark.parametrize("choice", ["gate", "up", "hidden", "gate-up"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+@pytest.mark.parametrize(
+    ("family", "choice"), [("llama", "gate"), ("phi3", "up"), ("opt", "hidden"), ("llama", "gate-up"), ("opt", "up")]
+)
 def test_inside_a_mask_of_everything_a_choice_is_the_choice_alone(family, choice):
     """GRIFFIN's mask at a ratio that reaches every neuron: the same tokens, the same counts, as without a mask."""
     model, found = biased(family), []
@@ -336,17 +354,7 @@ def test_inside_a_mask_of_everything_a_choice_is_the_choice_alone(family, choice
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
-@pytest.mark.parametrize("method", ["cats", "m-countdown", "oracle-token"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_at_sparsity_zero_a_choice_is_dense(family, method):
-    model = tiny(family)
-    dense = generate(model, prompts_of(2, 12), tokens=5)
-    with open_session(model, method, 0.0) as session:
-        assert torch.equal(generate(model, prompts_of(2, 12), tokens=5).sequences, dense.sequences)
-        assert session.weights_read == 1 and session.effective_sparsity == 0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "opt"])
 def test_top_p_with_all_of_the_sum_is_dense_and_reads_what_is_not_zero(family):
     model = tiny(family)
     dense = generate(model, prompts_of(2, 12), tokens=5)
@@ -374,6 +382,7 @@ def test_what_top_p_reads_is_measured_token_by_token(llama, method):
         outside = 0.0 if method == "top-p" else 0.4
         assert session.steps[0].mask.tolist() == pytest.approx([1 - outside] * 2)
         pruned = sum(1 - read for row in reads for read in row)
+        assert method != "top-p" or session.sparsity == 0  # it follows none
         assert session.effective_sparsity == pytest.approx(pruned / 10)  # the prompts' own tokens ran dense
 
 

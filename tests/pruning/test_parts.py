@@ -4,12 +4,10 @@ import itertools
 import math
 
 import pytest
-import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.cli.describe import alternatives, part_rows, tree
-from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
 from dart_eval.pruning.choices.countdown import ByUp
@@ -36,12 +34,9 @@ from dart_eval.pruning.masks.scores import Activation, Fluctuation, Random, Wand
 from dart_eval.pruning.method import KINDS, Pruner
 from dart_eval.pruning.part import kind_of, takes
 from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, parts
-from dart_eval.pruning.session.sequence import PerSequence
 from dart_eval.pruning.spelling import changed, plain_fields, slot_names, slots, text_of
 from dart_eval.results.board_text import ABSTRACTS
 from dart_eval.util.errors import UserError
-from tests.helpers.models import tiny
-from tests.helpers.sessions import VARIED, open_session, prompts_of
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
@@ -106,7 +101,9 @@ def test_a_value_that_is_wrong_is_told_with_its_bound_or_the_nearest_word():
         ("dart:remask.window=0", "window is 0; it must be at least 1"),
         ("dart:remask.blend=1.5", "blend is 1.5; it must be at most 1"),
         ("top-p:choice.p=0", "p is 0; it must be more than 0"),
-        ("dart:remask.window=ten", "window is 'ten'; it must be a whole number"),
+        ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
+        ("dart:remask.window=2.5", "window is '2.5'; it must be a whole number"),
+        ("dart:remask.sigma=big", "sigma is 'big'; it must be a number"),
         ("griffin:score.norm=l3", "norm is 'l3'; did you mean l"),
         ("dart:remask.act=perhaps", "act is 'perhaps'; it must be on or off"),
     ):
@@ -303,7 +300,9 @@ def test_a_change_of_a_change_is_told_from_the_method_that_a_user_knows():
     ("griffin", {"remask": None}, "remask has no value"),
     ("random", {"score.seed": 10**18}, "score.seed is .*; it must be at most"),
     ("random", {"score": "activation", "score.skip_first": True}, "weigh the tokens of a context.*use mask=prompt"),
+    ("griffin", {"compensation.p": 1}, "griffin: compensation=none has no field 'p'; it has none"),
     ("grifin", {}, "unknown method 'grifin'; did you mean griffin"),
+    ("xyzzy", {}, "unknown method 'xyzzy'; .dart-eval ls methods. lists them"),
 ])  # fmt: skip
 def test_what_does_not_exist_or_comes_twice_is_refused(name, given, words):
     with pytest.raises(UserError, match=words):
@@ -430,69 +429,6 @@ def test_methods_that_are_known_from_an_abstract_say_so_wherever_they_stand():
     said = {m.name for m in BUILT_IN if "(after the abstract)" in m.summary}
     assert said == ABSTRACTS  # which the board marks
     assert all(m.paper for m in BUILT_IN if m.name in said)
-
-
-# -- what is kept of each sequence -----------------------------------------------------------------------------------
-
-
-def tensors_of(value, seen=None):
-    """Every tensor that a state holds, walked by hand; what a model or a method has is no part of it."""
-    seen = set() if seen is None else seen
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if id(value) in seen or not isinstance(value, (PerSequence, list, dict)):
-        return []
-    seen.add(id(value))
-    inner = vars(value) if isinstance(value, PerSequence) else value
-    inner = inner.values() if isinstance(inner, dict) else inner
-    return [t for v in inner for t in tensors_of(v, seen)]
-
-
-@pytest.mark.parametrize(("method", "params"), [*VARIED, ("dart", {"choice": "gate-up", "compensation": "mean"})])
-@torch.no_grad()
-def test_a_copy_takes_every_tensor_and_all_of_them_are_counted(method, params):
-    model = tiny("llama")
-    with open_session(model, method, 0.5, execution="masked", **params) as session:
-        out = model(prompts_of(3, 20), use_cache=True)
-        for _ in range(4):
-            out = model(out.logits[:, -1:].argmax(-1), use_cache=True, past_key_values=out.past_key_values)
-        state = session.state
-        held = tensors_of(state)
-        once = {
-            t.data_ptr(): t.numel() * t.element_size() for t in held if t.numel()
-        }  # layers share the tokens' weight
-        assert state.nbytes() == sum(once.values())
-        assert session.state_bytes == state.nbytes() + session.prepared.nbytes()
-        per_row = [t for t in held if not any(t is w for windows in _windows(state) for w in windows)]
-        assert all(t.shape[0] == 3 for t in per_row)
-        copy = state.select(torch.tensor([2, 0, 2, 1]))
-    taken = tensors_of(copy)
-    assert len(taken) == len(held) + len(_windows(state)[0:1])  # one list of windows more
-    theirs = [t for t in taken if not any(t is w for windows in _windows(copy) for w in windows)]
-    for old, new in zip(per_row, theirs, strict=True):
-        torch.testing.assert_close(new, old[torch.tensor([2, 0, 2, 1])], rtol=0, atol=0, equal_nan=True)
-        assert not old.numel() or new.data_ptr() != old.data_ptr()
-    assert copy.batch == 4 and state.batch == 3
-
-
-def _windows(state):
-    """The detector's windows of the prompt: one tensor a sequence, of as many as it had."""
-    detector = getattr(state.remasking, "detector", None)
-    return [] if detector is None else [detector.windows]
-
-
-def test_what_differs_in_a_state_is_what_its_parts_keep(llama):
-    ffns = find_ffns(llama)
-    for spec, sums, remasking in (
-        ("griffin", {"score"}, False), ("cats", set(), False),
-        ("dart-choice", {"score", "choice", "compensation"}, True),
-        ("random:choice=gate-up", {"choice"}, False), ("random:compensation=mean", {"compensation"}, False),
-    ):  # fmt: skip
-        with open_session(llama, made(spec), 0.5) as session:
-            llama(prompts_of(1, 9), use_cache=True)
-            state = session.state
-        assert set(state.layers[0].sums) == sums and (state.remasking is not None) == remasking
-        assert state.ffns == tuple(ffns)
 
 
 def test_what_fits_into_a_slot_is_what_its_kind_takes():

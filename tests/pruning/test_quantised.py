@@ -104,10 +104,11 @@ def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(cha
     model = tiny("llama", torch.float32 if change is _pack_dynamically else torch.float64)
     for module in _projections(model):
         change(module)
-    with pytest.warns(UserWarning, match=reason):
-        found, execution = _decoded(model, "auto")
-    assert execution == "masked"
-    assert torch.equal(found, _decoded(model, "masked")[0])
+    for asked in ("auto", "copied"):
+        with pytest.warns(UserWarning, match=reason) as said:
+            found, execution = _decoded(model, asked)
+        assert execution == "masked" and len(said) == 1
+        assert torch.equal(found, _decoded(model, "masked")[0])
 
 
 def _unpacked(model):
