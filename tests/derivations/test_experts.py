@@ -5,6 +5,7 @@ import torch
 
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make, parse
+from tests.derivations.test_expert_remasks import hidden
 from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session, prompts_of
@@ -24,17 +25,7 @@ def scores_by_hand(model, prompt, layer):
     hook.remove()
     experts, scores = block.experts, None
     for x, index, weights in zip(given["x"], given["at"], given["w"], strict=True):
-        found = []
-        for expert, weight in zip(index.tolist(), weights, strict=True):
-            if hasattr(experts, "gate_up_proj_bias"):  # gpt-oss
-                made = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
-                gate, up = made[::2].clamp(max=7.0), made[1::2].clamp(-7.0, 7.0)
-                h = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-            else:
-                made = experts.gate_up_proj[expert] @ x
-                gate, up = made[: len(made) // 2], made[len(made) // 2 :]
-                h = gate * torch.sigmoid(gate) * up
-            found.append((expert, h * weight))
+        found = [(e, hidden(experts, x, e) * w) for e, w in zip(index.tolist(), weights, strict=True)]
         norm = torch.cat([h for _, h in found]).norm()
         scores = torch.zeros(len(experts.down_proj), len(found[0][1])) if scores is None else scores
         for expert, h in found:

@@ -29,7 +29,7 @@ COPIED = [case for case in CHOOSING[::2] if case[0] != "dart-plus"]  # its choic
 METHODS = [*REMASKED, *COPIED, *STATIC, TWO_STAGES, ("dart", {"allocation": "uniform"})]
 
 
-@pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS, every=2))
+@pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS, every=3))
 def test_copied_equals_masked(family, method, params):
     """Logits, re-masks and what is counted, over two prompts in turn; the weights come back bit for bit."""
     model = biased(family)
@@ -48,7 +48,7 @@ def test_copied_equals_masked(family, method, params):
         assert found["copied"][0][1]  # masks did change
 
 
-@pytest.mark.parametrize(("method", "params"), [*REMASKED[1::3], CHOOSING[4], STATIC[0]])
+@pytest.mark.parametrize(("method", "params"), [REMASKED[4], CHOOSING[8], STATIC[0]])
 def test_one_mask_for_a_batch(method, params):
     """Explicitly shared (or static): the batch runs on copies, and as the same mask by factors does."""
     model = biased("llama")
@@ -120,7 +120,7 @@ def test_a_further_turn_and_chunked_prefill():
 # -- the kept rows, and the model's own -------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.sampled_from(["llama", "gpt2", "phi3", "opt"]), st.integers(0, 10**6), st.integers(1, 6))
 def test_random_masks_multiply_their_neurons_and_no_others(family, seed, changes):
     model = biased(family)

@@ -37,6 +37,7 @@ from dart_eval.pruning.registry import BUILT_IN, PARTS, make, methods, parse, pa
 from dart_eval.pruning.spelling import changed, plain_fields, slot_names, slots, text_of
 from dart_eval.results.board_text import ABSTRACTS
 from dart_eval.util.errors import UserError
+from tests.helpers.matrices import in_turn
 
 METHODS = [m.name for m in BUILT_IN]
 FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
@@ -381,8 +382,7 @@ def test_what_is_written_of_a_method_makes_it_again(drawn):
     assert parents == [slot for slot in SLOTS if slot in found.params()]
 
 
-@pytest.mark.parametrize("slot", SLOTS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "slot"), in_turn(METHODS, SLOTS))
 def test_any_part_in_any_slot_of_any_method_comes_back(name, slot):
     """One at a time, with all fields another than by default; what cannot be is said to be so."""
     for cls in parts()[slot].values():

@@ -14,6 +14,7 @@ from dart_eval.layers.projection import stored_bits
 from dart_eval.layers.quantised import nbytes, values
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import cache_of, generate, open_session
 
@@ -119,8 +120,7 @@ def _unpacked(model):
     return plain
 
 
-@pytest.mark.parametrize("change", [_box, _pack, _eighths])
-@pytest.mark.parametrize("method", ["magnitude", "wanda-sp"])
+@pytest.mark.parametrize(("change", "method"), in_turn([_box, _pack, _eighths], ["magnitude", "wanda-sp"]))
 def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, change):
     model = tiny("llama")
     for module in _projections(model):

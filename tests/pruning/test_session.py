@@ -30,7 +30,7 @@ SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they
 MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses and m.leaves_out == "neurons"]
 
 
-@on_families(["method"], FAMILIES, SIZED)
+@on_families(["method"], FAMILIES, SIZED, every=2)
 def test_sparsity_zero_is_dense(model, method):
     ids = prompts_of(2, 20)
     dense = generate(model, ids, tokens=6)
@@ -80,7 +80,7 @@ def test_leaving_restores_the_model_bit_for_bit(model, method):
     assert not hooked(model)
 
 
-@on_families(["method", "params"], FAMILIES, VARIED, every=2)
+@on_families(["method", "params"], FAMILIES, VARIED, every=3)
 def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     lengths = (20, 9, 14)
     prompts = [random_tokens(n, seed=n) for n in lengths]
