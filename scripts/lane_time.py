@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 USUAL = 10.0  # yardsticks that the lane took when this was last set
 BOUND = 2.0  # times the usual
-ROUNDS = 1500  # some five seconds in each process
+ROUNDS = 2200  # some five seconds in each process
 
 
 def main() -> int:

@@ -211,6 +211,7 @@ def _cells(out):
     return found
 
 
+@pytest.mark.slow
 def test_a_document_and_a_record_say_how_far_they_are(swept):
     for (task, method), (record, samples) in _cells(swept).items():
         named = {m.metric: m for m in record.metrics}
@@ -234,6 +235,7 @@ def test_a_document_and_a_record_say_how_far_they_are(swept):
         assert named["kl_p99"].value == distance.percentile(bins, 0.99) >= named["kl_p95"].value
 
 
+@pytest.mark.slow
 def test_texts_have_their_tokens(swept, tokenizer):
     for (task, _), (_, samples) in _cells(swept).items():
         assert all(("token_ids" in s) == (task == "smoke_summary") for s in samples)
@@ -242,6 +244,7 @@ def test_texts_have_their_tokens(swept, tokenizer):
             assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_tables_show_it_and_compare_tests_it(swept):
     shown = command("tables", swept, "--view", "long", "--format", "md").out
     assert "Distance to dense" in shown

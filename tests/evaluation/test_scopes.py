@@ -51,7 +51,7 @@ def test_dense_is_dense_in_every_scope(model, scope):
         assert [s.logprob for s in scored(model, session, requests, scope)] == pytest.approx(stock, abs=1e-5)
 
 
-@on_families(["method", "scope"], FAMILIES, [(m, s) for m in METHODS for s in OTHERS], every=2)
+@on_families(["method", "scope"], FAMILIES, [(m, s) for m in METHODS for s in OTHERS], every=4)
 def test_batch_size_and_order_do_not_matter(model, method, scope):
     requests = questions()
     found = []
@@ -113,12 +113,11 @@ COUNTED = [
 @pytest.mark.parametrize(("scope", "context", "answer", "pruned"), COUNTED)
 def test_what_runs_pruned_is_counted_by_hand(llama, scope, context, answer, pruned):
     request = Request(random_tokens(context, seed=1), random_tokens(answer, seed=2))
-    for method in ("griffin", "random"):
-        with open_session(llama, method, 0.6) as session:
-            (score,) = scored(llama, session, [request], scope)
-        assert (score.cost.tokens, score.cost.pruned_tokens) == (answer, pruned)
-        assert score.cost.effective_sparsity == pytest.approx(0.6 * pruned / answer)
-        assert score.cost.read == pytest.approx(0.4 if pruned else 1.0)
+    with open_session(llama, "griffin", 0.6) as session:
+        (score,) = scored(llama, session, [request], scope)
+    assert (score.cost.tokens, score.cost.pruned_tokens) == (answer, pruned)
+    assert score.cost.effective_sparsity == pytest.approx(0.6 * pruned / answer)
+    assert score.cost.read == pytest.approx(0.4 if pruned else 1.0)
 
 
 @pytest.mark.parametrize("scope", ["last", "last-50", "last-99"])

@@ -76,12 +76,10 @@ def prompts():
     return ids, (torch.arange(WIDTH) >= WIDTH - torch.tensor(LENGTHS)[:, None]).long()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
-@pytest.mark.parametrize(
-    "make",
+@pytest.mark.parametrize(("attention", "make"), in_turn(
+    ["sdpa", "eager", "flex_attention"],
     [lambda c: DynamicCache(config=c), lambda c: StaticCache(config=c, max_cache_len=24)],
-    ids=["grows", "fixed"],
-)
+))  # fmt: skip
 def test_every_form_of_mask_tells_the_same_real_tokens(attention, make):
     """As transformers makes them for generation: full and sliding, growing and fixed, padding in the middle too."""
     config = Gemma3TextConfig.from_dict({**WINDOWS.to_dict(), "attn_implementation": attention})

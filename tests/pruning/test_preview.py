@@ -152,7 +152,7 @@ def test_tokens_take_what_the_image_shows(image):
         assert sorted(kept[0, t].nonzero().flatten().tolist()) == sorted(best.tolist())
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.sampled_from([FirstBits(), Copy(), Copy(bits=3), Weights()]), st.floats(0.01, 0.3), st.floats(0.05, 1.0))
 def test_taken_and_written_fit_their_layers(image, sparsity, write_share):
     model = tiny("qwen2", dtype=torch.float32)
