@@ -26,6 +26,13 @@ SURFACE = (
 )  # fmt: skip
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Where nothing of what a user sees is asked for, its files and all that they import are not even loaded."""
+    name = collection_path.relative_to(config.rootpath).as_posix()
+    left_out = "not surface" in config.getoption("markexpr") and name.endswith(".py") and name.startswith(SURFACE)
+    return True if left_out else None
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         for fixture in NEEDS.keys() & set(getattr(item, "fixturenames", ())):

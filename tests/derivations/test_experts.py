@@ -85,7 +85,9 @@ def test_a_choice_pools_the_neurons_of_a_tokens_experts():
     assert kept == sorted(seen["before"][0].abs().topk(ffn.size // 2).indices.tolist())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "cats", "oracle-token", "griffin:choice=up"])
+@pytest.mark.parametrize("method", [
+    "magnitude", "griffin:choice=up", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cats", "oracle-token"))
+])  # fmt: skip
 def test_tokens_of_a_batch_have_the_neurons_of_their_own_experts(method):
     """A mask of everything, or the same for all sequences, is looked up for each of them."""
     model, prompts = tiny("qwen3_moe"), prompts_of(3, 12)

@@ -41,7 +41,7 @@ def test_sparsity_zero_is_dense(model, method):
     assert session.effective_sparsity == 0 and (session.serving or session.weights_read == 1)
 
 
-@on_families(["method", "sparsity"], FAMILIES, [(m, (0.3, 0.5, 0.7)[i % 3]) for i, m in enumerate(SIZED)])
+@on_families(["method", "sparsity"], FAMILIES, [(m, (0.3, 0.5, 0.7)[i % 3]) for i, m in enumerate(SIZED)], every=2)
 def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
     sparsity = fitting(method, model.config.model_type, sparsity)
     with open_session(model, method, sparsity) as session:
