@@ -5,11 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers import (
-    BartConfig,
-    DogeConfig,
-    Gemma4TextConfig,
-)
+from transformers import BartConfig, DogeConfig, Gemma4TextConfig
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.layers import experts, verify
