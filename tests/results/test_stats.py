@@ -171,6 +171,10 @@ def test_fewer_than_six_clusters_are_not_tested(kind):
     assert found.difference != 0
 
 
+def test_values_of_which_some_are_0_and_1_are_no_right_and_wrong_answers():
+    assert paired("mean", [0.0, 1.0, 0.5] * 4, [1.0, 0.0, 0.25] * 4).kind == "mean"
+
+
 def test_values_that_are_not_finite_are_not_tested():
     found = paired("mean", [math.nan, *range(9)], range(10))
     assert found.p is None
