@@ -1,7 +1,8 @@
 # make demo          the main job on the demo model and the shipped tasks (sets everything up first)
 # make test          all tests (sets everything up first)
 # make test-fast     those of what is computed, on tiny models, in a minute
-# make golden        measure tests/golden/golden.json anew, the numbers that test-fast compares with, and say what moved
+# make lane-time     does that minute take more than twice its usual time, held against fixed work of the same run?
+# make golden        measure tests/golden/golden.json anew, the numbers that tests compare with, and say what moved
 # make mutations     does that minute notice the core broken in many small ways? ARGS="--sample 10" for some of them
 # make torture       kills, thousands of rounds, and a fuzz of all that is read: ARGS="--short" for a little of it
 # make format        format the code, and mend what lint can mend by itself
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 # Threads that wait without spinning: much faster where other work shares the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-fast golden mutations torture check format regression gpu-check paper-tables clean
+.PHONY: demo test test-fast lane-time golden mutations torture check format regression gpu-check paper-tables clean
 
 demo: $(VENV)/.demo
 	$(BIN)/dart-eval run --tasks smoke_questions,smoke_stories --sparsity 0.7 --limit 48 --output demo-output
@@ -55,6 +56,9 @@ test: $(VENV)/.dev
 FAST := not demo and not data and not ray and not browser and not process and not surface and not slow
 test-fast: $(VENV)/.dev
 	$(PYTEST) --dist worksteal --ignore tests/cli -m "$(FAST)"
+
+lane-time: $(VENV)/.dev
+	$(BIN)/python scripts/lane_time.py
 
 golden: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.golden

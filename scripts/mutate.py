@@ -48,7 +48,7 @@ from tests.mutation.operators import Mutant, mutants  # noqa: E402 - the reposit
 PRELOADED = (
     "torch", "transformers", "lm_eval.evaluator", "lm_eval.models.huggingface", "scipy.stats", "sacrebleu.metrics",
     "evaluate", "torch._dynamo", "torch.utils.flop_counter", "transformers.masking_utils", "matplotlib.figure",
-    "typer.testing", "statsmodels.stats.multitest", "hypothesis", "pytest",
+    "typer.testing", "hypothesis", "pytest",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "gemma3", "gpt2", "opt", "phi3")),
 )  # fmt: skip
 HANG = 60  # seconds of a processor that a test may take

@@ -16,12 +16,21 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 # Fixtures that need something give its marker to every test that uses them.
 NEEDS = {"demo_installed": "demo", "data_dir": "data", "browser": "browser", "task_index": "slow"}
 LONG = ("ray", "demo", "process", "slow")
-# Of what a user sees: commands, sweeps, messages, pages.
+# Of what a user sees: commands, sweeps, messages, pages, and files of models and data.
 SURFACE = (
-    "tests/cli/", "tests/evaluation/test_checkpoint", "tests/results/test_report", "tests/results/test_forged",
-    "tests/results/test_files", "tests/results/test_text", "tests/executors/test_resume", "tests/executors/test_run",
-    "tests/executors/test_deleted",
+    "tests/cli/", *(f"tests/evaluation/test_{name}" for name in (
+        "adapters", "checkpoint", "finite", "gguf", "local_data", "quantised_checkpoints", "thinking", "unsafe",
+    )), *(f"tests/results/test_{name}" for name in (
+        "check_command", "cut", "files", "forged", "generated_tables", "labels", "paper", "report", "same_name", "text",
+    )), *(f"tests/executors/test_{name}" for name in ("deleted", "resume", "run")), "tests/matrix/test_run",
 )  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Where nothing of what a user sees is asked for, its files and all that they import are not even loaded."""
+    name = collection_path.relative_to(config.rootpath).as_posix()
+    left_out = "not surface" in config.getoption("markexpr") and name.endswith(".py") and name.startswith(SURFACE)
+    return True if left_out else None
 
 
 def pytest_collection_modifyitems(items):

@@ -119,7 +119,10 @@ SETTINGS = [
     {**QUICK, "patience": 1, "dense_tokens": 4, "cooldown": 0, "blend": 0.1},
     {**QUICK, "every": 4, "every_blend": 0.7, "old": "running", "ring": 2},
 ]  # fmt: skip
-CASES = [(f, n) for f in ("llama", "opt") for n in range(len(SETTINGS))] + [("gemma3", 0), ("gpt2", 4)]
+CASES = [("llama", 0), ("opt", 1), ("llama", 2), ("opt", 3), ("llama", 4), ("gemma3", 0), ("gpt2", 4)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ("opt", 0), ("llama", 1), ("opt", 2), ("llama", 3), ("opt", 4)
+)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "number"), CASES)

@@ -25,6 +25,7 @@ from dart_eval.util.bits import parse
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
 from tests.derivations.test_thresholds import TEXT, quantile, text
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import PLAIN, bits, open_session, same
 
@@ -113,7 +114,10 @@ def by_hand(model):
     return [(seen.x, seen.h) for seen in plain.seen]
 
 
-@pytest.mark.parametrize(("family", "sparsity"), [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)])
+EACH = [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)]
+
+
+@pytest.mark.parametrize(("family", "sparsity"), EACH)
 def test_teal_reads_columns_of_inputs_above_the_threshold(family, sparsity):
     model = biased(family)
     last = 1 if family in PLAIN else 2
@@ -126,8 +130,7 @@ def test_teal_reads_columns_of_inputs_above_the_threshold(family, sparsity):
     assert len(set(run.read)) > 1 and abs(sum(run.read) / 6 - (1 - sparsity)) < 0.15
 
 
-@pytest.mark.parametrize("weigh", ["gate", "all"])
-@pytest.mark.parametrize(("family", "sparsity"), [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)])
+@pytest.mark.parametrize(("family", "sparsity", "weigh"), in_turn(EACH, ["gate", "all"]))
 def test_wina_reads_columns_with_the_largest_inputs_times_norms(family, sparsity, weigh):
     model = biased(family)
     last = 1 if family in PLAIN else 2
@@ -142,8 +145,7 @@ def test_wina_reads_columns_with_the_largest_inputs_times_norms(family, sparsity
     assert run.read == pytest.approx([1 - sparsity] * 6, abs=0.01)
 
 
-@pytest.mark.parametrize("pattern", ["none", "2:4"])
-@pytest.mark.parametrize(("family", "sparsity"), [*zip(FAMILIES, [0.5, 0.7, 0.3, 0.6, 0.4], strict=True)])
+@pytest.mark.parametrize(("family", "sparsity", "pattern"), in_turn(EACH, ["none", "2:4"]))
 def test_wanda_leaves_out_the_least_weights_of_each_row(family, sparsity, pattern):
     model = biased(family)
     last = 1 if family in PLAIN else 2
@@ -188,11 +190,6 @@ def test_weights_that_are_rounded_already_are_not_rounded_again():
         pytest.raises(dart_eval.UserError, match=r"these have 4\.5 bits; leave --ffn-bits out"),
     ):
         prepare(make("rounding"), find_ffns(model), 0.0, None)
-
-
-@pytest.mark.parametrize("method", ["teal", "wina", "wanda"])
-def test_at_sparsity_0_nothing_is_left_out(method):
-    check(biased("llama"), method, 0.0, lambda _i, _k, _w, x: torch.ones_like(x), 1.0)
 
 
 @pytest.mark.parametrize("method", ["teal", "wina", "wanda"])

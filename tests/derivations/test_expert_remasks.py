@@ -154,9 +154,10 @@ NOT_MADE = {"flap", "pop", "teal", "wina", "wanda", "rounding"}  # said in one l
 EVERY_METHOD = [m for m in BUILT_IN if m.prunes and not m.looks_ahead and m.name not in NOT_MADE]
 
 
-@pytest.mark.parametrize(
-    "method", [*EVERY_METHOD, make("griffin", {"score.vocabulary": "product"})], ids=lambda m: m.spec
-)
+@pytest.mark.parametrize("method", [
+    *EVERY_METHOD[::2], *(pytest.param(m, marks=pytest.mark.slow) for m in EVERY_METHOD[1::2]),
+    make("griffin", {"score.vocabulary": "product"}),
+], ids=lambda m: m.spec)  # fmt: skip
 def test_every_method_runs_on_experts(method):
     """Without sparsity as dense; with it never above the label, the same alone and in a batch."""
     model, prompts = tiny("qwen3_moe"), prompts_of(2, 12)

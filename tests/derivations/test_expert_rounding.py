@@ -7,6 +7,7 @@ import dart_eval
 from dart_eval.layers.find import find_ffns
 from dart_eval.util.bits import Rounding, parse
 from dart_eval.weights.rounding import coded, rounded, share
+from tests.helpers.matrices import in_turn
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
 
@@ -29,8 +30,8 @@ def experts_of(model):
     return [f.routed.experts for f in find_ffns(model) if f.routed]
 
 
-@pytest.mark.parametrize("text", ["4", "3:24", "4:row", "4:5"])  # groups that divide a row, and others
-@pytest.mark.parametrize("name", [*GATED, PLAIN])
+# Groups that divide a row, and others.
+@pytest.mark.parametrize(("name", "text"), in_turn([*GATED, PLAIN], ["4", "3:24", "4:row", "4:5"]))
 def test_each_matrix_of_each_expert_is_rounded_by_itself(name, text):
     model = tiny(name)
     own, before = [[m.clone() for m in each] for x in experts_of(model) for each in matrices(name, x)], bits(model)

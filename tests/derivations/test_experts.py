@@ -5,6 +5,8 @@ import torch
 
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.registry import make, parse
+from tests.derivations.test_expert_remasks import hidden
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import generate, open_session, prompts_of
 from tests.matrix.types import tiny
@@ -23,17 +25,7 @@ def scores_by_hand(model, prompt, layer):
     hook.remove()
     experts, scores = block.experts, None
     for x, index, weights in zip(given["x"], given["at"], given["w"], strict=True):
-        found = []
-        for expert, weight in zip(index.tolist(), weights, strict=True):
-            if hasattr(experts, "gate_up_proj_bias"):  # gpt-oss
-                made = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
-                gate, up = made[::2].clamp(max=7.0), made[1::2].clamp(-7.0, 7.0)
-                h = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-            else:
-                made = experts.gate_up_proj[expert] @ x
-                gate, up = made[: len(made) // 2], made[len(made) // 2 :]
-                h = gate * torch.sigmoid(gate) * up
-            found.append((expert, h * weight))
+        found = [(e, hidden(experts, x, e) * w) for e, w in zip(index.tolist(), weights, strict=True)]
         norm = torch.cat([h for _, h in found]).norm()
         scores = torch.zeros(len(experts.down_proj), len(found[0][1])) if scores is None else scores
         for expert, h in found:
@@ -93,7 +85,9 @@ def test_a_choice_pools_the_neurons_of_a_tokens_experts():
     assert kept == sorted(seen["before"][0].abs().topk(ffn.size // 2).indices.tolist())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "cats", "oracle-token", "griffin:choice=up"])
+@pytest.mark.parametrize("method", [
+    "magnitude", "griffin:choice=up", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cats", "oracle-token"))
+])  # fmt: skip
 def test_tokens_of_a_batch_have_the_neurons_of_their_own_experts(method):
     """A mask of everything, or the same for all sequences, is looked up for each of them."""
     model, prompts = tiny("qwen3_moe"), prompts_of(3, 12)
@@ -107,8 +101,9 @@ def test_tokens_of_a_batch_have_the_neurons_of_their_own_experts(method):
         assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.41, 0.5, 0.57, 0.7])
-@pytest.mark.parametrize("method", ["griffin", "magnitude", "griffin:choice=up", "griffin:allocation=ends"])
+@pytest.mark.parametrize(("method", "sparsity"), in_turn(
+    ["griffin", "magnitude", "griffin:choice=up", "griffin:allocation=ends"], [0.3, 0.41, 0.5, 0.57, 0.7]
+))  # fmt: skip
 def test_what_is_rounded_in_a_layer_of_experts_is_made_up_for_in_others(method, sparsity):
     """The read misses the label by less than a neuron of each of a token's experts, over all layers, and never more."""
     model = tiny("qwen3_moe")

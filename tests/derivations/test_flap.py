@@ -33,20 +33,11 @@ from dart_eval.util.errors import UserError
 from tests.derivations import ours
 from tests.derivations.plain import Plain
 from tests.derivations.test_static import rows_and_column
-from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText
+from tests.derivations.test_wanda_sp import OneText, passages
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens, tiny
 
 PROMPT, DECODED = random_tokens(8, seed=1), random_tokens(4, seed=2)
-
-
-def passages(model):
-    """Per layer, the h of every passage of the text, [T, F]."""
-    found = []
-    for start in range(0, len(TEXT), POSITIONS - 1):
-        plain = Plain(model)
-        plain.run([BOS, *TEXT[start : start + POSITIONS - 1]])
-        found.append([seen.h[1:].numpy() for seen in plain.seen])
-    return list(zip(*found, strict=True))
 
 
 def code_variance(found):
@@ -72,8 +63,7 @@ def ranked(scores, sparsity):
     return [torch.tensor([j in some for j in range(len(layer))]) for some, layer in zip(kept, z, strict=True)]
 
 
-@pytest.mark.parametrize("variance", ["true", "code"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(("family", "variance"), in_turn(["llama", "gemma3", "opt", "gpt2", "phi3"], ["true", "code"]))
 def test_flap_is_its_formula(family, variance):
     model, sparsity, scores, constants = biased(family), 0.63, [], []
     text = passages(model)

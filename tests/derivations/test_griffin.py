@@ -15,6 +15,7 @@ import torch
 
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
 
@@ -30,10 +31,10 @@ def griffin(model, prompt, decoded, sparsity):
     return masks, torch.cat(rows)
 
 
-@pytest.mark.parametrize(
-    ("seed", "sparsity", "execution"), [(0, 0.5, "masked"), (1, 0.63, "copied"), (2, 0.7, "masked")]
-)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(("family", "seed", "sparsity", "execution"), in_turn(
+    ["llama", "qwen2", "gemma3", "opt", "gpt2", "phi3"],
+    [(0, 0.5, "masked"), (1, 0.63, "copied"), (2, 0.7, "masked")],
+))  # fmt: skip
 def test_griffin_is_its_formula(family, seed, sparsity, execution):
     model, prompt, decoded = biased(family), random_tokens(20, seed), random_tokens(6, seed + 10)
     masks, logprobs = griffin(model, prompt, decoded, sparsity)

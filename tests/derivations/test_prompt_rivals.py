@@ -24,13 +24,12 @@ import torch
 
 from dart_eval.pruning.masks.allocations import Ends
 from dart_eval.pruning.masks.draws import Sample
-from dart_eval.pruning.masks.mask import FromPrompt, Static
 from dart_eval.pruning.masks.prompt_scores import Votes
 from dart_eval.pruning.masks.scores import Activation
 from dart_eval.util.errors import UserError
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
-from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText
+from tests.derivations.test_wanda_sp import OneText, passages
 from tests.helpers.models import biased, random_tokens
 
 
@@ -45,12 +44,7 @@ def prompt_of(model, prompt):
 
 def text_of(model):
     """Per layer h [N, F] of the calibration text."""
-    pieces = []
-    for start in range(0, len(TEXT), POSITIONS - 1):
-        plain = Plain(model)
-        plain.run([BOS, *TEXT[start : start + POSITIONS - 1]])
-        pieces.append([seen.h[1:].numpy() for seen in plain.seen])
-    return [np.concatenate(layer) for layer in zip(*pieces, strict=True)]
+    return [np.concatenate(pieces) for pieces in passages(model)]
 
 
 def masks_of(scores, sparsity, densities=None):
@@ -116,17 +110,6 @@ def test_glass_is_its_formula(family, local):
         for x, y in zip(h, text_of(model), strict=True)
     ]
     check(model, "glass", masks_of(mixed, 0.5), prompt, 0.5, **{"score.local": local})
-
-
-@pytest.mark.parametrize("local", [0, 1])
-def test_glass_with_all_weight_on_one_side_is_the_mask_of_that_side(local):
-    """GRIFFIN's, or a static one."""
-    model, prompt, decoded = biased("llama"), random_tokens(20, seed=2), random_tokens(3, seed=3)
-    glass = ours.run(model, "glass", prompt, decoded, 0.6, tokenizer=OneText(), **{"score.local": local})
-    mask = (FromPrompt if local else Static)(score=Activation(norm="l2"))
-    other = ours.run(model, "dense", prompt, decoded, 0.6, tokenizer=OneText(), mask=mask)
-    assert ours.same_masks(glass.masks[0], other.masks[0])
-    assert torch.equal(glass.logprobs, other.logprobs)
 
 
 @pytest.mark.parametrize(("family", "share"), [("llama", 1.0), ("gemma3", 0.5), ("opt", 0.5)])
@@ -196,5 +179,5 @@ def test_griffin_draws_in_proportion_to_the_root_of_its_sums(best):
 def test_a_neuron_is_drawn_as_often_as_its_score_says():
     """One of three neurons with scores 1, 2, 5: drawn with chances of 1/8, 2/8 and 5/8."""
     sums, keep, score = torch.tensor([[1.0, 4.0, 25.0]]), torch.tensor([1]), Activation()
-    found = sum(Sample(seed=seed).draw(sums, keep, 0, score)[0].float() for seed in range(4000)) / 4000
-    assert found.tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.03)
+    found = sum(Sample(seed=seed).draw(sums, keep, 0, score)[0].float() for seed in range(2000)) / 2000
+    assert found.tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.04)

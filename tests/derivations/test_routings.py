@@ -13,6 +13,7 @@ from dart_eval.pruning.experts.rerouted import saliency
 from dart_eval.pruning.experts.routings import Fewer
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
+from tests.derivations.test_expert_remasks import columns, hidden
 from tests.helpers.models import random_tokens
 from tests.helpers.sessions import RandomCalibration, bits, cache_of, generate, open_session, prompts_of, same
 from tests.matrix.types import tiny
@@ -57,6 +58,12 @@ def after(model, other, prompt):
     return other(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(out)}).logits[:, -1]
 
 
+def written(experts, x, expert):
+    """[D], what one expert makes of one token."""
+    out = columns(experts)[expert] @ hidden(experts, x, expert)
+    return out + experts.down_proj_bias[expert] if hasattr(experts, "down_proj_bias") else out
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fewer_experts_are_a_stock_model_with_fewer(name):
     """At .4 of four experts in four layers 2.4 are left: 2, 2, 3, 2; of DeepSeek's layers the first has none."""
@@ -94,15 +101,7 @@ def test_weights_may_stay_those_of_all_of_a_tokens_experts(name):
     order = seen["w"][0].argsort(descending=True)[:2].tolist()
     wanted = torch.zeros_like(seen["out"][0])
     for place in order:
-        expert, weight = int(seen["at"][0, place]), seen["w"][0, place]
-        if name == "gpt_oss":
-            made = seen["x"][0] @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
-            gate, up = made[::2].clamp(max=7.0), made[1::2].clamp(-7.0, 7.0)
-            h = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-            wanted += weight * (h @ experts.down_proj[expert] + experts.down_proj_bias[expert])
-        else:
-            gate, up = (experts.gate_up_proj[expert] @ seen["x"][0]).chunk(2)
-            wanted += weight * (experts.down_proj[expert] @ (gate * torch.sigmoid(gate) * up))
+        wanted += seen["w"][0, place] * written(experts, seen["x"][0], int(seen["at"][0, place]))
     assert torch.allclose(seen["out"][0], wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -128,15 +127,7 @@ def saliency_by_hand(model, ids):
         sums, seen = [0.0] * 6, [0] * 6
         for x, index, weights in zip(given["x"], given["at"], given["w"], strict=True):
             for expert, weight in zip(index.tolist(), weights.tolist(), strict=True):
-                if hasattr(experts, "gate_up_proj_bias"):
-                    made = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
-                    gate, up = made[::2].clamp(max=7.0), made[1::2].clamp(-7.0, 7.0)
-                    h = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-                    written = h @ experts.down_proj[expert] + experts.down_proj_bias[expert]
-                else:
-                    gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
-                    written = experts.down_proj[expert] @ (gate * torch.sigmoid(gate) * up)
-                sums[expert] += weight * written.norm().item()
+                sums[expert] += weight * written(experts, x, expert).norm().item()
                 seen[expert] += 1
         found.append(torch.tensor([s / max(1, n) for s, n in zip(sums, seen, strict=True)]))
     return found

@@ -29,6 +29,7 @@ from dart_eval.pruning.prune import prune
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.sweep.options import SCOPES
 from tests.derivations.plain import Plain, counts, largest
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
 
@@ -82,8 +83,7 @@ QUESTIONS = [
 QUESTIONS += [(QUESTIONS[0][0], (5, 6)), (QUESTIONS[1][0], (7,))]  # further answers to the same contexts
 
 
-@pytest.mark.parametrize("scope", [*SCOPES, "oracle"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2"])
+@pytest.mark.parametrize(("family", "scope"), in_turn(["llama", "gemma3", "opt", "gpt2"], [*SCOPES, "oracle"]))
 def test_scores_are_those_of_decoding_token_by_token(family, scope):
     model = biased(family)
     head = output_head(model)

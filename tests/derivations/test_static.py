@@ -19,7 +19,8 @@ import torch
 
 from tests.derivations import ours
 from tests.derivations.plain import Plain, counts, largest
-from tests.derivations.test_wanda_sp import BOS, POSITIONS, TEXT, OneText
+from tests.derivations.test_wanda_sp import OneText, passages
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 
 
@@ -50,17 +51,13 @@ def mag_sp(model, layer):
 
 
 def static(model, layer):
-    total = 0
-    for start in range(0, len(TEXT), POSITIONS - 1):
-        plain = Plain(model)
-        plain.run([BOS, *TEXT[start : start + POSITIONS - 1]])
-        h = plain.seen[layer].h[1:].detach().numpy()
-        total = total + ((h / np.sqrt((h**2).sum(1, keepdims=True))) ** 2).sum(0)
-    return np.sqrt(total)
+    votes = (h / np.sqrt((h**2).sum(1, keepdims=True)) for h in passages(model)[layer])
+    return np.sqrt(sum((v**2).sum(0) for v in votes))
 
 
-@pytest.mark.parametrize("name", ["magnitude", "mag-sp", "static"])
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "name"), in_turn(["llama", "opt", "gpt2", "phi3"], ["magnitude", "mag-sp", "static"])
+)
 def test_one_mask_for_all_texts_is_its_formula(family, name):
     model, sparsity = biased(family), 0.63
     score = {"magnitude": magnitude, "mag-sp": mag_sp, "static": static}[name]

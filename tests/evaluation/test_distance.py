@@ -28,6 +28,7 @@ from dart_eval.sweep.jobs import Silent
 from dart_eval.sweep.options import SCOPES
 from tests.helpers.commands import command, run_local
 from tests.helpers.distances import apart, assert_apart, dense_logits
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.requests import output_head_of, questions, words
 from tests.helpers.sessions import RESTLESS, open_session
@@ -101,8 +102,7 @@ def test_a_position_counts_for_every_answer_that_it_is_of(monkeypatch):
 # -- what must not move them, and what they must not move --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize(("method", "params"), METHODS)
+@pytest.mark.parametrize(("method", "params", "scope"), in_turn(METHODS, SCOPES))
 def test_nothing_else_moves(method, params, scope):
     """To the last bit, in single precision: scores, costs, re-masks, what the detector saw."""
     model = tiny("llama", dtype=torch.float32)
@@ -118,13 +118,12 @@ def test_nothing_else_moves(method, params, scope):
     assert without == runs[0]
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize(("family", "scope"), in_turn(["llama", "gpt2", "gemma3"], SCOPES))
 def test_neither_batches_nor_shared_prefixes_move_them(family, scope):
     model, found = tiny(family), []
     stem = random_tokens(70, seed=9)  # long enough to be shared
     requests = [*questions(), *(Request((*stem, *random_tokens(n, seed=n)), (5, 6, n)) for n in (1, 4, 30))]
-    for batch_size, share in ((1, False), (3, True), (16, True)):
+    for batch_size, share in ((1, False), (3, True)):
         with open_session(model, "dart", **RESTLESS) as session:
             scores = _scores(model, session, batch_size, scope, share, requests=requests)
         found.append([(s.cost.distance.kl, s.cost.distance.agreed) for s in scores])
@@ -212,6 +211,7 @@ def _cells(out):
     return found
 
 
+@pytest.mark.slow
 def test_a_document_and_a_record_say_how_far_they_are(swept):
     for (task, method), (record, samples) in _cells(swept).items():
         named = {m.metric: m for m in record.metrics}
@@ -235,6 +235,7 @@ def test_a_document_and_a_record_say_how_far_they_are(swept):
         assert named["kl_p99"].value == distance.percentile(bins, 0.99) >= named["kl_p95"].value
 
 
+@pytest.mark.slow
 def test_texts_have_their_tokens(swept, tokenizer):
     for (task, _), (_, samples) in _cells(swept).items():
         assert all(("token_ids" in s) == (task == "smoke_summary") for s in samples)
@@ -243,6 +244,7 @@ def test_texts_have_their_tokens(swept, tokenizer):
             assert s["responses"][0].strip() in tokenizer.decode(s["token_ids"], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_tables_show_it_and_compare_tests_it(swept):
     shown = command("tables", swept, "--view", "long", "--format", "md").out
     assert "Distance to dense" in shown

@@ -82,7 +82,7 @@ def _run(*args):
     return done.code, done.out + done.err
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 def test_answers_that_are_no_numbers_fail_their_cell_with_the_count(forgetful, tmp_path, value):
     out = tmp_path / "out"
     run = ("--model", forgetful(12, value), "--tasks", "smoke_questions", "--limit", 6, "--output", out)

@@ -14,7 +14,7 @@ from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.util.errors import UserError
-from tests.helpers.matrices import product
+from tests.helpers.matrices import in_turn, product
 from tests.helpers.models import SMALL, made, random_tokens, tiny
 from tests.helpers.requests import TextRequest, words
 from tests.helpers.sessions import RESTLESS, hooked, open_session
@@ -104,9 +104,8 @@ def test_results_do_not_depend_on_the_batch_size_the_order_or_what_ran_before(ki
     assert _scores(model, method, 3, requests[::-1], scope)[::-1] == pytest.approx(found, abs=1e-6)
 
 
-@KINDS
-@pytest.mark.parametrize("method", METHODS[:3])
-@pytest.mark.parametrize("last", [0, 7])  # the last seven share a prefix: no other batch comes between their two kinds
+# The last seven share a prefix: no other batch comes between their two kinds.
+@pytest.mark.parametrize(("kind", "method", "last"), in_turn([*CONFIGS], [(m,) for m in METHODS[:3]], [7, 0]))
 def test_a_shared_prefix_has_the_angles_of_the_rows_that_share_it(kind, method, last):
     model, requests = _model(kind), _requests()[-last:]
     tokens = []
@@ -176,6 +175,7 @@ def _generate(model, tokenizer, requests, batch_size, session=None):
     return texts, [(c.tokens, c.pruned_tokens, round(c.not_read_sum, 6), c.remasks) for c in costs]
 
 
+@pytest.mark.slow
 @KINDS
 def test_dense_generation_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
     requests, stock = [_request(random_tokens(n, seed=n)) for n in PROMPTS], []
@@ -186,6 +186,7 @@ def test_dense_generation_equals_stock_hflm_at_batch_size_1(kind, tokenizer):
         assert _generate(_model(kind), tokenizer, requests, batch_size)[0] == stock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), product(CONFIGS, [(m,) for m in METHODS[1:3]], "longrope", every=2))
 def test_pruned_generation_does_not_depend_on_the_batch_size_or_what_ran_before(kind, method, tokenizer):
     requests, model = [_request(random_tokens(n, seed=n)) for n in PROMPTS], _model(kind)

@@ -73,6 +73,7 @@ def test_the_standard_error_leaves_out_one_document_at_a_time(summary):
     assert _bleu_stderr("bleu", [("a text", "another"), ("a", "b")]) is None  # lm-eval's own bleu keeps texts
 
 
+@pytest.mark.slow
 def test_the_jackknife_agrees_with_the_spread_of_new_corpora(summary):
     """Corpora drawn anew scatter as the standard error of one of them says."""
     rng = np.random.default_rng(0)

@@ -112,39 +112,16 @@ def test_local_data_replaces_the_hub_for_single_tasks_and_groups(tmp_path, index
 def test_every_task_with_local_data_loads(data_dir, indexed):
     """Names of the paper's tables, on the mirror; gpqa has no data there and says so (test_errors)."""
     local = Tasks(data_dir)
-    names = [
-        "arc",
-        "hellaswag",
-        "boolq",
-        "rte",
-        "winogrande",
-        "openbookqa",
-        "piqa",
-        "medmcqa",
-        "wikitext",
-        "cnn_dailymail",
-        "xsum",
-    ]
-    for name in local.expand(names):
+    names = "arc hellaswag boolq rte winogrande openbookqa piqa medmcqa wikitext cnn_dailymail xsum"
+    for name in local.expand(names.split()):
         for task in leaves(local.load(name)):
             assert len(task.eval_docs) > 0
 
 
 @pytest.mark.process
 def test_tasks_travel_in_the_wheel_with_the_types_and_the_version(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    words = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w")
+    subprocess.run([sys.executable, *words, tmp_path, ROOT], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     for file in tasks_dir().rglob("*"):

@@ -55,17 +55,19 @@ def _forwards(model, work):
 
 
 def _score(model, method, params, batch_size, share):
-    head = output_head_of(model)
+    """Tokens of all forwards, and scores in the order of the requests; `auto` is given them the other way round."""
+    head, order = output_head_of(model), -1 if batch_size == "auto" else 1
     with open_session(model, method, **params) as session:
         pruned = session if session.prunes else DenseSession()
-        return _forwards(model, lambda: scorer(model, head, pruned, batch_size, "scored", share).score(_requests()))
+        scoring = scorer(model, head, pruned, batch_size, "scored", share)
+        return _forwards(model, lambda: scoring.score(_requests()[::order])[::order])
 
 
-@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, METHODS, every=4))
+@pytest.mark.parametrize(("family", "method", "params"), product(FAMILIES, METHODS, every=6))
 def test_batches_and_shared_prefixes_change_no_number(family, method, params):
     model = tiny(family)
     keys = set(itertools.product((1, 4, "auto", TIGHT), (True, False)))
-    whole = family == "llama" and method in ("dense", "oracle", "griffin")
+    whole = family == "llama" and method in ("dense", "griffin")
     if not whole:  # each batch size, shared or not
         keys = {(1, False), (4, True), ("auto", False), (TIGHT, True)}
     runs = {key: _score(model, method, params, *key) for key in keys}
@@ -90,10 +92,9 @@ def test_batches_and_shared_prefixes_change_no_number(family, method, params):
         assert runs[batch_size, True][0] < runs[batch_size, False][0]  # shared they are
 
 
-@pytest.mark.parametrize("dtype", [torch.float32])
 @pytest.mark.parametrize("family", ["gemma3", "gpt2"])
-def test_float32_stays_within_a_ten_thousandth(family, dtype):
-    model = tiny(family, dtype)
+def test_float32_stays_within_a_ten_thousandth(family):
+    model = tiny(family, torch.float32)
     wanted = _score(model, "dense", {}, 1, False)[1]
     for key in itertools.product((1, 4, "auto"), (True, False)):
         found = _score(model, "dense", {}, *key)[1]

@@ -95,6 +95,7 @@ def test_what_a_method_takes_more_is_measured_once_for_each_kind_of_request(save
         assert [(p - dense) / (pruned[0] - dense) for p in pruned] == pytest.approx([1, 1, 3])
 
 
+@pytest.mark.slow
 def test_a_part_answers_its_share_and_all_parts_everything(saved_llama, tmp_path):
     """Parts 0 and 1 of 2, then the whole, which asks nothing more."""
     config = _config(saved_llama, tmp_path / "out", method="dart", tasks="smoke_questions,smoke_summary")

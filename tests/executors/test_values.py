@@ -168,23 +168,9 @@ def test_what_cannot_be_meant_is_refused(given, message):
 
 
 def test_lm_evals_words_are_understood_on_the_command_line():
-    words = [
-        "--tasks",
-        "smoke",
-        "--model_args",
-        "pretrained=./none",
-        "--apply_chat_template",
-        "--fewshot_as_multiturn",
-        "--gen_kwargs",
-        "temperature=0",
-        "--system_instruction",
-        "Be brief.",
-        "--limit",
-        "0.5",
-        "--output_path",
-        "o",
-    ]
-    assert run_command("run", *words).err.startswith("error: model ./none is neither a folder nor a GGUF file")
+    words = "--tasks smoke --model_args pretrained=./none --apply_chat_template --fewshot_as_multiturn"
+    words += " --gen_kwargs temperature=0 --system_instruction Brief. --limit 0.5 --output_path o"
+    assert run_command("run", *words.split()).err.startswith("error: model ./none is neither a folder nor a GGUF file")
 
 
 def test_the_command_of_a_cell_has_the_new_options(tmp_path):

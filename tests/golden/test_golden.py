@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.golden import file
+from tests.golden.cases import CONFIGS, SETTINGS, TEXTS
 from tests.golden.measure import CASES
 
 
@@ -12,7 +13,14 @@ def golden():
     return file.read()
 
 
-@pytest.mark.parametrize("case", CASES)
+# Of the fast lane are as many cases as there are settings: each of them once, on the families in turn.
+TURN = {f"{setting.families[i % len(setting.families)]}, {name}" for i, (name, setting) in enumerate(SETTINGS.items())}
+TURN |= {f"{family}, {name}, texts" for family, name in zip(CONFIGS, TEXTS, strict=False)}
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in TURN else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_numbers_are_the_golden_ones(golden, case):
     moved = file.moved(golden[case], CASES[case]())
     assert not moved, f"{case}:\n{file.told(moved)}"

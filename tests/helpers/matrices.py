@@ -1,5 +1,7 @@
 """Products of models and settings: most of them in `make test`, enough of them in the fast lane."""
 
+import itertools
+
 import pytest
 
 
@@ -7,16 +9,17 @@ def product(models, settings, first="llama", every=1):
     """Pairs of a model and a setting, as pytest's parameters; those that the fast lane leaves out are marked slow.
 
     Every setting runs on the first model and on one or two of the others, in turn. The fast lane takes every setting
-    (or every n-th) on the first model, and each of those on one of the others, so that all models have some.
+    (or every n-th) on one model, in turn, so that all models have some.
     """
     others = [m for m in models if m != first]
     found = []
     for i, setting in enumerate(settings):
         values = setting if isinstance(setting, tuple) else (setting,)
         turn, left_out = divmod(i, every)
-        here = {first, others[turn % len(others)], others[(turn + 1 + i) % len(others)]}
+        chosen = [first, *others][turn % len(models)]
+        here = {first, chosen, others[(turn + 1 + i) % len(others)]}
         for model in (m for m in models if m in here):
-            fast = not left_out and model in (first, others[turn % len(others)])
+            fast = not left_out and model == chosen
             found.append(pytest.param(model, *values, marks=[] if fast else [pytest.mark.slow]))
     return found
 
@@ -24,3 +27,16 @@ def product(models, settings, first="llama", every=1):
 def on_families(names, families, settings, every=1):
     """Parametrize a test over the product; the fixture `model` makes the family's model."""
     return pytest.mark.parametrize(("model", *names), product(families, settings, every=every), indirect=["model"])
+
+
+def in_turn(*lists):
+    """The product of lists, as pytest's parameters; a tuple in a list is several. Of the fast lane is a tuple of the
+    first entries, one of the second, and so on: as many as the longest list has, shorter ones from their start again.
+    """
+    fast = {tuple(i % len(some) for some in lists) for i in range(max(map(len, lists)))}
+    found = []
+    for place in itertools.product(*(range(len(some)) for some in lists)):
+        entries = [some[i] for some, i in zip(lists, place, strict=True)]
+        values = [v for entry in entries for v in (entry if isinstance(entry, tuple) else (entry,))]
+        found.append(pytest.param(*values, marks=[] if place in fast else [pytest.mark.slow]))
+    return found

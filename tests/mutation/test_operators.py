@@ -3,11 +3,14 @@
 import ast
 from collections import Counter
 
+import pytest
+
 from tests.mutation.operators import EQUIVALENT, KINDS, RUN, mutants
 
 EVERY = mutants(every=True)
 
 
+@pytest.mark.slow
 def test_operators_reach_every_part_of_the_core_and_each_change_is_python():
     parts = Counter(m.file.split("/")[1] for m in EVERY)
     assert min(parts[name] for name in ("pruning", "evaluation", "results", "layers", "weights")) >= 10

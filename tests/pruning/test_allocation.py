@@ -48,31 +48,6 @@ def test_the_published_tables_without_protection(sparsity, table):
     assert keep != pytest.approx(depth_aware(LLAMA_8B, sparsity), abs=0.05)
 
 
-def test_protection_by_hand():
-    """Four layers, sparsity 0.4: a budget of 1.6 over weights 1 - S, times the depth factors 1/4, 1, 1, 7/20."""
-    sensitivity = [0.0, 0.5, 0.5, 1.0]
-    # weights 1, .5, .5, 0: prune .8, .4, .4, 0; the last is raised to .1, which the others give in proportion
-    assert depth_aware(sensitivity, 0.4, protect=False) == pytest.approx([0.25, 0.625, 0.625, 0.9])
-    # weights .25, .5, .5, 0: prune .32, .64, .64, 0; then the same
-    assert depth_aware(sensitivity, 0.4) == pytest.approx([0.7, 0.4, 0.4, 0.9])
-
-
-@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9])
-def test_depth_aware_meets_the_budget_within_its_bounds(sparsity):
-    keep = depth_aware(LLAMA_8B, sparsity)
-    assert sum(keep) / len(keep) == pytest.approx(1 - sparsity, abs=1e-5)
-    assert all(0.1 - 1e-9 <= k <= 0.9 + 1e-9 for k in keep)
-
-
-def test_sparsity_zero_keeps_everything():
-    assert depth_aware(LLAMA_8B, 0.0) == [1.0] * 32
-
-
-def test_sensitive_layers_keep_more():
-    keep = depth_aware([0.0, 0.1, 0.1, 0.9, 0.1, 0.1, 0.2], 0.5)
-    assert keep[3] == max(keep[2:5])
-
-
 def test_equal_layers_do_not_divide_by_zero():
     assert normalise_sensitivity([0.3, 0.3, 0.3]) == [0.0, 0.0, 0.0]
     assert sum(depth_aware([1.0, 1.0, 1.0], 0.5)) == pytest.approx(1.5)

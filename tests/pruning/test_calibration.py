@@ -134,10 +134,11 @@ def test_a_statistic_is_measured_once():
     ("method", "params"),
     [
         ("cats", {"choice.threshold": "calibrated"}),
-        ("prox", {"choice.threshold": "calibrated"}),
-        ("teal", {}),
-        ("wanda", {}),
         ("flap", {}),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (("prox", {"choice.threshold": "calibrated"}), ("teal", {}), ("wanda", {}))
+        ),
     ],
 )
 def test_what_a_method_makes_of_the_text_is_kept(method, params):

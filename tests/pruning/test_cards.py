@@ -103,11 +103,8 @@ def test_a_spread_models_records_are_those_of_one_that_is_not(tmp_path, saved_ll
     # The tensors of these cards do not take other data (`wanda`'s weights, or the whole numbers of `dart-plus`).
     product(
         FAMILIES,
-        [
-            *((*m, False) for m in VARIED if m[0] not in ("wanda", "dart-plus")),
-            ("dart", RESTLESS, True),
-        ],
-        every=4,
+        [*((*m, False) for m in VARIED if m[0] not in ("wanda", "dart-plus")), ("dart", RESTLESS, True)],
+        every=8,
     ),
 )
 def test_a_spread_model_decodes_as_one_that_is_not(family, method, params, shared):

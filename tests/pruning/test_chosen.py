@@ -5,14 +5,15 @@ import torch
 
 from dart_eval.kernels import chosen
 from dart_eval.layers.find import find_ffns
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens
 from tests.helpers.sessions import RESTLESS, VARIED, bits, decoded, open_session, same
 
 
-@pytest.mark.parametrize(
-    ("method", "params"), [*VARIED[:2], ("magnitude", {}), ("dart-choice", {**RESTLESS, "remask.every": 4})]
-)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt"])
+@pytest.mark.parametrize(("family", "method", "params"), in_turn(
+    ["llama", "gpt2", "phi3", "opt"],
+    [("dart-choice", {**RESTLESS, "remask.every": 4}), *VARIED[:2], ("magnitude", {})],
+))  # fmt: skip
 def test_layers_that_keep_no_neuron(family, method, params):
     """Of 120 neurons one stays: at least two layers have none."""
     found = []

@@ -1,7 +1,5 @@
 """Execution `copied`: the same numbers as masks, the kept rows and no others, the model's own weights untouched."""
 
-import warnings
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +29,7 @@ COPIED = [case for case in CHOOSING[::2] if case[0] != "dart-plus"]  # its choic
 METHODS = [*REMASKED, *COPIED, *STATIC, TWO_STAGES, ("dart", {"allocation": "uniform"})]
 
 
-@pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS, every=2))
+@pytest.mark.parametrize(("family", "method", "params"), product([*FAMILIES, "phi3"], METHODS, every=3))
 def test_copied_equals_masked(family, method, params):
     """Logits, re-masks and what is counted, over two prompts in turn; the weights come back bit for bit."""
     model = biased(family)
@@ -50,20 +48,7 @@ def test_copied_equals_masked(family, method, params):
         assert found["copied"][0][1]  # masks did change
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_generate_says_the_same(family):
-    model = biased(family)
-    ids = torch.tensor([random_tokens(20, seed=3)])
-    texts = []
-    for execution in ("masked", "copied"):
-        with open_session(model, "dart", 0.5, execution=execution, **RESTLESS):
-            texts.append(model.generate(ids, max_new_tokens=30, do_sample=False))
-    dense = model.generate(ids, max_new_tokens=30, do_sample=False)
-    assert torch.equal(*texts)
-    assert not torch.equal(texts[0], dense) or family != "llama"  # the others happen to repeat one token, pruned or not
-
-
-@pytest.mark.parametrize(("method", "params"), [*REMASKED[1::2], *CHOOSING[4::3], STATIC[0]])
+@pytest.mark.parametrize(("method", "params"), [REMASKED[4], CHOOSING[8], STATIC[0]])
 def test_one_mask_for_a_batch(method, params):
     """Explicitly shared (or static): the batch runs on copies, and as the same mask by factors does."""
     model = biased("llama")
@@ -135,7 +120,7 @@ def test_a_further_turn_and_chunked_prefill():
 # -- the kept rows, and the model's own -------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(st.sampled_from(["llama", "gpt2", "phi3", "opt"]), st.integers(0, 10**6), st.integers(1, 6))
 def test_random_masks_multiply_their_neurons_and_no_others(family, seed, changes):
     model = biased(family)
@@ -230,35 +215,6 @@ def test_the_kept_rows_are_all_that_is_copied():
 # -- where it cannot be done ---------------------------------------------------------------------------------
 
 
-class Int8Linear(torch.nn.Module):
-    """As quantisation libraries leave a projection: no plain weight."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale = linear.weight.detach().abs().max() / 127
-        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
-
-
-def test_quantised_weights_fall_back_to_masks_and_say_so():
-    model = biased("llama")
-    for layer in model.model.layers:
-        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
-    found = {}
-    for execution in ("copied", "auto", "masked"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with open_session(model, "dart", 0.5, execution=execution, **RESTLESS) as session:
-                found[execution] = decoded(model, session, [random_tokens(20)])[0]
-                assert session.execution == "masked"
-        said = [str(w.message) for w in caught if "quantised" in str(w.message)]
-        assert len(said) == (execution != "masked")
-    assert torch.equal(found["copied"], found["masked"])
-
-
 def test_weights_in_one_memory_keep_neurons_of_their_own():
     """A parameter of two modules, and a view of another's memory: the model's own weights are not written to."""
     model = biased("llama")
@@ -271,18 +227,3 @@ def test_weights_in_one_memory_keep_neurons_of_their_own():
             found.append(decoded(model, session, [random_tokens(20)])[0])
             assert session.execution == execution
     assert torch.allclose(*found, rtol=1e-8, atol=1e-8)
-
-
-def test_two_at_once_are_refused():
-    model = biased("llama")
-    before = bits(model)
-    with open_session(model, "griffin", 0.5) as outer:
-        decoded(model, outer, [random_tokens(20)], steps=2)
-        for execution in ("masked", "auto"):
-            with (
-                outer.paused(),
-                pytest.raises(UserError, match="another prune"),
-                open_session(model, "griffin", 0.5, execution=execution),
-            ):
-                pass
-    assert same(model, before)

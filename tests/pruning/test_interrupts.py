@@ -14,18 +14,8 @@ from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session
 FILES = {m.__file__ for m in (session, cache, calls, hooks, execution, kept, torch.utils.hooks)}
 # What leads there, instruction by instruction; all else every seventh line.
 CLOSELY = {
-    "prune",
-    "detach",
-    "_leave",
-    "to_the_end",
-    "remove",
-    "release",
-    "leave",
-    "_drop",
-    "watch_ffns",
-    "restore",
-    "whole",
-}
+    "prune", "detach", "_leave", "to_the_end", "remove", "release", "leave", "_drop", "watch_ffns", "restore", "whole"
+}  # fmt: skip
 STRIDE = 7
 
 

@@ -59,6 +59,7 @@ def test_the_model_says_the_same_through_packed_products_and_is_itself_afterward
         pass
 
 
+@pytest.mark.slow
 def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
     model = wide()
     model.save_pretrained(tmp_path / "model")
@@ -79,6 +80,7 @@ def test_rounding_alone_is_timed_and_kept_for_its_own_row(tmp_path, tokenizer):
     assert on_four.is_of({**pruned, "ffn_bits": "4"}) and not on_four.is_of(pruned)
 
 
+@pytest.mark.slow
 def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, tokenizer):
     """4.5 and 3.5 bits of 16, and what a method reads of these."""
     wide().save_pretrained(tmp_path / "model")
@@ -109,6 +111,7 @@ def test_what_no_packed_product_takes_is_counted_on_rounded_weights(tmp_path, to
     assert table.count("| bytes only ") == 5 and "\n| griffin on 3 bits   | 0.11 | bytes only" in table
 
 
+@pytest.mark.slow
 def test_methods_out_of_reach_on_rounded_weights_alone_are_left_out_there(tmp_path, tokenizer):
     """A preview takes .18 of the bytes of 16-bit weights and .53 of those of 2 bits; sparsity .6 leaves .4."""
     wide().save_pretrained(tmp_path / "model")

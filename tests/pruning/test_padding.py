@@ -15,6 +15,7 @@ from transformers.masking_utils import create_masks_for_generate
 from dart_eval.pruning.masks.remask import Due
 from dart_eval.pruning.session.cache import real_tokens
 from dart_eval.util.errors import UserError
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import SMALL, random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, open_session
 
@@ -75,12 +76,10 @@ def prompts():
     return ids, (torch.arange(WIDTH) >= WIDTH - torch.tensor(LENGTHS)[:, None]).long()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
-@pytest.mark.parametrize(
-    "make",
+@pytest.mark.parametrize(("attention", "make"), in_turn(
+    ["sdpa", "eager", "flex_attention"],
     [lambda c: DynamicCache(config=c), lambda c: StaticCache(config=c, max_cache_len=24)],
-    ids=["grows", "fixed"],
-)
+))  # fmt: skip
 def test_every_form_of_mask_tells_the_same_real_tokens(attention, make):
     """As transformers makes them for generation: full and sliding, growing and fixed, padding in the middle too."""
     config = Gemma3TextConfig.from_dict({**WINDOWS.to_dict(), "attn_implementation": attention})
@@ -113,9 +112,10 @@ def test_a_mask_without_padding_or_of_another_length_or_kind():
         real_tokens(torch.ones(1, 2, 4), None, 0, 1, 2, CPU)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize(("method", "params"), [("griffin", {}), ("dart", RESTLESS)])
+@pytest.mark.parametrize(("name", "cache", "method", "params"), in_turn(
+    [*MODELS],
+    [(None, "griffin", {}), ("static", "griffin", {}), (None, "dart", RESTLESS), ("static", "dart", RESTLESS)],
+))  # fmt: skip
 def test_a_padded_batch_generates_what_each_sequence_does_alone(name, cache, method, params):
     model = MODELS[name]()
     ids, attention = prompts()

@@ -1,6 +1,7 @@
 """Previews: bytes never beyond the label, exact choices through a perfect image, chosen by the image alone."""
 
 import gc
+import itertools
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from dart_eval.pruning.choices.preview import ByPreview
 from dart_eval.pruning.registry import make
 from dart_eval.util.bits import Rounding
 from dart_eval.weights.rounding import served_bits, served_inputs, served_output
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import FAMILIES, biased, random_tokens, tiny
 from tests.helpers.sessions import PLAIN, generate, open_session, state_of
 
@@ -50,10 +52,9 @@ SCALES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", SCALES)
-@pytest.mark.parametrize("image", IMAGES)
-@pytest.mark.parametrize("name", ["preview", "dart-plus"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("family", "name", "image", "bits"), in_turn(
+    ["llama", "gpt2"], [*itertools.product(["preview", "dart-plus"], IMAGES)], [*SCALES]
+))  # fmt: skip
 def test_no_image_makes_a_token_read_more_than_its_label(family, name, image, bits):
     """Counted by hand: images of what is read so, the rest of chosen rows, columns of down."""
     model, refused = tiny(family, dtype=torch.float32), []
@@ -104,16 +105,6 @@ def check_bytes(session, code, scale_of, unit):
     assert prepared.nbytes() == round(kept / 8)
 
 
-@pytest.mark.parametrize("name", ["preview", "dart-plus"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_at_sparsity_0_it_is_the_dense_model(family, name):
-    model = biased(family)
-    tokens = torch.tensor([random_tokens(20)])
-    dense = model.generate(tokens, max_new_tokens=6, do_sample=False)
-    with open_session(model, name, 0.0):
-        assert torch.equal(generate(model, tokens, 6).sequences, dense)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_through_the_weights_themselves_it_is_the_exact_choice(family):
     """The image that is exact leaves only down to be chosen: as `oracle-token` at the same number of neurons."""
@@ -161,7 +152,7 @@ def test_tokens_take_what_the_image_shows(image):
         assert sorted(kept[0, t].nonzero().flatten().tolist()) == sorted(best.tolist())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=8)
 @given(st.sampled_from([FirstBits(), Copy(), Copy(bits=3), Weights()]), st.floats(0.01, 0.3), st.floats(0.05, 1.0))
 def test_taken_and_written_fit_their_layers(image, sparsity, write_share):
     model = tiny("qwen2", dtype=torch.float32)
@@ -178,6 +169,7 @@ def held_in_tensors() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "sparsity", "wanted"), [(0, 0.6, 0.525), (1 << 30, 0.5, 2.525)])
 def test_dart_plus_holds_whole_numbers_and_what_they_stand_for(room, sparsity, wanted, monkeypatch):
     """Numbers have half of the weights' bytes. What they and their first bits stand for is kept where there is room."""

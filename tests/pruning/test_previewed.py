@@ -35,11 +35,12 @@ def qwen(dtype=torch.float32, scale=6):
     return made(lambda: Qwen2Config(**WIDE), scale=scale, dtype=dtype)
 
 
-SPELLED = [
-    (llama, "preview:image=copy"), (qwen, "preview:image=copy:image.group=64"), (llama, "prox"),
-    (llama, "preview:image=copy:image.group=0:choice.write_share=1"), (qwen, "prox:image.group=32:choice.thin=0.3"),
+SPELLED = [(llama, "preview:image=copy"), (qwen, "prox:image.group=32:choice.thin=0.3")]
+SPELLED += [pytest.param(*more, marks=pytest.mark.slow) for more in (
+    (qwen, "preview:image=copy:image.group=64"), (llama, "prox"),
+    (llama, "preview:image=copy:image.group=0:choice.write_share=1"),
     (lambda: tiny("gemma3", torch.float32), "preview:image=copy"),
-]  # fmt: skip
+)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "spelled"), SPELLED)

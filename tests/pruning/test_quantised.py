@@ -14,6 +14,7 @@ from dart_eval.layers.projection import stored_bits
 from dart_eval.layers.quantised import nbytes, values
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded_ffns, rows, served_bits, served_bits_of, share
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import biased, random_tokens, tiny
 from tests.helpers.sessions import cache_of, generate, open_session
 
@@ -104,10 +105,11 @@ def test_what_is_no_plain_projection_is_pruned_by_masks_for_the_right_reason(cha
     model = tiny("llama", torch.float32 if change is _pack_dynamically else torch.float64)
     for module in _projections(model):
         change(module)
-    with pytest.warns(UserWarning, match=reason):
-        found, execution = _decoded(model, "auto")
-    assert execution == "masked"
-    assert torch.equal(found, _decoded(model, "masked")[0])
+    for asked in ("auto", "copied"):
+        with pytest.warns(UserWarning, match=reason) as said:
+            found, execution = _decoded(model, asked)
+        assert execution == "masked" and len(said) == 1
+        assert torch.equal(found, _decoded(model, "masked")[0])
 
 
 def _unpacked(model):
@@ -118,8 +120,7 @@ def _unpacked(model):
     return plain
 
 
-@pytest.mark.parametrize("change", [_box, _pack, _eighths])
-@pytest.mark.parametrize("method", ["magnitude", "wanda-sp"])
+@pytest.mark.parametrize(("change", "method"), in_turn([_box, _pack, _eighths], ["magnitude", "wanda-sp"]))
 def test_methods_that_read_weights_read_what_quantised_ones_stand_for(method, change):
     model = tiny("llama")
     for module in _projections(model):

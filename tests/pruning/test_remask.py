@@ -68,17 +68,6 @@ def test_a_re_mask_of_one_sequence_takes_its_own_counts_and_what_its_ring_holds(
     assert min(change.overlap) < 1
 
 
-def test_a_running_memory_is_on_the_scale_of_sums(llama):
-    """So that a further turn adds its tokens to as many others."""
-    seen = Observed(llama.float(), {**STEADY, "remask.old": "running", "remask.blend": 0.5})
-    for _ in range(2):
-        seen.state.remask(Due(FIRST, "steady"))
-    recent = [f.intermediate(x[0]).square().mean(0) for f, x in zip(seen.ffns, seen.x, strict=True)]
-    for i in range(3):
-        score = 0.25 * seen.h[i][0].square().mean(0) + 0.75 * recent[i]
-        assert torch.allclose(seen.state.layers[i].sums["score"][0] / 6, score, rtol=1e-4)
-
-
 def test_a_shared_mask_is_made_from_the_mean_of_all_sequences_whatever_their_length(llama):
     seen = Observed(llama.float(), STEADY, shared=True, lengths=(6, 2))
     for i in range(3):

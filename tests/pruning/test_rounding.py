@@ -94,7 +94,7 @@ def test_weights_that_are_all_the_same_stay_near(value, width):
         assert rounded(torch.full((2, width), value), parse(text)).values == pytest.approx(value, rel=0.01)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(0, 1000), st.sampled_from([3, 4, 5]), st.integers(1, 300), st.floats(-1, 1))
 def test_k_quants_are_what_their_layout_can_say(seed, bits, width, shift):
     """By numpy: factors of 16 bits a block of 256, whole multiples of them a group, and each weight's nearest code."""

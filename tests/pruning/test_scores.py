@@ -11,9 +11,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.calibration.calibration import TextCalibration
 from dart_eval.pruning.calibration.vocabulary import gain, project
 from dart_eval.pruning.masks.prompt_scores import Probe
-from dart_eval.pruning.masks.remasks import OnDrift
-from dart_eval.pruning.masks.scores import Activation, Random, Weights, activations, decayed
-from dart_eval.pruning.registry import make
+from dart_eval.pruning.masks.scores import Activation, Random, activations, decayed
 from tests.helpers.models import SMALL, tiny
 from tests.helpers.sessions import state_of
 
@@ -170,28 +168,6 @@ def test_factors_beside_an_average_of_magnitudes_are_those_of_a_norm(llama):
     for average, power in (("l2", 2), ("ema", 1)):
         score = Activation(average=average, vocabulary="max", down_norm=True)
         assert torch.allclose(score.factors(calibration)[1], (largest * down) ** power, rtol=1e-4)
-
-
-def test_a_new_reference_has_the_windows_that_the_new_mask_is_made_from():
-    assert OnDrift(ring=24, window=10).recent == 2
-    assert OnDrift(ring=8, window=10).recent == 1
-    assert OnDrift(ring=8, window=5, dense_tokens=30).recent == 6
-
-
-def test_the_oracle_normalises_as_it_is_told():
-    torch.manual_seed(0)
-    h, weight = torch.randn(2, 5, 7), torch.ones(2, 5)
-    for norm in ("none", "l1", "l2"):
-        score = make("oracle", {"score.norm": norm}).mask.score
-        assert torch.equal(score.observe(h, None, weight), activations(h, weight, norm))
-
-
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_the_score_of_weights_multiplies_the_norms_of_a_neurons_rows(family):
-    model = tiny(family)
-    for ffn, score in zip(find_ffns(model), Weights().factors(TextCalibration(model, None)), strict=True):
-        up = ffn.up.weight.norm(dim=1)
-        assert torch.allclose(score.double(), up if family == "opt" else up * ffn.gate.weight.norm(dim=1), rtol=1e-5)
 
 
 def test_random_neurons_differ_from_layer_to_layer_and_from_seed_to_seed(llama):

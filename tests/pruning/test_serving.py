@@ -15,6 +15,7 @@ from dart_eval.pruning.registry import make
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import rounded
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import FAMILIES, random_tokens, tiny
 from tests.helpers.sessions import bits, generate, open_session, prompts_of, same
 
@@ -42,8 +43,7 @@ def test_first_bits_stand_for_what_they_leave_open(code_bits, first, group, widt
     assert torch.equal(held.codes[:, order], rounded(there, Rounding(code_bits, group)).codes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("room", [0, 1 << 30])
+@pytest.mark.parametrize(("family", "room"), in_turn(FAMILIES, [0, 1 << 30]))
 def test_prompts_multiply_whole_numbers_and_the_model_keeps_its_weights(family, room, monkeypatch):
     """As `rounded_ffns` has them. After each projection its own weights are back, and after an error, too."""
     monkeypatch.setattr(serving._ROOM, "left", room)

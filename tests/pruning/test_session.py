@@ -4,11 +4,8 @@ import pytest
 import torch
 
 import dart_eval
-from dart_eval import rounded_ffns
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
-from dart_eval.pruning.calibration.calibration import TextCalibration
-from dart_eval.pruning.masks.scores import Wanda
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import BUILT_IN
 from dart_eval.util.errors import UserError
@@ -31,10 +28,9 @@ from tests.helpers.sessions import (
 PRUNERS = [m.name for m in BUILT_IN if m.prunes and not m.looks_ahead and m.leaves_out != "experts"]
 SIZED = [m.name for m in BUILT_IN if m.name in PRUNERS and m.sized]  # what they read follows from the sparsity
 MASKS = [m.name for m in BUILT_IN if m.name in PRUNERS and not m.choice.chooses and m.leaves_out == "neurons"]
-QUIET = {name: {"remask": "never"} for name in ("dart", "dart-code")} | {"flap": {"compensation": "none"}}
 
 
-@on_families(["method"], FAMILIES, SIZED)
+@on_families(["method"], FAMILIES, SIZED, every=2)
 def test_sparsity_zero_is_dense(model, method):
     ids = prompts_of(2, 20)
     dense = generate(model, ids, tokens=6)
@@ -42,10 +38,10 @@ def test_sparsity_zero_is_dense(model, method):
         pruned = generate(model, ids, tokens=6)
     assert torch.equal(dense.sequences, pruned.sequences)
     assert torch.allclose(torch.stack(dense.logits), torch.stack(pruned.logits))
-    assert session.effective_sparsity == 0
+    assert session.effective_sparsity == 0 and (session.serving or session.weights_read == 1)
 
 
-@on_families(["method", "sparsity"], FAMILIES, [(m, s) for m in SIZED for s in (0.3, 0.5, 0.7)], every=2)
+@on_families(["method", "sparsity"], FAMILIES, [(m, (0.3, 0.5, 0.7)[i % 3]) for i, m in enumerate(SIZED)], every=2)
 def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
     sparsity = fitting(method, model.config.model_type, sparsity)
     with open_session(model, method, sparsity) as session:
@@ -67,40 +63,7 @@ def test_the_label_is_met_exactly_and_reported(model, method, sparsity):
         assert session.effective_sparsity == pytest.approx(exact * 4 / 5)  # the first token comes from the prefill
 
 
-@on_families(["method"], FAMILIES, MASKS)
-def test_a_mask_does_what_removing_the_neurons_would(model, method):
-    """Decoding under the mask equals decoding with the pruned columns of down set to zero after the prefill."""
-    ids = prompts_of(1, 20)
-    with open_session(model, method, 0.5, **QUIET.get(method, {})) as session:
-        pruned = generate(model, ids, tokens=6)
-        masks = [layer.mask for layer in session.state.layers]
-    prefill = model(ids, use_cache=True)
-    cache = {cache_argument(model): cache_of(prefill)}
-    with torch.no_grad():
-        for ffn, mask in zip(find_ffns(model), masks, strict=True):
-            ffn.output_weight()[:, ~mask[0]] = 0
-    token, logits = prefill.logits[:, -1].argmax(-1), [prefill.logits[:, -1]]
-    for _ in range(5):
-        out = model(token[:, None], use_cache=True, **cache)
-        logits.append(out.logits[:, -1])
-        token = out.logits[:, -1].argmax(-1)
-    assert torch.allclose(torch.stack(pruned.logits).double(), torch.stack(logits), atol=1e-5)
-
-
-@pytest.mark.parametrize("method", PRUNERS)
-def test_pruning_changes_the_output(llama, method):
-    ids = prompts_of(1, 20)
-    dense = generate(llama, ids)
-    with open_session(llama, method, fitting(method, "llama", 0.7)):
-        pruned = generate(llama, ids)
-    if method in ("preview", "dart-plus"):  # prefill is dense on weights that are whole numbers
-        with rounded_ffns(llama, "6:128"):
-            dense = generate(llama, ids)
-    assert torch.equal(dense.logits[0], pruned.logits[0])  # prefill is dense
-    assert not torch.allclose(dense.logits[1], pruned.logits[1])
-
-
-@on_families(["method"], FAMILIES, PRUNERS)
+@on_families(["method"], FAMILIES, PRUNERS, every=2)
 def test_leaving_restores_the_model_bit_for_bit(model, method):
     ids = prompts_of(1, 10)
     state = bits(model)
@@ -117,7 +80,7 @@ def test_leaving_restores_the_model_bit_for_bit(model, method):
     assert not hooked(model)
 
 
-@on_families(["method", "params"], FAMILIES, VARIED, every=2)
+@on_families(["method", "params"], FAMILIES, VARIED, every=3)
 def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     lengths = (20, 9, 14)
     prompts = [random_tokens(n, seed=n) for n in lengths]
@@ -139,37 +102,6 @@ def test_a_batch_with_padding_equals_each_sequence_alone(model, method, params):
     assert bool(events) == makes_new_masks(params)
 
 
-def masks_of(session):
-    return torch.stack(session.state.masks).clone() if session.state and session.state.masks else None
-
-
-def test_masks_change_between_forwards_and_only_after_an_alarm(llama):
-    seen = []  # masks as the last layer used them
-    with torch.no_grad(), open_session(llama, "dart", 0.5, **RESTLESS) as session:
-        handle = llama.model.norm.register_forward_hook(lambda *_: seen.append(masks_of(session)))
-        out, changed = llama(prompts_of(1, 20), use_cache=True), []
-        for step in range(1, 14):
-            before = masks_of(session)
-            out = llama(out.logits[:, -1:].argmax(-1), use_cache=True, **{cache_argument(llama): cache_of(out)})
-            assert torch.equal(seen[-1], before)
-            if not torch.equal(masks_of(session), before):
-                changed.append(step)
-        handle.remove()
-    # 13 decoding forwards follow the prefill; windows of three close after the 3rd, 6th, 9th and 12th
-    assert changed
-    assert set(changed) <= {3, 6, 9, 12}
-    assert [e["step"] for e in session.events] == [3, 6, 9, 12]
-    assert session.remasks == [4]
-
-
-def test_two_runs_give_the_same(llama):
-    outs = []
-    for _ in range(2):
-        with open_session(llama, "dart", 0.6, **RESTLESS):
-            outs.append(generate(llama, prompts_of(2, 15)))
-    assert torch.equal(torch.stack(outs[0].logits), torch.stack(outs[1].logits))
-
-
 def test_a_new_prompt_starts_afresh(llama):
     first, second = prompts_of(1, 15, seed=1), prompts_of(1, 18, seed=2)
     with open_session(llama, "dart", 0.6, **RESTLESS):
@@ -178,18 +110,6 @@ def test_a_new_prompt_starts_afresh(llama):
         generate(llama, first)
         after = generate(llama, second)
     assert torch.equal(torch.stack(alone.logits), torch.stack(after.logits))
-
-
-def test_a_further_turn_extends_the_context(llama):
-    """Tokens that are said to be prompt run dense and are observed: a split prompt makes the same mask."""
-    ids = prompts_of(1, 20)
-    with open_session(llama, "griffin", 0.5) as session:
-        llama(ids, use_cache=True)
-        whole = [m.clone() for m in session.state.masks]
-        out = llama(ids[:, :12], use_cache=True)
-        with session.prompt():
-            llama(ids[:, 12:], use_cache=True, **{cache_argument(llama): cache_of(out)})
-        assert all(torch.equal(a, b) for a, b in zip(whole, session.state.masks, strict=True))
 
 
 def test_beam_search_is_refused_where_masks_cannot_follow(llama):
@@ -240,14 +160,6 @@ def test_another_cache_than_that_of_the_masks_is_refused(llama):
         llama(prompts_of(1, 1), use_cache=True, **{name: cache_of(first)})
 
 
-def test_state_bytes_count_what_is_kept(llama):
-    with open_session(llama, "dart", 0.5) as session:
-        generate(llama, prompts_of(1, 20), tokens=3)
-        neurons, layers, width = 3 * 40, 3, 32
-        least = neurons * (1 + 4) + layers * 24 * width * 8  # masks, fp32 scores, ring in the model's fp64
-        assert least <= session.state_bytes <= least + 4 * width * 8 + 200
-
-
 @pytest.mark.parametrize(("method", "masks"), [("wanda-sp", 1), ("random", 1), ("cats", 0), ("dense", 0)])
 def test_masks_for_all_sequences_are_all_that_is_kept_of_them(llama, method, masks):
     """A byte a neuron; no factors, which are in the masks, and nothing of a mask of everything."""
@@ -267,48 +179,6 @@ def test_the_python_surface():
         pass
 
 
-def test_wanda_sp_calibrates_on_the_given_text(llama, tokenizer, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"w{t}" for t in random_tokens(700)))
-    calibration = TextCalibration(llama, tokenizer, path)
-    sums = calibration.sums(Wanda().observe)
-    ids = torch.tensor(tokenizer(path.read_text())["input_ids"])
-    hidden = []
-    ffn = find_ffns(llama)[1]
-    handle = ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0]))
-    for part in ids.split(llama.config.max_position_embeddings):
-        llama(part[None])
-    handle.remove()
-    assert torch.allclose(sums[1].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)
-
-
 def test_a_forward_without_cache_is_refused(llama):
     with open_session(llama, "griffin", 0.5), pytest.raises(UserError, match="use_cache"):
         llama.generate(prompts_of(1, 12), max_new_tokens=3, use_cache=False, pad_token_id=0)
-
-
-def test_every_calibration_segment_begins_as_a_prompt_does(llama, tokenizer, tmp_path):
-    """A tokenizer that begins with BOS: each segment does, and BOS itself is not counted."""
-    words = random_tokens(1200, seed=2)
-
-    class WithBos:
-        bos_token_id = 1
-
-        def __call__(self, text, **_):
-            return {"input_ids": [1, *words]}
-
-    (tmp_path / "text.txt").write_text("words")
-    seen = []
-    handle = llama.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"]), with_kwargs=True)
-    sums = TextCalibration(llama, WithBos(), tmp_path / "text.txt").sums(Wanda().observe)
-    handle.remove()
-    seen = [ids for ids in seen if ids.shape[1] > 3]
-    assert all(int(ids[0, 0]) == 1 for ids in seen)
-    assert torch.cat([ids[0, 1:] for ids in seen]).tolist() == list(words)
-    hidden = []
-    ffn = find_ffns(llama)[0]
-    handle = ffn.down.register_forward_pre_hook(lambda _m, a: hidden.append(a[0][:, 1:]))
-    for ids in seen:
-        llama(ids)
-    handle.remove()
-    assert torch.allclose(sums[0].double(), sum(h.double().square().sum((0, 1)) for h in hidden), rtol=1e-4)

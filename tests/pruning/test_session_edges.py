@@ -13,6 +13,7 @@ from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.prune import prune
 from dart_eval.pruning.registry import make
 from dart_eval.util.errors import UserError
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import random_tokens, tiny
 from tests.helpers.sessions import RESTLESS, cache_of, open_session
 
@@ -210,17 +211,11 @@ def test_beams_of_a_copied_cache_change_places_in_the_copy_alone(llama):
     pickle.loads(pickle.dumps(copied))
 
 
-@pytest.mark.parametrize("execution", ["masked", "copied"])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda m: m.half(),
-        lambda m: m.to("meta"),
-        lambda m: m.model.layers[1].mlp.to(torch.float16),
-        lambda m: m.load_state_dict(m.state_dict()),
-        lambda m: m.model.layers[0].mlp.down_proj.load_state_dict(m.model.layers[0].mlp.down_proj.state_dict()),
-    ],
-)
+@pytest.mark.parametrize(("change", "execution"), in_turn([
+    lambda m: m.half(), lambda m: m.to("meta"), lambda m: m.model.layers[1].mlp.to(torch.float16),
+    lambda m: m.load_state_dict(m.state_dict()),
+    lambda m: m.model.layers[0].mlp.down_proj.load_state_dict(m.model.layers[0].mlp.down_proj.state_dict()),
+], ["masked", "copied"]))  # fmt: skip
 def test_weights_are_not_cast_moved_or_loaded_inside_the_block(llama, execution, change):
     before = {k: v.clone() for k, v in llama.state_dict().items()}
     with open_session(llama, "griffin", 0.5, execution=execution):
@@ -297,8 +292,7 @@ def drop(model):
     model.config.layer_types = None
 
 
-@pytest.mark.parametrize("change", [inject, drop])
-@pytest.mark.parametrize("method", ["griffin", "dart", "random"])
+@pytest.mark.parametrize(("change", "method"), in_turn([inject, drop], ["griffin", "dart", "random"]))
 def test_layers_that_changed_between_two_blocks_are_found_again(llama, change, method):
     with open_session(llama, method, 0.5, execution="masked"):
         generate(llama, prompt(), 4)

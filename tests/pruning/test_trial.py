@@ -5,11 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers import (
-    BartConfig,
-    DogeConfig,
-    Gemma4TextConfig,
-)
+from transformers import BartConfig, DogeConfig, Gemma4TextConfig
 
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.layers import experts, verify
@@ -17,6 +13,7 @@ from dart_eval.layers.families import cache_argument, decoder_layers
 from dart_eval.layers.find import find_ffns
 from dart_eval.pruning.masks.depth import depth_aware, normalise_sensitivity
 from dart_eval.util.errors import UserError
+from tests.helpers.matrices import in_turn
 from tests.helpers.models import GEMMA4, SMALL, STREAMS, random_model, random_tokens, tiny
 from tests.helpers.sessions import cache_of, open_session
 from tests.matrix.types import tiny as matrix_model
@@ -149,8 +146,7 @@ def test_depth_sees_nothing_of_the_sequence_before_where_the_norm_comes_after_th
     assert _sensitivity(model, ids, before=(12, 7)) == alone
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", STREAMS)
+@pytest.mark.parametrize(("family", "dtype"), in_turn([*STREAMS], [torch.float32, torch.bfloat16, torch.float16]))
 def test_what_an_ffn_adds_is_recognised_in_every_dtype(family, dtype):
     assert all(ffn.adds for ffn in find_ffns(random_model(STREAMS[family](), dtype)))
 

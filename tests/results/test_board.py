@@ -190,6 +190,7 @@ def test_each_p_counts_for_all_pairs_that_could_have_been_chosen(tmp_path, monke
     assert [row.mark for row in made.blocks[0].levels[1].rows] == [BEST if not mark else "", *(["", ""])]
 
 
+@pytest.mark.slow
 def test_however_many_rows_a_clear_lead_is_told(tmp_path):
     """No resample gives less than 1 / 10001, which hundreds of tests would make .05 and more."""
     rows = [choices(0.75, method="dart"), *(choices(0.3, params={"draw": str(i)}) for i in range(30))]
@@ -298,7 +299,8 @@ def test_rows_of_two_scopes_stand_in_blocks_of_their_own_beside_one_dense(tmp_pa
     assert "Scope last: arc x 200" in text_of(made)
 
 
-@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [80, 120])
 def test_a_board_fits_and_numbers_stay_whole(tmp_path, width):
     """Names of methods go over several lines where there is no room."""
     records = []

@@ -59,10 +59,10 @@ def test_noise_alone_is_no_regression():
 def test_a_real_fall_is_found():
     generator = np.random.default_rng(1)
     found = 0
-    for _ in range(20):
+    for _ in range(6):
         report = checked(noisy_run(generator, fall=0.25), noisy_run(generator))
         found += {r.metric for r in report.bad} == {"acc", "gold_ll", "word_perplexity"}
-    assert found >= 18
+    assert found >= 5
 
 
 # -- verdicts ------------------------------------------------------------------------------------------------------
@@ -109,12 +109,12 @@ def test_too_few_documents_fall_by_the_threshold_alone_and_say_so():
 def test_p_is_adjusted_over_all_rows():
     then, now = right(0.9), right(0.75)
     (alone,) = checked([answered("arc", now)], [answered("arc", then)]).rows
-    tasks = [f"t{i}" for i in range(20)]
+    tasks = [f"t{i}" for i in range(5)]
     many = checked(
         [answered("arc", now), *(answered(t, then) for t in tasks)],
         [answered("arc", then), *(answered(t, then) for t in tasks)],
     ).rows
-    assert many[0].p_holm == pytest.approx(min(1, 21 * alone.p_holm))
+    assert many[0].p_holm == pytest.approx(min(1, 6 * alone.p_holm))
 
 
 @pytest.mark.parametrize(("metric", "up", "now", "then", "expected"), [

@@ -111,12 +111,6 @@ def _typed(key, spec, **params):
     return dataclasses.replace(made, settings={**made.settings, "method": spec})
 
 
-def test_two_versions_with_other_defaults_are_told_apart():
-    first = _typed("k1", UNIFORM, allocation="uniform", window=10)
-    later = _typed("k2", UNIFORM, allocation="uniform", window=8)
-    assert list(labels([first, later]).values()) == ["dart:window=10", "dart:window=8"]
-
-
 def test_what_an_older_version_could_not_say_is_what_it_always_did():
     """Not what another cell says: `draw` was new, and its value there is not the old one."""
     old = [_typed(f"k{i}", name, allocation="uniform") for i, name in enumerate(("griffin", "cats"))]

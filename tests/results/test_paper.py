@@ -305,18 +305,7 @@ def test_shipped_files_are_understood(name):
     assert {layout.name for layout in spec.layouts} >= {"accuracy", "summaries", "ablations", "overhead"}
     if name == "ten":
         heads = [c.head for c in spec.layouts[0].columns]
-        assert heads == [
-            "BoolQ",
-            "RTE",
-            "HellaSwag",
-            "WinoGrande",
-            "ARC-E",
-            "ARC-C",
-            "OpenBookQA",
-            "MMLU",
-            "GPQA",
-            "MedMCQA",
-        ]
+        assert " ".join(heads) == "BoolQ RTE HellaSwag WinoGrande ARC-E ARC-C OpenBookQA MMLU GPQA MedMCQA"
         assert [c.num_fewshot for c in spec.layouts[0].columns] == [0] * 7 + [5] * 3
 
 
