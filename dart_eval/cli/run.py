@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dart_eval.cli import options
-from dart_eval.cli.view import TerminalView, say, show
+from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
 
@@ -29,7 +29,7 @@ NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "as
 @options.takes(*DEFAULTS)
 def run(
     model_args: options.ModelArgs = None, config: options.Config = None,
-    plan: options.Plan = False, verbose: options.Verbose = False,
+    plan: options.Plan = False, format: options.RunFormat = "table", verbose: options.Verbose = False,
     **given: Any,
 ) -> None:  # fmt: skip
     """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end.
@@ -44,12 +44,15 @@ def run(
     dart-eval run --config run.yaml
     """
     hush(verbose)
-    begin = show_plan if plan else run_cells
-    begin(understood(config, {"model_args": model_args, **given}), verbose)
+    configs = understood(config, {"model_args": model_args, **given})
+    if plan:
+        show_plan(configs, verbose)
+    else:
+        run_cells(configs, verbose, format)
 
 
-def run_cells(configs: list[RunConfig], verbose: bool) -> None:
-    """Run what is not finished, and show the board.
+def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") -> None:
+    """Run what is not finished, and show the board, or as JSON every number.
 
     Raises:
         typer.Exit: cells failed.
@@ -65,7 +68,7 @@ def run_cells(configs: list[RunConfig], verbose: bool) -> None:
             result = run_all(configs, view)
             if line := held_against(first.output, result.records):
                 view.note(line)
-    show_results(result, first.output)
+    show_results(result, first.output, format)
     finish(result, first.output)
 
 
@@ -112,17 +115,22 @@ def plan_table(sizes: list[CellSize], workers: int) -> Table:
     return Table("Plan", columns, body, note, rules=frozenset({len(body) - 1}))
 
 
-def show_results(result: RunResult, output: str) -> None:
-    """The board of a run, where its results are, and what may be typed next."""
+def show_results(result: RunResult, output: str, format: str = "table") -> None:
+    """The board of a run, where its results are, and what may be typed next; or JSON alone."""
     if result.records:
-        from dart_eval.cli.views import BOARD, Shown, print_view
+        from dart_eval.cli.options import BOARD
+        from dart_eval.cli.views import Shown, as_data, print_view
         from dart_eval.results.board import newest
         from dart_eval.results.pairing import with_dense
         from dart_eval.results.store import Store
 
         store = Store(output)
         everything, _ = newest(store.scan().records)
-        print_view(Shown(BOARD, store, with_dense(result.records, everything)))
+        shown = Shown(BOARD, store, with_dense(result.records, everything))
+        if format == "json":
+            put(as_data(shown, "json"))
+            return
+        print_view(shown)
         say(_next(result.records, everything, output))
 
 

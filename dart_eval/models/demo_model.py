@@ -25,19 +25,27 @@ def installed() -> bool:
     return find_spec(PACKAGE) is not None
 
 
+def expanded() -> bool:
+    """Is the converted model there, so that `folder` takes no time?"""
+    return (_target() / "model.safetensors").exists()
+
+
 def folder() -> Path:
     """The converted model's folder, made on first use.
 
     Raises:
         UserError: the package is missing, or its weights do not have the expected checksum.
     """
-    target = gguf.cache_dir() / f"{ALIAS}-{SHA256[:8]}-v{CONVERSION}"
-    if not (target / "model.safetensors").exists() and not installed():
+    if not expanded() and not installed():
         raise UserError(
             f"the demo model {ALIAS} is not installed",
             "run pip install '.[demo]' in dart-eval's folder (Gemma terms of use apply)",
         )
-    return gguf.made(target, _convert)
+    return gguf.made(_target(), _convert)
+
+
+def _target() -> Path:
+    return gguf.cache_dir() / f"{ALIAS}-{SHA256[:8]}-v{CONVERSION}"
 
 
 def _convert(target: Path) -> None:

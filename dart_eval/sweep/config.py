@@ -20,6 +20,7 @@ from dart_eval.sweep.options import DEFAULTS, Options, choices_of, option_of
 from dart_eval.sweep.values import Refused, shown
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
+from dart_eval.util.machine import has_cuda
 from dart_eval.util.yamls import read_mapping
 
 if TYPE_CHECKING:
@@ -98,13 +99,19 @@ class RunConfig(Options):
             raise UserError("--calibration-seed draws passages, and all is read", "give --calibration-tokens too")
 
     def check_output(self) -> None:
-        """Refuse an output folder that could not be written, before anything is computed for it.
+        """Refuse an output folder that could not be written, and data that are not there, before torch is loaded.
 
-        Apart from `check`, as workers on other nodes do not see it.
+        Apart from `check`, as workers on other nodes do not see these folders.
 
         Raises:
             UserError: with the reason.
         """
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise UserError(f"data folder {self.data_dir} is not there", "give one as docs/data.md describes it")
+        if self.device.startswith("cuda") and self.executor == "local" and not has_cuda():
+            raise UserError(
+                f"device {self.device} is not there: this machine has no CUDA driver", "--device cpu or auto"
+            )
         folder = Path(self.output)
         for path in (folder, folder / "cells", folder / "samples"):
             if path.exists() and not path.is_dir():

@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 
 from dart_eval.evaluation.calibration_text import calibration_text, sharing
 from dart_eval.evaluation.evaluate import check_answers
+from dart_eval.evaluation.local_data import number_asked
 from dart_eval.evaluation.sampling import task_draws
 from dart_eval.evaluation.task_hash import task_hash
 from dart_eval.evaluation.tasks import Tasks, leaves
 from dart_eval.layers.find import describe
+from dart_eval.models import demo_model
 from dart_eval.models.loading import Resolved, choose_device, resolve
 from dart_eval.pruning import compatibility
 from dart_eval.results.journal import Journal
@@ -29,6 +32,7 @@ from dart_eval.sweep.thinking import check_kind
 from dart_eval.sweep.values import pairs
 from dart_eval.util.bits import OWN_BITS, Stored, said
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import counted
 from dart_eval.weights.rounding import refuse_fixed
 
 POLL = 2.0  # seconds between looks at cells that another process is at work on
@@ -37,6 +41,7 @@ POLL = 2.0  # seconds between looks at cells that another process is at work on
 class View(Protocol):
     """What a person sees of a run."""
 
+    def about(self, text: str) -> None: ...
     def planned(self, cells: int, finished: int) -> None: ...
     def status(self, text: str) -> None: ...
     def started(self, cell: Cell, requests: int) -> None: ...
@@ -107,7 +112,8 @@ def plan_all(
         tasks = shelves[shelf]
         names = tasks.expand(list(config.tasks))
         if model is None:
-            view.status("finding the model")
+            new = config.model in (None, demo_model.ALIAS) and not demo_model.expanded()
+            view.status("expanding the demo model's weights, once: about a minute" if new else "finding the model")
             spec = config.model_spec
             model = resolve(spec if device is None else dataclasses.replace(spec, device="cpu"))
         hashes, drawn = {}, set()
@@ -264,8 +270,23 @@ def begin_sweep(
     done: dict[str, Record] = {}
     if not configs[0].force:
         done = {k: r for k, job in jobs.items() if (r := store.get(job.cell.name, k)) is not None}
+    if jobs:
+        view.about(_about([*jobs.values()]))
     view.planned(len(jobs), len(done))
     return Sweep(jobs, missing, store, view, done)
+
+
+def _about(jobs: Sequence[Job]) -> str:
+    """What a sweep runs, in a line: model, number format, device, cells, documents, folder."""
+    config, inputs = jobs[0].config, jobs[0].cell.inputs
+    documents = sum(
+        number_asked(task, job.config.limit) for job in jobs for task in leaves(job.tasks.load(job.cell.task))
+    )
+    threads = f", {counted(torch.get_num_threads(), 'thread')}" if inputs["device"] == "cpu" else ""
+    return (
+        f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}{threads}: {counted(len(jobs), 'cell')}, "
+        f"{counted(documents, 'document')}; results in {config.output}"
+    )
 
 
 def open_cell(store: Store, job: Job, view: View, since: float | None = None) -> Record | Journal:

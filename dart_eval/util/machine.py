@@ -92,3 +92,8 @@ def _busy() -> float | None:
         return None
     user, nice, system, _idle, _waiting, interrupt, soft, stolen = ticks
     return (user + nice + system + interrupt + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def has_cuda() -> bool:
+    """Whether a GPU's driver is there (NVIDIA's, or AMD's, which torch calls cuda, too). Torch is not needed."""
+    return os.name == "nt" or any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")))

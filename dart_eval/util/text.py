@@ -34,6 +34,11 @@ def printable(text: str, lines: bool = False) -> str:
     return _HIDDEN.sub(shown, text)
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 cell`, `1,200 documents`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def items_of(given: Any) -> list[Any]:
     """A list that was given as one, as text with commas, as several such texts, or as a single value.
 

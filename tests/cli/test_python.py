@@ -72,7 +72,7 @@ def test_the_import_needs_no_torch():
 def test_evaluate_has_the_options_of_run_and_their_defaults():
     signature = inspect.signature(dart_eval.evaluate).parameters
     config = vars(RunConfig())
-    assert set(signature) == set(config)
+    assert set(signature) == {*config, "progress"}
     for name in set(config) - {"tasks"}:
         assert signature[name].default == config[name], name
     kinds = {p.kind for function in (dart_eval.evaluate, dart_eval.prune) for p in
