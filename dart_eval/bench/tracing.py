@@ -99,7 +99,7 @@ def trace(
             "schema": SCHEMA, "method": method.name, "params": method.params(), "sparsity": sparsity,
             "prompt_tokens": prompt.shape[1], "switch": passage.switch,
             "tokens": [tokenizer.decode([t]) for t in decoded], "logprobs": logprobs,
-            "layers": {"kept": state.kept[0].tolist(), "sizes": [f.size for f in session.ffns]},
+            "layers": {"kept": state.mask_counts[0].tolist(), "sizes": [f.size for f in session.ffns]},
             "detector": detector,
             "remasks": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events],
             "effective_sparsity": session.effective_sparsity, "weights_read": session.weights_read,

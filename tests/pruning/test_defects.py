@@ -69,7 +69,7 @@ def test_d2_one_forward_is_masked_and_settings_stay_as_they_were(llama):
 def test_d3_and_d4_each_layer_has_its_own_count_before_and_after_an_alarm(llama):
     with open_session(llama, "dart", 0.5, **RESTLESS) as session:
         counts, events = decode(llama, session, prompt(), random_tokens(12, seed=1))
-        wanted = session.state.kept[0].tolist()
+        wanted = session.state.mask_counts[0].tolist()
     assert len(set(wanted)) == 3  # a shift or an exchange would show
     assert events and all(c == wanted for c in counts)
 

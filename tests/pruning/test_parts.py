@@ -26,7 +26,7 @@ from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import kind_with
-from dart_eval.pruning.masks.allocations import Global, Table, Uniform
+from dart_eval.pruning.masks.allocations import FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import MeanOutput, Nothing
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
@@ -44,7 +44,7 @@ from tests.helpers.models import tiny
 from tests.helpers.sessions import VARIED, open_session, prompts_of
 
 METHODS = [m.name for m in BUILT_IN]
-FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
+FIELDS = [(cls, field) for cls in PARTS if cls is not FromTable for field in plain_fields(cls)]
 SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries", "routing")
 
 
@@ -351,7 +351,7 @@ def compositions(draw):
     for slot in SLOTS:
         if draw(st.integers(0, 4)):  # few others: of many, most do not go together
             continue
-        known = [cls for cls in parts()[slot].values() if cls is not Table]
+        known = [cls for cls in parts()[slot].values() if cls is not FromTable]
         cls = draw(st.sampled_from(known))
         given[slot] = cls.name
         for field in plain_fields(cls):
@@ -388,7 +388,7 @@ def test_any_part_in_any_slot_of_any_method_comes_back(name, slot):
     """One at a time, with all fields another than by default; what cannot be is said to be so."""
     for cls in parts()[slot].values():
         fields = [f for f in plain_fields(cls) if (cls, f.name) != (OnDrift, "every")]
-        given = {slot: cls.name} | {f"{slot}.{f.name}": _another(cls, f) for f in fields if cls is not Table}
+        given = {slot: cls.name} | {f"{slot}.{f.name}": _another(cls, f) for f in fields if cls is not FromTable}
         found = _possible(name, given)
         if found is not None:
             assert made(found.spec) == found
@@ -512,7 +512,7 @@ def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path
         slots_of_it = slot_names(kind)
         fitting = [[cls for cls in PARTS if issubclass(cls, takes(kind, slot))] for slot in slots_of_it]
         for classes in itertools.product(*fitting):
-            parts_of_it = [cls(file=str(table)) if cls is Table else cls() for cls in classes]
+            parts_of_it = [cls(file=str(table)) if cls is FromTable else cls() for cls in classes]
             method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
             assert type(method) is kind
             made += 1

@@ -139,15 +139,15 @@ def test_magnitude_and_protection_are_used(llama):
 
     # S normalised 1, 1/3, 0; weights 0, 2/3, .35 -> prune 0, .984, .516, clipped .1, .9, .516; the surplus .016 is
     # taken 2/3 : .35 from the last two: .889, .511, of 40 neurons 4.4 and 19.6 kept
-    assert full.kept[0].tolist() == [36, 4, 20]
+    assert full.mask_counts[0].tolist() == [36, 4, 20]
     # normalised 0, 1, 0; weights 1/4, 0, .35 -> .625, 0, .875; the middle is raised to .1, the others give 5:7
-    assert bare.kept[0].tolist() == [17, 36, 7]
+    assert bare.mask_counts[0].tolist() == [17, 36, 7]
     # weights 0, 2/3, 1 -> 0, .6, .9, clipped .1, .6, .9; weights 2:3 give .1: .56, .84
-    assert _turned(llama, **{"allocation.protect": False}).kept[0].tolist() == [36, 18, 6]
+    assert _turned(llama, **{"allocation.protect": False}).mask_counts[0].tolist() == [36, 18, 6]
     # weights 1, 0, 1 -> .75, 0, .75; the middle is raised to .1
     neither = {"allocation.protect": False, "allocation.magnitude": False}
-    assert _turned(llama, **neither).kept[0].tolist() == [12, 36, 12]
-    assert _turned(llama, allocation="uniform").kept[0].tolist() == [20, 20, 20]
+    assert _turned(llama, **neither).mask_counts[0].tolist() == [12, 36, 12]
+    assert _turned(llama, allocation="uniform").mask_counts[0].tolist() == [20, 20, 20]
 
 
 def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
@@ -177,7 +177,7 @@ def test_a_remask_blends_recent_scores_and_keeps_the_counts(llama):
         x = torch.cat([last_of_prompt[i][0][[int(ring.next[0]) % 4]], recent[i][0]])
         h = ffn.intermediate(x)
         score = 0.25 * state.layers[i].sums["score"][0] / 6 + 0.75 * h.square().sum(0) / 4
-        wanted = top_k_mask(score[None], state.kept[:1, i])[0]
+        wanted = top_k_mask(score[None], state.mask_counts[:1, i])[0]
         assert torch.equal(state.masks[i][0], wanted)
         mean = 0.25 * means[i][0] + 0.75 * h.mean(0)
         assert torch.allclose(state.layers[i].sums["compensation"][0] / 6, mean, atol=1e-6)

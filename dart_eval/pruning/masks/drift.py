@@ -1,4 +1,4 @@
-"""Drift detector: has the context moved away from what the mask was made for?
+"""Drift detector: has the text moved away from the context that the mask was made from?
 
 Signal: the last layer's attention output after its projection, a_t in R^D (no attention probabilities, so any
 attention backend). Reference: the mean b over the prompt's tokens; the prompt's windows of W tokens give
@@ -23,13 +23,15 @@ MAX_REFERENCE_WINDOWS = 64  # the latest; bounds the memory of long prompts at 6
 
 
 class DriftConfig(Protocol):
-    """Settings of the detector, see `parts.remasks.OnDrift`.
+    """Settings of the detector, see `remasks.OnDrift`.
 
     Attributes:
-        window: W, tokens per window. sigma, floor: of the margin. patience: flagged windows (net) before the alarm.
+        window: W, tokens per window.
+        sigma: margin in standard deviations of the prompt's windows.
+        floor: least margin.
+        patience: flagged windows (net) before the alarm.
         cooldown: windows after an alarm in which nothing is flagged.
-        min_windows: with fewer prompt windows sigma is not trusted and the margin is `floor`; with none, the detector
-            stays silent.
+        min_windows: with fewer prompt windows the margin is `floor`; with none, the detector stays silent.
         recent: windows that make the new reference after a re-mask; mu and sigma stay the prompt's.
     """
 
@@ -92,7 +94,7 @@ class DriftDetector(PerSequence):
             self.prompt_fill[row] = len(rest) - full * size
 
     def set_reference(self) -> None:
-        """Close the prompt, so far: reference, threshold, and an empty window for what is decoded next."""
+        """Close the prompt so far: set reference and threshold, and begin an empty window for decoded tokens."""
         config = self.config
         self.reference = self.total / self.count.clamp_min(1)[:, None]
         for row, windows in enumerate(self.windows):
@@ -111,15 +113,18 @@ class DriftDetector(PerSequence):
             tensor.zero_()
 
     def room(self) -> int:
-        """Tokens that `update` can take until the current window closes."""
+        """Return the tokens that `update` can take until the current window closes."""
         return self.config.window - self.position
 
     def update(self, a: Tensor, valid: Tensor, hold: Tensor | None = None) -> Tensor:
         """Add decoded tokens, at most up to the end of the current window.
 
         Args:
-            a: [B, T, D], T <= room(). valid: [B, T] bool, False for padding after a sequence's end.
-            hold: [B] bool, sequences of which no window is flagged now (they run dense after an alarm).
+
+
+            a: [B, T, D], T <= room().
+            valid: [B, T] bool, False for padding after a sequence's end.
+            hold: [B] bool, sequences that run dense after an alarm: none of their windows is flagged.
 
         Returns:
             [B] bool, the sequences whose alarm has just been raised.
@@ -160,7 +165,7 @@ class DriftDetector(PerSequence):
     def select(self, rows: Tensor) -> DriftDetector:
         """An independent copy for the given sequences (indices, repeats allowed)."""
         windows, bare = self.windows, copy.copy(self)
-        bare.windows = []  # their first dimension is no batch
+        bare.windows = []  # their first dimension is not the batch
         new = super(DriftDetector, bare).select(rows)
         new.windows = [windows[int(r)] for r in rows]
         return new
