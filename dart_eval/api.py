@@ -1,4 +1,4 @@
-"""`dart_eval.evaluate` does from Python what `dart-eval run` does. It imports torch only when it is called."""
+"""`dart_eval.evaluate`, the Python form of `dart-eval run`. It imports torch only when it is called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dart_eval.sweep.config import RunConfig
 
 DEFAULT_METHODS = ("dense", "griffin", "dart", "dart-plus")  # of `RunConfig`, which needs pydantic: a test compares
-OF_LOADING = ("revision", "dtype", "device", "device_map", "peft", "trust_remote_code")  # of a model to be loaded
+OF_LOADING = ("revision", "dtype", "device", "device_map", "peft", "trust_remote_code")  # only for unloaded models
 
 
 def evaluate(
@@ -65,7 +65,8 @@ def evaluate(
         dart_eval.evaluate(tasks="smoke_questions", method=["dense", "dart"], sparsity=0.5, limit=20)
 
     Args:
-        model: a name or folder, or a loaded model; None is the demo model. tokenizer: of a loaded model.
+        model: a name or folder, or a loaded model; None is the demo model.
+        tokenizer: of a loaded model.
         tasks: names, as a list or as text with commas; so are `method` and `sparsity`.
 
     Every other parameter is the option of `dart-eval run` of that name.
@@ -80,8 +81,8 @@ def evaluate(
     return _run({name: value for name, value in locals().items() if value is not None})
 
 
-def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run what was given to `evaluate`."""
+def _run(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run with the arguments of `evaluate`."""
     from dart_eval.cluster import run
     from dart_eval.results.rows import rows
     from dart_eval.sweep.config import config_from
@@ -89,13 +90,13 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
     from dart_eval.sweep.tracking import tracked
     from dart_eval.util.quiet import without_remarks
 
-    model, tokenizer = given.pop("model", None), given.pop("tokenizer", None)
+    model, tokenizer = options.pop("model", None), options.pop("tokenizer", None)
     if model is None or isinstance(model, (str, Path, bytes)):
         if tokenizer is not None:
             raise UserError("a tokenizer goes with a loaded model", "leave it out: a model by its name brings its own")
-        config, ready = config_from(None, {**given, "model": model}), None
+        config, ready = config_from(None, {**options, "model": model}), None
     else:
-        config = config_from(None, given)
+        config = config_from(None, options)
         _check(config)
         ready = _ready(model, tokenizer)
     with without_remarks(), tracked(Silent(), config.log, config.log_project, config) as view:
@@ -112,14 +113,14 @@ def _run(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _ready(model: Any, tokenizer: Any) -> Loaded:
-    """The loaded model, as an executor takes it."""
+    """Return the loaded model in the form that an executor takes."""
     from dart_eval.models.loaded import loaded
 
     return loaded(model, tokenizer)
 
 
 def _check(config: RunConfig) -> None:
-    """Refuse what a loaded model cannot be told any more.
+    """Refuse parameters that no longer apply to a loaded model.
 
     Raises:
         UserError: such a parameter is given.

@@ -16,7 +16,7 @@ from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.layers.families import base_of, cache_argument
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.layers.verify import telling
+from dart_eval.layers.verify import explaining
 from dart_eval.pruning.session.cache import cache_in
 from dart_eval.util.errors import UserError
 
@@ -106,7 +106,7 @@ def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> Non
     """Whether a head gives the model's own logits. See `output_head`."""
     device: Any = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2]], device=device)
-    with telling(model):
+    with explaining(model):
         theirs = _all_words(model, tokens)
         ours = head(base_of(model)(input_ids=tokens)[0][0]).float().cpu()
     for found in (theirs, ours):
@@ -128,7 +128,7 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
     tokens = (torch.arange(9, device=forwards.device) % model.config.get_text_config().vocab_size)[None]
     # Beside the largest logit: rounding is far less in single precision, and less than ten times this in 16 bits.
     least = 1e-3 if model.dtype.itemsize > 2 else 1e-2
-    with telling(model):
+    with explaining(model):
         whole = _all_words(model, tokens)
         _refuse_without_cache(name, model(input_ids=tokens[:, :CONTEXT], use_cache=True))
         _ONE_BY_ONE.discard(model)

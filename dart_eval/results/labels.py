@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
-from dart_eval.util.bits import said
+from dart_eval.util.bits import bits_text
 
 
 class Named(Protocol):
@@ -69,7 +69,7 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
         told = which if len(models) > len({name for name, _ in models}) else []
         told += [_told(s, r) for s in apart if s != "code" and matters(s, r.inputs)
                  and not (FIELDS[s].any and r.inputs.get(s) is None)]  # fmt: skip
-        bits = f" on {said(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
+        bits = f" on {bits_text(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
         found[r.key] = methods[r.key] + bits, told
     for rs in _grouped(records, lambda r: (found[r.key][0], *found[r.key][1])).values():
         if (

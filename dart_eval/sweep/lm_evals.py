@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_eval.sweep import values
-from dart_eval.sweep.values import shown
+from dart_eval.sweep.values import short_repr
 from dart_eval.util.errors import UserError, nearest
 
 # What lm-eval calls otherwise: options, its `--model_args`, and its names for the models of transformers.
@@ -43,4 +43,6 @@ def translate(told: dict[str, Any]) -> None:
             found[own] = value if own in OF_OTHER_TYPES else str(value)
     for name, value in found.items():
         if told.setdefault(name, value) != value:
-            raise UserError(f"{name} is given twice: {shown(told[name])} and {shown(value)}", "leave one of them out")
+            raise UserError(
+                f"{name} is given twice: {short_repr(told[name])} and {short_repr(value)}", "leave one of them out"
+            )

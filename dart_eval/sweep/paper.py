@@ -15,7 +15,7 @@ from dart_eval.results.paper_tables import FIELDS, Column, Layout, Reported, Row
 from dart_eval.sweep.config import RunConfig, checked
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.errors import UserError, naming, nearest, summary
-from dart_eval.util.yamls import read_mapping, shown
+from dart_eval.util.yamls import read_mapping, short_repr
 
 SHIPPED = Path(__file__).parents[1] / "data"
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
@@ -50,7 +50,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         raise UserError(f"{path} has no tables", SEE)
     layouts, configs = [], []
     for table in data["tables"]:
-        where = f"{path}, table {shown(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
+        where = f"{path}, table {short_repr(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
         _known(table, TABLE_KEYS, where)
         try:
             with naming(f"{where}: "):
@@ -67,7 +67,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
 def _known(data: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
     """The data, which must be a mapping with these keys alone."""
     if not isinstance(data, dict):
-        raise UserError(f"{where} must hold keys and values, not {shown(data)}", SEE)
+        raise UserError(f"{where} must hold keys and values, not {short_repr(data)}", SEE)
     for key in data:
         if key not in keys:
             raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), keys))

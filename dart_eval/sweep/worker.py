@@ -33,7 +33,7 @@ from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.hashes import code_hash
 from dart_eval.sweep.jobs import Job
 from dart_eval.sweep.plan import Cell, command, environment, versions
-from dart_eval.util.bits import Rounding, said, unread
+from dart_eval.util.bits import Rounding, bits_text, unread
 from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.machine import hardware, peak_memory
 from dart_eval.weights import rounding
@@ -132,7 +132,7 @@ class Worker:
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
         """The model with rounded FFN weights; the last are kept, since cell after cell asks for them."""
         if self._rounded is None or self._rounded[0] != wanted:
-            self._status(f"rounding the FFN weights to {said(wanted.text)}")
+            self._status(f"rounding the FFN weights to {bits_text(wanted.text)}")
             self._rounded = None  # before the next: there need not be room for both
             self._rounded = wanted, Rounded(self.model, wanted)
             self.calibration = self._calibrated(wanted)

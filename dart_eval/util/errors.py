@@ -1,4 +1,4 @@
-"""What a user is told: a single line that says what is wrong and what to do."""
+"""Errors for users: one line with the problem and the remedy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from dart_eval.util.text import printable
 
-# How libraries say that there is no more memory; the last is the loader's of shared ones.
+# Libraries' messages for exhausted memory; the last is of the loader of shared libraries.
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
 
 
 class UserError(Exception):
-    """The input is wrong. Printed as one line (problem; remedy); the command exits with status 2."""
+    """Wrong input, printed as one line (problem; remedy); the command exits with status 2."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem = " ".join(printable(problem).split())
@@ -25,7 +25,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Put where it is wrong before what is wrong, in every error of the block."""
+    """Prefix the problem of every UserError in the block with its place."""
     try:
         yield
     except UserError as error:
@@ -33,7 +33,7 @@ def naming(where: str) -> Iterator[None]:
 
 
 class StoreError(UserError):
-    """The results folder cannot be written: no cell could be kept."""
+    """The results folder cannot be written, so no cell could be saved."""
 
     def __init__(self, folder: Path, error: OSError) -> None:
         super().__init__(
@@ -43,26 +43,25 @@ class StoreError(UserError):
 
 
 def remark(text: str) -> None:
-    """Say something beside the results: one line on stderr."""
+    """Print a one-line note on stderr."""
     print(f"note: {' '.join(printable(text).split())}", file=sys.stderr)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the process, has no more memory."""
-    text = str(error).lower()
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(words in text for words in NO_MEMORY)
+    """Whether a device or the process has run out of memory."""
+    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_type or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def summary(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(printable(str(error)).split())[:300]}"
 
 
-def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """`did you mean a, b?` for the known names closest to `name`, or the whole list where it is short."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=n, cutoff=0.5)
+def nearest(name: str, options: Iterable[str], n: int = 3) -> str:
+    """Return `did you mean a, b?` with the options closest to `name`, or all of them if they are few."""
+    options = sorted(options)
+    close = difflib.get_close_matches(name, options, n=n, cutoff=0.5)
     if close:
         return f"did you mean {', '.join(close)}?"
-    return f"known: {', '.join(known)}" if len(known) <= 20 else ""
+    return f"known: {', '.join(options)}" if len(options) <= 20 else ""
