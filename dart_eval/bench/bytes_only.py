@@ -57,17 +57,17 @@ class BytesOnly:
         return {**held, "times": BYTES_ONLY, "speedup": None, "control": None}
 
 
-def rows(found: Sequence[Any]) -> list[dict[str, Any]]:
+def rows(results: Sequence[Any]) -> list[dict[str, Any]]:
     """What was measured as plain values: a row for each, timed or not. Each has its method, sparsity and read."""
-    return [_row(one) for one in found]
+    return [_row(one) for one in results]
 
 
-def _row(found: Any) -> dict[str, Any]:
-    if isinstance(found, BytesOnly):
-        return found.row()
-    if isinstance(found, RoundedSpeed):
-        return {"method": "dense", "sparsity": 0.0, **row(found), "weights_read": found.read}
-    return row(found)
+def _row(result: Any) -> dict[str, Any]:
+    if isinstance(result, BytesOnly):
+        return result.row()
+    if isinstance(result, RoundedSpeed):
+        return {"method": "dense", "sparsity": 0.0, **row(result), "weights_read": result.read}
+    return row(result)
 
 
 def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: Any) -> UserError | None:

@@ -89,11 +89,11 @@ class DecodeSpeed:
     foreign_cores: float | None
 
 
-def row(found: Any) -> dict[str, Any]:
+def row(result: Any) -> dict[str, Any]:
     """Plain numbers: of a ratio its median, beside `NAME_quartiles` and `NAME_n`."""
     made: dict[str, Any] = {}
-    for field in dataclasses.fields(found):
-        value = getattr(found, field.name)
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
         made[field.name] = value.median if isinstance(value, Ratio) else value
         if isinstance(value, Ratio):
             made |= {f"{field.name}_quartiles": [value.low, value.high], f"{field.name}_n": value.n}

@@ -122,23 +122,23 @@ class Subject:
             )
             return path.read_bytes()
 
-    def speed(self, found: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
+    def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
         """What is kept of a measurement. method: that was measured; `dense` for rounding alone."""
-        more = {name: value for name, value in dataclasses.asdict(found).items() if name not in FIELDS}
+        more = {name: value for name, value in dataclasses.asdict(result).items() if name not in FIELDS}
         bits: str | None
-        if isinstance(found, RoundedSpeed):
-            sparsity, read, bits = 0.0, found.read, found.bits
+        if isinstance(result, RoundedSpeed):
+            sparsity, read, bits = 0.0, result.read, result.bits
         else:
-            sparsity, read = found.sparsity if method.sized else 0.0, found.weights_read
-            bits = found.bits if isinstance(found, BytesOnly) else None
+            sparsity, read = result.sparsity if method.sized else 0.0, result.weights_read
+            bits = result.bits if isinstance(result, BytesOnly) else None
         times: dict[str, Any] = {"speedup": None, "control": None, "times": bytes_only.BYTES_ONLY}
-        if not isinstance(found, BytesOnly):
-            times = {"speedup": found.speedup, "control": found.control}
+        if not isinstance(result, BytesOnly):
+            times = {"speedup": result.speedup, "control": result.control}
         return Speed(
             method=method.spec, params=method.params(), sparsity=sparsity,
             model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
             compiled=setting.compiled, prompt_tokens=setting.prompt_tokens, read=read,
-            ceiling=found.ceiling, **times,
+            ceiling=result.ceiling, **times,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(), ffn_bits=bits,
         )  # fmt: skip

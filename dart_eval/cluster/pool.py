@@ -80,7 +80,7 @@ class _Handle:
     """An actor as the pool knows it.
 
     Attributes:
-        number: counted over the pool. known: its node and process stand in its log.
+        number: counted over the pool. logged: its node and process are in its log.
         pending: what it was asked last: a ping, or the stream of its task; None.
         ready: it has just answered a ping, and has no task.
     """
@@ -88,7 +88,7 @@ class _Handle:
     number: int
     actor: Any
     pending: Any = None
-    known: bool = False
+    logged: bool = False
     ready: bool = False
     task: Any = None
 
@@ -200,9 +200,9 @@ class Pool:
         try:
             if handle.task is None:
                 process, handle.pending = ray.get(handle.pending), None
-                if not handle.known:
+                if not handle.logged:
                     handler.log(handle.number, f"runs on {process}")
-                handle.known = handle.ready = True
+                handle.logged = handle.ready = True
                 return []
             kind, what = ray.get(next(handle.pending))
         except ray.exceptions.RayError as error:

@@ -1,4 +1,4 @@
-"""A hash of what a task asks: its configuration and its documents."""
+"""A hash of a task: its configuration and its documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dart_eval.util.source import source_hash
 
 
 def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
-    """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
+    """Return the sha256 of a task's configuration and of the documents in use (few-shot pool included)."""
     digest = hashlib.sha256()
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
         config = task.dump_config() if hasattr(task, "dump_config") else {}
@@ -38,7 +38,7 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
 
 
 def _sourced(value: Any) -> Any:
-    """Functions replaced by hashes of their source: it tells them apart, addresses would differ in every process."""
+    """Replace functions by hashes of their source, since addresses differ between processes."""
     if isinstance(value, dict):
         return {str(k): _sourced(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

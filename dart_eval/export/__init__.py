@@ -41,20 +41,20 @@ def export(
         UserError: the input is wrong, nothing can be exported, or a file is in the way; nothing is then written.
     """
     from dart_eval.export import eval_results, every_eval_ever, lm_eval
-    from dart_eval.export.datasets import known, parsed
+    from dart_eval.export.datasets import datasets_of, parsed
     from dart_eval.export.facts import check_model, facts
     from dart_eval.export.writing import write_pieces
 
-    named, told = parsed(datasets), teller or Teller()
+    named, publisher = parsed(datasets), teller or Teller()
     records = store.load()
     if model is not None:
         check_model(model, records)
     cells = facts(store, records, model)
-    found = known([task for cell in cells for task in cell.leaves()], named)
+    found = datasets_of([task for cell in cells for task in cell.leaves()], named)
     if to == "every-eval-ever":
-        pieces = every_eval_ever.pieces(cells, found, told)
+        pieces = every_eval_ever.pieces(cells, found, publisher)
     elif to == "eval-results":
-        pieces = eval_results.pieces(cells, found, told.page)
+        pieces = eval_results.pieces(cells, found, publisher.page)
     else:
         pieces = lm_eval.pieces(cells, found)
     return write_pieces(folder, pieces, force)

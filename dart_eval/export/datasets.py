@@ -30,14 +30,14 @@ class Dataset:
     split: str | None = None
 
 
-def parsed(given: Iterable[str]) -> dict[str, Dataset]:
+def parsed(texts: Iterable[str]) -> dict[str, Dataset]:
     """What `--dataset` says: task -> data set.
 
     Raises:
         UserError: a value is not TASK=ID or TASK=ID:TASK_ID.
     """
     found = {}
-    for text in given:
+    for text in texts:
         name, _, rest = text.partition("=")
         id_, colon, task = rest.partition(":")
         if not name or not HUB_ID.fullmatch(id_) or bool(colon) != bool(task):
@@ -48,19 +48,19 @@ def parsed(given: Iterable[str]) -> dict[str, Dataset]:
     return found
 
 
-def known(names: Iterable[str], given: Mapping[str, Dataset]) -> dict[str, Dataset]:
+def datasets_of(names: Iterable[str], named: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The data sets of lm-eval tasks, as their YAML files name them.
 
     Args:
         names: lm-eval tasks.
-        given: what the user said, which wins.
+        named: what the user said, which wins.
 
     Returns:
         Those that are known, and all that the user said; not those of tasks on local files, or that this lm-eval does
         not know.
     """
-    found = {name: _dataset(config_of(name)) for name in dict.fromkeys(names) if name not in given}
-    return {**{name: dataset for name, dataset in found.items() if dataset is not None}, **given}
+    found = {name: _dataset(config_of(name)) for name in dict.fromkeys(names) if name not in named}
+    return {**{name: dataset for name, dataset in found.items() if dataset is not None}, **named}
 
 
 def of_task(task: str, leaves: Iterable[str], datasets: Mapping[str, Dataset]) -> Dataset | None:

@@ -43,11 +43,11 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
                 continue
             name = safe(f"{metric.task}-{cell.named('-')}") + f"-{cell.record.key[:8]}"
             path = f"{safe(cell.model)}/.eval_results/{name}.yaml"
-            found.append(Piece((path,), partial(_made, path, cell, metric, dataset, source)))
+            found.append(Piece((path,), partial(_file, path, cell, metric, dataset, source)))
     return [*found, Piece((), partial(_no_data_set, sorted(nowhere)))] if nowhere else found
 
 
-def _made(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, str]:
+def _file(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, str]:
     entry = _entry(cell, metric, dataset, source)
     return {path: yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)}
 
@@ -79,13 +79,13 @@ def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) ->
 
 def _notes(cell: Facts, metric: Metric) -> str:
     details = cell.details()
-    told = {
+    notes = {
         "pruner": details.pop("pruner"), "sparsity": details.pop("sparsity"), "read": details.pop("read"),
         "metric": metric.metric, "stderr": metric.stderr, "n": metric.n, **details,
         "dart-eval": cell.record.environment.get("dart-eval"),
     }  # fmt: skip
-    told[LAST] = told.pop(LAST)
-    return "; ".join(f"{name}={_text(value)}" for name, value in told.items() if value is not None)
+    notes[LAST] = notes.pop(LAST)
+    return "; ".join(f"{name}={_text(value)}" for name, value in notes.items() if value is not None)
 
 
 def _text(value: Any) -> str:

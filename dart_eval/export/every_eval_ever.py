@@ -68,7 +68,7 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], teller: Tell
         name = uuid.UUID(bytes=hashlib.sha256(cell.record.key.encode()).digest()[:16], version=4)
         developer, model = _names(cell.model)
         base = f"data/{COLLECTION}/{safe(developer)}/{safe(model.replace('/', '_'))}/{name}"
-        made = partial(_made, cell, base, datasets, teller)
+        made = partial(_files, cell, base, datasets, teller)
         found.append(Piece((f"{base}.json", f"{base}_samples.jsonl"), made))
     return found
 
@@ -79,7 +79,7 @@ def _names(model: str) -> tuple[str, str]:
     return (developer, name) if slash and developer and name else (LOCAL, model)
 
 
-def _made(cell: Facts, base: str, datasets: Mapping[str, Dataset], teller: Teller) -> dict[str, str]:
+def _files(cell: Facts, base: str, datasets: Mapping[str, Dataset], teller: Teller) -> dict[str, str]:
     results = [
         _result(cell, metric, of_task(metric.task, cell.leaves(), datasets))
         for metric in cell.record.metrics

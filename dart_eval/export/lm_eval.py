@@ -61,7 +61,7 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset]) -> list[Piec
         taken.add(f"{folder}/{date}")
         names = {leaf: f"{folder}/samples_{safe(leaf)}_{date}.jsonl" for cell in run.cells for leaf in cell.leaves()}
         results = f"{folder}/results_{date}.json"
-        found.append(Piece((results, *names.values()), partial(_made, run, results, names, datasets)))
+        found.append(Piece((results, *names.values()), partial(_files, run, results, names, datasets)))
     return found
 
 
@@ -81,7 +81,7 @@ def _runs(cells: Sequence[Facts]) -> list[tuple[str, Run]]:
     return [(digest, run) for digest, runs in found.items() for run in runs]
 
 
-def _made(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[str, Dataset]) -> dict[str, str]:
+def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[str, Dataset]) -> dict[str, str]:
     texts: dict[str, str] = {}
     hashes = {}
     for cell in run.cells:

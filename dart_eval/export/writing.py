@@ -73,7 +73,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     old, stop = set(there), _standing(folder)
     written: list[Path] = []
     try:
-        for piece, texts in _made(pieces):
+        for piece, texts in _texts_of(pieces):
             for path, text in texts.items():
                 _forget_half(folder / path)
                 if path not in old:
@@ -87,7 +87,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     return sorted({*written, *(folder / path for path in old if os.path.lexists(folder / path))})
 
 
-def _made(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
+def _texts_of(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
     failed: list[UserError] = []
     for piece in pieces:
         try:

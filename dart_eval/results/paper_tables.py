@@ -1,6 +1,6 @@
 """Tables of a paper: rows and columns are data; the best of a column is bold only where the paired test says so.
 
-What a table looks like is a `Layout` (`sweep.paper` reads them from a file); the numbers come from the records and
+What a table looks like is a `TableLayout` (`sweep.paper` reads them from a file); the numbers come from the records and
 samples of a results folder.
 """
 
@@ -40,7 +40,7 @@ CSV = ("table", "row", "method", "params", "sparsity", "column", "tasks", "metri
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A method of a table: its label for people, its name, all its parameters, and whether it prunes."""
 
     label: str
@@ -50,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Column:
+class PaperColumn:
     """A metric over one task or the mean of several, or a cost (`field`, a key of `FIELDS`), as it was asked for."""
 
     head: str
@@ -75,31 +75,31 @@ class Reported:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """One table. `mean` adds the mean over the columns, which must then all be means of one direction."""
 
     name: str
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[PaperRow, ...]
     sparsity: tuple[float, ...]
-    columns: tuple[Column, ...]
+    columns: tuple[PaperColumn, ...]
     mean: bool = False
     reported: tuple[Reported, ...] = ()
     note: str = ""
 
     @property
-    def lines(self) -> list[tuple[int, float, Row | Reported]]:
+    def lines(self) -> list[tuple[int, float, PaperRow | Reported]]:
         """The lines with their blocks: rows that do not prune first, then the others and what is reported at each
         sparsity."""
-        found: list[tuple[int, float, Row | Reported]] = []
+        found: list[tuple[int, float, PaperRow | Reported]] = []
         for block, sparsity in enumerate((0.0, *self.sparsity)):
-            rows: list[Row | Reported] = [r for r in self.rows if r.prunes == (block > 0)]
+            rows: list[PaperRow | Reported] = [r for r in self.rows if r.prunes == (block > 0)]
             rows += [r for r in self.reported if rows and r.sparsity == sparsity]
             found += [(block, sparsity, row) for row in rows]
         return found
 
     @property
-    def parts(self) -> dict[str, tuple[Column, ...]]:
+    def parts(self) -> dict[str, tuple[PaperColumn, ...]]:
         """Head -> the columns that its numbers are made of: itself, or for the mean all of them."""
         return {**{c.head: (c,) for c in self.columns}, **({MEAN: self.columns} if self.mean else {})}
 
@@ -130,12 +130,12 @@ class Paper:
             raise UserError(f"a paper's tables are of one model, not of {named}", remedy)
         self.missing, self.command = missing, command
         self._records = {r.key: r for r in records}
-        self._usual = records[0].inputs  # what all cells were asked
+        self._common = records[0].inputs  # what all cells were asked
         self._metrics, self._cells = metrics_frame(rows(records)), cells_frame(records).set_index("key")
         self._metrics["better"] = self._metrics["higher_is_better"].map({True: 1, False: -1}).fillna(0)
         self._samples = {r.key: outcomes.cell_of(store, r) for r in records}
 
-    def table(self, layout: Layout) -> tuple[Table, pd.DataFrame]:
+    def table(self, layout: TableLayout) -> tuple[Table, pd.DataFrame]:
         """The table for people, and its numbers: one a row, with the columns of `CSV`."""
         numbers = self._with_best(self._numbers(layout))
         lines, heads = layout.lines, list(layout.parts)
@@ -143,7 +143,7 @@ class Paper:
         texts = texts.reindex(range(len(lines)), columns=[*heads, "effective", "read"]).fillna("-")
         body = []
         for (_, sparsity, line), shown in zip(lines, texts.to_numpy().tolist(), strict=True):
-            if isinstance(line, Row):
+            if isinstance(line, PaperRow):
                 body.append([line.label, percent(sparsity), *shown])
                 continue
             values = line.values
@@ -161,7 +161,7 @@ class Paper:
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
-    def _numbers(self, layout: Layout) -> pd.DataFrame:
+    def _numbers(self, layout: TableLayout) -> pd.DataFrame:
         """What there is of a layout's numbers: each a mean over the cells `key`, which weigh `share`."""
         fields = {c.field: FIELDS[c.field][0](self._cells) for c in layout.columns if c.field}
         costs = [
@@ -182,11 +182,11 @@ class Paper:
         made["text"] = [_text(*v) for v in zip(made["metric"], made["value"], made["stderr"], strict=True)]
         return made.assign(tasks=made["task"].map("+".join))
 
-    def _wanted(self, layout: Layout) -> pd.DataFrame:
+    def _wanted(self, layout: TableLayout) -> pd.DataFrame:
         """The cells that each number of a layout needs, a row each; the key is None where there is no such cell."""
         known = {identity(r.inputs): key for key, r in self._records.items()}
         found: list[dict[str, Any]] = []
-        lines = [(i, block, s, row) for i, (block, s, row) in enumerate(layout.lines) if isinstance(row, Row)]
+        lines = [(i, block, s, row) for i, (block, s, row) in enumerate(layout.lines) if isinstance(row, PaperRow)]
         for (line, block, sparsity, row), (head, parts) in itertools.product(lines, layout.parts.items()):
             for part, task in ((p, t) for p in parts for t in p.tasks):
                 cell = {"method": row.method, "params": row.params, "sparsity": sparsity, "task": task}
@@ -194,7 +194,7 @@ class Paper:
                 found.append({
                     "table": layout.name, "row": row.label, **cell, "column": head, "line": line, "block": block,
                     "metric": part.metric or part.field, "share": 1 / (len(parts) * len(part.tasks)),
-                    "prunes": row.prunes, "key": known.get(identity({**self._usual, **cell, **how})),
+                    "prunes": row.prunes, "key": known.get(identity({**self._common, **cell, **how})),
                 })  # fmt: skip
         return pd.DataFrame(found)
 
@@ -233,7 +233,7 @@ class Paper:
 
     # -- words -----------------------------------------------------------------------------------------------
 
-    def _note(self, layout: Layout, numbers: pd.DataFrame) -> str:
+    def _note(self, layout: TableLayout, numbers: pd.DataFrame) -> str:
         parts = []
         if numbers["stderr"].notna().any():
             parts += [

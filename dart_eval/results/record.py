@@ -1,4 +1,4 @@
-"""The record of one finished cell: what was asked, what came out, and with what. docs/records.md shows one."""
+"""The record of one finished cell: its inputs, results and environment. docs/records.md shows one."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Any) -> Record:
-        """The record that `to_json` wrote.
+        """Read a record that `to_json` wrote.
 
         Raises:
             NewerSchema: written by a newer version.

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from dart_eval.evaluation.calibration_text import calibration_text
-from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
+from dart_eval.evaluation.evaluate import TaskResult, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.shard import Pilot, Shard
 from dart_eval.evaluation.task_names import tasks_dir
@@ -86,7 +86,7 @@ class Worker:
             distances=config.kl,
         )
 
-    def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[Outcome, Record]:
+    def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[TaskResult, Record]:
         """Evaluate one cell.
 
         Args:
@@ -176,7 +176,7 @@ class Worker:
             self.lm.budget = whole
 
     def _record(
-        self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any], share: float, inputs: float,
+        self, job: Job, outcome: TaskResult, state: int, measured: dict[str, Any], share: float, inputs: float,
         computed: float,
     ) -> Record:  # fmt: skip
         """The record of a cell.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.results.format import finite
-from dart_eval.results.report.cells import Cell
+from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.report.charts import Chart, trace
 from dart_eval.results.report.head import listed
-from dart_eval.results.report.reader import Looked
+from dart_eval.results.report.reader import CellSamples
 from dart_eval.results.writers import Table
 
 TRACES = 6  # documents drawn
@@ -32,9 +32,11 @@ class Drift:
     documents: int
 
 
-def drift_of(cells: Sequence[Cell], looked: Mapping[str, Looked], looks: Mapping[str, int]) -> Drift | None:
+def drift_of(
+    cells: Sequence[ReportCell], samples_of: Mapping[str, CellSamples], looks: Mapping[str, int]
+) -> Drift | None:
     """What the detectors saw; None where none closed a window. Drawn are documents with many re-masks and windows."""
-    found = [(c, seen) for c in cells if (seen := looked.get(c.record.key)) is not None and seen.traced]
+    found = [(c, seen) for c in cells if (seen := samples_of.get(c.record.key)) is not None and seen.traced]
     if not found:
         return None
     drawn = []
@@ -53,7 +55,7 @@ def _size(sample: Mapping[str, Any]) -> tuple[int, int]:
     return -len(sample["drift"].get("remasks") or []), -len(sample["drift"]["signal"])
 
 
-def _row(cell: Cell, seen: Looked) -> list[str]:
+def _row(cell: ReportCell, seen: CellSamples) -> list[str]:
     record, windows, below, alarms = cell.record, 0, 0, 0
     for s in seen.traced:
         signal = [x for x in s["drift"]["signal"] if finite(x)]
@@ -67,7 +69,7 @@ def _row(cell: Cell, seen: Looked) -> list[str]:
     ]  # fmt: skip
 
 
-def _chart(cell: Cell, sample: Mapping[str, Any], look: int) -> Chart:
+def _chart(cell: ReportCell, sample: Mapping[str, Any], look: int) -> Chart:
     drift = sample["drift"]
     signal = [x if finite(x) else math.nan for x in drift["signal"]]
     alarms, remasks = ([x for x in drift.get(n) or [] if finite(x)] for n in ("alarms", "remasks"))

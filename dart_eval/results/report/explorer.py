@@ -8,8 +8,8 @@ from typing import Any
 
 from dart_eval.results import metrics
 from dart_eval.results.format import finite, number
-from dart_eval.results.report.cells import Cell
-from dart_eval.results.report.reader import Looked
+from dart_eval.results.report.cells import ReportCell
+from dart_eval.results.report.reader import CellSamples
 
 HEAD, TAIL = 1200, 2400  # characters kept of a long text
 GIST = 110  # characters of a document's line
@@ -49,16 +49,16 @@ Texts = Mapping[tuple[str, int], Mapping[str, Any]]  # (task, doc_id) -> prompt,
 
 
 def documents(
-    cells: Sequence[Cell], looked: Mapping[str, Looked], texts: Mapping[str, Texts]
+    cells: Sequence[ReportCell], samples_of: Mapping[str, CellSamples], texts: Mapping[str, Texts]
 ) -> list[tuple[str, list[Document]]]:
     """Each task with its first documents, by their numbers, and what every cell answered.
 
     Args:
-        looked: key of a cell -> its samples. texts: likewise.
+        samples_of: key of a cell -> its samples. texts: likewise.
     """
     tasks: dict[str, dict[tuple[Any, ...], Document]] = {}
     for cell in cells:
-        shown = looked[cell.record.key].shown if cell.record.key in looked else []
+        shown = samples_of[cell.record.key].first if cell.record.key in samples_of else []
         filters = {(s["task"], s["filter"]) for s in shown}
         several = {task for task, which in filters if any(t == task and f != which for t, f in filters)}
         for s in shown:

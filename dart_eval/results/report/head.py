@@ -9,7 +9,7 @@ from typing import Any
 from dart_eval.results import metrics
 from dart_eval.results.format import finite, sparsity
 from dart_eval.results.inputs import HASH_DIGITS, matters, model_of
-from dart_eval.results.report.cells import Cell
+from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.tables import cut_prompts
 
 FEW = 100  # documents below which an interval is wide enough to say so
@@ -18,7 +18,7 @@ HALF = ("float16", "bfloat16", "fp16", "bf16")
 PACKAGES = ("dart-eval", "python", "torch", "transformers", "lm_eval")
 
 
-def facts(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+def facts(cells: Sequence[ReportCell]) -> list[tuple[str, str]]:
     """(term, description) pairs: the model, how it was run, versions, dates."""
     environments = [c.record.environment for c in cells]
     days = unique(c.record.created[:10] for c in cells)
@@ -44,7 +44,7 @@ def _machine(environment: Mapping[str, str]) -> str:
     return " with ".join(part for part in parts if part)
 
 
-def warnings(cells: Sequence[Cell], files: Sequence[Path], untold: Mapping[str, Sequence[str]]) -> list[str]:
+def warnings(cells: Sequence[ReportCell], files: Sequence[Path], untold: Mapping[str, Sequence[str]]) -> list[str]:
     """Sentences about what makes numbers weak or not comparable, and about what the page lacks.
 
     Args:
@@ -73,7 +73,7 @@ def warnings(cells: Sequence[Cell], files: Sequence[Path], untold: Mapping[str, 
     return found
 
 
-def _few(cells: Sequence[Cell]) -> list[str]:
+def _few(cells: Sequence[ReportCell]) -> list[str]:
     small = [m for c in cells for m in metrics.main(m for m in c.record.metrics if m.part_of is None) if m.n < FEW]
     if not small:
         return []
@@ -82,7 +82,7 @@ def _few(cells: Sequence[Cell]) -> list[str]:
     return [f"{listed(sorted({m.task for m in small}))} had {counts} documents: with more, the order may change."]
 
 
-def _mixed(cells: Sequence[Cell]) -> list[str]:
+def _mixed(cells: Sequence[ReportCell]) -> list[str]:
     found = {name: unique("default" if v is None else v for v in _raw(cells, name)) for name in ALIKE}
     found["code"] = [code[:HASH_DIGITS] for code in found["code"]]
     for package in sorted({n for v in _raw(cells, "versions") for n in v or {}}):
@@ -90,11 +90,11 @@ def _mixed(cells: Sequence[Cell]) -> list[str]:
     return [f"Cells differ in {name}: {listed(values)}." for name, values in found.items() if len(values) > 1]
 
 
-def _raw(cells: Sequence[Cell], name: str) -> list[Any]:
+def _raw(cells: Sequence[ReportCell], name: str) -> list[Any]:
     return [c.record.inputs.get(name) for c in cells if matters(name, c.record.inputs)]
 
 
-def _of(cells: Sequence[Cell], name: str) -> list[str]:
+def _of(cells: Sequence[ReportCell], name: str) -> list[str]:
     return unique(v for v in _raw(cells, name) if v is not None)
 
 

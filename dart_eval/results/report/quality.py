@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dart_eval.results import metrics
-from dart_eval.results.blocks import Board, Row
+from dart_eval.results.blocks import Board, BoardRow
 from dart_eval.results.board_text import sizes
 from dart_eval.results.format import finite, multiple, number, share, with_error
 from dart_eval.results.frontier import by_times
@@ -41,7 +41,7 @@ def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
 
 
 def _chart(
-    task: str, values: Sequence[tuple[Row, Metric]], looks: Mapping[str, int], chance: float | None
+    task: str, values: Sequence[tuple[BoardRow, Metric]], looks: Mapping[str, int], chance: float | None
 ) -> list[Chart]:
     lines: dict[str, list[Point]] = {}
     dense: list[Point] = []

@@ -12,12 +12,12 @@ from dart_eval.results.store import Store, traced
 
 
 @dataclass(frozen=True)
-class Looked:
+class CellSamples:
     """What the page keeps of a cell's samples.
 
     Attributes:
         samples: how many there are. traced: those whose detector closed a window.
-        shown: those of the first documents of each task.
+        first: those of the first documents of each task.
         left_out: (task, number) of the other documents.
         chance: the accuracy under guessing; None where there are no candidates.
         texts: counts of generated texts; None where the answers are none.
@@ -25,7 +25,7 @@ class Looked:
 
     samples: int
     traced: list[dict[str, Any]]
-    shown: list[dict[str, Any]]
+    first: list[dict[str, Any]]
     left_out: set[tuple[str, int]]
     chance: float | None
     texts: dict[str, Any] | None
@@ -34,10 +34,10 @@ class Looked:
 class Reader(Store):
     """A store that remembers what it has read; `kept` documents of each task are shown."""
 
-    def __init__(self, folder: Path, kept: int) -> None:
+    def __init__(self, folder: Path, most: int) -> None:
         super().__init__(folder)
-        self.kept = kept
-        self._looked: dict[str, Looked] = {}
+        self.most = most
+        self._looked: dict[str, CellSamples] = {}
 
     def samples(self, record: Record) -> list[dict[str, Any]]:
         """All samples of a record; see `Store.samples`."""
@@ -45,16 +45,16 @@ class Reader(Store):
         ids: dict[str, set[int]] = {}
         for s in found:
             ids.setdefault(s["task"], set()).add(s["doc_id"])
-        first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.kept]}
+        first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.most]}
         guesses = [1 / len(s["responses"]) for s in found if len(s["responses"]) > 1 and "acc" in s["metrics"]]
-        self._looked[record.key] = Looked(
+        self._looked[record.key] = CellSamples(
             len(found), [s for s in found if traced(s)], [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
             sum(guesses) / len(guesses) if guesses else None, generated.of_texts(record, found),
         )  # fmt: skip
         return found
 
-    def look(self, record: Record) -> Looked:
+    def look(self, record: Record) -> CellSamples:
         """What the page keeps of a record's samples.
 
         Raises:
