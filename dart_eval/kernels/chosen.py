@@ -6,6 +6,7 @@ rows of down; on a GPU Triton's kernels read rows of up and down (`gather`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,11 +60,11 @@ def best(scores: Tensor, count: int) -> Tensor:
 class _Forward:
     """A module's forward that can be replaced and restored."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: object) -> None:
         self.module = module
         self.before = module.__dict__.get("forward")
 
-    def replace(self, forward: Any) -> None:
+    def replace(self, forward: Callable[..., Tensor]) -> None:
         self.module.__dict__["forward"] = forward
 
     def put_back(self) -> None:

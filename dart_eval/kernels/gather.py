@@ -8,7 +8,6 @@ needs a CUDA GPU, or its interpreter (TRITON_INTERPRET=1), which is slow and for
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +78,7 @@ def read_rows(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     out = torch.empty(count, dtype=torch.float32, device=x.device)
     if not count:
         return out
-    grid: Any = (-(-count // ROWS),)
+    grid = (-(-count // ROWS),)
     _read_rows[grid](weight, rows, x.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS)
     return out
 
@@ -99,6 +98,6 @@ def write_rows(weight: Tensor, rows: Tensor, h: Tensor) -> Tensor:
     out = torch.zeros(width, dtype=torch.float32, device=h.device)
     if not count:
         return out
-    grid: Any = (-(-width // COLUMNS), SPLITS)
+    grid = (-(-width // COLUMNS), SPLITS)
     _write_rows[grid](weight, rows, h.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS, SPLITS)
     return out

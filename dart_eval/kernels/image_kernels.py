@@ -6,7 +6,6 @@ A copy has two codes in a byte, and scales. Like those of `gather`, the kernel n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,10 +41,6 @@ if triton is not None:
         tl.store(out + n, total, mask=n < count)
 
 
-def _grid(count: int) -> Any:
-    return (-(-count // ROWS),)
-
-
 def _packed(values: Tensor) -> Tensor:
     """Return [F, ceil(D / 2)] uint8: two 4-bit numbers in a byte, the first one low. values: [F, D]."""
     wide = pad(values.to(torch.uint8), (0, values.shape[1] % 2)).unflatten(1, (-1, 2))
@@ -79,7 +74,7 @@ class CopyCodes:
         """Return [F] fp32, the product with the copy. x: [D]."""
         count, pairs = self.codes.shape
         out = torch.empty(count, dtype=torch.float32, device=x.device)
-        _multiply_copy[_grid(count)](
+        _multiply_copy[(-(-count // ROWS),)](
             self.codes, self.scales, x.contiguous(), out, count, self.width, self.group, self.scales.shape[1], pairs,
             ROWS, COLUMNS,
         )  # fmt: skip

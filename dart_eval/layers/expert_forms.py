@@ -41,7 +41,7 @@ class Form:
     act: str
     count: str
     marks: tuple[str, ...]
-    run: Callable[..., Any]
+    run: Callable[..., object]
     transposed: bool = False
     weighs_input: bool = False
     experts: str | None = None
@@ -101,7 +101,7 @@ def _scaling_x(block: Any, steps: Steps, hidden_states: Tensor) -> tuple[Tensor,
     return block.shared_expert(x) + steps(x, index, weights), logits
 
 
-def _of_all(_experts: Any, steps: Steps, hidden_states: Tensor, gammas: Tensor) -> Tensor:
+def _of_all(_experts: object, steps: Steps, hidden_states: Tensor, gammas: Tensor) -> Tensor:
     """Inkling's shared experts: every token has all of them, by its own weights."""
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     weights = gammas.reshape(len(x), -1)

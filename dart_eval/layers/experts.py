@@ -11,7 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from dart_eval.layers.expert_forms import View, form_of
 from dart_eval.layers.projection import Step
 from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
@@ -228,7 +231,7 @@ class _Up(_Step):
     """[N, D] of the last N tokens -> gate x and up x of each one's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
 
     @property
-    def held(self) -> Any:
+    def held(self) -> nn.Parameter:
         return self.routed.experts.gate_up_proj if self.routed.experts.has_gate else self.routed.experts.up_proj
 
     def matrix(self) -> Tensor:
@@ -264,7 +267,7 @@ class _Down(_Step):
         self.in_features, self.out_features = routed.size, routed.width
 
     @property
-    def held(self) -> Any:
+    def held(self) -> nn.Parameter:
         return self.routed.experts.down_proj
 
     def matrix(self) -> Tensor:
@@ -284,7 +287,7 @@ class _Down(_Step):
         return out.reshape(*shape, -1)
 
 
-def _routed(config: Any) -> int:
+def _routed(config: PretrainedConfig) -> int:
     count = next((getattr(config, name) for name in ROUTED if isinstance(getattr(config, name, None), int)), None)
     if count is None:
         raise UserError(
@@ -294,7 +297,7 @@ def _routed(config: Any) -> int:
     return count
 
 
-def routes(settings: Mapping[str, Any]) -> bool:
+def routes(settings: Mapping[str, object]) -> bool:
     """Whether a model has routed experts, by the settings of its configuration and of nested ones."""
     inner = (value for value in settings.values() if isinstance(value, dict))
     return any(settings.get(name) for name in ROUTED) or any(map(routes, inner))
@@ -338,7 +341,7 @@ def ours(experts: Any) -> Callable[..., Any]:
     )
 
 
-def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
+def take_over(model: nn.Module) -> list[tuple[Any, object]]:
     """Let our function compute the model's experts. Return the argument of `give_back`."""
     before = _hand_to(model, NAME)
     for module in model.modules():
@@ -348,7 +351,7 @@ def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
     return before
 
 
-def _hand_to(model: nn.Module, name: str) -> list[tuple[Any, Any]]:
+def _hand_to(model: nn.Module, name: str) -> list[tuple[object, object]]:
     """Let a function of transformers' table compute the experts. Return the former settings."""
     before = []
     configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and form_of(m) is None]

@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The last two: Llama 4, whose name does not give its base model.
 LAYER_LISTS = (
@@ -153,7 +156,7 @@ STREAMS = (
 COMPARED = ("activation_sparsity",)
 
 
-def get(module: Any, path: str) -> Any:
+def get(module: object, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
         if module is None:
@@ -165,7 +168,7 @@ def first(layer: nn.Module, paths: Sequence[str]) -> Any:
     return next((m for p in paths if (m := get(layer, p)) is not None), None)
 
 
-def base_of(model: Any) -> Any:
+def base_of(model: PreTrainedModel) -> Any:
     """Return the module that computes the last hidden states: the base model, or the decoder if that is the model."""
     base = getattr(model, "base_model", model)
     return decoder(model) if base is model else base

@@ -29,7 +29,7 @@ from dart_eval.layers.projection import encoded, features, stored_bits
 from dart_eval.util.errors import UserError
 
 
-def _described(layer: nn.Module, number: int, index: int, before: Any) -> list[FFN]:
+def _described(layer: nn.Module, number: int, index: int, before: object) -> list[FFN]:
     """Return the FFNs of a layer by the tables alone: none if no entry fits, several with experts.
 
     Args:
@@ -72,7 +72,7 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
     )  # fmt: skip
 
 
-def _routed(layer: nn.Module, module: Any, number: int, index: int, attention: Any) -> FFN:
+def _routed(layer: nn.Module, module: object, number: int, index: int, attention: Any) -> FFN:
     """Return the routed experts of a layer as an FFN. Arguments as of `_described`."""
     routed = experts.routed(module)
     return FFN(
@@ -146,7 +146,7 @@ def _layer_parts(model: nn.Module) -> list[int]:
 
 def _parts(ffn: FFN) -> list[int]:
     """Return the identities of its modules and their parameters (weights computed on the fly have none)."""
-    modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
+    modules: list[object] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
     modules += [ffn.norm, ffn.routed or (ffn.act.act if isinstance(ffn.act, Act) else ffn.act)]
     projections = ffn.projections
     return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]

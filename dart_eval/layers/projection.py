@@ -24,7 +24,7 @@ class Step(nn.Module):
     out_features: int
 
     @property
-    def held(self) -> Any:
+    def held(self) -> nn.Parameter:
         """The experts' parameter that it multiplies with."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ def stored_bits(linear: nn.Module) -> float:
     return quantised.bits(quantised.held(linear), math.prod(features(linear)))
 
 
-def is_conv1d(linear: Any) -> bool:
+def is_conv1d(linear: object) -> bool:
     """Whether this is GPT-2's projection, whose weight is stored [in, out]."""
     return type(linear).__name__ == "Conv1D"
 

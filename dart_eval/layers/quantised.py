@@ -52,7 +52,7 @@ def form(linear: nn.Module) -> str | None:
     return _FORMS.get(linear)
 
 
-def bits(tensors: Iterable[Any], weights: int) -> float:
+def bits(tensors: Iterable[object], weights: int) -> float:
     """Return the bits per weight, scales and zero points included, of a matrix stored in these tensors.
 
     Args:
@@ -96,7 +96,7 @@ def input_device(model: Any) -> torch.device:
     return embeddings._hf_hook.execution_device if offloaded(embeddings) else embeddings.weight.device
 
 
-def is_packed(linear: Any) -> bool:
+def is_packed(linear: object) -> bool:
     """Whether a projection's weight is a method: torch's own, from `quantize_dynamic`."""
     return callable(getattr(linear, "weight", None)) and callable(getattr(linear, "bias", None))
 
@@ -130,7 +130,7 @@ def _apart(named: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
     return list(by_place.values())
 
 
-def _beside(holder: Any) -> Iterator[tuple[str, Tensor]]:
+def _beside(holder: object) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors that are plain attributes of a parameter or of a library's object."""
     if not isinstance(holder, nn.Module):
         yield from ((n, v) for n, v in getattr(holder, "__dict__", {}).items() if isinstance(v, Tensor) and n != "grad")
@@ -139,7 +139,7 @@ def _beside(holder: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _beside(inner)
 
 
-def _bits(value: Any, weights: int, in_memory: bool = False) -> Iterator[float]:
+def _bits(value: object, weights: int, in_memory: bool = False) -> Iterator[float]:
     """Yield the bits of every tensor inside one of a library's own. in_memory: count padded codes in full."""
     if not isinstance(value, Tensor):
         return
@@ -157,7 +157,7 @@ def _bits(value: Any, weights: int, in_memory: bool = False) -> Iterator[float]:
             yield from _bits(part, weights, in_memory)
 
 
-def width_of(dtype: Any) -> int:
+def width_of(dtype: object) -> int:
     """Return the bits of a dtype of less than a byte (`torch.int4`); 0 for other dtypes."""
     match = re.fullmatch(r"torch\.u?int([1-7])", str(dtype))
     return int(match.group(1)) if match else 0
@@ -188,7 +188,7 @@ def values(linear: Any, width: int) -> Tensor:
 
 def _computes_in(linear: Any) -> torch.dtype:
     """Return the dtype of a projection's input."""
-    own: Any = getattr(linear, "compute_dtype", None)  # bitsandbytes
+    own: object = getattr(linear, "compute_dtype", None)  # bitsandbytes
     weight = getattr(linear, "weight", None)
     for dtype in (own, getattr(weight, "dtype", None), *(t.dtype for t in held(linear))):
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:

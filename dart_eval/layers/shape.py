@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from dart_eval.layers import quantised
 from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers, first
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import features
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     )  # fmt: skip
 
 
-def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:
     """Return the sliding window of each layer, as in the KV cache."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers

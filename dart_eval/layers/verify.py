@@ -130,7 +130,7 @@ def _check_experts(model: nn.Module) -> None:
             handle.remove()
 
 
-def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _same(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
     theirs, ours = (
         _rows(out[0] if isinstance(out, tuple) else out) for out in (output, experts.ours(module)(*args, **kwargs))
     )
@@ -149,7 +149,7 @@ def _forward(model: Any) -> None:
         getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
 
 
-def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
+def _run(model: nn.Module, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
     """Run a few tokens and return the layers' activations. zero: with every neuron at 0."""
     seen, handles = [_Seen() for _ in ffns], []
     for s, f in zip(seen, ffns, strict=True):
@@ -180,7 +180,7 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
     def output(name: str) -> Callable[..., None]:
         return lambda _module, _args, out: s.record(name, out)
 
-    def stream(_module: nn.Module, _args: Any, out: Any) -> None:
+    def stream(_module: nn.Module, _args: object, out: object) -> None:
         s.record("after", unscaled(layer, out))
 
     handles = [
@@ -198,7 +198,7 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
     return handles
 
 
-def unscaled(layer: Any, out: Any) -> Tensor:
+def unscaled(layer: object, out: Any) -> Tensor:
     """Return the stream that leaves a layer, before the layer's factor on it (Gemma 4)."""
     stream: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     scalar = getattr(layer, "layer_scalar", None)
@@ -220,7 +220,7 @@ def _parts_of(ffns: Sequence[FFN], layer: nn.Module) -> set[int]:
     return expected
 
 
-def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...]:
     return (torch.zeros_like(args[0]), *args[1:])
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import feed
 from dart_eval.weights.checkpoint import model_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -55,7 +58,7 @@ def digest_of(adapter: str) -> str:
     return digest.hexdigest()
 
 
-def merged(model: Any, adapter: str) -> Any:
+def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """Return the model with an adapter merged into its weights.
 
     Raises:

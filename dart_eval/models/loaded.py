@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dart_eval.layers import quantised
 from dart_eval.models.guard import refuse_second
@@ -31,18 +30,18 @@ class Loaded(Resolved):
     """A model in memory and its tokenizer, in place of one that must be loaded."""
 
     model: PreTrainedModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def device(self) -> str:
         """Type of the model's device."""
         return str(self.model.device.type)
 
-    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
+    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model itself in eval mode, and a copy of its tokenizer, which lm-eval changes."""
         return self.model.eval(), copy.deepcopy(self.tokenizer)
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return a copy of the tokenizer."""
         return copy.deepcopy(self.tokenizer)
 
@@ -61,7 +60,7 @@ class Loaded(Resolved):
                 module.training = training
 
 
-def loaded(model: Any, tokenizer: Any) -> Loaded:
+def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     """Wrap a model in memory with its identity: a hash of its weights, its configuration and its tokenizer.
 
     Args:
@@ -94,7 +93,7 @@ def _name(model: PreTrainedModel) -> str:
     return (Path(name).resolve().name if Path(name).exists() else name) if name else type(model).__name__
 
 
-def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
+def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the sha256 of everything that answers depend on."""
     digest = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if k not in PASSING}
@@ -119,7 +118,7 @@ def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
     """Yield the state of a model; other buffers follow from the configuration."""
     quantised_modules = [(n, m) for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")]
     if not quantised_modules:
@@ -135,7 +134,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _code(cls: type[Any]) -> str:
+def _code(cls: type[object]) -> str:
     """Return the class of a model, with a hash of its module if it is not from transformers."""
     module = inspect.getmodule(cls)
     where = f"{cls.__module__}.{cls.__qualname__}"
@@ -147,7 +146,7 @@ def _code(cls: type[Any]) -> str:
         return where
 
 
-def _tokens(tokenizer: Any) -> dict[str, Any]:
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """Return everything that decides a tokenizer's output."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     inner = json.loads(fast.to_str()) if fast is not None else dict(tokenizer.get_vocab())

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.quantizers import AutoHfQuantizer
 
@@ -88,7 +89,7 @@ class Identity:
     remote_code: bool = False
     loaded: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return plain data, the last two fields only if they are true."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not False}
 
@@ -109,7 +110,7 @@ class Resolved:
         """Whether the model has routed experts."""
         return self.config is not None and experts.routes(self.config.to_dict())
 
-    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
+    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model in eval mode on its device, and its tokenizer.
 
         Args:
@@ -142,7 +143,7 @@ class Resolved:
         self._place(model)
         return model.eval(), tokenizer
 
-    def load_tokenizer(self) -> Any:
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's tokenizer alone.
 
         Raises:
@@ -154,14 +155,14 @@ class Resolved:
         except Exception as error:  # as in `load`
             raise _explain(self.identity.name, error) from error
 
-    def _kwargs(self) -> dict[str, Any]:
+    def _kwargs(self) -> dict[str, object]:
         """Return the arguments of transformers' loaders beside the source."""
-        kwargs: dict[str, Any] = {"trust_remote_code": self.spec.trust_remote_code}
+        kwargs: dict[str, object] = {"trust_remote_code": self.spec.trust_remote_code}
         if self.identity.revision:
             kwargs["revision"] = self.identity.revision
         return kwargs
 
-    def _note(self, model: Any) -> list[str]:
+    def _note(self, model: PreTrainedModel) -> list[str]:
         """Note the bits of the model's FFN weights in its files, and how their codes are found. Return notes."""
         files = stored.Files(self.source, self.identity.revision)
         grids.note_codes(self.config, files, model)
@@ -199,7 +200,7 @@ class Resolved:
             )
 
 
-def _loader(config: Any) -> Any:
+def _loader(config: object) -> Any:
     """Return the class that loads a language model, or one for images and text if there is no other."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM  # also for a model that brings its own code
@@ -264,7 +265,7 @@ def resolve(spec: ModelSpec) -> Resolved:
 
 def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
     """Return a model by its configuration. weights: hash of a folder."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     try:
         revision = spec.revision or "main"
         settings, _ = PretrainedConfig.get_config_dict(source, revision=revision)
@@ -295,7 +296,7 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
 
 
-def _adapted(adapter: str, name: str, source: str, config: Any, weights: str | None) -> tuple[str, str]:
+def _adapted(adapter: str, name: str, source: str, config: PretrainedConfig, weights: str | None) -> tuple[str, str]:
     """Return the name and hash of a model with an adapter. weights: identity of the model's own weights."""
     digest = adapters.digest_of(adapter)
     if stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file():
@@ -306,7 +307,7 @@ def _adapted(adapter: str, name: str, source: str, config: Any, weights: str | N
     return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
 
 
-def _dtype(spec: ModelSpec, config: Any, source: str, revision: str | None) -> str:
+def _dtype(spec: ModelSpec, config: PretrainedConfig, source: str, revision: str | None) -> str:
     """Return the dtype of the loaded weights; `auto` is the checkpoint's own."""
     if spec.dtype != "auto":
         return spec.dtype
@@ -314,7 +315,7 @@ def _dtype(spec: ModelSpec, config: Any, source: str, revision: str | None) -> s
     return _name(named) if named is not None else weights_dtype(source, revision)
 
 
-def _name(dtype: Any) -> str:
+def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -345,7 +346,7 @@ def _untrusted(name: str, code: str) -> UserError:
     )
 
 
-def _explain(name: str, error: BaseException, settings: Mapping[str, Any] = {}) -> UserError:
+def _explain(name: str, error: BaseException, settings: Mapping[str, object] = {}) -> UserError:
     """Return the user's message for an error of a library. settings: of config.json."""
     text = " ".join(str(error).split())
     if isinstance(error, pickle.UnpicklingError):

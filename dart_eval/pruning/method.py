@@ -63,7 +63,7 @@ class Pruner:
         if of is not None:
             KINDS[of] = cls
 
-    def __new__(cls, *parts: Part, **slots: Any) -> Any:
+    def __new__(cls, *parts: Part, **slots: object) -> Any:
         """Return an instance of the kind that the parts belong to; its `__init__` takes the arguments."""
         classes = [type(part) for part in (*parts, *slots.values()) if isinstance(part, Part)]
         return object.__new__(kind_of_parts(classes) if cls is Pruner else cls)
@@ -244,9 +244,9 @@ class Pruner:
         base = self.base or (Pruner() if self.name == Pruner.name else self)
         return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in changed_settings(self, base))])
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> dict[str, object]:
         """Return every part and field by the path that a user types: `{"remask": "drift", "remask.window": 8}`."""
-        params: dict[str, Any] = {}
+        params: dict[str, object] = {}
         for path, part in slots(self):
             params[path] = part.name
             for field in plain_fields(type(part)):

@@ -28,7 +28,7 @@ WANTED = {bool: "on or off", int: "a whole number", float: "a number", str: "tex
 
 
 def option(
-    default: Any, help: str, least: float | None = None, most: float | None = None, above: float | None = None
+    default: object, help: str, least: float | None = None, most: float | None = None, above: float | None = None
 ) -> Any:
     """Declare a field of a part.
 
@@ -112,19 +112,19 @@ class Part:
         return 0
 
 
-def slot_of(cls: Any, name: str) -> type[Part] | None:
+def slot_of(cls: object, name: str) -> type[Part] | None:
     """Return the first kind of part that a field takes; None for a plain value."""
     return next(iter(takes(cls, name)), None)
 
 
-def takes(cls: Any, name: str) -> tuple[type[Part], ...]:
+def takes(cls: object, name: str) -> tuple[type[Part], ...]:
     """Return the kinds of parts that a field takes; none for a plain value."""
     hint = _hints(cls).get(name)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return kinds if all(isinstance(kind, type) and issubclass(kind, Part) for kind in kinds) else ()
 
 
-def check_slots(owner: Any, title: str) -> None:
+def check_slots(owner: object, title: str) -> None:
     """Refuse parts in slots that do not take them.
 
     Args:
@@ -134,7 +134,7 @@ def check_slots(owner: Any, title: str) -> None:
     Raises:
         UserError: lists the built-in parts that the slot takes.
     """
-    cls: Any = type(owner)
+    cls: object = type(owner)
     for name in _hints(cls):
         allowed, value = takes(cls, name), getattr(owner, name, None)
         if allowed and isinstance(value, Part) and not isinstance(value, allowed):
@@ -148,18 +148,18 @@ def _named(kind: type[Part]) -> list[type[Part]]:
     return own + [cls for below in kind.__subclasses__() for cls in _named(below)]
 
 
-def kind_of(cls: Any, name: str) -> Any:
+def kind_of(cls: object, name: str) -> object:
     """Return the type of a plain field: bool, int, float, str, or the tuple of its allowed words."""
     hint = _hints(cls)[name]
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else hint
 
 
 @functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: object) -> dict[str, object]:
     return typing.get_type_hints(cls)
 
 
-def cast(title: str, kind: Any, value: Any) -> Any:
+def cast(title: str, kind: Any, value: Any) -> object:
     """Convert a value from typed text, YAML or Python to the type of a field.
 
     Raises:
@@ -185,7 +185,7 @@ def cast(title: str, kind: Any, value: Any) -> Any:
         raise UserError(f"{title} is {value!r}", f"it must be {WANTED.get(kind, kind.__name__)}") from None
 
 
-def _check(part: Part, field: dataclasses.Field[Any]) -> None:
+def _check(part: Part, field: dataclasses.Field[object]) -> None:
     """Refuse a value of the wrong type or outside its bounds."""
     kind, value, bounds = kind_of(type(part), field.name), getattr(part, field.name), field.metadata
     title = f"{part.slot}.{field.name}"

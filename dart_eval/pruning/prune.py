@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -27,7 +26,7 @@ from dart_eval.pruning.session.execution import Wanted
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
 
-PartSpec = str | Mapping[str, Any]  # the name of a part, or its fields with the name under `part`
+PartSpec = str | Mapping[str, object]  # the name of a part, or its fields with the name under `part`
 
 
 def _method_with(method: str | Pruner, **slots: Part | PartSpec | None) -> Pruner:
@@ -59,7 +58,7 @@ def prune(
     method: str | Pruner = "dart",
     sparsity: float = 0.5,
     *,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     calibration: Calibration | str | Path | None = None,
     execution: Wanted = "auto",
     shared_mask: bool = False,

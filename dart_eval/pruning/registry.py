@@ -223,7 +223,7 @@ def parts() -> dict[str, dict[str, type[Part]]]:
 
 
 @functools.cache  # a search of all installed packages takes milliseconds, and a spelling is read often
-def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, Any]]:
+def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, object]]:
     """Return the objects that other packages offer, by name. Import errors are logged and skipped.
 
     Args:
@@ -240,7 +240,7 @@ def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, Any]]:
     return offers
 
 
-def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
+def make(name: str, params: Mapping[str, object] | None = None) -> Pruner:
     """Return the method of that name, with other parts and values.
 
     Args:
@@ -260,7 +260,7 @@ def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
     return changed(by_name[name], settings, parts(), kind_with)
 
 
-def spelled(name: str, settings: Mapping[str, Any]) -> str:
+def spelled(name: str, settings: Mapping[str, object]) -> str:
     """Spell a name and settings as a user types them.
 
     `griffin`, `{"remask": {"part": "drift", "window": 8}}` -> `griffin:remask=drift:remask.window=8`.

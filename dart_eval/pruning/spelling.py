@@ -24,7 +24,7 @@ Catalog = Mapping[str, Mapping[str, type[Part]]]  # slot -> name -> part
 
 def changed(
     base: Method,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     catalog: Catalog,
     kind: Callable[[Method, list[type[Part]]], type[Method]],
 ) -> Method:
@@ -38,7 +38,7 @@ def changed(
     Raises:
         UserError: an unknown path or part, or a bad value.
     """
-    tree: dict[str, Any] = {}
+    tree: dict[str, object] = {}
     for path, value in settings.items():
         steps = str(path).split(".")
         if steps[0] in OWNERS and steps[0] in catalog:
@@ -62,7 +62,7 @@ def _parts(tree: Mapping[str, Any], catalog: Catalog) -> list[type[Part]]:
     return classes
 
 
-def _merge(tree: dict[str, Any], steps: list[str], value: Any, path: str) -> None:
+def _merge(tree: dict[str, Any], steps: list[str], value: object, path: str) -> None:
     """Merge a value into nested mappings. The part of a slot stands under `part`."""
     for step in steps:
         tree = tree.setdefault(step, {})
@@ -79,7 +79,7 @@ def _merge(tree: dict[str, Any], steps: list[str], value: Any, path: str) -> Non
             tree["part"] = inner
 
 
-def flattened(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(settings: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
     """Yield the paths and values of nested mappings, in which `part` names the part of a slot."""
     for key, value in settings.items():
         where = path if key == "part" and path else f"{path}.{key}" if path else str(key)
@@ -89,7 +89,7 @@ def flattened(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str
             yield where, value
 
 
-def _filled(current: Any, cls: type[Any], tree: Mapping[str, Any], catalog: Catalog, path: str = "") -> Any:
+def _filled(current: object, cls: type[object], tree: Mapping[str, Any], catalog: Catalog, path: str = "") -> Any:
     """Return an object of the class with the values of `tree`, then those of `current`, then the defaults."""
     fields = _fields(cls)
     values = _carried(current, cls)
@@ -112,7 +112,7 @@ def _filled(current: Any, cls: type[Any], tree: Mapping[str, Any], catalog: Cata
     return cls(**values)
 
 
-def _carried(current: Any, cls: type[Any]) -> dict[str, Any]:
+def _carried(current: object, cls: type[object]) -> dict[str, object]:
     """Return the values that carry over from `current`: all, or the common fields of two kinds of methods."""
     if type(current) is cls:
         return {name: getattr(current, name) for name in _fields(cls)}
@@ -122,7 +122,7 @@ def _carried(current: Any, cls: type[Any]) -> dict[str, Any]:
     return {name: getattr(current, name) for name in common}
 
 
-def _part(current: Part, slot: str, tree: Mapping[str, Any], catalog: Catalog, path: str) -> Part:
+def _part(current: Part, slot: str, tree: Mapping[str, object], catalog: Catalog, path: str) -> Part:
     """Return the new part of a slot: another part, or the current one with other values."""
     wanted, cls = tree.get("part"), type(current)
     if isinstance(wanted, Part):
@@ -148,7 +148,7 @@ def _unknown(cls: type[Any], name: str, path: str, where: str, catalog: Catalog)
     return UserError(f"there is no {where!r}", nearest(where, [f"{path}.{field}" for field in fields]))
 
 
-def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[object]]:
     """Return the fields that a user may set: inherited ones first, then the class's own in their order."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     own = [name for name in inspect.get_annotations(cls) if name in fields]
@@ -160,17 +160,17 @@ def _below(path: str, name: str) -> str:
     return name if not path or OWNERS.get(name) == path else f"{path}.{name}"
 
 
-def slot_names(cls: type[Any]) -> list[str]:
+def slot_names(cls: type[object]) -> list[str]:
     """Return the names of the fields that take parts."""
     return [name for name in _fields(cls) if slot_of(cls, name) is not None]
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     """Spell a value as a user types it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def slots(owner: Any, path: str = "") -> Iterator[tuple[str, Part]]:
+def slots(owner: object, path: str = "") -> Iterator[tuple[str, Part]]:
     """Yield every part with its path, outer ones first."""
     for name in slot_names(type(owner)):
         part, where = getattr(owner, name), _below(path, name)
@@ -178,11 +178,11 @@ def slots(owner: Any, path: str = "") -> Iterator[tuple[str, Part]]:
         yield from slots(part, where)
 
 
-def changed_settings(owner: Any, base: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def changed_settings(owner: object, base: object, path: str = "") -> Iterator[tuple[str, object]]:
     """Yield the settings that turn the part `base` into `owner`. base: None for a part with its defaults."""
     for name, field in _fields(type(owner)).items():
         value, where = getattr(owner, name), _below(path, name)
-        before: Any = field.default if base is None else getattr(base, name, None)
+        before: object = field.default if base is None else getattr(base, name, None)
         if slot_of(type(owner), name) is None:
             if isinstance(owner, Part) and value != before:
                 yield where, value
@@ -193,6 +193,6 @@ def changed_settings(owner: Any, base: Any, path: str = "") -> Iterator[tuple[st
         yield from changed_settings(value, before, where)
 
 
-def plain_fields(cls: type[Part]) -> list[dataclasses.Field[Any]]:
+def plain_fields(cls: type[Part]) -> list[dataclasses.Field[object]]:
     """Return the fields of a part that take plain values."""
     return [f for f in _fields(cls).values() if slot_of(cls, f.name) is None]

@@ -34,7 +34,7 @@ def printable(text: str, lines: bool = False) -> str:
     return _HIDDEN.sub(escaped, text)
 
 
-def items_of(value: Any) -> list[Any]:
+def items_of(value: object) -> list[Any]:
     """Return the items of a list, of text with commas, of several such texts, or of a single value.
 
     Items are stripped, and empty texts dropped.
@@ -45,7 +45,7 @@ def items_of(value: Any) -> list[Any]:
     return [item for item in items if not (isinstance(item, str) and item == "")]
 
 
-def json_text(data: Any, indent: int | None = 1, **options: Any) -> str:
+def json_text(data: object, indent: int | None = 1, **options: Any) -> str:
     """Return readable JSON in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
     text = json.dumps(data, ensure_ascii=False, indent=indent, **options)
     return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)

@@ -15,7 +15,7 @@ from dart_eval.util.files import read_text
 class _Loader(yaml.SafeLoader):
     """A loader that refuses duplicate keys; YAML's own would let the last one win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
@@ -56,7 +56,7 @@ def read_mapping(
     return loaded
 
 
-def short_repr(value: Any) -> str:
+def short_repr(value: object) -> str:
     """Return a short repr of any value, for messages."""
     try:
         return reprlib.repr(value)

@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +15,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from dart_eval.util.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SHOWN = 3  # names in a message
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # as configurations call their number
@@ -60,7 +63,7 @@ def no_tensors(name: str, error: pickle.UnpicklingError) -> UserError:
     )
 
 
-def check_layers(name: str, settings: Mapping[str, Any]) -> None:
+def check_layers(name: str, settings: Mapping[str, object]) -> None:
     """Refuse a number of layers that no model can have. settings: of config.json.
 
     Raises:
@@ -76,14 +79,14 @@ def check_layers(name: str, settings: Mapping[str, Any]) -> None:
             )
 
 
-def unknown_word(settings: Mapping[str, Any], word: Any) -> str | None:
+def unknown_word(settings: Mapping[str, object], word: object) -> str | None:
     """Return the setting of config.json with a word that transformers does not know: `hidden_act 'nosuch'`; or None."""
     return next(
         (f"{key} {value!r}" for key, value in _entries(settings) if isinstance(value, str) and value == word), None
     )
 
 
-def _entries(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _entries(settings: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
     """Yield the keys and values of a configuration, nested ones as `text_config.hidden_act`."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -92,7 +95,7 @@ def _entries(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[st
             yield f"{before}{key}", value
 
 
-def own_code(source: str, config: Any, revision: str | None) -> str | None:
+def own_code(source: str, config: PretrainedConfig, revision: str | None) -> str | None:
     """Return the source of a model's own code, for messages; None if it brings none."""
     attention = str(getattr(config, "_attn_implementation", None) or "")
     if "/" in attention:
@@ -127,7 +130,7 @@ def model_file(source: str, name: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def load_whole(loader: Any, name: str, source: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+def load_whole(loader: Any, name: str, source: object, **kwargs: object) -> tuple[Any, list[str]]:
     """Load a model and check that it has all of its weights. Return it with notes for the user.
 
     Every loader goes through here, since transformers itself fills in missing weights with random numbers.

@@ -41,7 +41,7 @@ def reader(file: Path) -> Any:
     return Whole(file)
 
 
-def codes_of(raw: Any, kind: str) -> Any:
+def codes_of(raw: Any, kind: str) -> object:
     """Return [out, in] int8 numpy, the codes of a tensor. raw: [out, bytes] uint8; kind: one of `GRIDS`."""
     import numpy as np
     from gguf import GGMLQuantizationType

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ from dart_eval.weights import codes
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.stored import Files, method_of, quantisation_of
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 WORD = 32  # bits of the integers that formats pack codes in
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)  # order of the eight codes in a word, from its lowest bits up
 
 
-def note_codes(config: Any, files: Files, model: Any) -> None:
+def note_codes(config: PretrainedConfig, files: Files, model: PreTrainedModel) -> None:
     """Note how the codes of a quantised model's FFN weights are found, except for experts.
 
     Args:
@@ -45,7 +48,7 @@ def note_codes(config: Any, files: Files, model: Any) -> None:
 Part = Callable[[str], "Tensor | None"]  # returns a projection's tensor in the files, by the end of its name
 
 
-def _torchao(module: Any, settings: Mapping[str, Any], part: Part) -> Packed | None:
+def _torchao(module: Any, settings: Mapping[str, object], part: Part) -> Packed | None:
     """torchao: tensors of its own store codes in `qdata`."""
     weight = module.weight
     held, bits = getattr(weight, "qdata", None), width_of(getattr(weight, "target_dtype", None)) or 8
@@ -63,7 +66,7 @@ def _whole_numbers(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return weights if fits else None
 
 
-def _compressed(module: Any, settings: Mapping[str, Any], part: Part) -> Packed | None:
+def _compressed(module: Any, settings: Mapping[str, object], part: Part) -> Packed | None:
     """compressed-tensors: a byte per code, or words of codes along a row, counted from 0."""
     if (weights := _whole_numbers(settings)) is None:
         return None

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
 from dart_eval.weights.checkpoint import weight_files
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 IN_MEMORY = ("torchao", "bitsandbytes")  # libraries whose weights stay as stored, and are counted in memory
 # Tensors beside weights in a file that a product does not read. GPTQ's g_idx, a number per column, is neglected.
 NO_PART = (
@@ -35,20 +38,20 @@ EXPANDED = ("compressed-tensors", "mxfp4", "fp8")  # plain numbers once loaded; 
 OTHER_PARTS = ("visual", "vision", "image", "audio", "mtp", "talker")
 
 
-def quantisation_of(config: Any) -> dict[str, Any]:
+def quantisation_of(config: PretrainedConfig) -> dict[str, Any]:
     """Return the quantisation settings of a configuration; empty if its checkpoint is not quantised."""
     settings = getattr(config, "quantization_config", None)
     settings = settings or getattr(config.get_text_config(), "quantization_config", None) or {}
     return dict(settings) if isinstance(settings, Mapping) else settings.to_dict()
 
 
-def method_of(config: Any) -> str | None:
+def method_of(config: PretrainedConfig) -> str | None:
     """Return the quantisation method of a checkpoint by its configuration, or None."""
     name = quantisation_of(config).get("quant_method")
     return None if name is None else str(getattr(name, "value", name))
 
 
-def options(config: Any) -> dict[str, Any]:
+def options(config: PretrainedConfig) -> dict[str, object]:
     """Return further arguments of `from_pretrained` for a quantised checkpoint."""
     # The kernels for mxfp4 do not expose h, which masks act on, so the weights are expanded.
     return {"quantization_config": Mxfp4Config(dequantize=True)} if method_of(config) == "mxfp4" else {}
@@ -60,7 +63,7 @@ def expand(model: Any) -> None:
         model.hf_quantizer.compressor.decompress_model(model)
 
 
-def note_bits(config: Any, files: Files, model: Any) -> list[str]:
+def note_bits(config: PretrainedConfig, files: Files, model: PreTrainedModel) -> list[str]:
     """Note the bits of a loaded model's FFN weights in its files.
 
     Args:
@@ -94,7 +97,7 @@ def note_bits(config: Any, files: Files, model: Any) -> list[str]:
     ]
 
 
-def note_forms(config: Any, model: Any) -> None:
+def note_forms(config: PretrainedConfig, model: PreTrainedModel) -> None:
     """Note which FFN weights of a model without weights will stay quantised when it is loaded."""
     settings, method = quantisation_of(config), method_of(config)
     if method is None or method in EXPANDED:

@@ -237,7 +237,7 @@ def means(calibration: Calibration, observe: Observe) -> list[Tensor]:
     return [sums[:-1] / sums[-1] for sums in calibration.sums(Counting(observe))]
 
 
-def statistic_name(method: Callable[..., Any]) -> str | None:
+def statistic_name(method: Callable[..., object]) -> str | None:
     """Return the cache key of a part's statistics: its class and fields, and its code if it is not built in.
 
     Args:

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -38,15 +37,15 @@ class StatsCache:
         kind: name of the folder; None for statistics.
     """
 
-    about: Mapping[str, Any]
+    about: Mapping[str, object]
     kind: str | None = None
 
-    def _path(self, of: Mapping[str, Any]) -> Path:
+    def _path(self, of: Mapping[str, object]) -> Path:
         key = json.dumps([dict(self.about), dict(of)], sort_keys=True)
         place = folder() if self.kind is None else folder().with_name(self.kind)
         return place / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def get(self, of: Mapping[str, Any]) -> list[Tensor] | None:
+    def get(self, of: Mapping[str, object]) -> list[Tensor] | None:
         """Return cached tensors; None if there are none or they are damaged. of: identifies the statistic."""
         path = self._path(of)
         try:
@@ -62,7 +61,7 @@ class StatsCache:
             return None
         return tensors
 
-    def put(self, of: Mapping[str, Any], tensors: list[Tensor]) -> None:
+    def put(self, of: Mapping[str, object], tensors: list[Tensor]) -> None:
         """Store tensors, if the cache can be written. tensors: on the CPU."""
         path = self._path(of)
         named = {f"{i}": tensor.contiguous() for i, tensor in enumerate(tensors)}

@@ -259,7 +259,5 @@ class Inside(Choice):
     """Base of choices by one number of each neuron, inside any mask."""
 
     mask_ratio: float = option(  # type: ignore[misc]
-        1.6,
-        "neurons in the mask, as a multiple of the weights read (mask=everything ignores it)",
-        least=1,
+        1.6, "neurons in the mask, as a multiple of the weights read (mask=everything ignores it)", least=1
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ def coded(image: Image, ffn: FFN) -> CodedPreview:
     return _CACHE.get(ffn.up, [m.weight for m in matrices], (image, kernels), make)
 
 
-def _coded(image: Image, matrix: Served, bias: Tensor | None, kernels: bool) -> tuple[Any, Tensor]:
+def _coded(image: Image, matrix: Served, bias: Tensor | None, kernels: bool) -> tuple[object, Tensor]:
     """Return the product with the image of one matrix, and the error of each row."""
     weight = matrix.weight
     assert isinstance(image, Copy)

@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +142,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _putting(parameter: nn.Parameter, values: Callable[[], Tensor]) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
+    def hook(*_: object) -> None:
         parameter.data = values()
 
     return torch.compiler.disable(hook)

@@ -7,6 +7,7 @@ stay the type's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ class Choosing(TorchFunctionMode):
         if args and (func in CHOOSE or func in NORMALISE):
             first, rest = args[0], list(args[1:])
             over = tuple(first.shape[1:])  # of each token
-            if self.available is not None and over and _product(over) == self.routed.all:  # in groups, perhaps
+            if self.available is not None and over and math.prod(over) == self.routed.all:  # in groups, perhaps
                 first = first.masked_fill(~self.available.to(first.device).view(over), -torch.inf)
             if func in CHOOSE and over == (self.routed.all,):
                 self.asked = True
@@ -53,10 +54,6 @@ class Choosing(TorchFunctionMode):
                     kwargs["k"] = self.count
             args = (first, *rest)
         return func(*args, **kwargs)
-
-
-def _product(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 class Order:
@@ -99,8 +96,7 @@ class Order:
         routed, mode = self.routed, self._mode
         if self.own and (mode is None or not mode.asked or index.shape[1] != self.count):
             raise UserError(
-                f"the router of {routed.title} chooses experts in a way that is not understood",
-                "take another method",
+                f"the router of {routed.title} chooses experts in a way that is not understood", "take another method"
             )
         if not self.own and self.count < index.shape[1]:
             weights, best = weights.topk(self.count, dim=1)
@@ -143,7 +139,7 @@ class Rerouted:
         """Return the bytes beside the model: a byte per expert, though a bit would do."""
         return sum(order.available.numel() for order in self.orders.values() if order.available is not None)
 
-    def watch(self, add: Callable[[Any], None], forward: Any) -> None:
+    def watch(self, add: Callable[[Any], None], forward: object) -> None:
         """Install the hooks that change routers while tokens are decoded.
 
         Args:
@@ -159,7 +155,7 @@ class Rerouted:
 
 
 def _beginning(order: Order, forward: Any) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any) -> None:
+    def hook(_module: nn.Module, _args: object) -> None:
         if forward.phase == "decode" and forward.state is not None:
             order.begin()
 
@@ -167,7 +163,7 @@ def _beginning(order: Order, forward: Any) -> Callable[..., None]:
 
 
 def _ending(order: Order) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+    def hook(_module: nn.Module, _args: object, _output: object) -> None:
         order.end()
 
     return torch.compiler.disable(hook)

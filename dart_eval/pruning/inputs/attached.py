@@ -92,7 +92,7 @@ class AttachedInputs:
         norms = sum(one.norms.numel() * 4 for one in every if one.norms is not None)
         return norms + 8 * len(self.inputs) * (self.part.by_token and self.part.calibrates)
 
-    def watch(self, add: Callable[[Any], None], forward: Any) -> None:
+    def watch(self, add: Callable[[Any], None], forward: object) -> None:
         """Install the hooks that thin the inputs of every matrix while tokens are decoded.
 
         Args:
@@ -118,8 +118,8 @@ class AttachedInputs:
         layer.neurons_read = read if layer.neurons_read is None else layer.neurons_read + read
         return x * columns
 
-    def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., object]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...] | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
             x = self._read_columns(ffn, matrix, forward.in_batch(args[0]), forward.state)
@@ -127,10 +127,10 @@ class AttachedInputs:
 
         return torch.compiler.disable(hook)
 
-    def _both(self, ffn: FFN, forward: Any) -> Callable[..., Any]:
+    def _both(self, ffn: FFN, forward: Any) -> Callable[..., object]:
         """Return the hook of gate and up in one projection: each reads inputs of its own."""
 
-        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(module: Any, args: tuple[object, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
             x = forward.in_batch(args[0])

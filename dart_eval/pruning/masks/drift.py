@@ -84,10 +84,7 @@ class DriftDetector(PerSequence):
             rest = tokens[head:]
             full = len(rest) // size
             means = torch.cat(
-                [
-                    self.prompt_sum[row : row + 1] / size,
-                    rest[: full * size].reshape(full, size, a.shape[2]).mean(1),
-                ]
+                [self.prompt_sum[row : row + 1] / size, rest[: full * size].reshape(full, size, a.shape[2]).mean(1)]
             )
             self.windows[row] = torch.cat([self.windows[row], means])[-MAX_REFERENCE_WINDOWS:]
             self.prompt_sum[row] = rest[full * size :].sum(0)
@@ -145,9 +142,7 @@ class DriftDetector(PerSequence):
             full = full & ~hold
         flagged = full & ~cooling & (self.signal < self.threshold)
         self.pressure = torch.where(
-            full & ~cooling,
-            torch.where(flagged, self.pressure + 1, (self.pressure - 1).clamp_min(0)),
-            self.pressure,
+            full & ~cooling, torch.where(flagged, self.pressure + 1, (self.pressure - 1).clamp_min(0)), self.pressure
         )
         self.cooling = torch.where(full & cooling, self.cooling - 1, self.cooling)
         alarm = full & (self.pressure >= config.patience)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dart_eval.util.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 REMEDY = "pass attention_mask of shape [batch, cached and new tokens]"
 
 
-def real_tokens(mask: Any, cache: Any, past: int, batch: int, length: int, device: torch.device) -> Tensor:
+def real_tokens(mask: object, cache: Any, past: int, batch: int, length: int, device: torch.device) -> Tensor:
     """Return [B, T] bool, the new tokens that are not padding.
 
     Args:
@@ -50,7 +53,7 @@ def real_tokens(mask: Any, cache: Any, past: int, batch: int, length: int, devic
     return _own_entries(mask, start, length).to(device).expand(batch, length)
 
 
-def _offset(cache: Any, width: int, length: int, kind: str | None) -> int:
+def _offset(cache: Cache, width: int, length: int, kind: str | None) -> int:
     """Return the position of a mask's first column: caches of sliding windows drop the oldest tokens."""
     for layer in sorted(getattr(cache, "layers", ()), key=lambda layer: bool(getattr(layer, "is_sliding", False))):
         if kind is not None and getattr(layer, "is_sliding", False) == (kind == "full_attention"):
@@ -87,14 +90,14 @@ class CacheWatch:
     def __init__(self, reorder: Callable[[Tensor], None] | None) -> None:
         self.tokens = 0  # in the cache after the last forward
         self._reorder = reorder
-        self._cache: Callable[[], Any] = lambda: None  # a weak reference, once there is a cache
+        self._cache: Callable[[], Cache | None] = lambda: None  # a weak reference, once there is a cache
 
     @property
-    def cache(self) -> Any:
+    def cache(self) -> Cache | None:
         """The cache, or None."""
         return self._cache()
 
-    def check_tokens(self, cache: Any, past: int, has_masks: bool) -> None:
+    def check_tokens(self, cache: Cache, past: int, has_masks: bool) -> None:
         """Refuse a cache that is not the one that the last forward left.
 
         Args:
@@ -135,7 +138,7 @@ class CacheWatch:
             cache.__class__ = _followed(cache.__class__)
             cache.__dict__[FOLLOWED] = weakref.ref(self)
 
-    def adopt(self, output: Any, model: str) -> None:
+    def adopt(self, output: object, model: str) -> None:
         """Watch the cache that a forward has created: see `cache_in`."""
         self.follow(cache_in(output, model), self.tokens)
 
@@ -146,13 +149,13 @@ class CacheWatch:
             cache.__class__ = type(cache).__mro__[2]
             cache.__dict__.pop(FOLLOWED, None)
 
-    def reordered(self, cache: Any, beams: Tensor) -> None:
+    def reordered(self, cache: Cache, beams: Tensor) -> None:
         """Follow beams that were reordered in a cache, unless it is a copy of ours."""
         if cache is self._cache() and self._reorder is not None:
             self._reorder(beams)
 
 
-def cache_in(output: Any, model: str) -> Any:
+def cache_in(output: object, model: str) -> Cache:
     """Return the KV cache in the output of a forward. model: its class, for the message.
 
     Raises:
@@ -168,7 +171,7 @@ def cache_in(output: Any, model: str) -> Any:
     return cache
 
 
-def check_cache(cache: Any, use_cache: bool | None) -> None:
+def check_cache(cache: Cache, use_cache: bool | None) -> None:
     """Refuse a forward without KV cache, or with one whose length is unknown.
 
     Raises:

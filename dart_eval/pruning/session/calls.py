@@ -24,13 +24,13 @@ CONTINUOUS = ("generate_batch", "init_continuous_batching")
 class _Replaced:
     """A replaced method of a module."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., object]) -> None:
         self.call = call
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.call(*args, **kwargs)
 
-    def __deepcopy__(self, _memo: Any) -> Any:
+    def __deepcopy__(self, _memo: object) -> object:
         raise UserError(
             "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
         )
@@ -50,7 +50,7 @@ class Calls:
         self.prompt = 0
         self.ends: frozenset[int] = frozenset()
         self.turn = 0
-        self._before: list[tuple[nn.Module, str, Any]] = []  # earlier entries of a module's `__dict__`
+        self._before: list[tuple[nn.Module, str, object]] = []  # earlier entries of a module's `__dict__`
 
     def watch(self) -> None:
         """Replace the methods.
@@ -71,7 +71,7 @@ class Calls:
         if callable(generate):
             self._put(self.model, "generate", _Replaced(functools.partial(self._generate, generate)))
 
-    def _put(self, module: nn.Module, name: str, value: Any) -> None:
+    def _put(self, module: nn.Module, name: str, value: object) -> None:
         self._before.append((module, name, module.__dict__.get(name, ABSENT)))
         module.__dict__[name] = value
 
@@ -85,7 +85,7 @@ class Calls:
                 module.__dict__[name] = before
             self._before.pop()
 
-    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: object) -> object:
         before = self.prompt, self.ends
         self.turn += 1
         values = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
@@ -100,12 +100,14 @@ class Calls:
             self.prompt, self.ends = before
 
 
-def _ids(value: Any) -> list[int]:
+def _ids(value: object) -> list[int]:
     """Return token ids in any form that `generate` takes: none, one, several, or a tensor of them."""
     return [] if value is None else torch.as_tensor(value).flatten().tolist()
 
 
-def _leaves_alone(module: nn.Module, change: Callable[[Tensor], Tensor], *_args: Any, **_kwargs: Any) -> nn.Module:
+def _leaves_alone(
+    module: nn.Module, change: Callable[[Tensor], Tensor], *_args: object, **_kwargs: object
+) -> nn.Module:
     """Replace `module._apply(change)`: do nothing if the weights already have the dtype and device, else refuse."""
     for dtype, device in {(t.dtype, t.device) for t in [*module.parameters(), *module.buffers()]}:
         changed = change(torch.empty(0, dtype=dtype, device=device))
@@ -114,13 +116,13 @@ def _leaves_alone(module: nn.Module, change: Callable[[Tensor], Tensor], *_args:
     return module
 
 
-def _refuse_weights(*_args: Any, **_kwargs: Any) -> Any:
+def _refuse_weights(*_args: object, **_kwargs: object) -> object:
     raise UserError(
         "the weights of a model under prune() must stay as they are", "move, cast or load them before the block"
     )
 
 
-def _refuse_continuous_batching(*_args: Any, **_kwargs: Any) -> Any:
+def _refuse_continuous_batching(*_args: object, **_kwargs: object) -> object:
     raise UserError(
         "continuous batching runs prompts and decoded tokens in one forward, which prune() cannot follow",
         "use generate()",

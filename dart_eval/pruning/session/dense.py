@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class DenseSession:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.events: list[dict[str, Any]] = []
+        self.events: list[dict[str, object]] = []
         self.remasks: list[int] = []
 
     @contextmanager

@@ -80,7 +80,7 @@ class Hooks:
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
-        self._experts: list[tuple[Any, Any]] = []
+        self._experts: list[tuple[object, object]] = []
 
     @property
     def installed(self) -> bool:
@@ -173,10 +173,10 @@ class Hooks:
 
     # -- what they do ----------------------------------------------------------------------------------------
 
-    def _on_hidden(self, layer: int) -> Callable[..., Any]:
+    def _on_hidden(self, layer: int) -> Callable[..., object]:
         forward = self.forward
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...] | None:
             if forward.phase == "off":  # a call of the projection by the state itself
                 return None
             h, state = forward.in_batch(args[0]), forward.state
@@ -197,7 +197,7 @@ class Hooks:
     def _on_down(self, layer: int) -> Callable[..., Tensor | None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
             added = forward.state.layers[layer].extra(forward.state.dense_now)
@@ -225,7 +225,7 @@ class Hooks:
     def _on_output(self, layer: int) -> Callable[..., None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             residual, forward.residual = forward.residual, None
             if forward.phase == "context" and forward.state is not None and residual is not None:
                 added = forward.in_batch(output) * self.ffns[layer].scale
@@ -255,7 +255,7 @@ class Hooks:
         if self.forward.phase == "context":
             self._on_residual(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
 
-    def _on_act(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+    def _on_act(self, _module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
         forward = self.forward
         if forward.phase != "off":
             forward.gate = forward.in_batch(output)
@@ -264,7 +264,7 @@ class Hooks:
         """Return the hook for an activation that is a function and has no hooks: it runs a second time."""
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             if forward.phase != "off":
                 forward.gate = ffn.act(forward.in_batch(output))
 
@@ -273,7 +273,7 @@ class Hooks:
     def _on_up(self, ffn: FFN) -> Callable[..., None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             if forward.phase != "off":
                 forward.up = ffn.lifted(forward.in_batch(output))
 
@@ -282,7 +282,7 @@ class Hooks:
     def _on_both(self, ffn: FFN) -> Callable[..., None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             if forward.phase != "off":
                 gate, up = forward.in_batch(output).chunk(2, dim=-1)
                 forward.up = ffn.lifted(up)
@@ -291,7 +291,7 @@ class Hooks:
 
         return hook
 
-    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def _on_attention(self, _module: nn.Module, _args: tuple[object, ...], output: Any) -> None:
         forward, output = self.forward, output[0] if isinstance(output, tuple) else output
         state = forward.state
         if state is None:
@@ -309,12 +309,12 @@ def _drop(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
         handles.pop()
 
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Any]:
     """Return all arguments of a forward by name."""
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-def _no_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _no_labels(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """Refuse labels: the loss would be that of a dense prompt, whatever the method."""
     if named_arguments(module, args, kwargs).get("labels") is not None:
         raise UserError(
@@ -335,6 +335,6 @@ def _guard_hooks() -> None:
         dynamo.reset()
 
 
-def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _eager(hook: Callable[..., object]) -> Callable[..., object]:
     """Hide a hook from the compiler, since it acts differently from forward to forward."""
     return torch.compiler.disable(hook)

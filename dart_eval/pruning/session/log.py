@@ -93,8 +93,8 @@ class Log:
     """
 
     steps: list[Step] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    alarms: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, object]] = field(default_factory=list)
+    alarms: list[dict[str, object]] = field(default_factory=list)
     signals: list[Tensor] = field(default_factory=list)
     decoded: int = 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class PerSequence:
         return nbytes(vars(self))
 
 
-def _select(value: Any, rows: Tensor) -> Any:
+def _select(value: object, rows: Tensor) -> object:
     from torch import Tensor
 
     if isinstance(value, Tensor):
@@ -45,12 +45,12 @@ def _select(value: Any, rows: Tensor) -> Any:
     return value
 
 
-def nbytes(value: Any) -> int:
+def nbytes(value: object) -> int:
     """Return the bytes of tensors and states, in lists or mappings too. A tensor counts once."""
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(value)}.values())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     from torch import Tensor
 
     if isinstance(value, Tensor):

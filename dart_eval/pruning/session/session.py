@@ -174,7 +174,7 @@ class Session(SessionStats):
     # -- one forward -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         forward, named = self.forward, named_arguments(module, args, kwargs)
         tokens = next(t for t in map(named.get, ("input_ids", "inputs_embeds")) if t is not None)
         batch, length = tokens.shape[:2]
@@ -282,7 +282,7 @@ class Session(SessionStats):
             self.state = self.state.select(beams.to(self.state.device))
 
     @torch.no_grad()
-    def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, _module: nn.Module, _args: tuple[object, ...], output: object) -> None:
         forward = self.forward
         attention, forward.attention = forward.attention, None
         # From here on nothing is a forward, a re-mask's own projections included.

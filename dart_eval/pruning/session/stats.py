@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -105,11 +105,11 @@ class SessionStats(ABC):
         return self.log.steps
 
     @property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[dict[str, object]]:
         """Re-masks since the last new context: step, token, sequence, cause, overlap."""
         return self.log.events
 
-    def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
+    def trace(self, row: int, tokens: int | None = None) -> dict[str, object] | None:
         """Return the detector's trace of one sequence since its context: see `Log.trace`."""
         remasking = self.state.remasking if self.state else None
         return self.log.trace(remasking.detector if remasking else None, row, tokens)
