@@ -1,4 +1,4 @@
-"""What `dart-eval bench` measured, as tables for people."""
+"""The measurements of `dart-eval bench` as tables for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADS = ("speed-up", "ceiling", "share", "control")
 
 
 def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
-    """How fast a model decodes on rounded FFN weights, for people: the dense one, and methods on top."""
+    """Return the decode speeds on rounded FFN weights, for people: the dense model, and methods on top."""
     timed = [f for f in results if isinstance(f, RoundedSpeed)]
     body = [
         _bytes_only(f) if isinstance(f, BytesOnly) else
@@ -51,12 +51,12 @@ def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
 
 
 def _bytes_only(result: BytesOnly) -> list[str]:
-    """The row of what could not be timed."""
+    """Return the row of a method without times."""
     return [result.title, f"{result.weights_read:.2f}", BYTES_ONLY, f"{result.ceiling:.2f}x", "-", "-"]
 
 
 def _reasons(results: Sequence[object]) -> str:
-    """Why some rows have no times; nothing where all have."""
+    """Return the reason why rows have no times; empty if all have."""
     why = {f.why: None for f in results if isinstance(f, BytesOnly)}
     return f" {BYTES_ONLY.capitalize()}: nothing makes these bytes into time ({'; '.join(why)})." if why else ""
 
@@ -64,14 +64,14 @@ def _reasons(results: Sequence[object]) -> str:
 def decoding(
     results: Sequence[DecodeSpeed | BytesOnly], rounded: Sequence[RoundedSpeed | BytesOnly], where: str
 ) -> list[Table]:
-    """All tables of how fast methods decode, and what is rounded. where: the model and the hardware."""
+    """Return all tables of decode speeds and of rounded weights. where: the model and the hardware."""
     timed = [f for f in results if isinstance(f, DecodeSpeed)]
     beside = [rounding(rounded, where)] if rounded else []
     return [speeds(results, where), *beside, *([costs(timed)] if timed else [])]
 
 
 def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
-    """How fast the methods decode, for people; those that cannot be timed in their places among them."""
+    """Return the decode speeds of methods, for people, with untimed methods in their places."""
     timed = [f for f in results if isinstance(f, DecodeSpeed)]
     body = [
         [
@@ -102,7 +102,7 @@ def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
 
 
 def costs(results: list[DecodeSpeed]) -> Table:
-    """What the methods take beside a decoded token's own work, for people."""
+    """Return the costs of methods other than a decoded token's own work, for people."""
     columns = ["method", "tokens/s", "prompt", "masks", "changes", "copies", "overhead", "extra MB"]
     body = [
         [
@@ -128,12 +128,12 @@ def costs(results: list[DecodeSpeed]) -> Table:
 
 
 def _ratio(ratio: Ratio) -> str:
-    """A median with its quartiles."""
+    """Return a median with its quartiles."""
     return f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
 def state(results: list[Overhead]) -> Table:
-    """What the methods keep, for people."""
+    """Return the state of methods, for people."""
     lengths = list(results[0].state_bytes)
     columns = ["method", *(f"{n} tokens" for n in lengths), *PARTS]
     body = [
@@ -152,7 +152,7 @@ def state(results: list[Overhead]) -> Table:
 
 
 def work(results: list[Overhead]) -> Table:
-    """What the methods compute, for people."""
+    """Return the computations of methods, for people."""
     columns = ["method", "decoded token", "prompt token", "re-mask", "re-mask reads", "steady re-masks"]
     body = []
     for f in results:
@@ -172,7 +172,7 @@ def work(results: list[Overhead]) -> Table:
 
 
 def under_methods(results: Sequence[MethodSpeed], model: str) -> Table:
-    """How long answers take to be scored under methods, each beside the first of them."""
+    """Return the scoring times under methods, relative to the first method."""
     first = results[0].method
     body = [
         [f.task, f.method, percent(f.sparsity), f"{f.read:.3f}", f"{f.seconds:.2f}", _ratio(f.ratio)] for f in results
@@ -191,7 +191,7 @@ def _rounds(count: int) -> str:
 
 
 def dense_scoring(results: Sequence[TaskSpeed], model: str) -> Table:
-    """How fast answers are scored: what each side took and computed, and what would have been enough."""
+    """Return the scoring speeds: time and work of each side, and the least possible time."""
     columns = ["task", "scorer", "seconds", "speed-up", "tokens", "logits", "share", "same", "apart"]
     body: list[list[str]] = []
     rules = set()
@@ -217,7 +217,8 @@ def dense_scoring(results: Sequence[TaskSpeed], model: str) -> Table:
         "the scorer's. Tokens: rows x width through the decoder, padding included; logits: rows through the "
         "output head. Limit: the time for what must be computed (each distinct context, shared prefix and "
         "continuation once, no padding), at the speed of well-filled forwards of this model; share: "
-        "that time / the scorer's. Same: every document has the accuracies that it has under HFLM; apart: the largest difference of a log-likelihood. "
+        "that time / the scorer's. Same: every document has the accuracies that it has under HFLM; apart: the "
+        "largest difference of a log-likelihood. "
         f"{counts}."
     )
     return Table("Scoring", columns, body, note, rules=frozenset(rules - {0}))

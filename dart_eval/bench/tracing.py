@@ -1,4 +1,4 @@
-"""One prompt under a method, step by step: what the detector saw, when masks changed and by how much."""
+"""One prompt under a method, step by step: the detector's values, and the times and sizes of mask changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Passage:
 
 
 def smoke_passage(number: int) -> Passage:
-    """The shipped two-topic document of that number (task `drift_smoke`).
+    """Return the shipped two-topic document of a number (task `drift_smoke`).
 
     Raises:
         UserError: there is no such document.
@@ -50,13 +50,13 @@ def smoke_passage(number: int) -> Passage:
 def trace(
     model: PreTrainedModel, tokenizer: Any, method: Pruner, sparsity: float, passage: Passage, tokens: int = 200
 ) -> dict[str, Any]:
-    """Run a passage under a method; the prompt dense, at most `tokens` tokens after it pruned.
+    """Run a passage under a method: the prompt dense, then at most `tokens` tokens pruned.
 
     Args:
         tokenizer: of the model.
         sparsity: the share of FFN weights that a token does not read.
-        passage: what is read and, perhaps, what follows.
-        tokens: how many come after the prompt at most.
+        passage: the prompt and, perhaps, its continuation.
+        tokens: the most tokens after the prompt.
 
     Returns:
         Plain data: `method`, `params`, `sparsity`, `prompt_tokens`, `switch`; `tokens` (decoded, as text) and
@@ -110,7 +110,7 @@ def trace(
 def _decode(
     model: PreTrainedModel, prompt: torch.Tensor, text_ids: list[int] | None, count: int
 ) -> tuple[list[int], list[float]]:
-    """Read a prompt, then `count` tokens one by one: those text_ids, or those that the model writes until it ends.
+    """Read a prompt, then `count` tokens one by one: those of `text_ids`, or the model's own until it ends.
 
     Returns:
         The tokens after the prompt, and the natural log of each one's probability.
@@ -129,14 +129,14 @@ def _decode(
         if text_ids is None and token in ends:
             break
         if len(decoded) == count:
-            break  # nobody asks for what would come next
+            break  # the token after the last is not needed
         cache = getattr(out, "cache", None) or out.past_key_values
         out = model(torch.tensor([[token]], device=prompt.device), use_cache=True, **{name: cache})
     return decoded, logprobs
 
 
 def _following(tokenizer: Any, prompt: str, then: str) -> list[int]:
-    """The tokens of `then` as they follow the prompt (a tokenizer may join the two differently than alone)."""
+    """Return the tokens of `then` after the prompt (a tokenizer may join the two differently than alone)."""
     whole, first = tokenizer(prompt + then)["input_ids"], tokenizer(prompt)["input_ids"]
     if whole[: len(first)] == first:
         return list(whole[len(first) :])
@@ -144,7 +144,7 @@ def _following(tokenizer: Any, prompt: str, then: str) -> list[int]:
 
 
 def summary(trace: dict[str, Any]) -> str:
-    """What a trace shows, in a few lines for a terminal."""
+    """Return a summary of a trace, a few lines for a terminal."""
     kept, sizes = trace["layers"]["kept"], trace["layers"]["sizes"]
     shares = [k / n for k, n in zip(kept, sizes, strict=True)]
     lines = [

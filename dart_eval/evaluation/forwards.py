@@ -113,8 +113,7 @@ def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> Non
         refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
     if not _close(ours, theirs, 1e-2):
         raise UserError(
-            f"the output head of {type(model).__name__} is not understood",
-            "add it to dart_eval/evaluation/forwards.py",
+            f"the output head of {type(model).__name__} is not understood", "add it to dart_eval/evaluation/forwards.py"
         )
 
 
@@ -140,8 +139,7 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
             off = min(off, alone)
         if off > 10 * least:
             raise UserError(
-                f"{name} gives other logits to tokens after a cached context than in the whole text",
-                NOT_RUN,
+                f"{name} gives other logits to tokens after a cached context than in the whole text", NOT_RUN
             )
         if can_pad(model) and _apart(_behind_padding(model, head, tokens), whole) > max(10 * least, 4 * off):
             raise UserError(

@@ -26,14 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dart_eval.evaluation.batching import (
-    CANDIDATES_PER_CONTEXT,
-    Budget,
-    Group,
-    budget,
-    padded_batches,
-    shared_prefixes,
-)
+from dart_eval.evaluation.batching import CANDIDATES_PER_CONTEXT, Budget, Group, budget, padded_batches, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache, prefix_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards

@@ -57,8 +57,7 @@ def truncated(context: list[int], continuation: list[int], max_length: int) -> R
     """
     if len(continuation) > max_length:
         raise UserError(
-            f"a continuation of {len(continuation)} tokens does not fit in {max_length}",
-            "use a larger --max-length",
+            f"a continuation of {len(continuation)} tokens does not fit in {max_length}", "use a larger --max-length"
         )
     whole = (context + continuation)[-(max_length + 1) :]
     split = len(whole) - len(continuation)

@@ -23,12 +23,12 @@ LAST = "parameters"  # the longest: what a reader wants first stands before it
 
 
 def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str | None) -> list[Piece]:
-    """A folder a model, as its repository has it; in it a file a number, since a leaderboard takes one a file.
+    """Return a folder a model, as in its repository, with a file a number: a leaderboard reads one a file.
 
     Args:
-        cells: what is exported.
+        cells: the exported cells.
         datasets: data sets of lm-eval tasks.
-        source: a page that says more of the results, or None.
+        source: a page with more about the results, or None.
     """
     found = []
     nowhere: set[str] = set()  # tasks without a data set
@@ -66,7 +66,7 @@ def _no_data_set(tasks: Sequence[str]) -> dict[str, str]:
 def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, Any]:
     if not math.isfinite(metric.value):
         raise LeftOut(f"{metric.metric} of {metric.task} under {cell.title} is {metric.value}", "run the cell again")
-    cell.store.samples(cell.record)  # refuses answers that are no numbers
+    cell.store.samples(cell.record)  # raises on answers that are no numbers
     moment = cell.moment
     return {
         "dataset": {"id": dataset.id, "task_id": dataset.task},

@@ -158,7 +158,8 @@ def split(rows: Sequence[BoardRow], wanted: str | None = None) -> list[tuple[Tas
         sets = [_tasks_of(row) for row in rest]
         first = min((m for own in sets for m in own), key=lambda m: (m != wanted, metrics.order(m)), default="")
         candidates = {own[first] for own in sets if first in own}
-        chosen = max(candidates, key=lambda c: (_covered(c, first, sets) * len(c), sorted(c)), default=frozenset())
+        covering = {c: sum(c <= own.get(first, frozenset()) for own in sets) for c in candidates}
+        chosen = max(candidates, key=lambda c: (covering[c] * len(c), sorted(c)), default=frozenset())
         inside = [i for i, own in enumerate(sets) if chosen <= own.get(first, frozenset())]
         tasks = {first: tuple(sorted(chosen))} if first else {}
         for metric in sorted({m for i in inside for m in sets[i]} - {first}, key=metrics.order):
@@ -176,10 +177,6 @@ def _tasks_of(row: BoardRow) -> dict[str, frozenset[str]]:
     for task, m in row.values.items():
         found.setdefault(m.metric.partition(",")[0], set()).add(task)
     return {metric: frozenset(tasks) for metric, tasks in found.items()}
-
-
-def _covered(tasks: frozenset[str], metric: str, sets: Sequence[Mapping[str, frozenset[str]]]) -> int:
-    return sum(tasks <= own.get(metric, frozenset()) for own in sets)
 
 
 def qualities(values: Mapping[str, Metric], compared: Sequence[Compared], tasks: Tasks) -> dict[str, Quality]:

@@ -16,16 +16,7 @@ from dart_eval.results.format import chance, number, ratio, signed
 from dart_eval.results.frame import Compared, compared
 from dart_eval.results.metrics import GOLD
 from dart_eval.results.outcomes import Cell, Measure, Unpaired, older_note
-from dart_eval.results.pairing import (
-    Pair,
-    counterparts,
-    current,
-    dense_cells,
-    dense_of,
-    differing,
-    nearest_to,
-    pair,
-)
+from dart_eval.results.pairing import Pair, counterparts, current, dense_cells, dense_of, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table, finite

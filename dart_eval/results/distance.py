@@ -52,7 +52,9 @@ def with_distances(outcome: Outcome, dense: Outcome, texts: bool = True) -> Outc
     ids, their_ids = (side.get("token_ids", nothing) for side in (ours, theirs))
     columns = {"flips": _each(ours["chosen"], theirs["chosen"], lambda a, b: float(a != b))}
     if texts:
-        columns["dense_rougeL"] = _each(ours["text"], theirs["text"], _rouge)
+        columns["dense_rougeL"] = _each(
+            ours["text"], theirs["text"], lambda text, dense: float(_scorer().score(dense, text)["rougeL"].fmeasure)
+        )
         columns["dense_tokens"] = _each(ids, their_ids, _common)
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
     firsts = {m.task: m for m in reversed(outcome.measures)}.values()
@@ -73,10 +75,6 @@ def _each(ours: Iterable[Any], theirs: Iterable[Any], of: Callable[[Any, Any], f
 
 def _there(answer: Any) -> bool:
     return answer is not None and answer == answer  # a column of a frame has NaN where a document has nothing
-
-
-def _rouge(text: str, dense: str) -> float:
-    return float(_scorer().score(dense, text)["rougeL"].fmeasure)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ MOST = 600  # documents of all tasks together: a page of some MB
 
 @dataclass(frozen=True)
 class Report:
-    """The page and what is in it."""
+    """The page and the numbers of its contents."""
 
     html: str
     cells: int
@@ -32,12 +32,12 @@ class Report:
 
 
 def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
-    """The report of the records in `store`. Equal folders give equal bytes.
+    """Return the report of the records in `store`. Equal folders give equal bytes.
 
     Args:
         store: a folder of finished cells; samples and texts may be missing.
         title: head of the page; without it, the models' names.
-        wanted: documents of each task that are shown with all answers; 0 leaves them out.
+        wanted: number of documents of each task shown with all answers; 0 shows none.
 
     Raises:
         UserError: no record that can be read.
@@ -72,10 +72,10 @@ def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
 def _read(
     reader: Reader, cells: Sequence[ReportCell]
 ) -> tuple[dict[str, CellSamples], dict[str, Texts], dict[str, list[str]]]:
-    """The samples of all cells and the texts of those that are shown, by key; and which cells lack which of them."""
+    """Return samples of all cells and texts of the documents on the page, by key, and the cells without either."""
     samples_of: dict[str, CellSamples] = {}
     texts: dict[str, Texts] = {}
-    files: dict[str, Texts] = {}  # cells that were asked the same share one
+    files: dict[str, Texts] = {}  # cells with the same documents share one
     untold: dict[str, list[str]] = {"Samples": [], "Prompts": []}
     for cell in cells:
         key, file = cell.record.key, cell.record.files.get("texts", {}).get("name", "")
@@ -94,7 +94,7 @@ def _read(
 
 
 def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
-    """What the page shows of one model."""
+    """Return the page's data of one model."""
     return {
         "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
         "notes": board_text.notes(board),
@@ -104,7 +104,7 @@ def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
 
 
 def _block(board: Board, block: Block) -> dict[str, Any]:
-    """A block's table: the share of dense's quality stands before the value, for a narrow screen."""
+    """Return a block's table, with the share of dense's quality before the value, for narrow screens."""
     columns = sorted(board_text.columns_of(block), key=lambda c: c.name not in FIRST)
     leading = [c for c in columns if c.name in FIRST]
     rest = columns[len(leading) :]
@@ -124,6 +124,6 @@ def _block(board: Board, block: Block) -> dict[str, Any]:
 
 
 def _commands(cells: Sequence[ReportCell]) -> list[Table]:
-    """The commands that make the cells again, where they are known."""
+    """Return the commands that reproduce the cells, where they are recorded."""
     body = [[c.place, str(command)] for c in cells if (command := c.record.settings.get("command"))]
     return [Table("Commands", ["cell", "command"], body, "Each makes its cell again.")] if body else []

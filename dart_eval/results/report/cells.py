@@ -1,4 +1,4 @@
-"""The cells of the boards, in the order of their rows, and what every section calls them."""
+"""The cells of the boards, in the order of their rows, with the names that every section uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dart_eval.results.record import Record
 
 @dataclass(frozen=True)
 class ReportCell:
-    """A record and the row of the board that it stands in; `name` is the row's, with its sparsity."""
+    """A record and its row of the board; `name` is the row's, with its sparsity."""
 
     record: Record
     row: BoardRow
@@ -21,12 +21,12 @@ class ReportCell:
 
     @property
     def place(self) -> str:
-        """The cell in a sentence."""
+        """The cell as a sentence."""
         return f"{self.name} on {self.record.inputs['task']}"
 
 
 def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[ReportCell]:
-    """The cells on the boards."""
+    """Return the cells of the boards."""
     by_key = {r.key: r for r in records}
     found = []
     for board in boards:
@@ -38,12 +38,12 @@ def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[ReportC
 
 
 def flat(row: BoardRow) -> bool:
-    """Whether the row is a level that the others are held against: a control that reads everything."""
+    """Whether the row is a level to compare the others with: a control that reads everything."""
     return row.kind == CONTROL and row.read == 1
 
 
 def looks(cells: Iterable[ReportCell]) -> dict[str, int]:
-    """Label -> the number of its colour and marker, the same in all charts; dense has none.
+    """Return label -> the number of its colour and marker, the same in all charts; dense has none.
 
     Methods with many cells come first, so that those which meet in most charts differ in colour.
     """

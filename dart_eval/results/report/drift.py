@@ -1,4 +1,4 @@
-"""What the drift detectors saw: a summary of each cell, and a few documents to look at."""
+"""The drift detectors' results: a summary of each cell, and charts of a few documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dart_eval.results.report.reader import CellSamples
 from dart_eval.results.writers import Table
 
 TRACES = 6  # documents drawn
-PER_CELL = 2  # of them from one cell at most
+PER_CELL = 2  # at most of one cell
 HEADS = ["task", "method", "documents traced", "windows", "below threshold", "alarms", "re-masks", "per 1000 tokens"]
 NOTE = (
     "A document has a trace where a window was full after its mask was made. Re-masks are those of all tokens of the "
@@ -25,7 +25,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Drift:
-    """The summary, the documents to draw, and how many were traced."""
+    """The summary, the documents to draw, and the number of traced ones."""
 
     table: Table
     charts: list[Chart]
@@ -35,7 +35,7 @@ class Drift:
 def drift_of(
     cells: Sequence[ReportCell], samples_of: Mapping[str, CellSamples], looks: Mapping[str, int]
 ) -> Drift | None:
-    """What the detectors saw; None where none closed a window. Drawn are documents with many re-masks and windows."""
+    """Return the section; None if no window closed. It draws documents with many re-masks and windows."""
     found = [(c, seen) for c in cells if (seen := samples_of.get(c.record.key)) is not None and seen.traced]
     if not found:
         return None

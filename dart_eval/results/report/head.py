@@ -1,4 +1,4 @@
-"""What was run, and what a reader should know before believing a number."""
+"""The head of the page: the run, and cautions to read before the numbers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.tables import cut_prompts
 
 FEW = 100  # documents below which an interval is wide enough to say so
-ALIKE = ("code", "dtype", "device", "scope", "limit", "num_fewshot")  # inputs that a reader expects to be one
+ALIKE = ("code", "dtype", "device", "scope", "limit", "num_fewshot")  # inputs that a reader expects to be equal
 HALF = ("float16", "bfloat16", "fp16", "bf16")
 PACKAGES = ("dart-eval", "python", "torch", "transformers", "lm_eval")
 
 
 def facts(cells: Sequence[ReportCell]) -> list[tuple[str, str]]:
-    """(term, description) pairs: the model, how it was run, versions, dates."""
+    """Return (term, description) pairs: the model, the settings of its run, versions, dates."""
     environments = [c.record.environment for c in cells]
     days = unique(c.record.created[:10] for c in cells)
     versions = [(p, unique(e[p] for e in environments if e.get(p))) for p in PACKAGES]
@@ -45,10 +45,11 @@ def _machine(environment: Mapping[str, str]) -> str:
 
 
 def warnings(cells: Sequence[ReportCell], files: Sequence[Path], untold: Mapping[str, Sequence[str]]) -> list[str]:
-    """Sentences about what makes numbers weak or not comparable, and about what the page lacks.
+    """Return sentences about weak or incomparable numbers, and about missing parts of the page.
 
     Args:
-        files: those of the folder that hold no record. untold: `Samples` or `Prompts` -> cells that lack them.
+        files: the unreadable record files of the folder.
+        untold: `Samples` or `Prompts` -> cells without them.
     """
     records = [c.record for c in cells]
     found = [*_few(cells), *_mixed(cells), *cut_prompts(records)]
@@ -99,11 +100,11 @@ def _of(cells: Sequence[ReportCell], name: str) -> list[str]:
 
 
 def unique(values: Iterable[object]) -> list[str]:
-    """Distinct values as text, sorted."""
+    """Return distinct values as text, sorted."""
     return sorted({str(v) for v in values})
 
 
 def listed(items: Sequence[str], most: int = 6) -> str:
-    """`a, b and c`; after `most` items, how many more there are."""
+    """Return `a, b and c`; after `most` items, the number of the others."""
     shown = [*items[:most], f"{len(items) - most} more"] if len(items) > most else list(items)
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

@@ -1,4 +1,4 @@
-"""What the charts and the table of speeds of a board hold."""
+"""The charts and the table of speeds of a board."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dart_eval.results.writers import Table
 
 
 def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> list[Chart]:
-    """The quality of each block beside dense's, then each task's main metric, against what is read.
+    """Return the quality of each block relative to dense's, then each task's main metric, against weights read.
 
     Args:
         chance: task -> its accuracy under guessing.
@@ -75,7 +75,7 @@ def _chart(
 
 
 def speeds(board: Board) -> Table | None:
-    """How fast the rows of a board decode, where that was measured."""
+    """Return the decode speeds of a board's rows, where they were measured."""
     body = [
         [
             row.label, share(row.read),

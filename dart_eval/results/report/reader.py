@@ -1,4 +1,4 @@
-"""The folder as the page reads it: the samples of each cell once, of which only what the page shows is kept."""
+"""A reader of the folder that reads the samples of each cell once, and holds only those on the page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from dart_eval.results.store import Store, traced
 
 @dataclass(frozen=True)
 class CellSamples:
-    """What the page keeps of a cell's samples.
+    """The part of a cell's samples that the page needs.
 
     Attributes:
-        samples: how many there are. traced: those whose detector closed a window.
-        first: those of the first documents of each task.
+        samples: their number.
+        traced: the samples whose detector closed a window.
+        first: the samples of the first documents of each task.
         left_out: (task, number) of the other documents.
-        chance: the accuracy under guessing; None where there are no candidates.
-        texts: counts of generated texts; None where the answers are none.
+        chance: the accuracy under guessing; None without candidates.
+        texts: counts of generated texts; None if the answers are no texts.
     """
 
     samples: int
@@ -40,7 +41,7 @@ class Reader(Store):
         self._looked: dict[str, CellSamples] = {}
 
     def samples(self, record: Record) -> list[dict[str, Any]]:
-        """All samples of a record; see `Store.samples`."""
+        """Return all samples of a record; see `Store.samples`."""
         found = super().samples(record)
         ids: dict[str, set[int]] = {}
         for s in found:
@@ -55,7 +56,7 @@ class Reader(Store):
         return found
 
     def look(self, record: Record) -> CellSamples:
-        """What the page keeps of a record's samples.
+        """Return the part of a record's samples that the page needs.
 
         Raises:
             UnreadSamples: they cannot be read.
@@ -65,5 +66,5 @@ class Reader(Store):
         return self._looked[record.key]
 
     def traces(self, record: Record) -> list[dict[str, Any]]:
-        """What the detector saw of each document; see `Store.traces`."""
+        """Return the detector's trace of each document; see `Store.traces`."""
         return [s["drift"] for s in self.look(record).traced]
