@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 AUTO = "auto"
 CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
@@ -91,7 +94,7 @@ def gpu_tokens(free: int, per_token: int) -> int:
     return min(max(1 << (fitting.bit_length() - 1), GPU_LEAST), GPU_MOST)
 
 
-def token_bytes(model: Any) -> int:
+def token_bytes(model: PreTrainedModel) -> int:
     """Return the bytes per token of a forward: its KV cache with copies, and roughly the activations of a layer."""
     config = model.config.get_text_config()
     heads = _largest(config, "num_key_value_heads") or config.num_attention_heads
@@ -102,7 +105,7 @@ def token_bytes(model: Any) -> int:
     return cache * (1 + CACHED_TOKENS) + 4 * (4 * inner + 8 * config.hidden_size)
 
 
-def _largest(config: Any, name: str) -> Any:
+def _largest(config: PretrainedConfig, name: str) -> Any:
     """Return a size from a configuration, or the largest one if layers differ (Gemma 4)."""
     try:
         return getattr(config, name, None)

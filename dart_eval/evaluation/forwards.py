@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from dart_eval.evaluation.cache import bytes_of_a_token, can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
@@ -46,9 +46,9 @@ class Forwards:
         self._base = base_of(model)
         self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
 
-    def __call__(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    def __call__(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Return last hidden states [B, T, D]. tokens: [B, T]; attention: [B, past + T] bool; positions: [B, T]."""
-        kwargs: dict[str, Any] = {self._cache_name: cache}
+        kwargs: dict[str, object] = {self._cache_name: cache}
         if self._takes_positions:
             # Padding has position 0; else padding after a short row would count as its length (`Angles`).
             kwargs["position_ids"] = positions.masked_fill(~attention[:, -tokens.shape[1] :], 0)
@@ -148,7 +148,7 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
             )
 
 
-def _refuse_without_cache(name: str, output: Any) -> None:
+def _refuse_without_cache(name: str, output: object) -> None:
     try:
         cache_in(output, name)
     except UserError:

@@ -17,7 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches
@@ -60,7 +60,7 @@ class Prompts:
     longest: int
     new_tokens: int
     stop: list[str]
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     draws: bool
 
     @property
@@ -211,7 +211,7 @@ class GenerationLog:
         self._parts: list[tuple[list[Step], list[dict[str, Any]]]] = []  # steps and events since each prefill
 
     @contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
+    def watching(self, model: PreTrainedModel) -> Iterator[None]:
         """Log the forwards inside, which generate the batch."""
         handle = decoder(model).register_forward_hook(self._note)
         try:
@@ -219,7 +219,7 @@ class GenerationLog:
         finally:
             handle.remove()
 
-    def _note(self, *_: Any) -> None:
+    def _note(self, *_: object) -> None:
         if not self._parts or self._parts[-1][0] is not self.session.steps:
             self._parts.append((self.session.steps, self.session.events))
 

@@ -25,7 +25,7 @@ PRINTED = re.compile(r"\{\{-?\s*(\w+)\s*-?\}\}")  # a field of a document in a t
 
 
 def first_fault(
-    files: Iterable[str], prepare: Callable[[Any], Any] | None, most: int | None = None, all_fields: bool = True
+    files: Iterable[str], prepare: Callable[[object], object] | None, most: int | None = None, all_fields: bool = True
 ) -> str | None:
     """Return the first line that cannot be a document, with its file and cause, or None.
 
@@ -47,13 +47,13 @@ def first_fault(
     return None
 
 
-def rows_of(data: bytes, most: int | None = None, all_fields: bool = True) -> list[tuple[int, dict[str, Any]]]:
+def rows_of(data: bytes, most: int | None = None, all_fields: bool = True) -> list[tuple[int, dict[str, object]]]:
     """Return (line number, object) pairs of JSON lines; see `first_fault`.
 
     Raises:
         ValueError: names the first bad line and the reason.
     """
-    rows: list[tuple[int, dict[str, Any]]] = []
+    rows: list[tuple[int, dict[str, object]]] = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -82,7 +82,7 @@ def rows_of(data: bytes, most: int | None = None, all_fields: bool = True) -> li
     return rows
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -90,7 +90,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_number(text: str) -> Any:
+def _no_number(text: str) -> object:
     raise ValueError(f"holds {text}, which is no number of JSON")
 
 
@@ -100,7 +100,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _alike(row: dict[str, Any], number: int, first: int, pattern: dict[str, Any], all_fields: bool) -> None:
+def _alike(row: dict[str, object], number: int, first: int, pattern: dict[str, object], all_fields: bool) -> None:
     """Refuse a row with another type of value in a field than the first row, or with `all_fields` other fields."""
     for name in (*pattern, *row):
         if name not in row or name not in pattern:
@@ -113,7 +113,7 @@ def _alike(row: dict[str, Any], number: int, first: int, pattern: dict[str, Any]
             raise ValueError(f"line {number} has {kinds[0]} in the field {name!r}, where line {first} has {kinds[1]}")
 
 
-def _prepared(rows: list[tuple[int, dict[str, Any]]], prepare: Callable[[Any], Any]) -> None:
+def _prepared(rows: list[tuple[int, dict[str, object]]], prepare: Callable[[object], Any]) -> None:
     """Refuse the first row that the task's preparation fails on."""
 
     def fails(count: int) -> Exception | None:
@@ -139,7 +139,7 @@ def number_asked(task: Task, limit: float | None) -> int:
     return docs if limit is None else min(docs, get_sample_size(task, limit))
 
 
-def check_documents(task: Task, limit: float | None, place: Callable[[Any], str] | None = None) -> None:
+def check_documents(task: Task, limit: float | None, place: Callable[[object], str] | None = None) -> None:
     """Refuse a task without documents, and documents that cannot be asked or lack the right answer among their choices.
 
     Args:
@@ -164,7 +164,7 @@ def check_documents(task: Task, limit: float | None, place: Callable[[Any], str]
             raise UserError(f"document {number} of task {task.task_name}{where} {fault}", "mend or remove it")
 
 
-def _fault(task: ConfigurableTask, doc: dict[str, Any], local: bool) -> str | None:
+def _fault(task: ConfigurableTask, doc: dict[str, object], local: bool) -> str | None:
     """Return what is wrong with a document, or None. local: whether it is unpublished, and may lack fields."""
     if local and (null := next((name for name in _printed(task) if name in doc and doc[name] is None), None)):
         return f"has null in the field {null!r}, which would be asked as None"
@@ -177,7 +177,7 @@ def _fault(task: ConfigurableTask, doc: dict[str, Any], local: bool) -> str | No
     if local and any(not isinstance(choice, str) or not choice.strip() for choice in choices):
         return "has a choice without text"
     for one in gold if isinstance(gold, list) else [gold]:
-        at: Any = choices.index(one) if one in choices else one
+        at: object = choices.index(one) if one in choices else one
         if not isinstance(at, (int, float)) or not 0 <= at < len(choices):
             return f"has the right answer {str(one)[:60]!r}, and {len(choices)} choices (the first is 0)"
     return None
@@ -225,7 +225,7 @@ def place_of(files: Iterable[str], doc: Any) -> str:
     return ""
 
 
-def asked_at(error: BaseException | None) -> Any:
+def asked_at(error: BaseException | None) -> object:
     """Return the document that lm-eval was making a text of when it failed, or None."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):

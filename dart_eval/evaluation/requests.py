@@ -75,7 +75,7 @@ A = TypeVar("A", Score, Text)
 _OF: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Score, Text)}
 
 
-def holds(stored: Any, kind: type[Score] | type[Text]) -> bool:
+def holds(stored: object, kind: type[Score] | type[Text]) -> bool:
     """Whether a stored answer has the type `kind` and finite numbers."""
     try:
         return bool(layout.read(json.dumps(stored), _OF[kind]).usable)
@@ -83,7 +83,7 @@ def holds(stored: Any, kind: type[Score] | type[Text]) -> bool:
         return False
 
 
-def stored_answer(stored: Any, kind: type[A]) -> A:
+def stored_answer(stored: object, kind: type[A]) -> A:
     """Return the stored answer of a journal, which `holds` accepted."""
     return _OF[kind].validate_python(stored)
 

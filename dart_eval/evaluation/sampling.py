@@ -10,14 +10,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
 
-def draws(kwargs: Mapping[str, Any]) -> bool:
+def draws(kwargs: Mapping[str, object]) -> bool:
     """Whether these settings of generation draw tokens."""
     return bool(normalize_gen_kwargs(dict(kwargs)).get("do_sample"))
 
@@ -33,7 +32,7 @@ def begin_stream(seed: int, names: Sequence[str]) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def request_names(requests: Sequence[tuple[Any, ...]], drawn: Sequence[bool], name: Callable[..., str]) -> list[str]:
+def request_names(requests: Sequence[tuple[object, ...]], drawn: Sequence[bool], name: Callable[..., str]) -> list[str]:
     """Return a name for each request. Equal requests share a name, unless they draw.
 
     name: makes a name from a request's parts.

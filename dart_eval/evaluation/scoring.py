@@ -20,11 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from dart_eval.evaluation.batching import CANDIDATES_PER_CONTEXT, Budget, Group, budget, padded_batches, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache, prefix_cache
@@ -96,7 +95,7 @@ class _Prefix:
 
     tokens: tuple[int, ...]
     angles: int
-    cache: Any
+    cache: Cache
     state: SequenceState | None
 
 
@@ -226,7 +225,7 @@ class Scorer(Scoring):
             self.forwards(ids, valid, positions, cache)
         return _Prefix(tokens, angles, cache, self.session.state)
 
-    def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[Any, Tensor, Tensor]:
+    def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[object, Tensor, Tensor]:
         """Run contexts densely, as a batch with its padding on the left: their cache, valid [B, N], hidden [B, T, D].
 
         A shared prefix fills the cache's first columns instead of being computed; as padding stays on the left, a row's
@@ -289,7 +288,7 @@ class Scorer(Scoring):
             found += zip(part_rows, self._run_rows(part_rows, valid[parents], forked, answers), strict=True)
         return found
 
-    def _run_dense(self, rows: list[InputRow], seen: Tensor, cache: Any, answers: Answers) -> None:
+    def _run_dense(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> None:
         """Run candidates dense, where an oracle must see them or distances are asked for. The cache is used up."""
         session = self.session
         if not session.looks_ahead and not (self.distances and isinstance(session, Session)):
@@ -310,7 +309,7 @@ class Scorer(Scoring):
                 nodes = row.nodes[len(row.nodes) - len(row.inputs) :][part]
                 answers.compare(nodes, hidden[i, : len(nodes)])
 
-    def _run_rows(self, rows: list[InputRow], seen: Tensor, cache: Any, answers: Answers) -> list[Cost]:
+    def _run_rows(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> list[Cost]:
         """Run candidates after their contexts' caches, in blocks that end where a mask may change."""
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         offset = seen.long().sum(1, keepdim=True)  # real context tokens, so the next position

@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -37,7 +36,7 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     return digest.hexdigest()
 
 
-def _sourced(value: Any) -> Any:
+def _sourced(value: object) -> object:
     """Replace functions by hashes of their source, since addresses differ between processes."""
     if isinstance(value, dict):
         return {str(k): _sourced(v) for k, v in value.items()}

@@ -101,7 +101,7 @@ def lm_evals() -> dict[str, str]:
     return {name: path for place in places for name, path in _named_in(Path(place) / "tasks").items()}
 
 
-def config_of(name: str) -> dict[str, Any]:
+def config_of(name: str) -> dict[str, object]:
     """Return a task's YAML settings with included files; this project's tasks come before lm-eval's.
 
     The result is empty for an unknown name or a file that cannot be read.
@@ -193,22 +193,22 @@ def _header(path: str) -> dict[str, Any]:
     lines = {key.decode(): (value, below) for _, key, value, below in LINE.findall(text)}
     if "group" in lines and "class" not in lines:
         lines.pop("task", None)  # its members
-    found: dict[str, Any] = {key: _value(*line) for key, line in lines.items()}
+    found: dict[str, object] = {key: _value(*line) for key, line in lines.items()}
     if not found or None in found.values():
         found = {key: value for key, value in _parsed(text).items() if key in KEYS}
     return _on_included(path, found, _header)
 
 
-def _on_included(path: str, own: dict[str, Any], read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+def _on_included(path: str, own: dict[str, Any], read: Callable[[str], dict[str, object]]) -> dict[str, object]:
     """Return a file's settings on top of those of the files that it includes."""
     include = own.pop("include", [])
-    base: dict[str, Any] = {}
+    base: dict[str, object] = {}
     for name in [include] if isinstance(include, str) else include:
         base |= read(os.path.join(os.path.dirname(path), name))
     return {**base, **own}
 
 
-def _with_included(path: str) -> dict[str, Any]:
+def _with_included(path: str) -> dict[str, object]:
     """Return all settings of a file and of those that it includes."""
     return _on_included(path, _parsed(Path(path).read_bytes()), _with_included)
 
@@ -228,7 +228,7 @@ def _value(text: bytes, below: bytes) -> str | list[str] | None:
     return [r for r in read if isinstance(r, str)] if read and all(isinstance(r, str) for r in read) else None
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _parsed(text: bytes) -> dict[str, object]:
     """Parse all keys and values as YAML; functions stay texts."""
     import yaml
 

@@ -84,7 +84,7 @@ def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
             files.append((file.parent / str(other)).resolve())
 
 
-def _code(value: Any) -> Iterator[str]:
+def _code(value: object) -> Iterator[str]:
     """Yield everything in a task's file that would run code."""
     if isinstance(value, _Code):
         yield f"the function {value}"
@@ -152,9 +152,9 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         raise refused[0]
 
 
-def _guarded(stock: Any, task: str, refused: list[UserError]) -> Any:
+def _guarded(stock: Any, task: str, refused: list[UserError]) -> object:
     class Guarded(stock):
-        def __init__(self, path: str, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, path: str, *args: object, **kwargs: object) -> None:
             if not os.path.isabs(path):
                 refused.append(UserError(f"task {task} would load ./{path} of the working directory", REMEDY))
                 raise refused[-1]

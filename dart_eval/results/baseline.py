@@ -34,7 +34,7 @@ class _Part(TypedDict):
     inputs: CellInputs
     method: NotRequired[str]
     measures: list[tuple[str, str, bool | None, tuple[str, ...], bool]]
-    documents: list[tuple[str, int, str, str, str, str | None, dict[str, Any]]]
+    documents: list[tuple[str, int, str, str, str, str | None, dict[str, object]]]
 
 
 class _Baseline(TypedDict):
@@ -55,7 +55,7 @@ def checked(outcome: Outcome) -> Outcome:
     main = metrics.main(outcome.measures)
     tasks = {m.task for m in main}
     measures = [*main, *(m for m in outcome.measures if m.name == metrics.GOLD and m.task in tasks)]
-    values: dict[str, dict[Any, Any]] = {}
+    values: dict[str, dict[object, object]] = {}
     for m in measures:
         if m.name not in outcome.documents:
             continue
@@ -74,7 +74,7 @@ def rounded(cell: Cell) -> Cell:
     return dataclasses.replace(cell, read=functools.cache(lambda: checked(cell.read())))
 
 
-def _rounded(item: Any) -> Any:
+def _rounded(item: object) -> object:
     if isinstance(item, list):
         return [_rounded(i) for i in item]
     if isinstance(item, float) and math.isfinite(item):
@@ -116,7 +116,7 @@ def write(path: Path, results: Sequence[Cell]) -> int:
     return count
 
 
-def _line(key: Sequence[Any], row: dict[str, Any]) -> list[Any]:
+def _line(key: Sequence[object], row: dict[str, Any]) -> list[object]:
     """Return a document as a line of the file: index, digests, cluster and values."""
     doc, prompt, cluster = (row.pop(name) for name in BASIC)
     row.pop("choices", None)
@@ -124,7 +124,7 @@ def _line(key: Sequence[Any], row: dict[str, Any]) -> list[Any]:
     return [*key, doc[:HASH_DIGITS], prompt[:HASH_DIGITS], (cluster or "")[:16] or None, values]
 
 
-def _lines(rows: Sequence[Any]) -> str:
+def _lines(rows: Sequence[object]) -> str:
     return "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False, sort_keys=True) for r in rows) + "\n]"
 
 
@@ -153,7 +153,7 @@ def load_baseline(path: Path) -> list[Cell]:
 
 
 def _cell(part: _Part, source: str) -> Cell:
-    inputs: dict[str, Any] = {**part["inputs"]}
+    inputs: dict[str, object] = {**part["inputs"]}
     measures = tuple(Measure(*measure) for measure in part["measures"])
     columns = (*INDEX, *BASIC, "metrics")
     outcome = Outcome(measures, frame(dict(zip(columns, line, strict=True)) for line in part["documents"]))

@@ -7,7 +7,6 @@ import dataclasses
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dart_eval.results import metrics, stats, writers
 from dart_eval.results.baseline import rounded
@@ -53,7 +52,7 @@ class CheckRow:
     verdict: str = MISSING
     why: str = ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return flat data: then, now and the rest of the test beside the row's own fields."""
         data = {k: v for k, v in vars(self).items() if k != "result"}
         if self.result is not None:

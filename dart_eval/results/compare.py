@@ -47,7 +47,7 @@ class CompareRow:
     p_holm: float | None = None
     better: str = "-"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return flat data for json and csv."""
         data = {k: v for k, v in vars(self).items() if k != "result"}
         return {**data, **{k: v for k, v in dataclasses.asdict(self.result).items() if k != "p_worse"}}
@@ -191,7 +191,7 @@ def _is(by: str, spec: str, cell: Cell) -> bool:
     return cell.inputs["method"] == name and all(k in known and _equals(known[k], v) for k, v in given.items())
 
 
-def _equals(item: Any, text: str) -> bool:
+def _equals(item: object, text: str) -> bool:
     """Whether a parameter equals a typed value."""
     if isinstance(item, bool):
         return text.lower() in (("true", "on", "yes", "1") if item else ("false", "off", "no", "0"))

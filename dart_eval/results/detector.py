@@ -66,8 +66,8 @@ def first_alarm(signal: Sequence[float], threshold: float, patience: int) -> int
 
 
 def judged(
-    switched: Iterable[dict[str, Any]],
-    same: Iterable[dict[str, Any]],
+    switched: Iterable[dict[str, object]],
+    same: Iterable[dict[str, object]],
     margin: float | None,
     unit: str,
     patience: int,

@@ -68,12 +68,12 @@ def with_distances(outcome: Outcome, dense: Outcome, texts: bool = True) -> Outc
     return dataclasses.replace(outcome, measures=(*outcome.measures, *made), documents=documents)
 
 
-def _each(ours: Iterable[Any], theirs: Iterable[Any], of: Callable[[Any, Any], float]) -> list[float | None]:
+def _each(ours: Iterable[object], theirs: Iterable[object], of: Callable[[Any, Any], float]) -> list[float | None]:
     """Return a number for each document with an answer on both sides; None for the others."""
     return [of(a, b) if _there(a) and _there(b) else None for a, b in zip(ours, theirs, strict=True)]
 
 
-def _there(answer: Any) -> bool:
+def _there(answer: object) -> bool:
     return answer is not None and answer == answer  # a column of a frame has NaN where a document has nothing
 
 

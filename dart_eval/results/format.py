@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from dart_eval.results import metrics
 
@@ -116,6 +116,6 @@ def small_share(value: float) -> str:
     return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2g} %"
 
 
-def finite(value: Any) -> TypeGuard[float]:
+def finite(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -127,7 +127,7 @@ def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, 
     return rows, list(problems)
 
 
-def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
+def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
     """Return one row per cell and metric: its value, dense's on the same documents, and their comparison.
 
     Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
@@ -143,7 +143,7 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
     made = rows_of(records, subtasks)
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)
-    families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    families: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for line in made:
         line.update(dict.fromkeys(("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low",
                                    "high", "p", "p_holm")))  # fmt: skip
@@ -164,7 +164,9 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
     return made
 
 
-def _distances(lines: Sequence[dict[str, Any]], tests: Mapping[tuple[str, str, str], Compared]) -> list[dict[str, Any]]:
+def _distances(
+    lines: Sequence[dict[str, object]], tests: Mapping[tuple[str, str, str], Compared]
+) -> list[dict[str, object]]:
     """Return the lines of distances from dense that records lack.
 
     Args:

@@ -42,7 +42,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     return table(records, found)
 
 
-def table(records: Sequence[Record], counts: Mapping[str, dict[str, Any] | None]) -> list[Table]:
+def table(records: Sequence[Record], counts: Mapping[str, dict[str, object] | None]) -> list[Table]:
     """Return the same table. counts: by key, the result of `of_texts` for a cell."""
     import pandas as pd
 
@@ -54,7 +54,7 @@ def table(records: Sequence[Record], counts: Mapping[str, dict[str, Any] | None]
     return [from_frame("Generated texts", frame, columns, NOTE)]
 
 
-def of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, object] | None:
     """Return counts of a cell's texts; None without texts. samples: one for each document and filter."""
     texts = {(s["task"], s["doc_id"]): s for s in samples if s["responses"] and isinstance(s["responses"][0], str)}
     tokens = [int(s.get("tokens", 0)) for s in texts.values()]

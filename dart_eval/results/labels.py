@@ -18,7 +18,7 @@ class Labelled(Protocol):
     @property
     def inputs(self) -> dict[str, Any]: ...
     @property
-    def settings(self) -> dict[str, Any]: ...
+    def settings(self) -> dict[str, object]: ...
 
 
 def specs(records: Iterable[Labelled]) -> dict[str, str]:
@@ -94,19 +94,19 @@ def _params(record: Labelled) -> str:
     return json.dumps({**UNSAID, **record.inputs["params"]}, sort_keys=True)
 
 
-def _place(record: Labelled) -> tuple[Any, ...]:
+def _place(record: Labelled) -> tuple[object, ...]:
     inputs = record.inputs
     return (*(inputs[name] for name in ("task", "sparsity", "scope")), inputs["model"]["name"], inputs.get("ffn_bits"))
 
 
 def _grouped(records: Iterable[Labelled], by: Any) -> dict[Any, list[Labelled]]:
-    groups: dict[Any, list[Labelled]] = {}
+    groups: dict[object, list[Labelled]] = {}
     for r in records:
         groups.setdefault(by(r), []).append(r)
     return groups
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if value is None:
         return "default"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -167,7 +167,7 @@ def describe(cell: Cell, model: bool = False) -> str:
     return f"{inputs['task']} under {method} at {sparsity(inputs['sparsity'])}{which}"
 
 
-def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
+def outcome(record: Record, samples: Sequence[dict[str, object]]) -> Outcome:
     """Return documents and measures of a record; a group's weights are those that give the value in the record."""
     documents = _without_responses(frame(samples))
     tasks = set(documents.index.get_level_values("task"))

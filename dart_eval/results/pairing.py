@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dart_eval.results.inputs import ASKED, DENSE, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
@@ -83,7 +83,7 @@ def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell
     Raises:
         UserError: a model of ours matches several of theirs, or several match one.
     """
-    partners: dict[str, dict[str, Any]] = {}
+    partners: dict[str, dict[str, object]] = {}
     mine, other = _models(ours), _models(theirs)
     for name in mine.keys() & other.keys():
         common = mine[name].keys() & other[name].keys()
@@ -125,22 +125,22 @@ def current(now: Sequence[Cell], then: Sequence[Cell]) -> tuple[list[Cell], list
     return [c for c in now if json.dumps(c.inputs["model"], sort_keys=True) not in dropped], notes
 
 
-def _models(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
+def _models(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, object]]]:
     """Return name -> its models, by their identity."""
-    models: dict[str, dict[str, dict[str, Any]]] = {}
+    models: dict[str, dict[str, dict[str, object]]] = {}
     for cell in cells:
         model = cell.inputs["model"]
         models.setdefault(model["name"], {})[json.dumps(model, sort_keys=True)] = model
     return models
 
 
-def _named(models: Sequence[dict[str, Any]]) -> str:
+def _named(models: Sequence[dict[str, object]]) -> str:
     return ", ".join(sorted(map(model_of, models)))
 
 
 def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
     """Return the differences of two cells' inputs beside the question, in a few digits each."""
-    found: dict[str, tuple[Any, Any]] = {}
+    found: dict[str, tuple[object, object]] = {}
     for name in sorted((a.inputs.keys() | b.inputs.keys()) - set(fields_of(ASKED)) | {"model"}):
         left, right = a.inputs.get(name), b.inputs.get(name)
         if name in FIELDS and FIELDS[name].any and None in (left, right):
@@ -189,5 +189,5 @@ def nearest_to(cell: Cell, others: Sequence[Cell]) -> str:
     return f"{where} differ in {', '.join(differences_)}"
 
 
-def _short(item: Any) -> str:
+def _short(item: object) -> str:
     return str(item) if not isinstance(item, dict) else ":".join(f"{k}={v}" for k, v in item.items()) or "none"

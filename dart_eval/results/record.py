@@ -122,7 +122,7 @@ class Record:
         "`samples` and `texts`, each with its `name`, its number of lines `n` and its `sha256`",
     ] = field(default_factory=dict)  # fmt: skip
     cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None
-    samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    samples: list[dict[str, object]] = field(default_factory=list, repr=False)
 
     @property
     def created(self) -> str:
@@ -134,14 +134,14 @@ class Record:
         """Wall time of the cell."""
         return float(self.measured["seconds"])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data with a digest over it, samples left out."""
         data = dataclasses.asdict(dataclasses.replace(self, samples=[]))
         del data["samples"]
         return {**data, "digest": _digest(data)}
 
     @classmethod
-    def from_json(cls, data: Any) -> Record:
+    def from_json(cls, data: object) -> Record:
         """Read a record that `to_json` wrote.
 
         Raises:
@@ -167,5 +167,5 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-def _digest(data: dict[str, Any]) -> str:
+def _digest(data: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

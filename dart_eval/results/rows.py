@@ -59,7 +59,7 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
     return sorted(found, key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
 
 
-def metrics_frame(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def metrics_frame(lines: Sequence[dict[str, object]]) -> pd.DataFrame:
     """Return rows, or those of `frame.lines`, as a data frame."""
     import pandas as pd
 
@@ -91,7 +91,7 @@ def typed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{str(name): pd.Series(frame[name].tolist(), frame.index) for name in plain})
 
 
-def _row(record: Record, label: str, metric: Metric | None = None) -> dict[str, Any]:
+def _row(record: Record, label: str, metric: Metric | None = None) -> dict[str, object]:
     """Return a metric of a record with all columns of tables; without a metric, those of the whole cell."""
     cell, used, number = record.inputs, {}, {}
     if metric is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dart_eval.results import metrics, writers
 from dart_eval.results.format import NO_NUMBER, count, number, share, size, small_share, sparsity, with_error
@@ -55,7 +55,7 @@ def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
     return [*quality(records, rows(records, subtasks)), flops(records), memory(records)]
 
 
-def quality(records: Sequence[Record], lines: Sequence[dict[str, Any]]) -> list[Table]:
+def quality(records: Sequence[Record], lines: Sequence[dict[str, object]]) -> list[Table]:
     """Return the tables of every metric of every cell: accuracy, summaries, perplexity, distances and others.
 
     Args:

@@ -53,7 +53,7 @@ def thresholds_from(file: Path | None) -> Thresholds:
     })  # fmt: skip
 
 
-def _mapping(data: Any, keys: Sequence[str] | None, where: str) -> dict[str, Any]:
+def _mapping(data: object, keys: Sequence[str] | None, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{where} must hold keys and values, not {str(data)[:60]!r}", "for example `recovery: 0.98`")
     for key in data:
@@ -73,5 +73,5 @@ def _limits(limits: Limits, data: dict[str, Any], where: str) -> Limits:
     return dataclasses.replace(limits, **data)
 
 
-def _is_number(item: Any) -> bool:
+def _is_number(item: object) -> bool:
     return isinstance(item, (int, float)) and not isinstance(item, bool)

@@ -105,7 +105,7 @@ def pieces(table: Table, width: int, name: int) -> list[Table]:
     ]  # fmt: skip
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
@@ -117,7 +117,7 @@ def finite(value: Any) -> Any:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-", re.IGNORECASE)  # or the dash that stands for none
 
 
-def data_text(rows: Sequence[dict[str, Any]], form: str) -> str:
+def data_text(rows: Sequence[dict[str, object]], form: str) -> str:
     """Return rows as csv or json, with a column for each name in any of them."""
     if form == "json":
         return json_text(finite(list(rows))) + "\n"
@@ -125,7 +125,7 @@ def data_text(rows: Sequence[dict[str, Any]], form: str) -> str:
     return csv_text([names, *([row.get(name) for name in names] for row in rows)])
 
 
-def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
     """Return rows as CSV that is safe in a spreadsheet: an apostrophe precedes text that begins like a formula.
 
     Numbers stay as they are, mappings are JSON, None is empty.
@@ -133,7 +133,7 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     return "".join(",".join(map(_csv_cell, row)) + "\n" for row in rows)
 
 
-def _csv_cell(value: Any) -> str:
+def _csv_cell(value: object) -> str:
     if not isinstance(value, (str, dict, list)):
         return "" if value is None else str(value)
     text = printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
