@@ -1,4 +1,4 @@
-"""`dart_eval.evaluate` does from Python what `dart-eval run` does. It imports torch only when it is called."""
+"""`dart_eval.evaluate`, the Python form of `dart-eval run`. It imports torch only when it is called."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def evaluate(
         dart_eval.evaluate(tasks="smoke_questions", method=["dense", "dart"], sparsity=0.5, limit=20)
 
     Args:
-        model: a name or folder, or a loaded model; None is the demo model. tokenizer: of a loaded model.
+        model: a name or folder, or a loaded model; None is the demo model.
+        tokenizer: of a loaded model.
         tasks: names, as a list or as text with commas; so are `method` and `sparsity`.
         progress: show how far it is, on stderr; None: where that is a terminal or a notebook.
         options: those of `dart-eval run`, by the same names (docs/options.md).
@@ -106,14 +107,14 @@ def _view(progress: bool | None) -> Any:
 
 
 def _ready(model: Any, tokenizer: Any) -> Loaded:
-    """The loaded model, as an executor takes it."""
+    """Return the loaded model in the form that an executor takes."""
     from dart_eval.models.loaded import loaded
 
     return loaded(model, tokenizer)
 
 
 def _check(config: RunConfig) -> None:
-    """Refuse what a loaded model cannot be told any more.
+    """Refuse parameters that no longer apply to a loaded model.
 
     Raises:
         UserError: such a parameter is given.

@@ -123,7 +123,7 @@ def kernels(dry: bool) -> dict[str, Any]:
                     if count:
                         worst = max(worst, apart(ours.double(), theirs))
         held = dart_rounding.rounded(weight, Rounding(4, 64))
-        worst = max(worst, apart(image_kernels.CopyCodes.of(held).show(x).double(), held.values.double() @ x.double()))
+        worst = max(worst, apart(image_kernels.CopyCodes.of(held).times(x).double(), held.values.double() @ x.double()))
     require(worst, 1e-5, "kernels and torch in float64 (they sum in float32)")
     return {"worst": worst, "said": f"{worst:.1g} from float64"}
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dart_eval.results import metrics, outcomes, writers
-from dart_eval.results.blocks import CONTROL, Row
+from dart_eval.results.blocks import CONTROL, BoardRow
 from dart_eval.results.board import boards, main_metrics
 from dart_eval.results.estimates import Estimate
 from dart_eval.results.inputs import DENSE
@@ -73,7 +73,7 @@ def table(store: Store, method: str, records: Sequence[Record]) -> writers.Table
     return writers.Table(f"{method} at 50 %", HEADS, body, note)
 
 
-def _loses(row: Row) -> bool:
+def _loses(row: BoardRow) -> bool:
     """Whether a row's loss of log-likelihood is more than noise, so that a share of it means something."""
     return row.nats is not None and row.nats.interval is not None and row.nats.interval[1] < 0
 
@@ -82,13 +82,13 @@ def _dense(record: Record) -> bool:
     return record.inputs["method"] == DENSE
 
 
-def _mean(row: Row) -> tuple[float, float]:
+def _mean(row: BoardRow) -> tuple[float, float]:
     """The mean of a row's accuracies, and its standard error."""
     found = list(row.values.values())
     return sum(m.value for m in found) / len(found), sum((m.stderr or 0) ** 2 for m in found) ** 0.5 / len(found)
 
 
-def _accuracy(row: Row) -> str:
+def _accuracy(row: BoardRow) -> str:
     value, error = _mean(row)
     return f"{100 * value:.1f} ± {100 * error:.1f}"
 

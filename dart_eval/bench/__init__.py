@@ -1,1 +1,1 @@
-"""What `dart-eval bench` measures: time, beside a control; state and FLOPs, counted."""
+"""The measurements of `dart-eval bench`: times beside a control, and counts of state and FLOPs."""

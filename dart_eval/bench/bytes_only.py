@@ -1,4 +1,4 @@
-"""What reads fewer bytes and decodes no faster, since no kernel here makes the bytes into time."""
+"""Methods that read fewer bytes but decode no faster, since no kernel here turns the bytes into time."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from dart_eval.util.bits import Rounding, Stored
 from dart_eval.util.errors import UserError
 from dart_eval.weights.rounding import served_bits, share
 
-BYTES_ONLY = "bytes only"  # what stands in place of times
+BYTES_ONLY = "bytes only"  # stands in place of times
 ALL_WEIGHTS = "torch's packed products read all weights of a matrix"
 
 
 @dataclass(frozen=True)
 class BytesOnly:
-    """What one method at one sparsity reads on one model, where that cannot be timed.
+    """The weights that one method reads at one sparsity on one model, where times cannot be measured.
 
     Attributes:
         weights_read: share of the FFN weights that a decoded token reads.
         ceiling: the speed-up that the bytes of this model would allow.
-        state_bytes: of the method. why: no kernel makes these bytes into time.
-        bits: what the FFN weights were rounded to, as a user types it; None: nothing.
+        state_bytes: of the method.
+        why: the reason why no kernel turns these bytes into time.
+        bits: the rounding of the FFN weights, as a user types it; None: none.
     """
 
     method: str
@@ -52,29 +53,29 @@ class BytesOnly:
         return self.method + (f" on {self.bits} bits" if self.bits else "")
 
     def row(self) -> dict[str, Any]:
-        """Plain values, with the words in place of times."""
+        """Return plain values, with words in place of times."""
         held = {name: value for name, value in dataclasses.asdict(self).items() if name != "bits" or value}
         return {**held, "times": BYTES_ONLY, "speedup": None, "control": None}
 
 
-def rows(found: Sequence[Any]) -> list[dict[str, Any]]:
-    """What was measured as plain values: a row for each, timed or not. Each has its method, sparsity and read."""
-    return [_row(one) for one in found]
+def rows(results: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return measurements as plain values, a row each, timed or not, with method, sparsity and read."""
+    return [_row(one) for one in results]
 
 
-def _row(found: Any) -> dict[str, Any]:
-    if isinstance(found, BytesOnly):
-        return found.row()
-    if isinstance(found, RoundedSpeed):
-        return {"method": "dense", "sparsity": 0.0, **row(found), "weights_read": found.read}
-    return row(found)
+def _row(result: Any) -> dict[str, Any]:
+    if isinstance(result, BytesOnly):
+        return result.row()
+    if isinstance(result, RoundedSpeed):
+        return {"method": "dense", "sparsity": 0.0, **row(result), "weights_read": result.read}
+    return row(result)
 
 
 def refused(model: PreTrainedModel, method: Pruner, sparsity: float, tokenizer: Any) -> UserError | None:
-    """Why a method cannot run on this model at this sparsity; None where it can.
+    """Return why a method cannot run on this model at this sparsity, or None if it can.
 
     Args:
-        tokenizer: of the model, for methods that calibrate on a text; None where it has none.
+        tokenizer: of the model, for methods that calibrate on a text; None if it has none.
     """
     ffns = find_ffns(model)
     if method.at(1 - sparsity, served_bits(ffns)).calibrates and tokenizer is None:
@@ -91,14 +92,14 @@ def measure(
     model: PreTrainedModel, method: Pruner, sparsity: float, *, tokenizer: Any = None, prompt_tokens: int = 128,
     steps: int = 30, seed: int = 0, rounding: Rounding | None = None,
 ) -> BytesOnly:  # fmt: skip
-    """Count what one sequence of random tokens reads, by masks.
+    """Count the weights that one sequence of random tokens reads, by masks.
 
     Args:
         tokenizer: of the model, for methods that calibrate on a text.
         prompt_tokens: the length of the prompt.
-        steps: tokens that are decoded where what a token reads varies; else one is.
+        steps: tokens decoded if the weights read vary by token; else one.
         seed: of the random tokens.
-        rounding: what the FFN weights are rounded to now (`rounded_ffns`); None: nothing.
+        rounding: the current rounding of the FFN weights (`rounded_ffns`); None: none.
 
     Raises:
         UserError: the method does not prune or looks ahead.
@@ -116,13 +117,13 @@ def measure(
         for _ in range(1 if method.exact else steps):
             bench.step(model, bench.tokens(1), cache)
         read, state = run.weights_read, run.state_bytes
-    own = share(ffns) if rounding is None else 1.0  # what the model itself reads; its weights may have few bits already
+    own = share(ffns) if rounding is None else 1.0  # the model's own read: its weights may have few bits already
     ceiling = 1 / (1 - shape.ffn_share * (1 - read / own))
     return BytesOnly(method.spec, sparsity, read, ceiling, state, why, rounding.text if rounding else None)
 
 
 def alone(model: PreTrainedModel, rounding: Rounding, why: str) -> BytesOnly:
-    """What the dense model reads on rounded FFN weights that no product takes. why: see `packed.lacking`."""
+    """Return the dense model's reads on rounded FFN weights without a packed product. why: see `packed.lacking`."""
     read = packed.share(model, rounding)
     ceiling = 1 / (1 - shape_of(model, find_ffns(model)).ffn_share * (1 - read))
     return BytesOnly("dense", 0.0, read, ceiling, 0, why, rounding.text)

@@ -1,4 +1,4 @@
-"""How fast a pruned model decodes, against the dense one and against what the hardware allows.
+"""The decode speed of a pruned model, against the dense model and the hardware's limit.
 
 Everything that is compared runs in turn, step by step, in one process: the dense model, the dense model once more (a
 control, which should be as fast as itself), the method, and the method's slices without its overhead. Dense is a second
@@ -37,7 +37,7 @@ from dart_eval.results.ratio import Ratio, paired
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu, peak_memory, wait
 
-CHANGED = 0.2  # share of the kept neurons that the re-mask replaces whose moves are timed
+CHANGED = 0.2  # share of the masks' neurons that the timed re-mask replaces
 # Variants of a step that a compiler may have to know: dense, pruned and bare, for each method and each number of
 # neurons that the masks keep. Torch's own limit is 8; beyond it steps would run uncompiled, without a word.
 VARIANTS = 64
@@ -89,11 +89,11 @@ class DecodeSpeed:
     foreign_cores: float | None
 
 
-def row(found: Any) -> dict[str, Any]:
-    """Plain numbers: of a ratio its median, beside `NAME_quartiles` and `NAME_n`."""
+def row(result: Any) -> dict[str, Any]:
+    """Return plain numbers: of a ratio its median, with `NAME_quartiles` and `NAME_n`."""
     made: dict[str, Any] = {}
-    for field in dataclasses.fields(found):
-        value = getattr(found, field.name)
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
         made[field.name] = value.median if isinstance(value, Ratio) else value
         if isinstance(value, Ratio):
             made |= {f"{field.name}_quartiles": [value.low, value.high], f"{field.name}_n": value.n}
@@ -101,7 +101,7 @@ def row(found: Any) -> dict[str, Any]:
 
 
 def check_timeable(method: Pruner) -> None:
-    """Refuse a method that cannot be timed.
+    """Raise if a method cannot be timed.
 
     Raises:
         UserError: it does not prune, or looks ahead.
@@ -129,7 +129,7 @@ def measure(
         tokenizer: of the model, for methods that calibrate on a text.
         prompt_tokens: the length of each round's prompt.
         steps: the tokens decoded in each round.
-        rounds: how many rounds are timed, after one that warms up.
+        rounds: the number of timed rounds, after one that warms up.
         seed: of the random tokens.
         compiled: decode through `torch.compile` in this mode (`default`, `reduce-overhead`: with CUDA graphs, ...), the
             dense model too, with KV caches of a fixed size.
@@ -167,14 +167,14 @@ def measure(
 
 
 class Times:
-    """Seconds of each side; those of one place in the lists of a kind were taken in turn.
+    """Seconds of each side; entries at one place of the lists of a kind were measured in turn.
 
     Attributes:
         steps: of a decoded token.
         prompts: of a prompt.
-        masks: of new scores and masks; without entries where the method keeps no ring to make them from.
-        moves: of copying rows that changed.
-        once: of copying all kept rows.
+        masks: of new scores and masks; empty if the method has no ring to compute them from.
+        moves: of copying the changed rows.
+        once: of copying all rows of the masks.
     """
 
     def __init__(self) -> None:
@@ -186,7 +186,7 @@ class Times:
 
 
 def _speeds(times: Times) -> dict[str, Any]:
-    """The fields of `DecodeSpeed` that come from nothing but times."""
+    """Return the fields of `DecodeSpeed` that depend only on times."""
     steps, prompts, masks, moves, once = times.steps, times.prompts, times.masks, times.moves, times.once
     return {
         "speedup": paired(steps["dense"], steps["pruned"]),
@@ -214,7 +214,7 @@ def _many_variants(compiled: bool) -> Iterator[None]:
 
 
 class Bench:
-    """The variants of a step: those of the model that is pruned, and its dense twin's."""
+    """The variants of a step: those of the pruned model, and its dense twin's."""
 
     def __init__(
         self, model: PreTrainedModel, dense: PreTrainedModel, seed: int, compiled: str | None = None, length: int = 0
@@ -231,11 +231,11 @@ class Bench:
         self.cache_name = cache_argument(model)
 
     def tokens(self, count: int) -> Tensor:
-        """[1, count] random token ids."""
+        """Return [1, count] random token ids."""
         return torch.randint(self.vocabulary, (1, count), generator=self.generator).to(self.device)
 
     def timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds, and what came out."""
+        """Return the seconds of a call, and its result."""
         wait(self.device)
         start = time.perf_counter()
         out = work()
@@ -243,7 +243,7 @@ class Bench:
         return time.perf_counter() - start, out
 
     def step(self, model: PreTrainedModel, tokens: Tensor, cache: Any) -> tuple[float, Any]:
-        """One forward of the pruned model or its twin, with logits at the last position."""
+        """Run one forward of the pruned model or its twin, with logits at the last position."""
         kwargs = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
         forward = self._decode[id(model)] if tokens.shape[1] == 1 else model
         return self.timed(lambda: forward(input_ids=tokens, **kwargs))
@@ -251,7 +251,7 @@ class Bench:
     def round(
         self, run: Session, prompt: int, steps: int, times: dict[str, list[float]], prefill: dict[str, list[float]]
     ) -> None:
-        """A prompt and its decoding, all variants in turn. Steps with a re-mask are left out."""
+        """Time a prompt and its decoding, all variants in turn, without the steps of a re-mask."""
         ids = self.tokens(prompt)
         caches = {name: self.cache(name) for name in times}
         prefill["pruned"].append(self.step(self.model, ids, caches["pruned"])[0])
@@ -268,7 +268,7 @@ class Bench:
                     times[name].append(seconds)
 
     def plain_round(self, times: dict[str, list[float]], prompt: int, steps: int) -> None:
-        """A prompt and its decoding without a session: the model as it stands (`pruned`) beside its twin."""
+        """Time a prompt and its decoding without a session: the model as it is (`pruned`) beside its twin."""
         ids = self.tokens(prompt)
         sides = {"dense": self.dense, "again": self.dense, "pruned": self.model}
         caches = {name: self.cache(name) for name in sides}
@@ -293,7 +293,7 @@ class Bench:
         return self.timed(lambda: self.dense(input_ids=self.tokens(1), logits_to_keep=1))[0]
 
     def move(self, run: Session, times: dict[str, list[float]]) -> None:
-        """The second half of a re-mask: a fifth of every layer's kept neurons gives way to others."""
+        """Time the second half of a re-mask: a fifth of every mask's neurons is replaced."""
         copies, state = run.copies, run.state
         assert copies is not None and state is not None
         masks = []
@@ -311,7 +311,7 @@ class Bench:
             kept.select(state.layers[layer].mask[0])
 
     def remask(self, run: Session, times: dict[str, list[float]]) -> None:
-        """The first half of a re-mask: new scores and masks from the ring; no weights are copied."""
+        """Time the first half of a re-mask: new scores and masks from the ring; no weights are copied."""
         state = run.state
         assert state is not None
         everyone = torch.ones(state.batch, dtype=torch.bool, device=state.device)
@@ -320,7 +320,7 @@ class Bench:
         times["remask"].append(self.timed(lambda: copied.remask(Due(everyone, "alarm")))[0])
 
     def begin(self, run: Session, times: dict[str, list[float]]) -> None:
-        """Copy the kept neurons' weights anew."""
+        """Time a new copy of the weights of the masks' neurons."""
         state = run.state
         assert state is not None
         times["dense"].append(self._dense())
@@ -333,7 +333,7 @@ class Bench:
         times["begin"].append(self.timed(copy)[0])
 
     def cache(self, name: str) -> Any:
-        """An empty cache. Those of a fixed size are kept: a compiled model knows them by their addresses."""
+        """Return an empty cache; those of fixed size are reused: a compiled model knows them by their addresses."""
         if not self.fixed:
             return DynamicCache(config=self.model.config)
         if name not in self._caches:
@@ -343,7 +343,7 @@ class Bench:
 
 
 def _time_rounds(bench: Bench, run: Session, times: Times, prompt: int, steps: int, rounds: int) -> None:
-    """Time prompts and their decoding; the first round warms up and is forgotten."""
+    """Time prompts and their decoding; the first round warms up and is discarded."""
     for _ in range(1 + rounds):
         bench.round(run, prompt, steps, times.steps, times.prompts)
         if run.copies is None:
@@ -353,7 +353,7 @@ def _time_rounds(bench: Bench, run: Session, times: Times, prompt: int, steps: i
 
 
 def _time_remasks(bench: Bench, run: Session, times: Times, count: int, ring: bool) -> None:
-    """Time the two halves of re-masks; new masks are made only where the method keeps a ring to make them from."""
+    """Time the two halves of re-masks; new masks need a method with a ring to compute them from."""
     for _ in range(count):
         bench.move(run, times.moves)
         if ring:
@@ -361,7 +361,7 @@ def _time_remasks(bench: Bench, run: Session, times: Times, count: int, ring: bo
 
 
 def _executed(run: Session) -> float:
-    """FFN weights that a forward on copies multiplies / all FFN weights."""
+    """Return FFN weights that a forward on copies multiplies / all FFN weights."""
     assert run.copies is not None
     total = sum(f.size * f.matrices for f in run.ffns)
     return sum(sum(kept.rows_read) for kept in run.copies) / total

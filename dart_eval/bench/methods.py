@@ -1,4 +1,4 @@
-"""How long answers take to be scored under methods, each beside the first of them: same process, model and requests.
+"""The scoring times under methods, relative to the first method: same process, model and requests.
 
 All methods are timed in turn, round after round, with the first one again as a control that should be as fast as
 itself. Times are of `loglikelihood(requests)` under a session that multiplies by masks, as `dart-eval run` does:

@@ -1,4 +1,4 @@
-"""What a method keeps and computes beside the model, on the shapes of a model of which no weights are at hand.
+"""The state and the extra computation of a method, on the shapes of a model without its weights.
 
 The state is the real one: allocated, fed with random activations of the right shapes, and measured. FLOPs are counted
 from the shapes (`cost`).
@@ -33,11 +33,11 @@ CHUNK = 64  # prompt tokens fed at a time
 
 @dataclass(frozen=True)
 class Overhead:
-    """Of one method at one sparsity on one shape.
+    """The overhead of one method at one sparsity on one shape.
 
     Attributes:
-        state_bytes: prompt length in tokens -> bytes kept per sequence.
-        parts: bytes by what they are for, at the longest prompt.
+        state_bytes: prompt length in tokens -> bytes of state per sequence.
+        parts: bytes by purpose, at the longest prompt.
         decode_share: FLOPs per decoded token (the detector, and each token's choice) over those of a dense token.
         scoring_share: FLOPs per prompt token (scores, sensitivity, detector) over those of a dense token.
         remask_tokens: FLOPs of one re-mask of all layers, in dense tokens.
@@ -86,7 +86,7 @@ def measure(
 
 @torch.no_grad()
 def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tuple[int, dict[str, int]]:
-    """Bytes in all and by part, after a prompt of random activations."""
+    """Return the bytes of state in total and by part, after a prompt of random activations."""
     numbers, unit = method.choice.serving(ffns, sparsity, None), served_bits(ffns)
     try:
         orders = None if numbers is None else numbers.begin()
@@ -125,7 +125,7 @@ def _state(method: Pruner, ffns: list[FFN], sparsity: float, tokens: int) -> tup
 
 @dataclass
 class Shapes:
-    """A calibration without numbers: factors of the right shape, for a model of which no weights are at hand."""
+    """A calibration without numbers: factors of the right shape, for a model without its weights."""
 
     ffns: list[FFN]
 

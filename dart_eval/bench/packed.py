@@ -55,7 +55,7 @@ class RoundedSpeed:
 
 
 def check_roundable(model: nn.Module) -> None:
-    """Refuse a model whose FFN weights cannot be rounded, before anything is measured.
+    """Raise if a model's FFN weights cannot be rounded, before anything is measured.
 
     Raises:
         UserError: they are quantised already, or in no parameter of their own.
@@ -64,12 +64,12 @@ def check_roundable(model: nn.Module) -> None:
 
 
 def share(model: nn.Module, rounding: Rounding) -> float:
-    """Bytes of a model's FFN weights when they are rounded / those of its own dtype; scales count, row by row."""
+    """Return bytes of a model's rounded FFN weights / those of its own dtype; scales count, row by row."""
     return rounded_bits(find_ffns(model), rounding) / OWN_BITS
 
 
 def lacking(model: nn.Module, rounding: Rounding) -> str | None:
-    """Why a model on rounded FFN weights decodes no faster, though it reads less; None where it can be faster."""
+    """Return why a model on rounded FFN weights decodes no faster, or None if it can."""
     ffns = find_ffns(model)
     if any(f.routed for f in ffns):
         return "experts have no packed products here"
@@ -81,7 +81,7 @@ def lacking(model: nn.Module, rounding: Rounding) -> str | None:
 
 @contextmanager
 def packed_ffns(model: nn.Module, rounding: Rounding) -> Iterator[None]:
-    """The FFN projections of a model multiply rounded weights through packed products inside the block.
+    """Make a model's FFN projections multiply rounded weights through packed products inside the block.
 
     Raises:
         UserError: there is no such product (`lacking`), or the weights are quantised.

@@ -1,4 +1,4 @@
-"""How fast answers are scored, beside lm-eval's own `HFLM`: same process, model, requests and batch size, dense.
+"""The scoring speed relative to lm-eval's own `HFLM`: same process, model, requests and batch size, dense.
 
 All sides are timed in turn, round after round: other work on the machine hits them alike, and a ratio is the median
 over rounds of times that stood side by side. Times are of `loglikelihood(requests)`: tokenisation, forwards, logits.
@@ -40,7 +40,7 @@ from dart_eval.pruning.session.dense import DenseSession
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu, wait
 
-METRICS = ("acc", "acc_norm")  # per document, where a task has them
+METRICS = ("acc", "acc_norm")  # per document, if a task has them
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TaskSpeed:
 
 
 class _Watched(PrunedLM):
-    """Ours, dense; keeps the requests as they reach the scorer."""
+    """Our dense scorer, which records the requests that reach it."""
 
     requests: list[Request]
 
@@ -122,7 +122,7 @@ def measure(
         lm.begin(DenseSession(), {})
 
     def score(lm: PrunedLM) -> list[tuple[float, bool]]:
-        lm.begin(DenseSession(), {})  # a new journal: nothing is answered from it
+        lm.begin(DenseSession(), {})  # a new journal: no answer comes from it
         return lm.loglikelihood(instances)
 
     works: list[Callable[[], Any]] = [lambda: stock.loglikelihood(instances, disable_tqdm=True)]
@@ -159,7 +159,7 @@ def measure(
 
 
 def _limit(model: Any, lm: _Watched) -> tuple[Computed, float]:
-    """What the requests of a run need, and the least time for it."""
+    """Return the work that the requests of a run need, and the least time for it."""
     needed = needed_for(lm.requests, lm.budget.forward)
     width = round(statistics.mean(len(r.context) + len(r.continuation) - 1 for r in lm.requests))
     token, row = unit_costs(model, lm._head, width)
@@ -167,7 +167,7 @@ def _limit(model: Any, lm: _Watched) -> tuple[Computed, float]:
 
 
 def build(members: Sequence[Task], limit: int | None, num_fewshot: int | None, seed: int) -> list[Instance]:
-    """The requests that `lm_eval.simple_evaluate` would make of these tasks, in its order.
+    """Return the requests that `lm_eval.simple_evaluate` would build from these tasks, in its order.
 
     Raises:
         UserError: a task does not score answers.
@@ -191,7 +191,7 @@ def build(members: Sequence[Task], limit: int | None, num_fewshot: int | None, s
 def accuracies(
     instances: Sequence[Instance], members: Sequence[Task], answers: Sequence[tuple[float, bool]]
 ) -> dict[tuple[str, int], dict[str, float]]:
-    """The task's own metrics of every document (task, number), of those named in METRICS."""
+    """Return the metrics of METRICS that the task has, for every document (task, number)."""
     tasks = {task.task_name: task for task in members}
     by_document: dict[tuple[str, int], list[tuple[int, Instance, tuple[float, bool]]]] = defaultdict(list)
     for instance, answer in zip(instances, answers, strict=True):
@@ -205,7 +205,7 @@ def accuracies(
 
 
 def needed_for(requests: Sequence[Request], forward: int) -> Computed:
-    """What dense scoring of these requests must compute; `forward`: see `batching.Budget`."""
+    """Return the work that dense scoring of these requests needs; `forward`: see `batching.Budget`."""
     contexts = list(dict.fromkeys(r.context for r in requests))
     tokens = sum(
         group.prefix + sum(len(contexts[i]) - group.prefix for i in group.members)
@@ -218,7 +218,7 @@ def needed_for(requests: Sequence[Request], forward: int) -> Computed:
 
 @torch.no_grad()
 def unit_costs(model: Any, head: Callable[[torch.Tensor], torch.Tensor], width: int) -> tuple[float, float]:
-    """Seconds per token of a well-filled dense forward on rows of `width` tokens, and per row of logits."""
+    """Return seconds per token of a well-filled dense forward on rows of `width` tokens, and per row of logits."""
     config = model.config.get_text_config()
     device = model.get_input_embeddings().weight.device
     rows = max(1, (budget(AUTO, model).tokens or CPU_TOKENS) // width)
@@ -241,7 +241,7 @@ def unit_costs(model: Any, head: Callable[[torch.Tensor], torch.Tensor], width: 
 
 @contextmanager
 def counted(model: Any) -> Iterator[Computed]:
-    """Counts what the model computes meanwhile."""
+    """Count the model's work inside the block."""
     computed = Computed()
 
     def tokens(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What `dart-eval bench decode` times, and what of it is kept."""
+"""The subject of `dart-eval bench decode`, and the records of its speeds."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ FIELDS = (
     "speedup",
     "control",
     "ceiling",
-)  # that a kept speed has by itself
+)  # that a stored speed has by itself
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a method is timed.
+    """The settings of a timing.
 
     Attributes:
         compiled: the mode of `torch.compile`, or None.
         prompt_tokens: the length of each round's prompt.
         steps: the tokens decoded in a round.
-        rounds: how many rounds are timed.
+        rounds: the number of timed rounds.
     """
 
     compiled: str | None
@@ -57,12 +57,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is timed.
+    """A model to time.
 
     Attributes:
         model: loaded.
-        tokenizer: its tokenizer; None where the weights are random.
-        identity: what tells the model from others, as in the inputs of a cell.
+        tokenizer: its tokenizer; None if the weights are random.
+        identity: the fields that identify the model, as in the inputs of a cell.
         dtype: of its weights.
     """
 
@@ -84,29 +84,29 @@ class Subject:
         return torch.cuda.get_device_name(self.model.device) if cuda else f"{threads} thread{'s' * (threads > 1)}"
 
     def refused(self, method: Pruner, sparsity: float) -> UserError | None:
-        """Why a method cannot run here at this sparsity; None where it can."""
+        """Return why a method cannot run here at this sparsity, or None if it can."""
         return bytes_only.refused(self.model, method, sparsity, self.tokenizer)
 
     def timed(self, method: Pruner) -> bool:
-        """Whether some kernel makes the bytes that a method leaves out into time."""
+        """Whether a kernel turns the bytes that a method leaves out into time."""
         return lacking(method, find_ffns(self.model)) is None
 
     def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
-        """Time one method (`decode.measure`), or count what it reads where nothing is to be timed."""
+        """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
         if not self.timed(method):
             return self.count(method, sparsity, setting)
         given = dataclasses.asdict(setting)
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **given)
 
     def count(self, method: Pruner, sparsity: float, setting: Setting, rounding: Rounding | None = None) -> BytesOnly:
-        """Count what one method reads, see `bytes_only.measure`."""
+        """Count the weights that one method reads, see `bytes_only.measure`."""
         return bytes_only.measure(
             self.model, method, sparsity, tokenizer=self.tokenizer, prompt_tokens=setting.prompt_tokens,
             steps=setting.steps, rounding=rounding,
         )  # fmt: skip
 
     def measure_rounded(self, rounding: Rounding, setting: Setting) -> RoundedSpeed | BytesOnly:
-        """Time the dense model on rounded FFN weights (`packed.measure`), or count what it reads of them."""
+        """Time the dense model on rounded FFN weights (`packed.measure`), or count its reads."""
         if why := packed.lacking(self.model, rounding):
             return bytes_only.alone(self.model, rounding, why)
         given = dataclasses.asdict(setting)
@@ -114,7 +114,7 @@ class Subject:
         return packed.measure(self.model, rounding, **given)
 
     def profile(self, method: Pruner, sparsity: float, prompt_tokens: int, ending: str) -> bytes:
-        """The trace of torch's profiler, see `decode.profile`; the ending of a file says if it is packed."""
+        """Write the trace of torch's profiler, see `decode.profile`; the file's ending decides whether it is packed."""
         with tempfile.TemporaryDirectory() as folder:  # torch writes to a name
             path = Path(folder) / f"trace{ending}"
             decode.profile(
@@ -122,36 +122,36 @@ class Subject:
             )
             return path.read_bytes()
 
-    def speed(self, found: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
-        """What is kept of a measurement. method: that was measured; `dense` for rounding alone."""
-        more = {name: value for name, value in dataclasses.asdict(found).items() if name not in FIELDS}
+    def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
+        """Return the stored part of a measurement. method: its method; `dense` for rounding alone."""
+        more = {name: value for name, value in dataclasses.asdict(result).items() if name not in FIELDS}
         bits: str | None
-        if isinstance(found, RoundedSpeed):
-            sparsity, read, bits = 0.0, found.read, found.bits
+        if isinstance(result, RoundedSpeed):
+            sparsity, read, bits = 0.0, result.read, result.bits
         else:
-            sparsity, read = found.sparsity if method.sized else 0.0, found.weights_read
-            bits = found.bits if isinstance(found, BytesOnly) else None
+            sparsity, read = result.sparsity if method.sized else 0.0, result.weights_read
+            bits = result.bits if isinstance(result, BytesOnly) else None
         times: dict[str, Any] = {"speedup": None, "control": None, "times": bytes_only.BYTES_ONLY}
-        if not isinstance(found, BytesOnly):
-            times = {"speedup": found.speedup, "control": found.control}
+        if not isinstance(result, BytesOnly):
+            times = {"speedup": result.speedup, "control": result.control}
         return Speed(
             method=method.spec, params=method.params(), sparsity=sparsity,
             model=self.identity, dtype=self.dtype, device=self.model.device.type, hardware=self.hardware,
             compiled=setting.compiled, prompt_tokens=setting.prompt_tokens, read=read,
-            ceiling=found.ceiling, **times,
+            ceiling=result.ceiling, **times,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             more={"steps": setting.steps, "rounds": setting.rounds, **more}, environment=environment(), ffn_bits=bits,
         )  # fmt: skip
 
 
 def subject(spec: ModelSpec, shape: str | None, layers: int | None, note: Callable[[str], None]) -> Subject:
-    """The model that is timed, loaded or made of random weights.
+    """Return the model to time, loaded or with random weights.
 
     Args:
         spec: the model; of a shape its dtype and device.
         shape: the name of a shape, in place of a model.
-        layers: how many of the shape's layers there are; None: all.
-        note: told what is odd about the checkpoint.
+        layers: the number of the shape's layers to use; None: all.
+        note: receives warnings about the checkpoint.
 
     Raises:
         UserError: there is none, or a name or number is wrong.

@@ -1,4 +1,4 @@
-"""What `dart-eval bench` measured, as tables for people."""
+"""The measurements of `dart-eval bench` as tables for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dart_eval.bench.methods import MethodSpeed
 from dart_eval.bench.overhead import Overhead
 from dart_eval.bench.packed import RoundedSpeed
 from dart_eval.bench.scoring import TaskSpeed
-from dart_eval.results.format import sparsity as said
+from dart_eval.results.format import sparsity as percent
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.writers import Table
 
@@ -21,23 +21,23 @@ PARTS = ("scores", "masks", "compensation", "recent inputs", "detector", "images
 HEADS = ("speed-up", "ceiling", "share", "control")
 
 
-def rounding(found: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
-    """How fast a model decodes on rounded FFN weights, for people: the dense one, and methods on top."""
-    timed = [f for f in found if isinstance(f, RoundedSpeed)]
+def rounding(results: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
+    """Return the decode speeds on rounded FFN weights, for people: the dense model, and methods on top."""
+    timed = [f for f in results if isinstance(f, RoundedSpeed)]
     body = [
         _bytes_only(f) if isinstance(f, BytesOnly) else
         [
             f"dense on {f.bits} bits", f"{f.read:.2f}", _ratio(f.speedup), f"{f.ceiling:.2f}x",
             f"{f.achieved_over_ceiling:.2f}", _ratio(f.control),
         ]
-        for f in found
+        for f in results
     ]  # fmt: skip
-    counted = [f for f in found if isinstance(f, BytesOnly) and f.method != "dense"]
+    counted = [f for f in results if isinstance(f, BytesOnly) and f.method != "dense"]
     note = f"{where}; one sequence. "
     if counted:
         note += (
-            f"Methods do not read {said(counted[0].sparsity)} of the rounded weights; read is a share of the bytes of "
-            "16-bit weights. "
+            f"Methods do not read {percent(counted[0].sparsity)} of the rounded weights; read is a share of the bytes "
+            "of 16-bit weights. "
         )
     if timed:
         note += (
@@ -47,32 +47,32 @@ def rounding(found: Sequence[RoundedSpeed | BytesOnly], where: str) -> Table:
             "dense. "
         )
     note += "Dense on rounded weights is the control that a pruner must beat at equal bytes."
-    return Table("On rounded weights", ["method", "read", *HEADS], body, note + _reasons(found))
+    return Table("On rounded weights", ["method", "read", *HEADS], body, note + _reasons(results))
 
 
-def _bytes_only(found: BytesOnly) -> list[str]:
-    """The row of what could not be timed."""
-    return [found.title, f"{found.weights_read:.2f}", BYTES_ONLY, f"{found.ceiling:.2f}x", "-", "-"]
+def _bytes_only(result: BytesOnly) -> list[str]:
+    """Return the row of a method without times."""
+    return [result.title, f"{result.weights_read:.2f}", BYTES_ONLY, f"{result.ceiling:.2f}x", "-", "-"]
 
 
-def _reasons(found: Sequence[object]) -> str:
-    """Why some rows have no times; nothing where all have."""
-    why = {f.why: None for f in found if isinstance(f, BytesOnly)}
+def _reasons(results: Sequence[object]) -> str:
+    """Return the reason why rows have no times; empty if all have."""
+    why = {f.why: None for f in results if isinstance(f, BytesOnly)}
     return f" {BYTES_ONLY.capitalize()}: nothing makes these bytes into time ({'; '.join(why)})." if why else ""
 
 
 def decoding(
-    found: Sequence[DecodeSpeed | BytesOnly], rounded: Sequence[RoundedSpeed | BytesOnly], where: str
+    results: Sequence[DecodeSpeed | BytesOnly], rounded: Sequence[RoundedSpeed | BytesOnly], where: str
 ) -> list[Table]:
-    """All tables of how fast methods decode, and what is rounded. where: the model and the hardware."""
-    timed = [f for f in found if isinstance(f, DecodeSpeed)]
+    """Return all tables of decode speeds and of rounded weights. where: the model and the hardware."""
+    timed = [f for f in results if isinstance(f, DecodeSpeed)]
     beside = [rounding(rounded, where)] if rounded else []
-    return [speeds(found, where), *beside, *([costs(timed)] if timed else [])]
+    return [speeds(results, where), *beside, *([costs(timed)] if timed else [])]
 
 
-def speeds(found: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
-    """How fast the methods decode, for people; those that cannot be timed in their places among them."""
-    timed = [f for f in found if isinstance(f, DecodeSpeed)]
+def speeds(results: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
+    """Return the decode speeds of methods, for people, with untimed methods in their places."""
+    timed = [f for f in results if isinstance(f, DecodeSpeed)]
     body = [
         [
             f.method,
@@ -81,9 +81,9 @@ def speeds(found: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
         ]
         if isinstance(f, DecodeSpeed)
         else _bytes_only(f)
-        for f in found
+        for f in results
     ]  # fmt: skip
-    note = f"{where}; sparsity {said(found[0].sparsity)}, one sequence"
+    note = f"{where}; sparsity {percent(results[0].sparsity)}, one sequence"
     note += f", {timed[0].speedup.n} steps a method. " if timed else ". Nothing here can be timed. "
     note += "Read: share of the FFN weights that a token reads"
     if timed:
@@ -98,11 +98,11 @@ def speeds(found: Sequence[DecodeSpeed | BytesOnly], where: str) -> Table:
         note += f" Other processes kept {max(foreign):.2f} cores busy at most." if foreign else ""
     else:
         note += ". Ceiling: the most that the bytes of this model would allow at that read."
-    return Table("Decoding", ["method", "read", *HEADS], body, note + _reasons(found))
+    return Table("Decoding", ["method", "read", *HEADS], body, note + _reasons(results))
 
 
-def costs(found: list[DecodeSpeed]) -> Table:
-    """What the methods take beside a decoded token's own work, for people."""
+def costs(results: list[DecodeSpeed]) -> Table:
+    """Return the costs of methods other than a decoded token's own work, for people."""
     columns = ["method", "tokens/s", "prompt", "masks", "changes", "copies", "overhead", "extra MB"]
     body = [
         [
@@ -115,7 +115,7 @@ def costs(found: list[DecodeSpeed]) -> Table:
             f"{100 * f.overhead.median:.1f} %",
             f"{(f.extra_weight_bytes + f.state_bytes) / 10**6:.2f}",
         ]
-        for f in found
+        for f in results
     ]
     note = (
         "Tokens/s are for orientation, those of dense in brackets. Prompt: with its scores, masks and copies of the "
@@ -128,13 +128,13 @@ def costs(found: list[DecodeSpeed]) -> Table:
 
 
 def _ratio(ratio: Ratio) -> str:
-    """A median with its quartiles."""
+    """Return a median with its quartiles."""
     return f"{ratio.median:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def state(found: list[Overhead]) -> Table:
-    """What the methods keep, for people."""
-    lengths = list(found[0].state_bytes)
+def state(results: list[Overhead]) -> Table:
+    """Return the state of methods, for people."""
+    lengths = list(results[0].state_bytes)
     columns = ["method", *(f"{n} tokens" for n in lengths), *PARTS]
     body = [
         [
@@ -142,20 +142,20 @@ def state(found: list[Overhead]) -> Table:
             *(f"{size / 10**6:.2f}" for size in f.state_bytes.values()),
             *(f"{f.parts.get(part, 0) / 10**6:.2f}" for part in PARTS),
         ]
-        for f in found
+        for f in results
     ]
     note = (
-        f"Shape {found[0].shape}, sparsity {said(found[0].sparsity)}. Megabytes (10^6 bytes) for each sequence, after "
-        "prompts of these lengths, and what they are for after the longest prompt. FFN inputs are bfloat16."
+        f"Shape {results[0].shape}, sparsity {percent(results[0].sparsity)}. Megabytes (10^6 bytes) for each sequence, "
+        "after prompts of these lengths, and what they are for after the longest prompt. FFN inputs are bfloat16."
     )
     return Table("State", columns, body, note)
 
 
-def work(found: list[Overhead]) -> Table:
-    """What the methods compute, for people."""
+def work(results: list[Overhead]) -> Table:
+    """Return the computations of methods, for people."""
     columns = ["method", "decoded token", "prompt token", "re-mask", "re-mask reads", "steady re-masks"]
     body = []
-    for f in found:
+    for f in results:
         every = f"every {f.remask_every}: {100 * f.remask_tokens / f.remask_every:.1f} %" if f.remask_every else "none"
         body.append([
             f.method, f"{100 * f.decode_share:.4f} %", f"{100 * f.scoring_share:.4f} %",
@@ -171,13 +171,15 @@ def work(found: list[Overhead]) -> Table:
     return Table("Work", columns, body, note)
 
 
-def under_methods(found: Sequence[MethodSpeed], model: str) -> Table:
-    """How long answers take to be scored under methods, each beside the first of them."""
-    first = found[0].method
-    body = [[f.task, f.method, said(f.sparsity), f"{f.read:.3f}", f"{f.seconds:.2f}", _ratio(f.ratio)] for f in found]
+def under_methods(results: Sequence[MethodSpeed], model: str) -> Table:
+    """Return the scoring times under methods, relative to the first method."""
+    first = results[0].method
+    body = [
+        [f.task, f.method, percent(f.sparsity), f"{f.read:.3f}", f"{f.seconds:.2f}", _ratio(f.ratio)] for f in results
+    ]
     note = (
         f"Answers are scored by masks, which skip no work: what is seen is how long a method's own work takes. "
-        f"Over {first}: a method's time / {first}'s in the same round, the median of {_rounds(found[0].ratio.n)} and "
+        f"Over {first}: a method's time / {first}'s in the same round, the median of {_rounds(results[0].ratio.n)} and "
         f"its quartiles. The last row of a task is {first} again, which should be 1."
     )
     heads = ["task", "method", "sparsity", "read", "seconds", f"over {first}"]
@@ -188,12 +190,12 @@ def _rounds(count: int) -> str:
     return f"{count} round{'s' * (count > 1)}"
 
 
-def dense_scoring(found: Sequence[TaskSpeed], model: str) -> Table:
-    """How fast answers are scored: what each side took and computed, and what would have been enough."""
+def dense_scoring(results: Sequence[TaskSpeed], model: str) -> Table:
+    """Return the scoring speeds: time and work of each side, and the least possible time."""
     columns = ["task", "scorer", "seconds", "speed-up", "tokens", "logits", "share", "same", "apart"]
     body: list[list[str]] = []
     rules = set()
-    for f in found:
+    for f in results:
         rules.add(len(body))
         for side in f.sides:
             body.append([
@@ -206,16 +208,17 @@ def dense_scoring(found: Sequence[TaskSpeed], model: str) -> Table:
     counts = "; ".join(
         f"{f.task}: {f.items} items, {f.requests} answers"
         + ("" if f.foreign_cores is None else f", other processes kept {f.foreign_cores:.1f} cores busy")
-        for f in found
+        for f in results
     )
-    shots = "" if found[0].num_fewshot is None else f", {found[0].num_fewshot} shots"
+    shots = "" if results[0].num_fewshot is None else f", {results[0].num_fewshot} shots"
     note = (
-        f"Model {model}, dense, batch size {found[0].batch_size}{shots}, medians of "
-        f"{_rounds(len(found[0].limit_seconds))} in which all sides were timed in turn. Speed-up: HFLM's seconds / the "
-        "scorer's. Tokens: rows x width through the decoder, padding included; logits: rows through the output head. "
-        "Limit: the time for what must be computed (each distinct context, shared prefix and continuation once, no "
-        "padding), at the speed of well-filled forwards of this model; share: that time / the scorer's. Same: every "
-        "document has the accuracies that it has under HFLM; apart: the largest difference of a log-likelihood. "
+        f"Model {model}, dense, batch size {results[0].batch_size}{shots}, medians of "
+        f"{_rounds(len(results[0].limit_seconds))} in which all sides were timed in turn. Speed-up: HFLM's seconds / "
+        "the scorer's. Tokens: rows x width through the decoder, padding included; logits: rows through the "
+        "output head. Limit: the time for what must be computed (each distinct context, shared prefix and "
+        "continuation once, no padding), at the speed of well-filled forwards of this model; share: "
+        "that time / the scorer's. Same: every document has the accuracies that it has under HFLM; apart: the "
+        "largest difference of a log-likelihood. "
         f"{counts}."
     )
     return Table("Scoring", columns, body, note, rules=frozenset(rules - {0}))

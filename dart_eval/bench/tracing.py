@@ -1,4 +1,4 @@
-"""One prompt under a method, step by step: what the detector saw, when masks changed and by how much."""
+"""One prompt under a method, step by step: the detector's values, and the times and sizes of mask changes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Passage:
 
 
 def smoke_passage(number: int) -> Passage:
-    """The shipped two-topic document of that number (task `drift_smoke`).
+    """Return the shipped two-topic document of a number (task `drift_smoke`).
 
     Raises:
         UserError: there is no such document.
@@ -50,13 +50,13 @@ def smoke_passage(number: int) -> Passage:
 def trace(
     model: PreTrainedModel, tokenizer: Any, method: Pruner, sparsity: float, passage: Passage, tokens: int = 200
 ) -> dict[str, Any]:
-    """Run a passage under a method; the prompt dense, at most `tokens` tokens after it pruned.
+    """Run a passage under a method: the prompt dense, then at most `tokens` tokens pruned.
 
     Args:
         tokenizer: of the model.
         sparsity: the share of FFN weights that a token does not read.
-        passage: what is read and, perhaps, what follows.
-        tokens: how many come after the prompt at most.
+        passage: the prompt and, perhaps, its continuation.
+        tokens: the most tokens after the prompt.
 
     Returns:
         Plain data: `method`, `params`, `sparsity`, `prompt_tokens`, `switch`; `tokens` (decoded, as text) and
@@ -76,12 +76,12 @@ def trace(
     prompt = torch.tensor([tokenizer(passage.prompt)["input_ids"]], device=device)
     if prompt.shape[1] < 2:
         raise UserError("the prompt has fewer than two tokens", "give a longer text")
-    given = None
+    text_ids = None
     if passage.then is not None:
-        given = _following(tokenizer, passage.prompt, passage.then)[:tokens]
-        if not given:
+        text_ids = _following(tokenizer, passage.prompt, passage.then)[:tokens]
+        if not text_ids:
             raise UserError("the text after the prompt has no token", "give a longer text, or let the model write it")
-    count = tokens if given is None else len(given)
+    count = tokens if text_ids is None else len(text_ids)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and prompt.shape[1] + count > longest:
         raise UserError(
@@ -89,7 +89,7 @@ def trace(
             "give shorter ones, or fewer --tokens",
         )
     with prune(model, method, sparsity, calibration=TextCalibration(model, tokenizer), execution="masked") as session:
-        decoded, logprobs = _decode(model, prompt, given, count)
+        decoded, logprobs = _decode(model, prompt, text_ids, count)
         state = session.state
         assert state is not None
         detector = session.trace(0)
@@ -99,7 +99,7 @@ def trace(
             "schema": SCHEMA, "method": method.name, "params": method.params(), "sparsity": sparsity,
             "prompt_tokens": prompt.shape[1], "switch": passage.switch,
             "tokens": [tokenizer.decode([t]) for t in decoded], "logprobs": logprobs,
-            "layers": {"kept": state.kept[0].tolist(), "sizes": [f.size for f in session.ffns]},
+            "layers": {"kept": state.mask_counts[0].tolist(), "sizes": [f.size for f in session.ffns]},
             "detector": detector,
             "remasks": [{k: e[k] for k in ("token", "cause", "overlap")} for e in session.events],
             "effective_sparsity": session.effective_sparsity, "weights_read": session.weights_read,
@@ -108,9 +108,9 @@ def trace(
 
 
 def _decode(
-    model: PreTrainedModel, prompt: torch.Tensor, given: list[int] | None, count: int
+    model: PreTrainedModel, prompt: torch.Tensor, text_ids: list[int] | None, count: int
 ) -> tuple[list[int], list[float]]:
-    """Read a prompt, then `count` tokens one by one: those given, or those that the model writes until it ends.
+    """Read a prompt, then `count` tokens one by one: those of `text_ids`, or the model's own until it ends.
 
     Returns:
         The tokens after the prompt, and the natural log of each one's probability.
@@ -122,40 +122,40 @@ def _decode(
     out = model(prompt, use_cache=True, logits_to_keep=1)
     for step in range(count):
         scores = out.logits[0, -1].float().log_softmax(-1)
-        token = int(scores.argmax()) if given is None else given[step]
+        token = int(scores.argmax()) if text_ids is None else text_ids[step]
         decoded.append(token)
         refuse_not_finite(scores[token], "log-probabilities of a token", model.dtype)
         logprobs.append(float(scores[token]))
-        if given is None and token in ends:
+        if text_ids is None and token in ends:
             break
         if len(decoded) == count:
-            break  # nobody asks for what would come next
+            break  # the token after the last is not needed
         cache = getattr(out, "cache", None) or out.past_key_values
         out = model(torch.tensor([[token]], device=prompt.device), use_cache=True, **{name: cache})
     return decoded, logprobs
 
 
 def _following(tokenizer: Any, prompt: str, then: str) -> list[int]:
-    """The tokens of `then` as they follow the prompt (a tokenizer may join the two differently than alone)."""
+    """Return the tokens of `then` after the prompt (a tokenizer may join the two differently than alone)."""
     whole, first = tokenizer(prompt + then)["input_ids"], tokenizer(prompt)["input_ids"]
     if whole[: len(first)] == first:
         return list(whole[len(first) :])
     return list(tokenizer(then, add_special_tokens=False)["input_ids"])
 
 
-def summary(found: dict[str, Any]) -> str:
-    """What a trace shows, in a few lines for a terminal."""
-    kept, sizes = found["layers"]["kept"], found["layers"]["sizes"]
+def summary(trace: dict[str, Any]) -> str:
+    """Return a summary of a trace, a few lines for a terminal."""
+    kept, sizes = trace["layers"]["kept"], trace["layers"]["sizes"]
     shares = [k / n for k, n in zip(kept, sizes, strict=True)]
     lines = [
-        f"{found['method']} at sparsity {found['sparsity']:g}: a prompt of {found['prompt_tokens']} tokens, then "
-        f"{len(found['tokens'])}{' on another topic' if found['switch'] else ''}, whose mean log-probability is "
-        f"{sum(found['logprobs']) / len(found['logprobs']):.3f}",
+        f"{trace['method']} at sparsity {trace['sparsity']:g}: a prompt of {trace['prompt_tokens']} tokens, then "
+        f"{len(trace['tokens'])}{' on another topic' if trace['switch'] else ''}, whose mean log-probability is "
+        f"{sum(trace['logprobs']) / len(trace['logprobs']):.3f}",
         f"Layers keep {min(shares):.0%} to {max(shares):.0%} of their neurons; a pruned token reads "
-        f"{found['weights_read']:.1%} of the FFN weights. Effective sparsity: "
-        f"{found['effective_sparsity']:.3f}. State: {found['state_bytes'] / 10**6:.2f} MB",
+        f"{trace['weights_read']:.1%} of the FFN weights. Effective sparsity: "
+        f"{trace['effective_sparsity']:.3f}. State: {trace['state_bytes'] / 10**6:.2f} MB",
     ]
-    detector = found["detector"]
+    detector = trace["detector"]
     if detector is None:
         lines.append("The detector has closed no window")
     else:
@@ -168,9 +168,9 @@ def summary(found: dict[str, Any]) -> str:
             f"Detector: {len(numbers)} windows of {detector['window']} tokens, cosines from {min(numbers):.3f} to "
             f"{max(numbers):.3f} ({mean}{limit}); {len(detector['alarms'])} alarms{where}"
         )
-    causes = [r["cause"] for r in found["remasks"]]
+    causes = [r["cause"] for r in trace["remasks"]]
     if causes:
-        overlaps = [sum(r["overlap"]) / len(r["overlap"]) for r in found["remasks"]]
+        overlaps = [sum(r["overlap"]) / len(r["overlap"]) for r in trace["remasks"]]
         lines.append(
             f"Re-masked {len(causes)} times ({causes.count('alarm')} after alarms, {causes.count('steady')} "
             f"steady); a new mask shares {min(overlaps):.0%} to {max(overlaps):.0%} with the one before"

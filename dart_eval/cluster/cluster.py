@@ -1,4 +1,4 @@
-"""Run all cells of a configuration on Ray: one machine, several GPUs, a Slurm allocation, a cluster.
+"""Run all cells of a configuration on Ray: on one machine, several GPUs, a Slurm allocation or a cluster.
 
 Actors (`pool`) keep the model loaded and evaluate cells, or parts of large ones (`worker`). They hold no files: every
 finished batch travels to this process, the driver, which alone writes journals, records and logs (`driver`). So
@@ -56,7 +56,7 @@ def run_all(configs: Sequence[RunConfig], view: View, skip_missing: bool = False
 
 @contextlib.contextmanager
 def _connected(config: RunConfig) -> Iterator[None]:
-    """A connection to the cluster, or to one on this machine for the time of the run."""
+    """Connect to the cluster, or to one that runs on this machine for the length of the run."""
     try:
         import ray
     except ImportError:
@@ -85,14 +85,14 @@ def _connected(config: RunConfig) -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raise OSError where nobody listens: Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at the address: Ray itself would try for minutes."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _processors() -> int | None:
-    """Those that this process may use, where they are not all (a Slurm step, taskset); None: Ray counts them."""
+    """Return this process's CPUs if they are limited (a Slurm step, taskset), or None: Ray counts them."""
     if not hasattr(os, "sched_getaffinity"):  # Linux has it
         return None
     ours = len(os.sched_getaffinity(0))
@@ -100,7 +100,7 @@ def _processors() -> int | None:
 
 
 def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
-    """How many actors fit, and what each takes.
+    """Return how many actors fit, and the resources of each.
 
     Raises:
         UserError: none does.
@@ -132,7 +132,7 @@ def _room(config: RunConfig) -> tuple[int, dict[str, float]]:
 
 
 def _describe(size: int, options: dict[str, float]) -> str:
-    """Who will work, for people."""
+    """Return a line about the workers, for people."""
     each = f"{options['num_cpus']:g} CPU{'s' if options['num_cpus'] != 1 else ''}"
     if gpus := options["num_gpus"]:
         each += f" and {gpus:g} GPU{'s' if gpus != 1 else ''}"
@@ -140,19 +140,19 @@ def _describe(size: int, options: dict[str, float]) -> str:
 
 
 def _placed(config: RunConfig, options: dict[str, float]) -> RunConfig:
-    """The configuration where it runs; a model that has several GPUs is spread over them."""
+    """Return the configuration for the actor's device; a model with several GPUs is spread over them."""
     gpus = options["num_gpus"]
     device_map = config.device_map or ("auto" if gpus > 1 else None)
     return dataclasses.replace(config, device="cuda" if gpus else "cpu", device_map=device_map)
 
 
 def _threads(options: dict[str, float]) -> int | None:
-    """Torch's threads in an actor; None: its own number."""
+    """Return torch's threads in an actor; None: torch's default."""
     return None if options["num_gpus"] else max(1, int(options["num_cpus"]))
 
 
 def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
-    """`sizing.estimate` on a node of the cluster, and how many workers there would be.
+    """Return `sizing.estimate` of a node of the cluster, and the number of workers.
 
     Raises:
         UserError: the input is wrong, or there is no such cluster.
@@ -183,7 +183,7 @@ def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSiz
 
 
 def _estimate(configs: list[RunConfig], threads: int | None, folder: str) -> list[CellSize]:
-    """On a node: `sizing.estimate`."""
+    """Return `sizing.estimate` on this node."""
     from dart_eval.sweep.sizing import estimate
 
     settle(threads, folder)

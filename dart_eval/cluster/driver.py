@@ -1,4 +1,4 @@
-"""The driver of a sweep beside its pool: it claims cells, and alone writes journals, records and logs.
+"""The driver of a sweep: it claims cells for the pool, and is the only writer of journals, records and logs.
 
 A large cell is split by its batches: part i of n runs every n-th one. A batch is the same whatever runs beside it, so
 the parts' answers together are those of the whole cell; the last step makes the record of them and asks nothing more.
@@ -36,7 +36,7 @@ class CellTask(Task):
 
 @dataclass
 class _Open:
-    """A cell under way."""
+    """A claimed cell that is not finished."""
 
     claim: contextlib.ExitStack
     journal: Journal
@@ -74,7 +74,7 @@ class Driver:
             file.close()
 
     def tasks(self, jobs: Sequence[Job]) -> list[CellTask]:
-        """The tasks of cells: one each, or one a part."""
+        """Return the tasks of cells: one a cell, or one a part."""
         made = []
         self._over.clear()
         for job in jobs:
@@ -85,7 +85,7 @@ class Driver:
         return made
 
     def _count(self, job: Job) -> int:
-        """Parts of a cell: as many as there are actors, if each gets enough to do."""
+        """Return the number of parts of a cell: one an actor, if each part is large enough."""
         if self.shards is not None:
             return self.shards
         requests = count_requests(job.tasks.load(job.cell.task), job.config.limit)
@@ -105,7 +105,7 @@ class Driver:
         return Payload(cell.key, config, task.part, dict(journal), journal.state_bytes, seconds, task.shrink)
 
     def _claim(self, job: Job) -> bool:
-        """Take a cell up, if nobody else has."""
+        """Claim a cell, unless another run has it."""
         cell = job.cell
         with contextlib.ExitStack() as stack:
             if not stack.enter_context(self.store.claim(cell.name, cell.key)):

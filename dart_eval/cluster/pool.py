@@ -1,4 +1,4 @@
-"""A pool of Ray actors that work through tasks, whatever becomes of the actors. It knows no cells.
+"""A pool of Ray actors that work through tasks even if actors die. It knows no cells.
 
 An actor works on one task at a time and streams its messages (`worker.Actor`). Ray places actors; actors that find no
 room wait. A task whose actor died, or that failed, goes to the end of the queue, up to `TRIES` tries that brought
@@ -48,31 +48,31 @@ class Task:
 
 
 class Handler(Protocol):
-    """What a pool reports to."""
+    """The callbacks of a pool."""
 
     def begin(self, task: Any) -> Any:
-        """The payload of a task that is about to start; None: there is nothing to do any more."""
+        """Return the payload of a task that is about to start; None: no work is left."""
 
     def on_message(self, task: Any, message: Any) -> bool:
-        """A message of a running task; returns whether another try would begin after what it brought."""
+        """Take a message of a running task; return whether another try would continue after it."""
 
     def on_done(self, task: Any, result: Any) -> Iterable[Any]:
-        """A task has ended; returns tasks that can begin now."""
+        """Take the result of a task; return the tasks that can begin now."""
 
     def on_failed(self, task: Any, problem: str, text: str) -> None:
-        """A task has failed for good. problem: one line. text: the traceback, or Ray's report."""
+        """Handle a task that failed for good. problem: one line. text: the traceback, or Ray's report."""
 
     def on_death(self, number: int, task: Any, problem: str) -> None:
-        """An actor's process has ended, and its task (None: it had none) may begin again."""
+        """Handle the end of an actor's process; its task (None: it had none) may begin again."""
 
     def on_stopping(self) -> None:
-        """The run is to end; actors finish their batch."""
+        """Handle a request to end the run: actors finish their batches."""
 
     def on_no_actors(self, seconds: float) -> None:
-        """No actor has been alive for `seconds`; the run waits until one starts."""
+        """Report that no actor has been alive for `seconds`; the run waits until one starts."""
 
     def log(self, number: int, text: str) -> None:
-        """A line of an actor's log."""
+        """Write a line of an actor's log."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class _Handle:
     """An actor as the pool knows it.
 
     Attributes:
-        number: counted over the pool. known: its node and process stand in its log.
+        number: counted over the pool. logged: its node and process are in its log.
         pending: what it was asked last: a ping, or the stream of its task; None.
         ready: it has just answered a ping, and has no task.
     """
@@ -88,13 +88,13 @@ class _Handle:
     number: int
     actor: Any
     pending: Any = None
-    known: bool = False
+    logged: bool = False
     ready: bool = False
     task: Any = None
 
 
 class Pool:
-    """Runs tasks on actors.
+    """Run tasks on actors.
 
     Args:
         make: makes a worker, on the node of its actor.
@@ -172,7 +172,7 @@ class Pool:
             self._start(handler)
 
     def _next(self, handler: Handler) -> tuple[Task, Any] | None:
-        """The next task that may begin, and its payload."""
+        """Return the next task that may begin, and its payload."""
         while self._waiting or (self._alone and not self._busy()):
             task = (self._waiting or self._alone).popleft()
             if (payload := handler.begin(task)) is not None:
@@ -194,15 +194,15 @@ class Pool:
         ray.kill(handle.actor)
 
     def _receive(self, handle: _Handle, handler: Handler) -> list[Task]:
-        """Take in what an actor says; returns tasks that can begin, some of them again."""
+        """Handle an actor's message; return the tasks that can begin, retries included."""
         import ray
 
         try:
             if handle.task is None:
                 process, handle.pending = ray.get(handle.pending), None
-                if not handle.known:
+                if not handle.logged:
                     handler.log(handle.number, f"runs on {process}")
-                handle.known = handle.ready = True
+                handle.logged = handle.ready = True
                 return []
             kind, what = ray.get(next(handle.pending))
         except ray.exceptions.RayError as error:
@@ -228,7 +228,7 @@ class Pool:
         return []
 
     def _died(self, handle: _Handle, error: Exception, handler: Handler) -> list[Task]:
-        """An actor's process has ended, at its task or before it had one."""
+        """Handle the end of an actor's process, during a task or before its first."""
         import ray
 
         self._dismiss(handle)  # it may live, and only its messages cannot be had
@@ -259,7 +259,7 @@ class Pool:
         return [task]
 
     def _drain(self, handler: Handler) -> None:
-        """Let actors finish their batch, and take in what they made."""
+        """Let actors finish their batches, and collect the results."""
         import ray
 
         if self._busy():
@@ -280,7 +280,7 @@ class Pool:
 
 
 def _ready(handles: list[_Handle], seconds: float) -> list[_Handle]:
-    """The actors that have something to say; waits for one of them at most so long."""
+    """Return the actors with a message; wait at most the given seconds for the first."""
     import ray
 
     pending = [h.pending for h in handles]
@@ -291,13 +291,13 @@ def _ready(handles: list[_Handle], seconds: float) -> list[_Handle]:
 
 
 def _why(error: Exception) -> str:
-    """Ray's report of a death in one line, without its numbers and guesses."""
+    """Return Ray's report of a death as one line, without its numbers and guesses."""
     text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
     return f"{type(error).__name__}: {text.partition(' Some common causes')[0][:300]}"
 
 
 def _check_node() -> None:
-    """Ray takes a process whose node is gone for dead: its actors end, and it waits for others for ever."""
+    """Raise UserError if this process's node is lost: Ray ends its actors and waits for others for ever."""
     import ray
 
     ours = ray.get_runtime_context().get_node_id()

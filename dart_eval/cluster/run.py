@@ -37,7 +37,7 @@ def run_all(
 
 
 def estimate_all(configs: Sequence[RunConfig], view: View) -> tuple[list[CellSize], int]:
-    """The size of every cell, and how many workers would share them.
+    """Return the size of every cell, and the number of workers that would share them.
 
     Raises:
         UserError: the input is wrong.

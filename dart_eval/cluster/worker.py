@@ -29,27 +29,27 @@ log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The driver wants this task to end here."""
+    """The driver asked to end this task."""
 
 
 class Elsewhere(UserError):
-    """This node cannot do it (it lacks the model, the data, a version); another one may."""
+    """This node cannot run the task (it lacks the model, the data or a version); another may."""
 
     @classmethod
     def here(cls, error: UserError) -> Elsewhere:
-        """The error with the name of this node."""
+        """Return the error with the name of this node."""
         return cls(f"{error.problem} (on {socket.gethostname()})", error.remedy)
 
 
 class Worker(Protocol):
-    """What an actor runs: made once, then one task after another."""
+    """The worker in an actor: created once, it runs one task after another."""
 
     def run(self, payload: Any, send: Callable[[Any], None]) -> Any:
-        """Work on a task; `send` sends a message to the driver, and raises `Stopped` where it wants no more."""
+        """Run a task; `send` sends a message to the driver, and raises `Stopped` if the driver ended the task."""
 
 
 class Actor:
-    """Makes one worker, and runs tasks in it, each in a thread of its own.
+    """An actor with one worker, which runs each task in its own thread.
 
     Args:
         make: makes the worker, here.
@@ -65,16 +65,16 @@ class Actor:
         logging.getLogger("dart_eval").addHandler(handler)
 
     def write(self, line: str) -> None:
-        """As the stream of a log: its lines are messages, too."""
+        """Send a line of the log as a message: the actor is the stream of a log."""
         if line.strip():
             self._messages.put(("log", line))
 
     def where(self) -> str:
-        """Node and process; answers once the actor has begun."""
+        """Return node and process; answers once the actor has started."""
         return f"{socket.gethostname()}, process {os.getpid()}"
 
     def run(self, payload: Any) -> Iterator[tuple[str, Any]]:
-        """Work on a task: (`message`, ...) and (`log`, line), in the end (`done`, result), `stopped` or `failed`."""
+        """Run a task: yield (`message`, ...) and (`log`, line), at the end (`done`, result), `stopped` or `failed`."""
         self._stop.clear()
         threading.Thread(target=self._work, args=(payload,), daemon=True).start()
         kind = ""
@@ -110,7 +110,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Payload:
-    """A cell or a part of it, with its answers so far. config: of this cell's task alone; shrink: see `pool.Task`."""
+    """A cell or a part of it, with its answers so far. config: with this cell's task only; shrink: see `pool.Task`."""
 
     key: str
     config: RunConfig
@@ -122,7 +122,7 @@ class Payload:
 
 
 class CellWorker:
-    """A `sweep.worker.Worker` in an actor: it keeps the model, and what it has planned.
+    """A `sweep.worker.Worker` in an actor: it holds the model and the planned cells.
 
     Args:
         config: of the sweep, where it runs.
@@ -141,9 +141,9 @@ class CellWorker:
         self._jobs: dict[RunConfig, dict[str, Job]] = {}
 
     def run(self, payload: Payload, send: Callable[[Any], None]) -> Any:
-        """The texts and the record of a cell; of a part, whose answers are sent, how often memory ran out."""
+        """Return texts and record of a cell, or for a part (which sends its answers) the number of memory errors."""
         if payload.config not in self._jobs:
-            # Tasks of its own: a run writes into lm-eval's, and their hashes would be others afterwards.
+            # Own copies of the tasks: a run writes into lm-eval's, which would change their hashes.
             try:
                 jobs, _ = plan_all([payload.config], Silent(), False, self.device, self.model)
             except UserError as error:  # the driver could plan it
@@ -178,7 +178,7 @@ class _SentJournal(Journal):
 
 
 def settle(threads: int | None, folder: str) -> None:
-    """In an actor: our own log alone, the driver's folder if it is here, no more threads than were asked for."""
+    """Set up an actor: our own log only, the driver's folder if it exists here, and the requested number of threads."""
     import torch
 
     from dart_eval.util.quiet import silence
@@ -194,7 +194,7 @@ def settle(threads: int | None, folder: str) -> None:
 
 
 def _in_main_thread(stock: Callable[..., Any], answer: Any) -> Callable[..., Any]:
-    """A function of `signal` that does nothing in other threads, where Python refuses it.
+    """Return a function of `signal` that does nothing in other threads, where Python refuses it.
 
     lm-eval's math tasks set a time-out by SIGALRM, and would take the error for a wrong answer; so they get none.
     """

@@ -1,20 +1,23 @@
 """The plan of batches: which rows run together, and which contexts share a prefix. It needs no model.
 
-A forward is taken to cost its padded tokens (rows x width) and, whatever its size, `Budget.forward` more: weights are
-read, kernels started. Batches and prefixes are chosen to make the sum small.
+The assumed cost of a forward is its padded tokens (rows x width) plus `Budget.forward`, for reading weights and
+starting kernels. Batches and prefixes are chosen to make the sum small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 AUTO = "auto"
 CANDIDATES_PER_CONTEXT = 4  # candidate rows per forward, in multiples of the batch size
-SHORTEST_PREFIX = 32  # tokens; below, what a prefix saves is lost in the bookkeeping
+SHORTEST_PREFIX = 32  # tokens; a shorter prefix saves less than its bookkeeping costs
 # `auto`. On a CPU matrix products are as fast per token at some hundred tokens as they ever get, and larger batches
 # only pad more; a forward of the demo model takes 105 ms and 1.4 ms per token there. On a GPU a quarter of the free
 # memory goes into one forward's tokens (the rest: the cache's copies for candidates, logits, a method's state), as a
@@ -27,12 +30,13 @@ CACHED_TOKENS = 8  # tokens in a forward's KV cache, in multiples of its own tok
 
 @dataclass(frozen=True)
 class Budget:
-    """How large a forward may be. A single row always runs, however long.
+    """The largest size of a forward. A single row always runs, however long.
 
     Attributes:
-        rows: contexts per forward. candidates: candidate rows per forward.
+        rows: contexts per forward.
+        candidates: candidate rows per forward.
         tokens: padded tokens per forward; None for any number.
-        forward: what a forward costs beside its tokens, in tokens.
+        forward: cost of a forward beside its tokens, in tokens.
         generated: tokens, prompts and new ones, of a batch that generates; None for any number.
     """
 
@@ -49,11 +53,11 @@ class Budget:
 
     @property
     def can_shrink(self) -> bool:
-        """Whether `halved` would be less."""
+        """Whether `halved` would be smaller."""
         return max(self.rows, self.candidates) > 1
 
     def halved(self) -> Budget:
-        """A budget of half the size."""
+        """Return a budget of half the size."""
 
         def half(value: int | None) -> int | None:
             return None if value is None else max(1, value // 2)
@@ -64,7 +68,7 @@ class Budget:
 
 
 def budget(batch_size: int | str, model: Any) -> Budget:
-    """The budget for a batch size on the devices where the model is (`auto`: see the constants above)."""
+    """Return the budget for a batch size on the model's devices (`auto`: see the constants above)."""
     device: torch.device = model.get_input_embeddings().weight.device
     gpu = device.type != "cpu"
     forward = GPU_FORWARD if gpu else CPU_FORWARD
@@ -74,10 +78,10 @@ def budget(batch_size: int | str, model: Any) -> Budget:
         raise ValueError(batch_size)
     tokens = CPU_TOKENS
     if device.type == "cuda":
-        # Of several cards, each has its layers' part of all this: the fullest one sets the size.
+        # With several cards, the fullest one sets the size, as each holds its layers' share.
         cards = {p.device for p in model.parameters()}
         tokens = gpu_tokens(min(torch.cuda.mem_get_info(card)[0] for card in cards), token_bytes(model))
-    elif gpu:  # other accelerators tell no free memory
+    elif gpu:  # other accelerators do not report free memory
         tokens = GPU_LEAST
     # Rows that generate read the weights together, token after token: on a CPU that is worth a larger prompt forward.
     generated = tokens if gpu else CACHED_TOKENS * tokens
@@ -85,13 +89,13 @@ def budget(batch_size: int | str, model: Any) -> Budget:
 
 
 def gpu_tokens(free: int, per_token: int) -> int:
-    """Tokens per forward that so many free bytes allow: a power of two between GPU_LEAST and GPU_MOST."""
+    """Return the tokens per forward that fit into `free` bytes: a power of two between GPU_LEAST and GPU_MOST."""
     fitting = max(1, int(GPU_SHARE * free / per_token))
     return min(max(1 << (fitting.bit_length() - 1), GPU_LEAST), GPU_MOST)
 
 
-def token_bytes(model: Any) -> int:
-    """Bytes that a token of a forward needs: its KV cache with copies, and what is alive inside a layer (roughly)."""
+def token_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes per token of a forward: its KV cache with copies, and roughly the activations of a layer."""
     config = model.config.get_text_config()
     heads = _largest(config, "num_key_value_heads") or config.num_attention_heads
     head = _largest(config, "head_dim") or config.hidden_size // config.num_attention_heads
@@ -101,8 +105,8 @@ def token_bytes(model: Any) -> int:
     return cache * (1 + CACHED_TOKENS) + 4 * (4 * inner + 8 * config.hidden_size)
 
 
-def _largest(config: Any, name: str) -> Any:
-    """A size from a configuration, or the largest one where it differs from layer to layer (Gemma 4)."""
+def _largest(config: PretrainedConfig, name: str) -> Any:
+    """Return a size from a configuration, or the largest one if layers differ (Gemma 4)."""
     try:
         return getattr(config, name, None)
     except RuntimeError:  # transformers: there is no one value
@@ -115,8 +119,11 @@ def batches(
     """Cut rows, longest first, into batches with the least padded tokens + `forward` per batch.
 
     Args:
-        lengths: of the rows, in falling order. rows: most per batch. tokens: most rows x longest, but for single rows.
-        padded: rows of different lengths may run together (`cache.can_pad`).
+        lengths: of the rows, in falling order.
+        rows: most rows per batch.
+        tokens: most rows x longest, except for single rows.
+        forward: see `Budget`.
+        padded: whether rows of different lengths may run together (`cache.can_pad`).
     """
     n = len(lengths)
     best, start = [0] * (n + 1), [0] * (n + 1)  # of the first j rows: least cost; where their last batch begins
@@ -139,7 +146,7 @@ def batches(
 def padded_batches(
     lengths: Sequence[int], rows: int, tokens: int | None, forward: int, padded: bool = True
 ) -> list[slice]:
-    """The same as `batches`, with rows that have no tokens (the last ones) in batches of their own."""
+    """Return `batches`, with rows without tokens (the last ones) in batches of their own."""
     longer = sum(n > 0 for n in lengths)
     empty = [slice(longer + p.start, longer + p.stop) for p in batches(lengths[longer:], rows)]
     return batches(lengths[:longer], rows, tokens, forward, padded) + empty
@@ -147,21 +154,21 @@ def padded_batches(
 
 @dataclass(frozen=True)
 class Group:
-    """Contexts (indices) whose first `prefix` tokens are the same and are computed once; 0: each for itself."""
+    """Contexts (indices) that share their first `prefix` tokens, computed once; 0: no shared prefix."""
 
     prefix: int
     members: list[int]
 
 
 def shared_prefixes(contexts: Sequence[tuple[int, ...]], forward: int, least: int = 1) -> list[Group]:
-    """Group contexts by long prefixes that they share, so that the most tokens are saved.
+    """Group contexts by long shared prefixes, so that most tokens are saved.
 
     A context is in one group. A prefix costs a forward of its own: it is shared if it has SHORTEST_PREFIX tokens and
     saves more than `forward`.
 
     Args:
         contexts: token ids; distinct.
-        least: last tokens of every context that are computed in any case.
+        least: last tokens of every context that are always computed.
     """
     order = sorted(range(len(contexts)), key=lambda i: contexts[i])
     ranges = _best_ranges([contexts[i] for i in order], forward)
@@ -176,10 +183,10 @@ def shared_prefixes(contexts: Sequence[tuple[int, ...]], forward: int, least: in
 
 
 def _best_ranges(ordered: Sequence[tuple[int, ...]], forward: int) -> list[tuple[int, int, int]]:
-    """(prefix, first, last): disjoint ranges of sorted contexts that save the most tokens.
+    """Return (prefix, first, last): disjoint ranges of sorted contexts that save the most tokens.
 
-    Sorted contexts with a common prefix are a range, and such ranges are nested: a tree, walked from its leaves up
-    with a stack. Each node takes its own prefix, or what its children take, whichever saves more.
+    Sorted contexts with a common prefix form a range, and ranges are nested: a tree, walked from its leaves up with a
+    stack. Each node takes its own prefix, or its children's, whichever saves more.
     """
     stack: list[tuple[int, int, list[tuple[int, int, int]], int]] = [(0, 0, [], 0)]  # prefix, first, taken, saved
     for last in range(1, len(ordered) + 1):
@@ -203,7 +210,7 @@ def _best_ranges(ordered: Sequence[tuple[int, ...]], forward: int) -> list[tuple
 
 
 def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # slices compare at C speed
         middle = (low + high + 1) // 2

@@ -17,40 +17,40 @@ PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def new_cache(model: PreTrainedModel) -> Any:
-    """An empty cache: sliding layers keep their window only. Of the class that the model says it takes (MiniMax)."""
-    said = inspect.signature(base_of(model).forward).parameters.get(cache_argument(model))
-    kinds = [] if said is None else [c for c in typing.get_args(said.annotation) if isinstance(c, type)]
+    """Return an empty cache of the class that the model declares (MiniMax). Sliding layers keep only their window."""
+    argument = inspect.signature(base_of(model).forward).parameters.get(cache_argument(model))
+    kinds = [] if argument is None else [c for c in typing.get_args(argument.annotation) if isinstance(c, type)]
     own = next((c for c in kinds if issubclass(c, DynamicCache) and c is not DynamicCache), None)
     return DynamicCache(config=model.config) if own is None else own()
 
 
 def _is_plain(cache: Any) -> bool:
-    """Whether a cache keeps keys and values per token, and nothing else."""
+    """Whether a cache holds keys and values per token, and nothing else."""
     return type(cache) is DynamicCache and all(type(layer) in PLAIN for layer in cache.layers)
 
 
 def bytes_of_a_token(cache: Any) -> float:
-    """Bytes of keys and values that a cache holds for each of its tokens, in all layers that hold any.
+    """Return a cache's bytes of keys and values per token, over all layers.
 
     Args:
         cache: of some tokens of one sequence. A sliding layer counts in full: it holds no more than its window.
     """
-    kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
+    held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     tokens = max(1, int(cache.get_seq_length()))
-    return sum(t.numel() * t.element_size() for t in kept if isinstance(t, Tensor)) / tokens
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor)) / tokens
 
 
 def fork(cache: Any, rows: Tensor | None = None) -> Any:
-    """An independent copy for the given rows (indices, repeats allowed; None: all)."""
+    """Return an independent copy for the given rows (indices, repeats allowed; None: all)."""
     if not _is_plain(cache):
         forked = copy.deepcopy(cache)
         if rows is not None and cache.get_seq_length():
             forked.reorder_cache(rows)  # linear attention has no batch_select_indices
-            for name, states in vars(forked).items():  # what a class of the model's own keeps beside its layers
+            for name, states in vars(forked).items():  # states of a model's own class, beside its layers
                 if isinstance(states, list) and name != "layers":
                     states[:] = [s.index_select(0, rows.to(s.device)) if isinstance(s, Tensor) else s for s in states]
         return forked
-    # Their tensors are replaced by new ones, never written to: the copies may share them until then.
+    # Tensors are replaced, never written to, so the copies may share them.
     forked = copy.copy(cache)
     forked.layers = [copy.copy(layer) for layer in cache.layers]
     if rows is not None:
@@ -60,10 +60,9 @@ def fork(cache: Any, rows: Tensor | None = None) -> Any:
 
 
 def can_share_prefix(model: PreTrainedModel) -> bool:
-    """Whether keys and values of a prefix are the same whatever follows, and can be laid out anew.
+    """Whether keys and values of a prefix do not depend on what follows, and can be rearranged.
 
-    Not where layers keep something else than keys and values per token, or look back in chunks (whose borders padding
-    moves).
+    They cannot if layers hold anything but keys and values per token, or attend in chunks, whose borders padding moves.
     """
     if not _is_plain(new_cache(model)):
         return False
@@ -73,24 +72,24 @@ def can_share_prefix(model: PreTrainedModel) -> bool:
 
 
 def can_pad(model: PreTrainedModel) -> bool:
-    """Whether rows may run with padding on their left. `forwards.output_head` checks what this says.
+    """Whether rows may run with padding on their left; `forwards.output_head` checks it.
 
-    Not where layers keep something in a class of the model's own: DeepSeek V4 pools every few columns, tokens or not.
+    They may not if layers of the cache have the model's own class: DeepSeek V4 pools every few columns, tokens or not.
     """
-    known = DynamicLayer.__module__
-    return all(type(layer).__module__ == known for layer in new_cache(model).layers)
+    return all(type(layer).__module__ == DynamicLayer.__module__ for layer in new_cache(model).layers)
 
 
 def prefix_cache() -> Any:
-    """An empty cache that keeps every token in every layer; sliding layers are masked to their window."""
+    """Return an empty cache that keeps every token in every layer; sliding layers are masked to their window."""
     return DynamicCache()
 
 
 def from_prefix(model: PreTrainedModel, prefix: Any, columns: Tensor) -> Any:
-    """A cache whose row b holds, in column c, the prefix's token columns[b, c].
+    """Return a cache whose row b holds, in column c, the prefix's token columns[b, c].
 
     Args:
-        prefix: a `prefix_cache` of one row. columns: [B, C], anything in range where the attention mask says padding.
+        prefix: a `prefix_cache` of one row.
+        columns: [B, C], any index in range for padding.
     """
     cache = new_cache(model)
     for i, layer in enumerate(prefix.layers):

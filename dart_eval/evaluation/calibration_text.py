@@ -24,7 +24,7 @@ REMEDY = "give a text file or a data set, see docs/data.md"
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text, and the data set that it is from, where that is known.
+    """A text, and its data set, if known.
 
     Attributes:
         digest: sha256 of a file's bytes, or of the text of a data set.
@@ -36,11 +36,11 @@ class CalibrationText:
 
 
 def calibration_text(name: str | None, data_dir: str | None = None) -> CalibrationText:
-    """The text of that name.
+    """Return the calibration text of that name.
 
     Args:
         name: a file, or a data set as NAME or NAME:CONFIGURATION; None: the project's own text.
-        data_dir: the folder of local data, where data sets are looked for instead of on the hub.
+        data_dir: folder of local data, which replaces the hub.
 
     Raises:
         UserError: it is neither, or cannot be read.
@@ -56,7 +56,7 @@ def calibration_text(name: str | None, data_dir: str | None = None) -> Calibrati
 
 @functools.lru_cache(maxsize=4)
 def _of_data_set(name: str, data_dir: str | None) -> CalibrationText:
-    """The first text field of a data set's train split, as far as `MOST` characters."""
+    """Return the first text field of a data set's train split, up to `MOST` characters."""
     data_set, _, configuration = name.partition(":")
     rows = _local(data_set, configuration, data_dir) if data_dir is not None else _of_hub(data_set, configuration)
     field, texts, length = "", [], 0
@@ -95,7 +95,7 @@ def _of_hub(data_set: str, configuration: str) -> Iterable[dict[str, object]]:
     work_offline_if_unreachable()
     try:
         return datasets.load_dataset(data_set, configuration or None, split="train")
-    except Exception as error:  # every library underneath has errors of its own; all mean the same here
+    except Exception as error:  # each library has errors of its own
         raise UserError(
             f"calibration {data_set} is neither a file nor a data set that can be loaded ({summary(error)[:200]})",
             REMEDY,
@@ -103,12 +103,12 @@ def _of_hub(data_set: str, configuration: str) -> Iterable[dict[str, object]]:
 
 
 def sharing(items: list[Task | Group], data_set: str) -> list[str]:
-    """Of these tasks those that ask documents of the data set, or of one with nearly its name."""
+    """Return the tasks with documents of the data set, or of one with nearly its name."""
     return [task.task_name for task in leaves(items) if any(_alike(data_set, name) for name in _sources(task))]
 
 
 def _sources(task: Task) -> list[str]:
-    """The data sets of a task, by their names on the hub."""
+    """Return the hub names of a task's data sets."""
     config = getattr(task, "config", None)
     files = ((getattr(config, "dataset_kwargs", None) or {}).get("data_files")) or {}
     local = [Path(f).parent.parent.name.replace("__", "/") for f in files.values()] if isinstance(files, dict) else []
@@ -116,6 +116,6 @@ def _sources(task: Task) -> list[str]:
 
 
 def _alike(one: str, other: str) -> bool:
-    """`wikitext`, `Salesforce/wikitext` and `EleutherAI/wikitext_document_level` are of one text."""
+    """Whether names mean one text: `wikitext`, `Salesforce/wikitext`, `EleutherAI/wikitext_document_level`."""
     short, long = sorted((name.rpartition("/")[2].lower() for name in (one, other)), key=len)
     return bool(short) and (short == long or long.startswith((f"{short}_", f"{short}-")))

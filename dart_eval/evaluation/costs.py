@@ -10,25 +10,25 @@ from dart_eval.results.layout import CLOSED, Count, Drift, Finite, Holds
 
 
 class _Trace(Drift):
-    """As a session makes it, which knows no other keys."""
+    """A session's trace, without further keys."""
 
     __pydantic_config__ = CLOSED  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """How many tokens there were, and what they did not read. Costs are added up by `+`.
+    """The tokens of answers, and the weights that they did not read. Costs are added by `+`.
 
     Attributes:
-        tokens: scored or generated.
-        pruned_tokens: those of them that did not read all FFN weights.
+        tokens: scored or generated tokens.
+        pruned_tokens: tokens that did not read all FFN weights.
         not_read_sum: share of the FFN weights that was not read, summed over the tokens.
-        outside_sum: share of the neurons outside the mask, summed over the tokens; less, where tokens choose inside it.
-        remasks: re-masks while they ran.
-        contexts: of requests or chunks, one for each.
-        context_tokens: of all contexts.
-        distance: from dense, of the scored tokens, where it was measured.
-        trace: what the drift detector saw (`Session.trace`), if there is one context and a window was full.
+        outside_sum: share of the neurons outside the mask, summed over the tokens.
+        remasks: re-masks meanwhile.
+        contexts: one per request or chunk.
+        context_tokens: tokens of all contexts.
+        distance: distance of the scored tokens from dense, if measured.
+        trace: the drift detector's trace (`Session.trace`), for one context with a full window.
     """
 
     __pydantic_config__ = CLOSED

@@ -1,4 +1,4 @@
-"""How far the next-token distributions of a pruned model lie from dense's, at the positions that are scored."""
+"""The distance of a pruned model's next-token distributions from dense's, at the scored positions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TAILS = {"kl_p95": 0.95, "kl_p99": 0.99}
 
 
 def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
-    """KL(dense || pruned) of each row in nats, [n] fp32, right to about 1e-6.
+    """Return KL(dense || pruned) of each row in nats, [n] fp32, right to about 1e-6.
 
-    With x and y less their largest: sum e^x (x - y) / sum e^x - log sum e^x + log sum e^y. The logits' own differences
-    are taken, since log_softmax in fp32 is off by up to 1e-4 over a large vocabulary.
+    With x and y minus their maxima: sum e^x (x - y) / sum e^x - log sum e^x + log sum e^y. It uses differences of
+    logits, since log_softmax in fp32 is off by up to 1e-4 over a large vocabulary.
 
     Args:
         dense: [n, V] logits in fp32; a word of -inf is ruled out.
@@ -33,13 +33,14 @@ def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
 
 
 def bin_of(kl: float) -> str:
-    """The bin of a position: the smallest i with kl <= 2 ** (i / 8), as text."""
+    """Return the bin of a position: the smallest i with kl <= 2 ** (i / 8), as text."""
     return str(max(LOWEST, math.ceil(PER_DOUBLING * math.log2(kl))) if 0 < kl < math.inf else LOWEST)
 
 
 def percentile(bins: Mapping[str, int], share: float) -> float:
-    """The smallest KL that this share of the positions does not exceed: its bin's middle (2 ** ((i - 1/2) / 8)), which
-    is within 4.5 % of it, and so surely within 9 %; 0 in the lowest bin.
+    """Return the smallest KL that a share of the positions does not exceed, as its bin's middle, 2 ** ((i - 1/2) / 8).
+
+    The middle is within 4.5 % of it, and so surely within 9 %; it is 0 in the lowest bin.
 
     Args:
         bins: bin -> positions in it; not empty.
@@ -55,12 +56,12 @@ def percentile(bins: Mapping[str, int], share: float) -> float:
 
 @dataclass(frozen=True)
 class Distance:
-    """Of some positions, a position counting once for each answer that it is of. Distances are added up by `+`.
+    """The distance at some positions. A position counts once per answer; distances are added by `+`.
 
     Attributes:
         kl: sum of KL(dense || pruned) over the positions, in nats.
-        agreed: positions at which both have the same likeliest token.
-        positions: that were compared; 0 where nothing was.
+        agreed: positions with the same likeliest token.
+        positions: compared positions.
         bins: bin -> positions whose KL is in it, see `bin_of`.
     """
 
@@ -76,23 +77,23 @@ class Distance:
         return Distance(self.kl + other.kl, self.agreed + other.agreed, self.positions + other.positions, bins)
 
     @classmethod
-    def of(cls, found: Sequence[tuple[float, bool]]) -> Distance:
-        """Of one answer. found: the KL of each position, and whether the likeliest tokens are the same."""
-        bins = Counter(bin_of(kl) for kl, _ in found)
-        return cls(math.fsum(kl for kl, _ in found), sum(same for _, same in found), len(found), dict(bins))
+    def of(cls, positions: Sequence[tuple[float, bool]]) -> Distance:
+        """Of one answer. positions: the KL of each position, and whether the likeliest tokens are the same."""
+        bins = Counter(bin_of(kl) for kl, _ in positions)
+        return cls(math.fsum(kl for kl, _ in positions), sum(same for _, same in positions), len(positions), dict(bins))
 
     def pairs(self) -> dict[str, list[float]]:
-        """What a document stores: sums over its positions, and their number. Empty where nothing was compared."""
+        """Return a document's sums over its positions, and their number; empty without positions."""
         return {"kl": [self.kl, self.positions], "top1": [self.agreed, self.positions]} if self.positions else {}
 
 
 def rows(documents: Sequence[Distance], like: Metric, error: Mapping[str, float | None]) -> list[Metric]:
-    """What a record says of a task or group: means over the positions, and the tail of all positions.
+    """Return the metrics of a task or group: means over the positions, and the tail of all positions.
 
     Args:
-        documents: those of its documents that were compared; not empty.
+        documents: its compared documents; not empty.
         like: a metric of the task.
-        error: the standard errors of the means, by name.
+        error: standard errors of the means, by name.
     """
     total, (_, _, filter_) = sum(documents, Distance()), like.metric.partition(",")
     values = {"kl": total.kl / total.positions, "top1": total.agreed / total.positions}

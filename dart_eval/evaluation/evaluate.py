@@ -36,11 +36,11 @@ BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How a task is asked: few-shot examples, how many items (below 1 a share), seed, chat template, prune scope.
+    """Settings of a task: few-shot examples, number of items (below 1 a share), seed, chat template, scope.
 
     Attributes:
-        system_instruction: what stands before the prompt.
-        fewshot_as_multiturn: examples are turns of the chat template; None is lm-eval's default.
+        system_instruction: text before the prompt.
+        fewshot_as_multiturn: whether examples are turns of the chat template; None is lm-eval's default.
     """
 
     num_fewshot: int | None = None
@@ -53,12 +53,12 @@ class EvalSettings:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Numbers of one cell: metrics, samples, texts of the documents, what they cost together and per lm-eval task.
+class TaskResult:
+    """Numbers of one cell: metrics, samples, texts of the documents, cost in all and per lm-eval task.
 
     Attributes:
-        prompts: of each lm-eval task: `documents` that were asked, how many of their prompts were `cut`, and the tokens
-            (`length`) that prompt and answer had to fit into.
+        prompts: per lm-eval task: number of `documents`, number of `cut` prompts, and most tokens of prompt and
+            answer (`length`).
     """
 
     metrics: list[Metric]
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
-    """Requests that the model will be asked, for a progress bar (an estimate before prompts are built)."""
+    """Estimate the number of requests before prompts are built, for a progress bar."""
     total = 0
     for task in leaves(list(items)):
         docs = number_asked(task, limit)
@@ -85,7 +85,7 @@ def count_requests(items: Sequence[Task | Group], limit: float | None) -> int:
 
 
 def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> None:
-    """Refuse other scopes and methods that look ahead for tasks that do not score given answers.
+    """Refuse other scopes, and methods that look ahead, for tasks that do not score given answers.
 
     Raises:
         UserError: a task generates text, or the scope is another for a perplexity.
@@ -113,10 +113,10 @@ def check_answers(items: Sequence[Task | Group], scope: str, method: Pruner) -> 
 
 def evaluate_task(
     lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal
-) -> Outcome:
+) -> TaskResult:
     """Run lm-eval's `simple_evaluate` on one task, group or tag.
 
-    Prompts and metrics are lm-eval's; its response cache stays off. What the journal has answered is not asked again.
+    Prompts and metrics are lm-eval's; its response cache stays off. Answers in the journal are not computed again.
     """
     items = tasks.load(name)
     lm.begin(session, documents(items), journal, settings.scope, whole_tokens=whole_tokens(items))
@@ -137,16 +137,16 @@ def evaluate_task(
     cost = sum(lm.costs.values(), Cost())
     metrics = _metrics(results)
     metrics += _distances(metrics, results.get("group_subtasks") or {}, lm.costs)
-    return Outcome(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes)
+    return TaskResult(metrics, samples, texts, cost, by_task, prompts, journal.state_bytes)
 
 
 def answer_part(
     lm: PrunedLM, session: AnySession, tasks: Tasks, name: str, settings: EvalSettings, journal: Journal,
     part: Shard | Pilot,
 ) -> None:  # fmt: skip
-    """Answer one of several parts of what `evaluate_task` would ask: the answers go into the journal.
+    """Answer one of several parts of a task's requests; the answers go into the journal.
 
-    A journal with the answers of all parts makes `evaluate_task` ask nothing, and its numbers are those of the whole.
+    With the answers of all parts in the journal, `evaluate_task` asks nothing, and its numbers are those of the whole.
     """
     items = tasks.load(name)
     kinds = {"loglikelihood" if t.OUTPUT_TYPE == "multiple_choice" else t.OUTPUT_TYPE for t in leaves(items)}
@@ -180,7 +180,7 @@ def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval draws a bar of its own and asks git about the folder it stands in; a run has its own view."""
+    """Hide lm-eval's own bar, and keep it from asking git about the working directory."""
     with (
         patch.object(lm_eval.api.task, "tqdm", lambda iterable, **_: iterable),
         patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None),
@@ -190,7 +190,7 @@ def _quiet() -> Iterator[None]:
 
 def _metrics(results: Any) -> list[Metric]:
     groups: dict[str, list[str]] = results.get("group_subtasks") or {}
-    # A group without a metric of its own (a mere list of tasks) hides none of its members.
+    # A group without a metric of its own (a list of tasks) hides none of its members.
     scored = {task for task, values in results["results"].items() if any("," in name for name in values)}
     parents = {child: parent for parent, children in groups.items() if parent in scored for child in children}
     sizes = {task: counts["effective"] for task, counts in results["n-samples"].items()}
@@ -210,7 +210,7 @@ def _metrics(results: Any) -> list[Metric]:
                     [s[metric] for s in results["samples"].get(task, []) if metric in s and s["filter"] == filter_],
                 )
             label = metric if filter_ == "none" else f"{metric},{filter_}"
-            direction = better.get(metric, True)  # null in a task's file, and so None, where neither is better
+            direction = better.get(metric, True)  # null in a task's file, and so None: neither is better
             direction = direction if direction is None else bool(direction)
             found.append(Metric(task, label, float(value), stderr, n, direction, parents.get(task)))
     return found
@@ -221,28 +221,28 @@ def _group_size(group: str, groups: dict[str, list[str]], sizes: dict[str, int])
 
 
 def _distances(
-    found: Sequence[Metric], groups: Mapping[str, list[str]], costs: Mapping[tuple[str, int], Cost]
+    metrics: Sequence[Metric], groups: Mapping[str, list[str]], costs: Mapping[tuple[str, int], Cost]
 ) -> list[Metric]:
-    """How far from dense each task and group is, where it was measured. found: their other metrics."""
-    made: list[Metric] = []
-    for task in dict.fromkeys(m.task for m in found):
-        like = next(m for m in found if m.task == task)
+    """Return the distances from dense of each task and group, if measured. metrics: their other metrics."""
+    rows: list[Metric] = []
+    for task in dict.fromkeys(m.task for m in metrics):
+        like = next(m for m in metrics if m.task == task)
         members = _members(task, groups)
         own = [c.distance for (name, _), c in costs.items() if name in members and c.distance.positions]
         pairs = [d.pairs() for d in own]
         error = {name: _ratio_stderr([p[name] for p in pairs])[1] for name in (pairs[0] if pairs else ())}
-        made += distance.rows(own, like, error) if own else []
-    return made
+        rows += distance.rows(own, like, error) if own else []
+    return rows
 
 
 def _members(task: str, groups: Mapping[str, list[str]]) -> set[str]:
-    """The tasks of a group in whatever depth; the task itself where it is none."""
+    """Return the tasks of a group at any depth, or the task itself."""
     below = groups.get(task)
     return set().union(*(_members(t, groups) for t in below)) if below else {task}
 
 
 def _ratio_stderr(pairs: Sequence[Any]) -> tuple[float, float | None]:
-    """sum x / sum w of a pair (x, w) a document, and its standard error.
+    """Return sum x / sum w of a pair (x, w) per document, and its standard error.
 
     The documents are the independent units; the ratio's residuals x - r w give its variance (Cochran, Sampling
     Techniques, ch. 6).
@@ -255,7 +255,7 @@ def _ratio_stderr(pairs: Sequence[Any]) -> tuple[float, float | None]:
 
 
 def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
-    """Standard error of a ratio metric exp(-sum ll / sum w), or -sum ll / sum w / ln 2, by the delta method.
+    """Return the standard error of a ratio metric exp(-sum ll / sum w), or -sum ll / sum w / ln 2, by the delta method.
 
     pairs: (log-likelihood, weight) per document.
     """
@@ -275,10 +275,10 @@ def _perplexity_stderr(metric: str, pairs: list[Any]) -> float | None:
 
 
 def _bleu_stderr(_metric: str, counts: list[Any]) -> float | None:
-    """Standard error of corpus BLEU by the jackknife, one document left out at a time (Efron and Tibshirani, An
-    Introduction to the Bootstrap, ch. 11).
+    """Return the standard error of corpus BLEU by the jackknife over documents.
 
-    counts: [hyp_len, ref_len, correct 1..4, total 1..4] n-grams per document, as the summarisation tasks give them.
+    (Efron and Tibshirani, An Introduction to the Bootstrap, ch. 11.)
+    counts: [hyp_len, ref_len, correct 1..4, total 1..4] n-grams per document, from the summarisation tasks.
     """
     n = len(counts)
     if n < 2 or not all(isinstance(c, (tuple, list)) and len(c) == 10 for c in counts):
@@ -293,7 +293,7 @@ def _bleu_stderr(_metric: str, counts: list[Any]) -> float | None:
 
 
 def _samples(by_task: dict[str, list[dict[str, Any]]], lm: PrunedLM, tasks: dict[str, Task]) -> list[dict[str, Any]]:
-    """What paired statistics and a reader need: hashes, metrics, answers, cost. The texts are kept apart."""
+    """Return samples for paired statistics and readers: hashes, metrics, answers, cost. Texts are separate."""
     rows = []
     for name, samples in sorted(by_task.items()):
         for s in samples:
@@ -316,7 +316,7 @@ def _samples(by_task: dict[str, list[dict[str, Any]]], lm: PrunedLM, tasks: dict
 
 
 def _gold(task: Task, doc: dict[str, Any]) -> int | None:
-    """Index of the right answer of a multiple-choice document; None for other tasks, or where it has no single one."""
+    """Return the index of a multiple-choice document's right answer; None for other tasks, or without a single one."""
     if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask):
         return None
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -327,7 +327,7 @@ def _gold(task: Task, doc: dict[str, Any]) -> int | None:
 
 
 def _texts(by_task: dict[str, list[dict[str, Any]]], tasks: dict[str, Task]) -> list[dict[str, Any]]:
-    """What each document was asked and its right answer, for people; the same under every method."""
+    """Return each document's prompt and right answer, for readers; the same under every method."""
     rows = {}
     for name, samples in sorted(by_task.items()):
         for s in samples:
@@ -346,7 +346,7 @@ def _texts(by_task: dict[str, list[dict[str, Any]]], tasks: dict[str, Task]) -> 
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's own types: numpy scalars and arrays, tuples and subclasses of float become plain."""
+    """Convert a value to JSON's own types: numpy scalars and arrays, tuples and subclasses of float become plain."""
     if isinstance(value, (np.ndarray, np.generic)):
         return _plain(value.tolist())
     if isinstance(value, (list, tuple)):

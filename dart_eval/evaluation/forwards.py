@@ -1,4 +1,4 @@
-"""Forwards of a model's decoder, and its output head apart from them."""
+"""Forwards of a model's decoder, and its separate output head."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from dart_eval.evaluation.cache import bytes_of_a_token, can_pad, new_cache
 from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.layers.families import base_of, cache_argument
 from dart_eval.layers.finite import refuse_not_finite
-from dart_eval.layers.verify import telling
+from dart_eval.layers.verify import explaining
 from dart_eval.pruning.session.cache import cache_in
 from dart_eval.util.errors import UserError
 
-# Models that compute several tokens after a cached context wrongly, and one token rightly: Jamba's state space begins
-# anew. `output_head` finds out.
+# Models that compute several tokens after a cached context wrongly, but one token correctly: Jamba's state space begins
+# anew. `output_head` detects them.
 _ONE_BY_ONE: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
@@ -32,10 +32,10 @@ class Forwards:
         head: see `output_head`.
 
     Attributes:
-        angles: rotary ones that depend on the length of rows. Rows of a forward have the same (`Angles.of`), and it
-            runs inside `angles.held`.
-        padded: rows of a forward may have padding on their left (`cache.can_pad`).
-        room: tokens that may run at once on a filled cache; None for any number.
+        angles: rotary angles that depend on the length of rows. Rows of a forward have the same
+            (`Angles.least_length`), and it runs inside `angles.held`.
+        padded: whether rows of a forward may have padding on their left (`cache.can_pad`).
+        room: most tokens at once on a filled cache; None for any number.
     """
 
     def __init__(self, model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
@@ -46,38 +46,38 @@ class Forwards:
         self._base = base_of(model)
         self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
 
-    def __call__(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """Last hidden states [B, T, D]. tokens: [B, T]; attention: [B, past + T] bool; positions: [B, T]."""
-        kwargs: dict[str, Any] = {self._cache_name: cache}
+    def __call__(self, tokens: Tensor, attention: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Return last hidden states [B, T, D]. tokens: [B, T]; attention: [B, past + T] bool; positions: [B, T]."""
+        kwargs: dict[str, object] = {self._cache_name: cache}
         if self._takes_positions:
-            # Padding has position 0: what comes after a short row would count as its length (`Angles`).
+            # Padding has position 0; else padding after a short row would count as its length (`Angles`).
             kwargs["position_ids"] = positions.masked_fill(~attention[:, -tokens.shape[1] :], 0)
         return self._base(input_ids=tokens, attention_mask=attention.long(), use_cache=True, **kwargs)[0]
 
     def blocks(self, tokens: int) -> list[slice]:
-        """How so many tokens run on a filled cache: in one forward, or one by one."""
+        """Cut tokens into the forwards that run on a filled cache: one, or one per token."""
         size = self.room or max(tokens, 1)
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     @torch.no_grad()
     def bytes_of_a_token(self) -> float:
-        """Bytes of keys and values of one token, in the model's own dtype."""
+        """Return the bytes of keys and values of one token, in the model's own dtype."""
         tokens, cache = torch.zeros(1, 2, dtype=torch.long, device=self.device), new_cache(self.model)
         self(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(2, device=self.device)[None], cache)
         return bytes_of_a_token(cache)
 
     def answers(self, distances: bool = False) -> Answers:
-        """A new set of questions to the output head. distances: how far from dense its positions lie, too."""
+        """Return a new `Answers` on the output head. distances: whether to measure distances from dense."""
         return Answers(self.head, self.model.config.get_text_config().vocab_size, distances)
 
 
 @torch.no_grad()
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """hidden [N, D] -> logits [N, V] as the model itself computes them, checked on three tokens.
+    """Return the function hidden [N, D] -> logits [N, V] of the model, checked on a few tokens.
 
     Raises:
-        UserError: the model does more between its last hidden state and its logits than is known here, its logits are
-            NaN or infinite, it gives no KV cache, it cannot go on from one, or it fails.
+        UserError: the model has an unknown step between hidden states and logits, logits that are NaN or infinite, no
+            KV cache, wrong logits after a cached context, or an error of its own.
     """
     config, linear = model.config.get_text_config(), model.get_output_embeddings()
     before = getattr(model, "lm_head", linear)
@@ -93,7 +93,7 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
             logits = logits / width
         if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
             logits = cap * torch.tanh(logits / cap)
-        if words := getattr(config, "unpadded_vocab_size", None):  # Inkling; the rest stands for nothing
+        if words := getattr(config, "unpadded_vocab_size", None):  # Inkling; the rest has no meaning
             logits = _padded(logits[..., :words], config.vocab_size)
         return logits
 
@@ -103,32 +103,30 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
-    """Whether a head gives the model's own logits. See `output_head`."""
+    """Check that a head gives the model's own logits. See `output_head`."""
     device: Any = model.get_input_embeddings().weight.device
     tokens = torch.tensor([[0, 1, 2]], device=device)
-    with telling(model):
+    with explaining(model):
         theirs = _all_words(model, tokens)
         ours = head(base_of(model)(input_ids=tokens)[0][0]).float().cpu()
     for found in (theirs, ours):
         refuse_not_finite(found.amax(1), "largest logits of a token", model.dtype)
     if not _close(ours, theirs, 1e-2):
         raise UserError(
-            f"the output head of {type(model).__name__} is not understood",
-            "add it to dart_eval/evaluation/forwards.py",
+            f"the output head of {type(model).__name__} is not understood", "add it to dart_eval/evaluation/forwards.py"
         )
 
 
 def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
-    """Whether tokens after a cached context have the logits that they have in the whole text. See `output_head`.
+    """Check that tokens have the same logits after a cached context as in the whole text. See `output_head`.
 
-    Where they have these one by one alone, they will run so (`Forwards.room`). Then whether a row has them behind
-    padding.
+    If they have them only one by one, they will run so (`Forwards.room`). Then check a row behind padding.
     """
     name, forwards = type(model).__name__, Forwards(model, head)
     tokens = (torch.arange(9, device=forwards.device) % model.config.get_text_config().vocab_size)[None]
-    # Beside the largest logit: rounding is far less in single precision, and less than ten times this in 16 bits.
+    # Relative to the largest logit: rounding is far less in single precision, and less than ten times this in 16 bits.
     least = 1e-3 if model.dtype.itemsize > 2 else 1e-2
-    with telling(model):
+    with explaining(model):
         whole = _all_words(model, tokens)
         _refuse_without_cache(name, model(input_ids=tokens[:, :CONTEXT], use_cache=True))
         _ONE_BY_ONE.discard(model)
@@ -141,8 +139,7 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
             off = min(off, alone)
         if off > 10 * least:
             raise UserError(
-                f"{name} gives other logits to tokens after a cached context than in the whole text",
-                NOT_RUN,
+                f"{name} gives other logits to tokens after a cached context than in the whole text", NOT_RUN
             )
         if can_pad(model) and _apart(_behind_padding(model, head, tokens), whole) > max(10 * least, 4 * off):
             raise UserError(
@@ -151,7 +148,7 @@ def _check_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> No
             )
 
 
-def _refuse_without_cache(name: str, output: Any) -> None:
+def _refuse_without_cache(name: str, output: object) -> None:
     try:
         cache_in(output, name)
     except UserError:
@@ -159,32 +156,32 @@ def _refuse_without_cache(name: str, output: Any) -> None:
 
 
 NOT_RUN = "`dart-eval run` cannot evaluate it; in Python prune() prunes what it generates"
-CONTEXT = 3  # tokens of it in these trials, and columns of padding
+CONTEXT = 3  # tokens of the context in these trials, and columns of padding
 
 
 def _all_words(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """[T, V] fp32 on the CPU: a model's own logits of [1, T] tokens, with -inf for words that it leaves out."""
+    """Return [T, V] fp32 on the CPU: a model's own logits of [1, T] tokens, with -inf for missing words."""
     return _padded(model(input_ids=tokens).logits[0].float().cpu(), model.config.get_text_config().vocab_size)
 
 
 def _padded(logits: Tensor, words: int) -> Tensor:
-    """Logits of so many words at least: -inf for those that they lack."""
+    """Pad logits to at least `words` words with -inf."""
     return torch.nn.functional.pad(logits, (0, max(0, words - logits.shape[-1])), value=float("-inf"))
 
 
 def _after_cache(model: PreTrainedModel, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    """[n, V] fp32 on the CPU: logits of the last n of [1, T] tokens, which run on the cache of those before."""
-    forwards, cache, made = Forwards(model, head), new_cache(model), []
+    """Return [n, V] fp32 on the CPU: logits of the last n of [1, T] tokens, run on the cache of the others."""
+    forwards, cache, hidden = Forwards(model, head), new_cache(model), []
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     blocks = forwards.blocks(tokens.shape[1] - CONTEXT)
     for part in (slice(CONTEXT), *(slice(CONTEXT + b.start, CONTEXT + b.stop) for b in blocks)):
         valid = torch.ones(1, part.stop, dtype=torch.bool, device=tokens.device)
-        made.append(forwards(tokens[:, part], valid, positions[:, part], cache)[0])
-    return head(torch.cat(made[1:])).float().cpu()
+        hidden.append(forwards(tokens[:, part], valid, positions[:, part], cache)[0])
+    return head(torch.cat(hidden[1:])).float().cpu()
 
 
 def _behind_padding(model: PreTrainedModel, head: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    """The same of all tokens, in one forward, after some columns of padding."""
+    """Return the logits of all tokens, in one forward, after some columns of padding."""
     padding = torch.zeros_like(tokens[:, :CONTEXT])
     valid = torch.cat([padding, torch.ones_like(tokens)], 1).bool()
     forward = Forwards(model, head)
@@ -193,7 +190,7 @@ def _behind_padding(model: PreTrainedModel, head: Callable[[Tensor], Tensor], to
 
 
 def _apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of logits beside the largest logit. theirs: [T, V], ours: [n, V] of the last of these."""
+    """Return the largest difference of logits / the largest logit. theirs: [T, V]; ours: [n, V], of the last n."""
     theirs = theirs[-len(ours) :]
     words = theirs.isfinite()
     if not bool((words == ours.isfinite()).all()):
@@ -202,7 +199,7 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _close(ours: Tensor, theirs: Tensor, share: float) -> bool:
-    """Whether logits are the same but for rounding: up to this share of the largest."""
-    words = theirs.isfinite()  # one of -inf rules a word out
+    """Whether logits are equal up to rounding: a share of the largest."""
+    words = theirs.isfinite()  # -inf rules a word out
     tolerance = share * float(theirs[words].abs().max())
     return bool((words == ours.isfinite()).all()) and torch.allclose(ours[words], theirs[words], 1e-2, tolerance)

@@ -1,7 +1,7 @@
 """Generated texts: the prompt runs dense and makes the mask, every decoded token runs pruned.
 
-Tokens are drawn and prompts prepared by lm-eval's `HFLM`. What is here: which prompts run together, which of the new
-tokens count, and what they cost.
+lm-eval's `HFLM` draws tokens and prepares prompts. This module batches prompts, decides which new tokens count, and
+records their cost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, batches
@@ -35,13 +35,13 @@ from dart_eval.util.errors import UserError
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that is to be continued."""
+    """A prompt to be continued."""
 
     request: int  # its index
     name: str
     text: str
     tokens: int
-    cut: bool  # it did not fit whole
+    cut: bool  # it did not fit in full
 
 
 @dataclass(frozen=True)
@@ -49,38 +49,38 @@ class Prompts:
     """Prompts that are continued together, the longest first.
 
     Attributes:
-        longest: tokens that a prompt may have.
-        new_tokens: that each may get.
-        stop: texts that end one.
-        kwargs: further ones of `generate`.
-        draws: tokens are drawn instead of being the likeliest.
+        longest: most tokens of a prompt.
+        new_tokens: most new tokens of each.
+        stop: texts that end an answer.
+        kwargs: further arguments of `generate`.
+        draws: whether tokens are drawn and not the likeliest.
     """
 
     prompts: list[Prompt]
     longest: int
     new_tokens: int
     stop: list[str]
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     draws: bool
 
     @property
     def requests(self) -> list[int]:
-        """Indices of the requests that it answers."""
+        """Indices of its requests."""
         return [p.request for p in self.prompts]
 
     @property
     def tokens(self) -> int:
-        """Tokens of the prompts, and as many new ones as there may be."""
+        """Tokens of the prompts, and the most new ones."""
         return sum(p.tokens + self.new_tokens for p in self.prompts)
 
     @property
     def cached(self) -> int:
-        """Tokens whose keys and values it holds at its end, padding included."""
+        """Tokens in the KV cache at the end, padding included."""
         return len(self.prompts) * (max(p.tokens for p in self.prompts) + self.new_tokens)
 
     @property
     def forwards(self) -> int:
-        """What it takes beside its tokens: one for each new token."""
+        """Number of forwards: one per new token."""
         return self.new_tokens
 
 
@@ -111,13 +111,13 @@ class Generator:
         self.documents, self.seed, self.ends, self.state_bytes = documents, seed, ends_of(lm), 0
 
     def units(self, requests: Sequence[tuple[str, Instance]]) -> list[Prompts]:
-        """What runs together.
+        """Return batches of prompts.
 
         Args:
-            requests: distinct ones, with their names.
+            requests: distinct requests with their names.
 
         Raises:
-            UserError: a prompt has no room beside the new tokens.
+            UserError: the new tokens leave no room for a prompt.
         """
         groups: dict[str, list[int]] = {}
         for i, (_, request) in enumerate(requests):
@@ -125,7 +125,7 @@ class Generator:
         return [unit for members in groups.values() for unit in self._units({i: requests[i] for i in members})]
 
     def _units(self, group: dict[int, tuple[str, Instance]]) -> Iterator[Prompts]:
-        """Of requests with the same settings, by their index."""
+        """Yield the batches of requests with the same settings, by index."""
         settings = next(iter(group.values()))[1].args[1]
         kwargs = dict(normalize_gen_kwargs(settings, self.lm.max_gen_toks))
         eos = self.lm.tok_decode([self.lm.eot_token_id], skip_special_tokens=False)
@@ -149,7 +149,7 @@ class Generator:
 
     @torch.no_grad()
     def run(self, unit: Prompts) -> list[tuple[int, Text]]:
-        """The texts of a unit's requests, with their indices."""
+        """Return the texts of a unit's requests, with their indices."""
         if unit.draws:
             sampling.begin_stream(self.seed, [p.name for p in unit.prompts])
         lm, prompts = self.lm, unit.prompts
@@ -165,7 +165,7 @@ class Generator:
         texts = []
         for row, prompt in enumerate(prompts):
             tokens = output[row].tolist()
-            counted = self.counted(tokens, unit.stop)  # a row that has ended may write on until its whole batch has
+            counted = self.counted(tokens, unit.stop)  # a row that has ended may go on until its whole batch has
             text = self._answer(tokens[:counted], unit.stop)
             cost = log.cost(row, counted) + Cost(contexts=1, context_tokens=int(attention[row].sum()))
             usable = watch.usable(row, counted)
@@ -173,7 +173,7 @@ class Generator:
         return texts
 
     def _answer(self, tokens: list[int], stop: list[str]) -> str:
-        """The text of tokens that a task scores, as `HFLM` has it: after the end of thinking, up to a stop sequence."""
+        """Return the text that a task scores, as in `HFLM`: after the end of thinking, up to a stop sequence."""
         end = self.lm.think_end_token
         if not isinstance(end, int):
             return postprocess_generated_text(self.lm.tok_decode(tokens), stop, end)
@@ -182,27 +182,27 @@ class Generator:
         return postprocess_generated_text(self.lm.tok_decode(tokens).lstrip(), stop, None)
 
     def counted(self, tokens: list[int], stop: list[str]) -> int:
-        """How many generated tokens count: up to and with the end of sequence or the first stop sequence."""
+        """Return the number of generated tokens up to and with the end of sequence or the first stop sequence."""
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
 
         def stopped(count: int) -> bool:
             return any(s in self.lm.tok_decode(tokens[:count]) for s in stop if s)
 
-        # The shortest beginning that holds a stop sequence, if the whole does.
+        # The shortest prefix with a stop sequence, if there is one.
         return 1 + bisect_left(range(1, end), True, key=stopped) if stopped(end) else end
 
 
 def ends_of(lm: HFLM) -> set[int | None]:
-    """Tokens that end a text: the tokenizer's end of sequence, and those of the model's own settings."""
+    """Return the tokens that end a text: the tokenizer's end of sequence, and those of the model's settings."""
     ends = getattr(lm.model.generation_config, "eos_token_id", None)
     return {lm.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
 class GenerationLog:
-    """What a session logs while a batch generates.
+    """The session's log while a batch generates.
 
-    A prefill makes a token densely, each forward after it one under the masks. There may be several: where the rotary
-    angles switch, Phi-3 computes the KV cache of the prompt and all tokens so far anew. To the session these are new
+    A prefill makes a dense token, and each later forward a pruned one. There may be several prefills: where the rotary
+    angles switch, Phi-3 recomputes the KV cache of the prompt and all tokens so far. To the session these are new
     contexts, with new masks and a new log.
     """
 
@@ -211,20 +211,20 @@ class GenerationLog:
         self._parts: list[tuple[list[Step], list[dict[str, Any]]]] = []  # steps and events since each prefill
 
     @contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
-        """The forwards inside generate the batch."""
+    def watching(self, model: PreTrainedModel) -> Iterator[None]:
+        """Log the forwards inside, which generate the batch."""
         handle = decoder(model).register_forward_hook(self._note)
         try:
             yield
         finally:
             handle.remove()
 
-    def _note(self, *_: Any) -> None:
+    def _note(self, *_: object) -> None:
         if not self._parts or self._parts[-1][0] is not self.session.steps:
             self._parts.append((self.session.steps, self.session.events))
 
     def cost(self, row: int, tokens: int) -> Cost:
-        """Of the first `tokens` that a row generated."""
+        """Return the cost of the first `tokens` tokens of a row."""
         steps: list[Step | None] = []  # None: a prefill
         remasks = 0
         for part, events in self._parts:

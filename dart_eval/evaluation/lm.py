@@ -1,8 +1,8 @@
 """The lm-eval model: lm-eval's own `HFLM` with causal scoring under a pruning session.
 
-Prompts, tokenisation, stop sequences and metrics stay lm-eval's. Replaced are the three places where tokens meet the
-model: log-likelihoods (scope `scored`, see `scoring`), rolling log-likelihoods (perplexity) and generation.
-lm-eval's response cache must not be used with it: its key knows neither the model nor the method.
+Prompts, tokenisation, stop sequences and metrics stay lm-eval's. Three calls of the model are replaced:
+log-likelihoods (scope `scored`, see `scoring`), rolling log-likelihoods (perplexity) and generation. lm-eval's response
+cache must not be used with it, since its key contains neither the model nor the method.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dart_eval.evaluation.batching import Budget, budget
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import output_head
 from dart_eval.evaluation.generation import Generator
-from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, holds, kept_answer
+from dart_eval.evaluation.requests import A, Request, Score, Scoring, Text, holds, stored_answer
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.evaluation.shard import WHOLE, Call, PartDone, Pilot, Shard
@@ -35,7 +35,7 @@ from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
-NO_SCORE, NO_TEXT = Score(0.0, False, Cost()), Text("", Cost())  # in place of what another shard answers
+NO_SCORE, NO_TEXT = Score(0.0, False, Cost()), Text("", Cost())  # in place of another shard's answers
 
 
 class RollingLogLikelihood(float):
@@ -60,12 +60,12 @@ class PrunedLM(HFLM):
         distances: how far the pruned model lies from dense at the scored positions, too (`scoring.scorer`).
 
     Attributes:
-        scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts know
+        scope: which positions run pruned when answers are scored, see `scoring`. Perplexities and generated texts have
             only `scored`.
-        token_ids: (task, doc_id) -> the tokens of its text, of the first one where it has several.
-        cut: (task, doc_id) of the cell's documents whose prompt does not fit whole.
-        planned, budget: sizes of forwards that units are planned by, and that may be used now: smaller ones, where
-            memory has run out, run a unit in pieces. So units stay the same for all who share a cell.
+        token_ids: (task, doc_id) -> the tokens of its text, or of the first of several.
+        cut: (task, doc_id) of the cell's documents whose prompt does not fit in full.
+        planned: sizes of forwards by which units are planned, the same for all workers of a cell.
+        budget: sizes of forwards in use. After memory has run out they are smaller, and units run in pieces.
     """
 
     def __init__(
@@ -105,15 +105,14 @@ class PrunedLM(HFLM):
         kinds: int = 0,
         whole_tokens: bool = False,
     ) -> None:
-        """Start a cell, or go on with one: what the journal has answered is not asked again.
+        """Start or resume a cell: answers in the journal are not computed again.
 
         Args:
             documents: task -> field of its document that may be cut to fit.
-            part: what of the cell to run.
-            kinds: of requests that the cell will ask, one call each. After the last one a part that is not the whole
-                raises `PartDone`.
-            whole_tokens: where a token reaches over the end of a context, the answer begins with it. Else that token is
-                lost, as it is in stock lm-eval.
+            part: the part of the cell to run.
+            kinds: kinds of requests in the cell, one call each. After the last one a shard raises `PartDone`.
+            whole_tokens: whether an answer begins with a token that crosses the end of the context. Else that token
+                is lost, as in stock lm-eval.
         """
         self.whole_tokens = whole_tokens
         self.session, self.documents, self.scope = session, documents, scope
@@ -133,16 +132,16 @@ class PrunedLM(HFLM):
         self, kind: str, requests: Mapping[str, Any], make: Callable[[Budget], Scoring | Generator],
         answer: type[Score] | type[Text],
     ) -> None:  # fmt: skip
-        """Run those requests of a call that are this worker's and have no answer yet. The answers go into the journal.
+        """Run this worker's requests of a call that have no answer yet. The answers go into the journal.
 
         Args:
             kind: of the requests, see `Call`.
             requests: by their names in the journal.
-            make: makes what answers them in forwards of a size.
-            answer: what the journal must hold of each; anything else in it does not count.
+            make: returns the scorer or generator for a size of forwards.
+            answer: type of the answers; anything else in the journal does not count.
 
         Raises:
-            UserError: answers are no numbers.
+            UserError: answers are NaN or infinite.
         """
         names, asked, answering = list(requests), list(requests.values()), make(self.planned)
         units, before = answering.units(asked), sum(len(c.sizes) for c in self.calls)
@@ -160,13 +159,13 @@ class PrunedLM(HFLM):
             if all(names[i] in self.journal for i in unit.requests):
                 self.on_progress(len(unit.requests))
                 continue
-            start, left, pieces = time.monotonic(), [*range(len(names))], [unit]
+            start, open_requests, pieces = time.monotonic(), [*range(len(names))], [unit]
             if self.budget is not self.planned:
-                left = [i for i in unit.requests if names[i] not in self.journal]
+                open_requests = [i for i in unit.requests if names[i] not in self.journal]
                 answering = make(self.budget)
-                pieces = answering.units([asked[i] for i in left])
+                pieces = answering.units([asked[i] for i in open_requests])
             for piece in pieces:
-                answers = {names[left[i]]: answer for i, answer in answering.run(piece)}
+                answers = {names[open_requests[i]]: answer for i, answer in answering.run(piece)}
                 self._keep(unusable.sift(answers), answering.state_bytes)
                 self.on_progress(len(answers))
             call.seconds[place] = time.monotonic() - start
@@ -180,10 +179,10 @@ class PrunedLM(HFLM):
         self._clock = now
 
     def _answer(self, name: str, missing: A) -> A:
-        """The journal's answer to a request; `missing` where another shard has it."""
-        if (kept := self.journal.get(name)) is None:
+        """Return the journal's answer to a request, or `missing` if another shard has it."""
+        if (stored := self.journal.get(name)) is None:
             return missing
-        return kept_answer(kept, type(missing))
+        return stored_answer(stored, type(missing))
 
     def _record(self, request: Instance, cost: Cost, cut: bool = False) -> None:
         assert request.task_name is not None and request.doc_id is not None
@@ -215,7 +214,7 @@ class PrunedLM(HFLM):
         return [(s.logprob, s.greedy) for s, _ in self._scored]
 
     def _score(self, requests: list[Request], kind: str = "loglikelihood") -> list[Score]:
-        """Scores of the requests, in order, from the journal where it has them."""
+        """Return the scores of the requests, in order."""
         names = [_name(r.context, r.continuation) for r in requests]
         self._ask(kind, dict(zip(names, requests, strict=True)), self._scorer, Score)
         return [self._answer(name, NO_SCORE) for name in names]
@@ -260,8 +259,8 @@ class PrunedLM(HFLM):
     # -- generation ------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Dense prefill, mask at its end, every decoded token pruned."""
-        names = sampling.named([r.args for r in requests], [sampling.draws(r.args[1]) for r in requests], _name)
+        """Generate: dense prefill, mask at its end, every decoded token pruned."""
+        names = sampling.request_names([r.args for r in requests], [sampling.draws(r.args[1]) for r in requests], _name)
         distinct: dict[str, tuple[str, Instance]] = {}
         for name, request in zip(names, requests, strict=True):
             distinct.setdefault(name, (name, request))
@@ -278,5 +277,5 @@ class PrunedLM(HFLM):
 
 
 def _name(*request: Any) -> str:
-    """A request's name in the journal: equal requests have equal answers."""
+    """Return a request's name in the journal: equal requests have equal names."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""What is wrong with local data: file, line and cause, where the libraries that read it only say that they failed."""
+"""Errors in local data by file, line and cause, as the libraries that read it only say that they failed."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from dart_eval.util.files import read_regular, reason
 WORDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
 
 
-# Functions of lm-eval that make texts of a document, and what they call it: a task tries its first one when it is made.
+# Functions of lm-eval that make texts of a document, and their name for it. A new task tries its first document.
 ASKING = {**dict.fromkeys(("doc_to_text", "doc_to_target", "doc_to_choice"), "doc"), "__init__": "test_doc"}
 PRINTED = re.compile(r"\{\{-?\s*(\w+)\s*-?\}\}")  # a field of a document in a template, as it is
 
 
 def first_fault(
-    files: Iterable[str], prepare: Callable[[Any], Any] | None, most: int | None = None, whole: bool = True
+    files: Iterable[str], prepare: Callable[[object], object] | None, most: int | None = None, all_fields: bool = True
 ) -> str | None:
-    """The first line that cannot be a document, with its file and cause; None where all can.
+    """Return the first line that cannot be a document, with its file and cause, or None.
 
     Args:
-        files: JSON lines. prepare: what the task does with the rows of a file before it asks.
-        most: rows of each file that are looked at; None: all. whole: each row must have all fields.
+        files: JSON lines.
+        prepare: the task's preparation of a file's rows, if any.
+        most: rows of each file to check; None: all.
+        all_fields: whether each row must have all fields.
     """
     for file in files:
         try:
-            rows = rows_of(read_regular(file), most, whole)
+            rows = rows_of(read_regular(file), most, all_fields)
             if prepare is not None:
                 _prepared(rows, prepare)
         except OSError as error:
@@ -45,13 +47,13 @@ def first_fault(
     return None
 
 
-def rows_of(data: bytes, most: int | None = None, whole: bool = True) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the line, its object) pairs of JSON lines; see `first_fault`.
+def rows_of(data: bytes, most: int | None = None, all_fields: bool = True) -> list[tuple[int, dict[str, object]]]:
+    """Return (line number, object) pairs of JSON lines; see `first_fault`.
 
     Raises:
-        ValueError: the first line that is none, and why.
+        ValueError: names the first bad line and the reason.
     """
-    rows: list[tuple[int, dict[str, Any]]] = []
+    rows: list[tuple[int, dict[str, object]]] = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -73,14 +75,14 @@ def rows_of(data: bytes, most: int | None = None, whole: bool = True) -> list[tu
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is {WORDS.get(type(row), 'null')}, not an object")
         if rows:
-            _alike(row, number, *rows[0], whole)
+            _alike(row, number, *rows[0], all_fields)
         rows.append((number, row))
     if not rows:
         raise ValueError("which holds no documents")
     return rows
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -88,7 +90,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_number(text: str) -> Any:
+def _no_number(text: str) -> object:
     raise ValueError(f"holds {text}, which is no number of JSON")
 
 
@@ -98,11 +100,11 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _alike(row: dict[str, Any], number: int, first: int, pattern: dict[str, Any], whole: bool) -> None:
-    """Refuse a row that holds another kind of value than the first in a field, or, of whole ones, has other fields."""
+def _alike(row: dict[str, object], number: int, first: int, pattern: dict[str, object], all_fields: bool) -> None:
+    """Refuse a row with another type of value in a field than the first row, or with `all_fields` other fields."""
     for name in (*pattern, *row):
         if name not in row or name not in pattern:
-            if not whole:
+            if not all_fields:
                 continue
             lacks, has = (number, first) if name not in row else (first, number)
             raise ValueError(f"line {lacks} lacks the field {name!r}, which line {has} has")
@@ -111,8 +113,8 @@ def _alike(row: dict[str, Any], number: int, first: int, pattern: dict[str, Any]
             raise ValueError(f"line {number} has {kinds[0]} in the field {name!r}, where line {first} has {kinds[1]}")
 
 
-def _prepared(rows: list[tuple[int, dict[str, Any]]], prepare: Callable[[Any], Any]) -> None:
-    """Refuse the first row that a task cannot make a document of."""
+def _prepared(rows: list[tuple[int, dict[str, object]]], prepare: Callable[[object], Any]) -> None:
+    """Refuse the first row that the task's preparation fails on."""
 
     def fails(count: int) -> Exception | None:
         try:
@@ -132,20 +134,19 @@ def _prepared(rows: list[tuple[int, dict[str, Any]]], prepare: Callable[[Any], A
 
 
 def number_asked(task: Task, limit: float | None) -> int:
-    """How many of a task's documents are asked. limit: as lm-eval has it, so many or, below 1, a share of them."""
+    """Return the number of a task's documents that are asked. limit: lm-eval's, a number or, below 1, a share."""
     docs = len(task.eval_docs)
     return docs if limit is None else min(docs, get_sample_size(task, limit))
 
 
-def check_documents(task: Task, limit: float | None, place: Callable[[Any], str] | None = None) -> None:
-    """Refuse a task without documents, and documents that cannot be asked, or whose right answer is none of their
-    choices: they would count as wrong under every method.
+def check_documents(task: Task, limit: float | None, place: Callable[[object], str] | None = None) -> None:
+    """Refuse a task without documents, and documents that cannot be asked or lack the right answer among their choices.
 
     Args:
-        place: says in which file and line of local data a document stands; None: the data are the hub's.
+        place: returns a document's file and line in local data; None for data of the hub.
 
     Raises:
-        UserError: with the document's number, from 0.
+        UserError: names the document by its number, from 0.
     """
     docs = task.eval_docs
     if not len(docs):
@@ -163,15 +164,11 @@ def check_documents(task: Task, limit: float | None, place: Callable[[Any], str]
             raise UserError(f"document {number} of task {task.task_name}{where} {fault}", "mend or remove it")
 
 
-def _fault(task: ConfigurableTask, doc: dict[str, Any], local: bool) -> str | None:
-    """What is wrong with a document; None: nothing that can be seen.
-
-    Args:
-        local: it is no published one, and may lack what these have.
-    """
+def _fault(task: ConfigurableTask, doc: dict[str, object], local: bool) -> str | None:
+    """Return what is wrong with a document, or None. local: whether it is unpublished, and may lack fields."""
     if local and (null := next((name for name in _printed(task) if name in doc and doc[name] is None), None)):
         return f"has null in the field {null!r}, which would be asked as None"
-    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):  # it makes what it will of them
+    if task.OUTPUT_TYPE != "multiple_choice" or callable(task.config.process_results):  # code of its own scores them
         return None
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -180,32 +177,32 @@ def _fault(task: ConfigurableTask, doc: dict[str, Any], local: bool) -> str | No
     if local and any(not isinstance(choice, str) or not choice.strip() for choice in choices):
         return "has a choice without text"
     for one in gold if isinstance(gold, list) else [gold]:
-        at: Any = choices.index(one) if one in choices else one
+        at: object = choices.index(one) if one in choices else one
         if not isinstance(at, (int, float)) or not 0 <= at < len(choices):
             return f"has the right answer {str(one)[:60]!r}, and {len(choices)} choices (the first is 0)"
     return None
 
 
 def _printed(task: ConfigurableTask) -> list[str]:
-    """Fields that the task's texts hold as they are: where one is null, they would say None."""
+    """Return the fields that the task's texts contain verbatim; a null in one would become None."""
     config = task.config
-    said = [config.doc_to_text, config.doc_to_target]
-    said += config.doc_to_choice if isinstance(config.doc_to_choice, list) else [config.doc_to_choice]
-    texts = [text for text in said if isinstance(text, str)]
+    templates = [config.doc_to_text, config.doc_to_target]
+    templates += config.doc_to_choice if isinstance(config.doc_to_choice, list) else [config.doc_to_choice]
+    texts = [text for text in templates if isinstance(text, str)]
     return [name for text in texts for name in ([text] if text.isidentifier() else PRINTED.findall(text))]
 
 
-def check_shots(task: Task, given: int | None) -> None:
+def check_shots(task: Task, num_fewshot: int | None) -> None:
     """Refuse more examples than a task has.
 
     Args:
-        given: how many are to be shown; None: as many as the task says.
+        num_fewshot: examples in a prompt; None: the task's own number.
 
     Raises:
-        UserError: with the number that there is.
+        UserError: names the number of examples that exist.
     """
     own, sampler = getattr(task.config, "num_fewshot", None), getattr(task, "sampler", None)
-    shots = own if given is None or own == 0 else given  # lm-eval leaves a task's 0 as it is
+    shots = own if num_fewshot is None or own == 0 else num_fewshot  # lm-eval leaves a task's 0 as it is
     if not shots or sampler is None or not isinstance(task, ConfigurableTask):
         return
     itself = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
@@ -218,18 +215,18 @@ def check_shots(task: Task, given: int | None) -> None:
 
 
 def place_of(files: Iterable[str], doc: Any) -> str:
-    """The file and the line of the row that a document was made of; empty where none is like it."""
+    """Return the file and line of the row that a document was made of; empty if no row is like it."""
     for file in files if isinstance(doc, dict) else ():
         with contextlib.suppress(ValueError):
-            for number, row in rows_of(read_regular(file), whole=False):
+            for number, row in rows_of(read_regular(file), all_fields=False):
                 same = row.keys() & doc.keys()
                 if same and all(row[name] == doc[name] for name in same):
                     return f"{file}, line {number}"
     return ""
 
 
-def asked_at(error: BaseException | None) -> Any:
-    """The document that lm-eval was making a text of when it failed; None where it was not."""
+def asked_at(error: BaseException | None) -> object:
+    """Return the document that lm-eval was making a text of when it failed, or None."""
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if (name := ASKING.get(frame.f_code.co_name)) in frame.f_locals:

@@ -1,7 +1,7 @@
-"""From hidden states to log-probabilities: the output head runs once for each position that is asked for.
+"""From hidden states to log-probabilities: the output head runs once per requested position.
 
-Continuations of one context that begin alike share positions: they are the nodes of a tree whose edges are tokens. The
-head runs on hidden states gathered from several forwards, a few at a time: logits are wide.
+Continuations of one context with a common beginning share positions: the nodes of a tree whose edges are tokens. The
+head runs on hidden states gathered from several forwards, a few at a time, since logits are wide.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from torch import Tensor
 from dart_eval.evaluation.distance import Distance, divergence
 
 LOGIT_BYTES = 256 << 20  # of fp32 logits held at a time
-SOFTMAX_PARTS = 4  # of these are normalised one after the other: a softmax writes as much again
-COMPARED = 8  # positions compared at a time: more do not fit into a processor's caches, and take twice as long
+SOFTMAX_PARTS = 4  # parts that are normalised one after the other, as a softmax writes as much again
+COMPARED = 8  # positions compared at a time; more do not fit into a processor's caches, and take twice as long
 
 
 class Answers:
     """Log-probabilities of the continuations of several contexts.
 
-    `ask` for each continuation gives the nodes at which its tokens are predicted; `give` takes the hidden states of
-    nodes; then `logprobs` and `greedy` answer. Where `distances` are asked for, `compare` takes what dense has at the
-    nodes, and `distance` answers; nodes for which it took nothing are dense's own.
+    `ask` returns the nodes at which a continuation's tokens are predicted; `give` takes the hidden states of nodes;
+    then `logprobs` and `greedy` answer. With `distances`, `compare` takes dense's hidden states at the nodes, and
+    `distance` answers; other nodes count as dense.
     """
 
     def __init__(self, head: Callable[[Tensor], Tensor], vocabulary: int, distances: bool = False) -> None:
         self.head, self.vocabulary, self.distances = head, vocabulary, distances
         self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node
         self._nodes = 0
-        self._wanted: list[set[int]] = []  # per node: tokens whose probability is asked
+        self._wanted: list[set[int]] = []  # per node: requested tokens
         self._hidden: dict[int, Tensor] = {}  # nodes whose head has not run: [D]
-        self._found: dict[tuple[int, int], tuple[float, bool]] = {}  # (node, token) -> log-probability, the likeliest
+        self._results: dict[tuple[int, int], tuple[float, bool]] = {}  # (node, token) -> log-probability, the likeliest
         self._dense: dict[int, Tensor] = {}  # nodes that have not been compared with dense: its hidden state
         self._apart: dict[int, tuple[float, bool]] = {}  # node -> its KL, and whether the likeliest token is dense's
 
     def root(self) -> int:
-        """A new tree: the node that predicts a first token."""
+        """Begin a tree: return the node that predicts a first token."""
         self._wanted.append(set())
         self._nodes += 1
         return self._nodes - 1
 
     def ask(self, root: int, continuation: Sequence[int]) -> list[int]:
-        """Want the probability of every token; returns the node of each."""
+        """Request the probability of every token; return the node of each."""
         path, node = [], root
         for k, token in enumerate(continuation):
             path.append(node)
@@ -55,17 +55,17 @@ class Answers:
         return path
 
     def give(self, nodes: Sequence[int], hidden: Tensor) -> None:
-        """Hidden states [n, D] of n nodes; those that are known already are left alone."""
+        """Set the hidden states [n, D] of n nodes; nodes that have one keep it."""
         for node, state in zip(nodes, hidden, strict=True):
             self._hidden.setdefault(node, state)
 
     def compare(self, nodes: Sequence[int], dense: Tensor) -> None:
-        """Hidden states [n, D] that dense has at n nodes; those that are known already are left alone."""
+        """Set dense's hidden states [n, D] at n nodes; nodes that have one keep it."""
         for node, state in zip(nodes, dense, strict=True):
             self._dense.setdefault(node, state)
 
     def run(self) -> None:
-        """Run the head on what has been given."""
+        """Run the head on the hidden states."""
         todo = [node for node in self._hidden if self._wanted[node]]
         per = max(1, LOGIT_BYTES // (4 * self.vocabulary))
         for first in range(0, len(todo), per):
@@ -76,21 +76,21 @@ class Answers:
             values: list[float] = []
             step = max(1, -(-per // SOFTMAX_PARTS))
             for start in range(0, len(part), step):
-                # log_softmax, as stock lm-eval has it: over 262 144 words in fp32 it is off by 1e-4 against fp64, where
-                # logsumexp is off by 2e-5; equal numbers are worth more here than the last digit.
+                # log_softmax as in stock lm-eval: over 262 144 words in fp32 it is off by 1e-4 against fp64, and
+                # logsumexp by 2e-5; equal numbers matter more here than the last digit.
                 logprobs = logits[start : start + step].log_softmax(1)
                 mine = [(row - start, token) for row, token in wanted if start <= row < start + step]
                 rows, tokens = (torch.tensor(ids, device=logits.device) for ids in zip(*mine, strict=True))
                 values += logprobs[rows, tokens].tolist()
                 self._measure(part[start : start + step], logits[start : start + step], best[start : start + step])
             for (row, token), value in zip(wanted, values, strict=True):
-                self._found[part[row], token] = value, best[row] == token
+                self._results[part[row], token] = value, best[row] == token
             del logits, logprobs  # before the next part's come: they are what a forward's memory peaks at
         self._hidden.clear()
         self._dense.clear()
 
     def _measure(self, nodes: Sequence[int], logits: Tensor, best: Sequence[int]) -> None:
-        """How far these nodes lie from dense. logits: [n, V] fp32 of n nodes, and the likeliest tokens."""
+        """Measure the distance of nodes from dense. logits: [n, V] fp32 of n nodes; best: their likeliest tokens."""
         rows = [row for row, node in enumerate(nodes) if node in self._dense]
         if not rows:
             return
@@ -103,13 +103,13 @@ class Answers:
             self._apart[nodes[row]] = far, best[row] == token
 
     def distance(self, path: Sequence[int]) -> Distance:
-        """From dense at the nodes of one continuation; of no positions where distances are not asked for."""
+        """Return the distance from dense at the nodes of one continuation; empty without `distances`."""
         return Distance.of([self._apart.get(node, (0.0, True)) for node in path] if self.distances else [])
 
     def logprobs(self, path: Sequence[int], continuation: Sequence[int]) -> list[float]:
-        """Natural-log probability of each token."""
-        return [self._found[at][0] for at in zip(path, continuation, strict=True)]
+        """Return the natural-log probability of each token."""
+        return [self._results[at][0] for at in zip(path, continuation, strict=True)]
 
     def greedy(self, path: Sequence[int], continuation: Sequence[int]) -> bool:
         """Whether every token was the most likely one."""
-        return all(self._found[at][1] for at in zip(path, continuation, strict=True))
+        return all(self._results[at][1] for at in zip(path, continuation, strict=True))

@@ -52,14 +52,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Text:
-    """The text that was generated after a prompt.
+    """The text generated after a prompt.
 
     Attributes:
         text: without the stop sequence that ended it.
-        token_ids: its tokens, those of the stop sequence included.
-        cost: of its tokens, those of the stop sequence included.
-        cut: the prompt did not fit whole.
-        usable: it came from logits that are numbers.
+        cost: of its tokens, with those of the stop sequence.
+        cut: whether the prompt did not fit in full.
+        usable: whether its logits were finite.
+        token_ids: its tokens, with those of the stop sequence.
     """
 
     __pydantic_config__ = CLOSED
@@ -75,27 +75,27 @@ A = TypeVar("A", Score, Text)
 _OF: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Score, Text)}
 
 
-def holds(kept: Any, kind: type[Score] | type[Text]) -> bool:
-    """Whether what a file has kept of an answer is one, with nothing in it that is no number."""
+def holds(stored: object, kind: type[Score] | type[Text]) -> bool:
+    """Whether a stored answer has the type `kind` and finite numbers."""
     try:
-        return bool(layout.read(json.dumps(kept), _OF[kind]).usable)
+        return bool(layout.read(json.dumps(stored), _OF[kind]).usable)
     except ValueError:
         return False
 
 
-def kept_answer(kept: Any, kind: type[A]) -> A:
-    """The answer that a journal has kept, which `holds` accepted."""
-    return _OF[kind].validate_python(kept)
+def stored_answer(stored: object, kind: type[A]) -> A:
+    """Return the stored answer of a journal, which `holds` accepted."""
+    return _OF[kind].validate_python(stored)
 
 
 class Scoring(ABC):
     """Scores requests on one model.
 
-    Which requests run together depends on all that are asked, not on what has been answered before: so numbers are the
-    same whether a run was stopped and went on, or its units ran in several places.
+    Batches depend on all requests, not on earlier answers, so the numbers do not depend on interruptions or on where
+    units run.
 
     Attributes:
-        session: what prunes the model, or lets it run dense.
+        session: prunes the model, or lets it run dense.
         state_bytes: largest method state seen, per sequence.
     """
 
@@ -104,24 +104,24 @@ class Scoring(ABC):
 
     @abstractmethod
     def units(self, requests: Sequence[Request]) -> list[Any]:
-        """What runs together: each knows its `requests`, as indices. Nothing runs across units."""
+        """Return units with their `requests`, as indices. Nothing runs across units."""
 
     @abstractmethod
     def run(self, unit: Any) -> list[tuple[int, Score]]:
-        """The scores of a unit's requests, with their indices."""
+        """Return the scores of a unit's requests, with their indices."""
 
     def _note_state(self, sequences: int) -> None:
-        """The contexts of so many sequences have run."""
+        """Note the state bytes after the contexts of `sequences` sequences have run."""
         self.state_bytes = max(self.state_bytes, self.session.state_bytes_each(sequences))
 
     def score(self, requests: Sequence[Request]) -> list[Score]:
-        """One score per request, in order."""
+        """Return one score per request, in order."""
         found = dict(pair for unit in self.units(requests) for pair in self.run(unit))
         return [found[i] for i in range(len(requests))]
 
 
 @dataclass
-class Row:
+class InputRow:
     """One distinct input of the pruned forward, and the requests it answers."""
 
     parent: int  # row of the context batch
@@ -131,12 +131,12 @@ class Row:
     targets: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # request, continuation
 
 
-def scores(rows: Sequence[tuple[Row, Cost]], answers: Answers) -> list[tuple[int, Score]]:
-    """Scores of the requests that these rows answer.
+def scores(rows: Sequence[tuple[InputRow, Cost]], answers: Answers) -> list[tuple[int, Score]]:
+    """Return the scores of the requests that these rows answer.
 
     Args:
-        rows: with what their pruned tokens cost.
-        answers: to which all hidden states have been given.
+        rows: with the cost of their pruned tokens.
+        answers: with all hidden states.
     """
     found = []
     for row, pruned in rows:
@@ -149,7 +149,7 @@ def scores(rows: Sequence[tuple[Row, Cost]], answers: Answers) -> list[tuple[int
 
 
 def pad(rows: list[tuple[int, ...]], left: bool, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] padded with 0 on one side, and [B, T] bool, True for real tokens."""
+    """Return token ids [B, T] padded with 0 on one side, and [B, T] bool, True for real tokens."""
     width = max(len(r) for r in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     valid = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -1,8 +1,7 @@
-"""Tasks that draw their answers: one stream of random numbers for each batch, whatever ran before it.
+"""Tasks that draw their answers: one stream of random numbers per batch, whatever ran before it.
 
-So a run that was stopped, or whose batches ran in several places, draws what a whole one does. What remains is which
-prompts share a batch: the batch size is part of such a cell's key. (Where memory runs out and batches are halved, other
-prompts share one; `halved` in the record says so.)
+So draws do not depend on interruptions or on where batches run. They do depend on which prompts share a batch, so the
+batch size is part of such a cell's key. (If memory runs out and batches are halved, `halved` in the record says so.)
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 
 
-def draws(kwargs: Mapping[str, Any]) -> bool:
-    """Whether these settings of generation draw tokens instead of taking the likeliest."""
+def draws(kwargs: Mapping[str, object]) -> bool:
+    """Whether these settings of generation draw tokens."""
     return bool(normalize_gen_kwargs(dict(kwargs)).get("do_sample"))
 
 
@@ -29,15 +27,15 @@ def task_draws(members: Sequence[Task]) -> bool:
 
 
 def begin_stream(seed: int, names: Sequence[str]) -> None:
-    """Begin the random numbers of a batch. names: of its requests, in order."""
+    """Seed the random numbers of a batch. names: of its requests, in order."""
     digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def named(requests: Sequence[tuple[Any, ...]], drawn: Sequence[bool], name: Callable[..., str]) -> list[str]:
-    """A name for each request. Equal requests have one, but for those that draw: each is a draw of its own.
+def request_names(requests: Sequence[tuple[object, ...]], drawn: Sequence[bool], name: Callable[..., str]) -> list[str]:
+    """Return a name for each request. Equal requests share a name, unless they draw.
 
-    name: makes it of a request's parts.
+    name: makes a name from a request's parts.
     """
     seen: Counter[str] = Counter()
     names = []

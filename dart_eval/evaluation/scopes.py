@@ -26,7 +26,7 @@ from dart_eval.evaluation.batching import Budget, batches
 from dart_eval.evaluation.cache import fork, new_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
-from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
+from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
 from dart_eval.pruning.session.log import Step
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
@@ -186,6 +186,6 @@ class WholeInputs(Scoring):
             ran = min(len(nodes), pruned_inputs(self.scope, len(row)))
             not_read, outside = float(1 - step.read[i]), float(1 - step.mask[i])
             cost = Cost(pruned_tokens=ran * (not_read > 0), not_read_sum=not_read * ran, outside_sum=outside * ran)
-            made.append((Row(i, len(row) + 1 - len(nodes), row, nodes, found), cost))
+            made.append((InputRow(i, len(row) + 1 - len(nodes), row, nodes, found), cost))
         asked.run()
         return scores(made, asked)

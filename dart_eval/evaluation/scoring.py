@@ -20,25 +20,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from dart_eval.evaluation.batching import (
-    CANDIDATES_PER_CONTEXT,
-    Budget,
-    Group,
-    budget,
-    padded_batches,
-    shared_prefixes,
-)
+from dart_eval.evaluation.batching import CANDIDATES_PER_CONTEXT, Budget, Group, budget, padded_batches, shared_prefixes
 from dart_eval.evaluation.cache import can_share_prefix, fork, from_prefix, new_cache, prefix_cache
 from dart_eval.evaluation.costs import Cost
 from dart_eval.evaluation.forwards import Forwards
 from dart_eval.evaluation.logits import Answers
-from dart_eval.evaluation.requests import Request, Row, Score, Scoring, pad, scores
+from dart_eval.evaluation.requests import InputRow, Request, Score, Scoring, pad, scores
 from dart_eval.evaluation.scopes import WholeInputs
 from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.pruning.session.session import Session
@@ -103,7 +95,7 @@ class _Prefix:
 
     tokens: tuple[int, ...]
     angles: int
-    cache: Any
+    cache: Cache
     state: SequenceState | None
 
 
@@ -184,7 +176,7 @@ class Scorer(Scoring):
     def run(self, unit: Unit) -> list[tuple[int, Score]]:
         """The scores of a unit's requests, with their indices."""
         answers = self.forwards.answers(self.distances)
-        waiting: list[tuple[Row, Cost]] = []
+        waiting: list[tuple[InputRow, Cost]] = []
         for batch in unit.batches:
             with self.forwards.angles.held(batch.angles):
                 waiting += self._run(batch, answers)
@@ -233,7 +225,7 @@ class Scorer(Scoring):
             self.forwards(ids, valid, positions, cache)
         return _Prefix(tokens, angles, cache, self.session.state)
 
-    def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[Any, Tensor, Tensor]:
+    def _run_contexts(self, contexts: list[tuple[int, ...]], shared: _Prefix | None) -> tuple[object, Tensor, Tensor]:
         """Run contexts densely, as a batch with its padding on the left: their cache, valid [B, N], hidden [B, T, D].
 
         A shared prefix fills the cache's first columns instead of being computed; as padding stays on the left, a row's
@@ -259,12 +251,12 @@ class Scorer(Scoring):
         self._note_state(batch)
         return cache, valid, hidden
 
-    def _run(self, batch: Batch, answers: Answers) -> list[tuple[Row, Cost]]:
+    def _run(self, batch: Batch, answers: Answers) -> list[tuple[InputRow, Cost]]:
         """Run a batch of contexts and their candidates: hidden states go into `answers`."""
         session, contexts = self.session, batch.contexts
         cut = [c[: len(c) - self._last] for c in contexts]
         cache, valid, hidden = self._run_contexts(cut, self._shared(batch))
-        rows: dict[tuple[int, tuple[int, ...]], Row] = {}
+        rows: dict[tuple[int, tuple[int, ...]], InputRow] = {}
         for parent, context in enumerate(contexts):
             root = answers.root()
             if not self._last:
@@ -274,13 +266,13 @@ class Scorer(Scoring):
                 if (row := rows.get((parent, inputs))) is None:
                     # What an oracle's mask is made from is the row's own tokens: rows have no hidden state in common.
                     own = answers.root() if session.looks_ahead else root
-                    row = Row(parent, len(context), inputs, answers.ask(own, continuation))
+                    row = InputRow(parent, len(context), inputs, answers.ask(own, continuation))
                     rows[parent, inputs] = row
                 answers.ask(row.nodes[0], continuation)
                 row.targets.append((i, continuation))
         ordered = sorted(rows.values(), key=lambda r: len(r.inputs), reverse=True)
         state = session.state
-        found: list[tuple[Row, Cost]] = []
+        found: list[tuple[InputRow, Cost]] = []
         lengths, most = [len(r.inputs) for r in ordered], self.budget.candidates
         if self.budget.cached is not None:  # every row has a copy of its context's cache
             most = max(1, min(most, self.budget.cached // (valid.shape[1] + lengths[0])))
@@ -296,7 +288,7 @@ class Scorer(Scoring):
             found += zip(part_rows, self._run_rows(part_rows, valid[parents], forked, answers), strict=True)
         return found
 
-    def _run_dense(self, rows: list[Row], seen: Tensor, cache: Any, answers: Answers) -> None:
+    def _run_dense(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> None:
         """Run candidates dense, where an oracle must see them or distances are asked for. The cache is used up."""
         session = self.session
         if not session.looks_ahead and not (self.distances and isinstance(session, Session)):
@@ -317,7 +309,7 @@ class Scorer(Scoring):
                 nodes = row.nodes[len(row.nodes) - len(row.inputs) :][part]
                 answers.compare(nodes, hidden[i, : len(nodes)])
 
-    def _run_rows(self, rows: list[Row], seen: Tensor, cache: Any, answers: Answers) -> list[Cost]:
+    def _run_rows(self, rows: list[InputRow], seen: Tensor, cache: Cache, answers: Answers) -> list[Cost]:
         """Run candidates after their contexts' caches, in blocks that end where a mask may change."""
         tokens, valid = pad([r.inputs for r in rows], left=False, device=self.forwards.device)
         offset = seen.long().sum(1, keepdim=True)  # real context tokens, so the next position

@@ -1,7 +1,7 @@
-"""Parts of a cell: which of its units one worker runs.
+"""Shards of a cell: the units that one worker runs.
 
-A unit is what runs together (a batch, or a few). Units follow from all that a cell asks, so they are the same in every
-process that plans them, and parts that cover all units have all answers.
+A unit is a batch, or a few. Units follow from all requests of a cell, so every process plans the same ones, and shards
+that cover all units have all answers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Shard:
-    """Every `count`-th unit of a cell, from the `index`-th on: what one of several workers runs of it."""
+    """Every `count`-th unit of a cell, from the `index`-th on: the share of one of several workers."""
 
     index: int = 0
     count: int = 1
@@ -21,36 +21,39 @@ class Shard:
         return self.count == 1
 
     def takes(self, number: int, place: int, total: int) -> bool:
-        """Whether a unit is of this part.
+        """Whether a unit belongs to this shard.
 
         Args:
-            number: of the unit, counted over the whole cell. place, total: in its call, and how many that has.
+            number: of the unit, counted over the whole cell.
+            place: of the unit in its call.
+            total: units in its call.
         """
         return number % self.count == self.index
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """The first (largest) unit of each kind of request, and `more` of the others: to tell what all will take."""
+    """The first (largest) unit of each kind of request and `more` others, to estimate the time of all."""
 
     more: int = 2
     unsharded: bool = False
 
     def takes(self, number: int, place: int, total: int) -> bool:
-        """See `Part.takes`."""
+        """See `Shard.takes`."""
         return place in {0, *(1 + (total - 1) * (2 * i + 1) // (2 * self.more) for i in range(self.more))}
 
 
 @dataclass
 class Call:
-    """What one call of the model asks: all requests of one kind.
+    """One call of the model: all requests of one kind.
 
     Attributes:
         kind: `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
-        requests: distinct ones. sizes: of every unit, what its time is taken to be proportional to.
-        tokens: that must be computed: contexts, answers, prompts, and at most so many new ones.
-        seconds: of the units that have been run, by place.
-        cached: tokens whose keys and values a unit holds at once, of the unit that holds the most.
+        requests: number of distinct requests.
+        sizes: estimated cost of each unit, in tokens.
+        tokens: tokens to compute: contexts, answers, prompts, and the most new ones.
+        seconds: time of the units that have run, by place.
+        cached: most tokens in the KV cache of a unit.
     """
 
     kind: str
@@ -64,5 +67,5 @@ class Call:
 WHOLE = Shard()
 
 
-class PartDone(BaseException):  # no error: it passes through lm-eval, which has nothing to do with half the answers
-    """A part of a cell has been answered; the answers are in the journal."""
+class PartDone(BaseException):  # not an error: it leaves lm-eval, which cannot use half of the answers
+    """A shard of a cell has been answered; the answers are in the journal."""

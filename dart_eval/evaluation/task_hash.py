@@ -1,4 +1,4 @@
-"""A hash of what a task asks: its configuration and its documents."""
+"""A hash of a task: its configuration and its documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -18,7 +17,7 @@ from dart_eval.util.source import source_hash
 
 
 def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
-    """sha256 over a task's configuration and the documents it will be asked with (few-shot pool included)."""
+    """Return the sha256 of a task's configuration and of the documents in use (few-shot pool included)."""
     digest = hashlib.sha256()
     for task in sorted(leaves(list(items)), key=lambda t: t.task_name):
         config = task.dump_config() if hasattr(task, "dump_config") else {}
@@ -37,8 +36,8 @@ def task_hash(items: Sequence[Task | Group], settings: EvalSettings) -> str:
     return digest.hexdigest()
 
 
-def _sourced(value: Any) -> Any:
-    """Functions replaced by hashes of their source: it tells them apart, addresses would differ in every process."""
+def _sourced(value: object) -> object:
+    """Replace functions by hashes of their source, since addresses differ between processes."""
     if isinstance(value, dict):
         return {str(k): _sourced(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
 """Names of tasks: this project's own, and those of lm-eval's YAML files.
 
-Nothing here imports lm-eval, which takes seconds, as does its index of all tasks: it parses every file. Here only the
-lines are read that name a task, a group or a tag. So a name that does not exist is refused at once. A test holds the
-names against lm-eval's own index.
+lm-eval is not imported, as that takes seconds, and so does its index of all tasks, which parses every file. This module
+reads only the lines that name a task, a group or a tag, so an unknown name is refused at once. A test compares the
+names with lm-eval's own index.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ COMMON: dict[str, str] = {
 
 PASSED_OVER = ("__pycache__", ".ipynb_checkpoints")  # folders, as in lm-eval's index
 KEYS = ("task", "group", "tag", "class", "include")
-# A line of a mapping's top level, and what stands below it: deeper, or the items of a list.
+# A line of a mapping's top level, and the lines below it: deeper ones, or the items of a list.
 LINE = re.compile(
     rb"""^(["']?)(task|group|tag|class|include)\1 *:(?=\s)[ \t]*([^\r\n]*)((?:\r?\n(?:[ \t#-][^\r\n]*)?)*)""", re.M
 )
@@ -75,14 +75,14 @@ ITEM = re.compile(rb"-[ ]+(.+)")
 
 
 def tasks_dir() -> Path:
-    """The project's own task YAMLs: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the project's task YAMLs: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "tasks"
     return inside if inside.is_dir() else package.parent / "tasks"
 
 
 def names(folders: Sequence[str] = ()) -> set[str]:
-    """Every task, group and tag: this project's, lm-eval's, and those of more folders.
+    """Return every task, group and tag: this project's, lm-eval's, and those of more folders.
 
     Args:
         folders: of `--include-path`.
@@ -91,22 +91,21 @@ def names(folders: Sequence[str] = ()) -> set[str]:
 
 
 def own() -> dict[str, str]:
-    """The project's own tasks, each with the path of its YAML file."""
+    """Return the project's own tasks, each with the path of its YAML file."""
     return _named_in(tasks_dir())
 
 
 def lm_evals() -> dict[str, str]:
-    """lm-eval's tasks, groups and tags, each with the path of a YAML file: of a tag one task's."""
+    """Return lm-eval's tasks, groups and tags, each with the path of a YAML file (for a tag, of one task)."""
     spec = find_spec("lm_eval")
     places = (spec.submodule_search_locations if spec else None) or []
     return {name: path for place in places for name, path in _named_in(Path(place) / "tasks").items()}
 
 
-def config_of(name: str) -> dict[str, Any]:
-    """What a task's YAML file says, with those that it includes; this project's tasks before lm-eval's.
+def config_of(name: str) -> dict[str, object]:
+    """Return a task's YAML settings with included files; this project's tasks come before lm-eval's.
 
-    Args:
-        name: of a task; one that nobody knows says nothing, as does a file that cannot be read.
+    The result is empty for an unknown name or a file that cannot be read.
     """
     path = own().get(name) or lm_evals().get(name)
     try:
@@ -116,13 +115,14 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def check_names(asked: Iterable[str], folders: Sequence[str] = ()) -> None:
-    """Refuse names of tasks that nobody knows.
+    """Refuse unknown names of tasks.
 
     Args:
-        asked: as a user types them. folders: of `--include-path`.
+        asked: as a user types them.
+        folders: of `--include-path`.
 
     Raises:
-        UserError: with the nearest names, or where the names are listed; or what a task needs is not installed.
+        UserError: names the nearest names, or a missing package of a task.
     """
     wanted = [*asked]
     if not wanted:
@@ -149,27 +149,27 @@ def unknown(name: str, known: Iterable[str]) -> UserError:
 
 
 def none_given() -> UserError:
-    """The error for no name at all."""
+    """Return the error for a missing name."""
     return UserError("no task given", "for example --tasks smoke (no network needed); `dart-eval ls tasks` lists them")
 
 
-@functools.cache  # a process sees the files that there were when it first looked
+@functools.cache  # a process sees the files of its first look
 def _named_in(folder: Path) -> dict[str, str]:
-    """Every name in a folder's YAML files, with the path of one that says it; that of a task itself before others."""
-    found: dict[str, str] = {}
+    """Return every name in a folder's YAML files with the path of a file; a task's own file comes first."""
+    tasks: dict[str, str] = {}
     tagged: dict[str, str] = {}
     for path in _yaml_files(str(folder)):
         try:
             name, *tags = _names_of(path) or [""]
-        except (OSError, ValueError, RecursionError):  # lm-eval passes over what it cannot read, too
+        except (OSError, ValueError, RecursionError):  # lm-eval skips unreadable files, too
             continue
-        found |= {name: path} if name else {}
+        tasks |= {name: path} if name else {}
         tagged |= dict.fromkeys(tags, path)
-    return {**tagged, **found}
+    return {**tagged, **tasks}
 
 
 def _yaml_files(folder: str) -> Iterator[str]:
-    """The paths of a folder's YAML files, and of those below it."""
+    """Yield the paths of the YAML files in a folder and below it."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -182,46 +182,46 @@ def _yaml_files(folder: str) -> Iterator[str]:
 
 
 def _names_of(path: str) -> list[str]:
-    """What a file names: a group, or a task and its tags."""
-    said = _said(path)
-    if "group" in said and "class" not in said:
-        return [text for text in [said["group"]] if isinstance(text, str)]
-    task, tags = said.get("task"), said.get("tag") or []
+    """Return the names in a file: a group, or a task and its tags."""
+    header = _header(path)
+    if "group" in header and "class" not in header:
+        return [text for text in [header["group"]] if isinstance(text, str)]
+    task, tags = header.get("task"), header.get("tag") or []
     if not isinstance(task, str):
         return []
     return [task, *([tags] if isinstance(tags, str) else (t for t in tags if isinstance(t, str)))]
 
 
 @functools.cache  # many files include one
-def _said(path: str) -> dict[str, Any]:
-    """The values of the keys in `KEYS`, those of included files too."""
+def _header(path: str) -> dict[str, Any]:
+    """Return the values of the keys in `KEYS`, those of included files too."""
     with open(path, "rb") as file:
         text = file.read()
     lines = {key.decode(): (value, below) for _, key, value, below in LINE.findall(text)}
     if "group" in lines and "class" not in lines:
         lines.pop("task", None)  # its members
-    found: dict[str, Any] = {key: _value(*line) for key, line in lines.items()}
+    found: dict[str, object] = {key: _value(*line) for key, line in lines.items()}
     if not found or None in found.values():
         found = {key: value for key, value in _parsed(text).items() if key in KEYS}
-    return _on_included(path, found, _said)
+    return _on_included(path, found, _header)
 
 
-def _on_included(path: str, found: dict[str, Any], read: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """What a file says on top of what is read of the files that it includes."""
-    include = found.pop("include", [])
-    base: dict[str, Any] = {}
+def _on_included(path: str, own: dict[str, Any], read: Callable[[str], dict[str, object]]) -> dict[str, object]:
+    """Return a file's settings on top of those of the files that it includes."""
+    include = own.pop("include", [])
+    base: dict[str, object] = {}
     for name in [include] if isinstance(include, str) else include:
         base |= read(os.path.join(os.path.dirname(path), name))
-    return {**base, **found}
+    return {**base, **own}
 
 
-def _with_included(path: str) -> dict[str, Any]:
-    """All of a file and of those that it includes."""
+def _with_included(path: str) -> dict[str, object]:
+    """Return all settings of a file and of those that it includes."""
     return _on_included(path, _parsed(Path(path).read_bytes()), _with_included)
 
 
 def _value(text: bytes, below: bytes) -> str | list[str] | None:
-    """A text or a list of texts; None where it takes a YAML parser to tell."""
+    """Return a text or a list of texts; None if that takes a YAML parser."""
     text = text.partition(b" #")[0].strip()
     if text[:1] in (b'"', b"'") and text[-1:] == text[:1] and len(text) > 1 and b"\\" not in text:
         inside = text[1:-1]
@@ -235,8 +235,8 @@ def _value(text: bytes, below: bytes) -> str | list[str] | None:
     return [r for r in read if isinstance(r, str)] if read and all(isinstance(r, str) for r in read) else None
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
-    """All keys and values, by a YAML parser; functions in it stay texts."""
+def _parsed(text: bytes) -> dict[str, object]:
+    """Parse all keys and values as YAML; functions stay texts."""
     import yaml
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -1,7 +1,6 @@
-"""What some of lm-eval's tasks need beside lm-eval: packages, and data of NLTK.
+"""Further packages of some lm-eval tasks, and data of NLTK.
 
-Asked before a task's own code is imported, so that the user is told in one line what to install. Nothing here imports
-lm-eval or torch.
+Checked before a task's own code is imported, so that one line names what to install. Imports neither lm-eval nor torch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PUNKT = "punkt_tab"
 
 
 def check_needs(task: str, path: str) -> None:
-    """Refuse a task whose code could not be imported, or would fail after all answers were made.
+    """Refuse a task whose code could not be imported, or would fail after all answers.
 
     Args:
         task: its name, or that of a group.
@@ -45,13 +44,13 @@ def check_needs(task: str, path: str) -> None:
 
 
 def missing(task: str, module: str) -> UserError:
-    """The error for a module that is not installed."""
+    """Return the error for a module that is not installed."""
     remedy = "pip install 'dart-eval[tasks]'" if module in EXTRA else f"pip install {module}"
     return UserError(f"task {task} needs the package {module}", remedy)
 
 
 def _check_punkt(task: str) -> None:
-    """Have NLTK's data for sentences, downloaded where there is a network. See `check`."""
+    """Download NLTK's data for sentences if it is missing. See `check_needs`."""
     import nltk
 
     try:

@@ -27,7 +27,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from dart_eval.evaluation import task_needs
 from dart_eval.evaluation.lm import RollingLogLikelihood
 from dart_eval.evaluation.local_data import asked_at, check_documents, check_shots, first_fault, number_asked, place_of
-from dart_eval.evaluation.made_data import seeded, without_other_lengths
+from dart_eval.evaluation.seeded_data import seeded, without_other_lengths
 from dart_eval.evaluation.task_names import ALIASES, is_pattern, none_given, own, tasks_dir, unknown
 from dart_eval.evaluation.unsafe import (
     block_local_code,
@@ -243,7 +243,7 @@ class Tasks:
                 check_documents(task, limit, functools.partial(_beside, files) if files else None)
                 check_shots(task, num_fewshot)
                 most = None if getattr(task.config, "process_docs", None) else number_asked(task, limit)
-                if fault := first_fault(files, None, most, whole=False):
+                if fault := first_fault(files, None, most, all_fields=False):
                     raise UserError(f"task {name}: {fault}", "mend the file, or leave --data-dir out")
         except UserError:
             raise

@@ -1,4 +1,4 @@
-"""Prompts that are longer than the model's context are cut here."""
+"""Truncation of prompts that are longer than the model's context."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dart_eval.util.errors import UserError
 
 
 def fit(lm: Any, request: Instance, budget: int, field: str | None) -> tuple[str, bool]:
-    """A prompt that is to be continued, its document cut at the end so that the whole has at most `budget` tokens.
+    """Cut the end of the document in a prompt, so that the prompt has at most `budget` tokens.
 
     Args:
-        lm: for its tokeniser. field: of the document, what may be cut; None leaves the prompt as it is, and lm-eval's
-            own rule applies: its last tokens are kept.
+        lm: for its tokenizer.
+        field: of the document that may be cut; None leaves the prompt to lm-eval, which keeps its last tokens.
 
     Returns:
         The prompt, and whether it was or will be cut.
@@ -57,8 +57,7 @@ def truncated(context: list[int], continuation: list[int], max_length: int) -> R
     """
     if len(continuation) > max_length:
         raise UserError(
-            f"a continuation of {len(continuation)} tokens does not fit in {max_length}",
-            "use a larger --max-length",
+            f"a continuation of {len(continuation)} tokens does not fit in {max_length}", "use a larger --max-length"
         )
     whole = (context + continuation)[-(max_length + 1) :]
     split = len(whole) - len(continuation)

@@ -1,7 +1,7 @@
-"""Code and data that tasks would take from the working directory, or that the model writes: none, unless told.
+"""Guards against code and data of the working directory, and against code that the model writes, unless confirmed.
 
-`evaluate.load("code_eval")` runs ./code_eval/code_eval.py where there is such a file, and `load_dataset("a/b")` takes
-the folder ./a/b for the hub's. Both are refused by name here, whoever calls them.
+`evaluate.load("code_eval")` runs ./code_eval/code_eval.py if it exists, and `load_dataset("a/b")` takes the folder
+./a/b for the hub's. Both are refused by name, whoever calls them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOADERS = {
 
 
 def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
-    """Refuse a task that runs what the model writes.
+    """Refuse a task that runs code of the model.
 
     Raises:
         UserError: it does, and the user has not confirmed that.
@@ -46,7 +46,7 @@ def check_task(name: str, unsafe: bool, confirmed: bool) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads a task's file; what would be code of it is a `_Code`."""
+    """Reads a task's file; functions become `_Code`."""
 
 
 class _Code(str):
@@ -60,17 +60,17 @@ def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
     """Refuse a task of another folder whose file, or one that it includes, would run code.
 
     Args:
-        name: of the task, for people.
+        name: of the task, for messages.
         trusted: folders whose code may run.
 
     Raises:
-        UserError: it would run a function, a metric or a data set's script that is none of lm-eval's.
+        UserError: it would run a function, a metric or a data set's script that is not lm-eval's.
     """
     files, seen = [path.resolve()], set()
-    known = [folder.resolve() for folder in trusted]
+    folders = [folder.resolve() for folder in trusted]
     while files:
         file = files.pop()
-        if file in seen or any(file.is_relative_to(folder) for folder in known):
+        if file in seen or any(file.is_relative_to(folder) for folder in folders):
             continue
         seen.add(file)
         with file.open("rb") as opened:
@@ -84,8 +84,8 @@ def check_yaml(name: str, path: Path, trusted: Sequence[Path]) -> None:
             files.append((file.parent / str(other)).resolve())
 
 
-def _code(value: Any) -> Iterator[str]:
-    """What would run code, anywhere in a task's file."""
+def _code(value: object) -> Iterator[str]:
+    """Yield everything in a task's file that would run code."""
     if isinstance(value, _Code):
         yield f"the function {value}"
     elif isinstance(value, list):
@@ -104,7 +104,7 @@ def _code(value: Any) -> Iterator[str]:
 
 
 def sandbox_templates() -> None:
-    """Have lm-eval fill in prompts where a template reaches nothing but its document."""
+    """Let lm-eval fill in prompts in a sandbox, where a template reaches only its document."""
     stock = lm_eval.utils.env
     if not isinstance(stock, ImmutableSandboxedEnvironment):
         safe = ImmutableSandboxedEnvironment(
@@ -121,14 +121,14 @@ def is_unsafe(task: Task) -> bool:
 
 @contextmanager
 def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
-    """While the block runs, metrics and data sets by a bare name are the libraries' own, never the working directory's.
+    """Refuse metrics and data sets of the working directory while the block runs.
 
     Args:
-        name: of the task, for people.
-        confirmed: let them be the working directory's, and let generated code run.
+        name: of the task, for messages.
+        confirmed: allow them, and let generated code run.
 
     Raises:
-        UserError: a metric or a data set of the working directory was asked for, even if the task swallowed the error.
+        UserError: the task loads a metric or data set of the working directory, even if it swallows the error.
     """
     if confirmed:
         with patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1"}):
@@ -152,9 +152,9 @@ def block_local_code(name: str, confirmed: bool) -> Iterator[None]:
         raise refused[0]
 
 
-def _guarded(stock: Any, task: str, refused: list[UserError]) -> Any:
+def _guarded(stock: Any, task: str, refused: list[UserError]) -> object:
     class Guarded(stock):
-        def __init__(self, path: str, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, path: str, *args: object, **kwargs: object) -> None:
             if not os.path.isabs(path):
                 refused.append(UserError(f"task {task} would load ./{path} of the working directory", REMEDY))
                 raise refused[-1]
@@ -165,7 +165,7 @@ def _guarded(stock: Any, task: str, refused: list[UserError]) -> Any:
 
 @contextmanager
 def away_from_this_folder() -> Iterator[None]:
-    """Stand in the folder that this package is imported from: Ray's workers import from where Ray was started."""
+    """Change to the folder that this package is imported from: Ray's workers import from where Ray was started."""
     before = Path.cwd()
     os.chdir(Path(__file__).resolve().parents[2])
     try:
@@ -175,6 +175,6 @@ def away_from_this_folder() -> Iterator[None]:
 
 
 def own_metrics() -> list[Path]:
-    """The scripts of the working directory that `evaluate.load` would run, `NAME/NAME.py`."""
-    found = [*Path().glob("*/*.py"), *Path().glob("*/*/*.py")]
-    return sorted(f for f in found if f.stem == f.parent.name)
+    """Return the scripts of the working directory that `evaluate.load` would run, `NAME/NAME.py`."""
+    scripts = [*Path().glob("*/*.py"), *Path().glob("*/*/*.py")]
+    return sorted(f for f in scripts if f.stem == f.parent.name)

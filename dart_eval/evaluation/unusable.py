@@ -1,7 +1,7 @@
-"""Answers of NaN or infinity: counted, kept out of the journal, and the end of their cell.
+"""Answers of NaN or infinity: they are counted, stay out of the journal, and end their cell.
 
-A log-likelihood of -inf counts too: log_softmax in fp32 gives it for a logit of -inf alone, which is an overflow or a
-word that the model rules out; neither ranks an answer, and a perplexity over it is no number.
+A log-likelihood of -inf counts too. log_softmax in fp32 returns it only for a logit of -inf, which is an overflow or a
+word that the model rules out. Neither ranks an answer, and a perplexity over it is not finite.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from dart_eval.evaluation.requests import Score, Text
 from dart_eval.layers.finite import REMEDY
 from dart_eval.util.errors import UserError
 
-HOPELESS = 64  # answers, none of them usable, after which the rest is not asked
+HOPELESS = 64  # answers without a usable one after which the cell ends
 
 
 class Unusable:
     """Counts the answers of a call of the model.
 
     Args:
-        asked: distinct answers that the call wants.
+        asked: distinct answers of the call.
     """
 
     def __init__(self, asked: int = 0) -> None:
         self.asked, self.seen, self.wrong = asked, 0, 0
 
     def sift(self, answers: Mapping[str, Score | Text]) -> dict[str, Score | Text]:
-        """The answers that may be kept. Raises as `check` does."""
+        """Return the usable answers. Raises as `check_usable` does."""
         usable = {name: answer for name, answer in answers.items() if answer.usable}
         self.seen += len(answers)
         self.wrong += len(answers) - len(usable)
@@ -37,10 +37,10 @@ class Unusable:
         return usable
 
     def check_usable(self, over: bool) -> None:
-        """Let the cell fail if it must: at the call's end, or before it where nothing has been usable for long.
+        """Fail the cell for unusable answers: at the call's end, or earlier if none was usable for long.
 
         Raises:
-            UserError: with the count, and what to do.
+            UserError: with the count.
         """
         if not self.wrong or (not over and (self.wrong < self.seen or self.seen < HOPELESS)):
             return
@@ -49,7 +49,7 @@ class Unusable:
 
 
 class LogitsWatch(LogitsProcessor):
-    """Notes while text is generated which rows had a logit of NaN or infinity, or no word left at all.
+    """Notes during generation which rows had a logit of NaN or infinity, or no possible word.
 
     Args:
         rows: sequences of the batch.
@@ -64,5 +64,5 @@ class LogitsWatch(LogitsProcessor):
         return scores
 
     def usable(self, row: int, tokens: int) -> bool:
-        """Whether the first `tokens` of a row came from numbers."""
+        """Whether the first `tokens` tokens of a row came from finite logits."""
         return all(bool(step[row]) for step in self._usable[:tokens])

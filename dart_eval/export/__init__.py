@@ -1,4 +1,4 @@
-"""Results in the formats of other projects: one module a format, `facts.py` for what all of them say of a cell."""
+"""Results in the formats of other projects: one module a format, and `facts.py` for their common facts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dart_eval.export.teller import Teller
 if TYPE_CHECKING:
     from dart_eval.results.store import Store
 
-# Each format, and what it says of those who publish the results.
+# Each format, and its notes on the publisher of the results.
 FORMATS: dict[str, tuple[str, ...]] = {
     "every-eval-ever": ("organisation", "relationship", "page"),
     "eval-results": ("page",),
@@ -28,11 +28,11 @@ def export(
     Args:
         store: the results.
         to: one of `FORMATS`.
-        folder: where to.
-        teller: who publishes them.
+        folder: the target.
+        teller: the publisher.
         model: the model's name on the hub, in place of the one in the results.
         datasets: data sets of tasks on the hub, as `TASK=OWNER/NAME` or `TASK=OWNER/NAME:ID`.
-        force: files that are there already are replaced.
+        force: whether to replace existing files.
 
     Returns:
         The files. A cell that cannot be exported is named on stderr and left out.
@@ -41,20 +41,20 @@ def export(
         UserError: the input is wrong, nothing can be exported, or a file is in the way; nothing is then written.
     """
     from dart_eval.export import eval_results, every_eval_ever, lm_eval
-    from dart_eval.export.datasets import known, parsed
+    from dart_eval.export.datasets import datasets_of, parsed
     from dart_eval.export.facts import check_model, facts
     from dart_eval.export.writing import write_pieces
 
-    named, told = parsed(datasets), teller or Teller()
+    named, publisher = parsed(datasets), teller or Teller()
     records = store.load()
     if model is not None:
         check_model(model, records)
     cells = facts(store, records, model)
-    found = known([task for cell in cells for task in cell.leaves()], named)
+    found = datasets_of([task for cell in cells for task in cell.leaves()], named)
     if to == "every-eval-ever":
-        pieces = every_eval_ever.pieces(cells, found, told)
+        pieces = every_eval_ever.pieces(cells, found, publisher)
     elif to == "eval-results":
-        pieces = eval_results.pieces(cells, found, told.page)
+        pieces = eval_results.pieces(cells, found, publisher.page)
     else:
         pieces = lm_eval.pieces(cells, found)
     return write_pieces(folder, pieces, force)

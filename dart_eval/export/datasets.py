@@ -1,4 +1,4 @@
-"""Which data set on the hub the documents of a task come from."""
+"""The data sets on the hub behind the documents of tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from dart_eval.evaluation.task_names import config_of
 from dart_eval.util.errors import UserError
 
-DEFAULT = "default"  # the task within a benchmark that has one alone
+DEFAULT = "default"  # the task within a benchmark with only one
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 NO_HUB = ("json", "csv", "parquet", "arrow", "text")  # loaders of local files
 
@@ -21,8 +21,8 @@ class Dataset:
 
     Attributes:
         id: its name there, such as `cais/mmlu`.
-        task: the task within it, as a benchmark calls it; lm-eval's configuration of the data set, if nobody said.
-        split: the part that was asked, if it is known.
+        task: the task within it, as a benchmark calls it; by default lm-eval's configuration of the data set.
+        split: the part behind the documents, if it is known.
     """
 
     id: str
@@ -30,14 +30,14 @@ class Dataset:
     split: str | None = None
 
 
-def parsed(given: Iterable[str]) -> dict[str, Dataset]:
-    """What `--dataset` says: task -> data set.
+def parsed(texts: Iterable[str]) -> dict[str, Dataset]:
+    """Return the data sets of `--dataset`: task -> data set.
 
     Raises:
         UserError: a value is not TASK=ID or TASK=ID:TASK_ID.
     """
     found = {}
-    for text in given:
+    for text in texts:
         name, _, rest = text.partition("=")
         id_, colon, task = rest.partition(":")
         if not name or not HUB_ID.fullmatch(id_) or bool(colon) != bool(task):
@@ -48,23 +48,23 @@ def parsed(given: Iterable[str]) -> dict[str, Dataset]:
     return found
 
 
-def known(names: Iterable[str], given: Mapping[str, Dataset]) -> dict[str, Dataset]:
-    """The data sets of lm-eval tasks, as their YAML files name them.
+def datasets_of(names: Iterable[str], named: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """Return the data sets of lm-eval tasks, as their YAML files name them.
 
     Args:
         names: lm-eval tasks.
-        given: what the user said, which wins.
+        named: the data sets of `--dataset`, which take precedence.
 
     Returns:
         Those that are known, and all that the user said; not those of tasks on local files, or that this lm-eval does
         not know.
     """
-    found = {name: _dataset(config_of(name)) for name in dict.fromkeys(names) if name not in given}
-    return {**{name: dataset for name, dataset in found.items() if dataset is not None}, **given}
+    found = {name: _dataset(config_of(name)) for name in dict.fromkeys(names) if name not in named}
+    return {**{name: dataset for name, dataset in found.items() if dataset is not None}, **named}
 
 
 def of_task(task: str, leaves: Iterable[str], datasets: Mapping[str, Dataset]) -> Dataset | None:
-    """The data set of a task or group: its own, or the one that all its members share."""
+    """Return the data set of a task or group: its own, or the one that all its members share."""
     if task in datasets:
         return datasets[task]
     members = {datasets.get(leaf) for leaf in leaves}
@@ -76,7 +76,7 @@ def of_task(task: str, leaves: Iterable[str], datasets: Mapping[str, Dataset]) -
 
 
 def _dataset(config: Mapping[str, Any]) -> Dataset | None:
-    """What a task's YAML says, if that is a data set on the hub."""
+    """Return the data set of a task's YAML, if it is on the hub."""
     path, name = config.get("dataset_path"), config.get("dataset_name")
     if not isinstance(path, str) or path in NO_HUB or not HUB_ID.fullmatch(path):
         return None

@@ -23,12 +23,12 @@ LAST = "parameters"  # the longest: what a reader wants first stands before it
 
 
 def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str | None) -> list[Piece]:
-    """A folder a model, as its repository has it; in it a file a number, since a leaderboard takes one a file.
+    """Return a folder a model, as in its repository, with a file a number: a leaderboard reads one a file.
 
     Args:
-        cells: what is exported.
+        cells: the exported cells.
         datasets: data sets of lm-eval tasks.
-        source: a page that says more of the results, or None.
+        source: a page with more about the results, or None.
     """
     found = []
     nowhere: set[str] = set()  # tasks without a data set
@@ -43,11 +43,11 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], source: str 
                 continue
             name = safe(f"{metric.task}-{cell.named('-')}") + f"-{cell.record.key[:8]}"
             path = f"{safe(cell.model)}/.eval_results/{name}.yaml"
-            found.append(Piece((path,), partial(_made, path, cell, metric, dataset, source)))
+            found.append(Piece((path,), partial(_file, path, cell, metric, dataset, source)))
     return [*found, Piece((), partial(_no_data_set, sorted(nowhere)))] if nowhere else found
 
 
-def _made(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, str]:
+def _file(path: str, cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, str]:
     entry = _entry(cell, metric, dataset, source)
     return {path: yaml.safe_dump([entry], sort_keys=False, allow_unicode=True, width=10_000)}
 
@@ -66,7 +66,7 @@ def _no_data_set(tasks: Sequence[str]) -> dict[str, str]:
 def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, Any]:
     if not math.isfinite(metric.value):
         raise LeftOut(f"{metric.metric} of {metric.task} under {cell.title} is {metric.value}", "run the cell again")
-    cell.store.samples(cell.record)  # refuses answers that are no numbers
+    cell.store.samples(cell.record)  # raises on answers that are no numbers
     moment = cell.moment
     return {
         "dataset": {"id": dataset.id, "task_id": dataset.task},
@@ -79,13 +79,13 @@ def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) ->
 
 def _notes(cell: Facts, metric: Metric) -> str:
     details = cell.details()
-    told = {
+    notes = {
         "pruner": details.pop("pruner"), "sparsity": details.pop("sparsity"), "read": details.pop("read"),
         "metric": metric.metric, "stderr": metric.stderr, "n": metric.n, **details,
         "dart-eval": cell.record.environment.get("dart-eval"),
     }  # fmt: skip
-    told[LAST] = told.pop(LAST)
-    return "; ".join(f"{name}={_text(value)}" for name, value in told.items() if value is not None)
+    notes[LAST] = notes.pop(LAST)
+    return "; ".join(f"{name}={_text(value)}" for name, value in notes.items() if value is not None)
 
 
 def _text(value: Any) -> str:

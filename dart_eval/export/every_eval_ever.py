@@ -27,17 +27,17 @@ from dart_eval.util.errors import remark
 SCHEMA = "0.3.0"
 COLLECTION = "dart-eval"
 LARGEST = 700.0  # exp of more is no number
-LOCAL = "local"  # whose model it is, where its name does not say
+LOCAL = "local"  # the developer of a model whose name has none
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the schema wants to know of a metric.
+    """The schema's facts about a metric.
 
     Attributes:
-        id: the metric's name across projects; lm-eval's own where others do not use it.
-        low, high: its bounds; None where there are none that hold for every task.
-        error: how its standard error was computed.
+        id: the metric's name across projects; lm-eval's own if others do not have it.
+        low, high: its bounds; None if no bound holds for every task.
+        error: the method behind its standard error.
     """
 
     id: str
@@ -68,18 +68,18 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset], teller: Tell
         name = uuid.UUID(bytes=hashlib.sha256(cell.record.key.encode()).digest()[:16], version=4)
         developer, model = _names(cell.model)
         base = f"data/{COLLECTION}/{safe(developer)}/{safe(model.replace('/', '_'))}/{name}"
-        made = partial(_made, cell, base, datasets, teller)
+        made = partial(_files, cell, base, datasets, teller)
         found.append(Piece((f"{base}.json", f"{base}_samples.jsonl"), made))
     return found
 
 
 def _names(model: str) -> tuple[str, str]:
-    """Developer and name of a model."""
+    """Return developer and name of a model."""
     developer, slash, name = model.partition("/")
     return (developer, name) if slash and developer and name else (LOCAL, model)
 
 
-def _made(cell: Facts, base: str, datasets: Mapping[str, Dataset], teller: Teller) -> dict[str, str]:
+def _files(cell: Facts, base: str, datasets: Mapping[str, Dataset], teller: Teller) -> dict[str, str]:
     results = [
         _result(cell, metric, of_task(metric.task, cell.leaves(), datasets))
         for metric in cell.record.metrics
@@ -101,7 +101,7 @@ def _made(cell: Facts, base: str, datasets: Mapping[str, Dataset], teller: Telle
 
 
 def _log(cell: Facts, teller: Teller) -> dict[str, Any]:
-    """Everything but the results."""
+    """Return the entries of a file other than its results."""
     environment, model, moment = cell.record.environment, cell.inputs["model"], cell.moment
     developer, _ = _names(cell.model)
     return {
@@ -172,12 +172,12 @@ def _bound(value: float | None) -> float | str | None:
 
 
 def _undirected(cell: Facts, task: str) -> dict[str, Any]:
-    """Numbers of a task that are better neither way, such as the length of a summary: the schema has no place."""
+    """Return a task's numbers without a direction, such as a summary's length: the schema has no place for them."""
     return {f"metric.{m.metric}": m.value for m in cell.record.metrics if m.task == task and m.higher_is_better is None}
 
 
 def _words(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as texts, as the schema wants them; what is not known is left out."""
+    """Return values as texts, as the schema requires, without unknown ones."""
     return {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in values.items()
@@ -189,7 +189,7 @@ def _words(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rows(cell: Facts) -> Iterator[dict[str, Any]]:
-    """Lines of the metrics that a document has a value of; groups have none, their members have."""
+    """Return lines of the metrics with a value for each document; groups have none, their members do."""
     samples, texts = cell.store.samples(cell.record), cell.store.texts(cell.record)
     if samples and not texts:
         remark(f"{cell.task} under {cell.title}: its prompts were not kept, so its documents are left out")
@@ -208,7 +208,7 @@ def _rows(cell: Facts) -> Iterator[dict[str, Any]]:
 
 
 def _score(name: str, value: Any) -> float | None:
-    """A document's part in a metric; None where it has no number of its own (BLEU counts over all documents)."""
+    """Return a document's part in a metric, or None if it has no own number (BLEU counts over all documents)."""
     kind = kind_of(name).kind
     if (
         kind in ("log-perplexity", "bits")
@@ -247,7 +247,7 @@ def _row(
 
 
 def _attribution(metric: Metric, sample: Mapping[str, Any], choices: Sequence[str] | None) -> list[dict[str, Any]]:
-    """The answer that was taken from the output, where that can be told: `acc_norm` chooses by lengths of its own."""
+    """Return the answer taken from the output, if it is known: `acc_norm` chooses by lengths of its own."""
     responses = sample["responses"]
     scores = [r[0] for r in responses if isinstance(r, list) and r and finite(r[0])]
     if choices and metric.metric == "acc" and len(choices) == len(scores) == len(responses):

@@ -1,4 +1,4 @@
-"""What every format says of a finished cell, read out of its record in one place."""
+"""The facts about a finished cell that every format states, read from its record in one place."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
 
-# How a cell was asked and computed, beside its model, task and method: these travel under their own names.
+# Settings of a cell other than its model, task and method, exported under their own names.
 TRAVELLING = [n for n in (*names(ASKED), *names(HOW)) if n not in ("model", "task", *PRUNING)]
 HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A cell as other projects are told of it.
+    """A cell as other projects see it.
 
     Attributes:
-        store: the folder that it lies in.
-        record: what it left.
+        store: its folder.
+        record: its record.
         model: the model's name, as the user gave it or as `--model-id` replaces it.
         pruner: the method as a user types it.
     """
@@ -39,17 +39,17 @@ class Facts:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """All that can change a number."""
+        """All settings that can change a number."""
         return self.record.inputs
 
     @property
     def task(self) -> str:
-        """The task as it was asked: an lm-eval task, group or tag."""
+        """The task as requested: an lm-eval task, group or tag."""
         return str(self.inputs["task"])
 
     @property
     def sparsity(self) -> float:
-        """The share of the FFN weights that a token was asked not to read."""
+        """The requested share of FFN weights that a token does not read."""
         return float(self.inputs["sparsity"])
 
     @property
@@ -68,7 +68,7 @@ class Facts:
 
     @property
     def moment(self) -> datetime | None:
-        """When the cell was finished, in UTC; None where the record says it in no form that is known."""
+        """The time when the cell finished, in UTC; None if the record has it in an unknown form."""
         try:
             found = datetime.fromisoformat(self.record.created)
         except ValueError:
@@ -76,11 +76,11 @@ class Facts:
         return found.astimezone(timezone.utc) if found.tzinfo else found.replace(tzinfo=timezone.utc)
 
     def leaves(self) -> list[str]:
-        """The lm-eval tasks that documents were asked of: the task itself, or the members of a group or tag."""
+        """The lm-eval tasks of the documents: the task itself, or the members of a group or tag."""
         return list(self.record.by_task) or [self.task]
 
     def details(self) -> dict[str, Any]:
-        """What no other project has a field for, by the names that docs/export.md explains."""
+        """Return facts without a field in other projects, by the names that docs/export.md explains."""
         record = self.record
         return {
             "pruner": self.pruner, "parameters": self.inputs["params"], "sparsity": self.sparsity,
@@ -93,11 +93,11 @@ class Facts:
 
 
 def facts(store: Store, records: Sequence[Record], model: str | None = None) -> list[Facts]:
-    """The cells of a folder.
+    """Return the cells of a folder.
 
     Args:
         store: the folder.
-        records: those of its records that are exported.
+        records: the exported records.
         model: a name that replaces the model's; None keeps each record's.
     """
     typed = specs(records)
@@ -105,7 +105,7 @@ def facts(store: Store, records: Sequence[Record], model: str | None = None) -> 
 
 
 def check_model(name: str, records: Sequence[Record]) -> None:
-    """Refuse a name for the model that is none of the hub's, or that several models would share.
+    """Raise on a model name that the hub does not allow, or that several models would share.
 
     Raises:
         UserError: with the reason.

@@ -21,36 +21,36 @@ from dart_eval.results.record import Metric
 
 BOOTSTRAPS = 1000  # the resamples that `evaluation.evaluate` asks lm-eval for
 NAMED = ("task", "doc_id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "responses")
-# What the cells of one run may differ in: their tasks, and what a task alone decides.
+# Inputs in which the cells of one run may differ: their tasks, and settings that the task alone decides.
 OF_A_TASK = ("task", "task_hash", "batch_size", "share_prefix")
 
 
 @dataclass
 class Run:
-    """Cells that lm-eval would have run with one command: all is the same but the task."""
+    """Cells that lm-eval would have run with one command: only the task differs."""
 
     cells: list[Facts] = dataclasses.field(default_factory=list)
 
     @property
     def first(self) -> Facts:
-        """Any of them, for what they share."""
+        """Any of the cells, for their common facts."""
         return self.cells[0]
 
     @property
     def moment(self) -> datetime:
-        """When the last of them was finished."""
+        """The time when the last cell finished."""
         known = [cell.moment for cell in self.cells]
         return max((m for m in known if m is not None), default=datetime.fromtimestamp(0, timezone.utc))
 
     @property
     def model(self) -> str:
-        """The model's name; where it was pruned, with the pruner."""
+        """The model's name, with the pruner if it was pruned."""
         cell = self.first
         return f"{cell.model}@{cell.named('@')}" if cell.prunes else cell.model
 
 
 def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset]) -> list[Piece]:
-    """One folder a setting, in it the results of all its tasks and a file of samples each."""
+    """Return a folder a setting, with the results of all its tasks and a file of samples for each."""
     found: list[Piece] = []
     taken: set[str] = set()
     for digest, run in _runs(cells):
@@ -61,12 +61,12 @@ def pieces(cells: Sequence[Facts], datasets: Mapping[str, Dataset]) -> list[Piec
         taken.add(f"{folder}/{date}")
         names = {leaf: f"{folder}/samples_{safe(leaf)}_{date}.jsonl" for cell in run.cells for leaf in cell.leaves()}
         results = f"{folder}/results_{date}.json"
-        found.append(Piece((results, *names.values()), partial(_made, run, results, names, datasets)))
+        found.append(Piece((results, *names.values()), partial(_files, run, results, names, datasets)))
     return found
 
 
 def _runs(cells: Sequence[Facts]) -> list[tuple[str, Run]]:
-    """Cells that differ in their task alone, together; each with a few digits that tell it from all others."""
+    """Group cells that differ only in their task; each group gets a few digits that distinguish it."""
     found: dict[str, list[Run]] = {}
     for cell in cells:
         shared = {k: v for k, v in cell.inputs.items() if k not in OF_A_TASK}
@@ -81,7 +81,7 @@ def _runs(cells: Sequence[Facts]) -> list[tuple[str, Run]]:
     return [(digest, run) for digest, runs in found.items() for run in runs]
 
 
-def _made(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[str, Dataset]) -> dict[str, str]:
+def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[str, Dataset]) -> dict[str, str]:
     texts: dict[str, str] = {}
     hashes = {}
     for cell in run.cells:
@@ -100,7 +100,7 @@ def _made(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[st
 
 
 def _sample(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A document as lm-eval logs it. The document itself is not kept by a run, nor are options of generation."""
+    """Return a document as lm-eval logs it, without its fields and generation options, which a run does not store."""
     prompt, choices = asked.get("prompt"), asked.get("choices")
     arguments = [[prompt, choice] for choice in choices] if choices else [[prompt]]
     answers = [[str(x) for x in a] if isinstance(a, list) else str(a) for a in sample["responses"]]
@@ -119,7 +119,7 @@ def _sample(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, An
 
 
 def _results(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
-    """The file of results, entry by entry as lm-eval has it, and `dart_eval`: what it has no entry for."""
+    """Return the file of results with lm-eval's entries, and `dart_eval` for facts without an entry there."""
     first, environment = run.first, run.first.record.environment
     said = first.inputs.get("system_instruction")
     return {
@@ -133,13 +133,13 @@ def _results(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
         "system_instruction": said,
         "system_instruction_sha": hashlib.sha256(said.encode()).hexdigest() if said else None,
         "fewshot_as_multiturn": first.inputs.get("fewshot_as_multiturn"),
-        "chat_template": None, "chat_template_sha": None,  # a record knows that there was one, not its text
+        "chat_template": None, "chat_template_sha": None,  # a record states that there was one, not its text
         "total_evaluation_time_seconds": str(sum(c.record.seconds for c in run.cells)),
     }  # fmt: skip
 
 
 def _scores(run: Run) -> dict[str, Any]:
-    """Metrics of tasks and groups, and how groups are made of tasks."""
+    """Return metrics of tasks and groups, and the tasks of each group."""
     by_task: dict[str, list[Metric]] = {}
     members: dict[str, list[str]] = {}
     for metric in (m for cell in run.cells for m in cell.record.metrics):
@@ -168,7 +168,7 @@ def _values(task: str, metrics: Sequence[Metric]) -> dict[str, Any]:
 
 
 def _tasks(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
-    """What is known of the tasks that documents were asked of; a record keeps their hash, not their YAML."""
+    """Return the recorded facts about the documents' tasks; a record has their hash, not their YAML."""
     configs, shots, sizes = {}, {}, {}
     for cell in run.cells:
         sample_counts = {m.task: m.n for m in cell.record.metrics}
@@ -187,7 +187,7 @@ def _tasks(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
 
 
 def _settings(cell: Facts) -> dict[str, Any]:
-    """lm-eval's `config`: the model with its pruner as arguments, and how it was run."""
+    """Return lm-eval's `config`: the model with its pruner as arguments, and the settings of the run."""
     inputs, seed = cell.inputs, cell.inputs.get("seed")
     model = inputs["model"]
     return {

@@ -1,4 +1,4 @@
-"""Who publishes results."""
+"""The publisher of results."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ RELATIONSHIPS = ("first_party", "third_party", "collaborative", "other")
 
 @dataclass(frozen=True)
 class Teller:
-    """Who publishes the results.
+    """The publisher of results.
 
     Attributes:
         organisation: its name.
-        relationship: what it is to the model's developer: one of `RELATIONSHIPS`.
+        relationship: its relation to the model's developer: one of `RELATIONSHIPS`.
         page: the address of a page about the results, or None.
     """
 

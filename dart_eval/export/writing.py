@@ -1,4 +1,4 @@
-"""Files of an export: all paths are settled before the first is written, and nothing is left behind by a failure."""
+"""Files of an export: all paths are settled before the first write, and a failure leaves no files behind."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Piece:
     """Files that belong together: all of them are written, or none.
 
     Attributes:
-        paths: what it may write, relative to the folder of the export.
-        make: gives the text of each path. It raises a UserError where the cell has to be left out.
+        paths: the files that it can write, relative to the folder of the export.
+        make: returns the text of each path; raises a UserError if the cell has to be left out.
     """
 
     paths: tuple[str, ...]
@@ -38,7 +38,7 @@ class Piece:
 
 
 def safe(text: str) -> str:
-    """A text as one part of a path, on every system. What is too long is cut, and a hash keeps it apart."""
+    """Return a text as one part of a path, valid on every system; a long one is cut and ends in a hash."""
     kept = re.sub(r"[^\w.@=+-]+", "_", text.replace("/", "__")).strip(".")
     if kept.partition(".")[0].upper() in DEVICES:
         kept = f"_{kept}"
@@ -49,12 +49,12 @@ def safe(text: str) -> str:
 
 
 def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Path]:
-    """Write what was made, piece by piece; a piece that cannot be made is named on stderr and left out.
+    """Write files piece by piece; a piece that fails is named on stderr and left out.
 
     Args:
-        folder: where to; it is made if it is missing.
-        pieces: what to write.
-        force: files that are there already are replaced.
+        folder: the target; created if it is missing.
+        pieces: the pieces to write.
+        force: whether to replace existing files.
 
     Returns:
         The files.
@@ -73,7 +73,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     old, stop = set(there), _standing(folder)
     written: list[Path] = []
     try:
-        for piece, texts in _made(pieces):
+        for piece, texts in _texts_of(pieces):
             for path, text in texts.items():
                 _forget_half(folder / path)
                 if path not in old:
@@ -87,7 +87,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], force: bool) -> list[Pat
     return sorted({*written, *(folder / path for path in old if os.path.lexists(folder / path))})
 
 
-def _made(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
+def _texts_of(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
     failed: list[UserError] = []
     for piece in pieces:
         try:
@@ -103,13 +103,13 @@ def _made(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, dict[str, str]]]:
 
 
 def _forget_half(path: Path) -> None:
-    """Remove what an export that was killed had written of a file beside it."""
+    """Remove the partial files that a killed export left beside a file."""
     for left in path.parent.glob(f".{glob.escape(path.stem[:40])}.????????"):
         left.unlink(missing_ok=True)
 
 
 def _take_away(written: Sequence[Path], stop: Path) -> None:
-    """Remove files that were written, and the folders below `stop` that are empty without them."""
+    """Remove written files, and the folders below `stop` that are empty without them."""
     for path in written:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def _take_away(written: Sequence[Path], stop: Path) -> None:
 
 
 def _standing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """Return the folder itself, or its nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder

@@ -1,1 +1,1 @@
-"""What makes bytes into time."""
+"""Kernels that turn bytes saved into time saved."""

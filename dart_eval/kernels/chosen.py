@@ -1,11 +1,12 @@
-"""FFNs whose one token chooses among the kept neurons, and reads the weights of these alone where it can.
+"""FFNs whose single token chooses among the mask's neurons, and reads only their weights if it can.
 
-Down is copied by neurons, [K, D], so that a neuron is one row in every matrix. On a CPU rows of down are summed by
-torch's `embedding_bag`; on a GPU Triton's kernels read rows of up and down (`gather`).
+Down is copied by neurons, [K, D], so that a neuron is one row in every matrix. On a CPU torch's `embedding_bag` sums
+rows of down; on a GPU Triton's kernels read rows of up and down (`gather`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,21 +14,21 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, linear
 
 from dart_eval.kernels import gather
-from dart_eval.kernels.kept import KeptRows
+from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import plain_matrix
 
-# Sums of rows are made in so many parts at most, of at least so many rows each: one thread makes a part. They follow
-# from the number of rows alone, so that no digit depends on the number of threads.
+# Most parts of a sum of rows, and least rows of a part; a thread computes a part. The parts follow from the number of
+# rows alone, so that no digit depends on the number of threads.
 PARTS, PART_ROWS = 16, 256
-# Rows up to which one sum is made, since parts cost a fixed time beside it: 614 rows of 640 values in bfloat16 take 70
-# us in one part and 110 in three, 1433 rows 178 and 158 (two threads).
+# Most rows of a sum in one part, since parts have a fixed cost: 614 rows of 640 values in bfloat16 take 70 us in one
+# part and 110 in three, 1433 rows 178 and 158 (two threads).
 WHOLE = 1024
 
 
 def weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """[n, D]: for each of n, the sum of rows[index] times their weights. rows: [F, D]; index, weights: [n, K]."""
+    """Return [n, D], the weighted sums of rows[index]. rows: [F, D]; index, weights: [n, K]."""
     n, count = index.shape
     if not index.numel():
         return rows.new_zeros(n, rows.shape[1])
@@ -42,28 +43,28 @@ def weighted_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """[count], where the largest of `scores` are, ascending on a CPU; ties go to the lower index, as in `top`.
+    """Return [count] indices of the largest `scores`, ascending on a CPU; ties go to the lower index, as in `top`.
 
-    scores: [F]. On a CPU the least score that is taken says which they are: much faster than to sort, and rows that are
-    read in the order in which they lie come faster.
+    scores: [F]. A CPU compares with the least score taken, which is much faster than sorting, and rows in ascending
+    order are read faster.
     """
     if scores.device.type != "cpu":  # without a wait for the device
         return scores.sort(descending=True, stable=True).indices[:count]
     least = scores.topk(count, sorted=False).values.amin() if count else torch.inf
     rows = (scores >= least).nonzero().flatten()
-    if len(rows) != count:  # several have the least score, or some are no number
+    if len(rows) != count:  # ties at the least score, or NaN
         rows = top_k_mask(scores[None], torch.tensor([count]))[0].nonzero().flatten()
     return rows
 
 
 class _Forward:
-    """A module's forward, replaced and put back."""
+    """A module's forward that can be replaced and restored."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: object) -> None:
         self.module = module
         self.before = module.__dict__.get("forward")
 
-    def replace(self, forward: Any) -> None:
+    def replace(self, forward: Callable[..., Tensor]) -> None:
         self.module.__dict__["forward"] = forward
 
     def put_back(self) -> None:
@@ -73,16 +74,18 @@ class _Forward:
             self.module.__dict__["forward"] = self.before
 
 
-class ChosenRows(KeptRows):
-    """The kept neurons of one FFN, of which the one token of one sequence chooses some.
+class ChosenRows(MaskRows):
+    """The mask's neurons of one FFN, among which the single token of one sequence chooses.
 
-    The token takes the `taken` largest |act(gate x)| x norm; of up a CUDA GPU reads their rows alone
-    (`gather.read_rows`), a CPU all kept ones, since reading scattered rows costs it more. Of those taken, the `written`
-    largest |h| are summed from down's rows. Gate runs with whichever of gate and up the model calls first.
+    The token takes the `taken` largest |act(gate x)| x norm. A CUDA GPU reads only their rows of up
+    (`gather.read_rows`); a CPU reads all rows of the mask, since scattered rows cost it more. The rows of down of the
+    `written` largest |h| are summed. Gate runs with whichever of gate and up the model calls first.
 
     Attributes:
-        taken, written: neurons that a token takes, and those of these that it writes.
-        rows: [K, D], of down. kernels: whether Triton's kernels read the rows.
+        taken: neurons that a token takes.
+        written: taken neurons that it writes.
+        rows: [K, D], of down.
+        kernels: whether Triton's kernels read the rows.
     """
 
     def __init__(self, ffn: FFN) -> None:
@@ -92,9 +95,9 @@ class ChosenRows(KeptRows):
         self.norm = torch.empty(0)
         self._down_rows = plain_matrix(ffn.down).detach().t()
         self.rows = self._down_rows
-        self._taken = torch.empty(0)  # which neurons the token under way took, by row
-        self._chosen = False  # it has chosen, and up has not run
-        self._gated: Tensor | None = None  # what gate gives, where up ran first (Falcon-H1)
+        self._taken = torch.empty(0)  # rows that the current token took
+        self._chosen = False  # whether it has chosen and up has not run
+        self._gated: Tensor | None = None  # gate's output, if up ran first (Falcon-H1)
         self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
         self._forwards = [_Forward(m) for m in self._modules]
         self.kernels = gather.missing(self.rows.device) is None
@@ -116,7 +119,7 @@ class ChosenRows(KeptRows):
         self.rows.index_copy_(0, rows, self._down_rows.index_select(0, neurons))
 
     def prepare(self, norm: Tensor, taken: int, written: int) -> None:
-        """norm: [K] fp32, root of the mean square of up x of the kept neurons, by row."""
+        """Set the norm ([K] fp32, root mean square of up x of the mask's neurons, by row) and the counts."""
         self.norm, self.taken, self.written = norm, taken, written
 
     def begin(self) -> None:
@@ -141,14 +144,14 @@ class ChosenRows(KeptRows):
         return self._rest(x)
 
     def _choose(self, x: Tensor) -> Tensor:
-        """What gate gives; the token has chosen by it."""
+        """Return gate's output, after the token has chosen by it."""
         out = linear(x, self._modules[0].weight, self._modules[0].bias)
         act: Any = self.ffn.act
         self._taken = (act(out).flatten().float().abs() * self.norm).topk(self.taken, sorted=False).indices
         return out
 
     def _rest(self, x: Tensor) -> Tensor:
-        """What up gives, of the neurons taken at least."""
+        """Return up's output, for at least the taken neurons."""
         module: Any = self.ffn.up
         if not self.kernels:
             return linear(x, module.weight, module.bias)
@@ -163,7 +166,7 @@ class ChosenRows(KeptRows):
         return self._write(h, h.flatten()[self._taken])
 
     def _write(self, h: Tensor, values: Tensor) -> Tensor:
-        """What the neurons taken add: [..., D]. h: [..., any], for its shape. values: [taken], theirs of it."""
+        """Return the output of the taken neurons: [..., D]. h: only for its shape; values: [taken], their h."""
         rows = self._taken
         if self.written < self.taken:
             top = best(values.float().abs(), self.written)

@@ -1,4 +1,4 @@
-"""Products that read the weights of the chosen neurons alone, so that a token's choice saves time on a GPU.
+"""Products that read only the weights of chosen neurons, so that a token's choice saves time on a GPU.
 
 Two Triton kernels for one token (a matrix times a vector): `read_rows` gathers rows of up, `write_rows` rows of a
 transposed down, both inside the product, with fp32 sums. Triton is optional (`pip install 'dart-eval[triton]'`) and
@@ -8,7 +8,6 @@ needs a CUDA GPU, or its interpreter (TRITON_INTERPRET=1), which is slow and for
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ SPLITS = 8  # programs that share the neurons of one block of columns in `write_
 
 
 def missing(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this device, or None."""
+    """Return why the kernels cannot run on this device, or None."""
     if triton is None:
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -65,10 +64,12 @@ if triton is not None:
 
 
 def read_rows(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor:
-    """weight[rows] @ x, without a copy of the rows.
+    """Return weight[rows] @ x, without a copy of the rows.
 
     Args:
-        weight: [F, D], rows contiguous. rows: [N] int. x: [D].
+        weight: [F, D], rows contiguous.
+        rows: [N] int.
+        x: [D].
 
     Returns:
         [N] fp32.
@@ -77,16 +78,18 @@ def read_rows(weight: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     out = torch.empty(count, dtype=torch.float32, device=x.device)
     if not count:
         return out
-    grid: Any = (-(-count // ROWS),)
+    grid = (-(-count // ROWS),)
     _read_rows[grid](weight, rows, x.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS)
     return out
 
 
 def write_rows(weight: Tensor, rows: Tensor, h: Tensor) -> Tensor:
-    """h @ weight[rows], without a copy of the rows.
+    """Return h @ weight[rows], without a copy of the rows.
 
     Args:
-        weight: [F, D], rows contiguous (a transposed down). rows: [N] int. h: [N].
+        weight: [F, D], rows contiguous (a transposed down).
+        rows: [N] int.
+        h: [N].
 
     Returns:
         [D] fp32.
@@ -95,6 +98,6 @@ def write_rows(weight: Tensor, rows: Tensor, h: Tensor) -> Tensor:
     out = torch.zeros(width, dtype=torch.float32, device=h.device)
     if not count:
         return out
-    grid: Any = (-(-width // COLUMNS), SPLITS)
+    grid = (-(-width // COLUMNS), SPLITS)
     _write_rows[grid](weight, rows, h.contiguous(), out, count, width, weight.stride(0), ROWS, COLUMNS, SPLITS)
     return out

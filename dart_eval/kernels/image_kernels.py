@@ -1,13 +1,11 @@
-"""Copies of 4 bits as a GPU reads them: a Triton kernel for the product of one token with such a copy.
+"""4-bit copies for a GPU: a Triton kernel for the product of one token with such a copy.
 
-A copy has two codes in a byte, and its scales. Like those of `gather` the kernel needs a CUDA GPU, or Triton's
-interpreter.
+A copy has two codes in a byte, and scales. Like those of `gather`, the kernel needs a CUDA GPU or Triton's interpreter.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ except ImportError:  # optional
 if triton is not None:
 
     @triton.jit
-    def _show_copy(
+    def _multiply_copy(
         codes, scales, x, out, count, width, group, groups, pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     ):
         """out[n] = sum over d of scale[n, d // group] * (code[n, d] - 8) * x[d]"""
@@ -43,23 +41,21 @@ if triton is not None:
         tl.store(out + n, total, mask=n < count)
 
 
-def _grid(count: int) -> Any:
-    return (-(-count // ROWS),)
-
-
 def _packed(values: Tensor) -> Tensor:
-    """[F, ceil(D / 2)] uint8: two numbers of 4 bits in a byte, the first one low. values: [F, D]."""
+    """Return [F, ceil(D / 2)] uint8: two 4-bit numbers in a byte, the first one low. values: [F, D]."""
     wide = pad(values.to(torch.uint8), (0, values.shape[1] % 2)).unflatten(1, (-1, 2))
     return wide[..., 0] | wide[..., 1] << 4
 
 
 @dataclass(frozen=True)
 class CopyCodes:
-    """A copy of 4 bits, [F, D].
+    """A 4-bit copy of a matrix [F, D].
 
     Attributes:
-        codes: [F, ceil(D / 2)] uint8, two codes in a byte, 8 more than what they stand for.
-        scales: [F, groups] fp16. group: weights that share one. width: D.
+        codes: [F, ceil(D / 2)] uint8, two codes in a byte, with an offset of 8.
+        scales: [F, groups] fp16.
+        group: weights that share a scale.
+        width: D.
     """
 
     codes: Tensor
@@ -69,16 +65,16 @@ class CopyCodes:
 
     @classmethod
     def of(cls, held: Packed) -> CopyCodes:
-        """Of a matrix that was rounded to 4 bits."""
+        """Pack a matrix that was rounded to 4 bits."""
         width = held.codes.shape[1]
         codes = _packed(held.codes + 8)
         return cls(codes, held.scales.contiguous(), min(held.rounding.group, width) or width, width)
 
-    def show(self, x: Tensor) -> Tensor:
-        """[F] fp32, the product with the image. x: [D]."""
+    def times(self, x: Tensor) -> Tensor:
+        """Return [F] fp32, the product with the copy. x: [D]."""
         count, pairs = self.codes.shape
         out = torch.empty(count, dtype=torch.float32, device=x.device)
-        _show_copy[_grid(count)](
+        _multiply_copy[(-(-count // ROWS),)](
             self.codes, self.scales, x.contiguous(), out, count, self.width, self.group, self.scales.shape[1], pairs,
             ROWS, COLUMNS,
         )  # fmt: skip

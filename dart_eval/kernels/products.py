@@ -1,7 +1,7 @@
-"""Torch's own products with weights of few bits: what rounded weights, and previews by a rounded copy, really take.
+"""Torch's own products with low-bit weights, which time rounded weights and previews by a rounded copy.
 
-On a CPU torch multiplies weights of 4 bits in groups (`_weight_int4pack_mm_for_cpu`) and of 8 bits with a scale a row
-(`_weight_int8pack_mm`). For other bits and other devices it has none that takes our codes.
+On a CPU torch multiplies 4-bit weights in groups (`_weight_int4pack_mm_for_cpu`) and 8-bit weights with a scale a row
+(`_weight_int8pack_mm`). For other bits and devices it has no product that takes our codes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 from dart_eval.weights.codes import Packed
 
-GROUPS = (32, 64, 128, 256)  # that the product of 4 bits takes
-ROWS = 16  # of which it takes a multiple
+GROUPS = (32, 64, 128, 256)  # group sizes of the 4-bit product
+ROWS = 16  # it takes multiples of this
 REMEDY = "use 4, 4:64, 4:128 or 8:row"
 
 
 def lacking(rounding: Rounding, width: int) -> str | None:
-    """Why no packed product takes rows of `width` weights that are rounded so; None where one does."""
+    """Return why no packed product takes rows of `width` weights with this rounding; None if one does."""
     bits, group = rounding.bits, rounding.group
     if (bits == 4 and group in GROUPS and width % group == 0) or (bits == 8 and (group == 0 or group >= width)):
         return None
@@ -31,10 +31,12 @@ def lacking(rounding: Rounding, width: int) -> str | None:
 
 
 def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """x -> x W^T + bias for a rounded matrix, through torch's packed product.
+    """Return the function x -> x W^T + bias for a rounded matrix, through torch's packed product.
 
     Args:
-        held: the codes. bias: [out], or None. dtype: of x and of what comes out.
+        held: the codes.
+        bias: [out], or None.
+        dtype: of x and the output.
 
     Raises:
         UserError: torch has no packed product for these bits.
@@ -45,10 +47,10 @@ def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[
     ops: Any = torch.ops.aten
     if held.rounding.bits == 4:
         rows = len(held.codes)
-        beside = -rows % ROWS  # rows of zeros
-        codes = ops._convert_weight_to_int4pack_for_cpu(pad(held.codes.int(), (0, 0, 0, beside)) + 8, 1)
-        scales = pad(scales, (0, 0, 0, beside))
-        offsets = torch.zeros_like(scales) if held.offsets is None else pad(held.offsets.to(dtype), (0, 0, 0, beside))
+        padding = (0, 0, 0, -rows % ROWS)
+        codes = ops._convert_weight_to_int4pack_for_cpu(pad(held.codes.int(), padding) + 8, 1)
+        scales = pad(scales, padding)
+        offsets = torch.zeros_like(scales) if held.offsets is None else pad(held.offsets.to(dtype), padding)
         scales = torch.stack([scales.T, offsets.T], -1).contiguous()
 
         def multiply(x: Tensor) -> Tensor:
@@ -67,16 +69,16 @@ def product(held: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[
 
 
 def grouping(rounding: Rounding, width: int) -> int | None:
-    """Weights that share a scale in a product of 4 bits, where there is one for rows of `width` weights; else None.
+    """Return the group size of a 4-bit product for rows of `width` weights; None without one.
 
-    A scale of a whole row stands for each group of it.
+    A scale of a whole row is repeated for each of its groups.
     """
     groups = [g for g in GROUPS if width % g == 0 and rounding.group in (0, g)]
     return groups[-1] if rounding.bits == 4 and groups else None
 
 
 def grouped(held: Packed) -> Packed:
-    """A matrix of 4 bits whose scales are those of groups that the product takes; the values are the same."""
+    """Return a 4-bit matrix with scales in groups that the product takes; the values are the same."""
     width = held.codes.shape[1]
     group = grouping(held.rounding, width)
     assert group is not None

@@ -8,14 +8,20 @@ from torch import Tensor
 
 
 def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
-    """True for the `keep[b]` largest scores of each row; ties go to the lower index.
+    """Return True for the `keep[b]` largest scores of each row; ties go to the lower index.
 
-    scores: [..., F], NaN counts as largest; keep: the same without F. Returns [..., F] bool with exactly keep[b]
-    True in row b. By selection, not by sorting: tokens that choose their neurons do this for every layer.
+    Selects, and does not sort, since tokens that choose their neurons do this in every layer.
+
+    Args:
+        scores: [..., F]; NaN counts as largest.
+        keep: [...].
+
+    Returns:
+        [..., F] bool with exactly keep[b] True in row b.
     """
     rows = scores.reshape(scores.shape[:-1].numel(), scores.shape[-1])
-    counts = keep.cpu().expand(scores.shape[:-1]).reshape(-1)  # grouped on the CPU, where they are made
-    distinct = counts.unique().tolist()  # few: layers with a uniform share have one
+    counts = keep.cpu().expand(scores.shape[:-1]).reshape(-1)
+    distinct = counts.unique().tolist()  # few: one with a uniform allocation
     if len(distinct) == 1:
         return _largest(rows, distinct[0]).view(scores.shape)
     chosen = torch.zeros(rows.shape, dtype=torch.bool, device=rows.device)
@@ -26,38 +32,39 @@ def top_k_mask(scores: Tensor, keep: Tensor) -> Tensor:
 
 
 def largest(scores: Tensor, among: Tensor, keep: Tensor) -> Tensor:
-    """Per token, the `keep[b]` largest scores among the neurons that it may take.
+    """Return per token the `keep[b]` largest scores among the neurons that it may take.
 
     Args:
-        scores: [B, T, F], not negative. keep: [B], each at most the neurons there.
+        scores: [B, T, F], not negative.
         among: bool, [B or 1, 1, F] (a sequence's mask) or [B, T, F].
+        keep: [B], each at most the neurons in `among`.
 
     Returns:
         [B, T, F] bool with exactly keep[b] True for every token; ties go to the lower index.
     """
     scores = scores.float()
-    if scores.device.type != "cpu" or not bool(among.all()):  # to ask a GPU would be to wait for it
-        # -1 where one may not be taken, as `masked_fill` has it, which takes a CPU ten times as long.
+    if scores.device.type != "cpu" or not bool(among.all()):  # asking a GPU would wait for it
+        # -1 for forbidden neurons; `masked_fill` takes a CPU ten times as long.
         most = among.view(torch.uint8) * torch.finfo(torch.float32).max - 1
         scores = torch.minimum(scores.nan_to_num(nan=torch.inf), most)
     return top_k_mask(scores, keep[:, None].expand(scores.shape[:2]))
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
-    """True for the `count` largest of each row of [N, F], ties to the lower index."""
+    """Return True for the `count` largest of each row of [N, F]; ties go to the lower index."""
     if count in (0, x.shape[-1]):
         return torch.full(x.shape, count > 0, dtype=torch.bool, device=x.device)
     if x.device.type != "cpu":
         return _settled(x, count)
-    kept = ~(x < _least(x, count))  # NaN is kept too
-    uneven = (kept.sum(-1) != count).nonzero().squeeze(1)  # several have the least kept value, or some are no number
+    chosen = ~(x < _least(x, count))  # NaN is chosen too
+    uneven = (chosen.sum(-1) != count).nonzero().squeeze(1)  # ties at the least value, or NaN
     if len(uneven):
-        kept[uneven] = _settled(x[uneven], count)
-    return kept
+        chosen[uneven] = _settled(x[uneven], count)
+    return chosen
 
 
 def _settled(x: Tensor, count: int) -> Tensor:
-    """The same where ties at the least kept value must be settled, and NaN counts as the largest number."""
+    """The same with ties at the least value settled and NaN as the largest number."""
     x = x.masked_fill(x.isnan(), torch.inf)
     least = _least(x, count)
     above, ties = x > least, x == least
@@ -65,9 +72,9 @@ def _settled(x: Tensor, count: int) -> Tensor:
 
 
 def _least(x: Tensor, count: int) -> Tensor:
-    """[N, 1], the least of the `count` largest values of each row."""
+    """Return [N, 1], the least of the `count` largest values of each row."""
     place = x.shape[-1] - count
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        # Several times as fast as torch's selection, which makes no use of a CPU's vectors.
+        # Several times as fast as torch's selection, which is not vectorised.
         return torch.from_numpy(np.partition(x.detach().numpy(), place, axis=-1)[:, place : place + 1].copy())
     return x.kthvalue(place + 1, dim=-1, keepdim=True).values

@@ -1,4 +1,4 @@
-"""What FFNs do to gate x and up x before they multiply them, beside the activation: factors, bounds, a constant."""
+"""Factors, bounds and constants on gate x and up x, beside the activation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from dart_eval.layers.families import Layout, get
 
-Factors = Sequence[float | Tensor]  # numbers, or one of each neuron, [F]
+Factors = Sequence[float | Tensor]  # numbers, or one per neuron, [F]
 
 
 @dataclass(frozen=True, eq=False)
 class Act:
-    """An activation of what is multiplied by factors (Falcon-H1, Dory) and bounded from above (DeepSeek V4) first.
+    """An activation whose input has factors (Falcon-H1, Dory) or an upper bound (DeepSeek V4).
 
     Attributes:
-        act: [..., F] -> [..., F]. factors: of its input. most: bound of its input, or None.
+        act: [..., F] -> [..., F].
+        factors: of its input.
+        most: upper bound of its input, or None.
     """
 
     act: Callable[[Tensor], Tensor]
@@ -34,10 +36,12 @@ class Act:
 
 @dataclass(frozen=True, eq=False)
 class Lift:
-    """up x as it is multiplied: times factors (Dory), bounded on both sides (DeepSeek V4), plus 1 (MiniMax M3).
+    """A function of up x: times factors (Dory), bounded on both sides (DeepSeek V4), plus 1 (MiniMax M3).
 
     Attributes:
-        factors: of up x. most: bound of its absolute value, or None. plus: what is added.
+        factors: of up x.
+        most: bound of its absolute value, or None.
+        plus: constant that is added.
     """
 
     factors: Factors = ()
@@ -58,26 +62,26 @@ def _times(x: Tensor, factors: Factors) -> Tensor:
 
 @functools.cache
 def swish(alpha: float) -> Callable[[Tensor], Tensor]:
-    """x sigmoid(alpha x): of one alpha one function, since layers are told apart by what they are made of."""
+    """Return x sigmoid(alpha x): one function per alpha, since layers are compared by identity."""
     return lambda x: x * torch.sigmoid(x * alpha)
 
 
 def activation(layer: nn.Module, layout: Layout) -> Any:
-    """The activation, with what is done to what enters it; None where there is none."""
-    found = [get(layer, act) if isinstance(act, str) else act for act in layout.act]
+    """Return the activation with its input's factors and bound; None if the layer has none."""
+    acts = [get(layer, act) if isinstance(act, str) else act for act in layout.act]
     alpha = get(layer, layout.alpha) if layout.alpha else None
-    act = next((a for a in found if a is not None), None if alpha is None else swish(float(alpha)))
+    act = next((a for a in acts if a is not None), None if alpha is None else swish(float(alpha)))
     factors, limit = _factors(layer, layout.factors), get(layer, layout.limit) if layout.limit else None
     return act if act is None or (not factors and limit is None) else Act(act, factors, limit)
 
 
 def lift(layer: nn.Module, layout: Layout) -> Lift | None:
-    """What is done to up x before it is multiplied."""
+    """Return the function of up x before the product, or None."""
     factors, limit = _factors(layer, layout.lifts), get(layer, layout.limit) if layout.limit else None
     plus = 1.0 if layout.alpha else 0.0
     return Lift(factors, limit, plus) if factors or plus or limit is not None else None
 
 
 def _factors(layer: nn.Module, paths: Sequence[str]) -> list[Any]:
-    found = [get(layer, path) for path in paths]
-    return [f for f in found if f is not None and not (isinstance(f, (int, float)) and f == 1)]
+    factors = [get(layer, path) for path in paths]
+    return [f for f in factors if f is not None and not (isinstance(f, (int, float)) and f == 1)]

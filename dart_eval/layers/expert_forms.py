@@ -1,7 +1,7 @@
-"""Experts that transformers does not hand to a function: how their modules hold weights, and how they are called.
+"""Modules of experts that transformers does not hand to a function: where their weights are, and how they are called.
 
-A form says where the matrices are, and does what the module does around two steps that are ours (`experts.Routed`).
-The trial forward compares each with the module's own answer before it is believed (`verify`).
+A form lists the paths of the matrices, and repeats the module's code around our two steps (`experts.Routed`). The trial
+forward compares each form with the module's own answer (`verify`).
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ Steps = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [N, D], experts [N, coun
 
 @dataclass(frozen=True)
 class Form:
-    """How a kind of module holds experts. E experts of I neurons.
+    """The layout of a kind of module with E experts of I neurons.
 
     Attributes:
         inputs: paths of gate and up together, [E, 2 I, D], or of each, [E, I, D].
         down: path of [E, D, I].
-        act: path of the activation. count: path of the number of experts of a token.
-        marks: paths of further attributes by which the module is known.
-        run: what the module does: (module, our two steps, its arguments) -> its answer.
-        transposed: down is stored as [E, I, D], and so is what holds gate and up together, [E, D, 2 I].
-        weighs_input: the router's weight multiplies x, and not what the expert makes of it.
-        experts: path of E, where the first two dimensions of all matrices are one.
+        act: path of the activation.
+        count: path of the number of experts of a token.
+        marks: paths of further attributes that identify the module.
+        run: the module's forward: (module, our two steps, its arguments) -> its output.
+        transposed: down is stored as [E, I, D], and gate and up together as [E, D, 2 I].
+        weighs_input: the router's weight multiplies x, not the expert's output.
+        experts: path of E, if the first two dimensions of all matrices are one.
     """
 
     inputs: tuple[str, ...]
@@ -40,14 +41,14 @@ class Form:
     act: str
     count: str
     marks: tuple[str, ...]
-    run: Callable[..., Any]
+    run: Callable[..., object]
     transposed: bool = False
     weighs_input: bool = False
     experts: str | None = None
 
 
 class View:
-    """Experts of another form, as transformers' interface has them: see `use_experts_implementation` there."""
+    """Experts of another form with transformers' interface: see `use_experts_implementation` there."""
 
     has_gate = is_concatenated = True
     has_bias = has_post_expert_norm = False
@@ -62,7 +63,7 @@ class View:
 
     @property
     def down_proj(self) -> Tensor:
-        """[E, D, I], or [E, I, D] where `is_transposed`: the parameter itself, in another shape."""
+        """[E, D, I], or [E, I, D] if `is_transposed`: the parameter itself, in another shape."""
         down: Tensor = self._get(self.form.down)
         if self.form.experts is not None:
             down = down.view(self._experts(), -1, down.shape[-1])
@@ -70,10 +71,10 @@ class View:
 
     @property
     def gate_up_proj(self) -> Tensor:
-        """[E, 2 I, D], or [E, D, 2 I] where `is_transposed`: a copy where gate and up are apart."""
+        """[E, 2 I, D], or [E, D, 2 I] if `is_transposed`: a copy if gate and up are separate."""
         parts: list[Tensor] = [self._get(path) for path in self.form.inputs]
         if len(parts) == 1:
-            more = len(parts[0]) > self._experts()  # those that do nothing (LongCat)
+            more = len(parts[0]) > self._experts()  # idle experts (LongCat)
             return parts[0][: self._experts()] if more else parts[0]
         return torch.cat([p.view(self._experts(), -1, p.shape[-1]) for p in parts], 1)
 
@@ -81,26 +82,26 @@ class View:
         down: Tensor = self._get(self.form.down)
         return len(down) if self.form.experts is None else int(self._get(self.form.experts))
 
-    def _apply_gate(self, made: Tensor) -> Tensor:
-        gate, up = made.chunk(2, -1)
+    def _apply_gate(self, projected: Tensor) -> Tensor:
+        gate, up = projected.chunk(2, -1)
         act: Any = self._get(self.form.act)
         return act(gate) * up
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Those of the module."""
+        """The parameters of the module."""
         module: Any = self._module()
         return module.parameters(recurse)
 
 
 def _scaling_x(block: Any, steps: Steps, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """Llama 4: experts are given x times the router's weight; all others x times 0, which makes 0."""
+    """Llama 4: experts take x times the router's weight; all others x times 0, which gives 0."""
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     scores, logits = block.router(x)
     weights, index = scores.topk(block.top_k)
     return block.shared_expert(x) + steps(x, index, weights), logits
 
 
-def _of_all(_experts: Any, steps: Steps, hidden_states: Tensor, gammas: Tensor) -> Tensor:
+def _of_all(_experts: object, steps: Steps, hidden_states: Tensor, gammas: Tensor) -> Tensor:
     """Inkling's shared experts: every token has all of them, by its own weights."""
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     weights = gammas.reshape(len(x), -1)
@@ -109,7 +110,7 @@ def _of_all(_experts: Any, steps: Steps, hidden_states: Tensor, gammas: Tensor) 
 
 
 def _with_idle(block: Any, steps: Any, hidden_states: Tensor) -> Tensor:
-    """LongCat: a token may have experts that give it back as it is, and read nothing."""
+    """LongCat: a token may have idle experts, which return it unchanged and read nothing."""
     _, weights, index = block.router(hidden_states)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     idle = index >= len(block.experts.down_proj)
@@ -127,7 +128,7 @@ def _norm_of_weights(block: Any, steps: Steps, hidden_states: Tensor) -> Tensor:
 
 
 def _sorted(block: Any, steps: Steps, layer_input: Tensor) -> Tensor:
-    """JetMoE: its router sorts tokens by expert, and what the experts write gets a bias."""
+    """JetMoE: its router sorts tokens by expert, and the experts' output gets a bias."""
     x = layer_input.reshape(-1, layer_input.shape[-1])
     best, index = block.router(x)[-1].topk(block.router.top_k, dim=1)
     out = steps(x, index, best.softmax(1).type_as(x)) + block.bias
@@ -153,7 +154,7 @@ FORMS = (
 
 
 def form_of(module: nn.Module) -> Form | None:
-    """How a module holds experts that transformers does not hand to a function; None where it holds none."""
+    """Return the form of a module of experts that transformers does not hand to a function; None for other modules."""
     return next((form for form in FORMS if _fits(module, form)), None)
 
 

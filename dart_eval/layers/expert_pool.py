@@ -1,4 +1,4 @@
-"""What is asked of routed experts beside a forward: of tokens that came before, and of all experts at once."""
+"""Routed experts outside a forward: of earlier tokens, and of all experts at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dart_eval.layers.experts import Routed
 
 
 def routing(routed: Routed, batch: int) -> Tensor:
-    """[B, T, 2 count] fp32, which experts each token of the forward under way has, and what they count."""
+    """Return [B, T, 2 count] fp32, the experts of each token of the current forward, and their weights."""
     counts = routed.weights if routed.inward is None else routed.inward
     return torch.cat([routed.index.float(), counts.float()], -1).view(batch, -1, 2 * routed.count)
 
 
 @contextmanager
 def under(routed: Routed, routing: Tensor) -> Iterator[None]:
-    """Inside, tokens are those with this routing: [..., 2 count]."""
+    """Give tokens this routing inside: [..., 2 count]."""
     before = routed.index, routed.weights, routed.inward
     index, counts = routing.reshape(-1, 2 * routed.count).chunk(2, -1)
     routed.index, routed.weights = index.long(), counts
@@ -32,17 +32,17 @@ def under(routed: Routed, routing: Tensor) -> Iterator[None]:
 
 
 def present(routed: Routed, h: Tensor, some: slice, tokens: int) -> Tensor:
-    """1 for every neuron that a token has, else 0: like h [B, t, F].
+    """Return 1 for every neuron that a token has, else 0: like h [B, t, F].
 
     Args:
-        some: which of the last `tokens` of the forward under way these are.
+        some: the place of these tokens among the last `tokens` of the current forward.
     """
     index = routed.index[len(routed.index) - len(h) * tokens :].view(len(h), tokens, routed.count)[:, some]
     return (index >= 0).float().repeat_interleave(routed.inner, -1)
 
 
 def input_biases(routed: Routed) -> tuple[Tensor | None, ...]:
-    """Those of gate and up (or of up alone) of all experts, [pool] each, or None."""
+    """Return the biases of gate and up (or of up alone) of all experts, [pool] each, or None."""
     experts = routed.experts
     if not experts.has_bias:
         return (None,) * (2 if experts.has_gate else 1)
@@ -53,6 +53,6 @@ def input_biases(routed: Routed) -> tuple[Tensor | None, ...]:
 
 
 def write_all(routed: Routed, h: Tensor) -> Tensor:
-    """[b, pool] -> [b, D], what the neurons of all experts write together, without a bias."""
+    """Return the output of all experts' neurons together, without a bias: [b, pool] -> [b, D]."""
     each = h.view(len(h), -1, routed.inner)
     return torch.stack([routed.times(each[:, e], "down_proj", e) for e in range(routed.all)]).sum(0)

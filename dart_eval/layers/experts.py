@@ -1,9 +1,8 @@
-"""Mixtures of experts: the routed experts of a layer as one FFN, of whose neurons a token has those of its experts.
+"""Mixtures of experts: the routed experts of a layer as one FFN, in which a token has the neurons of its experts.
 
 transformers hands all calls of experts to a function that can be registered (`ALL_EXPERTS_FUNCTIONS`). Ours computes
-what stock code does, in two steps that look like modules: what experts make of x, and what they write of h. So whatever
-watches or changes the h of an FFN does it here, too. The router's weight is a part of h: neurons of different experts
-can be held against each other.
+the same in two steps that look like modules: up, from x, and down, from h. So hooks on the h of an FFN work here, too.
+The router's weight is a part of h, so that neurons of different experts can be compared.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +21,31 @@ from dart_eval.layers.expert_forms import View, form_of
 from dart_eval.layers.projection import Step
 from dart_eval.util.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 NAME = "dart_eval"  # of the function, in `config._experts_implementation`
 ROUTED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k", "top_k")
 
 
 class Routed:
-    """The experts of one layer under the routing of the forward under way.
+    """The experts of one layer under the routing of the current forward.
 
     Attributes:
-        up, down: the two steps, as modules with inputs and outputs to be watched.
-        count: experts of a token. inner: neurons of an expert. size: neurons of a token's experts. width: D.
+        up, down: the two steps, as modules that can be hooked.
+        count: experts of a token.
+        inner: neurons of an expert.
+        size: neurons of a token's experts.
+        width: D.
         silent: leave out biases of down.
-        settle: what makes other experts of those that the router chose; None: nothing does.
-        index, weights: [N, count], which experts N tokens have (-1: none), and how much each counts.
-        inward: [N, count], what x is multiplied by for each expert (Llama 4: all that counts); None for nothing.
+        settle: replaces the experts that the router chose, or None.
+        index: [N, count], experts of N tokens; -1: none.
+        weights: [N, count], the router's weight of each.
+        inward: [N, count], factor on x for each expert (Llama 4, in place of the weights), or None.
     """
 
     def __init__(self, experts: Any) -> None:
-        # The module is the key by which this is known.
+        # A weak reference, as the module is the key in `_KNOWN`.
         self._experts = (lambda: experts) if isinstance(experts, View) else weakref.ref(experts)
         self.count = _routed(experts.config)
         rows, columns = experts.down_proj.shape[1:]
@@ -49,7 +55,7 @@ class Routed:
         self.index: Tensor = torch.empty(0, self.count, dtype=torch.long)
         self.weights: Tensor = torch.empty(0, self.count)
         self.inward: Tensor | None = None
-        self.made: Tensor | None = None
+        self.projected: Tensor | None = None
         self.silent = False
         self.settle: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
@@ -60,7 +66,7 @@ class Routed:
 
     @property
     def title(self) -> str:
-        """The class of the module, for people."""
+        """The class of the module, for messages."""
         return self.experts.title if isinstance(self.experts, View) else type(self.experts).__name__
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -69,44 +75,44 @@ class Routed:
         if isinstance(self.experts, View) and self.experts.weighs_input:
             self.inward, self.weights = self.weights, torch.ones_like(self.weights)
         self.up(x)
-        made, self.made = self.made, None
-        assert made is not None
-        h = self.hidden(made) * self.weights[..., None].to(made.dtype)
+        projected, self.projected = self.projected, None
+        assert projected is not None
+        h = self.hidden(projected) * self.weights[..., None].to(projected.dtype)
         return self.down(h.reshape(len(x), -1))
 
-    def hidden(self, made: Tensor) -> Tensor:
-        """[N, count, I], h without the router's weight. made: what the experts' first matrix made of x."""
-        return self.experts._apply_gate(made) if self.experts.has_gate else self.experts.act_fn(made)
+    def hidden(self, projected: Tensor) -> Tensor:
+        """Return [N, count, I], h without the router's weight. projected: the experts' first product."""
+        return self.experts._apply_gate(projected) if self.experts.has_gate else self.experts.act_fn(projected)
 
     def act(self, gate: Tensor) -> Tensor:
-        """What the gate contributes to h, elementwise: h where up is 1. Of a plain FFN the activation."""
+        """Return the gate's factor in h, elementwise: h for up = 1. For a plain FFN, the activation."""
         if self.experts.has_gate:
             return self.gated(gate, torch.ones_like(gate))
         h = self.experts.act_fn(gate).reshape(-1, self.count, self.inner)
         return (h * self.weights[-len(h) :, :, None].to(h.dtype)).reshape(gate.shape)
 
     def rest(self, up: Tensor) -> Tensor:
-        """What up contributes, elementwise: h where the gate is 1, beside h where both are (gpt-oss adds 1 to up)."""
+        """Return up's factor in h, elementwise: h for gate = 1, divided by h for both = 1 (gpt-oss adds 1 to up)."""
         one = torch.ones_like(up)
         return self.gated(one, up) / self.gated(one, one)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """h of gate x and up x, [..., I] each, without the router's weight."""
+        """Return h from gate x and up x, [..., I] each, without the router's weight."""
         pair = torch.cat([gate, up], -1) if self.experts.is_concatenated else torch.stack([gate, up], -1).flatten(-2)
         return self.experts._apply_gate(pair)
 
-    def halves(self, made: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate x and up x of what the first matrix made."""
+    def halves(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the first product into gate x and up x."""
         if self.experts.is_concatenated:
-            gate, up = made.chunk(2, -1)
+            gate, up = projected.chunk(2, -1)
             return gate, up
-        return made[..., ::2], made[..., 1::2]
+        return projected[..., ::2], projected[..., 1::2]
 
     # -- masks of all experts' neurons -----------------------------------------------------------------------------
 
     @property
     def all(self) -> int:
-        """How many experts there are."""
+        """Number of experts."""
         return len(self.experts.down_proj)
 
     @property
@@ -115,16 +121,16 @@ class Routed:
         return self.inner * self.all
 
     def _index(self, batch: int, tokens: int | None = None) -> Tensor:
-        """[B, T, count], the experts of each token; of its last ones where there are fewer tokens."""
+        """Return [B, T, count], the experts of the last `tokens` tokens of each sequence; None: of all."""
         count = len(self.index) if tokens is None else batch * tokens
         return self.index[len(self.index) - count :].view(batch, -1, self.count).clamp_min(0)
 
     def gather(self, mask: Tensor, batch: int) -> Tensor:
-        """[B or 1, pool] -> [B, T, F], of each token of the forward under way the neurons of its experts."""
+        """Select the neurons of each token's experts in the current forward: [B or 1, pool] -> [B, T, F]."""
         mask, width = mask.expand(batch, -1), self.count * self.inner
         index = self._index(batch)
-        found = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
-        return found.view(batch, -1, width)
+        own = mask.view(batch, -1, self.inner).gather(1, index.reshape(batch, -1, 1).expand(-1, -1, self.inner))
+        return own.view(batch, -1, width)
 
     def spread(self, h: Tensor, some: slice, tokens: int | None) -> Tensor:
         """See `ffn.FFN.spread`."""
@@ -147,42 +153,43 @@ class Routed:
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def input_weights(self) -> list[Tensor]:
-        """Gate and up (or up alone) of all experts, [pool, D] each: copies."""
-        made = self.experts.gate_up_proj if self.experts.has_gate else self.experts.up_proj
-        made = made.mT if not self.experts.is_transposed else made  # [E, D, rows]
-        parts = self.halves(made) if self.experts.has_gate else (made,)
+        """Return gate and up (or up alone) of all experts, [pool, D] each: copies."""
+        projected = self.experts.gate_up_proj if self.experts.has_gate else self.experts.up_proj
+        projected = projected.mT if not self.experts.is_transposed else projected  # [E, D, rows]
+        parts = self.halves(projected) if self.experts.has_gate else (projected,)
         return [part.transpose(1, 2).reshape(self.pool, self.width) for part in parts]
 
     def output_weight(self) -> Tensor:
-        """Down of all experts, [D, pool]: a copy."""
+        """Return down of all experts, [D, pool]: a copy."""
         down = self.experts.down_proj if self.experts.is_transposed else self.experts.down_proj.mT  # [E, I, D]
         return down.reshape(self.pool, self.width).T
 
     def stored_inputs(self, parts: Sequence[Tensor]) -> Tensor:
-        """What `input_weights` gives, as the parameter holds it: a copy, [E, D, rows] or [E, rows, D]."""
+        """Convert the output of `input_weights` to the parameter's layout: a copy, [E, D, rows] or [E, rows, D]."""
         each = [part.view(self.all, self.inner, self.width).transpose(1, 2) for part in parts]
         if len(each) == 1 or self.experts.is_concatenated:
-            made = torch.cat(each, -1)
+            projected = torch.cat(each, -1)
         else:
-            made = torch.stack(each, -1).flatten(-2)
-        return (made if self.experts.is_transposed else made.mT).contiguous()
+            projected = torch.stack(each, -1).flatten(-2)
+        return (projected if self.experts.is_transposed else projected.mT).contiguous()
 
     # -- the two steps ---------------------------------------------------------------------------------------------
 
     def each(self, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The experts that some token has: expert, the tokens, and their places among the experts of each."""
+        """Yield each expert that some token has: expert, the tokens, and its places among their experts."""
         for expert in index.unique().tolist():
             if 0 <= expert < self.all:
                 tokens, places = (index == expert).nonzero(as_tuple=True)
                 yield expert, tokens, places
 
     def times(self, x: Tensor, name: str, expert: int) -> Tensor:
-        """The product with one of an expert's matrices."""
+        """Return the product with one of an expert's matrices."""
         weight = getattr(self.experts, name)[expert]
         return x @ weight if self.experts.is_transposed else nn.functional.linear(x, weight)
 
     def write(self, h: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """What each expert writes of its h, with its bias: its place among the experts of [n] tokens, these, [n, D].
+        """Yield each expert's output with its bias: places among the tokens' experts [n], tokens [n], output [n, D].
+
 
         Args:
             h: [N, count, I] of the last N tokens, with the router's weight.
@@ -196,7 +203,7 @@ class Routed:
             yield places, tokens, written
 
     def written(self, h: Tensor) -> Tensor:
-        """[N, F] -> [N, count] fp32, the norm of what each expert of the last N tokens writes."""
+        """Return the norm of the output of each expert of the last N tokens: [N, F] -> [N, count] fp32."""
         norms = torch.zeros(len(h), self.count, device=h.device)
         h = h.to(self.experts.down_proj.dtype).view(len(h), self.count, self.inner)
         for places, tokens, written in self.write(h):
@@ -204,12 +211,12 @@ class Routed:
         return norms
 
     def bias(self, name: str, expert: int) -> Tensor | None:
-        """That of an expert's matrix; None."""
+        """Return the bias of an expert's matrix, or None."""
         return getattr(self.experts, f"{name}_bias")[expert] if self.experts.has_bias else None
 
 
 class _Step(Step):
-    """One of the two steps: a module, so that hooks can watch it; its parameters are those of the experts."""
+    """One of the two steps: a module with the experts' parameters, so that it can be hooked."""
 
     def __init__(self, routed: Routed) -> None:
         super().__init__()
@@ -224,7 +231,7 @@ class _Up(_Step):
     """[N, D] of the last N tokens -> gate x and up x of each one's experts, [N, 2 F] (of a plain FFN up x, [N, F])."""
 
     @property
-    def held(self) -> Any:
+    def held(self) -> nn.Parameter:
         return self.routed.experts.gate_up_proj if self.routed.experts.has_gate else self.routed.experts.up_proj
 
     def matrix(self) -> Tensor:
@@ -237,30 +244,30 @@ class _Up(_Step):
         routed, shape = self.routed, x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
         name = "gate_up_proj" if routed.experts.has_gate else "up_proj"
-        made = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
+        projected = x.new_zeros(len(x), routed.count, routed.inner * (2 if routed.experts.has_gate else 1))
         for expert, tokens, places in routed.each(routed.index[-len(x) :]):
             out = routed.times(x[tokens], name, expert)
             bias = routed.bias(name, expert)
-            made[tokens, places] = out if bias is None else out + bias
+            projected[tokens, places] = out if bias is None else out + bias
         if routed.inward is not None:
-            made = made * routed.inward[-len(x) :, :, None].to(made.dtype)
-        routed.made = made
+            projected = projected * routed.inward[-len(x) :, :, None].to(projected.dtype)
+        routed.projected = projected
         if not routed.experts.has_gate:
-            return made.reshape(*shape, -1)
-        gate, up = routed.halves(made)
+            return projected.reshape(*shape, -1)
+        gate, up = routed.halves(projected)
         rest = routed.rest(up) * routed.weights[-len(x) :, :, None].to(up.dtype)  # the router's weight is a part of h
         return torch.cat([gate.reshape(*shape, -1), rest.reshape(*shape, -1)], -1)
 
 
 class _Down(_Step):
-    """h of each token's experts [N, F] -> what they write [N, D]."""
+    """h of each token's experts [N, F] -> their output [N, D]."""
 
     def __init__(self, routed: Routed) -> None:
         super().__init__(routed)
         self.in_features, self.out_features = routed.size, routed.width
 
     @property
-    def held(self) -> Any:
+    def held(self) -> nn.Parameter:
         return self.routed.experts.down_proj
 
     def matrix(self) -> Tensor:
@@ -280,18 +287,18 @@ class _Down(_Step):
         return out.reshape(*shape, -1)
 
 
-def _routed(config: Any) -> int:
-    found = next((getattr(config, name) for name in ROUTED if isinstance(getattr(config, name, None), int)), None)
-    if found is None:
+def _routed(config: PretrainedConfig) -> int:
+    count = next((getattr(config, name) for name in ROUTED if isinstance(getattr(config, name, None), int)), None)
+    if count is None:
         raise UserError(
             f"how many experts a token of {config.model_type} has is not known",
             "add the name of its setting to ROUTED in dart_eval/layers/experts.py",
         )
-    return found
+    return count
 
 
-def routes(settings: Mapping[str, Any]) -> bool:
-    """Whether a model has routed experts, by the settings of its configuration and of those inside it."""
+def routes(settings: Mapping[str, object]) -> bool:
+    """Whether a model has routed experts, by the settings of its configuration and of nested ones."""
     inner = (value for value in settings.values() if isinstance(value, dict))
     return any(settings.get(name) for name in ROUTED) or any(map(routes, inner))
 
@@ -300,16 +307,16 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, Routed] = weakref.WeakKeyDictionary
 
 
 def is_routed(module: nn.Module) -> bool:
-    """Whether a module is experts that transformers hands to a registered function, or of a form that is known."""
+    """Whether a module is experts that transformers hands to a registered function, or has a known form."""
     interface = hasattr(module, "is_concatenated") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
     return interface or form_of(module) is not None
 
 
 def routed(experts: Any) -> Routed:
-    """The experts of a layer as one FFN, made once.
+    """Return the experts of a layer as one FFN, made once.
 
     Raises:
-        UserError: something stands between what an expert writes and the router's weight.
+        UserError: the module has a norm between an expert's output and the router's weight.
     """
     form = form_of(experts)
     if form is None and experts.has_post_expert_norm:
@@ -327,15 +334,15 @@ ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
 
 
 def ours(experts: Any) -> Callable[..., Any]:
-    """What computes a module of experts in our two steps, with the arguments of its forward."""
+    """Return the function that computes a module of experts in our two steps, with its forward's arguments."""
     form = form_of(experts)
     return (
         functools.partial(_forward, experts) if form is None else functools.partial(form.run, experts, routed(experts))
     )
 
 
-def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
-    """Let our function compute the model's experts. What it returns gives them back (`give_back`)."""
+def take_over(model: nn.Module) -> list[tuple[Any, object]]:
+    """Let our function compute the model's experts. Return the argument of `give_back`."""
     before = _hand_to(model, NAME)
     for module in model.modules():
         if form_of(module) is not None:
@@ -344,8 +351,8 @@ def take_over(model: nn.Module) -> list[tuple[Any, Any]]:
     return before
 
 
-def _hand_to(model: nn.Module, name: str) -> list[tuple[Any, Any]]:
-    """Let a function of transformers' table compute the experts that it hands on. Returns what undoes it."""
+def _hand_to(model: nn.Module, name: str) -> list[tuple[object, object]]:
+    """Let a function of transformers' table compute the experts. Return the former settings."""
     before = []
     configs: list[Any] = [m.config for m in model.modules() if is_routed(m) and form_of(m) is None]
     for config in {id(c): c for c in configs}.values():
@@ -367,7 +374,7 @@ def give_back(before: list[tuple[Any, Any]]) -> None:
 
 @contextmanager
 def taken_over(model: nn.Module) -> Iterator[None]:
-    """Our function computes the model's experts inside."""
+    """Let our function compute the model's experts inside."""
     before = take_over(model)
     try:
         yield
@@ -377,7 +384,7 @@ def taken_over(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_written(model: nn.Module) -> Iterator[None]:
-    """The modules' own code computes the model's experts inside, in any dtype."""
+    """Let the modules' own code compute the model's experts inside, in any dtype."""
     before = _hand_to(model, "eager")
     try:
         yield

@@ -1,7 +1,7 @@
-"""Where the parts of a decoder layer lie in each model family: the one table.
+"""The table of model families: attribute paths of the parts of a decoder layer.
 
-A family is described by attribute paths inside a decoder layer. Nothing is guessed: `ffn.find_ffns` runs some tokens
-through the model and refuses one whose FFN does not compute what its description says.
+Nothing is guessed: `find.find_ffns` runs some tokens through the model, and refuses it if its FFN does not compute what
+the table says.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from dart_eval.util.errors import UserError
 
-# The last two: Llama 4, whose base model is not told by its name.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The last two: Llama 4, whose name does not give its base model.
 LAYER_LISTS = (
     "layers", "h", "decoder.layers", "language_model.layers", "blocks", "model.layers", "language_model.model.layers",
 )  # fmt: skip
-# Of several stacks that run by turns: HRM's.
+# Stacks that run by turns: HRM's.
 STACKS = ("L_module.layers", "H_module.layers")
 
 
@@ -30,12 +33,12 @@ class Layout:
     Attributes:
         block: module whose first input is the FFN's.
         up, down, gate: the projections. gate is None for plain FFNs; `fused` halves of up hold gate, up.
-        act: the activation: the first of these paths that there is, or a function.
-        factors, lifts: what gate x is multiplied by before the activation, and up x before it is multiplied.
-        limit: the number that gate x is bounded by before the activation, and the absolute value of up x.
-        alpha: in place of act: of x sigmoid(alpha x), where the other factor is up x + 1.
+        act: the activation: the first of these paths that exists, or a function.
+        factors: of gate x, before the activation. Most families have neither these nor the next four.
+        lifts: factors of up x.
+        limit: upper bound of gate x before the activation, and of the absolute value of up x.
+        alpha: replaces act by x sigmoid(alpha x), times up x + 1.
         norm: between h and down.
-        Most families have none of these four.
     """
 
     block: str
@@ -51,14 +54,14 @@ class Layout:
     norm: str | None = None
 
 
-# Experts of every token, beside those that it is routed to.
+# Experts of every token, beside the routed ones.
 SHARED = (
     "mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp", "feed_forward.shared_expert", "mixer.shared_experts",
 )  # fmt: skip
 
 
 def _shared(block: str) -> tuple[Layout, ...]:
-    """Experts of every token: gated, in one projection (MiniMax M3), plain."""
+    """Return the layouts of experts of every token: gated, in one projection (MiniMax M3), plain."""
     up, down, gate = (f"{block}.{name}" for name in ("up_proj", "down_proj", "gate_proj"))
     acts = (f"{block}.act_fn", f"{block}.activation_fn")
     gated = Layout(block, up, down, acts, gate=gate, limit=f"{block}.limit")
@@ -66,7 +69,7 @@ def _shared(block: str) -> tuple[Layout, ...]:
 
 
 def _bounded(block: str) -> Layout:
-    """gpt-oss's gate, outside of experts (MiniMax M3)."""
+    """Return the layout with gpt-oss's gate, outside of experts (MiniMax M3)."""
     up, down, limit, alpha = (f"{block}.{n}" for n in ("gate_up_proj", "down_proj", "swiglu_limit", "swiglu_alpha"))
     return Layout(block, up, down, (), fused=True, limit=limit, alpha=alpha)
 
@@ -140,21 +143,20 @@ RECURRENT_OUTPUTS = (
     "mixer.out_proj",
 )  # fmt: skip
 
-# Parts of a layer that hold matrices and are no FFN, whatever ran beside one: norms with a gate (A.X K2), what spreads
-# the stream over several (DeepSeek V4, Hy4, Qwen4), mixes and corrects these (Gemma 3n), adds what a token's own
-# embedding says, convolutions of a few tokens behind attention and FFN (Inkling), a router beside experts (Gemma 4).
-# Zamba adds what its FFN makes to the input of a state space; Inkling 2's loops gate what they hand on.
+# Parts of a layer with matrices that are no FFN: norms with a gate (A.X K2); modules that spread the stream over many
+# (DeepSeek V4, Hy4, Qwen4), mix and correct these (Gemma 3n), or add a token's own embedding; convolutions of a few
+# tokens behind attention and FFN (Inkling); a router beside experts (Gemma 4). Zamba adds its FFN's output to the input
+# of a state space; Inkling 2's loops gate their output.
 STREAMS = (
     "input_layernorm", "post_attention_layernorm", "attn_hc", "ffn_hc", "attn_hyper_connection", "mlp_hyper_connection",
     "ple", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "attn_sconv", "mlp_sconv",
     "router", "mamba_decoder", "linear", "q_message_gate", "k_message_gate", "v_message_gate", "mlp_message_gate",
 )  # fmt: skip
-# Of an FFN's block, where it is not 0: the gate of a neuron counts by how it compares with those of all others (Gemma
-# 3n), so that none can be left out without a change of the rest.
+# Of an FFN's block, if not 0: the gates of all neurons are compared (Gemma 3n), so leaving one out changes the rest.
 COMPARED = ("activation_sparsity",)
 
 
-def get(module: Any, path: str) -> Any:
+def get(module: object, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
         if module is None:
@@ -166,8 +168,8 @@ def first(layer: nn.Module, paths: Sequence[str]) -> Any:
     return next((m for p in paths if (m := get(layer, p)) is not None), None)
 
 
-def base_of(model: Any) -> Any:
-    """What runs up to the last hidden states: the base model, or the decoder where that is the model itself."""
+def base_of(model: PreTrainedModel) -> Any:
+    """Return the module that computes the last hidden states: the base model, or the decoder if that is the model."""
     base = getattr(model, "base_model", model)
     return decoder(model) if base is model else base
 
@@ -178,12 +180,12 @@ FINAL_NORMS = (
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm between the last layer and the output head, if the model has one."""
+    """Return the norm between the last layer and the output head, if the model has one."""
     return first(decoder(model), FINAL_NORMS)
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
+    """Return the module that owns the decoder layers and runs them in order (hooks on it see every forward)."""
     base = getattr(model, "base_model", model)
     for path in LAYER_LISTS:
         layers = get(base, path)
@@ -199,12 +201,12 @@ def decoder(model: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a Hugging Face causal language model."""
+    """Return the decoder layers of a Hugging Face causal language model."""
     owner = decoder(model)
-    found = next((m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None), None)
-    return nn.ModuleList(layer for path in STACKS for layer in get(owner, path)) if found is None else found
+    layers = next((m for p in LAYER_LISTS if (m := getattr(owner, p.rpartition(".")[2], None)) is not None), None)
+    return nn.ModuleList(layer for path in STACKS for layer in get(owner, path)) if layers is None else layers
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Name of forward's KV cache argument: transformers 5 renames `past_key_values` to `cache`."""
+    """Return the name of forward's KV cache argument: transformers 5 renames `past_key_values` to `cache`."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

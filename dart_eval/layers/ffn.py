@@ -1,4 +1,4 @@
-"""The FFN of a layer, whatever the family: what it computes, and the modules that it is made of."""
+"""The FFN of a layer, whatever the family: its modules, and what they compute."""
 
 from __future__ import annotations
 
@@ -18,20 +18,26 @@ class FFN:
     """One layer's FFN, whatever the family. F neurons, model width D.
 
     Attributes:
-        layer: its index among the FFNs. number: of the decoder layer, for people. holder: that layer.
+        layer: its index among the FFNs.
+        number: of the decoder layer, for messages.
+        holder: the decoder layer.
         block: module whose first input is the FFN's input x, [B, T, D].
         gate, up, down: the projections (gate None for a plain FFN; `fused`: up holds gate and up).
-        act: the activation. lift: what is done to up x before it is multiplied; None. norm: between h and down; None.
+        act: the activation.
+        lift: function of up x before the product, or None.
+        norm: between h and down, or None.
         residual: module whose first input is the residual stream y that enters the FFN, [B, T, D].
-        output: module whose output is what the FFN adds to the stream, [B, T, D].
-        attention: the output projection of the attention, or of what stands in for it, in the same layer or before.
-        size, width: F, D. dtype: of x, as the trial forward saw it.
+        output: module whose output the FFN adds to the stream, [B, T, D].
+        attention: the output projection of the attention or its replacement, in the same layer or before.
+        size, width: F, D.
+        dtype: of x in the trial forward.
         scale: factor on the output before it is added (Granite).
-        after: module whose first input is the stream that leaves the FFN; None: the layer's output is that.
-        adds: whether that stream is y + scale * what `output` gives (+ `attention`'s output, if side by side), as the
-            trial forward saw it. joint: its layer has others, too; all of them add to that stream then.
-        runs: how often it runs for a token.
-        routed: the experts whose neurons these are, others for every token; None.
+        after: module whose first input is the stream that leaves the FFN; None: that is the layer's output.
+        adds: whether, in the trial forward, that stream was y + scale * the output of `output` (+ that of `attention`,
+            if side by side).
+        joint: whether its layer has other FFNs, all of which then add to that stream.
+        runs: times that it runs for a token.
+        routed: the routed experts that it consists of, or None.
     """
 
     layer: int
@@ -65,31 +71,33 @@ class FFN:
 
     @property
     def pool(self) -> int:
-        """Neurons that it has: more than a token's where experts are routed."""
+        """All of its neurons: with routed experts more than a token has."""
         return self.routed.pool if self.routed else self.size
 
     def of_token(self, mask: Tensor, batch: int) -> Tensor:
-        """A mask [B or 1, pool], as each token of the forward under way has it: [B or 1, T or 1, F]."""
+        """Return a mask [B or 1, pool] for each token of the current forward: [B or 1, T or 1, F]."""
         return self.routed.gather(mask, batch) if self.routed else mask[:, None]
 
     def spread(self, h: Tensor, some: slice = slice(None), tokens: int | None = None) -> Tensor:
-        """[B, t, F] of each token's experts -> [B, t, pool] with 0 for the others; else as it is.
+        """Fill in 0 for the experts that a token lacks: [B, t, F] -> [B, t, pool]; without experts h as it is.
 
         Args:
-            some: which of the `tokens` of the forward under way these are; without them its last ones.
+            some: the place of these tokens among `tokens` of the current forward; by default its last ones.
         """
         return self.routed.spread(h, some, tokens) if self.routed else h
 
     def mask_of(self, take: Callable[[Tensor, Tensor], Tensor], scores: Tensor, keep: Tensor) -> Tensor:
-        """A mask of the best neurons, [B, pool] bool: equally many of each expert.
+        """Return a mask of the best neurons, [B, pool] bool: equally many of each expert.
 
         Args:
-            take: makes a mask of scores [n, ...] and counts [n]. scores: [B, pool]. keep: [B], of a token's neurons.
+            take: makes a mask from scores [n, ...] and counts [n].
+            scores: [B, pool].
+            keep: [B], of a token's neurons.
         """
         return self.routed.mask_of(take, scores, keep) if self.routed else take(scores, keep)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """a = act(gate x) and u = up x, each [..., F]; of a plain FFN act(up x) and None."""
+        """Return a = act(gate x) and u = up x, each [..., F]; for a plain FFN act(up x) and None."""
         if self.gate is not None:
             return self.act(self.gate(x)), self.lifted(self.up(x))
         if self.fused:
@@ -98,16 +106,16 @@ class FFN:
         return self.act(self.up(x)), None
 
     def lifted(self, up: Tensor) -> Tensor:
-        """[..., F], what act(gate x) is multiplied by. up: up x."""
+        """Return [..., F], the factor of act(gate x). up: up x."""
         return up if self.lift is None else self.lift(up)
 
     def intermediate(self, x: Tensor) -> Tensor:
-        """h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
+        """Return h = act(gate x) * (up x), or act(up x) for a plain FFN: [..., D] -> [..., F]."""
         a, u = self.parts(x)
         return a if u is None else a * u
 
     def input_weights(self) -> list[Tensor]:
-        """The matrices that make h, each [F, D], (gate and up, or up alone)."""
+        """Return the matrices that make h, each [F, D] (gate and up, or up alone)."""
         if self.routed:
             return self.routed.input_weights()
         if self.gate is not None:
@@ -115,28 +123,28 @@ class FFN:
         return list(self.matrix(self.up).chunk(2)) if self.fused else [self.matrix(self.up)]
 
     def output_weight(self) -> Tensor:
-        """The down projection, [D, F]."""
+        """Return the down projection, [D, F]."""
         return self.routed.output_weight() if self.routed else self.matrix(self.down)
 
     def matrix(self, projection: nn.Module) -> Tensor:
-        """The weight of one of its projections, [out, in], in the dtype that it computes in."""
+        """Return the weight of one of its projections, [out, in], in the dtype that it computes in."""
         weight = weight_matrix(projection)
         return weight.to(self.dtype) if self.dtype is not None and encoded(projection) else weight
 
     def write(self, h: Tensor) -> Tensor:
-        """The down projection of h ([..., F]) without its bias: [..., D] fp32."""
+        """Return down h without its bias: [..., F] -> [..., D] fp32."""
         bias = quantised.bias_of(self.down)
         added = self.down(h).float()
         return added if bias is None else added - bias.float()
 
     @property
     def projections(self) -> list[nn.Module]:
-        """Gate, where there is one, up and down."""
+        """Gate, if there is one, up and down."""
         return [m for m in (self.gate, self.up, self.down) if m is not None]
 
     @property
     def matrices(self) -> int:
-        """How many F x D matrices a token multiplies: 3 for gated FFNs, 2 for plain ones."""
+        """F x D matrices that a token multiplies: 3 for gated FFNs, 2 for plain ones."""
         return 3 if self.gated else 2
 
     @property
@@ -146,7 +154,7 @@ class FFN:
 
 
 def device_of(ffn: FFN) -> torch.device:
-    """Where an FFN's weights are, as parameters or, of some libraries, as buffers; torch packs them for CPUs alone."""
+    """Return the device of an FFN's weights, which some libraries hold as buffers; torch packs them only on CPUs."""
     quantised.refuse_offloaded(ffn.down)
     held = itertools.chain(ffn.down.parameters(), ffn.down.buffers())
     return next((tensor.device for tensor in held), torch.device("cpu"))

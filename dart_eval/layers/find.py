@@ -29,28 +29,29 @@ from dart_eval.layers.projection import encoded, features, stored_bits
 from dart_eval.util.errors import UserError
 
 
-def _described(layer: nn.Module, number: int, index: int, before: Any) -> list[FFN]:
-    """The FFNs of a layer by the tables alone; none where no entry fits. More than one where there are experts.
+def _described(layer: nn.Module, number: int, index: int, before: object) -> list[FFN]:
+    """Return the FFNs of a layer by the tables alone: none if no entry fits, several with experts.
 
     Args:
-        number: of the layer. index: of the first FFN. before: the attention's output projection, here or in the layers
-            before.
+        number: of the layer.
+        index: of its first FFN.
+        before: the attention's output projection, of this layer or an earlier one.
     """
-    found: list[FFN] = []
+    ffns: list[FFN] = []
     for layout in LAYOUTS:
-        ffn = _laid_out(layer, layout, number, index + len(found), before)
-        if ffn is not None and all(ffn.down is not f.down for f in found):
-            found.append(ffn)
+        ffn = _laid_out(layer, layout, number, index + len(ffns), before)
+        if ffn is not None and all(ffn.down is not f.down for f in ffns):
+            ffns.append(ffn)
     for module in layer.modules():
         if before is not None and experts.is_routed(module):
-            found.append(_routed(layer, module, number, index + len(found), before))
-    for ffn in found:
-        ffn.joint = len(found) > 1
-    return found
+            ffns.append(_routed(layer, module, number, index + len(ffns), before))
+    for ffn in ffns:
+        ffn.joint = len(ffns) > 1
+    return ffns
 
 
 def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attention: Any) -> FFN | None:
-    """The FFN of a layer where a layout fits, else None. Arguments as of `_described`."""
+    """Return the FFN of a layer if a layout fits, else None. Arguments as of `_described`."""
     block, up, down = (get(layer, p) for p in (layout.block, layout.up, layout.down))
     gate = get(layer, layout.gate) if layout.gate else None
     act = activation(layer, layout)
@@ -71,8 +72,8 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
     )  # fmt: skip
 
 
-def _routed(layer: nn.Module, module: Any, number: int, index: int, attention: Any) -> FFN:
-    """The routed experts of a layer, of whose neurons a token has those of its experts. See `_described`."""
+def _routed(layer: nn.Module, module: object, number: int, index: int, attention: Any) -> FFN:
+    """Return the routed experts of a layer as an FFN. Arguments as of `_described`."""
     routed = experts.routed(module)
     return FFN(
         layer=index, number=number, holder=layer, block=routed.up, gate=None, up=routed.up, down=routed.down,
@@ -83,7 +84,7 @@ def _routed(layer: nn.Module, module: Any, number: int, index: int, attention: A
 
 
 def _residual(layer: nn.Module, block: nn.Module) -> Any:
-    """The module that the stream enters on its way to the FFN."""
+    """Return the module that the stream enters on its way to the FFN."""
     residual = first(layer, RESIDUAL_NORMS)
     if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:
         return block  # OLMo 2: without a norm
@@ -91,52 +92,52 @@ def _residual(layer: nn.Module, block: nn.Module) -> Any:
 
 
 def _has_none(layer: nn.Module) -> bool:
-    """Whether a layer is attention, or what stands in for it, and nothing else (Nemotron-H)."""
+    """Whether a layer is attention, or its replacement, and nothing else (Nemotron-H)."""
     parts = [m for m in layer.children() if any(p.dim() > 1 for p in m.parameters())]
     return len(parts) == 1 and first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) is not None
 
 
-# Of a model: its FFNs, and what its layers were made of when they were found.
+# model -> its FFNs, and the identities of its layers' parts when they were found
 _FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[list[FFN], list[int]]] = weakref.WeakKeyDictionary()
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """The FFN of every layer, checked by running some tokens through the model.
+    """Return the FFN of every layer, checked by running some tokens through the model.
 
     Raises:
         UserError: the family is unknown, the model fails, or its FFN does not compute what its description says.
     """
-    known = _FOUND.get(model)
-    if known is not None and unchanged(model, known[0]):
-        return known[0]
+    cached = _FOUND.get(model)
+    if cached is not None and unchanged(model, cached[0]):
+        return cached[0]
     ffns = describe(model)
     for module in (m for f in ffns for m in f.projections if encoded(m)):
         quantised.note(module, stored_bits(module))
     verify.verify(model, ffns)
-    _FOUND[model] = ffns, _made_of(model)
+    _FOUND[model] = ffns, _layer_parts(model)
     return ffns
 
 
 def unchanged(model: nn.Module, ffns: Sequence[FFN]) -> bool:
-    """Whether these are still the FFNs of the model: adapters, dropped layers and quantisation make others.
+    """Whether these are still the FFNs of the model, which adapters, dropped layers and quantisation change.
 
-    It is asked at every prompt: layers are described anew only where something in them is not what it was.
+    Called at every prompt, so layers are described anew only if some part has changed.
     """
-    found, made_of = _FOUND.get(model, (None, None))
-    now = _made_of(model)
-    if found is ffns and made_of == now:
+    cached, old_parts = _FOUND.get(model, (None, None))
+    new_parts = _layer_parts(model)
+    if cached is ffns and old_parts == new_parts:
         return True
     try:
         same = [_parts(f) for f in describe(model)] == [_parts(f) for f in ffns]
     except UserError:
         return False
-    if same and found is ffns:
-        _FOUND[model] = found, now
+    if same and cached is ffns:
+        _FOUND[model] = cached, new_parts
     return same
 
 
-def _made_of(model: nn.Module) -> list[int]:
-    """All that layers are made of, by identity: modules, parameters, functions (but for a module's own methods)."""
+def _layer_parts(model: nn.Module) -> list[int]:
+    """Return the identities of all parts of layers: modules, parameters, functions (without a module's methods)."""
     modules = [m for layer in decoder_layers(model) for m in layer.modules()]
     parameters = (p for m in modules for p in m._parameters.values())
     functions = (v for m in modules for k, v in vars(m).items() if callable(v) and not hasattr(nn.Module, k))
@@ -144,15 +145,15 @@ def _made_of(model: nn.Module) -> list[int]:
 
 
 def _parts(ffn: FFN) -> list[int]:
-    """Its modules and their parameters, by identity (a weight that is made anew each time has none)."""
-    modules: list[Any] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
+    """Return the identities of its modules and their parameters (weights computed on the fly have none)."""
+    modules: list[object] = [ffn.block, ffn.gate, ffn.up, ffn.down, ffn.residual, ffn.output, ffn.attention]
     modules += [ffn.norm, ffn.routed or (ffn.act.act if isinstance(ffn.act, Act) else ffn.act)]
     projections = ffn.projections
     return [id(x) for x in (*modules, *(p for m in projections for p in m._parameters.values()))]
 
 
 def describe(model: nn.Module) -> list[FFN]:
-    """The FFN of every layer by the table alone: for a model that cannot run, since it has no weights.
+    """Return the FFN of every layer by the table alone, for a model without weights.
 
     Raises:
         UserError: the family is unknown.
@@ -161,14 +162,14 @@ def describe(model: nn.Module) -> list[FFN]:
     attention = None
     for number, layer in enumerate(decoder_layers(model)):
         attention = first(layer, ATTENTION_OUTPUTS + RECURRENT_OUTPUTS) or attention
-        found = _described(layer, number, len(ffns), attention)
-        if not found and not _has_none(layer):
+        described = _described(layer, number, len(ffns), attention)
+        if not described and not _has_none(layer):
             raise UserError(
                 f"the FFN of {type(layer).__name__} (layer {number} of {type(model).__name__}) is not understood "
                 f"(its parts: {', '.join(n for n, _ in layer.named_children())})",
                 "dense gated or plain FFNs are supported, and experts that transformers keeps in one module",
             )
-        ffns += found
+        ffns += described
     if not ffns:
         raise UserError(f"{type(model).__name__} has no FFN in any layer", "there is nothing to prune")
     return ffns

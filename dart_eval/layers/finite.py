@@ -1,4 +1,4 @@
-"""NaN and infinity: a model that computes them is refused by name, so that none of them becomes a result."""
+"""NaN and infinity: a model that computes them is refused, so that they do not become results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def refuse_not_finite(values: Tensor, what: str, dtype: torch.dtype | None = Non
     """Refuse NaN and infinity.
 
     Args:
-        what: the values are, e.g. `inputs of the FFN of layer 3`.
-        dtype: that they were computed in, where they are of another one.
+        what: name of the values, such as `inputs of the FFN of layer 3`.
+        dtype: that they were computed in, if not their own.
 
     Raises:
-        UserError: with how many of them are not finite, and what to do.
+        UserError: with the number of values that are not finite.
     """
     wrong = int((~values.isfinite()).sum())
     if wrong:

@@ -1,4 +1,4 @@
-"""One projection of a model, whatever holds its weight: its matrix, its sizes, the bits of a weight."""
+"""One projection of a model, however its weight is stored: its matrix, its sizes, the bits of a weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from dart_eval.util.errors import UserError
 
 
 class Step(nn.Module):
-    """A projection of the experts of a layer, whose parameters are those of a module that has them all.
+    """A projection of all experts of a layer, whose parameters belong to one module.
 
     Attributes:
-        routed: the experts. in_features, out_features: D and F, or F and D.
+        routed: the experts.
+        in_features, out_features: D and F, or F and D.
     """
 
     routed: Any
@@ -23,32 +24,31 @@ class Step(nn.Module):
     out_features: int
 
     @property
-    def held(self) -> Any:
+    def held(self) -> nn.Parameter:
         """The experts' parameter that it multiplies with."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
-        """The same of all experts as [out, in], their rows below each other; perhaps a copy."""
+        """Return the matrices of all experts as [out, in], their rows below each other; perhaps a copy."""
         raise NotImplementedError
 
     def stored(self, matrix: Tensor) -> Tensor:
-        """A matrix of that kind as the parameter holds it: a copy."""
+        """Convert such a matrix to the parameter's layout: a copy."""
         raise NotImplementedError
 
 
 def weight_matrix(linear: nn.Module) -> Tensor:
-    """A projection's weight as [out, in], to be read: GPT-2's Conv1D stores it transposed, and quantised ones are made
-    anew (`quantised.values`)."""
+    """Return a projection's weight as [out, in], to be read. Quantised weights are computed (`quantised.values`)."""
     if encoded(linear) and not isinstance(linear, Step):
         return quantised.values(linear, features(linear)[0])
     return plain_matrix(linear)
 
 
 def plain_matrix(linear: nn.Module) -> Tensor:
-    """The same where the weight itself is to be changed, or put elsewhere.
+    """Return a projection's weight as [out, in], to be changed or copied. GPT-2's Conv1D stores it transposed.
 
     Raises:
-        UserError: the weight is no matrix of plain numbers.
+        UserError: the weight is not a matrix of plain numbers.
     """
     if reason := encoded(linear):
         raise UserError(
@@ -62,11 +62,11 @@ def plain_matrix(linear: nn.Module) -> Tensor:
     return weight.T if is_conv1d(linear) else weight
 
 
-PLAIN = (Tensor, nn.Parameter)  # what holds its numbers as they are
+PLAIN = (Tensor, nn.Parameter)  # types of plain numbers
 
 
 def encoded(linear: nn.Module) -> str | None:
-    """Why a projection's weight is no matrix of plain numbers (`are ...`), or None."""
+    """Return why a projection's weight is not a matrix of plain numbers (`are ...`), or None."""
     if (form := quantised.form(linear)) is not None:
         return form
     step = isinstance(linear, Step)
@@ -81,19 +81,19 @@ def encoded(linear: nn.Module) -> str | None:
 
 
 def stored_bits(linear: nn.Module) -> float:
-    """Bits of a weight of a quantised projection, or of experts, as it is held now."""
+    """Return the bits of a weight of a quantised projection, or of experts, as it is in memory."""
     if isinstance(linear, Step):
         return quantised.bits([linear.held], math.prod(linear.held.shape))
     return quantised.bits(quantised.held(linear), math.prod(features(linear)))
 
 
-def is_conv1d(linear: Any) -> bool:
+def is_conv1d(linear: object) -> bool:
     """Whether this is GPT-2's projection, whose weight is stored [in, out]."""
     return type(linear).__name__ == "Conv1D"
 
 
 def features(linear: Any) -> tuple[int, int]:
-    """(in, out) features of a projection, without touching its (perhaps quantised) weight."""
+    """Return the (in, out) features of a projection without touching its (perhaps quantised) weight."""
     if is_conv1d(linear):
         return int(linear.nx), int(linear.nf)
     return int(linear.in_features), int(linear.out_features)

@@ -1,15 +1,15 @@
-"""The sizes of a model from which FLOPs and bytes follow.
+"""The sizes of a model, which give FLOPs and bytes.
 
-A multiply-add is two FLOPs. The matrix products are counted (projections, attention scores and values, output head),
-as an eager kernel executes them: a prompt's attention over its full square, a decoded token's over its KV cache.
-Norms, activations and softmax are left out, as torch's own flop counter leaves them out; a test compares the two.
+A multiply-add is two FLOPs. Matrix products count (projections, attention scores and values, output head), as an eager
+kernel executes them: a prompt's attention over its full square, a decoded token's over its KV cache. Norms, activations
+and softmax do not count, as in torch's own flop counter; a test compares the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,19 +18,22 @@ from dart_eval.layers.families import ATTENTION_OUTPUTS, decoder, decoder_layers
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import features
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model from which its cost follows.
+    """The sizes of a model, which give its cost.
 
     Attributes:
         layers, width: L and D.
         ffn_sizes: F of every layer.
         ffn_matrices: matrices of an FFN (3 gated, 2 plain).
         other_weights: weights of all other projections of the decoder, multiplied once per token.
-        head_weights: weights of the output head, multiplied where logits are wanted.
+        head_weights: weights of the output head, multiplied for logits.
         attention_widths: for each layer, heads * (width of a head's keys + width of its values).
-        windows: tokens that each layer can look back to (itself included), None for all.
+        windows: tokens that each layer attends to, the current one included; None for all.
         weight_bytes: bytes of all parameters, tied ones once.
     """
 
@@ -46,25 +49,25 @@ class ModelShape:
 
     @property
     def ffn_weights(self) -> int:
-        """The number of weights of all FFNs."""
+        """Number of weights of all FFNs."""
         return self.ffn_matrices * self.width * sum(self.ffn_sizes)
 
     @property
     def ffn_share(self) -> float:
-        """The share of the FFNs in the weights that a decoded token reads."""
+        """Share of the FFNs in the weights that a decoded token reads."""
         return self.ffn_weights / (self.ffn_weights + self.other_weights + self.head_weights)
 
     def prefill(self, tokens: int) -> int:
-        """FLOPs of a dense prompt of that many tokens, with logits at its last position only."""
+        """Return the FLOPs of a dense prompt, with logits at its last position only."""
         per_token = 2 * (self.ffn_weights + self.other_weights)
         return tokens * per_token + 2 * sum(self.attention_widths) * tokens * tokens + 2 * self.head_weights
 
     def decode(self, position: int, weights_read: float = 1.0) -> int:
-        """FLOPs of one decoded token.
+        """Return the FLOPs of one decoded token.
 
         Args:
-            position: how many tokens it attends to, itself included.
-            weights_read: the share of the FFN weights that it multiplies.
+            position: tokens that it attends to, itself included.
+            weights_read: share of the FFN weights that it multiplies.
         """
         ffn = round(2 * self.ffn_weights * weights_read)
         seen = [position if w is None else min(position, w) for w in self.windows]
@@ -73,7 +76,7 @@ class ModelShape:
 
 
 def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
-    """Read the sizes off a loaded Hugging Face causal language model."""
+    """Return the sizes of a loaded Hugging Face causal language model."""
     ffn_modules = {id(m) for f in ffns for m in f.projections}
     other = 0
     for module in decoder(model).modules():  # some project before and after their layers (OPT-350m)
@@ -93,15 +96,15 @@ def shape_of(model: nn.Module, ffns: Sequence[FFN]) -> ModelShape:
     )  # fmt: skip
 
 
-def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer, as the KV cache keeps it."""
+def _windows(config: PretrainedConfig, layers: int) -> tuple[int | None, ...]:
+    """Return the sliding window of each layer, as in the KV cache."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds[:layers])
 
 
 def _attention_width(layer: nn.Module) -> int:
-    """The widths of all keys and values; 0 where tokens leave none.
+    """Return the widths of all keys and values; 0 for layers without them.
 
     In latent attention (DeepSeek, MiniCPM3) keys are wider than values.
     """
@@ -118,5 +121,4 @@ def _attention_width(layer: nn.Module) -> int:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    named = type(module).__name__
-    return hasattr(module, "weight") and (hasattr(module, "in_features") or named == "Conv1D")
+    return hasattr(module, "weight") and (hasattr(module, "in_features") or type(module).__name__ == "Conv1D")

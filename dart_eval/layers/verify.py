@@ -1,10 +1,10 @@
-"""A trial forward: what a model's FFNs really compute, compared with their descriptions (`ffn.FFN`).
+"""The trial forward: compares what a model's FFNs compute with their descriptions (`ffn.FFN`).
 
-Two forwards of some tokens. In the first, each FFN must feed its down projection what the description says; and where
-the stream that leaves it is what enters it and what it adds, this is noted (`FFN.adds`). In the second all neurons are
-zero: what the FFN then adds must be the same for every token. Otherwise something computes beside the neurons that
-are known (experts), and only a part of the FFN would be pruned. Where a layer has several FFNs, which it may weigh by
-gates, the second forward tells whether they add to the stream: it then leaves the layer as it entered.
+In a first forward of some tokens, each FFN must feed its down projection the described h; `FFN.adds` notes whether the
+stream that leaves an FFN is the entering one plus the FFN's output. In a second forward all neurons are zero, and the
+FFN's output must be the same for every token. Otherwise something computes beside the known neurons (experts), and only
+a part of the FFN would be pruned. If a layer has several FFNs, perhaps weighed by gates, the second forward shows
+whether they add to the stream: it then leaves the layer unchanged.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dart_eval.util.errors import UserError, out_of_memory, summary
 
 TOKENS = 3
 TOLERANCE = 0.02  # of the largest value: models compute in bfloat16, or on quantised weights
-CONSTANT = 1e-3  # the same for what must be equal from token to token
+CONSTANT = 1e-3  # the same for values that must be equal from token to token
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode that it was in."""
+    """Set evaluation mode inside; afterwards restore the mode of every module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -41,8 +41,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def telling(model: nn.Module) -> Iterator[None]:
-    """Tell in one line what the model's own code raises in the trial forward inside.
+def explaining(model: nn.Module) -> Iterator[None]:
+    """Explain in one line an error of the model's own code in the trial forward inside.
 
     Raises:
         UserError: with the model's name and the error.
@@ -59,13 +59,19 @@ def telling(model: nn.Module) -> Iterator[None]:
 
 
 class _Seen:
-    """What one layer computed, float32 on the CPU, [T, ...]; None where it did not run.
+    """The activations of one layer, float32 on the CPU, [T, ...]; None if it did not run.
 
     Attributes:
-        x: into the FFN. h: as it is made. y: the stream into it. z: what it adds, without its scale.
-        attention: output of the attention. after: the stream that leaves it. mixture: what all experts make together.
-        others: modules that ran and hold weights, beside the attention and the projections.
-        eps: of the dtype that it computed in. runs: how often it made h.
+        x: input of the FFN.
+        h: input of its down projection.
+        y: the stream that enters it.
+        z: its output, without its scale.
+        attention: output of the attention.
+        after: the stream that leaves it.
+        mixture: output of all experts together.
+        others: modules with weights that ran beside the attention and the projections.
+        eps: of the dtype of the computation.
+        runs: times that it computed h.
     """
 
     x: Tensor | None = None
@@ -81,20 +87,20 @@ class _Seen:
     def __init__(self) -> None:
         self.others: set[str] = set()
 
-    def keep(self, name: str, value: Any) -> None:
+    def record(self, name: str, value: Any) -> None:
         value = value[0] if isinstance(value, (tuple, list)) else value
         self.runs += name == "h"
         if name == "y":
             self.eps = torch.finfo(value.dtype).eps
-        # Of x the intermediate state is computed anew: it stays as it is.
+        # h is recomputed from x, which therefore keeps its dtype and device.
         setattr(self, name, value.detach() if name in ("x", "h") else _rows(value))
 
 
 def verify(model: nn.Module, ffns: Sequence[FFN]) -> None:
-    """Compare each description with what the model really does.
+    """Compare each description with the model's computation.
 
     Raises:
-        UserError: the model fails on a few tokens, an FFN does something else or is not all that adds to its stream.
+        UserError: the model fails on a few tokens, or an FFN computes something else or not all of its output.
     """
     name = type(model).__name__
     with torch.no_grad(), evaluating(model):
@@ -109,10 +115,10 @@ def verify(model: nn.Module, ffns: Sequence[FFN]) -> None:
 
 
 def _check_experts(model: nn.Module) -> None:
-    """Whether our two steps make of x what each module of experts makes of it.
+    """Check that our two steps compute what each module of experts computes.
 
     Raises:
-        UserError: they make something else.
+        UserError: they do not.
     """
     handles = [m.register_forward_hook(_same, with_kwargs=True) for m in model.modules() if experts.is_routed(m)]
     try:
@@ -124,7 +130,7 @@ def _check_experts(model: nn.Module) -> None:
             handle.remove()
 
 
-def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _same(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
     theirs, ours = (
         _rows(out[0] if isinstance(out, tuple) else out) for out in (output, experts.ours(module)(*args, **kwargs))
     )
@@ -136,15 +142,15 @@ def _same(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 
 def _forward(model: Any) -> None:
-    """A forward of a few tokens."""
+    """Run a forward of a few tokens."""
     words = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(TOKENS, device=input_device(model)) % words)[None]
-    with telling(model):
+    with explaining(model):
         getattr(model, "base_model", model)(input_ids=ids, use_cache=False)
 
 
-def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
-    """Run a few tokens. zero: with every neuron at 0."""
+def _run(model: nn.Module, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
+    """Run a few tokens and return the layers' activations. zero: with every neuron at 0."""
     seen, handles = [_Seen() for _ in ffns], []
     for s, f in zip(seen, ffns, strict=True):
         handles += _watch(s, f, [g for g in ffns if g.holder is f.holder])
@@ -165,17 +171,17 @@ def _run(model: Any, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
 
 
 def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
-    """Hooks on what a layer computes. together: all its FFNs."""
+    """Install hooks that record a layer's activations. together: all its FFNs."""
     layer: Any = f.holder
 
     def first(name: str) -> Callable[..., None]:
-        return lambda _module, args: s.keep(name, args[0])
+        return lambda _module, args: s.record(name, args[0])
 
     def output(name: str) -> Callable[..., None]:
-        return lambda _module, _args, out: s.keep(name, out)
+        return lambda _module, _args, out: s.record(name, out)
 
-    def stream(_module: nn.Module, _args: Any, out: Any) -> None:
-        s.keep("after", unscaled(layer, out))
+    def stream(_module: nn.Module, _args: object, out: object) -> None:
+        s.record("after", unscaled(layer, out))
 
     handles = [
         f.block.register_forward_pre_hook(first("x")), f.into.register_forward_pre_hook(first("h")),
@@ -192,39 +198,39 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
     return handles
 
 
-def unscaled(layer: Any, out: Any) -> Tensor:
-    """The stream that leaves a layer, before the factor on all of it that some layers have (Gemma 4)."""
+def unscaled(layer: object, out: Any) -> Tensor:
+    """Return the stream that leaves a layer, before the layer's factor on it (Gemma 4)."""
     stream: Tensor = out[0] if isinstance(out, (tuple, list)) else out
     scalar = getattr(layer, "layer_scalar", None)
     return stream if scalar is None else stream / scalar
 
 
 def _mixture(layer: nn.Module) -> nn.Module | None:
-    """The part of a layer that has its experts; None."""
+    """Return the part of a layer that contains its experts, or None."""
     return next((c for c in layer.children() if any(experts.is_routed(m) for m in c.modules())), None)
 
 
 def _parts_of(ffns: Sequence[FFN], layer: nn.Module) -> set[int]:
-    """By identity, the modules of a layer that are no strangers to its FFNs: these, the attention, experts' routers."""
-    known = {id(m) for f in ffns for part in f.projections for m in part.modules()}  # adapters too
+    """Return the identities of a layer's expected modules: its FFNs, the attention, experts' routers."""
+    expected = {id(m) for f in ffns for part in f.projections for m in part.modules()}  # adapters too
     for name, child in layer.named_children():
         inner = list(child.modules())
         if name in STREAMS or any(m is ffns[0].attention for m in inner) or any(experts.is_routed(m) for m in inner):
-            known.update(id(m) for m in inner)
-    return known
+            expected.update(id(m) for m in inner)
+    return expected
 
 
-def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...]:
     return (torch.zeros_like(args[0]), *args[1:])
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[..., D] as [T, D], float32 on the CPU: a copy, as models add in place (Falcon)."""
+    """Return [..., D] as [T, D], float32 on the CPU: a copy, as models add in place (Falcon)."""
     return x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32, copy=True)
 
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two computations of the same give the same, but for rounding."""
+    """Whether two results are equal up to rounding."""
     if ours.shape != theirs.shape:
         return False
     return bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp_min(1e-6))
@@ -250,7 +256,7 @@ def _check_hidden(name: str, f: FFN, s: _Seen) -> None:
 
 
 def _adds(f: FFN, s: _Seen) -> bool:
-    """Whether the stream after the FFN is y + scale z, or this and the attention's output."""
+    """Whether the stream after the FFN is y + scale z, perhaps plus the attention's output."""
     if s.y is None or s.z is None or s.after is None or not s.y.shape == s.z.shape == s.after.shape:
         return False
     added = f.scale * s.z
@@ -263,7 +269,7 @@ def _adds(f: FFN, s: _Seen) -> bool:
 
 
 def _passes(empty: _Seen) -> bool:
-    """Whether the stream leaves a layer without neurons as it enters, but for a constant that is each token's."""
+    """Whether the stream passes a layer without neurons unchanged, up to one constant for all tokens."""
     if empty.y is None or empty.after is None or empty.y.shape != empty.after.shape:
         return False
     added = empty.after - empty.y
@@ -272,14 +278,14 @@ def _passes(empty: _Seen) -> bool:
 
 
 def _check_alone(name: str, f: FFN, s: _Seen, empty: _Seen) -> None:
-    """Refuse a layer where something adds to the stream beside the neurons that are known.
+    """Refuse a layer in which something beside the known neurons adds to the stream.
 
-    empty: with every neuron at 0. Where the stream is known to be a sum, its last term tells; elsewhere other weights.
+    empty: activations with every neuron at 0. If the stream is a sum, its last term decides; else other weights do.
     """
     if s.z is None or empty.z is None:
         raise UserError(f"layer {f.number} of {name} did not run its FFN as described")
     differs = (empty.z - empty.z[:1]).abs().max() > CONSTANT * s.z.abs().max()
-    if s.mixture is not None and empty.mixture is not None:  # what runs in it beside known neurons writes nothing
+    if s.mixture is not None and empty.mixture is not None:  # nothing else in it may have an output
         differs |= (empty.mixture - empty.mixture[:1]).abs().max() > CONSTANT * s.mixture.abs().max()
     if differs or (not f.adds and s.others):
         beside = f" ({', '.join(sorted(s.others))})" if s.others else ""

@@ -1,1 +1,1 @@
-"""Models: found, loaded, checked, told apart."""
+"""Models: found, loaded, checked, identified."""

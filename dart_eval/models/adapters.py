@@ -1,15 +1,18 @@
-"""Adapters of PEFT, such as LoRA: named beside a model or lying in its folder, and merged into its weights."""
+"""PEFT adapters, such as LoRA: named beside a model or in its folder, and merged into its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import feed
 from dart_eval.weights.checkpoint import model_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -24,25 +27,25 @@ def refuse_alone(source: str, revision: str | None = None) -> None:
     """Refuse an adapter in place of a model.
 
     Raises:
-        UserError: with what it is an adapter of.
+        UserError: names the adapter's base model.
     """
-    if (told := model_file(source, CONFIG, revision)) is not None:
-        base = json.loads(told.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
+    if (config := model_file(source, CONFIG, revision)) is not None:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") or "BASE"
         raise UserError(
             f"{source} is an adapter (it has {CONFIG}), and no model", f"give --model {base} --peft {source}"
         )
 
 
 def digest_of(adapter: str) -> str:
-    """sha256 over the files of an adapter.
+    """Return the sha256 of an adapter's files.
 
     Raises:
-        UserError: there is none, or nothing that could load it.
+        UserError: it has no files, or the package peft is missing.
     """
-    told = model_file(adapter, CONFIG, None)
+    config = model_file(adapter, CONFIG, None)
     weights = next((file for name in WEIGHTS if (file := model_file(adapter, name, None)) is not None), None)
-    if told is None or weights is None:
-        lacking = CONFIG if told is None else WEIGHTS[0]
+    if config is None or weights is None:
+        lacking = CONFIG if config is None else WEIGHTS[0]
         raise UserError(f"adapter {adapter} has no {lacking}", "give a folder or a hub id that PEFT has made")
     if find_spec("peft") is None:
         raise UserError(
@@ -50,16 +53,16 @@ def digest_of(adapter: str) -> str:
             f"run pip install peft, or take {CONFIG} away to run the weights without it",
         )
     digest = hashlib.sha256()
-    for file in (told, weights):
+    for file in (config, weights):
         feed(digest, file)
     return digest.hexdigest()
 
 
-def merged(model: Any, adapter: str) -> Any:
-    """The model with an adapter in its weights, and nothing else of it.
+def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Return the model with an adapter merged into its weights.
 
     Raises:
-        UserError: it changes no weights, or was made for another model.
+        UserError: the adapter changes no weights, or was made for another model.
     """
     from peft import PeftConfig, PeftModel
 
@@ -67,8 +70,8 @@ def merged(model: Any, adapter: str) -> Any:
     if config.is_prompt_learning:
         raise UserError(f"adapter {adapter} is a prompt, and changes no weights", "give another, such as LoRA")
     tuned = PeftModel(model, config)
-    found = tuned.load_adapter(adapter, "default", torch_device="cpu")
-    if strange := [*found.missing_keys, *found.unexpected_keys]:
+    keys = tuned.load_adapter(adapter, "default", torch_device="cpu")
+    if strange := [*keys.missing_keys, *keys.unexpected_keys]:
         raise UserError(
             f"adapter {adapter} and the model do not fit: {len(strange)} weights have no counterpart ({min(strange)})",
             f"give the model that it was made for (base_model_name_or_path in its {CONFIG})",

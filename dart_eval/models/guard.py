@@ -1,4 +1,4 @@
-"""One session a model: two masks would compound."""
+"""One session per model, since two masks would compound."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import nn
 
 from dart_eval.util.errors import UserError
 
-GUARD = "_under_prune"  # an attribute of all modules of a model that a session is at work on
+GUARD = "_under_prune"  # an attribute of all modules of a model with a session
 
 
 def refuse_second(model: nn.Module) -> None:
-    """Refuse a model that a session is at work on, or on a part of it: two masks would compound; and what is no model.
+    """Refuse a model with a session on it or on a part of it, and an object that is not a model.
 
     Raises:
-        UserError: one is, or it is none.
+        UserError: with the reason.
     """
     if not isinstance(model, nn.Module):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Is the Hugging Face hub there? Asked once, so that a machine without a network answers in seconds."""
+"""Reachability of the Hugging Face hub, checked once, so that a machine without a network responds in seconds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 @lru_cache(maxsize=1)
 def work_offline_if_unreachable() -> bool:
-    """Switch the libraries to their offline mode if the hub does not answer; what is cached still loads.
+    """Switch the libraries to offline mode if the hub does not answer; cached files still load.
 
-    Without this, each request is retried for most of a minute. Behind a proxy nothing is tried.
+    Without this, each request is retried for most of a minute. Behind a proxy the hub is not tried.
 
     Returns:
         Whether the libraries are offline now.

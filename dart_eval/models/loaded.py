@@ -1,4 +1,4 @@
-"""A model that is in memory already, as `dart_eval.evaluate` takes it. Its identity is read from its weights."""
+"""A model in memory, as `dart_eval.evaluate` takes it. Its weights give its identity."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dart_eval.layers import quantised
 from dart_eval.models.guard import refuse_second
@@ -22,37 +21,37 @@ from dart_eval.util.errors import UserError
 from dart_eval.util.source import source_hash
 from dart_eval.weights.checkpoint import check_tokenizer
 
-PASSING = ("_name_or_path", "transformers_version")  # of a configuration: where it came from
-OF_A_CALL = ("padding", "truncation")  # of a tokenizer: what its last call left behind
+PASSING = ("_name_or_path", "transformers_version")  # origin of a configuration
+OF_A_CALL = ("padding", "truncation")  # settings that a tokenizer's last call leaves behind
 
 
 @dataclass(frozen=True)
 class Loaded(Resolved):
-    """A model in memory and its tokenizer, in place of a model that must be found and loaded."""
+    """A model in memory and its tokenizer, in place of one that must be loaded."""
 
     model: PreTrainedModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def device(self) -> str:
-        """The type of the device that the model is on."""
+        """Type of the model's device."""
         return str(self.model.device.type)
 
-    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
-        """The model itself in eval mode, and a copy of its tokenizer, which lm-eval changes."""
+    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the model itself in eval mode, and a copy of its tokenizer, which lm-eval changes."""
         return self.model.eval(), copy.deepcopy(self.tokenizer)
 
-    def load_tokenizer(self) -> Any:
-        """A copy of the tokenizer."""
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return a copy of the tokenizer."""
         return copy.deepcopy(self.tokenizer)
 
     def outline(self) -> PreTrainedModel:
-        """The model, whose modules have their sizes."""
+        """Return the model."""
         return self.model
 
     @contextlib.contextmanager
     def lent(self) -> Iterator[None]:
-        """Afterwards every module is in training mode, or in eval mode, as it was before."""
+        """Restore the mode (training or eval) of every module after the block."""
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             yield
@@ -61,16 +60,15 @@ class Loaded(Resolved):
                 module.training = training
 
 
-def loaded(model: Any, tokenizer: Any) -> Loaded:
-    """A loaded model with its identity: a hash of its weights, its configuration and its tokenizer.
+def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    """Wrap a model in memory with its identity: a hash of its weights, its configuration and its tokenizer.
 
     Args:
         model: a causal language model of transformers.
         tokenizer: of this model.
 
     Raises:
-        UserError: it is no such model, or under `prune()`; its weights are not there; the tokenizer is missing, or
-            does not fit.
+        UserError: another kind of model, one under `prune()` or without weights, or a missing or unfit tokenizer.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(
@@ -90,24 +88,24 @@ def loaded(model: Any, tokenizer: Any) -> Loaded:
 
 
 def _name(model: PreTrainedModel) -> str:
-    """What the model was loaded from, a folder by its last part; its class where that is not known."""
+    """Return the name that the model was loaded from, a folder by its last part; its class if unknown."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     return (Path(name).resolve().name if Path(name).exists() else name) if name else type(model).__name__
 
 
-def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
-    """sha256 over all that answers depend on."""
+def _hash(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the sha256 of everything that answers depend on."""
     digest = hashlib.sha256()
     config = {k: v for k, v in model.config.to_dict().items() if k not in PASSING}
     generation = model.generation_config.to_dict() if model.generation_config is not None else {}
-    said = {
+    settings = {
         "config": config,
         "attention": model.config._attn_implementation,
         "generation": {k: v for k, v in generation.items() if k not in PASSING},
         "code": _code(type(model)),
         "tokenizer": _tokens(tokenizer),
     }
-    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     seen = set()
     for name, weight in _weights(model):
         if not isinstance(weight, torch.Tensor):
@@ -120,14 +118,14 @@ def _hash(model: PreTrainedModel, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """The state of a model; buffers that are not part of it follow from the configuration."""
-    whole = [(n, m) for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")]
-    if not whole:
+def _weights(model: PreTrainedModel) -> Iterator[tuple[str, object]]:
+    """Yield the state of a model; other buffers follow from the configuration."""
+    quantised_modules = [(n, m) for n, m in model.named_modules() if hasattr(getattr(m, "weight", None), "quant_state")]
+    if not quantised_modules:
         yield from model.state_dict().items()
         return
     yield from model.named_parameters()  # a state dict would change such weights: see `quantised`
-    for name, module in whole:
+    for name, module in quantised_modules:
         yield from ((f"{name}.{i}", tensor) for i, tensor in enumerate(quantised.held(module)))
 
 
@@ -136,8 +134,8 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _code(cls: type[Any]) -> str:
-    """The class of a model; where transformers does not bring it, with a hash of its module."""
+def _code(cls: type[object]) -> str:
+    """Return the class of a model, with a hash of its module if it is not from transformers."""
     module = inspect.getmodule(cls)
     where = f"{cls.__module__}.{cls.__qualname__}"
     if module is None or cls.__module__.split(".")[0] == "transformers":
@@ -148,8 +146,8 @@ def _code(cls: type[Any]) -> str:
         return where
 
 
-def _tokens(tokenizer: Any) -> dict[str, Any]:
-    """What a tokenizer makes of texts."""
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Return everything that decides a tokenizer's output."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     inner = json.loads(fast.to_str()) if fast is not None else dict(tokenizer.get_vocab())
     return {

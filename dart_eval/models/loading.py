@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.quantizers import AutoHfQuantizer
 
@@ -48,10 +49,10 @@ HASHED = (".json", ".jinja", ".model", ".txt", ".safetensors", ".bin", ".py")  #
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, and how to load it.
+    """The user's choice of a model, and how to load it.
 
     Attributes:
-        name: the demo alias, a local folder, a GGUF file or a hub id; None takes the demo model if it is installed.
+        name: the demo alias, a local folder, a GGUF file or a hub id; None: the demo model, if installed.
         revision: branch, tag or commit on the hub.
         dtype: auto (the checkpoint's), float32, bfloat16 or float16.
         device: auto (cuda, mps, else cpu) or a torch device.
@@ -75,16 +76,15 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells two models apart in results.
+    """The identity of a model in results.
 
     Attributes:
-        name: as the user named it (an alias stays an alias; a folder or file is given by its last part), and behind a +
-            the adapter.
+        name: the user's name for it (an alias, or the last part of a folder or file), then + and the adapter.
         revision: commit on the hub, or None for a folder.
-        weights: sha256 over a folder's weights, configuration, tokenizer and code, and over an adapter's files; None
-            for a hub model alone: its commit says it.
-        remote_code: code of the model's own runs in place of the library's.
-        loaded: the model was handed over in memory, and `weights` is a hash of what lay there.
+        weights: sha256 of a folder's weights, configuration, tokenizer and code, and of an adapter's files; None for a
+            hub model without adapter, which its commit identifies.
+        remote_code: the model's own code runs in place of the library's.
+        loaded: the model was passed in memory, and `weights` is a hash of its state.
     """
 
     name: str
@@ -93,35 +93,35 @@ class Identity:
     remote_code: bool = False
     loaded: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; the last two only where they are so."""
+    def to_json(self) -> dict[str, object]:
+        """Return plain data, the last two fields only if they are true."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not False}
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A model that exists: where transformers finds it, and its identity. Nothing is loaded yet."""
+    """A model that exists: its source for transformers, and its identity. Nothing is loaded yet."""
 
     spec: ModelSpec
     source: str
     identity: Identity
-    dtype: str  # what the weights will be loaded as: float32, bfloat16 ...
-    config: Any = field(default=None, kw_only=True, repr=False, compare=False)  # transformers' own, as it was found
+    dtype: str  # dtype of the loaded weights: float32, bfloat16 ...
+    config: Any = field(default=None, kw_only=True, repr=False, compare=False)  # transformers' own, before loading
     adapter: str | None = field(default=None, kw_only=True)  # a folder or a hub id
 
     @property
     def routes(self) -> bool:
-        """Whether routers decide which experts a token has."""
+        """Whether the model has routed experts."""
         return self.config is not None and experts.routes(self.config.to_dict())
 
-    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, Any]:
-        """The model in eval mode on its device, and its tokenizer.
+    def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Return the model in eval mode on its device, and its tokenizer.
 
         Args:
-            note: told what is odd about the checkpoint.
+            note: called with what is odd about the checkpoint.
 
         Raises:
-            UserError: it cannot be loaded, or its weights or its tokenizer are not what it needs.
+            UserError: it cannot be loaded, or its weights or its tokenizer do not fit it.
         """
         spec, name, kwargs = self.spec, self.identity.name, self._kwargs()
         if spec.attn_implementation is not None:
@@ -139,9 +139,9 @@ class Resolved:
                     notes.append(f"model {name}: the adapter of {self.adapter} is merged into its weights")
         except UserError:
             raise
-        except Exception as error:  # every library underneath has errors of its own; all mean the same here
+        except Exception as error:  # each library has errors of its own
             raise _explain(name, error, self.config.to_dict()) from error
-        if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may insist on another one
+        if (loaded := _name(model.dtype)) != self.dtype:  # a quantised model may force another dtype
             raise UserError(f"model {name} was loaded in {loaded}, not in {self.dtype}", f"give --dtype {loaded}")
         check_tokenizer(name, model, tokenizer)
         for text in [*notes, *self._note(model)]:
@@ -149,8 +149,8 @@ class Resolved:
         self._place(model)
         return model.eval(), tokenizer
 
-    def load_tokenizer(self) -> Any:
-        """The model's tokenizer alone.
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer alone.
 
         Raises:
             UserError: it cannot be loaded.
@@ -161,28 +161,24 @@ class Resolved:
         except Exception as error:  # as in `load`
             raise _explain(self.spec.tokenizer or self.identity.name, error) from error
 
-    def _kwargs(self) -> dict[str, Any]:
-        """What transformers' loaders are told beside the source."""
-        kwargs: dict[str, Any] = {"trust_remote_code": self.spec.trust_remote_code}
+    def _kwargs(self) -> dict[str, object]:
+        """Return the arguments of transformers' loaders beside the source."""
+        kwargs: dict[str, object] = {"trust_remote_code": self.spec.trust_remote_code}
         if self.identity.revision:
             kwargs["revision"] = self.identity.revision
         return kwargs
 
-    def _note(self, model: Any) -> list[str]:
-        """Note how many bits the FFN weights of the model have in its files, and how their codes are found.
-
-        Returns:
-            What is to be told of it.
-        """
+    def _note(self, model: PreTrainedModel) -> list[str]:
+        """Note the bits of the model's FFN weights in its files, and how their codes are found. Return notes."""
         files = stored.Files(self.source, self.identity.revision)
         grids.note_codes(self.config, files, model)
         return [*gguf.note_bits(self.source, model), *stored.note_bits(self.config, files, model)]
 
     def outline(self) -> PreTrainedModel:
-        """The model without its weights: its modules and their sizes, and what its checkpoint says of their bits.
+        """Return the model without weights: its modules with their sizes, and their bits in the checkpoint.
 
         Raises:
-            UserError: its configuration makes no model.
+            UserError: no model can be built from its configuration.
         """
         trust = self.spec.trust_remote_code
         try:
@@ -203,22 +199,22 @@ class Resolved:
                 raise UserError(
                     f"the model cannot be moved to {spec.device} ({error})", "choose another --device"
                 ) from None
-        elif any(p.is_meta for p in model.parameters()):  # pruning reads weights where they are
+        elif any(p.is_meta for p in model.parameters()):  # pruning reads weights in place
             raise UserError(
                 f"the model does not fit: --device-map {spec.device_map} leaves weights on the CPU or disk",
                 "give more GPUs (--gpus-per-cell on Ray) or a smaller --dtype",
             )
 
 
-def _loader(config: Any) -> Any:
-    """The class that loads a language model; where there is no other, one of images and text that answers texts too."""
+def _loader(config: object) -> Any:
+    """Return the class that loads a language model, or one for images and text if there is no other."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM  # also for a model that brings its own code
     return AutoModelForImageTextToText
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is cuda, else mps, else cpu.
+    """Return the device of that name; `auto` is cuda, else mps, else cpu.
 
     Raises:
         UserError: no such device.
@@ -241,8 +237,8 @@ def resolve(spec: ModelSpec) -> Resolved:
     """Find the model without loading it.
 
     Raises:
-        UserError: nothing is installed or given, the folder has no weights, the hub cannot be reached or has no
-            such model, the dtype is unknown, the model brings code that does not run unasked.
+        UserError: no model, a folder without weights, a hub that is unreachable or lacks the model, an unknown dtype,
+            or a model with code of its own.
     """
     if spec.dtype not in DTYPES:
         raise UserError(f"unknown dtype {spec.dtype!r}", nearest(spec.dtype, DTYPES))
@@ -274,22 +270,22 @@ def resolve(spec: ModelSpec) -> Resolved:
 
 
 def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> Resolved:
-    """A model by its configuration; `weights`: hash of a folder."""
-    told: dict[str, Any] = {}
+    """Return a model by its configuration. weights: hash of a folder."""
+    settings: dict[str, object] = {}
     try:
         revision = spec.revision or "main"
-        told, _ = PretrainedConfig.get_config_dict(source, revision=revision)
-        check_layers(name, told)  # some configurations make a list of them
+        settings, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        check_layers(name, settings)  # some configurations build a list of layers
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
-        quantised = stored.told_of(config)
-        known = not quantised or AutoHfQuantizer.supports_quant_method(quantised)
+        quantised = stored.quantisation_of(config)
+        supported = not quantised or AutoHfQuantizer.supports_quant_method(quantised)
     except UserError:
         raise
     except Exception as error:  # the model's own code may run here
-        if not told:
+        if not settings:
             adapters.refuse_alone(source, spec.revision)
-        raise _explain(name, error, told) from error
-    if not known:  # transformers would take the weights for plain ones
+        raise _explain(name, error, settings) from error
+    if not supported:  # transformers would take the weights for plain ones
         method = stored.method_of(config)
         raise UserError(
             f"config.json of model {name} says quant_method {method!r}, which transformers does not know",
@@ -306,8 +302,8 @@ def _resolved(spec: ModelSpec, source: str, name: str, weights: str | None) -> R
     return Resolved(spec, source, identity, _dtype(spec, config, source, commit), config=config, adapter=adapter)
 
 
-def _adapted(adapter: str, name: str, source: str, config: Any, weights: str | None) -> tuple[str, str]:
-    """Name and hash of a model with an adapter. weights: what says which its own are."""
+def _adapted(adapter: str, name: str, source: str, config: PretrainedConfig, weights: str | None) -> tuple[str, str]:
+    """Return the name and hash of a model with an adapter. weights: identity of the model's own weights."""
     digest = adapters.digest_of(adapter)
     if stored.method_of(config) is not None or (Path(source) / gguf.KINDS).is_file():
         raise UserError(
@@ -317,15 +313,15 @@ def _adapted(adapter: str, name: str, source: str, config: Any, weights: str | N
     return (name if adapter == source else f"{name}+{Path(adapter).name}"), whole
 
 
-def _dtype(spec: ModelSpec, config: Any, source: str, revision: str | None) -> str:
-    """The dtype that the weights will be loaded as; `auto` stands for the checkpoint's own."""
+def _dtype(spec: ModelSpec, config: PretrainedConfig, source: str, revision: str | None) -> str:
+    """Return the dtype of the loaded weights; `auto` is the checkpoint's own."""
     if spec.dtype != "auto":
         return spec.dtype
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return _name(named) if named is not None else weights_dtype(source, revision)
 
 
-def _name(dtype: Any) -> str:
+def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -356,12 +352,12 @@ def _untrusted(name: str, code: str) -> UserError:
     )
 
 
-def _explain(name: str, error: BaseException, told: Mapping[str, Any] = {}) -> UserError:
-    """What a user is told of an error underneath. told: what stands in config.json."""
+def _explain(name: str, error: BaseException, settings: Mapping[str, object] = {}) -> UserError:
+    """Return the user's message for an error of a library. settings: of config.json."""
     text = " ".join(str(error).split())
     if isinstance(error, pickle.UnpicklingError):
         return no_tensors(name, error)
-    if isinstance(error, KeyError) and (unknown := unknown_word(told, error.args[0])):
+    if isinstance(error, KeyError) and (unknown := unknown_word(settings, error.args[0])):
         return UserError(f"config.json of model {name} says {unknown}, which transformers does not know", "correct it")
     if out_of_memory(error):
         return UserError(f"memory ran out while model {name!r} was loaded", "free some, or take a smaller model")
@@ -376,7 +372,7 @@ def _explain(name: str, error: BaseException, told: Mapping[str, Any] = {}) -> U
         return UserError(
             f"model {name!r} was found neither as a folder nor on the hub", "check the name and your access"
         )
-    if isinstance(error, ImportError):  # a library for quantised weights is not there
+    if isinstance(error, ImportError):  # a library for quantised weights is missing
         return UserError(f"model {name!r} cannot be loaded ({text[:300]})", "install what it needs")
     return UserError(
         f"model {name!r} cannot be loaded ({text[:300]})",

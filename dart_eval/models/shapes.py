@@ -1,4 +1,4 @@
-"""Shapes of known models, to be built without their weights: on no memory at all, or with random ones."""
+"""Shapes of published models, built without memory or with random weights."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def config(name: str, layers: int | None = None) -> Any:
-    """The configuration of a shape, perhaps with fewer layers.
+    """Return the configuration of a shape, perhaps with fewer layers.
 
     Raises:
         UserError: unknown name.
     """
     if name not in SHAPES:
         raise UserError(f"unknown shape {name!r}", nearest(name, SHAPES))
-    made = SHAPES[name]()
+    shape = SHAPES[name]()
     if layers is not None:
         if layers < 1:
             raise UserError(f"--layers {layers} must be at least 1")
-        made.num_hidden_layers = layers
-    return made
+        shape.num_hidden_layers = layers
+    return shape
 
 
 def without_weights(name: str, layers: int | None = None) -> PreTrainedModel:
-    """The model on torch's meta device: shapes, and no memory."""
+    """Return the model on torch's meta device, without memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config(name, layers), dtype=torch.bfloat16)
 
@@ -54,7 +54,7 @@ def without_weights(name: str, layers: int | None = None) -> PreTrainedModel:
 def with_random_weights(
     name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """The model with random weights, as it is initialised: of the right size and speed, and of no use.
+    """Return the model with random initial weights: of the right size and speed, but of no use.
 
     Raises:
         UserError: unknown name.

@@ -19,14 +19,14 @@ def anywhere(method: Pruner) -> bool:
 
 
 def check_fit(method: Pruner, ffns: Sequence[FFN], sparsity: float, bits: Stored | None = None) -> None:
-    """Refuse a method that does not fit a model's FFNs, or a sparsity that cannot be met on them.
+    """Refuse a method that does not fit a model's FFNs, or a sparsity that they cannot meet.
 
     Args:
-        bits: of a weight, as it is served. With them it is looked, too, whether the method takes such weights, and
-            whether more is read before anything is chosen than the sparsity leaves.
+        bits: bits of a served weight. If given, also check that the method takes such weights, and that
+            the bytes read before the choice leave room at this sparsity.
 
     Raises:
-        UserError: with the part, and what it does not fit.
+        UserError: names the part and what it does not fit.
     """
     method.check_ffns(ffns, sparsity)
     if not method.prunes:
@@ -54,23 +54,22 @@ def _refuse(part: str | None, what: str) -> None:
 
 
 def _not_for_experts(method: Pruner) -> Part | None:
-    """The part that is not made for experts, of which each token has others."""
+    """Return the part that does not support routed experts, which differ from token to token."""
     return next((part for part in method.parts() if not part.fits_experts), None)
 
 
 def _inner_first(method: Pruner) -> list[Part]:
-    """The parts in the order in which messages name them."""
+    """Return the parts in the order in which messages name them."""
     return [method.compensation, method.mask.remask, *method.parts()]
 
 
 def _needs_own_part(method: Pruner) -> str | None:
-    """The part that needs a neuron's own part of what an FFN adds, which is not there behind a norm of all neurons."""
+    """Return the part that needs each neuron's own contribution, which a norm over all neurons destroys."""
     return next((part.title for part in _inner_first(method) if not part.fits_norms), None)
 
 
 def _counts_runs(method: Pruner, layers: int, sparsity: float) -> str | None:
-    """The part that would count a token once for each run of a layer, or gives layers that run more often the weight
-    of others."""
+    """Return the part that would count a token once per run of a layer, or that weighs all layers alike."""
     allocation = method.allocation
     varies = allocation.needs_change or allocation.needs_scores
     if part := next((part for part in _inner_first(method) if not part.fits_repeats), None):

@@ -14,14 +14,14 @@ class Overhead:
     """The work that a method adds.
 
     Attributes:
-        prefill: FLOPs of observing the prompt's tokens, by all parts (an upper bound: five operations per neuron and
-            token, which token normalisation needs). Sorting scores takes comparisons, which are not counted.
-        decode_step: FLOPs per decoded token: the detector, and choosing neurons where tokens do.
-        remask: FLOPs of one re-mask. A re-mask from the ring computes gate and up densely on the ring's inputs and
-            observes them; where something stands in for the pruned neurons, it also multiplies their columns of down
-            once. A re-mask from dense tokens observes these; what each computes more than a pruned token counts too.
-        remask_read: FFN weights that a re-mask reads / all FFN weights. The ring reads each once, however many inputs
-            it has; of dense tokens counts what each reads more than a pruned one.
+        prefill: FLOPs of observing the prompt's tokens, by all parts. An upper bound: five operations per neuron and
+            token, as token normalisation needs. Sorting takes comparisons, which are not counted.
+        decode_step: FLOPs per decoded token: the detector, and the choice of neurons.
+        remask: FLOPs of one re-mask. From the ring: gate and up, dense on the ring's inputs, and their observation.
+            From dense tokens: their observation, and their FLOPs beyond those of a pruned token. Compensation adds
+            one product with the pruned neurons' columns of down.
+        remask_read: FFN weights that a re-mask reads / all FFN weights. The ring reads each weight once, for all of
+            its inputs; dense tokens count with what they read beyond a pruned token.
     """
 
     prefill: int
@@ -31,13 +31,11 @@ class Overhead:
 
 
 def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float) -> Overhead:
-    """The work that a method adds: the sum over its parts, with one FLOP for each element and operation.
+    """Return the work that a method adds: the sum over its parts, one FLOP per element and operation.
 
     Args:
-        method: the method.
-        shape: sizes of the model.
-        tokens: how many the prompt has.
-        weights_read: the share of the FFN weights that a pruned token multiplies.
+        tokens: length of the prompt.
+        weights_read: share of the FFN weights that a pruned token multiplies.
     """
     neurons, remask = sum(shape.ffn_sizes), method.mask.remask
     mask = 1.0 if method.mask.holds_all else method.choice.mask_share(weights_read, shape.ffn_matrices)
@@ -64,17 +62,15 @@ def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float
 def describe(
     method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
 ) -> dict[str, Any]:
-    """The costs that a record holds, in FLOPs.
+    """Return the costs that a record holds, in FLOPs.
 
-    `overhead_decode_step` includes the re-masks that were seen, spread over the tokens. `remask_reads` is the share of
-    the FFN weights that these re-masks read, again for each decoded token.
+    `overhead_decode_step` includes the observed re-masks, spread over the tokens. `remask_reads` is the share of
+    the FFN weights that these re-masks read, per decoded token.
 
     Args:
-        method: the method.
-        shape: sizes of the model.
-        context: mean length of the contexts that were run.
-        weights_read: the share of the FFN weights that tokens which ran pruned multiplied.
-        remasks_per_token: how many re-masks were seen for each token.
+        context: mean length of the contexts.
+        weights_read: share of the FFN weights that a pruned token multiplied.
+        remasks_per_token: observed re-masks per decoded token.
     """
     tokens = max(1, round(context))
     added = overhead(method, shape, tokens, weights_read)

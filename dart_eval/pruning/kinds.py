@@ -5,8 +5,8 @@
 | `NeuronMask` | a mask for each sequence (score, draw, re-mask) x allocation x compensation x choice |
 | `StaticMask` | one mask for all (score) x an allocation that needs no prompt x compensation x choice |
 | `TokenChoice` | a choice among all neurons x an allocation that needs no scores x compensation |
-| `InputSparsity` | inputs or single weights that tokens do not read x an allocation that needs no prompt |
-| `ExpertChoice` | routed experts that tokens do not have |
+| `InputSparsity` | inputs or single weights that are skipped x an allocation that needs no prompt |
+| `ExpertChoice` | routed experts that are skipped |
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dart_eval.pruning.masks.compensations import Compensation, Nothing
 from dart_eval.pruning.masks.counts import Counts, ReadCost
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Everything, FromPrompt, OfTokens, Static
-from dart_eval.pruning.method import Paid, Pruner, kind_of_parts
+from dart_eval.pruning.method import CostTerms, Pruner, kind_of_parts
 from dart_eval.pruning.part import Part
 from dart_eval.util.bits import Stored
 from dart_eval.util.errors import UserError
@@ -68,7 +68,7 @@ class TokenChoice(Pruner, of=Everything):
 
 @dataclass(frozen=True)
 class InputSparsity(Pruner, of=Entries):
-    """Tokens do not read some inputs of each matrix, or nobody reads some of its weights."""
+    """Each token skips some inputs of each matrix, or all tokens skip some of its weights."""
 
     leaves_out = "inputs or weights"
     prunes = True
@@ -100,31 +100,31 @@ class InputSparsity(Pruner, of=Entries):
 
         for module in (m for f in ffns for m in f.projections):
             self.entries.check_bits(stored_of(module))
-            if not self.entries.by_token:  # other weights stand in the place of all
+            if not self.entries.by_token:  # the weights themselves are swapped
                 parameter_of(module)
 
     def check_bits(self, bits: Stored) -> None:
         self.entries.check_bits(bits)
 
     def counts(
-        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: ReadCost | None
+        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
     ) -> Counts:
         sizes = [f.size for f in ffns]
         return Counts(sizes, sizes, sizes, 0)
 
-    def _kept(self, ffns: Sequence[FFN], sparsity: float) -> list[tuple[int, int]]:
-        """Per layer, how many inputs of x and of h are read."""
+    def _input_counts(self, ffns: Sequence[FFN], sparsity: float) -> list[tuple[int, int]]:
+        """Return per layer the number of inputs read: of x, and of h."""
         from dart_eval.pruning.inputs import attached
 
         densities = self.allocation.densities(sparsity, len(ffns), None, slice(None))
         return attached.counts(ffns, densities, sparsity)
 
-    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
+    def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
         from dart_eval.pruning.inputs import attached
 
         if self.sized and not sparsity:
-            return super().paid(ffns, sparsity, unit, whole)
-        share_read = attached.share_read(self.entries, ffns, self._kept(ffns, sparsity))
+            return super().cost_terms(ffns, sparsity, unit, full_matrices)
+        share_read = attached.share_read(self.entries, ffns, self._input_counts(ffns, sparsity))
         return [(ffns[0].matrices * share_read, 0.0, 0.0, 0.0)] * len(ffns)
 
     def beside(
@@ -134,12 +134,12 @@ class InputSparsity(Pruner, of=Entries):
 
         if self.sized and not sparsity:
             return None
-        return AttachedInputs(self.entries, ffns, self._kept(ffns, sparsity), calibration)
+        return AttachedInputs(self.entries, ffns, self._input_counts(ffns, sparsity), calibration)
 
 
 @dataclass(frozen=True)
 class ExpertChoice(Pruner, of=Routing):
-    """Tokens do not have some of the routed experts."""
+    """Tokens skip some of their routed experts."""
 
     leaves_out = "experts"
     prunes = True
@@ -161,15 +161,15 @@ class ExpertChoice(Pruner, of=Routing):
         self.routing.check_experts(sparsity, ffns)
 
     def counts(
-        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: ReadCost | None
+        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
     ) -> Counts:
         experts = self.routing.counts(sparsity, ffns)
         some = [n * f.routed.inner if f.routed and n else f.size for n, f in zip(experts, ffns, strict=True)]
         return Counts(some, some, some, 0)
 
-    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
-        found = super().paid(ffns, sparsity, unit, whole)  # whole experts, with their scales
-        return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in found]
+    def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
+        costs = super().cost_terms(ffns, sparsity, unit, full_matrices)
+        return [(0.0, mask, taken, written + scales) for scales, mask, taken, written in costs]  # scales per expert
 
     def beside(
         self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
@@ -180,10 +180,10 @@ class ExpertChoice(Pruner, of=Routing):
 
 
 def kind_with(method: Pruner, parts: Sequence[type[Part]]) -> type[Pruner]:
-    """The kind of a method with these parts in its slots.
+    """Return the kind of a method with these parts in its slots.
 
     Raises:
-        UserError: the method leaves out something else than these parts do.
+        UserError: the method and these parts leave out different things.
     """
     kind, masks = kind_of_parts(parts, type(method)), (NeuronMask, StaticMask, TokenChoice)
     if isinstance(method, kind) or not method.prunes or (issubclass(kind, masks) and isinstance(method, masks)):

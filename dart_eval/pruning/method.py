@@ -14,7 +14,7 @@ from dart_eval.pruning.masks.compensations import Compensation, Nothing
 from dart_eval.pruning.masks.counts import Budget, Counts, ReadCost
 from dart_eval.pruning.masks.mask import Everything, Mask
 from dart_eval.pruning.part import Part, check_slots
-from dart_eval.pruning.spelling import plain_fields, slots, text_of, told
+from dart_eval.pruning.spelling import changed_settings, plain_fields, slots, text_of
 from dart_eval.util.bits import OWN_BITS, Stored
 from dart_eval.util.errors import UserError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dart_eval.pruning.experts.rerouted import Rerouted
     from dart_eval.pruning.inputs.attached import AttachedInputs
 
-Paid = tuple[float, float, float, float]  # what is read of each neuron, and besides if masked, taken, written
+CostTerms = tuple[float, float, float, float]  # read per neuron: always, if in the mask, if taken, if written
 
 
 KINDS: dict[type[Part], type[Pruner]] = {}  # a part -> the kind of methods that it makes, see `kinds`
@@ -32,17 +32,19 @@ KINDS: dict[type[Part], type[Pruner]] = {}  # a part -> the kind of methods that
 
 @dataclass(frozen=True)
 class Pruner:
-    """A pruning method. `Pruner(...)` makes the kind that its parts are of.
+    """A pruning method. `Pruner(...)` returns the kind that its parts belong to.
 
     Attributes:
         mask: which neurons a sequence may use.
         choice: which of them a token computes.
         allocation: how the sparsity is spread over layers.
-        compensation: what stands in for what is left out.
-        leaves_out: what a method of its kind leaves out. granularity: the same, where it stands apart from neurons.
-        name: what a user types, and tables show. summary: one line for `dart-eval ls methods`. paper: its
-            number on arXiv. base: the method that this one was changed from. None of these counts when two methods are
-            compared.
+        compensation: what replaces the output of pruned neurons.
+        leaves_out: what methods of this kind leave out.
+        granularity: the same, if not whole neurons.
+        name: the name that a user types and tables show. Not compared, like the next three.
+        summary: one line for `dart-eval ls methods`.
+        paper: arXiv number.
+        base: the method that this one was derived from.
     """
 
     mask: ClassVar[Mask] = Everything()
@@ -57,14 +59,14 @@ class Pruner:
     base: Pruner | None = dataclasses.field(default=None, compare=False, repr=False, kw_only=True)
 
     def __init_subclass__(cls, of: type[Part] | None = None) -> None:
-        """Of a kind that parts of this class make."""
+        """Register the kind of methods for parts of the class `of`."""
         if of is not None:
             KINDS[of] = cls
 
-    def __new__(cls, *parts: Part, **slots: Any) -> Any:
-        """Of the kind that the parts are of. Its own `__init__` then takes the arguments."""
-        given = [type(part) for part in (*parts, *slots.values()) if isinstance(part, Part)]
-        return object.__new__(kind_of_parts(given) if cls is Pruner else cls)
+    def __new__(cls, *parts: Part, **slots: object) -> Any:
+        """Return an instance of the kind that the parts belong to; its `__init__` takes the arguments."""
+        classes = [type(part) for part in (*parts, *slots.values()) if isinstance(part, Part)]
+        return object.__new__(kind_of_parts(classes) if cls is Pruner else cls)
 
     def __post_init__(self) -> None:
         check_slots(self, self._title)
@@ -80,17 +82,17 @@ class Pruner:
 
     @property
     def other(self) -> Part | None:
-        """The part that leaves out something else than neurons; None: no part does."""
+        """The part that leaves out inputs, weights or experts; None for methods that leave out neurons."""
         return None
 
     @property
     def _title(self) -> str:
-        """What messages call it, by the part that says of which kind it is."""
+        """The method in messages: the part that decides its kind."""
         return (self.other or self.mask).title
 
     @property
     def prunes(self) -> bool:
-        """Whether anything is ever left out. Nothing is if the mask holds everything and tokens compute all of it."""
+        """Whether anything is ever left out: the mask lacks neurons, or tokens choose."""
         return not self.mask.holds_all or self.choice.chooses
 
     @property
@@ -100,107 +102,109 @@ class Pruner:
 
     @property
     def exact(self) -> bool:
-        """Whether the sparsity decides what every token reads; if not, it is measured."""
+        """Whether the sparsity sets the bytes that every token reads; if not, they are measured."""
         return self.choice.exact
 
     @property
     def by_token(self) -> bool:
-        """Whether each token decides what it reads: a last digit then decides near-ties."""
+        """Whether each token chooses what it reads, so that rounding errors decide near-ties."""
         return self.choice.chooses
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether masks are made from the tokens that they are used on."""
+        """Whether masks are made from the very tokens that run under them."""
         return self.mask.looks_ahead
 
     @property
     def upper_bound(self) -> bool:
-        """Whether it uses what no method can know in time, so that no method can reach it."""
+        """Whether it uses information that no method has in time."""
         return self.mask.looks_ahead or self.choice.upper_bound
 
     @property
     def needs_context(self) -> bool:
-        """Whether a sequence must have a context to be pruned; without one it runs dense."""
+        """Whether a sequence without a context runs dense."""
         return self.mask.needs_context or self.allocation.needs_context
 
     @property
     def calibrates(self) -> bool:
-        """Whether it asks for a calibration text."""
+        """Whether it needs a calibration text."""
         static = self.mask.fixed and self.mask.score is not None and self.mask.score.observes
         return static or any(part.calibrates for part in self.parts())
 
     @functools.cached_property
     def observers(self) -> tuple[Part, ...]:
-        """The parts that keep sums over the tokens of a context."""
+        """The parts that sum over the tokens of a context."""
         score = None if self.mask.fixed else self.mask.score
         return tuple(p for p in (score, self.choice, self.compensation) if p is not None and p.observes)
 
     @property
     def keeps_state(self) -> bool:
-        """Whether it keeps any state for a single sequence."""
+        """Whether it keeps state per sequence."""
         return not self.mask.fixed or bool(self.observers) or self.allocation.needs_change
 
     @property
     def reads_most(self) -> bool:
-        """Whether a high sparsity may be out of reach: whole matrices are read before anything is chosen."""
+        """Whether a high sparsity may be out of reach, since whole matrices are read before the choice."""
         holds_all = self.mask.holds_all and bool(self.choice.reads_whole or self.choice.previews)
         return holds_all or self.choice.ranks
 
     def check_reach(self, sparsity: float, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> None:
-        """Refuse a sparsity that leaves fewer bytes than are read before anything is chosen.
+        """Refuse a sparsity that leaves fewer bytes than are read before the choice.
 
         Args:
-            sizes: [L] neurons of every layer. width: of the model. matrices: 3 for gated FFNs and 2 for plain ones.
-            bits: of a weight, as it is served.
+            sizes: [L] neurons per layer.
+            width: D of the model.
+            matrices: 3 for gated FFNs, 2 for plain ones.
+            bits: bits of a served weight.
 
         Raises:
-            UserError: with the highest sparsity that can be met.
+            UserError: names the highest possible sparsity.
         """
         if not self.reads_most:
             return
         choice = self.at(1 - sparsity, bits.total).choice
-        prices = choice.prices_of(sizes, width, matrices, bits)
-        choice.counts(Budget([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, prices))
+        read_cost = choice.worst_read_cost(sizes, width, matrices, bits)
+        choice.counts(Budget([1.0 - sparsity] * len(sizes), sizes, sparsity, matrices, True, read_cost))
 
     def counts(
-        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, prices: ReadCost | None
+        self, densities: Sequence[float], ffns: Sequence[FFN], sparsity: float, read_cost: ReadCost | None
     ) -> Counts:
-        """Neurons of each layer in the mask, those that a token takes, and those that it writes.
+        """Return the neurons per layer: in the mask, taken by a token, and written by it.
 
-        densities: [L] share of each layer's weights that is read. prices: of a neuron, where there is a preview.
+        Args:
+            densities: [L] share of each layer's weights that is read.
+            read_cost: read cost of a neuron, if there is a preview.
         """
         sizes, holds_all = [f.size for f in ffns], self.mask.holds_all
-        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, holds_all, prices))
+        counts = self.choice.counts(Budget(densities, sizes, sparsity, ffns[0].matrices, holds_all, read_cost))
         if holds_all or not any(f.routed for f in ffns):
             return counts
         return counts.in_steps(sizes, [f.routed.count if f.routed else 1 for f in ffns])
 
-    def paid(self, ffns: Sequence[FFN], sparsity: float, unit: float, whole: float) -> list[Paid]:
-        """Per layer what is read of each neuron, and besides of each in the mask, taken and written.
-
-        In rows of a mean matrix.
+    def cost_terms(self, ffns: Sequence[FFN], sparsity: float, unit: float, full_matrices: float) -> list[CostTerms]:
+        """Return per layer the read cost of a neuron, in rows of an average matrix.
 
         Args:
-            unit: bits of an FFN weight, on average. whole: matrices of which a token reads the rows of the whole mask
-                before it chooses.
+            unit: mean bits of an FFN weight.
+            full_matrices: matrices whose rows are read for the whole mask before the choice.
         """
         from dart_eval.weights import rounding
 
-        matrices, whole, found = ffns[0].matrices, whole if sparsity else 0.0, []
+        matrices, full, terms = ffns[0].matrices, full_matrices if sparsity else 0.0, []
         for into, down, scales in map(rounding.rows, ffns):
             into, down, scales = into / unit, down / unit, scales / unit
-            found.append((scales, into * whole, into * (matrices - 1 - whole), down - scales))
-        return found
+            terms.append((scales, into * full, into * (matrices - 1 - full), down - scales))
+        return terms
 
     def check_ffns(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse FFNs and a sparsity that methods of its kind do not fit.
+        """Refuse FFNs or a sparsity that methods of this kind do not support.
 
         Raises:
             UserError: with the reason.
         """
 
     def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse weights that it is not made for.
+        """Refuse weights that it does not support.
 
         Raises:
             UserError: with the reason.
@@ -208,25 +212,26 @@ class Pruner:
         self.choice.check_weights(ffns, sparsity)
 
     def check_bits(self, bits: Stored) -> None:
-        """The same from the bits of a weight, as it is served, before a model is there."""
+        """Refuse weights of these bits, before a model is loaded."""
 
     def beside(
         self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None
     ) -> AttachedInputs | Rerouted | None:
-        """What leaves out something else than neurons, at work on a model; None: nothing does."""
+        """Attach the part that leaves out inputs, weights or experts to a model; None for other methods."""
         return None
 
     def at(self, read: float, bits: float = OWN_BITS) -> Pruner:
-        """The method where so large a share of the weight bytes is read: what goes by that is settled.
+        """Return the method with the settings that depend on the share of the weight bytes that is read.
 
         Args:
-            bits: of a weight as it is served. Nothing is to be settled where there are fewer than 16.
+            read: share of the weight bytes.
+            bits: bits of a served weight. Below 16 nothing depends on `read`.
         """
         choice = self.choice.at(read) if bits == OWN_BITS else self.choice
         return self if choice is self.choice else dataclasses.replace(self, choice=choice, base=self.base or self)  # type: ignore[call-arg]
 
     def parts(self) -> list[Part]:
-        """All parts of the method, the inner ones too."""
+        """All parts of the method, with those inside other parts."""
         return [part for _, part in slots(self)]
 
     def files(self) -> list[str]:
@@ -235,21 +240,21 @@ class Pruner:
 
     @property
     def spec(self) -> str:
-        """What a user types to get it: the name, and every setting in which it differs from the method of that name."""
+        """The spelling that a user types: the name, and every setting that differs from the method of that name."""
         base = self.base or (Pruner() if self.name == Pruner.name else self)
-        return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in told(self, base))])
+        return ":".join([self.name, *(f"{path}={text_of(value)}" for path, value in changed_settings(self, base))])
 
-    def params(self) -> dict[str, Any]:
-        """Every part and its fields, by the paths that a user types: `{"remask": "drift", "remask.window": 8}`."""
-        found: dict[str, Any] = {}
+    def params(self) -> dict[str, object]:
+        """Return every part and field by the path that a user types: `{"remask": "drift", "remask.window": 8}`."""
+        params: dict[str, object] = {}
         for path, part in slots(self):
-            found[path] = part.name
+            params[path] = part.name
             for field in plain_fields(type(part)):
-                found[f"{path}.{field.name}"] = getattr(part, field.name)
-        return found
+                params[f"{path}.{field.name}"] = getattr(part, field.name)
+        return params
 
 
-def kind_of_parts(parts: Sequence[type[Part]], usual: type[Pruner] | None = None) -> type[Pruner]:
-    """The kind of method that these parts make. usual: where none of them says; None: a choice among all neurons."""
-    found = (kind for part in parts for of, kind in KINDS.items() if issubclass(part, of))
-    return next(found, usual or KINDS[Everything])
+def kind_of_parts(parts: Sequence[type[Part]], default: type[Pruner] | None = None) -> type[Pruner]:
+    """Return the kind of method that these parts make. default: the kind if no part decides; None: `TokenChoice`."""
+    kinds = (kind for part in parts for of, kind in KINDS.items() if issubclass(part, of))
+    return next(kinds, default or KINDS[Everything])

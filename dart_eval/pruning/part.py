@@ -1,4 +1,4 @@
-"""What all parts of a method have in common: a name, fields with help, and checks.
+"""The base of all parts of a method: a name, fields with help, and checks.
 
 A part is a frozen dataclass. A field is declared by `option`, with its help and its bounds; a field that is itself a
 part (a mask's score, say) is a slot that a user may fill with another part of its kind.
@@ -28,14 +28,15 @@ WANTED = {bool: "on or off", int: "a whole number", float: "a number", str: "tex
 
 
 def option(
-    default: Any, help: str, least: float | None = None, most: float | None = None, above: float | None = None
+    default: object, help: str, least: float | None = None, most: float | None = None, above: float | None = None
 ) -> Any:
-    """A field of a part.
+    """Declare a field of a part.
 
     Args:
-        default: its value where none is given.
         help: one line for `dart-eval ls methods` and docs/methods.md.
-        least, most: bounds that it may reach. above: a lower bound that it may not reach.
+        least: inclusive lower bound.
+        most: inclusive upper bound.
+        above: exclusive lower bound.
     """
     return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most, "above": above})
 
@@ -47,16 +48,15 @@ class Part:
     Attributes:
         slot: the kind of part: `score`, `mask`, `draw`, `remask`, `choice`, `image`, `allocation`, `compensation`,
             `entries` or `routing`.
-        name: what a user types to choose it (`remask=drift`).
-        summary: one line that says what it does.
-        observes: whether it keeps a sum over the tokens of a context (`observe`).
-        needs_context: whether it can do nothing before tokens of a context have been seen. A sequence without a
-            context then runs dense.
-        calibrates: whether it asks for a calibration text, wherever it stands.
-        fits_experts: whether it is made for routed experts, too, of which each token has others.
-        fits_norms: whether it does without a neuron's own part of what an FFN adds, which is not there behind a norm of
-            all neurons.
-        fits_repeats: whether it counts a token once where a layer runs several times for it.
+        name: the word that a user types (`remask=drift`).
+        summary: one line of help.
+        observes: whether it sums over the tokens of a context (`observe`).
+        needs_context: whether it needs tokens of a context. A sequence without a context then runs dense.
+        calibrates: whether it needs a calibration text, in any slot.
+        fits_experts: whether it supports routed experts, which differ from token to token.
+        fits_norms: whether it supports FFNs with a norm over all neurons, behind which no neuron has a contribution
+            of its own.
+        fits_repeats: whether it counts a token once when a layer runs several times for it.
     """
 
     slot: ClassVar[str]
@@ -77,24 +77,22 @@ class Part:
 
     @property
     def title(self) -> str:
-        """What messages call it: `remask=drift`."""
+        """The part in messages: `remask=drift`."""
         return f"{self.slot}={self.name}"
 
     def files(self) -> list[str]:
-        """The files that it reads, whose contents can change its numbers."""
+        """Return the files that it reads, whose contents can change its numbers."""
         return []
 
-    # What it keeps of every token that a mask is made from, and what it computes beside the model. -----------------
-
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor) -> Tensor | None:
-        """The sum over tokens that this part wants to be kept, layer by layer; None where it wants none.
+        """Return the weighted sum over tokens that this part needs of one layer; None if it needs none.
 
-        The sum must be weighted, so that chunks of a context and padding cannot change it.
+        The weights keep chunks of a context and padding from changing the sum.
 
         Args:
             h: [B, T, F] fp32, the input of the down projection.
-            up: [B, T, F] fp32, up x, where the part declares `needs_up`; None for a plain FFN.
-            weight: [B, T] fp32, what a token counts: usually 1, and 0 for padding.
+            up: [B, T, F] fp32, up x, if the part declares `needs_up`; None for a plain FFN.
+            weight: [B, T] fp32, usually 1, and 0 for padding.
 
         Returns:
             [B, F] fp32.
@@ -102,45 +100,41 @@ class Part:
         return None
 
     def flops_per_neuron(self) -> int:
-        """Elementwise operations for each neuron of every token that is observed."""
+        """Elementwise operations per neuron and observed token."""
         return 0
 
     def flops_per_token(self, shape: ModelShape) -> float:
-        """FLOPs for each token of the context, beside those for each neuron."""
+        """FLOPs per token of the context, beside those per neuron."""
         return 0
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        """FLOPs for each decoded token.
-
-        Args:
-            shape: sizes of the model.
-            mask: neurons in the masks of all layers.
-        """
+        """FLOPs per decoded token. mask: neurons in the masks of all layers."""
         return 0
 
 
-def slot_of(cls: Any, name: str) -> type[Part] | None:
-    """The kind of part that a field takes, the first of several, or None where it takes a plain value."""
+def slot_of(cls: object, name: str) -> type[Part] | None:
+    """Return the first kind of part that a field takes; None for a plain value."""
     return next(iter(takes(cls, name)), None)
 
 
-def takes(cls: Any, name: str) -> tuple[type[Part], ...]:
-    """The kinds of parts that a field takes; none where it takes a plain value."""
+def takes(cls: object, name: str) -> tuple[type[Part], ...]:
+    """Return the kinds of parts that a field takes; none for a plain value."""
     hint = _hints(cls).get(name)
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return kinds if all(isinstance(kind, type) and issubclass(kind, Part) for kind in kinds) else ()
 
 
-def check_slots(owner: Any, title: str) -> None:
-    """Refuse parts in slots that take others.
+def check_slots(owner: object, title: str) -> None:
+    """Refuse parts in slots that do not take them.
 
     Args:
-        owner: a method or a part. title: what messages call it.
+        owner: a method or a part.
+        title: its name in messages.
 
     Raises:
-        UserError: with the names of our own that it takes.
+        UserError: lists the built-in parts that the slot takes.
     """
-    cls: Any = type(owner)
+    cls: object = type(owner)
     for name in _hints(cls):
         allowed, value = takes(cls, name), getattr(owner, name, None)
         if allowed and isinstance(value, Part) and not isinstance(value, allowed):
@@ -149,27 +143,27 @@ def check_slots(owner: Any, title: str) -> None:
 
 
 def _named(kind: type[Part]) -> list[type[Part]]:
-    """Our own parts of a kind that have a name: not each class that a program defines is one that it offers."""
+    """Return the built-in parts of a kind that have a name. Classes of other programs are not offered to users."""
     own = [kind] if "name" in vars(kind) and kind.__module__.startswith("dart_eval.") else []
     return own + [cls for below in kind.__subclasses__() for cls in _named(below)]
 
 
-def kind_of(cls: Any, name: str) -> Any:
-    """What a plain field takes: bool, int, float, str, or the tuple of words that it may be."""
+def kind_of(cls: object, name: str) -> object:
+    """Return the type of a plain field: bool, int, float, str, or the tuple of its allowed words."""
     hint = _hints(cls)[name]
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else hint
 
 
 @functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: object) -> dict[str, object]:
     return typing.get_type_hints(cls)
 
 
-def cast(title: str, kind: Any, value: Any) -> Any:
-    """A value in the kind that a field takes, from text as typed, YAML or Python.
+def cast(title: str, kind: Any, value: Any) -> object:
+    """Convert a value from typed text, YAML or Python to the type of a field.
 
     Raises:
-        UserError: it is none; `title` names the field.
+        UserError: it cannot be converted; `title` names the field.
     """
     if isinstance(kind, tuple):
         # YAML reads `on` and `off` as true and false.
@@ -191,8 +185,8 @@ def cast(title: str, kind: Any, value: Any) -> Any:
         raise UserError(f"{title} is {value!r}", f"it must be {WANTED.get(kind, kind.__name__)}") from None
 
 
-def _check(part: Part, field: dataclasses.Field[Any]) -> None:
-    """Refuse a value of the wrong kind or outside its bounds."""
+def _check(part: Part, field: dataclasses.Field[object]) -> None:
+    """Refuse a value of the wrong type or outside its bounds."""
     kind, value, bounds = kind_of(type(part), field.name), getattr(part, field.name), field.metadata
     title = f"{part.slot}.{field.name}"
     object.__setattr__(part, field.name, value := cast(title, kind, value))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -27,30 +26,30 @@ from dart_eval.pruning.session.execution import Wanted
 from dart_eval.pruning.session.session import Session
 from dart_eval.util.errors import UserError
 
-Named = str | Mapping[str, Any]  # a part by its name, or its fields and under `part` its name
+PartSpec = str | Mapping[str, object]  # the name of a part, or its fields with the name under `part`
 
 
-def _made(method: str | Pruner, **slots: Part | Named | None) -> Pruner:
-    """The method with other parts in its slots.
+def _method_with(method: str | Pruner, **slots: Part | PartSpec | None) -> Pruner:
+    """Return the method with other parts in its slots.
 
     Args:
-        method: a name as typed, or a `Pruner`.
-        slots: the part that is to fill each slot; None leaves the part that is there.
+        method: a spelling as typed, or a `Pruner`.
+        slots: the new part of each slot; None leaves the slot as it is.
 
     Raises:
         UserError: a name is unknown, a value is wrong, or a slot is given twice.
     """
-    given = {slot: part for slot, part in slots.items() if part is not None}
+    parts = {slot: part for slot, part in slots.items() if part is not None}
     if isinstance(method, Pruner):
-        if given:
+        if parts:
             raise UserError("parts go into the Pruner itself, not beside it", "use dataclasses.replace")
         return method
     if not isinstance(method, str):
         raise UserError(f"method {method!r} is neither a name nor a Pruner", "for example 'dart'")
     name, typed = parse(method)
-    if twice := sorted(typed.keys() & given.keys()):
+    if twice := sorted(typed.keys() & parts.keys()):
         raise UserError(f"{name}: {twice[0]} is given twice", "leave one of them out")
-    return make(name, {**typed, **given})
+    return make(name, {**typed, **parts})
 
 
 @contextmanager
@@ -59,18 +58,18 @@ def prune(
     method: str | Pruner = "dart",
     sparsity: float = 0.5,
     *,
-    tokenizer: Any = None,
+    tokenizer: object = None,
     calibration: Calibration | str | Path | None = None,
     execution: Wanted = "auto",
     shared_mask: bool = False,
-    mask: Mask | Named | None = None,
-    score: AnyScore | Named | None = None,
-    remask: Remask | Named | None = None,
-    choice: AnyChoice | Named | None = None,
-    allocation: Allocation | Named | None = None,
-    compensation: Compensation | Named | None = None,
-    entries: Entries | Named | None = None,
-    routing: Routing | Named | None = None,
+    mask: Mask | PartSpec | None = None,
+    score: AnyScore | PartSpec | None = None,
+    remask: Remask | PartSpec | None = None,
+    choice: AnyChoice | PartSpec | None = None,
+    allocation: Allocation | PartSpec | None = None,
+    compensation: Compensation | PartSpec | None = None,
+    entries: Entries | PartSpec | None = None,
+    routing: Routing | PartSpec | None = None,
 ) -> Iterator[Session]:
     """Prune the FFN neurons of `model` while the block runs. Afterwards the model is as it was, bit for bit.
 
@@ -82,24 +81,26 @@ def prune(
 
     Args:
         model: a Hugging Face causal language model with a gated or plain FFN.
-        method: as on the command line, a name from `dart_eval.methods()` or a name with other values in its parts,
-            `dart:remask.window=8`; or a `Pruner`.
+        method: a spelling as on the command line (`dart`, `dart:remask.window=8`), or a `Pruner`. For the names see
+            `dart_eval.methods()`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
-        tokenizer: for a calibration on a text (`wanda-sp`). calibration: another text file, or a ready `Calibration`.
-        execution: `masked` multiplies by masks and saves no time; `copied` multiplies copies of the weights of the one
-            mask in force; `auto` takes it where all have one mask. shared_mask: a batch has one.
+        tokenizer: needed to calibrate on a text (`wanda-sp`).
+        calibration: another text file, or a ready `Calibration`.
+        execution: `masked` multiplies by masks and saves no time. `copied` multiplies copies of the mask's weights,
+            for one mask at a time. `auto` uses copies if all sequences have one mask.
+        shared_mask: all sequences of a batch have one mask.
         mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
             object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).
 
     Yields:
-        The `Session`, which tells effective sparsity, state bytes and re-masks.
+        The `Session`, with effective sparsity, state bytes and re-masks.
 
     Raises:
-        UserError: unknown names, a sparsity outside [0, 1), an FFN or weights that do not suit what is asked for.
+        UserError: an unknown name, a sparsity outside [0, 1), or an FFN or weights that the method does not support.
     """
     check_sparsity(sparsity)
     refuse_second(model)
-    method = _made(
+    method = _method_with(
         method, mask=mask, score=score, remask=remask, choice=choice, allocation=allocation,
         compensation=compensation, entries=entries, routing=routing,
     )  # fmt: skip
@@ -112,5 +113,5 @@ def prune(
             yield session
         finally:
             session.detach()
-    finally:  # an interrupt may have come before the first one began
+    finally:  # an interrupt may have come before the first `detach` began
         session.detach()

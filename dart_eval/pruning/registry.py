@@ -28,7 +28,7 @@ from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import ExpertChoice, InputSparsity, NeuronMask, StaticMask, TokenChoice, kind_with
-from dart_eval.pruning.masks.allocations import Ends, Global, Table, Uniform
+from dart_eval.pruning.masks.allocations import Ends, FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import COMPENSATIONS, MeanOutput
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.draws import DRAWS
@@ -186,7 +186,7 @@ BUILT_IN: tuple[Pruner, ...] = (
     ),
 )  # fmt: skip
 CHOICES = (All, GateUp, ByGate, ByUp, ByHidden, TopP, ByPreview, DartPlus, Prox, Candidates)
-ALLOCATIONS = (Uniform, DepthAware, Ends, Global, Table)
+ALLOCATIONS = (Uniform, DepthAware, Ends, Global, FromTable)
 ENTRIES = (Above, ByNorms, WandaEntries, RoundedEntries)
 PARTS: tuple[type[Part], ...] = (
     *SCORES, *PROMPT_SCORES, *MASKS, *DRAWS, *REMASKS, *CHOICES, *IMAGES, *ALLOCATIONS,
@@ -195,81 +195,81 @@ PARTS: tuple[type[Part], ...] = (
 
 
 def methods() -> dict[str, Pruner]:
-    """Every known method by name: the built-in ones, then those of other installed packages.
+    """Return all methods by name: the built-in ones, then those of other installed packages.
 
-    A package whose method cannot be imported is left out with a warning; the others must go on working.
+    A method that cannot be imported is logged and skipped; the others must go on working.
     """
-    known = {method.name: method for method in BUILT_IN}
-    for name, found in offered("dart_eval.methods", entry_points):
-        if not isinstance(found, Pruner):
+    by_name = {method.name: method for method in BUILT_IN}
+    for name, method in offered("dart_eval.methods", entry_points):
+        if not isinstance(method, Pruner):
             log.error("method %s of another package is no dart_eval.Pruner: left out", name)
-        elif name not in known:
-            known[name] = found
-    return known
+        else:
+            by_name.setdefault(name, method)
+    return by_name
 
 
 def parts() -> dict[str, dict[str, type[Part]]]:
-    """Every known part by slot and name: the built-in ones, then those of other installed packages."""
-    known: dict[str, dict[str, type[Part]]] = {}
+    """Return all parts by slot and name: the built-in ones, then those of other installed packages."""
+    catalog: dict[str, dict[str, type[Part]]] = {}
     for cls in PARTS:
-        known.setdefault(cls.slot, {})[cls.name] = cls
-    for name, found in offered("dart_eval.parts", entry_points):
-        slot = getattr(found, "slot", None)
-        if not (isinstance(found, type) and issubclass(found, Part)) or slot not in known:
-            log.error("part %s of another package is none of %s: left out", name, ", ".join(known))
+        catalog.setdefault(cls.slot, {})[cls.name] = cls
+    for name, part in offered("dart_eval.parts", entry_points):
+        slot = getattr(part, "slot", None)
+        if not (isinstance(part, type) and issubclass(part, Part)) or slot not in catalog:
+            log.error("part %s of another package is none of %s: left out", name, ", ".join(catalog))
         else:
-            known[slot].setdefault(found.name, found)
-    return known
+            catalog[slot].setdefault(part.name, part)
+    return catalog
 
 
 @functools.cache  # a search of all installed packages takes milliseconds, and a spelling is read often
-def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """What other packages offer, by name. What cannot be imported is left out, and an error is logged.
+def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, object]]:
+    """Return the objects that other packages offer, by name. Import errors are logged and skipped.
 
     Args:
-        group: the group of entry points that is asked for.
+        group: the group of entry points.
         search: `importlib.metadata.entry_points`.
     """
-    found = []
+    offers = []
     for entry in search(group=group):
         try:
-            found.append((entry.name, entry.load()))
+            offers.append((entry.name, entry.load()))
         except Exception as error:
             kind = group.rpartition(".")[2][:-1]
             log.error("%s %s of another package cannot be imported: %s", kind, entry.name, error)
-    return found
+    return offers
 
 
-def make(name: str, params: Mapping[str, Any] | None = None) -> Pruner:
-    """The method of that name, with other parts and values in it.
+def make(name: str, params: Mapping[str, object] | None = None) -> Pruner:
+    """Return the method of that name, with other parts and values.
 
     Args:
-        params: see `method.changed`: `{"remask": "drift", "remask.window": 8}`.
+        params: values by path (`spelling.changed`): `{"remask": "drift", "remask.window": 8}`.
 
     Raises:
         UserError: unknown name (nearest ones offered), unknown part or field, or a bad value.
     """
-    known = methods()
-    if name not in known:
-        raise UserError(f"unknown method {name!r}", nearest(name, known) or "`dart-eval ls methods` lists them")
+    by_name = methods()
+    if name not in by_name:
+        raise UserError(f"unknown method {name!r}", nearest(name, by_name) or "`dart-eval ls methods` lists them")
     if not params:
-        return known[name]
-    given = dict(params)
-    if str(table := given.get("allocation", "")).startswith(TABLE):
-        given |= {"allocation": "table", "allocation.file": str(table).removeprefix(TABLE)}
-    return changed(known[name], given, parts(), kind_with)
+        return by_name[name]
+    settings = dict(params)
+    if str(table := settings.get("allocation", "")).startswith(TABLE):
+        settings |= {"allocation": "table", "allocation.file": str(table).removeprefix(TABLE)}
+    return changed(by_name[name], settings, parts(), kind_with)
 
 
-def spelled(name: str, given: Mapping[str, Any]) -> str:
-    """A name and settings as a user types them.
+def spelled(name: str, settings: Mapping[str, object]) -> str:
+    """Spell a name and settings as a user types them.
 
     `griffin`, `{"remask": {"part": "drift", "window": 8}}` -> `griffin:remask=drift:remask.window=8`.
     """
-    return ":".join([name, *(f"{path}={text_of(value)}" for path, value in flattened(given))])
+    return ":".join([name, *(f"{path}={text_of(value)}" for path, value in flattened(settings))])
 
 
 def parse(spec: str) -> tuple[str, dict[str, str]]:
-    """The name and the settings of a method as a user typed it.
+    """Parse the spelling of a method into its name and settings.
 
     `griffin:remask=drift:remask.window=8` -> ("griffin", {"remask": "drift", "remask.window": "8"}).
 

@@ -1,1 +1,1 @@
-"""Results: records of finished cells, their store, and tables of them. Knows neither methods nor tasks."""
+"""Results: records of finished cells, their store, statistics and tables. Independent of methods and tasks."""

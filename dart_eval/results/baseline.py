@@ -1,6 +1,6 @@
-"""A baseline: what a repository keeps of finished cells, so that later ones can be held against them.
+"""A baseline: a repository's file of finished cells, which later results are compared with.
 
-One JSON file, a line per document, in an order that depends on nothing but the results: its diffs can be read.
+One JSON file, a line per document, in an order that depends only on the results, so that its diffs are readable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results import layout, metrics
-from dart_eval.results.documents import INDEX, TOLD, frame
+from dart_eval.results.documents import BASIC, INDEX, frame
 from dart_eval.results.inputs import HASH_DIGITS, CellInputs, identity
 from dart_eval.results.outcomes import Cell, Measure, Outcome, cells, describe, rows_of
 from dart_eval.util.errors import UserError, remark
@@ -25,7 +25,7 @@ from dart_eval.util.files import read_text
 from dart_eval.util.files import write as write_file
 
 SCHEMA = 1
-DIGITS = 6  # decimals of a document's value: below what another machine's arithmetic moves
+DIGITS = 6  # decimals of a document's value, so that another machine's arithmetic changes none
 
 
 class _Part(TypedDict):
@@ -34,7 +34,7 @@ class _Part(TypedDict):
     inputs: CellInputs
     method: NotRequired[str]
     measures: list[tuple[str, str, bool | None, tuple[str, ...], bool]]
-    documents: list[tuple[str, int, str, str, str, str | None, dict[str, Any]]]
+    documents: list[tuple[str, int, str, str, str, str | None, dict[str, object]]]
 
 
 class _Baseline(TypedDict):
@@ -47,34 +47,34 @@ class _Baseline(TypedDict):
 _BASELINE = TypeAdapter(_Baseline)
 
 
-def checked(found: Outcome) -> Outcome:
-    """What a check looks at: each task's primary metric, and the right answers' log-likelihoods where there are any.
+def checked(outcome: Outcome) -> Outcome:
+    """Return what a check compares: each task's main metric, and the right answers' log-likelihoods if it has any.
 
-    Values are rounded as the baseline file rounds them, so that equal results stay equal.
+    Values are rounded as in the baseline file, so that equal results stay equal.
     """
-    main = metrics.main(found.measures)
+    main = metrics.main(outcome.measures)
     tasks = {m.task for m in main}
-    measures = [*main, *(m for m in found.measures if m.name == metrics.GOLD and m.task in tasks)]
-    values: dict[str, dict[Any, Any]] = {}
+    measures = [*main, *(m for m in outcome.measures if m.name == metrics.GOLD and m.task in tasks)]
+    values: dict[str, dict[object, object]] = {}
     for m in measures:
-        if m.name not in found.documents:
+        if m.name not in outcome.documents:
             continue
-        own = rows_of(m, found.documents)[m.name]
+        own = rows_of(m, outcome.documents)[m.name]
         values.setdefault(m.name, {}).update((key, _rounded(v)) for key, v in own.items())
     lines = []
-    columns = [name for name in (*TOLD, "choices") if name in found.documents]
-    for key, told in found.documents[columns].to_dict("index").items():
+    columns = [name for name in (*BASIC, "choices") if name in outcome.documents]
+    for key, row in outcome.documents[columns].to_dict("index").items():
         own = {name: values[name][key] for name in sorted(values) if key in values[name]}
-        lines.append({**dict(zip(INDEX, key, strict=True)), **told, "metrics": own})
+        lines.append({**dict(zip(INDEX, key, strict=True)), **row, "metrics": own})
     return Outcome(tuple(measures), frame(line for line in lines if line["metrics"]))
 
 
 def rounded(cell: Cell) -> Cell:
-    """A cell that shows what a check looks at."""
+    """Return a cell whose outcome is `checked`."""
     return dataclasses.replace(cell, read=functools.cache(lambda: checked(cell.read())))
 
 
-def _rounded(item: Any) -> Any:
+def _rounded(item: object) -> object:
     if isinstance(item, list):
         return [_rounded(i) for i in item]
     if isinstance(item, float) and math.isfinite(item):
@@ -83,21 +83,21 @@ def _rounded(item: Any) -> Any:
     return item
 
 
-def write(path: Path, found: Sequence[Cell]) -> int:
-    """Write the baseline of these cells; returns its number of documents.
+def write(path: Path, results: Sequence[Cell]) -> int:
+    """Write the baseline of these cells; return its number of documents.
 
     Raises:
-        UserError: values that no later run could be held against, or the file cannot be written.
+        UserError: values that are not finite, or the file cannot be written.
     """
     parts, count = [], 0
-    for cell in sorted(found, key=lambda c: identity(c.inputs)):
+    for cell in sorted(results, key=lambda c: identity(c.inputs)):
         outcome = checked(cell.read())
         count += len(outcome.documents)
         measures = [
             [m.task, m.metric, m.higher_is_better, list(m.members), m.equal]
             for m in sorted(outcome.measures, key=lambda m: (m.task, m.metric))
         ]
-        documents = [_line(key, told) for key, told in outcome.documents.to_dict("index").items()]
+        documents = [_line(key, row) for key, row in outcome.documents.to_dict("index").items()]
         typed = cell.settings.get("method", cell.inputs["method"])
         method = f'"method": {json.dumps(typed, ensure_ascii=False)},\n' if typed != cell.inputs["method"] else ""
         try:
@@ -116,23 +116,23 @@ def write(path: Path, found: Sequence[Cell]) -> int:
     return count
 
 
-def _line(key: Sequence[Any], told: dict[str, Any]) -> list[Any]:
-    """A document as the file has it: index, digests, cluster and values."""
-    doc, prompt, cluster = (told.pop(name) for name in TOLD)
-    told.pop("choices", None)
-    values = {name: v for name, v in told.items() if v is not None}
+def _line(key: Sequence[object], row: dict[str, Any]) -> list[object]:
+    """Return a document as a line of the file: index, digests, cluster and values."""
+    doc, prompt, cluster = (row.pop(name) for name in BASIC)
+    row.pop("choices", None)
+    values = {name: v for name, v in row.items() if v is not None}
     return [*key, doc[:HASH_DIGITS], prompt[:HASH_DIGITS], (cluster or "")[:16] or None, values]
 
 
-def _lines(rows: Sequence[Any]) -> str:
+def _lines(rows: Sequence[object]) -> str:
     return "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False, sort_keys=True) for r in rows) + "\n]"
 
 
 def load_baseline(path: Path) -> list[Cell]:
-    """The cells of a baseline file, or of a results folder.
+    """Return the cells of a baseline file, or of a results folder.
 
     Raises:
-        UserError: it cannot be read, is none, or holds nothing.
+        UserError: it cannot be read, is not a baseline, or is empty.
     """
     if path.is_dir():
         return cells(path, strict=True)
@@ -153,9 +153,9 @@ def load_baseline(path: Path) -> list[Cell]:
 
 
 def _cell(part: _Part, source: str) -> Cell:
-    inputs: dict[str, Any] = {**part["inputs"]}
+    inputs: dict[str, object] = {**part["inputs"]}
     measures = tuple(Measure(*measure) for measure in part["measures"])
-    columns = (*INDEX, *TOLD, "metrics")
+    columns = (*INDEX, *BASIC, "metrics")
     outcome = Outcome(measures, frame(dict(zip(columns, line, strict=True)) for line in part["documents"]))
     settings = {"method": part["method"]} if "method" in part else {}
     return Cell(identity(inputs), inputs, source, "", lambda: outcome, settings=settings)

@@ -1,4 +1,4 @@
-"""What a board is made of: rows with their quality, levels, and blocks of rows that ran on the same tasks."""
+"""The parts of a board: rows with their quality, levels, and blocks of rows that ran on the same tasks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dart_eval.results.frame import Compared
 from dart_eval.results.record import Metric
 from dart_eval.results.speeds import Speed
 
-Tasks = Mapping[str, tuple[str, ...]]  # metric -> the tasks of which a block shows it
+Tasks = Mapping[str, tuple[str, ...]]  # metric -> its tasks in a block
 
-WIDTH_OF_LEVEL = 0.02  # reads that differ by less stand in one level
+WIDTH_OF_LEVEL = 0.02  # reads that differ by less are one level
 PRUNED, UPPER_BOUND, CONTROL, ROUNDING, GUESSING = "pruned", "upper bound", "control", "rounding", "guessing"
-USUAL = "scored"  # the scope that goes without saying
+DEFAULT_SCOPE = "scored"  # not named on the board
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Quality:
     """One metric of a row, as the mean over the tasks of its block.
 
     Attributes:
-        value: the mean, as records give it. stderr: of it.
-        better: the quality less dense's, higher is better; of perplexities -log(quality / dense), mean over tasks.
-        share: quality above chance, summed over tasks / that of dense; None where dense has none by more than noise.
+        value: mean of the records' values.
+        stderr: of the mean.
+        better: quality minus dense's, higher is better; for perplexities -log(quality / dense), mean over tasks.
+        share: quality above chance, summed over tasks / that of dense; None if dense's is not above noise.
     """
 
     value: float
@@ -44,25 +45,26 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Row:
+class BoardRow:
     """A method at a sparsity.
 
     Attributes:
-        label: the method, and what else tells the row apart. name: the same with the sparsity, where the level does not
-            say it.
-        sparsity: as it was asked. read: bytes of FFN weights that a decoded token reads / those of dense.
+        label: the method, with the settings that distinguish the row.
+        name: the label, with the sparsity if the level does not show it.
+        sparsity: requested sparsity.
+        read: bytes of FFN weights that a decoded token reads / those of dense.
         kind: `pruned`, `upper bound`, `control` (dense), `rounding` (dense on rounded weights, or on their first bits)
             or `guessing`.
-        scope: which positions ran pruned; None of dense, rounded or not, which is the same in all of them.
+        scope: which positions ran pruned; None for dense, rounded or not, which is the same in all scopes.
         values: task -> its main metric.
         quality: metric -> the mean over the block's tasks.
-        nats: log-likelihood of the right answers less that under dense, mean over tasks.
-        flips: share of items whose chosen answer is not dense's. kl: divergence of dense's next-token distribution to
-            the row's, in nats. Both are means over tasks.
-        memory: bytes kept beside the model, the most over the cells.
+        nats: log-likelihood of the right answers minus that under dense, mean over tasks.
+        flips: share of items whose chosen answer is not dense's, mean over tasks.
+        kl: divergence of dense's next-token distribution to the row's, in nats, mean over tasks.
+        memory: bytes stored beside the model, the most over the cells.
         overhead: FLOPs that the method adds to a decoded token / FLOPs of a dense one, mean over the cells.
-        calibrated: it has read a text before any prompt.
-        speed: of decoding, where `bench` wrote one into the folder, or that no kernel makes its bytes into time.
+        calibrated: whether it has read a text before any prompt.
+        speed: decoding speed from `bench`, if the folder has one, or the lack of a kernel.
         mark: `best` of its level, `not told apart` from it, or empty.
         keys: of the records.
     """
@@ -91,12 +93,12 @@ class Level:
     """Rows of one read, best first.
 
     Attributes:
-        said: of quality, and of cost; nothing where there is nothing to compare.
-        rounding_wins: rounding keeps more than any pruned row, and that is more than noise.
+        sentences: on quality, and on cost; none if there is nothing to compare.
+        rounding_wins: whether rounding beats every pruned row by more than noise.
     """
 
-    rows: tuple[Row, ...]
-    said: tuple[str, ...] = ()
+    rows: tuple[BoardRow, ...]
+    sentences: tuple[str, ...] = ()
     rounding_wins: bool = False
 
 
@@ -105,8 +107,9 @@ class Block:
     """Rows that ran on the same tasks, under one scope.
 
     Attributes:
-        tasks: metric -> the tasks that its means are over, the metric first that rows are ordered by.
-        scope: which positions ran pruned. levels: the highest read first.
+        tasks: metric -> the tasks of its means; the first metric orders the rows.
+        scope: which positions ran pruned.
+        levels: the highest read first.
         at_chance: choice tasks on which dense is not above guessing by more than noise.
     """
 
@@ -116,7 +119,7 @@ class Block:
     at_chance: tuple[str, ...] = ()
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[BoardRow]:
         """The rows of all levels, from the top to the end."""
         return [row for level in self.levels for row in level.rows]
 
@@ -126,8 +129,9 @@ class Board:
     """The board of one model.
 
     Attributes:
-        about: the model and what it ran on. columns: task -> its main metric.
-        notes: what a reader must know beside the numbers.
+        about: dtype and hardware.
+        columns: task -> its main metric.
+        notes: remarks on the numbers.
     """
 
     model: str
@@ -137,54 +141,53 @@ class Board:
     notes: tuple[str, ...] = ()
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[BoardRow]:
         """The rows of all blocks."""
         return [row for block in self.blocks for row in block.rows]
 
 
-def split(rows: Sequence[Row], wanted: str | None = None) -> list[tuple[Tasks, list[Row]]]:
-    """Rows in blocks that have tasks in common: metric -> tasks, and the rows of each block.
+def split(rows: Sequence[BoardRow], wanted: str | None = None) -> list[tuple[Tasks, list[BoardRow]]]:
+    """Split rows into blocks with common tasks: metric -> tasks, and the rows of each block.
 
-    A block is of the tasks of one metric that most rows have, counted in rows x tasks; a row that lacks one of them
-    goes to a later block. Of every further metric the block has the tasks that all its rows share which have any.
+    A block has the tasks of one metric that most rows have, counted in rows x tasks; a row that lacks one of them goes
+    to a later block. For every further metric it has the tasks that all of its rows with that metric share.
     """
-    left = list(rows)
-    blocks: list[tuple[Tasks, list[Row]]] = []
-    while left:
-        sets = [_tasks_of(row) for row in left]
+    rest = list(rows)
+    blocks: list[tuple[Tasks, list[BoardRow]]] = []
+    while rest:
+        sets = [_tasks_of(row) for row in rest]
         first = min((m for own in sets for m in own), key=lambda m: (m != wanted, metrics.order(m)), default="")
         candidates = {own[first] for own in sets if first in own}
-        chosen = max(candidates, key=lambda c: (_covered(c, first, sets) * len(c), sorted(c)), default=frozenset())
+        covering = {c: sum(c <= own.get(first, frozenset()) for own in sets) for c in candidates}
+        chosen = max(candidates, key=lambda c: (covering[c] * len(c), sorted(c)), default=frozenset())
         inside = [i for i, own in enumerate(sets) if chosen <= own.get(first, frozenset())]
         tasks = {first: tuple(sorted(chosen))} if first else {}
         for metric in sorted({m for i in inside for m in sets[i]} - {first}, key=metrics.order):
             owned = [sets[i][metric] for i in inside if metric in sets[i]]
             common = frozenset.intersection(*owned) or Counter(owned).most_common(1)[0][0]
             tasks[metric] = tuple(sorted(common))
-        blocks.append((tasks, [left[i] for i in inside]))
-        left = [row for i, row in enumerate(left) if i not in inside]
+        blocks.append((tasks, [rest[i] for i in inside]))
+        rest = [row for i, row in enumerate(rest) if i not in inside]
     return blocks
 
 
-def _tasks_of(row: Row) -> dict[str, frozenset[str]]:
-    """Metric, without its filter -> the tasks of which the row has it as their main one."""
+def _tasks_of(row: BoardRow) -> dict[str, frozenset[str]]:
+    """Return metric, without its filter -> the tasks whose main metric it is in the row."""
     found: dict[str, set[str]] = {}
     for task, m in row.values.items():
         found.setdefault(m.metric.partition(",")[0], set()).add(task)
     return {metric: frozenset(tasks) for metric, tasks in found.items()}
 
 
-def _covered(tasks: frozenset[str], metric: str, sets: Sequence[Mapping[str, frozenset[str]]]) -> int:
-    return sum(tasks <= own.get(metric, frozenset()) for own in sets)
-
-
-def qualities(values: Mapping[str, Metric], found: Sequence[Compared], tasks: Tasks) -> dict[str, Quality]:
-    """The quality of a row on the tasks of its block; a metric of which it lacks a task is left out.
+def qualities(values: Mapping[str, Metric], compared: Sequence[Compared], tasks: Tasks) -> dict[str, Quality]:
+    """Return the quality of a row on the tasks of its block, without metrics of which it lacks a task.
 
     Args:
-        values: task -> main metric. found: the row's metrics beside dense's. tasks: of the block.
+        values: task -> main metric.
+        compared: the row's metrics beside dense's.
+        tasks: of the block.
     """
-    beside = {(one.measure.task, one.measure.metric): one for one in found}
+    beside = {(one.measure.task, one.measure.metric): one for one in compared}
     made = {}
     for metric, names in tasks.items():
         own = [values[t] for t in names if t in values and values[t].metric.partition(",")[0] == metric]
@@ -200,7 +203,7 @@ def qualities(values: Mapping[str, Metric], found: Sequence[Compared], tasks: Ta
 
 
 def over(rows: Iterable[Compared]) -> Share | None:
-    """Quality above chance over dense's, as one ratio of sums over tasks (a mean of noisy ratios is biased upwards)."""
+    """Return quality above chance / dense's, as one ratio of sums over tasks (a mean of noisy ratios is biased up)."""
     known = [one for one in rows if one.measure.kind not in ("log-perplexity", "bits")]
     if not known or any(one.chance is None or not one.measure.higher_is_better for one in known):
         return None

@@ -1,8 +1,8 @@
 """The board: one row a method and sparsity, in levels of the FFN bytes that a decoded token reads.
 
-Rows of one block have run on the same tasks; rows that lack some of them stand in a block of their own. No mean goes
-over two metrics. The first row of a level is tested against every other one on the same documents; it was chosen by the
-values that are then tested, so each p counts for all pairs that could have been chosen (`verdict.stand_of`).
+Rows of one block have run on the same tasks; rows that lack some of them are in a block of their own. No mean combines
+two metrics. The first row of a level is tested against every other one on the same documents. It was chosen by the
+tested values, so each p counts for all pairs that could have been chosen (`verdict.stand_of`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import replace
 from dart_eval.results import frame, inputs, metrics, outcomes, verdict
 from dart_eval.results.blocks import (
     CONTROL,
+    DEFAULT_SCOPE,
     GUESSING,
     PRUNED,
     ROUNDING,
     UPPER_BOUND,
-    USUAL,
     WIDTH_OF_LEVEL,
     Block,
     Board,
+    BoardRow,
     Level,
     Quality,
-    Row,
     Tasks,
     qualities,
     split,
@@ -39,23 +39,25 @@ from dart_eval.results.speeds import Speed, of_cell
 from dart_eval.results.store import Store
 from dart_eval.util.bits import LAST_BITS
 
-NOTHING = Share(0.0, (0.0, 0.0))  # of what dense has above guessing: guessing, by definition
+NOTHING = Share(0.0, (0.0, 0.0))  # share of guessing in dense's quality above guessing
 
 
 def boards(
     store: Store, records: Sequence[Record], speeds: Sequence[Speed] = (), metric: str | None = None
 ) -> list[Board]:
-    """One board for each model of a folder.
+    """Return a board for each model of a folder.
 
     Args:
-        store: the folder, for samples. records: its cells. speeds: what `bench decode` wrote into it.
-        metric: shown in place of the main one, of tasks that have it.
+        store: the folder, for samples.
+        records: its cells.
+        speeds: measured by `bench decode`.
+        metric: replaces the main metric of tasks that have it.
     """
-    kept, older = newest(records)
+    current, older = newest(records)
     by_model: dict[str, list[Record]] = {}
-    for r in kept:
+    for r in current:
         by_model.setdefault(inputs.model_of(r.inputs["model"]), []).append(r)
-    same_name = len({r.inputs["model"]["name"] for r in kept}) < len(by_model)
+    same_name = len({r.inputs["model"]["name"] for r in current}) < len(by_model)
     notes = [f"Left out: {older} older run{'s' * (older > 1)} of cells. The last run of each counts."] if older else []
     return [
         _board(store, model if same_name else found[0].inputs["model"]["name"], found, speeds, notes, metric)
@@ -64,12 +66,12 @@ def boards(
 
 
 def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
-    """Of cells that were asked the same on the same dtype and device the one finished last; how many were left out."""
+    """Return the last of equal cells on one dtype and device, and the number of older ones."""
     last: dict[str, Record] = {}
     for r in sorted(records, key=lambda r: (r.created, r.key)):
         last[inputs.question(r.inputs, [] if inputs.matters("scope", r.inputs) else ["scope"])] = r
-    kept = {r.key for r in last.values()}
-    return [r for r in records if r.key in kept], len(records) - len(kept)
+    keys = {r.key for r in last.values()}
+    return [r for r in records if r.key in keys], len(records) - len(keys)
 
 
 def _board(
@@ -84,10 +86,10 @@ def _board(
     drafts = [_row(label, group, speeds, metric) for (label, _), group in groups.items()]
     rows_of = {row.keys: [one for key in row.keys for one in beside.get(key, ())] for row in drafts}
     scopes = {row.scope for row in drafts if row.scope}
-    usual = next(iter(scopes)) if len(scopes) == 1 else USUAL
+    usual = next(iter(scopes)) if len(scopes) == 1 else DEFAULT_SCOPE
     blocks = [
         _block(drafts, rows_of, scope, some)
-        for scope in sorted(scopes or {USUAL}, key=lambda s: (s != usual, s))
+        for scope in sorted(scopes or {DEFAULT_SCOPE}, key=lambda s: (s != usual, s))
         for some in split([r for r in drafts if (r.scope or usual) == scope and r.kind != CONTROL] or drafts, metric)
     ]
     columns = {task: m.metric for row in drafts for task, m in row.values.items()}
@@ -95,7 +97,7 @@ def _board(
 
 
 def about(records: Sequence[Record]) -> str:
-    """`bfloat16, 2 CPU threads`: what the cells ran on, where that is one."""
+    """Return the cells' dtype and hardware, if they share one: `bfloat16, 2 CPU threads`."""
     last = max(records, key=lambda r: r.created)
     dtypes = {str(r.inputs["dtype"]) for r in records if r.inputs.get("dtype")}
     threads = last.environment.get("threads")
@@ -104,31 +106,32 @@ def about(records: Sequence[Record]) -> str:
 
 
 def _versions(records: Sequence[Record]) -> list[str]:
-    """A remark where cells were made by several versions of the code."""
+    """Return a remark if the cells come from several versions of the code."""
     codes = Counter(str(r.inputs["code"])[:8] for r in records if r.inputs.get("code"))
     each = ", ".join(f"{count} of {code}" for code, count in codes.most_common())
     return [f"The cells come from {len(codes)} versions of the code: {each}."] if len(codes) > 1 else []
 
 
 def main_metrics(record: Record, metric: str | None = None) -> list[Metric]:
-    """The one number of each task that was asked for: members of groups stay out.
+    """Return the main metric of each requested task, without members of groups.
 
     Args:
-        record: of a cell. metric: to take where a task has it, in place of its main one.
+        record: of a cell.
+        metric: replaces the main metric of tasks that have it.
     """
     found = [m for m in record.metrics if m.part_of is None]
     asked = {m.task: m for m in found if m.metric.partition(",")[0] == metric}
     return [asked.get(m.task, m) for m in metrics.main(found)]
 
 
-def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric: str | None) -> Row:
-    """A row without its quality."""
+def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric: str | None) -> BoardRow:
+    """Return a row without its quality."""
     first = records[0]
     last_bits = first.settings.get("granularity") == LAST_BITS
     kind = UPPER_BOUND if first.settings.get("upper_bound") else PRUNED
     if first.inputs["method"] == DENSE or last_bits:
         kind = ROUNDING if first.inputs.get("ffn_bits") or last_bits else CONTROL
-    return Row(
+    return BoardRow(
         label=label, name=label, sparsity=float(first.inputs["sparsity"]), kind=kind,
         read=sum(r.weights_read for r in records) / len(records),
         scope=str(first.inputs["scope"]) if inputs.matters("scope", first.inputs) else None,
@@ -141,13 +144,15 @@ def _row(label: str, records: Sequence[Record], speeds: Sequence[Speed], metric:
 
 
 def _block(
-    drafts: Sequence[Row], beside: Mapping[tuple[str, ...], Sequence[Compared]], scope: str,
-    block: tuple[Tasks, Sequence[Row]],
+    drafts: Sequence[BoardRow], beside: Mapping[tuple[str, ...], Sequence[Compared]], scope: str,
+    block: tuple[Tasks, Sequence[BoardRow]],
 ) -> Block:  # fmt: skip
-    """The rows of a block with their quality on its tasks, beside all others that have run these tasks at their reads.
+    """Return a block: its rows with their quality, and all other rows that ran its tasks at their reads.
 
     Args:
-        drafts: all rows of the board. beside: keys of a row -> its metrics beside dense's. scope: of the block.
+        drafts: all rows of the board.
+        beside: keys of a row -> its metrics beside dense's.
+        scope: of the block.
         block: its tasks, and the rows that have no other block.
     """
     tasks, own = block
@@ -177,25 +182,25 @@ def _block(
 
 
 def _means(
-    found: Mapping[tuple[str, ...], Sequence[Compared]], name: str, tasks: Tasks
+    by_row: Mapping[tuple[str, ...], Sequence[Compared]], name: str, tasks: Tasks
 ) -> dict[tuple[str, ...], Estimate | None]:
-    """The mean of a metric over tasks, by the keys of a row; None of rows that lack a task which another one has.
+    """Return the mean of a metric over tasks, by a row's keys; None for rows that lack a task of another row.
 
-    Of log-likelihoods it is what they are above dense's. Pruners on rounded weights diverge from these: not shown.
+    Log-likelihoods are relative to dense's. KL of pruners on rounded weights is left out, as it is relative to these.
     """
     within = {task for some in tasks.values() for task in some}
     own = {
         keys: [one.lost.times(-1) if name == metrics.GOLD else one.sides[0] for one in some
                if one.measure.name == name and one.measure.task in within
                and not (name == "kl" and one.a.inputs.get("ffn_bits"))]
-        for keys, some in found.items()
+        for keys, some in by_row.items()
     }  # fmt: skip
     most = max(map(len, own.values()), default=0)
     return {keys: mean(some) if len(some) == most else None for keys, some in own.items()}
 
 
-def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:
-    """The row of an answerer that guesses; none where no task is a choice.
+def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[BoardRow]:
+    """Return the row of an answerer that guesses; none without choice tasks.
 
     Args:
         choice: accuracy -> a row of each of its tasks.
@@ -205,21 +210,21 @@ def _guessing(choice: Mapping[str, Sequence[Compared]]) -> list[Row]:
         chances = [one.chance for one in rows if one.chance is not None]
         if len(chances) == len(rows) and any(chances):
             quality[metric] = Quality(sum(chances) / len(chances), None, None, NOTHING)
-    return [Row(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality)] if quality else []
+    return [BoardRow(GUESSING, GUESSING, 0.0, 1.0, GUESSING, quality=quality)] if quality else []
 
 
-def _levels(rows: Sequence[Row], first: str | None) -> list[list[Row]]:
-    """Rows in levels of equal read, the highest first; inside a level by quality, upper bounds first.
+def _levels(rows: Sequence[BoardRow], first: str | None) -> list[list[BoardRow]]:
+    """Return rows in levels of equal read, the highest first; inside a level by quality, upper bounds first.
 
-    The read that most rows have takes in those around it, then the read that most of the others have, and so on.
+    The most frequent read absorbs the rows around it, then the most frequent read of the others, and so on.
     """
-    left = [row for row in rows if row.kind != CONTROL]
+    rest = [row for row in rows if row.kind != CONTROL]
     found = [level for level in [[row for row in rows if row.kind == CONTROL]] if level]
-    while left:
-        counts = Counter(round(row.read, 2) for row in left)
+    while rest:
+        counts = Counter(round(row.read, 2) for row in rest)
         anchor = max(counts, key=lambda read: (counts[read], read))
-        found.append([row for row in left if round(abs(row.read - anchor), 4) <= WIDTH_OF_LEVEL])
-        left = [row for row in left if row not in found[-1]]
+        found.append([row for row in rest if round(abs(row.read - anchor), 4) <= WIDTH_OF_LEVEL])
+        rest = [row for row in rest if row not in found[-1]]
     order = {CONTROL: 0, UPPER_BOUND: 1}
     sorted_ones = [
         sorted(_named(level), key=lambda r: (order.get(r.kind, 2), *verdict.place(r, first), r.label))
@@ -228,13 +233,13 @@ def _levels(rows: Sequence[Row], first: str | None) -> list[list[Row]]:
     return sorted(sorted_ones, key=lambda level: (level[0].kind != CONTROL, -max(r.read for r in level)))
 
 
-def _named(level: Iterable[Row]) -> list[Row]:
-    """The rows of a level, each with its sparsity where that does not follow from the level."""
+def _named(level: Iterable[BoardRow]) -> list[BoardRow]:
+    """Name the rows of a level, with their sparsity if it does not follow from the level."""
     rows = list(level)
     several = len({row.sparsity for row in rows if row.kind in (PRUNED, UPPER_BOUND)}) > 1
 
-    def name(row: Row) -> str:
-        said = row.sparsity > 0 and (several or abs(1 - row.read - row.sparsity) >= WIDTH_OF_LEVEL)
-        return f"{row.label} {sparsity(row.sparsity)}" if said else row.label
+    def name(row: BoardRow) -> str:
+        named = row.sparsity > 0 and (several or abs(1 - row.read - row.sparsity) >= WIDTH_OF_LEVEL)
+        return f"{row.label} {sparsity(row.sparsity)}" if named else row.label
 
     return [replace(row, name=name(row)) for row in rows]

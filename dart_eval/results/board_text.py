@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dart_eval.results import metrics
-from dart_eval.results.blocks import CONTROL, GUESSING, PRUNED, UPPER_BOUND, USUAL, Block, Board, Level, Quality, Row
+from dart_eval.results.blocks import (
+    CONTROL,
+    DEFAULT_SCOPE,
+    GUESSING,
+    PRUNED,
+    UPPER_BOUND,
+    Block,
+    Board,
+    BoardRow,
+    Level,
+    Quality,
+)
 from dart_eval.results.format import multiple, percent, short, size, small_share, sparsity
 from dart_eval.results.verdict import BEST, LEVEL_WITH_BEST
 from dart_eval.results.writers import Table
@@ -37,14 +48,14 @@ EXPLAINED = (
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column: its head in two lines, what stands in it, and what `--sort` calls it."""
+class BoardColumn:
+    """A column: its name for `--sort`, its head in two lines, and its text and sort key for a row."""
 
     name: str
     head: tuple[str, str]
-    text: Callable[[Row], str]
-    key: Callable[[Row], float | None]
-    narrow: Callable[[Row], str] | None = None  # the same without its interval
+    text: Callable[[BoardRow], str]
+    key: Callable[[BoardRow], float | None]
+    narrow: Callable[[BoardRow], str] | None = None  # the same without its interval
 
     @property
     def title(self) -> str:
@@ -52,42 +63,42 @@ class Column:
         return " ".join(part for part in self.head if part)
 
 
-def columns_of(block: Block) -> list[Column]:
-    """The columns of a block after the bytes and the method, the quality first."""
-    found: list[Column] = []
+def columns_of(block: Block) -> list[BoardColumn]:
+    """Return the columns of a block after the bytes and the method, the quality first."""
+    found: list[BoardColumn] = []
     for i, metric in enumerate(block.tasks):
         found += _of_metric(metric, i == 0, block)
     rows = block.rows
     if any(row.flips for row in rows):
-        found.append(Column("flips", ("flips", ""), lambda r: percent(r.flips.value) if r.flips else "-",
+        found.append(BoardColumn("flips", ("flips", ""), lambda r: percent(r.flips.value) if r.flips else "-",
                             lambda r: r.flips.value if r.flips else None))  # fmt: skip
     if any(row.kl for row in rows if row.kind != CONTROL):
-        found.append(Column("kl", ("KL", "nats"), _far, lambda r: r.kl.value if r.kl else None))
+        found.append(BoardColumn("kl", ("KL", "nats"), _far, lambda r: r.kl.value if r.kl else None))
     found += [
-        Column("memory", ("memory", "beside"), lambda r: _beside(r, size(r.memory)), lambda r: r.memory),
-        Column("work", ("work", ""), lambda r: _beside(r, _more(r.overhead)), lambda r: r.overhead),
+        BoardColumn("memory", ("memory", "beside"), lambda r: _beside(r, size(r.memory)), lambda r: r.memory),
+        BoardColumn("work", ("work", ""), lambda r: _beside(r, _more(r.overhead)), lambda r: r.overhead),
     ]
     if any(row.speed for row in rows):
-        found.append(Column("speed", ("speed", "today"), _speed, lambda r: -_ratio(r)))
+        found.append(BoardColumn("speed", ("speed", "today"), _speed, lambda r: -_ratio(r)))
     return found
 
 
-def _far(row: Row) -> str:
+def _far(row: BoardRow) -> str:
     return "0" if row.kind == CONTROL else f"{row.kl.value:.3g}" if row.kl else "-"
 
 
-def _of_metric(metric: str, first: bool, block: Block) -> list[Column]:
-    """The columns of one metric: its value, and what that is beside dense's."""
+def _of_metric(metric: str, first: bool, block: Block) -> list[BoardColumn]:
+    """Return the columns of one metric: its value, and its value relative to dense's."""
     many = len(block.tasks[metric]) > 1
     perplexity = metrics.kind_of(metric).group == metrics.PERPLEXITY
-    value = Column(
-        "value" if perplexity else metrics.said(metric), (metrics.said(metric), "(mean)" if many else ""),
+    value = BoardColumn(
+        "value" if perplexity else metrics.title_of(metric), (metrics.title_of(metric), "(mean)" if many else ""),
         lambda r: _text(r, metric, lambda q: short(metric, q.value, q.stderr)),
         lambda r: _key(r, metric, lambda q: -(q.better.value if q.better else q.value)),
     )  # fmt: skip
     if perplexity:
-        times = Column(
-            "perplexity", (metrics.said(metric), "x dense"), lambda r: _times(r, metric, first),
+        times = BoardColumn(
+            "perplexity", (metrics.title_of(metric), "x dense"), lambda r: _times(r, metric, first),
             lambda r: _key(r, metric, lambda q: -q.better.value if q.better else None),
             lambda r: _times(r, metric, False),
         )  # fmt: skip
@@ -95,22 +106,22 @@ def _of_metric(metric: str, first: bool, block: Block) -> list[Column]:
     if not first or not any(r.quality[metric].share for r in block.rows if metric in r.quality and r.keys):
         return [value]
     name, head = ("above", ("above", "guessing")) if metrics.kind_of(metric).chance else ("of dense", ("of", "dense"))
-    part = Column(
+    part = BoardColumn(
         name, head, lambda r: _share(r, metric, True),
         lambda r: _key(r, metric, lambda q: -q.share.value if q.share else None), lambda r: _share(r, metric, False),
     )  # fmt: skip
     return [value, part]
 
 
-def _text(row: Row, metric: str, text: Callable[[Quality], str]) -> str:
+def _text(row: BoardRow, metric: str, text: Callable[[Quality], str]) -> str:
     return text(row.quality[metric]) if metric in row.quality else "-"
 
 
-def _key(row: Row, metric: str, key: Callable[[Quality], float | None]) -> float | None:
+def _key(row: BoardRow, metric: str, key: Callable[[Quality], float | None]) -> float | None:
     return key(row.quality[metric]) if metric in row.quality else None
 
 
-def _share(row: Row, metric: str, ends: bool) -> str:
+def _share(row: BoardRow, metric: str, ends: bool) -> str:
     quality = row.quality.get(metric)
     if quality is None or quality.share is None:
         return "-"
@@ -120,7 +131,7 @@ def _share(row: Row, metric: str, ends: bool) -> str:
     return f"{text} [{', '.join(percent(end)[:-2] for end in interval)}]"
 
 
-def _times(row: Row, metric: str, ends: bool) -> str:
+def _times(row: BoardRow, metric: str, ends: bool) -> str:
     quality = row.quality.get(metric)
     if quality is None or quality.times is None:
         return "-"
@@ -128,7 +139,7 @@ def _times(row: Row, metric: str, ends: bool) -> str:
     return multiple(value, *((interval or ()) if ends and row.kind != CONTROL else ()))
 
 
-def _beside(row: Row, text: str) -> str:
+def _beside(row: BoardRow, text: str) -> str:
     return "-" if row.kind in (CONTROL, GUESSING) else text
 
 
@@ -137,11 +148,11 @@ def _more(share: float) -> str:
     return f"+{small_share(share)}" if share >= 1e-4 else small_share(share)
 
 
-def _ratio(row: Row) -> float:
+def _ratio(row: BoardRow) -> float:
     return row.speed.speedup.median if row.speed and row.speed.speedup else 0.0
 
 
-def _speed(row: Row) -> str:
+def _speed(row: BoardRow) -> str:
     if row.kind == CONTROL:
         return "1.00x"
     return "-" if row.speed is None else f"{_ratio(row):.2f}x" if row.speed.speedup else "none yet"
@@ -150,11 +161,14 @@ def _speed(row: Row) -> str:
 def lines(
     board: Board, width: int, explain: bool = False, sort: str | None = None, level: float | None = None
 ) -> list[str]:
-    """The board in lines of at most `width` characters where that can be.
+    """Return the board in lines of at most `width` characters, if possible.
 
     Args:
-        board: of one model. width: of the terminal. explain: say what each column is.
-        sort: order the rows of a level by this column. level: show only rows of this read, and dense.
+        board: of one model.
+        width: of the terminal.
+        explain: whether to explain each column.
+        sort: column that orders the rows of a level.
+        level: read of the rows to show, beside dense.
     """
     text: list[str] = []
     for i, block in enumerate(board.blocks):
@@ -164,8 +178,8 @@ def lines(
         if block.at_chance:
             text += _wrapped(f"! dense is no better than guessing on {', '.join(block.at_chance)}", width)
         text += _table(block, width, sort, level)
-        for one in shown(block, level):
-            for said in one.said:
+        for one in shown_levels(block, level):
+            for said in one.sentences:
                 text += _wrapped(said, width, " ", "   ")
     for note in [*notes(board), *(EXPLAINED if explain else ())]:
         text += _wrapped(note, width)
@@ -173,21 +187,21 @@ def lines(
 
 
 def _wrapped(text: str, width: int, first: str = "", then: str = "") -> list[str]:
-    """A text in lines, in which a number stays with its per cent."""
+    """Wrap a text without separating a number from its per cent."""
     tied = text.replace(" %", "\u00a0%").replace("p < ", "p\u00a0<\u00a0")
     found = textwrap.wrap(tied, width, initial_indent=first, subsequent_indent=then, break_on_hyphens=False)
     return [line.replace("\u00a0", " ") for line in found]
 
 
 def _head(left: str, right: str, width: int) -> list[str]:
-    """The model and the documents: in one line where there is room."""
+    """Return the model and the documents, in one line if it fits."""
     if len(left) + len(right) + 3 <= width:
         return [f"{left}   {right}"]
     return [line for part in (left, right) for line in _wrapped(part, width)]
 
 
 def sizes(board: Board, block: Block) -> str:
-    """`7 choice tasks x 100, 2 texts x 32 documents`, and the scope where it is not ours."""
+    """Return `7 choice tasks x 100, 2 texts x 32`, with the scope unless it is the default."""
     parts = []
     for metric, tasks in block.tasks.items():
         counts = sorted({row.values[t].n for row in block.rows for t in tasks if t in row.values})
@@ -196,19 +210,19 @@ def sizes(board: Board, block: Block) -> str:
         noun = "choice task" if kind.chance else "text" if kind.group == metrics.PERPLEXITY else "task"
         named = ", ".join(tasks) if len(tasks) <= NAMED_TASKS else f"{len(tasks)} {noun}s"
         parts.append(f"{named} x {n}")
-    scope = f"scope {block.scope}: " if block.scope != USUAL and block is board.blocks[0] else ""
+    scope = f"scope {block.scope}: " if block.scope != DEFAULT_SCOPE and block is board.blocks[0] else ""
     return scope + "; ".join(parts)
 
 
-def shown(block: Block, level: float | None) -> list[Level]:
-    """The levels of a block; with a read those near it, and dense."""
+def shown_levels(block: Block, level: float | None) -> list[Level]:
+    """Return the levels of a block, or those near a read, and dense."""
     if level is None:
         return list(block.levels)
     return [one for one in block.levels if any(r.kind == CONTROL or abs(r.read - level) <= 0.025 for r in one.rows)]
 
 
-def ordered(rows: Sequence[Row], columns: Sequence[Column], sort: str | None) -> list[Row]:
-    """Rows by a column, those without a value last; as they stand without one."""
+def ordered(rows: Sequence[BoardRow], columns: Sequence[BoardColumn], sort: str | None) -> list[BoardRow]:
+    """Sort rows by a column, rows without a value last; without a column keep their order."""
     chosen = next((c for c in columns if c.name == sort), None)
     if chosen is None:
         return list(rows)
@@ -217,7 +231,7 @@ def ordered(rows: Sequence[Row], columns: Sequence[Column], sort: str | None) ->
 
 
 def _table(block: Block, width: int, sort: str | None, level: float | None) -> list[str]:
-    levels = shown(block, level)
+    levels = shown_levels(block, level)
     rows = [row for one in levels for row in one.rows]
     columns = columns_of(block)
     first = {metric for metric in list(block.tasks)[1:] if metrics.kind_of(metric).group != metrics.PERPLEXITY}
@@ -230,7 +244,7 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
     dropped: list[str] = []
     far = [c.name for c in columns if c.name in ("flips", "kl")]
     beside = sorted(far, key=lambda n: -texts[n].count("-"))[: len(far) - 1]  # of two, the one that fewer rows have
-    for out in ("memory", "work", *(metrics.said(m) for m in first), *beside):
+    for out in ("memory", "work", *(metrics.title_of(m) for m in first), *beside):
         if total() > width and any(c.name == out for c in columns):
             columns = [c for c in columns if c.name != out]
             dropped.append(out)
@@ -256,26 +270,26 @@ def _table(block: Block, width: int, sort: str | None, level: float | None) -> l
     return [*made, *([f" (no room for {', '.join(dropped)}: --format md has all columns)"] if dropped else [])]
 
 
-def name_of(row: Row, name: str | None = None) -> str:
-    """The name of a row, with a mark where its method is known from an abstract alone."""
+def name_of(row: BoardRow, name: str | None = None) -> str:
+    """Return the name of a row, with a mark if its method is known from an abstract alone."""
     mark = " †" if row.label.partition(":")[0].partition(" ")[0] in ABSTRACTS else ""
     return (name or row.name) + mark
 
 
-def read_of(row: Row) -> str:
-    """The share of the FFN bytes that a row reads; nothing where there is no model."""
+def read_of(row: BoardRow) -> str:
+    """Return the share of the FFN bytes that a row reads; empty for guessing."""
     return "" if row.kind == GUESSING else percent(row.read)
 
 
 def wins(block: Block, level: float | None = None) -> str:
-    """That rounding beats every pruned row of a level, where it does; else nothing."""
-    won = [one for one in shown(block, level) if one.rounding_wins]
+    """Return a sentence if rounding beats every pruned row of a level."""
+    won = [one for one in shown_levels(block, level) if one.rounding_wins]
     reads = [percent(row.read) for one in won for row in [r for r in one.rows if r.kind == PRUNED][:1]]
     return f"Rounding is better than every pruned row at {', '.join(reads)}." if reads else ""
 
 
 def notes(board: Board) -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Return remarks on the numbers."""
     rows = board.rows
     found = [*board.notes]
     if any(name_of(row) != row.name for row in rows):
@@ -294,20 +308,20 @@ def notes(board: Board) -> list[str]:
 
 
 def table(board: Board, sort: str | None = None, level: float | None = None) -> list[Table]:
-    """The board as tables with all columns, one a block."""
+    """Return the board as tables with all columns, one per block."""
     made = []
     for i, block in enumerate(board.blocks):
         columns = columns_of(block)
         body: list[list[str]] = []
         rules: set[int] = set()
         said: list[str] = []
-        for one in shown(block, level):
+        for one in shown_levels(block, level):
             rules |= {len(body)} if body else set()
             for row in ordered(one.rows, columns, sort):
                 asked = sparsity(row.sparsity) if row.keys else ""
                 mark = row.mark or ("" if row.kind == "pruned" else row.kind)
                 body.append([read_of(row), name_of(row, row.label), asked, *(c.text(row) for c in columns), mark])
-            said += one.said
+            said += one.sentences
         chance = [f"Dense is no better than guessing on {', '.join(block.at_chance)}."] if block.at_chance else []
         last = [*notes(board), *EXPLAINED] if block is board.blocks[-1] else []
         title = f"Board of {board.model}: {sizes(board, block)}" if i == 0 else sizes(board, block)

@@ -1,4 +1,4 @@
-"""Have results fallen behind a baseline? A row falls only if it lost too much and noise does not explain it."""
+"""Comparison of results with a baseline: a row fails if it lost too much and noise does not explain it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dart_eval.results import metrics, stats, writers
 from dart_eval.results.baseline import rounded
@@ -16,38 +15,30 @@ from dart_eval.results.format import chance, number, ratio, signed
 from dart_eval.results.frame import Compared, compared
 from dart_eval.results.metrics import GOLD
 from dart_eval.results.outcomes import Cell, Measure, Unpaired, older_note
-from dart_eval.results.pairing import (
-    Pair,
-    counterparts,
-    current,
-    dense_cells,
-    dense_of,
-    differing,
-    nearest_to,
-    pair,
-)
+from dart_eval.results.pairing import Pair, counterparts, current, dense_cells, dense_of, differing, nearest_to, pair
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.thresholds import Thresholds
 from dart_eval.results.writers import Table, finite
 from dart_eval.util.errors import UserError, nearest
 from dart_eval.util.text import json_text, printable
 
-CHANGED = 1e-3  # a document counts as changed where its value moved by more: less is arithmetic
+CHANGED = 1e-3  # a document has changed if its value moved by more; less is arithmetic
 OK, FELL, MISSING = "ok", "FELL", "missing"
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One metric of one baseline cell, then and now.
 
     Attributes:
-        cell: method, parameters and sparsity, for people.
-        recovery: of the quality then, above guessing; below 1 is worse. None where nothing could be lost.
-        of_dense: the same against dense in the same results.
+        cell: method, parameters and sparsity, in words.
+        recovery: share of the earlier quality above guessing; below 1 is worse. None if nothing could be lost.
+        of_dense: share of dense's quality in the same results.
         changed: documents whose value moved.
-        result: now against then; None where the cell is missing.
+        result: test of now against then; None if the cell is missing.
         p_holm: one-sided (now is worse), adjusted over all rows.
-        verdict: `ok`, `FELL` or `missing`. why: in words.
+        verdict: `ok`, `FELL` or `missing`.
+        why: the reason in words.
     """
 
     cell: str
@@ -61,8 +52,8 @@ class Row:
     verdict: str = MISSING
     why: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        """Flat: then, now and the rest of the test beside the row's own fields."""
+    def to_json(self) -> dict[str, object]:
+        """Return flat data: then, now and the rest of the test beside the row's own fields."""
         data = {k: v for k, v in vars(self).items() if k != "result"}
         if self.result is not None:
             test = dataclasses.asdict(self.result)
@@ -72,16 +63,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, what they were held against, and remarks."""
+    """All rows, the thresholds and baseline, and remarks."""
 
-    rows: list[Row]
+    rows: list[CheckRow]
     thresholds: Thresholds
     baseline: str
     notes: list[str]
 
     @property
-    def bad(self) -> list[Row]:
-        """What fell or is missing."""
+    def bad(self) -> list[CheckRow]:
+        """Rows that fell or are missing."""
         return [r for r in self.rows if r.verdict != OK]
 
     @property
@@ -91,30 +82,30 @@ class Report:
         missing = len(self.bad) - fell
         if not self.bad:
             return f"ok: all {len(self.rows)} rows of {self.baseline} hold"
-        said = [*([f"{fell} fell"] if fell else []), *([f"{missing} missing"] if missing else [])]
-        return f"FAILED: of {len(self.rows)} rows of {self.baseline} {', '.join(said)}"
+        counts = [*([f"{fell} fell"] if fell else []), *([f"{missing} missing"] if missing else [])]
+        return f"FAILED: of {len(self.rows)} rows of {self.baseline} {', '.join(counts)}"
 
 
 def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, baseline: str) -> Report:
-    """Hold results against the cells of a baseline.
+    """Compare results with the cells of a baseline.
 
     Raises:
-        UserError: the documents or prompts are others, or the thresholds name what is not there.
+        UserError: other documents or prompts, or thresholds for missing tasks.
     """
     now, notes = current(now, then)
     now, then = ([rounded(cell) for cell in side] for side in (now, then))
     partners = counterparts(then, now)
-    # A baseline of an earlier version does not say what was typed; the results do.
+    # Baselines of earlier versions lack the user's spelling of methods; the results have it.
     typed = [c if c.settings else dataclasses.replace(c, settings=partners[c.key].settings) if c.key in partners else c
              for c in then]  # fmt: skip
     labels, dense = names(typed), dense_cells(now)
-    rows: list[Row] = []
+    rows: list[CheckRow] = []
     made: list[Pair] = []
     for old in then:
         measures = old.read().measures
         found = _pair(old, partners.get(old.key), now)
         if isinstance(found, str):
-            rows += [Row(labels[old.key], m.task, m.metric, why=found) for m in measures]
+            rows += [CheckRow(labels[old.key], m.task, m.metric, why=found) for m in measures]
             continue
         made.append(found)
         reference = dense_of(found.a, dense)
@@ -139,11 +130,11 @@ def check(now: Sequence[Cell], then: Sequence[Cell], thresholds: Thresholds, bas
 
 
 def _pair(old: Cell, cell: Cell | None, now: Sequence[Cell]) -> Pair | str:
-    """The results' cell for one of the baseline with that one, or why there is none that can be trusted."""
+    """Pair a cell of the baseline with the results' cell, or return why there is none."""
     if cell is None:
         return f"not in the results: {nearest_to(old, now)}"
-    if cell.doubt:
-        return f"{cell.doubt} cannot be read, and may be a later run of this cell"
+    if cell.unread_rival:
+        return f"{cell.unread_rival} cannot be read, and may be a later run of this cell"
     try:
         return pair(cell, old)
     except UnreadSamples as error:
@@ -153,7 +144,7 @@ def _pair(old: Cell, cell: Cell | None, now: Sequence[Cell]) -> Pair | str:
 
 
 def _beside(cell: Cell, dense: Cell | None) -> list[Compared]:
-    """The cell beside its dense one; nothing where that cannot be read, for its own row says so."""
+    """Compare a cell with its dense one; empty if that is unreadable, as its own row says so."""
     with contextlib.suppress(UnreadSamples, Unpaired):
         if dense is not None:
             found = pair(cell, dense)
@@ -161,23 +152,23 @@ def _beside(cell: Cell, dense: Cell | None) -> list[Compared]:
     return []
 
 
-def _row(name: str, measure: Measure, found: Pair, dense: Compared | None) -> Row:
-    """A row without its verdict."""
-    made = compared(found, [measure])
+def _row(name: str, measure: Measure, both: Pair, dense: Compared | None) -> CheckRow:
+    """Return a row without its verdict."""
+    made = compared(both, [measure])
     if not made:
-        return Row(name, measure.task, measure.metric, why="the results lack this metric")
+        return CheckRow(name, measure.task, measure.metric, why="the results lack this metric")
     (one,) = made
     # Sums of log-likelihoods over long answers say little as a share of dense's.
     level = None if dense is None or measure.name == GOLD else _recovery(dense)
     moved = ~(abs(one.pairs.a - one.pairs.b) <= CHANGED)
     changed = int(moved.reshape(len(moved), -1).any(1).sum())
-    return Row(name, measure.task, measure.metric, _recovery(one), level, changed, one.test)
+    return CheckRow(name, measure.task, measure.metric, _recovery(one), level, changed, one.test)
 
 
 def _recovery(one: Compared) -> float | None:
-    """Of accuracies of choices the share above guessing, of all else `recovery`; None of how far dense is.
+    """Return the share above guessing for choices, `recovery` for other metrics, None for distances to dense.
 
-    Where the quality then was not above guessing by more than noise it is None too, and the test decides alone.
+    It is None too if the earlier quality was not above guessing by more than noise; then the test decides alone.
     """
     now, then = one.test.value_a, one.test.value_b
     if metrics.kind_of(one.measure.name).group == metrics.DISTANCE:
@@ -189,9 +180,9 @@ def _recovery(one: Compared) -> float | None:
 
 
 def recovery(measure: Measure, now: float, then: float) -> float | None:
-    """Share of quality that is left: now / then, or then / now where lower is better; None where nothing could be lost.
+    """Return the remaining share of quality: now / then, or then / now if lower is better; None if it has no ratio.
 
-    Mean log-likelihoods are compared as likelihoods, exp(now - then), which is what the ratio of two perplexities does.
+    Mean log-likelihoods are compared as likelihoods, exp(now - then), like the ratio of two perplexities.
     """
     if measure.name == GOLD:
         return stats.exp(now - then)
@@ -201,8 +192,8 @@ def recovery(measure: Measure, now: float, then: float) -> float | None:
     return 1.0 if good == reference else good / reference
 
 
-def _judged(row: Row, thresholds: Thresholds) -> Row:
-    """The row with its verdict: too much lost, and that beyond noise where it can be told."""
+def _judged(row: CheckRow, thresholds: Thresholds) -> CheckRow:
+    """Add the verdict to a row: too much lost, and beyond noise if it was tested."""
     if row.result is None:
         return row
     limits, why = thresholds.limits_of(row.task), []
@@ -230,21 +221,21 @@ def _judged(row: Row, thresholds: Thresholds) -> Row:
 
 
 def table(report: Report, every: bool = False) -> Table:
-    """What fell or is missing, or all rows."""
-    shown = report.rows if every else report.bad
-    dense = any(r.of_dense is not None for r in shown)
+    """Return the table of rows that fell or are missing, or of all rows."""
+    rows = report.rows if every else report.bad
+    dense = any(r.of_dense is not None for r in rows)
     columns: list[ColumnOf] = [
         ("cell", "cell", str), ("task", "task", str), ("metric", "metric", str), ("then", "then", number),
         ("now", "now", number), ("recovery", "recovery", ratio), *([("of dense", "of_dense", ratio)] if dense else []),
         ("now - then", "difference", signed), ("95 % interval", "ends", str), ("p worse (Holm)", "p_holm", chance),
         ("changed", "moved", str), ("verdict", "verdict", str), ("why", "why", str),
     ]  # fmt: skip
-    lines = [{**r.to_json(), "moved": r.result and f"{r.changed} of {r.result.n}"} for r in shown]
+    lines = [{**r.to_json(), "moved": r.result and f"{r.changed} of {r.result.n}"} for r in rows]
     return table_of(report.headline, lines, columns, note(report, every))
 
 
 def note(report: Report, every: bool = False) -> str:
-    """The rest in one line, and how verdicts come about."""
+    """Return the rest in one line, and the rule of verdicts."""
     fine = [r for r in report.rows if r.verdict == OK]
     parts = []
     if fine and report.bad and not every:
@@ -262,13 +253,13 @@ def note(report: Report, every: bool = False) -> str:
 
 
 def markdown(report: Report, every: bool = False) -> str:
-    """The verdict first, then the table, where it has rows."""
-    made = table(report, every)
-    return writers.markdown(made) if made.body else f"### {printable(made.title)}\n\n{printable(made.note)}\n"
+    """Return Markdown: the verdict, then the table if it has rows."""
+    rows = table(report, every)
+    return writers.markdown(rows) if rows.body else f"### {printable(rows.title)}\n\n{printable(rows.note)}\n"
 
 
 def to_json(report: Report) -> str:
-    """Everything, in full precision."""
+    """Return JSON of everything, in full precision."""
     data = {
         "verdict": FELL if report.bad else OK, "headline": report.headline, "baseline": report.baseline,
         "thresholds": dataclasses.asdict(report.thresholds), "resamples": stats.RESAMPLES, "seed": stats.SEED,
@@ -278,7 +269,7 @@ def to_json(report: Report) -> str:
 
 
 def junit(report: Report) -> str:
-    """JUnit's XML: a test case for each row."""
+    """Return JUnit's XML: a test case per row."""
     bad = str(len(report.bad))
     counts = {"tests": str(len(report.rows)), "failures": bad, "errors": "0"}
     root = ElementTree.Element("testsuites", counts)
@@ -295,14 +286,14 @@ def junit(report: Report) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _sentence(row: Row) -> str:
+def _sentence(row: CheckRow) -> str:
     r = row.result
     values = "" if r is None else f": {number(r.value_b)} then, {number(r.value_a)} now, n {r.n}"
     return printable(f"{row.cell}, {row.task} {row.metric}{values}; {row.why}")
 
 
 def workflow_commands(report: Report) -> list[str]:
-    """GitHub's workflow commands, one for each row that fell or is missing."""
+    """Return GitHub's workflow commands, one per row that fell or is missing."""
     lines = []
     for row in report.bad:
         title = printable(f"{row.verdict} {row.task} {row.metric}")

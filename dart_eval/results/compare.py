@@ -1,4 +1,4 @@
-"""Is the difference between two sets of cells more than noise? Paired by document, one row per task and metric."""
+"""Comparison of two sets of cells, paired by document: one row per task and metric."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from dart_eval.util.text import json_text
 
 
 @dataclass(frozen=True)
-class Row:
+class CompareRow:
     """One metric of one task, A against B.
 
     Attributes:
-        contrast: which cells, for people. task, metric, higher_is_better: as in records.
-        result: the test. p_holm: its p adjusted over the tasks of this contrast and metric.
-        better: `A` or `B` where `p_holm` is below .05, else `-`.
+        contrast: the two cells, in words.
+        task, metric, higher_is_better: as in records.
+        result: the test.
         key_a, key_b: of the two records.
+        p_holm: p of the test, adjusted over the tasks of this contrast and metric.
+        better: `A` or `B` if `p_holm` is below .05, else `-`.
     """
 
     contrast: str
@@ -45,33 +47,33 @@ class Row:
     p_holm: float | None = None
     better: str = "-"
 
-    def to_json(self) -> dict[str, Any]:
-        """Flat, for json and csv."""
+    def to_json(self) -> dict[str, object]:
+        """Return flat data for json and csv."""
         data = {k: v for k, v in vars(self).items() if k != "result"}
         return {**data, **{k: v for k, v in dataclasses.asdict(self.result).items() if k != "p_worse"}}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows, what A and B are, and what a reader must know beside the numbers."""
+    """The rows, the names of A and B, and remarks."""
 
     a: str
     b: str
-    rows: list[Row]
+    rows: list[CompareRow]
     notes: list[str]
 
 
-# In what A and B may differ.
+# Inputs in which A and B may differ.
 FREE = {"method": ("method", "params"), "sparsity": ("sparsity",), "model": ("model",), "row": PRUNING}
 ColumnOf = tuple[str, str, Callable[[Any], str]]
-Named = tuple[str, Cell, Cell]  # its name for people, A, B
+NamedPair = tuple[str, Cell, Cell]  # name in words, A, B
 
 
 def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison:
-    """Cells of folder A against those of folder B that were asked the same.
+    """Compare cells of folder A with equal cells of folder B.
 
     Raises:
-        UserError: nothing in common, or not the same documents.
+        UserError: nothing in common, or other documents.
     """
     left, right = (beside_dense(cells(folder), _texts(metrics)) for folder in (a, b))
     labelled = names(left)
@@ -91,7 +93,7 @@ def compare_folders(a: Path, b: Path, metrics: Sequence[str] = ()) -> Comparison
 
 
 def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Sequence[str] = ()) -> Comparison:
-    """Cells that differ in their method, sparsity or model, and agree in all else that was asked.
+    """Compare cells that differ only in their method, sparsity or model.
 
     Args:
         by: `method`, `sparsity`, `model` or `row`: a row of the board, which may differ in its bits, too.
@@ -105,7 +107,7 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
     everything = beside_dense(newest([c for folder in folders for c in cells(folder)]), _texts(metrics))
     labelled = names(everything, model=by == "model")
     sides = [_side(by, spec, everything, labelled) for spec in (a, b)]
-    pairs: list[Named] = []
+    pairs: list[NamedPair] = []
     for left, right in itertools.product(*sides):
         if left.key == right.key:
             raise UserError(f"{a} and {b} are the same cell: {labelled[left.key]}", "name two that differ")
@@ -115,21 +117,21 @@ def compare_within(by: str, a: str, b: str, folders: Sequence[Path], metrics: Se
         if identity(left.inputs, free) == identity(right.inputs, free):
             pairs.append((f"{labelled[left.key]} vs {labelled[right.key]}", left, right))
     if not pairs:
-        said = (f"{spec} has {_extent(side)}" for spec, side in zip((a, b), sides, strict=True))
-        raise UserError(f"{a} and {b} have nothing in common: {', '.join(said)}", "run both on the same tasks")
+        extents = (f"{spec} has {_extent(side)}" for spec, side in zip((a, b), sides, strict=True))
+        raise UserError(f"{a} and {b} have nothing in common: {', '.join(extents)}", "run both on the same tasks")
     return _compare(a, b, pairs, metrics, [])
 
 
 def _texts(metrics: Sequence[str]) -> bool:
-    """Whether generated texts are held against dense's."""
+    """Whether generated texts are compared with dense's."""
     return any(name == "all" or name.startswith("dense_") for name in metrics)
 
 
 def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, str]) -> list[Cell]:
-    """The cells that a user named.
+    """Return the cells that a user named.
 
     Raises:
-        UserError: there are none, or the name stands for several methods or models.
+        UserError: there are none, or the name means several methods or models.
     """
     side = [c for c in everything if (labelled[c.key] == spec if by == "row" else _is(by, spec, c))]
     if not side:
@@ -151,21 +153,21 @@ def _side(by: str, spec: str, everything: Sequence[Cell], labelled: dict[str, st
     return side
 
 
-def names(found: Sequence[Cell], model: bool = False) -> dict[str, str]:
-    """Cells for people: model where it matters, method with what tells it apart, sparsity."""
-    known = labels(found, by_task=True)
-    many = model or len({c.inputs["model"]["name"] for c in found}) > 1
+def names(cells: Sequence[Cell], model: bool = False) -> dict[str, str]:
+    """Name cells: model if there are several, method with distinguishing settings, sparsity."""
+    known = labels(cells, by_task=True)
+    many = model or len({c.inputs["model"]["name"] for c in cells}) > 1
     return {
         c.key: " ".join([
             *([c.inputs["model"]["name"]] if many else []), known[c.key],
             *([] if c.inputs["method"] == DENSE else [sparsity(c.inputs["sparsity"])]),
         ])
-        for c in found
+        for c in cells
     }  # fmt: skip
 
 
 def _trait(by: str, cell: Cell) -> str:
-    """What a user calls a cell's method, sparsity or model."""
+    """Return a user's name of a cell's method, sparsity or model."""
     inputs = cell.inputs
     if by == "sparsity":
         return f"{inputs['sparsity']:g}"
@@ -189,8 +191,8 @@ def _is(by: str, spec: str, cell: Cell) -> bool:
     return cell.inputs["method"] == name and all(k in known and _equals(known[k], v) for k, v in given.items())
 
 
-def _equals(item: Any, text: str) -> bool:
-    """Whether a parameter has the value that a user typed."""
+def _equals(item: object, text: str) -> bool:
+    """Whether a parameter equals a typed value."""
     if isinstance(item, bool):
         return text.lower() in (("true", "on", "yes", "1") if item else ("false", "off", "no", "0"))
     if isinstance(item, (int, float)):
@@ -209,14 +211,14 @@ def _extent(side: Sequence[Cell]) -> str:
 
 
 def wanted(measures: Sequence[Measure], metrics: Sequence[str]) -> list[Measure]:
-    """The measures a user asked for by name, all of them, or each task's primary one."""
+    """Return the measures that a user named, all of them, or each task's main one."""
     if "all" in metrics:
         return list(measures)
     return [m for m in measures if m.name in metrics] if metrics else known_metrics.main(measures)
 
 
-def _compare(a: str, b: str, named: Sequence[Named], metrics: Sequence[str], notes: list[str]) -> Comparison:
-    rows: list[Row] = []
+def _compare(a: str, b: str, named: Sequence[NamedPair], metrics: Sequence[str], notes: list[str]) -> Comparison:
+    rows: list[CompareRow] = []
     made: list[Pair] = []
     families: dict[tuple[str, ...], list[int]] = {}
     left_out: set[str] = set()
@@ -237,7 +239,7 @@ def _compare(a: str, b: str, named: Sequence[Named], metrics: Sequence[str], not
             m = one.measure
             family = (identity(left.inputs, ("task",)), identity(right.inputs, ("task",)), m.metric)
             families.setdefault(family, []).append(len(rows))
-            rows.append(Row(name, m.task, m.metric, m.higher_is_better, one.test, left.key, right.key))
+            rows.append(CompareRow(name, m.task, m.metric, m.higher_is_better, one.test, left.key, right.key))
     known = {m.name for one in made for m in one.x.measures}
     if unread is not None and not known:
         raise unread
@@ -260,14 +262,14 @@ def _compare(a: str, b: str, named: Sequence[Named], metrics: Sequence[str], not
     return Comparison(a, b, rows, notes)
 
 
-def _better(row: Row, p: float | None) -> str:
+def _better(row: CompareRow, p: float | None) -> str:
     if p is None or p >= stats.ALPHA or row.higher_is_better is None or row.result.difference == 0:
         return "-"
     return "A" if (row.result.difference > 0) == row.higher_is_better else "B"
 
 
 def table(comparison: Comparison) -> Table:
-    """The comparison for people."""
+    """Return the comparison as a table."""
     ratios = any(r.result.ratio is not None for r in comparison.rows)
     columns: list[ColumnOf] = [
         ("cells", "contrast", str), ("task", "task", str), ("metric", "metric", str), ("A", "value_a", number),
@@ -282,11 +284,11 @@ def table(comparison: Comparison) -> Table:
 
 
 def table_of(title: str, lines: Sequence[dict[str, Any]], columns: Sequence[ColumnOf], note: str) -> Table:
-    """A table of paired tests, also those of `check`.
+    """Return a table of paired tests, also for `check`.
 
     Args:
-        lines: flat rows; `ends`, those of the interval, are added here.
-        columns: head, name in a flat row, and how a value is written.
+        lines: flat rows; `ends` of the interval are added here.
+        columns: head, name in a flat row, and formatter of a value.
     """
     import pandas as pd
 
@@ -296,7 +298,7 @@ def table_of(title: str, lines: Sequence[dict[str, Any]], columns: Sequence[Colu
 
 
 def note(comparison: Comparison) -> str:
-    """What was tested and how, and what else a reader must know."""
+    """Return the tests in words, and remarks."""
     results = [r.result for r in comparison.rows]
     used = sorted({r.test for r in results if r.test} | {r.interval for r in results if r.interval})
     parts = [f"Paired by document. Tests and intervals: {', '.join(used) or 'none'}."]
@@ -317,7 +319,7 @@ def note(comparison: Comparison) -> str:
 
 
 def render(comparison: Comparison, form: str) -> str:
-    """The comparison as text (md, csv or json); json and csv in full precision."""
+    """Return the comparison as text (md, csv or json); json and csv in full precision."""
     if form == "md":
         return writers.markdown(table(comparison))
     rows = [r.to_json() for r in comparison.rows]

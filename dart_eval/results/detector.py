@@ -1,4 +1,4 @@
-"""How well drift detectors tell a switch of topic from none: on the traces of a drift task and of its control.
+"""Detection rates of drift detectors, on the traces of a drift task and of its control.
 
 Task `X` switches topics where decoding begins, its control `X_same` never does: an alarm in the first is a detection,
 in the second a false alarm. Other margins than the one that ran are judged from the recorded signals, up to the first
@@ -33,12 +33,12 @@ COLUMNS = (
 
 
 class Rate(NamedTuple):
-    """What a detector did on documents with a switch and on their controls.
+    """Rates of a detector on documents with a switch and on their controls.
 
     Attributes:
-        documents: with a switch.
-        detected: of them, those with an alarm.
-        delay: median tokens until it, or None.
+        documents: documents with a switch.
+        detected: of them, documents with an alarm.
+        delay: median tokens until the alarm, or None.
         watched: control tokens until an alarm or the end.
         false_alarms: controls with an alarm.
     """
@@ -56,7 +56,7 @@ class Rate(NamedTuple):
 
 
 def first_alarm(signal: Sequence[float], threshold: float, patience: int) -> int | None:
-    """Windows until the counter reaches `patience`: up on a signal below the threshold, down otherwise; None: never."""
+    """Return the windows until the counter (up below the threshold, else down) reaches `patience`; None: never."""
     pressure = 0
     for i, value in enumerate(signal):
         pressure = pressure + 1 if value < threshold else max(0, pressure - 1)
@@ -66,20 +66,20 @@ def first_alarm(signal: Sequence[float], threshold: float, patience: int) -> int
 
 
 def judged(
-    switched: Iterable[dict[str, Any]],
-    same: Iterable[dict[str, Any]],
+    switched: Iterable[dict[str, object]],
+    same: Iterable[dict[str, object]],
     margin: float | None,
     unit: str,
     patience: int,
     remasks: bool = True,
 ) -> Rate:
-    """Rates of a margin on traces: `unit` is `sigma` or `cosine`; margin None takes the alarms that were raised.
+    """Return the rates of a margin on traces: `unit` is `sigma` or `cosine`; margin None takes the recorded alarms.
 
-    remasks: an alarm was followed by a new mask, so that a margin is judged up to the first one only.
+    remasks: whether alarms led to new masks, so that a margin is judged only up to the first one.
     """
 
     def alarm(trace: dict[str, Any]) -> tuple[int | None, int]:
-        """Tokens until the first alarm (None: never), and tokens watched."""
+        """Return the tokens until the first alarm (None: never), and the tokens watched."""
         window, signal, raised = trace["window"], trace["signal"], trace.get("alarms") or [None]
         at = raised[0]
         if margin is not None:
@@ -100,7 +100,7 @@ def judged(
 
 
 def tables(store: Store, records: Sequence[Record]) -> list[Table]:
-    """One table per drift task whose control was run under the same method, for those with a detector."""
+    """Return a table per drift task whose control was run under the same method with a detector."""
     import pandas as pd
 
     by_place = {_place(r, str(r.inputs["task"])): r for r in records}
@@ -127,7 +127,7 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
 
 
 def _place(record: Record, task: str) -> str:
-    """What a task and its control share; their documents may differ in number."""
+    """Return the inputs that a task and its control share; their numbers of documents may differ."""
     return f"{task} {question(record.inputs, ('task', 'limit'))}"
 
 

@@ -1,4 +1,4 @@
-"""How far a cell's answers lie from dense's own, by document: flips of choices, and texts beside dense's text."""
+"""Distance of a cell's answers from dense's, by document: flips of choices, and texts beside dense's text."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from dart_eval.results.pairing import dense_cells, dense_of
 from dart_eval.util.errors import UserError
 
 
-def beside_dense(found: Sequence[Cell], texts: bool = True) -> list[Cell]:
-    """Cells whose outcomes say how far they are from dense, where there is a dense cell of the same documents.
+def beside_dense(cells: Sequence[Cell], texts: bool = True) -> list[Cell]:
+    """Add distances from dense to the outcomes of cells with a dense cell of the same documents.
 
     Args:
-        found: of a folder. texts: compare generated texts, too, which takes time.
+        cells: of a folder.
+        texts: whether to compare generated texts, too, which takes time.
     """
-    dense = dense_cells(found)
+    dense = dense_cells(cells)
     return [
-        dataclasses.replace(cell, read=functools.cache(_reader(cell, dense_of(cell, dense), texts))) for cell in found
+        dataclasses.replace(cell, read=functools.cache(_reader(cell, dense_of(cell, dense), texts))) for cell in cells
     ]
 
 
@@ -40,21 +41,23 @@ def _reader(cell: Cell, dense: Cell | None, texts: bool) -> Callable[[], Outcome
     return read
 
 
-def with_distances(found: Outcome, dense: Outcome, texts: bool = True) -> Outcome:
-    """An outcome with what its documents' answers are beside dense's, as metrics of its tasks.
+def with_distances(outcome: Outcome, dense: Outcome, texts: bool = True) -> Outcome:
+    """Add the distances of answers from dense's to an outcome, as metrics of its tasks.
 
-    `flips`: the chosen answer of an item is another one. Of texts `dense_rougeL`: ROUGE-L against dense's text, and
-    `dense_tokens`: tokens before the first one that differs, all of them where none does.
+    `flips`: the chosen answer of an item differs. For texts `dense_rougeL`: ROUGE-L against dense's text, and
+    `dense_tokens`: tokens before the first difference.
     """
-    ours, theirs = found.documents, dense.documents
+    ours, theirs = outcome.documents, dense.documents
     nothing = [None] * len(ours)
     ids, their_ids = (side.get("token_ids", nothing) for side in (ours, theirs))
     columns = {"flips": _each(ours["chosen"], theirs["chosen"], lambda a, b: float(a != b))}
     if texts:
-        columns["dense_rougeL"] = _each(ours["text"], theirs["text"], _rouge)
+        columns["dense_rougeL"] = _each(
+            ours["text"], theirs["text"], lambda text, dense: float(_scorer().score(dense, text)["rougeL"].fmeasure)
+        )
         columns["dense_tokens"] = _each(ids, their_ids, _common)
     columns = {name: values for name, values in columns.items() if any(v is not None for v in values)}
-    firsts = {m.task: m for m in reversed(found.measures)}.values()
+    firsts = {m.task: m for m in reversed(outcome.measures)}.values()
     documents = ours.assign(**columns)
     tasks = documents.index.get_level_values("task")
     lacking = {name: set(tasks[[v is None for v in values]]) for name, values in columns.items()}
@@ -62,20 +65,16 @@ def with_distances(found: Outcome, dense: Outcome, texts: bool = True) -> Outcom
         Measure(m.task, name if m.filter == "none" else f"{name},{m.filter}", name != "flips", m.members, m.equal)
         for m in reversed(list(firsts)) for name in columns if not lacking[name] & set(m.members)
     ]  # fmt: skip
-    return dataclasses.replace(found, measures=(*found.measures, *made), documents=documents)
+    return dataclasses.replace(outcome, measures=(*outcome.measures, *made), documents=documents)
 
 
-def _each(ours: Iterable[Any], theirs: Iterable[Any], of: Callable[[Any, Any], float]) -> list[float | None]:
-    """A number of each document that has an answer on both sides; None of the others."""
+def _each(ours: Iterable[object], theirs: Iterable[object], of: Callable[[Any, Any], float]) -> list[float | None]:
+    """Return a number for each document with an answer on both sides; None for the others."""
     return [of(a, b) if _there(a) and _there(b) else None for a, b in zip(ours, theirs, strict=True)]
 
 
-def _there(answer: Any) -> bool:
+def _there(answer: object) -> bool:
     return answer is not None and answer == answer  # a column of a frame has NaN where a document has nothing
-
-
-def _rouge(text: str, dense: str) -> float:
-    return float(_scorer().score(dense, text)["rougeL"].fmeasure)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The documents of a cell as a data frame: what `dart_eval.samples` shows, and what all paired tests are made of."""
+"""The documents of a cell as a data frame, for `dart_eval.samples` and all paired tests."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 INDEX = ["task", "doc_id", "filter"]
-TOLD = ("doc_hash", "prompt_hash", "cluster")  # columns that stand there even where there are no documents
-APART = ("metrics", "drift", "kl_bins")  # of a sample: what has columns of its own, and what no table shows
+BASIC = ("doc_hash", "prompt_hash", "cluster")  # columns of every frame, even without documents
+APART = ("metrics", "drift", "kl_bins")  # fields of a sample that are not columns
 
 
 def frame(samples: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a document and filter, in the order of the index, a column a metric.
+    """Return one row per document and filter, in the order of the index, and a column per metric.
 
-    Values stay as the file has them: NaN is NaN, and None stands where a document has no value for a metric. Of two
-    lines on one document the last counts.
+    Values stay as in the file: NaN is NaN, and None means that a document has no value for a metric. Of two lines on
+    one document the last counts.
 
     Args:
         samples: lines of a cell's samples (`layout.Sample`).
@@ -26,9 +26,9 @@ def frame(samples: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
     rows = {}
     for sample in samples:
-        told = {k: v for k, v in sample.items() if k not in APART}
-        rows[tuple(sample[k] for k in INDEX)] = {**told, **sample["metrics"], **told}  # no metric hides a hash
-    columns = dict.fromkeys((*INDEX, *TOLD, *(name for row in rows.values() for name in row)))
+        own = {k: v for k, v in sample.items() if k not in APART}
+        rows[tuple(sample[k] for k in INDEX)] = {**own, **sample["metrics"], **own}  # no metric hides a hash
+    columns = dict.fromkeys((*INDEX, *BASIC, *(name for row in rows.values() for name in row)))
     ordered = sorted(rows)
     return pd.DataFrame(
         {name: pd.Series([rows[key].get(name) for key in ordered], dtype=object) for name in columns}

@@ -1,13 +1,13 @@
-"""How numbers are written: one way for the terminal, the tables, `compare`, `check`, the report and the paper."""
+"""Formats of numbers, for the terminal, the tables, `compare`, `check`, the report and the paper."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from dart_eval.results import metrics
 
-NO_NUMBER = "no number"  # of a metric whose answers were NaN or infinite
+NO_NUMBER = "no number"  # for a metric whose answers were NaN or infinite
 
 
 def number(value: float, digits: int | None = None) -> str:
@@ -30,9 +30,9 @@ def with_error(metric: str, value: float, stderr: float | None) -> str:
 
 
 def short(metric: str, value: float, stderr: float | None) -> str:
-    """A value and its standard error in as few characters as say it: shares in per cent, `44.0 ±5.0`.
+    """Format a value and its standard error briefly: shares in per cent, `44.0 ±5.0`.
 
-    A perplexity of a million and more, which a broken model has, is written `8.4e9 ±3.7e9`.
+    A perplexity of a million and more, of a broken model, is written `8.4e9 ±3.7e9`.
     """
     if not math.isfinite(value):
         return NO_NUMBER
@@ -82,12 +82,12 @@ def percent(value: float) -> str:
 
 
 def multiple(value: float, *ends: float) -> str:
-    """How many times something is, with the ends of its interval: `1.08x [1.07, 1.10]`, `29.8x`, `2.1e7x`."""
+    """Format a multiple, with the ends of its interval: `1.08x [1.07, 1.10]`, `29.8x`, `2.1e7x`."""
     if not math.isfinite(value):
         return NO_NUMBER
     digits = 3 if abs(value - 1) < 0.0495 else 2 if value < 10 else 1 if value < 100 else 0
-    said = [f"{x:.{digits}f}" if x < 1e4 else _power(x) for x in (value, *ends)]
-    return f"{said[0]}x" + (f" [{', '.join(said[1:])}]" if ends else "")
+    texts = [f"{x:.{digits}f}" if x < 1e4 else _power(x) for x in (value, *ends)]
+    return f"{texts[0]}x" + (f" [{', '.join(texts[1:])}]" if ends else "")
 
 
 def share(value: float, digits: int = 2) -> str:
@@ -116,6 +116,6 @@ def small_share(value: float) -> str:
     return "0 %" if value == 0 else "< 0.01 %" if value < 1e-4 else f"{100 * value:.2g} %"
 
 
-def finite(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a number that can be drawn and compared."""
+def finite(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

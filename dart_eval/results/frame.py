@@ -1,4 +1,4 @@
-"""The one frame of comparisons: every metric of a cell beside the same metric of another, on the same documents.
+"""The frame of comparisons: every metric of a cell beside the same metric of another, on the same documents.
 
 Board, `compare`, `check`, the tables of a paper and `tables --format csv` are views of these rows.
 """
@@ -40,16 +40,17 @@ class Compared:
 
     @cached_property
     def chance(self) -> float | None:
-        """The quality of an answerer that guesses; None where it is not known."""
+        """The quality of guessing; None if unknown."""
         weights = self.pairs.weights
         found = float(np.average(self.pairs.chance, weights=weights))
         return None if np.isnan(found) else found
 
     def estimate(self, values: np.ndarray, above_chance: bool = True) -> Estimate:
-        """The metric of some values, above chance where it has one; of a perplexity its logarithm, in nats.
+        """Estimate the metric from values, above chance if it has one; for a perplexity its logarithm, in nats.
 
         Args:
-            values: of A or of B, as `pairs` has them. above_chance: 0 stands for guessing.
+            values: of A or of B, from `pairs`.
+            above_chance: whether 0 means guessing.
         """
         weights = np.ones(len(values)) if self.pairs.weights is None else self.pairs.weights
         if above_chance and values.ndim == 1:
@@ -65,13 +66,13 @@ class Compared:
 
     @cached_property
     def lost(self) -> Estimate:
-        """How much A is worse than B: below 0 where it is better. Of perplexities in nats a word."""
+        """By how much A is worse than B; negative if it is better. For perplexities in nats per word."""
         a, b = (self.estimate(values, above_chance=False) for values in (self.pairs.a, self.pairs.b))
         return b - a if self.measure.higher_is_better else a - b
 
     @property
     def step(self) -> float:
-        """What one answer that differs moves the value by; 0 where answers are not right or wrong."""
+        """Change of the value by one answer; 0 if answers are not right or wrong."""
         values, weights = (self.pairs.a, self.pairs.b), self.pairs.weights
         if self.a is self.b or self.measure.kind != "mean" or not all(np.isin(v, (0, 1)).all() for v in values):
             return 0.0
@@ -79,10 +80,9 @@ class Compared:
 
     @cached_property
     def recovery(self) -> Share | None:
-        """The share of B's quality that A has, above chance; None where B has none by more than noise.
+        """A's share of B's quality above chance; None if B's is not above noise.
 
-        Of perplexities it is that of B over that of A, of log-likelihoods the likelihood: exp of a difference. Metrics
-        that say how far A is from dense have none.
+        For perplexities it is B's / A's, for log-likelihoods exp of the difference. Distances from dense have none.
         """
         of = self.measure
         if of.higher_is_better is None or self.chance is None or metrics.kind_of(of.name).group == metrics.DISTANCE:
@@ -93,18 +93,18 @@ class Compared:
         return share(*(self.sides if of.higher_is_better else self.sides[::-1]), self.step)
 
 
-def compared(found: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
-    """The rows of a pair of cells; a measure that does not follow from the documents of both is left out."""
-    measured = (found.measured(measure) for measure in wanted)
-    return [Compared(found.a, found.b, pairs) for pairs in measured if pairs is not None]
+def compared(pair: pairing.Pair, wanted: Iterable[Measure]) -> list[Compared]:
+    """Return the rows of a pair of cells, without measures that do not follow from the documents of both."""
+    measured = (pair.measured(measure) for measure in wanted)
+    return [Compared(pair.a, pair.b, pairs) for pairs in measured if pairs is not None]
 
 
 def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, list[Compared]], list[str]]:
-    """Every metric of some cells beside that of their dense one, by key; and why some are missing.
+    """Compare every metric of cells with their dense one, by key; return also why some are missing.
 
     Args:
-        cells: of a folder, dense ones among them; metrics that say how far they are from dense are added here.
-        texts: among them those of generated texts.
+        cells: of a folder, dense ones among them. Distances from dense are added to them.
+        texts: whether to add distances of generated texts.
     """
     cells = distance.beside_dense(cells, texts)
     dense = pairing.dense_cells(cells)
@@ -127,21 +127,23 @@ def beside_dense(cells: Sequence[Cell], texts: bool = False) -> tuple[dict[str, 
     return rows, list(problems)
 
 
-def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
-    """One row a cell and metric: its value, dense's on the same documents, and what lies between the two.
+def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> list[dict[str, object]]:
+    """Return one row per cell and metric: its value, dense's on the same documents, and their comparison.
 
     Beside the columns of `rows` there are `dense`, `chance` (the quality of guessing), `recovery` (the share of dense's
     quality above chance) with its interval `recovery_low` and `recovery_high`, `difference` (of perplexities, of their
     logarithms) with `low` and `high`, `p` (two-sided, paired) and `p_holm`, over the tasks of one method and metric.
 
     Args:
-        store: the folder, for samples. records: its cells. subtasks: also the members of groups.
+        store: the folder, for samples.
+        records: its cells.
+        subtasks: whether to include the members of groups.
     """
     found, _ = beside_dense([outcomes.cell_of(store, record) for record in records], texts=True)
     made = rows_of(records, subtasks)
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)
-    families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    families: dict[tuple[object, ...], list[dict[str, Any]]] = {}
     for line in made:
         line.update(dict.fromkeys(("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low",
                                    "high", "p", "p_holm")))  # fmt: skip
@@ -162,11 +164,14 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
     return made
 
 
-def _distances(lines: Sequence[dict[str, Any]], tests: Mapping[tuple[str, str, str], Compared]) -> list[dict[str, Any]]:
-    """Lines of the metrics that say how far a cell is from dense and that its record has not.
+def _distances(
+    lines: Sequence[dict[str, object]], tests: Mapping[tuple[str, str, str], Compared]
+) -> list[dict[str, object]]:
+    """Return the lines of distances from dense that records lack.
 
     Args:
-        lines: of the records. tests: key, task and metric -> the row.
+        lines: of the records.
+        tests: key, task and metric -> the row.
     """
     known = {(line["key"], line["task"], line["metric"]) for line in lines}
     like = {(line["key"], line["task"]): line for line in reversed(lines)}

@@ -1,4 +1,4 @@
-"""Results as data frames: one row a metric of a cell, or one row a document.
+"""Results as data frames: one row per metric of a cell, or one row per document.
 
 Example:
     frame = dart_eval.records("out")

@@ -1,4 +1,4 @@
-"""What happened over generated texts: how long they are, what the detector did, and what the tokens did not read."""
+"""Statistics of generated texts: their lengths, the detector's alarms, and the bytes that tokens did not read."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ NOTE = (
 
 
 def tables(store: Store, records: Sequence[Record]) -> list[Table]:
-    """One table of all cells that generated texts; none where no cell did.
+    """Return a table of all cells that generated texts, if any.
 
     Args:
-        store: of the records, for their samples. Cells whose samples cannot be read are left out: `report` says so.
+        store: of the records, for their samples. Cells with unreadable samples are left out; `report` names them.
     """
     found = {}
     for r in records:
@@ -42,11 +42,11 @@ def tables(store: Store, records: Sequence[Record]) -> list[Table]:
     return table(records, found)
 
 
-def table(records: Sequence[Record], found: Mapping[str, dict[str, Any] | None]) -> list[Table]:
-    """The same of what is known already. found: by key, what `of_texts` says of a cell."""
+def table(records: Sequence[Record], counts: Mapping[str, dict[str, object] | None]) -> list[Table]:
+    """Return the same table. counts: by key, the result of `of_texts` for a cell."""
     import pandas as pd
 
-    rows = [{"key": key, **said} for key, said in found.items() if said]
+    rows = [{"key": key, **said} for key, said in counts.items() if said]
     if not rows:
         return []
     frame = cells_frame(records).merge(pd.DataFrame(rows, dtype=object), on="key")
@@ -54,8 +54,8 @@ def table(records: Sequence[Record], found: Mapping[str, dict[str, Any] | None])
     return [from_frame("Generated texts", frame, columns, NOTE)]
 
 
-def of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Counts of a cell's texts; None where its answers are none. samples: one for each document and filter."""
+def of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, object] | None:
+    """Return counts of a cell's texts; None without texts. samples: one for each document and filter."""
     texts = {(s["task"], s["doc_id"]): s for s in samples if s["responses"] and isinstance(s["responses"][0], str)}
     tokens = [int(s.get("tokens", 0)) for s in texts.values()]
     if not sum(tokens):
@@ -71,10 +71,10 @@ def of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def with_remasks(record: Record) -> float | None:
-    """Effective sparsity less what re-masks read for each token; None where that is not known.
+    """Return the effective sparsity minus the reads of re-masks per token; None if unknown.
 
-    A re-mask from the ring reads gate and up once more. One from tokens that ran dense is in the effective sparsity
-    already, as these tokens are. Older records know it of weights of 16 bits alone.
+    A re-mask from the ring reads gate and up once more. One from dense tokens is in the effective sparsity already.
+    Older records have it only for 16-bit weights.
     """
     reads = record.flops.get("remask_bytes")
     if reads is None and "ffn_bits" not in record.inputs:

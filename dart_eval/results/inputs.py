@@ -1,7 +1,7 @@
-"""The inputs of a cell, each described once with its role: key, pairing, labels, columns and docs follow from here.
+"""The inputs of a cell, each described once with its role, from which keys, pairing, labels, columns and docs follow.
 
-A field is `asked` (part of the question that a cell answers), `how` (how it was computed: it may move digits), or
-`provenance` (code and versions: which numbers they give is what the key stands for).
+A field is `asked` (part of the question that a cell answers), `how` (how it was computed, which may move digits), or
+`provenance` (code and versions).
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from dart_eval.results.layout import OPEN, Number
 
 ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
 DENSE = "dense"  # the method that leaves the model as it is
-PRUNING = ("method", "params", "sparsity", "ffn_bits")  # what a pruned cell has beside its dense one
-UNLIKE_DENSE = (*PRUNING, "scope")  # what the two may differ in: nothing runs pruned in a dense one, whatever the scope
+PRUNING = ("method", "params", "sparsity", "ffn_bits")  # inputs in which a pruned cell and its dense one differ
+UNLIKE_DENSE = (*PRUNING, "scope")  # the same with the scope, which does not matter to a dense cell
 HASH_DIGITS = 8
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a field of a cell's inputs is.
+    """The role of a field of a cell's inputs.
 
     Attributes:
         role: `asked`, `how` or `provenance`.
         help: one sentence for the docs.
-        column: it is a column of `tables --format json` and csv. named: labels say it where cells differ in it.
-        any: None stands for whatever another cell has, since it cannot move this cell's numbers.
-        hashed: it is a hash, of which labels show the first digits.
+        column: whether it is a column of `tables --format json` and csv.
+        named: whether labels show it if cells differ in it.
+        any: whether None matches any value, since it cannot move this cell's numbers.
+        hashed: whether it is a hash, of which labels show the first digits.
     """
 
     role: str
@@ -147,7 +148,7 @@ FIELDS = _roles()
 
 
 def names(role: str) -> list[str]:
-    """The fields of a role, in their order."""
+    """Return the fields of a role, in their order."""
     return [name for name, field in FIELDS.items() if field.role == role]
 
 
@@ -164,7 +165,7 @@ UNSAID = {
 
 
 def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
-    """What a cell was asked, but for some of it. A field that no cell had before it was new counts as null."""
+    """Return the `asked` inputs of a cell, without some. A field that older cells lack counts as null."""
     left_out = set(without)
     found = {name: inputs.get(name) for name in names(ASKED) if name not in left_out}
     if "model" in found:
@@ -177,31 +178,30 @@ def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, A
 
 
 def without_legacy_defaults(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts and fields of a method without those that older versions did not tell, where they do as these did."""
+    """Drop fields that older records lack and whose value equals their implied default."""
     return {k: v for k, v in params.items() if UNSAID.get(k) != v}
 
 
 def matters(name: str, inputs: Mapping[str, Any]) -> bool:
-    """Whether a field can have a say in a cell's numbers: a dense one's are the same in every scope."""
+    """Whether a field can change a cell's numbers: the scope cannot change dense ones."""
     return name != "scope" or inputs["method"] != DENSE
 
 
 def identity(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> str:
-    """`asked` as text that can be compared and sorted: two cells that agree in it answer the same question."""
+    """Return `asked` as sortable text: cells with equal text answer the same question."""
     return json.dumps(asked(inputs, without), sort_keys=True)
 
 
 def question(inputs: Mapping[str, Any], without: Iterable[str] = UNLIKE_DENSE) -> str:
-    """What was asked apart from how it was pruned, and on which dtype and device.
+    """Return the `asked` inputs without the pruning, with dtype and device.
 
-    Cells that agree in it, a dense one and pruned ones, can be held against each other.
+    Cells that agree in it, a dense one and pruned ones, can be compared.
     """
     how = {name: inputs.get(name) for name in ("dtype", "device")}
     return json.dumps([asked(inputs, without), how], sort_keys=True)
 
 
 def model_of(model: Mapping[str, Any]) -> str:
-    """A model as a user names it where its name alone is not enough: `NAME@` and first digits of its weights' hash or
-    its commit."""
+    """Return a model's unique name: `NAME@` and the first digits of its weights' hash or its commit."""
     which = model.get("weights") or model.get("revision")
     return f"{model['name']}@{which[:HASH_DIGITS]}" if which else str(model["name"])

@@ -1,7 +1,7 @@
-"""What a running cell has answered so far: an append-only file, so that a stopped cell loses at most one batch.
+"""The answers of a running cell so far: an append-only file, so that a stopped cell loses at most one batch.
 
-One line per batch: a checksum, then JSON. A line that was cut short (power, full disk, kill) ends the file: what comes
-before it counts, the rest is cut off and computed again.
+One line per batch: a checksum, then JSON. A line that was cut short (power, full disk, kill) ends the file: the lines
+before it count, and the rest is cut off and computed again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Journal(dict[str, Any]):
     """Answers by request, kept in memory and, where a path is given, on disk.
 
     Args:
-        path: file to go on with or to create at the first batch; None keeps nothing.
+        path: file to continue or to create at the first batch; None keeps nothing on disk.
 
     Attributes:
         state_bytes: largest method state per sequence that any batch had.
@@ -39,50 +39,51 @@ class Journal(dict[str, Any]):
         self.path = path
         self.state_bytes = 0
         self.seconds = 0.0
-        self._spent = 0.0  # the same and that of our own batches
+        self._total_seconds = 0.0  # with those of our own batches
         self._file: Any = None
         if path is not None and os.path.lexists(path):
             self._read(path)
 
     def add(self, answers: Mapping[str, Any], state_bytes: int, seconds: float) -> None:
-        """Keep a batch. On return it is on disk, and no crash takes it back.
+        """Write a batch. On return it is on disk, safe from a crash.
 
         Args:
             answers: request -> answer, plain JSON data.
-            state_bytes: of the method, per sequence. seconds: wall time of the batch.
+            state_bytes: of the method, per sequence.
+            seconds: wall time of the batch.
 
         Raises:
             StoreError: the disk is full, for example.
         """
         self.update(answers)
         self.state_bytes = max(self.state_bytes, state_bytes)
-        self._spent += seconds
+        self._total_seconds += seconds
         if self.path is None:
             return
         try:
             if self._file is not None and not self._is_there(self._file.fileno()):  # somebody has deleted it
                 self.close()
-                answers, state_bytes, seconds = self, self.state_bytes, self._spent
+                answers, state_bytes, seconds = self, self.state_bytes, self._total_seconds
             text = json.dumps([dict(answers), state_bytes, seconds], ensure_ascii=False).encode()
             line = b"%08x %s\n" % (zlib.crc32(text), text)
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("ab", buffering=0)
             written = 0
-            while written < len(line):  # an unbuffered file may take a part only, then say that the disk is full
+            while written < len(line):  # an unbuffered file may take a part, then report a full disk
                 written += self._file.write(line[written:])
             os.fsync(self._file.fileno())
         except OSError as error:
             raise StoreError(self.path.parent.parent, error) from None
 
     def close(self) -> None:
-        """Let go of the file; it stays where it is."""
+        """Close the file, which stays on disk."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _is_there(self, number: int) -> bool:
-        """Whether the open file of that number still has our name."""
+        """Whether the open file of that number still has our path."""
         assert self.path is not None
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(number))
@@ -90,10 +91,10 @@ class Journal(dict[str, Any]):
             return False
 
     def remove(self) -> None:
-        """Forget everything: the cell is finished, or is to be run anew."""
+        """Delete everything, once the cell is finished or is to be run anew."""
         self.close()
         self.clear()
-        self.state_bytes, self.seconds, self._spent = 0, 0.0, 0.0
+        self.state_bytes, self.seconds, self._total_seconds = 0, 0.0, 0.0
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -111,7 +112,7 @@ class Journal(dict[str, Any]):
             self.update(answers)
             self.state_bytes = max(self.state_bytes, state_bytes)
             self.seconds += seconds
-            self._spent += seconds
+            self._total_seconds += seconds
             whole += len(line)
         if whole < len(data):
             os.truncate(path, whole)

@@ -1,4 +1,4 @@
-"""What cells are called: the method as it was typed, and what else tells two cells apart."""
+"""Labels of cells: the method as typed, and the settings that distinguish cells."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
-from dart_eval.util.bits import said
+from dart_eval.util.bits import bits_text
 
 
-class Named(Protocol):
-    """What can be named: a record, or a cell of a baseline."""
+class Labelled(Protocol):
+    """A record, or a cell of a baseline."""
 
     @property
     def key(self) -> str: ...
     @property
     def inputs(self) -> dict[str, Any]: ...
     @property
-    def settings(self) -> dict[str, Any]: ...
+    def settings(self) -> dict[str, object]: ...
 
 
-def specs(records: Iterable[Named]) -> dict[str, str]:
-    """Key -> the method as a user types it; where that does not tell two settings apart, with what they differ in."""
+def specs(records: Iterable[Labelled]) -> dict[str, str]:
+    """Return key -> the method as typed, with the differing parameters if that is ambiguous."""
     found: dict[str, str] = {}
     for some in _grouped(records, lambda r: r.inputs["method"]).values():
         settings = _grouped(some, _params)
-        # Of several texts for one setting the longest: what one version must be told is another's default.
+        # Of several spellings of one setting the longest: one version's default may be another's parameter.
         typed = {p: max((str(r.settings.get("method") or r.inputs["method"]) for r in rs), key=lambda t: (len(t), t))
                  for p, rs in settings.items()}  # fmt: skip
         spelled = exact(some, every=True)
@@ -35,11 +35,12 @@ def specs(records: Iterable[Named]) -> dict[str, str]:
     return found
 
 
-def exact(records: Iterable[Named], every: bool = False) -> dict[str, str]:
-    """Key -> the method with as few parameters as tell its cell from others of its name: what `compare` takes.
+def exact(records: Iterable[Labelled], every: bool = False) -> dict[str, str]:
+    """Return key -> the method with the fewest parameters that distinguish its cell, as `compare` takes it.
 
     Args:
-        records: to be told apart. every: with all parameters in which settings of one method differ.
+        records: the cells to distinguish.
+        every: whether to give all parameters in which settings of one method differ.
     """
     found = {}
     for method, some in _grouped(records, lambda r: r.inputs["method"]).items():
@@ -54,10 +55,10 @@ def exact(records: Iterable[Named], every: bool = False) -> dict[str, str]:
     return found
 
 
-def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
-    """A label per key: the method, the bits of its weights, and the settings of the run in which the records differ.
+def labels(records: Sequence[Labelled], by_task: bool = False) -> dict[str, str]:
+    """Return a label per key: the method, the bits of its weights, and the settings in which the records differ.
 
-    by_task: settings only where cells of one task differ in them (each task may have a limit of its own).
+    by_task: only settings in which cells of one task differ (each task may have a limit of its own).
     """
     groups = list(_grouped(records, lambda r: r.inputs["task"] if by_task else "").values())
     apart = [s for s in NAMED if any(len(values_of(s, group)) > 1 for group in groups)]
@@ -66,47 +67,46 @@ def labels(records: Sequence[Named], by_task: bool = False) -> dict[str, str]:
     for r in records:
         model = r.inputs["model"]
         which = [f"model={str(model.get('weights') or model.get('revision'))[:8]}"]
-        told = which if len(models) > len({name for name, _ in models}) else []
-        told += [_told(s, r) for s in apart if s != "code" and matters(s, r.inputs)
+        details = which if len(models) > len({name for name, _ in models}) else []
+        details += [_setting_text(s, r) for s in apart if s != "code" and matters(s, r.inputs)
                  and not (FIELDS[s].any and r.inputs.get(s) is None)]  # fmt: skip
-        bits = f" on {said(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
-        found[r.key] = methods[r.key] + bits, told
+        bits = f" on {bits_text(r.inputs['ffn_bits'])}" if r.inputs.get("ffn_bits") else ""
+        found[r.key] = methods[r.key] + bits, details
     for rs in _grouped(records, lambda r: (found[r.key][0], *found[r.key][1])).values():
-        if (
-            len(rs) > len({_place(r) for r in rs}) and len(values_of("code", rs)) > 1
-        ):  # nothing else tells two cells of one place apart
+        # Only the code may distinguish two cells of one place.
+        if len(rs) > len({_place(r) for r in rs}) and len(values_of("code", rs)) > 1:
             for r in rs:
-                found[r.key][1].append(_told("code", r))
-    return {key: f"{name} ({' '.join(told)})" if told else name for key, (name, told) in found.items()}
+                found[r.key][1].append(_setting_text("code", r))
+    return {key: f"{name} ({' '.join(details)})" if details else name for key, (name, details) in found.items()}
 
 
-def values_of(setting: str, cells: Iterable[Named]) -> list[str]:
-    """The values that a setting has in these cells, as text; without those that go with any."""
+def values_of(setting: str, cells: Iterable[Labelled]) -> list[str]:
+    """Return the values of a setting in these cells, as text, without those that match any."""
     found = {json.dumps(c.inputs.get(setting)) for c in cells if matters(setting, c.inputs)}
     return sorted(found - {"null"} if setting in FIELDS and FIELDS[setting].any else found)
 
 
-def _told(setting: str, record: Named) -> str:
+def _setting_text(setting: str, record: Labelled) -> str:
     return f"{setting}={_plain(record.inputs.get(setting))[: 8 if FIELDS[setting].hashed else 40]}"
 
 
-def _params(record: Named) -> str:
+def _params(record: Labelled) -> str:
     return json.dumps({**UNSAID, **record.inputs["params"]}, sort_keys=True)
 
 
-def _place(record: Named) -> tuple[Any, ...]:
+def _place(record: Labelled) -> tuple[object, ...]:
     inputs = record.inputs
     return (*(inputs[name] for name in ("task", "sparsity", "scope")), inputs["model"]["name"], inputs.get("ffn_bits"))
 
 
-def _grouped(records: Iterable[Named], by: Any) -> dict[Any, list[Named]]:
-    groups: dict[Any, list[Named]] = {}
+def _grouped(records: Iterable[Labelled], by: Any) -> dict[Any, list[Labelled]]:
+    groups: dict[object, list[Labelled]] = {}
     for r in records:
         groups.setdefault(by(r), []).append(r)
     return groups
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if value is None:
         return "default"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,9 @@
-"""What the files of a results folder hold, as types: data is read as one of these, or refused in one line.
+"""The types of the files in a results folder: data is read as one of these, or refused in one line.
 
-A digest shows that a file was cut or changed, not that what it says makes sense: other programs write records too. The
-record itself is in `record`, its inputs in `inputs`; the tables of docs/records.md are made from all three
-(`scripts/records_page.py`). What is `NotRequired`, or has a default, may be missing where an older version wrote.
-Fields that are not named are not looked at.
+A digest shows that a file was cut or changed, not that its data are valid: other programs write records too. The record
+itself is in `record`, its inputs in `inputs`; the tables of docs/records.md are made from all three
+(`scripts/records_page.py`). Fields that are `NotRequired`, or have a default, may be missing in older files. Unnamed
+fields are not checked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _as_written(value: Any, check: Callable[[Any], float]) -> Any:
 
 @dataclass(frozen=True)
 class Holds:
-    """Beside the type of a field that code takes as plain data: the type that it must have where it is read."""
+    """The type that a field must have when it is read, beside the plain type that code uses."""
 
     type: Any
 
@@ -102,13 +102,13 @@ ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 def read(text: str | bytes, type_: TypeAdapter[T] = ANYTHING, where: str = "") -> T:
-    """JSON as data of a type: nothing in it is changed, and all of it can be written, counted and shown.
+    """Read JSON as data of a type, without changes.
 
     Args:
-        where: what it is, for the message.
+        where: name of the data in messages.
 
     Raises:
-        ValueError: the first thing that is wrong, in one line.
+        ValueError: describes the first error, in one line.
     """
     try:
         found = type_.validate_json(text, strict=True)
@@ -123,13 +123,13 @@ def read(text: str | bytes, type_: TypeAdapter[T] = ANYTHING, where: str = "") -
     if first["type"] == "missing":
         place, _, name = place.rpartition(".")
         raise ValueError(f"{place} lacks {name!r}")
-    said = json.dumps(first["input"], default=repr)
-    said = said if len(said) <= 40 else f"{said[:37]}..."
-    raise ValueError(f"{place} is {said}: {first['msg'].removeprefix('Input ')}")
+    value = json.dumps(first["input"], default=repr)
+    value = value if len(value) <= 40 else f"{value[:37]}..."
+    raise ValueError(f"{place} is {value}: {first['msg'].removeprefix('Input ')}")
 
 
-def _refuse_large(found: Any) -> None:
-    for item in found.values() if isinstance(found, dict) else found:
+def _refuse_large(data: Any) -> None:
+    for item in data.values() if isinstance(data, dict) else data:
         if isinstance(item, int) and abs(item) >= LARGEST:
             raise ValueError(f"a number of {len(str(abs(item)))} digits")
         if isinstance(item, (dict, list, tuple)):

@@ -1,4 +1,4 @@
-"""The metrics that tables know, each described once: its values, how it is shown, whether it is a task's main one."""
+"""The known metrics, each described once: its values, its format, and its rank as a task's main metric."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ GOLD = "gold_ll"  # the log-likelihood of the right answer, which samples of cho
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a metric by its name.
+    """Properties of a metric by its name.
 
     Attributes:
-        group: the table that it stands in.
-        rank: of several metrics of a task the one of the lowest rank is its main metric; None: only where it is alone.
-        kind: how a value comes from those of the documents (a key of `stats.KINDS`); empty where it does not.
-        width: numbers that a document has for it.
-        short: its name where room is scarce.
-        percent: it is a share, which boards and papers show in per cent.
-        chance: its value under guessing follows from the number of choices.
-        digits: after the point, where the size of the value does not decide.
+        group: its table.
+        rank: the metric of the lowest rank is a task's main one; None: only if it is alone.
+        kind: how the value follows from those of documents (a key of `stats.KINDS`); empty if it does not.
+        width: numbers per document.
+        short: abbreviation.
+        percent: whether it is a share, shown in per cent by boards and papers.
+        chance: whether its value under guessing follows from the number of choices.
+        digits: after the point, if the size of the value does not decide.
     """
 
     group: str = OTHER
@@ -72,31 +72,31 @@ UNKNOWN = Kind()
 
 
 def kind_of(metric: str) -> Kind:
-    """What is known of a metric; its filter (`exact_match,strict`) does not count."""
+    """Return the properties of a metric; its filter (`exact_match,strict`) does not count."""
     return METRICS.get(metric.partition(",")[0], UNKNOWN)
 
 
 WORDS = {"acc": "accuracy", "rougeL": "ROUGE-L", "word_perplexity": "perplexity"}
 
 
-def said(metric: str) -> str:
-    """A metric's name for people, without its filter."""
+def title_of(metric: str) -> str:
+    """Return a metric's title, without its filter."""
     name = metric.partition(",")[0]
     return WORDS.get(name, name)
 
 
 def order(metric: str) -> tuple[int, str]:
-    """What columns are sorted by: the order of `METRICS`, others by name after them."""
+    """Return the sort key of columns: the order of `METRICS`, then others by name."""
     names = list(METRICS)
     return (names.index(metric) if metric in METRICS else len(names)), metric
 
 
 def in_group(group: str) -> list[str]:
-    """The names of a group's metrics, in the order of their columns."""
+    """Return the names of a group's metrics, in the order of their columns."""
     return [name for name, known in METRICS.items() if known.group == group]
 
 
-class Named(Protocol):
+class HasMetric(Protocol):
     """A metric of a task: of a record, or made of documents."""
 
     @property
@@ -107,14 +107,16 @@ class Named(Protocol):
     def higher_is_better(self) -> bool | None: ...
 
 
-N = TypeVar("N", bound=Named)
+N = TypeVar("N", bound=HasMetric)
 
 
-def main(found: Iterable[N]) -> list[N]:
-    """Each task's main metric, in the order of the tasks: of those with a direction the one of the lowest rank, else
-    the first. A distance to dense is none."""
+def main(measures: Iterable[N]) -> list[N]:
+    """Return each task's main metric, in the order of the tasks.
+
+    It is the metric of the lowest rank among those with a direction, else the first; never a distance to dense.
+    """
     chosen: dict[str, N] = {}
-    everything = list(found)
+    everything = list(measures)
     last = len(METRICS)
     for m in sorted(everything, key=lambda m: last if (rank := kind_of(m.metric).rank) is None else rank):
         if (

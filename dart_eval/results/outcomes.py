@@ -1,7 +1,7 @@
-"""What came out of a cell, document by document, and the test of one metric between two cells.
+"""The outcomes of cells, document by document, and the test of one metric between two cells.
 
-`compare` and `check` stand on this: which cells are the same question, which documents are the same, which values are
-a metric's.
+The base of `compare` and `check`: which cells answer the same question, which documents are the same, and which values
+belong to a metric.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Measure:
     """A metric of a task, as records name it.
 
     Attributes:
-        members: the tasks whose documents it is made of: itself, or those of a group.
-        equal: members weigh the same whatever their size; else documents do.
+        members: the tasks whose documents it covers: itself, or those of a group.
+        equal: whether members weigh the same whatever their size; else documents do.
     """
 
     task: str
@@ -61,10 +61,10 @@ class Measure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of a cell.
+    """The outcome of a cell.
 
     Attributes:
-        documents: as `documents.frame` makes them.
+        documents: from `documents.frame`.
         left_out: names of metrics that do not follow from their documents' values.
     """
 
@@ -78,9 +78,10 @@ class Cell:
     """A finished cell; `read` opens its outcome.
 
     Attributes:
-        source: the folder or file it lies in. older: how many earlier runs of the same question there are.
-        settings: the record's, where there is one. doubt: a record beside it that cannot be read and has its name, so
-            that it may be a later run of the same cell; empty where there is none.
+        source: its folder or file.
+        older: number of earlier runs of the same question.
+        settings: of the record, if there is one.
+        unread_rival: an unreadable record with its name, which may be a later run of the cell; empty without one.
     """
 
     key: str
@@ -90,14 +91,14 @@ class Cell:
     read: Callable[[], Outcome] = field(repr=False, compare=False)
     older: int = 0
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
-    doubt: str = ""
+    unread_rival: str = ""
 
 
 def cells(folder: Path, strict: bool = False) -> list[Cell]:
-    """The cells of a results folder; of those that were asked the same, the newest.
+    """Return the cells of a results folder, the newest of equal ones.
 
     Args:
-        strict: refuse a folder with a record that cannot be read; else it is named on stderr and left out.
+        strict: whether to refuse a folder with an unreadable record; else it is named on stderr and left out.
 
     Raises:
         UserError: the folder cannot be read, or holds cells that differ only in how they were computed.
@@ -106,32 +107,38 @@ def cells(folder: Path, strict: bool = False) -> list[Cell]:
     found = store.scan()
     if strict and found.unread:
         raise next(iter(found.unread.values()))
-    found.tell()
+    found.report()
     unread = {_title(file): file.name for file in found.unread}
     return newest([cell_of(store, r, unread.get(_title(found.files[r.key]), "")) for r in found.records])
 
 
-def cell_of(store: Store, record: Record, doubt: str = "") -> Cell:
-    """A record as a cell, whose samples are read when they are asked for, once."""
+def cell_of(store: Store, record: Record, unread_rival: str = "") -> Cell:
+    """Return a record as a cell, whose samples are read once, when they are needed."""
     read = functools.cache(lambda: outcome(record, store.samples(record)))
     return Cell(
-        record.key, record.inputs, str(store.folder), record.created, read, settings=record.settings, doubt=doubt
+        record.key,
+        record.inputs,
+        str(store.folder),
+        record.created,
+        read,
+        settings=record.settings,
+        unread_rival=unread_rival,
     )
 
 
 def _title(file: Path) -> str:
-    """What a record's file is called without its key: runs of one cell share it."""
+    """Return the name of a record's file without its key, which runs of one cell share."""
     return file.stem.rpartition("-")[0]
 
 
-def newest(found: Sequence[Cell]) -> list[Cell]:
-    """One cell for each thing that was asked: the one finished last, for code and versions move on.
+def newest(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the last finished cell for each question, as code and versions move on.
 
     Raises:
         UserError: they differ in more than code and versions.
     """
     groups: dict[str, list[Cell]] = {}
-    for cell in found:
+    for cell in cells:
         groups.setdefault(identity(cell.inputs), []).append(cell)
     chosen = []
     for group in groups.values():
@@ -146,22 +153,22 @@ def newest(found: Sequence[Cell]) -> list[Cell]:
     return chosen
 
 
-def older_note(found: Iterable[Cell]) -> list[str]:
-    """A remark where `newest` had a choice: after going back to older code the newest run is not the current one."""
-    several = sorted({c.source for c in found if c.older})
+def older_note(cells: Iterable[Cell]) -> list[str]:
+    """Return a remark if `newest` had a choice: after a return to older code the newest run is not the current one."""
+    several = sorted({c.source for c in cells if c.older})
     return [f"Several runs of one cell in {source}: the one finished last counts." for source in several]
 
 
 def describe(cell: Cell, model: bool = False) -> str:
-    """A cell in a few words, for messages; with its model where that must be said."""
+    """Describe a cell in a few words, for messages. model: whether to name its model."""
     inputs = cell.inputs
     method = cell.settings.get("method") or inputs["method"]
     which = f" of {model_of(inputs['model'])}" if model else ""
     return f"{inputs['task']} under {method} at {sparsity(inputs['sparsity'])}{which}"
 
 
-def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
-    """Documents and measures of a record; a group's weights are those that give the value in the record."""
+def outcome(record: Record, samples: Sequence[dict[str, object]]) -> Outcome:
+    """Return documents and measures of a record; a group's weights are those that give the value in the record."""
     documents = _without_responses(frame(samples))
     tasks = set(documents.index.get_level_values("task"))
     children: dict[str, set[str]] = {}
@@ -187,7 +194,7 @@ def outcome(record: Record, samples: Sequence[dict[str, Any]]) -> Outcome:
 
 
 def _without_responses(documents: pd.DataFrame) -> pd.DataFrame:
-    """The documents with the number of choices of each, the one that was chosen, or the text, in place of responses."""
+    """Replace responses by the number of choices and the chosen one, or by the text."""
     responses = documents.pop("responses") if "responses" in documents else [None] * len(documents)
     scores = [_scores(found) for found in responses]
     if "acc_mutual_info" in documents:  # each choice was scored without its context, too, after all others
@@ -200,14 +207,14 @@ def _without_responses(documents: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scores(responses: Any) -> list[float]:
-    """The log-likelihoods of an item's choices; none where the item has no choices."""
+    """Return the log-likelihoods of an item's choices, if it has any."""
     many = isinstance(responses, list) and len(responses) > 1 and all(isinstance(r, list) and r for r in responses)
     scores = [r[0] for r in responses] if many else []
     return scores if all(isinstance(score, (int, float)) for score in scores) else []
 
 
 def _ends(task: str, children: Mapping[str, set[str]]) -> set[str]:
-    """The tasks of a group that are no groups themselves, in whatever depth; the task itself where it is none."""
+    """Return the tasks of a group at any depth that are not groups, or the task itself."""
     below, ends, seen = [task], set(), set()
     while below:
         last = below.pop()
@@ -224,7 +231,7 @@ def _same(computed: float, recorded: float) -> bool:
 
 
 def rows_of(measure: Measure, documents: pd.DataFrame) -> pd.DataFrame:
-    """The documents that have a value for a measure."""
+    """Return the documents that have a value for a measure."""
     if measure.name not in documents:
         return documents.iloc[:0]
     tasks, filters = (documents.index.get_level_values(name) for name in ("task", "filter"))
@@ -233,7 +240,7 @@ def rows_of(measure: Measure, documents: pd.DataFrame) -> pd.DataFrame:
 
 
 def _values(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
-    """[n] or [n, width] values as `stats.KINDS` takes them; None where they are not of that shape."""
+    """Return [n] or [n, width] values for `stats.KINDS`; None if they do not have that shape."""
     raw = list(rows[measure.name]) if len(rows) else []
     if measure.name == "perplexity":  # of lm-eval: every document weighs the same
         raw = [[v, 1] for v in raw]
@@ -246,7 +253,7 @@ def _values(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
 
 
 def _weights(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
-    """One a document; None where all weigh the same."""
+    """Return a weight per document; None if all weigh the same."""
     if not measure.equal:
         return None
     tasks = rows.index.get_level_values("task")
@@ -254,7 +261,7 @@ def _weights(measure: Measure, rows: pd.DataFrame) -> np.ndarray | None:
 
 
 def value(measure: Measure, documents: pd.DataFrame) -> float | None:
-    """The metric over documents; None where it cannot be computed from them."""
+    """Return the metric over documents; None if it cannot be computed from them."""
     rows = rows_of(measure, documents)
     values = _values(measure, rows)
     return None if values is None else stats.value(measure.kind, values, _weights(measure, rows))
@@ -264,13 +271,12 @@ class Pairs(NamedTuple):
     """Values of a measure under A and under B, of the same documents in the same order.
 
     Attributes:
-        measure: whose values they are.
-        a: [n] or [n, width]. b: the same.
-        units: [n] the independent unit of each document: a group's are its members, a task's its clusters, or its
-            documents where they have none.
-        weights: [n] where documents have some.
-        chance: [n] the quality of an answerer that guesses; 0 where the metric is no accuracy of a choice; NaN where it
-            is not known.
+        measure: the metric.
+        a: [n] or [n, width], values under A.
+        b: the same under B.
+        units: [n], the independent unit of each document: a group's members, or a task's clusters or documents.
+        weights: [n], or None.
+        chance: [n], the quality of guessing; 0 if the metric is not an accuracy of choices; NaN if unknown.
     """
 
     measure: Measure
@@ -286,8 +292,7 @@ class Pairs(NamedTuple):
 
 
 def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
-    """The values of two outcomes that `check_paired` let pass; None where they are not of the same documents, or not of
-    one shape."""
+    """Return the values of two outcomes that passed `check_paired`; None if documents or shapes differ."""
     left, right = rows_of(measure, a.documents), rows_of(measure, b.documents)
     x, y = _values(measure, left), _values(measure, right) if left.index.equals(right.index) else None
     if x is None or y is None:
@@ -301,7 +306,7 @@ def pairs(measure: Measure, a: Outcome, b: Outcome) -> Pairs | None:
 
 
 def _chance(measure: Measure, rows: pd.DataFrame, *values: np.ndarray) -> np.ndarray:
-    """[n] the quality of an answerer that guesses: 1 / choices, where answers are right or wrong and nothing between.
+    """Return [n] the quality of guessing: 1 / choices, if every answer is either right or wrong.
 
     A share of the probability, as of TruthfulQA's mc2, has a chance that does not follow from the number of choices.
     """
@@ -313,7 +318,7 @@ def _chance(measure: Measure, rows: pd.DataFrame, *values: np.ndarray) -> np.nda
 
 
 def own_distance(measure: Measure, pruned: Outcome, dense: Outcome) -> Outcome:
-    """The dense outcome with its distance from itself, at the positions at which the pruned one's was measured."""
+    """Add to the dense outcome its distance from itself, at the positions of the pruned one."""
     if measure.name not in ("kl", "top1"):
         return dense
     values = [
@@ -324,7 +329,7 @@ def own_distance(measure: Measure, pruned: Outcome, dense: Outcome) -> Outcome:
 
 
 def mean_of(tasks: Sequence[Pairs], shares: Sequence[float]) -> Pairs | None:
-    """The values of a weighted mean over several tasks; None where a task's own value is no mean of its documents'.
+    """Return the values of a weighted mean over several tasks; None if a task's value is not a mean over documents.
 
     Args:
         tasks: the values of one metric on each of them.
@@ -342,14 +347,14 @@ def mean_of(tasks: Sequence[Pairs], shares: Sequence[float]) -> Pairs | None:
 
 
 class Unpaired(UserError):
-    """Two cells were not given the same documents and prompts."""
+    """Two cells have other documents or prompts."""
 
 
 def check_paired(a: Cell, x: Outcome, b: Cell, y: Outcome) -> None:
-    """Refuse what is not the same documents with the same prompts.
+    """Refuse cells with other documents or prompts.
 
     Raises:
-        Unpaired: with what differs.
+        Unpaired: names the difference.
     """
     what = f"{a.inputs['task']} ({a.source}) and {b.inputs['task']} ({b.source}) cannot be paired"
     sizes = [len(set(found.documents.index.droplevel("filter"))) for found in (x, y)]

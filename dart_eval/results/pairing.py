@@ -1,7 +1,7 @@
-"""Which cells of two sets answer the same question, and what two cells differ in.
+"""Pairing of cells that answer the same question, and differences between two cells.
 
-The model is part of the question. So cells of the same weights go together; and where neither side has the other's
-model, one checkpoint goes with another of its name, which is said: a changed model is what a comparison may be about.
+The model is part of the question, so cells of the same weights are paired. If neither side has the other's model, a
+checkpoint is paired with another of its name, with a remark, since a comparison may be about a changed model.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dart_eval.results.inputs import ASKED, DENSE, FIELDS, asked, identity, model_of, question
 from dart_eval.results.inputs import names as fields_of
-from dart_eval.results.labels import Named
+from dart_eval.results.labels import Labelled
 from dart_eval.results.outcomes import Cell, Measure, Outcome, Pairs, check_paired, describe, own_distance, pairs
 from dart_eval.util.errors import UserError
 
-N = TypeVar("N", bound=Named)
+N = TypeVar("N", bound=Labelled)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two cells that were given the same documents, and what came out of each."""
+    """Two cells with the same documents, and their outcomes."""
 
     a: Cell
     b: Cell
@@ -30,9 +30,9 @@ class Pair:
     y: Outcome
 
     def measured(self, measure: Measure) -> Pairs | None:
-        """The values of a measure under both; None where one lacks it, or where they do not pair.
+        """Return the values of a measure under both; None if one lacks it, or if they do not pair.
 
-        A dense cell does not store how far it is from itself.
+        A dense cell does not store its distance from itself.
         """
         y = self.y
         if measure not in y.measures and measure in self.x.measures and self.b.inputs["method"] == DENSE:
@@ -42,7 +42,7 @@ class Pair:
 
 
 def pair(a: Cell, b: Cell) -> Pair:
-    """Read two cells and see that they are of the same documents.
+    """Read two cells and check that they have the same documents.
 
     Raises:
         UnreadSamples: the samples of one cannot be read.
@@ -53,24 +53,24 @@ def pair(a: Cell, b: Cell) -> Pair:
     return Pair(a, b, x, y)
 
 
-def dense_cells(found: Iterable[N]) -> dict[str, list[N]]:
-    """The dense cells among some that no rounding changed, by what they were asked: for `dense_of`."""
+def dense_cells(cells: Iterable[N]) -> dict[str, list[N]]:
+    """Return the dense cells without rounding by their question, for `dense_of`."""
     known: dict[str, list[N]] = {}
-    for cell in found:
+    for cell in cells:
         if cell.inputs["method"] == DENSE and not cell.inputs.get("ffn_bits"):
             known.setdefault(question(cell.inputs), []).append(cell)
     return known
 
 
-def dense_of(cell: Named, dense: Mapping[str, Sequence[N]]) -> N | None:
-    """The dense cell that was asked what this one was, best of the same code and versions."""
+def dense_of(cell: Labelled, dense: Mapping[str, Sequence[N]]) -> N | None:
+    """Return the dense cell of the same question, preferably of the same code and versions."""
     rivals = dense.get(question(cell.inputs), ())
     build = [c for c in rivals if all(c.inputs.get(name) == cell.inputs.get(name) for name in ("code", "versions"))]
     return next(iter(build or rivals), None)
 
 
 def with_dense(some: Sequence[N], everything: Sequence[N]) -> list[N]:
-    """Some cells of a folder, and the dense ones of it that they are held against where none is among them."""
+    """Return some cells of a folder, and their dense cells if these are missing among them."""
     own, there = dense_cells(some), dense_cells(everything)
     alone = [cell for cell in some if question(cell.inputs) not in own]
     beside = {found.key: found for cell in alone if (found := dense_of(cell, there)) is not None}
@@ -78,12 +78,12 @@ def with_dense(some: Sequence[N], everything: Sequence[N]) -> list[N]:
 
 
 def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell]:
-    """Key of each of our cells that has one -> theirs.
+    """Return the key of each of our cells with a counterpart -> theirs.
 
     Raises:
-        UserError: a model of ours goes with several of theirs, or several with one.
+        UserError: a model of ours matches several of theirs, or several match one.
     """
-    partners: dict[str, dict[str, Any]] = {}
+    partners: dict[str, dict[str, object]] = {}
     mine, other = _models(ours), _models(theirs)
     for name in mine.keys() & other.keys():
         common = mine[name].keys() & other[name].keys()
@@ -109,10 +109,10 @@ def counterparts(ours: Sequence[Cell], theirs: Sequence[Cell]) -> dict[str, Cell
 
 
 def current(now: Sequence[Cell], then: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
-    """The results that a baseline speaks of, and remarks.
+    """Return the results that belong to a baseline, and remarks.
 
-    A baseline that knows one model of a name is held against one: of several, the one that was run last. An older one
-    that still lies in the folder must not stand in for it.
+    If a baseline has one model of a name and the results several, the one that was run last counts. An older one in
+    the folder must not replace it.
     """
     mine, dropped, notes = _models(now), set(), []
     for name, models in _models(then).items():
@@ -125,22 +125,22 @@ def current(now: Sequence[Cell], then: Sequence[Cell]) -> tuple[list[Cell], list
     return [c for c in now if json.dumps(c.inputs["model"], sort_keys=True) not in dropped], notes
 
 
-def _models(found: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Name -> its models, by what identifies them."""
-    models: dict[str, dict[str, dict[str, Any]]] = {}
-    for cell in found:
+def _models(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, object]]]:
+    """Return name -> its models, by their identity."""
+    models: dict[str, dict[str, dict[str, object]]] = {}
+    for cell in cells:
         model = cell.inputs["model"]
         models.setdefault(model["name"], {})[json.dumps(model, sort_keys=True)] = model
     return models
 
 
-def _named(models: Sequence[dict[str, Any]]) -> str:
+def _named(models: Sequence[dict[str, object]]) -> str:
     return ", ".join(sorted(map(model_of, models)))
 
 
 def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
-    """What the inputs of two cells differ in besides what was asked, in a few digits each."""
-    found: dict[str, tuple[Any, Any]] = {}
+    """Return the differences of two cells' inputs beside the question, in a few digits each."""
+    found: dict[str, tuple[object, object]] = {}
     for name in sorted((a.inputs.keys() | b.inputs.keys()) - set(fields_of(ASKED)) | {"model"}):
         left, right = a.inputs.get(name), b.inputs.get(name)
         if name in FIELDS and FIELDS[name].any and None in (left, right):
@@ -155,37 +155,39 @@ def differences(a: Cell, b: Cell) -> dict[str, tuple[str, str]]:
     return {what: (x, y) for what, (x, y) in short.items() if x != y}
 
 
-def differing(found: Iterable[Pair], say: str, values: str) -> list[str]:
-    """Sentences on what the two sides of some pairs differ in.
+def differing(pairs: Iterable[Pair], say: str, values: str) -> list[str]:
+    """Return sentences on the differences between the two sides of pairs.
 
     Args:
-        say: the sentence, of what differs and of its values. values: how a value of A and one of B are said.
+        say: format of a sentence, of a name and values.
+        values: format of a value of A and one of B.
     """
     changed: dict[str, set[str]] = {}
-    for one in found:
+    for one in pairs:
         for what, sides in differences(one.a, one.b).items():
             changed.setdefault(what, set()).add(values.format(*sides))
     return [say.format(what, "; ".join(sorted(seen)[:3])) for what, seen in sorted(changed.items())]
 
 
 def nearest_to(cell: Cell, others: Sequence[Cell]) -> str:
-    """What keeps a cell from all others: how the most alike of them was asked differently."""
+    """Describe how the question of the most similar cell differs."""
     mine = asked(cell.inputs)
     if not others:
         return ""
     other = min(others, key=lambda o: sum(mine[k] != v for k, v in asked(o.inputs).items()))
     theirs = asked(other.inputs)
     mine["model"], theirs["model"] = model_of(mine["model"]), model_of(theirs["model"])
-    said = []
+    differences_ = []
     for k in (k for k in fields_of(ASKED) if mine[k] != theirs[k]):
         left, right = mine[k], theirs[k]
         if isinstance(left, dict) and isinstance(right, dict):  # of many parameters, those that differ
             left, right = (
                 {n: v for n, v in a.items() if n not in b or b[n] != v} for a, b in ((left, right), (right, left))
             )
-        said.append(f"{k} {_short(left)} and {_short(right)}")
-    return f"{describe(cell)} in {cell.source} and {describe(other)} in {other.source} differ in {', '.join(said)}"
+        differences_.append(f"{k} {_short(left)} and {_short(right)}")
+    where = f"{describe(cell)} in {cell.source} and {describe(other)} in {other.source}"
+    return f"{where} differ in {', '.join(differences_)}"
 
 
-def _short(item: Any) -> str:
+def _short(item: object) -> str:
     return str(item) if not isinstance(item, dict) else ":".join(f"{k}={v}" for k, v in item.items()) or "none"

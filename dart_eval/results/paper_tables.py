@@ -1,6 +1,6 @@
 """Tables of a paper: rows and columns are data; the best of a column is bold only where the paired test says so.
 
-What a table looks like is a `Layout` (`sweep.paper` reads them from a file); the numbers come from the records and
+A `TableLayout` describes a table (`sweep.paper` reads layouts from a file); the numbers come from the records and
 samples of a results folder.
 """
 
@@ -26,7 +26,7 @@ from dart_eval.results.tables import cut_prompts, flops_ratio
 from dart_eval.results.writers import Table, csv_text
 from dart_eval.util.errors import UserError
 
-# Costs that a column may show: of the frame of cells, and with how many digits.
+# Costs that a column can show -> their values in the frame of cells, and the number of digits.
 FIELDS: dict[str, tuple[Callable[[pd.DataFrame], Any], int]] = {
     "state_mib": (lambda cells: cells["memory_state"] / 2**20, 3),
     "peak_mib": (lambda cells: cells["memory_peak"] / 2**20, 0),
@@ -40,7 +40,7 @@ CSV = ("table", "row", "method", "params", "sparsity", "column", "tasks", "metri
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A method of a table: its label for people, its name, all its parameters, and whether it prunes."""
 
     label: str
@@ -50,8 +50,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A metric over one task or the mean of several, or a cost (`field`, a key of `FIELDS`), as it was asked for."""
+class PaperColumn:
+    """A metric of one task or its mean over several, or a cost (`field`, a key of `FIELDS`), as requested."""
 
     head: str
     tasks: tuple[str, ...]
@@ -63,9 +63,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Reported:
-    """Numbers of somebody else: a label, their sparsity, values by column head, and where they are from.
+    """Numbers of another publication: a label, their sparsity, values by column head, and their source.
 
-    They were measured on another model or with another protocol, and take part in no test.
+    They were measured on another model or with another protocol, and enter no test.
     """
 
     label: str
@@ -75,38 +75,37 @@ class Reported:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """One table. `mean` adds the mean over the columns, which must then all be means of one direction."""
 
     name: str
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[PaperRow, ...]
     sparsity: tuple[float, ...]
-    columns: tuple[Column, ...]
+    columns: tuple[PaperColumn, ...]
     mean: bool = False
     reported: tuple[Reported, ...] = ()
     note: str = ""
 
     @property
-    def lines(self) -> list[tuple[int, float, Row | Reported]]:
-        """The lines with their blocks: rows that do not prune first, then the others and what is reported at each
-        sparsity."""
-        found: list[tuple[int, float, Row | Reported]] = []
+    def lines(self) -> list[tuple[int, float, PaperRow | Reported]]:
+        """The lines with their blocks: unpruned rows first, then for each sparsity the pruned and reported rows."""
+        lines: list[tuple[int, float, PaperRow | Reported]] = []
         for block, sparsity in enumerate((0.0, *self.sparsity)):
-            rows: list[Row | Reported] = [r for r in self.rows if r.prunes == (block > 0)]
+            rows: list[PaperRow | Reported] = [r for r in self.rows if r.prunes == (block > 0)]
             rows += [r for r in self.reported if rows and r.sparsity == sparsity]
-            found += [(block, sparsity, row) for row in rows]
-        return found
+            lines += [(block, sparsity, row) for row in rows]
+        return lines
 
     @property
-    def parts(self) -> dict[str, tuple[Column, ...]]:
-        """Head -> the columns that its numbers are made of: itself, or for the mean all of them."""
+    def parts(self) -> dict[str, tuple[PaperColumn, ...]]:
+        """Head -> the columns behind its numbers: the column itself, or all of them for the mean."""
         return {**{c.head: (c,) for c in self.columns}, **({MEAN: self.columns} if self.mean else {})}
 
     @property
     def sources(self) -> list[str]:
-        """Where reported numbers are from, each once."""
-        return list(dict.fromkeys(known.source for known in self.reported))
+        """The sources of reported numbers, each once."""
+        return list(dict.fromkeys(reported.source for reported in self.reported))
 
 
 class Paper:
@@ -115,8 +114,8 @@ class Paper:
     Args:
         store: the folder, for samples.
         records: its cells.
-        missing: task -> why it could not be run.
-        command: the line that makes the tables, for their provenance.
+        missing: task -> the reason why it could not run.
+        command: the command line that writes the tables, for their provenance.
 
     Raises:
         UserError: the cells are of several models.
@@ -130,26 +129,26 @@ class Paper:
             raise UserError(f"a paper's tables are of one model, not of {named}", remedy)
         self.missing, self.command = missing, command
         self._records = {r.key: r for r in records}
-        self._usual = records[0].inputs  # what all cells were asked
+        self._common = records[0].inputs  # the inputs that all cells share come from here
         self._metrics, self._cells = metrics_frame(rows(records)), cells_frame(records).set_index("key")
         self._metrics["better"] = self._metrics["higher_is_better"].map({True: 1, False: -1}).fillna(0)
         self._samples = {r.key: outcomes.cell_of(store, r) for r in records}
 
-    def table(self, layout: Layout) -> tuple[Table, pd.DataFrame]:
-        """The table for people, and its numbers: one a row, with the columns of `CSV`."""
+    def table(self, layout: TableLayout) -> tuple[Table, pd.DataFrame]:
+        """Return the table for people, and its numbers: one a row, with the columns of `CSV`."""
         numbers = self._with_best(self._numbers(layout))
         lines, heads = layout.lines, list(layout.parts)
         texts = numbers.pivot(index="line", columns="column", values="text").join(self._costs(numbers))
         texts = texts.reindex(range(len(lines)), columns=[*heads, "effective", "read"]).fillna("-")
         body = []
-        for (_, sparsity, line), shown in zip(lines, texts.to_numpy().tolist(), strict=True):
-            if isinstance(line, Row):
-                body.append([line.label, percent(sparsity), *shown])
+        for (_, sparsity, line), line_texts in zip(lines, texts.to_numpy().tolist(), strict=True):
+            if isinstance(line, PaperRow):
+                body.append([line.label, percent(sparsity), *line_texts])
                 continue
             values = line.values
-            said = [short(layout.parts[h][0].metric, values[h], None) if h in values else "" for h in heads]
+            cells = [short(layout.parts[h][0].metric, values[h], None) if h in values else "" for h in heads]
             label = f"{line.label} [{layout.sources.index(line.source) + 1}]"
-            body.append([label, percent(sparsity), *said, "", ""])
+            body.append([label, percent(sparsity), *cells, "", ""])
         sizes = numbers[(numbers["n"] > 0) & (numbers["column"] != MEAN)].groupby("column")["n"].agg(set)
         counted = [f"{h} (n={min(sizes[h])})" if h in sizes and len(sizes[h]) == 1 else h for h in heads]
         best = numbers[numbers["bold"]]
@@ -161,45 +160,43 @@ class Paper:
 
     # -- numbers ---------------------------------------------------------------------------------------------
 
-    def _numbers(self, layout: Layout) -> pd.DataFrame:
-        """What there is of a layout's numbers: each a mean over the cells `key`, which weigh `share`."""
+    def _numbers(self, layout: TableLayout) -> pd.DataFrame:
+        """Return the computable numbers of a layout, each a mean over the cells `key`, weighted by `share`."""
         fields = {c.field: FIELDS[c.field][0](self._cells) for c in layout.columns if c.field}
         costs = [
             self._cells[["task"]].assign(metric=name, value=v, n=0, better=0).reset_index()
             for name, v in fields.items()
         ]
         measured = pd.concat([self._metrics, *costs])[["key", "task", "metric", "value", "stderr", "n", "better"]]
-        found = self._wanted(layout).merge(measured, "left", on=["key", "task", "metric"])
-        whole = found["n"].notna().groupby([found[name] for name in PLACE]).transform("all")
-        found = found[whole].assign(
-            value=found["share"] * found["value"], stderr=(found["share"] * found["stderr"]) ** 2
-        )
-        by = found.groupby(PLACE, sort=False)
-        made = by.first().assign(
+        terms = self._wanted(layout).merge(measured, "left", on=["key", "task", "metric"])
+        complete = terms["n"].notna().groupby([terms[name] for name in PLACE]).transform("all")
+        weighted = {"value": terms["share"] * terms["value"], "stderr": (terms["share"] * terms["stderr"]) ** 2}
+        by = terms[complete].assign(**weighted).groupby(PLACE, sort=False)
+        numbers = by.first().assign(
             value=by["value"].agg(_sum), stderr=by["stderr"].agg(_sum) ** 0.5, n=by["n"].sum().astype(int),
             **{name: by[name].agg(tuple) for name in ("key", "share", "task")},
         ).reset_index()  # fmt: skip
-        made["text"] = [_text(*v) for v in zip(made["metric"], made["value"], made["stderr"], strict=True)]
-        return made.assign(tasks=made["task"].map("+".join))
+        numbers["text"] = [_text(*v) for v in zip(numbers["metric"], numbers["value"], numbers["stderr"], strict=True)]
+        return numbers.assign(tasks=numbers["task"].map("+".join))
 
-    def _wanted(self, layout: Layout) -> pd.DataFrame:
-        """The cells that each number of a layout needs, a row each; the key is None where there is no such cell."""
-        known = {identity(r.inputs): key for key, r in self._records.items()}
-        found: list[dict[str, Any]] = []
-        lines = [(i, block, s, row) for i, (block, s, row) in enumerate(layout.lines) if isinstance(row, Row)]
+    def _wanted(self, layout: TableLayout) -> pd.DataFrame:
+        """Return the cells that each number of a layout needs, a row each, with key None for a missing cell."""
+        keys = {identity(r.inputs): key for key, r in self._records.items()}
+        wanted: list[dict[str, Any]] = []
+        lines = [(i, block, s, row) for i, (block, s, row) in enumerate(layout.lines) if isinstance(row, PaperRow)]
         for (line, block, sparsity, row), (head, parts) in itertools.product(lines, layout.parts.items()):
             for part, task in ((p, t) for p in parts for t in p.tasks):
                 cell = {"method": row.method, "params": row.params, "sparsity": sparsity, "task": task}
                 how = {"num_fewshot": part.num_fewshot, "limit": part.limit}
-                found.append({
+                wanted.append({
                     "table": layout.name, "row": row.label, **cell, "column": head, "line": line, "block": block,
                     "metric": part.metric or part.field, "share": 1 / (len(parts) * len(part.tasks)),
-                    "prunes": row.prunes, "key": known.get(identity({**self._usual, **cell, **how})),
+                    "prunes": row.prunes, "key": keys.get(identity({**self._common, **cell, **how})),
                 })  # fmt: skip
-        return pd.DataFrame(found)
+        return pd.DataFrame(wanted)
 
     def _costs(self, numbers: pd.DataFrame) -> pd.DataFrame:
-        """Effective sparsity and read of each line, means over its cells, as text."""
+        """Return effective sparsity and weights read of each line, means over its cells, as text."""
         names = {"effective_sparsity": "effective", "weights_read": "read"}
         cells = numbers[["line", "key"]].explode("key").drop_duplicates().join(self._cells[list(names)], on="key")
         means = cells.groupby("line")[list(names)].mean().rename(columns=names)
@@ -208,8 +205,10 @@ class Paper:
     # -- which is best ---------------------------------------------------------------------------------------
 
     def _with_best(self, numbers: pd.DataFrame) -> pd.DataFrame:
-        """The numbers with `p`, of the best pruned one of each column the largest against the others (after Holm), and
-        whether it is bold for that."""
+        """Return the numbers with `p` and `bold` set for the best pruned number of each column.
+
+        `p` is its largest p against the other numbers, after Holm; it is bold if `p` is below `stats.ALPHA`.
+        """
         numbers = numbers.assign(p=float("nan"), bold=False)
         for _, rivals in numbers[numbers["prunes"] & (numbers["better"] != 0)].groupby(["block", "column"]):
             if len(rivals) < 2 or rivals["value"].isna().any():
@@ -222,18 +221,18 @@ class Paper:
         return numbers
 
     def _test(self, a: pd.Series, b: pd.Series) -> float | None:
-        """Two-sided p of the paired test between two numbers of a column."""
+        """Return the two-sided p of the paired test between two numbers of a column."""
         tasks = []
         for task, ours, theirs in zip(a["task"], a["key"], b["key"], strict=True):
-            found = pairing.pair(self._samples[ours], self._samples[theirs])
-            asked = [m for m in found.x.measures if (m.task, m.metric) == (task, a["metric"])]
-            tasks += [one.pairs for one in compared(found, asked[:1])]
+            pair = pairing.pair(self._samples[ours], self._samples[theirs])
+            measures = [m for m in pair.x.measures if (m.task, m.metric) == (task, a["metric"])]
+            tasks += [one.pairs for one in compared(pair, measures[:1])]
         joined = outcomes.mean_of(tasks, a["share"]) if len(tasks) == len(a["task"]) else None
         return None if joined is None else joined.test().p
 
     # -- words -----------------------------------------------------------------------------------------------
 
-    def _note(self, layout: Layout, numbers: pd.DataFrame) -> str:
+    def _note(self, layout: TableLayout, numbers: pd.DataFrame) -> str:
         parts = []
         if numbers["stderr"].notna().any():
             parts += [
@@ -258,7 +257,7 @@ class Paper:
         return " ".join([*parts, self._provenance(records)])
 
     def _provenance(self, records: Sequence[Record]) -> str:
-        """One line: model, versions, code, date and command."""
+        """Return a line with model, versions, code, dates and command."""
         if not records:
             return "Nothing was measured."
         records = sorted(records, key=lambda r: r.created)
@@ -276,7 +275,7 @@ class Paper:
 
 
 def _sum(values: pd.Series) -> float:
-    """A sum in which what is missing is not nothing."""
+    """Return a sum that is NaN if a term is missing."""
     return float(values.sum(skipna=False))
 
 
@@ -285,6 +284,6 @@ def _text(metric: str, value: float, stderr: float) -> str:
 
 
 def to_csv(numbers: pd.DataFrame) -> str:
-    """Every number in full precision, one per line."""
+    """Return every number in full precision, one a line."""
     body = numbers[list(CSV)].astype(object)
     return csv_text([CSV, *body.where(body.notna(), None).to_numpy().tolist()])

@@ -1,4 +1,4 @@
-"""The ratio of times that were taken in turn: what every benchmark here reports."""
+"""The ratio of times that were taken in turn, which every benchmark reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Ratio:
 
 
 def paired(above: list[float], below: list[float], offset: float = 0.0) -> Ratio:
-    """Of above / below - offset, pair by pair."""
+    """Return the ratio above / below - offset, pair by pair."""
     ratios = sorted(a / b - offset for a, b in zip(above, below, strict=True))
     low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Ratio(median, low, high, len(ratios))

@@ -1,4 +1,4 @@
-"""The record of one finished cell: what was asked, what came out, and with what. docs/records.md shows one."""
+"""The record of one finished cell: its inputs, results and environment. docs/records.md shows one."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Record:
         "`samples` and `texts`, each with its `name`, its number of lines `n` and its `sha256`",
     ] = field(default_factory=dict)  # fmt: skip
     cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None
-    samples: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    samples: list[dict[str, object]] = field(default_factory=list, repr=False)
 
     @property
     def created(self) -> str:
@@ -134,15 +134,15 @@ class Record:
         """Wall time of the cell."""
         return float(self.measured["seconds"])
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data with a digest over it, samples left out."""
         data = dataclasses.asdict(dataclasses.replace(self, samples=[]))
         del data["samples"]
         return {**data, "digest": _digest(data)}
 
     @classmethod
-    def from_json(cls, data: Any) -> Record:
-        """The record that `to_json` wrote.
+    def from_json(cls, data: object) -> Record:
+        """Read a record that `to_json` wrote.
 
         Raises:
             NewerSchema: written by a newer version.
@@ -167,5 +167,5 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-def _digest(data: dict[str, Any]) -> str:
+def _digest(data: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

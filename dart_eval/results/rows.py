@@ -1,6 +1,6 @@
-"""What records hold, as rows and as data frames: one row a metric of a cell, or one row a cell.
+"""Records as rows and data frames: one row per metric of a cell, or one row per cell.
 
-Every table, file of numbers and `dart_eval.records` is made of these.
+The base of every table, file of numbers and `dart_eval.records`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ ORDER = ["model", "task", "sparsity", "label"]  # of a table's lines
 def of_tasks(
     records: Sequence[Record], names: Sequence[str] | None, aliases: Mapping[str, Sequence[str]]
 ) -> list[Record]:
-    """The records of some tasks.
+    """Return the records of some tasks.
 
     Args:
-        records: of a folder. names: as typed; None: all. aliases: names that stand for several tasks.
+        records: of a folder.
+        names: as typed; None: all.
+        aliases: names of several tasks.
 
     Raises:
         UserError: the folder has no cell of one of them.
@@ -45,7 +47,7 @@ def of_tasks(
 
 
 def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
-    """One row a metric of each record, sorted by model, task, metric, sparsity and method.
+    """Return one row per metric of each record, sorted by model, task, metric, sparsity and method.
 
     Args:
         records: of a folder.
@@ -57,15 +59,15 @@ def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, An
     return sorted(found, key=lambda row: (*(row[name] for name in order), json.dumps(row["params"])))
 
 
-def metrics_frame(lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Rows, or those of `frame.lines`, as a data frame."""
+def metrics_frame(lines: Sequence[dict[str, object]]) -> pd.DataFrame:
+    """Return rows, or those of `frame.lines`, as a data frame."""
     import pandas as pd
 
     return typed(pd.DataFrame(lines, dtype=object))
 
 
 def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """One row a record, in the order of a table's lines; the columns are those of `rows` without the metric's."""
+    """Return one row per record, in the order of a table's lines, with the columns of `rows` but the metric's."""
     import pandas as pd
 
     names = labels(records, by_task=True)
@@ -73,15 +75,15 @@ def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame in the order of a table's lines."""
+    """Sort a frame in the order of a table's lines."""
     lines = list(frame[ORDER].itertuples(index=False, name=None))
     return frame.iloc[sorted(range(len(lines)), key=lines.__getitem__)]
 
 
 def typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """A frame of objects with its numbers as numbers.
+    """Convert the numbers in a frame of objects.
 
-    Texts stay objects: some names are no Unicode, and pandas' own type for text refuses them.
+    Texts stay objects: some names are not valid Unicode, which pandas' own type for text refuses.
     """
     import pandas as pd
 
@@ -89,8 +91,8 @@ def typed(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{str(name): pd.Series(frame[name].tolist(), frame.index) for name in plain})
 
 
-def _row(record: Record, label: str, metric: Metric | None = None) -> dict[str, Any]:
-    """A metric of a record with all that a table may say beside it; without one, what holds for the whole cell."""
+def _row(record: Record, label: str, metric: Metric | None = None) -> dict[str, object]:
+    """Return a metric of a record with all columns of tables; without a metric, those of the whole cell."""
     cell, used, number = record.inputs, {}, {}
     if metric is not None:
         used = record.by_task.get(metric.task, {})  # a member of a tag or group; the whole cell otherwise

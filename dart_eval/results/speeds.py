@@ -1,7 +1,7 @@
-"""Measured speeds, kept beside the results of a run: `FOLDER/bench/decode-*.json`.
+"""Measured speeds beside the results of a run: `FOLDER/bench/decode-*.json`.
 
-There is one file for a method at a sparsity, on one model in one dtype, on one device, compiled or not, after a prompt
-of one length. Measuring the same again replaces it. Neither torch nor a model is needed to read the files.
+There is one file per method, sparsity, model, dtype, device, mode of compilation and length of the prompt. A repeated
+measurement replaces it. Reading the files needs neither torch nor a model.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from dart_eval.util.text import json_text
 SCHEMA = 1
 FOLDER = "bench"  # below the folder of results
 REMEDY = "choose another --output"
-# What a measurement is of. Two that agree in it are the same one, and the later takes the place of the earlier.
+# Fields that identify a measurement; a later one with equal fields replaces the earlier.
 OF = ("model", "dtype", "device", "hardware", "compiled", "prompt_tokens", "params", "sparsity")
 GIVEN = ("ffn_bits",)  # of `OF` as well, where it is given
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one method decodes on one model.
+    """The decoding speed of one method on one model.
 
     Attributes:
-        method: as a user types it, `griffin:remask=drift`.
+        method: the user's spelling, `griffin:remask=drift`.
         params: every part of the method and every field, as in the inputs of a cell.
-        sparsity: share of the FFN weights that a token does not read; 0 where the method has none.
+        sparsity: share of the FFN weights that a token does not read; 0 if the method has none.
         model: its name, revision and hash of weights, as in the inputs of a cell.
         dtype: of the weights, `bfloat16`.
         device: its type, `cpu` or `cuda`.
         hardware: the GPU's name, or the number of threads.
-        compiled: mode of `torch.compile`; None where nothing was compiled.
-        prompt_tokens: length of the prompts, which the decoded tokens attend to.
+        compiled: mode of `torch.compile`, or None.
+        prompt_tokens: length of the prompts.
         read: share of the FFN weights that a decoded token reads.
-        speedup: dense step / pruned step; None where no kernel makes the bytes into time.
-        control: dense step / dense step; what is told apart from 1 here is noise. None as above.
+        speedup: dense step / pruned step; None if no kernel saves time.
+        control: dense step / dense step, whose difference from 1 is noise. None as above.
         ceiling: the largest speed-up that the bytes of this model allow.
         created: UTC, ISO 8601.
-        more: all else that was measured, by the names of `decode.DecodeSpeed`.
+        more: all other measurements, by the names of `decode.DecodeSpeed`.
         environment: versions.
-        ffn_bits: what the FFN weights were rounded to; None: nothing.
-        times: `bytes only` where there are none.
+        ffn_bits: rounding of the FFN weights, or None.
+        times: `bytes only` without times.
     """
 
     method: str
@@ -91,14 +91,14 @@ class Speed:
 
     @property
     def key(self) -> str:
-        """sha256 over what was measured, without what came out."""
+        """sha256 over the fields in `OF` and `GIVEN`."""
         given = {name: value for name in GIVEN if (value := getattr(self, name)) is not None}
         asked = {name: getattr(self, name) for name in OF} | given
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 class _Schema(TypedDict):
-    """Which layout a file has."""
+    """The schema of a file."""
 
     schema: Literal[1]
 
@@ -107,24 +107,25 @@ _SCHEMA, _SPEED = TypeAdapter(_Schema), TypeAdapter(Speed)
 
 
 def of_cell(speeds: Sequence[Speed], inputs: Mapping[str, Any]) -> Speed | None:
-    """The speed of a cell's method: the one measured last, or else what stands in place of times; None: none is kept.
+    """Return the last measured speed of a cell's method, else its byte counts, else None.
 
     Args:
-        speeds: oldest first. inputs: of the cell, as in its record.
+        speeds: oldest first.
+        inputs: of the cell, as in its record.
     """
     own = [speed for speed in reversed(speeds) if speed.is_of(inputs)]
     return next((speed for speed in own if speed.speedup is not None), own[0] if own else None)
 
 
 def _which(model: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells a model from others: the hash of its weights, or else its name and revision."""
+    """Return the identity of a model: the hash of its weights, or else its name and revision."""
     weights = model.get("weights")
     which = (weights,) if weights else (model["name"], model.get("revision"))
     return (*which, bool(model.get("remote_code")))
 
 
 def path_of(folder: str | Path, speed: Speed) -> Path:
-    """Where a speed is kept; its name is for people, the key decides."""
+    """Return the path of a speed's file; its name is for readers, the key decides."""
     name = re.sub(r"[^\w.-]", "_", speed.method.partition(":")[0])
     if speed.ffn_bits is not None:
         name += f"-{speed.ffn_bits.replace(':', '-')}bit"
@@ -132,7 +133,7 @@ def path_of(folder: str | Path, speed: Speed) -> Path:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder in which nothing could be kept, before anything is measured.
+    """Refuse a folder that cannot be written, before anything is measured.
 
     Raises:
         UserError: with the reason.
@@ -142,7 +143,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def keep(folder: str | Path, speed: Speed) -> Path:
-    """Write a speed; the file is there whole, or not at all. Returns its path.
+    """Write a speed, completely or not at all. Return its path.
 
     Raises:
         UserError: it cannot be written.
@@ -154,9 +155,9 @@ def keep(folder: str | Path, speed: Speed) -> Path:
 
 
 def load_speeds(folder: str | Path) -> list[Speed]:
-    """All speeds that are kept in a folder of results, oldest first; none where nothing was measured.
+    """Return all speeds in a folder of results, oldest first.
 
-    A file that cannot be read is named on stderr and left out.
+    An unreadable file is named on stderr and left out.
     """
     found = []
     for path in sorted((Path(folder) / FOLDER).glob("decode-*.json")):
@@ -165,6 +166,6 @@ def load_speeds(folder: str | Path) -> list[Speed]:
             layout.read(text, _SCHEMA, "file")
             found.append(layout.read(text, _SPEED, "speed"))
         except (OSError, ValueError) as error:
-            said = UserError(f"{path} cannot be read ({reason(error)})", "measure it again, or remove the file")
-            remark(f"left out: {said}")
+            problem = UserError(f"{path} cannot be read ({reason(error)})", "measure it again, or remove the file")
+            remark(f"left out: {problem}")
     return sorted(found, key=lambda speed: (speed.created, speed.key))

@@ -7,8 +7,8 @@
     failed/<name>-<key>.txt     the traceback of a cell that failed; gone when it succeeds
     .locks/                     who is at work on which cell
 
-Files appear whole or not at all: written beside, flushed, then renamed. The record comes last and knows the digests of
-the others, so a record that can be read is a finished cell.
+Files appear complete or not at all: written beside, flushed, then renamed. The record comes last and has the digests of
+the others, so a readable record is a finished cell.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ REDO = "repeat the `dart-eval run` that made it (it sets the file aside and redo
 
 
 class UnreadSamples(UserError):
-    """A cell's samples, or its texts, are missing or not as they were written."""
+    """A cell's samples or texts are missing or damaged."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What lies in a folder.
+class Scan:
+    """The contents of a folder.
 
     Attributes:
         records: oldest first, each once.
-        files: key -> where its record stands.
-        unread: files that hold no record, and what is wrong with them.
-        twice: files whose record stands elsewhere too, and where.
+        files: key -> the file of its record.
+        unread: files without a record, and their errors.
+        twice: files whose record is in another file too, and that file.
     """
 
     records: list[Record]
@@ -60,8 +60,8 @@ class Found:
     unread: dict[Path, UserError]
     twice: dict[Path, Path]
 
-    def tell(self) -> None:
-        """Say on stderr what was left out."""
+    def report(self) -> None:
+        """Report on stderr what was left out."""
         for error in self.unread.values():
             remark(f"left out: {error}")
         for file, first in self.twice.items():
@@ -75,15 +75,15 @@ class Store:
         self.folder = Path(folder)
 
     def path(self, name: str, key: str) -> Path:
-        """Where the record of a cell lives; `name` is for people, the key decides."""
+        """Return the path of a cell's record; `name` is for readers, the key decides."""
         return self._file("cells", name, key, "json")
 
     def samples_path(self, name: str, key: str) -> Path:
-        """Where its samples live."""
+        """Return the path of a cell's samples."""
         return self._file("samples", name, key, "jsonl")
 
     def written_since(self, kind: Literal["cells", "failed"], name: str, key: str, time: float) -> bool:
-        """Whether a cell has a record, or has failed, since then (seconds since the epoch)."""
+        """Whether a cell has got a record, or has failed, since a time (seconds since the epoch)."""
         try:
             return self._file(kind, name, key, "json" if kind == "cells" else "txt").stat().st_mtime >= time
         except OSError:
@@ -94,7 +94,7 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Say of what cannot be written in the block that it is this folder."""
+        """Raise StoreError for this folder if the block cannot write."""
         try:
             yield
         except OSError as error:
@@ -104,7 +104,7 @@ class Store:
 
     @contextlib.contextmanager
     def claim(self, name: str, key: str) -> Iterator[bool]:
-        """Whether this process may work on the cell while the block runs: nobody else does.
+        """Yield whether this process may work on the cell while the block runs, as no other does.
 
         The claim ends with the process, however it ends.
 
@@ -122,12 +122,12 @@ class Store:
             lock.release()
 
     def journal(self, name: str, key: str) -> Journal:
-        """The journal of an unfinished cell; its claim must be held."""
+        """Return the journal of an unfinished cell; its claim must be held."""
         with self._writing():
             return Journal(self._file("partial", name, key, "jsonl"))
 
     def get(self, name: str, key: str) -> Record | None:
-        """The finished cell's record; None where there is none, or one of its files is missing or damaged.
+        """Return a finished cell's record; None if there is none, or if one of its files is missing or damaged.
 
         Raises:
             UserError: a newer version of this program wrote it.
@@ -144,18 +144,18 @@ class Store:
         return record if record.key == key else None
 
     def set_aside(self, name: str, key: str) -> list[Path]:
-        """Move away a record that `get` did not accept, and its samples; `save` writes texts anew that are damaged.
+        """Move away a record that `get` did not accept, and its samples; `save` replaces damaged texts.
 
         The cell's claim must be held.
 
         Returns:
-            The new names of the files that were there. Half-written temporary files are removed without a word, and
-            samples without a record stay: the process was stopped between the two, and they will be written again.
+            The new names of existing files. Half-written temporary files are removed, and samples without a record
+            stay: the process was stopped between the two, and they will be written again.
         """
         record, samples = self.path(name, key), self.samples_path(name, key)
         for kind in ("cells", "samples", "texts"):
-            for left in (self.folder / kind).glob(f".{record.stem}.*"):
-                left.unlink(missing_ok=True)
+            for temporary in (self.folder / kind).glob(f".{record.stem}.*"):
+                temporary.unlink(missing_ok=True)
         if not os.path.lexists(record):
             return []
         moved = []
@@ -187,7 +187,7 @@ class Store:
         return record
 
     def failed(self, name: str, key: str, text: str) -> Path:
-        """Keep why a cell failed; returns the file."""
+        """Write why a cell failed; return the file."""
         path = self._file("failed", name, key, "txt")
         with self._writing():
             write_atomically(path, text)
@@ -195,11 +195,11 @@ class Store:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def scan(self) -> Found:
-        """All that lies in the folder.
+    def scan(self) -> Scan:
+        """Read the folder.
 
         Raises:
-            UserError: no such folder, or no record in it that can be read.
+            UserError: no such folder, or no readable record in it.
         """
         check_name(self.folder, "folder")
         files = sorted((self.folder / "cells").glob("*.json"))
@@ -208,7 +208,7 @@ class Store:
                 f"no results in {self.folder}",
                 f"give the folder of an earlier run, or: dart-eval run --tasks smoke --output {self.folder}",
             )
-        kept: dict[str, tuple[Path, Record]] = {}
+        by_key: dict[str, tuple[Path, Record]] = {}
         unread: dict[Path, UserError] = {}
         twice: dict[Path, Path] = {}
         for file in files:
@@ -218,42 +218,41 @@ class Store:
                 remedy = "use that version" if isinstance(error, NewerSchema) else REDO
                 unread[file] = UserError(f"{file} cannot be read ({reason(error)})", remedy)
                 continue
-            first = kept.get(record.key)
+            first = by_key.get(record.key)
             if first is not None and first[1].created >= record.created:
                 twice[file] = first[0]
                 continue
             if first is not None:
                 twice[first[0]] = file
-            kept[record.key] = file, record
-        if not kept:
+            by_key[record.key] = file, record
+        if not by_key:
             first_error = next(iter(unread.values()))
             more = f", and none of the {len(unread) - 1} others there can" if len(unread) > 1 else ""
             raise UserError(f"{first_error.problem}{more}", first_error.remedy)
-        records = sorted((r for _, r in kept.values()), key=lambda r: (r.created, r.key))
-        return Found(records, {key: file for key, (file, _) in kept.items()}, unread, twice)
+        records = sorted((r for _, r in by_key.values()), key=lambda r: (r.created, r.key))
+        return Scan(records, {key: file for key, (file, _) in by_key.items()}, unread, twice)
 
     def load(self) -> list[Record]:
-        """All records, oldest first, each once; files that hold none are named on stderr and left out.
+        """Return all records, oldest first, each once; other files are named on stderr and left out.
 
         Raises:
             UserError: see `scan`.
         """
         found = self.scan()
-        found.tell()
+        found.report()
         return found.records
 
     def missing(self, name: str, record: Record) -> list[Path]:
-        """The files of a finished cell that are not there."""
+        """Return the missing files of a finished cell."""
         files = [self.path(name, record.key)]
         files += [self.folder / kind / known["name"] for kind, known in record.files.items()]
         return [f for f in files if not f.is_file()]
 
     def samples(self, record: Record) -> list[dict[str, Any]]:
-        """The samples of a record of this folder, one per document, task and filter.
+        """Return the samples of a record of this folder, one per document, task and filter.
 
         Raises:
-            UnreadSamples: their file is missing, or not as it was written, or answers in it are no numbers (an older
-                version kept those), so that no accuracy over them is one.
+            UnreadSamples: their file is missing or damaged, or has answers that are not finite (from older versions).
         """
         found = self._read_file(record, "samples", SAMPLE)
         if wrong := sum(not _numbers(line.get("responses") or []) for line in found):
@@ -266,7 +265,7 @@ class Store:
         return found
 
     def traces(self, record: Record) -> list[dict[str, Any]]:
-        """What the drift detector saw of each document where it closed a window.
+        """Return the drift detector's trace of each document with a full window.
 
         Raises:
             UnreadSamples: see `samples`.
@@ -274,10 +273,10 @@ class Store:
         return [s["drift"] for s in self.samples(record) if traced(s)]
 
     def texts(self, record: Record) -> dict[tuple[str, int], dict[str, Any]]:
-        """(task, doc_id) -> prompt, choices and target of a record's documents; empty where they were not kept.
+        """Return (task, doc_id) -> prompt, choices and target of a record's documents; empty if not stored.
 
         Raises:
-            UnreadSamples: their file is missing, or not as it was written.
+            UnreadSamples: their file is missing or damaged.
         """
         return {(line["task"], line["doc_id"]): line for line in self._read_file(record, "texts", DOCUMENT)}
 
@@ -294,19 +293,16 @@ class Store:
             ) from None
 
     def _lines(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[dict[str, Any]]:
-        """The lines of a record's file of that kind.
-
-        Raises:
-            OSError: it is not there. ValueError: it is damaged.
-        """
+        """Return the lines of a record's file of that kind. Raises as `_data`."""
         lines = self._data(record, kind).splitlines()
         return [layout.read(line, type_, f"line {i}") for i, line in enumerate(lines, 1)]
 
     def _data(self, record: Record, kind: str) -> bytes:
-        """A record's file of that kind, as it was written.
+        """Return a record's file of that kind.
 
         Raises:
-            OSError: it is not there. ValueError: it is damaged.
+            OSError: it is missing.
+            ValueError: it is damaged.
         """
         known = record.files.get(kind)
         if known is None and kind == "texts":

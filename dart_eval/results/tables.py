@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dart_eval.results import metrics, writers
 from dart_eval.results.format import NO_NUMBER, count, number, share, size, small_share, sparsity, with_error
@@ -51,15 +51,16 @@ MEMORY_NOTE = (
 
 
 def tables(records: Sequence[Record], subtasks: bool = False) -> list[Table]:
-    """All long tables but those of the detector: every metric, FLOPs and memory."""
+    """Return all long tables but those of the detector: every metric, FLOPs and memory."""
     return [*quality(records, rows(records, subtasks)), flops(records), memory(records)]
 
 
-def quality(records: Sequence[Record], lines: Sequence[dict[str, Any]]) -> list[Table]:
-    """Every metric of every cell: accuracy, summaries, perplexity, distances and others, those that have rows.
+def quality(records: Sequence[Record], lines: Sequence[dict[str, object]]) -> list[Table]:
+    """Return the tables of every metric of every cell: accuracy, summaries, perplexity, distances and others.
 
     Args:
-        records: of a folder. lines: a row a metric of each (`rows`, or `frame.lines`, which know distances to dense).
+        records: of a folder.
+        lines: a row per metric (`rows`, or `frame.lines`, which have distances to dense).
     """
     data = metrics_frame(lines)
     if data.empty:
@@ -86,31 +87,31 @@ def _quality(group: str, data: pd.DataFrame, records: Sequence[Record]) -> Table
 
 
 def flops(records: Sequence[Record]) -> Table:
-    """What every cell computes, counted from shapes."""
+    """Return the FLOPs of every cell, counted from shapes."""
     data = cells_frame(records)
     return writers.from_frame("FLOPs", data.assign(ratio=flops_ratio), _where(data), FLOPS_NOTE, FLOPS)
 
 
 def flops_ratio(cells: pd.DataFrame) -> pd.Series | None:
-    """FLOPs of a token that is decoded pruned over those of a dense one."""
+    """Return the FLOPs of a pruned decoded token / those of a dense one."""
     dense = cells.get("flops_decode_step_dense")
     return None if dense is None else cells["flops_decode_step_pruned"] / dense
 
 
 def memory(records: Sequence[Record]) -> Table:
-    """What every cell held in memory."""
+    """Return the memory of every cell."""
     data = cells_frame(records)
     return writers.from_frame("Memory", data, _where(data), MEMORY_NOTE, MEMORY)
 
 
 def _where(data: pd.DataFrame) -> list[Column]:
-    """The columns that say which cell a line is of; the model only where there are several."""
+    """Return the columns that identify a cell; the model only if there are several."""
     columns = [Column("model"), Column("task"), Column("method", "label"), Column("sparsity", text=sparsity)]
     return columns[data["model"].nunique() == 1 :]
 
 
 def upper_bounds(records: Sequence[Record]) -> list[str]:
-    """A sentence that names the methods which know too much, if there are any."""
+    """Return a sentence that names upper bounds, if there are any."""
     names = list(dict.fromkeys(str(r.settings["method"]) for r in records if r.settings.get("upper_bound")))
     if not names:
         return []
@@ -119,7 +120,7 @@ def upper_bounds(records: Sequence[Record]) -> list[str]:
 
 
 def cut_prompts(records: Sequence[Record]) -> list[str]:
-    """A sentence for each task of which prompts were cut to the context."""
+    """Return a sentence for each task with prompts that were cut to the context."""
     found: dict[str, None] = {}
     for r in records:
         parts = [p for p in r.by_task.values() if "cut" in p]

@@ -1,4 +1,4 @@
-"""When a check fails: the least share of the baseline's quality, of dense's, and the level of the tests."""
+"""The thresholds of a check: least shares of the baseline's and of dense's quality, and the level of the tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dart_eval.util.yamls import read_mapping
 
 @dataclass(frozen=True)
 class Limits:
-    """recovery: least share of the baseline's quality. of_dense: least share of dense's, None: any."""
+    """Least shares of the baseline's quality (`recovery`) and of dense's (`of_dense`; None: any)."""
 
     recovery: float = 0.98
     of_dense: float | None = None
@@ -22,7 +22,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a row falls: `limits`, other ones for some tasks, and the level of the tests over all rows."""
+    """The `limits`, other limits for some `tasks`, and the level `alpha` of the tests over all rows."""
 
     limits: Limits = Limits()
     alpha: float = 0.05
@@ -33,10 +33,10 @@ class Thresholds:
 
 
 def thresholds_from(file: Path | None) -> Thresholds:
-    """The thresholds of a YAML file; the defaults without one.
+    """Read the thresholds of a YAML file; the defaults without one.
 
     Raises:
-        UserError: the file cannot be read, or a key or value in it is wrong.
+        UserError: the file cannot be read, or has a wrong key or value.
     """
     if file is None:
         return Thresholds()
@@ -53,14 +53,14 @@ def thresholds_from(file: Path | None) -> Thresholds:
     })  # fmt: skip
 
 
-def _mapping(data: Any, known: Sequence[str] | None, where: str) -> dict[str, Any]:
+def _mapping(data: object, keys: Sequence[str] | None, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(f"{where} must hold keys and values, not {str(data)[:60]!r}", "for example `recovery: 0.98`")
     for key in data:
         if not isinstance(key, str):
             raise UserError(f"key {key!r} in {where} is no text", "put it in quotes if it is a name")
-        if known is not None and key not in known:
-            raise UserError(f"unknown key {key!r} in {where}", nearest(key, known))
+        if keys is not None and key not in keys:
+            raise UserError(f"unknown key {key!r} in {where}", nearest(key, keys))
     return dict(data)
 
 
@@ -73,5 +73,5 @@ def _limits(limits: Limits, data: dict[str, Any], where: str) -> Limits:
     return dataclasses.replace(limits, **data)
 
 
-def _is_number(item: Any) -> bool:
+def _is_number(item: object) -> bool:
     return isinstance(item, (int, float)) and not isinstance(item, bool)

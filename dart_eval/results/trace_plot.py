@@ -14,20 +14,20 @@ from dart_eval.util.files import write
 SIGNAL, ALARM, STEADY, LIMIT = "#1f5fa8", "#c0392b", "#8a8f98", "#555b63"
 
 
-def draw(found: dict[str, Any], path: Path, title: str = "") -> None:
+def draw(trace: dict[str, Any], path: Path, title: str = "") -> None:
     """Write the picture of a trace; its format follows from the ending of `path`."""
-    layers, tokens = found["layers"], len(found["tokens"])
+    layers, tokens = trace["layers"], len(trace["tokens"])
     figure = Figure(figsize=(10, 6.4), dpi=130, layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(1, 1.25), width_ratios=(5, 1))
     upper = figure.add_subplot(grid[0, 0])
     lower = figure.add_subplot(grid[1, 0])
     side = figure.add_subplot(grid[1, 1], sharey=lower)
-    figure.suptitle(title or f"{found['method']} at {found['sparsity']:.0%} sparsity", x=0.01, ha="left", fontsize=12)
-    _signal(upper, found, tokens)
-    shown = _changes(lower, found, tokens)
-    if shown is not None:
+    figure.suptitle(title or f"{trace['method']} at {trace['sparsity']:.0%} sparsity", x=0.01, ha="left", fontsize=12)
+    _signal(upper, trace, tokens)
+    changes = _changes(lower, trace, tokens)
+    if changes is not None:
         figure.colorbar(
-            shown, ax=lower, location="bottom", shrink=0.5, pad=0.02, label="share of the mask that changed"
+            changes, ax=lower, location="bottom", shrink=0.5, pad=0.02, label="share of the mask that changed"
         )
     shares = [k / n for k, n in zip(layers["kept"], layers["sizes"], strict=True)]
     side.barh(range(len(shares)), shares, color=SIGNAL, height=0.8)
@@ -41,10 +41,10 @@ def draw(found: dict[str, Any], path: Path, title: str = "") -> None:
     write(path, made.getvalue())
 
 
-def _signal(axes: Any, found: dict[str, Any], tokens: int) -> None:
-    detector = found["detector"]
+def _signal(axes: Any, trace: dict[str, Any], tokens: int) -> None:
+    detector = trace["detector"]
     axes.set(xlim=(0, max(tokens, 1)), ylabel="cosine to the reference")
-    axes.set_xlabel("token after the prompt" + (" (all of them on another topic)" if found["switch"] else ""))
+    axes.set_xlabel("token after the prompt" + (" (all of them on another topic)" if trace["switch"] else ""))
     if detector is None:
         axes.text(0.5, 0.5, "no detector, or no full window", ha="center", transform=axes.transAxes, color=LIMIT)
         return
@@ -60,9 +60,9 @@ def _signal(axes: Any, found: dict[str, Any], tokens: int) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False)
 
 
-def _changes(axes: Any, found: dict[str, Any], tokens: int) -> Any:
-    """Each re-mask as a column that lasts until the next: its colour is the share of a layer's mask that changed."""
-    remasks, layers = found["remasks"], len(found["layers"]["kept"])
+def _changes(axes: Any, trace: dict[str, Any], tokens: int) -> Any:
+    """Draw each re-mask as a column until the next; its colour is the share of a layer's mask that changed."""
+    remasks, layers = trace["remasks"], len(trace["layers"]["kept"])
     axes.set(xlim=(0, max(tokens, 1)), ylim=(layers - 0.5, -0.5), ylabel="layer", xlabel="token after the prompt")
     if not remasks:
         axes.text(0.5, 0.5, "the mask never changed", ha="center", transform=axes.transAxes, color=LIMIT)
@@ -75,10 +75,10 @@ def _changes(axes: Any, found: dict[str, Any], tokens: int) -> Any:
         edges.append(max(end, edges[-1] + 0.5))
     values = [[column[layer] for column in columns] for layer in range(layers)]
     highest = max(max(c) for c in columns)
-    shown = axes.pcolormesh(
+    mesh = axes.pcolormesh(
         edges, [i - 0.5 for i in range(layers + 1)], values, cmap="magma_r", vmin=0, vmax=max(highest, 0.05)
     )
     for remask in remasks:
         alarm = remask["cause"] == "alarm"
         axes.axvline(remask["token"], color=ALARM if alarm else STEADY, linewidth=1.2 if alarm else 0.5)
-    return shown
+    return mesh

@@ -1,9 +1,9 @@
-"""Which row of a level is best, and what it costs: one sentence of each, with what the paired tests allow to be said.
+"""The best row of a level and its cost: a sentence each, as far as the paired tests allow.
 
-Rows are held against each other in the block's first metric, in perplexities, and in the log-likelihood of right
-answers, which tells rows apart with fewer documents than an accuracy. A row is behind another one where a test favours
-that one and none favours the row. The first row by the first metric leads that no test puts behind another; where tests
-favour each of two, no row is best.
+Rows are compared in the block's first metric, in perplexities, and in the log-likelihood of right answers, which
+separates rows with fewer documents than an accuracy. A row is behind another one if a test favours that one and none
+favours the row. The leader is the first row by the first metric that no test puts behind another. If tests favour each
+of two rows, no row is best.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dart_eval.results import metrics, stats
-from dart_eval.results.blocks import PRUNED, WIDTH_OF_LEVEL, Row
+from dart_eval.results.blocks import PRUNED, WIDTH_OF_LEVEL, BoardRow
 from dart_eval.results.estimates import Estimate
 from dart_eval.results.format import multiple, percent, short
 
@@ -24,8 +24,8 @@ PERPLEXITY = "perplexity"
 BEHIND, LEVEL, AHEAD, SPLIT, UNTESTED = "behind", "level", "ahead", "split", "untested"
 
 
-def place(row: Row, first: str | None) -> tuple[bool, float]:
-    """What rows of a level are sorted by: the best first, those without the first metric last."""
+def place(row: BoardRow, first: str | None) -> tuple[bool, float]:
+    """Return the sort key of a level's rows: the best first, those without the first metric last."""
     quality = row.quality.get(first or "")
     value = math.nan
     if quality is not None:
@@ -33,17 +33,20 @@ def place(row: Row, first: str | None) -> tuple[bool, float]:
     return (True, 0.0) if math.isnan(value) else (False, -value)
 
 
-def _sign(row: Row, first: str | None) -> float:
+def _sign(row: BoardRow, first: str | None) -> float:
     down = any(m.metric.partition(",")[0] == first and m.higher_is_better is False for m in row.values.values())
     return -1.0 if down else 1.0
 
 
-def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tuple[Row, ...], tuple[str, ...], bool]:
-    """The rows of a level with their marks, its sentences, and whether rounding beats every pruned row.
+def judged(
+    rows: Sequence[BoardRow], rounded: Sequence[BoardRow], first: str
+) -> tuple[tuple[BoardRow, ...], tuple[str, ...], bool]:
+    """Return the rows of a level with their marks, its sentences, and whether rounding beats every pruned row.
 
     Args:
-        rows: best first. rounded: the block's rows of rounding; the best of those that read no more counts.
-        first: the metric that rows are ordered by.
+        rows: best first.
+        rounded: the block's rows of rounding; the best of those that read no more counts.
+        first: the metric that orders rows.
     """
     rivals = [r for r in rows if r.kind == PRUNED and first in r.quality]
     most = max(r.read for r in rows) + WIDTH_OF_LEVEL
@@ -51,14 +54,14 @@ def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tup
     if len(rivals) + len(fitting) < 2 or not rivals or all(r.read >= 1 for r in rivals):
         return tuple(rows), (), False
     leader, stands = leader_of(rivals)
-    said = [_quality(leader, stands, rivals[0])]
+    quality = [_quality(leader, stands, rivals[0])]
     wins = False
     if fitting:
         control, _ = leader_of(fitting)
         (stand,) = stand_of(leader, [control], float(len(fitting) * len(rivals)))
         wins = stand.word == AHEAD
         more = place(control, first) < place(leader, first) and stand.word == BEHIND
-        said.append(
+        quality.append(
             f"The best rounding here ({control.name}, {percent(control.read)}: {_amounts(control)}) {_beside(stand)}"
             + ("; what it has more may be noise." if more else ".")
         )
@@ -66,15 +69,15 @@ def judged(rows: Sequence[Row], rounded: Sequence[Row], first: str) -> tuple[tup
     named = BEHIND in words and not words & {AHEAD, SPLIT}
     marks = {stand.row.keys: LEVEL_WITH_BEST for stand in stands if named and stand.word == LEVEL}
     marks |= {leader.keys: BEST} if named else {}
-    sentences = (" ".join(said), *_cost(leader, [*(stand.row for stand in stands), *fitting]))
+    sentences = (" ".join(quality), *_cost(leader, [*(stand.row for stand in stands), *fitting]))
     return tuple(replace(r, mark=marks.get(r.keys, "")) for r in rows), sentences, wins
 
 
 @dataclass(frozen=True)
 class Stand:
-    """Where a row stands to the leader: the adjusted p of each metric in which the leader is better, and worse."""
+    """A row beside the leader: the adjusted p of each metric in which the leader is better, and worse."""
 
-    row: Row
+    row: BoardRow
     better: dict[str, float]
     worse: dict[str, float]
     tested: bool = False
@@ -86,8 +89,8 @@ class Stand:
         return BEHIND if self.better else LEVEL if self.tested else UNTESTED
 
 
-def leader_of(rows: Sequence[Row]) -> tuple[Row, list[Stand]]:
-    """The first row that no test says is behind another, with where the others stand to it; else the first row.
+def leader_of(rows: Sequence[BoardRow]) -> tuple[BoardRow, list[Stand]]:
+    """Return the first row that no test puts behind another, and the stands of the others; else the first row.
 
     Args:
         rows: by the first metric, the best first.
@@ -102,12 +105,12 @@ def leader_of(rows: Sequence[Row]) -> tuple[Row, list[Stand]]:
     return found
 
 
-def stand_of(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
-    """Where each row stands to the leader.
+def stand_of(leader: BoardRow, others: Sequence[BoardRow], chosen: float) -> list[Stand]:
+    """Compare each row with the leader.
 
     Args:
-        chosen: what each p is multiplied by, since the leader was chosen by the values that are tested. Holm's
-            correction is taken over all rows and metrics.
+        chosen: factor on each p, since the leader was chosen by the tested values. Holm's correction then covers all
+            rows and metrics.
     """
     tests = [(row, metric, d) for row in others for metric, d in _differences(leader, row)]
     counted = [None if d.p is None else min(1.0, chosen * d.p) for _, _, d in tests]
@@ -120,19 +123,19 @@ def stand_of(leader: Row, others: Sequence[Row], chosen: float) -> list[Stand]:
     return list(stands.values())
 
 
-def _differences(a: Row, b: Row) -> Iterator[tuple[str, Estimate]]:
-    """A - B in the block's first metric, in perplexities and log-likelihoods; above 0 where A is better."""
+def _differences(a: BoardRow, b: BoardRow) -> Iterator[tuple[str, Estimate]]:
+    """Yield A - B in the block's first metric, in perplexities and log-likelihoods; positive if A is better."""
     for i, (metric, quality) in enumerate(a.quality.items()):
         if i and metrics.kind_of(metric).group != metrics.PERPLEXITY:
-            continue  # the family of tests is not to depend on what else a folder holds
+            continue  # the family of tests must not depend on other contents of the folder
         other = b.quality.get(metric)
         if quality.better is not None and other is not None and other.better is not None:
-            yield metrics.said(metric), quality.better - other.better
+            yield metrics.title_of(metric), quality.better - other.better
     if a.nats is not None and b.nats is not None:
         yield LIKELIHOOD, a.nats - b.nats
 
 
-def _quality(leader: Row, stands: Sequence[Stand], first: Row) -> str:
+def _quality(leader: BoardRow, stands: Sequence[Stand], first: BoardRow) -> str:
     """`At 30 % dart-plus is best: 100 % of what dense has above guessing [83, 117]; better than every other row ...`"""
     behind, level, untested = ([s for s in stands if s.word == word] for word in (BEHIND, LEVEL, UNTESTED))
     against = [s for s in stands if s.word in (AHEAD, SPLIT)]
@@ -152,16 +155,16 @@ def _quality(leader: Row, stands: Sequence[Stand], first: Row) -> str:
 
 
 def _beside(*stands: Stand) -> str:
-    """`is worse by perplexity`: what tests say of rows beside the leader."""
+    """Return the tests' result for rows beside the leader: `is worse by perplexity`."""
     worse, better = _by(s.better for s in stands), _by(s.worse for s in stands)
     found = [f"better{better}" * any(s.worse for s in stands), f"worse{worse}" * any(s.better for s in stands)]
     verb = "is" if len(stands) == 1 else "are"
     return f"{verb} {' and '.join(filter(None, found)) or 'not told apart from it'}"
 
 
-def _by(found: Iterable[dict[str, float]]) -> str:
-    """` by perplexity and log-likelihood`: the metrics in which all of some tests say so; nothing without any."""
-    sets = list(found)
+def _by(tests: Iterable[dict[str, float]]) -> str:
+    """Return the metrics that all tests share: ` by perplexity and log-likelihood`; empty without any."""
+    sets = list(tests)
     common = [name for name in sets[0] if all(name in other for other in sets)] if sets else []
     return f" by {_listed(common)}" if common else ""
 
@@ -170,20 +173,20 @@ def _names(stands: Sequence[Stand]) -> str:
     return _listed([stand.row.name for stand in stands])
 
 
-def _amounts(row: Row, ends: bool = False) -> str:
-    """The quality in the metrics that stand beside dense's: `73 % above guessing, perplexity 1.34x`."""
+def _amounts(row: BoardRow, ends: bool = False) -> str:
+    """Return the quality relative to dense's: `73 % above guessing, perplexity 1.34x`."""
     found = [_amount(row, metric, ends and i == 0) for i, metric in enumerate(row.quality)]
     return ", ".join([*found[:1], *(said for said in found[1:] if said.startswith(PERPLEXITY))])
 
 
-def _amount(row: Row, metric: str, ends: bool = False) -> str:
+def _amount(row: BoardRow, metric: str, ends: bool = False) -> str:
     """`100 % of what dense has above guessing [83, 117]`, or `perplexity 1.08x [1.06, 1.10]`, times dense's."""
     quality = row.quality[metric]
     if metrics.kind_of(metric).group == metrics.PERPLEXITY and quality.times:
         value, interval = quality.times
         return f"{PERPLEXITY} {multiple(value, *((interval or ()) if ends else ()))}"
     if quality.share is None:
-        return f"{metrics.said(metric)} {short(metric, quality.value, quality.stderr)}"
+        return f"{metrics.title_of(metric)} {short(metric, quality.value, quality.stderr)}"
     said = percent(quality.share.value)
     if ends:
         said += f" of what dense has{' above guessing' * metrics.kind_of(metric).chance}"
@@ -191,8 +194,8 @@ def _amount(row: Row, metric: str, ends: bool = False) -> str:
     return said
 
 
-def _cost(leader: Row, others: Sequence[Row]) -> list[str]:
-    """How fast the leader decodes here, and which rows are faster than dense; nothing where no speed was measured."""
+def _cost(leader: BoardRow, others: Sequence[BoardRow]) -> list[str]:
+    """Return the leader's speed, and the rows that are faster than dense; empty without speeds."""
     faster = [
         f"{row.name} ({row.speed.speedup.median:.2f}x; {_amounts(row)})"
         for row in others if row.speed and row.speed.speedup and row.speed.speedup.low > 1

@@ -1,4 +1,4 @@
-"""A table of a data frame, and as text: Markdown, LaTeX (booktabs); and data as CSV and JSON."""
+"""Tables from data frames, as text in Markdown and LaTeX (booktabs); and data as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-LINE = ("model", "task", "method", "sparsity", "margin")  # heads of what a line is of
+LINE = ("model", "task", "method", "sparsity", "margin")  # heads of the columns that identify a line
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people: title, column heads, cells as text, and a note under it.
+    """A table for readers: title, column heads, cells as text, and a note under it.
 
-    bold: (row, column) of cells to stress. rules: rows before which a line is drawn.
+    bold: (row, column) of bold cells; rules: rows below a horizontal line.
     """
 
     title: str
@@ -35,17 +35,17 @@ class Table:
 
     @property
     def numbers(self) -> list[bool]:
-        """Of each column whether it holds nothing but numbers and gaps: it is set right."""
+        """Whether each column has only numbers and gaps, and is aligned right."""
         return [all(not row[j] or row[j][0] in "-+.0123456789<" for row in self.body) for j in range(len(self.columns))]
 
 
 class Column(NamedTuple):
-    """A column of a table that is made of a data frame.
+    """A column of a table from a data frame.
 
     Attributes:
-        head: of the table.
-        name: of the frame's column, where that is another.
-        text: how a value is written.
+        head: in the table.
+        name: of the frame's column, if different.
+        text: formatter of a value.
     """
 
     head: str
@@ -56,14 +56,14 @@ class Column(NamedTuple):
 def from_frame(
     title: str, frame: pd.DataFrame, columns: Sequence[Column], note: str, if_different: Sequence[Column] = ()
 ) -> Table:
-    """The table of a frame's rows; a dash stands where there is no value.
+    """Return the table of a frame's rows, with a dash for missing values.
 
     Args:
         title: of the table.
-        frame: one row a line.
-        columns: those that stand there in any case.
+        frame: one row per line.
+        columns: columns that are always shown.
         note: under the table.
-        if_different: further columns. One in which several rows have one value is left out, and the note says it.
+        if_different: further columns. A column with one value in all rows moves into the note.
     """
     gaps = [None] * len(frame)
     made = [
@@ -74,16 +74,16 @@ def from_frame(
     same = [i for i in foldable if len(set(made[i][1])) == 1]
     if same:
         note = f"In all rows: {', '.join(f'{made[i][0]} {made[i][1][0]}' for i in same)}. {note}"
-    kept = [column for i, column in enumerate(made) if i not in same]
-    body = [list(row) for row in zip(*(texts for _, texts in kept), strict=True)]
-    return Table(title, [head for head, _ in kept], body, note)
+    varying = [column for i, column in enumerate(made) if i not in same]
+    body = [list(row) for row in zip(*(texts for _, texts in varying), strict=True)]
+    return Table(title, [head for head, _ in varying], body, note)
 
 
 def pieces(table: Table, width: int, name: int) -> list[Table]:
-    """The table in pieces of at most so many characters a line, each with the columns that say what a line is of.
+    """Split a table into pieces of at most `width` characters, each with the columns that identify a line.
 
     Args:
-        table: its first columns say that, those of `LINE`.
+        table: its first columns identify a line, those of `LINE`.
         width: of a line on the terminal.
         name: characters to which a method's name can be folded.
     """
@@ -105,8 +105,8 @@ def pieces(table: Table, width: int, name: int) -> list[Table]:
     ]  # fmt: skip
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null instead."""
+def finite(value: object) -> object:
+    """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -117,23 +117,23 @@ def finite(value: Any) -> Any:
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-", re.IGNORECASE)  # or the dash that stands for none
 
 
-def data_text(rows: Sequence[dict[str, Any]], form: str) -> str:
-    """Rows as csv or json, one column for each name that any of them has."""
+def data_text(rows: Sequence[dict[str, object]], form: str) -> str:
+    """Return rows as csv or json, with a column for each name in any of them."""
     if form == "json":
         return json_text(finite(list(rows))) + "\n"
     names = list(dict.fromkeys(name for row in rows for name in row))
     return csv_text([names, *([row.get(name) for name in names] for row in rows)])
 
 
-def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV that a spreadsheet opens and does not run: what begins like a formula gets an apostrophe before it.
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as CSV that is safe in a spreadsheet: an apostrophe precedes text that begins like a formula.
 
     Numbers stay as they are, mappings are JSON, None is empty.
     """
     return "".join(",".join(map(_csv_cell, row)) + "\n" for row in rows)
 
 
-def _csv_cell(value: Any) -> str:
+def _csv_cell(value: object) -> str:
     if not isinstance(value, (str, dict, list)):
         return "" if value is None else str(value)
     text = printable(value) if isinstance(value, str) else json.dumps(value, sort_keys=True)
@@ -143,7 +143,7 @@ def _csv_cell(value: Any) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown; a text that would break the table is escaped."""
+    """Return a table as GitHub's Markdown; text that would break the table is escaped."""
     columns = [_md(c) for c in table.columns]
     body = [
         [f"**{_md(c)}**" if (i, j) in table.bold else _md(c) for j, c in enumerate(row)]
@@ -171,7 +171,7 @@ _TEX = {
 
 
 def latex(table: Table) -> str:
-    """A table that needs the packages booktabs and graphicx (a wide one is scaled to the line) and T1 fonts."""
+    """Return LaTeX that needs booktabs, graphicx (a wide table is scaled to the line) and T1 fonts."""
 
     def cell(text: str, bold: bool = False) -> str:
         made = "".join(_TEX.get(c, c) for c in printable(text))

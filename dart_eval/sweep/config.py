@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from dart_eval.sweep import thinking, values
 from dart_eval.sweep.habits import translate
 from dart_eval.sweep.options import DEFAULTS, Options, choices_of, option_of
-from dart_eval.sweep.values import Refused, shown
+from dart_eval.sweep.values import Refused, short_repr
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.machine import has_cuda
@@ -207,5 +207,5 @@ def _refused(error: Mapping[str, Any]) -> UserError:
         return UserError(f"{option_of(name)} {value:g} must be more than {told['gt']:g}")
     if kind == "greater_than_equal":
         least = f"at least {told['ge']:g}" if told["ge"] else ""
-        return UserError(f"{option_of(name)} {shown(value)} must {f'be {least}' if least else 'not be negative'}")
-    return UserError(f"{name} must be {TYPES.get(kind, 'a number')}, not {shown(value)}")
+        return UserError(f"{option_of(name)} {short_repr(value)} must {f'be {least}' if least else 'not be negative'}")
+    return UserError(f"{name} must be {TYPES.get(kind, 'a number')}, not {short_repr(value)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from dart_eval.sweep import values
 from dart_eval.sweep.options import DEFAULTS, option_of, typed
-from dart_eval.sweep.values import shown
+from dart_eval.sweep.values import short_repr
 from dart_eval.util.errors import UserError, nearest
 
 # Another name of an option, without a word.
@@ -159,7 +159,9 @@ def translate(given: dict[str, Any]) -> None:
             found[own] = value if own in OF_OTHER_TYPES else str(value)
     for name, value in found.items():
         if given.setdefault(name, value) != value:
-            raise UserError(f"{name} is given twice: {shown(given[name])} and {shown(value)}", "leave one of them out")
+            raise UserError(
+                f"{name} is given twice: {short_repr(given[name])} and {short_repr(value)}", "leave one of them out"
+            )
 
 
 def _model_args(given: Any) -> dict[str, Any]:

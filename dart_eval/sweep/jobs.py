@@ -30,7 +30,7 @@ from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.plan import Cell, methods_of, plan
 from dart_eval.sweep.thinking import check_kind
 from dart_eval.sweep.values import pairs
-from dart_eval.util.bits import OWN_BITS, Stored, said
+from dart_eval.util.bits import OWN_BITS, Stored, bits_text
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import counted
 from dart_eval.weights.rounding import refuse_fixed
@@ -208,7 +208,7 @@ def drop_infeasible(cells: Sequence[Cell], model: Resolved, view: View) -> list[
             compatibility.check_fit(cell.method, ffns, cell.sparsity, bits)
             kept.append(cell)
         except UserError as error:
-            on = "" if cell.rounding is None else f" on {said(cell.rounding.text)}"
+            on = "" if cell.rounding is None else f" on {bits_text(cell.rounding.text)}"
             reasons[f"{cell.method.spec}{on} at sparsity {cell.sparsity:g}"] = error
     if not kept:
         title, reason = next(iter(reasons.items()))

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_eval.results.paper_tables import FIELDS, Column, Layout, Reported, Row
+from dart_eval.results.paper_tables import FIELDS, PaperColumn, PaperRow, Reported, TableLayout
 from dart_eval.sweep.config import RunConfig, checked
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.errors import UserError, naming, nearest, summary
-from dart_eval.util.yamls import read_mapping, shown
+from dart_eval.util.yamls import read_mapping, short_repr
 
 SHIPPED = Path(__file__).parents[1] / "data"
 TABLE_KEYS = ("name", "title", "methods", "sparsity", "columns", "mean", "reported", "note")
@@ -30,7 +30,7 @@ class PaperSpec:
 
     about: str
     configs: tuple[RunConfig, ...]
-    layouts: tuple[Layout, ...]
+    layouts: tuple[TableLayout, ...]
 
 
 def load(name: str, base: RunConfig) -> PaperSpec:
@@ -50,7 +50,7 @@ def load(name: str, base: RunConfig) -> PaperSpec:
         raise UserError(f"{path} has no tables", SEE)
     layouts, configs = [], []
     for table in data["tables"]:
-        where = f"{path}, table {shown(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
+        where = f"{path}, table {short_repr(table.get('name'))}" if isinstance(table, dict) else f"{path}, a table"
         _known(table, TABLE_KEYS, where)
         try:
             with naming(f"{where}: "):
@@ -67,14 +67,14 @@ def load(name: str, base: RunConfig) -> PaperSpec:
 def _known(data: Any, keys: Sequence[str], where: str) -> dict[str, Any]:
     """The data, which must be a mapping with these keys alone."""
     if not isinstance(data, dict):
-        raise UserError(f"{where} must hold keys and values, not {shown(data)}", SEE)
+        raise UserError(f"{where} must hold keys and values, not {short_repr(data)}", SEE)
     for key in data:
         if key not in keys:
             raise UserError(f"{where}: unknown key {key!r}", nearest(str(key), keys))
     return data
 
 
-def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[Layout, tuple[str, ...]]:
+def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[TableLayout, tuple[str, ...]]:
     """The layout of a table, and its methods as typed."""
     for key in ("name", "title", "methods", "sparsity", "columns"):
         if not table.get(key):
@@ -88,14 +88,14 @@ def _layout(table: Mapping[str, Any], base: RunConfig) -> tuple[Layout, tuple[st
         raise UserError("columns must be heads with tasks", "for example `BoolQ: {task: boolq, metric: acc}`")
     specs = checked("method", list(methods.values()))
     made = [methods_of(dataclasses.replace(base, method=(spec,)))[0] for spec in specs]
-    rows = tuple(Row(str(label), m.name, m.params(), m.sized) for label, m in zip(methods, made, strict=True))
+    rows = tuple(PaperRow(str(label), m.name, m.params(), m.sized) for label, m in zip(methods, made, strict=True))
     columns = tuple(_column(str(head), column, base) for head, column in heads.items())
     mean = bool(table.get("mean", False))
     if mean and len({c.metric for c in columns}) > 1:
         raise UserError("a mean needs columns of one metric", "leave `mean` out")
     reported = tuple(_reported(entry, [c.head for c in columns]) for entry in table.get("reported") or [])
     sparsity, note = checked("sparsity", table["sparsity"]), str(table.get("note") or "")
-    return Layout(name, str(table["title"]), rows, sparsity, columns, mean, reported, note), specs
+    return TableLayout(name, str(table["title"]), rows, sparsity, columns, mean, reported, note), specs
 
 
 def _reported(entry: Any, heads: Sequence[str]) -> Reported:
@@ -106,7 +106,7 @@ def _reported(entry: Any, heads: Sequence[str]) -> Reported:
     return Reported(str(entry["label"]), float(entry["sparsity"]), values, str(entry["source"]))
 
 
-def _column(head: str, column: Any, base: RunConfig) -> Column:
+def _column(head: str, column: Any, base: RunConfig) -> PaperColumn:
     """A column; the limit of the command goes before its own."""
     asked = _known(column, COLUMN_KEYS, f"column {head!r}")
     metric, field = (str(asked.get(k) or "") for k in ("metric", "field"))
@@ -118,10 +118,10 @@ def _column(head: str, column: Any, base: RunConfig) -> Column:
     if base.limit is not None:
         share = float(asked.get("limit_share", 1))
         limit = base.limit * share if base.limit < 1 else max(1, round(base.limit * share))
-    return Column(head, checked("tasks", asked["task"]), metric, field, shots, limit)
+    return PaperColumn(head, checked("tasks", asked["task"]), metric, field, shots, limit)
 
 
-def _configs(layout: Layout, specs: tuple[str, ...], base: RunConfig) -> list[RunConfig]:
+def _configs(layout: TableLayout, specs: tuple[str, ...], base: RunConfig) -> list[RunConfig]:
     """The sweeps that fill a table: one for each number of shots and limit."""
     groups: dict[tuple[int | None, int | None], dict[str, None]] = {}
     for column in layout.columns:

@@ -24,7 +24,7 @@ from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError
 from dart_eval.util.text import items_of
-from dart_eval.util.yamls import shown
+from dart_eval.util.yamls import short_repr
 
 FIELDS = "griffin:remask=drift:remask.window=8"  # an example
 MOST = 2**32  # no count of anything is as large
@@ -114,7 +114,7 @@ def methods(value: Any) -> tuple[str, ...]:
 def sparsities(value: Any) -> tuple[float, ...]:
     """Numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
-        raise UserError(f"sparsity must be a list, not {shown(value)}", "for example 0.5,0.7")
+        raise UserError(f"sparsity must be a list, not {short_repr(value)}", "for example 0.5,0.7")
     return tuple(check_sparsity(s) for item in items_of(value) for s in _sparsity(item))
 
 
@@ -132,11 +132,11 @@ def limit(value: Any) -> float | None:
         return value
     if type(value) is not int:
         raise UserError(
-            f"limit must be a whole number, or a share of the documents below 1, not {shown(value)}",
+            f"limit must be a whole number, or a share of the documents below 1, not {short_repr(value)}",
             "for example 100 or 0.1",
         )
     if value < 1:
-        raise UserError(f"--limit {shown(value)} must be at least 1, or a share of the documents such as 0.1")
+        raise UserError(f"--limit {short_repr(value)} must be at least 1, or a share of the documents such as 0.1")
     if value >= MOST:
         raise UserError("limit is too large", "give a number below 2^32")
     return value
@@ -150,7 +150,7 @@ def generation(value: Any, info: ValidationInfo) -> str | None:
     found = pairs(str(info.field_name), value)
     for name, item in found.items():
         if not _finite(item):
-            raise UserError(f"{name} {shown(item)} in {info.field_name} is no number", "give a finite one")
+            raise UserError(f"{name} {short_repr(item)} in {info.field_name} is no number", "give a finite one")
     return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
 
 
@@ -223,13 +223,13 @@ def check_batch_size(value: Any) -> int | str:
             raise ValueError
         return int(value)
     except ValueError:
-        said = value if isinstance(value, str) else shown(value)
+        said = value if isinstance(value, str) else short_repr(value)
         raise UserError(f"--batch-size {said} is no batch size", "give a whole number from 1, or auto") from None
 
 
 def no_text(name: str, value: Any, wanted: str = "text") -> UserError:
     """The error for a value that is no text."""
-    return UserError(f"{name} must be {wanted}, not {shown(value)}", "put quotes around it if it is meant so")
+    return UserError(f"{name} must be {wanted}, not {short_repr(value)}", "put quotes around it if it is meant so")
 
 
 def _text(name: str, value: Any, wanted: str = "text") -> str:
@@ -249,10 +249,12 @@ def _method(item: Any) -> str:
             raise UserError(f"method {text!r} has no name", "join a method's fields with colons, as in " + FIELDS)
         return text
     if len(item) != 1:
-        raise UserError(f"method {shown(item)} has several names", "put a dash before each method")
+        raise UserError(f"method {short_repr(item)} has several names", "put a dash before each method")
     ((name, parts),) = item.items()
     if parts is not None and not isinstance(parts, dict):
-        raise UserError(f"method {name} takes keys and values, not {shown(parts)}", "as in griffin: {remask: drift}")
+        raise UserError(
+            f"method {name} takes keys and values, not {short_repr(parts)}", "as in griffin: {remask: drift}"
+        )
     return spelled(str(name), parts or {})
 
 
@@ -265,7 +267,9 @@ def _sparsity(item: Any) -> list[float]:
             raise TypeError
         return [float(item)]
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"sparsity {shown(item)} is not a number or a list of numbers", "for example 0.5,0.7") from None
+        raise UserError(
+            f"sparsity {short_repr(item)} is not a number or a list of numbers", "for example 0.5,0.7"
+        ) from None
 
 
 def _apart(text: str) -> list[str]:
@@ -309,7 +313,7 @@ def _range(item: str) -> list[float]:
         if not (first <= last and step > 0 and (last - first) / step < STEPS):
             raise ValueError
     except (InvalidOperation, ValueError):
-        raise UserError(f"sparsity {shown(item)} is no range", example) from None
+        raise UserError(f"sparsity {short_repr(item)} is no range", example) from None
     if (last - first) % step:
         raise UserError(f"sparsity {item} does not end at {last}", "choose a step that does: both ends are included")
     return [float(first + i * step) for i in range(int((last - first) / step) + 1)]

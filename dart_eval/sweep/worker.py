@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from dart_eval.evaluation.calibration_text import calibration_text
-from dart_eval.evaluation.evaluate import Outcome, answer_part, evaluate_task
+from dart_eval.evaluation.evaluate import TaskResult, answer_part, evaluate_task
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.shard import Pilot, Shard
 from dart_eval.evaluation.task_names import tasks_dir
@@ -33,7 +33,7 @@ from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.hashes import code_hash
 from dart_eval.sweep.jobs import Job
 from dart_eval.sweep.plan import Cell, command, environment, versions
-from dart_eval.util.bits import Rounding, said, unread
+from dart_eval.util.bits import Rounding, bits_text, unread
 from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.machine import hardware, peak_memory
 from dart_eval.weights import rounding
@@ -87,7 +87,7 @@ class Worker:
             distances=config.kl,
         )
 
-    def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[Outcome, Record]:
+    def run(self, job: Job, journal: Journal, shrink: int = 0) -> tuple[TaskResult, Record]:
         """Evaluate one cell.
 
         Args:
@@ -133,7 +133,7 @@ class Worker:
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
         """The model with rounded FFN weights; the last are kept, since cell after cell asks for them."""
         if self._rounded is None or self._rounded[0] != wanted:
-            self._status(f"rounding the FFN weights to {said(wanted.text)}")
+            self._status(f"rounding the FFN weights to {bits_text(wanted.text)}")
             self._rounded = None  # before the next: there need not be room for both
             self._rounded = wanted, Rounded(self.model, wanted)
             self.calibration = self._calibrated(wanted)
@@ -177,7 +177,7 @@ class Worker:
             self.lm.budget = whole
 
     def _record(
-        self, job: Job, outcome: Outcome, state: int, measured: dict[str, Any], share: float, inputs: float,
+        self, job: Job, outcome: TaskResult, state: int, measured: dict[str, Any], share: float, inputs: float,
         computed: float,
     ) -> Record:  # fmt: skip
         """The record of a cell.

@@ -1,1 +1,1 @@
-"""What every other folder may use: errors, files, texts."""
+"""Utilities of all other folders: errors, files, texts."""

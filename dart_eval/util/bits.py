@@ -1,4 +1,4 @@
-"""How many bits an FFN weight is served with: what `--ffn-bits` may be. Nothing here imports torch."""
+"""Bits of served FFN weights, and the values of `--ffn-bits`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from dart_eval.util.errors import UserError
 
-OWN_BITS = 16  # of a weight as models are served; a float32 checkpoint counts as the bfloat16 one that it would be
+OWN_BITS = 16  # of a weight as models are served; a float32 checkpoint counts as a bfloat16 one
 SCALE_BITS = 16
-LAST_BITS = "last bits"  # what is left out of every weight where the first bits alone are read: rounding
+LAST_BITS = "last bits"  # left out of every weight by rounding
 GROUP = 32
 LEAST, MOST = 2, 8
 TYPED = re.compile(r"([0-9]{1,9})(?::(row|[0-9]{1,9}))?")
@@ -18,7 +18,7 @@ BLOCK = 256  # weights that share the factors of a K-quant
 
 
 class KQuant(NamedTuple):
-    """A format of llama.cpp: scales of 6 bits (and minima) of groups, as multiples of factors of 16 bits."""
+    """A format of llama.cpp: 6-bit scales (and minima) of groups, as multiples of 16-bit factors."""
 
     group: int
     group_bits: int
@@ -34,8 +34,8 @@ class Rounding:
 
     Attributes:
         bits: of a code, 2 to 8.
-        group: weights that share a scale, neighbours in a row (what one output is made of); 0: a whole row.
-        k: as a K-quant of llama.cpp (`k_quants`), of which `group` follows from the bits.
+        group: weights that share a scale, neighbours in a row (the weights of one output); 0: a whole row.
+        k: whether it is a K-quant of llama.cpp (`k_quants`), whose bits decide `group`.
     """
 
     bits: int
@@ -44,17 +44,17 @@ class Rounding:
 
     @property
     def text(self) -> str:
-        """As a user types it: `4`, `4:64`, `4:row`, `q4_k`."""
+        """The user's spelling: `4`, `4:64`, `4:row`, `q4_k`."""
         if self.k:
             return f"q{self.bits}_k"
         return f"{self.bits}" + ("" if self.group == GROUP else f":{self.group or 'row'}")
 
     def weight_bits(self, width: int) -> float:
-        """Bits of a weight with its part of a scale, in rows of `width` weights."""
+        """Return the bits of a weight with its part of a scale, in rows of `width` weights."""
         return self.stored(width).total
 
     def stored(self, width: int) -> Stored:
-        """The same, told apart."""
+        """Return the bits of a weight, of its code and of scales, in rows of `width` weights."""
         if self.k:
             of = K_QUANTS[self.bits]
             scales = -(-width // of.group) * of.group_bits + -(-width // BLOCK) * of.factors * SCALE_BITS
@@ -62,28 +62,28 @@ class Rounding:
         return Stored(self.bits, SCALE_BITS * -(-width // (self.group or width)) / width)
 
 
-def said(text: str) -> str:
-    """What weights are rounded to, for people: `4 bits`, `q4_k`. text: as a user types it."""
+def bits_text(text: str) -> str:
+    """Return a rounding in words: `4 bits`, `q4_k`. text: the user's spelling."""
     return text if text.startswith("q") else f"{text} bits"
 
 
 def parse(text: str) -> Rounding | None:
-    """`4`, `4:64`, `4:row` or `q4_k`; None for `16`, the weights as they are.
+    """Parse `4`, `4:64`, `4:row` or `q4_k`; None for `16`, unrounded weights.
 
     Raises:
         UserError: it is none of these.
     """
-    if found := re.fullmatch(r"q([0-9])_k", text.strip().lower()):
-        if (of := K_QUANTS.get(int(found[1]))) is None:
+    if match := re.fullmatch(r"q([0-9])_k", text.strip().lower()):
+        if (of := K_QUANTS.get(int(match[1]))) is None:
             raise UserError(f"--ffn-bits is {text!r}", f"write {', '.join(f'q{b}_k' for b in K_QUANTS)}")
-        return Rounding(int(found[1]), of.group, k=True)
+        return Rounding(int(match[1]), of.group, k=True)
     if text.strip() == str(OWN_BITS):
         return None
     remedy = f"write 4, 4:64 (weights that share a scale; {GROUP} if not given), 4:row or q4_k; {OWN_BITS} is unrounded"
-    found = TYPED.fullmatch(text.strip())
-    bits, group = found.groups() if found else ("", None)
+    match = TYPED.fullmatch(text.strip())
+    bits, group = match.groups() if match else ("", None)
     size = 0 if group == "row" else int(group or GROUP)
-    if not found or (group != "row" and size < 2):
+    if not match or (group != "row" and size < 2):
         raise UserError(f"--ffn-bits is {text!r}", remedy)
     if not LEAST <= int(bits) <= MOST:
         raise UserError(f"--ffn-bits is {text!r}: weights are rounded to {LEAST} to {MOST} bits", remedy)
@@ -91,21 +91,22 @@ def parse(text: str) -> Rounding | None:
 
 
 def unread(sparsity: float, share: float) -> float:
-    """Share of the bytes of the model's own dtype that is not read, where this much of the served weights is not.
+    """Return the share of the bytes in the model's own dtype that is not read.
 
     Args:
         sparsity: share of the served weights that is not read.
-        share: bytes of the served weights / those of the model's own dtype.
+        share: bytes of the served weights / bytes in the model's own dtype.
     """
     return sparsity if share == 1 else 1 - share * (1 - sparsity)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Bits of a weight as it is served.
+    """Bits of a served weight.
 
     Attributes:
-        code: of its own. scale: its part of scales, offsets and the like, each of which stands for several weights.
+        code: of its own code.
+        scale: its part of scales, offsets and the like, which several weights share.
     """
 
     code: float
@@ -113,12 +114,12 @@ class Stored:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Bits in all."""
         return self.code + self.scale
 
     @staticmethod
     def of(total: float) -> Stored:
-        """The same where the sum alone is known: a code has whole bits, and scales take 1 at most (GGUF's Q4_1)."""
+        """Split a total: a code has whole bits, and scales take 1 at most (GGUF's Q4_1)."""
         whole = int(total)
         code = whole if total != whole or whole in (8, OWN_BITS) else whole - 1
         return Stored(code, total - code)

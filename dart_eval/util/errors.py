@@ -1,4 +1,4 @@
-"""What a user is told: a single line that says what is wrong and what to do."""
+"""Errors for users: one line with the problem and the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dart_eval.util.text import printable
 
-# How libraries say that there is no more memory; the last is the loader's of shared ones.
+# Libraries' messages for exhausted memory; the last is of the loader of shared libraries.
 NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to map segment")
 
 
@@ -18,7 +18,7 @@ LIKE = 0.65  # below this likeness a suggestion misleads
 
 
 class UserError(Exception):
-    """The input is wrong. Printed as one line (problem; remedy); the command exits with status 2."""
+    """Wrong input, printed as one line (problem; remedy); the command exits with status 2."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.problem = " ".join(printable(problem).split())
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Put where it is wrong before what is wrong, in every error of the block."""
+    """Prefix the problem of every UserError in the block with its place."""
     try:
         yield
     except UserError as error:
@@ -36,7 +36,7 @@ def naming(where: str) -> Iterator[None]:
 
 
 class StoreError(UserError):
-    """The results folder cannot be written: no cell could be kept."""
+    """The results folder cannot be written, so no cell could be saved."""
 
     def __init__(self, folder: Path, error: OSError) -> None:
         super().__init__(
@@ -46,19 +46,18 @@ class StoreError(UserError):
 
 
 def remark(text: str) -> None:
-    """Say something beside the results: one line on stderr."""
+    """Print a one-line note on stderr."""
     print(f"note: {' '.join(printable(text).split())}", file=sys.stderr)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the process, has no more memory."""
-    text = str(error).lower()
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or any(words in text for words in NO_MEMORY)
+    """Whether a device or the process has run out of memory."""
+    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_type or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def summary(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     return f"{type(error).__name__}: {' '.join(printable(str(error)).split())[:300]}"
 
 

@@ -1,7 +1,7 @@
-"""Files that a user names: read and written in one way by every verb.
+"""Files that a user names, read and written in the same way by every verb.
 
-A regular file is old or new, never half. What is none (a pipe, /dev/stdout, /dev/null) is written into and never
-replaced; of a symbolic link the target is written. All text is UTF-8, whatever the locale.
+A regular file is old or new, never half. Pipes and devices (/dev/stdout, /dev/null) are written to and never replaced;
+a symbolic link's target is written. All text is UTF-8, whatever the locale.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 from dart_eval.util.errors import UserError
 
 LINKS = 40  # as many as Linux follows
-HEAD = 4096  # bytes, which tell whose file it is
-WRITER_COMES = 2.0  # seconds, at most, until somebody writes into a pipe that is read
+HEAD = 4096  # bytes that identify a file of ours
+WRITER_COMES = 2.0  # most seconds to wait for a writer of a pipe
 
 
 def feed(digest: Any, file: Path) -> None:
-    """Give the bytes of a file to a digest of hashlib, a part at a time."""
+    """Feed the bytes of a file to a digest of hashlib, a part at a time."""
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
@@ -60,7 +60,7 @@ def write(path: str | Path, data: str | bytes, remedy: str = "choose another fil
 
 
 def check_target(path: str | Path, remedy: str = "choose another file") -> None:
-    """Refuse what `write` would refuse, before anything is computed for it.
+    """Refuse a path that `write` would refuse, before anything is computed for it.
 
     Raises:
         UserError: with the reason.
@@ -85,13 +85,14 @@ def check_target(path: str | Path, remedy: str = "choose another file") -> None:
 
 
 def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
-    """Refuse to replace a file that somebody else has written. An empty one may be.
+    """Refuse to replace a file that is neither empty nor ours.
 
     Args:
-        begins: found in the first bytes of every file of ours. what: such a file is.
+        begins: pattern in the first bytes of every file of ours.
+        what: kind of such a file, for the message.
 
     Raises:
-        UserError: what is there is none.
+        UserError: the file is not ours.
     """
     if is_stream(path):
         return
@@ -105,10 +106,10 @@ def check_own(path: str | Path, begins: re.Pattern[bytes], what: str) -> None:
 
 
 def check_name(path: str | Path, what: str) -> None:
-    """Refuse a path that no file or folder can have, whether or not something is there.
+    """Refuse a path that no file or folder can have, whether or not it exists.
 
     Args:
-        what: whose path it is, e.g. `--output`.
+        what: the path's name in messages, such as `--output`.
 
     Raises:
         UserError: it is empty, too long, holds a NUL, or its links lead nowhere.
@@ -119,15 +120,15 @@ def check_name(path: str | Path, what: str) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             os.stat(path)
     except (OSError, ValueError) as error:
-        shown = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
-        raise UserError(f"{what} {shown} cannot be a path ({reason(error)})", "give another path") from None
+        short = str(path) if len(str(path)) <= 100 else f"{str(path)[:100]}..."
+        raise UserError(f"{what} {short} cannot be a path ({reason(error)})", "give another path") from None
 
 
 def read_text(path: str | Path, what: str, remedy: str) -> str:
-    """The text of a file, or pipe, that the user named.
+    """Return the text of a file, or pipe, that the user named.
 
     Args:
-        what: what the file is, e.g. `config`.
+        what: the file's name in messages, such as `config`.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -143,7 +144,7 @@ def read_text(path: str | Path, what: str, remedy: str) -> str:
 
 
 def _bytes(path: str | Path) -> bytes:
-    """All of a file, or of a pipe that somebody writes into."""
+    """Return all bytes of a file, or of a pipe with a writer."""
     mode = os.stat(path).st_mode
     if stat.S_ISCHR(mode):
         raise OSError(errno.EINVAL, "it is a device")
@@ -151,7 +152,7 @@ def _bytes(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     end = time.monotonic() + WRITER_COMES
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as pipe:
-        while (begun := pipe.read()) == b"":  # nobody has it open; None: somebody has, and has written nothing yet
+        while (begun := pipe.read()) == b"":  # no writer; None: a writer that has written nothing yet
             if time.monotonic() > end:
                 raise OSError(errno.EPIPE, "a pipe that nobody writes into")
             time.sleep(0.02)
@@ -160,7 +161,7 @@ def _bytes(path: str | Path) -> bytes:
 
 
 def read_regular(path: str | Path) -> bytes:
-    """The bytes of a file of our own folders; what is no regular file would never end.
+    """Return the bytes of a file in our own folders, which must be regular: others may never end.
 
     Raises:
         OSError: it cannot be read.
@@ -171,7 +172,7 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def is_stream(path: str | Path) -> bool:
-    """Whether something is there that takes what is written and keeps no name: a pipe, a terminal, a device."""
+    """Whether a path is a stream: a pipe, a terminal or a device."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -179,22 +180,22 @@ def is_stream(path: str | Path) -> bool:
     return _own_stream(path) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def format_of(path: Path, format: str | None, known: Sequence[str]) -> str | None:
-    """The format of a file: as told, else by its ending; None for a stream, which has no ending.
+def format_of(path: Path, format: str | None, formats: Sequence[str]) -> str | None:
+    """Return the format of a file: `format` if given, else by its ending; None for a stream.
 
     Raises:
-        UserError: the ending stands for none of the `known` formats, and none is told.
+        UserError: no format is given, and the ending is none of `formats`.
     """
     if format is not None or is_stream(path):
         return format
-    if path.suffix[1:] not in known:
-        endings = ", ".join(f".{f}" for f in known)
+    if path.suffix[1:] not in formats:
+        endings = ", ".join(f".{f}" for f in formats)
         raise UserError(f"{path} has no ending that tells its format", f"one of {endings}, or give --format")
     return path.suffix[1:]
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read or written, in a few words."""
+    """Return why a file cannot be read or written, in a few words."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -202,7 +203,7 @@ def write_atomically(path: Path, data: str | bytes, owner: str | None = None) ->
     """Write a file that is either old or new, never half, whatever happens meanwhile.
 
     Args:
-        owner: the temporary file is named `.{owner}.*`; the beginning of the file's own stem, if None.
+        owner: the temporary file is `.{owner}.*`; None: the beginning of the file's own stem.
 
     Raises:
         OSError: it cannot be written.
@@ -222,7 +223,7 @@ def write_atomically(path: Path, data: str | bytes, owner: str | None = None) ->
 
 
 def _target(path: str | Path) -> Path:
-    """What a path stands for once its links are followed; it need not exist."""
+    """Return the target of a path's links, which need not exist."""
     target = Path(os.path.realpath(path))
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -230,15 +231,15 @@ def _target(path: str | Path) -> Path:
 
 
 def _own_stream(path: str | Path) -> int | None:
-    """The number of this process's own open file that a path means (/dev/stdout, /dev/fd/3); None for any other.
+    """Return the descriptor of this process that a path names (/dev/stdout, /dev/fd/3), or None.
 
-    Such a file is no second opening of what lies behind it: what is written must come after what was written before.
+    Such a path must not be opened a second time, so that output follows what was written before.
     """
     place = os.path.abspath(path)
     for _ in range(LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
-        if found := re.fullmatch(rf"(?:/proc/{os.getpid()}(?:/task/\d+)?|/dev)/fd/(\d+)", place):
-            return int(found[1])
+        if match := re.fullmatch(rf"(?:/proc/{os.getpid()}(?:/task/\d+)?|/dev)/fd/(\d+)", place):
+            return int(match[1])
         if not os.path.islink(place):
             return None
         place = os.path.join(os.path.dirname(place), os.readlink(place))

@@ -1,4 +1,4 @@
-"""The machine: its name; its memory, other processes' use of it, and waiting for its GPU while something is timed."""
+"""The machine: its name, its memory, other processes' use of it, and waiting for its GPU before a clock is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def peak_memory(device: str) -> Iterator[Callable[[], int]]:
-    """Yields a function that tells the peak in bytes since the block began: GPU memory, or the process on a CPU."""
+    """Yield a function that returns the peak in bytes since the block began: of GPU memory, or of the process."""
     if device == "cuda":
         import torch
 
@@ -26,14 +26,14 @@ def peak_memory(device: str) -> Iterator[Callable[[], int]]:
             torch.cuda.reset_peak_memory_stats(card)
         yield lambda: sum(torch.cuda.max_memory_allocated(card) for card in cards)
         return
-    # Linux resets VmHWM on request; elsewhere the peak is that of the process so far.
+    # Linux resets VmHWM on request; elsewhere the peak is that of the whole process.
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as stream:
         stream.write("5")
     yield _peak_rss
 
 
 def hardware(devices: Iterable[torch.device]) -> dict[str, str]:
-    """What computed, as recorded beside numbers: the kind of machine, its GPUs or threads (they move last digits)."""
+    """Return the hardware as recorded beside numbers: machine, GPUs or threads, which decide last digits."""
     import torch
 
     cards = Counter(torch.cuda.get_device_name(d) for d in devices if d.type == "cuda")
@@ -56,13 +56,13 @@ def _peak_rss() -> int:
 
 
 def release() -> None:
-    """Give freed memory back to the system: glibc keeps blocks of up to 32 MB, between others that are in use."""
+    """Return freed memory to the system: glibc keeps blocks of up to 32 MB between others in use."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was asked to: before a clock is read."""
+    """Wait until the device has finished, before a clock is read."""
     if device.type == "cuda":
         import torch
 
@@ -71,7 +71,7 @@ def wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def foreign_cpu() -> Iterator[Callable[[], float | None]]:
-    """Yields a function that tells how many cores other processes have kept busy since, on average; None: unknown."""
+    """Yield a function that returns the mean number of cores used by other processes since; None if unknown."""
     begun, busy, own = time.perf_counter(), _busy(), time.process_time()
 
     def cores() -> float | None:
@@ -84,7 +84,7 @@ def foreign_cpu() -> Iterator[Callable[[], float | None]]:
 
 
 def _busy() -> float | None:
-    """Seconds in which the processors were busy since the machine started, stolen ones too; None where untold."""
+    """Return the processors' busy seconds since the machine started, stolen ones included; None if unknown."""
     try:
         with open("/proc/stat", encoding="ascii") as stream:
             ticks = [int(n) for n in stream.readline().split()[1:9]]

@@ -1,4 +1,4 @@
-"""Silence the libraries underneath: people read our own lines."""
+"""Silence libraries, so that users read only our own lines."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 
 
 def hush_warnings() -> None:
-    """Errors of lm-eval and the hub come as exceptions too; their warnings are not for our users."""
+    """Hide warnings of lm-eval and the hub; their errors come as exceptions too."""
     warnings.filterwarnings("ignore")
     for name in ("lm_eval", "huggingface_hub", "datasets", "torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def silence() -> None:
-    """The same, and no progress bars; it imports the libraries."""
+    """Hide warnings and progress bars. Imports the libraries."""
     import datasets
     import transformers
 
@@ -29,7 +29,7 @@ def silence() -> None:
 
 @contextlib.contextmanager
 def without_remarks() -> Iterator[None]:
-    """Nothing is heard of lm-eval but errors while the block runs: it remarks on options that are its own."""
+    """Hide lm-eval's remarks on its own options, but not its errors, while the block runs."""
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -39,11 +39,11 @@ def without_remarks() -> Iterator[None]:
         log.setLevel(before)
 
 
-_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries keep what they were given to write to
+_NOWHERE = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries keep the stream
 
 
 @contextlib.contextmanager
 def muted() -> Iterator[None]:
-    """Nothing that is printed while the block runs is heard, nor later of what is imported in it and writes there."""
+    """Hide all output of the block, and later output of libraries imported in it that keep its streams."""
     with contextlib.redirect_stdout(_NOWHERE), contextlib.redirect_stderr(_NOWHERE):
         yield

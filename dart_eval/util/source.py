@@ -1,4 +1,4 @@
-"""A hash of Python source: it changes with what code does, not with its layout, nor with the places of files."""
+"""A hash of Python source that changes with what code does, not with its layout or the places of files."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from pathlib import Path
 from token import tok_name
 
 PACKAGE = "dart_eval"
-SILENT = ("ENCODING", "COMMENT", "NL", "ENDMARKER")  # tokens that say nothing
-PLAIN_TEXT = re.compile(r"[rRuU]?['\"]")  # begins a text that may be a docstring: not bytes, no f-string
+SILENT = ("ENCODING", "COMMENT", "NL", "ENDMARKER")  # tokens without meaning
+PLAIN_TEXT = re.compile(r"[rRuU]?['\"]")  # begins a possible docstring: not bytes, not an f-string
 
 
 def source_hash(source: str) -> str:
-    """sha256 over the tokens of Python source; over the text where that is none, such as half a call around a lambda.
+    """Return the sha256 of the tokens of Python source, or of text that is not complete source (half a call).
 
     Args:
         source: of a module or a part of one, such as a method with its indentation.
     """
     try:
-        said = "\0".join(_said(source))
+        text = "\0".join(_significant(source))
     except (tokenize.TokenError, SyntaxError):
-        said = source
-    return sha256(said.encode())
+        text = source
+    return sha256(text.encode())
 
 
 def sha256(content: bytes) -> str:
-    """In hex."""
+    """Return the sha256 in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
-def _said(source: str) -> list[str]:
-    """Tokens without comments, docstrings and what only wraps a line; a block's begin and end by their names.
+def _significant(source: str) -> list[str]:
+    """Return tokens without comments, docstrings and line wraps; a block's begin and end by their names.
 
-    Names that are imported from this package come last, sorted, without the modules that have them.
+    Names imported from this package come last, sorted, without their modules.
     """
-    kept: list[str] = []
+    tokens: list[str] = []
     imported: list[str] = []
     statement: list[str] = []
     defines, first = False, True  # the last statement begins a class or function; this is the first one of a body
     for kind, text in _tokens(source):
         if kind in ("INDENT", "DEDENT"):
-            kept.append(kind)
+            tokens.append(kind)
             first = defines and kind == "INDENT"
         elif kind != "NEWLINE":
             statement.append(text)
@@ -53,10 +53,10 @@ def _said(source: str) -> list[str]:
                 names = " ".join(t for t in statement[statement.index("import") + 1 :] if t not in "()")
                 imported += names.removesuffix(" ,").split(" , ")
             elif not (first and all(PLAIN_TEXT.match(t) for t in statement)):
-                kept += [*statement, kind]
+                tokens += [*statement, kind]
             defines, first = _defines(statement), False
             statement = []
-    return [*kept, *sorted(imported)]
+    return [*tokens, *sorted(imported)]
 
 
 def _defines(statement: list[str]) -> bool:
@@ -64,9 +64,9 @@ def _defines(statement: list[str]) -> bool:
 
 
 def _tokens(source: str) -> Iterator[tuple[str, str]]:
-    """(kind, text) of each token that says something.
+    """Yield (kind, text) of each token with a meaning.
 
-    An f-string is one token. Since Python 3.12 it comes in pieces, and the hash must not move with Python's version.
+    An f-string is one token. Since Python 3.12 it comes in pieces, and the hash must not change with Python's version.
     """
     lines = list(io.StringIO(source))
     open_texts, begin = 0, (0, 0)
@@ -84,13 +84,13 @@ def _tokens(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _between(lines: list[str], begin: tuple[int, int], end: tuple[int, int]) -> str:
-    found = lines[begin[0] - 1 : end[0]]
-    found[-1] = found[-1][: end[1]]
-    found[0] = found[0][begin[1] :]
-    return "".join(found)
+    part = lines[begin[0] - 1 : end[0]]
+    part[-1] = part[-1][: end[1]]
+    part[0] = part[0][begin[1] :]
+    return "".join(part)
 
 
 def text_of(file: Path) -> str:
-    """The text of a Python file, in the encoding that it names."""
+    """Return the text of a Python file, in the encoding that it names."""
     with tokenize.open(file) as opened:
         return opened.read()

@@ -1,4 +1,4 @@
-"""Texts of others (names, notes, prompts) on their way to a terminal, a table, a CSV or an XML file."""
+"""Foreign texts (names, notes, prompts) on their way to a terminal, a table, a CSV or an XML file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import re
 from typing import Any
 
-# What does something where it is shown instead of being seen: controls (C0, C1), marks that turn the direction of
-# writing, invisible letters, halves of characters and what is no character.
+# Characters that act on a display instead of being visible: controls (C0, C1), marks of the writing direction,
+# invisible letters, surrogates and noncharacters.
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
     "\ufdd0-\ufdef\ud800-\udfff\U000e0000-\U000e0fff]"
@@ -17,21 +17,21 @@ _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029"
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """The text with nothing in it that a terminal, a browser or an XML reader would act on.
+    """Return the text without characters that a terminal, a browser or an XML reader would act on.
 
-    Tabs, line breaks and their like become spaces, all else that is hidden becomes its escape (`\\x1b`, `\\u202e`).
+    Tabs, line breaks and the like become spaces; other hidden characters become escapes (`\\x1b`, `\\u202e`).
 
     Args:
         lines: whether line feeds stay.
     """
 
-    def shown(found: re.Match[str]) -> str:
-        c = found.group()
+    def escaped(match: re.Match[str]) -> str:
+        c = match.group()
         if c in _SPACES:
             return c if lines and c == "\n" else " "
         return c.encode("unicode_escape").decode("ascii")
 
-    return _HIDDEN.sub(shown, text)
+    return _HIDDEN.sub(escaped, text)
 
 
 def counted(number: int, thing: str) -> str:
@@ -39,29 +39,29 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def items_of(given: Any) -> list[Any]:
+def items_of(value: Any) -> list[Any]:
     """A list that was given as one, as text with commas, as several such texts, or as a single value.
 
-    Spaces around an item go, and empty texts are none.
+    Items are stripped, and empty texts dropped.
     """
-    given = given if isinstance(given, (list, tuple)) else [given]
-    pieces = (piece for item in given for piece in (item.split(",") if isinstance(item, str) else [item]))
+    values = value if isinstance(value, (list, tuple)) else [value]
+    pieces = (piece for item in values for piece in (item.split(",") if isinstance(item, str) else [item]))
     items = (piece.strip() if isinstance(piece, str) else piece for piece in pieces)
     return [item for item in items if not (isinstance(item, str) and item == "")]
 
 
-def json_text(data: Any, indent: int | None = 1, **options: Any) -> str:
-    """JSON as people read it, in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
+def json_text(data: object, indent: int | None = 1, **options: Any) -> str:
+    """Return readable JSON in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
     text = json.dumps(data, ensure_ascii=False, indent=indent, **options)
     return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)
 
 
-PLAIN = "dart_eval.plain"  # what an encoding does with a character that it lacks
+PLAIN = "dart_eval.plain"  # error handler of encodings for missing characters
 _SPELLED = {"±": "+-", "−": "-", "→": "->", "∞": "inf", "…": "...", "\u202f": " ", "\xa0": " "}
 
 
 def _spelled(error: UnicodeError) -> tuple[str, int]:
-    """A character in other letters, or its escape."""
+    """Spell a character in other letters, or return its escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -72,7 +72,7 @@ codecs.register_error(PLAIN, _spelled)
 
 
 def folded(name: str, width: int) -> list[str]:
-    """A cell's name in lines of about `width` characters, broken between the parameters of a method and at spaces."""
+    """Break a cell's name into lines of about `width` characters, between parameters of a method and at spaces."""
     lines = [""]
     for part in re.findall(r":?[^: ]+ ?|[: ]", printable(name)):
         if lines[-1].strip() and len(lines[-1]) + len(part.rstrip()) > width:

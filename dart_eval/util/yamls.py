@@ -1,4 +1,4 @@
-"""YAML files that a user writes: read into a mapping, or told in one line what is wrong with them."""
+"""YAML files of users: read into a mapping, or refused in one line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dart_eval.util.files import read_text
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's own would let the last of two equal keys win."""
+    """A loader that refuses duplicate keys; YAML's own would let the last one win."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
@@ -28,14 +28,16 @@ class _Loader(yaml.SafeLoader):
 def read_mapping(
     path: str | Path, what: str, example: str, remedy: str = "give a YAML file", empty: bool = False
 ) -> dict[Any, Any]:
-    """The keys and values of a YAML file.
+    """Return the keys and values of a YAML file.
 
     Args:
-        what: what the file is, e.g. `config`. example: a line that could stand in it. remedy: where it cannot be read.
-        empty: whether it may say nothing.
+        what: the file's name in messages, such as `config`.
+        example: a possible line of it.
+        remedy: for a file that cannot be read.
+        empty: whether it may be empty.
 
     Raises:
-        UserError: it cannot be read, is no YAML, holds a key twice, or is no mapping.
+        UserError: it cannot be read, is not YAML, has a key twice, or is not a mapping.
     """
     text = read_text(path, what, remedy)
     remedy = f"for example `{example}`"
@@ -45,7 +47,7 @@ def read_mapping(
         loaded = loader.get_single_data()
     except RecursionError:
         raise UserError(f"{what} {path} is nested too deeply", remedy) from None
-    except Exception as error:  # a date or number that is none has an error of its own for every kind
+    except Exception as error:  # malformed dates and numbers raise errors of many kinds
         raise UserError(f"{what} {path} is not YAML ({str(error) or type(error).__name__})", remedy) from None
     if loaded is None and empty:
         return {}
@@ -54,9 +56,9 @@ def read_mapping(
     return loaded
 
 
-def shown(value: Any) -> str:
-    """A value for a message: short, whatever it is."""
+def short_repr(value: object) -> str:
+    """Return a short repr of any value, for messages."""
     try:
         return reprlib.repr(value)
-    except Exception:  # whole numbers of thousands of digits have no text
+    except Exception:  # integers of thousands of digits have no text
         return f"a value of kind {type(value).__name__}"

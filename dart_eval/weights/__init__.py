@@ -1,1 +1,1 @@
-"""What makes other weights of a model's own: rounding, integer codes, formats of checkpoints."""
+"""Weights in few bits: rounding, integer codes, formats of checkpoints."""

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint's files, and whether a loaded model was made of all that it needs."""
+"""The files of a checkpoint, and checks that a loaded model has all of its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +16,9 @@ from transformers.utils.hub import cached_file
 
 from dart_eval.util.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 SHOWN = 3  # names in a message
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # as configurations call their number
 MOST_LAYERS = 4096  # more than any model has; building a model of 10^8 would not end
@@ -23,7 +26,7 @@ SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 
 
 def weights_dtype(source: str, revision: str | None) -> str:
-    """The dtype that transformers' `auto` takes where a configuration names none: of the first floating-point weight.
+    """Return the dtype that transformers' `auto` takes without one in the configuration: the first float weight's.
 
     Raises:
         UserError: no file of weights can be read.
@@ -36,12 +39,12 @@ def weights_dtype(source: str, revision: str | None) -> str:
         try:
             if file.suffix == ".bin":
                 weights = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-                found = [str(w.dtype).removeprefix("torch.") for w in weights.values()]
+                dtypes = [str(w.dtype).removeprefix("torch.") for w in weights.values()]
             else:
                 with safe_open(file, framework="pt") as opened:
                     kinds = [opened.get_slice(key).get_dtype() for key in opened.keys()]  # noqa: SIM118 - no mapping
-                found = [SAFETENSORS.get(kind, "") for kind in kinds]
-            return next(dtype for dtype in found if dtype in SAFETENSORS.values())
+                dtypes = [SAFETENSORS.get(kind, "") for kind in kinds]
+            return next(dtype for dtype in dtypes if dtype in SAFETENSORS.values())
         except StopIteration:
             problem = f"has no floating-point weights in {file.name}"
         except pickle.UnpicklingError as error:
@@ -52,21 +55,21 @@ def weights_dtype(source: str, revision: str | None) -> str:
 
 
 def no_tensors(name: str, error: pickle.UnpicklingError) -> UserError:
-    """What a user is told of weights that torch refuses to unpickle; its own text explains how to switch that off."""
-    asked = re.search(r"GLOBAL (\S+)", str(error))
+    """Return the error for weights that torch refuses to unpickle; torch's own text explains how to switch that off."""
+    call = re.search(r"GLOBAL (\S+)", str(error))
     return UserError(
-        f"the weights of model {name} are no plain tensors" + (f": their file calls {asked[1]}" if asked else ""),
+        f"the weights of model {name} are no plain tensors" + (f": their file calls {call[1]}" if call else ""),
         "such a file may run any code when it is loaded: take the weights as safetensors",
     )
 
 
-def check_layers(name: str, told: Mapping[str, Any]) -> None:
-    """Refuse a number of layers that no model can have. told: what stands in config.json.
+def check_layers(name: str, settings: Mapping[str, object]) -> None:
+    """Refuse a number of layers that no model can have. settings: of config.json.
 
     Raises:
         UserError: with the key and the number.
     """
-    for key, value in _entries(told):
+    for key, value in _entries(settings):
         if key.rpartition(".")[2] not in LAYERS or not isinstance(value, int):
             continue
         of_text = "." not in key.removeprefix("text_config.")  # other parts may have none
@@ -76,22 +79,24 @@ def check_layers(name: str, told: Mapping[str, Any]) -> None:
             )
 
 
-def unknown_word(told: Mapping[str, Any], word: Any) -> str | None:
-    """Where in config.json a word stands that transformers does not know: `hidden_act 'nosuch'`; None."""
-    return next((f"{key} {value!r}" for key, value in _entries(told) if isinstance(value, str) and value == word), None)
+def unknown_word(settings: Mapping[str, object], word: object) -> str | None:
+    """Return the setting of config.json with a word that transformers does not know: `hidden_act 'nosuch'`; or None."""
+    return next(
+        (f"{key} {value!r}" for key, value in _entries(settings) if isinstance(value, str) and value == word), None
+    )
 
 
-def _entries(told: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """The keys and values of a configuration, those inside others as `text_config.hidden_act`."""
-    for key, value in told.items():
+def _entries(settings: Mapping[str, object], before: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the keys and values of a configuration, nested ones as `text_config.hidden_act`."""
+    for key, value in settings.items():
         if isinstance(value, Mapping):
             yield from _entries(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value
 
 
-def own_code(source: str, config: Any, revision: str | None) -> str | None:
-    """What would run of a model that brings code of its own (a file's name, for people); None: it brings none."""
+def own_code(source: str, config: PretrainedConfig, revision: str | None) -> str | None:
+    """Return the source of a model's own code, for messages; None if it brings none."""
     attention = str(getattr(config, "_attn_implementation", None) or "")
     if "/" in attention:
         return f"the attention {attention} of the hub"
@@ -103,48 +108,49 @@ def own_code(source: str, config: Any, revision: str | None) -> str | None:
 
 
 def weight_files(source: str, name: str, revision: str | None) -> list[Path]:
-    """The files of a checkpoint's weights, in the order of their names: one, or its shards; none where it has neither.
+    """Return the files of a checkpoint's weights, sorted by name: one file, its shards, or none.
 
     Args:
-        name: of the one file, `model.safetensors`.
+        name: of the single file, `model.safetensors`.
     """
-    whole = model_file(source, name, revision)
-    index = None if whole else model_file(source, f"{name}.index.json", revision)
+    single = model_file(source, name, revision)
+    index = None if single else model_file(source, f"{name}.index.json", revision)
     if index is None:
-        return [] if whole is None else [whole]
+        return [] if single is None else [single]
     shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [file for shard in shards if (file := model_file(source, shard, revision)) is not None]
 
 
 def model_file(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of a model, fetched from the hub where it must be; None where the model has no such."""
+    """Return a file of a model, fetched from the hub if needed; None if the model has no such file."""
     try:
-        found = cached_file(source, name, revision=revision or "main")
+        path = cached_file(source, name, revision=revision or "main")
     except OSError:
         return None
-    return None if found is None else Path(found)
+    return None if path is None else Path(path)
 
 
-def load_whole(loader: Any, name: str, source: Any, **kwargs: Any) -> tuple[Any, list[str]]:
-    """A model that transformers has made of all the weights that it needs, and what is to be told of them.
+def load_whole(loader: Any, name: str, source: object, **kwargs: object) -> tuple[Any, list[str]]:
+    """Load a model and check that it has all of its weights. Return it with notes for the user.
 
-    Every loader goes through here: transformers itself fills up what is missing with random numbers.
+    Every loader goes through here, since transformers itself fills in missing weights with random numbers.
 
     Args:
-        loader: a class with `from_pretrained`. name: of the model, for people.
+        loader: a class with `from_pretrained`.
+        name: of the model, for messages.
         source, kwargs: of `from_pretrained`.
 
     Raises:
         UserError: weights are missing, or have another shape.
     """
-    # An adapter that lies in the folder is merged by us: transformers would then only tell of the adapter's weights.
+    # We merge an adapter in the folder ourselves: transformers would report only the adapter's weights.
     kwargs["adapter_kwargs"] = {"subfolder": "none"}
     model, info = loader.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     return model, _check_weights(name, info)
 
 
 def _check_weights(name: str, info: Mapping[str, Any]) -> list[str]:
-    """See `load_whole`. info: in which tied weights and the like do not stand."""
+    """Check the weights, see `load_whole`. info: without tied weights and the like."""
     missing, unused = info["missing_keys"], info["unexpected_keys"]
     if wrong := info["mismatched_keys"]:
         key, theirs, ours = min(wrong)
@@ -169,9 +175,9 @@ def _few(names: Collection[str]) -> str:
 
 
 def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that the model has no embeddings for, or that knows neither a beginning nor an end.
+    """Refuse a tokenizer that the model has no embeddings for, or that has neither a BOS nor an EOS token.
 
-    Special tokens that no plain text has (of images, for example) may lie beyond the embedding.
+    Special tokens that no plain text has (of images, for example) may lie beyond the embeddings.
 
     Raises:
         UserError: with both sizes, or what is missing.

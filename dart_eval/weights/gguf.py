@@ -1,7 +1,7 @@
 """GGUF files: converted once into a Hugging Face folder in the cache, under a lock, and loaded from there in seconds.
 
-The weights are expanded to plain numbers. How many bits an FFN weight has in the file is kept beside them, so that
-reads count the bytes that the file's own kernels would read, and of which kind it is, so that its codes can be found.
+The weights are expanded to plain numbers. The bits of an FFN weight in the file are stored beside them, so that reads
+count the bytes of the file's own kernels, and so is its type, by which its codes are found.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 KINDS = "ffn_kinds.json"  # in a converted folder: layer -> side -> bits of a weight in the file, and its type there
 CONVERSION = 4  # raise when the conversion changes, so that old folders are not used
-NOTES = "notes.json"  # in a converted folder: what is to be told of the file, where there is anything
+NOTES = "notes.json"  # in a converted folder: notes on the file for the user, if any
 CODES = "ffn_codes.safetensors"  # in a converted folder: `layer.side` -> [out, in] int8, the file's own codes
 WHOLE = "download or convert it again; a file that was split must be merged first (llama-gguf-split --merge)"
-EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: experts, and the FFN beside them that every token has
+EXPERTS, SHARED = "_exps", "_shexp"  # ends of sides: routed experts, and the shared FFN beside them
 BLOCK = re.compile(r"blk\.(\d+)\.")
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_((?:gate|up|down)(?:_exps|_shexp)?)\.weight")
 
@@ -46,7 +46,7 @@ def cache_dir() -> Path:
 
 
 def folder(file: Path) -> Path:
-    """The folder that a GGUF file is converted into, made on first use.
+    """Return the folder that a GGUF file is converted into, made on first use.
 
     Raises:
         UserError: the package gguf is missing, or transformers cannot read the file.
@@ -54,14 +54,15 @@ def folder(file: Path) -> Path:
     if find_spec("gguf") is None:
         raise UserError(f"{file} needs the package gguf", "run pip install gguf")
     target = cache_dir() / f"{file.stem}-{_sha256(file)[:8]}-gguf{CONVERSION}"
-    return made(target, lambda work: convert(file, work, bits=True))
+    return converted(target, lambda work: convert(file, work, bits=True))
 
 
-def made(target: Path, make: Callable[[Path], None]) -> Path:
-    """A converted folder, made where it is not there yet: whole, or not at all.
+def converted(target: Path, make: Callable[[Path], None]) -> Path:
+    """Return a converted folder, made completely or not at all if it is missing.
 
     Args:
-        target: where it will be. make: writes it into an empty folder.
+        target: its path.
+        make: writes it into an empty folder.
     """
     if (target / "model.safetensors").exists():
         return target
@@ -83,7 +84,7 @@ def convert(file: Path, target: Path, bits: bool) -> None:
     """Write the model and the tokenizer of a GGUF file as a Hugging Face folder.
 
     Args:
-        bits: also write how many bits the FFN weights have in the file.
+        bits: also write the bits of the FFN weights in the file.
 
     Raises:
         UserError: the file is damaged or lacks weights, or transformers cannot read it.
@@ -120,10 +121,10 @@ def convert(file: Path, target: Path, bits: bool) -> None:
 
 
 def _check(file: Path, reader: Any) -> None:
-    """Refuse a file whose header contradicts its tensors, before a model is built by the header.
+    """Refuse a file whose header contradicts its tensors, before a model is built from the header.
 
     Raises:
-        UserError: it names another number of layers than it holds, or tensors lie elsewhere than one behind the other.
+        UserError: it names another number of layers than it holds, or tensors do not follow one another.
     """
     place = 0
     for tensor in reader.tensors:
@@ -131,61 +132,59 @@ def _check(file: Path, reader: Any) -> None:
             raise UserError(f"{file} is damaged: its tensor {tensor.name} lies at {offset}, not at {place}")
         place += -(-int(tensor.n_bytes) // int(reader.alignment)) * int(reader.alignment)
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    said = int(reader.fields[f"{architecture}.block_count"].parts[-1][0])
-    held = 1 + max((int(found[1]) for t in reader.tensors if (found := BLOCK.match(t.name))), default=-1)
-    if said != held:
-        raise UserError(f"{file} names {said} layers ({architecture}.block_count), and holds weights of {held}")
+    layers = int(reader.fields[f"{architecture}.block_count"].parts[-1][0])
+    held = 1 + max((int(match[1]) for t in reader.tensors if (match := BLOCK.match(t.name))), default=-1)
+    if layers != held:
+        raise UserError(f"{file} names {layers} layers ({architecture}.block_count), and holds weights of {held}")
 
 
 def _unused(name: str, tensors: Sequence[Any], model: Any) -> list[str]:
-    """What is to be told of tensors that are in no weight of the model: transformers passes over some.
+    """Return notes on tensors that are in no weight of the model, since transformers skips some.
 
-    Their numbers show it: every other tensor is whole in a weight, whatever its name there.
+    Counts of numbers show it: every other tensor is in a weight as a whole, whatever its name there.
 
     Raises:
-        UserError: a weight is made of fewer tensors than it needs: transformers fills up with zeros (gates of experts).
+        UserError: a weight lacks tensors, which transformers fills with zeros (gates of experts).
     """
     held, needed = sum(int(t.n_elements) for t in tensors), sum(p.numel() for p in model.parameters())  # tied ones once
     if held < needed:
         raise UserError(f"model {name} lacks tensors: {needed - held} numbers of its weights stand in none")
     state = model.state_dict()
-    if (left := held - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)) <= 0:
+    if (unused := held - needed - sum(b.numel() for key, b in model.named_buffers() if key in state)) <= 0:
         return []
-    fitting = [t.name for t in tensors if int(t.n_elements) == left]
+    fitting = [t.name for t in tensors if int(t.n_elements) == unused]
     which = f" ({fitting[0]})" if len(fitting) == 1 else ""
-    return [f"model {name}: {left} numbers of the file are in no weight of the model{which}"]
+    return [f"model {name}: {unused} numbers of the file are in no weight of the model{which}"]
 
 
 def _kinds(tensors: Sequence[Any]) -> dict[str, dict[str, tuple[float, str]]]:
-    """Layer -> gate, up, down -> bits of a weight, its part of scales included, and the type's name."""
-    found: dict[str, dict[str, tuple[float, str]]] = {}
+    """Return layer -> gate, up, down -> bits of a weight, scales included, and the type's name."""
+    kinds: dict[str, dict[str, tuple[float, str]]] = {}
     for tensor in tensors:
         if match := FFN_TENSOR.fullmatch(tensor.name):
             layer, side = match.groups()
             bits = 8 * int(tensor.n_bytes) / int(tensor.n_elements)
-            found.setdefault(layer, {})[side] = bits, tensor.tensor_type.name
-    return found
+            kinds.setdefault(layer, {})[side] = bits, tensor.tensor_type.name
+    return kinds
 
 
 def note_bits(source: str, model: Any) -> list[str]:
-    """Note of a model that was loaded from a converted folder how many bits its FFN weights have in the file.
-
-    Of plain projections also how their codes are found.
+    """Note the bits of a converted model's FFN weights in the file, and how the codes of plain projections are found.
 
     Returns:
-        What is to be told: of the file, and whether some were not found.
+        Notes for the user: on the file, and on projections without bits.
     """
-    kept, told = Path(source) / KINDS, Path(source) / NOTES
-    notes: list[str] = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else []
-    if not kept.is_file():
+    kinds_file, notes_file = Path(source) / KINDS, Path(source) / NOTES
+    notes: list[str] = json.loads(notes_file.read_text(encoding="utf-8")) if notes_file.is_file() else []
+    if not kinds_file.is_file():
         return notes
     from dart_eval.layers import quantised
     from dart_eval.layers.find import describe
     from dart_eval.weights import codes
 
-    found, unknown = json.loads(kept.read_text(encoding="utf-8")), 0
+    layers, unknown = json.loads(kinds_file.read_text(encoding="utf-8")), 0
     for ffn in describe(model):
-        sides = found.get(str(ffn.number), {})
+        sides = layers.get(str(ffn.number), {})
         end = EXPERTS if ffn.routed else SHARED if f"down{SHARED}" in sides else ""
         into = [side for side in (f"gate{end}", f"up{end}") if side in sides]
         parts = [(ffn.down, [f"down{end}"])]
@@ -205,7 +204,7 @@ def note_bits(source: str, model: Any) -> list[str]:
 
 
 def _codes(module: Any, file: Path, keys: Sequence[str], kind: str) -> Packed | None:
-    """The codes of a projection, of which a file may keep the halves apart."""
+    """Return the codes of a projection, whose halves may be separate in the file."""
     import torch
     from safetensors import safe_open
 

@@ -1,7 +1,7 @@
 """The codes of GGUF's types on an even grid.
 
-The gguf package expands blocks to weights and hands out no codes. So the scales in a copy of the blocks are set to 1
-and their minima to 0, and what the package then expands are the codes themselves.
+The gguf package expands blocks to weights and returns no codes. So the scales in a copy of the blocks are set to 1 and
+their minima to 0, and the package then expands the codes themselves.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GRIDS = {
 }  # fmt: skip
 ONE, ZERO = b"\x00\x3c", b"\x00\x00"  # as floats of 16 bits
 _K = ONE + ZERO + b"\1" * 4 + b"\0" * 4 + b"\1" * 4  # d, dmin, and eight scales of 1 and minima of 0, 6 bits each
-# Type: bytes of a block, and what is put where so that a weight is its code.
+# Type: bytes of a block, and the bytes by offset that make a weight equal its code.
 UNIT: dict[str, tuple[int, dict[int, bytes]]] = {
     "Q4_0": (18, {0: ONE}), "Q5_0": (22, {0: ONE}), "Q8_0": (34, {0: ONE}),
     "Q2_K": (84, {0: b"\1" * 16, 80: ONE + ZERO}),  # a nibble of scale, one of minimum
@@ -28,44 +28,44 @@ UNIT: dict[str, tuple[int, dict[int, bytes]]] = {
 
 
 def reader(file: Path) -> Any:
-    """The gguf package's reader of a file. More entries than the file has room for are an error, unlike there."""
+    """Return the gguf package's reader of a file, with an error for more entries than the file has room for."""
     from gguf import GGUFReader
 
     class Whole(GGUFReader):
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
-            found = super()._get(offset, dtype, count, *more, **named)
-            if len(found) < int(count):
-                raise ValueError(f"it ends before byte {offset + int(count) * found.itemsize}")
-            return found
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
+            entries = super()._get(offset, dtype, count, *args, **kwargs)
+            if len(entries) < int(count):
+                raise ValueError(f"it ends before byte {offset + int(count) * entries.itemsize}")
+            return entries
 
     return Whole(file)
 
 
-def codes_of(raw: Any, kind: str) -> Any:
-    """[out, in] int8 numpy, the codes of a tensor. raw: [out, bytes] uint8. kind: one of `GRIDS`."""
+def codes_of(raw: Any, kind: str) -> object:
+    """Return [out, in] int8 numpy, the codes of a tensor. raw: [out, bytes] uint8; kind: one of `GRIDS`."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     size, parts = UNIT[kind]
     blocks = np.array(raw, dtype=np.uint8).reshape(-1, size)
-    for place, given in parts.items():
-        blocks[:, place : place + len(given)] = np.frombuffer(given, np.uint8)
+    for place, data in parts.items():
+        blocks[:, place : place + len(data)] = np.frombuffer(data, np.uint8)
     return dequantize(blocks.reshape(raw.shape), GGMLQuantizationType[kind]).astype(np.int8)
 
 
 def write(tensors: Sequence[Any], target: Path, wanted: re.Pattern[str]) -> None:
-    """Write the codes of matrices among a file's tensors, as `layer.side`; experts and other types are left out.
+    """Write the codes of matrices among a file's tensors, as `layer.side`; skip experts and other types.
 
     Args:
-        wanted: of their names, with the layer and the side as groups.
+        wanted: pattern of their names, with the layer and the side as groups.
     """
     import numpy as np
     from safetensors.numpy import save_file
 
-    found = {}
+    codes = {}
     for tensor in tensors:
         match, kind = wanted.fullmatch(tensor.name), tensor.tensor_type.name
         if match and kind in GRIDS and len(tensor.shape) == 2:
-            found[".".join(match.groups())] = np.ascontiguousarray(codes_of(tensor.data, kind))
-    save_file(found, target)
+            codes[".".join(match.groups())] = np.ascontiguousarray(codes_of(tensor.data, kind))
+    save_file(codes, target)

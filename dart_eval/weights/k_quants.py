@@ -1,8 +1,8 @@
-"""Matrices rounded as llama.cpp's K-quants are: Q3_K, Q4_K and Q5_K (`ggml-quants.c`), without its importance weights.
+"""llama.cpp's K-quants Q3_K, Q4_K and Q5_K (`ggml-quants.c`), without its importance weights.
 
-A group of 16 or 32 neighbours in a row shares a scale of 6 bits, in Q4_K and Q5_K also a minimum of 6 bits. Eight or
-sixteen groups, 256 weights, share factors of 16 bits for these. So a format with minima costs what a scale of 16 bits
-for 32 weights does, and fits weights that lie around no middle.
+A group of 16 or 32 neighbours in a row shares a 6-bit scale, in Q4_K and Q5_K also a 6-bit minimum. Eight or sixteen
+groups, 256 weights, share 16-bit factors for these. So a format with minima costs as much as a 16-bit scale for 32
+weights, and fits weights that are not centred at 0.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from dart_eval.util.bits import BLOCK, K_QUANTS
 
 MOST = 63  # of a scale or a minimum, in units of its factor
 MOST_SIGNED = 31
-STEPS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)  # the codes that are tried over a group's span, less all
+STEPS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)  # added to the codes over a group's span in the search
 
 
 def with_minima(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and offsets of groups whose weights are about scale * code - minimum, with a code from 0.
+    """Return codes, scales and offsets of groups whose weights are about scale * code - minimum, with codes from 0.
 
     Args:
-        groups: [R, G, group] fp32. bits: of a code, 4 or 5.
+        groups: [R, G, group] fp32.
+        bits: of a code, 4 or 5.
 
     Returns:
-        [R, G, group] whole numbers from -2^(bits - 1), [R, G, 1] fp32 scales, and [R, G, 1] fp32 what the code 0 means.
+        [R, G, group] whole numbers from -2^(bits - 1), [R, G, 1] fp32 scales, and [R, G, 1] fp32 values of code 0.
     """
     scale, low = _fitted(groups, bits)
     scale, low = _of_factors(scale, bits), -_of_factors(-low, bits)
@@ -34,7 +35,7 @@ def with_minima(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fitted(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """[R, G, 1] each, the scale and the least value of each group that fit it best, by least squares."""
+    """Return the least-squares scale and least value of each group, [R, G, 1] each."""
     size, top = groups.shape[-1], 2**bits - 1
     low = groups.amin(-1, keepdim=True).clamp_max(0)
     span = (groups.amax(-1, keepdim=True) - low).clamp_min(1e-12)
@@ -60,12 +61,12 @@ def _fitted(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def signed(scale: Tensor, bits: int) -> Tensor:
-    """Scales of Q3_K, which have a sign, as whole multiples of their factors. scale: [R, G, 1] fp32."""
+    """Round the signed scales of Q3_K to whole multiples of their factors. scale: [R, G, 1] fp32."""
     return _multiples(scale, bits, MOST_SIGNED)
 
 
 def _of_factors(values: Tensor, bits: int) -> Tensor:
-    """Scales or minima, not negative, as whole multiples of their factors. values: [R, G, 1] fp32."""
+    """Round scales or minima, not negative, to whole multiples of their factors. values: [R, G, 1] fp32."""
     return _multiples(values.clamp_min(0), bits, MOST)
 
 
@@ -74,5 +75,5 @@ def _multiples(values: Tensor, bits: int, most: int) -> Tensor:
     each = BLOCK // K_QUANTS[bits].group
     blocks = torch.nn.functional.pad(values.squeeze(-1), (0, -groups % each)).view(rows, -1, each)
     factor = (blocks.abs().amax(-1, keepdim=True) / most).half().float()
-    found = (blocks / torch.where(factor == 0, 1.0, factor)).round_().clamp_(-most, most) * factor
-    return found.view(rows, -1)[:, :groups, None]
+    multiples = (blocks / torch.where(factor == 0, 1.0, factor)).round_().clamp_(-most, most) * factor
+    return multiples.view(rows, -1)[:, :groups, None]

@@ -1,8 +1,7 @@
-"""FFN weights rounded to few bits: a control that every pruner must beat, and weights that a pruner can stand on.
+"""FFN weights rounded to few bits: a control that every pruner must beat, and weights that a pruner can run on.
 
-A group of weights in a row shares a scale: w is about scale * code, with a whole code of `bits` bits. The model keeps
-its dtype and holds the rounded values, so that every execution runs on them; what a kernel for few bits would read is
-counted.
+A group of weights in a row shares a scale: w is about scale * code, with an integer code of `bits` bits. The model
+keeps its dtype and holds the rounded values, so that every execution runs on them. Reads are those of a low-bit kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from dart_eval.util.errors import UserError
 from dart_eval.weights import k_quants
 from dart_eval.weights.codes import Packed, expected, noted
 
-# Scales that are tried: factors on the one that just reaches a group's largest weight.
+# Scales that are tried, as factors on the one that just reaches a group's largest weight.
 FACTORS = (1.14, 1.07, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
 CHUNK = 1 << 22  # weights that are rounded at a time
 
@@ -36,17 +35,17 @@ CHUNK = 1 << 22  # weights that are rounded at a time
 def rounded(weight: Tensor, rounding: Rounding, order: Tensor | None = None) -> Packed:
     """Round a matrix [out, in] so that the squared error of each group is small.
 
-    The group's largest weight sets the first scale, with the sign that lets it take the code -2^(bits - 1), which has
-    no counterpart above. Of `FACTORS` times that scale, each then fitted to its codes by least squares, the best is
-    taken.
+    The group's largest weight sets the first scale, with the sign that gives it the code -2^(bits - 1), which has no
+    positive counterpart. `FACTORS` times that scale are tried, each fitted to its codes by least squares, and the best
+    is taken.
 
     Args:
-        order: [in], the columns in the order in which neighbours share a scale; None: their own.
+        order: [in], the order of columns in which neighbours share a scale; None: their own.
     """
     if order is not None:
-        made, place = rounded(weight[:, order], rounding), order.argsort()
+        packed, place = rounded(weight[:, order], rounding), order.argsort()
         group = rounding.group or weight.shape[1]
-        return dataclasses.replace(made, codes=made.codes[:, place].contiguous(), groups=place // group)
+        return dataclasses.replace(packed, codes=packed.codes[:, place].contiguous(), groups=place // group)
     rows, width = weight.shape
     group = min(rounding.group, width) or width
     codes = torch.empty(rows, width, dtype=torch.int8, device=weight.device)
@@ -58,12 +57,12 @@ def rounded(weight: Tensor, rounding: Rounding, order: Tensor | None = None) -> 
         codes[start : start + step] = code.view(len(some), -1)[:, :width].to(torch.int8)
         scales.append(scale.squeeze(-1))
         offsets.append(None if offset is None else offset.squeeze(-1))
-    found = None if offsets[0] is None else torch.cat([o for o in offsets if o is not None])
-    return Packed(codes, torch.cat(scales), rounding, found)
+    zeros = None if offsets[0] is None else torch.cat([o for o in offsets if o is not None])
+    return Packed(codes, torch.cat(scales), rounding, zeros)
 
 
 def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[R, G, group] codes, [R, G, 1] scales, and [R, G, 1] what the code 0 stands for; None: 0. groups: fp32."""
+    """Return codes [R, G, group], scales [R, G, 1], and the value of code 0 [R, G, 1]; None: 0. groups: fp32."""
     bits = rounding.bits
     if rounding.k and bits > 3:
         return k_quants.with_minima(groups, bits)
@@ -73,13 +72,13 @@ def _group_codes(groups: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor, Te
 
 
 def _codes(groups: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """[..., group] fp32 whole numbers. scale: [..., 1], 0 where all weights are."""
+    """Return codes [..., group], fp32 whole numbers. scale: [..., 1], 0 if all weights are 0."""
     half = 2 ** (bits - 1)
     return (groups / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-half, half - 1)
 
 
 def _best_scale(groups: Tensor, bits: int) -> Tensor:
-    """[..., 1] fp32, the scale of each group. groups: [..., group] fp32."""
+    """Return [..., 1] fp32, the scale of each group. groups: [..., group] fp32."""
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     first = -largest / 2 ** (bits - 1)
     best, least = first, torch.full_like(first, torch.inf)
@@ -88,19 +87,20 @@ def _best_scale(groups: Tensor, bits: int) -> Tensor:
         square = code.square().sum(-1, keepdim=True)
         product = (groups * code).sum(-1, keepdim=True)
         scale = product / square.clamp_min(1)
-        error = -product * scale  # squared error less what does not depend on the scale
+        error = -product * scale  # squared error, up to a constant
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return best
 
 
-ROUNDS = (_group_codes, _codes, _best_scale)  # what `rounded` is made of
+ROUNDS = (_group_codes, _codes, _best_scale)  # the functions of `rounded`, whose code is hashed
 AS_THEY_ARE = Stored(OWN_BITS)
 
 
 @dataclass(frozen=True)
 class Served:
-    """A matrix as it would be served: its values [out, in], and its codes where it is rounded.
+    """A matrix as it would be served: its values [out, in], and its codes if it is rounded.
+
 
     Attributes:
         stored: bits of a weight.
@@ -112,12 +112,12 @@ class Served:
 
     @property
     def bits(self) -> float:
-        """Of a weight, with its part of a scale."""
+        """Bits of a weight, with its part of a scale."""
         return self.stored.total
 
     @property
     def values(self) -> Tensor:
-        """[out, in] fp32, what tokens multiply, in the dtype of the weights."""
+        """[out, in] fp32, the values that tokens multiply, rounded to the dtype of the weights."""
         return self.weight.float() if self.packed is None else self.packed.decoded(self.weight.dtype).float()
 
 
@@ -127,15 +127,15 @@ _PACKED: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionar
 
 
 def coded(linear: nn.Module) -> Packed | None:
-    """The codes of a projection: those it is rounded to, else those of its checkpoint, where these lie on a grid."""
+    """Return the codes of a projection: those it is rounded to, else those of its checkpoint on a grid; or None."""
     if (held := _PACKED.get(linear)) is not None:
         return held
-    found = noted(linear)
-    return found if found is not None and stored_of(linear).code == found.rounding.bits else None
+    codes = noted(linear)
+    return codes if codes is not None and stored_of(linear).code == codes.rounding.bits else None
 
 
 def serve(linear: nn.Module, packed: Packed | None) -> None:
-    """From here on a projection has these codes, whatever its parameter holds; None: its own."""
+    """Set the codes of a projection, whatever its parameter holds. packed: None for its own."""
     if packed is None:
         _PACKED.pop(linear, None)
     else:
@@ -143,7 +143,7 @@ def serve(linear: nn.Module, packed: Packed | None) -> None:
 
 
 def on_grid(linear: Any) -> bool:
-    """Whether a projection has codes; where it has shapes alone, whether its checkpoint may have them."""
+    """Whether a projection has codes or, without weights, whether its checkpoint may have them."""
     if linear in _PACKED:
         return True
     held = linear.held if isinstance(linear, Step) else next(itertools.chain(linear.parameters(), linear.buffers()))
@@ -151,50 +151,49 @@ def on_grid(linear: Any) -> bool:
 
 
 def served_inputs(ffn: FFN) -> list[Served]:
-    """The matrices that make h (gate and up, or up alone), as they would be served."""
-    modules = [m for m in (ffn.gate, ffn.up) if m is not None]
-    found = []
-    for module in modules:
+    """Return the matrices that make h (gate and up, or up alone), as they would be served."""
+    matrices = []
+    for module in (m for m in (ffn.gate, ffn.up) if m is not None):
         held, parts = coded(module), 2 if ffn.fused else 1
         halves = [None] * parts if held is None else held.chunk(parts)
         for weight, half in zip(ffn.matrix(module).chunk(parts), halves, strict=True):
-            found.append(Served(weight, stored_of(module), half))
-    return found
+            matrices.append(Served(weight, stored_of(module), half))
+    return matrices
 
 
 def stored_inputs(ffn: FFN) -> list[Stored]:
-    """Bits of a weight of each of the matrices that make h, as it would be served."""
+    """Return the bits of a served weight of each matrix that makes h."""
     return [stored_of(m) for m in (ffn.gate, ffn.up) if m is not None for _ in range(2 if ffn.fused else 1)]
 
 
 def served_output(ffn: FFN) -> Served:
-    """The down projection, [D, F], as it would be served; of experts theirs below each other, [E D, I]."""
+    """Return the down projection, [D, F], as it would be served; experts' are stacked, [E D, I]."""
     return Served(ffn.matrix(ffn.down), stored_of(ffn.down), coded(ffn.down))
 
 
 def served_bits(ffns: Sequence[FFN]) -> float:
-    """Bits of an FFN weight as it would be served now, scales included; the same for all layers up to their widths."""
+    """Return the mean bits of an FFN weight as served now, scales included."""
     return _mean_bits(ffns, served_bits_of)
 
 
 def rounded_bits(ffns: Sequence[FFN], rounding: Rounding) -> float:
-    """The same if they were rounded so."""
+    """Return the mean bits of an FFN weight under a rounding."""
     return _mean_bits(ffns, lambda module: rounding.weight_bits(plain_matrix(module).shape[1]))
 
 
 def _mean_bits(ffns: Sequence[FFN], bits_of: Callable[[nn.Module], float]) -> float:
-    """Of a weight, over all layers. bits_of: of a weight of one projection."""
-    found = [(bits_of(m), weights) for f in ffns for m, weights in _projections(f)]
-    return sum(bits * weights for bits, weights in found) / sum(weights for _, weights in found)
+    """Return the mean bits of a weight over all layers. bits_of: bits of a projection's weight."""
+    terms = [(bits_of(m), weights) for f in ffns for m, weights in _projections(f)]
+    return sum(bits * weights for bits, weights in terms) / sum(weights for _, weights in terms)
 
 
 def served_bits_of(linear: nn.Module) -> float:
-    """Bits of a weight of one projection as it would be served now, scales included."""
+    """Return the bits of a projection's weight as served now, scales included."""
     return stored_of(linear).total
 
 
 def stored_of(linear: nn.Module) -> Stored:
-    """The same, told apart."""
+    """Return the bits of a projection's weight as served now: of its code, and of scales."""
     if (held := _PACKED.get(linear)) is not None:
         return held.rounding.stored(held.codes.shape[1])
     if (bits := quantised.noted(linear)) is None:
@@ -203,27 +202,27 @@ def stored_of(linear: nn.Module) -> Stored:
 
 
 def share(ffns: Sequence[FFN]) -> float:
-    """FFN weight bytes as they would be served now / those of the model's own dtype."""
+    """Return the FFN weight bytes as served now / those in the model's own dtype."""
     return served_bits(ffns) / OWN_BITS
 
 
 def share_of_inputs(ffns: Sequence[FFN]) -> float:
-    """The same of the matrices that make h alone."""
+    """Return the same share for the matrices that make h."""
     weights = sum(f.size * f.width for f in ffns)
     return sum(rows(f)[0] * f.size * f.width for f in ffns) / weights / OWN_BITS
 
 
 def rows(ffn: FFN) -> tuple[float, float, float]:
-    """Bits, for each weight, of a row of gate or up (their mean), of a column of down, and of the latter's scales.
+    """Return the bits per weight: of a row of gate or up (their mean), of a column of down, and of down's scales.
 
-    A scale of down stands for weights of several neurons, so that every token reads all of them.
+    A scale of down spans weights of several neurons, so every token reads all of them.
     """
     inputs, down = stored_inputs(ffn), stored_of(ffn.down)
     return sum(bits.total for bits in inputs) / len(inputs), down.total, down.scale
 
 
 def _projections(ffn: FFN) -> list[tuple[nn.Module, int]]:
-    """The projections of an FFN with their numbers of weights."""
+    """Return the projections of an FFN with their numbers of weights."""
     into = (1 if ffn.gate is not None or not ffn.fused else 2) * ffn.size * ffn.width
     sides = [(ffn.gate, into), (ffn.up, into), (ffn.down, ffn.size * ffn.width)]
     return [(m, weights) for m, weights in sides if m is not None]
@@ -233,7 +232,7 @@ def refuse_fixed(ffns: Sequence[FFN]) -> None:
     """Refuse FFN weights that cannot be rounded.
 
     Raises:
-        UserError: they are quantised already, or in no parameter of their own.
+        UserError: they are quantised already, or have no parameter of their own.
     """
     try:
         for module in (m for f in ffns for m in f.projections):
@@ -243,10 +242,11 @@ def refuse_fixed(ffns: Sequence[FFN]) -> None:
 
 
 class Rounded:
-    """The FFN weights of a model, as they are and rounded; one of the two is in place.
+    """The FFN weights of a model, original and rounded; one of the two is in place.
 
     Args:
-        model: whose weights are plain numbers. rounding: how they are rounded, once.
+        model: with plain weights.
+        rounding: of the weights, applied once.
 
     Raises:
         UserError: the weights are quantised already.
@@ -261,7 +261,7 @@ class Rounded:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has rounded weights inside the block, and its own, to the bit, afterwards."""
+        """Give the model rounded weights inside the block; restore its own, to the bit, afterwards."""
         try:
             for module, parameter, _, values, held in self._held:
                 parameter.data = values
@@ -274,10 +274,10 @@ class Rounded:
 
 
 def parameter_of(module: nn.Module) -> nn.Parameter:
-    """What holds the weights of a projection, or of experts, where others can be put in their place.
+    """Return the parameter of a projection, or of experts, whose weights can be replaced.
 
     Raises:
-        UserError: they are quantised, or experts of a form that does not keep a matrix in one parameter.
+        UserError: they are quantised, or experts whose matrix is not one parameter.
     """
     plain_matrix(module)
     if not isinstance(module, Step):
@@ -291,7 +291,7 @@ def parameter_of(module: nn.Module) -> nn.Parameter:
 
 
 def as_held(module: nn.Module, values: Tensor) -> Tensor:
-    """A matrix [out, in] as the parameter of its projection holds it."""
+    """Convert a matrix [out, in] to the layout of its projection's parameter."""
     if isinstance(module, Step):
         return module.stored(values)
     return values.T.contiguous() if is_conv1d(module) else values
@@ -306,7 +306,7 @@ def rounded_ffns(model: nn.Module, bits: int | str) -> Iterator[None]:
 
     Args:
         model: a Hugging Face causal language model.
-        bits: of a weight, 2 to 8; as text also the weights that share a scale, `"4:64"` (32 if not given), `"4:row"`.
+        bits: of a weight, 2 to 8; as text also with the weights that share a scale, `"4:64"` (default 32), `"4:row"`.
 
     Raises:
         UserError: other bits, an FFN that is not understood, or weights that are quantised already.

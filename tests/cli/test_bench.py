@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dart_eval.bench import decode
 from dart_eval.bench.dense_copy import twin
-from dart_eval.kernels.kept import KeptRows
+from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.shape import shape_of
@@ -133,13 +133,13 @@ def test_steps_with_a_remask_are_left_out():
 
 def test_a_fifth_of_the_kept_neurons_changes(monkeypatch):
     copied = []
-    original = KeptRows.select
+    original = MaskRows.select
 
     def select(self, mask):
         copied.append((original(self, mask), self.count))
         return copied[-1][0]
 
-    monkeypatch.setattr(KeptRows, "select", select)
+    monkeypatch.setattr(MaskRows, "select", select)
     decode.measure(tiny("llama", torch.float32), make("magnitude"), 0.5, prompt_tokens=5, steps=2, rounds=1)
     assert copied[-27:] == [(4, 20)] * 18 + [(20, 20)] * 9  # three times three layers, there and back; then all anew
 

@@ -347,7 +347,7 @@ def test_data_sets_are_those_of_the_tasks_yaml(monkeypatch):
     task_names.names()  # what looked for names has seen every file
     monkeypatch.setattr("os.scandir", None)
     asked = ["arc_challenge", "xsum", "smoke_questions", "mmlu_anatomy", "mmlu_astronomy", "no_such_task", "x\n]"]
-    found = datasets.known(asked, {"xsum": datasets.Dataset("a/b", "c")})
+    found = datasets.datasets_of(asked, {"xsum": datasets.Dataset("a/b", "c")})
     assert found == {
         "arc_challenge": datasets.Dataset("allenai/ai2_arc", "ARC-Challenge", "test"),  # the rest from arc_easy's
         "xsum": datasets.Dataset("a/b", "c"),
@@ -355,7 +355,7 @@ def test_data_sets_are_those_of_the_tasks_yaml(monkeypatch):
         "mmlu_astronomy": datasets.Dataset("cais/mmlu", "astronomy", "test"),
     }
     assert datasets.of_task("mmlu", ["mmlu_anatomy", "mmlu_astronomy"], found) == datasets.Dataset("cais/mmlu")
-    assert datasets.of_task("mmlu", [], datasets.known([], {"mmlu": datasets.Dataset("a/b")})) == datasets.Dataset(
-        "a/b"
-    )
+    assert datasets.of_task(
+        "mmlu", [], datasets.datasets_of([], {"mmlu": datasets.Dataset("a/b")})
+    ) == datasets.Dataset("a/b")
     assert datasets.of_task("both", ["mmlu_anatomy", "xsum"], found) is None

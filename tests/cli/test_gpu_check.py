@@ -148,16 +148,16 @@ def test_a_wrong_product_is_seen(script, monkeypatch):
     """Down without two of its columns: the executions are told apart."""
     import gpu_checks
 
-    from dart_eval.kernels import kept
+    from dart_eval.kernels import mask_rows
 
-    copy = kept.Slot.copy
+    copy = mask_rows.Slot.copy
 
     def short(slot, neurons):
         copy(slot, neurons)
         if slot.dim == 1:
             slot.part.data[:, -2:] = 0
 
-    monkeypatch.setattr(kept.Slot, "copy", short)
+    monkeypatch.setattr(mask_rows.Slot, "copy", short)
     with pytest.raises(AssertionError, match="griffin float32, copied and masked"):
         gpu_checks.executions(dry=True)
 

@@ -135,7 +135,7 @@ def test_a_token_reads_more_bits_of_what_matters_more(family, name):
         hooks.append(ffn.down.register_forward_hook(lambda _m, _a, out: seen.update(out=out.detach().flatten())))
         generate(model, torch.tensor([random_tokens(14)]), 4)
         taken, written = int(session.state.taken[0, LAYER]), int(session.state.written[0, LAYER])
-        paid = torch.tensor(session.prepared.layers[LAYER].paid, dtype=torch.float64)
+        paid = torch.tensor(session.prepared.layers[LAYER].cost_terms, dtype=torch.float64)
     for hook in hooks:
         hook.remove()
     assert all(torch.equal(p, own[n]) for n, p in model.named_parameters())

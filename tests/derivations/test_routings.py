@@ -164,7 +164,7 @@ def test_an_expert_that_no_token_had_goes_first():
         router.weight[2:4] = -router.weight[:2]
         router.weight[4:] = 0
     with open_session(model, "drop-experts", **{"routing.share": 0.34}) as session:
-        assert session.prepared.beside.orders[1].left.tolist() == [True] * 4 + [False] * 2
+        assert session.prepared.beside.orders[1].available.tolist() == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize(("method", "sparsity", "words"), [

@@ -174,12 +174,14 @@ def test_first_bits_are_counted(model):
     """Q4_0: 2 of 4 bits and the scale of 32 (.5 bits); of a chosen row the other 2; Q8_0: 4 of 8 and its scale."""
     ffn, image = find_ffns(model)[0], FirstBits()
     gate, down = served_inputs(ffn)[0], served_output(ffn)
-    assert image.bits_of(gate.stored, SIZE, WIDTH) == 2.5 and image.coarse(down.stored, WIDTH, SIZE) == 4
-    assert image.rest(gate.stored, SIZE, WIDTH, Columns()) == 2
+    assert image.bits_of(gate.stored, SIZE, WIDTH) == 2.5 and image.down_bits(down.stored, WIDTH, SIZE) == 4
+    assert image.remaining_bits(gate.stored, SIZE, WIDTH, Columns()) == 2
     some = Columns(0.5, 0.25)  # half of the columns in 2 bits, a quarter in one
     assert image.bits_read(gate.stored, SIZE, WIDTH, some) == 1.25 + 0.5
-    assert image.rest(gate.stored, SIZE, WIDTH, some) == 4 - 1.25
-    assert image.across(down.stored, WIDTH, SIZE, graded=True) == 0.5  # scales stand for parts of rows, not of columns
+    assert image.remaining_bits(gate.stored, SIZE, WIDTH, some) == 4 - 1.25
+    assert (
+        image.shared_bits(down.stored, WIDTH, SIZE, graded=True) == 0.5
+    )  # scales stand for parts of rows, not of columns
 
 
 @pytest.mark.parametrize("method", ["dart-plus", "preview"])

@@ -18,7 +18,7 @@ from dart_eval.evaluation.distance import Distance
 from dart_eval.evaluation.evaluate import _distances
 from dart_eval.evaluation.lm import PrunedLM
 from dart_eval.evaluation.logits import Answers
-from dart_eval.evaluation.requests import Request, Score, kept_answer
+from dart_eval.evaluation.requests import Request, Score, stored_answer
 from dart_eval.evaluation.scoring import scorer
 from dart_eval.results import metrics
 from dart_eval.results.record import Metric
@@ -169,7 +169,7 @@ def test_what_is_no_number_is_no_answer_and_a_journal_gives_back_what_it_took():
     far = Distance.of([(0.25, True), (3.0, False)])
     score = Score(-1.5, True, Cost(tokens=2, distance=far))
     assert score.usable
-    assert kept_answer(json.loads(json.dumps(dataclasses.asdict(score))), Score) == score
+    assert stored_answer(json.loads(json.dumps(dataclasses.asdict(score))), Score) == score
     for kl in (math.nan, math.inf):
         assert not Score(-1.5, True, Cost(distance=Distance.of([(kl, True)]))).usable
 

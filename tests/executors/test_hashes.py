@@ -178,7 +178,7 @@ WITHOUT_NUMBERS = {
     "kernels/chosen.py": "is not run",
     "kernels/gather.py": "is not run",
     "kernels/image_kernels.py": "is not run",
-    "kernels/kept.py": "is not run",
+    "kernels/mask_rows.py": "is not run",
     "kernels/products.py": "is not run",
     "layers/finite.py": "refuses",
     "models/demo_model.py": "makes a model, whose files are hashed",

@@ -190,7 +190,7 @@ def dart(model):
     """Layers keep as much as they change the stream, all of them their share, and new masks come while it decodes."""
     with open_session(model, "dart", 0.5, execution="masked", **RESTLESS) as session:
         generate(model, torch.tensor([random_tokens(PROMPT)]), 2 * STEPS)
-        kept = [int(k) / f.size for k, f in zip(session.state.kept[0], session.ffns, strict=True)]
+        kept = [int(k) / f.size for k, f in zip(session.state.mask_counts[0], session.ffns, strict=True)]
         assert all(abs(float(step.read[0]) - 0.5) < 0.03 for step in session.steps) and sum(session.remasks)
         assert len(session.ffns) == 1 or max(kept) > min(kept)
 

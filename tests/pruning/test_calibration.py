@@ -108,7 +108,7 @@ def counted(model, store=None, passages=Passages()):
     model.base_model.register_forward_pre_hook(
         lambda _m, _args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    calibration = TextCalibration(model, _Tokenizer(bos=False), passages=passages, kept=store)
+    calibration = TextCalibration(model, _Tokenizer(bos=False), passages=passages, cache=store)
     assert calibration.ffns
     lengths.clear()  # the trial forward's
     return calibration, lengths

@@ -161,7 +161,7 @@ def test_bytes_read_are_the_label_to_the_neuron(family, method, params):
         wanted = round((1 - sparsity) * 120) / 120
         assert step.read.tolist() == [wanted, wanted]  # exactly
         state = session.state
-        assert torch.equal(step.mask, state.kept.double().sum(1) / 120)
+        assert torch.equal(step.mask, state.mask_counts.double().sum(1) / 120)
         for layer, columns in enumerate(counted):
             assert all(a <= b for a, b in zip(columns, state.written[:, layer].tolist(), strict=True))
         if family not in PLAIN:  # there none of a's is exactly 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dart_eval.pruning.masks.allocations import Table
+from dart_eval.pruning.masks.allocations import FromTable
 from dart_eval.pruning.masks.remasks import OnDrift
 from dart_eval.pruning.part import kind_of
 from dart_eval.pruning.registry import make, parts
@@ -36,7 +36,7 @@ def compositions(draw):
     for slot in SLOTS:
         if draw(st.integers(0, 4)):  # few others: of many, most do not go together
             continue
-        known = [cls for cls in parts()[slot].values() if cls is not Table]
+        known = [cls for cls in parts()[slot].values() if cls is not FromTable]
         cls = draw(st.sampled_from(known))
         given[slot] = cls.name
         for field in plain_fields(cls):
@@ -72,7 +72,7 @@ def test_any_part_in_any_slot_of_any_method_comes_back(name, slot):
     """One at a time, with all fields another than by default; what cannot be is said to be so."""
     for cls in parts()[slot].values():
         fields = [f for f in plain_fields(cls) if (cls, f.name) != (OnDrift, "every")]
-        given = {slot: cls.name} | {f"{slot}.{f.name}": _another(cls, f) for f in fields if cls is not Table}
+        given = {slot: cls.name} | {f"{slot}.{f.name}": _another(cls, f) for f in fields if cls is not FromTable}
         found = _possible(name, given)
         if found is not None:
             assert made(found.spec) == found

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_eval.kernels.kept import KeptRows
+from dart_eval.kernels.mask_rows import MaskRows
 from dart_eval.layers.find import find_ffns
 from dart_eval.util.errors import UserError
 from tests.helpers.matrices import product
@@ -127,7 +127,7 @@ def test_random_masks_multiply_their_neurons_and_no_others(family, seed, changes
     before, ffns = bits(model), find_ffns(model)
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     plain = [f.intermediate(x) for f in ffns]
-    kept = [KeptRows(f) for f in ffns]
+    kept = [MaskRows(f) for f in ffns]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(changes):
         for f, rows in zip(ffns, kept, strict=True):

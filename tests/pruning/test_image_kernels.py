@@ -26,7 +26,7 @@ def shown_by_a_copy():
         codes = image_kernels.CopyCodes.of(held)
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(width, generator=GENERATOR).to(dtype)
-            assert torch.allclose(codes.show(x), held.values @ x.float(), rtol=1e-4, atol=1e-4), (rows, width, group)
+            assert torch.allclose(codes.times(x), held.values @ x.float(), rtol=1e-4, atol=1e-4), (rows, width, group)
         assert codes.codes.numel() == rows * -(-width // 2) and codes.scales.dtype == torch.float16
 
 

@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 
-from dart_eval.kernels import kept
+from dart_eval.kernels import mask_rows
 from dart_eval.models.guard import GUARD
 from dart_eval.pruning.session import cache, calls, execution, hooks, session
 from tests.helpers.models import biased, random_tokens, shallow
 from tests.helpers.sessions import RESTLESS, bits, decoded, hooked, open_session, same
 
-FILES = {m.__file__ for m in (session, cache, calls, hooks, execution, kept, torch.utils.hooks)}
+FILES = {m.__file__ for m in (session, cache, calls, hooks, execution, mask_rows, torch.utils.hooks)}
 # What leads there, instruction by instruction; all else every seventh line.
 CLOSELY = {
     "prune", "detach", "_leave", "to_the_end", "remove", "release", "leave", "_drop", "watch_ffns", "restore", "whole"

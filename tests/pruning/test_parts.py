@@ -22,7 +22,7 @@ from dart_eval.pruning.inputs.teal import Above
 from dart_eval.pruning.inputs.wanda import WandaEntries
 from dart_eval.pruning.inputs.wina import ByNorms
 from dart_eval.pruning.kinds import kind_with
-from dart_eval.pruning.masks.allocations import Global, Table, Uniform
+from dart_eval.pruning.masks.allocations import FromTable, Global, Uniform
 from dart_eval.pruning.masks.compensations import MeanOutput, Nothing
 from dart_eval.pruning.masks.depth import DepthAware
 from dart_eval.pruning.masks.mask import Ahead, Everything, FromPrompt, Static
@@ -37,7 +37,7 @@ from dart_eval.results.board_text import ABSTRACTS
 from dart_eval.util.errors import UserError
 
 METHODS = [m.name for m in BUILT_IN]
-FIELDS = [(cls, field) for cls in PARTS if cls is not Table for field in plain_fields(cls)]
+FIELDS = [(cls, field) for cls in PARTS if cls is not FromTable for field in plain_fields(cls)]
 SLOTS = ("mask", "score", "draw", "remask", "choice", "image", "allocation", "compensation", "entries", "routing")
 
 
@@ -367,7 +367,7 @@ def test_every_combination_of_the_parts_that_the_kinds_take_can_be_made(tmp_path
         slots_of_it = slot_names(kind)
         fitting = [[cls for cls in PARTS if issubclass(cls, takes(kind, slot))] for slot in slots_of_it]
         for classes in itertools.product(*fitting):
-            parts_of_it = [cls(file=str(table)) if cls is Table else cls() for cls in classes]
+            parts_of_it = [cls(file=str(table)) if cls is FromTable else cls() for cls in classes]
             method = Pruner(**dict(zip(slots_of_it, parts_of_it, strict=True)))
             assert type(method) is kind
             made += 1

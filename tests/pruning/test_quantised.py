@@ -7,7 +7,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.nn.functional import linear
 
-from dart_eval.kernels.kept import unlike_plain
+from dart_eval.kernels.mask_rows import unlike_plain
 from dart_eval.layers.families import cache_argument
 from dart_eval.layers.find import find_ffns
 from dart_eval.layers.projection import stored_bits

@@ -55,7 +55,7 @@ class Observed:
 def test_a_re_mask_of_one_sequence_takes_its_own_counts_and_what_its_ring_holds(llama):
     """Six inputs in a ring of nine: the mean is over six. The overlap is the share of the old mask that stays."""
     seen = Observed(llama.float(), {**STEADY, "allocation": "depth", "remask.blend": 0.25})
-    before, keep = [m.clone() for m in seen.state.masks], seen.state.kept.clone()
+    before, keep = [m.clone() for m in seen.state.masks], seen.state.mask_counts.clone()
     assert keep[0].tolist() != keep[1].tolist()
     (change,) = seen.state.remask(Due(SECOND, "steady"))
     for i, ffn in enumerate(seen.ffns):

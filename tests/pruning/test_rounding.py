@@ -223,7 +223,7 @@ def test_layers_of_different_bits_are_counted_by_their_own():
             quantised.note(module, bits)
     with open_session(model, "dart", 0.5, execution="masked", remask="never") as session:
         generate(model, torch.tensor([random_tokens(20)]), 3)
-        kept = session.state.kept[0].tolist()
+        kept = session.state.mask_counts[0].tolist()
         assert len(set(kept)) > 1
         scales = [bits % 1 for bits in each]
         wanted = sum(k * 3 * bits + (40 - k) * scale for k, bits, scale in zip(kept, each, scales, strict=True))

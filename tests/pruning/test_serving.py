@@ -73,13 +73,13 @@ def test_prompts_multiply_whole_numbers_and_the_model_keeps_its_weights(family, 
 
 def test_room_is_given_back():
     model = tiny("llama")
-    before = serving._ROOM.left
+    before = serving._ROOM.free_bytes
     with open_session(model, "dart-plus", 0.5):
         generate(model, prompts_of(1, 9), 3)
     weights = sum(m.weight.nbytes for f in find_ffns(model) for m in f.projections)
-    assert before - serving._ROOM.left == 2 * weights  # what numbers stand for, and their first bits
+    assert before - serving._ROOM.free_bytes == 2 * weights  # what numbers stand for, and their first bits
     del model
-    assert serving._ROOM.left == before
+    assert serving._ROOM.free_bytes == before
 
 
 def test_sparsities_below_what_whole_numbers_read_are_refused_in_one_line():

@@ -118,7 +118,7 @@ def test_depth_gives_ffns_of_one_layer_one_density(name, numbers):
     with open_session(model, "dart", 0.5, remask="never") as session:
         model(ids, use_cache=True)
         found = session.state.change.sensitivity(slice(None))
-        kept = session.state.kept[0].tolist()
+        kept = session.state.mask_counts[0].tolist()
     assert [f.number for f in ffns] == numbers
     sizes = [sum(f.size for f in ffns if f.number == n) for n in range(4)]
     unlike = sizes if len(set(sizes)) > 1 else None

@@ -70,10 +70,10 @@ def test_rows_stand_by_read_and_by_what_they_have_above_guessing(tmp_path):
     guess = made.blocks[0].levels[0].rows[-1]
     assert (guess.label, guess.quality["acc"].value, above(guess)) == (GUESSING, 0.25, 0.0)
     (*_, last) = made.blocks[0].levels
-    assert last.said[0].startswith("At 30 % dart is best: ") and "above guessing [" in last.said[0]
-    assert "; better than random by accuracy (paired, Holm p <" in last.said[0]
-    assert last.said[0].endswith(", not told apart from griffin.")
-    assert made.blocks[0].levels[1].said == ()  # nothing to compare a single row with
+    assert last.sentences[0].startswith("At 30 % dart is best: ") and "above guessing [" in last.sentences[0]
+    assert "; better than random by accuracy (paired, Holm p <" in last.sentences[0]
+    assert last.sentences[0].endswith(", not told apart from griffin.")
+    assert made.blocks[0].levels[1].sentences == ()  # nothing to compare a single row with
     table = [line for line in board_text.lines(made, 80) if " ±" in line or line[11:].startswith(GUESSING)]
     assert [line[:5].strip() for line in table] == ["100 %", "", "50 %", "30 %", "30 %", "30 %"]
 
@@ -135,7 +135,7 @@ def test_what_is_no_number_is_worst_and_told_apart_from_nothing(tmp_path, lost):
     assert row.count("no number") == 2
     good = answered("wiki", [{"word_perplexity": [-40.0 - i % 7, 10.0]} for i in range(40)], "random", 0.7, up=False)
     best = board_of(tmp_path / "more", *records, good).blocks[0].levels[1]
-    assert [row.mark for row in best.rows] == [BEST, "", ""] and "not tested against dart" in best.said[0]
+    assert [row.mark for row in best.rows] == [BEST, "", ""] and "not tested against dart" in best.sentences[0]
 
 
 def test_rows_that_ran_on_other_tasks_stand_in_a_block_of_their_own(tmp_path):
@@ -173,7 +173,7 @@ def test_the_best_pays_for_having_been_chosen_among_many(tmp_path):
     made = board_of(tmp_path, answered("arc", right(0.5, n=80, seed=99), "dense", 0.0), *drawn)
     (level,) = [level for level in made.blocks[0].levels if len(level.rows) > 2]
     assert {row.mark for row in level.rows} == {""}
-    assert level.said[0].startswith("At 50 % no row is told apart from another; ")
+    assert level.sentences[0].startswith("At 50 % no row is told apart from another; ")
 
 
 @pytest.mark.parametrize(("p", "mark"), [(0.02, LEVEL_WITH_BEST), (0.01, "")])
@@ -244,8 +244,8 @@ def test_rounding_stands_in_its_level_and_is_tested_against_the_best(tmp_path, s
     last = made.blocks[0].levels[-1]
     kinds = {r.label: r.kind for r in last.rows}
     assert kinds == {"griffin": "pruned", "dense on 4 bits": "rounding", "rounding": "rounding"}
-    assert last.rounding_wins == wins and "The best rounding here (dense on 4 bits, 28 %: " in last.said[0]
-    assert last.said[0].endswith(said)
+    assert last.rounding_wins == wins and "The best rounding here (dense on 4 bits, 28 %: " in last.sentences[0]
+    assert last.sentences[0].endswith(said)
     assert ("Rounding is better than every pruned row at 30 %." in text_of(made)) == wins
 
 

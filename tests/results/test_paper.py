@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dart_eval.results import stats
-from dart_eval.results.paper_tables import Column, Layout, Paper, Reported, Row, to_csv
+from dart_eval.results.paper_tables import Paper, PaperColumn, PaperRow, Reported, TableLayout, to_csv
 from dart_eval.results.record import Metric
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, latex, markdown
@@ -22,8 +22,8 @@ from tests.helpers.commands import command
 from tests.helpers.records import record, table_body
 
 N = 40
-DENSE, A, B = Row("Dense", "dense", {}, False), Row("A", "a", {}, True), Row("B", "b", {"x": 1}, True)
-ACC = Column("Easy", ("easy",), "acc")
+DENSE, A, B = PaperRow("Dense", "dense", {}, False), PaperRow("A", "a", {}, True), PaperRow("B", "b", {"x": 1}, True)
+ACC = PaperColumn("Easy", ("easy",), "acc")
 
 
 def _cell(store, method, right, task="easy", params=None, sparsity=0.5, loss=None, gpu=None):
@@ -55,7 +55,7 @@ def _paper(tmp_path, *cells, **options):
 
 
 def _layout(columns=(ACC,), rows=(DENSE, A, B), **more):
-    return Layout("t", "Title", rows, (0.5,), columns, **more)
+    return TableLayout("t", "Title", rows, (0.5,), columns, **more)
 
 
 def test_rows_come_in_blocks_with_their_numbers(tmp_path):
@@ -93,7 +93,7 @@ def test_the_best_is_bold_only_where_the_test_says_so(tmp_path):
 
 
 def test_among_three_the_best_must_beat_both(tmp_path):
-    c = Row("C", "c", {}, True)
+    c = PaperRow("C", "c", {}, True)
     paper = _paper(tmp_path, ("a", 30, {}), ("b", 10, {"params": {"x": 1}}), ("c", 29, {}))
     table, numbers = paper.table(_layout(rows=(A, B, c)))
     assert table.bold == frozenset()  # A beats B, but not C
@@ -102,14 +102,14 @@ def test_among_three_the_best_must_beat_both(tmp_path):
 
 def test_lower_perplexity_is_the_better_one(tmp_path):
     paper = _paper(tmp_path, ("a", 30, {"loss": 3.0}), ("b", 30, {"loss": 2.5, "params": {"x": 1}}))
-    table, numbers = paper.table(_layout((Column("PPL", ("easy",), "word_perplexity"),), (A, B)))
+    table, numbers = paper.table(_layout((PaperColumn("PPL", ("easy",), "word_perplexity"),), (A, B)))
     assert table.bold == {(1, 2)}
     assert table.body[0][2] == "20.1 ±0.5"
     assert list(numbers.bold) == [False, True]
 
 
 def test_the_mean_weighs_columns_alike_and_is_tested(tmp_path):
-    columns = (ACC, Column("Hard", ("hard", "harder"), "acc"))
+    columns = (ACC, PaperColumn("Hard", ("hard", "harder"), "acc"))
     cells = [
         (method, right, {"task": task, **more})
         for method, more, rights in (("a", {}, (20, 10, 30)), ("b", {"params": {"x": 1}}, (4, 10, 30)))
@@ -128,7 +128,7 @@ def test_the_mean_weighs_columns_alike_and_is_tested(tmp_path):
 
 def test_a_cell_that_is_not_there_is_a_dash_and_is_explained(tmp_path):
     paper = _paper(tmp_path, ("a", 20, {}), missing={"hard": "no data in D", "another": "not asked for"})
-    table, numbers = paper.table(_layout((ACC, Column("Hard", ("hard",), "acc")), (A, B), mean=True))
+    table, numbers = paper.table(_layout((ACC, PaperColumn("Hard", ("hard",), "acc")), (A, B), mean=True))
     assert [row[2:5] for row in table.body] == [["50.0 ±5.0", "-", "-"], ["-", "-", "-"]]
     assert len(numbers) == 1
     assert "hard: not measured (no data in D)." in table.note
@@ -156,7 +156,10 @@ def test_every_table_says_what_made_it(tmp_path):
 
 
 def test_costs_are_columns_too(tmp_path):
-    columns = (Column("state", ("easy",), field="state_mib"), Column("FLOPs", ("easy",), field="flops_per_token"))
+    columns = (
+        PaperColumn("state", ("easy",), field="state_mib"),
+        PaperColumn("FLOPs", ("easy",), field="flops_per_token"),
+    )
     table, _ = _paper(tmp_path, ("a", 20, {}), ("b", 20, {"params": {"x": 1}})).table(_layout(columns, (A, B)))
     assert table.columns[2:4] == ["state", "FLOPs"]
     assert table.body[0][2:4] == ["0.000", "0.750"]

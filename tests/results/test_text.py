@@ -112,7 +112,7 @@ def test_tables_hold_one_line_a_row(title, cell, note):
 @given(TEXTS, TEXTS)
 @MANY
 def test_junit_is_well_formed_and_annotations_are_one_line(name, why):
-    row = check.Row(name, name, name, result=None, verdict=check.MISSING, why=why)
+    row = check.CheckRow(name, name, name, result=None, verdict=check.MISSING, why=why)
     report = check.Report([row], check.Thresholds(), name, [why])
     made = check.junit(report)
     case = ElementTree.fromstring(made.encode("utf-8")).find("testsuite/testcase")

@@ -1,6 +1,6 @@
-"""What methods may know of a model before any prompt: activations on a text, projections onto the vocabulary.
+"""Statistics of a model before any prompt: activations on a text, projections onto the vocabulary.
 
-Computed once, when a method asks, and where a `StatsCache` is given never again for the same model and text.
+They are computed when a method asks, and with a `StatsCache` only once for a model and text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEGMENT = 512  # tokens per forward, as far as the model has positions: enough f
 
 @runtime_checkable
 class Calibration(Protocol):
-    """What a method may look at before any prompt is seen."""
+    """The statistics that a method may use before any prompt."""
 
     @property
     def ffns(self) -> list[FFN]:
@@ -43,48 +43,49 @@ class Calibration(Protocol):
         ...
 
     def sums(self, observe: Observe) -> list[Tensor]:
-        """Per layer [F] fp32: the sum over the calibration text's tokens of what `observe` makes of them."""
+        """Return per layer [F] fp32 the sum of `observe` over the calibration text's tokens."""
         ...
 
     def moments(self) -> list[Moments]:
-        """Per layer, mean and variance of each neuron's activation over the calibration text's tokens."""
+        """Return per layer mean and variance of each neuron's activation over the calibration text's tokens."""
         ...
 
     def visit(self, see: See) -> None:
-        """Show what enters FFNs and down projections: see(layer, x [T, D], h [T, F] fp32), passage by passage."""
+        """Call see(layer, x [T, D], h [T, F] fp32) with the inputs of FFNs and down projections, per passage."""
         ...
 
     def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """A statistic on the CPU, measured if it is not known. name: what tells it from others; None: nothing does."""
+        """Return a statistic on the CPU, from the cache if possible. name: its cache key; None: not cached."""
         ...
 
     def projection(self) -> list[Projection]:
-        """Per layer, what its neurons write to the vocabulary."""
+        """Return per layer its neurons' projections onto the vocabulary."""
         ...
 
 
 @dataclass(frozen=True)
 class Passages:
-    """What is read of a text: all of it, or passages that are drawn until there are so many tokens.
+    """The passages of a text that are read: all, or random ones up to a number of tokens.
 
     Attributes:
-        tokens: how many at most; None: all. seed: of the draw.
+        tokens: most tokens; None: all.
+        seed: of the draw.
     """
 
     tokens: int | None = None
     seed: int = 0
 
     def cut(self, ids: Tensor, length: int) -> list[Tensor]:
-        """The passages of a text's tokens, each at most so long; the last one drawn is cut short."""
+        """Cut a text's tokens into passages of at most `length`. The last passage drawn may be cut short."""
         every = list(ids.split(length))
         if self.tokens is None or self.tokens >= len(ids):
             return every
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        drawn, left = [], self.tokens
+        drawn, rest = [], self.tokens
         for index in order:
-            if left > 0:
-                drawn.append(every[index][:left])
-            left -= len(every[index])
+            if rest > 0:
+                drawn.append(every[index][:rest])
+            rest -= len(every[index])
         return drawn
 
 
@@ -92,19 +93,19 @@ class TextCalibration:
     """Calibration on a text (by default the project's own, which no shipped task uses).
 
     Args:
-        path: a file, or what gives the text when it is asked for.
-        passages: what is read of the text.
-        kept: where statistics are kept for later runs; None: nowhere.
+        path: a file, or a function that returns the text.
+        passages: the passages of the text to read.
+        cache: statistics of earlier runs; None: none.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, path: str | Path | Callable[[], str] | None = None,
-        passages: Passages = Passages(), kept: StatsCache | None = None,
+        passages: Passages = Passages(), cache: StatsCache | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.tokenizer, self.passages, self.kept = model, tokenizer, passages, kept
+        self.model, self.tokenizer, self.passages, self.cache = model, tokenizer, passages, cache
         self.path = DEFAULT_TEXT if path is None else path
         self._projection: list[Projection] | None = None
-        self._known: dict[str, list[Tensor]] = {}
+        self._statistics: dict[str, list[Tensor]] = {}
 
     @property
     def ffns(self) -> list[FFN]:
@@ -112,18 +113,18 @@ class TextCalibration:
 
     @torch.no_grad()
     def sums(self, observe: Observe) -> list[Tensor]:
-        """Per layer [F] fp32: the sum over all tokens of what `observe` makes of them (`Part.observe`)."""
-        return self.once(named(observe), lambda: self._measure(observe))
+        """Return per layer [F] fp32 the sum of `observe` over all tokens (`Part.observe`)."""
+        return self.once(statistic_name(observe), lambda: self._measure(observe))
 
     @torch.no_grad()
     def moments(self) -> list[Moments]:
-        """Per layer, mean and variance of each neuron's activation over all tokens."""
-        found = self.once("moments", self._moments)
-        return [Moments(*found[i : i + 3]) for i in range(0, len(found), 3)]
+        """Return per layer mean and variance of each neuron's activation over all tokens."""
+        tensors = self.once("moments", self._moments)
+        return [Moments(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
 
     @torch.no_grad()
     def visit(self, see: See) -> None:
-        """Show what enters FFNs and down projections: see(layer, x [T, D], h [T, F] fp32), passage by passage."""
+        """Call see(layer, x [T, D], h [T, F] fp32) with the inputs of FFNs and down projections, per passage."""
         inputs: dict[int, Tensor] = {}
 
         def enter(layer: int) -> Any:
@@ -137,19 +138,19 @@ class TextCalibration:
                 handle.remove()
 
     def once(self, name: str | None, measure: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """A statistic on the CPU, measured if it is not known. name: what tells it from others; None: nothing does."""
+        """Return a statistic on the CPU, from the cache if possible. name: its cache key; None: not cached."""
         if name is None:
             return measure()
-        if name not in self._known:
+        if name not in self._statistics:
             text = hashlib.sha256(self._text().encode()).hexdigest()
             of = {"statistic": name, "text": text, "tokens": self.passages.tokens, "seed": self.passages.seed}
-            found = None if self.kept is None else self.kept.get(of)
-            if found is None:
-                found = [tensor.cpu() for tensor in measure()]
-                if self.kept is not None:
-                    self.kept.put(of, found)
-            self._known[name] = found
-        return self._known[name]
+            tensors = None if self.cache is None else self.cache.get(of)
+            if tensors is None:
+                tensors = [tensor.cpu() for tensor in measure()]
+                if self.cache is not None:
+                    self.cache.put(of, tensors)
+            self._statistics[name] = tensors
+        return self._statistics[name]
 
     def _text(self) -> str:
         if self.tokenizer is None:
@@ -157,7 +158,7 @@ class TextCalibration:
         return self.path() if callable(self.path) else read_text(self.path, "calibration text", "give a text file")
 
     def _moments(self) -> list[Tensor]:
-        """Of every layer mean, variance and code_variance."""
+        """Return mean, variance and code_variance of every layer, one after the other."""
         running: dict[int, Running] = {}
         ffns = self.ffns
 
@@ -168,11 +169,11 @@ class TextCalibration:
             running[layer].add(h)
 
         self._run(take)
-        found = [running[f.layer].moments for f in ffns]
-        return [tensor for m in found for tensor in (m.mean, m.variance, m.code_variance)]
+        moments = [running[f.layer].moments for f in ffns]
+        return [tensor for m in moments for tensor in (m.mean, m.variance, m.code_variance)]
 
     def projection(self) -> list[Projection]:
-        """Per layer, what its neurons write to the vocabulary. A matrix product of the size of FFNs x vocabulary."""
+        """Return per layer its neurons' projections onto the vocabulary: a product of the size of FFNs x vocabulary."""
         if self._projection is None:
             self._projection = project(self.model, self.ffns)
         return self._projection
@@ -190,7 +191,7 @@ class TextCalibration:
         return [totals[f.layer] for f in ffns]
 
     def _run(self, take: Callable[[int, Tensor], None]) -> None:
-        """Run the text, passage by passage. take: given each layer's index and its h of a passage, [T, F] fp32."""
+        """Run the text, passage by passage. take: called with each layer's index and its h, [T, F] fp32."""
         ids = torch.tensor(self.tokenizer(self._text(), verbose=False)["input_ids"])
         bos = getattr(self.tokenizer, "bos_token_id", None)
         skip = int(bos is not None and len(ids) > 0 and int(ids[0]) == bos)  # segments begin as prompts do, uncounted
@@ -221,7 +222,7 @@ class TextCalibration:
 
 @dataclass(frozen=True)
 class Counting:
-    """Sums of what `observe` makes of tokens, [B, F], and in one more column of their weights."""
+    """`observe`, [B, F], with the sum of the tokens' weights in one more column."""
 
     observe: Observe
 
@@ -232,25 +233,25 @@ class Counting:
 
 
 def means(calibration: Calibration, observe: Observe) -> list[Tensor]:
-    """Per layer [F] fp32: the mean over the calibration text's tokens of what `observe` makes of them."""
+    """Return per layer [F] fp32 the mean of `observe` over the calibration text's tokens."""
     return [sums[:-1] / sums[-1] for sums in calibration.sums(Counting(observe))]
 
 
-def named(does: Callable[..., Any]) -> str | None:
-    """What tells the statistics of a part from those of others: its class, fields, and code where that is not ours.
+def statistic_name(method: Callable[..., object]) -> str | None:
+    """Return the cache key of a part's statistics: its class and fields, and its code if it is not built in.
 
     Args:
-        does: a method of the part; None comes back where it is none, and nothing can be said.
+        method: a method of the part; the result is None for other callables.
     """
-    counting = isinstance(does, Counting)
-    part = getattr(does.observe if isinstance(does, Counting) else does, "__self__", None)
+    counting = isinstance(method, Counting)
+    part = getattr(method.observe if isinstance(method, Counting) else method, "__self__", None)
     module = inspect.getmodule(type(part))
     if part is None or module is None:
         return None
-    said = f"{type(part).__module__}.{type(part).__qualname__} {part!r}{' and a count' if counting else ''}"
+    name = f"{type(part).__module__}.{type(part).__qualname__} {part!r}{' and a count' if counting else ''}"
     if type(part).__module__.split(".")[0] == PACKAGE:
-        return said
+        return name
     try:
-        return f"{said} {source_hash(inspect.getsource(module))}"
+        return f"{name} {source_hash(inspect.getsource(module))}"
     except (OSError, TypeError):  # typed at a prompt
         return None

@@ -1,4 +1,4 @@
-"""What a calibration text says of the inputs of matrices: quantiles, sums of squares."""
+"""Statistics of the inputs of matrices on a calibration text: quantiles, sums of squares."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.calibration.calibration import Calibration
 
 BELOW_ALL = -1.0  # magnitudes are never negative: none lies below it
-LOW_BITS = 13  # of a float32, left out of a bin: 10 bits of the mantissa stay, and a bin is .1 % wide
+LOW_BITS = 13  # of a float32, ignored in a bin: 10 bits of the mantissa stay, and a bin is .1 % wide
 BINS = 1 << (31 - LOW_BITS)
 
 
 class Distribution:
-    """How often magnitudes of every size came up, in bins by the leading bits of a float32.
+    """A histogram of magnitudes, in bins by the leading bits of a float32.
 
-    The bit patterns of positive numbers are in the order of the numbers, so no range has to be known beforehand.
+    The bit patterns of positive numbers have the order of the numbers, so the bins need no range.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Distribution:
         self.counts += torch.bincount(patterns, minlength=BINS).cpu()
 
     def quantile(self, share: float) -> float:
-        """The lower edge of the bin in which this share of the numbers is reached: no more of them lie below it."""
+        """Return the lower edge of the bin that reaches this share of the numbers: at most the share lies below it."""
         if share <= 0:
             return BELOW_ALL
         reached = self.counts.cumsum(0) >= math.ceil(share * int(self.counts.sum()) - 1e-6)  # .6 * 5 is 3
@@ -40,7 +40,7 @@ class Distribution:
 
 
 class Quantile:
-    """The number that as many magnitudes of all tokens are above as the tokens are to take."""
+    """The threshold that as many magnitudes of all tokens exceed as the tokens are to take."""
 
     def __init__(self) -> None:
         self.distribution, self.share = Distribution(), 0.0
@@ -74,12 +74,12 @@ class MeanLeast:
 
 
 def squares_of_inputs(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    """Per layer [D] fp32: the sums over the text of the squares of x."""
+    """Return per layer [D] fp32 the sums of squares of x over the text."""
     return all_squares(ffns, calibration)[::2]
 
 
 def all_squares(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    """Layer by layer [D] and [F] fp32: the sums over the text of the squares of x and of h."""
+    """Return the sums of squares of x [D] and of h [F] over the text, fp32, layer by layer."""
     return calibration.once("squares of inputs", lambda: _squares(ffns, calibration))
 
 

@@ -1,4 +1,4 @@
-"""Mean and variance of each neuron's activation over the tokens of a text, whose passages come one after the other."""
+"""Mean and variance of each neuron's activation over the tokens of a text, passage by passage."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one layer, over all tokens: [F] fp32 each.
+    """Moments of one layer over all tokens: [F] fp32 each.
 
     Attributes:
-        mean: of h. variance: of h, over n and not n - 1.
-        code_variance: what FLAP's code has in its place, see `Running`.
+        mean: of h.
+        variance: of h, divided by n and not n - 1.
+        code_variance: the quantity that FLAP's code uses instead, see `Running`.
     """
 
     mean: Tensor
@@ -25,9 +26,9 @@ class Moments:
 class Running:
     """Moments of one layer, passage by passage, in fp32.
 
-    Squares are taken of distances from means, so that a constant on h moves no digit that counts. FLAP's code
-    (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/layerwrapper.py`) updates its mean in place before it takes the old one: of the
-    m-th passage it adds S_m = sum_t (h_t - mean of the first m passages' means)^2, the first one nothing, as
+    Squares are of distances from means, so that a constant added to h costs no precision. FLAP's code
+    (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/layerwrapper.py`) updates its mean in place before it reads the old one. Its m-th
+    passage adds S_m = sum_t (h_t - mean of the first m passages' means)^2, and the first one nothing, as
 
         variance_m = (m - 2) / (m - 1) * variance_(m - 1) + S_m / m
     """
@@ -37,7 +38,7 @@ class Running:
         self.mean, self.squares, self.middle, self.code = (torch.zeros(size, device=device) for _ in range(4))
 
     def add(self, h: Tensor) -> None:
-        """Count a passage. h: [T, F] fp32, T at least 1."""
+        """Add a passage. h: [T, F] fp32, T at least 1."""
         n, mean = len(h), h.mean(0)
         within = (h - mean).square().sum(0)
         before, after = self.tokens, self.tokens + n
@@ -53,5 +54,5 @@ class Running:
 
     @property
     def moments(self) -> Moments:
-        """Of the passages so far."""
+        """Moments of the passages so far."""
         return Moments(self.mean, self.squares / max(1, self.tokens), self.code)

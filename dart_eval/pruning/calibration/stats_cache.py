@@ -1,7 +1,7 @@
-"""What takes time to make of a model, kept in the cache folder: statistics of calibrations, weights as whole numbers.
+"""A cache on disk of slow computations on a model: calibration statistics, weights as integer codes.
 
-One file for each, named by a hash of all that it depends on: model, weights as they are served, text,
-passages, code. A file holds a digest of its tensors; one that does not agree is made anew. All may be deleted at will.
+Each has a file, named by a hash of all that it depends on: model, served weights, text, passages, code. A file holds a
+digest of its tensors and is replaced if the digest does not match. All files may be deleted at will.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -25,40 +24,45 @@ log = logging.getLogger(__name__)
 
 
 def folder() -> Path:
-    """Where statistics are: beside the demo model."""
+    """Return the folder of statistics, beside the demo model."""
     return cache_dir() / "calibration"
 
 
 @dataclass(frozen=True)
 class StatsCache:
-    """Those of one model. about: all that tells it from others, as plain data. kind: of what, if no statistics."""
+    """The cache of one model.
 
-    about: Mapping[str, Any]
+    Attributes:
+        about: plain data that identifies the model.
+        kind: name of the folder; None for statistics.
+    """
+
+    about: Mapping[str, object]
     kind: str | None = None
 
-    def _path(self, of: Mapping[str, Any]) -> Path:
+    def _path(self, of: Mapping[str, object]) -> Path:
         key = json.dumps([dict(self.about), dict(of)], sort_keys=True)
         place = folder() if self.kind is None else folder().with_name(self.kind)
         return place / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def get(self, of: Mapping[str, Any]) -> list[Tensor] | None:
-        """The tensors that were kept; None where there are none, or they are damaged. of: which statistic of what."""
+    def get(self, of: Mapping[str, object]) -> list[Tensor] | None:
+        """Return cached tensors; None if there are none or they are damaged. of: identifies the statistic."""
         path = self._path(of)
         try:
             with safe_open(path, "pt") as file:
-                said = (file.metadata() or {}).get("digest")
-                found = [file.get_tensor(f"{i}") for i in range(len(file.keys()))]
+                digest = (file.metadata() or {}).get("digest")
+                tensors = [file.get_tensor(f"{i}") for i in range(len(file.keys()))]
         except (OSError, SafetensorError) as error:
             if path.exists():
                 log.warning("%s is damaged (%s): made anew", path, error)
             return None
-        if said != _digest(found):
+        if digest != _digest(tensors):
             log.warning("%s is damaged: made anew", path)
             return None
-        return found
+        return tensors
 
-    def put(self, of: Mapping[str, Any], tensors: list[Tensor]) -> None:
-        """Keep them, if the cache can be written. tensors: on the CPU."""
+    def put(self, of: Mapping[str, object], tensors: list[Tensor]) -> None:
+        """Store tensors, if the cache can be written. tensors: on the CPU."""
         path = self._path(of)
         named = {f"{i}": tensor.contiguous() for i, tensor in enumerate(tensors)}
         try:

@@ -1,4 +1,4 @@
-"""What each neuron writes to the vocabulary: factors on scores that no token changes (arXiv 2601.22632's code)."""
+"""Projections of neurons onto the vocabulary: factors on scores that no token changes (arXiv 2601.22632's code)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CHUNK_BYTES = 256 << 20  # of the projection onto the vocabulary held at a time
 
 @dataclass(frozen=True)
 class Projection:
-    """What each neuron of a layer writes to the vocabulary. largest, mean: [F] fp32, over |Phi_jv|."""
+    """Logits that each neuron of a layer writes: largest and mean |Phi_jv|, [F] fp32 each."""
 
     largest: Tensor
     mean: Tensor
 
     def factor(self, kind: str) -> Tensor:
-        """The factor on an activation norm, [F]: `max`, `mean`, `combined` or `product` (that of two scores)."""
+        """Return the factor on an activation norm, [F]: `max`, `mean`, `combined` or `product` (of two scores)."""
         return {
             "max": self.largest,
             "mean": self.mean,
@@ -35,10 +35,10 @@ class Projection:
 
 @torch.no_grad()
 def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
-    """Phi = (E diag(g) W_down)^T per layer, reduced over the vocabulary in chunks, fp32.
+    """Compute Phi = (E diag(g) W_down)^T per layer, reduced over the vocabulary in chunks, fp32.
 
-    E is the output head (not the input embedding, which untied models do not share), g the gains of the norms that a
-    neuron's output passes on its way there: the layer's output norm, if it has one, and the final norm.
+    E is the output head (not the input embedding, which untied models do not share). g are the gains of the norms
+    between a neuron's output and the head: the layer's output norm, if it has one, and the final norm.
 
     Raises:
         UserError: the model projects its last hidden states before the output head.
@@ -51,7 +51,7 @@ def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
             "use score.vocabulary=none",
         )
     last = gain(final_norm(model), width)
-    found = []
+    projections = []
     for ffn in ffns:
         down = ffn.output_weight().float()  # [D, F]
         own = gain(ffn.output, width) if ffn.output is not ffn.down else torch.ones(width)
@@ -63,14 +63,14 @@ def project(model: nn.Module, ffns: Sequence[FFN]) -> list[Projection]:
             phi = (part.to(down.device).float() @ down).abs_()  # [v, F]
             largest = torch.maximum(largest, phi.amax(0))
             total += phi.sum(0)
-        found.append(Projection(largest, total / head.shape[0]))
-    return found
+        projections.append(Projection(largest, total / head.shape[0]))
+    return projections
 
 
 def gain(norm: nn.Module | None, width: int) -> Tensor:
-    """[D] fp32: the elementwise factor of a norm, read off its response to +1, -1, +1 ... (ones without a norm).
+    """Return [D] fp32 the elementwise factor of a norm, from its response to +1, -1, +1 ... (ones without a norm).
 
-    Such a vector has mean 0 and mean square 1, so that RMS and layer norms alike answer with their factor alone.
+    That vector has mean 0 and mean square 1, so that RMS and layer norms alike respond with their factor alone.
     """
     if norm is None:
         return torch.ones(width)

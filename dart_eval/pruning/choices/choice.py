@@ -1,8 +1,8 @@
 """Choices: which neurons of the mask a token computes, matrix by matrix.
 
-A choice says which matrices it reads for the whole mask before it can choose, and how much each neuron matters to the
-token; how many neurons it then takes follows from the sparsity, so that the bytes read are met exactly. A new choice is
-those two things in one class, in a file of its own (docs/extending.md).
+A choice defines the matrices that it reads for the whole mask before it chooses, and the importance of each neuron to
+the token. The number of neurons taken follows from the sparsity, so that the bytes read are met exactly. A new choice
+is one class with these two definitions, in a file of its own (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -26,23 +26,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class Token:
-    """The tokens of a decoding forward in one layer: what it has computed for them, and what their sequences allow.
+    """The tokens of a decoding forward in one layer: their activations, and the neurons that their sequences allow.
 
     Attributes:
         h: [B, T, F] (or the mask's neurons alone), the input of the down projection.
-        gate: the same of act(gate x); of a plain FFN h itself.
-        up: the same of up x; of a plain FFN h itself.
-        context_rms: [B, 1, F] fp32, the root of what `observe` summed over the context's tokens, up to a factor per
-            sequence; None where it sums nothing.
-        x: [B, T, D], the input of the FFN. rows: [K], the neurons that the others have, where they are not all.
+        gate: [B, T, F], act(gate x); h itself in a plain FFN.
+        up: [B, T, F], up x; h itself in a plain FFN.
+        context_rms: [B, 1, F] fp32, root of the sum that `observe` returned for the context, up to a factor per
+            sequence; None if there is none.
+        x: [B, T, D], the input of the FFN.
+        rows: [K], the neurons that the other tensors hold; None: all.
         allowed: [B or 1, 1, F] bool, the neurons of each sequence's mask.
-        taken, written: [B] long, how many of them each sequence's tokens take and write.
-        core: [B, 1, F] bool, the neurons that every token takes; None where the choice has no core.
-        alone: gives [B, T, F] fp32, the mask's score as it would be of each token alone.
-        preview: [B, T, F], h as a preview of gate and up has it; None where there is none.
-        expected: [B, T, F] fp32, the square of h that is to be expected from it.
-        columns: [B or 1, T or 1, F] fp32, squares of the norms of the neurons' columns of down, where these count.
-        threshold: of the layer, where the choice has one.
+        taken: [B] long, neurons that each sequence's tokens take.
+        written: [B] long, neurons that each sequence's tokens write.
+        core: [B, 1, F] bool, the neurons that every token takes; None without a core.
+        alone: returns [B, T, F] fp32, the mask's score of each token alone.
+        preview: [B, T, F], h according to a preview of gate and up; None without one.
+        expected: [B, T, F] fp32, the expected square of h given the preview.
+        columns: [B or 1, T or 1, F] fp32, squared norms of the neurons' columns of down, if the choice uses them.
+        threshold: of the layer, if the choice has one.
     """
 
     h: Tensor
@@ -63,7 +65,7 @@ class Token:
 
 
 def of_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """[..., F] -> [..., K], of these neurons; as it is where all are asked for."""
+    """Select neurons: [..., F] -> [..., K]. rows: None for all."""
     return x if rows is None else x.index_select(-1, rows)
 
 
@@ -71,7 +73,7 @@ class ChoiceLayer:
     """A choice at work on one FFN.
 
     Attributes:
-        threshold: the number that a neuron's importance must be above; None where the choice counts.
+        threshold: the number that a neuron's importance must exceed; None if the choice takes a count.
     """
 
     def __init__(self, choice: AnyChoice, ffn: FFN) -> None:
@@ -79,16 +81,16 @@ class ChoiceLayer:
         self.threshold: float | None = None
 
     def look(self, token: Token) -> Token:
-        """The token with what the choice reads before it chooses, beside what the layer has computed."""
+        """Add to the token what the choice reads before it chooses."""
         token.threshold = self.threshold
         return token
 
     def choose(self, token: Token) -> Tensor:
-        """The neurons that each token computes to the end: [B, T, F] bool."""
+        """Return the neurons that each token computes to the end: [B, T, F] bool."""
         return self.choice.choose(self.look(token))
 
     def extra(self) -> Tensor | None:
-        """[B, T, D], to be added to the FFN's output for the tokens that chose last; None: nothing."""
+        """Return [B, T, D] to add to the FFN's output for the tokens that chose last; None for nothing."""
         return None
 
 
@@ -98,17 +100,17 @@ class AnyChoice(Part):
 
     Attributes:
         chooses: whether tokens choose; if not, they compute the whole mask.
-        sized: whether the sparsity decides how many neurons tokens take, each of them or on average.
-        exact: whether every token takes as many neurons; if not, the number differs and is measured.
+        sized: whether the sparsity sets the number of neurons taken, per token or on average.
+        exact: whether every token takes the same number of neurons; if not, the number is measured.
         needs_up: whether `observe` needs up x.
-        reads_whole: the matrices of a gated FFN of which it reads the rows of the whole mask before it chooses: `gate`,
-            `up`, both or none. A plain FFN has `up` alone, which tells its h: it is read whole unless there are none.
-        previews: whether it reads a preview of gate and up for the whole mask in their place (`previews.Previewing`).
-        ranks: whether it goes by the mask's score of the token alone, beside a core of the mask that is always taken.
-        adds: whether something is added to the FFN's output for what is not taken (`ChoiceLayer.extra`).
-        upper_bound: whether it knows h before it has read what h is made of.
-        write_share: of the neurons that it takes, the share whose columns of down are read.
-        mask_ratio: neurons in the mask, as a multiple of the weights read, where the mask is not of everything.
+        reads_whole: the matrices of a gated FFN that it reads for the whole mask before it chooses: `gate`, `up`, both
+            or none. A plain FFN reads `up` in full, which gives h, unless the tuple is empty.
+        previews: whether it reads a preview of gate and up for the whole mask instead (`preview.Previewing`).
+        ranks: whether it uses the mask's score of the token alone, beside a core of the mask that is always taken.
+        adds: whether neurons that are not taken add to the FFN's output (`ChoiceLayer.extra`).
+        upper_bound: whether it uses h before reading the weights that h is made from.
+        write_share: share of the taken neurons whose columns of down are read.
+        mask_ratio: neurons in the mask as a multiple of the weights read, unless the mask holds everything.
         gathers: whether `copied` execution can read the chosen rows alone (`kernels.chosen`, `previewed`).
     """
 
@@ -131,15 +133,15 @@ class AnyChoice(Part):
         return self.exact
 
     def at(self, read: float) -> AnyChoice:
-        """The choice where so large a share of 16-bit weights' bytes is read: what goes by that is settled."""
+        """Return the choice with the settings that depend on the share of 16-bit weights' bytes that is read."""
         return self
 
     def serving(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving | None:
-        """What stands in for weights of 16 bits inside a session; None: they stay as they are."""
+        """Return the codes that replace 16-bit weights inside a session; None leaves the weights as they are."""
         return None
 
     def check_weights(self, ffns: Sequence[FFN], sparsity: float) -> None:
-        """Refuse weights that it is not made for.
+        """Refuse weights that it does not support.
 
         Raises:
             UserError: with the reason.
@@ -149,91 +151,94 @@ class AnyChoice(Part):
         self, ffns: Sequence[FFN], orders: Sequence[Tensor | None], taken: Sequence[int],
         calibration: Calibration | None,
     ) -> list[ChoiceLayer]:  # fmt: skip
-        """The choice at work on the FFNs of a model.
+        """Attach the choice to the FFNs of a model.
 
         Args:
-            orders: per layer, of the columns of gate and up, see `Preview`. taken: [L] neurons that a token takes.
+            orders: per layer, the order of the columns of gate and up, see `Preview`.
+            taken: [L] neurons that a token takes.
         """
         return [ChoiceLayer(self, ffn) for ffn in ffns]
 
     # -- what it reads ---------------------------------------------------------------------------------------
 
-    def prices(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[ReadCost] | None:
-        """Per layer, what is read of a neuron, where that is not rows and columns of whole matrices; else None.
+    def read_costs(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[ReadCost] | None:
+        """Return the read cost per layer if it is not in rows and columns of whole matrices; else None.
 
         Args:
-            everything: all neurons are in the mask. unit: bits of a weight, of a model whose sparsity is 0.
+            everything: whether all neurons are in the mask.
+            unit: bits of a weight at sparsity 0.
         """
         return None
 
-    def prices_of(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost | None:
-        """The same from sizes alone, in the worst layer. bits: of a weight, as it is served."""
+    def worst_read_cost(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost | None:
+        """Return the read cost of the worst layer, from sizes alone. bits: bits of a served weight."""
         return None
 
-    def paid(self, prices: ReadCost) -> tuple[float, float, float, float]:
-        """What is read of each neuron, and besides of each in the mask, taken and written."""
-        return prices.always, prices.in_mask, prices.taken, prices.written
+    def cost_terms(self, read_cost: ReadCost) -> tuple[float, float, float, float]:
+        """Return the read cost of a neuron: always, in addition if in the mask, if taken, and if written."""
+        return read_cost.always, read_cost.in_mask, read_cost.taken, read_cost.written
 
     def stored(self, ffns: Sequence[FFN]) -> int:
-        """Bytes that it keeps beside the model."""
+        """Return the bytes that it stores beside the model."""
         return 0
 
     def mask_share(self, read: float, matrices: int) -> float:
-        """The share of the neurons in the mask. read: share of the weights that a token reads."""
+        """Return the share of the neurons in the mask. read: share of the weights that a token reads."""
         return min(1.0, self.mask_ratio * read)
 
     def counts(self, budget: Budget) -> Counts:
-        """How many neurons of each layer are in the mask, are taken by a token, and are written by it.
+        """Return the neurons per layer: in the mask, taken by a token, and written by it.
 
         Raises:
-            UserError: what it reads whole is more than the sparsity leaves.
+            UserError: the matrices read in full exceed what the sparsity leaves.
         """
-        whole = min(len(self.reads_whole), budget.matrices - 1)
+        full_matrices = min(len(self.reads_whole), budget.matrices - 1)
         ratio = None if budget.whole_mask else self.mask_ratio
-        share = self.write_share if self.exact else 1.0  # what is above a threshold is written
-        return chosen_counts(budget, whole, ratio, share, self.title)
+        share = self.write_share if self.exact else 1.0  # all neurons above a threshold are written
+        return chosen_counts(budget, full_matrices, ratio, share, self.title)
 
     # -- what it takes ---------------------------------------------------------------------------------------
 
     def parts_of(self, x: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The parts of x by which a preview goes in all of its bits, and in one bit fewer; None: no such part.
+        """Split x into the part that a preview multiplies with all bits, and the part with one bit fewer, or None.
 
         Args:
-            x: [..., D]. order: [D], where columns of gate and up lie elsewhere than their entries: these, in order.
+            x: [..., D].
+            order: [D], the stored order of the columns of gate and up; None: their own.
         """
         return x, None
 
-    def roughly(self, token: Token, kept: Tensor) -> Tensor:
-        """[B, T, F] bool, the neurons that write as the preview has them, where it `adds`. kept: those taken."""
+    def approximated(self, token: Token, chosen: Tensor) -> Tensor:
+        """Return [B, T, F] bool, the neurons that write their previewed value, if it `adds`. chosen: the taken ones."""
         raise NotImplementedError
 
     def importance(self, token: Token) -> Tensor:
-        """How much each neuron matters to each token: [B, T, F], not negative, in any dtype."""
+        """Return the importance of each neuron to each token: [B, T, F], not negative, in any dtype."""
         raise NotImplementedError
 
     def core(self, taken: Tensor) -> Tensor:
-        """How many neurons of the mask every token takes, where it `ranks`. taken: how many it takes, any shape."""
+        """Return the number of neurons that every token takes, if it `ranks`. taken: taken in all, any shape."""
         raise NotImplementedError
 
     def choose(self, token: Token) -> Tensor:
-        """The neurons that each token computes to the end: [B, T, F] bool."""
+        """Return the neurons that each token computes to the end: [B, T, F] bool."""
         from dart_eval.kernels.top import largest
 
         assert token.allowed is not None and token.taken is not None and token.written is not None
         if token.threshold is not None:
             return (self.importance(token) > token.threshold) & token.allowed
-        kept = largest(self.importance(token), token.allowed, token.taken)
+        chosen = largest(self.importance(token), token.allowed, token.taken)
         if bool((token.written < token.taken).any()):
-            kept = largest(token.h.abs(), kept, token.written)
-        return kept
+            chosen = largest(token.h.abs(), chosen, token.written)
+        return chosen
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        return 3 * mask if self.chooses else 0.0  # a score, its factor, and |h| of what is taken
+        return 3 * mask if self.chooses else 0.0  # a score, its factor, and |h| of the taken neurons
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(AnyChoice):
-    """Base of choices that go with every mask: they need no ranking of a sequence's neurons."""
+    """Base of choices that work with every mask: they need no ranking of a sequence's neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +259,5 @@ class Inside(Choice):
     """Base of choices by one number of each neuron, inside any mask."""
 
     mask_ratio: float = option(  # type: ignore[misc]
-        1.6,
-        "neurons in the mask, as a multiple of the weights read (mask=everything ignores it)",
-        least=1,
+        1.6, "neurons in the mask, as a multiple of the weights read (mask=everything ignores it)", least=1
     )

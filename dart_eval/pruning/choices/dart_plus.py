@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DartPlus(Previewing):
-    """The neurons that a preview leaves most open are read exactly; the next ones write as it has them.
+    """The neurons that a preview leaves most uncertain are read exactly; the next ones write their previewed value.
 
-    Every token reads the first bits of gate and up, which lets it expect h^2 of each neuron (`Preview.look`). Of some
-    it reads also the rest of their rows, and their columns of down; of the next ones the first bits of their columns
-    alone: their h is the preview's. Those are read exactly for which
+    Every token reads the first bits of gate and up, and so expects an h^2 of each neuron (`Preview.look`). Of some
+    neurons it also reads the rest of their rows, and their columns of down. Of the next ones it reads the first bits of
+    their columns alone, and their h is the preview's. A neuron is read exactly if
+
 
         (E[h^2] - preview^2 + known * preview^2) * norm^2
 
-    is largest, with the norm of the neuron's column of down: the preview leaves E[h^2] - preview^2 open, and the first
-    bits of down spoil a share of what is known (`known`). Of the others those with the largest E[h^2] * norm^2 write.
+    is among the largest, with the norm of its column of down: the preview leaves E[h^2] - preview^2 open, and the first
+    bits of down spoil the share `known` of the rest. Of the others, the largest E[h^2] * norm^2 write.
 
-    Where bytes are short, a preview skips columns of gate and up, too, in tiles: it reads those in which x has the
-    largest norm in all of its bits (`fine`), and the next ones in one bit fewer (`rough`). Columns lie in the order of
-    their mean x^2 on the calibration text, so that tiles differ. This project's own.
+    If bytes are short, a preview also skips columns of gate and up, in tiles. It reads the tiles in which x has the
+    largest norm in all of its bits (`fine`), and the next ones in one bit fewer (`rough`). Columns are sorted by their
+    mean x^2 on the calibration text, so that tiles differ. This project's own.
     """
 
     name = "graded"
@@ -79,7 +80,7 @@ class DartPlus(Previewing):
         return dataclasses.replace(self, image=image.at(level), fine=columns.fine, rough=columns.rough)
 
     def _tiles(self, width: int) -> tuple[int, int, int]:
-        """How many tiles there are, are read in all bits of a preview, and in one bit fewer."""
+        """Return the number of tiles: in all, read in all bits of a preview, and in one bit fewer."""
         tiles = -(-width // self.tile)
         fine = min(tiles, max(1, round((self.fine or 1) * tiles)))
         return tiles, fine, min(tiles - fine, round(self.rough * tiles))
@@ -111,10 +112,10 @@ class DartPlus(Previewing):
     def counts(self, budget: Budget) -> Counts:
         return graded_counts(budget, self.coarse, self.title)
 
-    def paid(self, prices: ReadCost) -> tuple[float, float, float, float]:
-        assert prices.approximated is not None
-        exact = prices.taken + prices.written - prices.approximated  # those taken are written too
-        return prices.always, prices.in_mask, exact, prices.approximated
+    def cost_terms(self, read_cost: ReadCost) -> tuple[float, float, float, float]:
+        assert read_cost.approximated is not None
+        exact = read_cost.taken + read_cost.written - read_cost.approximated  # taken neurons are written too
+        return read_cost.always, read_cost.in_mask, exact, read_cost.approximated
 
     def importance(self, token: Token) -> Tensor:
         assert token.expected is not None and token.columns is not None
@@ -125,55 +126,55 @@ class DartPlus(Previewing):
 
         assert token.expected is not None and token.columns is not None and token.preview is not None
         assert token.allowed is not None and token.taken is not None
-        known = (1 - self.known) * token.preview.float().square()
-        return largest((token.expected - known).clamp(min=0) * token.columns, token.allowed, token.taken)
+        certain = (1 - self.known) * token.preview.float().square()
+        return largest((token.expected - certain).clamp(min=0) * token.columns, token.allowed, token.taken)
 
-    def roughly(self, token: Token, kept: Tensor) -> Tensor:
+    def approximated(self, token: Token, chosen: Tensor) -> Tensor:
         from dart_eval.kernels.top import largest
 
         assert token.allowed is not None and token.taken is not None and token.written is not None
-        return largest(self.importance(token), token.allowed & ~kept, token.written - token.taken)
+        return largest(self.importance(token), token.allowed & ~chosen, token.written - token.taken)
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        # The previews of gate and up, choosing by them, and the image of down for what writes so, at most of all.
+        # Previews of gate and up, the choice, and the image of down for at most all neurons.
         seen = sum(self.columns(shape.width)) * (shape.ffn_matrices - 1)
         return 2 * mask * shape.width * (seen + 1) + 19 * mask
 
 
 def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Counts:
-    """How many neurons of every layer are taken exactly, and how many write, some of them as an image shows them.
+    """Return the neurons per layer that are taken exactly, and that write exactly or by their previewed value.
 
-    matrices * read = whole * all + (taken + written) * taken neurons + coarse * other neurons that write. It is never
-    exceeded, and by less than a neuron not met.
+    matrices * read = before * all + (taken + written) * taken neurons + approximated * other neurons that write. The
+    budget is never exceeded, and missed by less than a neuron.
 
     Args:
-        ratio: neurons that write as an image shows them, as a multiple of those that are taken.
-        title: what the choice is called in an error.
+        ratio: neurons that write their previewed value, as a multiple of the taken ones.
+        title: the choice in an error message.
 
     Returns:
-        `written` counts all that write: those taken too.
+        Counts; `written` includes the taken neurons.
 
     Raises:
         UserError: the image takes more than the sparsity leaves.
     """
-    densities, sizes, sparsity, matrices, prices = (
-        budget.densities, budget.sizes, budget.sparsity, budget.matrices, budget.prices,
+    densities, sizes, sparsity, matrices, read_cost = (
+        budget.densities, budget.sizes, budget.sparsity, budget.matrices, budget.read_cost,
     )  # fmt: skip
-    assert prices is not None and prices.approximated is not None
-    everything, rough = sum(sizes), prices.approximated
-    before = prices.in_mask + prices.always  # of each neuron
+    assert read_cost is not None and read_cost.approximated is not None
+    everything, rough = sum(sizes), read_cost.approximated
+    before = read_cost.in_mask + read_cost.always  # of each neuron
     most = matrices * round((1.0 - sparsity) * everything) - before * everything
     if sparsity == 0:
-        return Counts(list(sizes), list(sizes), list(sizes), prices.in_mask)
+        return Counts(list(sizes), list(sizes), list(sizes), read_cost.in_mask)
     if most < 0:
         raise too_much(title, before / matrices, sparsity)
-    check_most(prices, matrices, sparsity, title)
-    exact = prices.taken + prices.written
+    check_most(read_cost, matrices, sparsity, title)
+    exact = read_cost.taken + read_cost.written
     wanted = []
     for density, n in zip(densities, sizes, strict=True):
-        left = max(0.0, (matrices * density - before) * n)
-        few = left / (exact + ratio * rough)
-        wanted.append(few if few * (1 + ratio) <= n else min(float(n), (left - rough * n) / (exact - rough)))
+        room = max(0.0, (matrices * density - before) * n)
+        few = room / (exact + ratio * rough)
+        wanted.append(few if few * (1 + ratio) <= n else min(float(n), (room - rough * n) / (exact - rough)))
     taken = exact_counts(wanted, sizes, min(everything, math.floor(sum(wanted) + 1e-9), math.floor(most / exact)))
     rest = most - exact * sum(taken)
     writing = [min(float(n), t + ratio * w) for n, t, w in zip(sizes, taken, wanted, strict=True)]
@@ -181,4 +182,4 @@ def graded_counts(budget: Budget, ratio: float, title: str = "the choice") -> Co
     others = exact_counts(
         [w - t for w, t in zip(writing, taken, strict=True)], more, min(sum(more), math.floor(rest / rough))
     )
-    return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], prices.in_mask)
+    return Counts(list(sizes), taken, [t + o for t, o in zip(taken, others, strict=True)], read_cost.in_mask)

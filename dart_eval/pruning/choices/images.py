@@ -1,7 +1,7 @@
-"""Images: what a token reads of gate and up before it chooses, coarser and cheaper than the weights themselves.
+"""Images: coarse, cheap versions of gate and up that a token reads before it chooses.
 
-An image is a copy of its own beside the model (`copy`, `low-rank`), or a part of the served weights (`first-bits`): of
-a row that is then chosen only the rest has to be read, and nothing is stored twice.
+An image is a copy beside the model (`copy`, `low-rank`) or a part of the served weights (`first-bits`). With the latter
+a chosen row needs only its remaining bits, and nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ class Columns(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What 16-bit weights are served as, and what a preview reads of them, by the share of the bytes that is read.
+    """The codes of 16-bit weights and their preview, for a range of the share of bytes read.
 
     Attributes:
-        least: share of the bytes from which on it holds. code: bits of a whole number.
-        bits: first bits of it that a preview reads. columns: shares of the columns of gate and up, see `Columns`.
+        least: lower bound of the share of bytes read.
+        code: bits of a code.
+        bits: first bits of a code that a preview reads.
+        columns: shares of the columns of gate and up.
     """
 
     least: float
@@ -54,18 +56,18 @@ LEVELS = (
 
 
 def level_of(read: float) -> Level:
-    """The level of a share of the bytes that is read. How they were chosen: results/setting.md."""
+    """Return the level for a share of bytes read. results/setting.md shows how the levels were chosen."""
     return next(level for level in LEVELS if read >= level.least)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image(Part):
-    """Base of all images of a matrix [F, D], whose rows are those of neurons.
+    """Base of all images of a matrix [F, D] with a row per neuron.
 
     Attributes:
-        stored: it is kept beside the model.
-        exact: it leaves nothing out.
-        served: what weights of 16 bits are served as while it is in use; None: as they are.
+        stored: whether it is stored beside the model.
+        exact: whether it equals the weights.
+        served: rounding of 16-bit weights while it is in use; None: no rounding.
     """
 
     slot = "image"
@@ -74,50 +76,46 @@ class Image(Part):
     served: ClassVar[Rounding | None] = None
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
-        """Bits of the image for each weight of the matrix.
-
-        Args:
-            served: bits of a weight. rows, width: of the matrix.
-        """
+        """Return the bits of the image per weight of a matrix [rows, width]. served: bits of a weight."""
         raise NotImplementedError
 
     def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
-        """Bits of the image that are read for each weight of the matrix; all that stands for several weights is."""
+        """Return the bits of the image that are read per weight. Scales of several weights are always read."""
         return self.bits_of(served, rows, width) * columns.fine
 
-    def rest(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
-        """Bits that are still to be read of each weight of a row that was chosen. Arguments as of `read`."""
+    def remaining_bits(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
+        """Return the bits left to read per weight of a chosen row. Arguments as of `bits_read`."""
         return served.total - (0.0 if self.stored else self.bits_read(served, rows, width, columns))
 
-    def coarse(self, served: Stored, rows: int, width: int) -> float:
-        """Bits that are read of each weight of a column of the image of down. Arguments as of `bits_of`."""
+    def down_bits(self, served: Stored, rows: int, width: int) -> float:
+        """Return the bits read per weight of a column of the image of down. Arguments as of `bits_of`."""
         return self.bits_of(served, rows, width)
 
-    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
-        """Bits for each weight of down that are read whichever of its columns are: scales stand for parts of rows.
+    def shared_bits(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+        """Return the bits per weight of down that any choice of columns reads, since scales span parts of rows.
 
         Args:
-            graded: columns of the image are read, too. The others as of `bits_of`.
+            graded: whether columns of the image are read, too. The others as of `bits_of`.
         """
         return served.scale
 
     def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
-        """[F, D] fp32, what the image says the weights are.
+        """Return [F, D] fp32, the weights according to the image.
 
         Args:
-            fewer: bits less of each weight, where the image is made of bits.
+            fewer: bits fewer of each weight, if the image is made of bits.
         """
         raise NotImplementedError
 
     def decoded(self, matrix: Served, fewer: int = 0) -> Callable[[], Tensor]:
-        """The same in the dtype of the weights, for every forward that asks."""
+        """Return a function that gives the same in the dtype of the weights, called by every forward."""
         approximate = self.approximate(matrix, fewer).to(matrix.weight.dtype)
         return lambda: approximate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(Image):
-    """The weights themselves: gate and up are read whole, and only down is chosen."""
+    """The weights themselves: gate and up are read in full, and only down is chosen."""
 
     name = "weights"
     summary = "is the weights themselves: gate and up are read whole"
@@ -129,7 +127,7 @@ class Weights(Image):
     def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         return served.scale + served.code * columns.fine
 
-    def coarse(self, served: Stored, rows: int, width: int) -> float:
+    def down_bits(self, served: Stored, rows: int, width: int) -> float:
         return served.code
 
     def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
@@ -152,10 +150,10 @@ class Copy(Image):
     def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         return self.bits_of(served, rows, width) - self.bits * (1 - columns.fine)
 
-    def coarse(self, served: Stored, rows: int, width: int) -> float:
+    def down_bits(self, served: Stored, rows: int, width: int) -> float:
         return self.bits
 
-    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+    def shared_bits(self, served: Stored, rows: int, width: int, graded: bool) -> float:
         return served.scale + (self.bits_of(served, rows, width) - self.bits) * graded
 
     def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
@@ -180,10 +178,10 @@ class LowRank(Image):
     def bits_read(self, served: Stored, rows: int, width: int, columns: Columns) -> float:
         return OWN_BITS * min(self.rank, rows, width) * (rows + columns.fine * width) / (rows * width)
 
-    def coarse(self, served: Stored, rows: int, width: int) -> float:
+    def down_bits(self, served: Stored, rows: int, width: int) -> float:
         return OWN_BITS * min(self.rank, rows, width) / rows
 
-    def across(self, served: Stored, rows: int, width: int, graded: bool) -> float:
+    def shared_bits(self, served: Stored, rows: int, width: int, graded: bool) -> float:
         return served.scale + OWN_BITS * min(self.rank, rows, width) / width * graded
 
     def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
@@ -195,11 +193,11 @@ class LowRank(Image):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBits(Image):
-    """The first bits of the whole numbers that FFN weights are served as: nothing is stored twice.
+    """The first bits of the integer codes of FFN weights: nothing is stored twice.
 
-    Weights of 16 bits are served as whole numbers inside a session, prompts too (`serving`). Those that `--ffn-bits`
-    rounds, and those of checkpoints on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors), are such numbers
-    already. First bits stand for the mean of a matrix's numbers that begin so. This project's own.
+    A session serves 16-bit weights as codes, to prompts too (`serving`). Weights rounded by `--ffn-bits`, and those of
+    checkpoints on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors), are codes already. First bits stand for
+    the mean of the matrix's codes that begin with them. This project's own.
     """
 
     name = "first-bits"
@@ -218,11 +216,11 @@ class FirstBits(Image):
         return Rounding(self.code, self.group) if self.code else None
 
     def at(self, level: Level) -> FirstBits:
-        """The same where what is settled by the share of the bytes that is read is that of a level."""
+        """Return the image with the settings of a level."""
         return self if self.code else dataclasses.replace(self, code=level.code, bits=self.bits or level.bits)
 
     def first(self, code_bits: float) -> float:
-        """Bits that a preview reads of a code of so many."""
+        """Return the bits that a preview reads of a code with `code_bits` bits."""
         return min(self.bits or int(code_bits + 1) // 2, code_bits)
 
     def bits_of(self, served: Stored, rows: int, width: int) -> float:
@@ -232,8 +230,8 @@ class FirstBits(Image):
         first = self.first(served.code)
         return served.scale + first * columns.fine + (first - 1) * columns.rough
 
-    def coarse(self, served: Stored, rows: int, width: int) -> float:
-        return self.first(served.code)  # scales stand for several columns: `across`
+    def down_bits(self, served: Stored, rows: int, width: int) -> float:
+        return self.first(served.code)  # scales stand for several columns: `shared_bits`
 
     def approximate(self, matrix: Served, fewer: int = 0) -> Tensor:
         import torch

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ByHidden(Inside):
-    """A token takes exactly k neurons, by |h|, as if h were known before anything is read.
-
-    No choice can be better informed.
-    """
+    """A token takes the k largest |h|, as if h were known before anything is read. No choice is better informed."""
 
     name = "hidden"
     summary = "takes the largest |h|, as if it were known beforehand (an upper bound)"
@@ -32,7 +29,7 @@ class ByHidden(Inside):
 class TopP(Choice):
     """A token takes the fewest neurons with the share p of its sum of |h|, as if h were known beforehand.
 
-    Their number differs from token to token and from layer to layer, so what is read is measured and not set.
+    Their number differs between tokens and layers, so the bytes read are measured and not set.
     """
 
     name = "top-p"
@@ -54,5 +51,5 @@ class TopP(Choice):
         assert token.allowed is not None
         mass, order = token.h.float().abs().masked_fill(~token.allowed, 0).sort(dim=-1, descending=True, stable=True)
         total = mass.cumsum(-1, dtype=torch.float64)
-        needed = total - mass < self.p * total[..., -1:]  # what is larger has less than the share
+        needed = total - mass < self.p * total[..., -1:]  # the larger ones alone have less than the share
         return torch.zeros_like(needed).scatter_(-1, order, needed)

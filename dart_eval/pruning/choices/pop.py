@@ -1,4 +1,4 @@
-"""A choice between two masks: some neurons are sure, and each token ranks the candidates anew."""
+"""A choice with a core: some neurons are always computed, and each token ranks the candidates anew."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Candidates(AnyChoice):
     width: float = option(0.1, "share of the neurons that are candidates", least=0, most=1)
 
     def core(self, taken: Tensor) -> Tensor:
-        """How many neurons are sure, where tokens take so many; any shape, long."""
+        """Return the size of the core, long. taken: neurons that a token takes, any shape."""
         return ((1 - self.width) * taken.double() + 1e-9).floor().long()
 
     def _taken(self, read: float, matrices: int) -> float:
-        """The share of the neurons that a token takes, where it reads that share of the weights."""
-        whole = matrices - 1
-        return (matrices * read - whole * self.width) / (whole * (1 - self.width) + 1)
+        """Return the share of the neurons that a token takes. read: share of the weights that it reads."""
+        ranked = matrices - 1
+        return (matrices * read - ranked * self.width) / (ranked * (1 - self.width) + 1)
 
     def mask_share(self, read: float, matrices: int) -> float:
         taken = self._taken(read, matrices)

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Previewing(Choice):
-    """Base of choices by a preview. What it reads of a weight is the image's affair (`images`).
+    """Base of choices by a preview, whose bits the image decides (`images`).
 
     Attributes:
-        image: what every token reads of gate and up for the whole mask.
-        doubts: whether it goes by what the image leaves out of each row, too.
+        image: the image of gate and up that every token reads for the whole mask.
+        uses_row_errors: whether the error of each image row counts, too.
         fewer: bits that a second, rougher image of gate and up lacks; 0: there is none.
     """
 
     previews = True
     image: ClassVar[Image]
-    doubts: ClassVar[bool] = True
+    uses_row_errors: ClassVar[bool] = True
     fewer: ClassVar[int] = 0
 
     def serving(self, ffns: Sequence[FFN], sparsity: float, calibration: Calibration | None) -> Serving | None:
@@ -70,58 +70,56 @@ class Previewing(Choice):
             if sparsity:
                 parameter_of(module)
 
-    # -- what it looks at ------------------------------------------------------------------------------------
-
     def columns(self, width: int) -> Columns:
-        """Which share of the columns of gate and up a preview reads. width: how many there are."""
+        """Return the shares of the columns of gate and up that a preview reads. width: D."""
         return Columns()
 
     # -- what it reads ---------------------------------------------------------------------------------------
 
-    def _doubt_bits(self, width: int) -> float:
-        """Bits of a neuron's doubts for each weight of its row; none where the image leaves nothing out."""
-        return 0.0 if self.image.exact or not self.doubts else SCALE_BITS * (1 + self.fewer) / width
+    def _row_error_bits(self, width: int) -> float:
+        """Return the bits of a neuron's row errors per weight of its row; 0 if the image is exact."""
+        return 0.0 if self.image.exact or not self.uses_row_errors else SCALE_BITS * (1 + self.fewer) / width
 
     def _norm_bits(self, width: int) -> float:
-        """Bits of the norm of a neuron's column of down, for each of its weights; none where nothing goes by it."""
+        """Return the bits of the norm of a neuron's column of down, per weight; 0 if the choice does not use it."""
         return SCALE_BITS / width if self.adds else 0.0
 
-    def prices(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[ReadCost]:
+    def read_costs(self, ffns: Sequence[FFN], everything: bool, unit: float) -> list[ReadCost]:
         return [self._price(ffn, everything, unit) for ffn in ffns]
 
     def _price(self, ffn: FFN, everything: bool, unit: float) -> ReadCost:
         from dart_eval.weights.rounding import served_inputs, served_output
 
         image, columns = self.image, self.columns(ffn.width)
-        whole = taken = 0.0
+        in_mask = taken = 0.0
         for matrix in served_inputs(ffn):
             bits, (rows, width) = matrix.stored, matrix.weight.shape
-            whole += image.bits_read(bits, rows, width, columns) + self._doubt_bits(ffn.width)
-            taken += image.rest(bits, rows, width, columns)
+            in_mask += image.bits_read(bits, rows, width, columns) + self._row_error_bits(ffn.width)
+            taken += image.remaining_bits(bits, rows, width, columns)
         down = served_output(ffn)
         rows, width = down.weight.shape
-        across = image.across(down.stored, rows, width, self.adds) / unit
-        whole = (whole + self._norm_bits(ffn.width)) / unit + across * everything
-        coarse = image.coarse(down.stored, rows, width) / unit
-        return ReadCost(whole, taken / unit, down.stored.code / unit, coarse, across * (not everything))
+        shared = image.shared_bits(down.stored, rows, width, self.adds) / unit
+        in_mask = (in_mask + self._norm_bits(ffn.width)) / unit + shared * everything
+        approximated = image.down_bits(down.stored, rows, width) / unit
+        return ReadCost(in_mask, taken / unit, down.stored.code / unit, approximated, shared * (not everything))
 
-    def prices_of(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost:
+    def worst_read_cost(self, sizes: Sequence[int], width: int, matrices: int, bits: Stored) -> ReadCost:
         image, unit, columns = self.image, bits.total, self.columns(width)
         if image.served is not None and bits.code == OWN_BITS:
             bits = image.served.stored(width)
         bits_read = sum(
-            size * (image.bits_read(bits, size, width, columns) + self._doubt_bits(width)) for size in sizes
+            size * (image.bits_read(bits, size, width, columns) + self._row_error_bits(width)) for size in sizes
         )
-        across = max(image.across(bits, width, size, self.adds) for size in sizes)
-        whole = ((matrices - 1) * bits_read / sum(sizes) + self._norm_bits(width) + across) / unit
-        rest = (matrices - 1) * image.rest(bits, sizes[0], width, columns) / unit
-        return ReadCost(whole, rest, bits.code / unit, image.coarse(bits, width, sizes[0]) / unit)
+        shared = max(image.shared_bits(bits, width, size, self.adds) for size in sizes)
+        in_mask = ((matrices - 1) * bits_read / sum(sizes) + self._norm_bits(width) + shared) / unit
+        rest = (matrices - 1) * image.remaining_bits(bits, sizes[0], width, columns) / unit
+        return ReadCost(in_mask, rest, bits.code / unit, image.down_bits(bits, width, sizes[0]) / unit)
 
     def stored(self, ffns: Sequence[FFN]) -> int:
         from dart_eval.weights.rounding import served_inputs, served_output
 
         inputs = [(f, m) for f in ffns for m in served_inputs(f)]
-        bits = sum(m.weight.numel() * self._doubt_bits(f.width) for f, m in inputs)
+        bits = sum(m.weight.numel() * self._row_error_bits(f.width) for f, m in inputs)
         bits += sum(f.pool * f.width * self._norm_bits(f.width) for f in ffns)
         if self.image.stored:
             matrices = [m for _, m in inputs] + ([served_output(f) for f in ffns] if self.adds else [])
@@ -131,9 +129,9 @@ class Previewing(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class ByPreview(Inside, Previewing):
-    """Exactly k neurons by what an image of gate and up lets one expect of h^2 (`Preview.look`).
+    """A token takes the k neurons with the largest expected h^2, given an image of gate and up (`Preview.look`).
 
-    Their rows are read exactly; then those with the largest |h| write.
+    Their rows are read exactly; then the largest |h| write.
 
     Prox (arXiv 2607.27591, `Prox`) previews by a copy of 4 bits; first bits of the served weights, exact
     counts and the expectation are ours.
@@ -154,4 +152,4 @@ class ByPreview(Inside, Previewing):
         return token.expected
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 14 * mask  # the preview itself, and choosing by it
+        return 2 * mask * shape.width * (shape.ffn_matrices - 1) + 14 * mask  # the preview, and the choice

@@ -31,7 +31,7 @@ class Prox(Thresholded, Previewing):
 
     name = "shown"
     summary = "takes the largest |h| that a coarse image of gate and up and the largest entries of x show"
-    doubts = False
+    uses_row_errors = False
     gathers = True
     image: Image = option(Copy(bits=4, group=0), "what every token reads of gate and up before it chooses")  # type: ignore[misc]
     thin: float = option(0.5, "share of the entries of x, the largest, that the preview goes by", above=0, most=1)
@@ -54,5 +54,5 @@ class Prox(Thresholded, Previewing):
         return token.preview.abs()
 
     def flops_per_step(self, shape: ModelShape, mask: float) -> float:
-        # the preview itself, and choosing by it
+        # the preview, and the choice
         return 2 * mask * self.thin * shape.width * (shape.ffn_matrices - 1) + 3 * mask

@@ -1,8 +1,8 @@
-"""FFN weights of 16 bits, served as whole numbers while a session runs: what its forwards multiply, prompts too.
+"""16-bit FFN weights served as integer codes while a session runs, to prompts too.
 
-The model keeps its weights, which stand in their place again between the forwards of each projection: so nothing can
-be lost. What the numbers stand for is made when a projection runs. It is kept for the next time while there is room
-(`ROOM`), since a model of 16 bits has twice the bytes of its numbers.
+The model keeps its weights, which are back in place between the forwards of each projection, so nothing can be lost.
+A projection decodes its codes when it runs. Decoded values are cached while there is room (`ROOM`): they take twice the
+bytes of the codes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,44 +20,46 @@ from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, plain_matrix
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import squares_of_inputs
-from dart_eval.pruning.calibration.made import LastMade
 from dart_eval.pruning.calibration.stats_cache import StatsCache
+from dart_eval.pruning.calibration.weight_cache import WeightCache
 from dart_eval.util.bits import Rounding
 from dart_eval.weights import k_quants, rounding
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.rounding import as_held, parameter_of, rounded
 
-ROOM = 900_000_000  # bytes of values that may be kept
-LARGE = 1 << 20  # weights of a matrix whose numbers are kept on disk, too
+ROOM = 900_000_000  # bytes of cached values
+LARGE = 1 << 20  # weights of a matrix whose codes are cached on disk, too
 
 
 class Room:
-    """Bytes that are left for values, of all models together."""
+    """Bytes that are free for cached values, over all models."""
 
     def __init__(self, size: int) -> None:
-        self.left = size
+        self.free_bytes = size
 
     def reserve(self, owner: object, size: int) -> bool:
-        """Whether there is room for so many bytes, which are given back when the owner goes."""
-        if size > self.left:
+        """Reserve bytes until the owner is deleted; return whether there is room."""
+        if size > self.free_bytes:
             return False
-        self.left -= size
+        self.free_bytes -= size
         weakref.finalize(owner, self._back, size)
         return True
 
     def _back(self, size: int) -> None:
-        self.left += size
+        self.free_bytes += size
 
 
 _ROOM = Room(ROOM)
 
 
 class Decoded:
-    """What codes stand for, or their first bits; made anew each time it is asked for where there is no room for it.
+    """The values of codes or of their first bits, decoded on each call unless there is room to cache them.
 
     Args:
-        packed: [out, in]. dtype: of the values. first: bits of each code that are read; None: all.
-        shape: turns a matrix into what is wanted, such as the form in which a parameter holds it.
+        packed: [out, in].
+        dtype: of the values.
+        first: bits of each code that are read; None: all.
+        shape: turns the matrix into the form in which a parameter holds it.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Decoded:
         self._values: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        """The values."""
+        """Return the values."""
         if self._values is not None:
             return self._values
         values = self.packed.decoded(self.dtype, self.first)
@@ -81,54 +82,54 @@ class Decoded:
 
 
 class Serving:
-    """The FFN weights of a model as whole numbers, once they are asked to stand in.
+    """The FFN weights of a model as codes, which replace the weights between `begin` and `end`.
 
     Args:
-        ffns: of the model; none where all weights stay as they are.
-        wanted: what weights of 16 bits are rounded to; those that are codes already stay.
-        orders: per layer [D], the columns of gate and up in the order in which they are served; None: their own.
+        ffns: of the model.
+        wanted: the rounding of 16-bit weights; weights that are codes already stay.
+        orders: per layer [D], the stored order of the columns of gate and up; None: their own.
     """
 
     def __init__(self, ffns: Sequence[FFN], wanted: Rounding, orders: Sequence[Tensor | None]) -> None:
         self.orders = orders
         self._held: list[tuple[nn.Module, nn.Parameter, Tensor, Packed, Decoded]] = []
         for ffn, order in zip(ffns, orders, strict=False):
-            known = {id(module) for module, *_ in self._held}
+            held = {id(module) for module, *_ in self._held}
             for m in ffn.projections:
-                if id(m) not in known and not rounding.on_grid(m) and not encoded(m):
+                if id(m) not in held and not rounding.on_grid(m) and not encoded(m):
                     parameter = parameter_of(m)
-                    made = _served(m, wanted, None if m is ffn.down else order)
-                    self._held.append((m, parameter, parameter.data, *made))
+                    codes = _served(m, wanted, None if m is ffn.down else order)
+                    self._held.append((m, parameter, parameter.data, *codes))
 
     def __bool__(self) -> bool:
-        """Whether any weights are served so."""
+        """Whether any weights are served as codes."""
         return bool(self._held)
 
     def begin(self) -> Sequence[Tensor | None]:
-        """From here on projections have codes. Returns `orders`."""
+        """Give projections their codes. Return `orders`."""
         for module, _, _, packed, _ in self._held:
             rounding.serve(module, packed)
         return self.orders
 
     def watch(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Install the hooks that put values in the place of weights while a projection runs."""
+        """Install the hooks that replace a projection's weights by decoded values while it runs."""
         for module, parameter, own, _, values in self._held:
             yield module.register_forward_pre_hook(_putting(parameter, values))
             yield module.register_forward_hook(_putting(parameter, functools.partial(_same, own)))
 
     def end(self) -> None:
-        """The model has its own weights, and no codes."""
+        """Give the model its own weights, and no codes."""
         for module, parameter, own, _, _ in self._held:
             rounding.serve(module, None)
             parameter.data = own
 
 
 def serving(wanted: Rounding, ordered: bool, ffns: Sequence[FFN], calibration: Calibration | None) -> Serving:
-    """The FFN weights of a model as whole numbers.
+    """Return the FFN weights of a model as codes.
 
     Args:
-        wanted: what weights of 16 bits are rounded to. ordered: columns of gate and up in the order of their mean x^2
-            on the calibration text.
+        wanted: the rounding of 16-bit weights.
+        ordered: whether to sort the columns of gate and up by their mean x^2 on the calibration text.
     """
     orders: list[Tensor | None] = [None] * len(ffns)
     if ordered and calibration is not None:
@@ -141,24 +142,24 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _putting(parameter: nn.Parameter, values: Callable[[], Tensor]) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
+    def hook(*_: object) -> None:
         parameter.data = values()
 
     return torch.compiler.disable(hook)
 
 
-_MADE: LastMade[tuple[Packed, Decoded]] = LastMade()
+_CACHE: WeightCache[tuple[Packed, Decoded]] = WeightCache()
 
 
 def _served(module: nn.Module, wanted: Rounding, order: Tensor | None) -> tuple[Packed, Decoded]:
-    """The codes of a projection, and what stands in for its weights; those last made are kept."""
+    """Return the codes of a projection and their values, cached for the next session."""
 
     def make() -> tuple[Packed, Decoded]:
         weight = plain_matrix(module)
         packed = _codes(weight, wanted, order)
         return packed, Decoded(packed, weight.dtype, None, functools.partial(_as_held, weakref.ref(module)))
 
-    return _MADE.get(module, [parameter_of(module)], (wanted, None if order is None else order.tolist()), make)
+    return _CACHE.get(module, [parameter_of(module)], (wanted, None if order is None else order.tolist()), make)
 
 
 def _as_held(module: weakref.ref[nn.Module], matrix: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def _as_held(module: weakref.ref[nn.Module], matrix: Tensor) -> Tensor:
 
 
 def _codes(weight: Tensor, wanted: Rounding, order: Tensor | None) -> Packed:
-    """The codes of a matrix; those of a large one are kept in the cache folder, by a hash of its weights."""
+    """Return the codes of a matrix; those of a large one are cached on disk by a hash of its weights."""
     if weight.is_meta:  # a shape alone
         groups = -(-weight.shape[1] // (wanted.group or weight.shape[1]))
         return Packed(weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight), groups), wanted)
@@ -180,18 +181,18 @@ def _codes(weight: Tensor, wanted: Rounding, order: Tensor | None) -> Packed:
         "dtype": str(weight.dtype), "shape": [*weight.shape], "made by": _made_by(),
         "order": None if order is None else order.tolist(),
     }  # fmt: skip
-    kept = StatsCache({}, "codes")
-    found = kept.get(of)
-    if found is None:
-        made = rounded(weight, wanted, order)
-        parts = made.codes, made.scales, made.offsets, made.groups
-        found = [torch.empty(0) if part is None else part.cpu() for part in parts]
-        kept.put(of, found)
-    codes, scales, *others = (tensor.to(weight.device) for tensor in found)
+    cache = StatsCache({}, "codes")
+    tensors = cache.get(of)
+    if tensors is None:
+        packed = rounded(weight, wanted, order)
+        parts = packed.codes, packed.scales, packed.offsets, packed.groups
+        tensors = [torch.empty(0) if part is None else part.cpu() for part in parts]
+        cache.put(of, tensors)
+    codes, scales, *others = (tensor.to(weight.device) for tensor in tensors)
     return Packed(codes, scales, wanted, *(tensor if len(tensor) else None for tensor in others))
 
 
 def _made_by() -> str:
-    """A hash of the code that rounds: other code may give other numbers."""
+    """Return a hash of the code that rounds, since other code may give other numbers."""
     sources = [inspect.getsource(part) for part in (k_quants, rounded, *rounding.ROUNDS)]
     return hashlib.sha256("".join(sources).encode()).hexdigest()

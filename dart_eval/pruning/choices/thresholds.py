@@ -1,4 +1,4 @@
-"""Choices of what is above a number: each layer has one from a calibration text, in place of a count."""
+"""Choices by a threshold: each layer has one from a calibration text, in place of a count."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholded(Inside):
-    """Base of choices that take exactly k neurons, or those above a number that each layer has from a text.
+    """Base of choices that take exactly k neurons, or those above a calibrated threshold per layer.
 
-    The number is calibrated for the share of the neurons that the sparsity asks for. How many a token then takes
-    varies, so what is read is measured; with such a threshold all neurons that are taken are written.
+    The threshold is calibrated for the share of neurons that the sparsity asks for. Tokens then take different numbers
+    of neurons, so the bytes read are measured, and all taken neurons are written.
     """
 
     threshold: Literal["none", "calibrated"] = option(
@@ -50,37 +50,37 @@ class Thresholded(Inside):
         return layers
 
     def _thresholds(self, layers: Sequence[ChoiceLayer], taken: Sequence[int], calibration: Calibration) -> list[float]:
-        """Per layer, the number that a neuron's importance to a token must be above."""
+        """Return per layer the number that a neuron's importance must exceed."""
         import torch
 
-        from dart_eval.pruning.calibration.calibration import named
+        from dart_eval.pruning.calibration.calibration import statistic_name
         from dart_eval.pruning.calibration.inputs import BELOW_ALL
 
         if list(taken) == [layer.ffn.size for layer in layers]:
             return [BELOW_ALL] * len(layers)
-        part = named(self.importance)
+        part = statistic_name(self.importance)
         name = None if part is None else f"thresholds of {part}, {[*taken]} taken"
         measure = functools.partial(self._measured, layers, taken, calibration)
         return [float(one) for one in calibration.once(name, lambda: [torch.tensor(measure(), dtype=torch.float64)])[0]]
 
     def _measured(self, layers: Sequence[ChoiceLayer], taken: Sequence[int], calibration: Calibration) -> list[float]:
-        """The same, from a pass over the text."""
+        """Measure the thresholds in a pass over the text."""
         import torch
 
-        found = [self.least() for _ in layers]
+        estimates = [self.least() for _ in layers]
 
         @torch.no_grad()
         def see(layer: int, x: Tensor, _h: Tensor) -> None:
             gate, up = layers[layer].ffn.parts(x[None])
             h = gate if up is None else gate * up
             token = layers[layer].look(Token(h, gate, h if up is None else up, x=x[None]))
-            found[layer].add(self.importance(token)[0], taken[layer])
+            estimates[layer].add(self.importance(token)[0], taken[layer])
 
         calibration.visit(see)
-        return [one.threshold for one in found]
+        return [one.threshold for one in estimates]
 
     def least(self) -> Quantile | MeanLeast:
-        """What finds the threshold of a layer: the quantile over all neurons of all tokens."""
+        """Return the estimator of a layer's threshold: the quantile over all neurons of all tokens."""
         from dart_eval.pruning.calibration.inputs import Quantile
 
         return Quantile()

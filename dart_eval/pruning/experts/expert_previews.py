@@ -1,5 +1,4 @@
-"""What h looks like through images of experts' matrices: of each token those of its own experts, by the router's
-weight."""
+"""Previews of h through images of the experts of each token, times the router's weight."""
 
 from __future__ import annotations
 
@@ -18,12 +17,13 @@ from dart_eval.pruning.choices.look import Preview
 
 @dataclass(frozen=True)
 class ExpertPreview(Preview):
-    """The images of the experts of one layer. F neurons of a token's experts, `pool` of all, in their order.
+    """The images of the experts of one layer: F neurons of a token's experts, `pool` neurons of all.
 
     Attributes:
-        weights, biases, doubts: as of `Preview`, of all experts: [pool, D], [pool], [pool].
-        down: of down, what gives [E D, I]; None. columns: then [pool] fp32.
-        of: the experts, under the routing of the forward under way.
+        weights, biases, row_errors: see `Preview`, for all experts: [pool, D], [pool], [pool].
+        down: returns the image of down, [E D, I]; None.
+        columns: [pool] fp32, if there is an image of down.
+        of: the experts, under the routing of the current forward.
     """
 
     of: weakref.ref[Routed] = field(kw_only=True)
@@ -31,19 +31,19 @@ class ExpertPreview(Preview):
     @property
     def routed(self) -> Routed:
         """The experts."""
-        found = self.of()
-        assert found is not None
-        return found
+        routed = self.of()
+        assert routed is not None
+        return routed
 
     def look(self, x: Tensor, rough: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Preview.look`; up counts as what is made of it (`Routed.rest`), and h with the router's weight.
+        """See `Preview.look`. Up counts after `Routed.rest`, and h with the router's weight.
 
         Args:
-            x: [..., D], of the last tokens of the forward under way. rough: as there.
+            x: [..., D], of the last tokens of the current forward.
         """
         routed, shape = self.routed, (*x.shape[:-1], self.routed.size)
         x = x.reshape(-1, x.shape[-1])
-        seen, off = self._both(x, None if rough is None else rough.reshape(x.shape))
+        seen, off = self._project_parts(x, None if rough is None else rough.reshape(x.shape))
         weight = routed.weights[-len(x) :, :, None]
         first = seen[0].float()
         expected = (self.act(first + off[0]).square() + self.act(first - off[0]).square()) / 2
@@ -55,8 +55,8 @@ class ExpertPreview(Preview):
         h, expected = h * weight.to(h.dtype), expected * weight.float().square()
         return h.reshape(shape), expected.reshape(shape)
 
-    def _seen(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What the images make of x [N, D], and how far that may be off (fp32): [N, count, I] for each matrix."""
+    def _project(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each image's product with x [N, D] and its error in fp32: [N, count, I]."""
         routed, size = self.routed, x.float().norm(dim=-1, keepdim=True)
         shape = len(x), routed.count, routed.inner
         seen = [x.new_zeros(shape) for _ in self.weights]
@@ -64,18 +64,18 @@ class ExpertPreview(Preview):
         matrices = [weight() for weight in self.weights]
         for expert, tokens, places in routed.each(routed.index[-len(x) :]):
             some = slice(expert * routed.inner, (expert + 1) * routed.inner)
-            for i, (matrix, bias, doubt) in enumerate(zip(matrices, self.biases, self.doubts, strict=True)):
+            for i, (matrix, bias, row_error) in enumerate(zip(matrices, self.biases, self.row_errors, strict=True)):
                 seen[i][tokens, places] = nn.functional.linear(
                     x[tokens], matrix[some], None if bias is None else bias[some]
                 )
-                off[i][tokens, places] = size[tokens] * doubt[some]
+                off[i][tokens, places] = size[tokens] * row_error[some]
         if routed.inward is not None:
             factor = routed.inward[-len(x) :, :, None]
             seen, off = [s * factor.to(s.dtype) for s in seen], [o * factor.float().abs() for o in off]
         return seen, off
 
     def write(self, h: Tensor) -> Tensor:
-        """[..., F] of the last tokens -> [..., D], what h adds through the images of their experts' down."""
+        """Multiply h of the last tokens with the images of their experts' down: [..., F] -> [..., D]."""
         assert self.down is not None
         routed, each = self.routed, h.reshape(-1, self.routed.count, self.routed.inner)
         out, down = h.new_zeros(len(each), routed.width), self.down().view(-1, routed.width, routed.inner)
@@ -85,25 +85,27 @@ class ExpertPreview(Preview):
 
 
 def of_experts(
-    routed: Routed, inputs: Sequence[Callable[[], Tensor]], doubts: Sequence[Tensor],
+    routed: Routed, inputs: Sequence[Callable[[], Tensor]], row_errors: Sequence[Tensor],
     down: Callable[[], Tensor] | None, exact: Tensor | None,
 ) -> ExpertPreview:  # fmt: skip
-    """The preview of a layer's experts.
+    """Return the preview of a layer's experts.
 
     Args:
-        inputs: what gives the images of the matrices that make h, [pool, D] each. doubts: of these, [pool] each.
-        down: the same of down, the experts' rows below each other, [E D, I]; None. exact: then its own weights.
+        inputs: return the images of the matrices that make h, [pool, D] each.
+        row_errors: of these, [pool] each.
+        down: returns the image of down, the experts' rows below each other, [E D, I]; None.
+        exact: down's own weights, if there is an image of it.
     """
     shape = routed.all, routed.width, routed.inner
     columns = None if exact is None else exact.view(shape).float().norm(dim=1).half().float().square().flatten()
     experts = routed.experts
     of = weakref.ref(routed)
     act = functools.partial(_act, of) if experts.has_gate else experts.act_fn
-    return ExpertPreview(tuple(inputs), input_biases(routed), tuple(doubts), act, down, columns, of=of)
+    return ExpertPreview(tuple(inputs), input_biases(routed), tuple(row_errors), act, down, columns, of=of)
 
 
 def _act(of: weakref.ref[Routed], gate: Tensor) -> Tensor:
-    """What the gate contributes to h, elementwise (`Routed.act`)."""
+    """Return the gate's factor in h, elementwise (`Routed.act`)."""
     routed = of()
     assert routed is not None
     return routed.act(gate)

@@ -1,12 +1,13 @@
 """Parts of the slot `routing` at work on a model: routers that choose fewer experts, or among fewer of them.
 
-A router is whatever code of the model chooses experts: in every type it takes the best of one score for each expert by
-`topk`, mostly after a softmax over them. While a layer runs, these two calls are given what the part asks for, so that
-all else about the choice, its weights, groups and biases, stays the type's own.
+A router is the model's own code that chooses experts. In every model type it takes the best of one score per expert by
+`topk`, mostly after a softmax. While a layer runs, these two calls get the part's arguments; weights, groups and biases
+stay the type's own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,16 +26,17 @@ NORMALISE = (torch.softmax, Tensor.softmax, nn.functional.softmax)
 
 
 class Choosing(TorchFunctionMode):
-    """The router of one layer while this is in force.
+    """Changes the router of one layer while it is entered.
 
     Args:
-        routed: the experts. count: of a token; as many as it has else: the router decides.
-        left: [E] bool, the experts that there are; None: all.
+        routed: the experts.
+        count: experts of a token; the model's own count leaves the router as it is.
+        available: [E] bool, the experts to choose among; None: all.
     """
 
-    def __init__(self, routed: Routed, count: int, left: Tensor | None) -> None:
+    def __init__(self, routed: Routed, count: int, available: Tensor | None) -> None:
         super().__init__()
-        self.routed, self.count, self.left = routed, count, left
+        self.routed, self.count, self.available = routed, count, available
         self.asked = False  # whether a choice among all experts was seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -42,8 +44,8 @@ class Choosing(TorchFunctionMode):
         if args and (func in CHOOSE or func in NORMALISE):
             first, rest = args[0], list(args[1:])
             over = tuple(first.shape[1:])  # of each token
-            if self.left is not None and over and _product(over) == self.routed.all:  # in groups, perhaps
-                first = first.masked_fill(~self.left.to(first.device).view(over), -torch.inf)
+            if self.available is not None and over and math.prod(over) == self.routed.all:  # in groups, perhaps
+                first = first.masked_fill(~self.available.to(first.device).view(over), -torch.inf)
             if func in CHOOSE and over == (self.routed.all,):
                 self.asked = True
                 if rest and rest[0] == self.routed.count:
@@ -54,41 +56,39 @@ class Choosing(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _product(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
 class Order:
-    """What the router of one layer is to do differently.
+    """A change to the router of one layer.
 
     Args:
-        routed: the experts. count: of a token. own: the router is asked for that many; else its own choice is cut.
-        left: [E] bool, the experts that there are; None: all.
+        routed: the experts.
+        count: experts of a token.
+        own: whether the router is asked for that many; else its own choice is cut.
+        available: [E] bool, the experts to choose among; None: all.
     """
 
-    def __init__(self, routed: Routed, count: int, own: bool, left: Tensor | None) -> None:
-        self.routed, self.count, self.own, self.left = routed, count, own, left
+    def __init__(self, routed: Routed, count: int, own: bool, available: Tensor | None) -> None:
+        self.routed, self.count, self.own, self.available = routed, count, own, available
         self._mode: Choosing | None = None
 
     def begin(self) -> None:
-        """The layer runs from here on."""
+        """Change the router while the layer runs."""
         self.end()
         self.routed.settle = self.settle
-        self._mode = Choosing(self.routed, self.count if self.own else self.routed.count, self.left)
+        self._mode = Choosing(self.routed, self.count if self.own else self.routed.count, self.available)
         self._mode.__enter__()
 
     def end(self) -> None:
-        """The layer is done; also where it never began, or was left by an exception."""
+        """Restore the router, also if the layer never began or was left by an exception."""
         mode, self._mode = self._mode, None
         if mode is not None:
             mode.__exit__(None, None, None)
         self.routed.settle = None
 
     def settle(self, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The experts of N tokens and what they count, [N, count of the model]: -1 and 0 where a token has fewer.
+        """Return the experts of N tokens and their weights, [N, count of the model], padded with -1 and 0.
 
         Args:
-            index, weights: [N, k], as the router gives them.
+            index, weights: [N, k], from the router.
 
         Raises:
             UserError: the router did not choose as it was asked to.
@@ -96,55 +96,55 @@ class Order:
         routed, mode = self.routed, self._mode
         if self.own and (mode is None or not mode.asked or index.shape[1] != self.count):
             raise UserError(
-                f"the router of {routed.title} chooses experts in a way that is not understood",
-                "take another method",
+                f"the router of {routed.title} chooses experts in a way that is not understood", "take another method"
             )
         if not self.own and self.count < index.shape[1]:
             weights, best = weights.topk(self.count, dim=1)
             index = index.gather(1, best)
-        if self.left is not None:  # where its groups have too few, a router takes what there is
-            gone = ~self.left.to(index.device)[index]
+        if self.available is not None:  # a router whose groups have too few experts takes unavailable ones
+            gone = ~self.available.to(index.device)[index]
             index, weights = index.masked_fill(gone, -1), weights.masked_fill(gone, 0)
         missing = (0, routed.count - index.shape[1])
         return nn.functional.pad(index, missing, value=-1), nn.functional.pad(weights, missing)
 
 
 class Rerouted:
-    """What a part has made of a model's routers before any prompt.
+    """A part attached to a model's routers, before any prompt.
 
     Args:
-        counts: [L] experts of a token in each layer, 0 where there are none.
+        counts: [L] experts of a token in each layer, 0 in layers without experts.
 
     Attributes:
-        orders: layer -> what its router is to do.
-        fine: no weights are others (see `attached.AttachedInputs`).
+        orders: layer -> the change to its router.
+        swapped: None, as no weights change (see `attached.AttachedInputs`).
     """
 
-    fine = None
+    swapped = None
 
     def __init__(
         self, part: Routing, ffns: Sequence[FFN], counts: Sequence[int], calibration: Calibration | None
     ) -> None:
         own = not isinstance(part, Fewer) or part.weights == "own"
-        left: list[Tensor | None] = [None] * len(ffns)
+        available: list[Tensor | None] = [None] * len(ffns)
         if part.calibrates and calibration is not None:
-            left = [_best(part, f, s) for f, s in zip(ffns, saliency(ffns, calibration), strict=True)]
+            available = [_best(part, f, s) for f, s in zip(ffns, saliency(ffns, calibration), strict=True)]
         self.ffns = ffns
         self.orders = {
             f.layer: Order(routed, count, own, some)
-            for f, count, some in zip(ffns, counts, left, strict=True)
+            for f, count, some in zip(ffns, counts, available, strict=True)
             if (routed := chosen(f))
         }
 
     def nbytes(self) -> int:
-        """Bytes beside the model: a bit for each expert would do, a byte is kept."""
-        return sum(order.left.numel() for order in self.orders.values() if order.left is not None)
+        """Return the bytes beside the model: a byte per expert, though a bit would do."""
+        return sum(order.available.numel() for order in self.orders.values() if order.available is not None)
 
-    def watch(self, add: Callable[[Any], None], forward: Any) -> None:
-        """Install the hooks by which routers choose otherwise while tokens are decoded.
+    def watch(self, add: Callable[[Any], None], forward: object) -> None:
+        """Install the hooks that change routers while tokens are decoded.
 
         Args:
-            add: takes the handle of each. forward: the one under way (`hooks.Forward`).
+            add: called with the handle of each hook.
+            forward: the current forward (`hooks.Forward`).
         """
         for ffn in self.ffns:
             order = self.orders.get(ffn.layer)
@@ -155,7 +155,7 @@ class Rerouted:
 
 
 def _beginning(order: Order, forward: Any) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any) -> None:
+    def hook(_module: nn.Module, _args: object) -> None:
         if forward.phase == "decode" and forward.state is not None:
             order.begin()
 
@@ -163,14 +163,14 @@ def _beginning(order: Order, forward: Any) -> Callable[..., None]:
 
 
 def _ending(order: Order) -> Callable[..., None]:
-    def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+    def hook(_module: nn.Module, _args: object, _output: object) -> None:
         order.end()
 
     return torch.compiler.disable(hook)
 
 
 class _Ending:
-    """Removed with the hooks: an interrupt may have left a layer under way."""
+    """Ends an order when the hooks are removed, since an interrupt may have left a layer half run."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
@@ -180,21 +180,21 @@ class _Ending:
 
 
 def _best(part: Routing, ffn: FFN, saliency: Tensor) -> Tensor | None:
-    """[E] bool, the experts of a layer that are left; ties go to the lower index."""
+    """Return [E] bool, the experts of a layer that stay available; ties go to the lower index."""
     routed = chosen(ffn)
     if routed is None:
         return None
     order = saliency.sort(descending=True, stable=True).indices
-    left = torch.zeros(routed.all, dtype=torch.bool)
-    left[order[: part.experts_left(routed.all)]] = True
-    return left
+    available = torch.zeros(routed.all, dtype=torch.bool)
+    available[order[: part.experts_left(routed.all)]] = True
+    return available
 
 
 @torch.no_grad()
 def saliency(ffns: Sequence[FFN], calibration: Calibration) -> list[Tensor]:
-    """REAP's saliency of the experts of each layer on the calibration text, [E] fp32; [0] of other FFNs.
+    """Return REAP's saliency of the experts of each layer on the calibration text, [E] fp32; [0] for other FFNs.
 
-    The mean over the tokens that have an expert of the norm of what it writes, the router's weight in it.
+    It is the mean norm of an expert's output times the router's weight, over the tokens that have the expert.
     """
 
     def measure() -> list[Tensor]:

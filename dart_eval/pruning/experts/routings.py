@@ -1,6 +1,6 @@
-"""Routings: which of its experts a token has, where experts are left out whole. Only mixtures of experts have a router.
+"""Routings: whole experts are left out, in mixtures of experts alone.
 
-Two controls for whatever leaves out neurons of experts: fewer experts for each token, and fewer experts for all.
+Two controls for methods that leave out neurons of experts: fewer experts for each token, and fewer experts for all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def chosen(ffn: FFN) -> Routed | None:
-    """The experts of an FFN that a router chooses among; None where every token has all that there are."""
+    """Return the experts of an FFN that a router chooses among; None if every token has all of them."""
     routed = ffn.routed
     return None if routed is None or routed.count >= routed.all else routed
 
@@ -29,8 +29,8 @@ class Routing(Part):
     """Base of all routings.
 
     Attributes:
-        sized: whether the sparsity decides how many.
-        granularity: of what is left out, where the read says nothing of it.
+        sized: whether the sparsity sets the number of experts.
+        granularity: the unit that is left out, if the read does not show it.
     """
 
     slot = "routing"
@@ -38,10 +38,10 @@ class Routing(Part):
     granularity: ClassVar[str] = ""
 
     def check_experts(self, sparsity: float, ffns: Sequence[FFN]) -> None:
-        """Refuse a model without experts, and a sparsity that cannot be met.
+        """Refuse a model without experts, or a sparsity that cannot be met.
 
         Raises:
-            UserError: with the highest sparsity that can be met, where there is one.
+            UserError: names the highest possible sparsity, if there is one.
         """
         if not any(chosen(f) for f in ffns):
             raise UserError(
@@ -50,15 +50,15 @@ class Routing(Part):
             )
 
     def counts(self, sparsity: float, ffns: Sequence[FFN]) -> list[int]:
-        """[L] experts of a token in each layer; 0 where there are none.
+        """Return [L] experts of a token in each layer; 0 in layers without experts.
 
         Args:
-            sparsity: share of the bytes of all FFNs that a token is not to read.
+            sparsity: share of the bytes of all FFNs that a token does not read.
         """
         return [r.count if (r := chosen(f)) else 0 for f in ffns]
 
     def experts_left(self, experts: int) -> int:
-        """How many of a layer's experts the router may choose."""
+        """Return the number of a layer's experts that the router may choose among."""
         return experts
 
 
@@ -97,20 +97,20 @@ class Fewer(Routing):
     def counts(self, sparsity: float, ffns: Sequence[FFN]) -> list[int]:
         self.check_experts(sparsity, ffns)
         share = self._budget(sparsity, ffns) / sum(f.size for f in ffns if chosen(f))
-        left, found = 0.0, []  # neurons
+        rest, counts = 0.0, []  # neurons, experts
         for ffn in ffns:
             routed = chosen(ffn)
             if routed is None:
-                found.append(0)
+                counts.append(0)
                 continue
-            left += share * ffn.size
-            found.append(min(routed.count, math.floor(left / routed.inner + 1e-9)))
-            left -= found[-1] * routed.inner
-        return found
+            rest += share * ffn.size
+            counts.append(min(routed.count, math.floor(rest / routed.inner + 1e-9)))
+            rest -= counts[-1] * routed.inner
+        return counts
 
     @staticmethod
     def _budget(sparsity: float, ffns: Sequence[FFN]) -> int:
-        """How many neurons of routed experts a token may read, over all layers."""
+        """Return the neurons of routed experts that a token may read, over all layers."""
         everything = sum(f.size for f in ffns)
         return round((1 - sparsity) * everything) - sum(f.size for f in ffns if not chosen(f))
 

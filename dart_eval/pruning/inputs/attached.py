@@ -1,4 +1,4 @@
-"""Parts of the slot `entries` at work on a model: what is left out of its matrices is no matter of neurons."""
+"""Parts of the slot `entries` at work on a model: they leave out inputs or single weights, not neurons."""
 
 from __future__ import annotations
 
@@ -19,78 +19,85 @@ from dart_eval.weights.rounding import served_bits, stored_inputs, stored_of
 
 
 def counts(ffns: Sequence[FFN], densities: Sequence[float], sparsity: float) -> list[tuple[int, int]]:
-    """Per layer, how many inputs are read of x, and of h."""
+    """Return per layer the number of inputs read: of x, and of h."""
     of_x = keep_counts(densities, [f.width for f in ffns], sparsity)
     return [*zip(of_x, keep_counts(densities, [f.size for f in ffns], sparsity), strict=True)]
 
 
-def share_read(part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]]) -> float:
-    """Share of the FFN weight bytes that a token reads (on average, where it varies). kept: see `counts`."""
-    found = everything = 0.0
-    for ffn, (of_x, of_h) in zip(ffns, kept, strict=True):
+def share_read(part: Entries, ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]]) -> float:
+    """Return the share of the FFN weight bytes that a token reads, on average. input_counts: see `counts`."""
+    read = everything = 0.0
+    for ffn, (of_x, of_h) in zip(ffns, input_counts, strict=True):
         densities = [of_x / ffn.width] * (ffn.matrices - 1) + [of_h / ffn.size]
         weights = [*ffn.input_weights(), ffn.output_weight()]
         for bits, density, weight in zip(_bits(ffn), densities, weights, strict=True):
-            found += ffn.size * bits.total * part.bytes_read(density, bits, weight)
+            read += ffn.size * bits.total * part.bytes_read(density, bits, weight)
             everything += ffn.size * bits.total
-    return found / everything
+    return read / everything
 
 
 def _bits(ffn: FFN) -> list[Stored]:
-    """Of a weight of each matrix as it is served, down last."""
+    """Return the bits of a served weight of each matrix, down last."""
     return [*stored_inputs(ffn), stored_of(ffn.down)]
 
 
 class AttachedInputs:
-    """What a part has made of a model before any prompt.
+    """A part attached to a model, before any prompt.
 
     Args:
-        kept: see `counts`.
+        input_counts: see `counts`.
 
     Attributes:
-        inputs, bits: per layer and matrix, down last. mean: of the bits of a weight, over all matrices.
-        fine: the weights as decoding forwards have them, where single ones are left out; else None.
+        inputs: per layer and matrix, down last.
+        bits: bits of a served weight, likewise.
+        mean: mean bits of a weight over all matrices.
+        swapped: the weights of decoding forwards, if single weights are left out; else None.
     """
 
     @torch.no_grad()
     def __init__(
-        self, part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration: Calibration | None
+        self,
+        part: Entries,
+        ffns: Sequence[FFN],
+        input_counts: Sequence[tuple[int, int]],
+        calibration: Calibration | None,
     ) -> None:
         self.part, self.ffns = part, ffns
-        thresholds, sizes = _seen(part, ffns, kept, calibration)
+        thresholds, sizes = _statistics(part, ffns, input_counts, calibration)
         self.inputs: list[list[Inputs]] = []
         self.mean = served_bits(ffns)
         self.bits = [_bits(f) for f in ffns]
-        for ffn, least, size, (of_x, of_h) in zip(ffns, thresholds, sizes, kept, strict=True):
+        for ffn, least, size, (of_x, of_h) in zip(ffns, thresholds, sizes, input_counts, strict=True):
             weights = [*ffn.input_weights(), ffn.output_weight()]
-            made = []
+            inputs = []
             for i, weight in enumerate(weights):
                 norms = weight.float().norm(dim=0) if part.weighs(i) else None
                 side = i == len(weights) - 1
-                made.append(Inputs(of_h if side else of_x, least[side], norms, size[side]))
-            self.inputs.append(made)
-        self.fine = None if part.by_token else SwappedWeights([held for f in ffns for held in self._held(f)])
+                inputs.append(Inputs(of_h if side else of_x, least[side], norms, size[side]))
+            self.inputs.append(inputs)
+        self.swapped = None if part.by_token else SwappedWeights([held for f in ffns for held in self._held(f)])
 
     def _held(self, ffn: FFN) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         modules: list[Any] = ffn.projections
-        found = []
+        held = []
         for module in modules:
             matrix = plain_matrix(module)
-            kept = self.part.as_read(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
-            found.append((module.weight, module.weight.data, kept.T.contiguous() if is_conv1d(module) else kept))
-        return found
+            read = self.part.as_read(matrix, self.inputs[ffn.layer][-1 if module is ffn.down else 0])
+            held.append((module.weight, module.weight.data, read.T.contiguous() if is_conv1d(module) else read))
+        return held
 
     def nbytes(self) -> int:
-        """Bytes beside the model: norms and thresholds; weights that are left out are in no copy when served."""
+        """Return the bytes beside the model: norms and thresholds. Serving would need one copy of the weights."""
         every = [one for layer in self.inputs for one in layer if self.part.by_token]
         norms = sum(one.norms.numel() * 4 for one in every if one.norms is not None)
         return norms + 8 * len(self.inputs) * (self.part.by_token and self.part.calibrates)
 
-    def watch(self, add: Callable[[Any], None], forward: Any) -> None:
+    def watch(self, add: Callable[[Any], None], forward: object) -> None:
         """Install the hooks that thin the inputs of every matrix while tokens are decoded.
 
         Args:
-            add: takes the handle of each. forward: the one under way (`hooks.Forward`).
+            add: called with the handle of each hook.
+            forward: the current forward (`hooks.Forward`).
         """
         for ffn in self.ffns if self.part.by_token else ():
             last = ffn.matrices - 1
@@ -101,48 +108,48 @@ class AttachedInputs:
             for i, module in enumerate(m for m in (ffn.gate, ffn.up) if m is not None):
                 add(module.register_forward_pre_hook(self._thin(ffn, i, forward)))
 
-    def _kept(self, ffn: FFN, matrix: int, x: Tensor, state: Any) -> Tensor:
-        """x with the inputs alone that are read, which are counted."""
-        kept = self.part.kept(x, self.inputs[ffn.layer][matrix])
-        share = kept.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
+    def _read_columns(self, ffn: FFN, matrix: int, x: Tensor, state: Any) -> Tensor:
+        """Zero the inputs that tokens skip, and count the rest."""
+        columns = self.part.columns_read(x, self.inputs[ffn.layer][matrix])
+        share = columns.sum(-1, dtype=torch.float64).cpu() / x.shape[-1]
         bits = self.bits[ffn.layer][matrix]
-        spent = self.part.share(share, bits) * bits.total / self.mean * ffn.size / ffn.matrices
+        read = self.part.share(share, bits) * bits.total / self.mean * ffn.size / ffn.matrices
         layer = state.layers[ffn.layer]
-        layer.spent = spent if layer.spent is None else layer.spent + spent
-        return x * kept
+        layer.neurons_read = read if layer.neurons_read is None else layer.neurons_read + read
+        return x * columns
 
-    def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., Any]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., object]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...] | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
-            x = self._kept(ffn, matrix, forward.in_batch(args[0]), forward.state)
+            x = self._read_columns(ffn, matrix, forward.in_batch(args[0]), forward.state)
             return (x.view(args[0].shape), *args[1:])
 
         return torch.compiler.disable(hook)
 
-    def _both(self, ffn: FFN, forward: Any) -> Callable[..., Any]:
-        """Of gate and up in one projection: each with inputs of its own."""
+    def _both(self, ffn: FFN, forward: Any) -> Callable[..., object]:
+        """Return the hook of gate and up in one projection: each reads inputs of its own."""
 
-        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(module: Any, args: tuple[object, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
             x = forward.in_batch(args[0])
             halves = weight_matrix(module).chunk(2)
             biases = [None, None] if module.bias is None else module.bias.chunk(2)
-            made = [
-                nn.functional.linear(self._kept(ffn, i, x, forward.state), half, bias)
+            outputs = [
+                nn.functional.linear(self._read_columns(ffn, i, x, forward.state), half, bias)
                 for i, (half, bias) in enumerate(zip(halves, biases, strict=True))
             ]
-            return torch.cat(made, dim=-1).view(output.shape)
+            return torch.cat(outputs, dim=-1).view(output.shape)
 
         return torch.compiler.disable(hook)
 
 
 class SwappedWeights:
-    """FFN weights of which decoding forwards read a part alone; prompts have all of them.
+    """FFN weights of which decoding forwards read a part; prompts read all of them.
 
     Attributes:
-        held: the projections' parameters, each with its own weights and what is left of them.
+        held: each projection's parameter, its own weights, and the weights that decoding forwards read.
     """
 
     def __init__(self, held: list[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
@@ -150,45 +157,47 @@ class SwappedWeights:
         self.in_place = False
 
     def begin(self) -> None:
-        """Decoding forwards from here on."""
+        """Swap in the weights of decoding forwards."""
         self.in_place = True
-        for parameter, _, fine in self.held:
-            parameter.data = fine
+        for parameter, _, read in self.held:
+            parameter.data = read
 
     def end(self) -> None:
-        """The weights are whole again, to the bit."""
+        """Restore the weights, to the bit."""
         for parameter, own, _ in self.held:
             parameter.data = own
         self.in_place = False
 
 
 @torch.no_grad()
-def _seen(
-    part: Entries, ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration: Calibration | None
+def _statistics(
+    part: Entries, ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]], calibration: Calibration | None
 ) -> tuple[list[list[float | None]], list[list[Tensor | None]]]:
-    """Per layer, of x and of h: the threshold on the text, and the root of the sum of squares of each input."""
+    """Return per layer, for x and h: the threshold on the text, and each input's root of the sum of squares."""
     if not part.calibrates or calibration is None:
         return [[None, None] for _ in ffns], [[None, None] for _ in ffns]
     if part.by_token:
-        least = calibration.once(f"quantiles of inputs, {[*kept]} read", lambda: [_quantiles(ffns, kept, calibration)])
+        least = calibration.once(
+            f"quantiles of inputs, {[*input_counts]} read", lambda: [_quantiles(ffns, input_counts, calibration)]
+        )
         return [[float(of_x), float(of_h)] for of_x, of_h in least[0]], [[None, None] for _ in ffns]
     squares = all_squares(ffns, calibration)
     return [[None, None] for _ in ffns], [[s.sqrt() for s in squares[i : i + 2]] for i in range(0, len(squares), 2)]
 
 
-def _quantiles(ffns: Sequence[FFN], kept: Sequence[tuple[int, int]], calibration: Calibration) -> Tensor:
-    """[L, 2] fp64: of x and of h, what so many of their entries are above on the text."""
-    found = [[Distribution(), Distribution()] for _ in ffns]
+def _quantiles(ffns: Sequence[FFN], input_counts: Sequence[tuple[int, int]], calibration: Calibration) -> Tensor:
+    """Return [L, 2] fp64 thresholds for x and h that leave these numbers of inputs on the text."""
+    distributions = [[Distribution(), Distribution()] for _ in ffns]
 
     def see(layer: int, x: Tensor, h: Tensor) -> None:
-        for distribution, values in zip(found[layer], (x, h), strict=True):
+        for distribution, values in zip(distributions[layer], (x, h), strict=True):
             distribution.add(values)
 
     calibration.visit(see)
     return torch.tensor(
         [
             [one.quantile(1 - k / n) for one, k, n in zip(both, layer, (f.width, f.size), strict=True)]
-            for both, layer, f in zip(found, kept, ffns, strict=True)
+            for both, layer, f in zip(distributions, input_counts, ffns, strict=True)
         ],
         dtype=torch.float64,
     )

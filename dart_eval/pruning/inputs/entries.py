@@ -1,8 +1,7 @@
-"""Entries: which weights inside the matrices a token reads, where that is no matter of whole neurons.
+"""Entries: the weights inside the matrices that a token reads, at another granularity than neurons.
 
-A part here leaves out columns of a matrix, by the inputs of a token, or single weights, for all tokens alike. Its rows
-are another granularity than neurons: a kernel must gather columns or skip single weights. `rounded` leaves out the last
-bits of every weight.
+A part leaves out columns of a matrix, by the inputs of a token, or single weights, for all tokens alike. A kernel must
+gather columns or skip single weights. `rounded` leaves out the last bits of every weight.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ Share = TypeVar("Share", float, "Tensor")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known of the n inputs of a matrix before any prompt.
+    """Statistics of the n inputs of a matrix, before any prompt.
 
     Attributes:
-        count: how many of them a token is to read, or each output.
-        threshold: the number that so many of their magnitudes are above on the calibration text; None without one.
-        norms: [n] fp32, of the columns of the matrix, where the part weighs by them.
+        count: inputs that a token, or each output, is to read.
+        threshold: the number that `count` magnitudes exceed on the calibration text; None without one.
+        norms: [n] fp32, norms of the matrix's columns, if the part uses them.
         sizes: [n] fp32, root of the sum of squares of each input over the calibration text; None without one.
     """
 
@@ -39,12 +38,12 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Entries(Part):
-    """Base of all of them.
+    """Base of all parts of the slot `entries`.
 
     Attributes:
-        granularity: of what is left out.
-        by_token: whether each token reads columns of its own; else single weights are 0 for all of them.
-        sized: whether the sparsity decides how many are left out.
+        granularity: the unit that is left out.
+        by_token: whether each token reads columns of its own; else single weights are 0 for all tokens.
+        sized: whether the sparsity sets how much is left out.
     """
 
     slot = "entries"
@@ -56,38 +55,38 @@ class Entries(Part):
     sized: ClassVar[bool] = True
 
     def check_bits(self, bits: Stored) -> None:
-        """Refuse weights that it is not made for. bits: of a weight as it is served.
+        """Refuse weights that it does not support. bits: bits of a served weight.
 
         Raises:
             UserError: with the reason.
         """
 
     def weighs(self, matrix: int) -> bool:
-        """Whether it needs the norms of the columns of a matrix. matrix: 0 is gate (or the up of a plain FFN)."""
+        """Whether it needs the norms of a matrix's columns. matrix: 0 is gate (or the up of a plain FFN)."""
         return False
 
     def bytes_read(self, densities: float, bits: Stored, weight: Tensor) -> float:
-        """Bytes that a token reads of a matrix / all of it.
+        """Return the bytes that a token reads of a matrix / all its bytes.
 
         Args:
             densities: share of its columns, or of the weights of its rows, that the sparsity leaves.
-            bits: of a weight as it is served.
+            bits: bits of a served weight.
             weight: [out, n], the matrix.
         """
         return self.share(densities, bits)
 
     def share(self, some: Share, bits: Stored) -> Share:
-        """Bytes of so large a share of the weights / all: each scale stands for weights of several columns."""
+        """Return the bytes of a share of the weights / all. Scales are always read, as they span several columns."""
         return (some * bits.code + bits.scale) / bits.total
 
-    def kept(self, x: Tensor, inputs: Inputs) -> Tensor:
-        """[..., n] bool, the columns that each token reads. x: [..., n], the inputs of the matrix."""
+    def columns_read(self, x: Tensor, inputs: Inputs) -> Tensor:
+        """Return [..., n] bool, the columns that each token reads. x: [..., n], the inputs of the matrix."""
         raise NotImplementedError
 
     def weight_mask(self, weight: Tensor, inputs: Inputs) -> Tensor:
-        """[out, n] bool, the weights that are read, by whatever token. weight: [out, n]."""
+        """Return [out, n] bool, the weights that every token reads. weight: [out, n]."""
         raise NotImplementedError
 
     def as_read(self, weight: Tensor, inputs: Inputs) -> Tensor:
-        """[out, n], what tokens read of a matrix, where it is the same for all of them. weight: [out, n]."""
+        """Return [out, n], the matrix that every token reads. weight: [out, n]."""
         return weight * self.weight_mask(weight, inputs)

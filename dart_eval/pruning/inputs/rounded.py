@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedEntries(Entries):
-    """Decoded tokens read weights that are rounded, and prompts the weights as they are.
+    """Decoded tokens read rounded weights, and prompts the weights as they are.
 
-    A control that is like a pruner in this: with `--ffn-bits` prompts run on rounded weights, too.
+    A control. It spares prompts, as a pruner does; with `--ffn-bits` prompts run on rounded weights, too.
     """
 
     name = "rounded"
@@ -36,9 +36,9 @@ class RoundedEntries(Entries):
 
     @property
     def _rounding(self) -> Rounding:
-        found = parse(self.bits)
-        assert found is not None
-        return found
+        rounding = parse(self.bits)
+        assert rounding is not None
+        return rounding
 
     def check_bits(self, bits: Stored) -> None:
         if bits.code != OWN_BITS:

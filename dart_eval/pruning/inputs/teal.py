@@ -30,7 +30,7 @@ class Above(Entries):
     by_token = True
     calibrates = True
 
-    def kept(self, x: Tensor, inputs: Inputs) -> Tensor:
+    def columns_read(self, x: Tensor, inputs: Inputs) -> Tensor:
         assert inputs.threshold is not None
         return x.abs() > inputs.threshold
 

@@ -35,7 +35,7 @@ class ByNorms(Entries):
     def weighs(self, matrix: int) -> bool:
         return self.weigh == "all" or matrix == 0
 
-    def kept(self, x: Tensor, inputs: Inputs) -> Tensor:
+    def columns_read(self, x: Tensor, inputs: Inputs) -> Tensor:
         import torch
 
         from dart_eval.kernels.top import top_k_mask

@@ -28,8 +28,8 @@ class Allocation(Part):
     """Base of all allocations.
 
     Attributes:
-        needs_change: it follows from how much each FFN changes the stream on the context's tokens (`Change`).
-        needs_scores: it follows from the scores of the neurons.
+        needs_change: whether it depends on how much each FFN changes the stream in the context (`ChangeState`).
+        needs_scores: whether it depends on the scores of the neurons.
     """
 
     slot = "allocation"
@@ -40,25 +40,26 @@ class Allocation(Part):
         self, sparsity: float, layers: int, change: ChangeState | None, rows: slice,
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
-        """[L] share of the weights of each layer that is read; their mean is 1 - sparsity.
+        """Return [L] the share of each layer's weights that is read, with mean 1 - sparsity.
 
         Args:
-            change: of the context, where `needs_change`. rows: the sequences of it to go by, together.
-            scores: per layer [F], of these sequences, where `needs_scores`.
+            change: the context's changes, if `needs_change`.
+            rows: the sequences that decide, together.
+            scores: per layer [F], of these sequences, if `needs_scores`.
         """
         raise NotImplementedError
 
     def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
-        """The state of new sequences; None where none is needed."""
+        """Return the state of new sequences; None if it needs none."""
         return None
 
     def check_sparsity(self, sparsity: float, layers: int | None = None) -> None:
-        """Refuse a sparsity, or a model of so many layers, that it was not made for."""
+        """Refuse a sparsity or a number of layers that it does not support."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByShares(Allocation):
-    """Base of allocations that follow from the sparsity and the number of layers alone."""
+    """Base of allocations that depend on the sparsity and the number of layers alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +136,11 @@ class Global(Allocation):
 
         assert scores is not None
         sizes = [len(s) for s in scores]
-        kept, standard = round((1 - sparsity) * sum(sizes)), [_standardised(s) for s in scores]
-        if kept >= len(sizes):
+        budget, standard = round((1 - sparsity) * sum(sizes)), [_standardised(s) for s in scores]
+        if budget >= len(sizes):
             for z in standard:
                 z[z.argmax()] = torch.inf
-        chosen = top_k_mask(torch.cat(standard)[None], torch.tensor([kept]))[0]
+        chosen = top_k_mask(torch.cat(standard)[None], torch.tensor([budget]))[0]
         return [int(part.sum()) / len(part) for part in chosen.split(sizes)]
 
 
@@ -147,7 +148,7 @@ def _standardised(score: Tensor) -> Tensor:
     """[F] fp64 on the CPU: distances from the mean in standard deviations; 0 where all are the same."""
     import torch
 
-    if score.is_meta:  # of a model without weights nothing is known
+    if score.is_meta:  # a model without weights
         return score.new_zeros(len(score), dtype=torch.float64, device="cpu")
     x = score.cpu().double()
     deviation = x.std() if len(x) > 1 else x.new_zeros(())
@@ -155,8 +156,8 @@ def _standardised(score: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table(ByShares):
-    """The densities stand in a file."""
+class FromTable(ByShares):
+    """The densities come from a file."""
 
     name = "table"
     summary = "takes the densities of a file (`dart-eval trace --save-allocation` writes one)"
@@ -170,7 +171,7 @@ class Table(ByShares):
         check_name(self.file, "allocation table")
         if not Path(self.file).is_file():
             raise UserError(f"allocation table {self.file} is not a file", remedy)
-        _ = self.table  # read now: a bad file is no surprise for later
+        _ = self.table  # read now, so that a bad file fails early
 
     @functools.cached_property
     def table(self) -> list[float]:
@@ -192,10 +193,10 @@ class Table(ByShares):
 
 
 def read_table(path: str | Path) -> list[float]:
-    """The densities of a saved allocation (`write_table`), [L].
+    """Read the densities of a saved allocation (`write_table`), [L].
 
     Raises:
-        UserError: the file cannot be read, or holds no ratios.
+        UserError: the file cannot be read or holds no ratios.
     """
     remedy = "write one with `dart-eval trace --save-allocation FILE`"
     try:
@@ -213,16 +214,16 @@ def read_table(path: str | Path) -> list[float]:
 
 
 def write_table(path: str | Path, ratios: Sequence[float], **about: object) -> None:
-    """Save densities, with what made them, for `allocation=table:allocation.file=FILE`."""
+    """Save densities and their origin, for `allocation=table:allocation.file=FILE`."""
     text = json.dumps({**about, "keep": [round(float(r), 6) for r in ratios]}, indent=1) + "\n"
     write(path, text)
 
 
 def check_table(ratios: Sequence[float], sparsity: float, layers: int | None = None) -> None:
-    """Refuse a table that was made for another sparsity, or for another model where its `layers` are known.
+    """Refuse a table for another sparsity or, if `layers` is known, for another model.
 
     Raises:
-        UserError: it has another number of layers, or another mean.
+        UserError: it has another number of layers or another mean.
     """
     if layers is not None and len(ratios) != layers:
         raise UserError(f"the allocation table has {len(ratios)} layers, the model {layers}", "make one for this model")

@@ -17,7 +17,8 @@ class ChangeState(PerSequence):
     """How much each layer's FFN changes the residual stream, summed over the context's tokens of B sequences.
 
     Attributes:
-        numbers, sizes: of each FFN its decoder layer, and its neurons.
+        numbers: the decoder layer of each FFN.
+        sizes: neurons of each FFN.
     """
 
     def __init__(self, batch: int, ffns: Sequence[FFN], residual: bool) -> None:
@@ -30,7 +31,7 @@ class ChangeState(PerSequence):
         self.change = torch.zeros(batch, layers)  # sum over tokens of ||z - y|| / ||y||
 
     def observe(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
-        """Count a layer's tokens. y: the stream that enters the FFN, added: what the FFN adds, both [B, T, D]."""
+        """Add a layer's tokens. y: the stream that enters the FFN; added: the FFN's output, both [B, T, D]."""
         import torch
         from torch.nn.functional import cosine_similarity
 

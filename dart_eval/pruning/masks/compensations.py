@@ -1,4 +1,4 @@
-"""Compensation: what stands in for the neurons that were left out."""
+"""Compensation: what replaces the output of pruned neurons."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Compensation(Part):
     """Base of all compensations.
 
     Attributes:
-        adds: it adds a constant per sequence and layer to the FFN's output: the mean of what it observes, for the
-            neurons outside the mask, through down.
-        fills: each neuron that a token leaves out counts with the mean of what is observed of it. By kernels that is a
-            constant per sequence and layer, and down's columns of what is taken on the difference to the mean.
+        adds: whether it adds a constant per sequence and layer to the FFN's output: the observed mean of the neurons
+            outside the mask, multiplied by down.
+        fills: whether each neuron that a token leaves out takes its observed mean. A kernel would add a constant per
+            sequence and layer, and multiply the taken columns of down by the difference from the mean.
     """
 
     slot = "compensation"
@@ -31,7 +31,7 @@ class Compensation(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Nothing(Compensation):
-    """Nothing stands in for what was left out."""
+    """Pruned neurons count as 0."""
 
     name = "none"
     summary = "puts nothing in place of what is left out"
@@ -41,7 +41,7 @@ class Nothing(Compensation):
 class MeanOutput(Compensation):
     """A constant is added: what the neurons outside the mask added on average, W_down[:, pruned] mean(h)[pruned].
 
-    Over a calibration text it is the bias of FLAP (arXiv 2312.11983). Where the mask is fixed too, it is made once,
+    Over a calibration text it is the bias of FLAP (arXiv 2312.11983). If the mask is fixed too, it is computed once,
     before any prompt.
     """
 
@@ -74,7 +74,7 @@ class MeanOutput(Compensation):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanHidden(MeanOutput):
-    """Each neuron that a token leaves out, in the mask or not, counts with its mean over the context's tokens."""
+    """Each neuron that a token leaves out, in the mask or not, takes its mean over the context's tokens."""
 
     name = "mean-token"
     summary = "gives each neuron that a token leaves out its mean over the context's tokens"

@@ -1,7 +1,7 @@
-"""DART's allocation (arXiv 2601.22632): nine steps from how much a layer changes the stream to its prune ratio.
+"""DART's allocation (arXiv 2601.22632): nine steps from a layer's change of the stream to its prune ratio.
 
-Step 1 is `ChangeState.sensitivity`, step 2 `normalise_sensitivity`, steps 3 to 8 are `depth_aware`; step 9 (rounding)
-is `counts.keep_counts`, which, unlike the published code, meets the budget exactly.
+Step 1 is `ChangeState.sensitivity`, step 2 `normalise_sensitivity`, steps 3 to 8 are `depth_aware`. Step 9, rounding,
+is `counts.keep_counts`, which meets the budget exactly, unlike the published code.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class DepthAware(Allocation):
         scores: Sequence[Tensor] | None = None,
     ) -> list[float]:  # fmt: skip
         assert change is not None
-        found = dict(zip(change.numbers, change.sensitivity(rows, self.magnitude), strict=True))
-        sizes = dict.fromkeys(found, 0)  # FFNs of one layer change the stream together, and have one density
+        sensitivity = dict(zip(change.numbers, change.sensitivity(rows, self.magnitude), strict=True))
+        sizes = dict.fromkeys(sensitivity, 0)  # FFNs of one layer change the stream together, and have one density
         for number, size in zip(change.numbers, change.sizes, strict=True):
             sizes[number] += size
-        normalised = normalise_sensitivity([*found.values()])
+        normalised = normalise_sensitivity([*sensitivity.values()])
         densities = depth_aware(normalised, sparsity, self.protect, [*sizes.values()])
-        of_layer = dict(zip(found, densities, strict=True))
+        of_layer = dict(zip(sensitivity, densities, strict=True))
         return [of_layer[number] for number in change.numbers]
 
     def start(self, batch: int, ffns: Sequence[FFN]) -> ChangeState | None:
@@ -74,18 +74,17 @@ def depth_aware(
     normalised_sensitivity: Sequence[float], sparsity: float, protect: bool = True,
     sizes: Sequence[int] | None = None,
 ) -> list[float]:  # fmt: skip
-    """The density of every layer by DART's depth-aware rule.
+    """Return the density of every layer by DART's depth-aware rule.
 
     Args:
         normalised_sensitivity: [L], 0 (the FFN changes the stream least) to 1 (most).
-        sparsity: in [0, 1), over all layers; the mean of the returned densities is 1 - sparsity.
+        sparsity: in [0, 1), over all layers; the mean of the densities is 1 - sparsity.
         protect: spare early and late layers (step 4). False is the paper's ablation: a depth factor of 1 everywhere.
-        sizes: [L] neurons of every layer, where these differ: the mean is over neurons then (the paper's models have
-            layers of one size).
+        sizes: [L] neurons per layer, if they differ. The mean is then over neurons; the paper's models have layers of
+            one size.
 
     Returns:
-        [L] densities. What is pruned of a layer is kept between 0.1 and 0.9, unless the sparsity itself lies outside
-        these bounds (sparsity 0 keeps everything).
+        [L] densities. Each layer's prune ratio stays between 0.1 and 0.9, unless the sparsity itself is outside.
     """
     layers = len(normalised_sensitivity)
     low, high = min(MIN_PRUNE, sparsity), max(MAX_PRUNE, sparsity)
@@ -113,14 +112,7 @@ def depth_aware(
 
 
 def _depth_factor(x: float) -> float:
-    """The protection of early and late layers (step 4).
-
-    Args:
-        x: the depth of the layer, in [0, 1].
-
-    Returns:
-        A factor on what is pruned; 1 protects nothing.
-    """
+    """Return step 4's factor on the prune ratio at depth x in [0, 1]: it spares early and late layers."""
     if x < EARLY_SHARE:
         return EARLY_FACTOR + (1 - EARLY_FACTOR) * x / EARLY_SHARE
     if x > 1 - LATE_SHARE:

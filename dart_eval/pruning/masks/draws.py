@@ -20,15 +20,16 @@ class Draw(Part):
     slot = "draw"
 
     def keys(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
-        """What decides in the place of the scores, [B, F]: the largest are taken.
+        """Return the sort keys that replace the scores, [B, F]: the largest are taken.
 
         Args:
-            scores: [B, F], as `score` combines them. keep: [B], how many neurons are taken, on the CPU.
+            scores: [B, F], from `score.combine`.
+            keep: [B] number of neurons to take, on the CPU.
         """
         raise NotImplementedError
 
     def draw(self, scores: Tensor, keep: Tensor, layer: int, score: AnyScore) -> Tensor:
-        """The mask: [B, F] bool with exactly keep[b] neurons of each sequence. Arguments as of `keys`."""
+        """Return the mask: [B, F] bool with exactly keep[b] neurons of each sequence. Arguments as of `keys`."""
         from dart_eval.kernels.top import top_k_mask
 
         return top_k_mask(self.keys(scores, keep, layer, score), keep)
@@ -47,12 +48,12 @@ class Best(Draw):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Draw):
-    """Neurons are drawn without replacement, each with a chance in proportion to its score.
+    """Neurons are drawn without replacement, each with a probability proportional to its score.
 
-    They are those with the largest log score_j - log e_j, e_j being drawn from the exponential distribution. With
-    best=0 that is `sample`, with best=0.5 (the best floor(k / 2) are taken, and the rest is drawn from the others)
-    `topk_sample` of GRIFFIN's code (arXiv 2404.01365, commit d1d3d6e). There each prompt draws anew; here a layer has
-    the same e for every text, so that neither batches nor restarts change a mask, and a re-mask changes little.
+    The mask holds the neurons with the largest log score_j - log e_j, where e_j is exponentially distributed. GRIFFIN's
+    code (arXiv 2404.01365, commit d1d3d6e) calls best=0 `sample` and best=0.5 `topk_sample`: the best floor(k / 2) are
+    taken, and the rest is drawn. There each prompt draws anew. Here a layer has the same e for every text, so that
+    neither batches nor restarts change a mask, and a re-mask changes little.
     """
 
     name = "sample"

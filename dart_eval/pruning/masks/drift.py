@@ -1,4 +1,4 @@
-"""Drift detector: has the context moved away from what the mask was made for?
+"""Drift detector: has the text moved away from the context that the mask was made from?
 
 Signal: the last layer's attention output after its projection, a_t in R^D (no attention probabilities, so any
 attention backend). Reference: the mean b over the prompt's tokens; the prompt's windows of W tokens give
@@ -23,13 +23,15 @@ MAX_REFERENCE_WINDOWS = 64  # the latest; bounds the memory of long prompts at 6
 
 
 class DriftConfig(Protocol):
-    """Settings of the detector, see `parts.remasks.OnDrift`.
+    """Settings of the detector, see `remasks.OnDrift`.
 
     Attributes:
-        window: W, tokens per window. sigma, floor: of the margin. patience: flagged windows (net) before the alarm.
+        window: W, tokens per window.
+        sigma: margin in standard deviations of the prompt's windows.
+        floor: least margin.
+        patience: flagged windows (net) before the alarm.
         cooldown: windows after an alarm in which nothing is flagged.
-        min_windows: with fewer prompt windows sigma is not trusted and the margin is `floor`; with none, the detector
-            stays silent.
+        min_windows: with fewer prompt windows the margin is `floor`; with none, the detector stays silent.
         recent: windows that make the new reference after a re-mask; mu and sigma stay the prompt's.
     """
 
@@ -82,17 +84,14 @@ class DriftDetector(PerSequence):
             rest = tokens[head:]
             full = len(rest) // size
             means = torch.cat(
-                [
-                    self.prompt_sum[row : row + 1] / size,
-                    rest[: full * size].reshape(full, size, a.shape[2]).mean(1),
-                ]
+                [self.prompt_sum[row : row + 1] / size, rest[: full * size].reshape(full, size, a.shape[2]).mean(1)]
             )
             self.windows[row] = torch.cat([self.windows[row], means])[-MAX_REFERENCE_WINDOWS:]
             self.prompt_sum[row] = rest[full * size :].sum(0)
             self.prompt_fill[row] = len(rest) - full * size
 
     def set_reference(self) -> None:
-        """Close the prompt, so far: reference, threshold, and an empty window for what is decoded next."""
+        """Close the prompt so far: set reference and threshold, and begin an empty window for decoded tokens."""
         config = self.config
         self.reference = self.total / self.count.clamp_min(1)[:, None]
         for row, windows in enumerate(self.windows):
@@ -111,15 +110,18 @@ class DriftDetector(PerSequence):
             tensor.zero_()
 
     def room(self) -> int:
-        """Tokens that `update` can take until the current window closes."""
+        """Return the tokens that `update` can take until the current window closes."""
         return self.config.window - self.position
 
     def update(self, a: Tensor, valid: Tensor, hold: Tensor | None = None) -> Tensor:
         """Add decoded tokens, at most up to the end of the current window.
 
         Args:
-            a: [B, T, D], T <= room(). valid: [B, T] bool, False for padding after a sequence's end.
-            hold: [B] bool, sequences of which no window is flagged now (they run dense after an alarm).
+
+
+            a: [B, T, D], T <= room().
+            valid: [B, T] bool, False for padding after a sequence's end.
+            hold: [B] bool, sequences that run dense after an alarm: none of their windows is flagged.
 
         Returns:
             [B] bool, the sequences whose alarm has just been raised.
@@ -140,9 +142,7 @@ class DriftDetector(PerSequence):
             full = full & ~hold
         flagged = full & ~cooling & (self.signal < self.threshold)
         self.pressure = torch.where(
-            full & ~cooling,
-            torch.where(flagged, self.pressure + 1, (self.pressure - 1).clamp_min(0)),
-            self.pressure,
+            full & ~cooling, torch.where(flagged, self.pressure + 1, (self.pressure - 1).clamp_min(0)), self.pressure
         )
         self.cooling = torch.where(full & cooling, self.cooling - 1, self.cooling)
         alarm = full & (self.pressure >= config.patience)
@@ -160,7 +160,7 @@ class DriftDetector(PerSequence):
     def select(self, rows: Tensor) -> DriftDetector:
         """An independent copy for the given sequences (indices, repeats allowed)."""
         windows, bare = self.windows, copy.copy(self)
-        bare.windows = []  # their first dimension is no batch
+        bare.windows = []  # their first dimension is not the batch
         new = super(DriftDetector, bare).select(rows)
         new.windows = [windows[int(r)] for r in rows]
         return new

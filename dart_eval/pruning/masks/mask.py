@@ -17,13 +17,12 @@ class Mask(Part):
     """Base of all masks.
 
     Attributes:
-        fixed: whether it is made before any prompt is seen, and is the same for every sequence.
+        fixed: whether all sequences have one mask, made before any prompt.
         holds_all: whether it holds every neuron.
-        looks_ahead: whether it is made from the very tokens that it is used on. It is then an upper bound, and no
-            method to use.
-        score: the score that it is made by; None for a mask of everything.
-        draw: how it is taken from the scores.
-        remask: when it is made anew.
+        looks_ahead: whether it is made from the very tokens that run under it: an upper bound, not a usable method.
+        score: the score of the neurons; None for a mask of everything.
+        draw: how the mask is taken from the scores.
+        remask: when a new mask is made.
     """
 
     slot = "mask"
@@ -47,7 +46,7 @@ class Everything(Mask):
 
 @dataclass(frozen=True, kw_only=True)
 class Static(Mask):
-    """One mask for all sequences is made before any prompt is seen, from the weights or from a calibration text."""
+    """All sequences have one mask, made before any prompt from the weights or a calibration text."""
 
     name = "static"
     summary = "makes one mask for all texts, from the weights or a calibration text"

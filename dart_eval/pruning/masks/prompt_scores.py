@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 class Votes(Score):
     """score_j = the number of tokens for which h_tj is among the n_t largest, by signed value.
 
-    n_t = floor(share * the number of positive h_tj). Of arXiv 2410.18311 (CoreInfer), whose code (commit 38de332) was
-    read. There n is one number for the whole prompt, from the mean of the positive ones; here each token has its own,
-    as in the paper, so that no later token changes an earlier one's votes. Where fewer neurons than are kept have any
-    vote, the code keeps fewer; here the first others fill up, so that the sparsity is met.
+    n_t = floor(share * the number of positive h_tj). From arXiv 2410.18311 (CoreInfer) and its code (commit 38de332).
+    There n is one number for the whole prompt, from the mean count of positive h. Here each token has its own, as in
+    the paper, so that no later token changes an earlier one's votes. If too few neurons have a vote, the code keeps
+    fewer; here the first of the others fill up, so that the sparsity is met.
     """
 
     name = "votes"
@@ -77,11 +77,11 @@ class Probe(Score):
     """score_j = s_j * sqrt(sum_i W_down[i, j]^4), s = (p^2 + q^2) / (p + q).
 
     p_j is the mean of h_tj^2 over the context's tokens of the probe, q_j that over the calibration text (the history).
-    Of arXiv 2502.15618 (Probe Pruning), whose code (src/model/pruning_module.py, commit acc0730) was read, for a batch
-    of one sequence. There p and q stand for each position and s is summed over positions, and the history follows the
-    batches. Sums over tokens know no positions here, and no sequence may change another. The probe there are the tokens
-    with the largest norms of the residual stream, which saves computing the others; a prompt runs dense here, so all of
-    its tokens can be the probe, and a share of them is spaced evenly, whatever pieces the prompt comes in.
+    From arXiv 2502.15618 (Probe Pruning) and its code (src/model/pruning_module.py, commit acc0730), for a batch of one
+    sequence. There p and q are per position, s is summed over positions, and the history follows the batches. Here sums
+    over tokens have no positions, and no sequence may change another. There the probe is the tokens with the largest
+    norms of the residual stream, which saves computing the others. Here a prompt runs dense, so all of its tokens can
+    be the probe, and a share of them is evenly spaced, however the prompt is cut into chunks.
     """
 
     name = "probe"
@@ -106,26 +106,26 @@ class Probe(Score):
         weight = valid.float()
         if self.share < 1:
             count = valid.double().cumsum(1) + before.double()[:, None]
-            # The first one of every 1 / share.
+            # The first of every 1 / share tokens.
             inside = (count * self.share - 1e-9).ceil() > ((count - 1) * self.share - 1e-9).ceil()
             weight = weight * inside
         return weight, None
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
-        """[2, F] of each layer: the root of the sum of fourth powers of a column of down, and q."""
+        """Return [2, F] per layer: the root of the sum of fourth powers of a column of down, and q."""
         import torch
 
         from dart_eval.pruning.calibration.calibration import means
 
         columns = [ffn.output_weight().float().pow(4).sum(0).sqrt() for ffn in calibration.ffns]
-        usual = means(calibration, self.observe) if self.history else [torch.zeros_like(c) for c in columns]
-        return [torch.stack([c, q.to(c.device)]) for c, q in zip(columns, usual, strict=True)]
+        history = means(calibration, self.observe) if self.history else [torch.zeros_like(c) for c in columns]
+        return [torch.stack([c, q.to(c.device)]) for c, q in zip(columns, history, strict=True)]
 
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
         assert sums is not None and factor is not None
-        column, usual = factor.to(sums.device)
-        total = (sums + usual).clamp_min(1e-30)
-        return column * (sums * (sums / total) + usual * (usual / total))
+        column, history = factor.to(sums.device)
+        total = (sums + history).clamp_min(1e-30)
+        return column * (sums * (sums / total) + history * (history / total))
 
     def flops_per_neuron(self) -> int:
         return 2
@@ -135,7 +135,7 @@ PROMPT_SCORES = (Votes, Ranks, Probe)
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """[..., F] fp32: F for the largest score down to 1 for the smallest, of equal ones more for the first."""
+    """Return [..., F] fp32: F for the largest score down to 1 for the smallest; of equal scores the first is higher."""
     import torch
 
     order = scores.argsort(dim=-1, descending=True, stable=True)

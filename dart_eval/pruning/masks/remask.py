@@ -1,4 +1,4 @@
-"""What a re-mask keeps for each sequence: recent FFN inputs, the drift detector, counters; and when it is due."""
+"""The state of re-masks per sequence: recent FFN inputs, the drift detector, counters; and when a re-mask is due."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from dart_eval.pruning.session.sequence import PerSequence
 
 @dataclass(frozen=True)
 class Due:
-    """New masks that are due. rows: [B] bool, the sequences; cause: `alarm` or `steady`.
+    """New masks that are due.
 
-    dense: the recent scores are those of the tokens that ran dense; else those of the ring.
+    Attributes:
+        rows: [B] bool, the sequences.
+        cause: `alarm` or `steady`.
+        dense: whether the recent scores come from tokens that ran dense; else from the ring.
     """
 
     rows: Tensor
@@ -32,10 +35,12 @@ class RemaskState(PerSequence):
     """State of B sequences under a part `remask`.
 
     Attributes:
-        detector, ring: where the part has them. The ring has FFN inputs, and behind them which experts tokens had.
+        detector: the drift detector, if the part has one.
+        ring: FFN inputs per layer, followed by the experts that tokens had, if the part has a ring.
         alarms: [B] bool, raised by the last forward.
         since: decoded tokens since the last steady re-mask; the same for all, since they decode together.
-        dense_left: [B] long, tokens still to run dense after an alarm. fresh_tokens: [B], those that did so far.
+        dense_left: [B] long, tokens still to run dense after an alarm.
+        fresh_tokens: [B], tokens that ran dense after it so far.
     """
 
     def __init__(self, part: Remask, ffns: Sequence[FFN], batch: int, device: torch.device) -> None:
@@ -49,12 +54,12 @@ class RemaskState(PerSequence):
 
     @property
     def dense_now(self) -> Tensor:
-        """[B] bool: sequences that run dense because they gather scores after an alarm."""
+        """[B] bool, the sequences that run dense to gather scores after an alarm."""
         return self.dense_left > 0
 
     @property
     def to_be_dense(self) -> Tensor:
-        """[B] bool: those of them of which no token has run dense yet."""
+        """[B] bool, the sequences whose dense tokens after an alarm have not begun."""
         return (self.dense_left > 0) & (self.dense_left == self.part.dense_tokens)
 
     def observe_input(self, layer: int, x: Tensor, valid: Tensor) -> None:
@@ -65,11 +70,11 @@ class RemaskState(PerSequence):
                 self.ring.write(self.routing(layer), routing(routed, len(x)), valid)
 
     def routing(self, layer: int) -> int:
-        """The place in the ring of which experts a layer's tokens had."""
+        """Return the ring's index of the experts that a layer's tokens had."""
         return len(self.ffns) + layer
 
     def inputs(self, ffn: FFN, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The recent inputs of an FFN, [b, R, D] and [b, R] bool, and which experts they had.
+        """Return the recent inputs of an FFN, [b, R, D], their validity, [b, R] bool, and their experts.
 
         Args:
             rows: [b] indices of sequences.
@@ -99,7 +104,7 @@ class RemaskState(PerSequence):
         self.dense_left = torch.zeros_like(self.dense_left)
 
     def room(self) -> int | None:
-        """Tokens that may run in one forward before a mask may change; None for any number."""
+        """Return the tokens that may run in one forward before a mask may change; None for any number."""
         limits = [self.detector.room()] if self.detector is not None else []
         if self.part.every:
             limits.append(self.part.every - self.since)
@@ -108,11 +113,12 @@ class RemaskState(PerSequence):
         return min(limits, default=None)
 
     def decoded(self, attention: Tensor | None, valid: Tensor, shared: bool) -> list[Due]:
-        """Close a decoding forward: ask the detector which new masks are due.
+        """Close a decoding forward, and return the new masks that are due.
 
         Args:
-            attention: [B, T, D] attention output of the last layer, where there is a detector. valid: [B, T] bool.
-            shared: all sequences have one mask, and are re-masked together.
+            attention: [B, T, D] attention output of the last layer, if there is a detector.
+            valid: [B, T] bool.
+            shared: all sequences have one mask and are re-masked together.
         """
         none = torch.zeros_like(self.alarms)
         if self.ring is not None:
@@ -133,23 +139,23 @@ class RemaskState(PerSequence):
         if self.part.every:
             self.since += valid.shape[1]
             if self.since >= self.part.every:
-                # All are re-masked together, or those alone that have not ended.
+                # All are re-masked if they share a mask, else those that have not ended.
                 self.since, due = 0, ~alarms if shared else valid[:, -1] & ~alarms
-        found = [Due(alarms, "alarm"), Due(due, "steady"), Due(ended, "alarm", dense=True)]
-        return [d for d in found if bool(d.rows.any())]
+        masks = [Due(alarms, "alarm"), Due(due, "steady"), Due(ended, "alarm", dense=True)]
+        return [m for m in masks if bool(m.rows.any())]
 
     def _dense_ended(self, valid: Tensor, shared: bool) -> Tensor:
-        """[B] bool, the sequences of which the last token ran that was to run dense."""
+        """Count dense tokens; return [B] bool, the sequences whose dense tokens have just ended."""
         dense = self.dense_now
         if not bool(dense.any()):
             return torch.zeros_like(dense)
         self.fresh_tokens = self.fresh_tokens + torch.where(dense, valid.sum(1), 0)
         ran = valid.shape[1] if shared else valid.sum(1)  # together, ended or not
-        left = (self.dense_left - ran).clamp_min(0)
-        self.dense_left = torch.where(dense, left, self.dense_left)
-        return dense & (left == 0)
+        rest = (self.dense_left - ran).clamp_min(0)
+        self.dense_left = torch.where(dense, rest, self.dense_left)
+        return dense & (rest == 0)
 
     def moved(self, due: Due) -> None:
-        """New masks have been made after an alarm: the reference may move to the recent windows."""
+        """Move the reference to the recent windows if new masks were made after an alarm."""
         if self.detector is not None and due.cause == "alarm" and self.part.moves_reference:
             self.detector.rebase(due.rows)

@@ -1,4 +1,4 @@
-"""Re-masks: when a mask is made anew while a sequence is decoded, and from what."""
+"""Re-masks: when a new mask is made while a sequence is decoded, and from which tokens."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ OLD = "the old scores in a new mask: those of the prompt, or of the mask in forc
 
 @dataclass(frozen=True, kw_only=True)
 class Remask(Part):
-    """Base of all re-masks. How many neurons a layer keeps stays as the prompt set it.
+    """Base of all re-masks. The number of neurons in a layer stays as the prompt set it.
 
-    The recent scores are those of the last `ring` FFN inputs, which exist for pruned neurons too, or those of
-    `dense_tokens` that run dense after an alarm. Scores are blended per token: weight * old + (1 - weight) * recent.
+    Recent scores come from the last `ring` FFN inputs, which exist for pruned neurons too, or from `dense_tokens`
+    tokens that run dense after an alarm. Scores are blended per token: weight * old + (1 - weight) * recent.
 
     Attributes:
-        remasks: whether a mask may be made anew.
+        remasks: whether new masks may be made.
         watches: whether a drift detector watches.
     """
 
@@ -43,7 +43,7 @@ class Remask(Part):
 
     @property
     def needs_ring(self) -> bool:
-        """Whether recent FFN inputs must be kept."""
+        """Whether it needs the recent FFN inputs."""
         return False
 
     @property
@@ -52,11 +52,7 @@ class Remask(Part):
         return False
 
     def blend_of(self, cause: str) -> float:
-        """The weight of the old scores in a re-mask.
-
-        Args:
-            cause: `alarm`, or `steady` for a re-mask after every so many tokens.
-        """
+        """Return the weight of the old scores in a re-mask. cause: `alarm`, or `steady` for a periodic re-mask."""
         return 0.0
 
 
@@ -70,7 +66,7 @@ class Never(Remask):
 
 @dataclass(frozen=True, kw_only=True)
 class EveryN(Remask):
-    """A new mask is made each time so many tokens have been decoded."""
+    """A new mask is made after every N decoded tokens."""
 
     name = "every"
     summary = "makes a new mask after every so many decoded tokens"
@@ -94,10 +90,10 @@ class EveryN(Remask):
 
 @dataclass(frozen=True, kw_only=True)
 class OnDrift(Remask):
-    """A new mask is made when the text has drifted away from what the mask was made for (arXiv 2601.22632).
+    """A new mask is made when the text has drifted away from the mask's context (arXiv 2601.22632).
 
     The detector compares the last layer's attention output, averaged over windows of decoded tokens, with its mean over
-    the prompt (`pruning.drift`). The floor, the cool-down and the ring are this project's.
+    the prompt (`drift`). The floor, the cool-down and the ring are this project's own.
     """
 
     name = "drift"
@@ -151,7 +147,7 @@ class OnDrift(Remask):
 
     @property
     def recent(self) -> int:
-        """How many windows make the new reference after a re-mask."""
+        """Windows that make the new reference after a re-mask."""
         return max(1, (self.dense_tokens or self.ring) // self.window)
 
     def blend_of(self, cause: str) -> float:

@@ -1,4 +1,4 @@
-"""The last FFN inputs of every layer: what new masks are made from, whatever the old masks pruned."""
+"""The last FFN inputs of every layer, from which new masks are made, whatever the old masks pruned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dart_eval.pruning.session.sequence import PerSequence
 class RingBuffer(PerSequence):
     """The last R FFN inputs of every layer and sequence: [B, R, D] per layer, in the model's dtype.
 
-    Each sequence's slots are written in turn, by its own real tokens alone: what it holds does not depend on the batch.
+    A sequence's slots are written in turn by its own real tokens alone, so its contents do not depend on the batch.
     """
 
     def __init__(self, size: int, layers: int) -> None:
@@ -21,7 +21,7 @@ class RingBuffer(PerSequence):
         self.next: Tensor | None = None  # [B] long, the slot to write; a tensor, for compilers
 
     def write(self, layer: int, x: Tensor, valid: Tensor) -> None:
-        """Store the inputs of a forward's real tokens; slots move on only with `advance`.
+        """Store the inputs of a forward's real tokens. The slots move on with `advance`.
 
         x: [B, T, D]; valid: [B, T] bool.
         """
@@ -42,14 +42,14 @@ class RingBuffer(PerSequence):
             slots.scatter_(1, index, torch.where(valid.to(x.device)[..., None], x, slots.gather(1, index)))
 
     def _places(self, valid: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the tokens to be kept, the last R real ones of each sequence: row, place in the forward, slot."""
+        """Return the row, place in the forward and slot of each sequence's last R real tokens."""
         count = valid.long().cumsum(1)
-        kept = valid & (count > count[:, -1:] - self.size)
-        rows, at = kept.nonzero(as_tuple=True)
+        stored = valid & (count > count[:, -1:] - self.size)
+        rows, at = stored.nonzero(as_tuple=True)
         return rows, at, (start[rows] + count[rows, at] - 1) % self.size
 
     def __getitem__(self, layer: int) -> Tensor:
-        """[B, R, ...], what was stored of a layer."""
+        """[B, R, ...], the stored inputs of a layer."""
         slots = self.slots[layer]
         assert slots is not None
         return slots

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from dart_eval.layers.ffn import FFN
     from dart_eval.pruning.calibration.calibration import Calibration
 
-FIRST_TOKEN = 1e-12  # what a token that is left out weighs: nothing beside others, all where it is alone
+FIRST_TOKEN = 1e-12  # weight of a token that is left out: nothing beside others, everything if it is alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnyScore(Part):
-    """Base of all scores: made of sums over tokens (`observe`), of factors that no token changes, or of both.
+    """Base of all scores: sums over tokens (`observe`), factors that no token changes, or both.
 
     Attributes:
-        per_token: whether `combine` needs the mean over tokens; if not, the sum or any multiple will do.
+        per_token: whether `combine` needs the mean over tokens; if not, any multiple of it will do.
     """
 
     slot = "score"
@@ -37,44 +37,44 @@ class AnyScore(Part):
         return False
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
-        """What no token changes in a score: for each layer [F] fp32, or several such rows; None for nothing."""
+        """Return the factors that no token changes: per layer [F] fp32, or several such rows; None without factors."""
         return None
 
     def combine(self, sums: Tensor | None, factor: Tensor | None) -> Tensor:
-        """The score: [B, F], higher is kept; only the order within a layer counts.
+        """Return the score: [B, F]. The highest are kept, so only the order within a layer counts.
 
         Args:
-            sums: [B, F] of the tokens, or their mean; None for a score of weights alone.
+            sums: [B, F] sums over tokens, or their mean; None for a score of weights alone.
             factor: [F] of this layer from `factors`, or None.
         """
         assert sums is not None
         return sums if factor is None else sums * factor.to(sums.device)
 
     def proportional(self, score: Tensor) -> Tensor:
-        """The score itself, where `combine` gives another number of the same order, its square say."""
+        """Return the score itself, if `combine` returns another number of the same order, such as its square."""
         return score
 
     def token_weights(self, valid: Tensor, before: Tensor) -> tuple[Tensor, Tensor | None]:
-        """How much the tokens of a context forward weigh in all sums, and by how much earlier sums shrink.
+        """Return the weights of a context forward's tokens in all sums, and the factor on earlier sums.
 
         Args:
             valid: [B, T] bool, False for padding.
-            before: [B] fp32, tokens of the context that came in earlier forwards.
+            before: [B] fp32, tokens of the context in earlier forwards.
         """
         return valid.float(), None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(AnyScore):
-    """Base of scores that are made from tokens: of a context, or of a calibration text."""
+    """Base of scores from tokens, of a context or of a calibration text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(Score):
     """score_j = sum over tokens of (|h_tj| / ||h_t||)^2, with the norm and a factor of choice.
 
-    Of arXiv 2404.01365 (GRIFFIN: norm l2) and arXiv 2601.22632 (DART: norm none, and the factors of its code). The sum
-    of squares is kept, since its order is that of its root.
+    From arXiv 2404.01365 (GRIFFIN: norm l2) and arXiv 2601.22632 (DART: norm none, and the factors of its code). Sums
+    of squares have the order of their roots, which are never taken.
     """
 
     name = "activation"
@@ -105,15 +105,15 @@ class Activation(Score):
         return activations(h, weight, self.norm, self._power)
 
     def factors(self, calibration: Calibration) -> list[Tensor] | None:
-        found: list[Tensor] | None = None  # on a norm, squared
+        factors: list[Tensor] | None = None  # on a norm, squared
         if self.vocabulary != "none":
-            found = [p.factor(self.vocabulary).square() for p in calibration.projection()]
+            factors = [p.factor(self.vocabulary).square() for p in calibration.projection()]
         if self.down_norm:
             norms = down_norms(calibration.ffns)
-            found = norms if found is None else [f * n.to(f.device) for f, n in zip(found, norms, strict=True)]
-        if found is not None and self._power == 1:  # its sums are of magnitudes, not of squares
-            found = [f.sqrt() for f in found]
-        return found
+            factors = norms if factors is None else [f * n.to(f.device) for f, n in zip(factors, norms, strict=True)]
+        if factors is not None and self._power == 1:  # sums are of magnitudes, not of squares
+            factors = [f.sqrt() for f in factors]
+        return factors
 
     def proportional(self, score: Tensor) -> Tensor:
         return score.sqrt() if self._power == 2 else score
@@ -163,7 +163,7 @@ class Wanda(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightScore(AnyScore):
-    """Base of scores that no prompt changes: they follow from the weights, a calibration text, or nothing at all."""
+    """Base of scores that no prompt changes: from the weights, a calibration text, or nothing at all."""
 
     observes = False
 
@@ -204,8 +204,8 @@ class Weights(WeightScore):
 class Fluctuation(WeightScore):
     """score_j = the variance of h_j over the calibration text's tokens, times ||W_down[:, j]||^2: FLAP's WIFV.
 
-    Of arXiv 2312.11983. A neuron that hardly varies can be replaced by its mean, however large it is, which is what
-    `compensation=mean:compensation.over=calibration` does. The score does not move where a constant is added to h.
+    From arXiv 2312.11983. A neuron that hardly varies can be replaced by its mean, however large that is, as
+    `compensation=mean:compensation.over=calibration` does. A constant added to h does not change the score.
 
     The authors' code (CASIA-IVA-Lab/FLAP, 3bb57db, `lib/prune.py`, `lib/layerwrapper.py`) has another quantity in place
     of the variance: `variance=code` gives it (`moments.Running`), with our segments as its sequences. It calibrates on
@@ -221,8 +221,7 @@ class Fluctuation(WeightScore):
     )
 
     def factors(self, calibration: Calibration) -> list[Tensor]:
-        found = calibration.moments()
-        spread = [m.variance if self.variance == "true" else m.code_variance for m in found]
+        spread = [m.variance if self.variance == "true" else m.code_variance for m in calibration.moments()]
         return [v.to(norm.device) * norm for v, norm in zip(spread, down_norms(calibration.ffns), strict=True)]
 
 
@@ -249,11 +248,12 @@ SCORES = (Activation, Wanda, Fluctuation, Weights, Random)
 
 
 def activations(h: Tensor, weight: Tensor, norm: str = "none", power: int = 2) -> Tensor:
-    """sum_t weight_t (|h_tj| / ||h_t||)^power.
+    """Return sum_t weight_t (|h_tj| / ||h_t||)^power.
 
     Args:
-        h: [B, T, F] fp32. weight: [B, T] fp32, 0 for padding.
-        norm: what a token is divided by: none, l1 or l2.
+        h: [B, T, F] fp32.
+        weight: [B, T] fp32, 0 for padding.
+        norm: the divisor of a token: none, l1 or l2.
         power: 2 (the score is its root, whose order is the same) or 1.
 
     Returns:
@@ -270,7 +270,7 @@ def activations(h: Tensor, weight: Tensor, norm: str = "none", power: int = 2) -
 
 
 def decayed(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Weights of an exponential average: decay^(n - 1 - t) for the t-th of n tokens.
+    """Return the weights of an exponential average: decay^(n - 1 - t) for the t-th of n tokens.
 
     Args:
         valid: [B, T] fp32, 0 for padding, which does not count as a step.
@@ -283,15 +283,16 @@ def decayed(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
 
 
 def down_norms(ffns: Sequence[FFN]) -> list[Tensor]:
-    """Per layer [F] fp32: the squared norm of each neuron's column of down."""
+    """Return per layer [F] fp32 the squared norm of each neuron's column of down."""
     return [ffn.output_weight().float().square().sum(0) for ffn in ffns]
 
 
 def alone(score: AnyScore, h: Tensor, factor: Tensor | None) -> Tensor:
-    """The score that a mask from this token alone would have: [B, T, F] fp32.
+    """Return the scores of single tokens, as if each made a mask alone: [B, T, F] fp32.
 
     Args:
-        h: [B, T, F]. factor: what no token changes in the score, in the order of h.
+        h: [B, T, F].
+        factor: the score's factor, in the order of h.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""What attaches a method to a model while a block runs."""
+"""Sessions: a method at work on a model while a block runs."""

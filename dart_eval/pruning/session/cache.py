@@ -5,30 +5,36 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dart_eval.util.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 REMEDY = "pass attention_mask of shape [batch, cached and new tokens]"
 
 
-def real_tokens(mask: Any, cache: Any, past: int, batch: int, length: int, device: torch.device) -> Tensor:
-    """[B, T] bool: the new tokens that are no padding.
+def real_tokens(mask: object, cache: Any, past: int, batch: int, length: int, device: torch.device) -> Tensor:
+    """Return [B, T] bool, the new tokens that are not padding.
 
     Args:
-        mask: as the decoder is handed it: None, one mask, or one for each type of layer.
-        cache: the KV cache before the forward, or None; past: tokens in it.
-        batch, length, device: B, T, and where the answer lies.
+        mask: the decoder's argument: None, one mask, or one per type of layer.
+        cache: the KV cache before the forward, or None.
+        past: tokens in the cache.
+        batch: B.
+        length: T.
+        device: of the result.
 
     Raises:
-        UserError: the mask has a form in which padding cannot be told.
+        UserError: the mask has a form that does not show padding.
     """
     kind = None
     if isinstance(mask, dict):
-        # A mask that is left out is a plain causal one, which is never done where there is padding.
+        # A missing mask is a plain causal one, which a padded batch never has.
         kind = next((k for k in ("full_attention", *mask) if mask.get(k) is not None), None)
         mask = None if kind is None else mask[kind]
     if mask is None:
@@ -47,8 +53,8 @@ def real_tokens(mask: Any, cache: Any, past: int, batch: int, length: int, devic
     return _own_entries(mask, start, length).to(device).expand(batch, length)
 
 
-def _offset(cache: Any, width: int, length: int, kind: str | None) -> int:
-    """The place of the token that a mask's first column stands for: caches of sliding windows drop the oldest."""
+def _offset(cache: Cache, width: int, length: int, kind: str | None) -> int:
+    """Return the position of a mask's first column: caches of sliding windows drop the oldest tokens."""
     for layer in sorted(getattr(cache, "layers", ()), key=lambda layer: bool(getattr(layer, "is_sliding", False))):
         if kind is not None and getattr(layer, "is_sliding", False) == (kind == "full_attention"):
             continue
@@ -60,7 +66,7 @@ def _offset(cache: Any, width: int, length: int, kind: str | None) -> int:
 
 
 def _own_entries(mask: Any, start: int, length: int) -> Tensor:
-    """[B or 1, T] bool: whether each new token may look at itself; its key is in column start + t."""
+    """Return [B or 1, T] bool, whether each new token attends to itself; its key is in column start + t."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask[:, start : start + length] > 0
     if not isinstance(mask, Tensor):  # flex attention: a function of batch, head, query and key
@@ -75,49 +81,50 @@ FOLLOWED = "_followed_by"
 
 
 class CacheWatch:
-    """Knows the cache of the last forward, refuses another, and follows beams that change places in it.
+    """Watches the cache of the last forward: refuses another one, and follows beams that are reordered in it.
 
     Args:
-        reorder: called with the beams ([B] indices) when they do; None: masks do not follow them.
+        reorder: called with the beams ([B] indices) on a reordering; None: masks do not follow beams.
     """
 
     def __init__(self, reorder: Callable[[Tensor], None] | None) -> None:
-        self.tokens = 0  # that the cache held after the last forward
+        self.tokens = 0  # in the cache after the last forward
         self._reorder = reorder
-        self._cache: Callable[[], Any] = lambda: None  # a weak reference, once there is a cache
+        self._cache: Callable[[], Cache | None] = lambda: None  # a weak reference, once there is a cache
 
     @property
-    def cache(self) -> Any:
+    def cache(self) -> Cache | None:
         """The cache, or None."""
         return self._cache()
 
-    def check_tokens(self, cache: Any, past: int, has_masks: bool) -> None:
-        """Refuse a cache that is not what the last forward left.
+    def check_tokens(self, cache: Cache, past: int, has_masks: bool) -> None:
+        """Refuse a cache that is not the one that the last forward left.
 
         Args:
-            cache, past: of the next forward, and the tokens in it.
-            has_masks: masks of sequences of their own are in force.
+            cache: of the next forward.
+            past: tokens in it.
+            has_masks: whether sequences have masks of their own.
 
         Raises:
-            UserError: it went back, or is another.
+            UserError: it lost tokens, or is another cache.
         """
-        known = self._cache()
+        last = self._cache()
         if not past or not has_masks:
             return
-        if past < self.tokens and known is cache:
+        if past < self.tokens and last is cache:
             raise UserError(
                 f"the KV cache went back from {self.tokens} to {past} tokens under prune()",
                 "masks cannot be undone: do not use an assistant model or prompt lookup, and give a turn that "
                 "replaces another a new cache",
             )
-        if past != self.tokens or (known is not None and known is not cache):
+        if past != self.tokens or (last is not None and last is not cache):
             raise UserError(
                 "this KV cache is not the one that the masks under prune() were made with",
                 "finish one sequence before the next begins, or use a session for each",
             )
 
     def follow(self, cache: Any, tokens: int) -> None:
-        """Take over the cache of a forward; with it `tokens` it will hold."""
+        """Watch the cache of a forward. tokens: its size after the forward."""
         self.tokens = tokens
         if cache is self._cache() and cache is not None:
             return
@@ -131,32 +138,28 @@ class CacheWatch:
             cache.__class__ = _followed(cache.__class__)
             cache.__dict__[FOLLOWED] = weakref.ref(self)
 
-    def adopt(self, output: Any, model: str) -> None:
-        """Take over the cache that a forward has made itself. output: what came out; model: its class, for people.
-
-        Raises:
-            UserError: it has made none.
-        """
+    def adopt(self, output: object, model: str) -> None:
+        """Watch the cache that a forward has created: see `cache_in`."""
         self.follow(cache_in(output, model), self.tokens)
 
     def leave(self) -> None:
-        """Let the cache be what it was."""
+        """Restore the cache's class."""
         cache = self._cache()
         if isinstance(cache, _Followed):
             cache.__class__ = type(cache).__mro__[2]
             cache.__dict__.pop(FOLLOWED, None)
 
-    def reordered(self, cache: Any, beams: Tensor) -> None:
-        """Beams have changed places in a cache that may be a copy of ours."""
+    def reordered(self, cache: Cache, beams: Tensor) -> None:
+        """Follow beams that were reordered in a cache, unless it is a copy of ours."""
         if cache is self._cache() and self._reorder is not None:
             self._reorder(beams)
 
 
-def cache_in(output: Any, model: str) -> Any:
-    """The KV cache that a forward has made. output: what came out; model: its class, for people.
+def cache_in(output: object, model: str) -> Cache:
+    """Return the KV cache in the output of a forward. model: its class, for the message.
 
     Raises:
-        UserError: it has made none.
+        UserError: there is none.
     """
     values = output if isinstance(output, (tuple, list)) else vars(output).values()
     cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
@@ -168,8 +171,8 @@ def cache_in(output: Any, model: str) -> Any:
     return cache
 
 
-def check_cache(cache: Any, use_cache: bool | None) -> None:
-    """Refuse a forward whose KV cache tells no length, or that wants none.
+def check_cache(cache: Cache, use_cache: bool | None) -> None:
+    """Refuse a forward without KV cache, or with one whose length is unknown.
 
     Raises:
         UserError: with the reason.
@@ -186,7 +189,7 @@ def check_cache(cache: Any, use_cache: bool | None) -> None:
 
 
 class _Followed:
-    """A cache that tells a watch when its beams change places. Its copies are plain ones."""
+    """A cache that reports reordered beams to a watch. Its copies are plain caches."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         parts: Any = super().__reduce_ex__(protocol)

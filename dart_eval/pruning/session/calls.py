@@ -1,8 +1,8 @@
-"""What a model's own methods do while a session lasts.
+"""Replacements of a model's own methods while a session lasts.
 
-`generate` says where its prompt ends and which tokens end a sequence; no forward says so. Methods that would change the
-weights under the session, or run the model in a way that it cannot follow, are refused at the call. All of it stands in
-the modules' `__dict__`, and a copy of a module would take it along, and the hooks with it: so copying is refused too.
+Only `generate` knows where its prompt ends and which tokens end a sequence. Methods that would change the weights, or
+run the model in a way that the session cannot follow, are refused at the call. The replacements are in the modules'
+`__dict__`, where a copy of a module would take them along with the hooks, so copying is refused too.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ CONTINUOUS = ("generate_batch", "init_continuous_batching")
 
 
 class _Replaced:
-    """A method of a module while a session lasts."""
+    """A replaced method of a module."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
+    def __init__(self, call: Callable[..., object]) -> None:
         self.call = call
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.call(*args, **kwargs)
 
-    def __deepcopy__(self, _memo: Any) -> Any:
+    def __deepcopy__(self, _memo: object) -> object:
         raise UserError(
             "a copy of a model under prune() would act on the original", "copy it before the block, or after it"
         )
@@ -40,8 +40,8 @@ class Calls:
     """The methods of one model that a session has replaced.
 
     Attributes:
-        prompt: tokens of the prompt that `generate` is at work on, those in its cache included; 0 outside of it.
-        ends: ids of the tokens that end a sequence of it, and that it pads ended ones with.
+        prompt: tokens of the prompt of the running `generate`, cached ones included; 0 outside of it.
+        ends: ids of the tokens that end its sequences, and of their padding.
         turn: calls of `generate` so far.
     """
 
@@ -50,10 +50,10 @@ class Calls:
         self.prompt = 0
         self.ends: frozenset[int] = frozenset()
         self.turn = 0
-        self._before: list[tuple[nn.Module, str, Any]] = []  # what stood in a module's `__dict__`
+        self._before: list[tuple[nn.Module, str, object]] = []  # earlier entries of a module's `__dict__`
 
     def watch(self) -> None:
-        """Replace them.
+        """Replace the methods.
 
         Raises:
             UserError: another session is at work on this model.
@@ -71,12 +71,12 @@ class Calls:
         if callable(generate):
             self._put(self.model, "generate", _Replaced(functools.partial(self._generate, generate)))
 
-    def _put(self, module: nn.Module, name: str, value: Any) -> None:
+    def _put(self, module: nn.Module, name: str, value: object) -> None:
         self._before.append((module, name, module.__dict__.get(name, ABSENT)))
         module.__dict__[name] = value
 
     def release(self) -> None:
-        """Put them back."""
+        """Restore the methods."""
         while self._before:
             module, name, before = self._before[-1]
             if before is ABSENT:
@@ -85,11 +85,11 @@ class Calls:
                 module.__dict__[name] = before
             self._before.pop()
 
-    def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: object) -> object:
         before = self.prompt, self.ends
         self.turn += 1
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
-        self.prompt = max((int(t.shape[1]) for t in given if t is not None), default=0)
+        values = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]
+        self.prompt = max((int(t.shape[1]) for t in values if t is not None), default=0)
         config = kwargs.get("generation_config") or next((a for a in args[1:2] if a is not None), None)
         config = config or getattr(self.model, "generation_config", None)
         named = [kwargs.get(n, getattr(config, n, None)) for n in ("eos_token_id", "pad_token_id")]
@@ -100,15 +100,15 @@ class Calls:
             self.prompt, self.ends = before
 
 
-def _ids(given: Any) -> list[int]:
-    """Token ids as `generate` takes them: none, one, several, or a tensor of them."""
-    if given is None:
-        return []
-    return torch.as_tensor(given).flatten().tolist()
+def _ids(value: object) -> list[int]:
+    """Return token ids in any form that `generate` takes: none, one, several, or a tensor of them."""
+    return [] if value is None else torch.as_tensor(value).flatten().tolist()
 
 
-def _leaves_alone(module: nn.Module, change: Callable[[Tensor], Tensor], *_args: Any, **_kwargs: Any) -> nn.Module:
-    """Instead of `module._apply(change)`: nothing, where the weights have the dtype and place already."""
+def _leaves_alone(
+    module: nn.Module, change: Callable[[Tensor], Tensor], *_args: object, **_kwargs: object
+) -> nn.Module:
+    """Replace `module._apply(change)`: do nothing if the weights already have the dtype and device, else refuse."""
     for dtype, device in {(t.dtype, t.device) for t in [*module.parameters(), *module.buffers()]}:
         changed = change(torch.empty(0, dtype=dtype, device=device))
         if (changed.dtype, changed.device) != (dtype, device):
@@ -116,13 +116,13 @@ def _leaves_alone(module: nn.Module, change: Callable[[Tensor], Tensor], *_args:
     return module
 
 
-def _refuse_weights(*_args: Any, **_kwargs: Any) -> Any:
+def _refuse_weights(*_args: object, **_kwargs: object) -> object:
     raise UserError(
         "the weights of a model under prune() must stay as they are", "move, cast or load them before the block"
     )
 
 
-def _refuse_continuous_batching(*_args: Any, **_kwargs: Any) -> Any:
+def _refuse_continuous_batching(*_args: object, **_kwargs: object) -> object:
     raise UserError(
         "continuous batching runs prompts and decoded tokens in one forward, which prune() cannot follow",
         "use generate()",

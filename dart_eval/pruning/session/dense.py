@@ -1,10 +1,9 @@
-"""A model that runs dense, with what the evaluation asks of a session."""
+"""A model that runs dense, with the interface of a session."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from dart_eval.pruning.session.state import SequenceState
 
 
 class DenseSession:
-    """Stands in for a `Session` where nothing is pruned: the model keeps its forwards, and every token reads all.
+    """Replaces a `Session` if nothing is pruned: the model keeps its forwards, and every token reads all weights.
 
     Attributes:
         prunes, looks_ahead, share, state, state_bytes, remasks, events: see `Session`.
@@ -30,12 +29,12 @@ class DenseSession:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.events: list[dict[str, Any]] = []
+        self.events: list[dict[str, object]] = []
         self.remasks: list[int] = []
 
     @contextmanager
     def context(self, valid: Tensor) -> Iterator[None]:
-        """The forward inside is the context of new sequences, or goes on with one. valid: [B, T] bool."""
+        """Run a context inside: of new sequences, or the next part of one. valid: [B, T] bool."""
         self.steps = []
         yield
 
@@ -43,17 +42,17 @@ class DenseSession:
 
     @contextmanager
     def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
-        """The forward inside decodes. valid: [B, T] bool."""
+        """Run a decoding forward inside. valid: [B, T] bool."""
         everything = torch.ones(len(valid), dtype=torch.float64)
         self.steps.append(Step(everything, everything))
         yield
 
     def state_bytes_each(self, sequences: int) -> int:
-        """Bytes that are kept beside the model: none."""
+        """Bytes that a method stores beside the model: none."""
         return 0
 
     def computed(self, read: float) -> float:
-        """Share of the FFN weights that a token multiplies, where it reads this share of them."""
+        """Share of the FFN weights that a token multiplies if it reads the share `read`."""
         return read
 
     def no_context(self, batch: int, device: torch.device) -> None:
@@ -68,7 +67,7 @@ class DenseSession:
         """Tokens that may run in one decoding forward: any number."""
 
     def trace(self, row: int, tokens: int | None = None) -> None:
-        """What a detector saw: there is none."""
+        """The detector's trace: None, since there is no detector."""
 
 
 AnySession = Session | DenseSession  # what the evaluation runs a model under

@@ -1,8 +1,8 @@
-"""How decoding forwards are computed under masks.
+"""Executions: how decoding forwards are computed under masks.
 
-`masked`: factors of 0 and 1 on the input of the down projection, so any batch runs, every sequence with its own mask;
-no time is saved. `copied`: copies of the kept neurons' weights are multiplied, and nothing else (`kernels.kept`), for
-one mask at a time. Outside of decoding forwards the projections have their own weights.
+`masked` multiplies the input of the down projection by 0 and 1. Any batch runs, every sequence with its own mask, and
+no time is saved. `copied` multiplies copies of the mask's weights alone (`kernels.mask_rows`), for one mask at a time.
+Outside of decoding forwards the projections have their own weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dart_eval.kernels.chosen import ChosenRows
-from dart_eval.kernels.kept import KeptRows, unlike_plain
+from dart_eval.kernels.mask_rows import MaskRows, unlike_plain
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.inputs.attached import SwappedWeights
 from dart_eval.pruning.method import Pruner
@@ -33,48 +33,50 @@ class Execution:
     """The execution of one session.
 
     Args:
-        wanted: `masked`, `copied`, or `auto`: copied where one mask is in force.
+
+
+        wanted: `masked`, `copied`, or `auto`: copied if all sequences have one mask.
         shared_mask: all sequences of a batch have one mask.
 
     Attributes:
-        wanted: as above; `masked` where rows of the weights cannot be copied.
-        copies: per layer, the weights of the kept neurons; None where masks are multiplied.
-        sliced: per layer, the neurons whose copies the forward under way multiplies, [K]; None: all.
+        wanted: as above; `masked` if the weights cannot be copied by rows.
+        copies: per layer, the weights of the mask's neurons; None under `masked`.
+        sliced: per layer, the neurons whose copies the current forward multiplies, [K]; None: all.
 
     Raises:
-        UserError: no such execution.
+        UserError: unknown execution.
     """
 
     def __init__(self, ffns: Sequence[FFN], method: Pruner, wanted: Wanted, shared_mask: bool) -> None:
         if wanted not in EXECUTIONS:
             raise UserError(f"unknown execution {wanted!r}", nearest(wanted, EXECUTIONS))
         self.ffns, self.method, self.shared_mask = ffns, method, shared_mask
-        self.copies: list[KeptRows] | None = None
-        self.fine: SwappedWeights | None = None  # set once they have been made
+        self.copies: list[MaskRows] | None = None
+        self.swapped: SwappedWeights | None = None  # set by the session
         self.sliced: list[Tensor | None] | None = None
-        self._runs = False  # projections take as many neurons as are kept
+        self._runs = False  # whether projections accept the number of neurons in the mask
         self.wanted = self._possible(wanted)
 
     @property
     def name(self) -> str:
-        """How the sequences under way are decoded: `masked` or `copied`."""
+        """The execution of the current sequences: `masked` or `copied`."""
         return "masked" if self.copies is None else "copied"
 
     @property
     def gathers(self) -> bool:
-        """Whether the one token reads only the rows that it chooses."""
+        """Whether the single token reads only the rows that it chooses."""
         return self.copies is not None and isinstance(self.copies[0], ChosenRows)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
-        return sum(kept.nbytes for kept in self.copies or ())
+        return sum(rows.nbytes for rows in self.copies or ())
 
     def _possible(self, wanted: Wanted) -> Wanted:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
-        if part := kernels.unmade(self.method, self.ffns):
+        if part := kernels.without_kernel(self.method, self.ffns):
             if wanted == "copied":
                 raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
             return "masked"
@@ -84,11 +86,11 @@ class Execution:
         return wanted
 
     def choose(self, batch: int, by_hand: bool) -> None:
-        """For new sequences: copy what they keep, or not.
+        """Choose for new sequences between copies and masks.
 
         Args:
-            by_hand: forwards are called by a user, and each continues the one before; else any sequence may be taken up
-                again, with another mask.
+            by_hand: whether a user calls the forwards, each continuing the one before; else any sequence may be
+                resumed with another mask.
         """
         choice = self.method.choice
         one = batch == 1 or (not choice.previews and (self.shared_mask or self.method.mask.fixed))
@@ -106,51 +108,51 @@ class Execution:
             self.restore()
         if self.copies is None and self.wanted != "masked" and one and by_hand:
             gather = kernels.gatherer(self.method, self.ffns) if batch == 1 else None
-            self.copies = [(gather or KeptRows)(f) for f in self.ffns]
+            self.copies = [(gather or MaskRows)(f) for f in self.ffns]
 
     def move(self, state: SequenceState) -> None:
-        """Copy the weights of the kept neurons that are not there. state: of sequences that have one mask."""
+        """Copy the weights of neurons that are new in the mask. state: of sequences with one mask."""
         if self.copies is None or not state.prunes:
             return
-        for layer, kept in zip(state.layers, self.copies, strict=True):
-            kept.select(layer.mask[0])
-            if isinstance(kept, ChosenRows):
-                context_rms = layer.context_rms(kept.neurons)
-                norm = torch.ones(kept.count, device=layer.mask.device) if context_rms is None else context_rms[0, 0]
-                kept.prepare(norm, int(layer.taken[0]), int(layer.written[0]))
-        self._runs = all(kept.runs for kept in self.copies)
+        for layer, rows in zip(state.layers, self.copies, strict=True):
+            rows.select(layer.mask[0])
+            if isinstance(rows, ChosenRows):
+                context_rms = layer.context_rms(rows.neurons)
+                norm = torch.ones(rows.count, device=layer.mask.device) if context_rms is None else context_rms[0, 0]
+                rows.prepare(norm, int(layer.taken[0]), int(layer.written[0]))
+        self._runs = all(rows.runs for rows in self.copies)
 
     def slice(self, step: Step) -> None:
-        """The next forward decodes: it multiplies the kept neurons alone, where every sequence has a mask."""
-        if self.fine is not None:
-            self.fine.begin()
+        """Prepare a decoding forward: it multiplies the mask's neurons alone, if every sequence has a mask."""
+        if self.swapped is not None:
+            self.swapped.begin()
         share = step.read if self.gathers else step.mask
         if self.copies is not None and self._runs and bool((share < 1).all()):
-            self.sliced = [kept.neurons for kept in self.copies]
-            for kept in self.copies:
-                kept.begin()
+            self.sliced = [rows.neurons for rows in self.copies]
+            for rows in self.copies:
+                rows.begin()
 
     def widen(self) -> None:
-        """Forwards multiply all neurons, with all their bits; also after an exception in one that did not."""
-        if self.fine is not None and self.fine.in_place:
-            self.fine.end()
+        """Let forwards multiply all neurons, with all their bits; also after an exception in a sliced one."""
+        if self.swapped is not None and self.swapped.in_place:
+            self.swapped.end()
         if self.sliced is not None:
-            for kept in self.copies or ():
-                kept.end()
+            for rows in self.copies or ():
+                rows.end()
         self.sliced = None
 
     def restore(self) -> None:
-        """The projections have their own weights, with all their bits, and the copies are gone."""
+        """Give the projections their own weights with all their bits, and drop the copies."""
         self.widen()
         self.copies = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Forwards inside multiply the copies, whatever they are of."""
-        for kept in self.copies or ():
-            kept.begin()
+        """Let forwards inside multiply the copies."""
+        for rows in self.copies or ():
+            rows.begin()
         try:
             yield
         finally:
-            for kept in self.copies or ():
-                kept.end()
+            for rows in self.copies or ():
+                rows.end()

@@ -1,7 +1,7 @@
-"""The hooks of a session on its model: they hand what layers compute to the sequences' state, and prune.
+"""The hooks of a session on its model: they pass activations to the sequences' state, and prune.
 
-They come and go with the session, and those that look inside FFNs also with the forwards that need them. A compiler
-sees through the others, whose tensors keep their addresses; the rest it leaves alone.
+They last as long as the session; hooks inside FFNs last as long as forwards need them. A compiler traces only the hooks
+whose tensors keep their addresses.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ Phase = Literal["off", "context", "decode"]
 
 @dataclass
 class Forward:
-    """The forward under way.
+    """The current forward.
 
     Attributes:
-        phase: `off` between forwards. last: that of the forward before. turn: the call of `generate` that it is of.
-        state: of the sequences that it runs; None where they run dense.
+        phase: `off` between forwards.
+        last: phase of the forward before.
+        turn: the call of `generate` that it belongs to.
+        state: of its sequences; None if they run dense.
         valid: [B, T] bool, False for padding.
-        has_cache: it was given a KV cache.
-        sliced: per layer, the neurons that it multiplies alone, [K]; None: all. frozen: nothing is observed.
-        watching: every layer's h is handed on. seen: layers whose h has come.
+        has_cache: whether it was called with a KV cache.
+        sliced: per layer, the only neurons that it multiplies, [K]; None: all.
+        frozen: whether nothing is observed.
+        watching: whether every layer passes on its h.
+        seen: layers that have passed on their h.
         attention: [B, T, D] attention output of the last layer, once it has run.
-        residual, input, gate, up: of the layer under way: the stream that enters it, its x, act(gate x) and up x.
+        residual, input, gate, up: of the current layer: the stream that enters it, x, act(gate x) and up x.
     """
 
     phase: Phase = "off"
@@ -60,12 +64,12 @@ class Forward:
     up: Tensor | None = None
 
     def in_batch(self, x: Tensor) -> Tensor:
-        """[B, T, ...] of what a layer may hand on as [B * T, ...] (OPT)."""
+        """Return [B, T, ...] of a layer's tensor, which may be [B * T, ...] (OPT)."""
         return x if x.dim() == 3 else x.view(*self.valid.shape, x.shape[-1])
 
 
 class Hooks:
-    """Installs and removes the hooks that a method needs: they hand what layers compute to the forward's state."""
+    """Installs and removes the hooks that a method needs."""
 
     def __init__(
         self, model: nn.Module, ffns: Sequence[FFN], method: Pruner, forward: Forward, serving: Serving | None,
@@ -76,7 +80,7 @@ class Hooks:
         self.decoder = decoder(model)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._inside: list[torch.utils.hooks.RemovableHandle] = []
-        self._experts: list[tuple[Any, Any]] = []
+        self._experts: list[tuple[object, object]] = []
 
     @property
     def installed(self) -> bool:
@@ -103,7 +107,7 @@ class Hooks:
         self.watch_ffns(True)
 
     def watch_ffns(self, wanted: bool) -> None:
-        """Install or remove the hooks on what FFNs compute: of no use where tokens just multiply the kept neurons."""
+        """Install or remove the hooks inside FFNs, which are not needed if copies already apply the mask."""
         if wanted == bool(self._inside):
             return
         _drop(self._inside)
@@ -118,7 +122,7 @@ class Hooks:
                 self._watch_change(ffn)
             if method.choice.previews:
                 add(ffn.block.register_forward_pre_hook(_eager(self._on_ffn_input)))
-            if method.choice.chooses:  # a plain FFN's h tells what its gate would
+            if method.choice.chooses:  # a plain FFN chooses by h, without hooks on gate and up
                 if ffn.gate is not None:
                     add(ffn.up.register_forward_hook(_eager(self._on_up(ffn))))
                 elif ffn.fused:
@@ -129,7 +133,7 @@ class Hooks:
                     add(ffn.gate.register_forward_hook(_eager(self._on_gate(ffn))))
 
     def _watch_change(self, ffn: FFN) -> None:
-        """Install the hooks on what enters an FFN and what it adds; of several in one layer, what they add together."""
+        """Install the hooks on an FFN's input stream and output; FFNs of one layer count together."""
         add = self._inside.append
         if not ffn.joint:
             add(ffn.residual.register_forward_pre_hook(_eager(self._on_residual)))
@@ -138,14 +142,14 @@ class Hooks:
         together = [f for f in self.ffns if f.holder is ffn.holder]
         if ffn is together[0]:
             add(ffn.residual.register_forward_pre_hook(_eager(self._on_copied_residual)))
-            left, layer = self._on_left([f.layer for f in together]), ffn.holder
+            observe, layer = self._on_layer_output([f.layer for f in together]), ffn.holder
             if ffn.after is None:
-                add(layer.register_forward_hook(_eager(lambda _m, _args, out: left(verify.unscaled(layer, out)))))
+                add(layer.register_forward_hook(_eager(lambda _m, _args, out: observe(verify.unscaled(layer, out)))))
             else:
-                add(ffn.after.register_forward_pre_hook(_eager(lambda _module, args: left(args[0]))))
+                add(ffn.after.register_forward_pre_hook(_eager(lambda _module, args: observe(args[0]))))
 
     def remove(self) -> None:
-        """Leave the model alone."""
+        """Remove all hooks."""
         _guard_hooks()
         self.watch_ffns(False)
         _drop(self._handles)
@@ -154,7 +158,7 @@ class Hooks:
             self._experts = []
 
     def check_ran(self) -> None:
-        """Whether every layer's FFN ran where it was found.
+        """Check that every layer's FFN ran where it was found.
 
         Raises:
             UserError: one did not.
@@ -169,11 +173,11 @@ class Hooks:
 
     # -- what they do ----------------------------------------------------------------------------------------
 
-    def _on_hidden(self, layer: int) -> Callable[..., Any]:
+    def _on_hidden(self, layer: int) -> Callable[..., object]:
         forward = self.forward
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if forward.phase == "off":  # the state's own use of the projection
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...] | None:
+            if forward.phase == "off":  # a call of the projection by the state itself
                 return None
             h, state = forward.in_batch(args[0]), forward.state
             forward.seen.add(layer)
@@ -193,7 +197,7 @@ class Hooks:
     def _on_down(self, layer: int) -> Callable[..., Tensor | None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
             added = forward.state.layers[layer].extra(forward.state.dense_now)
@@ -221,7 +225,7 @@ class Hooks:
     def _on_output(self, layer: int) -> Callable[..., None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             residual, forward.residual = forward.residual, None
             if forward.phase == "context" and forward.state is not None and residual is not None:
                 added = forward.in_batch(output) * self.ffns[layer].scale
@@ -229,18 +233,18 @@ class Hooks:
 
         return hook
 
-    def _on_left(self, layers: Sequence[int]) -> Callable[[Tensor], None]:
-        """Of the stream that leaves a decoder layer with these FFNs."""
+    def _on_layer_output(self, layers: Sequence[int]) -> Callable[[Tensor], None]:
+        """Return the observer of the stream that leaves a decoder layer with these FFNs."""
         forward = self.forward
 
-        def left(stream: Tensor) -> None:
+        def observe(stream: Tensor) -> None:
             before, forward.residual = forward.residual, None
             if forward.phase == "context" and forward.state is not None and before is not None:
                 added = forward.in_batch(stream) - before
                 for layer in layers:
                     forward.state.observe_change(layer, before, added, forward.valid)
 
-        return left
+        return observe
 
     def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         forward = self.forward
@@ -251,16 +255,16 @@ class Hooks:
         if self.forward.phase == "context":
             self._on_residual(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
 
-    def _on_act(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+    def _on_act(self, _module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
         forward = self.forward
         if forward.phase != "off":
             forward.gate = forward.in_batch(output)
 
     def _on_gate(self, ffn: FFN) -> Callable[..., None]:
-        """Of an activation that is a function, and so has no hooks: it runs a second time."""
+        """Return the hook for an activation that is a function and has no hooks: it runs a second time."""
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             if forward.phase != "off":
                 forward.gate = ffn.act(forward.in_batch(output))
 
@@ -269,7 +273,7 @@ class Hooks:
     def _on_up(self, ffn: FFN) -> Callable[..., None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             if forward.phase != "off":
                 forward.up = ffn.lifted(forward.in_batch(output))
 
@@ -278,7 +282,7 @@ class Hooks:
     def _on_both(self, ffn: FFN) -> Callable[..., None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, _args: tuple[object, ...], output: Tensor) -> None:
             if forward.phase != "off":
                 gate, up = forward.in_batch(output).chunk(2, dim=-1)
                 forward.up = ffn.lifted(up)
@@ -287,7 +291,7 @@ class Hooks:
 
         return hook
 
-    def _on_attention(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def _on_attention(self, _module: nn.Module, _args: tuple[object, ...], output: Any) -> None:
         forward, output = self.forward, output[0] if isinstance(output, tuple) else output
         state = forward.state
         if state is None:
@@ -299,19 +303,19 @@ class Hooks:
 
 
 def _drop(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-    """Remove these hooks. A handle is forgotten after its hook: an interrupt between the two leaves none behind."""
+    """Remove hooks. Each handle is dropped after its hook, so that an interrupt between the two leaves no hook."""
     while handles:
         handles[-1].remove()
         handles.pop()
 
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by their names, however they are given."""
+def named_arguments(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Any]:
+    """Return all arguments of a forward by name."""
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs} if args else kwargs
 
 
-def _no_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A loss of a forward would be that of a dense prompt, whatever the method."""
+def _no_labels(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Refuse labels: the loss would be that of a dense prompt, whatever the method."""
     if named_arguments(module, args, kwargs).get("labels") is not None:
         raise UserError(
             "a forward with labels is a prompt, which prune() runs dense: its loss would be the dense model's",
@@ -320,11 +324,10 @@ def _no_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _guard_hooks() -> None:
-    """Let compiled code notice hooks.
+    """Make compiled code notice hooks.
 
-    By default torch's compiler does not: a model that was compiled before `prune()` would run on without its hooks,
-    dense, and one compiled inside would keep them afterwards. Where a compiler is in use, what it has made is dropped,
-    once, and from then on it looks.
+    By default torch's compiler ignores them: a model compiled before `prune()` would run dense, without its hooks, and
+    one compiled inside would keep them afterwards. If a compiler is in use, drop its code once; from then on it checks.
     """
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", False):
@@ -332,6 +335,6 @@ def _guard_hooks() -> None:
         dynamo.reset()
 
 
-def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook that a compiler leaves alone: what it does changes from forward to forward."""
+def _eager(hook: Callable[..., object]) -> Callable[..., object]:
+    """Hide a hook from the compiler, since it acts differently from forward to forward."""
     return torch.compiler.disable(hook)

@@ -1,4 +1,4 @@
-"""Which methods have kernels that make bytes into time, on which models, and why others have none."""
+"""The kernels that save time: which methods have them, on which models, and why others have none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from dart_eval.kernels import gather
 from dart_eval.kernels.chosen import ChosenRows
-from dart_eval.kernels.kept import unlike_plain
+from dart_eval.kernels.mask_rows import unlike_plain
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.layers.projection import is_conv1d
 from dart_eval.pruning.choices import previewed
@@ -16,9 +16,9 @@ from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
 
 
-def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
-    """The part of a method whose work no kernel does, so that it runs by masks alone; None where there is none."""
-    if method.compensation.fills:  # what a token leaves out is still multiplied
+def without_kernel(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
+    """Return the part of a method that has no kernel, so that the method runs by masks; None if all parts have one."""
+    if method.compensation.fills:  # neurons that a token leaves out are still multiplied
         return method.compensation
     if method.other is not None:
         return method.other
@@ -26,9 +26,9 @@ def unmade(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
 
 
 def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows] | None:
-    """What reads the rows alone that a token chooses: of gated FFNs, on a CPU or by Triton's kernels; None if nothing.
+    """Return the class that reads only a token's chosen rows: for gated FFNs, on a CPU or by Triton's kernels; or None.
 
-    Where the choice looks at an image, every token chooses among all neurons, exactly as many.
+    With a preview, every token must choose the same number among all neurons.
     """
     choice = method.choice
     possible = (
@@ -47,14 +47,10 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows]
 
 
 def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
-    """Why one sequence decodes no faster under a method, though it reads less; None where it can be faster.
-
-    Args:
-        method: one that prunes. ffns: of the model.
-    """
+    """Return why one sequence decodes no faster under a pruning method; None if it can be faster."""
     if reason := unlike_plain(ffns):
         return reason
-    if part := unmade(method, ffns):
+    if part := without_kernel(method, ffns):
         how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
         return f"{part.title}{how} has no kernels here"
     if method.mask.holds_all and gatherer(method, ffns) is None:

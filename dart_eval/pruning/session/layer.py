@@ -1,9 +1,9 @@
 """One FFN under a method of masks and choices, for the sequences of a batch.
 
-observe   tokens of the context pass, dense: the parts add up what they need
-finish    the context is over: a mask, and what stands in for the neurons outside it
-prune     decoded tokens: h without the neurons that they leave out
-extra     what is added to down's output in their place
+observe   dense tokens of the context: the parts add up their sums
+finish    end of the context: a mask, and the compensation of the neurons outside it
+prune     decoded tokens: h without the pruned neurons
+extra     the compensation that is added to down's output
 remask    a new mask, from old scores and recent tokens
 """
 
@@ -21,7 +21,7 @@ from dart_eval.layers.expert_pool import present, under, write_all
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.pruning.choices.choice import ChoiceLayer, Token, of_rows
 from dart_eval.pruning.masks.scores import FIRST_TOKEN, alone
-from dart_eval.pruning.method import Paid, Pruner
+from dart_eval.pruning.method import CostTerms, Pruner
 from dart_eval.pruning.part import Part
 from dart_eval.pruning.session.sequence import PerSequence, nbytes
 
@@ -30,20 +30,20 @@ CHUNK_BYTES = 64 << 20  # of fp32 activations observed at a time
 
 @dataclass
 class Fitted:
-    """A method on one FFN before any prompt: what is the same for all sequences.
+    """A method on one FFN before any prompt: the state that all sequences share.
 
     Attributes:
-        paid: what is read of a neuron, see `Pruner.paid`.
-        factor: [F] fp32 (or several such rows), what no token changes in a score; None.
-        mask: [1, pool] bool, where all sequences have one, unless it holds every neuron; else None.
-        mean: [pool] fp32, of each neuron on the calibration text, where it stands in for the neuron; else None.
-        constant: [1, D] fp32, what stands in for the neurons outside a fixed mask; None.
-        chooser: the choice at work; None where tokens compute the whole mask.
+        cost_terms: read cost of a neuron, see `Pruner.cost_terms`.
+        factor: [F] fp32 (or several such rows), the score's factor that no token changes; None.
+        mask: [1, pool] bool, the mask of all sequences, unless it holds every neuron; else None.
+        mean: [pool] fp32, each neuron's mean on the calibration text, if it replaces the neuron; else None.
+        constant: [1, D] fp32, the compensation of the neurons outside a fixed mask; None.
+        chooser: the choice at work; None if tokens compute the whole mask.
     """
 
     method: Pruner
     ffn: FFN
-    paid: Paid
+    cost_terms: CostTerms
     factor: Tensor | None = None
     mask: Tensor | None = None
     mean: Tensor | None = None
@@ -52,25 +52,27 @@ class Fitted:
 
     @property
     def masked(self) -> Tensor:
-        """[1, pool] bool, the mask of sequences that have none of their own."""
+        """[1, pool] bool, the mask of sequences without one of their own."""
         if self.mask is not None:
             return self.mask
         return torch.ones(1, self.ffn.pool, dtype=torch.bool, device=device_of(self.ffn))
 
     def nbytes(self) -> int:
-        """Bytes that it keeps."""
+        """Bytes of its tensors."""
         return nbytes([self.factor, self.mask, self.mean, self.constant])
 
-    def spent(self, taken: Tensor) -> Tensor:
-        """What tokens read that take so many neurons and write them, counted in neurons."""
-        every, whole, rest, write = self.paid
-        return ((every + whole) * self.ffn.size + (rest + write) * taken) / self.ffn.matrices
+    def neurons_read(self, taken: Tensor) -> Tensor:
+        """Return the bytes that tokens read if they take and write this many neurons, counted in neurons."""
+        always, in_mask, take, write = self.cost_terms
+        return ((always + in_mask) * self.ffn.size + (take + write) * taken) / self.ffn.matrices
 
     def stand_in(self, mean: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the neurons outside masks add per token, where each is at its mean: [b, D] fp32.
+        """Return the output per token of the neurons outside masks, each at its mean: [b, D] fp32.
 
         Args:
-            mean: [b or 1, pool] fp32. mask: [b or 1, pool] bool. dtype: of the model's activations.
+            mean: [b or 1, pool] fp32.
+            mask: [b or 1, pool] bool.
+            dtype: of the model's activations.
         """
         left_out = torch.where(mask, 0.0, mean.to(mask.device)).to(dtype)
         routed = self.ffn.routed
@@ -81,20 +83,20 @@ class Layer(PerSequence):
     """One FFN under a method, for B sequences. It knows no other layer.
 
     Args:
-        fitted: what the method has made of the FFN before any prompt. shared: all sequences have one mask.
-        weight: [B], what the tokens weigh that were seen so far.
+        fitted: the method on the FFN before any prompt.
+        weight: [B], total weight of the tokens seen so far.
+        shared: all sequences have one mask.
 
     Attributes:
-        sums: what each observing part has of the tokens so far, [B, pool] fp32 by slot; beside a choice the tokens that
-            `had` each neuron, where experts are routed.
-        weight: [B], what these tokens weigh together: one tensor for all layers.
-        kept, taken, written: [B] long, on the CPU: neurons of the mask, those of them that a token takes, those of
-            these that it writes.
-        own: [B, pool] bool, the masks of these sequences; None where the method has one for all, or before `finish`.
-        core: [B, pool] bool, the neurons that every token takes, where the choice ranks the others.
-        constant: [B, D] fp32, what stands in for the neurons outside the mask; None where nothing of theirs does.
+        sums: sums of each observing part over the tokens so far, [B, pool] fp32 by slot; with a choice and routed
+            experts also the weight of the tokens that `had` each neuron.
+        weight: [B], total weight of these tokens: one tensor for all layers.
+        mask_counts, taken, written: [B] long, on the CPU: neurons in the mask, taken by a token, written by it.
+        own: [B, pool] bool, the masks of these sequences; None if the method has one for all, or before `finish`.
+        core: [B, pool] bool, the neurons that every token takes, if the choice ranks the others.
+        constant: [B, D] fp32, the compensation of the neurons outside the mask; None without one.
         fresh: [B, pool] fp32, sums of the scores of tokens that run dense after an alarm.
-        spent: [B, T] fp64, neurons that the tokens under way read, where the sparsity does not set it.
+        neurons_read: [B, T] fp64, neurons that the current tokens read, if the sparsity does not set it.
         dtype: of the model's activations, once seen.
     """
 
@@ -103,11 +105,11 @@ class Layer(PerSequence):
         self.dtype = torch.float32
         self.sums: dict[str, Tensor] = {}
         self.weight, batch = weight, len(weight)
-        self.kept = self.taken = self.written = torch.full((batch,), self.ffn.size)
+        self.mask_counts = self.taken = self.written = torch.full((batch,), self.ffn.size)
         self.own: Tensor | None = None
         self.core: Tensor | None = None
         self.constant: Tensor | None = None
-        self.spent: Tensor | None = None
+        self.neurons_read: Tensor | None = None
         gathers = self.method.mask.remask.dense_tokens and self.method.mask.remask.alarms_remask
         self.fresh = torch.zeros(batch, self.ffn.pool, device=device_of(self.ffn)) if gathers else None
 
@@ -115,12 +117,13 @@ class Layer(PerSequence):
 
     @torch.no_grad()
     def observe(self, h: Tensor, up: Tensor | None, weight: Tensor, shrink: Tensor | None = None) -> None:
-        """Take in context tokens.
+        """Add context tokens.
 
         Args:
-            h: [B, T, F], the input of the down projection. up: [B, T, F], up x of a gated FFN, where a part wants it.
-            weight: [B, T] fp32, what each token counts; 0 for padding.
-            shrink: [B], by how much tokens before these shrink; None: not at all.
+            h: [B, T, F], the input of the down projection.
+            up: [B, T, F], up x of a gated FFN, if a part needs it.
+            weight: [B, T] fp32, weight of each token; 0 for padding.
+            shrink: [B], factor on the sums of earlier tokens; None: 1.
         """
         self.dtype = h.dtype
         if not self.method.observers:
@@ -134,24 +137,24 @@ class Layer(PerSequence):
     def _add(
         self, into: dict[str, Tensor], parts: Sequence[Part], h: Tensor, up: Tensor | None, weight: Tensor
     ) -> None:
-        """Add what these parts observe of tokens, a few tokens at a time."""
+        """Add the parts' sums over tokens, a few tokens at a time."""
         ffn, length = self.ffn, h.shape[1]
         up = up if self.method.choice.needs_up else None
         padding = weight == 0
-        if bool(padding.any()):  # it may hold anything, NaN too
+        if bool(padding.any()):  # padding may hold NaN
             h = h.masked_fill(padding[..., None], 0)
             up = None if up is None else up.masked_fill(padding[..., None], 0)
         step = max(1, CHUNK_BYTES // (4 * h.shape[0] * ffn.pool))
         for start in range(0, length, step):
             some = slice(start, start + step)
-            found: dict[str, Tensor | None] = {}
+            new: dict[str, Tensor | None] = {}
             if ffn.routed and any(part.slot == "choice" for part in parts):
                 had = ffn.spread(present(ffn.routed, h[:, some], some, length), some, length)
-                found["had"] = (weight[:, None, some] @ had).squeeze(1)
+                new["had"] = (weight[:, None, some] @ had).squeeze(1)
             hidden = ffn.spread(h[:, some].float(), some, length)
             up_x = None if up is None else ffn.spread(up[:, some].float(), some, length)
-            found |= {part.slot: part.observe(hidden, up_x, weight[:, some]) for part in parts}
-            for slot, sums in found.items():
+            new |= {part.slot: part.observe(hidden, up_x, weight[:, some]) for part in parts}
+            for slot, sums in new.items():
                 if sums is not None:
                     into[slot] = into[slot] + sums if slot in into else sums
 
@@ -161,26 +164,26 @@ class Layer(PerSequence):
 
     @torch.no_grad()
     def finish(self, weight: Tensor) -> None:
-        """The context is over, and the counts are known: make the mask, and what stands in for the rest.
+        """Make the mask and the compensation at the end of the context, once the counts are set.
 
         Args:
-            weight: [B], what the tokens seen weigh together.
+            weight: [B], total weight of the tokens seen.
         """
         self.weight = weight
-        everyone = torch.arange(len(self.kept))
+        everyone = torch.arange(len(self.mask_counts))
         if not self.method.mask.fixed:
             self.own = self._best(self.per_token(), everyone)
         if self.method.compensation.adds and self.fitted.constant is None and bool((self.weight > 0).any()):
             self.constant = self._constant(everyone)
 
     def per_token(self) -> Tensor:
-        """[B, pool] sums of the score; per token where sequences are compared (else order alone counts)."""
+        """Return [B, pool] sums of the score, per token if sequences are compared (else only the order counts)."""
         score, sums = self.method.mask.score, self.sums["score"]
         wanted = self.shared or (score is not None and score.per_token)
         return sums / self._tokens(sums)[:, None] if wanted else sums
 
     def scores(self, rows: slice) -> Tensor:
-        """[pool], the scores of these sequences together."""
+        """Return [pool], the scores of these sequences together."""
         score = self.method.mask.score
         assert score is not None
         return score.combine(self.per_token()[rows].mean(0, keepdim=True), self.fitted.factor)[0]
@@ -189,7 +192,7 @@ class Layer(PerSequence):
         return self.weight.clamp_min(FIRST_TOKEN).to(sums.device)
 
     def _best(self, sums: Tensor, rows: Tensor) -> Tensor:
-        """The masks of the best neurons of the sequences `rows`. sums: [b, pool], theirs."""
+        """Return the masks of the best neurons of the sequences `rows`. sums: [b, pool], theirs."""
         score, draw, choice = self.method.mask.score, self.method.mask.draw, self.method.choice
         assert score is not None
         number, at = self.ffn.layer, rows.cpu()
@@ -199,22 +202,22 @@ class Layer(PerSequence):
         if choice.ranks:
             core = draw.draw(scores, choice.core(self.taken[at]), number, score)
             self.core = core if self.core is None else self.core.index_copy(0, rows.to(core.device), core)
-        return self.ffn.mask_of(lambda s, keep: draw.draw(s, keep, number, score), scores, self.kept[at])
+        return self.ffn.mask_of(lambda s, keep: draw.draw(s, keep, number, score), scores, self.mask_counts[at])
 
     @property
     def mask(self) -> Tensor:
-        """[B or 1, pool] bool: the neurons that each sequence may use now."""
+        """[B or 1, pool] bool, the neurons that each sequence may use now."""
         return self.fitted.masked if self.own is None else self.own
 
     def _means(self) -> Tensor | None:
-        """[B or 1, pool], the means that stand in for neurons; None where there are none."""
+        """Return [B or 1, pool], the means that replace neurons; None if there are none."""
         if self.fitted.mean is not None:
             return self.fitted.mean[None]
         sums = self.sums.get("compensation")
         return None if sums is None else sums / self._tokens(sums)[:, None]
 
     def _constant(self, rows: Tensor) -> Tensor:
-        """[b, D] fp32, what the neurons outside the masks of these sequences add per token, on average."""
+        """Return [b, D] fp32, the mean output per token of the neurons outside these sequences' masks."""
         mean, mask = self._means(), self.mask
         assert mean is not None
         mean, mask = (x[rows.to(x.device)] if len(x) > 1 else x for x in (mean, mask))
@@ -227,33 +230,34 @@ class Layer(PerSequence):
         self, h: Tensor, gate: Tensor | None = None, up: Tensor | None = None, x: Tensor | None = None,
         rows: Tensor | None = None, dense: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """h without the neurons that tokens leave out.
+        """Return h without the neurons that tokens leave out.
 
         Args:
             h: [B, T, F], the input of the down projection.
-            gate, up: the same of act(gate x) and up x, where tokens choose; None for a plain FFN.
-            x: [B, T, D], the FFN's input, where the choice reads a preview.
-            rows: [K], the neurons that all of them have, where these are the mask's alone; None: all.
+            gate: [B, T, F], act(gate x), if tokens choose; None for a plain FFN.
+            up: [B, T, F], up x, likewise.
+            x: [B, T, D], the FFN's input, if the choice reads a preview.
+            rows: [K], the neurons that these tensors hold, if only the mask's; None: all.
             dense: [B] bool, sequences that run dense now; None: none.
         """
         if rows is not None:
-            kept = h.new_ones(1, 1, h.shape[-1], dtype=torch.bool)
+            mask = h.new_ones(1, 1, h.shape[-1], dtype=torch.bool)
         else:
-            kept = self.ffn.of_token(self.mask.to(h.device), len(h))
+            mask = self.ffn.of_token(self.mask.to(h.device), len(h))
         if self.fitted.chooser is not None:
-            kept = self._chosen(self.fitted.chooser, h, gate, up, x, rows, kept)
+            mask = self._chosen(self.fitted.chooser, h, gate, up, x, rows, mask)
         if dense is not None:
-            kept = kept | dense.to(h.device)[:, None, None]
+            mask = mask | dense.to(h.device)[:, None, None]
         mean = self._means() if self.method.compensation.fills else None
         if mean is not None:
-            return torch.where(kept, h, mean[:, None].to(h.device, h.dtype))
-        return h * kept.view(torch.uint8)  # in a quarter of the time that a CPU takes for truth values
+            return torch.where(mask, h, mean[:, None].to(h.device, h.dtype))
+        return h * mask.view(torch.uint8)  # four times as fast as booleans on a CPU
 
     def _chosen(
         self, chooser: ChoiceLayer, h: Tensor, gate: Tensor | None, up: Tensor | None, x: Tensor | None,
         rows: Tensor | None, allowed: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The neurons of the mask that each token computes: [B, T, F] bool."""
+        """Return the neurons of the mask that each token computes: [B, T, F] bool."""
         score = self.method.mask.score
         token = Token(
             h, h if gate is None else gate, h if up is None else up, self.context_rms(rows), x=x, rows=rows,
@@ -264,16 +268,16 @@ class Layer(PerSequence):
             token.core = of_rows(self.core.to(h.device), rows)[:, None]
             factor = None if factor is None else of_rows(factor.to(h.device), rows)
             token.alone = functools.partial(alone, score, h * allowed, factor)
-        kept = chooser.choose(token)
+        chosen = chooser.choose(token)
         if not self.method.choice.exact:
-            self.spent = self.fitted.spent(kept.sum(-1, dtype=torch.float64).cpu())
-        return kept
+            self.neurons_read = self.fitted.neurons_read(chosen.sum(-1, dtype=torch.float64).cpu())
+        return chosen
 
     def extra(self, dense: Tensor | None = None) -> Tensor | None:
-        """[B, T or 1, D], what is added to down's output: constants, and what was written through a preview.
+        """Return [B, T or 1, D] to add to down's output: constants, and outputs written through a preview.
 
         Args:
-            dense: [B] bool, sequences that run dense now, to which no constant is added; None: none.
+            dense: [B] bool, sequences that run dense now and take no constant; None: none.
         """
         rough = self.fitted.chooser.extra() if self.fitted.chooser is not None else None
         constant = self.fitted.constant if self.constant is None else self.constant
@@ -284,23 +288,23 @@ class Layer(PerSequence):
         return constant[:, None] if rough is None else rough + constant[:, None]
 
     def context_rms(self, rows: Tensor | None = None) -> Tensor | None:
-        """[B, 1, F] fp32, root of what the choice observed, up to a factor per sequence; None: nothing.
+        """Return [B, 1, F] fp32, root of the choice's sums, up to a factor per sequence; None without sums.
 
-        Of an expert the mean over the tokens that had it; where none had, as of the others' neurons on average.
+        An expert takes the mean over the tokens that had it. An expert without tokens takes the others' average.
 
         Args:
-            rows: [K], the neurons that are asked for; None: all.
+            rows: [K], the neurons to return; None: all.
         """
-        found = self.sums.get("choice")
-        if found is None:
+        squares = self.sums.get("choice")
+        if squares is None:
             return None
         if self.ffn.routed:
             had = self.sums["had"]
-            found = torch.where(had > 0, found / had.clamp_min(FIRST_TOKEN), 0)
+            squares = torch.where(had > 0, squares / had.clamp_min(FIRST_TOKEN), 0)
             seen = (had > 0).sum(-1, keepdim=True)
-            average = torch.where(seen > 0, found.sum(-1, keepdim=True) / seen.clamp_min(1), 1)
-            found = torch.where(had > 0, found, average)
-        return of_rows(self.ffn.of_token(found, len(self.kept)), rows).sqrt()
+            average = torch.where(seen > 0, squares.sum(-1, keepdim=True) / seen.clamp_min(1), 1)
+            squares = torch.where(had > 0, squares, average)
+        return of_rows(self.ffn.of_token(squares, len(self.mask_counts)), rows).sqrt()
 
     # -- new masks -------------------------------------------------------------------------------------------
 
@@ -312,35 +316,39 @@ class Layer(PerSequence):
         self.fresh = into["score"]
 
     def fresh_mean(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """[b, pool] scores per token of those that ran dense. rows: [b] indices; tokens: [B], how many there are."""
+        """Return [b, pool] scores per dense token. rows: [b] indices; tokens: [B], number of dense tokens."""
         assert self.fresh is not None
         at = rows.to(self.fresh.device)
         return self.fresh[at] / tokens[rows].clamp_min(1)[:, None].to(at.device)
 
     def clear(self, rows: Tensor) -> None:
-        """Tokens of these sequences ([B] bool) begin to run dense."""
+        """Reset the scores of dense tokens of these sequences ([B] bool)."""
         if self.fresh is not None:
             self.fresh = self.fresh.masked_fill(rows.to(self.fresh.device)[:, None], 0.0)
 
     def recent(self, x: Tensor, valid: Tensor, routing: Tensor | None) -> dict[str, Tensor]:
-        """What each part observes of recent tokens, per token, [b, pool] by slot.
+        """Return each part's mean over recent tokens, [b, pool] by slot.
 
         Args:
-            x: [b, R, D], their FFN inputs. valid: [b, R] bool. routing: which experts they had, see `expert_pool`.
+            x: [b, R, D], their FFN inputs.
+            valid: [b, R] bool.
+            routing: their experts, see `expert_pool`.
         """
-        found: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
         with nullcontext() if self.ffn.routed is None or routing is None else under(self.ffn.routed, routing):
             a, u = self.ffn.parts(x)
-            self._add(found, self.method.observers, a if u is None else a * u, u, valid.to(x.device).float())
+            self._add(totals, self.method.observers, a if u is None else a * u, u, valid.to(x.device).float())
         count = valid.to(x.device).float().sum(1, keepdim=True).clamp_min(1)
-        return {slot: sums / count for slot, sums in found.items()}
+        return {slot: sums / count for slot, sums in totals.items()}
 
     def remask(self, rows: Tensor, recent: dict[str, Tensor], blend: float, running: bool) -> list[float]:
-        """New masks of some sequences, with as many neurons: scores per token, blend * old + (1 - blend) * recent.
+        """Make new masks of the same size for some sequences: scores per token, blend * old + (1 - blend) * recent.
 
         Args:
-            rows: [b] indices. recent: see `recent`.
-            running: the blended scores are the old ones of the next re-mask. Other sums always run on.
+            rows: [b] indices.
+            recent: from `recent`.
+            blend: weight of the old scores.
+            running: whether the next re-mask takes the blended scores as old ones. Other sums always do.
 
         Returns:
             [b] |old and new| / |old|.
@@ -363,13 +371,13 @@ class Layer(PerSequence):
         return ((old & new).sum(1) / old.sum(1).clamp_min(1)).tolist()
 
     def _with_old(self, recent: dict[str, Tensor], at: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Of experts that no recent token had, the old means."""
+        """Return the recent means, with the old ones for experts that no recent token had."""
         routed = self.ffn.routed
         if routed is None:
             return {**recent}
-        found = {}
+        filled = {}
         for slot, mean in recent.items():
             each = mean.view(len(mean), -1, routed.inner)
             old = (self.sums[slot][at] / weight).view_as(each)
-            found[slot] = torch.where((each == 0).all(-1, keepdim=True), old, each).view_as(mean)
-        return found
+            filled[slot] = torch.where((each == 0).all(-1, keepdim=True), old, each).view_as(mean)
+        return filled

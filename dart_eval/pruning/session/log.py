@@ -1,4 +1,4 @@
-"""What decoding forwards used, what a session noted of them, and how much its tokens did not read."""
+"""The log of a session's decoding forwards, and the tally of the bytes that its tokens did not read."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Step:
-    """What a decoding forward uses. read: [B] FFN weights read / all of them. mask: [B] neurons in the mask / all.
+    """The weights of a decoding forward, fp64 on the CPU. They differ only if tokens choose inside the mask.
 
-    Both are fp64 on the CPU; they are equal but for methods whose tokens choose inside the mask.
+    Attributes:
+        read: [B] FFN weights read / all.
+        mask: [B] neurons in the mask / all.
     """
 
     read: Tensor
@@ -33,30 +35,30 @@ class Step:
 
 
 class Tally:
-    """Counts generated tokens. A context's last position makes the first one, densely; each decoding forward one more.
+    """Counts generated tokens: the first one, dense, from the context's last position, then one per decoding forward.
 
-    What a batch computes for a sequence that has ended (its end and the padding after it are fed on until the others
-    end) is no token of it: that is seen only where nothing else follows, so it is kept apart until something does.
+    After a sequence's end, `generate` keeps feeding padding until the others end. These steps are buffered, and count
+    only if a real token follows.
     """
 
     def __init__(self) -> None:
-        self._skipped = 0.0  # weights not read, in shares, summed over tokens
+        self._skipped = 0.0  # shares of the weights not read, summed over tokens
         self._tokens = 0.0
-        self._first = 0  # sequences whose first token the last context forward has made
+        self._first = 0  # first tokens made by the last context forward, one per sequence
         self._after_end = torch.zeros(2, 0, dtype=torch.float64)  # [2, B] weights not read, tokens
 
     def context(self, batch: int, goes_on: bool) -> None:
-        """A dense forward. goes_on: on the same cache as the context forward before it (a chunk of one prompt)."""
+        """Count a dense forward. goes_on: it continues the context forward before it (a chunk of one prompt)."""
         if not goes_on:
             self._tokens += self._first
         self._first = batch
         self._after_end = torch.zeros(2, batch, dtype=torch.float64)
 
     def decode(self, read: Tensor, length: int, ended: Tensor | None = None) -> None:
-        """A decoding forward of `length` tokens per sequence.
+        """Count a decoding forward of `length` tokens per sequence.
 
         Args:
-            read: [B] share of the FFN weights that each reads.
+            read: [B] share of the FFN weights read.
             ended: [B] bool, sequences that were fed an end or padding; None: none.
         """
         new = torch.stack([1 - read.double(), torch.ones_like(read, dtype=torch.float64)]) * length
@@ -73,7 +75,7 @@ class Tally:
 
     @property
     def share(self) -> float:
-        """Weights not read / all, over the tokens so far; 0 where there are none."""
+        """Weights not read / all, over the tokens so far; 0 without tokens."""
         tokens = self._tokens + self._first
         return self._skipped / tokens if tokens else 0.0
 
@@ -83,44 +85,45 @@ class Log:
     """Notes since the last new context.
 
     Attributes:
-        steps: what each decoding forward used.
+        steps: the weights of each decoding forward.
         events: re-masks: step, token, sequence, cause, overlap.
         alarms: of the detector: token, sequence.
-        signals: [B] per detector window; NaN where a sequence had ended.
+        signals: [B] per detector window; NaN for sequences that had ended.
         decoded: tokens per sequence.
     """
 
     steps: list[Step] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    alarms: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, object]] = field(default_factory=list)
+    alarms: list[dict[str, object]] = field(default_factory=list)
     signals: list[Tensor] = field(default_factory=list)
     decoded: int = 0
 
     def changed(self, change: Change) -> None:
-        """A sequence has new masks."""
+        """Log new masks of a sequence."""
         self.events.append({
             "step": len(self.steps), "token": self.decoded, "sequence": change.sequence,
             "cause": change.cause, "overlap": change.overlap,
         })  # fmt: skip
 
     def watched(self, detector: DriftDetector, alarms: Tensor) -> None:
-        """A decoding forward has been shown to the detector. alarms: [B] bool, raised by it."""
+        """Log the detector's response to a decoding forward. alarms: [B] bool."""
         if detector.position == 0:
             self.signals.append(detector.signal.cpu())
         for row in alarms.nonzero().flatten().tolist():
             self.alarms.append({"token": self.decoded, "sequence": row})
 
     def trace(self, detector: DriftDetector | None, row: int, tokens: int | None) -> dict[str, Any] | None:
-        """What the detector saw of one sequence since its context, or None where no window was full.
+        """Return the detector's trace of one sequence since its context, or None if no window was full.
 
         Args:
-            detector: of the sequences under way, if they have one. row: which of them.
-            tokens: leave out what came after this many tokens that ran pruned; None: nothing.
+            detector: of the current sequences, if they have one.
+            row: index of the sequence.
+            tokens: end the trace after this many pruned tokens; None: at the last one.
 
         Returns:
-            `window` (tokens); `threshold` (None where the prompt had no full window); `signal` (cosines, one per full
-            window); `mean` and `deviation` of the prompt's windows, where there were any; `alarms` (decoded tokens
-            before each) and `remasks` (before each new mask that followed one).
+            `window` (tokens); `threshold` (None if the prompt had no full window); `signal` (cosines, one per full
+            window); `mean` and `deviation` of the prompt's windows, if there were any; `alarms` (decoded tokens
+            before each) and `remasks` (before each new mask after an alarm).
         """
         if detector is None:
             return None
@@ -130,17 +133,17 @@ class Log:
         if not signal:
             return None
 
-        def those(events: list[dict[str, Any]]) -> list[int]:
+        def tokens_of(events: list[dict[str, Any]]) -> list[int]:
             mine = [e["token"] for e in events if e["sequence"] == row and e.get("cause") != "steady"]
             return [token for token in mine if tokens is None or token <= tokens]
 
         threshold = float(detector.threshold[row])
-        found = {
+        trace = {
             "window": window, "threshold": threshold if math.isfinite(threshold) else None, "signal": signal,
-            "alarms": those(self.alarms), "remasks": those(self.events),
+            "alarms": tokens_of(self.alarms), "remasks": tokens_of(self.events),
         }  # fmt: skip
         for name in ("mean", "deviation"):
             value = float(getattr(detector, name)[row])
             if not math.isnan(value):
-                found[name] = value
-        return found
+                trace[name] = value
+        return trace

@@ -1,10 +1,10 @@
-"""The base of all state that is kept for each sequence of a batch."""
+"""The base of all state per sequence of a batch."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,23 +15,23 @@ P = TypeVar("P", bound="PerSequence")
 class PerSequence:
     """State of B sequences: every tensor in it, alone or in a list, has the batch as its first dimension.
 
-    No row ever reads another row, so that results cannot depend on the batch's size or order. What is the same for all
-    sequences (the model's layers, settings) is held as something else than a tensor or a list of tensors.
+    No row ever reads another row, so that results cannot depend on the batch's size or order. State that all sequences
+    share (the model's layers, settings) must not be a tensor or a list of tensors.
     """
 
     def select(self: P, rows: Tensor) -> P:
-        """An independent copy for the given sequences (indices, repeats allowed)."""
+        """Return an independent copy for the given sequences (indices, repeats allowed)."""
         new = copy.copy(self)
         for name, value in vars(self).items():
             setattr(new, name, _select(value, rows))
         return new
 
     def nbytes(self) -> int:
-        """Bytes of everything that is kept."""
+        """Return the bytes of all tensors."""
         return nbytes(vars(self))
 
 
-def _select(value: Any, rows: Tensor) -> Any:
+def _select(value: object, rows: Tensor) -> object:
     from torch import Tensor
 
     if isinstance(value, Tensor):
@@ -45,12 +45,12 @@ def _select(value: Any, rows: Tensor) -> Any:
     return value
 
 
-def nbytes(value: Any) -> int:
-    """Bytes of tensors and of states, in lists or mappings too; of a tensor that stands in several places once."""
+def nbytes(value: object) -> int:
+    """Return the bytes of tensors and states, in lists or mappings too. A tensor counts once."""
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in _tensors(value)}.values())
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     from torch import Tensor
 
     if isinstance(value, Tensor):

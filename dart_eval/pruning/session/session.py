@@ -4,15 +4,16 @@
     each layer                       context: observe h and the stream;  decode: prune h
     end (hook of the decoder)        context: make masks;  decode: ask the detector, make new masks
 
-Masks change only in `end`, never inside a forward. How pruned forwards are computed is the affair of `execution`.
 
-Phases are told by the KV cache: an empty cache starts new sequences; one token on a filled cache is decoding. Tokens of
-the prompt of `generate`, and those of forwards inside `prompt()`, extend the context (chunked prefill, a further turn):
-they run dense, are observed, and the masks are made anew. Other forwards of several tokens on a filled cache are
-refused, since nothing tells whether they are prompt. A cache that lost tokens since the last forward (assisted
-decoding, a turn rolled back) is refused, too, as what was observed cannot be taken back; where masks are made from the
-prompt, so is one that was filled before the session began. The evaluation sets phases itself with `context()` and
-`decode()`.
+
+Masks change only in `end`, never inside a forward. `execution` decides how pruned forwards are computed.
+
+The KV cache decides the phase: an empty cache starts new sequences, and one token on a filled cache is decoding. Tokens
+of the prompt of `generate`, and of forwards inside `prompt()`, extend the context (chunked prefill, a further turn):
+they run dense, are observed, and new masks are made. Other forwards of several tokens on a filled cache are refused,
+since they may or may not be prompt. A cache that lost tokens since the last forward (assisted decoding, a turn rolled
+back) is refused, as observations cannot be undone. If masks are made from the prompt, so is a cache that was filled
+before the session. The evaluation sets phases itself with `context()` and `decode()`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Session(SessionStats):
     """One method at work on one model. `prune` makes it.
 
     Attributes:
-        log: what was noted since the last new context.
+        log: notes since the last new context.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class Session(SessionStats):
         except BaseException:
             self._unserve()
             raise
-        self.executing.fine = self.prepared.beside.fine if self.prepared.beside else None
+        self.executing.swapped = self.prepared.beside.swapped if self.prepared.beside else None
         self.log, self.forward = Log(), Forward()
-        self._step: Step | None = None  # what decoding forwards use, while nothing has changed it
-        self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens look at h, sliced or not
+        self._step: Step | None = None  # weights of decoding forwards, until something changes them
+        self._choosy = method.choice.chooses or method.mask.remask.dense_tokens > 0  # tokens need h, sliced or not
         self._forced: Phase | None = None
         self._prompting = False
         self._given_valid: Tensor | None = None
-        self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the forward under way
+        self._ended: Tensor | None = None  # [B] bool: fed an end or padding by the current forward
         self._tally = Tally()
         self._cache = CacheWatch(self._follow_beams if method.keeps_state else None)
         self._calls = Calls(model)
@@ -81,7 +82,7 @@ class Session(SessionStats):
 
     @property
     def state(self) -> SequenceState | None:
-        """The state of the sequences under way."""
+        """The state of the current sequences."""
         return self.forward.state
 
     @state.setter
@@ -89,32 +90,32 @@ class Session(SessionStats):
         self.forward.state = state
 
     def shares(self, batch: int) -> Step:
-        """What a decoding forward would use now."""
+        """Return the weights that a decoding forward would use now."""
         if self.state is not None:
             return self.state.step()
         return self._without_context(batch, torch.device("cpu")).step()
 
     @contextmanager
     def prompt(self) -> Iterator[None]:
-        """Forwards inside are prompt, on a filled cache too (a chunk, a further turn): dense, and masks follow them."""
+        """Treat forwards inside as prompt, even on a filled cache (a chunk, a further turn): dense, then new masks."""
         self._prompting = True
         try:
             yield
         finally:
             self._prompting = False
 
-    # -- what the evaluation calls ---------------------------------------------------------------------------
+    # -- phases set by the evaluation ------------------------------------------------------------------------
 
     @contextmanager
     def context(self, valid: Tensor) -> Iterator[None]:
-        """The forward inside is the dense context of new sequences. valid: [B, T] bool, False for padding."""
+        """Run the dense context of new sequences inside. valid: [B, T] bool, False for padding."""
         self.state = None
         with self._force("context", valid):
             yield
 
     @contextmanager
     def extend(self, new: Tensor) -> Iterator[None]:
-        """The forward inside goes on with the dense contexts of the sequences in `state` (see `fork`).
+        """Extend the dense contexts of the sequences in `state` inside (see `fork`).
 
         new: [B, T] bool, the tokens that the state has not seen; the forward may compute others again.
         """
@@ -123,9 +124,9 @@ class Session(SessionStats):
 
     @contextmanager
     def decode(self, valid: Tensor, frozen: bool = False) -> Iterator[None]:
-        """The forward inside runs pruned under the masks in force. valid: [B, T] bool.
+        """Run a pruned forward inside, under the current masks. valid: [B, T] bool.
 
-        T <= `room()`, unless the masks are `frozen`: then nothing is observed and no mask is made anew.
+        T <= `room()`, unless the masks are `frozen`: then nothing is observed and no new mask is made.
         """
         self.forward.frozen = frozen
         try:
@@ -136,14 +137,14 @@ class Session(SessionStats):
 
     @contextmanager
     def foresee(self, valid: Tensor) -> Iterator[None]:
-        """The forward inside is a dense rehearsal: the masks are made from its tokens alone. valid: [B, T] bool."""
+        """Run a dense rehearsal inside: masks are made from its tokens alone. valid: [B, T] bool."""
         if self.state is not None:
             self.state.forget()
         with self._force("context", valid):
             yield
 
     def no_context(self, batch: int, device: torch.device) -> None:
-        """Begin new sequences that have no context: where masks need one they run dense."""
+        """Begin new sequences without context; they run dense if masks need one."""
         self._step = None
         self.state = self._without_context(batch, device)
 
@@ -153,7 +154,7 @@ class Session(SessionStats):
         return state
 
     def room(self) -> int | None:
-        """Tokens that may run in one decoding forward before the masks may change; None for any number."""
+        """Return the tokens that may run in one decoding forward before masks may change; None for any number."""
         return self.state.room() if self.state else None
 
     def fork(self, state: SequenceState | None, rows: Tensor) -> None:
@@ -173,7 +174,7 @@ class Session(SessionStats):
     # -- one forward -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         forward, named = self.forward, named_arguments(module, args, kwargs)
         tokens = next(t for t in map(named.get, ("input_ids", "inputs_embeds")) if t is not None)
         batch, length = tokens.shape[:2]
@@ -201,12 +202,12 @@ class Session(SessionStats):
         forward.watching = forward.sliced is None or (self._choosy and not self.executing.gathers)
         self._hooks.watch_ffns(forward.watching)
         if forward.phase == "context" and kwargs.get("logits_to_keep"):
-            # Layers that share keys and values would compute the last tokens alone (Gemma 4): masks are made from all.
+            # Layers that share keys and values would compute only the last tokens (Gemma 4), and masks need all.
             return args, {**kwargs, "logits_to_keep": 0}
         return None
 
     def _begin_sequences(self, batch: int, device: torch.device, past: int) -> None:
-        """The execution and the state of the sequences of a forward."""
+        """Set the execution and the state for the sequences of a forward."""
         by_hand = self._forced is None
         if not past and by_hand and not unchanged(self.model, self.ffns):
             raise UserError(
@@ -216,7 +217,7 @@ class Session(SessionStats):
         if not past or not by_hand or self.state is None:
             self.executing.choose(batch, by_hand)
         if self.state is not None and self.state.batch != batch and not self.method.keeps_state:
-            self.state = None  # nothing in it is one sequence's own
+            self.state = None  # it holds nothing per sequence
         if self.state is not None and self.state.batch != batch:
             raise UserError(
                 f"the batch changed from {self.state.batch} to {batch} sequences while decoding under prune()",
@@ -281,10 +282,10 @@ class Session(SessionStats):
             self.state = self.state.select(beams.to(self.state.device))
 
     @torch.no_grad()
-    def _end(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def _end(self, _module: nn.Module, _args: tuple[object, ...], output: object) -> None:
         forward = self.forward
         attention, forward.attention = forward.attention, None
-        # What runs from here on, a re-mask's own projections too, is no forward.
+        # From here on nothing is a forward, a re-mask's own projections included.
         phase, forward.phase = forward.phase, "off"
         forward.last = phase
         self.executing.widen()
@@ -308,7 +309,7 @@ class Session(SessionStats):
             self._finish_decode(state, attention)
 
     def _finish_decode(self, state: SequenceState, attention: Tensor | None) -> None:
-        """Ask the detector, and make the new masks that are due."""
+        """Run the detector, and make the new masks that are due."""
         detector = state.remasking.detector if state.remasking is not None else None
         watching = detector is not None and attention is not None
         changes = state.finish_decode(attention if watching else None, self.forward.valid)
@@ -329,7 +330,7 @@ class Session(SessionStats):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Forwards inside are the model's own: dense, unobserved, without a hook."""
+        """Run forwards inside without hooks: dense and unobserved."""
         self._hooks.remove()
         try:
             yield
@@ -337,7 +338,7 @@ class Session(SessionStats):
             self._hooks.install(self._begin, self._end)
 
     def detach(self) -> None:
-        """Remove every hook, and give projections their own weights; an interrupt meanwhile is raised at the end."""
+        """Remove every hook and restore the projections' weights; raise an interrupt only afterwards."""
         try:
             to_the_end(self._leave)
         finally:
@@ -358,11 +359,11 @@ class Session(SessionStats):
 
 
 def to_the_end(work: Callable[[], None]) -> None:
-    """Do `work`, and again where an interrupt breaks it (Ctrl-C, or what a signal's handler raises), until it is done.
+    """Call `work` until it completes, however often an interrupt breaks it (Ctrl-C, or a signal handler's exception).
 
-    Then the first interrupt is raised. `work` must be such that doing it again, from wherever it stopped, completes it.
-    An interrupt that comes before or after the loop is raised at once: whoever must have the work done calls this
-    twice, the second time in `finally`.
+    Then raise the first interrupt. `work` must be resumable: calling it again, from wherever it stopped, completes it.
+    An interrupt before or after the loop is raised at once, so callers that depend on the work call this twice, the
+    second time in `finally`.
     """
     interrupt: BaseException | None = None
     while True:

@@ -1,4 +1,4 @@
-"""The sequences of a batch under a method: their layers, and what these have in common."""
+"""The sequences of a batch under a method: their layers, and the state that layers share."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from dart_eval.pruning.session.sequence import PerSequence
 class SequenceState(PerSequence):
     """B sequences under a method.
 
-    Life: `observe` and `observe_change` during the context's dense forward(s), `finish_context` makes the masks; then
-    `prune` prunes and `finish_decode` makes masks anew between the forwards that follow.
+    `observe` and `observe_change` run during the context's dense forwards, and `finish_context` makes the masks. Then
+    `prune` prunes, and `finish_decode` makes new masks between decoding forwards.
 
     Args:
-        prepared: what the method has made of the model before any prompt, and for which sparsity.
-        shared: all sequences have one mask, from all of them, and make it anew together.
+        prepared: the method on the model before any prompt.
+        shared: all sequences have one mask, made and re-made from all of them.
 
     Attributes:
-        layers: of each FFN. counted: whether these know how many neurons to keep.
-        tokens: [B] context tokens seen. weight: [B], what they weigh together. remasks: [B] long, masks made anew.
-        change: how much FFNs change the stream, where the allocation goes by it. remasking: where masks are made anew.
+        layers: the state of each FFN.
+        counted: whether the counts of neurons are set.
+        tokens: [B] context tokens seen.
+        weight: [B], their total weight.
+        remasks: [B] long, number of re-masks.
+        change: how much FFNs change the stream, if the allocation needs it.
+        remasking: the state of re-masks, if there are any.
     """
 
     def __init__(self, prepared: Prepared, batch: int, device: torch.device, shared: bool = False) -> None:
@@ -46,11 +50,11 @@ class SequenceState(PerSequence):
     # -- the context -----------------------------------------------------------------------------------------
 
     def observe(self, layer: int, h: Tensor, valid: Tensor, up: Tensor | None = None) -> None:
-        """Take in context tokens: see `Layer.observe`. valid: [B, T] bool, False for padding."""
+        """Add context tokens: see `Layer.observe`. valid: [B, T] bool, False for padding."""
         self.layers[layer].observe(h, up, *self._token_weights(valid))
 
     def _token_weights(self, valid: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the tokens of a context forward weigh [B, T] fp32, and by how much earlier sums shrink [B]."""
+        """Return the weights of a context forward's tokens, [B, T] fp32, and the factor on earlier sums, [B]."""
         mask = self.method.mask
         if mask.fixed or mask.score is None:
             return valid.float(), None
@@ -58,13 +62,13 @@ class SequenceState(PerSequence):
 
     @torch.no_grad()
     def observe_change(self, layer: int, y: Tensor, added: Tensor, valid: Tensor) -> None:
-        """Take in what an FFN adds to the stream. y: the stream that enters it; both [B, T, D]."""
+        """Add an FFN's change of the stream. y: the stream that enters it; added: its output, both [B, T, D]."""
         if self.change is not None:
             self.change.observe(layer, y, added, valid)
 
     @torch.no_grad()
     def observe_attention(self, a: Tensor, valid: Tensor) -> None:
-        """Take in the last layer's attention output of context tokens, [B, T, D]."""
+        """Add the last layer's attention output of context tokens, [B, T, D]."""
         if self.remasking is not None:
             self.remasking.observe_attention(a, valid, self.tokens)
 
@@ -76,7 +80,7 @@ class SequenceState(PerSequence):
         self.tokens, self.weight = torch.zeros_like(self.tokens), torch.zeros_like(self.weight)
 
     def skip_context(self) -> None:
-        """Begin sequences without a context. Where masks need one, they run dense and are counted as dense."""
+        """Begin sequences without a context. If masks need one, they run dense and count as dense."""
         self._count()
 
     def finish_context(self, valid: Tensor) -> None:
@@ -93,28 +97,28 @@ class SequenceState(PerSequence):
             layer.finish(self.weight)
 
     def _count(self) -> None:
-        """How many neurons of each layer every sequence keeps, takes and writes."""
+        """Set the number of neurons of each layer that every sequence keeps, takes and writes."""
         counts, by_scores = [], self.method.allocation.needs_scores and bool(self.layers[0].sums)
         for row in [slice(None)] * self.batch if self.shared else [slice(b, b + 1) for b in range(self.batch)]:
             scores = [layer.scores(row) for layer in self.layers] if by_scores else None
             counts.append(self.prepared.counts(self.change, row, bool(self.tokens[row].sum() > 0), scores))
         for i, layer in enumerate(self.layers):
-            layer.kept, layer.taken, layer.written = (
+            layer.mask_counts, layer.taken, layer.written = (
                 torch.tensor([of_layers[i] for of_layers in column])
                 for column in zip(*((c.mask, c.taken, c.written) for c in counts), strict=True)
             )
         self.counted = True
 
-    # -- what is there now -----------------------------------------------------------------------------------
+    # -- current state ---------------------------------------------------------------------------------------
 
     @property
     def ffns(self) -> tuple[FFN, ...]:
-        """Of the model."""
+        """The FFNs of the model."""
         return tuple(layer.ffn for layer in self.layers)
 
     @property
     def masks(self) -> list[Tensor] | None:
-        """Per layer [B, pool] bool; None where no sequence has a mask of its own."""
+        """Per layer [B, pool] bool; None if no sequence has a mask of its own."""
         own = [layer.own for layer in self.layers if layer.own is not None]
         return own or None
 
@@ -124,62 +128,62 @@ class SequenceState(PerSequence):
         return self.layers[0].own is not None
 
     @property
-    def kept(self) -> Tensor:
-        """[B, L] long: neurons of each layer's mask."""
-        return torch.stack([layer.kept for layer in self.layers], 1)
+    def mask_counts(self) -> Tensor:
+        """[B, L] long, neurons of each layer's mask."""
+        return torch.stack([layer.mask_counts for layer in self.layers], 1)
 
     @property
     def taken(self) -> Tensor:
-        """[B, L] long: those of them that a token takes."""
+        """[B, L] long, neurons of the mask that a token takes."""
         return torch.stack([layer.taken for layer in self.layers], 1)
 
     @property
     def written(self) -> Tensor:
-        """[B, L] long: those of these that it writes."""
+        """[B, L] long, taken neurons that a token writes."""
         return torch.stack([layer.written for layer in self.layers], 1)
 
     @property
     def prunes(self) -> bool:
-        """Whether decoding forwards run pruned: not before masks, where there are any, have been made."""
+        """Whether decoding forwards run pruned: not before masks have been made, if there are any."""
         return self.counted and (self.masked or self.method.mask.fixed)
 
     @property
     def dense_now(self) -> Tensor | None:
-        """[B] bool: sequences that run dense because they gather scores after an alarm; None: none ever does."""
+        """[B] bool, the sequences that run dense to gather scores after an alarm; None if none ever does."""
         remasking = self.remasking
         return remasking.dense_now if remasking is not None and remasking.part.dense_tokens else None
 
     def step(self) -> Step:
-        """What a decoding forward uses now."""
+        """Return the weights that a decoding forward uses now."""
         if not self.prunes:
             return Step(*[torch.ones(self.batch, dtype=torch.float64)] * 2)
-        kept, everything = self.kept, sum(f.size for f in self.ffns)
-        mask = kept.double().sum(1) / everything
-        sizes = torch.tensor([f.size for f in self.ffns]).expand_as(kept)
-        counts = torch.stack([sizes, kept, self.taken, self.written]).double()
-        paid = torch.tensor([layer.fitted.paid for layer in self.layers], dtype=torch.float64)
-        read = (paid.T[:, None] * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
+        in_mask, everything = self.mask_counts, sum(f.size for f in self.ffns)
+        mask = in_mask.double().sum(1) / everything
+        sizes = torch.tensor([f.size for f in self.ffns]).expand_as(in_mask)
+        counts = torch.stack([sizes, in_mask, self.taken, self.written]).double()
+        terms = torch.tensor([layer.fitted.cost_terms for layer in self.layers], dtype=torch.float64)
+        read = (terms.T[:, None] * counts).sum((0, 2)) / (self.ffns[0].matrices * everything)
         if (dense := self.dense_now) is not None:
             read, mask = (torch.where(dense.cpu(), 1.0, share) for share in (read, mask))
         return Step(read, mask)
 
     def measured(self, valid: Tensor) -> Step | None:
-        """What the forward just over used, where the sparsity does not set it: the mean over its tokens `valid`."""
+        """Return the weights that the last forward used, mean over tokens `valid`; None if the sparsity sets them."""
         if self.method.exact:
             return None
-        spent = [layer.spent for layer in self.layers if layer.spent is not None]
+        counts = [layer.neurons_read for layer in self.layers if layer.neurons_read is not None]
         for layer in self.layers:
-            layer.spent = None
-        if not spent:
+            layer.neurons_read = None
+        if not counts:
             return None
-        read = torch.stack(spent).sum(0) / sum(f.size for f in self.ffns)
+        read = torch.stack(counts).sum(0) / sum(f.size for f in self.ffns)
         if (dense := self.dense_now) is not None:
             read = torch.where(dense.cpu()[:, None], 1.0, read)
         real = valid.cpu().double()
         return Step((read * real).sum(1) / real.sum(1).clamp_min(1), self.step().mask)
 
     def room(self) -> int | None:
-        """Tokens that may run in one forward before a mask may change; None for any number."""
+        """Return the tokens that may run in one forward before a mask may change; None for any number."""
         return self.remasking.room() if self.remasking is not None and self.masked else None
 
     # -- decoded tokens --------------------------------------------------------------------------------------
@@ -188,7 +192,7 @@ class SequenceState(PerSequence):
         self, layer: int, h: Tensor, valid: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
         x: Tensor | None = None, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """h of a layer without the neurons that are pruned: see `Layer.prune`. valid: [B, T] bool."""
+        """Return h of a layer without its pruned neurons: see `Layer.prune`. valid: [B, T] bool."""
         one, dense = self.layers[layer], self.dense_now
         if not self.prunes or (rows is not None and not self.method.choice.chooses and dense is None):
             return h
@@ -199,9 +203,11 @@ class SequenceState(PerSequence):
         return one.prune(h, gate, up, x, rows, dense)
 
     def finish_decode(self, attention: Tensor | None, valid: Tensor) -> list[Change]:
-        """Close a decoding forward: ask the detector, make the masks anew that are due.
+        """Close a decoding forward: run the detector, and make the new masks that are due.
 
-        attention: [B, T, D] attention output of the last layer, where there is a detector. valid: [B, T] bool.
+        Args:
+            attention: [B, T, D] attention output of the last layer, if there is a detector.
+            valid: [B, T] bool.
         """
         if self.remasking is None:
             return []
@@ -213,9 +219,9 @@ class SequenceState(PerSequence):
 
     @torch.no_grad()
     def remask(self, due: Due) -> list[Change]:
-        """Make new masks for the sequences of `due`; how many neurons a layer keeps stays.
+        """Make new masks for the sequences of `due`, with as many neurons as before.
 
-        The recent tokens are those of the ring, or those that ran dense after the alarm.
+        The recent tokens come from the ring, or ran dense after the alarm.
         """
         remasking, part = self.remasking, self.method.mask.remask
         assert remasking is not None

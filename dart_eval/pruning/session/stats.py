@@ -1,16 +1,16 @@
-"""What a user and the evaluation read of a session: what its tokens read, what it keeps, what it noted."""
+"""The statistics of a session for users and the evaluation: bytes read, bytes stored, re-masks."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from dart_eval.util.bits import unread
 
 if TYPE_CHECKING:
-    from dart_eval.kernels.kept import KeptRows
+    from dart_eval.kernels.mask_rows import MaskRows
     from dart_eval.pruning.method import Pruner
     from dart_eval.pruning.session.execution import Execution
     from dart_eval.pruning.session.log import Log, Step, Tally
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SessionStats(ABC):
-    """The side of a `Session` that changes nothing. For its attributes see there."""
+    """The read-only side of a `Session`. For its attributes see there."""
 
     method: Pruner
     prepared: Prepared
@@ -30,11 +30,11 @@ class SessionStats(ABC):
     @property
     @abstractmethod
     def state(self) -> SequenceState | None:
-        """The state of the sequences under way."""
+        """The state of the current sequences."""
 
     @abstractmethod
     def shares(self, batch: int) -> Step:
-        """What a decoding forward would use now."""
+        """Return the weights that a decoding forward would use now."""
 
     @property
     def prunes(self) -> bool:
@@ -43,29 +43,29 @@ class SessionStats(ABC):
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether masks are made from the tokens that they are used on (an oracle)."""
+        """Whether masks are made from the very tokens that run under them (an oracle)."""
         return self.method.looks_ahead
 
     @property
     def share(self) -> float:
-        """FFN weight bytes of which the sparsity is a share / those of the model's own dtype."""
+        """Served FFN weight bytes, of which the sparsity is a share / bytes in the model's own dtype."""
         return self.prepared.share
 
     @property
     def execution(self) -> str:
-        """How the sequences under way are decoded: `masked` or `copied`."""
+        """The execution of the current sequences: `masked` or `copied`."""
         return self.executing.name
 
     @property
-    def copies(self) -> list[KeptRows] | None:
-        """Per layer, the copies of the kept neurons' weights that decoded tokens multiply; None: masks are."""
+    def copies(self) -> list[MaskRows] | None:
+        """Per layer, the copies of the mask's weights that decoded tokens multiply; None under `masked`."""
         return self.executing.copies
 
     @property
     def effective_sparsity(self) -> float:
-        """Share of the FFN weight bytes (of the model's own dtype) that tokens generated so far did not read.
+        """Share of the FFN weight bytes (in the model's own dtype) that generated tokens did not read so far.
 
-        The first token of each context is made densely, and counts. What follows a sequence's end does not.
+        The first token after a context is dense, and counts. Tokens after a sequence's end do not.
         """
         return unread(self._tally.share, self.prepared.share)
 
@@ -76,22 +76,22 @@ class SessionStats(ABC):
 
     @property
     def weights_read(self) -> float:
-        """FFN weight bytes that a decoded token reads / those of the model's own dtype, mean over sequences."""
+        """FFN weight bytes that a decoded token reads / bytes in the model's own dtype, mean over sequences."""
         measured = self.steps if not self.method.exact else []
         reads = [step.read for step in measured] or [self.shares(1).read]
         return self.prepared.share * float(torch.stack(reads).mean())
 
     def computed(self, read: float) -> float:
-        """Share of the FFN weights that a pruned token multiplies, where it reads this share of them."""
+        """Return the share of the FFN weights that a pruned token multiplies if it reads the share `read`."""
         return self.prepared.computed(read)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that the method keeps beside the model: masks, scores and their factors, ring buffer, detector."""
+        """Bytes that the method stores beside the model: masks, scores and their factors, ring buffer, detector."""
         return self.state_bytes_each(1)
 
     def state_bytes_each(self, sequences: int) -> int:
-        """The same for one of so many sequences side by side: what is kept once for all of them counts whole."""
+        """Return the state bytes of one of several sequences. State that all of them share counts in full."""
         return self.prepared.nbytes() + (self.state.nbytes() // sequences if self.state else 0)
 
     @property
@@ -101,15 +101,15 @@ class SessionStats(ABC):
 
     @property
     def steps(self) -> list[Step]:
-        """What each decoding forward used since the last new context."""
+        """The weights of each decoding forward since the last new context."""
         return self.log.steps
 
     @property
-    def events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[dict[str, object]]:
         """Re-masks since the last new context: step, token, sequence, cause, overlap."""
         return self.log.events
 
-    def trace(self, row: int, tokens: int | None = None) -> dict[str, Any] | None:
-        """What the detector saw of one sequence since its context: see `Log.trace`."""
+    def trace(self, row: int, tokens: int | None = None) -> dict[str, object] | None:
+        """Return the detector's trace of one sequence since its context: see `Log.trace`."""
         remasking = self.state.remasking if self.state else None
         return self.log.trace(remasking.detector if remasking else None, row, tokens)

@@ -11,10 +11,10 @@ from dart_eval.results import board_text, detector, frontier, generated, speeds,
 from dart_eval.results.blocks import Block, Board
 from dart_eval.results.board import boards
 from dart_eval.results.report import charts, head, page, quality
-from dart_eval.results.report.cells import Cell, cells_of, looks
+from dart_eval.results.report.cells import ReportCell, cells_of, looks
 from dart_eval.results.report.drift import drift_of
 from dart_eval.results.report.explorer import Texts, documents
-from dart_eval.results.report.reader import Looked, Reader
+from dart_eval.results.report.reader import CellSamples, Reader
 from dart_eval.results.store import Store, UnreadSamples
 from dart_eval.results.writers import Table
 
@@ -24,7 +24,7 @@ MOST = 600  # documents of all tasks together: a page of some MB
 
 @dataclass(frozen=True)
 class Report:
-    """The page and what is in it."""
+    """The page and the numbers of its contents."""
 
     html: str
     cells: int
@@ -32,77 +32,79 @@ class Report:
 
 
 def build(store: Store, title: str | None = None, wanted: int = 50) -> Report:
-    """The report of the records in `store`. Equal folders give equal bytes.
+    """Return the report of the records in `store`. Equal folders give equal bytes.
 
     Args:
         store: a folder of finished cells; samples and texts may be missing.
         title: head of the page; without it, the models' names.
-        wanted: documents of each task that are shown with all answers; 0 leaves them out.
+        wanted: number of documents of each task shown with all answers; 0 shows none.
 
     Raises:
         UserError: no record that can be read.
     """
     found = store.scan()
-    found.tell()
+    found.report()
     leaves = {t for r in found.records for t in (r.by_task or [r.inputs["task"]])}
     reader = Reader(store.folder, min(wanted, max(1, MOST // len(leaves))))
     made = boards(reader, found.records, speeds.load_speeds(store.folder))
     cells = cells_of(made, found.records)
     records, known = [c.record for c in cells], looks(cells)
-    looked, texts, untold = _read(reader, cells)
+    samples_of, texts, untold = _read(reader, cells)
     chance = {str(c.record.inputs["task"]): p for c in cells
-              if (seen := looked.get(c.record.key)) is not None and (p := seen.chance) is not None}  # fmt: skip
-    shown = documents(cells, looked, texts)
-    texts_of = {key: seen.texts for key, seen in looked.items()}
+              if (seen := samples_of.get(c.record.key)) is not None and (p := seen.chance) is not None}  # fmt: skip
+    shown = documents(cells, samples_of, texts)
+    texts_of = {key: seen.texts for key, seen in samples_of.items()}
     samples = sum(len(d.answers) for _, of_task in shown for d in of_task)
     context = {
         "title": title or f"Pruning evaluation of {head.listed([b.model for b in made], 4)}",
         "facts": head.facts(cells), "warnings": head.warnings(cells, list(found.unread), untold),
         "models": [_model(board, known, chance) for board in made],
         "keys": {label: charts.key(number) for label, number in known.items()}, "chance": bool(chance),
-        "number": itertools.count().__next__, "drift": drift_of(cells, looked, known),
-        "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.kept,
-        "left_out": len(set[Any]().union(*(seen.left_out for seen in looked.values()))),
+        "number": itertools.count().__next__, "drift": drift_of(cells, samples_of, known),
+        "detectors": detector.tables(reader, records), "tasks": shown, "kept": reader.most,
+        "left_out": len(set[Any]().union(*(seen.left_out for seen in samples_of.values()))),
         "numbers": [*tables.tables(records), *generated.table(records, texts_of), *_commands(cells)],
         "cells": len(found.records), "explained": board_text.EXPLAINED,
     }  # fmt: skip
     return Report(page.render(context), len(found.records), samples)
 
 
-def _read(reader: Reader, cells: Sequence[Cell]) -> tuple[dict[str, Looked], dict[str, Texts], dict[str, list[str]]]:
-    """The samples of all cells and the texts of those that are shown, by key; and which cells lack which of them."""
-    looked: dict[str, Looked] = {}
+def _read(
+    reader: Reader, cells: Sequence[ReportCell]
+) -> tuple[dict[str, CellSamples], dict[str, Texts], dict[str, list[str]]]:
+    """Return samples of all cells and texts of the documents on the page, by key, and the cells without either."""
+    samples_of: dict[str, CellSamples] = {}
     texts: dict[str, Texts] = {}
-    files: dict[str, Texts] = {}  # cells that were asked the same share one
+    files: dict[str, Texts] = {}  # cells with the same documents share one
     untold: dict[str, list[str]] = {"Samples": [], "Prompts": []}
     for cell in cells:
         key, file = cell.record.key, cell.record.files.get("texts", {}).get("name", "")
         try:
-            looked[key] = reader.look(cell.record)
+            samples_of[key] = reader.look(cell.record)
         except UnreadSamples:
             untold["Samples"].append(cell.place)
             continue
         try:
-            if reader.kept and file not in files:
+            if reader.most and file not in files:
                 files[file] = reader.texts(cell.record)
         except UnreadSamples:
             untold["Prompts"].append(cell.place)
         texts[key] = files.get(file, {})
-    return looked, texts, untold
+    return samples_of, texts, untold
 
 
-def _model(board: Board, known: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
-    """What the page shows of one model."""
+def _model(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> dict[str, Any]:
+    """Return the page's data of one model."""
     return {
         "name": board.model, "blocks": [_block(board, block) for block in board.blocks],
         "notes": board_text.notes(board),
-        "charts": quality.charts(board, known, chance), "reach": frontier.tables([board]),
+        "charts": quality.charts(board, looks, chance), "reach": frontier.tables([board]),
         "speeds": quality.speeds(board),
     }  # fmt: skip
 
 
 def _block(board: Board, block: Block) -> dict[str, Any]:
-    """A block's table: the share of dense's quality stands before the value, for a narrow screen."""
+    """Return a block's table, with the share of dense's quality before the value, for narrow screens."""
     columns = sorted(board_text.columns_of(block), key=lambda c: c.name not in FIRST)
     leading = [c for c in columns if c.name in FIRST]
     rest = columns[len(leading) :]
@@ -114,14 +116,14 @@ def _block(board: Board, block: Block) -> dict[str, Any]:
         )
         for row in block.rows
     ]
-    said = [*filter(None, [board_text.wins(block)]), *(text for level in block.levels for text in level.said)]
+    said = [*filter(None, [board_text.wins(block)]), *(text for level in block.levels for text in level.sentences)]
     if block.at_chance:
         said.append(f"Dense is no better than guessing on {', '.join(block.at_chance)}.")
     heads = [*(c.title for c in leading), "FFN bytes read", *(c.title for c in rest)]
     return {"about": board_text.sizes(board, block), "heads": heads, "rows": rows, "said": said}
 
 
-def _commands(cells: Sequence[Cell]) -> list[Table]:
-    """The commands that make the cells again, where they are known."""
+def _commands(cells: Sequence[ReportCell]) -> list[Table]:
+    """Return the commands that reproduce the cells, where they are recorded."""
     body = [[c.place, str(command)] for c in cells if (command := c.record.settings.get("command"))]
     return [Table("Commands", ["cell", "command"], body, "Each makes its cell again.")] if body else []

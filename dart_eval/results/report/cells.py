@@ -1,4 +1,4 @@
-"""The cells of the boards, in the order of their rows, and what every section calls them."""
+"""The cells of the boards, in the order of their rows, with the names that every section uses."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dart_eval.results.blocks import CONTROL, GUESSING, Board, Row
+from dart_eval.results.blocks import CONTROL, GUESSING, Board, BoardRow
 from dart_eval.results.format import sparsity
 from dart_eval.results.record import Record
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A record and the row of the board that it stands in; `name` is the row's, with its sparsity."""
+class ReportCell:
+    """A record and its row of the board; `name` is the row's, with its sparsity."""
 
     record: Record
-    row: Row
+    row: BoardRow
     name: str
 
     @property
     def place(self) -> str:
-        """The cell in a sentence."""
+        """The cell as a sentence."""
         return f"{self.name} on {self.record.inputs['task']}"
 
 
-def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[Cell]:
-    """The cells on the boards."""
+def cells_of(boards: Sequence[Board], records: Iterable[Record]) -> list[ReportCell]:
+    """Return the cells of the boards."""
     by_key = {r.key: r for r in records}
     found = []
     for board in boards:
         model = f"{board.model}: " if len(boards) > 1 else ""
         for row in {row.keys: row for row in board.rows if row.kind != GUESSING}.values():
             name = model + (f"{row.label} {sparsity(row.sparsity)}" if row.sparsity else row.label)
-            found += [Cell(by_key[key], row, name) for key in row.keys]
+            found += [ReportCell(by_key[key], row, name) for key in row.keys]
     return found
 
 
-def flat(row: Row) -> bool:
-    """Whether the row is a level that the others are held against: a control that reads everything."""
+def flat(row: BoardRow) -> bool:
+    """Whether the row is a level to compare the others with: a control that reads everything."""
     return row.kind == CONTROL and row.read == 1
 
 
-def looks(cells: Iterable[Cell]) -> dict[str, int]:
-    """Label -> the number of its colour and marker, the same in all charts; dense has none.
+def looks(cells: Iterable[ReportCell]) -> dict[str, int]:
+    """Return label -> the number of its colour and marker, the same in all charts; dense has none.
 
     Methods with many cells come first, so that those which meet in most charts differ in colour.
     """

@@ -1,4 +1,4 @@
-"""Charts: plain matplotlib, as files, and as SVG that stands inside a page and follows its light or dark scheme."""
+"""Charts: plain matplotlib, as files, and as SVG inside a page that follows its light or dark scheme."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = 4.7, 3.0  # inches of 72 units: about the pixels that a chart gets on the
 LINE = 0.07  # height of a line of text / height of the axes
 LONGEST = 20  # characters of a name beside a line
 MOST_TICKS = 6
-MOST_TIMES = 50.0  # dense's perplexity: a model that is further off is broken, whatever the number
+MOST_TIMES = 50.0  # dense's perplexity: a model further off is broken, and its number means nothing
 COLOURS = ("#3a82c8", "#d2691e", "#2a9a72", "#b9559c", "#a07d18", "#3d9db5", "#a5714a", "#7b7fd8")  # on light and dark
 ALARM = "#d64541"
 SIGNS = dict(zip("os^Dv<>P*X", "●■▲◆▼◀▶✚★✖", strict=True))  # markers, and how a legend writes them
@@ -39,12 +39,12 @@ SETTINGS: dict[Any, Any] = {
     "axes.axisbelow": True, "grid.color": "#8888884d", "axes.formatter.useoffset": False,
     "axes.prop_cycle": cycler(color=COLOURS), "figure.constrained_layout.use": True, "figure.figsize": SIZE,
 }  # fmt: skip
-Draw = Callable[[Any], None]  # into the axes that it is given
+Draw = Callable[[Any], None]  # draws into the axes
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its head, a note under that, and what it shows in words."""
+    """A chart with its head, a note below it, and a description in words."""
 
     title: str
     note: str
@@ -52,7 +52,7 @@ class Chart:
     draw: Draw
 
     def svg(self, number: int) -> Markup:
-        """The picture. Equal charts of one number are equal text; the number keeps the ids of each chart its own."""
+        """Return the picture as SVG, the same text for the same chart; `number` makes the ids of each chart unique."""
         out = io.StringIO()
         nothing = {"Date": None, "Creator": None, "Type": None, "Format": None}
         with mpl.rc_context({**SETTINGS, "svg.hashsalt": f"dart-eval {number}"}), warnings.catch_warnings():
@@ -63,17 +63,17 @@ class Chart:
             figure.savefig(out, format="svg", transparent=True, metadata=nothing)
         text = re.sub(r"(?s)<style.*?</style>", "", out.getvalue())
         text = re.sub(r'(?s).*?<svg[^>]*(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', text, count=1)
-        text = re.sub(r' id="(?!C\d)[\w.]+_\d{1,4}"', "", text)  # of no use to anyone, and the same in every chart
+        text = re.sub(r' id="(?!C\d)[\w.]+_\d{1,4}"', "", text)  # unused ids, the same in every chart
         return Markup(text.replace("#000000", "currentColor"))
 
 
 def key(number: int) -> tuple[str, str]:
-    """The sign and the colour of a method in a legend."""
+    """The marker and the colour of a method in a legend."""
     return SIGNS[MARKERS[number % len(MARKERS)]], COLOURS[number % len(COLOURS)]
 
 
 class Point(NamedTuple):
-    """A value at what is read, and the ends of its interval."""
+    """A value at a share of weights read, and the ends of its interval."""
 
     read: float
     value: float
@@ -82,12 +82,12 @@ class Point(NamedTuple):
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour and marker of a method in a chart."""
+    """Return colour and marker of a method in a chart."""
     return {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
 
 
 def points(block: Block) -> dict[str, list[Point]]:
-    """The quality of every method beside dense's at what it reads, with its 95 % interval: per cent, or times."""
+    """Return each method's quality relative to dense's at its weights read, with 95 % intervals: per cent, or times."""
     found: dict[str, list[Point]] = {}
     first = next(iter(block.tasks), "")
     for label, rows in curves(block).items():
@@ -107,15 +107,17 @@ def draw(
     axes: Any, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, int], dense: Sequence[Point],
     chance: float | None = None, log: bool = False, cap: tuple[float, float] = (-math.inf, math.inf),
 ) -> None:  # fmt: skip
-    """Draw quality against what is read: a line a method with its name at the end, side by side at every level.
+    """Draw quality against weights read: a line a method with its name at the end, side by side at every level.
 
     A value beyond the cap is drawn at it, and its line's name says the value.
 
     Args:
         lines: label -> points, from the highest read to the lowest.
         looks: label -> the number of its look.
-        dense: what reads everything, as lines with a band. chance: the value under guessing.
-        log: the vertical axis is logarithmic. cap: the lowest and the highest value that is drawn.
+        dense: the rows that read everything, drawn as lines with a band.
+        chance: the value under guessing.
+        log: whether the vertical axis is logarithmic.
+        cap: the lowest and the highest value drawn.
     """
     levels = _levels(p.read for points in lines.values() for p in points)
     reach = levels[-1] - levels[0] or 0.2
@@ -148,12 +150,12 @@ def draw(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif cap[0] == -math.inf and min(p.value for points in [*lines.values(), dense] for p in points) >= 0:
-        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # not below zero for the sake of an interval
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # an interval alone does not take the axis below zero
     _name(axes, ends)
 
 
 def _apart(levels: Sequence[float], gap: float) -> list[float]:
-    """Levels of which none is nearer to the one before it than a gap, so that their ticks do not overlap."""
+    """Return levels at least a gap apart, so that their ticks do not overlap."""
     found: list[float] = []
     for level in levels:
         if not found or level - found[-1] >= gap:
@@ -162,7 +164,7 @@ def _apart(levels: Sequence[float], gap: float) -> list[float]:
 
 
 def _levels(reads: Iterable[float]) -> list[float]:
-    """The levels of read, from the lowest; what differs by less than a board's level is one."""
+    """Return the levels of weights read, from the lowest; values closer than a board's level are one."""
     levels: list[list[float]] = []
     for read in sorted(reads):
         if not levels or read - levels[-1][-1] > WIDTH_OF_LEVEL:
@@ -176,7 +178,7 @@ def _short(label: str) -> str:
 
 
 def _name(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write the names of lines beside the axes, as near to the lines' ends as they do not cover each other."""
+    """Write the names of lines beside the axes, as near to the lines' ends as they fit without overlap."""
     line = min(LINE, 1 / len(ends))
     axes.figure.set_figheight(axes.figure.get_figheight() * LINE / line)
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -193,7 +195,7 @@ def _name(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
 
 
 def picture(board: Board, form: str) -> bytes:
-    """The quality of a board's first block that has any, as a file of its own.
+    """Return the quality of a board's first block that has any, as a file of its own.
 
     Args:
         form: `png`, `svg` or `pdf`.
@@ -212,7 +214,7 @@ def picture(board: Board, form: str) -> bytes:
 
 
 def quality(axes: Any, block: Block, looks: Mapping[str, int]) -> None:
-    """Draw the quality of a block beside dense's; what runs away is capped and named."""
+    """Draw the quality of a block relative to dense's; points beyond the cap are named."""
     if by_times(block):
         draw(axes, points(block), looks, [Point(1, 1, 1, 1)], None, True, (0.5, MOST_TIMES))
     else:
@@ -220,7 +222,7 @@ def quality(axes: Any, block: Block, looks: Mapping[str, int]) -> None:
 
 
 def of_quality(block: Block) -> str:
-    """What the vertical axis of `quality` is."""
+    """Return the title of the vertical axis of `quality`."""
     if by_times(block):
         return "perplexity, x dense (lower is better)"
     chance = metrics.kind_of(next(iter(block.tasks))).chance

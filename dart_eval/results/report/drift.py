@@ -1,4 +1,4 @@
-"""What the drift detectors saw: a summary of each cell, and a few documents to look at."""
+"""The drift detectors' results: a summary of each cell, and charts of a few documents."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dart_eval.results.format import finite
-from dart_eval.results.report.cells import Cell
+from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.report.charts import Chart, trace
 from dart_eval.results.report.head import listed
-from dart_eval.results.report.reader import Looked
+from dart_eval.results.report.reader import CellSamples
 from dart_eval.results.writers import Table
 
 TRACES = 6  # documents drawn
-PER_CELL = 2  # of them from one cell at most
+PER_CELL = 2  # at most of one cell
 HEADS = ["task", "method", "documents traced", "windows", "below threshold", "alarms", "re-masks", "per 1000 tokens"]
 NOTE = (
     "A document has a trace where a window was full after its mask was made. Re-masks are those of all tokens of the "
@@ -25,16 +25,18 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Drift:
-    """The summary, the documents to draw, and how many were traced."""
+    """The summary, the documents to draw, and the number of traced ones."""
 
     table: Table
     charts: list[Chart]
     documents: int
 
 
-def drift_of(cells: Sequence[Cell], looked: Mapping[str, Looked], looks: Mapping[str, int]) -> Drift | None:
-    """What the detectors saw; None where none closed a window. Drawn are documents with many re-masks and windows."""
-    found = [(c, seen) for c in cells if (seen := looked.get(c.record.key)) is not None and seen.traced]
+def drift_of(
+    cells: Sequence[ReportCell], samples_of: Mapping[str, CellSamples], looks: Mapping[str, int]
+) -> Drift | None:
+    """Return the section; None if no window closed. It draws documents with many re-masks and windows."""
+    found = [(c, seen) for c in cells if (seen := samples_of.get(c.record.key)) is not None and seen.traced]
     if not found:
         return None
     drawn = []
@@ -53,7 +55,7 @@ def _size(sample: Mapping[str, Any]) -> tuple[int, int]:
     return -len(sample["drift"].get("remasks") or []), -len(sample["drift"]["signal"])
 
 
-def _row(cell: Cell, seen: Looked) -> list[str]:
+def _row(cell: ReportCell, seen: CellSamples) -> list[str]:
     record, windows, below, alarms = cell.record, 0, 0, 0
     for s in seen.traced:
         signal = [x for x in s["drift"]["signal"] if finite(x)]
@@ -67,7 +69,7 @@ def _row(cell: Cell, seen: Looked) -> list[str]:
     ]  # fmt: skip
 
 
-def _chart(cell: Cell, sample: Mapping[str, Any], look: int) -> Chart:
+def _chart(cell: ReportCell, sample: Mapping[str, Any], look: int) -> Chart:
     drift = sample["drift"]
     signal = [x if finite(x) else math.nan for x in drift["signal"]]
     alarms, remasks = ([x for x in drift.get(n) or [] if finite(x)] for n in ("alarms", "remasks"))

@@ -1,4 +1,4 @@
-"""The documents of the sample explorer: what was asked, and what every method answered."""
+"""The documents of the sample explorer: the questions, and the answers of every method."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from dart_eval.results import metrics
 from dart_eval.results.format import finite, number
-from dart_eval.results.report.cells import Cell
-from dart_eval.results.report.reader import Looked
+from dart_eval.results.report.cells import ReportCell
+from dart_eval.results.report.reader import CellSamples
 
-HEAD, TAIL = 1200, 2400  # characters kept of a long text
+HEAD, TAIL = 1200, 2400  # characters shown of a long text
 GIST = 110  # characters of a document's line
 
 
 @dataclass
 class Answer:
-    """What a cell answered. `scores` are log-likelihoods of the candidates; `chosen` is the best, from 0."""
+    """The answer of a cell. `scores` are log-likelihoods of the candidates; `chosen` is the best, from 0."""
 
     name: str
     facts: str
@@ -28,7 +28,7 @@ class Answer:
 
 @dataclass
 class Document:
-    """What was asked. `right` is the right candidate, from 0; `filter` is named where a document has several."""
+    """A question. `right` is the right candidate, from 0; `filter` is set if a document has several filters."""
 
     id: int
     filter: str
@@ -40,7 +40,7 @@ class Document:
 
     @property
     def gist(self) -> str:
-        """The end of the prompt in one line: many begin alike."""
+        """The end of the prompt in one line: many prompts begin alike."""
         line = " ".join(self.prompt.split())
         return line if len(line) <= GIST else f"… {line[-GIST:].partition(' ')[2]}"
 
@@ -49,16 +49,17 @@ Texts = Mapping[tuple[str, int], Mapping[str, Any]]  # (task, doc_id) -> prompt,
 
 
 def documents(
-    cells: Sequence[Cell], looked: Mapping[str, Looked], texts: Mapping[str, Texts]
+    cells: Sequence[ReportCell], samples_of: Mapping[str, CellSamples], texts: Mapping[str, Texts]
 ) -> list[tuple[str, list[Document]]]:
-    """Each task with its first documents, by their numbers, and what every cell answered.
+    """Return each task with its first documents, by number, and the answers of every cell.
 
     Args:
-        looked: key of a cell -> its samples. texts: likewise.
+        samples_of: key of a cell -> its samples.
+        texts: key of a cell -> its texts.
     """
     tasks: dict[str, dict[tuple[Any, ...], Document]] = {}
     for cell in cells:
-        shown = looked[cell.record.key].shown if cell.record.key in looked else []
+        shown = samples_of[cell.record.key].first if cell.record.key in samples_of else []
         filters = {(s["task"], s["filter"]) for s in shown}
         several = {task for task, which in filters if any(t == task and f != which for t, f in filters)}
         for s in shown:
@@ -118,7 +119,7 @@ def _score(value: float) -> str:
 
 
 def _metric(value: Any) -> str:
-    """A number, or a log-likelihood and what it is counted over; other lists say nothing to a reader."""
+    """Return a number, or a log-likelihood with its unit, as text; other lists mean nothing to a reader."""
     if isinstance(value, list):
         return f"{number(value[0])} over {value[1]}" if len(value) == 2 and all(map(finite, value)) else ""
     return "" if not finite(value) else f"{value:g}" if value == int(value) else number(value)

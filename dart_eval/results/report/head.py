@@ -1,4 +1,4 @@
-"""What was run, and what a reader should know before believing a number."""
+"""The head of the page: the run, and cautions to read before the numbers."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from dart_eval.results import metrics
 from dart_eval.results.format import finite, sparsity
 from dart_eval.results.inputs import HASH_DIGITS, matters, model_of
-from dart_eval.results.report.cells import Cell
+from dart_eval.results.report.cells import ReportCell
 from dart_eval.results.tables import cut_prompts
 
 FEW = 100  # documents below which an interval is wide enough to say so
-ALIKE = ("code", "dtype", "device", "scope", "limit", "num_fewshot")  # inputs that a reader expects to be one
+ALIKE = ("code", "dtype", "device", "scope", "limit", "num_fewshot")  # inputs that a reader expects to be equal
 HALF = ("float16", "bfloat16", "fp16", "bf16")
 PACKAGES = ("dart-eval", "python", "torch", "transformers", "lm_eval")
 
 
-def facts(cells: Sequence[Cell]) -> list[tuple[str, str]]:
-    """(term, description) pairs: the model, how it was run, versions, dates."""
+def facts(cells: Sequence[ReportCell]) -> list[tuple[str, str]]:
+    """Return (term, description) pairs: the model, the settings of its run, versions, dates."""
     environments = [c.record.environment for c in cells]
     days = unique(c.record.created[:10] for c in cells)
     versions = [(p, unique(e[p] for e in environments if e.get(p))) for p in PACKAGES]
@@ -44,11 +44,12 @@ def _machine(environment: Mapping[str, str]) -> str:
     return " with ".join(part for part in parts if part)
 
 
-def warnings(cells: Sequence[Cell], files: Sequence[Path], untold: Mapping[str, Sequence[str]]) -> list[str]:
-    """Sentences about what makes numbers weak or not comparable, and about what the page lacks.
+def warnings(cells: Sequence[ReportCell], files: Sequence[Path], untold: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return sentences about weak or incomparable numbers, and about missing parts of the page.
 
     Args:
-        files: those of the folder that hold no record. untold: `Samples` or `Prompts` -> cells that lack them.
+        files: the unreadable record files of the folder.
+        untold: `Samples` or `Prompts` -> cells without them.
     """
     records = [c.record for c in cells]
     found = [*_few(cells), *_mixed(cells), *cut_prompts(records)]
@@ -73,7 +74,7 @@ def warnings(cells: Sequence[Cell], files: Sequence[Path], untold: Mapping[str, 
     return found
 
 
-def _few(cells: Sequence[Cell]) -> list[str]:
+def _few(cells: Sequence[ReportCell]) -> list[str]:
     small = [m for c in cells for m in metrics.main(m for m in c.record.metrics if m.part_of is None) if m.n < FEW]
     if not small:
         return []
@@ -82,7 +83,7 @@ def _few(cells: Sequence[Cell]) -> list[str]:
     return [f"{listed(sorted({m.task for m in small}))} had {counts} documents: with more, the order may change."]
 
 
-def _mixed(cells: Sequence[Cell]) -> list[str]:
+def _mixed(cells: Sequence[ReportCell]) -> list[str]:
     found = {name: unique("default" if v is None else v for v in _raw(cells, name)) for name in ALIKE}
     found["code"] = [code[:HASH_DIGITS] for code in found["code"]]
     for package in sorted({n for v in _raw(cells, "versions") for n in v or {}}):
@@ -90,20 +91,20 @@ def _mixed(cells: Sequence[Cell]) -> list[str]:
     return [f"Cells differ in {name}: {listed(values)}." for name, values in found.items() if len(values) > 1]
 
 
-def _raw(cells: Sequence[Cell], name: str) -> list[Any]:
+def _raw(cells: Sequence[ReportCell], name: str) -> list[Any]:
     return [c.record.inputs.get(name) for c in cells if matters(name, c.record.inputs)]
 
 
-def _of(cells: Sequence[Cell], name: str) -> list[str]:
+def _of(cells: Sequence[ReportCell], name: str) -> list[str]:
     return unique(v for v in _raw(cells, name) if v is not None)
 
 
 def unique(values: Iterable[object]) -> list[str]:
-    """Distinct values as text, sorted."""
+    """Return distinct values as text, sorted."""
     return sorted({str(v) for v in values})
 
 
 def listed(items: Sequence[str], most: int = 6) -> str:
-    """`a, b and c`; after `most` items, how many more there are."""
+    """Return `a, b and c`; after `most` items, the number of the others."""
     shown = [*items[:most], f"{len(items) - most} more"] if len(items) > most else list(items)
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

@@ -1,4 +1,4 @@
-"""From a page's data to its text: the template, escaping, and a policy that lets nothing in or out."""
+"""The text of a page from its data: the template, escaping, and a policy without network access."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from dart_eval.util.text import printable
 
-# Only the page's own script runs, whatever a name or a text may hold; nothing is loaded and nothing is sent.
+# Only the page's own script runs, whatever a name or a text contains; nothing is loaded and nothing is sent.
 POLICY = (
     "default-src 'none'; script-src 'sha256-{}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'"
@@ -20,7 +20,7 @@ POLICY = (
 
 
 def render(context: dict[str, Any]) -> str:
-    """The HTML."""
+    """Return the HTML."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)  # fmt: skip
     environment.filters["breaks"] = lambda text: escape(text).replace(":", Markup(":<wbr>"))  # between a method's parts

@@ -1,4 +1,4 @@
-"""What the charts and the table of speeds of a board hold."""
+"""The charts and the table of speeds of a board."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dart_eval.results import metrics
-from dart_eval.results.blocks import Board, Row
+from dart_eval.results.blocks import Board, BoardRow
 from dart_eval.results.board_text import sizes
 from dart_eval.results.format import finite, multiple, number, share, with_error
 from dart_eval.results.frontier import by_times
@@ -18,7 +18,7 @@ from dart_eval.results.writers import Table
 
 
 def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) -> list[Chart]:
-    """The quality of each block beside dense's, then each task's main metric, against what is read.
+    """Return the quality of each block relative to dense's, then each task's main metric, against weights read.
 
     Args:
         chance: task -> its accuracy under guessing.
@@ -41,7 +41,7 @@ def charts(board: Board, looks: Mapping[str, int], chance: Mapping[str, float]) 
 
 
 def _chart(
-    task: str, values: Sequence[tuple[Row, Metric]], looks: Mapping[str, int], chance: float | None
+    task: str, values: Sequence[tuple[BoardRow, Metric]], looks: Mapping[str, int], chance: float | None
 ) -> list[Chart]:
     lines: dict[str, list[Point]] = {}
     dense: list[Point] = []
@@ -75,7 +75,7 @@ def _chart(
 
 
 def speeds(board: Board) -> Table | None:
-    """How fast the rows of a board decode, where that was measured."""
+    """Return the decode speeds of a board's rows, where they were measured."""
     body = [
         [
             row.label, share(row.read),

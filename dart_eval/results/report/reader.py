@@ -1,4 +1,4 @@
-"""The folder as the page reads it: the samples of each cell once, of which only what the page shows is kept."""
+"""A reader of the folder that reads the samples of each cell once, and holds only those on the page."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from dart_eval.results.store import Store, traced
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What the page keeps of a cell's samples.
+class CellSamples:
+    """The part of a cell's samples that the page needs.
 
     Attributes:
-        samples: how many there are. traced: those whose detector closed a window.
-        shown: those of the first documents of each task.
+        samples: their number.
+        traced: the samples whose detector closed a window.
+        first: the samples of the first documents of each task.
         left_out: (task, number) of the other documents.
-        chance: the accuracy under guessing; None where there are no candidates.
-        texts: counts of generated texts; None where the answers are none.
+        chance: the accuracy under guessing; None without candidates.
+        texts: counts of generated texts; None if the answers are no texts.
     """
 
     samples: int
     traced: list[dict[str, Any]]
-    shown: list[dict[str, Any]]
+    first: list[dict[str, Any]]
     left_out: set[tuple[str, int]]
     chance: float | None
     texts: dict[str, Any] | None
@@ -34,28 +35,28 @@ class Looked:
 class Reader(Store):
     """A store that remembers what it has read; `kept` documents of each task are shown."""
 
-    def __init__(self, folder: Path, kept: int) -> None:
+    def __init__(self, folder: Path, most: int) -> None:
         super().__init__(folder)
-        self.kept = kept
-        self._looked: dict[str, Looked] = {}
+        self.most = most
+        self._looked: dict[str, CellSamples] = {}
 
     def samples(self, record: Record) -> list[dict[str, Any]]:
-        """All samples of a record; see `Store.samples`."""
+        """Return all samples of a record; see `Store.samples`."""
         found = super().samples(record)
         ids: dict[str, set[int]] = {}
         for s in found:
             ids.setdefault(s["task"], set()).add(s["doc_id"])
-        first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.kept]}
+        first = {(task, i) for task, numbers in ids.items() for i in sorted(numbers)[: self.most]}
         guesses = [1 / len(s["responses"]) for s in found if len(s["responses"]) > 1 and "acc" in s["metrics"]]
-        self._looked[record.key] = Looked(
+        self._looked[record.key] = CellSamples(
             len(found), [s for s in found if traced(s)], [s for s in found if (s["task"], s["doc_id"]) in first],
             {(task, i) for task, numbers in ids.items() for i in numbers} - first,
             sum(guesses) / len(guesses) if guesses else None, generated.of_texts(record, found),
         )  # fmt: skip
         return found
 
-    def look(self, record: Record) -> Looked:
-        """What the page keeps of a record's samples.
+    def look(self, record: Record) -> CellSamples:
+        """Return the part of a record's samples that the page needs.
 
         Raises:
             UnreadSamples: they cannot be read.
@@ -65,5 +66,5 @@ class Reader(Store):
         return self._looked[record.key]
 
     def traces(self, record: Record) -> list[dict[str, Any]]:
-        """What the detector saw of each document; see `Store.traces`."""
+        """Return the detector's trace of each document; see `Store.traces`."""
         return [s["drift"] for s in self.look(record).traced]

@@ -1,8 +1,8 @@
-"""Decoding on copies of the kept rows: a pruned FFN is a dense one of K neurons.
+"""Decoding on copies of a mask's rows: a pruned FFN is a dense one of K neurons.
 
-While a decoded token runs, copies of the kept rows of gate and up and of the kept columns of down stand in the place of
-the projections' weights. The model's own weights are never written to, so that nothing has to be put back but their
-names. A new mask copies the rows that changed.
+While a decoded token runs, copies of the mask's rows of gate and up and columns of down replace the projections'
+weights. The model's own weights are never written to, so only the module's references must be restored. A new mask
+copies the rows that changed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from dart_eval.layers.projection import encoded, is_conv1d
 
 @dataclass
 class Slot:
-    """A parameter of a projection: the model's own, or a copy of the entries of some neurons.
+    """A parameter of a projection: the model's own, or a copy of some neurons' entries.
 
     Attributes:
-        dim: along which neurons lie. halves: how many entries a neuron has (2 where gate stands above up).
-        features: the attribute where the module keeps the number of its outputs, if its forward uses it (Conv1D).
-        own: the model's. part: the copy, once a mask is there.
+        dim: dimension of the neurons.
+        halves: entries per neuron (2 if gate and up are one matrix).
+        features: attribute with the module's number of outputs, if its forward uses it (Conv1D).
+        own: the model's parameter.
+        part: the copy, once there is a mask.
     """
 
     module: Any
@@ -40,19 +42,19 @@ class Slot:
         self.own = self.part = self.module._parameters[self.name]
 
     def copy(self, neurons: Tensor) -> None:
-        """The copy is that of these neurons."""
+        """Copy these neurons."""
         size = self.own.shape[self.dim] // self.halves
-        found = self.own.detach().index_select(self.dim, _of_halves(neurons, self.halves, size))
-        self.part = nn.Parameter(found, requires_grad=False)
+        entries = self.own.detach().index_select(self.dim, _of_halves(neurons, self.halves, size))
+        self.part = nn.Parameter(entries, requires_grad=False)
 
     def change(self, rows: Tensor, neurons: Tensor) -> None:
-        """At these rows of the copy are these neurons now; it stays where it is in memory."""
+        """Overwrite rows of the copy with these neurons; the copy keeps its address."""
         size, count = (p.shape[self.dim] // self.halves for p in (self.own, self.part))
         new = self.own.detach().index_select(self.dim, _of_halves(neurons, self.halves, size))
         self.part.detach().index_copy_(self.dim, _of_halves(rows, self.halves, count), new)
 
     def put(self, parameter: nn.Parameter) -> None:
-        """The module multiplies with this one."""
+        """Let the module multiply with this parameter."""
         # Not by attribute: a module's __setattr__ would take longer than all the rest.
         self.module._parameters[self.name] = parameter
         if self.features is not None:
@@ -64,22 +66,21 @@ def _of_halves(index: Tensor, halves: int, size: int) -> Tensor:
 
 
 def _slots(ffn: FFN) -> list[Slot]:
-    """Of gate, up and down. Neurons are outputs of the first two, and inputs of down."""
-    into = [m for m in (ffn.gate, ffn.up) if m is not None]
-    made = [Slot(ffn.down, "weight", int(not is_conv1d(ffn.down)))]
-    for module in into:
+    """Return the slots of gate, up and down. Neurons are outputs of the first two, and inputs of down."""
+    slots = [Slot(ffn.down, "weight", int(not is_conv1d(ffn.down)))]
+    for module in (m for m in (ffn.gate, ffn.up) if m is not None):
         conv, halves = is_conv1d(module), 2 if ffn.fused else 1
-        made.append(Slot(module, "weight", int(conv), halves, "nf" if conv else None))
+        slots.append(Slot(module, "weight", int(conv), halves, "nf" if conv else None))
         if getattr(module, "bias", None) is not None:
-            made.append(Slot(module, "bias", 0, halves))
-    return made
+            slots.append(Slot(module, "bias", 0, halves))
+    return slots
 
 
-class KeptRows:
-    """The weights of the kept neurons of one FFN, beside the model's own.
+class MaskRows:
+    """The weights of a mask's neurons of one FFN, beside the model's own.
 
     Attributes:
-        neurons: [K] long, which neuron each row is of; None before there is a mask.
+        neurons: [K] long, the neuron of each row; None before there is a mask.
     """
 
     def __init__(self, ffn: FFN) -> None:
@@ -89,12 +90,12 @@ class KeptRows:
 
     @property
     def count(self) -> int:
-        """Kept neurons."""
+        """Neurons in the mask."""
         return self.ffn.size if self.neurons is None else len(self.neurons)
 
     @property
     def runs(self) -> bool:
-        """Whether the projections' forwards take so many neurons: Conv1D takes no input of size 0."""
+        """Whether the projections accept this number of neurons: Conv1D takes no input of size 0."""
         return self.count > 0 or not is_conv1d(self.ffn.down)
 
     @property
@@ -104,12 +105,12 @@ class KeptRows:
 
     @property
     def rows_read(self) -> tuple[float, ...]:
-        """Neurons of which each matrix is read."""
+        """Neurons that are read of each matrix."""
         return (self.count,) * self.ffn.matrices
 
     @torch.no_grad()
     def select(self, mask: Tensor) -> int:
-        """Keep the neurons of `mask` ([F] bool); returns how many rows were copied."""
+        """Copy the neurons of `mask` ([F] bool); return the number of rows copied."""
         mask = mask.to(next(self.ffn.down.parameters()).device)
         wanted = mask.nonzero().flatten()
         if self.neurons is None or len(wanted) != len(self.neurons):
@@ -131,18 +132,18 @@ class KeptRows:
             slot.change(rows, neurons)
 
     def begin(self) -> None:
-        """The projections multiply the kept neurons."""
+        """Let the projections multiply the mask's neurons."""
         for slot in self._slots:
             slot.put(slot.part)
 
     def end(self) -> None:
-        """The projections have their own weights."""
+        """Restore the projections' own weights."""
         for slot in self._slots:
             slot.put(slot.own)
 
 
 def unlike_plain(ffns: Sequence[FFN]) -> str | None:
-    """Why these projections have no plain weights of which rows could be copied, or None."""
+    """Return why the rows of these projections' weights cannot be copied, or None."""
     seen: dict[int, FFN] = {}
     for ffn in ffns:
         if ffn.routed is not None:
@@ -159,7 +160,7 @@ def unlike_plain(ffns: Sequence[FFN]) -> str | None:
 
 
 def _unlike_plain(module: nn.Module) -> str | None:
-    """What keeps a projection from being a plain one, or None."""
+    """Return why a projection is not a plain one, or None."""
     if reason := encoded(module):
         return f"has weights that {reason}"
     weight: Any = module._parameters.get("weight")

@@ -31,19 +31,19 @@ Make = Callable[..., Any]
 def seeded(
     make: Make, name: str, tokenizer: Callable[[], Any] | None, data_dir: Path | None, limit: float | None = None
 ) -> Make:
-    """A task's function of documents, so that it makes the same ones in every process.
+    """Return a task's function of documents that makes the same ones in every process.
 
     Args:
         make: `custom_dataset` of its configuration.
-        name: of the task, for people.
-        tokenizer: gives the model's. Documents are made as long as it counts them.
-        data_dir: what `make` would load from the hub or the web is read from here. None: it loads.
-        limit: no more than so many are made: the first of all. None, or a share below 1: all (500 of RULER's).
+        name: of the task, for messages.
+        tokenizer: returns the model's, by which documents get their length.
+        data_dir: folder that replaces the hub and the web; None: `make` loads from there.
+        limit: most documents to make, the first ones. None, or a share below 1: all (500 of RULER's).
     """
     most = int(limit) if limit is not None and limit >= 1 else None
 
     @functools.wraps(make)
-    def made(**kwargs: Any) -> Any:
+    def custom_dataset(**kwargs: Any) -> Any:
         inside: dict[str, Any] = {} if most is None else _fewer(make.__globals__, most)
         if "get_tokenizer" in make.__globals__:
             if tokenizer is None:
@@ -54,30 +54,30 @@ def seeded(
         with patch.dict(make.__globals__, inside), _from_the_seed(), _silently(), _local(name, data_dir):
             return make(**kwargs)
 
-    return made
+    return custom_dataset
 
 
 def _fewer(module: dict[str, Any], most: int) -> dict[str, Any]:
-    """The functions of a module that make `num_samples` documents one after the other, to make no more than `most`."""
-    found = {}
+    """Return a module's functions of `num_samples` documents, limited to `most` documents."""
+    limited = {}
     for name, function in module.items():
         if not inspect.isfunction(function) or "num_samples" not in (of := inspect.signature(function)).parameters:
             continue
 
         @functools.wraps(function)
         def fewer(*args: Any, _stock: Make = function, _of: inspect.Signature = of, **kwargs: Any) -> Any:
-            told = _of.bind(*args, **kwargs)
-            told.apply_defaults()
-            told.arguments["num_samples"] = min(most, told.arguments["num_samples"])
-            return _stock(*told.args, **told.kwargs)
+            bound = _of.bind(*args, **kwargs)
+            bound.apply_defaults()
+            bound.arguments["num_samples"] = min(most, bound.arguments["num_samples"])
+            return _stock(*bound.args, **bound.kwargs)
 
-        found[name] = fewer
-    return found
+        limited[name] = fewer
+    return limited
 
 
 @contextlib.contextmanager
 def _from_the_seed() -> Iterator[None]:
-    """Global generators begin at `SEED`, and are afterwards where they were."""
+    """Seed the global generators with `SEED` inside, and restore them afterwards."""
     before, numpys = random.getstate(), np.random.get_state()
     random.seed(SEED)
     np.random.seed(SEED)
@@ -90,7 +90,7 @@ def _from_the_seed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silently() -> Iterator[None]:
-    """Without bars and lines: a run has its own view."""
+    """Hide bars and lines inside, since a run has its own view."""
     stock = tqdm.std.tqdm.__init__
     silent = patch.object(tqdm.std.tqdm, "__init__", functools.partialmethod(stock, disable=True))
     with silent, contextlib.redirect_stdout(io.StringIO()):
@@ -99,7 +99,7 @@ def _silently() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local(name: str, data_dir: Path | None) -> Iterator[None]:
-    """`datasets.load_dataset` reads `<data_dir>/<hub name with __>/default/<split>.jsonl` of what is on the hub."""
+    """Let `datasets.load_dataset` read `<data_dir>/<hub name with __>/default/<split>.jsonl` inside."""
     if data_dir is None:
         yield
         return
@@ -119,7 +119,7 @@ def _local(name: str, data_dir: Path | None) -> Iterator[None]:
 
 
 def _local_json(name: str, data_dir: Path, url: str) -> Any:
-    """What `url` names, from the file of its name in the folder of local data."""
+    """Read the JSON at `url` from the file of its name in the folder of local data."""
     file = data_dir / url.rpartition("/")[2]
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def _local_json(name: str, data_dir: Path, url: str) -> Any:
 
 
 def without_other_lengths(task: Task) -> None:
-    """Have RULER's tasks report the lengths that they were made for: for all others they say -1."""
+    """Let RULER's tasks report only the lengths that they were made for; for all others they report -1."""
     stock = task.process_results
 
     def process_results(_self: Task, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:

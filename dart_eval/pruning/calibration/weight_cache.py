@@ -1,0 +1,29 @@
+"""A cache of values computed from a module's weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+from dart_eval.util.machine import release
+
+T = TypeVar("T")
+
+
+class WeightCache(Generic[T]):
+    """The last value computed from each module's weights, since cells and sessions ask for the same one."""
+
+    def __init__(self) -> None:
+        self._entries: weakref.WeakKeyDictionary[nn.Module, tuple[object, T]] = weakref.WeakKeyDictionary()
+
+    def get(self, module: nn.Module, weights: Sequence[Tensor], how: object, make: Callable[[], T]) -> T:
+        """Return the module's value, computed anew if its weights, their contents or `how` have changed."""
+        key = how, *((w.data_ptr(), w._version, str(w.dtype)) for w in weights)
+        entry = self._entries.get(module)
+        if entry is None or entry[0] != key:
+            self._entries[module] = entry = key, make()
+            release()
+        return entry[1]
