@@ -241,7 +241,7 @@ def test_a_log_says_what_lasts_once_and_nothing_of_what_does_not(capsys, monkeyp
         shown.status("waiting for another process")
         shown.planned(1, 0)
         time.sleep(0.15)
-    assert capsys.readouterr().out == "loading the model ...\n"
+    assert capsys.readouterr().err == "loading the model ...\n"
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -264,6 +264,6 @@ def test_what_a_cell_waits_for_is_said_until_its_first_answers(capsys, monkeypat
             shown.failed(cell, "it fell", Path("log"))
             time.sleep(0.1)
     assert bars == [live, False] * 2
-    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" ...")]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(" ...")]
     each = ["making the preview ...", "running cell 0 ...", "making the preview ...", "running cell 1 ..."]
     assert said == ([] if live else each)

@@ -30,13 +30,13 @@ def test_a_folder_that_is_deleted_after_a_cell_is_missed_at_the_end(run, tmp_pat
     monkeypatch.setattr(view.TerminalView, "finished", finished)
     status, _, errors = run()
     assert status == 1
-    assert errors == (
+    assert errors.endswith(
         f"missing: files of finished cells have been deleted: smoke_questions dense (out/cells/{deleted[0].name}); the "
         "same command runs them again\n"
     )
-    status, out, errors = run()
-    assert (status, errors) == (0, "")
-    assert "1 of 2 cells are finished already" in out
+    status, _, errors = run()
+    assert status == 0
+    assert "1 of 2 cells are finished already" in errors
 
 
 def test_a_folder_that_is_deleted_inside_a_cell_holds_that_cell_in_the_end(run, tmp_path, monkeypatch):
@@ -50,7 +50,7 @@ def test_a_folder_that_is_deleted_inside_a_cell_holds_that_cell_in_the_end(run, 
 
     monkeypatch.setattr(Journal, "add", add)
     status, _, errors = run()
-    assert deleted and (status, errors) == (0, "")
+    assert deleted and status == 0, errors
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 2
 
 

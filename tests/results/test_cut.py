@@ -101,7 +101,7 @@ def test_the_line_of_a_cell_says_it(capsys):
     view = TerminalView()
     view.planned(1, 0)
     view.finished(Cell, _cut())
-    assert "3 re-masks, 12 cut prompts  2 s" in capsys.readouterr().out
+    assert "3 re-masks, 12 cut prompts  2 s" in capsys.readouterr().err
 
 
 def test_a_record_that_did_not_count_them_says_nothing():

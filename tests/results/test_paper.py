@@ -322,7 +322,7 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
     words = ["paper", _file(tmp_path, tables=tables), "--model", saved_llama, "--data-dir", "data", "--output", "out"]
     done = command(*words)
     assert done.code == 0, done.err
-    assert done.out.count("done smoke_questions dart:remask.window=3 50 %") == 1  # in two tables, run once
+    assert done.err.count("done smoke_questions dart:remask.window=3 50 %") == 1  # in two tables, run once
     assert sorted(p.name for p in (tmp_path / "out" / "tables").iterdir()) == [
         "all.md", *(f"{n}.{e}" for n in ("one", "three", "two") for e in ("csv", "md", "tex")),
     ]  # fmt: skip

@@ -137,7 +137,8 @@ def test_errors_are_one_line(text):
 @settings(max_examples=100, deadline=None)
 def test_the_terminal_shows_every_text_and_obeys_none(text):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    before, sys.stdout = sys.stdout, stream
+    before = sys.stdout, sys.stderr
+    sys.stdout = sys.stderr = stream
     try:
         view.show(Table(text, ["a", text], [[text, "1"]], text, bold=frozenset({(0, 0)})))
         view.show(Table(text, ["a"], [], text))
@@ -147,7 +148,7 @@ def test_the_terminal_shows_every_text_and_obeys_none(text):
         view.say(text)
         view.put(text)
     finally:
-        sys.stdout = before
+        sys.stdout, sys.stderr = before
     stream.flush()
     shown = stream.buffer.getvalue().decode("utf-8")
     assert raw(shown) == set()
