@@ -162,7 +162,7 @@ EVIL = "evil\x1b[31m\x9b\u202e\n=1+1\0"
 def test_no_name_in_a_record_reaches_a_table_raw():
     made = record(EVIL, model=EVIL, key="k2")
     made.inputs["task"] = EVIL
-    for form in tables.FORMATS:
+    for form in ("md", "csv", "tex", "json"):
         assert raw(render([made, record()], form)) == set(), form
 
 
