@@ -61,19 +61,17 @@ def layer(width: int, neurons: int, level: str | None) -> Runs:
             g, u, d = (product(m, None, torch.bfloat16) for m in matrices)
             runs["torch int4pack"] = functools.partial(_ffn, g, u, d), coded.read / dense.read
         if rounding.bits in (6, 8):
-            ffn = GradedFFN(
-                *matrices, [torch.rand(neurons) * 0.004 for _ in "gu"], torch.rand(neurons), 1, 1, level=level
-            )
-            runs[f"dart-plus {text}"] = graded(ffn, dense.read), ffn.read / dense.read
+            ffn = GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, torch.rand(neurons), 1, 1, level=level)
+            one = ffn.read
+            ffn.grade(0, 0)
+            count = int((READ * dense.read - ffn.read) / (one - ffn.read))  # as many exactly as coarsely
+            ffn.grade(count, count)
+            runs[f"dart-plus {text}"] = ffn, ffn.read / dense.read
     return runs
 
 
 def _ffn(gate: Any, up: Any, down: Any, x: Tensor) -> Tensor:
     return down(silu(gate(x)) * up(x))
-
-
-def _quartiles(ratios: np.ndarray) -> str:
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*np.percentile(ratios, (50, 25, 75)))
 
 
 def main() -> None:
@@ -95,7 +93,8 @@ def main() -> None:
     for name in names:
         share, ms = layers[0][name][1], 1e3 * float(np.median(times[name]))
         speed = share * 6 * given.width * given.neurons / ms / 1e6
-        gains = " | ".join(_quartiles(times[of] / times[name]) for of in ("torch", "plain"))
+        three = [np.percentile(times[of] / times[name], (50, 25, 75)) for of in ("torch", "plain")]
+        gains = " | ".join("{:.2f} [{:.2f}, {:.2f}]".format(*of) for of in three)
         print(f"| {name} | {share:.3f} | {ms:.2f} | {speed:.1f} | {gains} |")
 
 

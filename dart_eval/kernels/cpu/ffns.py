@@ -170,7 +170,7 @@ class GradedFFN(CodedFFN):
     turns = 1
 
     def __init__(
-        self, gate: Packed, up: Packed, down: Packed, doubts: Sequence[Tensor], columns: Tensor, taken: int,
+        self, gate: Packed, up: Packed, down: Packed, doubts: Sequence[Tensor] | Tensor, columns: Tensor, taken: int,
         coarse: int, known: float = 0.2, act: str = "silu", level: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(gate, up, down, act, level)
@@ -178,7 +178,7 @@ class GradedFFN(CodedFFN):
             raise ValueError(f"{taken} and {coarse} of {self.size} neurons, of {self.codes.bits} bits")
         self.lines = [line_of(held) for held in (gate, up, down)]
         beside = self._job.padded - self.size
-        self._doubts = pad(torch.stack([d.float() for d in doubts]), (0, beside)).contiguous()
+        self._doubts = pad(torch.stack(list(doubts)).float(), (0, beside)).contiguous()
         self._columns = pad(columns.float(), (0, beside)).contiguous()
         job = self._job
         job.doubts, job.columns, job.known, job.graded = self._doubts.data_ptr(), self._columns.data_ptr(), known, 1

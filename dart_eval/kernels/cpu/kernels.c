@@ -423,8 +423,8 @@ DEF(void, scores)(const Coded *L, int act, float norm, int from, int to, const f
         h[n] = activate(act, g) * u;
         left = expected - (1 - L->known) * h[n] * h[n];
         left = (left < 0 ? 0 : left) * L->columns[n], expected *= L->columns[n];
-        score[n] = left <= FLT_MAX ? left : INFINITY;  // what is no number counts as the largest
-        rough[n] = expected <= FLT_MAX ? expected : INFINITY;
+        score[n] = left <= FLT_MAX ? left > 0 ? left : 0 : INFINITY;  // no -0; what is no number counts as the largest
+        rough[n] = expected <= FLT_MAX ? expected > 0 ? expected : 0 : INFINITY;
     }
     for (int n = from > L->neurons ? from : L->neurons; n < to; n++) score[n] = rough[n] = from_bits(~0u);
 }
