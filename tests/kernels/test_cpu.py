@@ -1,6 +1,7 @@
 """The kernels for CPUs beside their twins in torch: the product's own formulas, in double precision."""
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -334,6 +335,15 @@ def test_threads_share_the_work_and_change_last_digits_at_most(level):
         torch.set_num_threads(before)
 
 
+def test_calls_at_the_same_time_have_their_own_answers(level):
+    tokens = [token(150, seed) for seed in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        for ffn in every(level):
+            expected = [ffn(x) for x in tokens]
+            for _ in range(5):
+                assert all(map(torch.equal, pool.map(ffn, tokens), expected))
+
+
 def in_child(ffn, x, queue):
     queue.put(ffn(x).tolist())
 
@@ -375,6 +385,8 @@ def test_other_weights_and_tokens_are_refused(level):
         with pytest.raises(ValueError, match="one token of width 64"):
             ffn(x)
     packed = coded(gate, up, down, Rounding(8, 128))
+    with pytest.raises(ValueError, match="read at once"):
+        GradedFFN(*coded(gate, up, down, Rounding(4, 128)), torch.zeros(2, 40), torch.zeros(40), 1, 1, level=level)
     for taken, others in ((41, 0), (30, 20), (-1, 2)):
         with pytest.raises(ValueError, match="of 40 neurons"):
             GradedFFN(*packed, [torch.zeros(40)] * 2, torch.zeros(40), taken, others, level=level)

@@ -174,8 +174,8 @@ class GradedFFN(CodedFFN):
         coarse: int, known: float = 0.2, act: str = "silu", level: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(gate, up, down, act, level)
-        if not self._rest or min(taken, coarse) < 0 or taken + coarse > self.size:
-            raise ValueError(f"{taken} and {coarse} of {self.size} neurons, of {self.codes.bits} bits")
+        if not self._rest:
+            raise ValueError(f"codes of {self.codes.bits} bits are read at once")
         self.lines = [line_of(held) for held in (gate, up, down)]
         beside = self._job.padded - self.size
         self._doubts = pad(torch.stack(list(doubts)).float(), (0, beside)).contiguous()
@@ -187,6 +187,8 @@ class GradedFFN(CodedFFN):
 
     def grade(self, taken: int, coarse: int) -> None:
         """Read so many neurons exactly, and let so many write as they are seen."""
+        if min(taken, coarse) < 0 or taken + coarse > self.size:
+            raise ValueError(f"{taken} and {coarse} of {self.size} neurons")
         self.taken, self.coarse = self._job.taken, self._job.coarse = taken, coarse
 
     @property

@@ -53,14 +53,14 @@ def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, l
     Returns:
         [1, D] in the dtype of x.
     """
-    fields: Any = job
+    fields: Any = type(job).from_buffer_copy(job)  # of this call alone: others may run at the same time
     if x.shape != (1, fields.width) or x.device.type != "cpu":
         raise ValueError(f"x is {tuple(x.shape)} on {x.device}, and one token of width {fields.width} is multiplied")
     threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
     given, out = x.detach().float().contiguous(), torch.empty(1, fields.width)
     work = _room(scratch + each * threads)
     fields.x, fields.out, fields.scratch = given.data_ptr(), out.data_ptr(), work.data_ptr()
-    _functions()[name](ctypes.byref(job), level, threads)
+    _functions()[name](ctypes.byref(fields), level, threads)
     return out.to(x.dtype)
 
 

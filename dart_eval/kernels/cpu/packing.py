@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def empty(*shapes: Sequence[int], dtype: torch.dtype = torch.uint8) -> list[Tens
     places = list(itertools.accumulate((-(-size // LINE) * LINE for size in sizes), initial=0))
     total = -(-places[-1] // PAGE) * PAGE if places[-1] >= PAGE else places[-1]
     held = torch.empty(total + PAGE if total >= PAGE else total, dtype=torch.uint8)
-    if total >= PAGE:
+    if total >= PAGE and sys.platform == "linux":
         held = held[-held.data_ptr() % PAGE :]
         ctypes.CDLL(None).madvise(ctypes.c_void_p(held.data_ptr()), ctypes.c_size_t(total), HUGE)
     parts = zip(shapes, sizes, places, strict=False)
