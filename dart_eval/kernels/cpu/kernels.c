@@ -277,25 +277,35 @@ DEF(int, place)(int d) { return d / (2 * LANES) * (2 * LANES) + d % 2 * LANES + 
 DEF(Floats, even)(Ints v) { return AS_FLOATS(F(slli_epi32)(v, 16)); }
 DEF(Floats, odd)(Ints v) { return AS_FLOATS(AND(v, F(set1_epi32)((int)0xffff0000))); }
 DEF(float, all)(const Floats *s) { return FN(sum)(F(add_ps)(F(add_ps)(s[0], s[2]), F(add_ps)(s[1], s[3]))); }
-DEF(Ints, some)(const uint16_t *w, int left) {  // a register; at the end of a row nothing behind it is read
+DEF(Ints, last)(const uint16_t *w, int left) {  // the end of a row, behind which nothing is read
     uint16_t whole[2 * LANES] = {0};
-    if (left >= 2 * LANES) return LOAD(w);
-    memcpy(whole, w, 2 * (size_t)left);
+    memcpy(whole, w, 2 * (size_t)(left < 2 * LANES ? left : 2 * LANES));
     return LOAD(whole);
 }
 DEF(void, times_x)(Ints w, const float *x, Floats *s) {
     s[0] = F(fmadd_ps)(FN(even)(w), F(loadu_ps)(x), s[0]);
     s[1] = F(fmadd_ps)(FN(odd)(w), F(loadu_ps)(x + LANES), s[1]);
 }
+DEF(void, times_h)(Ints w, Ints h, Floats *s) {
+    s[0] = F(fmadd_ps)(FN(even)(w), FN(even)(h), s[0]);
+    s[1] = F(fmadd_ps)(FN(odd)(w), FN(odd)(h), s[1]);
+}
 
 // gate . x and up . x. x: in places, zeros behind it. next: rows of the same length that are fetched meanwhile; or NULL
 DEF(void, both)(const uint16_t *gate, const uint16_t *up, const float *x, int n, const uint16_t *const *next, float *g, float *u) {
     Floats s[8];
+    int d = 0;
     for (int i = 0; i < 8; i++) s[i] = F(setzero_ps)();
-    for (int d = 0, i = 0; d < n; d += 2 * LANES, i ^= 2) {
-        for (int j = 0; next && (WIDE || !i) && j < 3; j++) PREFETCH(next[j] + d);
-        FN(times_x)(FN(some)(gate + d, n - d), x + d, s + i);
-        FN(times_x)(FN(some)(up + d, n - d), x + d, s + 4 + i);
+    for (; d + 4 * LANES <= n; d += 4 * LANES) {
+        for (int i = 0; next && i < 3 * (1 + WIDE); i++) PREFETCH(next[i % 3] + d + i / 3 * 32);
+        for (int i = 0; i < 2; i++) {
+            FN(times_x)(LOAD(gate + d + 2 * LANES * i), x + d + 2 * LANES * i, s + 2 * i);
+            FN(times_x)(LOAD(up + d + 2 * LANES * i), x + d + 2 * LANES * i, s + 4 + 2 * i);
+        }
+    }
+    for (; d < n; d += 2 * LANES) {
+        FN(times_x)(FN(last)(gate + d, n - d), x + d, s);
+        FN(times_x)(FN(last)(up + d, n - d), x + d, s + 4);
     }
     *g = FN(all)(s);
     *u = FN(all)(s + 4);
@@ -303,11 +313,12 @@ DEF(void, both)(const uint16_t *gate, const uint16_t *up, const float *x, int n,
 // w . h, both in bfloat16: of as many neurons as models have, fp32 numbers would not fit into the first cache
 DEF(float, dot)(const uint16_t *w, const uint16_t *h, int n) {
     Floats s[4] = {F(setzero_ps)(), F(setzero_ps)(), F(setzero_ps)(), F(setzero_ps)()};
-    for (int d = 0, i = 0; d < n; d += 2 * LANES, i ^= 2) {
-        Ints a = FN(some)(w + d, n - d), b = LOAD(h + d);
-        s[i] = F(fmadd_ps)(FN(even)(a), FN(even)(b), s[i]);
-        s[i + 1] = F(fmadd_ps)(FN(odd)(a), FN(odd)(b), s[i + 1]);
+    int d = 0;
+    for (; d + 4 * LANES <= n; d += 4 * LANES) {
+        FN(times_h)(LOAD(w + d), LOAD(h + d), s);
+        FN(times_h)(LOAD(w + d + 2 * LANES), LOAD(h + d + 2 * LANES), s + 2);
     }
+    for (; d < n; d += 2 * LANES) FN(times_h)(FN(last)(w + d, n - d), LOAD(h + d), s);
     return FN(all)(s);
 }
 DEF(void, add_rows)(const uint16_t *const *rows, const float *h, int wide, float *out) {  // 8 rows

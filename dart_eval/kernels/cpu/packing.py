@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import itertools
 import math
-import sys
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ COLUMNS = 128  # that make a chunk, and share a scale
 ROWS = 16  # neurons, to a multiple of which they are filled up
 FIRST = 4  # bits of a code
 BITS = (4, 5, 6, 8)  # of codes that are taken
-HUGE, PAGE, LINE = 14, 1 << 21, 64  # MADV_HUGEPAGE, bytes of such a page, and of a line of a cache
+PAGE, LINE = 1 << 21, 64  # bytes of a huge page, and of a line of a cache
 # Which of 64 outputs of down each of 64 places holds, so that sums of 4 rows come out in order.
 ORDER = torch.tensor([16 * i + 4 * lane + e for lane in range(4) for i in range(4) for e in range(4)])
 
@@ -38,11 +38,15 @@ def empty(*shapes: Sequence[int], dtype: torch.dtype = torch.uint8) -> list[Tens
     """Memory that a token reads from end to end, in huge pages where the system has them: those are read faster."""
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     places = list(itertools.accumulate((-(-size // LINE) * LINE for size in sizes), initial=0))
-    total = -(-places[-1] // PAGE) * PAGE if places[-1] >= PAGE else places[-1]
-    held = torch.empty(total + PAGE if total >= PAGE else total, dtype=torch.uint8)
-    if total >= PAGE and sys.platform == "linux":
+    total = -(-places[-1] // PAGE) * PAGE
+    if places[-1] >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):  # fresh pages: those that were in use before stay small
+        pages = mmap.mmap(-1, total + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        held = torch.frombuffer(pages, dtype=torch.uint8)
         held = held[-held.data_ptr() % PAGE :]
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(held.data_ptr()), ctypes.c_size_t(total), HUGE)
+    else:
+        held = torch.empty(places[-1], dtype=torch.uint8)
     parts = zip(shapes, sizes, places, strict=False)
     return [held[begin : begin + size].view(dtype).view(*shape) for shape, size, begin in parts]
 
