@@ -49,9 +49,11 @@ def test_another_source_or_other_flags_are_another_file(small, monkeypatch):
     fresh()
     build.SOURCE.write_text(SMALL + "// more\n")
     fresh()
+    build.SOURCE.with_suffix(".h").write_text("// read by it\n")
+    fresh()
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1"))
     fresh()
-    assert len(list(small.iterdir())) == 3
+    assert len(list(small.iterdir())) == 4
 
 
 @has_compiler

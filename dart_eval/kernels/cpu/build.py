@@ -83,7 +83,8 @@ def level(wanted: str | None = None) -> int:
 def _load(folder: Path | None) -> ctypes.CDLL:
     """The library of a folder, built where it is not there or damaged. folder: None: of none that stays."""
     compiler, version = _compiler()
-    of = b"\0".join([SOURCE.read_bytes(), version, " ".join(FLAGS).encode()])
+    sources = [file.read_bytes() for file in sorted(SOURCE.parent.glob("*.[ch]"))]
+    of = b"\0".join([*sources, version, " ".join(FLAGS).encode()])
     with tempfile.TemporaryDirectory(prefix="dart-eval-") as place:
         file = (folder or Path(place)) / f"kernels-{hashlib.sha256(of).hexdigest()[:32]}.so"
         if folder is None or not _whole(file):
