@@ -8,7 +8,6 @@ Ratios are medians over rounds, with quartiles. Two layers take turns, so that n
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +58,7 @@ def layer(width: int, neurons: int, level: str | None) -> Runs:
         runs[f"coded {text}"] = coded, coded.read / dense.read
         if rounding == Rounding(4, 128):
             g, u, d = (product(m, None, torch.bfloat16) for m in matrices)
-            runs["torch int4pack"] = functools.partial(_ffn, g, u, d), coded.read / dense.read
+            runs["torch int4pack"] = (lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))), coded.read / dense.read  # type: ignore[misc]
         if rounding.bits in (6, 8):
             ffn = GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, torch.rand(neurons), 1, 1, level=level)
             one = ffn.read
@@ -68,10 +67,6 @@ def layer(width: int, neurons: int, level: str | None) -> Runs:
             ffn.grade(count, count)
             runs[f"dart-plus {text}"] = ffn, ffn.read / dense.read
     return runs
-
-
-def _ffn(gate: Any, up: Any, down: Any, x: Tensor) -> Tensor:
-    return down(silu(gate(x)) * up(x))
 
 
 def main() -> None:
