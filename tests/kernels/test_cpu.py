@@ -359,6 +359,7 @@ def test_a_forked_child_has_threads_of_its_own(level):
             child = context.Process(target=in_child, args=(ffn, x, queue))
             child.start()
             child.join(60)
+            child.kill()  # one that waits for threads it has not got
             assert child.exitcode == 0 and queue.get() == here.tolist() == ffn(x).tolist()
     finally:
         torch.set_num_threads(before)
