@@ -23,7 +23,9 @@ def _blocks(language, page=README):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
 
 
-CONSOLE = [line for page in (README, START) for block in _blocks("console", page) for line in block.splitlines() if line]
+CONSOLE = [
+    line for page in (README, START) for block in _blocks("console", page) for line in block.splitlines() if line
+]
 COMMANDS = list(dict.fromkeys(line for line in CONSOLE if line.startswith("dart-eval ")))
 
 

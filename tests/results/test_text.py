@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dart_eval.cli import view
-from dart_eval.results import check, compare, stats, tables, writers
+from dart_eval.results import check, compare, stats, writers
 from dart_eval.results.report import build
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Table, csv_text

@@ -1,0 +1,84 @@
+"""The C library as Python calls it: what it is handed, field by field as in kernels.c."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_float, c_int, c_int32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_eval.kernels.cpu import build
+
+ACTS = ("silu", "gelu_tanh", "gelu", "relu")  # as `activate` counts them
+MOST_THREADS = 64
+
+
+class Plain(ctypes.Structure):
+    """Plain weights."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("neurons", "width", "act", "count")),
+        *((name, c_void_p) for name in ("gate", "up", "down", "rows", "x", "out", "scratch")),
+    )
+
+
+class Coded(ctypes.Structure):
+    """Coded weights."""
+
+    _fields_ = (
+        *((name, c_int32) for name in (
+            "neurons", "padded", "width", "chunks", "rest", "half", "act", "step", "group", "turns", "graded", "taken",
+            "coarse",
+        )),
+        ("known", c_float), ("line", c_float * 6),
+        *((name, c_void_p) for name in (
+            "first", "next", "dfirst", "dnext", "scales", "dscales", "doubts", "columns", "x", "out", "scratch",
+            "chosen",
+        )),
+    )  # fmt: skip
+
+
+def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, level: int) -> Tensor:
+    """Run one token through a kernel.
+
+    Args:
+        name: of the function. job: what it is handed, but for x, out and scratch.
+        x: [1, D], of any floating dtype.
+        scratch, each: floats that the kernel works in, and how many more for each thread.
+        level: of `build.level`.
+
+    Returns:
+        [1, D] in the dtype of x.
+    """
+    fields: Any = type(job).from_buffer_copy(job)  # of this call alone: others may run at the same time
+    if x.shape != (1, fields.width) or x.device.type != "cpu":
+        raise ValueError(f"x is {tuple(x.shape)} on {x.device}, and one token of width {fields.width} is multiplied")
+    threads = max(1, min(MOST_THREADS, torch.get_num_threads()))
+    given, out = x.detach().float().contiguous(), torch.empty(1, fields.width)
+    work = _room(scratch + each * threads)
+    fields.x, fields.out, fields.scratch = given.data_ptr(), out.data_ptr(), work.data_ptr()
+    _functions()[name](ctypes.byref(fields), level, threads)
+    return out.to(x.dtype)
+
+
+_ROOM = [torch.empty(0)]  # that kernels work in, one call at a time: fresh memory would cost more than the work in it
+
+
+def _room(size: int) -> Tensor:
+    if len(_ROOM[0]) < size:
+        _ROOM[0] = torch.empty(size)
+    return _ROOM[0]
+
+
+@functools.cache
+def _functions() -> dict[str, Any]:
+    found = build.library()
+    made = {}
+    for name, kind in (("plain_ffn", Plain), ("coded_ffn", Coded)):
+        function = getattr(found, name)
+        function.argtypes, function.restype = [POINTER(kind), c_int, c_int], None
+        made[name] = function
+    return made

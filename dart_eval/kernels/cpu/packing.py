@@ -1,0 +1,162 @@
+"""Codes as the kernels read them: first bits and the rest apart, in the order in which they are read (`kernels.c`)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dart_eval.util.bits import Rounding
+from dart_eval.weights.codes import Packed
+
+COLUMNS = 128  # that make a chunk, and share a scale
+ROWS = 16  # neurons, to a multiple of which they are filled up
+FIRST = 4  # bits of a code
+BITS = (4, 5, 6, 8)  # of codes that are taken
+PAGE, LINE = 1 << 21, 64  # bytes of a huge page, and of a line of a cache
+# Which of 64 outputs of down each of 64 places holds, so that sums of 4 rows come out in order.
+ORDER = torch.tensor([16 * i + 4 * lane + e for lane in range(4) for i in range(4) for e in range(4)])
+
+
+def lacking(rounding: Rounding, width: int) -> str | None:
+    """Why rows of `width` codes are not taken; None where they are."""
+    group = rounding.group if 0 < rounding.group < width else 0
+    if rounding.k or rounding.bits not in BITS or group % COLUMNS:
+        how = f"{rounding.bits} bits in groups of {rounding.group}"
+        return f"the kernels for CPUs read 4, 5, 6 or 8 bits in groups of {COLUMNS} or a row, not {how}"
+    return None
+
+
+def empty(*shapes: Sequence[int], dtype: torch.dtype = torch.uint8) -> list[Tensor]:
+    """Memory that a token reads from end to end, in huge pages where the system has them: those are read faster."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    places = list(itertools.accumulate((-(-size // LINE) * LINE for size in sizes), initial=0))
+    total = -(-places[-1] // PAGE) * PAGE
+    if places[-1] >= PAGE and hasattr(mmap, "MADV_HUGEPAGE"):  # fresh pages: those that were in use before stay small
+        pages = mmap.mmap(-1, total + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        held = torch.frombuffer(pages, dtype=torch.uint8)
+        held = held[-held.data_ptr() % PAGE :]
+    else:
+        held = torch.empty(places[-1], dtype=torch.uint8)
+    parts = zip(shapes, sizes, places, strict=False)
+    return [held[begin : begin + size].view(dtype).view(*shape) for shape, size, begin in parts]
+
+
+def bits_of(values: Tensor, bits: int) -> Tensor:
+    """Numbers of few bits, 128 to a chunk: [R, C, 128] uint8 -> [R, C, 16 bits]; the first ones in the lowest bits."""
+    parts = values.unflatten(2, (8 // bits, 16 * bits))
+    made = parts[:, :, 0].clone()
+    for place in range(1, 8 // bits):
+        made |= parts[:, :, place] << (bits * place)
+    return made
+
+
+def chunks(codes: Tensor, bits: int) -> Tensor:
+    """[R to a multiple of 16, C, 128] uint8, codes counted from 0. codes: [R, width] int8."""
+    rows, width = codes.shape
+    values = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    return pad(values, (0, -width % COLUMNS, 0, -rows % ROWS)).unflatten(1, (-1, COLUMNS))
+
+
+def scales_of(held: Packed) -> Tensor:
+    """[R, groups] fp16: of chunks, or one a row.
+
+    Raises:
+        ValueError: scales that are no numbers of fp16, or offsets.
+    """
+    width, group = held.codes.shape[1], held.rounding.group
+    scales = held.scales.half()
+    if held.offsets is not None or held.groups is not None or not torch.equal(scales.float(), held.scales.float()):
+        raise ValueError("codes with offsets, in another order, or with scales of more than 16 bits")
+    return scales if not 0 < group < width else scales.repeat_interleave(group // COLUMNS, 1)[:, : -(-width // COLUMNS)]
+
+
+def line_of(held: Packed) -> tuple[float, float]:
+    """What first bits stand for: a code of 4 first bits f is near slope * f + offset, by least squares over the codes.
+
+    In place of the mean code of each f (`Packed.decoded`), so that the other bits add to it. Of normal weights the two
+    are .11 of what they leave open apart (root mean squares).
+    """
+    bits = held.rounding.bits
+    half = 2 ** (bits - 1)
+    codes = torch.arange(-half, half, dtype=torch.float64)
+    first = ((codes.long() + half) >> (bits - FIRST)).double()
+    some = held.codes[:: max(1, held.codes.numel() >> 21)].flatten()  # rows with about two million codes
+    number = torch.bincount(some.int() + half, minlength=2 * half).double()
+    mean, middle = (number @ first) / number.sum(), (number @ codes) / number.sum()
+    spread = float(number @ (first - mean).square())
+    slope = float(number @ ((first - mean) * codes)) / spread if spread else 2.0 ** (bits - FIRST)
+    return slope, float(middle - slope * mean)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The weights of one FFN.
+
+    Attributes:
+        neurons, width: F, D. bits: of a code. turns: neurons of down that lie by turns.
+        first, next, scales: of gate and up. dfirst, dnext, dscales: of down. All as kernels.c has them.
+        step, group: see there.
+    """
+
+    neurons: int
+    width: int
+    bits: int
+    turns: int
+    first: Tensor
+    next: Tensor
+    scales: Tensor
+    dfirst: Tensor
+    dnext: Tensor
+    dscales: Tensor
+    step: int
+    group: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        parts = (self.first, self.next, self.scales, self.dfirst, self.dnext, self.dscales)
+        return sum(part.nbytes for part in parts)
+
+
+@torch.no_grad()
+def pack(gate: Packed, up: Packed, down: Packed, turns: int) -> Codes:
+    """Codes of one FFN. gate, up: [F, D]. down: [D, F]. turns: 16 where a token reads all neurons, else 1."""
+    (neurons, width), bits = gate.codes.shape, gate.rounding.bits
+    by = 1 if turns == 1 else 4  # neurons of `next` that lie by turns
+    rest, padded, count = bits - FIRST, -(-neurons // ROWS) * ROWS, -(-width // COLUMNS)
+    for held in (gate, up, down):
+        if (reason := lacking(held.rounding, held.codes.shape[1])) or held.rounding.bits != bits:
+            raise ValueError(reason or "gate, up and down have codes of different bits")
+    first, other, dfirst, dnext = empty(
+        (padded // 4, count, 4, 2, 64), (padded // by, count, by, 2, 16 * rest),
+        (padded // turns, count, turns, 64), (padded // turns, count, turns, 16 * rest),
+    )  # fmt: skip
+    for i, held in enumerate((gate, up)):
+        codes = chunks(held.codes, bits)
+        first[:, :, :, i] = bits_of(codes >> rest, FIRST).unflatten(0, (-1, 4)).transpose(1, 2)
+        if rest:
+            other[:, :, :, i] = bits_of(codes & (2**rest - 1), rest).unflatten(0, (-1, by)).transpose(1, 2)
+    both = [scales_of(gate), scales_of(up)]
+    groups = max(s.shape[1] for s in both)
+    stacked = torch.stack([s.expand(-1, groups) for s in both], 2)
+    scales = pad(stacked, (0, 0, 0, 0, 0, padded - neurons)).unflatten(0, (-1, 4)).transpose(1, 2).contiguous()
+    codes = chunks(down.codes.t().contiguous(), bits).unflatten(2, (2, 64))[..., ORDER].flatten(2)
+    dfirst.copy_(bits_of(codes >> rest, FIRST).unflatten(0, (-1, turns)).transpose(1, 2))
+    if rest:
+        dnext.copy_(bits_of(codes & (2**rest - 1), rest).unflatten(0, (-1, turns)).transpose(1, 2))
+    across = scales_of(down).t()
+    dscales = pad(across, (0, count * COLUMNS - width)).contiguous()
+    return Codes(
+        neurons, width, bits, turns, first, other, scales, dfirst, dnext, dscales,
+        8 if groups > 1 else 0, COLUMNS if len(dscales) > 1 else 0,
+    )  # fmt: skip

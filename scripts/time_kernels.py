@@ -1,0 +1,97 @@
+"""Time the kernels for CPUs on one FFN, beside torch's own products: CPU time of one thread, in interleaved rounds.
+
+    OMP_NUM_THREADS=1 python scripts/time_kernels.py [--width 2048 --neurons 8192 --rounds 12]
+
+Ratios are medians over rounds, with quartiles. Two layers take turns, so that nothing is found in a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, linear, silu
+
+from dart_eval.kernels.cpu import packing
+from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN, KeptFFN, PlainFFN
+from dart_eval.kernels.products import product
+from dart_eval.util.bits import Rounding
+from dart_eval.weights.codes import Packed
+
+READ = 0.30
+Runs = dict[str, tuple[Callable[[Tensor], Any], float]]
+
+
+def codes(rows: int, width: int, rounding: Rounding) -> Packed:
+    """Of random numbers: what they are takes no part in what a product takes."""
+    half, groups = 2 ** (rounding.bits - 1), -(-width // (rounding.group or width))
+    made = (torch.randn(rows, width) * half / 3.5).round().clamp(-half, half - 1).to(torch.int8)
+    return Packed(made, torch.rand(rows, groups).mul(0.1 / half).add(0.05 / half).half(), rounding)
+
+
+def layer(width: int, neurons: int, level: str | None) -> Runs:
+    """What is timed, with the share of the bytes that it reads."""
+    held = packing.empty((neurons, width), (neurons, width), (width, neurons), dtype=torch.bfloat16)
+    gate, up, down = (w.copy_(torch.randn(w.shape) * 0.02) for w in held)
+    kept = int(READ * neurons)
+    rows, start, own = torch.arange(kept), torch.zeros(1, dtype=torch.long), KeptFFN(gate, up, down, level=level)
+    own.keep(torch.randperm(neurons)[:kept])
+    narrow, by_neuron = down[:, :kept].contiguous(), own.down[:, :width]
+    dense = PlainFFN(gate, up, down, level=level)
+    runs: Runs = {
+        "torch": (lambda x: linear(silu(linear(x, gate)) * linear(x, up), down), 1),
+        "plain": (dense, 1),
+        "torch, kept": (lambda x: linear(silu(linear(x, gate[:kept])) * linear(x, up[:kept]), narrow), READ),
+        "torch, kept, down by neuron": (
+            lambda x: embedding_bag(rows, by_neuron, start, mode="sum",
+                                    per_sample_weights=(silu(linear(x, gate[:kept])) * linear(x, up[:kept]))[0]), READ),
+        "kept, scattered": (own, READ),
+    }  # fmt: skip
+    for text, rounding in ((f"{b}:{g or 'row'}", Rounding(b, g)) for b in (4, 5, 6, 8) for g in (128, 0)):
+        matrices = codes(neurons, width, rounding), codes(neurons, width, rounding), codes(width, neurons, rounding)
+        coded = CodedFFN(*matrices, level=level)
+        runs[f"coded {text}"] = coded, coded.read / dense.read
+        if rounding == Rounding(4, 128):
+            g, u, d = (product(m, None, torch.bfloat16) for m in matrices)
+            runs["torch int4pack"] = (lambda x, g=g, u=u, d=d: d(silu(g(x)) * u(x))), coded.read / dense.read  # type: ignore[misc]
+        if rounding.bits in (6, 8):
+            ffn = GradedFFN(*matrices, torch.rand(2, neurons) * 0.004, torch.rand(neurons), 1, 1, level=level)
+            one = ffn.read
+            ffn.grade(0, 0)
+            count = int((READ * dense.read - ffn.read) / (one - ffn.read))  # as many exactly as coarsely
+            ffn.grade(count, count)
+            runs[f"dart-plus {text}"] = ffn, ffn.read / dense.read
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for option, value in (("--width", 2048), ("--neurons", 8192), ("--rounds", 12)):
+        parser.add_argument(option, type=int, default=value)
+    parser.add_argument("--level", choices=("avx2", "avx512"))
+    parser.add_argument("--only", default="", help="begins of names, by commas")
+    given = parser.parse_args()
+    layers = [layer(given.width, given.neurons, given.level) for _ in range(2)]
+    names = [n for n in layers[0] if n in ("torch", "plain") or n.startswith(tuple(given.only.split(",")))]
+    x, times = torch.randn(1, given.width).bfloat16(), {name: np.zeros(given.rounds) for name in names}
+    for turn in range(-1, given.rounds):
+        for i, name in enumerate(names[turn % len(names) :] + names[: turn % len(names)]):
+            begin = time.thread_time()
+            layers[(turn + i) % 2][name][0](x)
+            times[name][turn] = time.thread_time() - begin
+    print("| what | read | ms | GB/s | x torch | x plain |\n|---|---|---|---|---|---|")
+    for name in names:
+        share, ms = layers[0][name][1], 1e3 * float(np.median(times[name]))
+        speed = share * 6 * given.width * given.neurons / ms / 1e6
+        three = [np.percentile(times[of] / times[name], (50, 25, 75)) for of in ("torch", "plain")]
+        gains = " | ".join("{:.2f} [{:.2f}, {:.2f}]".format(*of) for of in three)
+        print(f"| {name} | {share:.3f} | {ms:.2f} | {speed:.1f} | {gains} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,415 @@
+"""The kernels for CPUs beside their twins in torch: the product's own formulas, in double precision."""
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import gelu, linear, relu, silu
+
+from dart_eval.kernels.cpu import build, library
+from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN, KeptFFN, PlainFFN
+from dart_eval.kernels.cpu.packing import lacking, line_of
+from dart_eval.kernels.top import top_k_mask
+from dart_eval.pruning.choices.choice import Token
+from dart_eval.pruning.choices.dart_plus import DartPlus
+from dart_eval.pruning.choices.look import Preview
+from dart_eval.util.bits import Rounding
+from dart_eval.weights.codes import Packed
+from dart_eval.weights.rounding import rounded
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+
+ACTS = {"silu": silu, "gelu_tanh": lambda x: gelu(x, approximate="tanh"), "gelu": gelu, "relu": relu}
+HALF = 2**-8  # h is rounded to bfloat16 in the product with all neurons, as in the model
+CLOSE = 1e-3
+# x has 15 bits of the largest of 128 neighbours: where that is 50 times the others, and has no weight, fewer are left.
+OUTLIERS = 4e-3
+ROUNDINGS = [Rounding(bits, group) for bits in (4, 5, 6, 8) for group in (128, 0)]
+
+
+@pytest.fixture(scope="module", params=["avx2", "avx512"])
+def level(request):
+    try:
+        build.level(request.param)
+    except build.Missing as reason:
+        pytest.skip(str(reason))
+    return request.param
+
+
+def matrices(width, neurons, seed=0, kind="normal"):
+    """Gate, up and down in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for shape in ((neurons, width), (neurons, width), (width, neurons)):
+        w = torch.randn(shape, generator=generator) * 0.05
+        if kind == "zero":
+            w = torch.zeros(shape)
+        elif kind == "equal":
+            w = torch.full(shape, 0.03)
+        elif kind == "outliers":
+            w.view(-1)[:: max(1, w.numel() // 7)] *= 100
+        found.append(w.bfloat16())
+    return found
+
+
+def token(width, seed=0, kind="normal"):
+    x = torch.randn(1, width, generator=torch.Generator().manual_seed(seed + 1))
+    if kind == "outliers":
+        x[0, seed % width] *= 50
+    return x * (kind != "zero")
+
+
+def coded(gate, up, down, rounding):
+    return [rounded(w, rounding) for w in (gate, up, down)]
+
+
+def values(packed):
+    return [p.values.double() for p in packed]
+
+
+def dense(x, gate, up, down, act="silu"):
+    x = x.double()
+    return linear(ACTS[act](linear(x, gate.double())) * linear(x, up.double()), down.double())
+
+
+def limit(kind):
+    return OUTLIERS if kind == "outliers" else CLOSE
+
+
+def parts(x, gate, up):
+    """[F], the size of h where gate x and up x are sums of as large parts with random signs: nothing cancels."""
+    return (gate.double() * x).norm(dim=1) * (up.double() * x).norm(dim=1)
+
+
+def size(x, gate, up, down):
+    """The size of what comes out, in the same way."""
+    return (down.double() * parts(x, gate, up)).norm()
+
+
+def apart(found, expected, beside=0.0):
+    """How far numbers lie apart, all together, beside their size, or that of what is added up in them."""
+    assert found.shape == expected.shape and found.isfinite().all()
+    return float((found.double() - expected).norm() / max(float(expected.norm()), float(beside), 1e-20))
+
+
+SHAPES = {
+    "width": st.integers(1, 400), "neurons": st.integers(1, 300), "seed": st.integers(0, 1000),
+    "kind": st.sampled_from(["normal", "normal", "outliers", "zero", "equal"]), "act": st.sampled_from(sorted(ACTS)),
+}  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_plain_weights_give_what_torch_gives(level, width, neurons, seed, kind, act):
+    weights, x = matrices(width, neurons, seed, kind), token(width, seed, kind)
+    ffn = PlainFFN(*weights, act, level)
+    assert (
+        apart(ffn(x), dense(x, *weights, act), size(x, *weights)) < HALF
+        and ffn.nbytes == 0
+        and ffn.read == 6 * width * neurons
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES, share=st.floats(0, 1))
+def test_kept_rows_are_those_of_a_smaller_ffn(level, width, neurons, seed, kind, act, share):
+    gate, up, down = matrices(width, neurons, seed, kind)
+    x, rows = token(width, seed, kind), torch.randperm(neurons)[: int(share * neurons)]
+    ffn = KeptFFN(gate, up, down, act, level)
+    ffn.keep(rows)
+    kept = gate[rows], up[rows], down[:, rows]
+    assert apart(ffn(x), dense(x, *kept, act), size(x, *kept)) < CLOSE
+    assert ffn.read == 6 * width * len(rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SHAPES, rounding=st.sampled_from(ROUNDINGS))
+def test_codes_give_what_their_values_give(level, width, neurons, seed, kind, act, rounding):
+    packed, x = coded(*matrices(width, neurons, seed, kind), rounding), token(width, seed, kind)
+    expected, beside = dense(x, *values(packed), act), size(x, *values(packed))
+    assert apart(CodedFFN(*packed, act, level)(x), expected, beside) < limit(kind)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda r: r.text)
+def test_every_bit_of_every_code_counts(level, rounding):
+    """Single weights at all places of a row and a column, with all codes there are."""
+    half = 2 ** (rounding.bits - 1)
+    for width, neurons in ((130, 18), (256, 300)):
+        codes = (torch.arange(neurons * width) * 7 % (2 * half) - half).to(torch.int8)
+        scale = torch.full((neurons, -(-width // (rounding.group or width))), 0.25).half()
+        across = torch.full((width, -(-neurons // (rounding.group or neurons))), 0.25).half()
+        matrix = codes.view(neurons, width)
+        packed = (
+            Packed(matrix, scale, rounding), Packed(matrix.flip(1).contiguous(), scale, rounding),
+            Packed(matrix.flip(0).t().contiguous(), across, rounding),
+        )  # fmt: skip
+        ffn = CodedFFN(*packed, "relu", level)
+        for place in (0, 1, 31, 32, 63, 64, 65, 100, 127, 128, width - 1):
+            x = torch.zeros(1, width)
+            x[0, place] = 1.0
+            expected = dense(x, *values(packed), "relu")
+            assert apart(ffn(x), expected) < CLOSE, place
+
+
+# -- dart-plus -------------------------------------------------------------------------------------------------------
+
+
+class Twin:
+    """What dart-plus computes of a token, by the product's own parts."""
+
+    def __init__(self, packed, taken, coarse, act, lines, known=0.2):
+        self.values = values(packed)
+        self.images = [image(p, line) for p, line in zip(packed, lines, strict=True)]
+        pairs = list(zip(self.values[:2], self.images[:2], strict=True))
+        self.doubts = [(v - seen).square().mean(1).sqrt().half().double() for v, seen in pairs]
+        self.columns = self.values[2].norm(dim=0).half().double().square()
+        self.taken, self.coarse, self.act, self.choice = taken, coarse, ACTS[act], DartPlus(known=known)
+
+    def scores(self, x):
+        """h as first bits show it, and the scores for exact reading and for writing as seen: [F] each."""
+        images = tuple((lambda w=w: w) for w in self.images[:2])
+        shown, expected = Preview(images, (None, None), tuple(self.doubts), self.act).look(x.double()[None])
+        exact = (expected - (1 - self.choice.known) * shown.square()).clamp(min=0)
+        return shown[0, 0], (exact * self.columns)[0, 0], (expected * self.columns)[0, 0]
+
+    def chosen(self, x):
+        """The neurons that the method takes, by its own code: [F] bool each."""
+        images = tuple((lambda w=w: w) for w in self.images[:2])
+        shown, expected = Preview(images, (None, None), tuple(self.doubts), self.act).look(x.double()[None])
+        size = len(self.columns)
+        made = Token(
+            shown, shown, shown, allowed=torch.ones(1, 1, size, dtype=torch.bool), taken=torch.tensor([self.taken]),
+            written=torch.tensor([self.taken + self.coarse]), preview=shown, expected=expected.double(),
+            columns=self.columns[None, None],
+        )  # fmt: skip
+        exact = self.choice.choose(made)
+        return exact[0, 0], self.choice.approximated(made, exact)[0, 0]
+
+    def write(self, x, exact, coarse):
+        """The output where these neurons are taken."""
+        gate, up, down = self.values
+        x, h = x.double(), self.scores(x)[0]
+        return dense_of(x, gate[exact], up[exact], down[:, exact], self.act) + h[coarse] @ self.images[2][:, coarse].T
+
+
+def dense_of(x, gate, up, down, act):
+    return linear(act(linear(x, gate)) * linear(x, up), down)
+
+
+def image(held, line):
+    """What the first bits of codes stand for by a line, times scales: [rows, width] double."""
+    half, (slope, offset) = 2 ** (held.rounding.bits - 1), line
+    first = ((held.codes.int() + half) >> (held.rounding.bits - 4)).double()
+    width, group = held.codes.shape[1], held.rounding.group or held.codes.shape[1]
+    return (slope * first + offset) * held.scales.double().repeat_interleave(group, 1)[:, :width]
+
+
+def graded(packed, taken, coarse, act, level, known=0.2):
+    lines = [line_of(p) for p in packed]
+    twin = Twin(packed, taken, coarse, act, lines, known)
+    ffn = GradedFFN(*packed, twin.doubts, twin.columns, taken, coarse, known, act, level)
+    assert ffn.lines == lines
+    return ffn, twin
+
+
+def own_scores(ffn):
+    """Scores and h as the kernel had them for the last token: [F] each."""
+    padded, size = ffn._job.padded, ffn.size
+    work = library._ROOM[0]
+    return work[4 * padded : 4 * padded + size].clone(), work[6 * padded : 6 * padded + size].clone()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    **SHAPES, rounding=st.sampled_from([r for r in ROUNDINGS if r.bits > 4]),
+    shares=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)), known=st.floats(0, 1),
+)  # fmt: skip
+def test_dart_plus_chooses_and_writes_as_its_twin(level, width, neurons, seed, kind, act, rounding, shares, known):
+    packed, x = coded(*matrices(width, neurons, seed, kind), rounding), token(width, seed, kind)
+    taken, coarse = (int(share * neurons) for share in shares)
+    ffn, twin = graded(packed, taken, coarse, act, level, known)
+    out, (score, shown) = ffn(x), own_scores(ffn)
+    # its scores are the twin's
+    h, exact_score, rough_score = twin.scores(x)
+    beside = parts(x, *twin.values[:2])
+    assert apart(shown, h, beside.norm()) < limit(kind)
+    assert apart(score, exact_score, (beside.square() * twin.columns).norm()) < 2 * limit(kind)
+    # by its scores it takes whom the product takes, ties too
+    exact, others = (index.long() for index in ffn.chosen)
+    assert torch.equal(exact, top_k_mask(score, torch.tensor(taken)).nonzero().flatten())
+    assert len(set(exact.tolist()) | set(others.tolist())) == taken + coarse and (others.diff() > 0).all()
+    # those are the twin's own, but for scores that are equal within rounding
+    for found, expected, scores in zip((exact, others), twin.chosen(x), (exact_score, rough_score), strict=True):
+        differ = torch.zeros(neurons, dtype=torch.bool).index_fill(0, found, True) ^ expected
+        if differ.any():
+            least = scores[expected].min()
+            near = 2 * limit(kind) * max(scores.max(), (beside.square() * twin.columns).max())
+            assert ((scores[differ] - least).abs() <= near).all()
+    assert apart(out, twin.write(x, exact, others), size(x, *twin.values)) < limit(kind)
+
+
+def test_ties_go_to_the_lower_index(level):
+    packed = coded(*matrices(64, 100, kind="equal"), Rounding(8, 128))
+    ffn, _ = graded(packed, 30, 20, "silu", level)
+    ffn(token(64))
+    assert ffn.chosen[0].tolist() == [*range(30)] and ffn.chosen[1].tolist() == [*range(30, 50)]
+
+
+@pytest.mark.parametrize("rounding", [Rounding(8, 128), Rounding(6, 128), Rounding(5, 0)], ids=lambda r: r.text)
+def test_all_neurons_exactly_are_the_ffn_of_all_bits(level, rounding):
+    packed, x = coded(*matrices(300, 260), rounding), token(300)
+    ffn, _ = graded(packed, 260, 0, "silu", level)
+    assert apart(ffn(x), dense(x, *values(packed))) < CLOSE
+
+
+def test_the_line_of_first_bits_is_nearly_their_means():
+    held = coded(*matrices(512, 256), Rounding(8, 128))[0]
+    means, line = held.decoded(torch.float32, 4), image(held, line_of(held))
+    assert (line - means).norm() < 0.15 * (held.values - means).norm()
+
+
+def test_bytes_are_those_of_the_format(level):
+    packed = coded(*matrices(2048, 256), Rounding(8, 128))
+    weights = 3 * 256 * 2048
+    scales = 2 * (2 * 256 * 16 + 2048 * 2)
+    assert CodedFFN(*packed, level=level).read == weights + scales
+    ffn, _ = graded(packed, 60, 50, "silu", level)
+    assert ffn.read == 256 * 2048 + 60 * (2048 + 2048) + 50 * 1024 + scales + 6 * 256
+
+
+# -- odd input -------------------------------------------------------------------------------------------------------
+
+
+def every(level, width=150, neurons=90):
+    weights = matrices(width, neurons)
+    packed = coded(*weights, Rounding(8, 128))
+    yield PlainFFN(*weights, level=level)
+    yield KeptFFN(*weights, level=level)
+    yield CodedFFN(*packed, level=level)
+    yield graded(packed, 30, 30, "silu", level)[0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 77, 149])
+def test_what_is_no_number_stays_none(level, bad, place):
+    x = token(150)
+    x[0, place] = bad
+    for ffn in every(level):
+        assert ffn(x).isnan().all(), type(ffn)
+        assert ffn(token(150)).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1e19, 1e38])
+def test_tiny_and_huge_numbers_end_and_stay_inside(level, size):
+    for ffn in every(level):
+        out = ffn(token(150) * size)
+        assert out.shape == (1, 150)
+        if size < 1:
+            assert out.abs().max() <= 1e-18
+        if isinstance(ffn, GradedFFN):
+            assert all(len(c.unique()) == 30 and c.min() >= 0 and c.max() < 90 for c in ffn.chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_floating_dtype_comes_back(level, dtype):
+    x = token(150).to(dtype)
+    for ffn in every(level):
+        out = ffn(x)
+        assert out.dtype == dtype and apart(out.float(), ffn(x.float()).double()) < 2**-8
+
+
+def test_threads_share_the_work_and_change_last_digits_at_most(level):
+    before, x = torch.get_num_threads(), token(150)
+    try:
+        for ffn in every(level):
+            torch.set_num_threads(1)
+            one = ffn(x)
+            for threads in (2, 3, 7, 2):
+                torch.set_num_threads(threads)
+                many = ffn(x)
+                assert apart(many, one.double()) < 1e-4 and torch.equal(many, ffn(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_at_the_same_time_have_their_own_answers(level):
+    tokens = [token(150, seed) for seed in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        for ffn in every(level):
+            expected = [ffn(x) for x in tokens]
+            for _ in range(5):
+                assert all(map(torch.equal, pool.map(ffn, tokens), expected))
+
+
+def in_child(ffn, x, queue):
+    queue.put(ffn(x).tolist())
+
+
+@pytest.mark.process
+def test_a_forked_child_has_threads_of_its_own(level):
+    before, x = torch.get_num_threads(), token(150)
+    context = multiprocessing.get_context("fork")
+    try:
+        torch.set_num_threads(2)
+        for ffn in every(level):
+            here, queue = ffn(x), context.SimpleQueue()
+            child = context.Process(target=in_child, args=(ffn, x, queue))
+            child.start()
+            child.join(60)
+            child.kill()  # one that waits for threads it has not got
+            assert child.exitcode == 0 and queue.get() == here.tolist() == ffn(x).tolist()
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_other_weights_and_tokens_are_refused(level):
+    gate, up, down = matrices(64, 40)
+    for wrong in (
+        (gate.float(), up, down),
+        (gate, up[:, :32], down),
+        (gate, up.T.contiguous().T, down),
+        (gate, up, gate),
+    ):
+        with pytest.raises(ValueError, match=r"is no bfloat16|not contiguous"):
+            PlainFFN(*wrong, level=level)
+    ffn = KeptFFN(gate, up, down, level=level)
+    for rows in ([-1], [40]):
+        with pytest.raises(ValueError, match="of 40"):
+            ffn.keep(torch.tensor(rows))
+    for x in (torch.zeros(2, 64), torch.zeros(1, 63), torch.zeros(64)):
+        with pytest.raises(ValueError, match="one token of width 64"):
+            ffn(x)
+    packed = coded(gate, up, down, Rounding(8, 128))
+    with pytest.raises(ValueError, match="read at once"):
+        GradedFFN(*coded(gate, up, down, Rounding(4, 128)), torch.zeros(2, 40), torch.zeros(40), 1, 1, level=level)
+    for taken, others in ((41, 0), (30, 20), (-1, 2)):
+        with pytest.raises(ValueError, match="of 40 neurons"):
+            GradedFFN(*packed, [torch.zeros(40)] * 2, torch.zeros(40), taken, others, level=level)
+
+
+@pytest.mark.parametrize("text", ["3", "7:128", "8:32", "4:64", "q4_k"])
+def test_other_codes_are_refused_with_the_reason(text):
+    from dart_eval.util.bits import parse
+
+    rounding = parse(text)
+    assert f"not {rounding.bits} bits in groups of {rounding.group}" in lacking(rounding, 256)
+    assert lacking(Rounding(8, 256), 512) is None and lacking(Rounding(4, 512), 256) is None
+    with pytest.raises(ValueError, match="the kernels for CPUs read"):
+        CodedFFN(*coded(*matrices(256, 256), rounding))
+
+
+def test_offsets_and_other_scales_are_refused():
+    held = rounded(matrices(64, 40)[0], Rounding(4, 0))
+    down = rounded(matrices(64, 40)[2], Rounding(4, 0))
+    for odd in (
+        Packed(held.codes, held.scales, held.rounding, offsets=torch.zeros(40, 1)),
+        Packed(held.codes, held.scales.float() * 1.0001, held.rounding),
+    ):
+        with pytest.raises(ValueError, match="codes with offsets"):
+            CodedFFN(odd, held, down)
