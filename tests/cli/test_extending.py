@@ -60,7 +60,7 @@ def test_the_pages_package_runs_by_the_pages_commands(package, saved_llama, tmp_
             env={**os.environ, "PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+        said.append(done.stdout + done.stderr)
     tree, ran = said
     assert "score=often" in tree
     assert "choice=now-and-then" in tree

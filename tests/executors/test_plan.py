@@ -61,7 +61,8 @@ def test_a_command_line_false_wins_over_the_file(tmp_path):
 
 
 def test_keys_of_the_file_may_be_written_as_options_are(tmp_path):
-    assert config_from(yaml_file(tmp_path, "num-fewshot: 5\ndata-dir: d"), {}) == RunConfig(num_fewshot=5, data_dir="d")
+    given = config_from(yaml_file(tmp_path, f"num-fewshot: 5\ndata-dir: {tmp_path}"), {})
+    assert given == RunConfig(num_fewshot=5, data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(("key", "text", "value"), [
