@@ -84,7 +84,7 @@ def _given(words: tuple[str, ...], place: Path, kill: Kill | None, result: Resul
     errors = _errors(process, place)
     if kill is not None:
         result.count("came too late")
-    return True, [] if status == 0 and not errors else [f"status {status}: {errors[-600:]!r}"]
+    return True, [] if status == 0 and not _faults(errors) else [f"status {status}: {errors[-600:]!r}"]
 
 
 def _killed(process: Any, place: Path, kill: Kill, result: Result) -> tuple[bool, list[str]]:
@@ -102,12 +102,12 @@ def _killed(process: Any, place: Path, kill: Kill, result: Result) -> tuple[bool
         process.kill()
         return False, [f"no end {AFTER:.0f} s after its signal: {_errors(process, place)[:3000]}"]
     seconds, errors = time.monotonic() - sent, _errors(process, place)
-    if status == SIGNALS[signal.Signals(kill.number)] and "Traceback" not in errors and errors.count("\n") <= 1:
+    if status == SIGNALS[signal.Signals(kill.number)] and not _faults(errors):
         return False, []
     if status == -kill.number or "KeyboardInterrupt" in errors:  # Python's own ways: our handlers were not there yet
         result.count("before it began")
         return False, []
-    if status == 0 and not errors and seconds < 2:
+    if status == 0 and not _faults(errors) and seconds < 2:
         result.count("as it ended")
         return True, []
     return status == 0, [f"status {status}, {seconds:.1f} s after its signal: {errors[-600:]!r}"]
@@ -124,3 +124,9 @@ def _new(words: tuple[str, ...], place: Path) -> subprocess.Popen[str]:
 
 def _errors(process: Any, place: Path) -> str:
     return str((place / "errors").read_text() if isinstance(process, subprocess.Popen) else process.stderr)
+
+
+def _faults(errors: str) -> list[str]:
+    """The lines of stderr that are no progress and no note."""
+    found = errors.splitlines()
+    return [line for line in found if line.startswith(("error", "failed", "missing", "Traceback")) or "Error" in line]
