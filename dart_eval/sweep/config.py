@@ -107,7 +107,7 @@ class RunConfig(Options):
             UserError: with the reason.
         """
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            raise UserError(f"data folder {self.data_dir} is not there", "give one as docs/data.md describes it")
+            raise UserError(f"data dir {self.data_dir} is not a folder", "give the folder that holds the data sets")
         if self.device.startswith("cuda") and self.executor == "local" and not has_cuda():
             raise UserError(
                 f"device {self.device} is not there: this machine has no CUDA driver", "--device cpu or auto"

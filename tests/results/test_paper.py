@@ -330,7 +330,7 @@ def test_the_command_runs_writes_and_goes_on(tmp_path, saved_llama, indexed, mon
     assert text.startswith("A small paper.")
     assert "arc_easy: not measured (task arc_easy has no data in data" in text
     assert "Q (n=3)" in text
-    again = command(*words).out
+    again = command(*words).err
     assert "6 of 6 cells are finished already" in again
     assert "done " not in again
     assert (tmp_path / "out" / "tables" / "all.md").read_text() == text
