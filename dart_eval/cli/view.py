@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.table
 from rich import box
@@ -30,10 +30,12 @@ from rich.text import Text
 
 from dart_eval.results import metrics
 from dart_eval.results.format import with_error
-from dart_eval.results.record import Metric, Record
 from dart_eval.results.writers import Table, finite, markdown, pieces
 from dart_eval.util import files
 from dart_eval.util.text import PLAIN, folded, json_text, printable
+
+if TYPE_CHECKING:
+    from dart_eval.results.record import Metric, Record
 
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line

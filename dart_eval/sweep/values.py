@@ -18,8 +18,6 @@ from typing import Any
 
 from pydantic import ValidationInfo
 
-from dart_eval.pruning.masks.counts import check_sparsity
-from dart_eval.pruning.registry import spelled
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError
@@ -115,6 +113,8 @@ def sparsities(value: Any) -> tuple[float, ...]:
     """Numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {short_repr(value)}", "for example 0.5,0.7")
+    from dart_eval.pruning.masks.counts import check_sparsity  # not for `--help`: it takes a tenth of a second
+
     return tuple(check_sparsity(s) for item in items_of(value) for s in _sparsity(item))
 
 
@@ -255,6 +255,8 @@ def _method(item: Any) -> str:
         raise UserError(
             f"method {name} takes keys and values, not {short_repr(parts)}", "as in griffin: {remask: drift}"
         )
+    from dart_eval.pruning.registry import spelled
+
     return spelled(str(name), parts or {})
 
 
