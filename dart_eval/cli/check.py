@@ -10,12 +10,11 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import one_of, own
+from dart_eval.cli.options import FORMATS, one_of, own
 from dart_eval.cli.view import put, say, show
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_name, check_own, check_target, write
 
-FORMATS = ("md", "json")
 OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline
 
 
@@ -68,6 +67,7 @@ def check(
     from dart_eval.results import check as checking
     from dart_eval.results.outcomes import cells
     from dart_eval.results.thresholds import thresholds_from
+    from dart_eval.results.writers import csv_text, latex
 
     limits = thresholds_from(thresholds)
     then = file.load_baseline(baseline)
@@ -80,8 +80,11 @@ def check(
             say(line, err=format == "json")  # GitHub reads both streams; JSON stays JSON
     if format == "json":
         put(checking.to_json(report))
-    elif format is None and sys.stdout.isatty():
+    elif format == "table" or (format is None and sys.stdout.isatty()):
         show(checking.table(report, every))
+    elif format in ("csv", "tex"):
+        found = checking.table(report, every)
+        put(latex(found) if format == "tex" else csv_text([found.columns, *found.body]))
     else:
         put(checking.markdown(report, every))
     if report.bad:

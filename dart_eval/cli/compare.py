@@ -12,13 +12,12 @@ from typing import Annotated
 import typer
 
 from dart_eval.cli import complete
-from dart_eval.cli.options import one_of, own
+from dart_eval.cli.options import FORMATS, one_of, own
 from dart_eval.cli.view import put, save_text, show
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_target, format_of
 from dart_eval.util.text import items_of
 
-FORMATS = ("md", "csv", "json")
 OUT = Path("out")
 EXAMPLES = {
     "method": "dart,griffin", "sparsity": "0.5,0.7", "model": "model@1a2b3c4d,model@5e6f7a8b",
@@ -69,7 +68,7 @@ def compare(
     given = [Path(folder) for folder in folders or []]
     if save is not None:
         check_target(save)
-        format = format_of(save, format, FORMATS)
+        format = format_of(save, format, FORMATS[1:])
     trait = _trait({"method": method, "sparsity": sparsity, "model": model, "row": row}, given)
     from dart_eval.results import compare as comparing  # after the options are settled: it takes its time
 
@@ -78,7 +77,7 @@ def compare(
         comparison = comparing.compare_folders(given[0], given[1], metrics)
     else:
         comparison = comparing.compare_within(*trait, given or [OUT], metrics)
-    if format is None and save is None and sys.stdout.isatty():
+    if save is None and (format == "table" or (format is None and sys.stdout.isatty())):
         show(comparing.table(comparison))
         return
     text = comparing.render(comparison, format or "md")

@@ -21,6 +21,7 @@ PANELS = (TASKS, PRUNING, MODEL, OUTPUT, CLUSTER)
 METHODS = complete.listed(complete.methods)
 NAMES = {"tasks": complete.listed(complete.tasks), "method": METHODS}  # what a shell looks up
 SHAPES = ("llama-3.1-8b", "llama-3.2-1b", "qwen2.5-1.5b")  # of `dart_eval.models.shapes`, which imports torch
+FORMATS = ("table", "md", "csv", "tex", "json")  # of what a verb prints
 BOARD, FRONTIER, ALL = "board", "frontier", "all"  # views of `tables`
 COMPILE = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -182,7 +183,7 @@ KEPT = "Keep what was measured beside the results of `dart-eval run` in this fol
 Kept = Annotated[str | None, own(KEPT, OUTPUT, "DIR")]
 PROFILE = "Also write a trace of torch's profiler over three pruned steps of the last method."
 Profile = Annotated[Path | None, own(PROFILE, OUTPUT, "FILE")]
-Format = Annotated[str, one_of(("table", "md", "json"), "format", "Print in this form.", OUTPUT)]
+Format = Annotated[str, one_of(FORMATS, "format", "Print in this form.", OUTPUT)]
 
 # -- paper -----------------------------------------------------------------------------------------------------
 

@@ -8,16 +8,15 @@ from typing import Annotated
 
 import typer
 
-from dart_eval.cli.options import ALL, BOARD, FRONTIER, one_of, own
+from dart_eval.cli.options import ALL, BOARD, FORMATS, FRONTIER, one_of, own
 from dart_eval.cli.view import put, save_text
 from dart_eval.evaluation.task_names import ALIASES
 from dart_eval.util.files import check_target, format_of
 
-FORMATS = ("md", "csv", "tex", "json")
 VIEWS = (BOARD, "long", "flops", "memory", "detector", FRONTIER, ALL)
 PICTURES = (".png", ".svg", ".pdf")
 FORMAT_HELP = (
-    "Print md, csv, tex or json. Without it the ending of --save says which. The board is always drawn, 100 columns "
+    "Print a table, md, csv, tex or json. Without it the ending of --save says which. The board is drawn, 100 columns "
     "wide in a pipe; other tables are drawn on a terminal, and a pipe gets md."
 )
 VIEW_HELP = (
@@ -84,16 +83,16 @@ def tables(
     picture = view == FRONTIER and save is not None and save.suffix in PICTURES
     if save is not None:
         check_target(save)
-        format = None if picture else format_of(save, format, FORMATS)
+        format = None if picture else format_of(save, format, FORMATS[1:])
     records = of_tasks(store.load(), tasks, ALIASES)
     shown = Shown(view, store, records, subtasks, metric, level, sort, explain)
     if picture and save is not None:
         draw_frontier(shown, save)
         return
-    if format is None and save is None and (sys.stdout.isatty() or view == BOARD):
+    if save is None and (format == "table" or (format is None and (sys.stdout.isatty() or view == BOARD))):
         print_view(shown)
         return
-    form = format or "md"
+    form = format if format not in (None, "table") else "md"
     text = as_data(shown, form) if form in ("csv", "json") else render(shown, form)
     if save is None:
         put(text)

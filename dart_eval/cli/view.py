@@ -30,7 +30,7 @@ from rich.text import Text
 
 from dart_eval.results import metrics
 from dart_eval.results.format import with_error
-from dart_eval.results.writers import Table, finite, markdown, pieces
+from dart_eval.results.writers import Table, data_text, finite, latex, markdown, pieces
 from dart_eval.util import files
 from dart_eval.util.text import PLAIN, folded, json_text, printable
 
@@ -257,11 +257,13 @@ def put(text: str) -> None:
 
 
 def output(data: list[dict[str, Any]], tables: Sequence[Table], format: str) -> None:
-    """Data as `json`, or their tables as `md` or for the terminal."""
+    """Data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
     if format == "json":
         say(json_text(finite(data)))
-    elif format == "md":
-        say("\n".join(map(markdown, tables)))
+    elif format == "csv":
+        put(data_text(data, "csv"))
+    elif format in ("md", "tex"):
+        say("\n".join(map(markdown if format == "md" else latex, tables)))
     else:
         for i, table in enumerate(tables):
             if i:

@@ -319,9 +319,9 @@ def note(comparison: Comparison) -> str:
 
 
 def render(comparison: Comparison, form: str) -> str:
-    """Return the comparison as text (md, csv or json); json and csv in full precision."""
-    if form == "md":
-        return writers.markdown(table(comparison))
+    """Return the comparison as text (md, tex, csv or json); json and csv in full precision."""
+    if form not in ("csv", "json"):
+        return (writers.latex if form == "tex" else writers.markdown)(table(comparison))
     rows = [r.to_json() for r in comparison.rows]
     if form == "json":
         data = {

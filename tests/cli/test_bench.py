@@ -222,7 +222,7 @@ def test_the_command_shows_and_writes_what_it_measures(tmp_path, saved_llama):
     (("--compile", "fast"), "unknown compile mode"),
     (("--shape", "llama-3.1"), "did you mean"),
     (("--method", "griffin,oracle"), "oracle cannot be timed"),
-    (("--format", "csv"), "unknown format 'csv'; known: json, md, table"),
+    (("--format", "xml"), "unknown format 'xml'; known: csv, json, md, table, tex"),
 ])  # fmt: skip
 def test_wrong_input_is_refused_in_one_line(words, said):
     done = command("bench", "decode", *words)

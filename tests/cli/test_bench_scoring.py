@@ -109,7 +109,7 @@ def test_a_task_without_answers_is_refused(tokenizer):
 @pytest.mark.parametrize(("words", "message"), [
     (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
     (["--rounds", "0"], "--rounds 0 must be at least 1"), (["--tasks", ","], "no task"),
-    (["--format", "csv"], "unknown format"), (["--tasks", "nothing_such"], "nothing_such"),
+    (["--format", "xml"], "unknown format"), (["--tasks", "nothing_such"], "nothing_such"),
 ])  # fmt: skip
 def test_wrong_input_is_refused(indexed, words, message):
     done = CliRunner().invoke(application(), ["bench", "scoring", *words])

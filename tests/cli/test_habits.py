@@ -124,3 +124,19 @@ def test_every_option_of_lm_eval_is_known_here():
 def test_a_wrong_model_argument_is_refused():
     with pytest.raises(UserError, match="model_args pretraned is not known here; did you mean pretrained"):
         configs_from(None, {"model_args": '{"pretraned": "m"}'})
+
+
+@pytest.mark.parametrize("form", ["table", "md", "csv", "tex", "json"])
+def test_every_verb_that_prints_has_the_same_forms(form, tmp_path):
+    from tests.helpers.records import answered, save
+
+    values = [{"acc": float(i % 3 == 0)} for i in range(40)]
+    out = save(tmp_path / "out", answered("arc", values, "dense", 0.0), answered("arc", values, "griffin", 0.5))
+    assert command("check", out, "--baseline", tmp_path / "b.json", "--update").code == 0
+    for words in (
+        ["tables", out], ["compare", out, "--method", "dense,griffin"],
+        ["check", out, "--baseline", tmp_path / "b.json", "--all"],
+    ):  # fmt: skip
+        done = command(*words, "--format", form)
+        assert done.code == 0 and "griffin" in done.out, (words, done.err)
+        assert (("\\begin{" in done.out) == (form == "tex") and done.out.lstrip()[:1] in "[{") or form != "json"

@@ -59,7 +59,7 @@ TWICE = {
 @pytest.mark.parametrize("option", list(TWICE))
 def test_values_of_an_option_that_is_given_again_add_up(option, tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(run, "run_cells", lambda configs, verbose: ran.extend(configs))
+    monkeypatch.setattr(run, "run_cells", lambda configs, verbose, format: ran.extend(configs))
     typed, meant = TWICE[option]
     others = [] if option == "tasks" else ["--tasks", "arc_easy"]
     words = [word for value in typed for word in (f"--{option}", value)]
