@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ def report(
         int, typer.Option(help="Documents of each task to look through; 0 leaves them out.", min=0)
     ] = 50,
     force: Annotated[bool, typer.Option("--force", metavar="", help="Replace a file that is no such page.")] = False,
+    browse: Annotated[bool, typer.Option("--open", metavar="", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write one HTML page: the board, charts, speed, drift, every method's answers side by side, and all numbers.
 
@@ -33,7 +35,7 @@ def report(
 
     \b
     [bold]Examples[/bold]
-    dart-eval report out
+    dart-eval report out --open
     dart-eval report out --output report.html --title "DART" --samples 20
     """
     from dart_eval.results.report import build  # matplotlib is loaded only where it draws
@@ -48,3 +50,5 @@ def report(
     megabytes = len(made.html.encode()) / 1e6
     if not stream:
         say(f"wrote {path} ({made.cells} cells, {made.samples} samples, {megabytes:.1f} MB)")
+        if browse:
+            webbrowser.open(path.absolute().as_uri())
