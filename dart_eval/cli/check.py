@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from dart_eval.cli.options import FORMATS, one_of, own
 from dart_eval.cli.view import put, say, show
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_name, check_own, check_target, write
+
+if TYPE_CHECKING:
+    from dart_eval.results.check import Report
 
 OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline
 
@@ -67,7 +70,6 @@ def check(
     from dart_eval.results import check as checking
     from dart_eval.results.outcomes import cells
     from dart_eval.results.thresholds import thresholds_from
-    from dart_eval.results.writers import csv_text, latex
 
     limits = thresholds_from(thresholds)
     then = file.load_baseline(baseline)
@@ -78,17 +80,25 @@ def check(
         _add_to(summary, checking.markdown(report, every))
         for line in checking.workflow_commands(report):
             say(line, err=format == "json")  # GitHub reads both streams; JSON stays JSON
+    _print(report, every, format)
+    if report.bad:
+        raise typer.Exit(1)
+
+
+def _print(report: Report, every: bool, format: str | None) -> None:
+    """Print a report; without a format a terminal gets a table, and a pipe md."""
+    from dart_eval.results import check as checking
+    from dart_eval.results.writers import csv_text, latex
+
+    table = checking.table(report, every)
     if format == "json":
         put(checking.to_json(report))
     elif format == "table" or (format is None and sys.stdout.isatty()):
-        show(checking.table(report, every))
+        show(table)
     elif format in ("csv", "tex"):
-        found = checking.table(report, every)
-        put(latex(found) if format == "tex" else csv_text([found.columns, *found.body]))
+        put(latex(table) if format == "tex" else csv_text([table.columns, *table.body]))
     else:
         put(checking.markdown(report, every))
-    if report.bad:
-        raise typer.Exit(1)
 
 
 def _update(baseline: Path, results: Path, force: bool) -> None:

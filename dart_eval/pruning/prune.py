@@ -81,13 +81,11 @@ def prune(
 
     Args:
         model: a Hugging Face causal language model with a gated or plain FFN.
-        method: a spelling as on the command line (`dart`, `dart:remask.window=8`), or a `Pruner`. For the names see
-            `dart_eval.methods()`.
+        method: a spelling as on the command line (`dart`, `dart:remask.window=8`), or a `Pruner`.
         sparsity: share of the FFN weights that a decoded token does not read, in [0, 1).
         tokenizer: needed to calibrate on a text (`wanda-sp`).
         calibration: another text file, or a ready `Calibration`.
-        execution: `masked` multiplies by masks and saves no time. `copied` multiplies copies of the mask's weights,
-            for one mask at a time. `auto` uses copies if all sequences have one mask.
+        execution: `masked` saves no time; `copied` multiplies copies of one mask's weights; `auto`: as they allow.
         shared_mask: all sequences of a batch have one mask.
         mask, score, remask, choice, allocation, compensation, entries, routing: another part in that slot, as an
             object (`OnDrift(window=8)`), a name (`"drift"`), or fields (`{"part": "drift", "window": 8}`).

@@ -93,7 +93,10 @@ def test_auto_takes_what_fits():
         open_session(model, "griffin", 0.5, execution="copied") as session,
     ):
         decoded(model, session, [random_tokens(20), random_tokens(20, 1)])
-    with pytest.raises(UserError, match="did you mean copied"), open_session(model, "griffin", execution="copy"):
+    with (
+        pytest.raises(UserError, match="known: auto, copied, masked"),
+        open_session(model, "griffin", execution="copy"),
+    ):
         pass
 
 

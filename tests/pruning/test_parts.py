@@ -102,7 +102,7 @@ def test_a_value_that_is_wrong_is_told_with_its_bound_or_the_nearest_word():
         ("dart:remask.window=ten", "dart: remask.window is 'ten'; it must be a whole number"),
         ("dart:remask.window=2.5", "window is '2.5'; it must be a whole number"),
         ("dart:remask.sigma=big", "sigma is 'big'; it must be a number"),
-        ("griffin:score.norm=l3", "norm is 'l3'; did you mean l"),
+        ("griffin:score.norm=l3", "norm is 'l3'; known: l1, l2, none"),
         ("dart:remask.act=perhaps", "act is 'perhaps'; it must be on or off"),
     ):
         with pytest.raises(UserError, match=words):

@@ -46,7 +46,7 @@ def test_first_bits_stand_for_what_they_leave_open(code_bits, first, group, widt
 @pytest.mark.parametrize(("family", "room"), in_turn(FAMILIES, [0, 1 << 30]))
 def test_prompts_multiply_whole_numbers_and_the_model_keeps_its_weights(family, room, monkeypatch):
     """As `rounded_ffns` has them. After each projection its own weights are back, and after an error, too."""
-    monkeypatch.setattr(serving._ROOM, "left", room)
+    monkeypatch.setattr(serving._ROOM, "free_bytes", room)
     model, prompts = tiny(family, dtype=torch.float32), prompts_of(2, 9)
     before, dense = bits(model), model(prompts).logits
     with dart_eval.rounded_ffns(model, "8:128"):

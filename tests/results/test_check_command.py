@@ -202,7 +202,7 @@ def test_junit_reports_every_row(fallen, cli, tmp_path):
 
 
 @pytest.mark.parametrize(("args", "words"), [
-    (("--format", "csv"), "unknown format 'csv'"),
+    (("--format", "xml"), "unknown format 'xml'"),
     (("--update", "--all"), "--update only writes the baseline"),
     (("--force",), "--force goes with --update"),
     (("--thresholds", "none.yaml"), "thresholds none.yaml cannot be read"),
