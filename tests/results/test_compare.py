@@ -371,7 +371,7 @@ def test_two_folders_at_the_command_line(cli, sweep):
     ((), "no folder is given"),
     (("a", "--method", "dart"), "--method 'dart' does not name two; for example --method dart,griffin"),
     (("a", "--method", "dart,dense", "--model", "x,y"), "--method and --model are given"),
-    (("a", "b", "--format", "tex"), "unknown format 'tex'"),
+    (("a", "b", "--format", "xml"), "unknown format 'xml'"),
     (("no-a", "no-b"), "no results in no-a"),
     (("dart", "griffin:allocation=depth"), "compare out --method dart,griffin:allocation=depth"),
     (("--method", "dart,dense"), "no results in out"),
