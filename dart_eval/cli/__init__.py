@@ -118,8 +118,9 @@ def _run() -> None:
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
     try:
-        verb = next((word for word in sys.argv[1:] if word in VERBS), None)
-        status = application(verb)(rewritten(sys.argv[1:]), prog_name="dart-eval", standalone_mode=False)
+        words = sys.argv[1:]
+        app = application(words[0] if words and words[0] in VERBS else None)
+        status = app(rewritten(words), prog_name="dart-eval", standalone_mode=False)
     except UserError as error:
         view.problem(str(error))
         sys.exit(2)
