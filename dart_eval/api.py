@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +17,6 @@ if TYPE_CHECKING:
 
     from dart_eval.models.loaded import Loaded
     from dart_eval.sweep.config import RunConfig
-
-OF_LOADING = (
-    "revision",
-    "dtype",
-    "device",
-    "device_map",
-    "peft",
-    "tokenizer",
-    "attn_implementation",
-    "trust_remote_code",
-)  # of a model to be loaded
 
 
 def evaluate(
@@ -43,7 +33,7 @@ def evaluate(
 
     Args:
         model: a name or folder, or a loaded model; None is the demo model.
-        tokenizer: of a loaded model.
+        tokenizer: of a loaded model; else the name or folder of another one than the model's.
         tasks: names, as a list or as text with commas; so are `method` and `sparsity`.
         progress: show how far it is, on stderr; None: where that is a terminal or a notebook.
         options: those of `dart-eval run`, by the same names (docs/options.md).
@@ -119,7 +109,9 @@ def _check(config: RunConfig) -> None:
     Raises:
         UserError: such a parameter is given.
     """
-    for name in OF_LOADING:
+    from dart_eval.models.loading import ModelSpec
+
+    for name in [field.name for field in fields(ModelSpec)[1:]]:
         if getattr(config, name) != getattr(type(config)(), name):
             raise UserError(f"{name} is for a model that is to be loaded", "leave it out, or give the model's name")
     if config.workers > 1:
