@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -279,9 +280,12 @@ def begin_sweep(
 def _about(jobs: Sequence[Job]) -> str:
     """What a sweep runs, in a line: model, number format, device, cells, documents, folder."""
     config, inputs = jobs[0].config, jobs[0].cell.inputs
-    documents = sum(
-        number_asked(task, job.config.limit) for job in jobs for task in leaves(job.tasks.load(job.cell.task))
-    )
+
+    @functools.cache  # many cells ask the same
+    def asked(tasks: Tasks, name: str, limit: float | None) -> int:
+        return sum(number_asked(task, limit) for task in leaves(tasks.load(name)))
+
+    documents = sum(asked(job.tasks, job.cell.task, job.config.limit) for job in jobs)
     threads = f", {counted(torch.get_num_threads(), 'thread')}" if inputs["device"] == "cpu" else ""
     return (
         f"{inputs['model']['name']}, {inputs['dtype']}, {inputs['device']}{threads}: {counted(len(jobs), 'cell')}, "
