@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats as theirs
 
 from dart_eval.results import stats
-from dart_eval.results.stats import Paired, bootstrap_t, paired
+from dart_eval.results.stats import Paired, bootstrap_t, holm, paired, tango
 
 zeros_and_ones = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=6, max_size=60)
 
@@ -73,6 +73,17 @@ def test_no_interval_of_accuracies_has_width_zero():
 
 
 # -- Tango ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("both", "a_only", "b_only"), [(0.5, 0.1, 0.1), (0.4, 0.25, 0.05), (0.9, 0.02, 0.02)])
+def test_tango_covers(both, a_only, b_only):
+    generator = np.random.default_rng(1)
+    draws = generator.multinomial(40, [a_only, b_only, both, 1 - both - a_only - b_only], 400)
+    intervals = {(b, c): tango(b, c, 40) for b, c in {(b, c) for b, c, *_ in draws.tolist()}}
+    covered = np.mean(
+        [low <= a_only - b_only <= high for low, high in (intervals[b, c] for b, c, *_ in draws.tolist())]
+    )
+    assert covered > 0.92
 
 
 # -- bootstrap-t ---------------------------------------------------------------------------------------------------
@@ -301,6 +312,18 @@ def test_no_direction_no_one_sided_p():
 
 
 # -- Holm ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_statsmodels_agrees_on_mcnemar_and_holm():
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for b, c, n in [(0, 0, 12), (3, 1, 20), (2, 12, 50), (40, 20, 160), (7, 0, 30), (5, 5, 10), (6, 0, 6)]:
+        expected = tables.mcnemar([[n - b - c, b], [c, 0]], exact=True).pvalue
+        assert paired("mean", *outcomes(b, c, n)).p == pytest.approx(min(1.0, expected))
+    # One call: statsmodels collects all of Python's garbage in each.
+    p_values = [*np.random.default_rng(0).random(8).round(2) / 10, 0.001, 0.001, 0.0, 1.0]
+    assert holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
 
 
 def test_the_bootstrap_divides_by_the_error_of_so_many_units():
