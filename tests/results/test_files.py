@@ -137,7 +137,7 @@ def test_tables_to_standard_output_hold_the_table_alone(folder, tmp_path):
     assert json.loads(done.stdout)[0]["method"] == "griffin"
 
 
-@pytest.mark.parametrize(("verb", "name"), [("tables", "t.txt"), ("tables", "t"), ("compare", "c.tex")])
+@pytest.mark.parametrize(("verb", "name"), [("tables", "t.txt"), ("tables", "t"), ("compare", "c.txt")])
 def test_an_ending_that_tells_no_format_is_refused(folder, tmp_path, run, verb, name):
     command = verbs(folder, tmp_path / name)[verb][:-2]
     code, out, err = run(*command)
