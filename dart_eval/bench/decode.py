@@ -365,28 +365,3 @@ def _executed(run: Session) -> float:
     assert run.copies is not None
     total = sum(f.size * f.matrices for f in run.ffns)
     return sum(sum(kept.rows_read) for kept in run.copies) / total
-
-
-@torch.no_grad()
-def profile(
-    model: PreTrainedModel,
-    method: Pruner,
-    sparsity: float,
-    path: str,
-    *,
-    tokenizer: Any = None,
-    prompt_tokens: int = 128,
-) -> None:
-    """Write a torch profiler trace of a few pruned steps, for chrome://tracing or Perfetto."""
-    bench = Bench(model, model, seed=0)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if bench.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with prune(model, method, sparsity, tokenizer=tokenizer, execution="copied"):
-        cache = DynamicCache(config=model.config)
-        bench.step(model, bench.tokens(prompt_tokens), cache)
-        bench.step(model, bench.tokens(1), cache)
-        with torch.profiler.profile(activities=activities) as recorded:
-            for _ in range(3):
-                bench.step(model, bench.tokens(1), cache)
-    recorded.export_chrome_trace(path)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,16 +24,8 @@ from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
 
-FIELDS = (
-    "method",
-    "sparsity",
-    "weights_read",
-    "read",
-    "bits",
-    "speedup",
-    "control",
-    "ceiling",
-)  # that a stored speed has by itself
+# Fields that a stored speed has by itself.
+FIELDS = ("method", "sparsity", "weights_read", "read", "bits", "speedup", "control", "ceiling")
 
 
 @dataclass(frozen=True)
@@ -112,15 +102,6 @@ class Subject:
         given = dataclasses.asdict(setting)
         del given["compiled"]  # refused before
         return packed.measure(self.model, rounding, **given)
-
-    def profile(self, method: Pruner, sparsity: float, prompt_tokens: int, ending: str) -> bytes:
-        """Write the trace of torch's profiler, see `decode.profile`; the file's ending decides whether it is packed."""
-        with tempfile.TemporaryDirectory() as folder:  # torch writes to a name
-            path = Path(folder) / f"trace{ending}"
-            decode.profile(
-                self.model, method, sparsity, str(path), tokenizer=self.tokenizer, prompt_tokens=prompt_tokens
-            )
-            return path.read_bytes()
 
     def speed(self, result: DecodeSpeed | RoundedSpeed | BytesOnly, method: Pruner, setting: Setting) -> Speed:
         """Return the stored part of a measurement. method: its method; `dense` for rounding alone."""

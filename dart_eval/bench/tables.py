@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from dart_eval.bench.bytes_only import BYTES_ONLY, BytesOnly
 from dart_eval.bench.decode import DecodeSpeed
-from dart_eval.bench.methods import MethodSpeed
 from dart_eval.bench.overhead import Overhead
 from dart_eval.bench.packed import RoundedSpeed
-from dart_eval.bench.scoring import TaskSpeed
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.ratio import Ratio
 from dart_eval.results.writers import Table
@@ -169,56 +166,3 @@ def work(results: list[Overhead]) -> Table:
         "to each. Those after an alarm come on top, as often as the text drifts."
     )
     return Table("Work", columns, body, note)
-
-
-def under_methods(results: Sequence[MethodSpeed], model: str) -> Table:
-    """Return the scoring times under methods, relative to the first method."""
-    first = results[0].method
-    body = [
-        [f.task, f.method, percent(f.sparsity), f"{f.read:.3f}", f"{f.seconds:.2f}", _ratio(f.ratio)] for f in results
-    ]
-    note = (
-        f"Answers are scored by masks, which skip no work: what is seen is how long a method's own work takes. "
-        f"Over {first}: a method's time / {first}'s in the same round, the median of {_rounds(results[0].ratio.n)} and "
-        f"its quartiles. The last row of a task is {first} again, which should be 1."
-    )
-    heads = ["task", "method", "sparsity", "read", "seconds", f"over {first}"]
-    return Table(f"Scoring under methods: {model}", heads, body, note)
-
-
-def _rounds(count: int) -> str:
-    return f"{count} round{'s' * (count > 1)}"
-
-
-def dense_scoring(results: Sequence[TaskSpeed], model: str) -> Table:
-    """Return the scoring speeds: time and work of each side, and the least possible time."""
-    columns = ["task", "scorer", "seconds", "speed-up", "tokens", "logits", "share", "same", "apart"]
-    body: list[list[str]] = []
-    rules = set()
-    for f in results:
-        rules.add(len(body))
-        for side in f.sides:
-            body.append([
-                f.task, side.name, f"{statistics.median(side.seconds):.2f}", f"{side.ratio:.2f}",
-                str(side.computed.tokens), str(side.computed.logits), f"{side.limit_share:.2f}",
-                "yes" if side.same else "no", f"{side.difference:.1e}",
-            ])  # fmt: skip
-        needed = [str(f.needed.tokens), str(f.needed.logits)]
-        body.append([f.task, "limit", f"{statistics.median(f.limit_seconds):.2f}", "", *needed, *[""] * 3])
-    counts = "; ".join(
-        f"{f.task}: {f.items} items, {f.requests} answers"
-        + ("" if f.foreign_cores is None else f", other processes kept {f.foreign_cores:.1f} cores busy")
-        for f in results
-    )
-    shots = "" if results[0].num_fewshot is None else f", {results[0].num_fewshot} shots"
-    note = (
-        f"Model {model}, dense, batch size {results[0].batch_size}{shots}, medians of "
-        f"{_rounds(len(results[0].limit_seconds))} in which all sides were timed in turn. Speed-up: HFLM's seconds / "
-        "the scorer's. Tokens: rows x width through the decoder, padding included; logits: rows through the "
-        "output head. Limit: the time for what must be computed (each distinct context, shared prefix and "
-        "continuation once, no padding), at the speed of well-filled forwards of this model; share: "
-        "that time / the scorer's. Same: every document has the accuracies that it has under HFLM; apart: the "
-        "largest difference of a log-likelihood. "
-        f"{counts}."
-    )
-    return Table("Scoring", columns, body, note, rules=frozenset(rules - {0}))

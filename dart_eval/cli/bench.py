@@ -11,12 +11,10 @@ from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
 from dart_eval.cli.view import output as show
 from dart_eval.cli.view import print_note, say
-from dart_eval.evaluation import task_names
 from dart_eval.pruning.registry import make
 from dart_eval.sweep.plan import methods_of
 from dart_eval.util.bits import parse
 from dart_eval.util.errors import UserError
-from dart_eval.util.files import check_target, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +30,7 @@ T = TypeVar("T", bound="DecodeSpeed | RoundedSpeed | BytesOnly")
 
 
 app = typer.Typer(
-    help="Measure how fast methods decode, how fast answers are scored, or what methods keep and add.",
+    help="Measure how fast methods decode, or what state and work they add.",
     no_args_is_help=True,
 )
 
@@ -65,7 +63,6 @@ def decode(
     rounds: options.Rounds = 3,
     compile: options.Compile = None,
     output: options.Kept = None,
-    profile: options.Profile = None,
     format: options.Format = "table",
     **given: Any,
 ) -> None:
@@ -85,7 +82,7 @@ def decode(
     hush(False)
     asked = options.chosen(method=method or options.METHODS_MEASURED, sparsity=sparsity, ffn_bits=ffn_bits, **given)
     methods = _methods(asked)
-    _check_options(asked.ffn_bits, compile, profile, output)
+    _check_options(asked.ffn_bits, compile, output)
     quieten(False)  # it imports torch, and all before it does not
     from dart_eval.bench import decode as bench
     from dart_eval.bench import packed, tables
@@ -100,22 +97,18 @@ def decode(
         packed.check_roundable(timed.model)
     methods = _possible(timed, methods, sparsity)
     found, rounded, files = _measured(timed, setting, methods, sparsity, asked.ffn_bits, output)
-    if profile is not None:
-        _profile(timed, methods, sparsity, prompt, profile)
     where = f"{timed.title}, {timed.hardware}" + (f", torch.compile ({compile})" if compile else "")
     show(rows([*found, *rounded]), tables.decoding(found, rounded, where), format)
     for file in files:
         say(f"wrote {file}", err=format != "table")
 
 
-def _check_options(ffn_bits: tuple[str, ...], compiled: str | None, profile: Path | None, output: str | None) -> None:
+def _check_options(ffn_bits: tuple[str, ...], compiled: str | None, output: str | None) -> None:
     """Refuse what does not go together, or could not be written, before a model is loaded."""
     from dart_eval.results import speeds
 
     if compiled is not None and any(map(parse, ffn_bits)):
         raise UserError("rounded weights are timed without a compiler", "leave --compile or --ffn-bits out")
-    if profile is not None:
-        check_target(profile)
     if output is not None:
         speeds.check_folder(output)
 
@@ -138,14 +131,6 @@ def _possible(subject: Subject, methods: list[Pruner], sparsity: float, where: s
         if reason is not None:
             print_note(f"{title}{where} at sparsity {sparsity:g} is left out: {reason}")
     return [one for one in methods if refused[one.spec] is None]
-
-
-def _profile(subject: Subject, methods: list[Pruner], sparsity: float, prompt: int, path: Path) -> None:
-    """Write the profile of the last method that can be timed, or say that there is none."""
-    if timed := [one for one in methods if subject.timed(one)]:
-        write(path, subject.profile(timed[-1], sparsity, prompt, path.suffix))
-    else:
-        print_note("no profile was written: no method here can be timed")
 
 
 def _measured(
@@ -171,60 +156,6 @@ def _measured(
             for one in _possible(subject, methods, sparsity, f" on {bits.text} bits"):
                 rounded.append(keep(subject.count(one, sparsity, setting, bits), one))
     return found, rounded, files
-
-
-@app.command("scoring")
-@options.takes("model", "dtype", "device", "trust_remote_code", "num_fewshot", "data_dir")
-def scoring(
-    tasks: options.Scored = None,
-    limit: options.First = None,
-    method: options.Compared = None,
-    sparsity: options.OneSparsity = 0.7,
-    batch_size: options.AtOnce = 8,
-    rounds: options.Rounds = 3,
-    format: options.Format = "table",
-    **given: Any,
-) -> None:
-    """Measure how fast answers are scored: dense beside lm-eval's HFLM, or under methods.
-
-    Without --method, dense scoring is timed beside lm-eval's own, and the
-    tokens that both compute are counted. With --method, each method is timed
-    beside the first of them. As in `dart-eval run`, masks skip no work, so
-    the table shows how long a method's own work takes.
-
-    \b
-    [bold]Examples[/bold]
-    dart-eval bench scoring --tasks arc,hellaswag --limit 50 --data-dir DIR
-    dart-eval bench scoring --tasks arc --method griffin,cats --sparsity 0.5
-    """
-    hush(False)
-    asked = options.chosen(
-        tasks=tasks or options.TASKS_SCORED, limit=limit, method=method, sparsity=sparsity, **given
-    )  # fmt: skip
-    task_names.check_names(asked.tasks)
-    methods = _methods(asked, "griffin,cats") if method is not None else []
-    quieten(False)  # it imports torch, and all before it does not
-    from dart_eval.bench import methods as pruned
-    from dart_eval.bench import scoring as dense
-    from dart_eval.bench import tables
-    from dart_eval.evaluation.tasks import Tasks
-    from dart_eval.models.loading import resolve
-
-    shelf, resolved = Tasks(asked.data_dir), resolve(asked.model_spec)
-    names = shelf.expand([*asked.tasks])
-    for name in names:  # what is missing shows before anything runs
-        shelf.load(name)
-    loaded, tokenizer = resolved.load(print_note)
-    sizes: Any = {"batch_size": batch_size, "rounds": rounds, "limit": limit, "num_fewshot": asked.num_fewshot}
-    title = resolved.identity.name
-    if methods:
-        rows = [
-            row for name in names for row in pruned.measure(loaded, tokenizer, shelf, name, methods, sparsity, **sizes)
-        ]
-        show([dataclasses.asdict(r) for r in rows], [tables.under_methods(rows, title)], format)
-    else:
-        found = [dense.measure(loaded, tokenizer, shelf, name, **sizes) for name in names]
-        show([dataclasses.asdict(f) for f in found], [tables.dense_scoring(found, title)], format)
 
 
 @app.command("overhead")

@@ -156,21 +156,9 @@ MEASURED = (
     rf"\[default: {','.join(METHODS_MEASURED)}]"
 )
 Measured = Annotated[Several, own(MEASURED, PRUNING, "NAMES", offers=METHODS)]
-COMPARED = (
-    "Time these methods, comma-separated, each beside the first of them.  "
-    r"\[default: none; dense is timed beside lm-eval's HFLM]"
-)
-Compared = Annotated[Several, own(COMPARED, PRUNING, "NAMES", offers=METHODS)]
 SHAPED = "Take the shape of this model and not its weights: llama-3.1-8b, llama-3.2-1b or qwen2.5-1.5b."
 SHAPE = own(SHAPED, MODEL, "NAME", offers=SHAPES)
 Layers = Annotated[int | None, own(r"Give the shape so many layers.  \[default: its own]", MODEL, "N")]
-TASKS_SCORED = ("arc", "hellaswag", "mmlu")
-SCORED = rf"Score the answers of these tasks, comma-separated.  \[default: {','.join(TASKS_SCORED)}]"
-Scored = Annotated[Several, own(SCORED, TASKS, "NAMES", offers=complete.listed(complete.tasks))]
-FIRST = "Ask only the first N items of each task."
-First = Annotated[int | None, own(FIRST, TASKS, "N")]
-AT_ONCE = "Run so many contexts in a forward, on all sides. Without --method, auto is timed too."
-AtOnce = Annotated[int, count(AT_ONCE, TIMING)]
 PromptTokens = Annotated[int, count("Begin with a prompt of so many random tokens.", TIMING)]
 Steps = Annotated[int, count("Decode so many tokens in a round.", TIMING)]
 Rounds = Annotated[int, count("Take so many rounds, in each of which all sides have their turn.", TIMING)]
@@ -181,8 +169,6 @@ COMPILED = (
 Compile = Annotated[str | None, one_of(COMPILE, "compile mode", COMPILED, TIMING, "MODE")]
 KEPT = "Keep what was measured beside the results of `dart-eval run` in this folder, one file for each method."
 Kept = Annotated[str | None, own(KEPT, OUTPUT, "DIR")]
-PROFILE = "Also write a trace of torch's profiler over three pruned steps of the last method."
-Profile = Annotated[Path | None, own(PROFILE, OUTPUT, "FILE")]
 Format = Annotated[str, one_of(FORMATS, "format", "Print in this form.", OUTPUT)]
 
 # -- paper -----------------------------------------------------------------------------------------------------
@@ -195,7 +181,9 @@ PaperName = Annotated[
         autocompletion=complete.words(("smoke", "ten")),
     ),
 ]
-PaperLimit = Annotated[int | None, own(rf"{FIRST}  \[default: what the file says]", TASKS, "N")]
+PaperLimit = Annotated[
+    int | None, own(r"Ask only the first N items of each task.  \[default: what the file says]", TASKS, "N")
+]
 PaperOutput = Annotated[str, own("Write results to this folder, and the tables to its folder `tables`.", OUTPUT, "DIR")]
 
 # -- trace -----------------------------------------------------------------------------------------------------

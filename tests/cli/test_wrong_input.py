@@ -198,10 +198,8 @@ PLACES = {
     "trace --plot": ("trace", "--plot", "{}/a.png"),
     "trace --save-allocation": ("trace", "--save-allocation", "{}"),
     "trace --model": ("trace", "--model", "{}"),
-    "bench decode --profile": ("bench", "decode", "--profile", "{}", "--shape", "llama-3.2-1b", "--layers", "1"),
     "bench decode --model": ("bench", "decode", "--model", "{}"),
     "bench decode --output": ("bench", "decode", "--shape", "llama-3.2-1b", "--layers", "1", "--output", "{}"),
-    "bench scoring --data-dir": ("bench", "scoring", "--tasks", "smoke_questions", "--data-dir", "{}"),
 }  # fmt: skip
 
 

@@ -25,6 +25,12 @@
 #define IN static inline __attribute__((always_inline))
 enum { BLOCK = 20, COLUMNS = 128 };
 
+typedef struct {  // rows of bfloat16 times one vector; fields as in library.Rows
+    const uint16_t *weight, *bias, *x;   // [rows, width]; [rows] or NULL; [width]
+    uint16_t *out;                       // [rows]
+    int32_t rows, width;
+} Rows;
+
 typedef struct {  // plain weights; fields as in library.Plain
     int32_t neurons, width, act, count;  // F, D, see `activate`, and chosen neurons (-1: all)
     const uint16_t *gate, *up, *down;    // [F, D] both; [D, F], or of chosen ones by neuron: [F, D to a multiple of 64]
@@ -99,6 +105,7 @@ EXPORT int cpu_level(void) {
 #include __FILE__
 
 // level: as of cpu_level. threads: those that share the work
+EXPORT void rows_product(const Rows *job, int level, int threads) { run(level == 2 ? rows_512 : rows_256, job, threads); }
 EXPORT void plain_ffn(const Plain *job, int level, int threads) { run(level == 2 ? plain_512 : plain_256, job, threads); }
 EXPORT void coded_ffn(const Coded *job, int level, int threads) { run(level == 2 ? coded_512 : coded_256, job, threads); }
 
@@ -151,8 +158,15 @@ DEF(float, dot)(const uint16_t *w, const uint16_t *h, int n) {
         FN(times_h)(LOAD(w + d), LOAD(h + d), s);
         FN(times_h)(LOAD(w + d + 2 * LANES), LOAD(h + d + 2 * LANES), s + 2);
     }
-    for (; d < n; d += 2 * LANES) FN(times_h)(FN(last)(w + d, n - d), LOAD(h + d), s);
+    for (; d < n; d += 2 * LANES) FN(times_h)(FN(last)(w + d, n - d), FN(last)(h + d, n - d), s);
     return FN(all)(s);
+}
+HAS static void FN(rows)(const void *of, int me, int all) {
+    const Rows *L = of;
+    for (int r = PART(L->rows, me, all); r < PART(L->rows, me + 1, all); r++) {
+        float sum = FN(dot)(L->weight + (size_t)r * (size_t)L->width, L->x, L->width);
+        L->out[r] = rounded(L->bias ? sum + from_bits((uint32_t)L->bias[r] << 16) : sum);
+    }
 }
 DEF(void, add_rows)(const uint16_t *const *rows, const float *h, int wide, float *out) {  // 8 rows
     for (int d = 0; d < wide; d += 2 * LANES) {

@@ -16,6 +16,15 @@ ACTS = ("silu", "gelu_tanh", "gelu", "relu")  # as `activate` counts them
 MOST_THREADS = 64
 
 
+class Rows(ctypes.Structure):
+    """Rows of bfloat16, and the vector that they are multiplied with."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias", "x", "out")),
+        *((name, c_int32) for name in ("rows", "width")),
+    )
+
+
 class Plain(ctypes.Structure):
     """Plain weights."""
 
@@ -60,7 +69,7 @@ def call(name: str, job: ctypes.Structure, x: Tensor, scratch: int, each: int, l
     given, out = x.detach().float().contiguous(), torch.empty(1, fields.width)
     work = _room(scratch + each * threads)
     fields.x, fields.out, fields.scratch = given.data_ptr(), out.data_ptr(), work.data_ptr()
-    _functions()[name](ctypes.byref(fields), level, threads)
+    functions()[name](ctypes.byref(fields), level, threads)
     return out.to(x.dtype)
 
 
@@ -74,10 +83,11 @@ def _room(size: int) -> Tensor:
 
 
 @functools.cache
-def _functions() -> dict[str, Any]:
+def functions() -> dict[str, Any]:
+    """The kernels by name: each takes what it is handed, `build.level`, and the number of threads."""
     found = build.library()
     made = {}
-    for name, kind in (("plain_ffn", Plain), ("coded_ffn", Coded)):
+    for name, kind in (("rows_product", Rows), ("plain_ffn", Plain), ("coded_ffn", Coded)):
         function = getattr(found, name)
         function.argtypes, function.restype = [POINTER(kind), c_int, c_int], None
         made[name] = function

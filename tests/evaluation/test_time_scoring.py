@@ -1,22 +1,20 @@
-"""`bench scoring`: counts are those of the shapes, ours and stock agree, the input is checked."""
+"""scripts/time_scoring.py: counts are those of the shapes, ours and stock agree, the input is checked."""
 
 import io
-import json
 import os
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from dart_eval.bench import scoring, tables
-from dart_eval.bench.scoring import Computed, counted, measure, needed_for
-from dart_eval.cli import application
 from dart_eval.evaluation.requests import Request
 from dart_eval.evaluation.tasks import Tasks
+from dart_eval.pruning.registry import make, parse
 from dart_eval.results.writers import markdown
 from dart_eval.util import machine
 from dart_eval.util.errors import UserError
 from dart_eval.util.machine import foreign_cpu
+from scripts import time_scoring
+from scripts.time_scoring import Computed, counted, main, measure, measure_methods, needed_for
 from tests.helpers.models import random_tokens, tiny
 
 
@@ -24,7 +22,7 @@ from tests.helpers.models import random_tokens, tiny
 def _few_logits():
     """The cost of a row of logits is measured on a few of them: no test here asks how fast anything is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "LOGIT_BYTES", 2**18)
+        patch.setattr(time_scoring, "LOGIT_BYTES", 2**18)
         yield
 
 
@@ -50,10 +48,9 @@ def test_both_sides_answer_alike_and_ours_computes_less(speed):
 
 
 def test_the_table_shows_every_side_and_the_limit(speed):
-    made = tables.dense_scoring([speed, speed], "tiny")
+    made = time_scoring.dense_table([speed, speed], "tiny")
     assert [row[1] for row in made.body] == ["HFLM", "dart-eval, 3", "dart-eval, auto", "limit"] * 2
     assert all(len(row) == len(made.columns) for row in made.body)
-    assert made.rules == {4}
     text = markdown(made)
     assert "9 items, 36 answers" in text and str(speed.needed.tokens) in text
 
@@ -106,20 +103,21 @@ def test_a_task_without_answers_is_refused(tokenizer):
         measure(tiny("llama").float(), tokenizer, Tasks(), "smoke_summary", limit=2)
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-    (["--rounds", "0"], "--rounds 0 must be at least 1"), (["--tasks", ","], "no task"),
-    (["--format", "xml"], "unknown format"), (["--tasks", "nothing_such"], "nothing_such"),
-])  # fmt: skip
-def test_wrong_input_is_refused(indexed, words, message):
-    done = CliRunner().invoke(application(), ["bench", "scoring", *words])
-    assert isinstance(done.exception, UserError) and message in str(done.exception)
+def test_the_script_prints_dense_beside_hflm(saved_llama, capsys):
+    assert main(["--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", str(saved_llama)]) == 0
+    said = capsys.readouterr().out
+    assert "| smoke_stories | HFLM " in said and "3 items, 12 answers" in said
 
 
-def test_the_command_prints_json(saved_llama):
-    words = ["--tasks", "smoke_stories", "--limit", "3", "--rounds", "1", "--model", saved_llama]
-    done = CliRunner().invoke(application(), ["bench", "scoring", *words, "--format", "json"])
-    assert done.exit_code == 0, done.output
-    (found,) = json.loads(done.stdout)
-    assert (found["task"], found["items"], found["batch_size"]) == ("smoke_stories", 3, 8)
-    assert all(side["same"] for side in found["sides"])
+def test_methods_are_timed_beside_the_first(tokenizer):
+    """The last row is the first method again."""
+    methods = [make(*parse(spec)) for spec in ("griffin", "cats", "top-p:choice.p=0.5")]
+    model = tiny("llama").float()
+    rows = measure_methods(model, tokenizer, Tasks(), "smoke_questions", methods, 0.5, limit=2, rounds=2)
+    assert [(r.method, r.sparsity) for r in rows] == [
+        ("griffin", 0.5), ("cats", 0.5), ("top-p:choice.p=0.5", 0.0), ("griffin", 0.5)
+    ]  # fmt: skip
+    assert rows[0].ratio.median == 1 and all(r.seconds > 0 for r in rows)
+    assert [r.read for r in rows[:2]] == [0.5, 0.5] and 0 < rows[2].read < 0.5
+    with pytest.raises(UserError, match="dense does not prune"):
+        measure_methods(model, tokenizer, Tasks(), "smoke_questions", [make("dense")], 0.5)

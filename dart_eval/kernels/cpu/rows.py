@@ -1,0 +1,46 @@
+"""One token times a projection of bfloat16 weights on a CPU, at the speed of memory: torch's own product is slower."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dart_eval.kernels.cpu import build
+from dart_eval.kernels.cpu.library import Rows, functions
+
+
+class RowsProduct:
+    """x -> weight x + bias. Anything but one token goes to torch.
+
+    Args:
+        weight: [rows, width]. It is read where it lies, so that new values in it count.
+        bias: [rows], or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._job = Rows(weight.data_ptr(), bias.data_ptr() if bias is not None else None, None, None, *weight.shape)
+        self._call, self._level, self._at = functions()["rows_product"], build.level(None), ctypes.byref(self._job)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., rows]."""
+        rows, width = self.weight.shape
+        one = x.numel() == width and x.dtype == torch.bfloat16 and not x.requires_grad
+        if not one or torch.compiler.is_compiling():
+            return linear(x, self.weight, self.bias)
+        x, out = x.contiguous(), x.new_empty(*x.shape[:-1], rows)
+        self._job.x, self._job.out = x.data_ptr(), out.data_ptr()
+        self._call(self._at, self._level, torch.get_num_threads())
+        return out
+
+
+def lacking(weight: Tensor, bias: Tensor | None) -> str | None:
+    """Return why a product is torch's own, or None."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        return "the product is for rows of bfloat16 on a CPU"
+    if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous()):
+        return "the product is for a bias of bfloat16"
+    return build.missing()
