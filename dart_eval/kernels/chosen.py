@@ -6,7 +6,6 @@ rows of down; on a GPU Triton's kernels read rows of up and down (`gather`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,23 +56,6 @@ def best(scores: Tensor, count: int) -> Tensor:
     return rows
 
 
-class _Forward:
-    """A module's forward that can be replaced and restored."""
-
-    def __init__(self, module: object) -> None:
-        self.module = module
-        self.before = module.__dict__.get("forward")
-
-    def replace(self, forward: Callable[..., Tensor]) -> None:
-        self.module.__dict__["forward"] = forward
-
-    def put_back(self) -> None:
-        if self.before is None:
-            self.module.__dict__.pop("forward", None)
-        else:
-            self.module.__dict__["forward"] = self.before
-
-
 class ChosenRows(MaskRows):
     """The mask's neurons of one FFN, among which the single token of one sequence chooses.
 
@@ -99,7 +81,6 @@ class ChosenRows(MaskRows):
         self._chosen = False  # whether it has chosen and up has not run
         self._gated: Tensor | None = None  # gate's output, if up ran first (Falcon-H1)
         self._modules: tuple[Any, ...] = (ffn.gate, ffn.up, ffn.down)
-        self._forwards = [_Forward(m) for m in self._modules]
         self.kernels = gather.missing(self.rows.device) is None
 
     @property
@@ -124,12 +105,12 @@ class ChosenRows(MaskRows):
 
     def begin(self) -> None:
         super().begin()
-        for forward, new in zip(self._forwards, (self._gate, self._up, self._down), strict=True):
-            forward.replace(new)
+        for module, forward in zip(self._modules, (self._gate, self._up, self._down), strict=True):
+            self._forwards[module].replace(forward)
 
     def end(self) -> None:
-        for forward in self._forwards:
-            forward.put_back()
+        for module in self._modules:
+            self._forwards[module].put_back()
         super().end()
 
     def _gate(self, x: Tensor) -> Tensor:
@@ -145,7 +126,7 @@ class ChosenRows(MaskRows):
 
     def _choose(self, x: Tensor) -> Tensor:
         """Return gate's output, after the token has chosen by it."""
-        out = linear(x, self._modules[0].weight, self._modules[0].bias)
+        out = self._product(self._modules[0], x)
         act: Any = self.ffn.act
         self._taken = (act(out).flatten().float().abs() * self.norm).topk(self.taken, sorted=False).indices
         return out
@@ -154,13 +135,17 @@ class ChosenRows(MaskRows):
         """Return up's output, for at least the taken neurons."""
         module: Any = self.ffn.up
         if not self.kernels:
-            return linear(x, module.weight, module.bias)
+            return self._product(module, x)
         up = gather.read_rows(module.weight, self._taken, x.flatten())
         if module.bias is not None:
             up = up + module.bias[self._taken].float()
         out = x.new_zeros(*x.shape[:-1], self.count)
         out.view(-1)[self._taken] = up.to(x.dtype)
         return out
+
+    def _product(self, module: Any, x: Tensor) -> Tensor:
+        product = self._products.get(module)
+        return linear(x, module.weight, module.bias) if product is None else product(x)
 
     def _down(self, h: Tensor) -> Tensor:
         return self._write(h, h.flatten()[self._taken])

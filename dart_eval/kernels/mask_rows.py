@@ -1,19 +1,20 @@
 """Decoding on copies of a mask's rows: a pruned FFN is a dense one of K neurons.
 
 While a decoded token runs, copies of the mask's rows of gate and up and columns of down replace the projections'
-weights. The model's own weights are never written to, so only the module's references must be restored. A new mask
-copies the rows that changed.
+weights. On a CPU our own kernel multiplies copies of bfloat16 (`cpu.rows`), torch all others. The model's own weights
+are never written to, so only the module's references must be restored. A new mask copies the rows that changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dart_eval.kernels.cpu.rows import RowsProduct, lacking
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, is_conv1d
 
@@ -76,6 +77,25 @@ def _slots(ffn: FFN) -> list[Slot]:
     return slots
 
 
+class Forward:
+    """A module's forward that can be replaced and restored."""
+
+    def __init__(self, module: object) -> None:
+        self.module = module
+        self.before = module.__dict__.get("forward")
+
+    def replace(self, forward: Callable[..., Tensor]) -> None:
+        """Let the module run this one."""
+        self.module.__dict__["forward"] = forward
+
+    def put_back(self) -> None:
+        """Let the module run its own."""
+        if self.before is None:
+            self.module.__dict__.pop("forward", None)
+        else:
+            self.module.__dict__["forward"] = self.before
+
+
 class MaskRows:
     """The weights of a mask's neurons of one FFN, beside the model's own.
 
@@ -87,6 +107,8 @@ class MaskRows:
         self.ffn = ffn
         self.neurons: Tensor | None = None
         self._slots = _slots(ffn)
+        self._forwards = {m: Forward(m) for m in ffn.projections}
+        self._products: dict[nn.Module, RowsProduct] = {}  # by our kernel, of the projections that it takes
 
     @property
     def count(self) -> int:
@@ -126,6 +148,18 @@ class MaskRows:
     def _copy(self, neurons: Tensor) -> None:
         for slot in self._slots:
             slot.copy(neurons)
+        self.link()
+
+    def link(self) -> None:
+        """Point the kernel at the weights that are multiplied now."""
+        parts: dict[nn.Module, dict[str, Tensor]] = {m: dict(m.named_parameters()) for m in self.ffn.projections}
+        for slot in self._slots:
+            parts[slot.module][slot.name] = slot.part
+        self._products = {
+            m: RowsProduct(p["weight"].detach(), b if (b := p.get("bias")) is None else b.detach())
+            for m, p in parts.items()
+            if not is_conv1d(m) and lacking(p["weight"], p.get("bias")) is None
+        }
 
     def _change(self, rows: Tensor, neurons: Tensor) -> None:
         for slot in self._slots:
@@ -135,9 +169,13 @@ class MaskRows:
         """Let the projections multiply the mask's neurons."""
         for slot in self._slots:
             slot.put(slot.part)
+        for module, product in self._products.items():
+            self._forwards[module].replace(product)
 
     def end(self) -> None:
         """Restore the projections' own weights."""
+        for module in self._products:
+            self._forwards[module].put_back()
         for slot in self._slots:
             slot.put(slot.own)
 
