@@ -106,7 +106,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def page(summary: dict[str, Any]) -> str:
-    """The summary as docs/robustness.md."""
+    """The summary as results/robustness.md."""
     rows, packages = summary["rows"], ", ".join(f"{name} {v}" for name, v in summary["packages"].items())
     minutes = sum(row["seconds"] for row in rows) / 60
     about = f"Seed {summary['seed']}, Python {summary['python']}, {packages}, on a CPU, {minutes:.0f} minutes."
@@ -132,7 +132,7 @@ PAGE = """# Robustness
 
 `make torture` kills sweeps, prunes and restores models thousands of times, and damages every file that is read. It
 takes half an hour on two cores, resumes a stopped run, and exits with 1 if a trial falls. CI runs
-`make torture ARGS="--short"` with another seed every week. `make torture ARGS="--page docs/robustness.md"` writes this page.
+`make torture ARGS="--short"` with another seed every week. `make torture ARGS="--page results/robustness.md"` writes this page.
 
 {about}
 
