@@ -149,7 +149,7 @@ writes this page.
 |---|---|---|
 | kills | SIGKILL, SIGINT or SIGTERM comes at a random moment of `run`, `check` or `export`, in a new process once in \
 ten times; the same command follows | a finished record changes; the last records, samples, texts, baseline or export \
-differ from an undisturbed sweep's; half a file is left; a command ends with a traceback, a wrong status, or not at all |
+differ from an undisturbed sweep's; half a file is left; a command ends in a traceback, a wrong status, or not at all |
 | rounds | a model is pruned, generates and is restored; every seventh round is interrupted | a bit of a weight or \
 stride changes; a hook or forward is left; the dense text differs; memory or objects grow after the second lap |
 | fuzz | a file is damaged and read | there is a traceback, a refusal of several lines, no end in time, a file outside \
