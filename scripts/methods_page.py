@@ -117,9 +117,9 @@ of all groups.
 
 **Rounding is the control.** `--ffn-bits 4` rounds the FFN weights to 4 bits, with a scale of 16 bits for every 32
 weights, before anything else. Read counts bytes against the model's own 16 bits: rounding alone reads 4.5 / 16 = .28.
-Every method runs on such weights too, and its sparsity then is of these weights: `griffin` at sparsity 0.5 on 4 bits
-reads half of their codes and of the scales of gate and up, and all scales of down, each of which stands for 32 neurons:
-.146. Choices through images (`dart-plus`) pay for these scales first, and read .141.
+Every method runs on such weights too, and its sparsity then is of these weights. `griffin` at sparsity 0.5 on 4 bits
+reads half of their codes and of the scales of gate and up. Of down it reads all scales, since each stands for 32
+neurons: 14.6 % of the 16-bit bytes in all. Choices through previews (`dart-plus`) pay for these scales first: 14.1 %.
 
 These codes are symmetric. `--ffn-bits q4_k` rounds as llama.cpp's Q4_K does: 32 weights share a scale and a minimum of
 6 bits, and 256 weights share the factors of 16 bits that these are multiples of. That is 4.5 bits a weight, too, with a

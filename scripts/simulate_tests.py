@@ -1,4 +1,4 @@
-"""How often the paired tests raise a false alarm, and how often their intervals hold the truth (docs/statistics.md).
+"""How often the paired tests raise a false alarm, and how often their intervals hold the truth (docs/numbers.md).
 
     python scripts/simulate_tests.py [RUNS]
 

@@ -1,7 +1,7 @@
 """A number with its uncertainty: a smooth function of sums over documents, with an influence value for each of them.
 
 Means, differences and ratios of estimates are estimates, so a mean over tasks, its interval and the paired test of two
-rows all follow from the same documents. docs/statistics.md has the formulas and their sources.
+rows all follow from the same documents. docs/numbers.md has the formulas and their sources.
 """
 
 from __future__ import annotations

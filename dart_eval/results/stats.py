@@ -1,4 +1,4 @@
-"""Paired tests of one metric on the same documents under A and under B. docs/statistics.md has formulas and sources.
+"""Paired tests of one metric on the same documents under A and under B. docs/numbers.md has formulas and sources.
 
 Every metric here is a function of sums over documents. Each is linearised at the full sample into one influence value
 per document; their differences, summed within clusters, are what the tests see.

@@ -171,7 +171,7 @@ def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
     if shared:
         view.note(
             f"{', '.join(shared)}: methods calibrate on the same data set, {data_set}, so other texts would be a "
-            "fairer test (docs/footguns.md)"
+            "fairer test (docs/numbers.md)"
         )
 
 

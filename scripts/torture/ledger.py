@@ -106,13 +106,13 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def page(summary: dict[str, Any]) -> str:
-    """The summary as docs/robustness.md."""
+    """The summary as results/robustness.md."""
     rows, packages = summary["rows"], ", ".join(f"{name} {v}" for name, v in summary["packages"].items())
     minutes = sum(row["seconds"] for row in rows) / 60
     about = f"Seed {summary['seed']}, Python {summary['python']}, {packages}, on a CPU, {minutes:.0f} minutes."
-    lines = ["| what | tried | fell | how it went |", "| --- | --- | --- | --- |"]
+    lines = ["| what | tried | fell | how it went |", "|---|---|---|---|"]
     lines += [f"| {row['row']} | {row['tried']:,} | {len(row['fell'])} | {_went(row)} |" for row in rows]
-    fell = [f"* {row['row']}: `{' '.join(line.split())}`" for row in rows for line in row["fell"][:SHOWN]]
+    fell = [f"* {row['row']}: `{' '.join(line.split())[:160]}`" for row in rows for line in row["fell"][:SHOWN]]
     return PAGE.format(about=about, table="\n".join(lines), fell="\n".join(fell) or "Nothing.")
 
 
@@ -130,10 +130,10 @@ def _code() -> str:
 
 PAGE = """# Robustness
 
-`make torture` kills sweeps, prunes and restores models thousands of times, and damages everything that is read. It
-takes about half an hour on two cores, goes on where it was stopped, and exits with 1 if anything falls.
-`make torture ARGS="--short"` takes a minute or two; CI runs it, with another seed every week. This page was written by
-`make torture ARGS="--page docs/robustness.md"`.
+`make torture` kills sweeps, prunes and restores models thousands of times, and damages every file that is read. It
+takes half an hour on two cores, resumes a stopped run, and exits with 1 if a trial falls. CI runs
+`make torture ARGS="--short"` with another seed every week. `make torture ARGS="--page results/robustness.md"`
+writes this page.
 
 {about}
 
@@ -145,21 +145,16 @@ takes about half an hour on two cores, goes on where it was stopped, and exits w
 
 ## What counts as a fall
 
-* **Kills.** SIGKILL, SIGINT or SIGTERM comes at a random moment of `run`, `check` or `export`, and the same command is
-  given again. It falls if a finished record changes; if the last records, samples, texts, baseline or export differ
-  from an undisturbed sweep's; if half a file is left among results or exports; if a command ends with a traceback, with
-  another status than its signal's, or not at all. One start in ten is a new Python process; the others are forked from
-  one that has imported torch.
-* **Rounds.** A model is pruned, generates, and is restored; in every seventh round an interrupt comes in between. It
-  falls if a weight or a stride has changed by a bit, if a hook or a forward is left, if the dense text is another one,
-  or if memory or the number of objects grows between the second lap over all settings and the last.
-* **Fuzz.** A file is damaged (bits, cuts, moved pieces, values of other kinds) and read. It falls if there is a
-  traceback, a refusal of more than one line, or no end within the time limit; if a file is written outside the case's
-  folder, or a process started; if a finite number comes out that differs from the undisturbed one, although a check
-  guards it. Checksums guard records, samples, texts and journals. Every weight of a model that loads must be its
-  file's. Rows of data must hold a question, choices and an answer among them. "Read" means understood: the damage hit
-  nothing that counts, or made other valid input. Some cases are also given to the command in a new process.
+| trial | what happens | it falls if |
+|---|---|---|
+| kills | SIGKILL, SIGINT or SIGTERM comes at a random moment of `run`, `check` or `export`, in a new process once in \
+ten times; the same command follows | a finished record changes; the last records, samples, texts, baseline or export \
+differ from an undisturbed sweep's; half a file is left; a command ends in a traceback, a wrong status, or not at all |
+| rounds | a model is pruned, generates and is restored; every seventh round is interrupted | a bit of a weight or \
+stride changes; a hook or forward is left; the dense text differs; memory or objects grow after the second lap |
+| fuzz | a file is damaged and read | there is a traceback, a refusal of several lines, no end in time, a file outside \
+the folder, a new process, or a wrong number although a check guards it |
 
-A forged file has checksums that fit. Nobody can tell a forged number from a right one; everything else in it is
-checked.
+Checksums guard results and journals; a forged number with fitting checksums cannot be recognised. "Read" means that the
+damage hit nothing that counts, or made valid input.
 """

@@ -1,4 +1,4 @@
-"""The exact paired tests, by counting. docs/statistics.md says which metric has which.
+"""The exact paired tests, by counting. docs/numbers.md says which metric has which.
 
 McNemar (1947). On documents that only one of A and B gets right - b of them A, c of them B - each is as likely as the
 other if there is no difference: a fair coin for each of the b + c.

@@ -1,6 +1,7 @@
-"""Files of the package can be read in one go, and functions seen at one glance."""
+"""Files of the package can be read in one go, functions seen at one glance, and sentences of the docs understood."""
 
 import ast
+import re
 from pathlib import Path
 
 import dart_eval
@@ -24,3 +25,21 @@ def test_no_file_and_no_function_is_too_long():
     """One that is does two things: it becomes two, with names that say what they do."""
     found = list(_too_long())
     assert not found, "\n".join(found)
+
+
+# -- the docs ----------------------------------------------------------------------------------------------------------
+
+ROOT, WORDS = PACKAGE.parent, 40  # words at most
+
+
+def _sentences(page):
+    """A page's prose, item by item: no code, no tables, no headings; names in backticks do not count as words."""
+    text = re.sub(r"^```.*?^```|^(\||#|    ).*?$|`[^`]*`,?", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    for paragraph in re.split(r"\n\s*\n|\n\s*(?:[*-]|\d+\.) ", text):
+        yield from re.split(r"(?<=[.!?])[)*\"]*\s+", " ".join(paragraph.split()))
+
+
+def test_no_sentence_of_the_docs_is_too_long():
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/**/*.md"))]
+    found = [f"{page.name}: {said}" for page in pages for said in _sentences(page) if len(said.split()) > WORDS]
+    assert len(pages) > 30 and not found, "\n".join(found)

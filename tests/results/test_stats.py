@@ -106,7 +106,7 @@ def test_on_normal_data_the_bootstrap_agrees_with_the_t_test(shift):
     (12, "normal", 0.05), (12, "exponential", 0.085), (30, "exponential", 0.07), (30, "mostly equal", 0.05),
 ])  # fmt: skip
 def test_false_alarms_and_coverage_on_skewed_data(n, draw, most):
-    """The rates measured over many runs are in docs/statistics.md."""
+    """The rates measured over many runs are in docs/numbers.md."""
     generator = np.random.default_rng(2)
     makers = {
         "normal": lambda: generator.normal(size=n),
