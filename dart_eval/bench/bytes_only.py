@@ -107,7 +107,7 @@ def measure(
     check_timeable(method)
     ffns = find_ffns(model)
     if rounding is None:
-        why = lacking(method, ffns) or "it was run by masks"
+        why = lacking(method.at(1 - sparsity, served_bits(ffns)), ffns) or "it was run by masks"
     else:
         why = packed.lacking(model, rounding) or ALL_WEIGHTS
     shape, bench = shape_of(model, ffns), Bench(model, model, seed)

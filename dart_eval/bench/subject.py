@@ -23,6 +23,7 @@ from dart_eval.results.speeds import Speed
 from dart_eval.sweep.plan import environment
 from dart_eval.util.bits import Rounding
 from dart_eval.util.errors import UserError
+from dart_eval.weights.rounding import served_bits
 
 # Fields that a stored speed has by itself.
 FIELDS = ("method", "sparsity", "weights_read", "read", "bits", "speedup", "control", "ceiling")
@@ -77,13 +78,14 @@ class Subject:
         """Return why a method cannot run here at this sparsity, or None if it can."""
         return bytes_only.refused(self.model, method, sparsity, self.tokenizer)
 
-    def timed(self, method: Pruner) -> bool:
+    def timed(self, method: Pruner, sparsity: float) -> bool:
         """Whether a kernel turns the bytes that a method leaves out into time."""
-        return lacking(method, find_ffns(self.model)) is None
+        ffns = find_ffns(self.model)
+        return lacking(method.at(1 - sparsity, served_bits(ffns)), ffns) is None
 
     def measure(self, method: Pruner, sparsity: float, setting: Setting) -> DecodeSpeed | BytesOnly:
         """Time one method (`decode.measure`), or count its reads if there is nothing to time."""
-        if not self.timed(method):
+        if not self.timed(method, sparsity):
             return self.count(method, sparsity, setting)
         given = dataclasses.asdict(setting)
         return decode.measure(self.model, method, sparsity, tokenizer=self.tokenizer, **given)

@@ -70,6 +70,8 @@ class ChosenRows(MaskRows):
         kernels: whether Triton's kernels read the rows.
     """
 
+    chooses = True
+
     def __init__(self, ffn: FFN) -> None:
         super().__init__(ffn)
         self._slots = [slot for slot in self._slots if slot.module is not ffn.down]
@@ -100,7 +102,6 @@ class ChosenRows(MaskRows):
         self.rows.index_copy_(0, rows, self._down_rows.index_select(0, neurons))
 
     def prepare(self, norm: Tensor, taken: int, written: int) -> None:
-        """Set the norm ([K] fp32, root mean square of up x of the mask's neurons, by row) and the counts."""
         self.norm, self.taken, self.written = norm, taken, written
 
     def begin(self) -> None:

@@ -7,7 +7,7 @@ are never written to, so only the module's references must be restored. A new ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_eval.kernels.cpu.rows import RowsProduct, lacking
+from dart_eval.kernels.forward import Forward
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import encoded, is_conv1d
 
@@ -77,31 +78,15 @@ def _slots(ffn: FFN) -> list[Slot]:
     return slots
 
 
-class Forward:
-    """A module's forward that can be replaced and restored."""
-
-    def __init__(self, module: object) -> None:
-        self.module = module
-        self.before = module.__dict__.get("forward")
-
-    def replace(self, forward: Callable[..., Tensor]) -> None:
-        """Let the module run this one."""
-        self.module.__dict__["forward"] = forward
-
-    def put_back(self) -> None:
-        """Let the module run its own."""
-        if self.before is None:
-            self.module.__dict__.pop("forward", None)
-        else:
-            self.module.__dict__["forward"] = self.before
-
-
 class MaskRows:
     """The weights of a mask's neurons of one FFN, beside the model's own.
 
     Attributes:
         neurons: [K] long, the neuron of each row; None before there is a mask.
+        chooses: whether a token chooses among the rows.
     """
+
+    chooses = False
 
     def __init__(self, ffn: FFN) -> None:
         self.ffn = ffn
@@ -144,6 +129,12 @@ class MaskRows:
         self.neurons = self.neurons.index_copy(0, rows, new)
         self._change(rows, new)
         return len(new)
+
+    def prepare(self, norm: Tensor, taken: int, written: int) -> None:
+        """Set what a token chooses by: the norm, [K] fp32 by row, and the number of neurons that it takes and writes.
+
+        The norm is the root mean square of up x of the mask's neurons.
+        """
 
     def _copy(self, neurons: Tensor) -> None:
         for slot in self._slots:

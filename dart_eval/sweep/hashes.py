@@ -26,7 +26,7 @@ NO_NUMBER = (
     "evaluation/task_needs.py",
 )  # fmt: skip
 # Ways to decode faster with the same masks: `run` always multiplies by masks (`"execution": "masked"` in `plan.plan`).
-NOT_RUN = ("pruning/session/kernels.py", "pruning/choices/previewed.py")
+NOT_RUN = ("pruning/session/kernels.py", "pruning/choices/previewed.py", "pruning/choices/graded.py")
 
 
 @functools.cache  # a process runs the code that it has loaded, whatever becomes of the files

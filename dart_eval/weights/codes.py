@@ -22,6 +22,7 @@ from dart_eval.util.errors import UserError
 
 CHUNK = 1 << 22  # weights at a time
 PART = 1 << 18  # weights that are decoded at a time, so that they stay in a core's cache
+LINE = 4  # first bits, from which on a line stands for them
 NEAR = 2**-7  # most distance from the grid, of a group's largest weight, as weights have 16 bits
 
 
@@ -52,7 +53,8 @@ class Packed:
     def decoded(self, dtype: torch.dtype, first: int | None = None) -> Tensor:
         """Return [out, in], the values of the codes or of their first bits.
 
-        First bits stand for the mean of the matrix's codes that begin with them.
+        Four first bits and more stand for a line (`line`), fewer for the mean of the matrix's codes that begin so. At
+        30 % of the bytes dart-plus is as near to dense with either (KL .0233), at 22 % the mean is nearer (.107, .113).
 
         Args:
             first: bits of each code that are read; None: all.
@@ -74,25 +76,51 @@ class Packed:
             out[part] = values
         return out
 
-    @functools.cached_property
-    def _mean_codes(self) -> dict[int, Tensor]:
-        return {}
-
     def _begin(self, codes: Tensor, low: int) -> Tensor:
         """Return [n] int32, the first bits of codes, counted from 0. low: last bits that are not read."""
         return ((codes >> low).flatten().int()) + (2 ** (self.rounding.bits - 1) >> low)
 
     def _means(self, low: int) -> Tensor:
-        """Return fp32 the mean code of each value of first bits; 0 if none has it. low: as of `_begin`."""
-        if low not in self._mean_codes:
+        """Return fp32 what each value of first bits stands for (`decoded`). low: as of `_begin`."""
+        if self.rounding.bits - low >= LINE:
+            slope, middle = self.line(low)
             count = 2**self.rounding.bits >> low
-            sums, number = torch.zeros(2, count, dtype=torch.float64, device=self.codes.device)
-            for some in self.codes.split(max(1, CHUNK // self.codes.shape[1])):
-                begin = self._begin(some, low)
-                sums.index_add_(0, begin, some.flatten().double())
-                number += torch.bincount(begin, minlength=count)
-            self._mean_codes[low] = (sums / number.clamp_min(1)).float()
-        return self._mean_codes[low]
+            return torch.arange(count, device=self.codes.device).double().mul(slope).add(middle).float()
+        number, code = self._histogram, self._code
+        begin = self._begin(code, low).long()
+        sums, held = (torch.zeros(int(begin[-1]) + 1, dtype=torch.float64, device=code.device) for _ in range(2))
+        sums.index_add_(0, begin, number * code)
+        return (sums / held.index_add_(0, begin, number).clamp_min(1)).float()  # 0 where no code begins so
+
+    def line(self, low: int) -> tuple[float, float]:
+        """Return slope and offset of the codes over their first bits, by least squares over all of the matrix.
+
+        A kernel multiplies such a line in whole numbers, and adds the last bits to it (`kernels.cpu`).
+
+        Args:
+            low: last bits that are not read. First bits count from 0.
+        """
+        code, share = self._code.double(), self._histogram / self._histogram.sum()
+        first = self._begin(self._code, low).double()
+        away = first - share @ first
+        spread = float(share @ away.square())
+        slope = float(share @ (away * code)) / spread if spread else 2.0**low
+        return slope, float(share @ (code - slope * first))
+
+    @property
+    def _code(self) -> Tensor:
+        """All possible codes, ascending."""
+        half = 2 ** (self.rounding.bits - 1)
+        return torch.arange(-half, half, device=self.codes.device)
+
+    @functools.cached_property
+    def _histogram(self) -> Tensor:
+        """[2^bits] fp64, how often the matrix has each code."""
+        half = 2 ** (self.rounding.bits - 1)
+        number = torch.zeros(2 * half, dtype=torch.float64, device=self.codes.device)
+        for some in self.codes.split(max(1, CHUNK // self.codes.shape[1])):
+            number += torch.bincount(some.flatten().int() + half, minlength=2 * half)
+        return number
 
     @property
     def _together(self) -> int:

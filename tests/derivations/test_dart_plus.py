@@ -1,9 +1,9 @@
 """dart-plus (this project's own), token by token and neuron by neuron.
 
 FFN weights are whole numbers c of b bits, with a scale s for neighbours in a row: w = s c. The first p bits of c leave
-2^(b - p) values open, and stand for the mean of the matrix's numbers that begin so. A decoded token x reads the first
-bits of every row of gate and up: that gives g and u, the preview P = act(g) u, and with e = ||x|| times what first bits
-leave out of a row (root mean square)
+2^(b - p) values open. Of p >= 4 they stand for a line through the matrix's numbers, by least squares, and else for the
+mean of the numbers that begin so. A decoded token x reads the first bits of every row of gate and up: that gives g and
+u, the preview P = act(g) u, and with e = ||x|| times what first bits leave out of a row (root mean square)
 
     E = (act(g + e_g)^2 + act(g - e_g)^2) / 2 * (u^2 + e_u^2)            what h^2 is to be expected
 
@@ -54,11 +54,14 @@ def served(weight, text, order):
     return codes, scales, codes * scales
 
 
-def begun(codes, scales, low):
+def begun(codes, scales, bits, low):
     """What codes stand for without their last bits."""
     first = np.floor_divide(codes, 2**low)
-    mean = {begin: codes[first == begin].mean() for begin in {*first.flat}}
-    return scales * np.vectorize(mean.get)(first)
+    if bits - low < 4:
+        mean = {begin: codes[first == begin].mean() for begin in {*first.flat}}
+        return scales * np.vectorize(mean.get)(first)
+    slope, middle = np.polyfit(first.ravel(), codes.ravel(), 1)
+    return scales * (slope * first + middle)
 
 
 def by_hand(ffn, act, x, counts, setting, order):
@@ -78,7 +81,7 @@ def by_hand(ffn, act, x, counts, setting, order):
             part[columns] = x[columns]
     seen, off = [], []
     for (c, s, w), b in zip(rows, biases, strict=True):
-        images = [begun(c, s, bits - first), begun(c, s, bits - first + 1)]
+        images = [begun(c, s, bits, bits - first), begun(c, s, bits, bits - first + 1)]
         seen.append(sum(image @ part for image, part in zip(images, parts, strict=True)) + b)
         doubts = [kept16(np.sqrt(((w - image) ** 2).mean(1))) for image in images]
         off.append(np.sqrt(sum((np.linalg.norm(p) * d) ** 2 for p, d in zip(parts, doubts, strict=True))))
@@ -92,7 +95,7 @@ def by_hand(ffn, act, x, counts, setting, order):
     score = np.argsort(-np.maximum(expected - 0.8 * preview**2, 0) * norms, kind="stable")
     read, others = score[:taken], score[taken:]
     others = others[np.argsort(-(expected * norms)[others], kind="stable")][: writing - taken]
-    coarse = begun(codes, scales, bits - first)
+    coarse = begun(codes, scales, bits, bits - first)
     return written[:, read] @ exact[read] + coarse[:, others] @ preview[others], read, others
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, linear, relu, silu
 
 from dart_eval.kernels.cpu import build, library
 from dart_eval.kernels.cpu.ffns import CodedFFN, GradedFFN, KeptFFN, PlainFFN
-from dart_eval.kernels.cpu.packing import lacking, line_of
+from dart_eval.kernels.cpu.packing import lacking
 from dart_eval.kernels.top import top_k_mask
 from dart_eval.pruning.choices.choice import Token
 from dart_eval.pruning.choices.dart_plus import DartPlus
@@ -208,7 +208,7 @@ def image(held, line):
 
 
 def graded(packed, taken, coarse, act, level, known=0.2):
-    lines = [line_of(p) for p in packed]
+    lines = [p.line(p.rounding.bits - 4) for p in packed]
     twin = Twin(packed, taken, coarse, act, lines, known)
     ffn = GradedFFN(*packed, twin.doubts, twin.columns, taken, coarse, known, act, level)
     assert ffn.lines == lines
@@ -265,9 +265,14 @@ def test_all_neurons_exactly_are_the_ffn_of_all_bits(level, rounding):
     assert apart(ffn(x), dense(x, *values(packed))) < CLOSE
 
 
-def test_the_line_of_first_bits_is_nearly_their_means():
+def test_first_bits_stand_for_the_kernels_line():
+    """And nearly for the means of the codes that begin so."""
     held = coded(*matrices(512, 256), Rounding(8, 128))[0]
-    means, line = held.decoded(torch.float32, 4), image(held, line_of(held))
+    line = held.decoded(torch.float32, 4)
+    assert torch.allclose(line, image(held, held.line(4)).float(), atol=1e-6)
+    begin = held.codes >> 4
+    means = torch.stack([held.codes[begin == b].double().mean() for b in range(-8, 8)])[begin.long() + 8]
+    means = means * held.scales.double().repeat_interleave(128, 1)
     assert (line - means).norm() < 0.15 * (held.values - means).norm()
 
 

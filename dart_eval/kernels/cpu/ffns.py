@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from dart_eval.kernels.cpu import build
 from dart_eval.kernels.cpu.library import ACTS, Coded, Plain, call
-from dart_eval.kernels.cpu.packing import COLUMNS, FIRST, Codes, empty, line_of, pack
+from dart_eval.kernels.cpu.packing import COLUMNS, FIRST, Codes, empty, pack
 from dart_eval.weights.codes import Packed
 
 
@@ -154,7 +154,7 @@ class GradedFFN(CodedFFN):
     """The same as dart-plus reads it: the first 4 bits of gate and up, then the rest of the neurons most open.
 
     These write with all bits of down. The next ones write as the first bits of all matrices have them. The formulas are
-    those of `DartPlus` and `Preview.look`; first bits stand for what `line_of` says.
+    those of `DartPlus` and `Preview.look`; first bits stand for `Packed.line`.
 
     Args:
         gate, up, down, act, level: as of `CodedFFN`, of 5 bits at least.
@@ -176,7 +176,7 @@ class GradedFFN(CodedFFN):
         super().__init__(gate, up, down, act, level)
         if not self._rest:
             raise ValueError(f"codes of {self.codes.bits} bits are read at once")
-        self.lines = [line_of(held) for held in (gate, up, down)]
+        self.lines = [held.line(held.rounding.bits - FIRST) for held in (gate, up, down)]
         beside = self._job.padded - self.size
         self._doubts = pad(torch.stack(list(doubts)).float(), (0, beside)).contiguous()
         self._columns = pad(columns.float(), (0, beside)).contiguous()

@@ -80,24 +80,6 @@ def scales_of(held: Packed) -> Tensor:
     return scales if not 0 < group < width else scales.repeat_interleave(group // COLUMNS, 1)[:, : -(-width // COLUMNS)]
 
 
-def line_of(held: Packed) -> tuple[float, float]:
-    """What first bits stand for: a code of 4 first bits f is near slope * f + offset, by least squares over the codes.
-
-    In place of the mean code of each f (`Packed.decoded`), so that the other bits add to it. Of normal weights the two
-    are .11 of what they leave open apart (root mean squares).
-    """
-    bits = held.rounding.bits
-    half = 2 ** (bits - 1)
-    codes = torch.arange(-half, half, dtype=torch.float64)
-    first = ((codes.long() + half) >> (bits - FIRST)).double()
-    some = held.codes[:: max(1, held.codes.numel() >> 21)].flatten()  # rows with about two million codes
-    number = torch.bincount(some.int() + half, minlength=2 * half).double()
-    mean, middle = (number @ first) / number.sum(), (number @ codes) / number.sum()
-    spread = float(number @ (first - mean).square())
-    slope = float(number @ ((first - mean) * codes)) / spread if spread else 2.0 ** (bits - FIRST)
-    return slope, float(middle - slope * mean)
-
-
 @dataclass(frozen=True)
 class Codes:
     """The weights of one FFN.

@@ -196,8 +196,9 @@ class FirstBits(Image):
     """The first bits of the integer codes of FFN weights: nothing is stored twice.
 
     A session serves 16-bit weights as codes, to prompts too (`serving`). Weights rounded by `--ffn-bits`, and those of
-    checkpoints on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors), are codes already. First bits stand for
-    the mean of the matrix's codes that begin with them. This project's own.
+    checkpoints on an even grid (GGUF, GPTQ, AWQ, torchao, compressed-tensors), are codes already. Four first bits
+    stand for a line through the matrix's codes, by least squares; fewer for the mean of the codes that begin so. This
+    project's own.
     """
 
     name = "first-bits"

@@ -35,9 +35,9 @@ class PreviewLayer(ChoiceLayer):
     @functools.cached_property
     def preview(self) -> Preview:
         """The images of the layer, cached for the next cell."""
-        preview = _images(self.image, self.ffn, self.choice.adds)
+        preview = images_of(self.image, self.ffn, self.choice.adds)
         if self.fewer:
-            rougher = _images(self.image, self.ffn, False, self.fewer)
+            rougher = images_of(self.image, self.ffn, False, self.fewer)
             rougher = dataclasses.replace(rougher, biases=(None,) * len(preview.biases))
             preview = dataclasses.replace(preview, rougher=rougher)
         return preview if self.order is None else dataclasses.replace(preview, order=self.order)
@@ -68,7 +68,7 @@ _ROUGHER: WeightCache[Preview] = WeightCache()
 
 
 @torch.no_grad()
-def _images(image: Image, ffn: FFN, down: bool, fewer: int = 0) -> Preview:
+def images_of(image: Image, ffn: FFN, down: bool, fewer: int = 0) -> Preview:
     """Return the images of gate and up, and of `down` if asked. fewer: bits of each weight that they lack."""
     matrices = [*served_inputs(ffn), *([served_output(ffn)] if down else [])]
     inputs = ffn.matrices - 1

@@ -8,14 +8,13 @@ Outside of decoding forwards the projections have their own weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dart_eval.kernels.chosen import ChosenRows
 from dart_eval.kernels.mask_rows import MaskRows, unlike_plain
 from dart_eval.layers.ffn import FFN
 from dart_eval.pruning.inputs.attached import SwappedWeights
@@ -33,8 +32,6 @@ class Execution:
     """The execution of one session.
 
     Args:
-
-
         wanted: `masked`, `copied`, or `auto`: copied if all sequences have one mask.
         shared_mask: all sequences of a batch have one mask.
 
@@ -55,6 +52,7 @@ class Execution:
         self.swapped: SwappedWeights | None = None  # set by the session
         self.sliced: list[Tensor | None] | None = None
         self._runs = False  # whether projections accept the number of neurons in the mask
+        self._gatherer: Callable[[FFN], MaskRows] | None = None  # makes what reads only a token's choice
         self.wanted = self._possible(wanted)
 
     @property
@@ -65,7 +63,7 @@ class Execution:
     @property
     def gathers(self) -> bool:
         """Whether the single token reads only the rows that it chooses."""
-        return self.copies is not None and isinstance(self.copies[0], ChosenRows)
+        return self.copies is not None and self.copies[0].chooses
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +74,7 @@ class Execution:
         """The execution that this model allows. Quantised weights fall back to masks, with a warning."""
         if wanted == "masked" or not self.method.prunes:
             return wanted
+        self._gatherer = kernels.gatherer(self.method, self.ffns)
         if part := kernels.without_kernel(self.method, self.ffns):
             if wanted == "copied":
                 raise UserError(f"{part.title} has no kernels yet", "use execution='masked'")
@@ -107,7 +106,7 @@ class Execution:
         if self.wanted == "masked" or not one or not by_hand or (self.gathers and batch > 1):
             self.restore()
         if self.copies is None and self.wanted != "masked" and one and by_hand:
-            gather = kernels.gatherer(self.method, self.ffns) if batch == 1 else None
+            gather = self._gatherer if batch == 1 else None
             self.copies = [(gather or MaskRows)(f) for f in self.ffns]
 
     def move(self, state: SequenceState) -> None:
@@ -116,7 +115,7 @@ class Execution:
             return
         for layer, rows in zip(state.layers, self.copies, strict=True):
             rows.select(layer.mask[0])
-            if isinstance(rows, ChosenRows):
+            if rows.chooses:
                 context_rms = layer.context_rms(rows.neurons)
                 norm = torch.ones(rows.count, device=layer.mask.device) if context_rms is None else context_rms[0, 0]
                 rows.prepare(norm, int(layer.taken[0]), int(layer.written[0]))

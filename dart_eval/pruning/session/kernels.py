@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 from dart_eval.kernels import gather
 from dart_eval.kernels.chosen import ChosenRows
-from dart_eval.kernels.mask_rows import unlike_plain
+from dart_eval.kernels.mask_rows import MaskRows, unlike_plain
 from dart_eval.layers.ffn import FFN, device_of
 from dart_eval.layers.projection import is_conv1d
-from dart_eval.pruning.choices import previewed
+from dart_eval.pruning.choices import graded, previewed
+from dart_eval.pruning.choices.dart_plus import DartPlus
 from dart_eval.pruning.choices.preview import Previewing
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part
@@ -25,12 +26,14 @@ def without_kernel(method: Pruner, ffns: Sequence[FFN]) -> Part | None:
     return method.choice if method.choice.previews and gatherer(method, ffns) is None else None
 
 
-def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows] | None:
-    """Return the class that reads only a token's chosen rows: for gated FFNs, on a CPU or by Triton's kernels; or None.
+def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], MaskRows] | None:
+    """Return the class that reads only what a token chooses: for gated FFNs, on a CPU or by Triton's kernels; or None.
 
     With a preview, every token must choose the same number among all neurons.
     """
     choice = method.choice
+    if isinstance(choice, DartPlus):
+        return None if ungraded(method, ffns) else functools.partial(graded.GradedRows, choice=choice)
     possible = (
         choice.gathers
         and not method.mask.remask.dense_tokens
@@ -46,11 +49,20 @@ def gatherer(method: Pruner, ffns: Sequence[FFN]) -> Callable[[FFN], ChosenRows]
     return functools.partial(previewed.PreviewedRows, choice=choice)
 
 
+def ungraded(method: Pruner, ffns: Sequence[FFN]) -> str | None:
+    """Return why dart-plus' kernel does not run a method of that choice, or None."""
+    if not isinstance(method.choice, DartPlus) or not method.mask.holds_all:
+        return "the kernel chooses among all neurons"
+    return next(filter(None, (graded.lacking(method.choice, f) for f in ffns)), None)
+
+
 def lacking(method: Pruner, ffns: Sequence[FFN]) -> str | None:
     """Return why one sequence decodes no faster under a pruning method; None if it can be faster."""
     if reason := unlike_plain(ffns):
         return reason
     if part := without_kernel(method, ffns):
+        if isinstance(part, DartPlus) and (why := ungraded(method, ffns)):
+            return why
         how = f" with {part.image.title}" if isinstance(part, Previewing) else ""
         return f"{part.title}{how} has no kernels here"
     if method.mask.holds_all and gatherer(method, ffns) is None:

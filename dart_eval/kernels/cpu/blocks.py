@@ -1,0 +1,75 @@
+"""FFNs that a kernel runs as a whole while one token decodes: down(act(gate x) * up x) and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, relu, silu
+
+from dart_eval.kernels.cpu import build
+from dart_eval.kernels.cpu.library import ACTS
+from dart_eval.kernels.forward import Forward
+from dart_eval.layers.ffn import FFN, device_of
+from dart_eval.layers.quantised import bias_of
+
+TWINS: tuple[Callable[[Tensor], Tensor], ...] = (silu, lambda x: gelu(x, approximate="tanh"), gelu, relu)
+CLOSE = 1e-6  # to a twin, of an activation whatever its name; GELU by tanh and by erf are 5e-4 apart
+
+
+def act_of(ffn: FFN) -> str | None:
+    """Return the name among `ACTS` of an FFN's activation, told by its values; None: it is none of them."""
+    x = torch.linspace(-8, 8, 257)
+    act: Any = ffn.act
+    with torch.no_grad():
+        own = (act.forward if isinstance(act, nn.Module) else act)(x)  # without hooks, which belong to the model
+    return next((n for n, twin in zip(ACTS, TWINS, strict=True) if torch.allclose(own, twin(x), atol=CLOSE)), None)
+
+
+@torch.no_grad()
+def lacking(ffn: FFN) -> str | None:
+    """Return why no kernel here runs an FFN as a whole, or None."""
+    if reason := build.missing():
+        return reason
+    modules: list[Any] = ffn.projections
+    plain = ffn.gate is not None and ffn.norm is None and ffn.lift is None and ffn.routed is None
+    if not plain or any(bias_of(m) is not None for m in modules):
+        return f"the kernel runs gated FFNs without norms and biases, and that of layer {ffn.number} is another"
+    if device_of(ffn).type != "cpu" or any(m.weight.dtype not in (torch.bfloat16, torch.float16) for m in modules):
+        return "the kernel is for models of 16 bits on a CPU"
+    if act_of(ffn) is None:
+        return f"the kernel has no {type(ffn.act).__name__}"
+    x = torch.randn(1, 1, ffn.width, generator=torch.Generator().manual_seed(0)).to(modules[0].weight.dtype)
+    with contextlib.suppress(Exception):  # a block that takes more than x is another one, too
+        if ffn.block is not ffn.holder and torch.equal(ffn.block(x), ffn.down(ffn.intermediate(x))):
+            return None
+    return f"{type(ffn.block).__name__} does more than its projections"
+
+
+class Block:
+    """The block of an FFN, which a kernel replaces for one token.
+
+    Args:
+        kernel: [1, D] -> [1, D].
+    """
+
+    def __init__(self, ffn: FFN, kernel: Callable[[Tensor], Tensor]) -> None:
+        self.kernel = kernel
+        self._own: Callable[..., Tensor] = ffn.block.forward
+        self._forward = Forward(ffn.block)
+
+    def begin(self) -> None:
+        """Let the kernel run single tokens."""
+        self._forward.replace(self._run)
+
+    def end(self) -> None:
+        """Let the block run its own forward."""
+        self._forward.put_back()
+
+    def _run(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return self._own(x, *others, **named)
+        return self.kernel(x.reshape(1, -1)).view(x.shape)

@@ -1,0 +1,79 @@
+"""dart-plus at the speed of memory: a kernel reads first bits of all neurons, and the rest of those that are taken."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dart_eval.kernels.cpu import blocks, packing
+from dart_eval.kernels.cpu.ffns import GradedFFN
+from dart_eval.kernels.mask_rows import MaskRows
+from dart_eval.layers.ffn import FFN
+from dart_eval.pruning.calibration.weight_cache import WeightCache
+from dart_eval.pruning.choices.dart_plus import DartPlus
+from dart_eval.pruning.choices.images import Columns, FirstBits
+from dart_eval.pruning.choices.previews import images_of
+from dart_eval.weights.rounding import coded, on_grid, parameter_of
+
+_CACHE: WeightCache[GradedFFN] = WeightCache()
+
+
+def lacking(choice: DartPlus, ffn: FFN) -> str | None:
+    """Return why no kernel here runs a choice on an FFN, or None."""
+    image = choice.image
+    if any(on_grid(m) for m in ffn.projections):
+        return "the kernel takes weights of 16 bits, which it rounds itself"
+    if not isinstance(image, FirstBits) or image.served is None or image.first(image.code) != packing.FIRST:
+        return f"the kernel previews by {packing.FIRST} first bits"
+    if choice.columns(ffn.width) != Columns():
+        return "the kernel previews by all columns"
+    if image.code == packing.FIRST:
+        return f"the kernel needs codes of more than {packing.FIRST} bits"
+    reasons = (packing.lacking(image.served, width) for width in (ffn.width, ffn.size))
+    return next(filter(None, reasons), None) or blocks.lacking(ffn)
+
+
+@torch.no_grad()
+def packed(choice: DartPlus, ffn: FFN) -> GradedFFN:
+    """Return the kernel with the codes of an FFN, cached for the next session."""
+
+    def make() -> GradedFFN:
+        preview, act = images_of(choice.image, ffn, down=True), blocks.act_of(ffn)
+        gate, up, down = (m for m in map(coded, ffn.projections) if m is not None)
+        assert preview.columns is not None and act is not None
+        return GradedFFN(gate, up, down, preview.row_errors, preview.columns, 0, 0, choice.known, act)
+
+    own = [parameter_of(m) for m in ffn.projections]
+    return _CACHE.get(ffn.up, own, (choice.image, choice.known), make)
+
+
+class GradedRows(MaskRows):
+    """One FFN whose single token reads first bits of all neurons, and the rest of those that it takes."""
+
+    chooses = True
+
+    def __init__(self, ffn: FFN, choice: DartPlus) -> None:
+        super().__init__(ffn)
+        self._slots = []
+        self.kernel = packed(choice, ffn)
+        self._block = blocks.Block(ffn, self.kernel)
+
+    @property
+    def nbytes(self) -> int:
+        return self.kernel.nbytes
+
+    @property
+    def rows_read(self) -> tuple[float, ...]:
+        return (self.kernel.read / (6 * self.ffn.width),) * 3  # as rows of 16 bits
+
+    def select(self, mask: Tensor) -> int:
+        return 0
+
+    def prepare(self, norm: Tensor, taken: int, written: int) -> None:
+        self.kernel.grade(taken, written - taken)
+
+    def begin(self) -> None:
+        self._block.begin()
+
+    def end(self) -> None:
+        self._block.end()

@@ -1,0 +1,96 @@
+"""dart-plus through its kernel: what masks compute, in the session, on models that have one."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dart_eval.kernels.cpu import blocks, build
+from dart_eval.layers.find import find_ffns
+from dart_eval.pruning.prune import prune
+from dart_eval.pruning.registry import make, parse
+from dart_eval.pruning.session.kernels import lacking
+from tests.helpers.models import random_tokens, tiny
+
+pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"{build.missing()}")
+PROMPT = torch.tensor([random_tokens(20, seed=4)])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5,
+        head_dim=26, vocab_size=tiny("llama").config.vocab_size,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).bfloat16().eval()
+
+
+def written(model, sparsity, execution="auto"):
+    with prune(model, "dart-plus", sparsity, execution=execution) as run:
+        made = model.generate(
+            PROMPT, max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True, min_length=30
+        )
+        assert run.execution == ("copied" if execution == "auto" else execution)
+        return torch.cat(made.logits).float(), made.sequences, run.weights_read
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_the_kernel_writes_what_masks_write(model, sparsity):
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    logits, tokens, read = written(model, sparsity)
+    wanted, expected, of_masks = written(model, sparsity, "masked")
+    assert torch.equal(tokens, expected) and read == of_masks
+    assert (logits - wanted).norm() < 2e-2 * wanted.norm()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert all("forward" not in f.block.__dict__ for f in find_ffns(model))
+
+
+def test_what_a_token_reads_is_the_label(model):
+    with prune(model, "dart-plus", 0.7) as run:
+        model.generate(PROMPT, max_new_tokens=3, do_sample=False)
+        assert run.execution == "copied" and run.executing.nbytes > 0
+        everything = sum(2 * p.weight.numel() for f in run.ffns for p in f.projections)
+        bytes_read = sum(sum(rows.rows_read) * 2 * rows.ffn.width for rows in run.copies)
+    # Rows are filled up to whole groups of 128 in memory: of 130 columns to 256. Of real widths nothing is.
+    assert bytes_read / everything == pytest.approx(0.3 * 256 / 130, rel=0.1)
+
+
+def test_a_batch_runs_by_masks(model):
+    with prune(model, "dart-plus", 0.7) as run:
+        model.generate(PROMPT.repeat(2, 1), max_new_tokens=2, do_sample=False)
+        assert run.execution == "masked"
+
+
+def doubled(ffn):
+    ffn.block.forward = lambda x: 2 * ffn.down(ffn.intermediate(x))
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    (lambda f: f.down.float(), "for models of 16 bits"), (lambda f: setattr(f, "act", torch.nn.Tanh()), "has no Tanh"),
+    (lambda f: setattr(f.up, "bias", torch.nn.Parameter(torch.ones(301))), "without norms and biases"),
+    (doubled, "LlamaMLP does more than its projections"),
+])  # fmt: skip
+def test_what_the_kernel_cannot_run_has_a_reason(model, change, reason):
+    ffn = find_ffns(LlamaForCausalLM(model.config).bfloat16().eval())[1]
+    assert blocks.lacking(ffn) is None
+    change(ffn)
+    assert reason in blocks.lacking(ffn)
+
+
+@pytest.mark.parametrize(("spec", "read", "reason"), [
+    ("dart-plus", 0.2, "by 4 first bits"), ("dart-plus:image.group=32", 0.3, "groups of 128"),
+    ("dart-plus:image.code=7:image.bits=4", 0.3, "read 4, 5, 6 or 8 bits"),
+    ("dart-plus:choice.fine=0.5", 0.3, "all columns"), ("dart-plus", 0.3, None), ("dart-plus", 0.5, None),
+])  # fmt: skip
+def test_what_settings_have_a_kernel(model, spec, read, reason):
+    found = lacking(make(*parse(spec)).at(read), find_ffns(model))
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("act", blocks.ACTS)
+def test_activations_are_known_by_their_values(model, act):
+    ffn = find_ffns(model)[0]
+    twin = blocks.TWINS[blocks.ACTS.index(act)]
+    assert blocks.act_of(type("F", (), {"act": staticmethod(twin)})()) == act
+    assert blocks.act_of(type("F", (), {"act": staticmethod(lambda x: twin(x) * 1.001)})()) is None
+    assert blocks.act_of(ffn) == "silu"
