@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from dart_eval.sweep import thinking, values
 from dart_eval.sweep.habits import translate
@@ -21,6 +22,7 @@ from dart_eval.sweep.values import Refused, short_repr
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.machine import has_cuda
+from dart_eval.util.text import Json
 from dart_eval.util.yamls import read_mapping
 
 if TYPE_CHECKING:
@@ -123,7 +125,7 @@ class RunConfig(Options):
             raise UserError(f"output {folder} cannot be written", "choose another --output")
 
 
-def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
+def config_from(file: str | Path | None, given: Json) -> RunConfig:
     """Defaults, then the YAML file, then what was given on the command line (None: not given).
 
     Raises:
@@ -135,9 +137,9 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def configs_from(file: str | Path | None, given: Mapping[str, Any]) -> list[RunConfig]:
+def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
     """See `config_from`: one for each seed."""
-    merged: dict[str, Any] = {}
+    merged: Json = {}
     if file is not None:
         for key, value in read_mapping(file, "config", "tasks: [arc, hellaswag]").items():
             name = str(key).replace("-", "_")
@@ -163,7 +165,7 @@ def configs_from(file: str | Path | None, given: Mapping[str, Any]) -> list[RunC
     return found
 
 
-def made(given: Mapping[str, Any], where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:
+def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:
     """A configuration of these values and the defaults.
 
     Args:
@@ -183,7 +185,7 @@ def made(given: Mapping[str, Any], where: Mapping[str, str] | None = None, place
             raise _refused(first) from None
 
 
-def checked(name: str, value: Any) -> Any:
+def checked(name: str, value: object) -> Any:
     """One value as `RunConfig` has it.
 
     Raises:
@@ -192,7 +194,7 @@ def checked(name: str, value: Any) -> Any:
     return getattr(made({name: value}), name)
 
 
-def _refused(error: Mapping[str, Any]) -> UserError:
+def _refused(error: ErrorDetails) -> UserError:
     """One of pydantic's errors, as a user is told it."""
     name, value, kind, told = str(error["loc"][0]), error["input"], str(error["type"]), error.get("ctx", {})
     if isinstance(refused := told.get("error"), Refused):

@@ -9,12 +9,12 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from dart_eval.sweep import values
 from dart_eval.sweep.options import DEFAULTS, option_of, typed
 from dart_eval.sweep.values import short_repr
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import Json
 
 # Another name of an option, without a word.
 SYNONYMS = {
@@ -132,7 +132,7 @@ def _logger(name: str, given: str) -> list[str]:
     return ["--log", name, *(["--log-project", str(project)] if project is not None else [])]
 
 
-def translate(given: dict[str, Any]) -> None:
+def translate(given: Json) -> None:
     """Replace what lm-eval calls otherwise, in options by name.
 
     Raises:
@@ -164,7 +164,7 @@ def translate(given: dict[str, Any]) -> None:
             )
 
 
-def _model_args(given: Any) -> dict[str, Any]:
+def _model_args(given: object) -> Json:
     """`--model-args` as keys and values: `pretrained=NAME,dtype=bfloat16`, or JSON."""
     text = ",".join(given) if isinstance(given, list) and all(isinstance(item, str) for item in given) else given
     if isinstance(text, str) and text.lstrip().startswith("{"):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from lm_eval.api.group import Group
@@ -98,11 +98,11 @@ def plan_all(
         config.check()
         methods_of(config)  # cheap checks first
 
-    def tokenizer() -> Any:
+    def tokenizer() -> object:
         return model and model.load_tokenizer()
 
     # lm-eval writes the number of shots into a task, and some make as many documents as are asked: one for each.
-    shelves: dict[Any, Tasks] = {}
+    shelves: dict[tuple[object, ...], Tasks] = {}
     jobs: dict[str, Job] = {}
     missing: dict[str, str] = {}
     for config in configs:
@@ -139,7 +139,7 @@ def plan_all(
     return jobs, missing
 
 
-def _tasks(config: RunConfig, tokenizer: Callable[[], Any]) -> Tasks:
+def _tasks(config: RunConfig, tokenizer: Callable[[], object]) -> Tasks:
     """What a configuration finds tasks with. tokenizer: gives the model's, once that is found."""
     return Tasks(
         config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
@@ -317,5 +317,5 @@ def open_cell(store: Store, job: Job, view: View, since: float | None = None) ->
 class Silent:
     """A view that shows nothing."""
 
-    def __getattr__(self, _name: str) -> Callable[..., Any]:
+    def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None

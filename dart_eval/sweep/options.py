@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from dart_eval.sweep import values
 from dart_eval.sweep.values import MOST
+from dart_eval.util.text import Json
 
 # Panels of the help.
 TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", "Cluster"
@@ -182,7 +183,7 @@ class Options:
     # fmt: on
 
 
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
+DEFAULTS: Json = {f.name: f.default for f in fields(Options)}
 HINTS = get_type_hints(Options)
 
 

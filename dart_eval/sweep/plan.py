@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.pruning.method import Pruner
@@ -24,6 +24,7 @@ from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, of_role, opti
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.source import PACKAGE, source_hash
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from dart_eval.models.loading import Resolved
@@ -41,7 +42,7 @@ class Cell:
     method: Pruner
     sparsity: float
     task: str
-    inputs: dict[str, Any] = field(compare=False)
+    inputs: Json = field(compare=False)
     rounding: Rounding | None = None
 
     @property
@@ -74,7 +75,7 @@ def methods_of(config: RunConfig) -> list[Pruner]:
         name, params = parse(spec)
         method = make(name, params)
         given = {path.partition(".")[0] for path in params}
-        ours: dict[str, Any] = {}
+        ours: Json = {}
         if config.allocation is not None and "allocation" not in given and not method.mask.fixed:
             ours["allocation"] = config.allocation
         for path in ("score.seed", "draw.seed"):
@@ -146,9 +147,9 @@ def command(config: RunConfig, cell: Cell) -> str:
     return command_line(words, told)
 
 
-def _call(cell: Cell, options: Mapping[str, Any]) -> str:
+def _call(cell: Cell, options: Json) -> str:
     """The line of Python that makes a cell of a loaded model, which no command can name."""
-    said: dict[str, Any] = {"tasks": cell.task, "method": cell.method.spec}
+    said: Json = {"tasks": cell.task, "method": cell.method.spec}
     if cell.method.sized:
         said["sparsity"] = cell.sparsity
     if cell.rounding is not None:
@@ -180,7 +181,7 @@ def _method_code(method: Pruner) -> str | None:
     return " ".join(sources) or None
 
 
-def _calibration(config: RunConfig) -> tuple[str, dict[str, Any]]:
+def _calibration(config: RunConfig) -> tuple[str, Json]:
     """Hash of the calibration text, and what is read of it where that is not all."""
     from dart_eval.evaluation.calibration_text import calibration_text
 
@@ -193,7 +194,7 @@ def _file_hash(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def command_line(words: Sequence[str], options: Mapping[str, Any]) -> str:
+def command_line(words: Sequence[str], options: Json) -> str:
     """A line for a shell: `words`, then the options that are not None, by the names of `RunConfig`."""
     line = [*words]
     for key, value in options.items():

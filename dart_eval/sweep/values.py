@@ -14,18 +14,20 @@ import typing
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import ValidationInfo
 
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError
-from dart_eval.util.text import items_of
+from dart_eval.util.text import Json, items_of
 from dart_eval.util.yamls import short_repr
 
 FIELDS = "griffin:remask=drift:remask.window=8"  # an example
 MOST = 2**32  # no count of anything is as large
+P = ParamSpec("P")
+T = TypeVar("T")
 AUTO = "auto"  # as a batch size: as many as fit
 STEPS = 100  # sparsities of a range, at most
 DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # as --calibration takes it
@@ -46,32 +48,32 @@ class Refused(ValueError):
         self.told = told
 
 
-def _refusing(read: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing(read: Callable[P, T]) -> Callable[P, T]:
     """The function, with its UserErrors as pydantic takes them."""
 
     @functools.wraps(read)
-    def reading(*args: Any) -> Any:
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return read(*args)
+            return read(*args, **kwargs)
         except UserError as error:
             raise Refused(error) from None
 
     return reading
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """A value as Python has it: numpy's numbers and arrays become plain, a path its text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return str(value) if isinstance(value, Path) else value
 
 
-def words(hint: Any) -> tuple[str, ...]:
+def words(hint: object) -> tuple[str, ...]:
     """The words of a `Literal`; none of any other type."""
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 @_refusing
-def text(value: Any, info: ValidationInfo) -> str | None:
+def text(value: object, info: ValidationInfo) -> str | None:
     """A text that is not empty (a cue may be)."""
     if value is None:
         return None
@@ -82,7 +84,7 @@ def text(value: Any, info: ValidationInfo) -> str | None:
     return value
 
 
-def dtype(value: Any) -> Any:
+def dtype(value: object) -> Any:
     """A number format by its usual short name, too: bf16, fp16, half, fp32."""
     return DTYPES.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -96,20 +98,20 @@ def device(value: str) -> str:
 
 
 @_refusing
-def texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+def texts(value: object, info: ValidationInfo) -> tuple[str, ...]:
     """A list of texts."""
     return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in items_of(value))
 
 
 @_refusing
-def methods(value: Any) -> tuple[str, ...]:
+def methods(value: object) -> tuple[str, ...]:
     """Methods as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
     items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else items_of(value)
     return tuple(_method(item) for item in items)
 
 
 @_refusing
-def sparsities(value: Any) -> tuple[float, ...]:
+def sparsities(value: object) -> tuple[float, ...]:
     """Numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {short_repr(value)}", "for example 0.5,0.7")
@@ -119,14 +121,14 @@ def sparsities(value: Any) -> tuple[float, ...]:
 
 
 @_refusing
-def ffn_bits(value: Any) -> tuple[str, ...]:
+def ffn_bits(value: object) -> tuple[str, ...]:
     """Bits of an FFN weight, each as it is written in full: `16`, `4`, `4:64`."""
     made = [parse_bits(str(item)) for item in items_of(value)]
     return tuple(dict.fromkeys(str(OWN_BITS) if bits is None else bits.text for bits in made))
 
 
 @_refusing
-def limit(value: Any) -> float | None:
+def limit(value: object) -> float | None:
     """A number of documents, or a share of them below 1."""
     if value is None or (isinstance(value, float) and 0 < value < 1):
         return value
@@ -143,7 +145,7 @@ def limit(value: Any) -> float | None:
 
 
 @_refusing
-def generation(value: Any, info: ValidationInfo) -> str | None:
+def generation(value: object, info: ValidationInfo) -> str | None:
     """Settings of generation in one spelling, `do_sample=true,temperature=0.5`."""
     if value is None:
         return None
@@ -154,13 +156,13 @@ def generation(value: Any, info: ValidationInfo) -> str | None:
     return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
 
 
-def _finite(item: Any) -> bool:
+def _finite(item: object) -> bool:
     """Whether a value, or all in it, is no NaN and no infinity."""
     inside = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
     return all(map(_finite, inside)) and not (isinstance(item, float) and not math.isfinite(item))
 
 
-def pairs(name: str, value: Any) -> dict[str, Any]:
+def pairs(name: str, value: object) -> Json:
     """`a=1,b=[2, 3]` as lm-eval reads it, in one text or several; a mapping is one already.
 
     Args:
@@ -172,7 +174,7 @@ def pairs(name: str, value: Any) -> dict[str, Any]:
     example = f"write {name.replace('_', '-')} as KEY=VALUE,KEY=VALUE"
     if isinstance(value, dict):
         return {_text(f"a key of {name}", key): item for key, item in value.items()}
-    found: dict[str, Any] = {}
+    found: Json = {}
     for item in _apart(",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))):
         key, equals, said = item.partition("=")
         if not equals or not key.strip():
@@ -183,7 +185,7 @@ def pairs(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def seeds(value: Any) -> list[Any]:
+def seeds(value: object) -> list[Any]:
     """One seed or several, each once.
 
     Of the four that lm-eval takes (Python, numpy, torch, few-shot), as in 0,1234,1234,1234, the first is meant.
@@ -205,12 +207,12 @@ def number(text: str) -> float | str:
 
 
 @_refusing
-def batch_size(value: Any) -> int | str:
+def batch_size(value: object) -> int | str:
     """See `check_batch_size`."""
     return check_batch_size(value)
 
 
-def check_batch_size(value: Any) -> int | str:
+def check_batch_size(value: object) -> int | str:
     """A batch size as given, if it is one.
 
     Raises:
@@ -227,12 +229,12 @@ def check_batch_size(value: Any) -> int | str:
         raise UserError(f"--batch-size {said} is no batch size", "give a whole number from 1, or auto") from None
 
 
-def no_text(name: str, value: Any, wanted: str = "text") -> UserError:
+def no_text(name: str, value: object, wanted: str = "text") -> UserError:
     """The error for a value that is no text."""
     return UserError(f"{name} must be {wanted}, not {short_repr(value)}", "put quotes around it if it is meant so")
 
 
-def _text(name: str, value: Any, wanted: str = "text") -> str:
+def _text(name: str, value: object, wanted: str = "text") -> str:
     if not isinstance(value, (str, Path)):
         raise no_text(name, value, wanted)
     if "\0" in str(value):
@@ -240,7 +242,7 @@ def _text(name: str, value: Any, wanted: str = "text") -> str:
     return str(value)
 
 
-def _method(item: Any) -> str:
+def _method(item: object) -> str:
     if not isinstance(item, dict):
         text = _text("method", item, "text or a list of texts")
         if text.lower() == "all":
@@ -298,7 +300,7 @@ def _guessed(said: str) -> Any:
     return said
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """How a value is typed, so that `_guessed` has it again."""
     if isinstance(value, bool):
         return str(value).lower()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ from dart_eval.sweep.plan import Cell, command, environment, versions
 from dart_eval.util.bits import Rounding, bits_text, unread
 from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.machine import hardware, peak_memory
+from dart_eval.util.text import Json
 from dart_eval.weights import rounding
 from dart_eval.weights.rounding import Rounded
 
@@ -177,7 +178,7 @@ class Worker:
             self.lm.budget = whole
 
     def _record(
-        self, job: Job, outcome: TaskResult, state: int, measured: dict[str, Any], share: float, inputs: float,
+        self, job: Job, outcome: TaskResult, state: int, measured: Json, share: float, inputs: float,
         computed: float,
     ) -> Record:  # fmt: skip
         """The record of a cell.

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dart_eval.results.record import Record
 from dart_eval.sweep.config import RunConfig
@@ -56,7 +56,7 @@ class _Workers:
 
     def __init__(self, sweep: Sweep, configs: Sequence[RunConfig], skip_missing: bool) -> None:
         self.sweep, self.asked = sweep, (configs, skip_missing, time.time())
-        self.heard: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
+        self.heard: queue.Queue[tuple[_Worker, tuple[str, tuple[Any, ...]] | None]] = queue.Queue()
         self.workers: dict[int, _Worker] = {}
         self.deaths: Counter[str] = Counter()
         self.count, self.cards = configs[0].workers, _cards(configs[0])
@@ -191,11 +191,11 @@ def serve() -> None:
 class _Report:
     """A view that hands on what it is shown: `started`, `advanced`, `finished` ... with their arguments."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: IO[bytes]) -> None:
         self._out, self._lock, self._begun = out, threading.Lock(), False
 
     def __getattr__(self, what: str) -> Callable[..., None]:
-        def report(*arguments: Any) -> None:
+        def report(*arguments: object) -> None:
             self._begun = self._begun or what == "started"
             if what in ("planned", "status") or (what == "note" and not self._begun):  # of the plan, which stands
                 return
