@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from dart_eval.sweep.options import DEFAULTS, HINTS
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dart_eval.models.loaded import Loaded
     from dart_eval.sweep.config import RunConfig
+    from dart_eval.sweep.jobs import View
 
 
 def evaluate(
@@ -25,8 +27,8 @@ def evaluate(
     *,
     tasks: str | Sequence[str],
     progress: bool | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
+    **options: object,
+) -> list[Json]:
     """Run methods at sparsities on tasks, as `dart-eval run` does; finished cells are read, not run again.
 
         dart_eval.evaluate(tasks="smoke_questions", method=["dense", "dart"], sparsity=0.5, limit=20)
@@ -86,7 +88,7 @@ evaluate.__signature__ = signature(evaluate).replace(  # type: ignore[attr-defin
 )
 
 
-def _view(progress: bool | None) -> Any:
+def _view(progress: bool | None) -> contextlib.AbstractContextManager[View]:
     """What shows how far a run is."""
     from dart_eval.cli.view import TerminalView
     from dart_eval.sweep.jobs import Silent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import Field
 
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part, kind_of, takes
@@ -16,7 +16,7 @@ def tree(method: Pruner) -> list[tuple[str, str]]:
     return [*_tree(method, "", 0)]
 
 
-def _tree(owner: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
+def _tree(owner: Pruner | Part, path: str, depth: int) -> Iterator[tuple[str, str]]:
     paths = {id(part): where for where, part in slots(owner, path)}
     for name in slot_names(type(owner)):
         part = getattr(owner, name)
@@ -54,7 +54,7 @@ def alternatives(method: Pruner) -> dict[str, list[str]]:
     return {slot: found[slot] for slot in parts() if slot in found}
 
 
-def _help(cls: type[Part], field: Any) -> str:
+def _help(cls: type[Part], field: Field[object]) -> str:
     """One line: what a field means, the words that it may be, and its bounds."""
     kind, bounds = kind_of(cls, field.name), field.metadata
     if isinstance(kind, tuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import typer
+from typer.models import OptionInfo
 
 from dart_eval.cli import complete
 from dart_eval.sweep import values
@@ -35,13 +36,13 @@ def takes(*names: str) -> Callable[[Verb], Verb]:
     Args:
         names: of options, see `sweep.options`.
     """
-    shared: dict[str, Any] = {}
+    shared: dict[str, object] = {}
     for name in sorted(names, key=lambda name: PANELS.index(about(name).panel)):
         shared |= _of_run(name)
 
     def wrap(verb: Verb) -> Verb:
         @functools.wraps(verb)
-        def called(**given: Any) -> None:
+        def called(**given: object) -> None:
             for off in [name for name in given if name.startswith("no_") and name in shared]:
                 if given.pop(off):
                     given[off[3:]] = False
@@ -59,11 +60,11 @@ def takes(*names: str) -> Callable[[Verb], Verb]:
     return wrap
 
 
-def _of_run(name: str) -> dict[str, Any]:
+def _of_run(name: str) -> dict[str, object]:
     """The annotation of an option of a run; of a flag also that of what switches it off. The less useful is hidden."""
     kind, known, default = typed(name), about(name), default_of(name)
     text = f"{help_of(name)}  \\[default: {default}]" if default else help_of(name)
-    more: dict[str, Any] = {"parser": values.number} if name == "limit" else {}
+    more = {"parser": values.number} if name == "limit" else {}
     if kind is bool:
         on, off = option_of(name), f"--no-{option_of(name)[2:]}"
         return {
@@ -82,7 +83,7 @@ def _of_run(name: str) -> dict[str, Any]:
     return {name: Annotated[list[str] | None if kind is list else kind | None, field]}
 
 
-def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: Any = (), **more: Any) -> Any:
+def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: Any = (), **more: Any) -> OptionInfo:
     """An option that no run has.
 
     Args:
@@ -96,7 +97,7 @@ def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: 
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, autocompletion=complete_with, **more)
 
 
-def count(help: str, panel: str) -> Any:
+def count(help: str, panel: str) -> OptionInfo:
     """An option that takes a whole number from 1 on."""
 
     def checked(param: typer.CallbackParam, value: int) -> int:
@@ -107,7 +108,9 @@ def count(help: str, panel: str) -> Any:
     return own(help, panel, "N", callback=checked)
 
 
-def one_of(known: Sequence[str], what: str, help: str, panel: str | None = None, metavar: str | None = None) -> Any:
+def one_of(
+    known: Sequence[str], what: str, help: str, panel: str | None = None, metavar: str | None = None
+) -> OptionInfo:
     """An option that takes one of a few words.
 
     Args:
@@ -126,7 +129,7 @@ def one_of(known: Sequence[str], what: str, help: str, panel: str | None = None,
     return own(help, panel, metavar or "|".join(known), offers=known, callback=checked)
 
 
-def chosen(**given: Any) -> RunConfig:
+def chosen(**given: object) -> RunConfig:
     """What a verb is told that a run is told too; wrong words are refused before torch is imported."""
     return made({name: value for name, value in given.items() if value is not None})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,6 +13,7 @@ from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +31,7 @@ NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "as
 def run(
     model_args: options.ModelArgs = None, config: options.Config = None,
     plan: options.Plan = False, format: options.RunFormat = "table", verbose: options.Verbose = False,
-    **given: Any,
+    **given: object,
 ) -> None:  # fmt: skip
     """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end.
 
@@ -151,7 +152,7 @@ def _next(records: Sequence[Record], everything: Sequence[Record], output: str) 
     return f"{line}   dart-eval compare {folder} --method {shlex.quote(','.join(pruned))}"
 
 
-def understood(file: Path | None, given: dict[str, Any]) -> list[RunConfig]:
+def understood(file: Path | None, given: Json) -> list[RunConfig]:
     """What to run, one of each seed, with names that exist: wrong input is refused before torch is imported.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
@@ -28,7 +27,7 @@ def trace(
     output: options.TraceOutput = Path("trace.json"),
     plot: options.TracePlot = None,
     save_allocation: options.TraceSaveAllocation = None,
-    **given: Any,
+    **given: object,
 ) -> None:
     """Show what a method does with one prompt: the drift signal, alarms, new masks, neurons kept in each layer.
 

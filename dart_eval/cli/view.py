@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import rich.table
 from rich import box
@@ -32,10 +32,13 @@ from dart_eval.results import metrics
 from dart_eval.results.format import with_error
 from dart_eval.results.writers import Table, data_text, finite, latex, markdown, pieces
 from dart_eval.util import files
-from dart_eval.util.text import PLAIN, folded, json_text, printable
+from dart_eval.util.text import PLAIN, Json, folded, json_text, printable
 
 if TYPE_CHECKING:
+    from rich.progress import Task, TaskID
+
     from dart_eval.results.record import Metric, Record
+    from dart_eval.sweep.plan import Cell
 
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
@@ -47,7 +50,7 @@ LASTS = 5.0  # seconds between lines of a log on what a run waits for
 class _TimeLeft(TimeRemainingColumn):
     """With its name, as it stands beside the time that has passed; nothing where the end is unknown."""
 
-    def render(self, task: Any) -> Text:
+    def render(self, task: Task) -> Text:
         return Text.assemble(super().render(task), " left") if task.total else Text()
 
 
@@ -81,9 +84,9 @@ class TerminalView:
             TimeElapsedColumn(), _TimeLeft(),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
-        self._bar: Any = None  # of what is waited for
-        self._all: Any = None
-        self._cells: dict[str, Any] = {}  # the bars of cells under way, by key
+        self._bar: TaskID | None = None  # of what is waited for
+        self._all: TaskID  # of all cells
+        self._cells: dict[str, TaskID] = {}  # the bars of cells under way, by key
         self._step = self._said = ""  # what is waited for, and what of it was last said in a log
         self._soon: object = None  # the timer under way is known by it
         self._under_way: dict[str, _Count] = {}  # by key
@@ -100,10 +103,10 @@ class TerminalView:
     def status(self, text: str) -> None:
         """A step before a cell's first answers, or while none can run: said once it lasts; of many now and then."""
         self._step = printable(text)
-        if self.live and self._bar is None:
-            self._bar = self.progress.add_task(self._step, total=None)
-        elif self.live:
+        if self.live and self._bar is not None:
             self.progress.update(self._bar, description=self._step)
+        elif self.live:
+            self._bar = self.progress.add_task(self._step, total=None)
         elif self._soon is None and self._step != self._said:
             self._soon = object()
             timer = threading.Timer(LASTS, self._say_step, [self._soon])
@@ -134,14 +137,14 @@ class TerminalView:
         self._count, self._over = cells, finished
         self._all = self.progress.add_task("all cells", total=cells, completed=finished)
 
-    def started(self, cell: Any, requests: int) -> None:
+    def started(self, cell: Cell, requests: int) -> None:
         """A cell begins."""
         self._go_on()
         if cell.key not in self._cells:
             self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
             self._under_way[cell.key] = _Count(requests, time.monotonic())
 
-    def advanced(self, cell: Any, requests: int) -> None:
+    def advanced(self, cell: Cell, requests: int) -> None:
         """Requests of a cell under way were answered; in a log a cell that lasts still says that it runs."""
         if self.live:
             self._go_on()
@@ -151,7 +154,7 @@ class TerminalView:
             if not self.live and time.monotonic() - self._spoke > EVERY:
                 self._say(self._under_way[cell.key].line(self._over + 1, self._count, printable(cell.title)))
 
-    def finished(self, cell: Any, record: Record) -> None:
+    def finished(self, cell: Cell, record: Record) -> None:
         """A cell's line."""
         self._go_on()
         shown = ", ".join(
@@ -162,7 +165,7 @@ class TerminalView:
         self._say(("done", "green"), f" {printable(cell.title):<34} {printable(shown)}{sparsity}{more}")
         self._next(cell)
 
-    def failed(self, cell: Any, error: str, where: Path) -> None:
+    def failed(self, cell: Cell, error: str, where: Path) -> None:
         """A failed cell's line."""
         self._go_on()
         self._say(("failed", "red"), f" {printable(cell.title):<32} {printable(error)} (traceback: {where})")
@@ -186,7 +189,7 @@ class TerminalView:
         room = max(20, self.console.width - BESIDE)
         return title if len(title) <= room else f"{title[: room - 1]}…"
 
-    def _next(self, cell: Any) -> None:
+    def _next(self, cell: Cell) -> None:
         self.progress.advance(self._all)
         self._over += 1
         self._under_way.pop(cell.key, None)
@@ -216,9 +219,9 @@ def settle_streams() -> None:
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=PLAIN)
 
 
-def console(**options: Any) -> Console:
+def console(stderr: bool = False, soft_wrap: bool = False, width: int | None = None) -> Console:
     """A terminal that shows texts as they are: no words coloured, none taken for a picture's name."""
-    return Console(highlight=False, emoji=False, **options)
+    return Console(highlight=False, emoji=False, stderr=stderr, soft_wrap=soft_wrap, width=width)
 
 
 def problem(text: str) -> None:
@@ -256,7 +259,7 @@ def put(text: str) -> None:
     sys.stdout.write(printable(text, lines=True))
 
 
-def output(data: list[dict[str, Any]], tables: Sequence[Table], format: str) -> None:
+def output(data: list[Json], tables: Sequence[Table], format: str) -> None:
     """Data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
     if format == "json":
         say(json_text(finite(data)))
