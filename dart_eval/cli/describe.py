@@ -12,7 +12,7 @@ from dart_eval.pruning.spelling import plain_fields, slot_names, slots, text_of
 
 
 def tree(method: Pruner) -> list[tuple[str, str]]:
-    """Every part and field of a method, indented: what a user types, and what it means."""
+    """Return every part and field of a method, indented: what a user types, and what it means."""
     return [*_tree(method, "", 0)]
 
 
@@ -29,22 +29,18 @@ def _tree(owner: Pruner | Part, path: str, depth: int) -> Iterator[tuple[str, st
 
 
 def part_rows(cls: type[Part]) -> list[tuple[str, str]]:
-    """A part and its fields with their defaults."""
+    """Return a part and its fields with their defaults."""
     rows = [(f"{cls.slot}={cls.name}", cls.summary)]
     for field in plain_fields(cls):
         rows.append((f"  {cls.slot}.{field.name}={text_of(field.default)}", _help(cls, field)))
     for name in slot_names(cls):
-        rows.append(
-            (
-                f"  {name}={cls.__dataclass_fields__[name].default.name}",
-                "a part: `dart-eval ls parts` shows which there are",
-            )
-        )
+        default = cls.__dataclass_fields__[name].default.name
+        rows.append((f"  {name}={default}", "a part: `dart-eval ls parts` shows which there are"))
     return rows
 
 
 def alternatives(method: Pruner) -> dict[str, list[str]]:
-    """Slot -> the names of the parts that it takes; another mask may ask for other parts beside it."""
+    """Return slot -> names of the parts that fit. Another mask may need other parts in the other slots."""
     found = {}
     for owner in (method, *method.parts()):
         for name in slot_names(type(owner)):
@@ -55,7 +51,7 @@ def alternatives(method: Pruner) -> dict[str, list[str]]:
 
 
 def _help(cls: type[Part], field: Field[object]) -> str:
-    """One line: what a field means, the words that it may be, and its bounds."""
+    """Return the meaning of a field in one line, with its words and bounds."""
     kind, bounds = kind_of(cls, field.name), field.metadata
     if isinstance(kind, tuple):
         return f"{bounds['help']} ({', '.join(kind)})"

@@ -48,7 +48,7 @@ LASTS = 5.0  # seconds between lines of a log on what a run waits for
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """With its name, as it stands beside the time that has passed; nothing where the end is unknown."""
+    """The time left, with its name beside the time that has passed; nothing where the end is unknown."""
 
     def render(self, task: Task) -> Text:
         return Text.assemble(super().render(task), " left") if task.total else Text()
@@ -56,7 +56,7 @@ class _TimeLeft(TimeRemainingColumn):
 
 @dataclass
 class _Count:
-    """How far a cell is: requests in all, when it began (seconds), requests answered."""
+    """Progress of a cell: its requests, its start (seconds), answered requests."""
 
     requests: int
     start: float
@@ -70,9 +70,9 @@ class _Count:
 
 
 class TerminalView:
-    """Progress of a run on stderr, as the executor reports it: bars on a terminal, lines in a log.
+    """Progress of a run on stderr: bars on a terminal, lines in a log.
 
-    In a log a line says what the run waits for, where that lasts, and now and then how far it is.
+    A line of a log names what the run waits for, if that lasts, and from time to time the progress of a cell.
     """
 
     def __init__(self) -> None:
@@ -87,10 +87,10 @@ class TerminalView:
         self._bar: TaskID | None = None  # of what is waited for
         self._all: TaskID  # of all cells
         self._cells: dict[str, TaskID] = {}  # the bars of cells under way, by key
-        self._step = self._said = ""  # what is waited for, and what of it was last said in a log
-        self._soon: object = None  # the timer under way is known by it
+        self._step = self._said = ""  # what is waited for, and what a log last said of it
+        self._soon: object = None  # identifies the timer under way
         self._under_way: dict[str, _Count] = {}  # by key
-        self._count, self._over, self._spoke = 0, 0, time.monotonic()  # cells; those that are over; when a line came
+        self._count, self._over, self._spoke = 0, 0, time.monotonic()  # cells, ended cells, time of the last line
 
     def __enter__(self) -> TerminalView:
         self.progress.start()
@@ -101,7 +101,7 @@ class TerminalView:
         self.progress.stop()
 
     def status(self, text: str) -> None:
-        """A step before a cell's first answers, or while none can run: said once it lasts; of many now and then."""
+        """Show a step while no cell answers. A log names it if it lasts."""
         self._step = printable(text)
         if self.live and self._bar is not None:
             self.progress.update(self._bar, description=self._step)
@@ -122,7 +122,7 @@ class TerminalView:
             self._say(f"{self._step} ...")
 
     def _go_on(self) -> None:
-        """Nothing is waited for any more."""
+        """Remove the step: nothing is waited for any more."""
         self._step = ""
         self._soon = None  # not cancelled: that takes a lock, which a signal can leave taken for good
         if self._bar is not None:
@@ -130,7 +130,7 @@ class TerminalView:
             self._bar = None
 
     def planned(self, cells: int, finished: int) -> None:
-        """The plan: how many cells, how many of them were finished earlier."""
+        """Show the plan: the number of cells, and of those finished earlier."""
         self._go_on()
         if finished:
             self.console.print(f"{finished} of {cells} cells are finished already")
@@ -138,14 +138,14 @@ class TerminalView:
         self._all = self.progress.add_task("all cells", total=cells, completed=finished)
 
     def started(self, cell: Cell, requests: int) -> None:
-        """A cell begins."""
+        """Begin the bar of a cell."""
         self._go_on()
         if cell.key not in self._cells:
             self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
             self._under_way[cell.key] = _Count(requests, time.monotonic())
 
     def advanced(self, cell: Cell, requests: int) -> None:
-        """Requests of a cell under way were answered; in a log a cell that lasts still says that it runs."""
+        """Count answered requests of a cell. A log names a long cell from time to time."""
         if self.live:
             self._go_on()
         if cell.key in self._cells:
@@ -155,7 +155,7 @@ class TerminalView:
                 self._say(self._under_way[cell.key].line(self._over + 1, self._count, printable(cell.title)))
 
     def finished(self, cell: Cell, record: Record) -> None:
-        """A cell's line."""
+        """Print the line of a finished cell."""
         self._go_on()
         shown = ", ".join(
             f"{_place(m, record)}{m.metric} {with_error(m.metric, m.value, m.stderr)}" for m in headline(record.metrics)
@@ -166,17 +166,17 @@ class TerminalView:
         self._next(cell)
 
     def failed(self, cell: Cell, error: str, where: Path) -> None:
-        """A failed cell's line."""
+        """Print the line of a failed cell."""
         self._go_on()
         self._say(("failed", "red"), f" {printable(cell.title):<32} {printable(error)} (traceback: {where})")
         self._next(cell)
 
     def note(self, text: str) -> None:
-        """Something a person should know."""
+        """Print something that a person should know."""
         self._say((printable(text), "yellow"))
 
     def about(self, text: str) -> None:
-        """What the run is, in a line at its beginning."""
+        """Print what the run is, in a line at its beginning."""
         self._go_on()
         self._say(printable(text))
 
@@ -185,7 +185,7 @@ class TerminalView:
         self.console.print(Text.assemble(*parts))
 
     def _short(self, title: str) -> str:
-        """A title that leaves room for its bar and the times beside it."""
+        """Return a title that leaves room for its bar and the times beside it."""
         room = max(20, self.console.width - BESIDE)
         return title if len(title) <= room else f"{title[: room - 1]}…"
 
@@ -198,7 +198,7 @@ class TerminalView:
 
 
 def headline(found: Sequence[Metric]) -> list[Metric]:
-    """The one number per task that a line shows."""
+    """Return the one number per task that a line shows."""
     own = [m for m in found if m.part_of is None]
     return metrics.main(own) or own[:1]
 
@@ -208,34 +208,34 @@ def _place(metric: Metric, record: Record) -> str:
 
 
 def _some(count: int | None, what: str) -> str:
-    """So many of something, after a comma; nothing where there are none."""
+    """Return a count after a comma; nothing for none."""
     return f", {count} {what}{'s' if count > 1 else ''}" if count else ""
 
 
 def settle_streams() -> None:
-    """Have files and pipes take UTF-8, whatever the locale; what a terminal cannot show is spelled out."""
+    """Write UTF-8 to files and pipes, whatever the locale; spell out what a terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=PLAIN)
 
 
 def console(stderr: bool = False, soft_wrap: bool = False, width: int | None = None) -> Console:
-    """A terminal that shows texts as they are: no words coloured, none taken for a picture's name."""
+    """Return a terminal that shows texts as they are: no word is coloured or replaced by an emoji."""
     return Console(highlight=False, emoji=False, stderr=stderr, soft_wrap=soft_wrap, width=width)
 
 
 def problem(text: str) -> None:
-    """What is wrong, on stderr."""
+    """Print an error on stderr."""
     console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "red"), f" {printable(text)}"))
 
 
 def say(text: str, err: bool = False) -> None:
-    """Lines for a person."""
+    """Print lines for a person."""
     print(printable(text, lines=True), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def listed(rows: Sequence[tuple[str, str]], least: int = 0) -> None:
-    """Two columns for a person, the left one at least so wide; on a terminal no line is longer than it is wide."""
+    """Print two columns, the left one at least `least` characters wide; lines on a terminal fit into it."""
     width = max([least, *(len(left) for left, _ in rows)])
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for left, text in rows:
@@ -243,7 +243,7 @@ def listed(rows: Sequence[tuple[str, str]], least: int = 0) -> None:
 
 
 def hanging(left: str, text: str, room: int | None) -> str:
-    """`left`, then `text`, which goes on below itself where the line would be longer than `room`; None: it may be."""
+    """Return `left`, then `text`, wrapped below itself at `room` characters; None: not wrapped."""
     indent = len(left) + 2
     if room is None or not text:
         return f"{left}  {text}".rstrip()
@@ -255,12 +255,12 @@ def hanging(left: str, text: str, room: int | None) -> str:
 
 
 def put(text: str) -> None:
-    """A text for a person or a program, as it is."""
+    """Print a text for a person or a program, as it is."""
     sys.stdout.write(printable(text, lines=True))
 
 
 def output(data: list[Json], tables: Sequence[Table], format: str) -> None:
-    """Data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
+    """Print data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
     if format == "json":
         say(json_text(finite(data)))
     elif format == "csv":
@@ -275,7 +275,7 @@ def output(data: list[Json], tables: Sequence[Table], format: str) -> None:
 
 
 def show(table: Table) -> None:
-    """A table on the terminal.
+    """Print a table on the terminal.
 
     Where it is wider than the terminal, it comes in pieces of fewer columns, and names of methods go over several
     lines. No number is broken.
@@ -297,7 +297,7 @@ def show(table: Table) -> None:
 
 
 def _drawn(table: Table, cells: Sequence[Sequence[str]]) -> rich.table.Table:
-    """The table with these texts in its cells."""
+    """Return the table with these texts in its cells."""
     title = Text(printable(table.title))
     drawn = rich.table.Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
@@ -312,18 +312,18 @@ def _drawn(table: Table, cells: Sequence[Sequence[str]]) -> rich.table.Table:
 
 
 def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    """Characters of a table's lines: of each column its widest, and a gap or the edges."""
+    """Return the characters of a table's lines: the widest text of each column, and a gap or the edges."""
     texts = zip(columns, *cells, strict=True)
     return sum(2 + max(cell_len(line) for text in column for line in text.split("\n")) for column in texts)
 
 
 def print_note(text: str) -> None:
-    """Something a person should know, apart from the results."""
+    """Print something that a person should know, apart from the results."""
     say(text, err=True)
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a file that the user named; said where it is one to be found again, not a stream.
+    """Write a file that the user named, and name it on the terminal unless it is a stream.
 
     Raises:
         UserError: it cannot be written.
