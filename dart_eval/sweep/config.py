@@ -63,7 +63,7 @@ class RunConfig(Options):
         return self.calibration_tokens or (None if whole else values.DATA_SET_TOKENS)
 
     def check(self) -> None:
-        """Refuse options that contradict each other, and what no run could use.
+        """Refuse options that contradict each other, and values that no run could use.
 
         Raises:
             UserError: the first thing that is wrong.
@@ -101,9 +101,9 @@ class RunConfig(Options):
             raise UserError("--calibration-seed draws passages, and all is read", "give --calibration-tokens too")
 
     def check_output(self) -> None:
-        """Refuse an output folder that could not be written, and data that are not there, before torch is loaded.
+        """Refuse an output folder that cannot be written, and missing data, before torch is loaded.
 
-        Apart from `check`, as workers on other nodes do not see these folders.
+        Apart from `check`, since workers on other nodes do not see these folders.
 
         Raises:
             UserError: with the reason.
@@ -126,7 +126,7 @@ class RunConfig(Options):
 
 
 def config_from(file: str | Path | None, given: Json) -> RunConfig:
-    """Defaults, then the YAML file, then what was given on the command line (None: not given).
+    """Return a configuration: the command line (None: not given) over the YAML file over the defaults.
 
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong, or there are several seeds.
@@ -138,7 +138,7 @@ def config_from(file: str | Path | None, given: Json) -> RunConfig:
 
 
 def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
-    """See `config_from`: one for each seed."""
+    """Return `config_from` for each seed."""
     merged: Json = {}
     if file is not None:
         for key, value in read_mapping(file, "config", "tasks: [arc, hellaswag]").items():
@@ -166,10 +166,10 @@ def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
 
 
 def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:
-    """A configuration of these values and the defaults.
+    """Return a configuration of these values and the defaults.
 
     Args:
-        where: name -> what comes before a message about its value. place: what comes after one about an unknown name.
+        where: name -> beginning of a message about its value. place: end of a message about an unknown name.
 
     Raises:
         UserError: a name or a value is wrong.
@@ -186,7 +186,7 @@ def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -
 
 
 def checked(name: str, value: object) -> Any:
-    """One value as `RunConfig` has it.
+    """Return one value as `RunConfig` has it.
 
     Raises:
         UserError: it is wrong.
@@ -195,7 +195,7 @@ def checked(name: str, value: object) -> Any:
 
 
 def _refused(error: ErrorDetails) -> UserError:
-    """One of pydantic's errors, as a user is told it."""
+    """Return one of pydantic's errors in our words."""
     name, value, kind, told = str(error["loc"][0]), error["input"], str(error["type"]), error.get("ctx", {})
     if isinstance(refused := told.get("error"), Refused):
         return refused.told

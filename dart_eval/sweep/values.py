@@ -1,6 +1,6 @@
 """The values of a run's configuration that are more than one number or word: read as typed, or refused.
 
-Each of these is called by pydantic (see `config`), which collects ValueErrors alone: `Refused` carries ours through it.
+pydantic calls each function here (see `config`). It collects only ValueErrors, so `Refused` carries ours through it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Refused(ValueError):
 
 
 def _refusing(read: Callable[P, T]) -> Callable[P, T]:
-    """The function, with its UserErrors as pydantic takes them."""
+    """Return the function with its UserErrors wrapped for pydantic."""
 
     @functools.wraps(read)
     def reading(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -62,19 +62,19 @@ def _refusing(read: Callable[P, T]) -> Callable[P, T]:
 
 
 def plain(value: object) -> Any:
-    """A value as Python has it: numpy's numbers and arrays become plain, a path its text."""
+    """Return a value of Python: numbers and arrays of numpy become plain, a path its text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return str(value) if isinstance(value, Path) else value
 
 
 def words(hint: object) -> tuple[str, ...]:
-    """The words of a `Literal`; none of any other type."""
+    """Return the words of a `Literal`; none for another type."""
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 @_refusing
 def text(value: object, info: ValidationInfo) -> str | None:
-    """A text that is not empty (a cue may be)."""
+    """Return a text that is not empty (a cue may be)."""
     if value is None:
         return None
     name = str(info.field_name)
@@ -85,13 +85,13 @@ def text(value: object, info: ValidationInfo) -> str | None:
 
 
 def dtype(value: object) -> Any:
-    """A number format by its usual short name, too: bf16, fp16, half, fp32."""
+    """Return a number format, known by its usual short name too: bf16, fp16, half, fp32."""
     return DTYPES.get(value.lower(), value) if isinstance(value, str) else value
 
 
 @_refusing
 def device(value: str) -> str:
-    """A device as torch spells it; whether there is one of that name is known later."""
+    """Return a device as torch spells it; whether it exists shows later."""
     if not DEVICE.fullmatch(value):
         raise UserError(f"unknown device {value!r}", "auto, cpu, cuda, cuda:1, mps")
     return value
@@ -99,20 +99,20 @@ def device(value: str) -> str:
 
 @_refusing
 def texts(value: object, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts."""
+    """Return a list of texts."""
     return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in items_of(value))
 
 
 @_refusing
 def methods(value: object) -> tuple[str, ...]:
-    """Methods as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
+    """Return methods as typed; `{"griffin": {"remask": "drift"}}` in its spelling in one line."""
     items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else items_of(value)
     return tuple(_method(item) for item in items)
 
 
 @_refusing
 def sparsities(value: object) -> tuple[float, ...]:
-    """Numbers in [0, 1), ranges of them in full."""
+    """Return numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {short_repr(value)}", "for example 0.5,0.7")
     from dart_eval.pruning.masks.counts import check_sparsity  # not for `--help`: it takes a tenth of a second
@@ -122,14 +122,14 @@ def sparsities(value: object) -> tuple[float, ...]:
 
 @_refusing
 def ffn_bits(value: object) -> tuple[str, ...]:
-    """Bits of an FFN weight, each as it is written in full: `16`, `4`, `4:64`."""
+    """Return bits of an FFN weight, each written in full: `16`, `4`, `4:64`."""
     made = [parse_bits(str(item)) for item in items_of(value)]
     return tuple(dict.fromkeys(str(OWN_BITS) if bits is None else bits.text for bits in made))
 
 
 @_refusing
 def limit(value: object) -> float | None:
-    """A number of documents, or a share of them below 1."""
+    """Return a number of documents, or a share of them below 1."""
     if value is None or (isinstance(value, float) and 0 < value < 1):
         return value
     if type(value) is not int:
@@ -146,7 +146,7 @@ def limit(value: object) -> float | None:
 
 @_refusing
 def generation(value: object, info: ValidationInfo) -> str | None:
-    """Settings of generation in one spelling, `do_sample=true,temperature=0.5`."""
+    """Return settings of generation in one spelling, `do_sample=true,temperature=0.5`."""
     if value is None:
         return None
     found = pairs(str(info.field_name), value)
@@ -157,16 +157,16 @@ def generation(value: object, info: ValidationInfo) -> str | None:
 
 
 def _finite(item: object) -> bool:
-    """Whether a value, or all in it, is no NaN and no infinity."""
+    """Return whether neither a value nor anything inside it is NaN or infinite."""
     inside = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
     return all(map(_finite, inside)) and not (isinstance(item, float) and not math.isfinite(item))
 
 
 def pairs(name: str, value: object) -> Json:
-    """`a=1,b=[2, 3]` as lm-eval reads it, in one text or several; a mapping is one already.
+    """Return the values of `a=1,b=[2, 3]` as lm-eval reads it, in one text or several, or of a mapping.
 
     Args:
-        name: of the option, for people.
+        name: of the option, for messages.
 
     Raises:
         UserError: it is neither.
@@ -186,7 +186,7 @@ def pairs(name: str, value: object) -> Json:
 
 
 def seeds(value: object) -> list[Any]:
-    """One seed or several, each once.
+    """Return one seed or several, each once.
 
     Of the four that lm-eval takes (Python, numpy, torch, few-shot), as in 0,1234,1234,1234, the first is meant.
     """
@@ -199,7 +199,7 @@ def seeds(value: object) -> list[Any]:
 
 
 def number(text: str) -> float | str:
-    """A whole number, another one, or the text, which is then refused with its option's name."""
+    """Return a whole number, another number, or the text, which is then refused under its option's name."""
     for read in (int, float):
         with contextlib.suppress(ValueError):
             return read(text)
@@ -213,7 +213,7 @@ def batch_size(value: object) -> int | str:
 
 
 def check_batch_size(value: object) -> int | str:
-    """A batch size as given, if it is one.
+    """Return a batch size as given, if it is one.
 
     Raises:
         UserError: it is neither a positive whole number nor `auto`.
@@ -230,7 +230,7 @@ def check_batch_size(value: object) -> int | str:
 
 
 def no_text(name: str, value: object, wanted: str = "text") -> UserError:
-    """The error for a value that is no text."""
+    """Return the error for a value that is no text."""
     return UserError(f"{name} must be {wanted}, not {short_repr(value)}", "put quotes around it if it is meant so")
 
 
@@ -263,7 +263,7 @@ def _method(item: object) -> str:
 
 
 def _sparsity(item: Any) -> list[float]:
-    """A number, or those of a range."""
+    """Return a number, or the numbers of a range."""
     if isinstance(item, str) and ":" in item:
         return _range(item)
     try:
@@ -277,7 +277,7 @@ def _sparsity(item: Any) -> list[float]:
 
 
 def _apart(text: str) -> list[str]:
-    """Pieces between commas that are not inside of brackets or quotes."""
+    """Return the pieces between commas outside brackets and quotes."""
     pieces, depth, quote = [""], 0, ""
     for letter in text:
         if quote or letter in "\"'":
@@ -291,7 +291,7 @@ def _apart(text: str) -> list[str]:
 
 
 def _guessed(said: str) -> Any:
-    """A value in the kind that it looks like, as lm-eval guesses it."""
+    """Return a value of the type that its text looks like, as lm-eval guesses it."""
     if said.lower() in ("true", "false"):
         return said.lower() == "true"
     for read in (int, float, ast.literal_eval):
@@ -301,7 +301,7 @@ def _guessed(said: str) -> Any:
 
 
 def _literal(value: object) -> str:
-    """How a value is typed, so that `_guessed` has it again."""
+    """Return the text of a value that `_guessed` reads as the same value."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str) and _guessed(value) == value and _apart(value) == [value] and value.strip() == value:
@@ -324,5 +324,5 @@ def _range(item: str) -> list[float]:
 
 
 def may_be_text(name: str) -> bool:
-    """Whether a calibration text may be there: a file is, or the name is that of a data set."""
+    """Return whether a name can be a calibration text: a file, or the name of a data set."""
     return Path(name).is_file() or (DATA_SET.fullmatch(name) is not None and Path(name).suffix not in TEXT_FILES)
