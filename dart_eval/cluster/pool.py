@@ -182,7 +182,7 @@ class Pool:
     def _start(self, handler: Handler) -> None:
         import ray
 
-        options: Any = {**self.options, "max_concurrency": 2}  # `stop` runs beside a task
+        options = {**self.options, "max_concurrency": 2}  # `stop` runs beside a task
         actor: Any = ray.remote(Actor).options(**options).remote(self.make)
         self._actors.append(_Handle(next(self._numbers), actor, actor.where.remote()))
         handler.log(self._actors[-1].number, "asked for")
