@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dart_eval.sweep.options import DEFAULTS, HINTS
 from dart_eval.util.errors import UserError
@@ -16,7 +16,6 @@ from dart_eval.util.text import Json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dart_eval.models.loaded import Loaded
     from dart_eval.sweep.config import RunConfig
     from dart_eval.sweep.jobs import View
 
@@ -60,9 +59,11 @@ def evaluate(
         configs = configs_from(None, {**given, "model": model, "tokenizer": tokenizer})
         ready = None
     else:
+        from dart_eval.models.loaded import loaded
+
         configs = configs_from(None, given)
         _check(configs[0])
-        ready = _ready(model, tokenizer)
+        ready = loaded(model, tokenizer)
     first = configs[0]
     with without_remarks(), _view(progress) as shown, tracked(shown, first.log, first.log_project, first) as view:
         if ready is None:
@@ -96,13 +97,6 @@ def _view(progress: bool | None) -> contextlib.AbstractContextManager[View]:
     shown = TerminalView()
     wanted = shown.live or shown.console.is_jupyter if progress is None else progress
     return shown if wanted else contextlib.nullcontext(Silent())
-
-
-def _ready(model: Any, tokenizer: Any) -> Loaded:
-    """Return the loaded model in the form that an executor takes."""
-    from dart_eval.models.loaded import loaded
-
-    return loaded(model, tokenizer)
 
 
 def _check(config: RunConfig) -> None:
