@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dart_eval.sweep.options import DEFAULTS, HINTS
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dart_eval.models.loaded import Loaded
     from dart_eval.sweep.config import RunConfig
+    from dart_eval.sweep.jobs import View
 
 
 def evaluate(
@@ -25,8 +26,8 @@ def evaluate(
     *,
     tasks: str | Sequence[str],
     progress: bool | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
+    **options: object,
+) -> list[Json]:
     """Run methods at sparsities on tasks, as `dart-eval run` does; finished cells are read, not run again.
 
         dart_eval.evaluate(tasks="smoke_questions", method=["dense", "dart"], sparsity=0.5, limit=20)
@@ -58,9 +59,11 @@ def evaluate(
         configs = configs_from(None, {**given, "model": model, "tokenizer": tokenizer})
         ready = None
     else:
+        from dart_eval.models.loaded import loaded
+
         configs = configs_from(None, given)
         _check(configs[0])
-        ready = _ready(model, tokenizer)
+        ready = loaded(model, tokenizer)
     first = configs[0]
     with without_remarks(), _view(progress) as shown, tracked(shown, first.log, first.log_project, first) as view:
         if ready is None:
@@ -86,7 +89,7 @@ evaluate.__signature__ = signature(evaluate).replace(  # type: ignore[attr-defin
 )
 
 
-def _view(progress: bool | None) -> Any:
+def _view(progress: bool | None) -> contextlib.AbstractContextManager[View]:
     """What shows how far a run is."""
     from dart_eval.cli.view import TerminalView
     from dart_eval.sweep.jobs import Silent
@@ -94,13 +97,6 @@ def _view(progress: bool | None) -> Any:
     shown = TerminalView()
     wanted = shown.live or shown.console.is_jupyter if progress is None else progress
     return shown if wanted else contextlib.nullcontext(Silent())
-
-
-def _ready(model: Any, tokenizer: Any) -> Loaded:
-    """Return the loaded model in the form that an executor takes."""
-    from dart_eval.models.loaded import loaded
-
-    return loaded(model, tokenizer)
 
 
 def _check(config: RunConfig) -> None:

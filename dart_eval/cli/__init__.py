@@ -14,7 +14,7 @@ import signal
 import sys
 from typing import Annotated, Any
 
-# Before anything imports them: no progress bars and no telemetry of the libraries underneath, only our own view.
+# Set before anything imports the libraries underneath: no progress bars and no telemetry of theirs.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -30,10 +30,10 @@ VERBS = ("run", "tables", "compare", "check", "report", "export", "paper", "trac
 
 
 def application(verb: str | None = None) -> typer.Typer:
-    """The command line.
+    """Return the command line.
 
     Args:
-        verb: the only one that it needs; None: all of them.
+        verb: the only verb that is imported; None: all of them.
     """
     made = typer.Typer(
         name="dart-eval",
@@ -70,7 +70,7 @@ def _options(
     pass
 
 
-# Ctrl-C; what schedulers send before they kill; what a terminal sends that is closed, or a connection that is lost.
+# Ctrl-C; what schedulers send before they kill; what a closed terminal or a lost connection sends.
 STOPS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "the terminal is gone"}
 
 
@@ -86,14 +86,14 @@ def _stop(number: int, _frame: object) -> None:
 
 
 def _stop_behind(error: BaseException | None) -> _Stopped | None:
-    """The stop that led to an error: Ray's compiled code wraps it, and a terminal that is gone cannot be written to."""
+    """Return the stop that led to an error: Ray's compiled code wraps it, and a closed terminal refuses writes."""
     while error is not None and not isinstance(error, _Stopped):
         error = error.__cause__ or error.__context__
     return error
 
 
 def main() -> None:
-    """Entry point: wrong input becomes one line and status 2, a signal 128 and its number."""
+    """Entry point: wrong input becomes one line and status 2, a signal status 128 plus its number."""
     try:
         _run()
     finally:
@@ -104,9 +104,9 @@ def main() -> None:
 
 
 def _end(number: int, _frame: object) -> None:
-    """A stop while Python ends and libraries tidy up: nothing is left to stop, and nobody would catch it."""
+    """Exit on a stop while Python shuts down: nothing is left to stop, and nothing would catch an exception."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # nobody reads, it is being flushed, it is closed
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # no reader, a flush under way, a closed stream
             stream.flush()
     os._exit(128 + number)
 
@@ -147,14 +147,14 @@ def _run() -> None:
 
 
 def _end_without_memory(error: BaseException) -> None:
-    """Exit with a line where memory has run out."""
+    """Exit with one line if memory has run out."""
     if out_of_memory(error):
         view.problem("memory ran out; free some, or take a smaller model or --batch-size")
         _leave(2)
 
 
 def _misused(error: Any) -> UserError:
-    """An error of typer's parser in one line."""
+    """Return an error of typer's parser as one line."""
     context = getattr(error, "ctx", None)
     command, known = (context.command_path, context.command.params) if context else ("dart-eval", [])
     remedy = f"see {command} -h"
@@ -173,7 +173,7 @@ def _misused(error: Any) -> UserError:
 
 
 def _leave(status: int) -> None:
-    """Exit; what is still to be written where nobody reads goes nowhere."""
+    """Exit. Output that nobody reads any more is dropped."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from dart_eval.results.check import Report
 
 OWN = re.compile(rb'^\s*\{\s*"schema":\s*\d+,\s*"cells":')  # the beginning of a baseline
-
-
 RESULTS_HELP = "The folder that `dart-eval run --output` wrote."
 BASELINE_HELP = "Hold the results against this baseline, or a folder of earlier results."
 THRESHOLDS_HELP = "Read from this YAML file when a row falls: recovery, of_dense, alpha, tasks."
@@ -45,13 +43,11 @@ def check(
 
     A row falls if it kept too little of the baseline's quality and, paired by document, noise does not explain it.
 
+    \b
     [bold]Examples[/bold]
-
-      dart-eval check out --baseline results/regression-baseline.json --update
-
-      dart-eval check out --baseline results/regression-baseline.json
-
-      dart-eval check out --baseline out-old --junit report.xml
+    dart-eval check out --baseline results/regression-baseline.json --update
+    dart-eval check out --baseline results/regression-baseline.json
+    dart-eval check out --baseline out-old --junit report.xml
     """
     if update:
         if thresholds or every or github or junit or format:
@@ -102,7 +98,7 @@ def _print(report: Report, every: bool, format: str | None) -> None:
 
 
 def _update(baseline: Path, results: Path, force: bool) -> None:
-    """Write the baseline file from a folder of results; by force in place of what is none."""
+    """Write the baseline from a folder of results; `force` replaces a file that is none."""
     check_target(baseline)
     if not force:
         check_own(baseline, OWN, "baseline")
@@ -115,7 +111,7 @@ def _update(baseline: Path, results: Path, force: bool) -> None:
 
 
 def _add_to(summary: str, text: str) -> None:
-    """Add a text to the file of a job's summary."""
+    """Append a text to the file of a job's summary."""
     try:
         with open(summary, "a", encoding="utf-8") as stream:
             stream.write(text)

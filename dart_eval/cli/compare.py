@@ -70,7 +70,7 @@ def compare(
         check_target(save)
         format = format_of(save, format, FORMATS[1:])
     trait = _trait({"method": method, "sparsity": sparsity, "model": model, "row": row}, given)
-    from dart_eval.results import compare as comparing  # after the options are settled: it takes its time
+    from dart_eval.results import compare as comparing  # slow to import: options are refused first
 
     metrics = items_of(metric or [])
     if trait is None:
@@ -88,14 +88,14 @@ def compare(
 
 
 def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tuple[str, str, str] | None:
-    """What the cells of one folder are to differ in, and A and B; None where two folders are compared.
+    """Return what cells of one folder differ in, with A and B; None to compare two folders.
 
     Args:
-        options: the options that say it, by name.
-        folders: those that were given.
+        options: name -> value of the options for one folder.
+        folders: as given.
 
     Raises:
-        UserError: nothing says what is compared, or too much does.
+        UserError: not two things are named.
     """
     said = {name: text for name, text in options.items() if text is not None}
     if len(said) > 1:
@@ -117,7 +117,7 @@ def _trait(options: dict[str, list[str] | None], folders: Sequence[Path]) -> tup
 
 
 def _refuse_methods(names: Sequence[str]) -> None:
-    """Raise UserError where methods are named in place of folders."""
+    """Refuse names of methods in place of folders."""
     from dart_eval.pruning.registry import methods
 
     known = methods()

@@ -1,4 +1,4 @@
-"""What a shell offers while a value is typed. Nothing here imports torch: a person waits for it."""
+"""Completion of values in a shell. Nothing here imports torch: a person waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Complete = Callable[[str], list[str]]
 
 
 def words(known: Iterable[str] | Callable[[], Iterable[str]]) -> Complete:
-    """Offers these words; those of a function are looked up when a shell asks."""
+    """Return a completion of these words; a function is called when a shell asks."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in (known() if callable(known) else known) if word.startswith(incomplete)]
@@ -17,10 +17,10 @@ def words(known: Iterable[str] | Callable[[], Iterable[str]]) -> Complete:
 
 
 def listed(known: Callable[[str], Iterable[str]]) -> Complete:
-    """Offers names for the last item of a comma-separated list.
+    """Return a completion of the last item of a comma-separated list.
 
     Args:
-        known: the names, given how the item begins.
+        known: returns the names for the beginning of an item.
     """
 
     def complete(incomplete: str) -> list[str]:
@@ -31,21 +31,21 @@ def listed(known: Callable[[str], Iterable[str]]) -> Complete:
 
 
 def methods(_begun: str = "") -> Iterable[str]:
-    """Names of methods."""
+    """Return the names of methods."""
     from dart_eval.pruning.registry import methods as known
 
     return known()
 
 
 def slots() -> Iterable[str]:
-    """Slots that parts fit into."""
+    """Return the slots that parts fit into."""
     from dart_eval.pruning.registry import parts
 
     return parts()
 
 
 def tasks(begun: str) -> Iterable[str]:
-    """Names of tasks: before anything is typed the common ones, then lm-eval's thousands too."""
+    """Return names of tasks: the common ones before anything is typed, then lm-eval's thousands too."""
     from dart_eval.evaluation.task_names import ALIASES, COMMON, names
 
     return {*ALIASES, *COMMON, *(names() if begun else ())}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import Field
 
 from dart_eval.pruning.method import Pruner
 from dart_eval.pruning.part import Part, kind_of, takes
@@ -12,11 +12,11 @@ from dart_eval.pruning.spelling import plain_fields, slot_names, slots, text_of
 
 
 def tree(method: Pruner) -> list[tuple[str, str]]:
-    """Every part and field of a method, indented: what a user types, and what it means."""
+    """Return every part and field of a method, indented: what a user types, and what it means."""
     return [*_tree(method, "", 0)]
 
 
-def _tree(owner: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
+def _tree(owner: Pruner | Part, path: str, depth: int) -> Iterator[tuple[str, str]]:
     paths = {id(part): where for where, part in slots(owner, path)}
     for name in slot_names(type(owner)):
         part = getattr(owner, name)
@@ -29,22 +29,18 @@ def _tree(owner: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def part_rows(cls: type[Part]) -> list[tuple[str, str]]:
-    """A part and its fields with their defaults."""
+    """Return a part and its fields with their defaults."""
     rows = [(f"{cls.slot}={cls.name}", cls.summary)]
     for field in plain_fields(cls):
         rows.append((f"  {cls.slot}.{field.name}={text_of(field.default)}", _help(cls, field)))
     for name in slot_names(cls):
-        rows.append(
-            (
-                f"  {name}={cls.__dataclass_fields__[name].default.name}",
-                "a part: `dart-eval ls parts` shows which there are",
-            )
-        )
+        default = cls.__dataclass_fields__[name].default.name
+        rows.append((f"  {name}={default}", "a part: `dart-eval ls parts` shows which there are"))
     return rows
 
 
 def alternatives(method: Pruner) -> dict[str, list[str]]:
-    """Slot -> the names of the parts that it takes; another mask may ask for other parts beside it."""
+    """Return slot -> names of the parts that fit. Another mask may need other parts in the other slots."""
     found = {}
     for owner in (method, *method.parts()):
         for name in slot_names(type(owner)):
@@ -54,8 +50,8 @@ def alternatives(method: Pruner) -> dict[str, list[str]]:
     return {slot: found[slot] for slot in parts() if slot in found}
 
 
-def _help(cls: type[Part], field: Any) -> str:
-    """One line: what a field means, the words that it may be, and its bounds."""
+def _help(cls: type[Part], field: Field[object]) -> str:
+    """Return the meaning of a field in one line, with its words and bounds."""
     kind, bounds = kind_of(cls, field.name), field.metadata
     if isinstance(kind, tuple):
         return f"{bounds['help']} ({', '.join(kind)})"

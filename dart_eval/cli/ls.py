@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -81,7 +81,7 @@ def tasks(
     every: Annotated[
         bool, typer.Option("--all", metavar="", help="Show also the thousands of lm-eval's own names.")
     ] = False,
-    **given: Any,
+    **given: object,
 ) -> None:
     """Show names of tasks: this project's, the common ones, and with --all every task and group of lm-eval.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import typer
+from typer.models import OptionInfo
 
 from dart_eval.cli import complete
 from dart_eval.sweep import values
@@ -30,18 +31,18 @@ Verb = TypeVar("Verb", bound=Callable[..., None])
 
 
 def takes(*names: str) -> Callable[[Verb], Verb]:
-    """Give a verb these options of a run; it gets their values by name, None for one that was not typed.
+    """Give a verb these options of a run. It gets their values by name, None for an option that was not typed.
 
     Args:
-        names: of options, see `sweep.options`.
+        names: of options in `sweep.options`.
     """
-    shared: dict[str, Any] = {}
+    shared: dict[str, object] = {}
     for name in sorted(names, key=lambda name: PANELS.index(about(name).panel)):
         shared |= _of_run(name)
 
     def wrap(verb: Verb) -> Verb:
         @functools.wraps(verb)
-        def called(**given: Any) -> None:
+        def called(**given: object) -> None:
             for off in [name for name in given if name.startswith("no_") and name in shared]:
                 if given.pop(off):
                     given[off[3:]] = False
@@ -59,45 +60,38 @@ def takes(*names: str) -> Callable[[Verb], Verb]:
     return wrap
 
 
-def _of_run(name: str) -> dict[str, Any]:
-    """The annotation of an option of a run; of a flag also that of what switches it off. The less useful is hidden."""
+def _of_run(name: str) -> dict[str, object]:
+    """Return the annotation of an option of a run. A flag has one more, `--no-`; the less useful one is hidden."""
     kind, known, default = typed(name), about(name), default_of(name)
     text = f"{help_of(name)}  \\[default: {default}]" if default else help_of(name)
-    more: dict[str, Any] = {"parser": values.number} if name == "limit" else {}
+    more = {"parser": values.number} if name == "limit" else {}
     if kind is bool:
         on, off = option_of(name), f"--no-{option_of(name)[2:]}"
         return {
             name: Annotated[bool | None, own(text, known.panel, "", on, hidden=default == "on")],
             f"no_{name}": Annotated[bool | None, own(known.off, known.panel, "", off, hidden=not known.off)],
         }
-    field = own(
-        text,
-        known.panel,
-        known.metavar,
-        option_of(name),
-        offers=NAMES.get(name, known.offers),
-        show_default=False,
-        **more,
-    )
+    offers = NAMES.get(name, known.offers)
+    field = own(text, known.panel, known.metavar, option_of(name), offers=offers, show_default=False, **more)
     return {name: Annotated[list[str] | None if kind is list else kind | None, field]}
 
 
-def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: Any = (), **more: Any) -> Any:
-    """An option that no run has.
+def own(help: str, panel: str | None, metavar: str | None, *names: str, offers: Any = (), **more: Any) -> OptionInfo:
+    """Return an option that no run has.
 
     Args:
-        help: what it means.
-        panel: of the help that it stands in.
-        metavar: what stands for its value; empty for an option without one.
-        names: how it is typed, if not as the parameter is called.
-        offers: what a shell completes: words, or a function.
+        help: its meaning.
+        panel: of the help.
+        metavar: placeholder of its value in the help; empty for a flag.
+        names: as typed, if they differ from the parameter's name.
+        offers: words that a shell completes, or a completion.
     """
     complete_with = offers if callable(offers) else complete.words(offers) if offers else None
     return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, autocompletion=complete_with, **more)
 
 
-def count(help: str, panel: str) -> Any:
-    """An option that takes a whole number from 1 on."""
+def count(help: str, panel: str) -> OptionInfo:
+    """Return an option that takes a whole number from 1 on."""
 
     def checked(param: typer.CallbackParam, value: int) -> int:
         if value < 1:
@@ -107,15 +101,17 @@ def count(help: str, panel: str) -> Any:
     return own(help, panel, "N", callback=checked)
 
 
-def one_of(known: Sequence[str], what: str, help: str, panel: str | None = None, metavar: str | None = None) -> Any:
-    """An option that takes one of a few words.
+def one_of(
+    known: Sequence[str], what: str, help: str, panel: str | None = None, metavar: str | None = None
+) -> OptionInfo:
+    """Return an option that takes one of a few words.
 
     Args:
         known: the words.
-        what: such a word is, for a message.
-        help: what the option means.
-        panel: of the help that it stands in.
-        metavar: what stands for its value, if not the words.
+        what: a noun for them, in messages.
+        help: the option's meaning.
+        panel: of the help.
+        metavar: placeholder of the value in the help, if not the words.
     """
 
     def checked(value: str | None) -> str | None:
@@ -126,8 +122,8 @@ def one_of(known: Sequence[str], what: str, help: str, panel: str | None = None,
     return own(help, panel, metavar or "|".join(known), offers=known, callback=checked)
 
 
-def chosen(**given: Any) -> RunConfig:
-    """What a verb is told that a run is told too; wrong words are refused before torch is imported."""
+def chosen(**given: object) -> RunConfig:
+    """Return the options that a verb shares with a run; wrong values are refused before torch is imported."""
     return made({name: value for name, value in given.items() if value is not None})
 
 
@@ -197,15 +193,8 @@ TraceThen = Annotated[
 ]
 TraceSmoke = Annotated[int, own("Take the shipped two-topic document of this number.", PROMPT, "N")]
 TraceTokens = Annotated[int, count("Stop after so many tokens behind the prompt.", PROMPT)]
-TraceMethod = Annotated[
-    str,
-    own(
-        "Run this method: a name, or a name with other parts, such as griffin:remask=drift.",
-        PRUNING,
-        "NAME",
-        offers=complete.words(complete.methods),
-    ),
-]
+RUN = "Run this method: a name, or a name with other parts, such as griffin:remask=drift."
+TraceMethod = Annotated[str, own(RUN, PRUNING, "NAME", offers=complete.words(complete.methods))]
 TraceOutput = Annotated[Path, own("Write JSON to this file; the picture goes beside it.", OUTPUT, "FILE")]
 TracePlot = Annotated[
     Path | None,

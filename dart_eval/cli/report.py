@@ -13,7 +13,7 @@ from dart_eval.cli.view import say
 from dart_eval.results.store import Store
 from dart_eval.util.files import check_own, check_target, is_stream, write
 
-# In the head of a page, of older ones too.
+# In the head of every page, older ones too.
 OWN = re.compile(rb'<meta name="generator" content="dart-eval">|<link rel="icon" href="data:,">')
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -13,6 +13,7 @@ from dart_eval.cli import options
 from dart_eval.cli.view import TerminalView, put, say, show
 from dart_eval.results.writers import Table
 from dart_eval.sweep.options import DEFAULTS
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from dart_eval.sweep.jobs import RunResult
     from dart_eval.sweep.sizing import CellSize
 
-# Loggers that tell much of little.
+# Loggers with many messages of little use.
 NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "asyncio", "lm_eval.tasks")
 
 
@@ -30,7 +31,7 @@ NOISY = ("filelock", "fsspec", "urllib3", "httpx", "httpcore", "matplotlib", "as
 def run(
     model_args: options.ModelArgs = None, config: options.Config = None,
     plan: options.Plan = False, format: options.RunFormat = "table", verbose: options.Verbose = False,
-    **given: Any,
+    **given: object,
 ) -> None:  # fmt: skip
     """Run methods at sparsities on tasks. Finished cells are skipped; the board comes at the end.
 
@@ -52,7 +53,7 @@ def run(
 
 
 def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") -> None:
-    """Run what is not finished, and show the board, or as JSON every number.
+    """Run the unfinished cells, then show the board, or every number as JSON.
 
     Raises:
         typer.Exit: cells failed.
@@ -73,7 +74,7 @@ def run_cells(configs: list[RunConfig], verbose: bool, format: str = "table") ->
 
 
 def show_plan(configs: list[RunConfig], verbose: bool) -> None:
-    """Try a few units of every task, and print what all will take.
+    """Time a few batches of every task, and print what the sweep will take.
 
     Raises:
         UserError: the input is wrong.
@@ -89,13 +90,13 @@ def show_plan(configs: list[RunConfig], verbose: bool) -> None:
 
 
 def plan_table(sizes: list[CellSize], workers: int) -> Table:
-    """What a sweep will take: cells, and their sum."""
+    """Return a table of what a sweep will take: each cell, and their sum."""
     from dart_eval.sweep.sizing import duration
 
-    def line(name: str, those: Sequence[CellSize], time: str) -> list[str]:
-        flops = sum(s.flops for s in those) / 1e12
-        memory, cache = (max((getattr(s, what) for s in those), default=0) / 10**9 for what in ("memory", "cache"))
-        counts = f"{sum(s.requests for s in those)}", f"{sum(s.tokens for s in those)}"
+    def line(name: str, cells: Sequence[CellSize], time: str) -> list[str]:
+        flops = sum(s.flops for s in cells) / 1e12
+        memory, cache = (max((getattr(s, what) for s in cells), default=0) / 10**9 for what in ("memory", "cache"))
+        counts = f"{sum(s.requests for s in cells)}", f"{sum(s.tokens for s in cells)}"
         return [name, *counts, f"{flops:.1f}", f"{memory:.2f}", f"{cache:.2f}", time]
 
     todo = [s for s in sizes if not s.finished]
@@ -116,7 +117,7 @@ def plan_table(sizes: list[CellSize], workers: int) -> Table:
 
 
 def show_results(result: RunResult, output: str, format: str = "table") -> None:
-    """The board of a run, where its results are, and what may be typed next; or JSON alone."""
+    """Show the board of a run, the folder of its results and the commands that may follow; or JSON alone."""
     if result.records:
         from dart_eval.cli.options import BOARD
         from dart_eval.cli.views import Shown, as_data, print_view
@@ -135,10 +136,10 @@ def show_results(result: RunResult, output: str, format: str = "table") -> None:
 
 
 def _next(records: Sequence[Record], everything: Sequence[Record], output: str) -> str:
-    """Where the results are, and what may be typed next.
+    """Return a line with the folder of the results and the commands that may follow.
 
     Args:
-        records: of the run. everything: that lies in the folder, which `compare` looks at.
+        records: of the run. everything: all records of the folder, which `compare` reads.
     """
     from dart_eval.results.labels import exact
 
@@ -151,8 +152,8 @@ def _next(records: Sequence[Record], everything: Sequence[Record], output: str) 
     return f"{line}   dart-eval compare {folder} --method {shlex.quote(','.join(pruned))}"
 
 
-def understood(file: Path | None, given: dict[str, Any]) -> list[RunConfig]:
-    """What to run, one of each seed, with names that exist: wrong input is refused before torch is imported.
+def understood(file: Path | None, given: Json) -> list[RunConfig]:
+    """Return the configurations of a run, one for each seed; wrong input is refused before torch is imported.
 
     Raises:
         UserError: the input is wrong.
@@ -168,14 +169,14 @@ def understood(file: Path | None, given: dict[str, Any]) -> list[RunConfig]:
 
 
 def load_libraries(view: TerminalView, verbose: bool) -> None:
-    """Import what takes seconds, and say so; what can be refused without it has been."""
+    """Import what takes seconds, once everything that can be refused without it has been."""
     view.status("loading torch and lm-eval")
     quieten(verbose)
     from dart_eval.sweep import jobs  # noqa: F401
 
 
 def finish(result: RunResult, output: str) -> None:
-    """End with status 1 where cells failed, or where files of finished ones have been taken away meanwhile."""
+    """Exit with status 1 if cells failed, or if files of finished cells were deleted meanwhile."""
     if result.failed:
         names = ", ".join(cell.title for cell in result.failed)
         say(f"failed: {names}; tracebacks in {output}/failed", err=True)
@@ -187,7 +188,7 @@ def finish(result: RunResult, output: str) -> None:
 
 
 def hush(verbose: bool) -> None:
-    """Set what warnings and errors are shown, before anything heavy is imported."""
+    """Set which warnings and errors are shown, before the libraries are imported."""
     logging.basicConfig(level=logging.DEBUG if verbose else logging.ERROR, format="%(name)s: %(message)s")
     if verbose:
         for noisy in NOISY:
@@ -199,7 +200,7 @@ def hush(verbose: bool) -> None:
 
 
 def quieten(verbose: bool) -> None:
-    """Silence the libraries underneath, or let them speak. It imports them."""
+    """Import the libraries underneath, and silence them unless `verbose`."""
     hush(verbose)
     if not verbose:
         from dart_eval.util.quiet import silence

@@ -31,8 +31,6 @@ LEVEL_HELP = "Show the rows that read this share of the FFN bytes, such as 0.3."
 Subtasks = Annotated[
     bool, typer.Option("--subtasks", metavar="", help="Show also the members of groups, such as mmlu's subjects.")
 ]
-
-
 Tasks = Annotated[
     list[str] | None,
     typer.Option(
@@ -59,21 +57,15 @@ def tables(
 ) -> None:
     """Print the board of a folder of results: one row a method and sparsity, best first, or the long tables behind it.
 
+    \b
     [bold]Examples[/bold]
-
-      dart-eval tables out
-
-      dart-eval tables out --explain
-
-      dart-eval tables out --metric acc_norm --level 0.3
-
-      dart-eval tables out --view long
-
-      dart-eval tables out --tasks arc,hellaswag
-
-      dart-eval tables out --format json
-
-      dart-eval tables out --format tex --save tables.tex
+    dart-eval tables out
+    dart-eval tables out --explain
+    dart-eval tables out --metric acc_norm --level 0.3
+    dart-eval tables out --view long
+    dart-eval tables out --tasks arc,hellaswag
+    dart-eval tables out --format json
+    dart-eval tables out --format tex --save tables.tex
     """
     from dart_eval.cli.views import Shown, as_data, draw_frontier, print_view, render  # statistics: not for `--help`
     from dart_eval.results.rows import of_tasks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from dart_eval.cli import options
 from dart_eval.cli.run import hush, quieten
@@ -28,7 +27,7 @@ def trace(
     output: options.TraceOutput = Path("trace.json"),
     plot: options.TracePlot = None,
     save_allocation: options.TraceSaveAllocation = None,
-    **given: Any,
+    **given: object,
 ) -> None:
     """Show what a method does with one prompt: the drift signal, alarms, new masks, neurons kept in each layer.
 
@@ -46,7 +45,7 @@ def trace(
             f"{made.name} keeps masks wider than the weights it reads: no table can be made from them",
             "save the allocation of a method with choice=none",
         )
-    aside = is_stream(output)  # the JSON may be what a program reads from this one
+    aside = is_stream(output)  # a program may read the JSON from this stream
     picture = _picture(output, plot, save_allocation)
     prompt, following = _prompt(text, file, then)
     quieten(False)  # it imports torch, and all before it does not
@@ -70,7 +69,7 @@ def trace(
 
 
 def _picture(output: Path, plot: Path | None, allocation: Path | None) -> Path | None:
-    """Where the picture goes: as said, else beside the JSON; None beside a stream.
+    """Return the file of the picture: as given, else beside the JSON; None beside a stream.
 
     Raises:
         UserError: it has no known ending, a file cannot be written, or two of them are one.
@@ -88,7 +87,7 @@ def _picture(output: Path, plot: Path | None, allocation: Path | None) -> Path |
 
 
 def _prompt(text: str | None, file: Path | None, then: Path | None) -> tuple[str | None, str | None]:
-    """The prompt that was given, or None, and the text after it, or None."""
+    """Return the prompt and the text after it; None for what was not given."""
     if text is not None and file is not None:
         raise UserError("a prompt and --file are given", "leave one of them out")
     following = read_text(then, "text", "give a text file") if then is not None else None

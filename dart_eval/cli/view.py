@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import rich.table
 from rich import box
@@ -32,10 +32,13 @@ from dart_eval.results import metrics
 from dart_eval.results.format import with_error
 from dart_eval.results.writers import Table, data_text, finite, latex, markdown, pieces
 from dart_eval.util import files
-from dart_eval.util.text import PLAIN, folded, json_text, printable
+from dart_eval.util.text import PLAIN, Json, folded, json_text, printable
 
 if TYPE_CHECKING:
+    from rich.progress import Task, TaskID
+
     from dart_eval.results.record import Metric, Record
+    from dart_eval.sweep.plan import Cell
 
 NAMES = ("method", "cell", "cells")  # columns that may go over several lines
 SHORTEST = 24  # characters of such a line
@@ -45,15 +48,15 @@ LASTS = 5.0  # seconds between lines of a log on what a run waits for
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """With its name, as it stands beside the time that has passed; nothing where the end is unknown."""
+    """The time left, with its name beside the time that has passed; nothing where the end is unknown."""
 
-    def render(self, task: Any) -> Text:
+    def render(self, task: Task) -> Text:
         return Text.assemble(super().render(task), " left") if task.total else Text()
 
 
 @dataclass
 class _Count:
-    """How far a cell is: requests in all, when it began (seconds), requests answered."""
+    """Progress of a cell: its requests, its start (seconds), answered requests."""
 
     requests: int
     start: float
@@ -67,9 +70,9 @@ class _Count:
 
 
 class TerminalView:
-    """Progress of a run on stderr, as the executor reports it: bars on a terminal, lines in a log.
+    """Progress of a run on stderr: bars on a terminal, lines in a log.
 
-    In a log a line says what the run waits for, where that lasts, and now and then how far it is.
+    A line of a log names what the run waits for, if that lasts, and from time to time the progress of a cell.
     """
 
     def __init__(self) -> None:
@@ -81,13 +84,13 @@ class TerminalView:
             TimeElapsedColumn(), _TimeLeft(),
             console=self.console, transient=True, disable=not self.live,
         )  # fmt: skip
-        self._bar: Any = None  # of what is waited for
-        self._all: Any = None
-        self._cells: dict[str, Any] = {}  # the bars of cells under way, by key
-        self._step = self._said = ""  # what is waited for, and what of it was last said in a log
-        self._soon: object = None  # the timer under way is known by it
+        self._bar: TaskID | None = None  # of what is waited for
+        self._all: TaskID  # of all cells
+        self._cells: dict[str, TaskID] = {}  # the bars of cells under way, by key
+        self._step = self._said = ""  # what is waited for, and what a log last said of it
+        self._soon: object = None  # identifies the timer under way
         self._under_way: dict[str, _Count] = {}  # by key
-        self._count, self._over, self._spoke = 0, 0, time.monotonic()  # cells; those that are over; when a line came
+        self._count, self._over, self._spoke = 0, 0, time.monotonic()  # cells, ended cells, time of the last line
 
     def __enter__(self) -> TerminalView:
         self.progress.start()
@@ -98,12 +101,12 @@ class TerminalView:
         self.progress.stop()
 
     def status(self, text: str) -> None:
-        """A step before a cell's first answers, or while none can run: said once it lasts; of many now and then."""
+        """Show a step while no cell answers. A log names it if it lasts."""
         self._step = printable(text)
-        if self.live and self._bar is None:
-            self._bar = self.progress.add_task(self._step, total=None)
-        elif self.live:
+        if self.live and self._bar is not None:
             self.progress.update(self._bar, description=self._step)
+        elif self.live:
+            self._bar = self.progress.add_task(self._step, total=None)
         elif self._soon is None and self._step != self._said:
             self._soon = object()
             timer = threading.Timer(LASTS, self._say_step, [self._soon])
@@ -119,7 +122,7 @@ class TerminalView:
             self._say(f"{self._step} ...")
 
     def _go_on(self) -> None:
-        """Nothing is waited for any more."""
+        """Remove the step: nothing is waited for any more."""
         self._step = ""
         self._soon = None  # not cancelled: that takes a lock, which a signal can leave taken for good
         if self._bar is not None:
@@ -127,22 +130,22 @@ class TerminalView:
             self._bar = None
 
     def planned(self, cells: int, finished: int) -> None:
-        """The plan: how many cells, how many of them were finished earlier."""
+        """Show the plan: the number of cells, and of those finished earlier."""
         self._go_on()
         if finished:
             self.console.print(f"{finished} of {cells} cells are finished already")
         self._count, self._over = cells, finished
         self._all = self.progress.add_task("all cells", total=cells, completed=finished)
 
-    def started(self, cell: Any, requests: int) -> None:
-        """A cell begins."""
+    def started(self, cell: Cell, requests: int) -> None:
+        """Begin the bar of a cell."""
         self._go_on()
         if cell.key not in self._cells:
             self._cells[cell.key] = self.progress.add_task(self._short(printable(cell.title)), total=requests)
             self._under_way[cell.key] = _Count(requests, time.monotonic())
 
-    def advanced(self, cell: Any, requests: int) -> None:
-        """Requests of a cell under way were answered; in a log a cell that lasts still says that it runs."""
+    def advanced(self, cell: Cell, requests: int) -> None:
+        """Count answered requests of a cell. A log names a long cell from time to time."""
         if self.live:
             self._go_on()
         if cell.key in self._cells:
@@ -151,8 +154,8 @@ class TerminalView:
             if not self.live and time.monotonic() - self._spoke > EVERY:
                 self._say(self._under_way[cell.key].line(self._over + 1, self._count, printable(cell.title)))
 
-    def finished(self, cell: Any, record: Record) -> None:
-        """A cell's line."""
+    def finished(self, cell: Cell, record: Record) -> None:
+        """Print the line of a finished cell."""
         self._go_on()
         shown = ", ".join(
             f"{_place(m, record)}{m.metric} {with_error(m.metric, m.value, m.stderr)}" for m in headline(record.metrics)
@@ -162,18 +165,18 @@ class TerminalView:
         self._say(("done", "green"), f" {printable(cell.title):<34} {printable(shown)}{sparsity}{more}")
         self._next(cell)
 
-    def failed(self, cell: Any, error: str, where: Path) -> None:
-        """A failed cell's line."""
+    def failed(self, cell: Cell, error: str, where: Path) -> None:
+        """Print the line of a failed cell."""
         self._go_on()
         self._say(("failed", "red"), f" {printable(cell.title):<32} {printable(error)} (traceback: {where})")
         self._next(cell)
 
     def note(self, text: str) -> None:
-        """Something a person should know."""
+        """Print something that a person should know."""
         self._say((printable(text), "yellow"))
 
     def about(self, text: str) -> None:
-        """What the run is, in a line at its beginning."""
+        """Print what the run is, in a line at its beginning."""
         self._go_on()
         self._say(printable(text))
 
@@ -182,11 +185,11 @@ class TerminalView:
         self.console.print(Text.assemble(*parts))
 
     def _short(self, title: str) -> str:
-        """A title that leaves room for its bar and the times beside it."""
+        """Return a title that leaves room for its bar and the times beside it."""
         room = max(20, self.console.width - BESIDE)
         return title if len(title) <= room else f"{title[: room - 1]}…"
 
-    def _next(self, cell: Any) -> None:
+    def _next(self, cell: Cell) -> None:
         self.progress.advance(self._all)
         self._over += 1
         self._under_way.pop(cell.key, None)
@@ -195,7 +198,7 @@ class TerminalView:
 
 
 def headline(found: Sequence[Metric]) -> list[Metric]:
-    """The one number per task that a line shows."""
+    """Return the one number per task that a line shows."""
     own = [m for m in found if m.part_of is None]
     return metrics.main(own) or own[:1]
 
@@ -205,34 +208,34 @@ def _place(metric: Metric, record: Record) -> str:
 
 
 def _some(count: int | None, what: str) -> str:
-    """So many of something, after a comma; nothing where there are none."""
+    """Return a count after a comma; nothing for none."""
     return f", {count} {what}{'s' if count > 1 else ''}" if count else ""
 
 
 def settle_streams() -> None:
-    """Have files and pipes take UTF-8, whatever the locale; what a terminal cannot show is spelled out."""
+    """Write UTF-8 to files and pipes, whatever the locale; spell out what a terminal cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=PLAIN)
 
 
-def console(**options: Any) -> Console:
-    """A terminal that shows texts as they are: no words coloured, none taken for a picture's name."""
-    return Console(highlight=False, emoji=False, **options)
+def console(stderr: bool = False, soft_wrap: bool = False, width: int | None = None) -> Console:
+    """Return a terminal that shows texts as they are: no word is coloured or replaced by an emoji."""
+    return Console(highlight=False, emoji=False, stderr=stderr, soft_wrap=soft_wrap, width=width)
 
 
 def problem(text: str) -> None:
-    """What is wrong, on stderr."""
+    """Print an error on stderr."""
     console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "red"), f" {printable(text)}"))
 
 
 def say(text: str, err: bool = False) -> None:
-    """Lines for a person."""
+    """Print lines for a person."""
     print(printable(text, lines=True), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def listed(rows: Sequence[tuple[str, str]], least: int = 0) -> None:
-    """Two columns for a person, the left one at least so wide; on a terminal no line is longer than it is wide."""
+    """Print two columns, the left one at least `least` characters wide; lines on a terminal fit into it."""
     width = max([least, *(len(left) for left, _ in rows)])
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     for left, text in rows:
@@ -240,7 +243,7 @@ def listed(rows: Sequence[tuple[str, str]], least: int = 0) -> None:
 
 
 def hanging(left: str, text: str, room: int | None) -> str:
-    """`left`, then `text`, which goes on below itself where the line would be longer than `room`; None: it may be."""
+    """Return `left`, then `text`, wrapped below itself at `room` characters; None: not wrapped."""
     indent = len(left) + 2
     if room is None or not text:
         return f"{left}  {text}".rstrip()
@@ -252,12 +255,12 @@ def hanging(left: str, text: str, room: int | None) -> str:
 
 
 def put(text: str) -> None:
-    """A text for a person or a program, as it is."""
+    """Print a text for a person or a program, as it is."""
     sys.stdout.write(printable(text, lines=True))
 
 
-def output(data: list[dict[str, Any]], tables: Sequence[Table], format: str) -> None:
-    """Data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
+def output(data: list[Json], tables: Sequence[Table], format: str) -> None:
+    """Print data as `json` or `csv`, or their tables as `md`, `tex` or for the terminal."""
     if format == "json":
         say(json_text(finite(data)))
     elif format == "csv":
@@ -272,7 +275,7 @@ def output(data: list[dict[str, Any]], tables: Sequence[Table], format: str) -> 
 
 
 def show(table: Table) -> None:
-    """A table on the terminal.
+    """Print a table on the terminal.
 
     Where it is wider than the terminal, it comes in pieces of fewer columns, and names of methods go over several
     lines. No number is broken.
@@ -294,7 +297,7 @@ def show(table: Table) -> None:
 
 
 def _drawn(table: Table, cells: Sequence[Sequence[str]]) -> rich.table.Table:
-    """The table with these texts in its cells."""
+    """Return the table with these texts in its cells."""
     title = Text(printable(table.title))
     drawn = rich.table.Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
@@ -309,18 +312,18 @@ def _drawn(table: Table, cells: Sequence[Sequence[str]]) -> rich.table.Table:
 
 
 def _width(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
-    """Characters of a table's lines: of each column its widest, and a gap or the edges."""
+    """Return the characters of a table's lines: the widest text of each column, and a gap or the edges."""
     texts = zip(columns, *cells, strict=True)
     return sum(2 + max(cell_len(line) for text in column for line in text.split("\n")) for column in texts)
 
 
 def print_note(text: str) -> None:
-    """Something a person should know, apart from the results."""
+    """Print something that a person should know, apart from the results."""
     say(text, err=True)
 
 
 def save_text(path: Path, text: str) -> None:
-    """Write a file that the user named; said where it is one to be found again, not a stream.
+    """Write a file that the user named, and name it on the terminal unless it is a stream.
 
     Raises:
         UserError: it cannot be written.

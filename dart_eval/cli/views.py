@@ -25,7 +25,7 @@ PLAIN_WIDTH = 100  # characters of a board where there is no terminal
 
 @dataclass(frozen=True)
 class Shown:
-    """What `tables` was asked for: a view of some records of a folder, and how the board is to look."""
+    """A view of some records of a folder, and the look of its board."""
 
     view: str
     store: Store
@@ -51,7 +51,7 @@ class Shown:
 
     @property
     def long(self) -> list[Table]:
-        """The tables of the view but for the board."""
+        """The tables of the view, without the board."""
         view, found = self.view, list[Table]()
         if view in ("long", ALL):
             found += tables.quality(self.records, frame.lines(self.store, self.records, self.subtasks))
@@ -67,7 +67,7 @@ class Shown:
 
 
 def print_view(shown: Shown) -> None:
-    """A view for the terminal, the board as wide as that is; `all` is the board and every long table."""
+    """Print a view, its board as wide as the terminal; `all` is the board and every long table."""
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
     for board in shown.boards if shown.view in (BOARD, ALL) else ():
         for line in board_text.lines(board, width, shown.explain, shown.sort, shown.level):
@@ -79,7 +79,7 @@ def print_view(shown: Shown) -> None:
 
 
 def render(shown: Shown, form: str) -> str:
-    """A view as Markdown or LaTeX."""
+    """Return a view as Markdown or LaTeX."""
     made = [
         table for board in (shown.boards if shown.view in (BOARD, ALL) else ())
         for table in board_text.table(board, shown.sort, shown.level)
@@ -89,12 +89,12 @@ def render(shown: Shown, form: str) -> str:
 
 
 def as_data(shown: Shown, form: str) -> str:
-    """Every number beside dense's, as csv or json."""
+    """Return every number beside dense's, as csv or json."""
     return writers.data_text(frame.lines(shown.store, shown.records, shown.subtasks), form)
 
 
 def draw_frontier(shown: Shown, path: Path) -> None:
-    """Draw quality against bytes read into a file that can be written.
+    """Draw quality against bytes read into a file.
 
     Raises:
         UserError: the folder has several models, or nothing that could be drawn.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dart_eval.cluster.pool import Task
 from dart_eval.cluster.worker import Payload
@@ -22,6 +22,7 @@ from dart_eval.results.journal import Journal
 from dart_eval.results.record import Record
 from dart_eval.sweep.jobs import Job, Sweep, open_cell
 from dart_eval.util.errors import StoreError
+from dart_eval.util.text import Json
 
 PART_REQUESTS = 512  # that a part of a cell has at least, unless the user wants so many parts
 
@@ -61,7 +62,7 @@ class Driver:
         self._open: dict[str, _Open] = {}
         self._parts: dict[str, int] = {}
         self._over: set[str] = set()  # cells of which no task is to begin any more
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, TextIO] = {}
         self._notes: set[str] = set()  # of workers, each shown once
 
     def __enter__(self) -> Driver:
@@ -119,7 +120,7 @@ class Driver:
         self.view.started(cell, count_requests(job.tasks.load(cell.task), job.config.limit))
         return True
 
-    def on_message(self, task: CellTask, message: Any) -> bool:
+    def on_message(self, task: CellTask, message: tuple[Json, int, float]) -> bool:
         opened = self._open.get(task.job.cell.key)
         if opened is None:  # another part has failed
             return False

@@ -50,13 +50,13 @@ class Task:
 class Handler(Protocol):
     """The callbacks of a pool."""
 
-    def begin(self, task: Any) -> Any:
+    def begin(self, task: Any) -> object:
         """Return the payload of a task that is about to start; None: no work is left."""
 
     def on_message(self, task: Any, message: Any) -> bool:
         """Take a message of a running task; return whether another try would continue after it."""
 
-    def on_done(self, task: Any, result: Any) -> Iterable[Any]:
+    def on_done(self, task: Any, result: Any) -> Iterable[Task]:
         """Take the result of a task; return the tasks that can begin now."""
 
     def on_failed(self, task: Any, problem: str, text: str) -> None:
@@ -105,7 +105,7 @@ class Pool:
         deaths: processes that ended without being asked to.
     """
 
-    def __init__(self, make: Callable[[], Worker], size: int, options: dict[str, Any]) -> None:
+    def __init__(self, make: Callable[[], Worker], size: int, options: dict[str, float]) -> None:
         self.make, self.size, self.options, self.deaths = make, size, options, 0
         self._early_deaths = 0  # since a task was begun
         self._actors: list[_Handle] = []
@@ -171,7 +171,7 @@ class Pool:
         while len(self._actors) < min(self.size, len(busy) + tasks):
             self._start(handler)
 
-    def _next(self, handler: Handler) -> tuple[Task, Any] | None:
+    def _next(self, handler: Handler) -> tuple[Task, object] | None:
         """Return the next task that may begin, and its payload."""
         while self._waiting or (self._alone and not self._busy()):
             task = (self._waiting or self._alone).popleft()
@@ -182,7 +182,7 @@ class Pool:
     def _start(self, handler: Handler) -> None:
         import ray
 
-        options: Any = {**self.options, "max_concurrency": 2}  # `stop` runs beside a task
+        options = {**self.options, "max_concurrency": 2}  # `stop` runs beside a task
         actor: Any = ray.remote(Actor).options(**options).remote(self.make)
         self._actors.append(_Handle(next(self._numbers), actor, actor.where.remote()))
         handler.log(self._actors[-1].number, "asked for")

@@ -20,9 +20,11 @@ from typing import Any, Protocol
 
 from dart_eval.evaluation.shard import Shard
 from dart_eval.results.journal import Journal
+from dart_eval.results.record import Record
 from dart_eval.sweep.config import RunConfig
 from dart_eval.sweep.jobs import Job, Silent, plan_all
 from dart_eval.util.errors import UserError, out_of_memory, summary
+from dart_eval.util.text import Json
 
 POLL = 0.5  # seconds between looks
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class Elsewhere(UserError):
 class Worker(Protocol):
     """The worker in an actor: created once, it runs one task after another."""
 
-    def run(self, payload: Any, send: Callable[[Any], None]) -> Any:
+    def run(self, payload: Any, send: Callable[[object], None]) -> object:
         """Run a task; `send` sends a message to the driver, and raises `Stopped` if the driver ended the task."""
 
 
@@ -58,7 +60,7 @@ class Actor:
     def __init__(self, make: Callable[[], Worker]) -> None:
         self._make = make
         self._worker: Worker | None = None
-        self._messages: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._messages: queue.Queue[tuple[str, object]] = queue.Queue()
         self._stop = threading.Event()
         handler = logging.StreamHandler(self)
         handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
@@ -73,7 +75,7 @@ class Actor:
         """Return node and process; answers once the actor has started."""
         return f"{socket.gethostname()}, process {os.getpid()}"
 
-    def run(self, payload: Any) -> Iterator[tuple[str, Any]]:
+    def run(self, payload: object) -> Iterator[tuple[str, object]]:
         """Run a task: yield (`message`, ...) and (`log`, line), at the end (`done`, result), `stopped` or `failed`."""
         self._stop.clear()
         threading.Thread(target=self._work, args=(payload,), daemon=True).start()
@@ -86,7 +88,7 @@ class Actor:
         """End the task at its next message."""
         self._stop.set()
 
-    def _work(self, payload: Any) -> None:
+    def _work(self, payload: object) -> None:
         try:
             if self._worker is None:
                 try:
@@ -102,7 +104,7 @@ class Actor:
             what = (summary(error), "".join(traceback.format_exception(error)), final, elsewhere, memory)
             self._messages.put(("failed", what))
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: object) -> None:
         self._messages.put(("message", message))
         if self._stop.is_set():
             raise Stopped
@@ -115,7 +117,7 @@ class Payload:
     key: str
     config: RunConfig
     part: Shard
-    answers: dict[str, Any]
+    answers: Json
     state_bytes: int
     seconds: float
     shrink: int
@@ -140,7 +142,7 @@ class CellWorker:
         self.worker = Worker(config, self.model, log.info, note=log.info)
         self._jobs: dict[RunConfig, dict[str, Job]] = {}
 
-    def run(self, payload: Payload, send: Callable[[Any], None]) -> Any:
+    def run(self, payload: Payload, send: Callable[[object], None]) -> int | tuple[list[Json], Record]:
         """Return texts and record of a cell, or for a part (which sends its answers) the number of memory errors."""
         if payload.config not in self._jobs:
             # Own copies of the tasks: a run writes into lm-eval's, which would change their hashes.
@@ -166,13 +168,13 @@ class CellWorker:
 class _SentJournal(Journal):
     """A journal that sends its additions to the driver."""
 
-    def __init__(self, payload: Payload, send: Callable[[Any], None]) -> None:
+    def __init__(self, payload: Payload, send: Callable[[object], None]) -> None:
         super().__init__()
         super().add(payload.answers, payload.state_bytes, 0.0)
         self.seconds = payload.seconds
         self._send = send
 
-    def add(self, answers: Any, state_bytes: int, seconds: float) -> None:
+    def add(self, answers: Json, state_bytes: int, seconds: float) -> None:
         super().add(answers, state_bytes, seconds)
         self._send((dict(answers), state_bytes, seconds))
 
@@ -193,13 +195,13 @@ def settle(threads: int | None, folder: str) -> None:
         setattr(signal, name, _in_main_thread(getattr(signal, name), answer))
 
 
-def _in_main_thread(stock: Callable[..., Any], answer: Any) -> Callable[..., Any]:
+def _in_main_thread(stock: Callable[..., object], answer: object) -> Callable[..., object]:
     """Return a function of `signal` that does nothing in other threads, where Python refuses it.
 
     lm-eval's math tasks set a time-out by SIGALRM, and would take the error for a wrong answer; so they get none.
     """
 
-    def call(*args: Any) -> Any:
+    def call(*args: object) -> object:
         return stock(*args) if threading.current_thread() is threading.main_thread() else answer
 
     return call

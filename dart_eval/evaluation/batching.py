@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from dart_eval.layers.quantised import input_device
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -67,9 +69,9 @@ class Budget:
         )
 
 
-def budget(batch_size: int | str, model: Any) -> Budget:
+def budget(batch_size: int | str, model: PreTrainedModel) -> Budget:
     """Return the budget for a batch size on the model's devices (`auto`: see the constants above)."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     gpu = device.type != "cpu"
     forward = GPU_FORWARD if gpu else CPU_FORWARD
     if isinstance(batch_size, int):
@@ -105,7 +107,7 @@ def token_bytes(model: PreTrainedModel) -> int:
     return cache * (1 + CACHED_TOKENS) + 4 * (4 * inner + 8 * config.hidden_size)
 
 
-def _largest(config: PretrainedConfig, name: str) -> Any:
+def _largest(config: PretrainedConfig, name: str) -> int | None:
     """Return a size from a configuration, or the largest one if layers differ (Gemma 4)."""
     try:
         return getattr(config, name, None)

@@ -8,7 +8,7 @@ import typing
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dart_eval.layers.families import base_of, cache_argument
@@ -16,7 +16,7 @@ from dart_eval.layers.families import base_of, cache_argument
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-def new_cache(model: PreTrainedModel) -> Any:
+def new_cache(model: PreTrainedModel) -> DynamicCache:
     """Return an empty cache of the class that the model declares (MiniMax). Sliding layers keep only their window."""
     argument = inspect.signature(base_of(model).forward).parameters.get(cache_argument(model))
     kinds = [] if argument is None else [c for c in typing.get_args(argument.annotation) if isinstance(c, type)]
@@ -24,12 +24,12 @@ def new_cache(model: PreTrainedModel) -> Any:
     return DynamicCache(config=model.config) if own is None else own()
 
 
-def _is_plain(cache: Any) -> bool:
+def _is_plain(cache: Cache) -> bool:
     """Whether a cache holds keys and values per token, and nothing else."""
     return type(cache) is DynamicCache and all(type(layer) in PLAIN for layer in cache.layers)
 
 
-def bytes_of_a_token(cache: Any) -> float:
+def bytes_of_a_token(cache: Cache) -> float:
     """Return a cache's bytes of keys and values per token, over all layers.
 
     Args:
@@ -79,12 +79,12 @@ def can_pad(model: PreTrainedModel) -> bool:
     return all(type(layer).__module__ == DynamicLayer.__module__ for layer in new_cache(model).layers)
 
 
-def prefix_cache() -> Any:
+def prefix_cache() -> DynamicCache:
     """Return an empty cache that keeps every token in every layer; sliding layers are masked to their window."""
     return DynamicCache()
 
 
-def from_prefix(model: PreTrainedModel, prefix: Any, columns: Tensor) -> Any:
+def from_prefix(model: PreTrainedModel, prefix: Any, columns: Tensor) -> DynamicCache:
     """Return a cache whose row b holds, in column c, the prefix's token columns[b, c].
 
     Args:

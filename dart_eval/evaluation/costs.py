@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any
+from typing import Annotated
 
 from dart_eval.evaluation.distance import Distance
 from dart_eval.results.layout import CLOSED, Count, Drift, Finite, Holds
+from dart_eval.util.text import Json
 
 
 class _Trace(Drift):
@@ -41,7 +42,7 @@ class Cost:
     contexts: Count = 0
     context_tokens: Count = 0
     distance: Distance = field(default_factory=Distance)
-    trace: Annotated[dict[str, Any] | None, Holds(_Trace | None)] = None
+    trace: Annotated[Json | None, Holds(_Trace | None)] = None
 
     def __add__(self, other: Cost) -> Cost:
         counts = [f.name for f in fields(Cost) if f.name != "trace"]

@@ -30,6 +30,7 @@ from dart_eval.pruning.session.dense import AnySession
 from dart_eval.results.journal import Journal
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 BOOTSTRAPS = 1000  # only for the few metrics that lm-eval bootstraps
 
@@ -62,8 +63,8 @@ class TaskResult:
     """
 
     metrics: list[Metric]
-    samples: list[dict[str, Any]]
-    texts: list[dict[str, Any]]
+    samples: list[Json]
+    texts: list[Json]
     cost: Cost
     by_task: dict[str, Cost]
     prompts: dict[str, dict[str, int]]
@@ -155,7 +156,7 @@ def answer_part(
         _simple_evaluate(lm, tasks, items, settings)
 
 
-def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Any:
+def _simple_evaluate(lm: PrunedLM, tasks: Tasks, items: Sequence[Task | Group], settings: EvalSettings) -> Json:
     first = leaves(list(items))[0].task_name
     turns = settings.fewshot_as_multiturn
     with _quiet(), block_local_code(first, tasks.unsafe_code):
@@ -188,7 +189,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _metrics(results: Any) -> list[Metric]:
+def _metrics(results: Json) -> list[Metric]:
     groups: dict[str, list[str]] = results.get("group_subtasks") or {}
     # A group without a metric of its own (a list of tasks) hides none of its members.
     scored = {task for task, values in results["results"].items() if any("," in name for name in values)}
@@ -241,7 +242,7 @@ def _members(task: str, groups: Mapping[str, list[str]]) -> set[str]:
     return set().union(*(_members(t, groups) for t in below)) if below else {task}
 
 
-def _ratio_stderr(pairs: Sequence[Any]) -> tuple[float, float | None]:
+def _ratio_stderr(pairs: Sequence[Sequence[float]]) -> tuple[float, float | None]:
     """Return sum x / sum w of a pair (x, w) per document, and its standard error.
 
     The documents are the independent units; the ratio's residuals x - r w give its variance (Cochran, Sampling
@@ -292,7 +293,7 @@ def _bleu_stderr(_metric: str, counts: list[Any]) -> float | None:
     return math.sqrt((n - 1) / n * sum((w - mean) ** 2 for w in without))
 
 
-def _samples(by_task: dict[str, list[dict[str, Any]]], lm: PrunedLM, tasks: dict[str, Task]) -> list[dict[str, Any]]:
+def _samples(by_task: dict[str, list[Json]], lm: PrunedLM, tasks: dict[str, Task]) -> list[Json]:
     """Return samples for paired statistics and readers: hashes, metrics, answers, cost. Texts are separate."""
     rows = []
     for name, samples in sorted(by_task.items()):
@@ -315,7 +316,7 @@ def _samples(by_task: dict[str, list[dict[str, Any]]], lm: PrunedLM, tasks: dict
     return rows
 
 
-def _gold(task: Task, doc: dict[str, Any]) -> int | None:
+def _gold(task: Task, doc: Json) -> int | None:
     """Return the index of a multiple-choice document's right answer; None for other tasks, or without a single one."""
     if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(task, ConfigurableTask):
         return None
@@ -326,7 +327,7 @@ def _gold(task: Task, doc: dict[str, Any]) -> int | None:
     return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
 
 
-def _texts(by_task: dict[str, list[dict[str, Any]]], tasks: dict[str, Task]) -> list[dict[str, Any]]:
+def _texts(by_task: dict[str, list[Json]], tasks: dict[str, Task]) -> list[Json]:
     """Return each document's prompt and right answer, for readers; the same under every method."""
     rows = {}
     for name, samples in sorted(by_task.items()):
@@ -345,7 +346,7 @@ def _texts(by_task: dict[str, list[dict[str, Any]]], tasks: dict[str, Task]) -> 
     return list(rows.values())
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Convert a value to JSON's own types: numpy scalars and arrays, tuples and subclasses of float become plain."""
     if isinstance(value, (np.ndarray, np.generic)):
         return _plain(value.tolist())

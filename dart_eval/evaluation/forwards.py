@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from dart_eval.evaluation.logits import Answers
 from dart_eval.evaluation.rotary import Angles
 from dart_eval.layers.families import base_of, cache_argument
 from dart_eval.layers.finite import refuse_not_finite
+from dart_eval.layers.quantised import input_device
 from dart_eval.layers.verify import explaining
 from dart_eval.pruning.session.cache import cache_in
 from dart_eval.util.errors import UserError
@@ -104,8 +104,7 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 def _check_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
     """Check that a head gives the model's own logits. See `output_head`."""
-    device: Any = model.get_input_embeddings().weight.device
-    tokens = torch.tensor([[0, 1, 2]], device=device)
+    tokens = torch.tensor([[0, 1, 2]], device=input_device(model))
     with explaining(model):
         theirs = _all_words(model, tokens)
         ours = head(base_of(model)(input_ids=tokens)[0][0]).float().cpu()

@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
@@ -31,6 +30,7 @@ from dart_eval.layers.families import decoder
 from dart_eval.pruning.session.dense import AnySession
 from dart_eval.pruning.session.log import Step
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class GenerationLog:
 
     def __init__(self, session: AnySession) -> None:
         self.session = session
-        self._parts: list[tuple[list[Step], list[dict[str, Any]]]] = []  # steps and events since each prefill
+        self._parts: list[tuple[list[Step], list[Json]]] = []  # steps and events since each prefill
 
     @contextmanager
     def watching(self, model: PreTrainedModel) -> Iterator[None]:

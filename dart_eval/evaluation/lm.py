@@ -13,12 +13,11 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dart_eval.evaluation import sampling
 from dart_eval.evaluation.batching import Budget, budget
@@ -33,6 +32,7 @@ from dart_eval.evaluation.truncation import truncated
 from dart_eval.evaluation.unusable import Unusable
 from dart_eval.pruning.session.dense import AnySession, DenseSession
 from dart_eval.results.journal import Journal
+from dart_eval.util.text import Json
 
 PERPLEXITY_CHUNK = 2048  # tokens; the first half of a chunk is context, the second half is scored
 NO_SCORE, NO_TEXT = Score(0.0, False, Cost()), Text("", Cost())  # in place of another shard's answers
@@ -71,7 +71,7 @@ class PrunedLM(HFLM):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = 8,
         max_length: int | None = None,
         chunk: int = PERPLEXITY_CHUNK,
@@ -129,7 +129,7 @@ class PrunedLM(HFLM):
             raise PartDone
 
     def _ask(
-        self, kind: str, requests: Mapping[str, Any], make: Callable[[Budget], Scoring | Generator],
+        self, kind: str, requests: Json, make: Callable[[Budget], Scoring | Generator],
         answer: type[Score] | type[Text],
     ) -> None:  # fmt: skip
         """Run this worker's requests of a call that have no answer yet. The answers go into the journal.
@@ -207,7 +207,9 @@ class PrunedLM(HFLM):
         shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
         return whole[:shared], whole[shared:]
 
-    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[object, list[int], list[int]]], *args: object, **kwargs: object
+    ) -> list[tuple[float, bool]]:
         fitting = [truncated(context, continuation, self.max_length) for _, context, continuation in requests]
         cut = [len(r.context) < len(whole) for r, (_, whole, _) in zip(fitting, requests, strict=True)]
         self._scored = list(zip(self._score(fitting), cut, strict=True))
@@ -276,6 +278,6 @@ class PrunedLM(HFLM):
         return [text.text for text in texts]
 
 
-def _name(*request: Any) -> str:
+def _name(*request: object) -> str:
     """Return a request's name in the journal: equal requests have equal names."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:32]

@@ -148,7 +148,7 @@ def scores(rows: Sequence[tuple[InputRow, Cost]], answers: Answers) -> list[tupl
     return found
 
 
-def pad(rows: list[tuple[int, ...]], left: bool, device: Any) -> tuple[Tensor, Tensor]:
+def pad(rows: list[tuple[int, ...]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return token ids [B, T] padded with 0 on one side, and [B, T] bool, True for real tokens."""
     width = max(len(r) for r in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)

@@ -9,15 +9,17 @@ these.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 
 class Angles:
@@ -66,7 +68,7 @@ class Angles:
     def held(self, angles: int) -> Iterator[None]:
         """Forwards inside turn by the angles of rows of that many tokens (see `of`). Their rows may be shorter."""
         self.reset()
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         if angles:
             for module in self._modules:
                 handles.append(module.register_forward_pre_hook(_longer(angles), with_kwargs=True))
@@ -84,7 +86,7 @@ class Angles:
                 _first_angles(module)
 
 
-def _kinds(parameters: Any) -> Iterator[dict[str, Any]]:
+def _kinds(parameters: object) -> Iterator[Json]:
     """Rotary parameters with a type: one dictionary, or one for each type of layer."""
     if isinstance(parameters, dict):
         if "rope_type" in parameters:
@@ -102,12 +104,10 @@ def _first_angles(module: Any) -> None:
         module(x, position, *([] if kind is None else [kind]))
 
 
-def _longer(length: int) -> Any:
+def _longer(length: int) -> Callable[..., tuple[object, object]]:
     """A hook that gives a rotary module one more position, the last of an input of that length."""
 
-    def hook(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, object]:
         def add(positions: Tensor) -> Tensor:
             return torch.cat([positions, positions.new_full((*positions.shape[:-1], 1), length - 1)], -1)
 
@@ -118,7 +118,7 @@ def _longer(length: int) -> Any:
     return hook
 
 
-def _without_last(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+def _without_last(_module: nn.Module, _args: object, output: Any) -> Any:
     """A hook that drops the position which `_longer` added. output: tensors [..., T, E]."""
     if isinstance(output, Tensor):
         return output[..., :-1, :]

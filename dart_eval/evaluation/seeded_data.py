@@ -14,7 +14,6 @@ import random
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import datasets
@@ -23,13 +22,14 @@ import tqdm.std
 from lm_eval.api.task import Task
 
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 SEED = 42  # RULER's own, wherever it has one
-Make = Callable[..., Any]
+Make = Callable[..., object]
 
 
 def seeded(
-    make: Make, name: str, tokenizer: Callable[[], Any] | None, data_dir: Path | None, limit: float | None = None
+    make: Make, name: str, tokenizer: Callable[[], object] | None, data_dir: Path | None, limit: float | None = None
 ) -> Make:
     """Return a task's function of documents that makes the same ones in every process.
 
@@ -43,8 +43,8 @@ def seeded(
     most = int(limit) if limit is not None and limit >= 1 else None
 
     @functools.wraps(make)
-    def custom_dataset(**kwargs: Any) -> Any:
-        inside: dict[str, Any] = {} if most is None else _fewer(make.__globals__, most)
+    def custom_dataset(**kwargs: object) -> object:
+        inside: dict[str, object] = {} if most is None else _fewer(make.__globals__, most)
         if "get_tokenizer" in make.__globals__:
             if tokenizer is None:
                 raise UserError(f"task {name} makes documents for a model's tokenizer", "run it with a model")
@@ -57,15 +57,15 @@ def seeded(
     return custom_dataset
 
 
-def _fewer(module: dict[str, Any], most: int) -> dict[str, Any]:
+def _fewer(module: dict[str, object], most: int) -> dict[str, object]:
     """Return a module's functions of `num_samples` documents, limited to `most` documents."""
-    limited = {}
+    limited: dict[str, object] = {}
     for name, function in module.items():
         if not inspect.isfunction(function) or "num_samples" not in (of := inspect.signature(function)).parameters:
             continue
 
         @functools.wraps(function)
-        def fewer(*args: Any, _stock: Make = function, _of: inspect.Signature = of, **kwargs: Any) -> Any:
+        def fewer(*args: object, _stock: Make = function, _of: inspect.Signature = of, **kwargs: object) -> object:
             bound = _of.bind(*args, **kwargs)
             bound.apply_defaults()
             bound.arguments["num_samples"] = min(most, bound.arguments["num_samples"])
@@ -104,7 +104,7 @@ def _local(name: str, data_dir: Path | None) -> Iterator[None]:
         yield
         return
 
-    def load(path: str, *_: Any, split: str = "train", **__: Any) -> Any:
+    def load(path: str, *_: object, split: str = "train", **__: object) -> object:
         file = data_dir / path.replace("/", "__") / "default" / f"{split}.jsonl"
         if not file.is_file():
             raise UserError(
@@ -118,7 +118,7 @@ def _local(name: str, data_dir: Path | None) -> Iterator[None]:
         yield
 
 
-def _local_json(name: str, data_dir: Path, url: str) -> Any:
+def _local_json(name: str, data_dir: Path, url: str) -> object:
     """Read the JSON at `url` from the file of its name in the folder of local data."""
     file = data_dir / url.rpartition("/")[2]
     try:
@@ -133,7 +133,7 @@ def without_other_lengths(task: Task) -> None:
     """Let RULER's tasks report only the lengths that they were made for; for all others they report -1."""
     stock = task.process_results
 
-    def process_results(_self: Task, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+    def process_results(_self: Task, doc: Json, results: list[object]) -> Json:
         return {name: value for name, value in stock(doc, results).items() if not name.isdigit() or value != -1}
 
     task.process_results = types.MethodType(process_results, task)

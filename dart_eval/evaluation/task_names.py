@@ -12,10 +12,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dart_eval.evaluation import task_needs
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import Json
 
 # What a user types -> lm-eval tasks. Every other lm-eval task, group or tag goes by its own name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -183,7 +183,7 @@ def _names_of(path: str) -> list[str]:
 
 
 @functools.cache  # many files include one
-def _header(path: str) -> dict[str, Any]:
+def _header(path: str) -> Json:
     """Return the values of the keys in `KEYS`, those of included files too."""
     with open(path, "rb") as file:
         text = file.read()
@@ -193,7 +193,7 @@ def _header(path: str) -> dict[str, Any]:
     return _on_included(path, found, _header)
 
 
-def _on_included(path: str, own: dict[str, Any], read: Callable[[str], dict[str, object]]) -> dict[str, object]:
+def _on_included(path: str, own: Json, read: Callable[[str], dict[str, object]]) -> dict[str, object]:
     """Return a file's settings on top of those of the files that it includes."""
     include = own.pop("include", [])
     base: dict[str, object] = {}
@@ -219,7 +219,7 @@ def _parsed(text: bytes) -> dict[str, object]:
 
 
 @functools.cache
-def _loader() -> Any:
+def _loader() -> type:
     """Return PyYAML's safe loader in C, to which lm-eval's functions are texts."""
     import yaml
 

@@ -12,16 +12,18 @@ import hashlib
 import random
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
 import numpy as np
+from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from dart_eval.evaluation import task_needs
@@ -40,7 +42,9 @@ from dart_eval.evaluation.unsafe import (
 from dart_eval.models.hub import work_offline_if_unreachable
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import check_name
+from dart_eval.util.text import Json
 
+Local = tuple[list[str], Callable[[Dataset], Dataset] | None]  # files of a task from `data_dir`, their preparation
 GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 # Documents that share this field are no independent draws: they form a cluster for the statistics. A task of our own
@@ -61,15 +65,15 @@ class _Factory(TaskFactory):
 
     def __init__(
         self, data_dir: Path | None, cue: str | None, unsafe_code: bool, folders: Sequence[Path],
-        tokenizer: Callable[[], Any] | None, limit: float | None,
+        tokenizer: Callable[[], object] | None, limit: float | None,
     ) -> None:  # fmt: skip
         super().__init__(meta={})
         self.data_dir, self.cue, self.unsafe_code = data_dir, cue, unsafe_code
         self.tokenizer, self.limit = tokenizer, limit
         self.folders = [folder.resolve() for folder in folders]
-        self.local: list[tuple[list[str], Any]] = []  # files and preparation of each leaf read from `data_dir`
+        self.local: list[Local] = []  # of each leaf read from `data_dir`
 
-    def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _load_full_config(self, entry: Entry, overrides: Json | None = None) -> Json:
         if not self.unsafe_code:  # asked before its functions are resolved: that runs the module they stand in
             if entry.yaml_path and any(entry.yaml_path.resolve().is_relative_to(f) for f in self.folders):
                 check_yaml(entry.name, entry.yaml_path, (Path(lm_eval.tasks.__file__).parent, tasks_dir()))
@@ -94,7 +98,7 @@ class _Factory(TaskFactory):
         return config
 
 
-def _redirect(config: dict[str, Any], data_dir: Path) -> list[str]:
+def _redirect(config: Json, data_dir: Path) -> list[str]:
     """Point a task's configuration at `<data_dir>/<hub name with __>/<configuration or default>/<split>.jsonl`.
 
     Returns:
@@ -148,8 +152,8 @@ class Tasks:
         cue: str | None = None,
         unsafe_code: bool = False,
         include_path: Sequence[str | Path] = (),
-        gen_kwargs: Mapping[str, Any] | None = None,
-        tokenizer: Callable[[], Any] | None = None,
+        gen_kwargs: Json | None = None,
+        tokenizer: Callable[[], object] | None = None,
         limit: float | None = None,
     ) -> None:
         self.unsafe_code, self.gen_kwargs = unsafe_code, gen_kwargs
@@ -165,7 +169,7 @@ class Tasks:
         self.manager = self._index(include_defaults=False)
         self._complete = False
         self._loaded: dict[str, list[Task | Group]] = {}
-        self._local: dict[str, list[tuple[list[str], Any]]] = {}  # as in the factory, by name
+        self._local: dict[str, list[Local]] = {}  # as in the factory, by name
 
     def _index(self, include_defaults: bool) -> TaskManager:
         folders = [str(tasks_dir()), *map(str, self.folders)]
@@ -286,7 +290,7 @@ class Tasks:
         return UserError(f"task {name} could not be loaded ({text[:300]})", remedy)
 
 
-def _beside(files: Sequence[str], doc: Any) -> str:
+def _beside(files: Sequence[str], doc: object) -> str:
     """Where a document of local data stands, for a message."""
     place = place_of(files, doc)
     return f" ({place})" if place else ""
@@ -322,11 +326,11 @@ def whole_tokens(items: list[Task | Group]) -> bool:
     return any(_metadata(task).get("whole_tokens") for task in leaves(items))
 
 
-def _metadata(task: Task) -> dict[str, Any]:
+def _metadata(task: Task) -> Json:
     return (task.config.metadata if isinstance(task, ConfigurableTask) else None) or {}
 
 
-def cluster(task: Task, doc: dict[str, Any]) -> str | None:
+def cluster(task: Task, doc: Json) -> str | None:
     """A name that the documents of one cluster share (same passage, same article); None: the document stands alone."""
     field = _metadata(task).get("cluster") or CLUSTERS.get(task.task_name)
     if not field or doc.get(field) in (None, ""):
@@ -356,10 +360,10 @@ def _process_once(task: Task) -> None:
     stock = getattr(config, "process_docs", None)
     if stock is None:
         return
-    done: dict[int, Any] = {}
+    done: dict[int, tuple[Dataset, Dataset]] = {}
 
     @functools.wraps(stock)
-    def process_docs(dataset: Any) -> Any:
+    def process_docs(dataset: Dataset) -> Dataset:
         if id(dataset) not in done:
             done[id(dataset)] = dataset, stock(dataset)  # the dataset is kept, so that its id stays its own
         return done[id(dataset)][1]
@@ -373,7 +377,7 @@ def _weight_by_coverage(task: Task) -> None:
     """Perplexity metrics are (log-likelihood, words or bytes) pairs: count only the text that was scored."""
     stock = task.process_results
 
-    def process_results(_self: Task, doc: dict, results: list[Any]) -> dict[str, Any]:
+    def process_results(_self: Task, doc: dict, results: list[Any]) -> Json:
         metrics = stock(doc, results)
         if isinstance(results[0], RollingLogLikelihood):
             share = results[0].coverage

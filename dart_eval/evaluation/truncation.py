@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from dart_eval.evaluation.requests import Request
 from dart_eval.util.errors import UserError
 
 
-def fit(lm: Any, request: Instance, budget: int, field: str | None) -> tuple[str, bool]:
+def fit(lm: HFLM, request: Instance, budget: int, field: str | None) -> tuple[str, bool]:
     """Cut the end of the document in a prompt, so that the prompt has at most `budget` tokens.
 
     Args:

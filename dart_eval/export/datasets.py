@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dart_eval.evaluation.task_names import config_of
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 DEFAULT = "default"  # the task within a benchmark with only one
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -75,7 +75,7 @@ def of_task(task: str, leaves: Iterable[str], datasets: Mapping[str, Dataset]) -
     return Dataset(only) if only else None
 
 
-def _dataset(config: Mapping[str, Any]) -> Dataset | None:
+def _dataset(config: Json) -> Dataset | None:
     """Return the data set of a task's YAML, if it is on the hub."""
     path, name = config.get("dataset_path"), config.get("dataset_name")
     if not isinstance(path, str) or path in NO_HUB or not HUB_ID.fullmatch(path):

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import yaml
 
@@ -18,6 +17,7 @@ from dart_eval.export.facts import Facts
 from dart_eval.export.writing import NO_PLACE, LeftOut, Piece, safe
 from dart_eval.results.metrics import main
 from dart_eval.results.record import Metric
+from dart_eval.util.text import Json
 
 LAST = "parameters"  # the longest: what a reader wants first stands before it
 
@@ -63,7 +63,7 @@ def _no_data_set(tasks: Sequence[str]) -> dict[str, str]:
     )
 
 
-def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> dict[str, Any]:
+def _entry(cell: Facts, metric: Metric, dataset: Dataset, source: str | None) -> Json:
     if not math.isfinite(metric.value):
         raise LeftOut(f"{metric.metric} of {metric.task} under {cell.title} is {metric.value}", "run the cell again")
     cell.store.samples(cell.record)  # raises on answers that are no numbers
@@ -88,7 +88,7 @@ def _notes(cell: Facts, metric: Metric) -> str:
     return "; ".join(f"{name}={_text(value)}" for name, value in notes.items() if value is not None)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, str):
         return value
     return f"{value:.6g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from dart_eval.export.datasets import Dataset, of_task
 from dart_eval.export.facts import Facts
@@ -23,6 +22,7 @@ from dart_eval.results.format import finite
 from dart_eval.results.metrics import kind_of
 from dart_eval.results.record import Metric
 from dart_eval.util.errors import remark
+from dart_eval.util.text import Json
 
 SCHEMA = "0.3.0"
 COLLECTION = "dart-eval"
@@ -100,7 +100,7 @@ def _files(cell: Facts, base: str, datasets: Mapping[str, Dataset], teller: Tell
     return texts
 
 
-def _log(cell: Facts, teller: Teller) -> dict[str, Any]:
+def _log(cell: Facts, teller: Teller) -> Json:
     """Return the entries of a file other than its results."""
     environment, model, moment = cell.record.environment, cell.inputs["model"], cell.moment
     developer, _ = _names(cell.model)
@@ -133,11 +133,11 @@ def _id(cell: Facts) -> str:
     return f"{cell.task}/{cell.model}/{cell.record.key}"
 
 
-def _result(cell: Facts, metric: Metric, dataset: Dataset | None) -> dict[str, Any]:
+def _result(cell: Facts, metric: Metric, dataset: Dataset | None) -> Json:
     name, _, filter_ = metric.metric.partition(",")
     scale = SCALES.get(name, Scale(f"{LM_EVAL}.{name}"))
     bounded = scale.low is not None and scale.high is not None and scale.low <= metric.value <= scale.high
-    source: dict[str, Any] = {"dataset_name": metric.task, "source_type": "other"}
+    source: Json = {"dataset_name": metric.task, "source_type": "other"}
     if dataset is not None:
         split = {"hf_split": dataset.split} if dataset.split else {}
         source |= {"source_type": "hf_dataset", "hf_repo": dataset.id, **split}
@@ -171,12 +171,12 @@ def _bound(value: float | None) -> float | str | None:
     return "Infinity" if value == math.inf else value
 
 
-def _undirected(cell: Facts, task: str) -> dict[str, Any]:
+def _undirected(cell: Facts, task: str) -> Json:
     """Return a task's numbers without a direction, such as a summary's length: the schema has no place for them."""
     return {f"metric.{m.metric}": m.value for m in cell.record.metrics if m.task == task and m.higher_is_better is None}
 
 
-def _words(values: Mapping[str, Any]) -> dict[str, str]:
+def _words(values: Json) -> dict[str, str]:
     """Return values as texts, as the schema requires, without unknown ones."""
     return {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -188,7 +188,7 @@ def _words(values: Mapping[str, Any]) -> dict[str, str]:
 # -- one line for each document and metric -----------------------------------------------------------------------------
 
 
-def _rows(cell: Facts) -> Iterator[dict[str, Any]]:
+def _rows(cell: Facts) -> Iterator[Json]:
     """Return lines of the metrics with a value for each document; groups have none, their members do."""
     samples, texts = cell.store.samples(cell.record), cell.store.texts(cell.record)
     if samples and not texts:
@@ -207,7 +207,7 @@ def _rows(cell: Facts) -> Iterator[dict[str, Any]]:
                 yield _row(cell, metric, sample, asked, score)
 
 
-def _score(name: str, value: Any) -> float | None:
+def _score(name: str, value: object) -> float | None:
     """Return a document's part in a metric, or None if it has no own number (BLEU counts over all documents)."""
     kind = kind_of(name).kind
     if (
@@ -224,9 +224,7 @@ def _score(name: str, value: Any) -> float | None:
     return float(value) if finite(value) else None
 
 
-def _row(
-    cell: Facts, metric: Metric, sample: Mapping[str, Any], asked: Mapping[str, Any], score: float
-) -> dict[str, Any]:
+def _row(cell: Facts, metric: Metric, sample: Json, asked: Json, score: float) -> Json:
     prompt, choices, target = asked.get("prompt") or "", asked.get("choices"), asked.get("target")
     right = choices[target] if choices and isinstance(target, int) and 0 <= target < len(choices) else target
     reference = [str(r) for r in right] if isinstance(right, list) else [str(right)]
@@ -246,7 +244,7 @@ def _row(
     }  # fmt: skip
 
 
-def _attribution(metric: Metric, sample: Mapping[str, Any], choices: Sequence[str] | None) -> list[dict[str, Any]]:
+def _attribution(metric: Metric, sample: Json, choices: Sequence[str] | None) -> list[Json]:
     """Return the answer taken from the output, if it is known: `acc_norm` chooses by lengths of its own."""
     responses = sample["responses"]
     scores = [r[0] for r in responses if isinstance(r, list) and r and finite(r[0])]

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from dart_eval.results.format import sparsity as percent
 from dart_eval.results.inputs import ASKED, HOW, PRUNING, names
@@ -15,6 +14,7 @@ from dart_eval.results.labels import specs
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 # Settings of a cell other than its model, task and method, exported under their own names.
 TRAVELLING = [n for n in (*names(ASKED), *names(HOW)) if n not in ("model", "task", *PRUNING)]
@@ -38,7 +38,7 @@ class Facts:
     pruner: str
 
     @property
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self) -> Json:
         """All settings that can change a number."""
         return self.record.inputs
 
@@ -79,7 +79,7 @@ class Facts:
         """The lm-eval tasks of the documents: the task itself, or the members of a group or tag."""
         return list(self.record.by_task) or [self.task]
 
-    def details(self) -> dict[str, Any]:
+    def details(self) -> Json:
         """Return facts without a field in other projects, by the names that docs/export.md explains."""
         record = self.record
         return {

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import partial
-from typing import Any
 
 from dart_eval.export.datasets import DEFAULT, Dataset
 from dart_eval.export.facts import Facts
 from dart_eval.export.writing import Piece, safe
 from dart_eval.results.record import Metric
+from dart_eval.util.text import Json
 
 BOOTSTRAPS = 1000  # the resamples that `evaluation.evaluate` asks lm-eval for
 NAMED = ("task", "doc_id", "filter", "doc_hash", "prompt_hash", "target_hash", "metrics", "responses")
@@ -85,7 +85,7 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
     texts: dict[str, str] = {}
     hashes = {}
     for cell in run.cells:
-        lines: dict[str, list[dict[str, Any]]] = {}
+        lines: dict[str, list[Json]] = {}
         asked = cell.store.texts(cell.record)
         for sample in cell.store.samples(cell.record):
             line = _sample(sample, asked.get((sample["task"], sample["doc_id"]), {}))
@@ -99,7 +99,7 @@ def _files(run: Run, results: str, names: Mapping[str, str], datasets: Mapping[s
     return texts
 
 
-def _sample(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(sample: Json, asked: Json) -> Json:
     """Return a document as lm-eval logs it, without its fields and generation options, which a run does not store."""
     prompt, choices = asked.get("prompt"), asked.get("choices")
     arguments = [[prompt, choice] for choice in choices] if choices else [[prompt]]
@@ -118,7 +118,7 @@ def _sample(sample: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, An
     }  # fmt: skip
 
 
-def _results(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
+def _results(run: Run, datasets: Mapping[str, Dataset]) -> Json:
     """Return the file of results with lm-eval's entries, and `dart_eval` for facts without an entry there."""
     first, environment = run.first, run.first.record.environment
     said = first.inputs.get("system_instruction")
@@ -138,7 +138,7 @@ def _results(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _scores(run: Run) -> dict[str, Any]:
+def _scores(run: Run) -> Json:
     """Return metrics of tasks and groups, and the tasks of each group."""
     by_task: dict[str, list[Metric]] = {}
     members: dict[str, list[str]] = {}
@@ -158,8 +158,8 @@ def _scores(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _values(task: str, metrics: Sequence[Metric]) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": task, "alias": task, "sample_len": metrics[0].n}
+def _values(task: str, metrics: Sequence[Metric]) -> Json:
+    found: Json = {"name": task, "alias": task, "sample_len": metrics[0].n}
     for m in metrics:
         name, _, filter_ = m.metric.partition(",")
         found[f"{name},{filter_ or 'none'}"] = m.value
@@ -167,13 +167,13 @@ def _values(task: str, metrics: Sequence[Metric]) -> dict[str, Any]:
     return found
 
 
-def _tasks(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
+def _tasks(run: Run, datasets: Mapping[str, Dataset]) -> Json:
     """Return the recorded facts about the documents' tasks; a record has their hash, not their YAML."""
     configs, shots, sizes = {}, {}, {}
     for cell in run.cells:
         sample_counts = {m.task: m.n for m in cell.record.metrics}
         for task in cell.leaves():
-            config: dict[str, Any] = {"task": task}
+            config: Json = {"task": task}
             if task in datasets:
                 name = datasets[task].task
                 config |= {"dataset_path": datasets[task].id, "dataset_name": None if name == DEFAULT else name}
@@ -186,7 +186,7 @@ def _tasks(run: Run, datasets: Mapping[str, Dataset]) -> dict[str, Any]:
     return {"configs": configs, "versions": {}, "n-shot": shots, "n-samples": sizes}
 
 
-def _settings(cell: Facts) -> dict[str, Any]:
+def _settings(cell: Facts) -> Json:
     """Return lm-eval's `config`: the model with its pruner as arguments, and the settings of the run."""
     inputs, seed = cell.inputs, cell.inputs.get("seed")
     model = inputs["model"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ def swish(alpha: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x * torch.sigmoid(x * alpha)
 
 
-def activation(layer: nn.Module, layout: Layout) -> Any:
+def activation(layer: nn.Module, layout: Layout) -> Callable[[Tensor], Tensor] | None:
     """Return the activation with its input's factors and bound; None if the layer has none."""
     acts = [get(layer, act) if isinstance(act, str) else act for act in layout.act]
     alpha = get(layer, layout.alpha) if layout.alpha else None
@@ -82,6 +81,6 @@ def lift(layer: nn.Module, layout: Layout) -> Lift | None:
     return Lift(factors, limit, plus) if factors or plus or limit is not None else None
 
 
-def _factors(layer: nn.Module, paths: Sequence[str]) -> list[Any]:
+def _factors(layer: nn.Module, paths: Sequence[str]) -> list[float | Tensor]:
     factors = [get(layer, path) for path in paths]
     return [f for f in factors if f is not None and not (isinstance(f, (int, float)) and f == 1)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dart_eval.layers.families import get
 
 Steps = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [N, D], experts [N, count], their weights -> [N, D]
+Output = Tensor | tuple[Tensor, Tensor]  # of a module, perhaps with the router's logits
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Form:
     act: str
     count: str
     marks: tuple[str, ...]
-    run: Callable[..., object]
+    run: Callable[..., Output]
     transposed: bool = False
     weighs_input: bool = False
     experts: str | None = None
@@ -84,7 +85,7 @@ class View:
 
     def _apply_gate(self, projected: Tensor) -> Tensor:
         gate, up = projected.chunk(2, -1)
-        act: Any = self._get(self.form.act)
+        act = self._get(self.form.act)
         return act(gate) * up
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dart_eval.layers.expert_forms import View, form_of
+from dart_eval.layers.expert_forms import Output, View, form_of
 from dart_eval.layers.projection import Step
 from dart_eval.util.errors import UserError
 
@@ -333,7 +333,7 @@ def _forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
 ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
 
 
-def ours(experts: Any) -> Callable[..., Any]:
+def ours(experts: nn.Module) -> Callable[..., Output]:
     """Return the function that computes a module of experts in our two steps, with its forward's arguments."""
     form = form_of(experts)
     return (

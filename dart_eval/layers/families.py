@@ -168,7 +168,7 @@ def first(layer: nn.Module, paths: Sequence[str]) -> Any:
     return next((m for p in paths if (m := get(layer, p)) is not None), None)
 
 
-def base_of(model: PreTrainedModel) -> Any:
+def base_of(model: PreTrainedModel) -> nn.Module:
     """Return the module that computes the last hidden states: the base model, or the decoder if that is the model."""
     base = getattr(model, "base_model", model)
     return decoder(model) if base is model else base

@@ -29,7 +29,7 @@ from dart_eval.layers.projection import encoded, features, stored_bits
 from dart_eval.util.errors import UserError
 
 
-def _described(layer: nn.Module, number: int, index: int, before: object) -> list[FFN]:
+def _described(layer: nn.Module, number: int, index: int, before: nn.Module | None) -> list[FFN]:
     """Return the FFNs of a layer by the tables alone: none if no entry fits, several with experts.
 
     Args:
@@ -72,7 +72,7 @@ def _laid_out(layer: nn.Module, layout: Layout, number: int, index: int, attenti
     )  # fmt: skip
 
 
-def _routed(layer: nn.Module, module: object, number: int, index: int, attention: Any) -> FFN:
+def _routed(layer: nn.Module, module: object, number: int, index: int, attention: nn.Module) -> FFN:
     """Return the routed experts of a layer as an FFN. Arguments as of `_described`."""
     routed = experts.routed(module)
     return FFN(
@@ -83,7 +83,7 @@ def _routed(layer: nn.Module, module: object, number: int, index: int, attention
     )  # fmt: skip
 
 
-def _residual(layer: nn.Module, block: nn.Module) -> Any:
+def _residual(layer: nn.Module, block: nn.Module) -> nn.Module:
     """Return the module that the stream enters on its way to the FFN."""
     residual = first(layer, RESIDUAL_NORMS)
     if get(layer, "post_feedforward_layernorm") is not None and get(layer, "pre_feedforward_layernorm") is None:

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dart_eval.layers import experts
+from dart_eval.layers.expert_forms import Output
 from dart_eval.layers.families import COMPARED, STREAMS
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.finite import refuse_not_finite
@@ -87,8 +89,8 @@ class _Seen:
     def __init__(self) -> None:
         self.others: set[str] = set()
 
-    def record(self, name: str, value: Any) -> None:
-        value = value[0] if isinstance(value, (tuple, list)) else value
+    def record(self, name: str, value: Tensor | Sequence[Tensor]) -> None:
+        value = value if isinstance(value, Tensor) else value[0]
         self.runs += name == "h"
         if name == "y":
             self.eps = torch.finfo(value.dtype).eps
@@ -130,7 +132,7 @@ def _check_experts(model: nn.Module) -> None:
             handle.remove()
 
 
-def _same(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Any) -> None:
+def _same(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Output) -> None:
     theirs, ours = (
         _rows(out[0] if isinstance(out, tuple) else out) for out in (output, experts.ours(module)(*args, **kwargs))
     )
@@ -170,7 +172,7 @@ def _run(model: nn.Module, ffns: Sequence[FFN], zero: bool) -> list[_Seen]:
     return seen
 
 
-def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
+def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[RemovableHandle]:
     """Install hooks that record a layer's activations. together: all its FFNs."""
     layer: Any = f.holder
 
@@ -180,7 +182,7 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
     def output(name: str) -> Callable[..., None]:
         return lambda _module, _args, out: s.record(name, out)
 
-    def stream(_module: nn.Module, _args: object, out: object) -> None:
+    def stream(_module: nn.Module, _args: object, out: Tensor | Sequence[Tensor]) -> None:
         s.record("after", unscaled(layer, out))
 
     handles = [
@@ -198,9 +200,9 @@ def _watch(s: _Seen, f: FFN, together: Sequence[FFN]) -> list[Any]:
     return handles
 
 
-def unscaled(layer: object, out: Any) -> Tensor:
+def unscaled(layer: object, out: Tensor | Sequence[Tensor]) -> Tensor:
     """Return the stream that leaves a layer, before the layer's factor on it (Gemma 4)."""
-    stream: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+    stream = out if isinstance(out, Tensor) else out[0]
     scalar = getattr(layer, "layer_scalar", None)
     return stream if scalar is None else stream / scalar
 
@@ -220,7 +222,7 @@ def _parts_of(ffns: Sequence[FFN], layer: nn.Module) -> set[int]:
     return expected
 
 
-def _zeros(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...]:
+def _zeros(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (torch.zeros_like(args[0]), *args[1:])
 
 

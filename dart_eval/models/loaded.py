@@ -60,7 +60,7 @@ class Loaded(Resolved):
                 module.training = training
 
 
-def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+def loaded(model: object, tokenizer: object) -> Loaded:
     """Wrap a model in memory with its identity: a hash of its weights, its configuration and its tokenizer.
 
     Args:
@@ -77,7 +77,7 @@ def loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded
         )
     refuse_second(model)
     name = _name(model)
-    if tokenizer is None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(f"model {name} comes without a tokenizer", "give evaluate(model, tokenizer, ...)")
     if any(p.is_meta for p in model.parameters()):
         raise UserError(f"weights of model {name} are not in memory", "load it onto one device, or onto several GPUs")

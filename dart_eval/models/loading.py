@@ -9,7 +9,6 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -106,13 +105,13 @@ class Resolved:
     source: str
     identity: Identity
     dtype: str  # dtype of the loaded weights: float32, bfloat16 ...
-    config: Any = field(default=None, kw_only=True, repr=False, compare=False)  # transformers' own, before loading
+    config: PretrainedConfig = field(kw_only=True, repr=False, compare=False)  # before loading
     adapter: str | None = field(default=None, kw_only=True)  # a folder or a hub id
 
     @property
     def routes(self) -> bool:
         """Whether the model has routed experts."""
-        return self.config is not None and experts.routes(self.config.to_dict())
+        return experts.routes(self.config.to_dict())
 
     def load(self, note: Callable[[str], None] = lambda text: None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model in eval mode on its device, and its tokenizer.
@@ -206,7 +205,7 @@ class Resolved:
             )
 
 
-def _loader(config: object) -> Any:
+def _loader(config: PretrainedConfig) -> type[AutoModelForCausalLM | AutoModelForImageTextToText]:
     """Return the class that loads a language model, or one for images and text if there is no other."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForCausalLM  # also for a model that brings its own code

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from dart_eval.util.errors import UserError, nearest
 
 # From the models' published configurations.
-SHAPES: dict[str, Callable[[], Any]] = {
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-3.1-8b": lambda: LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
@@ -28,7 +27,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-def config(name: str, layers: int | None = None) -> Any:
+def config(name: str, layers: int | None = None) -> PretrainedConfig:
     """Return the configuration of a shape, perhaps with fewer layers.
 
     Raises:

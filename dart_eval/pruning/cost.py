@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from dart_eval.layers.shape import ModelShape
 from dart_eval.pruning.method import Pruner
+from dart_eval.util.text import Json
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def overhead(method: Pruner, shape: ModelShape, tokens: int, weights_read: float
     return Overhead(round(prefill), step, flops, read)
 
 
-def describe(
-    method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float
-) -> dict[str, Any]:
+def describe(method: Pruner, shape: ModelShape, context: float, weights_read: float, remasks_per_token: float) -> Json:
     """Return the costs that a record holds, in FLOPs.
 
     `overhead_decode_step` includes the observed re-masks, spread over the tokens. `remask_reads` is the share of

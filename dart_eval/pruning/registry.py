@@ -9,8 +9,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
-from typing import Any
+from importlib.metadata import EntryPoints, entry_points
 
 from dart_eval.pruning.choices.cats import ByGate
 from dart_eval.pruning.choices.choice import All
@@ -223,7 +222,7 @@ def parts() -> dict[str, dict[str, type[Part]]]:
 
 
 @functools.cache  # a search of all installed packages takes milliseconds, and a spelling is read often
-def offered(group: str, search: Callable[..., Any]) -> list[tuple[str, object]]:
+def offered(group: str, search: Callable[..., EntryPoints]) -> list[tuple[str, object]]:
     """Return the objects that other packages offer, by name. Import errors are logged and skipped.
 
     Args:

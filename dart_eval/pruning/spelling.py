@@ -19,6 +19,7 @@ from dart_eval.util.errors import UserError, naming, nearest
 OWNERS = {"score": "mask", "draw": "mask", "remask": "mask", "image": "choice"}
 
 Method = TypeVar("Method", bound=Any)
+Tree = dict[str, Any]  # slot -> {"part": its name, field or inner slot -> the same}
 Catalog = Mapping[str, Mapping[str, type[Part]]]  # slot -> name -> part
 
 
@@ -52,7 +53,7 @@ def changed(
         )
 
 
-def _parts(tree: Mapping[str, Any], catalog: Catalog) -> list[type[Part]]:
+def _parts(tree: Tree, catalog: Catalog) -> list[type[Part]]:
     """Return the classes of the new parts in the method's own slots; unknown names are skipped."""
     classes = []
     for slot, inner in tree.items():
@@ -62,7 +63,7 @@ def _parts(tree: Mapping[str, Any], catalog: Catalog) -> list[type[Part]]:
     return classes
 
 
-def _merge(tree: dict[str, Any], steps: list[str], value: object, path: str) -> None:
+def _merge(tree: Tree, steps: list[str], value: object, path: str) -> None:
     """Merge a value into nested mappings. The part of a slot stands under `part`."""
     for step in steps:
         tree = tree.setdefault(step, {})
@@ -89,7 +90,7 @@ def flattened(settings: Mapping[str, object], path: str = "") -> Iterator[tuple[
             yield where, value
 
 
-def _filled(current: object, cls: type[object], tree: Mapping[str, Any], catalog: Catalog, path: str = "") -> Any:
+def _filled(current: object, cls: type[object], tree: Tree, catalog: Catalog, path: str = "") -> Any:
     """Return an object of the class with the values of `tree`, then those of `current`, then the defaults."""
     fields = _fields(cls)
     values = _carried(current, cls)
@@ -122,7 +123,7 @@ def _carried(current: object, cls: type[object]) -> dict[str, object]:
     return {name: getattr(current, name) for name in common}
 
 
-def _part(current: Part, slot: str, tree: Mapping[str, object], catalog: Catalog, path: str) -> Part:
+def _part(current: Part, slot: str, tree: Tree, catalog: Catalog, path: str) -> Part:
     """Return the new part of a slot: another part, or the current one with other values."""
     wanted, cls = tree.get("part"), type(current)
     if isinstance(wanted, Part):
@@ -148,7 +149,7 @@ def _unknown(cls: type[Any], name: str, path: str, where: str, catalog: Catalog)
     return UserError(f"there is no {where!r}", nearest(where, [f"{path}.{field}" for field in fields]))
 
 
-def _fields(cls: type[Any]) -> dict[str, dataclasses.Field[object]]:
+def _fields(cls: type) -> dict[str, dataclasses.Field[object]]:
     """Return the fields that a user may set: inherited ones first, then the class's own in their order."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     own = [name for name in inspect.get_annotations(cls) if name in fields]

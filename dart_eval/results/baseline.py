@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
@@ -23,6 +23,7 @@ from dart_eval.results.outcomes import Cell, Measure, Outcome, cells, describe, 
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import read_text
 from dart_eval.util.files import write as write_file
+from dart_eval.util.text import Json
 
 SCHEMA = 1
 DIGITS = 6  # decimals of a document's value, so that another machine's arithmetic changes none
@@ -116,7 +117,7 @@ def write(path: Path, results: Sequence[Cell]) -> int:
     return count
 
 
-def _line(key: Sequence[object], row: dict[str, Any]) -> list[object]:
+def _line(key: Sequence[object], row: Json) -> list[object]:
     """Return a document as a line of the file: index, digests, cluster and values."""
     doc, prompt, cluster = (row.pop(name) for name in BASIC)
     row.pop("choices", None)

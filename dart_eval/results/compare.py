@@ -21,7 +21,7 @@ from dart_eval.results.pairing import Pair, counterparts, differing, nearest_to,
 from dart_eval.results.store import UnreadSamples
 from dart_eval.results.writers import Column, Table, finite
 from dart_eval.util.errors import UserError, nearest, remark
-from dart_eval.util.text import json_text
+from dart_eval.util.text import Json, json_text
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def table(comparison: Comparison) -> Table:
     return table_of(f"A: {comparison.a}   B: {comparison.b}", lines, columns, note(comparison))
 
 
-def table_of(title: str, lines: Sequence[dict[str, Any]], columns: Sequence[ColumnOf], note: str) -> Table:
+def table_of(title: str, lines: Sequence[Json], columns: Sequence[ColumnOf], note: str) -> Table:
     """Return a table of paired tests, also for `check`.
 
     Args:

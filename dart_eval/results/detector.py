@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dart_eval.results.format import number, sparsity
 from dart_eval.results.inputs import question
@@ -19,6 +19,7 @@ from dart_eval.results.rows import cells_frame
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Column, Table, from_frame
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 CONTROL = "_same"
 SIGMAS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)  # margins, in standard deviations of the prompt's windows
@@ -78,7 +79,7 @@ def judged(
     remasks: whether alarms led to new masks, so that a margin is judged only up to the first one.
     """
 
-    def alarm(trace: dict[str, Any]) -> tuple[int | None, int]:
+    def alarm(trace: Json) -> tuple[int | None, int]:
         """Return the tokens until the first alarm (None: never), and the tokens watched."""
         window, signal, raised = trace["window"], trace["signal"], trace.get("alarms") or [None]
         at = raised[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,7 +15,7 @@ BASIC = ("doc_hash", "prompt_hash", "cluster")  # columns of every frame, even w
 APART = ("metrics", "drift", "kl_bins")  # fields of a sample that are not columns
 
 
-def frame(samples: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+def frame(samples: Iterable[Json]) -> pd.DataFrame:
     """Return one row per document and filter, in the order of the index, and a column per metric.
 
     Values stay as in the file: NaN is NaN, and None means that a document has no value for a metric. Of two lines on

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from dart_eval.results.record import Record
 from dart_eval.results.rows import rows as rows_of
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def lines(store: Store, records: Sequence[Record], subtasks: bool = False) -> li
     made = rows_of(records, subtasks)
     tests = {(key, row.measure.task, row.measure.metric): row for key, some in found.items() for row in some}
     made += _distances(made, tests)
-    families: dict[tuple[object, ...], list[dict[str, Any]]] = {}
+    families: dict[tuple[object, ...], list[Json]] = {}
     for line in made:
         line.update(dict.fromkeys(("dense", "chance", "recovery", "recovery_low", "recovery_high", "difference", "low",
                                    "high", "p", "p_holm")))  # fmt: skip

@@ -6,7 +6,6 @@ import contextlib
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from dart_eval.results.format import number, share, sparsity
 from dart_eval.results.record import Record
@@ -14,6 +13,7 @@ from dart_eval.results.rows import cells_frame
 from dart_eval.results.store import Store
 from dart_eval.results.writers import Column, Table, from_frame
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 THREE = partial(share, digits=3)
 COLUMNS = (
@@ -54,7 +54,7 @@ def table(records: Sequence[Record], counts: Mapping[str, dict[str, object] | No
     return [from_frame("Generated texts", frame, columns, NOTE)]
 
 
-def of_texts(record: Record, samples: Sequence[Mapping[str, Any]]) -> dict[str, object] | None:
+def of_texts(record: Record, samples: Sequence[Json]) -> dict[str, object] | None:
     """Return counts of a cell's texts; None without texts. samples: one for each document and filter."""
     texts = {(s["task"], s["doc_id"]): s for s in samples if s["responses"] and isinstance(s["responses"][0], str)}
     tokens = [int(s.get("tokens", 0)) for s in texts.values()]

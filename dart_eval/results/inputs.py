@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict  # pydantic needs this one below Python 3.12
 
 from dart_eval.results.layout import OPEN, Number
+from dart_eval.util.text import Json
 
 ASKED, HOW, PROVENANCE = "asked", "how", "provenance"
 DENSE = "dense"  # the method that leaves the model as it is
@@ -73,7 +74,7 @@ class CellInputs(TypedDict):
         Model, _asked("name, revision, hash of the weights, whether code of its own ran or it came `loaded`", False)
     ]
     method: Annotated[str, _asked("the method's name", False)]
-    params: Annotated[dict[str, Any], _asked("all its parts and their fields, by the paths that a user types", False)]
+    params: Annotated[Json, _asked("all its parts and their fields, by the paths that a user types", False)]
     sparsity: Annotated[Share, _asked("share of FFN weight bytes that a decoded token is not to read", False)]
     ffn_bits: NotRequired[
         Annotated[str, Role(ASKED, "bits that FFN weights were rounded to first, where they were", column=True)]
@@ -164,7 +165,7 @@ UNSAID = {
 }  # fmt: skip
 
 
-def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, Any]:
+def asked(inputs: Json, without: Iterable[str] = ()) -> Json:
     """Return the `asked` inputs of a cell, without some. A field that older cells lack counts as null."""
     left_out = set(without)
     found = {name: inputs.get(name) for name in names(ASKED) if name not in left_out}
@@ -177,22 +178,22 @@ def asked(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> dict[str, A
     return found
 
 
-def without_legacy_defaults(params: Mapping[str, Any]) -> dict[str, Any]:
+def without_legacy_defaults(params: Json) -> Json:
     """Drop fields that older records lack and whose value equals their implied default."""
     return {k: v for k, v in params.items() if UNSAID.get(k) != v}
 
 
-def matters(name: str, inputs: Mapping[str, Any]) -> bool:
+def matters(name: str, inputs: Json) -> bool:
     """Whether a field can change a cell's numbers: the scope cannot change dense ones."""
     return name != "scope" or inputs["method"] != DENSE
 
 
-def identity(inputs: Mapping[str, Any], without: Iterable[str] = ()) -> str:
+def identity(inputs: Json, without: Iterable[str] = ()) -> str:
     """Return `asked` as sortable text: cells with equal text answer the same question."""
     return json.dumps(asked(inputs, without), sort_keys=True)
 
 
-def question(inputs: Mapping[str, Any], without: Iterable[str] = UNLIKE_DENSE) -> str:
+def question(inputs: Json, without: Iterable[str] = UNLIKE_DENSE) -> str:
     """Return the `asked` inputs without the pruning, with dtype and device.
 
     Cells that agree in it, a dense one and pruned ones, can be compared.
@@ -201,7 +202,7 @@ def question(inputs: Mapping[str, Any], without: Iterable[str] = UNLIKE_DENSE) -
     return json.dumps([asked(inputs, without), how], sort_keys=True)
 
 
-def model_of(model: Mapping[str, Any]) -> str:
+def model_of(model: Json) -> str:
     """Return a model's unique name: `NAME@` and the first digits of its weights' hash or its commit."""
     which = model.get("weights") or model.get("revision")
     return f"{model['name']}@{which[:HASH_DIGITS]}" if which else str(model["name"])

@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
 from dart_eval.results import layout
 from dart_eval.util.errors import StoreError
 from dart_eval.util.files import read_regular
+from dart_eval.util.text import Json
 
 # answers, state_bytes, seconds
-BATCH = TypeAdapter(tuple[dict[str, Any], layout.Count, Annotated[layout.Finite, Field(ge=0)]])
+BATCH = TypeAdapter(tuple[Json, layout.Count, Annotated[layout.Finite, Field(ge=0)]])
 
 
-class Journal(dict[str, Any]):
+class Journal(Json):
     """Answers by request, kept in memory and, where a path is given, on disk.
 
     Args:
@@ -40,11 +41,11 @@ class Journal(dict[str, Any]):
         self.state_bytes = 0
         self.seconds = 0.0
         self._total_seconds = 0.0  # with those of our own batches
-        self._file: Any = None
+        self._file: FileIO | None = None
         if path is not None and os.path.lexists(path):
             self._read(path)
 
-    def add(self, answers: Mapping[str, Any], state_bytes: int, seconds: float) -> None:
+    def add(self, answers: Json, state_bytes: int, seconds: float) -> None:
         """Write a batch. On return it is on disk, safe from a crash.
 
         Args:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from dart_eval.results.inputs import FIELDS, NAMED, UNSAID, matters
 from dart_eval.util.bits import bits_text
+from dart_eval.util.text import Json
 
 
 class Labelled(Protocol):
@@ -16,7 +17,7 @@ class Labelled(Protocol):
     @property
     def key(self) -> str: ...
     @property
-    def inputs(self) -> dict[str, Any]: ...
+    def inputs(self) -> Json: ...
     @property
     def settings(self) -> dict[str, object]: ...
 
@@ -99,7 +100,7 @@ def _place(record: Labelled) -> tuple[object, ...]:
     return (*(inputs[name] for name in ("task", "sparsity", "scope")), inputs["model"]["name"], inputs.get("ffn_bits"))
 
 
-def _grouped(records: Iterable[Labelled], by: Any) -> dict[Any, list[Labelled]]:
+def _grouped(records: Iterable[Labelled], by: Callable[[Labelled], object]) -> dict[Any, list[Labelled]]:
     groups: dict[object, list[Labelled]] = {}
     for r in records:
         groups.setdefault(by(r), []).append(r)

@@ -9,7 +9,7 @@ fields are not checked.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -22,7 +22,7 @@ LARGEST = 2**63  # beyond it a whole number has no float
 T = TypeVar("T")
 
 
-def _as_written(value: Any, check: Callable[[Any], float]) -> Any:
+def _as_written(value: T, check: Callable[[T], float]) -> T:
     check(value)
     return value
 
@@ -31,9 +31,9 @@ def _as_written(value: Any, check: Callable[[Any], float]) -> Any:
 class Holds:
     """The type that a field must have when it is read, beside the plain type that code uses."""
 
-    type: Any
+    type: object
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         return handler.generate_schema(self.type)
 
 
@@ -128,7 +128,7 @@ def read(text: str | bytes, type_: TypeAdapter[T] = ANYTHING, where: str = "") -
     raise ValueError(f"{place} is {value}: {first['msg'].removeprefix('Input ')}")
 
 
-def _refuse_large(data: Any) -> None:
+def _refuse_large(data: Iterable[object]) -> None:
     for item in data.values() if isinstance(data, dict) else data:
         if isinstance(item, int) and abs(item) >= LARGEST:
             raise ValueError(f"a number of {len(str(abs(item)))} digits")

@@ -25,6 +25,7 @@ from dart_eval.results.labels import values_of
 from dart_eval.results.record import Record
 from dart_eval.results.store import Store
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,12 +86,12 @@ class Cell:
     """
 
     key: str
-    inputs: dict[str, Any]
+    inputs: Json
     source: str
     created: str
     read: Callable[[], Outcome] = field(repr=False, compare=False)
     older: int = 0
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    settings: Json = field(default_factory=dict, compare=False)
     unread_rival: str = ""
 
 

@@ -14,6 +14,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic needs this one 
 from dart_eval.results import layout
 from dart_eval.results.inputs import CellInputs
 from dart_eval.results.layout import OPEN, FileName, Holds, Number
+from dart_eval.util.text import Json
 
 SCHEMA = 2
 
@@ -95,7 +96,7 @@ class Record:
     tokens: Annotated[int, "scored or generated tokens"]
     remasks: Annotated[int, "new masks that were made while tokens were decoded"]
     flops: Annotated[
-        dict[str, Any], Holds(dict[str, Number]),
+        Json, Holds(dict[str, Number]),
         "at `context_tokens` (the mean context): `prefill`, `decode_step_dense`, `decode_step_pruned`, "
         "`overhead_prefill`, `overhead_decode_step` (re-masks included), `overhead_share` (of a dense step), `remask`, "
         "`remask_reads` (FFN weights that re-masks read per decoded token / all FFN weights), `remask_bytes` (the same "
@@ -105,11 +106,9 @@ class Record:
         dict[str, int], Holds(dict[str, Number]),
         "bytes: `weights`, and `state`, which the method keeps for a sequence",
     ]  # fmt: skip
-    settings: Annotated[dict[str, Any], Holds(Settings), "how the cell was run: below"]
+    settings: Annotated[Json, Holds(Settings), "how the cell was run: below"]
     environment: Annotated[dict[str, str], "versions, the kind of machine, and its `gpu` or its `threads`"]
-    measured: Annotated[
-        dict[str, Any], Holds(Measured), "what differs between two equal runs: `seconds`, `created`, `peak`"
-    ]
+    measured: Annotated[Json, Holds(Measured), "what differs between two equal runs: `seconds`, `created`, `peak`"]
     schema: int = SCHEMA
     by_task: Annotated[
         dict[str, dict[str, float]], Holds(dict[str, TaskCost]),
@@ -118,7 +117,7 @@ class Record:
         "to fit into",
     ] = field(default_factory=dict)  # fmt: skip
     files: Annotated[
-        dict[str, dict[str, Any]], Holds(dict[str, File]),
+        dict[str, Json], Holds(dict[str, File]),
         "`samples` and `texts`, each with its `name`, its number of lines `n` and its `sha256`",
     ] = field(default_factory=dict)  # fmt: skip
     cut: Annotated[int | None, "documents whose prompt was cut to the context, over all tasks"] = None

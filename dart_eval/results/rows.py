@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dart_eval.results.inputs import COLUMNS
 from dart_eval.results.labels import labels
 from dart_eval.results.record import Metric, Record
 from dart_eval.util.errors import UserError, nearest
-from dart_eval.util.text import items_of
+from dart_eval.util.text import Json, items_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,7 @@ def of_tasks(
     return [r for r in records if r.inputs["task"] in wanted]
 
 
-def rows(records: Sequence[Record], subtasks: bool = False) -> list[dict[str, Any]]:
+def rows(records: Sequence[Record], subtasks: bool = False) -> list[Json]:
     """Return one row per metric of each record, sorted by model, task, metric, sparsity and method.
 
     Args:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
@@ -23,7 +23,7 @@ from dart_eval.results.inputs import Model, Share, without_legacy_defaults
 from dart_eval.results.ratio import Ratio
 from dart_eval.util.errors import UserError, remark
 from dart_eval.util.files import check_name, check_target, read_regular, reason, write
-from dart_eval.util.text import json_text
+from dart_eval.util.text import Json, json_text
 
 SCHEMA = 1
 FOLDER = "bench"  # below the folder of results
@@ -59,9 +59,9 @@ class Speed:
     """
 
     method: str
-    params: Mapping[str, Any]
+    params: Json
     sparsity: Share
-    model: Annotated[Mapping[str, Any], layout.Holds(Model)]
+    model: Annotated[Json, layout.Holds(Model)]
     dtype: str
     device: str
     hardware: str
@@ -72,12 +72,12 @@ class Speed:
     control: Ratio | None
     ceiling: layout.Number
     created: str
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Json = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     ffn_bits: str | None = None
     times: str = "measured"
 
-    def is_of(self, inputs: Mapping[str, Any]) -> bool:
+    def is_of(self, inputs: Json) -> bool:
         """Whether this is the speed of a cell's method at its sparsity, on its model in its dtype.
 
         Quality does not depend on the device that a speed is measured on, so the device may be another.
@@ -106,7 +106,7 @@ class _Schema(TypedDict):
 _SCHEMA, _SPEED = TypeAdapter(_Schema), TypeAdapter(Speed)
 
 
-def of_cell(speeds: Sequence[Speed], inputs: Mapping[str, Any]) -> Speed | None:
+def of_cell(speeds: Sequence[Speed], inputs: Json) -> Speed | None:
     """Return the last measured speed of a cell's method, else its byte counts, else None.
 
     Args:
@@ -117,7 +117,7 @@ def of_cell(speeds: Sequence[Speed], inputs: Mapping[str, Any]) -> Speed | None:
     return next((speed for speed in own if speed.speedup is not None), own[0] if own else None)
 
 
-def _which(model: Mapping[str, Any]) -> tuple[Any, ...]:
+def _which(model: Json) -> tuple[object, ...]:
     """Return the identity of a model: the hash of its weights, or else its name and revision."""
     weights = model.get("weights")
     which = (weights,) if weights else (model["name"], model.get("revision"))

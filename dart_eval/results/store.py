@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -34,6 +34,7 @@ from dart_eval.results.journal import Journal
 from dart_eval.results.record import NewerSchema, Record
 from dart_eval.util.errors import StoreError, UserError, remark
 from dart_eval.util.files import check_name, read_regular, reason, write_atomically
+from dart_eval.util.text import Json
 
 SAMPLE, DOCUMENT = TypeAdapter(layout.Sample), TypeAdapter(layout.Document)
 T = TypeVar("T")
@@ -164,7 +165,7 @@ class Store:
             moved.append(path.rename(next(aside for aside in names if not aside.exists())))
         return moved
 
-    def save(self, name: str, record: Record, texts: Sequence[dict[str, Any]] = ()) -> Record:
+    def save(self, name: str, record: Record, texts: Sequence[Json] = ()) -> Record:
         """Write texts and samples, then the record that names them.
 
         Returns:
@@ -248,7 +249,7 @@ class Store:
         files += [self.folder / kind / known["name"] for kind, known in record.files.items()]
         return [f for f in files if not f.is_file()]
 
-    def samples(self, record: Record) -> list[dict[str, Any]]:
+    def samples(self, record: Record) -> list[Json]:
         """Return the samples of a record of this folder, one per document, task and filter.
 
         Raises:
@@ -264,7 +265,7 @@ class Store:
             )
         return found
 
-    def traces(self, record: Record) -> list[dict[str, Any]]:
+    def traces(self, record: Record) -> list[Json]:
         """Return the drift detector's trace of each document with a full window.
 
         Raises:
@@ -272,7 +273,7 @@ class Store:
         """
         return [s["drift"] for s in self.samples(record) if traced(s)]
 
-    def texts(self, record: Record) -> dict[tuple[str, int], dict[str, Any]]:
+    def texts(self, record: Record) -> dict[tuple[str, int], Json]:
         """Return (task, doc_id) -> prompt, choices and target of a record's documents; empty if not stored.
 
         Raises:
@@ -280,7 +281,7 @@ class Store:
         """
         return {(line["task"], line["doc_id"]): line for line in self._read_file(record, "texts", DOCUMENT)}
 
-    def _read_file(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[dict[str, Any]]:
+    def _read_file(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[Json]:
         try:
             return self._lines(record, kind, type_)
         except (OSError, ValueError) as error:
@@ -292,7 +293,7 @@ class Store:
                 "give the `dart-eval run` that made them again: it redoes the cell",
             ) from None
 
-    def _lines(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[dict[str, Any]]:
+    def _lines(self, record: Record, kind: str, type_: TypeAdapter[Any]) -> list[Json]:
         """Return the lines of a record's file of that kind. Raises as `_data`."""
         lines = self._data(record, kind).splitlines()
         return [layout.read(line, type_, f"line {i}") for i, line in enumerate(lines, 1)]
@@ -315,7 +316,7 @@ class Store:
         return data
 
 
-def traced(sample: Mapping[str, Any]) -> bool:
+def traced(sample: Json) -> bool:
     """Whether a drift detector closed a window on the document."""
     drift = sample.get("drift") or {"signal": [], "window": 0}
     return len(drift["signal"]) > 0 and drift["window"] > 0
@@ -330,17 +331,17 @@ def _read(path: Path) -> Record:
     return Record.from_json(layout.read(read_regular(path)))
 
 
-def _lines(rows: Sequence[dict[str, Any]]) -> str:
+def _lines(rows: Sequence[Json]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows)
 
 
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]], owner: str) -> dict[str, Any]:
+def _write_lines(path: Path, rows: Sequence[Json], owner: str) -> Json:
     text = _lines(rows)
     write_atomically(path, text, owner)
     return {"name": path.name, "n": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _numbers(responses: Sequence[Any]) -> bool:
+def _numbers(responses: Sequence[object]) -> bool:
     """Whether the log-likelihoods among a document's answers are finite."""
     flat = [x for r in responses for x in (r if isinstance(r, list) else [r])]
     return all(math.isfinite(x) for x in flat if isinstance(x, float))

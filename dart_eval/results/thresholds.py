@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import Json
 from dart_eval.util.yamls import read_mapping
 
 
@@ -53,7 +53,7 @@ def thresholds_from(file: Path | None) -> Thresholds:
     })  # fmt: skip
 
 
-def _mapping(data: object, keys: Sequence[str] | None, where: str) -> dict[str, Any]:
+def _mapping(data: object, keys: Sequence[str] | None, where: str) -> Json:
     if not isinstance(data, dict):
         raise UserError(f"{where} must hold keys and values, not {str(data)[:60]!r}", "for example `recovery: 0.98`")
     for key in data:
@@ -64,7 +64,7 @@ def _mapping(data: object, keys: Sequence[str] | None, where: str) -> dict[str, 
     return dict(data)
 
 
-def _limits(limits: Limits, data: dict[str, Any], where: str) -> Limits:
+def _limits(limits: Limits, data: Json, where: str) -> Limits:
     for name, limit in data.items():
         if (limit is not None or name == "recovery") and not (_is_number(limit) and 0 < limit <= 1):
             raise UserError(

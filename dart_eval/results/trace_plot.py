@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dart_eval.util.files import write
+from dart_eval.util.text import Json
 
 SIGNAL, ALARM, STEADY, LIMIT = "#1f5fa8", "#c0392b", "#8a8f98", "#555b63"
 
 
-def draw(trace: dict[str, Any], path: Path, title: str = "") -> None:
+def draw(trace: Json, path: Path, title: str = "") -> None:
     """Write the picture of a trace; its format follows from the ending of `path`."""
     layers, tokens = trace["layers"], len(trace["tokens"])
     figure = Figure(figsize=(10, 6.4), dpi=130, layout="constrained")
@@ -41,7 +43,7 @@ def draw(trace: dict[str, Any], path: Path, title: str = "") -> None:
     write(path, made.getvalue())
 
 
-def _signal(axes: Any, trace: dict[str, Any], tokens: int) -> None:
+def _signal(axes: Axes, trace: Json, tokens: int) -> None:
     detector = trace["detector"]
     axes.set(xlim=(0, max(tokens, 1)), ylabel="cosine to the reference")
     axes.set_xlabel("token after the prompt" + (" (all of them on another topic)" if trace["switch"] else ""))
@@ -60,7 +62,7 @@ def _signal(axes: Any, trace: dict[str, Any], tokens: int) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=8, frameon=False)
 
 
-def _changes(axes: Any, trace: dict[str, Any], tokens: int) -> Any:
+def _changes(axes: Axes, trace: Json, tokens: int) -> QuadMesh | None:
     """Draw each re-mask as a column until the next; its colour is the share of a layer's mask that changed."""
     remasks, layers = trace["remasks"], len(trace["layers"]["kept"])
     axes.set(xlim=(0, max(tokens, 1)), ylim=(layers - 0.5, -0.5), ylabel="layer", xlabel="token after the prompt")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from dart_eval.sweep import thinking, values
 from dart_eval.sweep.habits import translate
@@ -21,6 +22,7 @@ from dart_eval.sweep.values import Refused, short_repr
 from dart_eval.util.errors import UserError, naming, nearest
 from dart_eval.util.files import check_name
 from dart_eval.util.machine import has_cuda
+from dart_eval.util.text import Json
 from dart_eval.util.yamls import read_mapping
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class RunConfig(Options):
         return self.calibration_tokens or (None if whole else values.DATA_SET_TOKENS)
 
     def check(self) -> None:
-        """Refuse options that contradict each other, and what no run could use.
+        """Refuse options that contradict each other, and values that no run could use.
 
         Raises:
             UserError: the first thing that is wrong.
@@ -99,9 +101,9 @@ class RunConfig(Options):
             raise UserError("--calibration-seed draws passages, and all is read", "give --calibration-tokens too")
 
     def check_output(self) -> None:
-        """Refuse an output folder that could not be written, and data that are not there, before torch is loaded.
+        """Refuse an output folder that cannot be written, and missing data, before torch is loaded.
 
-        Apart from `check`, as workers on other nodes do not see these folders.
+        Apart from `check`, since workers on other nodes do not see these folders.
 
         Raises:
             UserError: with the reason.
@@ -123,8 +125,8 @@ class RunConfig(Options):
             raise UserError(f"output {folder} cannot be written", "choose another --output")
 
 
-def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
-    """Defaults, then the YAML file, then what was given on the command line (None: not given).
+def config_from(file: str | Path | None, given: Json) -> RunConfig:
+    """Return a configuration: the command line (None: not given) over the YAML file over the defaults.
 
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong, or there are several seeds.
@@ -135,9 +137,9 @@ def config_from(file: str | Path | None, given: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def configs_from(file: str | Path | None, given: Mapping[str, Any]) -> list[RunConfig]:
-    """See `config_from`: one for each seed."""
-    merged: dict[str, Any] = {}
+def configs_from(file: str | Path | None, given: Json) -> list[RunConfig]:
+    """Return `config_from` for each seed."""
+    merged: Json = {}
     if file is not None:
         for key, value in read_mapping(file, "config", "tasks: [arc, hellaswag]").items():
             name = str(key).replace("-", "_")
@@ -163,11 +165,11 @@ def configs_from(file: str | Path | None, given: Mapping[str, Any]) -> list[RunC
     return found
 
 
-def made(given: Mapping[str, Any], where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:
-    """A configuration of these values and the defaults.
+def made(given: Json, where: Mapping[str, str] | None = None, place: str = "") -> RunConfig:
+    """Return a configuration of these values and the defaults.
 
     Args:
-        where: name -> what comes before a message about its value. place: what comes after one about an unknown name.
+        where: name -> beginning of a message about its value. place: end of a message about an unknown name.
 
     Raises:
         UserError: a name or a value is wrong.
@@ -183,8 +185,8 @@ def made(given: Mapping[str, Any], where: Mapping[str, str] | None = None, place
             raise _refused(first) from None
 
 
-def checked(name: str, value: Any) -> Any:
-    """One value as `RunConfig` has it.
+def checked(name: str, value: object) -> Any:
+    """Return one value as `RunConfig` has it.
 
     Raises:
         UserError: it is wrong.
@@ -192,8 +194,8 @@ def checked(name: str, value: Any) -> Any:
     return getattr(made({name: value}), name)
 
 
-def _refused(error: Mapping[str, Any]) -> UserError:
-    """One of pydantic's errors, as a user is told it."""
+def _refused(error: ErrorDetails) -> UserError:
+    """Return one of pydantic's errors in our words."""
     name, value, kind, told = str(error["loc"][0]), error["input"], str(error["type"]), error.get("ctx", {})
     if isinstance(refused := told.get("error"), Refused):
         return refused.told

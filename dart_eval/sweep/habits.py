@@ -1,6 +1,6 @@
-"""What people type who come from lm-eval or from other tools, and what it is called here. Nothing here imports torch.
+"""Options of lm-eval and of other tools, and their names here. Nothing here imports torch.
 
-`rewritten` works on words of the command line, `translate` on options by name, as of run.yaml and `evaluate`.
+`rewritten` works on words of the command line, `translate` on options by name, as in run.yaml and `evaluate`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from dart_eval.sweep import values
 from dart_eval.sweep.options import DEFAULTS, option_of, typed
 from dart_eval.sweep.values import short_repr
 from dart_eval.util.errors import UserError, nearest
+from dart_eval.util.text import Json
 
-# Another name of an option, without a word.
+# Other names of options, accepted without a note.
 SYNONYMS = {
     "apply_chat_template": "chat_template", "output_path": "output", "overwrite": "force", "rerun": "force",
     "dry_run": "plan", "methods": "method", "sparsities": "sparsity", "models": "model", "rows": "row",
@@ -27,7 +27,7 @@ SHORT = {
     "-f": "--num-fewshot", "-L": "--limit", "-C": "--config", "-v": "--verbosity", "-s": "--log-samples",
     "-c": "--use-cache", "-w": "--write-out", "-x": "--predict-only", "-E": "--samples", "-q": "--quiet",
 }  # fmt: skip
-# Always so here. True: a value follows.
+# Options of lm-eval that are always on here. True: a value follows.
 NEEDLESS = {"--log-samples": False, "--resume": False, "--check-integrity": False, "--cache-requests": True}
 ANSWERS = {
     "--use-cache": "finished work is always kept in --output: leave it out",
@@ -62,19 +62,19 @@ OTHER_BACKENDS = (
 
 
 def spelled(name: str) -> str:
-    """The name of an option as we have it: lm-eval writes underscores, and calls some otherwise."""
+    """Return our name of an option: lm-eval writes underscores, and has other names for some."""
     field = name.replace("-", "_")
     return SYNONYMS.get(field, field).replace("_", "-")
 
 
 def rewritten(words: Sequence[str]) -> list[str]:
-    """The words of a command line as its parser knows them.
+    """Return the words of a command line as its parser knows them.
 
     `run -t arc hellaswag --wandb_args project=p --json` -> `run --tasks arc,hellaswag --log wandb --log-project p
     --format json`.
 
     Raises:
-        UserError: lm-eval has such an option, and we do not; with what stands for it here.
+        UserError: an option of lm-eval that is missing here, with its counterpart.
     """
     if not words or words[0] not in ("run", "paper", "bench", "tables", "compare", "trace", "ls"):
         return [*words]
@@ -111,7 +111,7 @@ def _is_list(option: str) -> bool:
 
 
 def _joined(rest: list[str]) -> Iterator[str]:
-    """The values of a list that stand behind its option, taken from the words that are left: one text with commas."""
+    """Take the values of a list from the words behind its option, and yield them as one text with commas."""
     items = []
     while rest and not (rest[0].startswith("-") and len(rest[0]) > 1 and not rest[0][1:2].isdigit()):
         items.append(rest.pop(0))
@@ -120,10 +120,10 @@ def _joined(rest: list[str]) -> Iterator[str]:
 
 
 def _logger(name: str, given: str) -> list[str]:
-    """Options for what lm-eval's options of a logger say.
+    """Return our options for lm-eval's options of a logger.
 
     Raises:
-        UserError: they say more than the project.
+        UserError: they hold more than the project.
     """
     found = values.pairs(f"{name}_args", given) if given else {}
     project = found.pop("project", None)
@@ -132,11 +132,11 @@ def _logger(name: str, given: str) -> list[str]:
     return ["--log", name, *(["--log-project", str(project)] if project is not None else [])]
 
 
-def translate(given: dict[str, Any]) -> None:
-    """Replace what lm-eval calls otherwise, in options by name.
+def translate(given: Json) -> None:
+    """Rename lm-eval's options to ours, in place.
 
     Raises:
-        UserError: it has no counterpart here, or both are given.
+        UserError: one has no counterpart here, or both are given.
     """
     found = {ours: given.pop(theirs) for theirs, ours in SYNONYMS.items() if theirs in given and ours in DEFAULTS}
     model_args = _model_args(given.pop("model_args", {}))
@@ -164,8 +164,8 @@ def translate(given: dict[str, Any]) -> None:
             )
 
 
-def _model_args(given: Any) -> dict[str, Any]:
-    """`--model-args` as keys and values: `pretrained=NAME,dtype=bfloat16`, or JSON."""
+def _model_args(given: object) -> Json:
+    """Return `--model-args` as keys and values: `pretrained=NAME,dtype=bfloat16`, or JSON."""
     text = ",".join(given) if isinstance(given, list) and all(isinstance(item, str) for item in given) else given
     if isinstance(text, str) and text.lstrip().startswith("{"):
         with contextlib.suppress(ValueError):

@@ -14,9 +14,9 @@ from pathlib import Path
 from dart_eval.util.source import sha256, source_hash, text_of
 
 PACKAGE = Path(__file__).parents[1]
-# Files and folders that `dart-eval run` executes and that have a say in a number. Left out is what hands on what it was
-# given (plan, jobs, files, journal, record), what refuses (errors, finite, checkpoint), and what finds or converts a
-# model, whose weights are hashed themselves. A test holds this against what a run executes.
+# Files and folders that `dart-eval run` executes and that affect numbers. Left out is what only passes data on (plan,
+# jobs, files, journal, record), what refuses (errors, finite, checkpoint), and what finds or converts a model, whose
+# weights have a hash of their own. A test holds this against what a run executes.
 NUMERIC_CODE = (
     "layers", "weights", "pruning", "evaluation", "kernels/top.py", "util/bits.py", "models/adapters.py",
     "models/loading.py", "sweep/worker.py",
@@ -31,7 +31,7 @@ NOT_RUN = ("pruning/session/kernels.py", "pruning/choices/previewed.py", "prunin
 
 @functools.cache  # a process runs the code that it has loaded, whatever becomes of the files
 def code_hash(tasks: Path) -> str:
-    """`hash_of` this package, read once a process.
+    """Return `hash_of` this package, computed once a process.
 
     Args:
         tasks: the folder of the project's own tasks.
@@ -40,7 +40,7 @@ def code_hash(tasks: Path) -> str:
 
 
 def hash_of(package: Path, tasks: Path) -> str:
-    """sha256 over the tokens of the numeric code. A file that is moved or renamed does not change it.
+    """Return the sha256 over the tokens of the numeric code. Moving or renaming a file does not change it.
 
     Args:
         package: the folder in which `NUMERIC_CODE` lies.
@@ -52,7 +52,7 @@ def hash_of(package: Path, tasks: Path) -> str:
 
 
 def numeric_files(package: Path) -> list[Path]:
-    """The files of `NUMERIC_CODE` that `run` executes, sorted.
+    """Return the files of `NUMERIC_CODE` that `run` executes, sorted.
 
     Args:
         package: the folder in which they lie.

@@ -1,4 +1,4 @@
-"""What an executor runs: cells with all that it takes, and what it tells meanwhile."""
+"""The work of an executor, cells with their tasks, and the view that it reports to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from lm_eval.api.group import Group
@@ -54,13 +54,13 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run.
+    """The outcome of a run.
 
     Attributes:
         records: of all finished cells, in the plan's order.
         failed: cells that failed.
         missing: task -> why it could not be loaded (only where that was allowed).
-        lost: finished cells whose files have been taken away since, and those files.
+        lost: finished cells with files that have been deleted since, and these files.
     """
 
     records: list[Record]
@@ -71,7 +71,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell with what it takes to run it."""
+    """A cell with its configuration and tasks."""
 
     cell: Cell
     config: RunConfig
@@ -85,11 +85,11 @@ def plan_all(
     device: str | None = None,
     model: Resolved | None = None,
 ) -> tuple[dict[str, Job], dict[str, str]]:
-    """Jobs by key, in order, and the tasks that are missing.
+    """Return jobs by key, in order, and the tasks that are missing.
 
     Args:
-        device: type of the device that cells will run on, where that is another machine's.
-        model: from an earlier call, or loaded already; None: it is to be found.
+        device: type of the cells' device, if they run on another machine.
+        model: found or loaded earlier; None: find it.
 
     Raises:
         UserError: the input is wrong. Nothing has been written.
@@ -98,11 +98,11 @@ def plan_all(
         config.check()
         methods_of(config)  # cheap checks first
 
-    def tokenizer() -> Any:
+    def tokenizer() -> object:
         return model and model.load_tokenizer()
 
     # lm-eval writes the number of shots into a task, and some make as many documents as are asked: one for each.
-    shelves: dict[Any, Tasks] = {}
+    shelves: dict[tuple[object, ...], Tasks] = {}
     jobs: dict[str, Job] = {}
     missing: dict[str, str] = {}
     for config in configs:
@@ -139,8 +139,8 @@ def plan_all(
     return jobs, missing
 
 
-def _tasks(config: RunConfig, tokenizer: Callable[[], Any]) -> Tasks:
-    """What a configuration finds tasks with. tokenizer: gives the model's, once that is found."""
+def _tasks(config: RunConfig, tokenizer: Callable[[], object]) -> Tasks:
+    """Return the tasks of a configuration. tokenizer: returns the model's, once the model is found."""
     return Tasks(
         config.data_dir, config.cue, config.confirm_run_unsafe_code, config.include_path,
         pairs("gen_kwargs", config.gen_kwargs or ""), tokenizer, config.limit,
@@ -148,10 +148,10 @@ def _tasks(config: RunConfig, tokenizer: Callable[[], Any]) -> Tasks:
 
 
 def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
-    """Whether a task draws its answers.
+    """Return whether a task draws its answers.
 
     Raises:
-        UserError: its answers cannot be had as the configuration asks for them.
+        UserError: the configuration asks for answers that the task cannot give.
     """
     found = leaves(list(items))
     for task in found:
@@ -162,7 +162,7 @@ def _draws(items: Sequence[Task | Group], config: RunConfig) -> bool:
 
 
 def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], view: View) -> None:
-    """Say which tasks ask documents of the data set on which methods calibrate."""
+    """Note the tasks whose documents come from the data set on which methods calibrate."""
     settled = [method.at(1 - sparsity) for method in methods_of(config) for sparsity in config.sparsity]
     if config.calibration is None or not any(method.calibrates for method in settled):
         return
@@ -176,12 +176,10 @@ def _warn_shared_data(config: RunConfig, tasks: Tasks, names: Sequence[str], vie
 
 
 def drop_infeasible(cells: Sequence[Cell], model: Resolved, view: View) -> list[Cell]:
-    """The cells whose method fits this model and its weights, and whose sparsity can be met on it.
+    """Return the cells whose method fits this model and its weights, and whose sparsity it can meet; note the others.
 
-    The others are named to the view.
-
-    It goes by the model's modules alone: what shows when it runs (a layer that runs several times for a token, or does
-    more than add its FFN's output) fails a cell.
+    Only the model's modules count. What shows when it runs (a layer that runs several times for a token, or does more
+    than add its FFN's output) fails a cell.
 
     Raises:
         UserError: there are cells, and none of them can run.
@@ -221,7 +219,7 @@ def drop_infeasible(cells: Sequence[Cell], model: Resolved, view: View) -> list[
 
 @dataclass
 class Sweep:
-    """Planned cells, and what has become of them.
+    """Planned cells and their outcomes.
 
     Attributes:
         jobs: by key, in the plan's order. missing: task -> why it could not be loaded.
@@ -242,9 +240,9 @@ class Sweep:
         return [job for key, job in self.jobs.items() if key not in self.done and key not in over]
 
     def work_through(self, work: Callable[[list[Job]], None]) -> RunResult:
-        """Let `work` make records or failures of the jobs it is given, as far as no other process has claimed them.
+        """Call `work` until each job has a record or has failed.
 
-        Those it leaves are waited for: the other process finishes them, or ends and leaves them to this one.
+        A job that another process has claimed is waited for: that process finishes it, or ends and leaves it to `work`.
         """
         while todo := self.todo:
             work(todo)
@@ -264,7 +262,7 @@ def begin_sweep(
     device: str | None = None,
     model: Resolved | None = None,
 ) -> Sweep:
-    """Plan (see `plan_all`), and look up what is finished already."""
+    """Plan (see `plan_all`), and find the cells that are finished already."""
     configs[0].check_output()
     jobs, missing = plan_all(configs, view, skip_missing, device, model)
     store = Store(configs[0].output)
@@ -278,7 +276,7 @@ def begin_sweep(
 
 
 def _about(jobs: Sequence[Job]) -> str:
-    """What a sweep runs, in a line: model, number format, device, cells, documents, folder."""
+    """Return a line about a sweep: model, number format, device, cells, documents, folder."""
     config, inputs = jobs[0].config, jobs[0].cell.inputs
 
     @functools.cache  # many cells ask the same
@@ -294,10 +292,10 @@ def _about(jobs: Sequence[Job]) -> str:
 
 
 def open_cell(store: Store, job: Job, view: View, since: float | None = None) -> Record | Journal:
-    """For a claimed cell: the record that another process has made meanwhile, or the journal to go on with.
+    """Return the record that another process has made of a claimed cell, or the journal to continue.
 
     Args:
-        since: a record that is newer counts under `--force`, too (seconds since the epoch).
+        since: seconds since the epoch; a newer record counts under `--force`, too.
     """
     cell = job.cell
     force = job.config.force and (since is None or not store.written_since("cells", cell.name, cell.key, since))
@@ -317,5 +315,5 @@ def open_cell(store: Store, job: Job, view: View, since: float | None = None) ->
 class Silent:
     """A view that shows nothing."""
 
-    def __getattr__(self, _name: str) -> Callable[..., Any]:
+    def __getattr__(self, _name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None

@@ -1,9 +1,9 @@
 """Run all cells of a configuration in this process, one after the other.
 
-What can be told of the input beforehand (names, data, folders, parameters, the model) is refused before the first cell
-runs, and nothing is written before. What shows only inside a cell fails that cell alone. A stopped run goes on where it
-was: finished cells are skipped, and a cell under way goes on after its last finished batch. Several processes may work
-on one output folder: each cell is claimed by one of them.
+Wrong input that can be seen beforehand (names, data, folders, parameters, the model) is refused before the first cell
+runs and before anything is written. An error that shows only inside a cell fails that cell alone. A stopped run
+continues: finished cells are skipped, and a cell under way resumes after its last finished batch. Several processes may
+share an output folder: each cell is claimed by one of them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def run_all(
     """See `cluster.run.run_all`; the model is loaded once, and a cell of several sweeps runs once.
 
     Args:
-        since: when the workers began that share this run (seconds since the epoch): what one of them has made or failed
-            at, no other one tries.
+        since: start of the workers that share this run, in seconds since the epoch. A cell that one of them has
+            finished or failed is not tried by another.
     """
     sweep = begin_sweep(configs, view, skip_missing, model.device if model else None, model)
     running: Job | None = None
@@ -74,7 +74,7 @@ def run_all(
 
 
 def _finish(job: Job, worker: Worker, store: Store, view: View, since: float | None) -> Record:
-    """The record of a cell that this process has claimed."""
+    """Return the record of a cell that this process has claimed."""
     cell = job.cell
     journal = open_cell(store, job, view, since)
     if isinstance(journal, Record):

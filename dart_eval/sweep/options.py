@@ -15,12 +15,13 @@ from pydantic.dataclasses import dataclass
 
 from dart_eval.sweep import values
 from dart_eval.sweep.values import MOST
+from dart_eval.util.text import Json
 
 # Panels of the help.
 TASKS, PRUNING, MODEL, OUTPUT, CLUSTER = "Tasks", "Pruning", "Model", "Output", "Cluster"
 
-# What an option is to a cell: it tells cells apart; it stands in the key; it stands there if it is given (so that
-# cells from before there was such an option are found); it decides something that does; it is of the run alone.
+# The role of an option in a cell. CELL tells cells apart; KEY stands in the key; GIVEN stands there only if given, so
+# that cells older than the option are found; DECIDES decides something in the key; RUN concerns the run alone.
 CELL, KEY, GIVEN, DECIDES, RUN = "cell", "key", "given", "decides", "run"
 
 
@@ -28,11 +29,11 @@ class Option(NamedTuple):
     """What is known of an option beside its type and default.
 
     Attributes:
-        panel: of the help that it stands in.
-        metavar: what stands for its value in the help; empty for one without a value.
+        panel: of the help.
+        metavar: placeholder of its value in the help; empty for a flag.
         role: in a cell, see above.
-        none: what happens where it is not given, if the default does not say it.
-        off: of a flag, what `--no-` before its name means, where that is of use.
+        none: effect of leaving it out, if the default does not say it.
+        off: meaning of `--no-` before a flag's name, where that is of use.
         offers: words that a shell completes.
     """
 
@@ -48,7 +49,7 @@ def option(
     panel: str, metavar: str, role: str, help: str, none: str = "", off: str = "", offers: tuple[str, ...] = (),
     **bounds: Any,
 ) -> Any:  # fmt: skip
-    """A field of `Options`: see `Option`; `help` is a sentence, `bounds` are pydantic's (ge, gt)."""
+    """Return a field of `Options`: see `Option`; `help` is a sentence, `bounds` are pydantic's (ge, gt)."""
     return Field(description=help, json_schema_extra={"": [panel, metavar, role, none, off, [*offers]]}, **bounds)
 
 
@@ -182,28 +183,28 @@ class Options:
     # fmt: on
 
 
-DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
+DEFAULTS: Json = {f.name: f.default for f in fields(Options)}
 HINTS = get_type_hints(Options)
 
 
 def about(name: str) -> Option:
-    """What is known of an option."""
+    """Return what is known of an option."""
     known = Option(*_field(name).json_schema_extra[""])
     return known._replace(offers=tuple(known.offers) or choices_of(name))
 
 
 def of_role(*roles: str) -> Iterator[str]:
-    """Names of the options that have one of these roles."""
+    """Return the names of the options with one of these roles."""
     return (name for name in DEFAULTS if about(name).role in roles)
 
 
 def help_of(name: str) -> str:
-    """What an option means, in a sentence."""
+    """Return the meaning of an option, in a sentence."""
     return str(_field(name).description)
 
 
 def default_of(name: str) -> str:
-    """What happens where an option is not given, in words; empty where that goes without saying."""
+    """Return the effect of leaving an option out, in words; empty where it goes without saying."""
     default, none = DEFAULTS[name], about(name).none
     if none or default in (None, ()):
         return none
@@ -213,12 +214,12 @@ def default_of(name: str) -> str:
 
 
 def choices_of(name: str) -> tuple[str, ...]:
-    """The words that an option may be; empty where it may be any."""
+    """Return the words that an option may be; empty if it may be any."""
     return values.words(_field(name).annotation)
 
 
 def typed(name: str) -> type:
-    """The type of what is typed on the command line for an option."""
+    """Return the type of an option's value on the command line."""
     hint = HINTS[name]
     kinds = {get_origin(k) or k for k in (hint, *get_args(hint))}
     if tuple in kinds or name in ("gen_kwargs", "seed"):
@@ -228,7 +229,7 @@ def typed(name: str) -> type:
 
 
 def option_of(name: str) -> str:
-    """As it is typed: `batch_size` -> `--batch-size`."""
+    """Return an option as it is typed: `batch_size` -> `--batch-size`."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to cells: what will be run, each with a key that tells its numbers apart from all others."""
+"""From a configuration to cells, each with a key that tells its numbers apart from all others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dart_eval.evaluation.task_names import tasks_dir
 from dart_eval.pruning.method import Pruner
@@ -24,6 +24,7 @@ from dart_eval.sweep.options import DECIDES, DEFAULTS, GIVEN, KEY, of_role, opti
 from dart_eval.util.bits import OWN_BITS, Rounding
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.source import PACKAGE, source_hash
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
     from dart_eval.models.loading import Resolved
@@ -41,7 +42,7 @@ class Cell:
     method: Pruner
     sparsity: float
     task: str
-    inputs: dict[str, Any] = field(compare=False)
+    inputs: Json = field(compare=False)
     rounding: Rounding | None = None
 
     @property
@@ -64,7 +65,7 @@ class Cell:
 
 
 def methods_of(config: RunConfig) -> list[Pruner]:
-    """The methods to run, each checked; the run's seed and allocation go to those that have one and were given none.
+    """Return the methods to run, checked; the run's seed and allocation fill those that were not given.
 
     Raises:
         UserError: unknown method or parameter.
@@ -74,7 +75,7 @@ def methods_of(config: RunConfig) -> list[Pruner]:
         name, params = parse(spec)
         method = make(name, params)
         given = {path.partition(".")[0] for path in params}
-        ours: dict[str, Any] = {}
+        ours: Json = {}
         if config.allocation is not None and "allocation" not in given and not method.mask.fixed:
             ours["allocation"] = config.allocation
         for path in ("score.seed", "draw.seed"):
@@ -93,7 +94,7 @@ def plan(
     config: RunConfig, model: Resolved, tasks: Sequence[str], hashes: Mapping[str, str], device: str,
     drawn: Collection[str] = (),
 ) -> list[Cell]:  # fmt: skip
-    """All cells, task by task; a method that does not prune comes once, whatever the sparsities.
+    """Return all cells, task by task. A method that does not prune has one cell, whatever the sparsities.
 
     Args:
         model: found, not loaded. tasks: expanded names. hashes: task -> hash of its configuration and documents.
@@ -130,9 +131,9 @@ def plan(
 
 
 def command(config: RunConfig, cell: Cell) -> str:
-    """The line that makes this one cell, for a shell: options that differ from their defaults, its own method.
+    """Return the shell command of this one cell: its method, and the options that differ from their defaults.
 
-    Of a model that was handed over in Python it is a line of Python.
+    For a model that was handed over in Python it is a line of Python.
     """
     words = ["dart-eval", "run", "--tasks", cell.task, "--method", cell.method.spec]
     if cell.method.sized:
@@ -146,9 +147,9 @@ def command(config: RunConfig, cell: Cell) -> str:
     return command_line(words, told)
 
 
-def _call(cell: Cell, options: Mapping[str, Any]) -> str:
-    """The line of Python that makes a cell of a loaded model, which no command can name."""
-    said: dict[str, Any] = {"tasks": cell.task, "method": cell.method.spec}
+def _call(cell: Cell, options: Json) -> str:
+    """Return the line of Python for a cell of a loaded model, which no command can name."""
+    said: Json = {"tasks": cell.task, "method": cell.method.spec}
     if cell.method.sized:
         said["sparsity"] = cell.sparsity
     if cell.rounding is not None:
@@ -158,7 +159,7 @@ def _call(cell: Cell, options: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions that numbers depend on."""
+    """Return the versions that numbers depend on."""
     return {
         name: version(name)
         for name in ("torch", "transformers", "tokenizers", "lm_eval", "datasets", "rouge-score", "sacrebleu")
@@ -166,12 +167,12 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Versions, as recorded beside the numbers."""
+    """Return the versions that are recorded beside the numbers."""
     return {**versions(), "dart-eval": version("dart-eval"), "python": platform.python_version()}
 
 
 def _method_code(method: Pruner) -> str | None:
-    """Hash of the modules of parts from other packages; ours are part of `code_hash`."""
+    """Return the hashes of the modules of other packages' parts; ours are part of `code_hash`."""
     modules = [inspect.getmodule(type(p)) for p in method.parts() if type(p).__module__.split(".")[0] != PACKAGE]
     try:
         sources = sorted({source_hash(inspect.getsource(module)) for module in modules if module is not None})
@@ -180,8 +181,8 @@ def _method_code(method: Pruner) -> str | None:
     return " ".join(sources) or None
 
 
-def _calibration(config: RunConfig) -> tuple[str, dict[str, Any]]:
-    """Hash of the calibration text, and what is read of it where that is not all."""
+def _calibration(config: RunConfig) -> tuple[str, Json]:
+    """Return the hash of the calibration text, and which part of it is read, if not all."""
     from dart_eval.evaluation.calibration_text import calibration_text
 
     size = config.calibration_size
@@ -193,8 +194,8 @@ def _file_hash(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def command_line(words: Sequence[str], options: Mapping[str, Any]) -> str:
-    """A line for a shell: `words`, then the options that are not None, by the names of `RunConfig`."""
+def command_line(words: Sequence[str], options: Json) -> str:
+    """Return a line for a shell: `words`, then the options that are not None, by the names of `RunConfig`."""
     line = [*words]
     for key, value in options.items():
         if isinstance(value, bool):

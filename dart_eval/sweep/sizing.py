@@ -1,7 +1,7 @@
 """What a sweep will take, from a short pilot: a few units of every task, timed on the machine that would run it.
 
-A task's units are planned exactly as a run plans them. The first of each kind of request, which is the largest and so
-shows the memory, and two others are run densely; the rest is taken to take as long per token. What a method adds to a
+A task's units are planned exactly as in a run. Three units of each kind of request run dense: the first, which is the
+largest and shows the memory, and two others. The rest is assumed to take as long per token. What a method adds to a
 kind of request is measured once, on the first task that has it, at the first sparsity.
 """
 
@@ -35,14 +35,14 @@ FILE = "plan.json"
 
 
 class _Planned(TypedDict):
-    """What a plan says of a cell."""
+    """A cell in a plan."""
 
     title: str
     seconds: layout.Number
 
 
 class _Plan(TypedDict):
-    """A plan, by the keys of its cells."""
+    """A plan: its cells by their keys."""
 
     cells: dict[str, _Planned]
 
@@ -89,10 +89,10 @@ class _Timed:
 
 
 def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None) -> list[CellSize]:
-    """The size of every cell, in the order of the plan.
+    """Return the size of every cell, in the order of the plan.
 
     Args:
-        device: type of device, where this is not the machine that planned.
+        device: its type, if another machine planned.
 
     Raises:
         UserError: the input is wrong.
@@ -134,7 +134,7 @@ def estimate(configs: Sequence[RunConfig], view: View, device: str | None = None
 
 
 def _ending(worker: Worker, job: Job) -> float:
-    """Seconds of a whole cell of one document beside its answer: a pilot makes no metrics, and so lacks them."""
+    """Return the seconds of a one-document cell beside its answer: a pilot lacks them, as it makes no metrics."""
     start = time.monotonic()
     worker.run(dataclasses.replace(job, config=dataclasses.replace(job.config, limit=1)), Journal())
     return time.monotonic() - start - sum(s for call in worker.lm.calls for s in call.seconds.values())
@@ -151,7 +151,7 @@ def _pilot(worker: Worker, job: Job, ending: float = 0.0) -> _Timed:
 
 
 def _extrapolated(call: Call) -> float:
-    """Seconds of all units: the first as it was, the others by their sizes."""
+    """Return the seconds of all units: the first as measured, the others by their sizes."""
     if not call.seconds:
         return 0.0
     rest = {place: seconds for place, seconds in call.seconds.items() if place}
@@ -162,14 +162,14 @@ def _extrapolated(call: Call) -> float:
 
 
 def keep(folder: str | Path, sizes: Sequence[CellSize], workers: int) -> None:
-    """Write the plan of what is to run into the folder of results, to be held against the run."""
+    """Write the plan into the folder of results, where the run compares itself with it."""
     cells = {s.key: {"title": s.title, "seconds": s.seconds} for s in sizes if not s.finished}
     text = json.dumps({"workers": workers, "cells": cells}, indent=1, sort_keys=True) + "\n"
     write_atomically(Path(folder) / FILE, text)
 
 
 def held_against(folder: str | Path, records: Sequence[Record]) -> str | None:
-    """How far off the plan of this folder was, in one line; None where there is no plan of these records."""
+    """Return how far off the plan of this folder was, in one line; None without a plan of these records."""
     try:
         planned = layout.read(read_regular(Path(folder) / FILE), _PLAN)["cells"]
     except (OSError, ValueError):
@@ -187,7 +187,7 @@ def held_against(folder: str | Path, records: Sequence[Record]) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """Return a time for people: `40 s`, `12 min`, `2.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Models that think before they answer: what the options ask of a run. Nothing here imports torch."""
+"""Options for models that think before they answer. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dart_eval.util.errors import UserError
 
 
 def check_thinking(thinks: bool | None, end_token: str | int | None, chat_template: bool) -> None:
-    """Refuse what lm-eval refuses, and what would do nothing.
+    """Refuse what lm-eval refuses, and options without effect.
 
     Args:
         thinks: `--enable-thinking`. end_token: `--think-end-token`. chat_template: `--chat-template`.
@@ -25,7 +25,7 @@ def check_thinking(thinks: bool | None, end_token: str | int | None, chat_templa
 
 
 def check_kind(task: str, output_type: str, enable_thinking: bool | None) -> None:
-    """Refuse a task that scores given answers of a model that thinks first.
+    """Refuse thinking on a task that scores given answers.
 
     Args:
         task: its name.

@@ -1,6 +1,6 @@
 """The values of a run's configuration that are more than one number or word: read as typed, or refused.
 
-Each of these is called by pydantic (see `config`), which collects ValueErrors alone: `Refused` carries ours through it.
+pydantic calls each function here (see `config`). It collects only ValueErrors, so `Refused` carries ours through it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ import typing
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import ValidationInfo
 
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.bits import parse as parse_bits
 from dart_eval.util.errors import UserError
-from dart_eval.util.text import items_of
+from dart_eval.util.text import Json, items_of
 from dart_eval.util.yamls import short_repr
 
 FIELDS = "griffin:remask=drift:remask.window=8"  # an example
 MOST = 2**32  # no count of anything is as large
+P = ParamSpec("P")
+T = TypeVar("T")
 AUTO = "auto"  # as a batch size: as many as fit
 STEPS = 100  # sparsities of a range, at most
 DATA_SET = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")  # as --calibration takes it
@@ -46,33 +48,33 @@ class Refused(ValueError):
         self.told = told
 
 
-def _refusing(read: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, with its UserErrors as pydantic takes them."""
+def _refusing(read: Callable[P, T]) -> Callable[P, T]:
+    """Return the function with its UserErrors wrapped for pydantic."""
 
     @functools.wraps(read)
-    def reading(*args: Any) -> Any:
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return read(*args)
+            return read(*args, **kwargs)
         except UserError as error:
             raise Refused(error) from None
 
     return reading
 
 
-def plain(value: Any) -> Any:
-    """A value as Python has it: numpy's numbers and arrays become plain, a path its text."""
+def plain(value: object) -> Any:
+    """Return a value of Python: numbers and arrays of numpy become plain, a path its text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return str(value) if isinstance(value, Path) else value
 
 
-def words(hint: Any) -> tuple[str, ...]:
-    """The words of a `Literal`; none of any other type."""
+def words(hint: object) -> tuple[str, ...]:
+    """Return the words of a `Literal`; none for another type."""
     return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
 
 
 @_refusing
-def text(value: Any, info: ValidationInfo) -> str | None:
-    """A text that is not empty (a cue may be)."""
+def text(value: object, info: ValidationInfo) -> str | None:
+    """Return a text that is not empty (a cue may be)."""
     if value is None:
         return None
     name = str(info.field_name)
@@ -82,35 +84,35 @@ def text(value: Any, info: ValidationInfo) -> str | None:
     return value
 
 
-def dtype(value: Any) -> Any:
-    """A number format by its usual short name, too: bf16, fp16, half, fp32."""
+def dtype(value: object) -> Any:
+    """Return a number format, known by its usual short name too: bf16, fp16, half, fp32."""
     return DTYPES.get(value.lower(), value) if isinstance(value, str) else value
 
 
 @_refusing
 def device(value: str) -> str:
-    """A device as torch spells it; whether there is one of that name is known later."""
+    """Return a device as torch spells it; whether it exists shows later."""
     if not DEVICE.fullmatch(value):
         raise UserError(f"unknown device {value!r}", "auto, cpu, cuda, cuda:1, mps")
     return value
 
 
 @_refusing
-def texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
-    """A list of texts."""
+def texts(value: object, info: ValidationInfo) -> tuple[str, ...]:
+    """Return a list of texts."""
     return tuple(_text(str(info.field_name), item, "text or a list of texts") for item in items_of(value))
 
 
 @_refusing
-def methods(value: Any) -> tuple[str, ...]:
-    """Methods as typed; of `{"griffin": {"remask": "drift"}}` its spelling in one line."""
+def methods(value: object) -> tuple[str, ...]:
+    """Return methods as typed; `{"griffin": {"remask": "drift"}}` in its spelling in one line."""
     items = [{name: parts} for name, parts in value.items()] if isinstance(value, dict) else items_of(value)
     return tuple(_method(item) for item in items)
 
 
 @_refusing
-def sparsities(value: Any) -> tuple[float, ...]:
-    """Numbers in [0, 1), ranges of them in full."""
+def sparsities(value: object) -> tuple[float, ...]:
+    """Return numbers in [0, 1), ranges of them in full."""
     if isinstance(value, dict):
         raise UserError(f"sparsity must be a list, not {short_repr(value)}", "for example 0.5,0.7")
     from dart_eval.pruning.masks.counts import check_sparsity  # not for `--help`: it takes a tenth of a second
@@ -119,15 +121,15 @@ def sparsities(value: Any) -> tuple[float, ...]:
 
 
 @_refusing
-def ffn_bits(value: Any) -> tuple[str, ...]:
-    """Bits of an FFN weight, each as it is written in full: `16`, `4`, `4:64`."""
+def ffn_bits(value: object) -> tuple[str, ...]:
+    """Return bits of an FFN weight, each written in full: `16`, `4`, `4:64`."""
     made = [parse_bits(str(item)) for item in items_of(value)]
     return tuple(dict.fromkeys(str(OWN_BITS) if bits is None else bits.text for bits in made))
 
 
 @_refusing
-def limit(value: Any) -> float | None:
-    """A number of documents, or a share of them below 1."""
+def limit(value: object) -> float | None:
+    """Return a number of documents, or a share of them below 1."""
     if value is None or (isinstance(value, float) and 0 < value < 1):
         return value
     if type(value) is not int:
@@ -143,8 +145,8 @@ def limit(value: Any) -> float | None:
 
 
 @_refusing
-def generation(value: Any, info: ValidationInfo) -> str | None:
-    """Settings of generation in one spelling, `do_sample=true,temperature=0.5`."""
+def generation(value: object, info: ValidationInfo) -> str | None:
+    """Return settings of generation in one spelling, `do_sample=true,temperature=0.5`."""
     if value is None:
         return None
     found = pairs(str(info.field_name), value)
@@ -154,17 +156,17 @@ def generation(value: Any, info: ValidationInfo) -> str | None:
     return ",".join(f"{name}={_literal(found[name])}" for name in sorted(found)) or None
 
 
-def _finite(item: Any) -> bool:
-    """Whether a value, or all in it, is no NaN and no infinity."""
+def _finite(item: object) -> bool:
+    """Return whether neither a value nor anything inside it is NaN or infinite."""
     inside = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple, set)) else ()
     return all(map(_finite, inside)) and not (isinstance(item, float) and not math.isfinite(item))
 
 
-def pairs(name: str, value: Any) -> dict[str, Any]:
-    """`a=1,b=[2, 3]` as lm-eval reads it, in one text or several; a mapping is one already.
+def pairs(name: str, value: object) -> Json:
+    """Return the values of `a=1,b=[2, 3]` as lm-eval reads it, in one text or several, or of a mapping.
 
     Args:
-        name: of the option, for people.
+        name: of the option, for messages.
 
     Raises:
         UserError: it is neither.
@@ -172,7 +174,7 @@ def pairs(name: str, value: Any) -> dict[str, Any]:
     example = f"write {name.replace('_', '-')} as KEY=VALUE,KEY=VALUE"
     if isinstance(value, dict):
         return {_text(f"a key of {name}", key): item for key, item in value.items()}
-    found: dict[str, Any] = {}
+    found: Json = {}
     for item in _apart(",".join(_text(name, text) for text in (value if isinstance(value, list) else [value]))):
         key, equals, said = item.partition("=")
         if not equals or not key.strip():
@@ -183,8 +185,8 @@ def pairs(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def seeds(value: Any) -> list[Any]:
-    """One seed or several, each once.
+def seeds(value: object) -> list[Any]:
+    """Return one seed or several, each once.
 
     Of the four that lm-eval takes (Python, numpy, torch, few-shot), as in 0,1234,1234,1234, the first is meant.
     """
@@ -197,7 +199,7 @@ def seeds(value: Any) -> list[Any]:
 
 
 def number(text: str) -> float | str:
-    """A whole number, another one, or the text, which is then refused with its option's name."""
+    """Return a whole number, another number, or the text, which is then refused under its option's name."""
     for read in (int, float):
         with contextlib.suppress(ValueError):
             return read(text)
@@ -205,13 +207,13 @@ def number(text: str) -> float | str:
 
 
 @_refusing
-def batch_size(value: Any) -> int | str:
+def batch_size(value: object) -> int | str:
     """See `check_batch_size`."""
     return check_batch_size(value)
 
 
-def check_batch_size(value: Any) -> int | str:
-    """A batch size as given, if it is one.
+def check_batch_size(value: object) -> int | str:
+    """Return a batch size as given, if it is one.
 
     Raises:
         UserError: it is neither a positive whole number nor `auto`.
@@ -227,12 +229,12 @@ def check_batch_size(value: Any) -> int | str:
         raise UserError(f"--batch-size {said} is no batch size", "give a whole number from 1, or auto") from None
 
 
-def no_text(name: str, value: Any, wanted: str = "text") -> UserError:
-    """The error for a value that is no text."""
+def no_text(name: str, value: object, wanted: str = "text") -> UserError:
+    """Return the error for a value that is no text."""
     return UserError(f"{name} must be {wanted}, not {short_repr(value)}", "put quotes around it if it is meant so")
 
 
-def _text(name: str, value: Any, wanted: str = "text") -> str:
+def _text(name: str, value: object, wanted: str = "text") -> str:
     if not isinstance(value, (str, Path)):
         raise no_text(name, value, wanted)
     if "\0" in str(value):
@@ -240,7 +242,7 @@ def _text(name: str, value: Any, wanted: str = "text") -> str:
     return str(value)
 
 
-def _method(item: Any) -> str:
+def _method(item: object) -> str:
     if not isinstance(item, dict):
         text = _text("method", item, "text or a list of texts")
         if text.lower() == "all":
@@ -261,7 +263,7 @@ def _method(item: Any) -> str:
 
 
 def _sparsity(item: Any) -> list[float]:
-    """A number, or those of a range."""
+    """Return a number, or the numbers of a range."""
     if isinstance(item, str) and ":" in item:
         return _range(item)
     try:
@@ -275,7 +277,7 @@ def _sparsity(item: Any) -> list[float]:
 
 
 def _apart(text: str) -> list[str]:
-    """Pieces between commas that are not inside of brackets or quotes."""
+    """Return the pieces between commas outside brackets and quotes."""
     pieces, depth, quote = [""], 0, ""
     for letter in text:
         if quote or letter in "\"'":
@@ -289,7 +291,7 @@ def _apart(text: str) -> list[str]:
 
 
 def _guessed(said: str) -> Any:
-    """A value in the kind that it looks like, as lm-eval guesses it."""
+    """Return a value of the type that its text looks like, as lm-eval guesses it."""
     if said.lower() in ("true", "false"):
         return said.lower() == "true"
     for read in (int, float, ast.literal_eval):
@@ -298,8 +300,8 @@ def _guessed(said: str) -> Any:
     return said
 
 
-def _literal(value: Any) -> str:
-    """How a value is typed, so that `_guessed` has it again."""
+def _literal(value: object) -> str:
+    """Return the text of a value that `_guessed` reads as the same value."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str) and _guessed(value) == value and _apart(value) == [value] and value.strip() == value:
@@ -322,5 +324,5 @@ def _range(item: str) -> list[float]:
 
 
 def may_be_text(name: str) -> bool:
-    """Whether a calibration text may be there: a file is, or the name is that of a data set."""
+    """Return whether a name can be a calibration text: a file, or the name of a data set."""
     return Path(name).is_file() or (DATA_SET.fullmatch(name) is not None and Path(name).suffix not in TEXT_FILES)

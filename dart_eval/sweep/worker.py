@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ from dart_eval.sweep.plan import Cell, command, environment, versions
 from dart_eval.util.bits import Rounding, bits_text, unread
 from dart_eval.util.errors import UserError, out_of_memory
 from dart_eval.util.machine import hardware, peak_memory
+from dart_eval.util.text import Json
 from dart_eval.weights import rounding
 from dart_eval.weights.rounding import Rounded
 
@@ -44,11 +45,11 @@ T = TypeVar("T")
 
 
 class Worker:
-    """A loaded model; evaluates cells.
+    """A loaded model that evaluates cells.
 
     Args:
-        status, advanced, note: told what it loads or makes, the number of requests just answered, and what is odd about
-            the model.
+        status, advanced, note: called with what it loads or makes, with the number of requests just answered, and with
+            what is odd about the model.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Worker:
         return session
 
     def _round(self, wanted: Rounding) -> AbstractContextManager[None]:
-        """The model with rounded FFN weights; the last are kept, since cell after cell asks for them."""
+        """Return a context of rounded FFN weights; the last stay in memory, since cell after cell asks for them."""
         if self._rounded is None or self._rounded[0] != wanted:
             self._status(f"rounding the FFN weights to {bits_text(wanted.text)}")
             self._rounded = None  # before the next: there need not be room for both
@@ -140,7 +141,7 @@ class Worker:
         return self._rounded[1].in_place()
 
     def _calibrated(self, rounding: Rounding | None) -> TextCalibration:
-        """What methods may know before any prompt, of the model with so rounded weights."""
+        """Return what methods may know of the model, with weights rounded like this, before any prompt."""
         config = self._config
         about = {
             "model": self._identity, "dtype": str(self.model.dtype), "device": self.model.device.type,
@@ -152,9 +153,9 @@ class Worker:
         )  # fmt: skip
 
     def _smaller(self, work: Callable[[], T], shrink: int) -> T:
-        """Do the work; where memory runs out, in forwards of half the size, down to one row.
+        """Do the work; if memory runs out, in forwards of half the size, down to one row.
 
-        What was answered before is in the journal, and the rest is asked again.
+        Earlier answers are in the journal, and the rest is asked again.
         """
         whole, self.halved = self.lm.budget, 0
         try:
@@ -177,10 +178,10 @@ class Worker:
             self.lm.budget = whole
 
     def _record(
-        self, job: Job, outcome: TaskResult, state: int, measured: dict[str, Any], share: float, inputs: float,
+        self, job: Job, outcome: TaskResult, state: int, measured: Json, share: float, inputs: float,
         computed: float,
     ) -> Record:  # fmt: skip
-        """The record of a cell.
+        """Return the record of a cell.
 
         Args:
             share: FFN weight bytes as they were served / those of the model's own dtype.
@@ -230,7 +231,7 @@ class Worker:
 
 
 def _made_for(method: Pruner) -> str:
-    """What takes its time before a method can run."""
+    """Return the step that takes its time before a method can run."""
     if method.calibrates:
         return f"calibrating {method.spec}"
     if method.choice.previews:

@@ -1,7 +1,7 @@
 """Several processes on this machine share the cells of a run: `--workers N`.
 
 Each is a run of its own (`local`) that claims one cell after another and keeps the model loaded, on a GPU of its own or
-on its share of the processors. It reports what it does to this process, which alone shows it. A worker that dies leaves
+on its share of the processors. It reports to this process, which alone shows anything. A worker that dies leaves
 its cell to the next one, with every batch that was finished. A cell at which workers died `TRIES` times has failed.
 """
 
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dart_eval.results.record import Record
 from dart_eval.sweep.config import RunConfig
@@ -33,7 +33,7 @@ BEGIN = "import sys; sys.path[:] = filter(None, sys.path); from dart_eval.sweep.
 
 @dataclass
 class _Worker:
-    """A process: its place among the workers, which decides its GPU, and the cell that it is at."""
+    """A process: its place among the workers, which decides its GPU, and its present cell."""
 
     place: int
     process: subprocess.Popen[bytes]
@@ -56,7 +56,7 @@ class _Workers:
 
     def __init__(self, sweep: Sweep, configs: Sequence[RunConfig], skip_missing: bool) -> None:
         self.sweep, self.asked = sweep, (configs, skip_missing, time.time())
-        self.heard: queue.Queue[tuple[_Worker, Any]] = queue.Queue()
+        self.heard: queue.Queue[tuple[_Worker, tuple[str, tuple[Any, ...]] | None]] = queue.Queue()
         self.workers: dict[int, _Worker] = {}
         self.deaths: Counter[str] = Counter()
         self.count, self.cards = configs[0].workers, _cards(configs[0])
@@ -72,7 +72,7 @@ class _Workers:
             worker.process.wait()
 
     def run(self, todo: list[Job]) -> None:
-        """Work until no worker is left: each ends where there is no cell for it any more."""
+        """Work until no worker is left: each ends once there is no cell for it."""
         for place in range(min(self.count, len(todo))):
             self._begin(place)
         while self.workers:
@@ -107,7 +107,7 @@ class _Workers:
         return self.sweep.store.folder / "logs" / f"worker-{place + 1}.log"
 
     def _listen(self, worker: _Worker) -> None:
-        """In a thread: hand on what a worker reports; None once it has ended."""
+        """Pass on what a worker reports, in a thread; None once it has ended."""
         assert worker.process.stdout is not None
         while True:
             try:
@@ -117,7 +117,7 @@ class _Workers:
                 return
 
     def _take(self, worker: _Worker, what: str, arguments: tuple[Any, ...]) -> None:
-        """Show what a worker reports, and keep what it has finished."""
+        """Show what a worker reports, and note what it has finished."""
         if what == "refused":
             raise UserError(*arguments)
         view, sweep = self.sweep.view, self.sweep
@@ -140,7 +140,7 @@ class _Workers:
         getattr(view, what)(*arguments)
 
     def _ended(self, worker: _Worker) -> None:
-        """Start another one in the place of a worker that died, where there are cells left."""
+        """Replace a worker that died, if cells are left."""
         del self.workers[worker.place]
         status, cell = worker.process.wait(), worker.at
         if not status:
@@ -162,7 +162,7 @@ class _Workers:
 
 
 def _cards(config: RunConfig) -> list[str]:
-    """The GPUs that workers may use, as `CUDA_VISIBLE_DEVICES` names them; none on a CPU."""
+    """Return the GPUs that workers may use, as `CUDA_VISIBLE_DEVICES` names them; none on a CPU."""
     from dart_eval.models.loading import choose_device
 
     if choose_device("auto" if config.device_map else config.device).type != "cuda":
@@ -174,7 +174,7 @@ def _cards(config: RunConfig) -> list[str]:
 
 
 def serve() -> None:
-    """In a worker: run what stands on stdin, and report on stdout."""
+    """Run the sweep that comes on stdin, in a worker, and report on stdout."""
     from dart_eval.sweep import local
     from dart_eval.util.quiet import silence
 
@@ -189,13 +189,13 @@ def serve() -> None:
 
 
 class _Report:
-    """A view that hands on what it is shown: `started`, `advanced`, `finished` ... with their arguments."""
+    """A view that passes on what it is shown: `started`, `advanced`, `finished` ... with their arguments."""
 
-    def __init__(self, out: Any) -> None:
+    def __init__(self, out: IO[bytes]) -> None:
         self._out, self._lock, self._begun = out, threading.Lock(), False
 
     def __getattr__(self, what: str) -> Callable[..., None]:
-        def report(*arguments: Any) -> None:
+        def report(*arguments: object) -> None:
             self._begun = self._begun or what == "started"
             if what in ("planned", "status") or (what == "note" and not self._begun):  # of the plan, which stands
                 return

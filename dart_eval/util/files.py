@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -16,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dart_eval.util.errors import UserError
 
@@ -25,7 +25,7 @@ HEAD = 4096  # bytes that identify a file of ours
 WRITER_COMES = 2.0  # most seconds to wait for a writer of a pipe
 
 
-def feed(digest: Any, file: Path) -> None:
+def feed(digest: hashlib._Hash, file: Path) -> None:
     """Feed the bytes of a file to a digest of hashlib, a part at a time."""
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):

@@ -7,6 +7,8 @@ import json
 import re
 from typing import Any
 
+Json = dict[str, Any]  # an object of JSON or YAML: inputs of a cell, a sample, settings of a checkpoint
+
 # Characters that act on a display instead of being visible: controls (C0, C1), marks of the writing direction,
 # invisible letters, surrogates and noncharacters.
 _HIDDEN = re.compile(
@@ -39,7 +41,7 @@ def counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def items_of(value: Any) -> list[Any]:
+def items_of(value: object) -> list[Any]:
     """A list that was given as one, as text with commas, as several such texts, or as a single value.
 
     Items are stripped, and empty texts dropped.
@@ -50,9 +52,9 @@ def items_of(value: Any) -> list[Any]:
     return [item for item in items if not (isinstance(item, str) and item == "")]
 
 
-def json_text(data: object, indent: int | None = 1, **options: Any) -> str:
+def json_text(data: object, indent: int | None = 1, sort_keys: bool = False, allow_nan: bool = True) -> str:
     """Return readable JSON in UTF-8; hidden characters of its texts are escaped, so that nothing is lost."""
-    text = json.dumps(data, ensure_ascii=False, indent=indent, **options)
+    text = json.dumps(data, ensure_ascii=False, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan)
     return _HIDDEN.sub(lambda c: c.group() if c.group() == "\n" else json.dumps(c.group())[1:-1], text)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from dart_eval.util.errors import UserError
 from dart_eval.util.files import read_text
+from dart_eval.util.text import Json
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
 
 def read_mapping(
     path: str | Path, what: str, example: str, remedy: str = "give a YAML file", empty: bool = False
-) -> dict[Any, Any]:
+) -> Json:
     """Return the keys and values of a YAML file.
 
     Args:

@@ -7,7 +7,7 @@ import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -15,9 +15,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 SHOWN = 3  # names in a message
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # as configurations call their number
@@ -130,7 +132,9 @@ def model_file(source: str, name: str, revision: str | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def load_whole(loader: Any, name: str, source: object, **kwargs: object) -> tuple[Any, list[str]]:
+def load_whole(
+    loader: type[_BaseAutoModelClass], name: str, source: str | Path, **kwargs: object
+) -> tuple[PreTrainedModel, list[str]]:
     """Load a model and check that it has all of its weights. Return it with notes for the user.
 
     Every loader goes through here, since transformers itself fills in missing weights with random numbers.
@@ -149,7 +153,7 @@ def load_whole(loader: Any, name: str, source: object, **kwargs: object) -> tupl
     return model, _check_weights(name, info)
 
 
-def _check_weights(name: str, info: Mapping[str, Any]) -> list[str]:
+def _check_weights(name: str, info: Json) -> list[str]:
     """Check the weights, see `load_whole`. info: without tied weights and the like."""
     missing, unused = info["missing_keys"], info["unexpected_keys"]
     if wrong := info["mismatched_keys"]:
@@ -174,7 +178,7 @@ def _few(names: Collection[str]) -> str:
     return ", ".join([*sorted(names)[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
-def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
+def check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that the model has no embeddings for, or that has neither a BOS nor an EOS token.
 
     Special tokens that no plain text has (of images, for example) may lie beyond the embeddings.
@@ -187,7 +191,7 @@ def check_tokenizer(name: str, model: Any, tokenizer: Any) -> None:
             f"the tokenizer of model {name} has neither a BOS nor an EOS token",
             "name one in its tokenizer_config.json (bos_token, eos_token): answers without a context begin with it",
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special -= {tokenizer.bos_token_id, tokenizer.eos_token_id}
     largest = max(i for i in tokenizer.get_vocab().values() if i not in special)

@@ -15,9 +15,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from filelock import FileLock
+from safetensors import safe_open
+from torch import nn
 
 from dart_eval.util.errors import UserError, summary
 from dart_eval.util.files import feed
@@ -25,6 +28,9 @@ from dart_eval.weights import gguf_codes
 from dart_eval.weights.checkpoint import load_whole
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+    from transformers import PreTrainedModel
+
     from dart_eval.weights.codes import Packed
 
 SUFFIX = ".gguf"
@@ -120,7 +126,7 @@ def convert(file: Path, target: Path, bits: bool) -> None:
         (target / KINDS).write_text(json.dumps(_kinds(reader.tensors), indent=1), encoding="utf-8")
 
 
-def _check(file: Path, reader: Any) -> None:
+def _check(file: Path, reader: GGUFReader) -> None:
     """Refuse a file whose header contradicts its tensors, before a model is built from the header.
 
     Raises:
@@ -138,7 +144,7 @@ def _check(file: Path, reader: Any) -> None:
         raise UserError(f"{file} names {layers} layers ({architecture}.block_count), and holds weights of {held}")
 
 
-def _unused(name: str, tensors: Sequence[Any], model: Any) -> list[str]:
+def _unused(name: str, tensors: Sequence[ReaderTensor], model: PreTrainedModel) -> list[str]:
     """Return notes on tensors that are in no weight of the model, since transformers skips some.
 
     Counts of numbers show it: every other tensor is in a weight as a whole, whatever its name there.
@@ -157,7 +163,7 @@ def _unused(name: str, tensors: Sequence[Any], model: Any) -> list[str]:
     return [f"model {name}: {unused} numbers of the file are in no weight of the model{which}"]
 
 
-def _kinds(tensors: Sequence[Any]) -> dict[str, dict[str, tuple[float, str]]]:
+def _kinds(tensors: Sequence[ReaderTensor]) -> dict[str, dict[str, tuple[float, str]]]:
     """Return layer -> gate, up, down -> bits of a weight, scales included, and the type's name."""
     kinds: dict[str, dict[str, tuple[float, str]]] = {}
     for tensor in tensors:
@@ -168,7 +174,7 @@ def _kinds(tensors: Sequence[Any]) -> dict[str, dict[str, tuple[float, str]]]:
     return kinds
 
 
-def note_bits(source: str, model: Any) -> list[str]:
+def note_bits(source: str, model: PreTrainedModel) -> list[str]:
     """Note the bits of a converted model's FFN weights in the file, and how the codes of plain projections are found.
 
     Returns:
@@ -203,11 +209,8 @@ def note_bits(source: str, model: Any) -> list[str]:
     return [*notes, f"the file does not say how many bits {unknown} FFN projections have: their reads count 16"]
 
 
-def _codes(module: Any, file: Path, keys: Sequence[str], kind: str) -> Packed | None:
+def _codes(module: nn.Module, file: Path, keys: Sequence[str], kind: str) -> Packed | None:
     """Return the codes of a projection, whose halves may be separate in the file."""
-    import torch
-    from safetensors import safe_open
-
     from dart_eval.layers.projection import weight_matrix
     from dart_eval.util.bits import Rounding
     from dart_eval.weights import codes

@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
 
 # Type: bits of a code, weights that share a scale, and whether codes begin at 0.
 GRIDS = {
@@ -27,12 +34,12 @@ UNIT: dict[str, tuple[int, dict[int, bytes]]] = {
 }  # fmt: skip
 
 
-def reader(file: Path) -> Any:
+def reader(file: Path) -> GGUFReader:
     """Return the gguf package's reader of a file, with an error for more entries than the file has room for."""
     from gguf import GGUFReader
 
     class Whole(GGUFReader):
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
+        def _get(self, offset: int, dtype: DTypeLike, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
             entries = super()._get(offset, dtype, count, *args, **kwargs)
             if len(entries) < int(count):
                 raise ValueError(f"it ends before byte {offset + int(count) * entries.itemsize}")
@@ -41,9 +48,8 @@ def reader(file: Path) -> Any:
     return Whole(file)
 
 
-def codes_of(raw: Any, kind: str) -> object:
-    """Return [out, in] int8 numpy, the codes of a tensor. raw: [out, bytes] uint8; kind: one of `GRIDS`."""
-    import numpy as np
+def codes_of(raw: np.ndarray, kind: str) -> np.ndarray:
+    """Return [out, in] int8, the codes of a tensor. raw: [out, bytes] uint8; kind: one of `GRIDS`."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -54,15 +60,12 @@ def codes_of(raw: Any, kind: str) -> object:
     return dequantize(blocks.reshape(raw.shape), GGMLQuantizationType[kind]).astype(np.int8)
 
 
-def write(tensors: Sequence[Any], target: Path, wanted: re.Pattern[str]) -> None:
+def write(tensors: Sequence[ReaderTensor], target: Path, wanted: re.Pattern[str]) -> None:
     """Write the codes of matrices among a file's tensors, as `layer.side`; skip experts and other types.
 
     Args:
         wanted: pattern of their names, with the layer and the side as groups.
     """
-    import numpy as np
-    from safetensors.numpy import save_file
-
     codes = {}
     for tensor in tensors:
         match, kind = wanted.fullmatch(tensor.name), tensor.tensor_type.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from dart_eval.layers.projection import Step, features, weight_matrix
 from dart_eval.layers.quantised import width_of
 from dart_eval.util.bits import LEAST, MOST, Rounding
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 from dart_eval.weights import codes
 from dart_eval.weights.codes import Packed
 from dart_eval.weights.stored import Files, method_of, quantisation_of
@@ -48,7 +49,7 @@ def note_codes(config: PretrainedConfig, files: Files, model: PreTrainedModel) -
 Part = Callable[[str], "Tensor | None"]  # returns a projection's tensor in the files, by the end of its name
 
 
-def _torchao(module: Any, settings: Mapping[str, object], part: Part) -> Packed | None:
+def _torchao(module: nn.Module, settings: Json, part: Part) -> Packed | None:
     """torchao: tensors of its own store codes in `qdata`."""
     weight = module.weight
     held, bits = getattr(weight, "qdata", None), width_of(getattr(weight, "target_dtype", None)) or 8
@@ -58,7 +59,7 @@ def _torchao(module: Any, settings: Mapping[str, object], part: Part) -> Packed 
     return codes.fitted(held, weight_matrix(module), Rounding(bits, int(group[1])))
 
 
-def _whole_numbers(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _whole_numbers(settings: Json) -> Json | None:
     """Return the settings of compressed-tensors if all weights are integer codes of one kind; else None."""
     groups = list((settings.get("config_groups") or {}).values())
     weights = groups[0].get("weights") if len(groups) == 1 and isinstance(groups[0], Mapping) else None
@@ -66,7 +67,7 @@ def _whole_numbers(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return weights if fits else None
 
 
-def _compressed(module: Any, settings: Mapping[str, object], part: Part) -> Packed | None:
+def _compressed(module: nn.Module, settings: Json, part: Part) -> Packed | None:
     """compressed-tensors: a byte per code, or words of codes along a row, counted from 0."""
     if (weights := _whole_numbers(settings)) is None:
         return None
@@ -80,7 +81,7 @@ def _compressed(module: Any, settings: Mapping[str, object], part: Part) -> Pack
     return codes.fitted(held, weight_matrix(module), Rounding(bits, max(0, group)))
 
 
-def _gptq(module: Any, settings: Mapping[str, Any], part: Part) -> Packed | None:
+def _gptq(module: nn.Module, settings: Json, part: Part) -> Packed | None:
     """GPTQ: words of codes along the inputs, [in / 8, out] for 4 bits."""
     words, bits = part("qweight"), int(settings.get("bits", 4))
     if words is None or WORD % bits:
@@ -88,7 +89,7 @@ def _gptq(module: Any, settings: Mapping[str, Any], part: Part) -> Packed | None
     return _from_zero(module, settings, unpacked(words.T, bits), bits)
 
 
-def _awq(module: Any, settings: Mapping[str, Any], part: Part) -> Packed | None:
+def _awq(module: nn.Module, settings: Json, part: Part) -> Packed | None:
     """AWQ: words of codes along the outputs, [in, out / 8], in an order of their own."""
     words = part("qweight")
     if words is None or int(settings.get("bits", 4)) != 4:
@@ -99,7 +100,7 @@ def _awq(module: Any, settings: Mapping[str, Any], part: Part) -> Packed | None:
 FINDERS = {"torchao": _torchao, "compressed-tensors": _compressed, "gptq": _gptq, "awq": _awq}
 
 
-def _from_zero(module: nn.Module, settings: Mapping[str, Any], held: Tensor, bits: int) -> Packed | None:
+def _from_zero(module: nn.Module, settings: Json, held: Tensor, bits: int) -> Packed | None:
     """Fit codes [out, in] that begin at 0."""
     group = int(settings.get("group_size") or -1)
     return codes.fitted(held, weight_matrix(module), Rounding(bits, max(0, group)), unsigned=True)

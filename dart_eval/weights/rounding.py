@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +141,7 @@ def serve(linear: nn.Module, packed: Packed | None) -> None:
         _PACKED[linear] = packed
 
 
-def on_grid(linear: Any) -> bool:
+def on_grid(linear: nn.Module) -> bool:
     """Whether a projection has codes or, without weights, whether its checkpoint may have them."""
     if linear in _PACKED:
         return True

@@ -23,6 +23,7 @@ from dart_eval.layers.find import describe
 from dart_eval.layers.projection import Step, features
 from dart_eval.util.bits import OWN_BITS
 from dart_eval.util.errors import UserError
+from dart_eval.util.text import Json
 from dart_eval.weights.checkpoint import weight_files
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ EXPANDED = ("compressed-tensors", "mxfp4", "fp8")  # plain numbers once loaded; 
 OTHER_PARTS = ("visual", "vision", "image", "audio", "mtp", "talker")
 
 
-def quantisation_of(config: PretrainedConfig) -> dict[str, Any]:
+def quantisation_of(config: PretrainedConfig) -> Json:
     """Return the quantisation settings of a configuration; empty if its checkpoint is not quantised."""
     settings = getattr(config, "quantization_config", None)
     settings = settings or getattr(config.get_text_config(), "quantization_config", None) or {}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.pruning.registry import make, offered
@@ -71,7 +72,7 @@ def test_the_pages_package_runs_by_the_pages_commands(package, saved_llama, tmp_
 
 @pytest.mark.usefixtures("installed")
 def test_their_code_is_in_the_key_and_their_fields_are_checked():
-    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32")
+    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
     config = RunConfig(method=("griffin", "griffin:score=often", "often"), tasks=("arc",))
     ours, score, both = (cell.inputs["method_code"] for cell in plan(config, model, ("arc",), {"arc": "h"}, "cpu"))
     assert ours is None

@@ -170,6 +170,7 @@ def test_a_model_under_prune_is_not_evaluated(opened, tmp_path):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"model": tiny("llama")}, "comes without a tokenizer; give evaluate"),
+    ({"model": tiny("llama"), "tokenizer": "llama"}, "comes without a tokenizer; give evaluate"),
     ({"tokenizer": object()}, "a loaded tokenizer goes with a loaded model"),
     ({"model": torch.nn.Linear(2, 2)}, "of type Linear, not a model of transformers"),
     ({"model": 5}, "of type int, not a model of transformers"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from dart_eval.evaluation.evaluate import EvalSettings
 from dart_eval.evaluation.task_hash import task_hash
@@ -35,7 +36,8 @@ def yaml_file(tmp_path, text):
 
 def cells(identity=MODEL, tasks=("arc_easy",), hashes=None, device="cpu", dtype="float32", **given):
     config = RunConfig(**{"method": ("dart",), "tasks": tasks, **given})
-    return plan(config, Resolved(ModelSpec(), "", identity, dtype), tasks, hashes or dict.fromkeys(tasks, "h"), device)
+    model = Resolved(ModelSpec(), "", identity, dtype, config=LlamaConfig())
+    return plan(config, model, tasks, hashes or dict.fromkeys(tasks, "h"), device)
 
 
 def key(**given):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import typer
+from transformers import LlamaConfig
 
 from dart_eval.cli import application, run
 from dart_eval.evaluation.evaluate import count_requests
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.surface  # of what is asked, not of what is computed; l
 
 def cell(**given):
     config = config_from(None, {"tasks": "arc_easy", "method": "dense", **given})
-    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32")
+    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
     (made,) = plan(config, model, ["arc_easy"], {"arc_easy": "h"}, "cpu")
     return made
 

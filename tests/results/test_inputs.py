@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from dart_eval.models.loading import Identity, ModelSpec, Resolved
 from dart_eval.results import inputs, metrics
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_input_of_a_planned_cell_has_a_role_and_no_role_is_of_none():
-    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32")
+    model = Resolved(ModelSpec(), "", Identity("tiny", None, "f00d"), "float32", config=LlamaConfig())
     said = {
         "calibration_tokens": 99,
         "chat_template": True,

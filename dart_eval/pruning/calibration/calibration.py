@@ -127,7 +127,7 @@ class TextCalibration:
         """Call see(layer, x [T, D], h [T, F] fp32) with the inputs of FFNs and down projections, per passage."""
         inputs: dict[int, Tensor] = {}
 
-        def enter(layer: int) -> Any:
+        def enter(layer: int) -> Callable[..., None]:
             return lambda _module, args: inputs.update({layer: args[0].reshape(-1, args[0].shape[-1])})
 
         handles = [f.block.register_forward_pre_hook(enter(f.layer)) for f in self.ffns]
@@ -199,8 +199,8 @@ class TextCalibration:
         if len(ids) < 2:
             raise UserError("the calibration text is empty", "give another one")
 
-        def watch(layer: int) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def watch(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 take(layer, args[0].reshape(-1, args[0].shape[-1])[skip:].float())
 
             return hook

@@ -39,7 +39,7 @@ class Choosing(TorchFunctionMode):
         self.routed, self.count, self.available = routed, count, available
         self.asked = False  # whether a choice among all experts was seen
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None) -> object:
         kwargs = dict(kwargs or {})
         if args and (func in CHOOSE or func in NORMALISE):
             first, rest = args[0], list(args[1:])

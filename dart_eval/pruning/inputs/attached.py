@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dart_eval.layers.ffn import FFN
 from dart_eval.layers.projection import is_conv1d, plain_matrix, weight_matrix
+from dart_eval.layers.quantised import bias_of
 from dart_eval.pruning.calibration.calibration import Calibration
 from dart_eval.pruning.calibration.inputs import Distribution, all_squares
 from dart_eval.pruning.inputs.entries import Entries, Inputs
@@ -92,7 +94,7 @@ class AttachedInputs:
         norms = sum(one.norms.numel() * 4 for one in every if one.norms is not None)
         return norms + 8 * len(self.inputs) * (self.part.by_token and self.part.calibrates)
 
-    def watch(self, add: Callable[[Any], None], forward: object) -> None:
+    def watch(self, add: Callable[[RemovableHandle], None], forward: object) -> None:
         """Install the hooks that thin the inputs of every matrix while tokens are decoded.
 
         Args:
@@ -119,7 +121,7 @@ class AttachedInputs:
         return x * columns
 
     def _thin(self, ffn: FFN, matrix: int, forward: Any) -> Callable[..., object]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...] | None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
             x = self._read_columns(ffn, matrix, forward.in_batch(args[0]), forward.state)
@@ -130,12 +132,12 @@ class AttachedInputs:
     def _both(self, ffn: FFN, forward: Any) -> Callable[..., object]:
         """Return the hook of gate and up in one projection: each reads inputs of its own."""
 
-        def hook(module: Any, args: tuple[object, ...], output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if forward.phase != "decode" or forward.state is None:
                 return None
             x = forward.in_batch(args[0])
             halves = weight_matrix(module).chunk(2)
-            biases = [None, None] if module.bias is None else module.bias.chunk(2)
+            biases = [None, None] if (both := bias_of(module)) is None else both.chunk(2)
             outputs = [
                 nn.functional.linear(self._read_columns(ffn, i, x, forward.state), half, bias)
                 for i, (half, bias) in enumerate(zip(halves, biases, strict=True))

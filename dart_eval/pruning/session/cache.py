@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 REMEDY = "pass attention_mask of shape [batch, cached and new tokens]"
 
 
-def real_tokens(mask: object, cache: Any, past: int, batch: int, length: int, device: torch.device) -> Tensor:
+def real_tokens(mask: object, cache: Cache | None, past: int, batch: int, length: int, device: torch.device) -> Tensor:
     """Return [B, T] bool, the new tokens that are not padding.
 
     Args:
@@ -53,7 +53,7 @@ def real_tokens(mask: object, cache: Any, past: int, batch: int, length: int, de
     return _own_entries(mask, start, length).to(device).expand(batch, length)
 
 
-def _offset(cache: Cache, width: int, length: int, kind: str | None) -> int:
+def _offset(cache: Cache | None, width: int, length: int, kind: str | None) -> int:
     """Return the position of a mask's first column: caches of sliding windows drop the oldest tokens."""
     for layer in sorted(getattr(cache, "layers", ()), key=lambda layer: bool(getattr(layer, "is_sliding", False))):
         if kind is not None and getattr(layer, "is_sliding", False) == (kind == "full_attention"):
@@ -97,7 +97,7 @@ class CacheWatch:
         """The cache, or None."""
         return self._cache()
 
-    def check_tokens(self, cache: Cache, past: int, has_masks: bool) -> None:
+    def check_tokens(self, cache: Cache | None, past: int, has_masks: bool) -> None:
         """Refuse a cache that is not the one that the last forward left.
 
         Args:
@@ -171,7 +171,7 @@ def cache_in(output: object, model: str) -> Cache:
     return cache
 
 
-def check_cache(cache: Cache, use_cache: bool | None) -> None:
+def check_cache(cache: Cache | None, use_cache: bool | None) -> None:
     """Refuse a forward without KV cache, or with one whose length is unknown.
 
     Raises:
@@ -191,7 +191,7 @@ def check_cache(cache: Cache, use_cache: bool | None) -> None:
 class _Followed:
     """A cache that reports reordered beams to a watch. Its copies are plain caches."""
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         parts: Any = super().__reduce_ex__(protocol)
         make, (cls, *rest), state, *items = parts
         return make, (cls.__mro__[2], *rest), {k: v for k, v in state.items() if k != FOLLOWED}, *items

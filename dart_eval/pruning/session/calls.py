@@ -85,7 +85,7 @@ class Calls:
                 module.__dict__[name] = before
             self._before.pop()
 
-    def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: object) -> object:
+    def _generate(self, generate: Callable[..., object], *args: Any, **kwargs: Any) -> object:
         before = self.prompt, self.ends
         self.turn += 1
         values = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds", "attention_mask"))]

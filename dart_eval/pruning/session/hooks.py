@@ -176,7 +176,7 @@ class Hooks:
     def _on_hidden(self, layer: int) -> Callable[..., object]:
         forward = self.forward
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[object, ...] | None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             if forward.phase == "off":  # a call of the projection by the state itself
                 return None
             h, state = forward.in_batch(args[0]), forward.state
@@ -210,14 +210,14 @@ class Hooks:
     def _on_input(self, layer: int) -> Callable[..., None]:
         forward = self.forward
 
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             state = forward.state
             if forward.phase != "off" and state is not None and state.remasking is not None and not forward.frozen:
                 state.remasking.observe_input(layer, forward.in_batch(args[0]), forward.valid)
 
         return hook
 
-    def _on_ffn_input(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_ffn_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         forward = self.forward
         if forward.phase == "decode":
             forward.input = forward.in_batch(args[0])
@@ -246,12 +246,12 @@ class Hooks:
 
         return observe
 
-    def _on_residual(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_residual(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         forward = self.forward
         if forward.phase == "context":
             forward.residual = forward.in_batch(args[0])
 
-    def _on_copied_residual(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_copied_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self.forward.phase == "context":
             self._on_residual(module, (args[0].clone(),))  # a model may add to it in place before it leaves the layer
 
@@ -291,7 +291,7 @@ class Hooks:
 
         return hook
 
-    def _on_attention(self, _module: nn.Module, _args: tuple[object, ...], output: Any) -> None:
+    def _on_attention(self, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         forward, output = self.forward, output[0] if isinstance(output, tuple) else output
         state = forward.state
         if state is None:

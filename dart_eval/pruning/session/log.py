@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dart_eval.pruning.masks.drift import DriftDetector
+from dart_eval.util.text import Json
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Log:
         for row in alarms.nonzero().flatten().tolist():
             self.alarms.append({"token": self.decoded, "sequence": row})
 
-    def trace(self, detector: DriftDetector | None, row: int, tokens: int | None) -> dict[str, Any] | None:
+    def trace(self, detector: DriftDetector | None, row: int, tokens: int | None) -> Json | None:
         """Return the detector's trace of one sequence since its context, or None if no window was full.
 
         Args:
@@ -133,7 +133,7 @@ class Log:
         if not signal:
             return None
 
-        def tokens_of(events: list[dict[str, Any]]) -> list[int]:
+        def tokens_of(events: list[Json]) -> list[int]:
             mine = [e["token"] for e in events if e["sequence"] == row and e.get("cause") != "steady"]
             return [token for token in mine if tokens is None or token <= tokens]
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from dart_eval.layers.find import find_ffns, unchanged
 from dart_eval.pruning.calibration.calibration import Calibration
@@ -236,7 +237,7 @@ class Session(SessionStats):
         else:
             self.state = SequenceState(self.prepared, batch, device, self.shared_mask)
 
-    def _check(self, module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
+    def _check(self, module: nn.Module, cache: Cache | None, kwargs: dict[str, Any]) -> None:
         """Refuse forwards that a session cannot follow."""
         if module is not self._hooks.decoder:
             raise UserError("this is a copy of a model under prune()", "make copies before the block, or after it")
@@ -247,7 +248,7 @@ class Session(SessionStats):
                 "use it with `dart-eval run` on tasks that score answers",
             )
 
-    def _set_phase(self, cache: Any, past: int, length: int) -> None:
+    def _set_phase(self, cache: Cache | None, past: int, length: int) -> None:
         if self._forced is not None:
             self.forward.phase = self._forced
             return
