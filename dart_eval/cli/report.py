@@ -21,6 +21,7 @@ from dart_eval.util.files import check_own, check_target, is_stream, write
 OWN = re.compile(rb'<meta name="generator" content="dart-eval">|<link rel="icon" href="data:,">')
 
 POLL = 2.0  # seconds between looks at a folder that is followed
+REST = 4  # times as long as a page took: the run may need the processor
 
 
 def report(
@@ -75,11 +76,12 @@ def _follow(folder: Path, path: Path, make: Callable[[bool], str]) -> bool:
     with contextlib.suppress(KeyboardInterrupt):
         while (run := progress(folder)) is not None and run.running:
             now = run, cells.stat().st_mtime_ns if cells.is_dir() else 0
+            begun = time.monotonic()
             if now != seen:
                 say(f"following {folder}: {run.done} of {run.planned} cells; Ctrl-C ends it, not the run", err=True)
                 if any(cells.glob("*.json")):
                     make(True)
                     opened = opened or webbrowser.open(path.absolute().as_uri()) or True
                 seen = now
-            time.sleep(POLL)
+            time.sleep(max(POLL, REST * (time.monotonic() - begun)))
     return opened

@@ -240,7 +240,8 @@ def test_a_page_that_follows_a_run_reloads_itself_and_keeps_what_was_set(visit, 
         shown = opened.locator("#board tbody tr:visible th").all_inner_texts()
         assert [t.split()[0] for t in shown] == ["dart", "dense", "guessing"]  # sorted, and not the new row
         assert opened.locator("#numbers details").first.get_attribute("open") is not None
-        assert opened.input_value("#search") == "question" and opened.evaluate("scrollY") == 700
+        assert opened.input_value("#search") == "question"
+        assert 700 <= opened.evaluate("scrollY") <= 760  # the answer has got a row more
     write()
     opened.clock.fast_forward(5000)
     opened.locator(".run").wait_for(state="detached")

@@ -124,6 +124,11 @@ class Chart:
         bounds = (low / room, high * room) if self.log else (low - room if free else max(0.0, low - room), high + room)
         bottom = TOP + max(HEIGHT, LINE * sum(bool(line.name) for line in self.lines))
         x, y = Scale(*self.span, LEFT, RIGHT), Scale(*bounds, bottom, TOP, self.log)
+
+        def placed(p: Point) -> Point:
+            value, low, high = (y(capped(max(v, bounds[0]))) for v in (p.value, p.low, p.high))
+            return Point(p.read, value, low, high, p.text, x(p.x))
+
         names = _apart_names([(y(capped(line.points[-1].value)), line) for line in self.lines if line.name], bottom)
         return {
             "height": bottom + 36, "bottom": bottom, "left": LEFT, "right": RIGHT, "width": WIDTH, "top": TOP,
@@ -134,8 +139,7 @@ class Chart:
                 {
                     "label": line.label, "name": line.name, "at": names.get(line.label),
                     "colour": COLOURS[line.number % len(COLOURS)], "sign": sign(line.number),
-                    "points": [Point(p.read, *(y(capped(max(v, bounds[0]))) for v in p[1:4]), p.text, x(p.x))
-                               for p in line.points if math.isfinite(p.value)],
+                    "points": [placed(p) for p in line.points if math.isfinite(p.value)],
                 }
                 for line in self.lines
             ],
@@ -214,12 +218,14 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | 
             if found is None:
                 continue
             value, ends = found
-            if times:
-                text, scale = multiple(value, *(ends or ())), 1
-            else:
-                text, scale = percent(value) + (f" [{', '.join(percent(e)[:-2] for e in ends)}]" if ends else ""), 100
-            numbers = [scale * v for v in (value, *(ends or (value, value)))]
-            lines.setdefault(label, []).append(Point(row.read, *numbers, f"{label} at {percent(row.read)}: {text}"))
+            low, high = ends or (value, value)
+            text = multiple(value, *(ends or ()))
+            if not times:
+                text = percent(value) + (f" [{percent(low)[:-2]}, {percent(high)[:-2]}]" if ends else "")
+                value, low, high = 100 * value, 100 * low, 100 * high
+            lines.setdefault(label, []).append(
+                Point(row.read, value, low, high, f"{label} at {percent(row.read)}: {text}")
+            )
     if not lines:
         return None
     chance = metrics.kind_of(first).chance
@@ -244,7 +250,12 @@ def picture(board: Board, form: str) -> bytes:
     chart = of_block(block, {label: i for i, label in enumerate(curves(block))})
     assert chart is not None
     laid, kept = chart.laid(), io.BytesIO()
-    plain = {"text.parse_math": False, "svg.fonttype": "path", "svg.hashsalt": "dart-eval", "font.size": 7}
+    plain: dict[Any, Any] = {
+        "text.parse_math": False,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "dart-eval",
+        "font.size": 7,
+    }
     with mpl.rc_context(plain):
         figure = Figure(figsize=(WIDTH / 72, (laid["height"] + 14) / 72))
         axes = figure.add_axes((0, 0, 1, laid["height"] / (laid["height"] + 14)), frameon=False)

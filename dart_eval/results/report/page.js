@@ -145,12 +145,11 @@ for (const drawing of all(".chart")) {
 }
 addEventListener("scroll", () => show(null), { passive: true });
 
-// -- a page that reloads itself: what a reader has set comes back -----------------------------------------------------
+// -- a page that reloads itself: what a reader has set comes back; the browser itself finds the place again -----------
 const controls = all("input, select");
 const PLACE = `dart-eval ${location.pathname}`;
 const named = (table) => table.parentElement.getAttribute("aria-label");
 const keep = () => sessionStorage.setItem(PLACE, JSON.stringify({
-  y: scrollY,
   focus: controls.indexOf(document.activeElement),
   checked: controls.filter((c) => c.checked).map((c) => c.id || c.value),
   level: level.selectedOptions[0].textContent,
@@ -170,7 +169,6 @@ const restore = (kept) => {
   all("details > summary").forEach((summary) => { summary.parentElement.open = kept.open.includes(summary.textContent); });
   controls[kept.focus]?.focus({ preventScroll: true });
   if (document.activeElement === search) search.setSelectionRange(search.value.length, search.value.length);
-  scrollTo(0, kept.y);
 };
 filter();
 try {
