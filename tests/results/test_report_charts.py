@@ -29,6 +29,14 @@ def test_methods_stand_side_by_side_and_their_names_do_not_cover_each_other():
     assert b["points"][0].value == Scale(*_bounds(laid), 0, 1)(0.6)
 
 
+def test_many_names_stand_within_the_chart():
+    lines = {f"m{i}": [Point(0.5, value, value, value)] for i, value in enumerate([1.0] * 9 + [2.0] * 20)}
+    laid = against_read("", "", lines, {label: i for i, label in enumerate(lines)}, []).laid()
+    heights = sorted(line["at"] for line in laid["lines"])
+    assert laid["top"] <= heights[0] and heights[-1] <= laid["bottom"]
+    assert all(high - low >= 0.99 * LINE for low, high in itertools.pairwise(heights))
+
+
 def _bounds(laid):
     """The values at the places 0 and 1, from two ticks."""
     (y, low), *_, (z, high) = laid["yticks"]

@@ -156,9 +156,11 @@ def _apart_names(ends: Sequence[tuple[float, Line]], bottom: float) -> dict[str,
     found = sorted(((height, line.label) for height, line in ends))
     down = list(itertools.accumulate((h for h, _ in found), lambda above, own: max(own, above + LINE)))
     up = list(itertools.accumulate((h for h, _ in reversed(found)), lambda below, own: min(own, below - LINE)))[::-1]
-    middle = [(a + b) / 2 for a, b in zip(down, up, strict=True)]
-    inside = max(0.0, middle[-1] - bottom) + min(0.0, middle[0] - TOP) if middle else 0.0
-    return {label: round(height - inside, 1) for height, (_, label) in zip(middle, found, strict=True)}
+    first, last = TOP, bottom - LINE * (len(found) - 1)  # of the first name
+    return {
+        label: round(min(max((a + b) / 2, first + LINE * i), last + LINE * i), 1)
+        for i, (a, b, (_, label)) in enumerate(zip(down, up, found, strict=True))
+    }
 
 
 def against_read(
@@ -254,13 +256,13 @@ def picture(board: Board, form: str) -> bytes:
         "text.parse_math": False,
         "svg.fonttype": "path",
         "svg.hashsalt": "dart-eval",
-        "font.size": 7,
+        "font.size": 10,
     }
     with mpl.rc_context(plain):
-        figure = Figure(figsize=(WIDTH / 72, (laid["height"] + 14) / 72))
+        figure = Figure(figsize=(WIDTH / 50, (laid["height"] + 14) / 50))
         axes = figure.add_axes((0, 0, 1, laid["height"] / (laid["height"] + 14)), frameon=False)
         axes.set(xlim=(0, WIDTH), ylim=(laid["height"], 0), xticks=[], yticks=[])
-        axes.text(LEFT, -2, f"{board.model}: {chart.title}, {chart.note}", fontsize=8)
+        axes.text(LEFT, -2, f"{board.model}: {chart.title}, {chart.note}", fontsize=11)
         for y, text in laid["yticks"]:
             axes.plot([LEFT, RIGHT], [y, y], color="#8888884d", linewidth=0.6)
             axes.text(LEFT - 4, y, text, ha="right", va="center")
@@ -271,10 +273,10 @@ def picture(board: Board, form: str) -> bytes:
         for line, marker in zip(laid["lines"], itertools.cycle(SIGNS), strict=False):
             xs, ys = [p.x for p in line["points"]], [p.value for p in line["points"]]
             axes.vlines(xs, [p.high for p in line["points"]], [p.low for p in line["points"]], line["colour"],
-                        linewidth=0.9, alpha=0.4)  # fmt: skip
-            axes.plot(xs, ys, color=line["colour"], linewidth=1, marker=marker, markersize=3.5)
+                        alpha=0.4)  # fmt: skip
+            axes.plot(xs, ys, color=line["colour"], marker=marker, markersize=5)
             axes.plot([xs[-1], RIGHT + 6], [ys[-1], line["at"]], ":", color=line["colour"], linewidth=0.6)
             axes.text(RIGHT + 8, line["at"], line["name"], color=line["colour"], va="center")
         metadata = {"Date": None} if form == "svg" else {"CreationDate": None} if form == "pdf" else {}
-        figure.savefig(kept, format=form, dpi=250, metadata=metadata)
+        figure.savefig(kept, format=form, dpi=180, metadata=metadata)
     return kept.getvalue()
