@@ -211,6 +211,8 @@ def test_a_phone_has_the_answer_first_and_targets_for_a_finger(page, visit):
     assert opened.locator("#tip").inner_text() == dot.get_attribute("aria-label")
     tip = opened.locator("#tip").bounding_box()
     assert tip["x"] >= 0 and tip["x"] + tip["width"] <= 390
+    opened.locator("#quality h2").tap()
+    assert opened.locator("#tip").is_hidden()
     assert opened.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
 
 

@@ -217,7 +217,7 @@ def of_block(block: Block, looks: Mapping[str, int], note: str = "") -> Chart | 
         for row in rows:
             quality = row.quality[first]
             found = quality.times if quality.share is None else (quality.share.value, quality.share.interval)
-            if found is None:
+            if found is None or not math.isfinite(found[0]):
                 continue
             value, ends = found
             low, high = ends or (value, value)
@@ -252,12 +252,7 @@ def picture(board: Board, form: str) -> bytes:
     chart = of_block(block, {label: i for i, label in enumerate(curves(block))})
     assert chart is not None
     laid, kept = chart.laid(), io.BytesIO()
-    plain: dict[Any, Any] = {
-        "text.parse_math": False,
-        "svg.fonttype": "path",
-        "svg.hashsalt": "dart-eval",
-        "font.size": 10,
-    }
+    plain: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "dart-eval"}
     with mpl.rc_context(plain):
         figure = Figure(figsize=(WIDTH / 50, (laid["height"] + 14) / 50))
         axes = figure.add_axes((0, 0, 1, laid["height"] / (laid["height"] + 14)), frameon=False)

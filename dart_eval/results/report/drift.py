@@ -40,7 +40,7 @@ def drift_of(
         return None
     drawn = []
     for i, (cell, seen) in enumerate(found):
-        long = [s for s in seen.traced if len(s["drift"]["signal"]) > 1]
+        long = [s for s in seen.traced if sum(map(finite, s["drift"]["signal"])) > 1]
         drawn += [(_size(s), i, s["doc_id"], cell, s) for s in sorted(long, key=_size)[:PER_CELL]]
     chosen = sorted(sorted(drawn, key=lambda d: d[:3])[:TRACES], key=lambda d: (d[1], d[0], d[2]))
     return Drift(

@@ -144,6 +144,7 @@ for (const drawing of all(".chart")) {
   });
 }
 addEventListener("scroll", () => show(null), { passive: true });
+addEventListener("pointerdown", (event) => { if (!event.target.closest(".chart")) show(null); });
 
 // -- a page that reloads itself: what a reader has set comes back; the browser itself finds the place again -----------
 const controls = all("input, select");
